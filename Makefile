@@ -1,0 +1,39 @@
+# make demo: the whole stack answers questions about bundled pictures.  make test: everything tested.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test lint serve bench protos clean redis
+
+demo: $(INSTALLED)
+	$(BIN)/opticnerve demo
+
+test: $(INSTALLED) redis
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+serve: $(INSTALLED)
+	$(BIN)/opticnerve up $(ARGS)
+
+bench: $(INSTALLED) redis
+	for name in store split engine memory; do $(BIN)/python -m bench.$$name || exit 1; done
+
+protos: $(INSTALLED)
+	$(BIN)/python hatch_build.py
+
+redis:
+	@sh tests/install_redis.sh
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache opticnerve/pb/*_pb2*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard protos/*.proto)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,openai]'
+	touch $@

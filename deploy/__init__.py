@@ -1,0 +1,1 @@
+"""Running the services together: the local supervisor behind ``opticnerve up``."""

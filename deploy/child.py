@@ -1,0 +1,106 @@
+"""One service as a child process: start it, read what it prints, tell when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+
+LISTENING = re.compile(r"^listening (\S+)$")
+
+
+class Child:
+    """A service's process. ``address`` is what it printed in its ``listening`` line.
+
+    The child leads a session of its own, so that Ctrl-C reaches the supervisor alone and the
+    services stop in order.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str]) -> None:
+        self.name = name
+        self.command = list(command)
+        self.environment = environment
+        self.address = ""
+        self.last_words = ""  # The last line it printed: what a give-up message quotes.
+        self._process: asyncio.subprocess.Process | None = None
+        self._listening = asyncio.Event()
+        self._readers: list[asyncio.Task[None]] = []
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process else 0
+
+    async def start(self) -> None:
+        self._listening.clear()
+        self._process = await asyncio.create_subprocess_exec(
+            *self.command,
+            env=self.environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+            limit=2**20,
+        )
+        assert self._process.stdout and self._process.stderr
+        self._readers = [
+            asyncio.create_task(self._read(stream))
+            for stream in (self._process.stdout, self._process.stderr)
+        ]
+
+    async def listening(self) -> str:
+        """Waits for the address that the child listens at."""
+        await self._listening.wait()
+        return self.address
+
+    async def wait(self) -> int:
+        """Waits for the end; returns the exit status, negative for a signal."""
+        assert self._process
+        status = await self._process.wait()
+        self.kill()  # What it started itself, and what would keep its pipes open.
+        await asyncio.gather(*self._readers)
+        return status
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM, then after ``grace_s`` SIGKILL to the child's whole session."""
+        if not self.running:
+            return
+        assert self._process
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            await asyncio.wait_for(self.wait(), grace_s)
+        except TimeoutError:
+            print(f"{self.name} did not stop within {grace_s:g} s; killing it", file=sys.stderr)
+            self.kill()
+            await self.wait()
+
+    def kill(self) -> None:
+        """SIGKILL to the child and to every process of its session, at once."""
+        if self._process:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def _read(self, stream: asyncio.StreamReader) -> None:
+        while line := await self._next_line(stream):
+            text = line.decode("utf-8", "replace").rstrip()
+            if match := LISTENING.match(text):
+                self.address = match[1]
+                self._listening.set()
+            elif text:
+                self.last_words = text
+                print(f"{self.name:<10} | {text}", file=sys.stderr, flush=True)
+
+    async def _next_line(self, stream: asyncio.StreamReader) -> bytes:
+        """A line, b"" at the end; a line past the limit is cut, not an error."""
+        try:
+            return await stream.readline()
+        except ValueError:
+            return b"(a very long line)\n"

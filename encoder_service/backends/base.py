@@ -1,0 +1,60 @@
+"""What the encoder asks of the device side. One implementation a file: torch, later TensorRT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from encoder_service.batcher import Failure
+from opticnerve.media.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+Embedding = Mapping[str, "torch.Tensor"]
+"""Named tensors of one item, each [num_tokens, hidden_size], contiguous, on the CPU, in the
+model's dtype; "rows", and "deepstack.<i>" where the family has such levels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What one forward pass takes, found by running the largest permitted item."""
+
+    max_batch_patches: int
+    max_item_patches: int
+
+
+class Backend(Protocol):
+    """A tower on a device. ``encode`` is called by one thread at a time, ``preprocess`` by many."""
+
+    name: str
+    device: str
+    dtype: str  # As safetensors writes it: "F32", "F16", "BF16".
+    hidden_size: int
+
+    def preprocess(self, image: Image.Image, plan: Plan) -> NDArray[np.float32]: ...
+
+    def encode(
+        self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
+    ) -> list[Embedding]:
+        """One forward pass over a batch; blocks until the results are in host memory."""
+        ...
+
+    def classify(self, error: Exception) -> Failure:
+        """What an exception of ``encode`` means. Frees what it can when memory ran out."""
+        ...
+
+    def warm(self, largest: Plan, max_batch_patches: int) -> Capacity:
+        """Runs ``largest``, the largest permitted item, or as much of it as the device can take,
+        and sizes a batch; ``max_batch_patches`` 0 sizes it from the device.
+
+        Raises StartupError where not even a small item runs.
+        """
+        ...
+
+    def close(self) -> None: ...

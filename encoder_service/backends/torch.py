@@ -1,0 +1,147 @@
+"""The torch backend: a family's tower, as the checkpoint has it, on CPU or CUDA."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from encoder_service.backends.base import Capacity, Embedding
+from encoder_service.batcher import Failure
+from encoder_service.sizing import permitted_patches
+from opticnerve.errors import StartupError
+from opticnerve.media.plan import Plan
+from opticnerve.models.family import Tower
+
+log = logging.getLogger(__name__)
+
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+CPU_BATCH_PATCHES = 2048  # A CPU gains nothing from larger batches; smaller ones answer sooner.
+CPU_WARM_PATCHES = 1024  # A larger item would hold a CPU's start up for minutes.
+CUDA_BATCH_PATCHES = 65_536  # No gain in throughput beyond; latency only grows.
+CUDA_SHARE = 0.8  # Of free memory; the rest is for fragmentation and for neighbours.
+OUT_OF_MEMORY_TEXTS = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+LOST_TEXTS = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch")
+
+Shrink = Callable[[Plan, int], Plan]
+"""(largest plan, patches) -> the plan of a picture of at most about so many patches."""
+
+
+class TorchBackend:
+    """``shrink`` plans smaller pictures, for devices that cannot take the largest."""
+
+    name = "torch"
+
+    def __init__(self, tower: Tower, shrink: Shrink) -> None:
+        self._tower = tower
+        self._shrink = shrink
+        self.device = str(tower.device)
+        self.dtype = DTYPES[tower.dtype]
+        self.hidden_size = tower.hidden_size
+        self._on_cuda = tower.device.type == "cuda"
+
+    def preprocess(self, image: Image.Image, plan: Plan) -> NDArray[np.float32]:
+        return self._tower.preprocess(image, plan)
+
+    def encode(
+        self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
+    ) -> list[Embedding]:
+        with torch.no_grad():
+            outputs = self._tower.encode(pixels, plans)
+            return [
+                {name: tensor.cpu().contiguous() for name, tensor in output.items()}
+                for output in outputs
+            ]
+
+    def classify(self, error: Exception) -> Failure:
+        text = str(error)
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+            isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY_TEXTS)
+        ):
+            if self._on_cuda:
+                torch.cuda.empty_cache()
+            return Failure.MEMORY
+        if (
+            self._on_cuda
+            and isinstance(error, RuntimeError)
+            and any(part in text for part in LOST_TEXTS)
+        ):
+            return Failure.DEVICE
+        return Failure.ITEM
+
+    def warm(self, largest: Plan, max_batch_patches: int) -> Capacity:
+        if not self._on_cuda:
+            return self._warm_cpu(largest, max_batch_patches)
+        plan, bytes_per_patch = self._largest_that_fits(largest)
+        free, _ = torch.cuda.mem_get_info(self._tower.device)
+        sized = int(free * CUDA_SHARE / max(bytes_per_patch, 1.0))
+        batch = max_batch_patches or max(min(sized, CUDA_BATCH_PATCHES), plan.num_patches)
+        permitted = permitted_patches(largest) if plan is largest else plan.num_patches
+        return Capacity(batch, permitted)
+
+    def _warm_cpu(self, largest: Plan, max_batch_patches: int) -> Capacity:
+        """Host memory is not measured: it pages, and one item at a time is what a CPU runs."""
+        self._run_blank(
+            self._shrink(largest, CPU_WARM_PATCHES)
+            if largest.num_patches > CPU_WARM_PATCHES
+            else largest
+        )
+        batch = max_batch_patches or CPU_BATCH_PATCHES
+        return Capacity(batch, max(permitted_patches(largest), batch))
+
+    def _largest_that_fits(self, largest: Plan) -> tuple[Plan, float]:
+        """(plan, bytes a patch of it takes at the peak), halving the plan while memory runs out."""
+        small = self._shrink(largest, CPU_WARM_PATCHES)
+        self._measure(small)  # Kernels and workspaces are not to be counted.
+        for plan in self._halvings(largest, small):
+            peak = self._measure(plan)
+            if peak is not None:
+                return plan, peak / plan.num_patches
+            log.warning("a picture of %d patches does not fit %s", plan.num_patches, self.device)
+        raise StartupError(
+            f"{self.device} has too little free memory for a picture of {small.num_patches} "
+            "patches; free some, or choose another --device"
+        )
+
+    def _halvings(self, largest: Plan, small: Plan) -> Iterator[Plan]:
+        """``largest``, then plans of half as many patches each, and ``small`` at the end."""
+        plan = largest
+        while plan.num_patches > small.num_patches:
+            yield plan
+            smaller = self._shrink(largest, plan.num_patches // 2)
+            if smaller.num_patches >= plan.num_patches:
+                break
+            plan = smaller
+        yield small
+
+    def _measure(self, plan: Plan) -> int | None:
+        """Bytes that encoding this plan takes at its peak; None when memory runs out."""
+        torch.cuda.reset_peak_memory_stats(self._tower.device)
+        before = torch.cuda.memory_allocated(self._tower.device)
+        try:
+            self._run_blank(plan)
+        except RuntimeError as error:
+            if self.classify(error.with_traceback(None)) is not Failure.MEMORY:
+                raise
+            return None
+        peak: int = torch.cuda.max_memory_allocated(self._tower.device) - before
+        torch.cuda.empty_cache()
+        return peak
+
+    def _run_blank(self, plan: Plan) -> None:
+        """Decodes nothing, encodes a grey picture of this plan."""
+        started = time.monotonic()
+        size = (plan.width, plan.height) if plan.orientation < 5 else (plan.height, plan.width)
+        image = Image.new("RGB", size, (127, 127, 127))
+        self.encode([self.preprocess(image, plan)], [plan])
+        log.debug("%d patches took %.2f s", plan.num_patches, time.monotonic() - started)
+
+    def close(self) -> None:
+        if self._on_cuda:
+            torch.cuda.empty_cache()

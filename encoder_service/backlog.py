@@ -1,0 +1,92 @@
+"""What the encoder has accepted and not finished: one ledger of patches, items and bytes.
+
+It bounds memory and waiting: what does not fit is refused at once with a retry hint, before its
+bytes are read. It belongs to the event loop; only ``record`` may be called from another thread.
+"""
+
+from __future__ import annotations
+
+from opticnerve.errors import Overloaded
+from opticnerve.telemetry import metrics
+
+MIN_RETRY_S = 0.1
+MAX_RETRY_S = 60.0
+UNKNOWN_RETRY_S = 1.0  # Before the first batch nothing is known of the throughput.
+SMOOTHING = 0.2  # Weight of the newest batch in the throughput's running mean.
+
+
+class Slot:
+    """One accepted item's place in the backlog. ``release`` is idempotent."""
+
+    def __init__(self, backlog: Backlog, patches: int, num_bytes: int) -> None:
+        self.patches = patches
+        self.num_bytes = num_bytes
+        self._backlog: Backlog | None = backlog
+
+    def release(self) -> None:
+        backlog, self._backlog = self._backlog, None
+        if backlog is not None:
+            backlog._give_back(self)
+
+
+class Backlog:
+    """Bounds: ``max_patches``, ``max_items`` and ``max_bytes`` (compressed). One item always
+    fits an empty backlog, however large it is."""
+
+    def __init__(self, max_patches: int, max_items: int, max_bytes: int) -> None:
+        self.max_patches = max_patches
+        self.max_items = max_items
+        self.max_bytes = max_bytes
+        self.patches = 0
+        self.items = 0
+        self.num_bytes = 0
+        self.finished_items = 0
+        self._patches_per_s = 0.0
+
+    def can_admit(self, patches: int, num_bytes: int) -> bool:
+        return self.items == 0 or (
+            self.items < self.max_items
+            and self.patches + patches <= self.max_patches
+            and self.num_bytes + num_bytes <= self.max_bytes
+        )
+
+    def admit(self, patches: int, num_bytes: int) -> Slot:
+        """Takes a place; the caller releases it. Raises Overloaded when there is none."""
+        if not self.can_admit(patches, num_bytes):
+            raise Overloaded(
+                f"the encoder's queue is full: {self.items} items, {self.patches} patches wait",
+                retry_after_s=self.retry_after_s,
+            )
+        self._add(1, patches, num_bytes)
+        return Slot(self, patches, num_bytes)
+
+    def _give_back(self, slot: Slot) -> None:
+        self._add(-1, -slot.patches, -slot.num_bytes)
+        self.finished_items += 1
+
+    def _add(self, items: int, patches: int, num_bytes: int) -> None:
+        self.items += items
+        self.patches += patches
+        self.num_bytes += num_bytes
+        metrics.PATCHES_PENDING.set(self.patches)
+
+    def record(self, patches: int, seconds: float) -> None:
+        """Tells how long the device took for a batch of ``patches``."""
+        rate = patches / max(seconds, 1e-6)
+        old = self._patches_per_s
+        self._patches_per_s = rate if old == 0 else old + SMOOTHING * (rate - old)
+
+    @property
+    def retry_after_s(self) -> float:
+        """When about half of what waits will be done, by the device's throughput so far."""
+        if self._patches_per_s == 0:
+            return UNKNOWN_RETRY_S
+        wait = self.patches / 2 / self._patches_per_s
+        return min(max(wait, MIN_RETRY_S), MAX_RETRY_S)
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError when an idle backlog still counts something."""
+        if self.items == 0 and (self.patches or self.num_bytes):
+            raise RuntimeError(f"empty, yet {self.patches} patches, {self.num_bytes} bytes")
+        if min(self.items, self.patches, self.num_bytes) < 0:
+            raise RuntimeError("released more than was admitted")

@@ -1,0 +1,195 @@
+"""Batches work for one device by cost, not by count; knows neither tensors nor pictures.
+
+As soon as the device is free it takes what waits, strictly first in first out, up to
+``max_cost``. An item that does not fit waits for the next batch, one larger than the budget
+runs alone, and no timer holds anything back. The device has a thread of its own, so that neither
+a forward pass nor a busy event loop keeps the other waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Generic, TypeVar
+
+from opticnerve.errors import OpticNerveError, Unavailable
+
+log = logging.getLogger(__name__)
+
+CLOSE_S = 5.0
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Failure(Enum):
+    """What an exception of ``run`` means for the batch that raised it."""
+
+    MEMORY = auto()  # Halve the batch and try again; one item alone fails.
+    ITEM = auto()  # Some item is bad: run each alone, so that it fails alone.
+    DEVICE = auto()  # The device is lost: everything fails, and so will all that follows.
+
+
+@dataclass(frozen=True, slots=True)
+class Finished(Generic[R]):
+    """One item's result, and what its batch was like."""
+
+    result: R
+    submitted: float  # Of time.monotonic.
+    queue_s: float  # From submit to launch.
+    run_s: float  # Of the batch that held it.
+    batch_items: int
+    batch_cost: int
+
+
+@dataclass(slots=True)
+class _Job(Generic[T, R]):
+    payload: T
+    cost: int
+    alone: bool
+    future: Future[Finished[R]] = field(default_factory=Future)
+    submitted: float = field(default_factory=time.monotonic)
+
+
+class Batcher(Generic[T, R]):
+    """Owns the device's thread. ``close`` ends it; what still waits then fails as Unavailable.
+
+    ``run`` gets a batch of payloads and returns their results in order; ``classify`` says what
+    an exception of it means and may free memory; ``on_batch`` hears of cost and seconds.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[T]], Sequence[R]],
+        max_cost: int,
+        *,
+        classify: Callable[[Exception], Failure] = lambda error: Failure.ITEM,
+        on_batch: Callable[[int, float], None] = lambda cost, seconds: None,
+        on_lost: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
+        self.max_cost = max_cost
+        self._run = run
+        self._classify = classify
+        self._on_batch = on_batch
+        self._on_lost = on_lost
+        self._queue: deque[_Job[T, R]] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, name="device", daemon=True)
+        self._thread.start()
+
+    def submit(self, payload: T, cost: int, *, alone: bool = False) -> Future[Finished[R]]:
+        """Queues one item. Cancelling the future drops the item if it has not been launched."""
+        job: _Job[T, R] = _Job(payload, cost, alone)
+        with self._changed:
+            if self._closed:
+                raise Unavailable("the encoder is shutting down; try another")
+            self._queue.append(job)
+            self._changed.notify()
+        return job.future
+
+    @property
+    def waiting(self) -> int:
+        """Items queued and not launched, cancelled ones included."""
+        return len(self._queue)
+
+    def close(self) -> None:
+        """Fails what waits and gives the batch on the device ``CLOSE_S`` to end."""
+        with self._changed:
+            self._closed = True
+            left = list(self._queue)
+            self._queue.clear()
+            self._changed.notify()
+        for job in left:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(Unavailable("the encoder is shutting down; try another"))
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            log.warning("a batch is still on the device; leaving it")
+
+    def _loop(self) -> None:
+        while batch := self._take():
+            try:
+                self._launch(batch)
+            except Exception as error:  # Of what is called when something has failed.
+                log.exception("recovering from a failed batch failed")
+                self._lose(batch, error)
+
+    def _take(self) -> list[_Job[T, R]]:
+        """Waits for work and removes one batch from the queue; empty once closed."""
+        with self._changed:
+            while True:
+                batch = self._fill()
+                if batch or self._closed:
+                    return batch
+                self._changed.wait()
+
+    def _fill(self) -> list[_Job[T, R]]:
+        batch: list[_Job[T, R]] = []
+        cost = 0
+        while self._queue:
+            head = self._queue[0]
+            fits = not batch or (cost + head.cost <= self.max_cost and not head.alone)
+            if not fits and not head.future.cancelled():
+                break
+            self._queue.popleft()
+            if not head.future.set_running_or_notify_cancel():
+                continue
+            batch.append(head)
+            cost += head.cost
+            if head.alone:
+                break
+        return batch
+
+    def _launch(self, batch: list[_Job[T, R]]) -> None:
+        started = time.monotonic()
+        try:
+            results = self._run([job.payload for job in batch])
+            if len(results) != len(batch):
+                raise RuntimeError(f"{len(results)} results for {len(batch)} items")
+        except Exception as caught:
+            # The traceback holds the frames, which hold the tensors; memory must be free below.
+            trace = traceback.format_exc()
+            error: Exception = caught.with_traceback(None)
+            failure = self._classify(error)
+        else:
+            self._resolve(batch, results, started)
+            return
+        if failure is not Failure.MEMORY and not isinstance(error, OpticNerveError):
+            log.error("a batch of %d failed\n%s", len(batch), trace)
+        self._recover(batch, error, failure)
+
+    def _resolve(self, batch: list[_Job[T, R]], results: Sequence[R], started: float) -> None:
+        seconds = time.monotonic() - started
+        cost = sum(job.cost for job in batch)
+        self._on_batch(cost, seconds)
+        for job, result in zip(batch, results, strict=True):
+            waited = started - job.submitted
+            finished = Finished(result, job.submitted, waited, seconds, len(batch), cost)
+            job.future.set_result(finished)
+
+    def _recover(self, batch: list[_Job[T, R]], error: Exception, failure: Failure) -> None:
+        if failure is Failure.DEVICE:
+            self._lose(batch, error)
+            return
+        if len(batch) == 1:
+            batch[0].future.set_exception(error)
+            return
+        log.warning("a batch of %d is split (%s): %s", len(batch), failure.name.lower(), error)
+        size = (len(batch) + 1) // 2 if failure is Failure.MEMORY else 1
+        for start in range(0, len(batch), size):
+            self._launch(batch[start : start + size])
+
+    def _lose(self, batch: list[_Job[T, R]], error: Exception) -> None:
+        """The device can do no more: its batch fails, and so will what follows."""
+        for job in batch:
+            if not job.future.done():
+                job.future.set_exception(error)
+        self._on_lost(error)

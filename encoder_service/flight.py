@@ -1,0 +1,71 @@
+"""Single flight: calls that ask for one key at the same time share one run.
+
+Whoever comes first starts it, the others wait with it. A caller that leaves takes nothing from
+the others; when the last one leaves, the run is cancelled. Belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+R = TypeVar("R")
+
+
+class _Flight(Generic[R]):
+    def __init__(self, task: asyncio.Task[R]) -> None:
+        self.task = task
+        self.waiters = 0
+
+
+class Flights(Generic[R]):
+    def __init__(self) -> None:
+        self._flights: dict[str, _Flight[R]] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._flights
+
+    async def join(self, key: str) -> R:
+        """The result of the run under way for ``key``. Raises KeyError when there is none."""
+        return await self._wait(key, self._flights[key])
+
+    async def run(
+        self,
+        key: str,
+        start: Callable[[], Coroutine[Any, Any, R]],
+        release: Callable[[], None] = lambda: None,
+    ) -> R:
+        """Joins the run of ``key``, or starts one.
+
+        ``release`` is called exactly once: when the run that was started has ended, or at once
+        when another's was joined.
+        """
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = self._flights[key] = _Flight(asyncio.create_task(start()))
+            flight.task.add_done_callback(lambda task: self._land(key, task, release))
+        else:
+            release()
+        return await self._wait(key, flight)
+
+    async def _wait(self, key: str, flight: _Flight[R]) -> R:
+        flight.waiters += 1
+        try:
+            return await asyncio.shield(flight.task)
+        finally:
+            flight.waiters -= 1
+            if flight.waiters == 0 and not flight.task.done():
+                flight.task.cancel()
+                self._forget(key, flight.task)  # A newcomer must not join what is being cancelled.
+
+    def _land(self, key: str, task: asyncio.Task[R], release: Callable[[], None]) -> None:
+        self._forget(key, task)
+        if not task.cancelled():
+            task.exception()  # Seen, also when every caller has left.
+        release()
+
+    def _forget(self, key: str, task: asyncio.Task[R]) -> None:
+        flight = self._flights.get(key)
+        if flight is not None and flight.task is task:
+            del self._flights[key]

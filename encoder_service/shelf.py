@@ -1,0 +1,124 @@
+"""Where finished embeddings go: the store, or this process when the store will not take them.
+
+Store calls that move data or cross a network run on threads of the shelf's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from encoder_service.backends.base import Embedding
+from encoder_service.item import Identity
+from encoder_service.kept import Kept
+from opticnerve.embeddings import codec
+from opticnerve.embeddings.ref import EmbeddingRef, Location
+from opticnerve.embeddings.store import Entry, Store
+from opticnerve.errors import EmbeddingCorrupt, NotFound, StoreError
+from opticnerve.telemetry import metrics
+
+log = logging.getLogger(__name__)
+
+THREADS = 2
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Shelf:
+    """Borrows the store; owns its threads and what it keeps. ``close`` ends the threads."""
+
+    def __init__(self, store: Store, identity: Identity) -> None:
+        self.store = store
+        self.identity = identity
+        self.kept = Kept()
+        self.tier = "shm" if store.tier_id else "redis" if store.shared else "memory"
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
+
+    async def look_up(self, key: str) -> EmbeddingRef | None:
+        """A reference to what is stored under ``key``."""
+        kept = self.kept.get(key)
+        if kept is not None:
+            ref: EmbeddingRef | None = kept[0]
+        elif self.store.shared:
+            ref = await self._run(self._stored, key)
+        else:  # Opening a file on tmpfs is quicker than a trip to a thread.
+            ref = self._stored(key)
+        metrics.CACHE_LOOKUPS.labels(tier=self.tier, result="hit" if ref else "miss").inc()
+        return ref
+
+    async def drop(self, key: str) -> None:
+        """Deletes what is stored under ``key``: it is not what it should be."""
+        log.warning("the stored %s does not fit its item and is deleted", key)
+        self.kept.drop(key)
+        await self._run(self.store.delete, key)
+
+    async def publish(self, key: str, embedding: Embedding) -> tuple[EmbeddingRef, float]:
+        """Puts an embedding where others find it; returns its reference and the seconds taken."""
+        return await self._run(self._put, key, embedding)
+
+    async def read(self, key: str) -> bytes:
+        """The safetensors bytes of an embedding. Raises NotFound, InvalidRequest for no key."""
+        data = await self._run(self._read, key)
+        if data is None:
+            raise NotFound("this encoder does not hold that embedding; encode the item again")
+        return data
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
+
+    async def _run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        return await asyncio.wrap_future(self._threads.submit(work, *args, **kwargs))
+
+    # ---- on a store thread
+
+    def _stored(self, key: str) -> EmbeddingRef | None:
+        entry = self._get(key)
+        return None if entry is None else self._reference(key, entry.tensors)
+
+    def _get(self, key: str) -> Entry | None:
+        try:
+            return self.store.get(key)
+        except EmbeddingCorrupt as error:
+            log.warning("stored %s is corrupt and was deleted: %s", key, error.message)
+            return None
+
+    def _put(self, key: str, embedding: Embedding) -> tuple[EmbeddingRef, float]:
+        started = time.monotonic()
+        ref = self._reference(key, embedding)
+        meta = {"key": key, "fingerprint": self.identity.fingerprint}
+        try:
+            self.store.put(key, embedding, meta)
+        except StoreError as error:
+            log.warning("the store did not take an embedding: %s", error.message)
+            ref = ref.at(Location(fetch_address=self.identity.fetch_address))
+            self.kept.add(ref, codec.to_bytes(embedding, meta))
+        return ref, time.monotonic() - started
+
+    def _read(self, key: str) -> bytes | None:
+        try:
+            data = self.store.read_bytes(key)
+        except EmbeddingCorrupt as error:
+            log.warning("stored %s is corrupt and was deleted: %s", key, error.message)
+            data = None
+        if data is None and (kept := self.kept.get(key)) is not None:
+            data = kept[1]
+        return data
+
+    def _reference(self, key: str, embedding: Embedding) -> EmbeddingRef:
+        specs = codec.specs_of(embedding)
+        return EmbeddingRef(
+            key=key,
+            fingerprint=self.identity.fingerprint,
+            tensors=specs,
+            num_rows=min(spec.shape[0] for spec in specs),
+            location=Location(
+                shm_tier_id=self.store.tier_id,
+                redis=self.store.shared,
+                fetch_address=self.identity.fetch_address,
+            ),
+        )

@@ -1,0 +1,67 @@
+"""The largest picture that a checkpoint's own settings permit, found by planning pictures."""
+
+from __future__ import annotations
+
+import math
+
+from opticnerve.errors import InvalidMedia, StartupError
+from opticnerve.media.plan import Overrides, Plan, Structure
+from opticnerve.models.family import Layout
+
+ASPECTS = 32  # Steps from square to ASPECT_LIMIT, both ways.
+ASPECT_LIMIT = 199.0  # Long strips may need more patches than squares: a side has at least one.
+SLACK = 1.05  # Some aspect that was not tried may round to a few more patches.
+
+
+def largest_plan(layout: Layout, max_image_pixels: int) -> Plan:
+    """The plan with the most patches, over pictures of many aspects and the most pixels.
+
+    Raises StartupError where the family refuses them all.
+    """
+    best: Plan | None = None
+    for step in range(-ASPECTS, ASPECTS + 1):
+        plan = _plan(layout, max_image_pixels, ASPECT_LIMIT ** (step / ASPECTS))
+        if plan is not None and (best is None or plan.num_patches > best.num_patches):
+            best = plan
+    if best is None:
+        raise StartupError("this checkpoint's processor settings admit no picture")
+    return _small_source(layout, best)
+
+
+def _small_source(layout: Layout, plan: Plan) -> Plan:
+    """The same item from the smallest stored picture that makes it: it costs less to resize."""
+    while True:
+        half = Structure(plan.format, max(plan.width // 2, 1), max(plan.height // 2, 1))
+        try:
+            smaller = layout.plan(half, Overrides())
+        except InvalidMedia:
+            return plan
+        if smaller.num_patches != plan.num_patches or smaller.width == plan.width:
+            return plan
+        plan = smaller
+
+
+def permitted_patches(largest: Plan) -> int:
+    return math.ceil(largest.num_patches * SLACK)
+
+
+def shrink(layout: Layout, largest: Plan, patches: int) -> Plan:
+    """A plan of at most about ``patches``; the smallest there is where the family cannot go lower.
+
+    Shrinks the stored picture, so a family that resizes everything to one size stays there.
+    """
+    pixels = largest.resized_width * largest.resized_height
+    wanted = max(int(pixels * patches / largest.num_patches), 1)
+    smaller = _plan(layout, wanted, 1.0)
+    if smaller is None or smaller.num_patches > largest.num_patches:
+        return largest
+    return smaller
+
+
+def _plan(layout: Layout, pixels: int, aspect: float) -> Plan | None:
+    width = max(int(math.sqrt(pixels * aspect)), 1)
+    height = max(pixels // width, 1)
+    try:
+        return layout.plan(Structure("png", width, height), Overrides())
+    except InvalidMedia:
+        return None

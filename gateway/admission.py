@@ -1,0 +1,72 @@
+"""How much work the gateway holds at once: requests and the bytes they bring.
+
+Beyond either bound a request is refused at once with 429 and Retry-After, so that what was
+accepted keeps its pace and memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from gateway.memory import Trimmer
+from opticnerve.errors import Overloaded
+
+RETRY_AFTER_S = 1.0
+
+
+class Admission:
+    def __init__(self, max_requests: int, max_bytes: int) -> None:
+        self.max_requests = max_requests
+        self.max_bytes = max_bytes
+        self.requests = 0
+        self.bytes = 0
+        self._trimmer = Trimmer()
+
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[Ticket]:
+        """Counts one request while the context lasts. Raises Overloaded."""
+        if self.requests >= self.max_requests:
+            raise Overloaded(
+                f"{self.requests} requests are being served, which is as many as this server "
+                "takes; retry later",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        ticket = Ticket(self)
+        self.requests += 1
+        try:
+            yield ticket
+        finally:
+            self.requests -= 1
+            ticket.release()
+            self._trimmer.ended(ticket.peak)
+
+
+class Ticket:
+    """What one admitted request holds; ``Admission.admit`` releases it."""
+
+    def __init__(self, owner: Admission) -> None:
+        self._owner = owner
+        self.bytes = 0
+        self.peak = 0
+
+    def hold(self, num_bytes: int) -> None:
+        """Counts bytes that the request keeps in memory. Raises Overloaded."""
+        owner = self._owner
+        if owner.bytes + num_bytes > owner.max_bytes:
+            raise Overloaded(
+                "the requests being served hold as many bytes as this server takes; retry later",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        self.bytes += num_bytes
+        self.peak = max(self.peak, self.bytes)
+        owner.bytes += num_bytes
+
+    def drop(self, num_bytes: int) -> None:
+        """The request let go of ``num_bytes``."""
+        num_bytes = min(num_bytes, self.bytes)
+        self.bytes -= num_bytes
+        self._owner.bytes -= num_bytes
+
+    def release(self) -> None:
+        self.drop(self.bytes)

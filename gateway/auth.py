@@ -1,0 +1,86 @@
+"""API keys: several, named, from a file, compared in constant time. Keys are never logged."""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from opticnerve.errors import ConfigError, Unauthenticated
+
+OPEN_PATHS = frozenset({"/", "/live", "/ready", "/health"})
+_NAMED = re.compile(r"([A-Za-z0-9_.@-]+)\s*:\s*(\S+)")
+_COMMENT = re.compile(r"(?:^|\s)#.*")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys that may call. With none, every caller is ``anonymous``."""
+
+    by_name: Mapping[str, bytes]
+
+    @classmethod
+    def load(cls, path: str | None) -> Keys:
+        """Reads ``name: key`` or ``key`` lines; ``#`` begins a comment. Raises ConfigError."""
+        if path is None:
+            return cls({})
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the key file {path}", param="api_key_file") from error
+        return cls(_parse(text, path))
+
+    @property
+    def required(self) -> bool:
+        return bool(self.by_name)
+
+    def identify(self, authorization: str | None) -> str:
+        """The name of the key in an Authorization header. Raises Unauthenticated.
+
+        Every key is compared whatever matched before, so that time tells nothing.
+        """
+        if not self.required:
+            return "anonymous"
+        scheme, _, given = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not given.strip():
+            raise Unauthenticated(
+                "no API key was given; send it as 'Authorization: Bearer KEY'", param=None
+            )
+        candidate = given.strip().encode()
+        found: str | None = None
+        for name, key in self.by_name.items():
+            if hmac.compare_digest(candidate, key):
+                found = name
+        if found is None:
+            raise Unauthenticated("the API key is not known here")
+        return found
+
+
+def _parse(text: str, path: str) -> dict[str, bytes]:
+    keys: dict[str, bytes] = {}
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = _COMMENT.sub("", raw).strip()
+        if not line:
+            continue
+        named = _NAMED.fullmatch(line)
+        name, key = (named[1], named[2]) if named else (f"key{number}", line)
+        if any(character.isspace() for character in key):
+            raise ConfigError(
+                f"{path}:{number}: expected 'name: key' or 'key'", param="api_key_file"
+            )
+        if name in keys:
+            raise ConfigError(f"{path}:{number}: {name} is there twice", param="api_key_file")
+        keys[name] = key.encode()
+    if not keys:
+        raise ConfigError(f"{path} holds no key", param="api_key_file")
+    return keys
+
+
+def needs_key(path: str, *, public_models: bool) -> bool:
+    """Whether a path (without trailing slash) is behind the keys."""
+    if path in OPEN_PATHS:
+        return False
+    is_models = path == "/v1/models" or path.startswith("/v1/models/")
+    return not (public_models and is_models)

@@ -1,0 +1,199 @@
+"""``POST /v1/chat/completions`` and ``POST /v1/apply_template``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import uuid
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Send
+
+from gateway import sse
+from gateway.choices import TextDelta
+from gateway.deadline import Deadline
+from gateway.http import JSONResponse, read_json, typed
+from gateway.pipeline import Call, Ended, Step
+from gateway.schemas.apply import ApplyTemplateRequest
+from gateway.schemas.chat import ChatRequest
+from gateway.timings import Stopwatch
+from opticnerve.errors import EngineFailure, UnsupportedFeature
+from opticnerve.media.plan import Span
+
+if TYPE_CHECKING:
+    from gateway.app import Gateway
+
+log = logging.getLogger(__name__)
+
+LAST_WORDS_S = 5.0  # After the deadline, for a client to take what tells it so.
+
+STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # Reverse proxies pass every event on at once.
+}
+
+
+async def chat(gateway: Gateway, request: Request, send: Send) -> Response | None:
+    """Answers whole, or streams. Until the first token a stream can still fail with a status."""
+    with gateway.admission.admit() as ticket:
+        deadline = Deadline.after(gateway.config.request_timeout_s)
+        async with deadline.timeout():
+            parsed, headers = await read_json(request, ChatRequest, gateway.limits, ticket.hold)
+        body_bytes = ticket.bytes
+        gateway.names.check(parsed.model)
+        call = Call(parsed, request.state.request_id, deadline, ticket)
+        reply = Reply(parsed, request.headers.get("x-opticnerve-timings", "") in ("1", "true"))
+        del parsed  # The call lets go of the messages once they are a prompt.
+        async with contextlib.aclosing(gateway.pipeline.chat(call)) as steps:
+            first = await anext(steps)
+            ticket.drop(body_bytes)
+            answer = reply.answer(call.system_fingerprint)
+            if reply.stream:
+                data = _events(reply, answer, first, steps)
+                await _stream(send, data, headers, deadline)
+                return None
+            body = await _whole(reply, answer, first, steps)
+    return JSONResponse(body, headers=headers)
+
+
+class Reply:
+    """What a request says about the shape of its answer. Raises UnsupportedFeature."""
+
+    def __init__(self, request: ChatRequest, timings_by_header: bool) -> None:
+        options = request.stream_options
+        if options is not None and options.continuous_usage_stats:
+            raise UnsupportedFeature(
+                "stream_options.continuous_usage_stats is not supported; "
+                "use include_usage, which tells usage at the end",
+                param="stream_options.continuous_usage_stats",
+            )
+        self.stream = bool(request.stream)
+        self.usage = options is not None and options.include_usage
+        self.timings = request.timings or timings_by_header
+        self.model = request.model
+
+    def answer(self, system_fingerprint: str | None) -> sse.ChatAnswer:
+        return sse.ChatAnswer(
+            id=f"chatcmpl-{uuid.uuid4().hex}",
+            model=self.model,
+            system_fingerprint=system_fingerprint,
+            usage_in_stream=self.usage,
+        )
+
+    def extra(self, ended: Ended) -> dict[str, Any]:
+        return {"timings": ended.timings} if self.timings else {}
+
+
+async def _whole(
+    reply: Reply, answer: sse.ChatAnswer, first: Step, steps: AsyncGenerator[Step, None]
+) -> dict[str, Any]:
+    texts: dict[int, list[TextDelta]] = {}
+    step = first
+    while isinstance(step, TextDelta):
+        texts.setdefault(step.index, []).append(step)
+        step = await anext(steps)
+    choices = [_choice(index, deltas) for index, deltas in sorted(texts.items())]
+    return answer.completion(choices, _usage(step), reply.extra(step))
+
+
+def _choice(index: int, deltas: list[TextDelta]) -> sse.Choice:
+    last = deltas[-1]
+    if last.finish_reason is None:
+        raise EngineFailure("the LLM worker ended the answer before its end")
+    scored = [delta.logprobs for delta in deltas if delta.logprobs is not None]
+    return sse.Choice(
+        index=index,
+        text="".join(delta.text for delta in deltas),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        logprobs=[token for part in scored for token in part] if scored else None,
+    )
+
+
+async def _stream(
+    send: Send, events: AsyncGenerator[bytes, None], headers: dict[str, str], deadline: Deadline
+) -> None:
+    """Sends the events, and the end. A client that does not read is left soon after the deadline:
+    it must not hold its place for ever."""
+    raw = [(k.encode(), v.encode()) for k, v in {**STREAM_HEADERS, **headers}.items()]
+    try:
+        async with asyncio.timeout(deadline.remaining() + LAST_WORDS_S):
+            await send({"type": "http.response.start", "status": 200, "headers": raw})
+            await _send_all(send, events)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+    except TimeoutError:
+        log.warning("the client did not read its answer by the deadline; it is left")
+
+
+async def _send_all(send: Send, events: AsyncGenerator[bytes, None]) -> None:
+    """A failure from here on is an event, after which the stream ends."""
+    try:
+        async for data in events:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+    except Exception as error:
+        event = sse.error_event(typed(error))
+        await send({"type": "http.response.body", "body": event, "more_body": True})
+
+
+async def _events(
+    reply: Reply, answer: sse.ChatAnswer, first: Step, steps: AsyncGenerator[Step, None]
+) -> AsyncGenerator[bytes, None]:
+    begun: set[int] = set()
+    step = first
+    while isinstance(step, TextDelta):
+        data = b""
+        if step.index not in begun:
+            begun.add(step.index)
+            data = answer.role_chunk(step.index)
+        if step.text or step.logprobs:
+            data += answer.text_chunk(step.index, step.text, step.logprobs)
+        if step.finish_reason is not None:
+            data += answer.finish_chunk(step.index, step.finish_reason, step.stop_reason)
+        yield data
+        step = await anext(steps)
+    if reply.usage or reply.timings:
+        yield answer.usage_chunk(_usage(step), reply.extra(step))
+    yield sse.DONE
+
+
+def _usage(ended: Ended) -> sse.Usage:
+    return sse.Usage(**dataclasses.asdict(ended.usage))
+
+
+async def apply_template(gateway: Gateway, request: Request, send: Send) -> Response:
+    """The prompt, ids and spans that a chat would become; nothing is encoded or generated."""
+    with gateway.admission.admit() as ticket:
+        deadline = Deadline.after(gateway.config.request_timeout_s)
+        async with deadline.timeout():
+            parsed, headers = await read_json(
+                request, ApplyTemplateRequest, gateway.limits, ticket.hold
+            )
+        gateway.names.check(parsed.model)
+        prepared = await gateway.pipeline.prepare(parsed, ticket.hold, deadline, Stopwatch())
+    prompt = prepared.prompt
+    body = {
+        "prompt": prompt.prompt,
+        "token_ids": list(prompt.token_ids),
+        "spans": [_span(span) for span in prompt.spans],
+    }
+    return JSONResponse(body, headers=headers)
+
+
+def _span(span: Span) -> dict[str, Any]:
+    grid = span.grid_thw
+    return {
+        "token_offset": span.token_offset,
+        "num_tokens": span.num_tokens,
+        "item": span.item,
+        "row_start": span.row_start,
+        "modality": span.modality.value,
+        "grid_thw": [grid.t, grid.h, grid.w],
+        "seconds_per_grid": span.seconds_per_grid,
+        "attention": span.attention.value,
+    }

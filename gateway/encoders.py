@@ -1,0 +1,275 @@
+"""Encoding one item on some encoder: the compressed bytes go out once, a reference comes back.
+
+Encoding is idempotent. A call whose encoder dies goes to another worker, or to the same one after
+its restart, at once and within the deadline; an item during which two workers died is given up,
+and refused for a while. Requests that want the same key at the same time share one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import grpc
+
+from gateway.deadline import Deadline
+from gateway.lost import WorkerLost, lost_or_typed
+from gateway.pools import Description, Worker, WorkerPool
+from gateway.references import References
+from opticnerve.embeddings.ref import EmbeddingRef
+from opticnerve.errors import (
+    DeadlineExceeded,
+    Mispaired,
+    OpticNerveError,
+    Overloaded,
+    PoisonousItem,
+    Unavailable,
+)
+from opticnerve.media.plan import Overrides, Plan
+from opticnerve.pb import encoder_pb2 as pb
+from opticnerve.pb import encoder_pb2_grpc
+from opticnerve.rpc import convert
+from opticnerve.rpc.channel import chunks
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS = 2  # Workers that one item may take with it.
+MAX_SUSPECTS = 1_000
+FORGIVE_S = 600.0  # After so long a suspect may be tried again.
+PAUSE_S = 0.02  # Between attempts, so that a pool that refuses everything is not hammered.
+
+
+@dataclass(frozen=True, slots=True)
+class Encodable:
+    """One item, ready for an encoder that has ``fingerprint``."""
+
+    key: str
+    fingerprint: str
+    plan: Plan
+    overrides: Overrides
+    data: bytes = field(repr=False)
+    param: str | None = None  # The request's field that brought it.
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Where the embedding is, and what it took. ``cached``: "ref", "store" or "no"."""
+
+    ref: EmbeddingRef
+    cached: str
+    bytes_sent: int = 0
+    timings: dict[str, float] = field(default_factory=dict)  # Milliseconds by stage.
+
+
+async def describe(channel: grpc.aio.Channel, timeout_s: float) -> Description:
+    answer = await encoder_pb2_grpc.EncoderStub(channel).Describe(
+        pb.DescribeEncoderRequest(), timeout=timeout_s
+    )
+    limits, load = answer.limits, answer.load
+    return Description(
+        fingerprint=answer.fingerprint,
+        pair_id=answer.pair_id,
+        family=answer.family,
+        device=answer.device,
+        dtype=answer.dtype,
+        version=answer.version,
+        shm_tier_id=answer.shm_tier_id,
+        hidden_size=answer.hidden_size,
+        draining=load.draining,
+        cost=load.queued_patches,
+        limits={
+            "max_batch_patches": limits.max_batch_patches,
+            "max_item_patches": limits.max_item_patches,
+            "max_queue_patches": limits.max_queue_patches,
+            "max_item_bytes": limits.max_item_bytes,
+        },
+        load={
+            "queued_items": load.queued_items,
+            "queued_patches": load.queued_patches,
+            "encoded_items": load.encoded_items,
+        },
+        extra={"backend": answer.backend},
+    )
+
+
+@dataclass
+class _Flight:
+    """One encode call under way, and how many requests wait for it."""
+
+    task: asyncio.Task[Encoded]
+    waiters: int = 0
+
+
+class Encoders:
+    """Encodes items on a pool; keeps the references of what was encoded."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        references: References,
+        encode_timeout_s: float,
+        worker_wait_s: float,
+    ) -> None:
+        self.pool = pool
+        self.references = references
+        self.encode_timeout_s = encode_timeout_s
+        self.worker_wait_s = worker_wait_s
+        self._flights: dict[str, _Flight] = {}
+        self._deaths: OrderedDict[str, tuple[int, float]] = OrderedDict()  # Number, last.
+
+    async def encode(self, item: Encodable, deadline: Deadline, request_id: str) -> Encoded:
+        """The item's embedding: by reference, by joining a call under way, or encoded now.
+
+        Raises InvalidMedia, Overloaded, PoisonousItem, Unavailable, DeadlineExceeded.
+        """
+        known = self.references.get(item.key)
+        if known is not None:
+            return Encoded(known, "ref")
+        while True:
+            joined = item.key in self._flights
+            flight = self._board(item, deadline, request_id)
+            try:
+                done = await self._wait(flight, deadline)
+            except DeadlineExceeded:
+                if not joined or deadline.remaining() == 0:
+                    raise
+                continue  # Only the request that we had joined is out of time.
+            finally:
+                self._leave(item.key, flight)
+            return Encoded(done.ref, done.cached, 0 if joined else done.bytes_sent, done.timings)
+
+    def _board(self, item: Encodable, deadline: Deadline, request_id: str) -> _Flight:
+        flight = self._flights.get(item.key)
+        if flight is None:
+            task = asyncio.create_task(self._encode_on_some(item, deadline, request_id))
+            flight = self._flights[item.key] = _Flight(task)
+            task.add_done_callback(lambda _: self._land(item.key, flight))
+        flight.waiters += 1
+        return flight
+
+    async def _wait(self, flight: _Flight, deadline: Deadline) -> Encoded:
+        async with deadline.timeout():
+            return await asyncio.shield(flight.task)
+
+    def _leave(self, key: str, flight: _Flight) -> None:
+        """The last one to leave cancels the call: nobody wants its answer."""
+        flight.waiters -= 1
+        if flight.waiters == 0 and not flight.task.done():
+            flight.task.cancel()
+            self._land(key, flight)
+
+    def _land(self, key: str, flight: _Flight) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+        if flight.task.done() and not flight.task.cancelled():
+            flight.task.exception()  # Retrieved: whoever waited has it.
+
+    # ---- attempts
+
+    async def _encode_on_some(
+        self, item: Encodable, deadline: Deadline, request_id: str
+    ) -> Encoded:
+        """Tries workers until one answers; see the module's words on what is tried again."""
+        tried: set[str] = set()
+        refusal: OpticNerveError | None = None
+        while True:
+            self._refuse_poison(item.key)
+            async with self.pool.lease(
+                item.plan.num_patches,
+                deadline.within(self.worker_wait_s),
+                lambda worker: worker.description.fingerprint == item.fingerprint,
+                avoid=tried,
+            ) as worker:
+                if refusal is not None and worker.address in tried:
+                    raise refusal
+                try:
+                    encoded = await self._call(worker, item, deadline, request_id)
+                except WorkerLost as lost:
+                    self.pool.report_down(worker)
+                    if lost.delivered:
+                        self._blame(item.key, worker)
+                        tried.add(worker.address)
+                except (Overloaded, Mispaired) as error:
+                    refusal = error
+                    tried.add(worker.address)
+                    worker.wake.set()  # Its description is out of date.
+                else:
+                    self.references.put(encoded.ref)
+                    self._deaths.pop(item.key, None)
+                    return encoded
+            await asyncio.sleep(PAUSE_S)
+
+    def _blame(self, key: str, worker: Worker) -> None:
+        deaths = self._deaths.pop(key, (0, 0.0))[0] + 1
+        self._deaths[key] = deaths, time.monotonic()
+        while len(self._deaths) > MAX_SUSPECTS:
+            self._deaths.popitem(last=False)
+        log.warning("encoder %s was lost while it had item %.12s", worker.address, key)
+        if deaths >= MAX_DEATHS:
+            raise Unavailable(
+                "two encoders were lost while they had this picture; it is not tried again"
+            )
+
+    def _refuse_poison(self, key: str) -> None:
+        deaths, last = self._deaths.get(key, (0, 0.0))
+        if time.monotonic() - last > FORGIVE_S:
+            self._deaths.pop(key, None)
+        elif deaths >= MAX_DEATHS:
+            raise PoisonousItem(
+                "two encoders were lost while they had this picture; send another picture"
+            )
+
+    async def _call(
+        self, worker: Worker, item: Encodable, deadline: Deadline, request_id: str
+    ) -> Encoded:
+        """One Encode call. Raises WorkerLost, and what the encoder answers as a typed error."""
+        deadline.check()
+        upload = _Upload(item, request_id)
+        call = encoder_pb2_grpc.EncoderStub(worker.channel).Encode(
+            upload.messages(), timeout=deadline.within(self.encode_timeout_s).remaining()
+        )
+        try:
+            answer = await call
+        except grpc.RpcError as error:
+            raise lost_or_typed(error, delivered=upload.delivered) from error
+        finally:
+            call.cancel()
+        timings = answer.timings
+        return Encoded(
+            ref=convert.ref_from_pb(answer.ref),
+            cached="store" if timings.hit else "no",
+            bytes_sent=len(item.data),
+            timings={
+                "queue": timings.queue_ms,
+                "preprocess": timings.preprocess_ms,
+                "encode": timings.encode_ms,
+                "put": timings.put_ms,
+            },
+        )
+
+
+class _Upload:
+    """The messages of one Encode call. ``delivered``: the encoder's host has all of them."""
+
+    def __init__(self, item: Encodable, request_id: str) -> None:
+        self.delivered = False
+        self._item = item
+        self._header = pb.EncodeHeader(
+            request_id=request_id,
+            key=item.key,
+            fingerprint=item.fingerprint,
+            plan=convert.plan_to_pb(item.plan),
+            overrides=convert.overrides_to_pb(item.overrides),
+            num_bytes=len(item.data),
+        )
+
+    async def messages(self) -> AsyncIterator[pb.EncodeRequest]:
+        header: pb.EncodeHeader | None = self._header
+        for chunk in chunks(self._item.data):
+            yield pb.EncodeRequest(header=header, data=chunk)
+            header = None
+        self.delivered = True

@@ -1,0 +1,132 @@
+"""HTTP as every route uses it: bodies read within bounds, answers and errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gateway.schemas.base import Strict
+from gateway.schemas.parsing import parse
+from opticnerve.errors import (
+    Cancelled,
+    InvalidRequest,
+    OpticNerveError,
+    PayloadTooLarge,
+    UnsupportedMediaType,
+)
+
+log = logging.getLogger(__name__)
+
+OFF_LOOP_BYTES = 2**20  # A larger body is parsed in a thread.
+MAX_WARNING = 500
+_UNPRINTABLE = re.compile(r"[^ -~]")
+M = TypeVar("M", bound=Strict)
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    max_bytes: int
+    ignore_unknown: bool = False
+
+
+class JSONResponse(Response):
+    """Compact JSON, UTF-8; not-a-number is a bug, not an answer."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(
+            content, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+        ).encode()
+
+
+def error_headers(error: OpticNerveError) -> dict[str, str]:
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+    if error.http_status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return headers
+
+
+def error_response(error: OpticNerveError, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse(
+        error.to_openai(), error.http_status, {**error_headers(error), **(headers or {})}
+    )
+
+
+def typed(error: Exception) -> OpticNerveError:
+    """``error`` as a client may see it; the unexpected goes to the log with the request's id."""
+    if isinstance(error, OpticNerveError):
+        if error.http_status >= 500:
+            log.warning("%s: %s", type(error).__name__, error.message)
+        return error
+    log.error("unexpected error", exc_info=error)
+    return OpticNerveError(
+        "internal error; the server's log has the details under this request's id",
+        code="internal_error",
+    )
+
+
+async def read_json(
+    request: Request, model: type[M], limits: BodyLimits, hold: Callable[[int], None]
+) -> tuple[M, dict[str, str]]:
+    """The request's body as ``model``, and headers that name unknown fields that were ignored.
+
+    ``hold`` counts the body's bytes as they come. Raises InvalidRequest, UnsupportedMediaType,
+    PayloadTooLarge, and what ``hold`` raises.
+    """
+    _check_type(request)
+    body = await _read(request, limits.max_bytes, hold)
+    if not body.strip():
+        raise InvalidRequest("the body is empty; send a JSON object", code="invalid_json")
+    read = functools.partial(parse, model, body, ignore_unknown=limits.ignore_unknown)
+    parsed, ignored = await asyncio.to_thread(read) if len(body) > OFF_LOOP_BYTES else read()
+    if not ignored:
+        return parsed, {}
+    named = ", ".join(_UNPRINTABLE.sub("?", name) for name in ignored)[:MAX_WARNING]
+    log.warning("ignored unknown fields: %s", named)
+    return parsed, {"x-opticnerve-warnings": f"ignored unknown fields: {named}"}
+
+
+def _check_type(request: Request) -> None:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind and kind != "application/json" and not kind.endswith("+json"):
+        raise UnsupportedMediaType(
+            f"the body's type is {kind[:80]!r}; send JSON as application/json"
+        )
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("send the body without a content-encoding")
+
+
+async def _read(request: Request, limit: int, hold: Callable[[int], None]) -> bytes:
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > limit:
+        raise _too_large(limit)
+    body = bytearray()
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise Cancelled("the client went away")
+        chunk = message.get("body", b"")
+        if len(body) + len(chunk) > limit:
+            raise _too_large(limit)
+        hold(len(chunk))
+        body += chunk
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(
+        f"the body is larger than {limit} bytes; send fewer or smaller pictures, or their URLs"
+    )

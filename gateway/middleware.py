@@ -1,0 +1,217 @@
+"""What surrounds every request: its id, its metrics, its last resort, its key, its end.
+
+Plain ASGI, outermost first: ``RequestScope``, (CORS), ``Errors``, ``Authentication``,
+``Disconnect``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.auth import Keys, needs_key
+from gateway.http import error_response, typed
+from opticnerve.errors import Unauthenticated
+from opticnerve.telemetry import logs, metrics
+
+log = logging.getLogger(__name__)
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._:@/+=-]")
+MAX_ID = 128
+QUIET = frozenset({"/live", "/ready", "/health", "/metrics"})  # Probes: no line for each.
+
+
+def request_id(scope: Scope) -> str:
+    """The caller's x-request-id with anything unsafe removed, or one of ours."""
+    given = Headers(scope=scope).get("x-request-id", "")
+    return _UNSAFE.sub("", given)[:MAX_ID] or f"req-{uuid.uuid4().hex}"
+
+
+class RequestScope:
+    """Gives a request its id, strips a trailing slash, and counts it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        scope = _without_slash(scope)
+        identity = scope.setdefault("state", {})["request_id"] = request_id(scope)
+        token = logs.request_id.set(identity)
+        answer = _Answer(send, identity)
+        began = time.monotonic()
+        metrics.REQUESTS_IN_FLIGHT.inc()
+        try:
+            await self.app(scope, receive, answer)
+        finally:
+            metrics.REQUESTS_IN_FLIGHT.dec()
+            metrics.REQUESTS.labels(_route(scope), str(answer.status or 499)).inc()
+            log.log(
+                logging.DEBUG if scope["path"] in QUIET else logging.INFO,
+                "%s %s %s in %.0f ms",
+                scope["method"],
+                _route(scope),
+                answer.status or "unanswered",
+                (time.monotonic() - began) * 1000,
+            )
+            logs.request_id.reset(token)
+
+
+class _Answer:
+    """``send`` that adds x-request-id and remembers the status; 0 until the answer begins."""
+
+    def __init__(self, send: Send, identity: str) -> None:
+        self._send = send
+        self._identity = identity
+        self.status = 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self._identity
+        await self._send(message)
+
+
+class Errors:
+    """Answers with whatever error leaves the application, in OpenAI's shape.
+
+    A failure after the first byte cannot be answered any more: the connection is closed.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception as error:
+            shown = typed(error)
+            if begun:
+                raise
+            await error_response(shown)(scope, receive, send)
+
+
+def _without_slash(scope: Scope) -> Scope:
+    path = scope["path"]
+    if len(path) > 1 and path.endswith("/"):
+        return {**scope, "path": path.rstrip("/") or "/"}
+    return dict(scope)
+
+
+def _route(scope: Scope) -> str:
+    """A label with few values: the route's own path, never what a client typed."""
+    route: Any = scope.get("state", {}).get("route")
+    return str(route) if route else "other"
+
+
+class Authentication:
+    """Lets only known keys pass; puts the key's name into the request's state."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, *, public_models: bool) -> None:
+        self.app = app
+        self.keys = keys
+        self.public_models = public_models
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            open_path = not needs_key(scope["path"], public_models=self.public_models)
+            try:
+                name = self.keys.identify(Headers(scope=scope).get("authorization"))
+            except Unauthenticated as error:
+                if not open_path:
+                    await error_response(error)(scope, receive, send)
+                    return
+                name = "anonymous"
+            scope["state"]["caller"] = name
+        await self.app(scope, receive, send)
+
+
+class Disconnect:
+    """Cancels a request whose client went away, streaming or not, at whatever stage it is.
+
+    Once the body is read, this alone listens to the client; the application that asks hears of
+    a disconnect only when there was one.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        client = _Client(receive, send)
+        work = asyncio.create_task(_run(self.app, scope, client))
+        watch = asyncio.create_task(client.watch())
+        try:
+            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done() or client.answered:
+                await work
+            else:
+                log.info("the client went away")
+        finally:
+            await _end(watch)
+            await _end(work)
+
+
+class _Client:
+    """The two directions of one request. ``answered``: the whole answer is sent."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self.answered = False
+        self._receive = receive
+        self._send = send
+        self._read = asyncio.Event()  # The whole body is read.
+        self._gone = asyncio.Event()
+
+    async def receive(self) -> Message:
+        if self._read.is_set():
+            await self._gone.wait()
+            return {"type": "http.disconnect"}
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._gone.set()
+        if not message.get("more_body", False):
+            self._read.set()
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.answered = True  # Before it is sent: what follows is no disconnect.
+        await self._send(message)
+
+    async def watch(self) -> None:
+        """Returns when the client is gone."""
+        await self._read.wait()
+        while not self._gone.is_set():
+            if (await self._receive())["type"] == "http.disconnect":
+                self._gone.set()
+
+
+async def _run(app: ASGIApp, scope: Scope, client: _Client) -> None:
+    await app(scope, client.receive, client.send)
+
+
+async def _end(task: asyncio.Task[Any]) -> None:
+    """Cancels a task and waits until its ``finally`` has run."""
+    if not task.done():
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({task})

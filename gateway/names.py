@@ -1,0 +1,53 @@
+"""The names under which requests may ask for the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from opticnerve.errors import ModelNotFound
+
+ANY = "*"
+
+
+@dataclass(frozen=True)
+class ServedNames:
+    names: tuple[str, ...]  # The first is the model's own.
+    any: bool
+    max_model_len: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def of(cls, served: Sequence[str], own: str, max_model_len: int) -> ServedNames:
+        """``served``: --served-model-name; without it the model's own name and ``model``."""
+        names = [name for name in served if name != ANY]
+        if not names:
+            names = [own, "model"]
+        return cls(tuple(dict.fromkeys(names)), ANY in served, max_model_len)
+
+    def check(self, name: str | None, param: str | None = "model") -> None:
+        """Raises ModelNotFound for a name that is not served; None is the model's own."""
+        if name is None or self.any or name in self.names:
+            return
+        served = ", ".join(self.names)
+        raise ModelNotFound(
+            f"there is no model {name[:100]!r} here; this server has {served}", param=param
+        )
+
+    def card(self, name: str) -> dict[str, Any]:
+        """A model object. Raises ModelNotFound."""
+        self.check(name, param=None)
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "opticnerve",
+            "root": self.names[0],
+            "parent": None,
+            "max_model_len": self.max_model_len,
+        }
+
+    def cards(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self.card(name) for name in self.names]}

@@ -1,0 +1,232 @@
+"""One chat request's life: fetch, plan, render, name, encode and generate, and out comes text.
+
+Knows neither HTTP nor the wire. Everything that a request holds is freed when its generator is
+closed, at whatever stage that happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gateway.admission import Ticket
+from gateway.chat import ChatRenderer, RenderedChat
+from gateway.choices import Choices, TextDelta
+from gateway.deadline import Deadline
+from gateway.detokenizer import Vocabulary
+from gateway.embeddings import RequestEmbeddings
+from gateway.encoders import Encodable, Encoders
+from gateway.events import Finished, Usage
+from gateway.generation import GenerateSpec, Generation
+from gateway.media import Fetched, MediaReader
+from gateway.pairing import Pair, Pairing
+from gateway.placeholders import Prompt
+from gateway.pools import WorkerPool
+from gateway.sampling import Defaults, Limits, ResolvedSampling, resolve
+from gateway.schemas.chat import ChatRequest, TemplateFields
+from gateway.schemas.messages import ImageSource
+from gateway.timings import Stopwatch
+from gateway.wire import sampling_to_pb
+from opticnerve.media.plan import Plan
+from opticnerve.telemetry import metrics
+
+OFF_LOOP_CHARACTERS = 20_000  # Longer chats are rendered and tokenized in a thread.
+PIECE_CHARACTERS = 200  # What a message or a part costs besides its text, in characters of text.
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The last step: usage, and timings for who asked."""
+
+    usage: Usage
+    timings: dict[str, Any]
+
+
+Step = TextDelta | Ended
+
+
+@dataclass
+class Call:
+    """One request on its way. ``request`` loses its messages once they are a prompt."""
+
+    request: ChatRequest
+    request_id: str
+    deadline: Deadline
+    ticket: Ticket
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    system_fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request's prompt and pictures, before any worker is involved."""
+
+    prompt: Prompt
+    items: tuple[Fetched, ...]
+    plans: tuple[Plan, ...]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What every request uses; one a gateway."""
+
+    renderer: ChatRenderer
+    vocabulary: Vocabulary
+    media: MediaReader
+    pairing: Pairing
+    encoders: Encoders
+    llms: WorkerPool
+    defaults: Defaults
+    max_logprobs: int
+    worker_wait_s: float
+
+    async def prepare(
+        self,
+        request: TemplateFields,
+        hold: Callable[[int], None],
+        deadline: Deadline,
+        watch: Stopwatch,
+    ) -> Prepared:
+        """The prompt that a chat becomes. Raises InvalidRequest and its kin."""
+        with watch.stage("render"):
+            rendered, sources = await self._render(request)
+        with watch.stage("fetch"):
+            items = await self.media.fetch(sources, hold, deadline)
+        with watch.stage("plan"):
+            plans = await self.media.plan(items)
+            prompt = self.renderer.build(rendered, plans)
+        return Prepared(prompt, tuple(items), tuple(plans))
+
+    async def chat(self, call: Call) -> AsyncGenerator[Step, None]:
+        """Runs a chat to its end: text as it comes, then Ended. Raises typed errors."""
+        prepared = await self.prepare(call.request, call.ticket.hold, call.deadline, call.watch)
+        call.request = _without_messages(call.request)
+        with call.watch.stage("pair"):
+            pair = await self.pairing.choose(pictures=bool(prepared.items), deadline=call.deadline)
+        call.system_fingerprint = pair.system_fingerprint
+        sampling = self._sampling(call.request, prepared.prompt, pair)
+        with call.watch.stage("name"):
+            keys = await self.media.keys(prepared.items, pair.fingerprint)
+        embeddings = RequestEmbeddings.begin(
+            self.encoders, _encodables(prepared, keys, pair), call.request_id, call.deadline
+        )
+        spec = GenerateSpec(
+            request_id=call.request_id,
+            token_ids=prepared.prompt.token_ids,
+            spans=prepared.prompt.spans,
+            keys=tuple(keys),
+            sampling=sampling_to_pb(sampling),
+            pair_id=pair.pair_id,
+            cache_salt=call.request.cache_salt or "",
+            priority=call.request.priority,
+        )
+        async with embeddings:
+            generation = Generation(spec, self.llms, embeddings, call.deadline, self.worker_wait_s)
+            async with contextlib.aclosing(self._write(call, generation)) as steps:
+                async for step in steps:
+                    if isinstance(step, TextDelta):
+                        yield step
+                        continue
+                    had = embeddings.outcomes()
+                    timings = call.watch.report(
+                        [had.get(key) for key in keys], embeddings.bytes_sent
+                    )
+                    yield Ended(step.usage, timings)
+
+    async def _write(
+        self, call: Call, generation: Generation
+    ) -> AsyncGenerator[TextDelta | Finished, None]:
+        """Text deltas, then Finished; a generation whose choices have all ended is left."""
+        choices = Choices(call.request, self.vocabulary)
+        finished: Finished | None = None
+        async with contextlib.aclosing(generation.events()) as events:
+            async for event in events:
+                if isinstance(event, Finished):
+                    finished = event
+                    break
+                call.watch.token()
+                delta = choices.take(event)
+                if delta is not None:
+                    yield delta
+                if choices.ended and not generation.complete:
+                    break  # By stop strings: nothing more is wanted of the worker.
+        yield self._account(call, generation, choices, finished)
+
+    def _account(
+        self, call: Call, generation: Generation, choices: Choices, finished: Finished | None
+    ) -> Finished:
+        """Usage by our own count of tokens, with what the worker told where it came to its end."""
+        told = finished or Finished(generation.usage())
+        usage = Usage(
+            told.usage.prompt_tokens,
+            choices.num_tokens,
+            told.usage.cached_tokens,
+            told.usage.image_tokens,
+        )
+        for name, milliseconds in told.timings.items():
+            call.watch.add(name, milliseconds)
+        call.watch.observe()
+        for kind, count in (
+            ("prompt", usage.prompt_tokens),
+            ("cached", usage.cached_tokens),
+            ("image", usage.image_tokens),
+            ("completion", usage.completion_tokens),
+        ):
+            metrics.TOKENS.labels(kind).inc(count)
+        return Finished(usage, told.timings)
+
+    # ---- steps
+
+    async def _render(self, request: TemplateFields) -> tuple[RenderedChat, Sequence[ImageSource]]:
+        def render() -> tuple[RenderedChat, Sequence[ImageSource]]:
+            self.media.check_count(request.images)
+            return self.renderer.render(request), request.images
+
+        return await asyncio.to_thread(render) if _is_long(request) else render()
+
+    def _sampling(self, request: ChatRequest, prompt: Prompt, pair: Pair) -> ResolvedSampling:
+        limits = Limits(
+            max_model_len=pair.max_model_len or self.renderer.layout.max_positions,
+            max_logprobs=self.max_logprobs,
+            vocab_size=pair.vocab_size,
+        )
+        return resolve(
+            request,
+            prompt_tokens=len(prompt.token_ids),
+            image_tokens=prompt.num_image_tokens,
+            defaults=self.defaults,
+            limits=limits,
+            tokenizer=self.renderer.tokenizer,
+        )
+
+
+def _encodables(prepared: Prepared, keys: Sequence[str], pair: Pair) -> list[Encodable]:
+    return [
+        Encodable(key, pair.fingerprint, plan, item.overrides, item.data, item.param)
+        for key, plan, item in zip(keys, prepared.plans, prepared.items, strict=True)
+    ]
+
+
+def _is_long(request: TemplateFields) -> bool:
+    """Whether rendering may take longer than other requests should wait. Stops counting early."""
+    total = len(str(request.chat_template_kwargs)) if request.chat_template_kwargs else 0
+    for message in request.messages:
+        if total > OFF_LOOP_CHARACTERS or message.tool_calls:
+            return True
+        total += PIECE_CHARACTERS + len(message.reasoning_content or message.reasoning or "")
+        if isinstance(message.content, str):
+            total += len(message.content)
+            continue
+        content = message.content or ()
+        total += PIECE_CHARACTERS * len(content)
+        total += sum(len(getattr(part, "text", "")) for part in content)
+    return total > OFF_LOOP_CHARACTERS
+
+
+def _without_messages(request: ChatRequest) -> ChatRequest:
+    """The request without its messages: the base64 in them may be most of what it holds."""
+    fields = {name: getattr(request, name) for name in request.model_fields_set - {"messages"}}
+    return ChatRequest.model_construct(_fields_set=set(fields), messages=[], **fields)

@@ -1,0 +1,76 @@
+"""The one placeholder that a template writes for a picture becomes the run that its rows need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from opticnerve.errors import InvalidRequest
+from opticnerve.media.plan import Plan, Span
+from opticnerve.models.family import Expansion
+
+
+class Expander(Protocol):
+    """The part of a layout that this needs."""
+
+    image_token_id: int
+
+    def expand(self, plan: Plan) -> Expansion: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as the decoder gets it. A span's ``item`` is the picture's index in the request."""
+
+    prompt: str  # As Hugging Face's template renders it: one placeholder a picture.
+    token_ids: tuple[int, ...]
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def num_image_tokens(self) -> int:
+        return sum(span.num_tokens for span in self.spans)
+
+
+def expand(
+    layout: Expander, prompt: str, token_ids: Sequence[int], plans: Sequence[Plan]
+) -> Prompt:
+    """Gives the i-th placeholder to the i-th picture. Raises InvalidRequest when they do not
+    match in number."""
+    check_count(list(token_ids).count(layout.image_token_id), len(plans))
+    ids: list[int] = []
+    spans: list[Span] = []
+    item = 0
+    for token_id in token_ids:
+        if token_id != layout.image_token_id:
+            ids.append(token_id)
+            continue
+        plan = plans[item]
+        expansion = layout.expand(plan)
+        spans += [
+            Span(
+                token_offset=len(ids) + run.offset,
+                num_tokens=run.num_tokens,
+                item=item,
+                row_start=run.row_start,
+                modality=plan.modality,
+                grid_thw=plan.grid,
+                seconds_per_grid=plan.seconds_per_grid,
+            )
+            for run in expansion.runs
+        ]
+        ids += expansion.token_ids
+        item += 1
+    return Prompt(prompt, tuple(ids), tuple(spans))
+
+
+def check_count(places: int, pictures: int) -> None:
+    if places == pictures:
+        return
+    wrote = f"{places} place{'' if places == 1 else 's'} for pictures"
+    brought = f"{pictures} picture{'' if pictures == 1 else 's'}"
+    raise InvalidRequest(
+        f"the model's chat template wrote {wrote}, and the messages bring {brought}; put each "
+        "picture in a message whose role the template lets bring pictures, such as user",
+        param="messages",
+    )

@@ -1,0 +1,91 @@
+"""``POST /v1/chat/completions``: what a request may say."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from gateway.schemas.base import Many, Strict, at_most
+from gateway.schemas.messages import ImageSource, Message, Pixels, image_sources
+from gateway.schemas.sampling import SamplingFields
+
+Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+OutputLength = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False  # Padding against traffic analysis; none is added.
+
+
+class ProcessorSettings(Strict):
+    """Bounds for every picture of the request that brings none of its own."""
+
+    min_pixels: Pixels | None = None
+    max_pixels: Pixels | None = None
+
+
+class TemplateFields(Strict):
+    """What the chat template sees."""
+
+    messages: Annotated[Many[Message], Field(min_length=1)]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    mm_processor_kwargs: ProcessorSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_ending(self) -> TemplateFields:
+        said = "add_generation_prompt" in self.model_fields_set
+        if self.continue_final_message and self.add_generation_prompt and said:
+            raise PydanticCustomError(
+                "ending", "continue_final_message and add_generation_prompt exclude each other"
+            )
+        return self
+
+    @cached_property
+    def images(self) -> tuple[ImageSource, ...]:
+        """Every picture, in order. Raises InvalidRequest."""
+        settings = self.mm_processor_kwargs or ProcessorSettings()
+        return tuple(image_sources(self.messages, settings.min_pixels, settings.max_pixels))
+
+
+class ChatRequest(TemplateFields, SamplingFields):
+    """Unsupported fields have been checked for their neutral values and removed before this model
+    sees the body; see ``gateway.schemas.unsupported``."""
+
+    model: str = Field(min_length=1)
+    max_tokens: OutputLength | None = None
+    max_completion_tokens: OutputLength | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    priority: Priority = 0
+    cache_salt: str | None = None
+    timings: bool = False  # Ours: stage timings in the answer.
+    user: str | None = None
+    metadata: Annotated[dict[str, str], at_most(64)] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> ChatRequest:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise PydanticCustomError(
+                "limits", "max_tokens and max_completion_tokens differ; give one of them"
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs: true")
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "stream_options needs stream: true")
+        return self
+
+    @property
+    def output_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens

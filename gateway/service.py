@@ -1,0 +1,203 @@
+"""The gateway process: startup, serve, shutdown."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator, Iterator, Sequence
+
+import uvicorn
+
+from gateway import encoders, wire
+from gateway.admission import Admission
+from gateway.app import Gateway, make_app
+from gateway.auth import Keys
+from gateway.chat import ChatRenderer
+from gateway.detokenizer import Vocabulary
+from gateway.encoders import Encoders
+from gateway.fetch import MediaFetcher
+from gateway.media import MediaReader
+from gateway.memory import use_one_arena
+from gateway.names import ServedNames
+from gateway.pairing import Pairing
+from gateway.pipeline import Pipeline
+from gateway.pools import Changes, WorkerPool
+from gateway.references import References
+from gateway.sampling import load_defaults
+from opticnerve import config
+from opticnerve.config import GatewayConfig
+from opticnerve.errors import CheckpointError, ConfigError
+from opticnerve.lifecycle import follow_parent
+from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.models.registry import make_layout
+from opticnerve.rpc.server import handle_signals
+from opticnerve.telemetry import logs, metrics
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 2048
+KEEP_ALIVE_S = 75
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a gateway until it is stopped; its exit status. Raises StartupError."""
+    parser = argparse.ArgumentParser(
+        prog="opticnerve gateway", description="The HTTP front: OpenAI's API for a checkpoint."
+    )
+    config.add_arguments(parser, GatewayConfig)
+    given = vars(parser.parse_args(argv))
+    config.check_environment()
+    settings = config.build(GatewayConfig, given)
+    logs.configure(settings.telemetry.log_level)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    use_one_arena()
+    follow_parent(settings.parent_pid)
+    asyncio.run(serve(settings))
+    return 0
+
+
+async def serve(settings: GatewayConfig) -> None:
+    """Startup, serve, shutdown. Raises StartupError."""
+    keys = Keys.load(settings.api_key_file)
+    with listen(settings, keys) as listener:
+        async with open_gateway(settings, keys) as gateway:
+            server = HttpServer(gateway, listener)
+            with handle_signals(server.stop):
+                await server.serve([listener])
+
+
+@contextlib.contextmanager
+def listen(settings: GatewayConfig, keys: Keys) -> Iterator[socket.socket]:
+    """The bound socket. Without keys only this machine may call, unless --host says otherwise.
+
+    Raises ConfigError where the address cannot be had.
+    """
+    host = _host(settings, keys)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With the protocol named, asyncio sets TCP_NODELAY on what is accepted; without, an answer's
+    # second packet waits 40 ms for the acknowledgement of its first.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, settings.port))
+            listener.listen(BACKLOG)  # Now, not later: of two that bound, one is refused here.
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"cannot listen on {host}:{settings.port}; is the port taken?", param="port"
+            ) from error
+        listener.setblocking(False)
+        if not keys.required and host not in ("127.0.0.1", "::1", "localhost"):
+            log.warning("listening on %s without API keys; see --api-key-file", host)
+        yield listener
+
+
+@contextlib.asynccontextmanager
+async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gateway]:
+    """Everything that requests use; closed at the end. Raises StartupError."""
+    source = settings.model
+    checkpoint = Checkpoint.open(source.model, source.revision, source.download_dir)
+    layout = make_layout(checkpoint)
+    renderer = ChatRenderer.load(checkpoint.path, layout, settings.chat_template)
+    defaults = load_defaults(
+        settings.generation_config, checkpoint.path, renderer.tokenizer, checkpoint.text_config
+    )
+    _serve_metrics(settings, keys)
+    async with contextlib.AsyncExitStack() as stack:
+        fetcher = MediaFetcher(settings)
+        stack.push_async_callback(fetcher.close)
+        changes = Changes()
+        eyes = WorkerPool("encoder", settings.encoder_addresses, encoders.describe, changes)
+        mouths = WorkerPool("LLM", settings.llm_addresses, wire.describe, changes)
+        for pool in (eyes, mouths):
+            await pool.start()
+            stack.push_async_callback(pool.close)
+        wait = settings.worker_wait_s
+        yield Gateway(
+            config=settings,
+            keys=keys,
+            admission=Admission(settings.max_concurrent_requests, settings.max_bytes_in_flight),
+            names=ServedNames.of(settings.served_model_name, checkpoint.name, layout.max_positions),
+            pipeline=Pipeline(
+                renderer=renderer,
+                vocabulary=Vocabulary(renderer.tokenizer),
+                media=MediaReader(settings, layout, fetcher),
+                pairing=Pairing(eyes, mouths, _own_pair_id(checkpoint), wait),
+                encoders=Encoders(eyes, References(), settings.encode_timeout_s, wait),
+                llms=mouths,
+                defaults=defaults,
+                max_logprobs=settings.max_logprobs,
+                worker_wait_s=wait,
+            ),
+        )
+
+
+def _host(settings: GatewayConfig, keys: Keys) -> str:
+    return settings.host or ("0.0.0.0" if keys.required else "127.0.0.1")
+
+
+def _serve_metrics(settings: GatewayConfig, keys: Keys) -> None:
+    """/metrics on a port of its own, where one is asked for. Raises ConfigError."""
+    port = settings.telemetry.metrics_port
+    if port < 0:
+        return
+    try:
+        log.info("metrics on port %d", metrics.serve(port, _host(settings, keys)))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot serve metrics on port {port}; is it taken?", param="metrics_port"
+        ) from error
+
+
+def _own_pair_id(checkpoint: Checkpoint) -> str | None:
+    """The checkpoint's pair id; None where its weights, which count in it, are not here."""
+    try:
+        return checkpoint.pair_id
+    except CheckpointError:
+        log.info("no weights here: workers are paired with each other, not with this gateway")
+        return None
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn on a socket of ours, stopped by ``stop`` instead of its own signal handlers."""
+
+    def __init__(self, gateway: Gateway, listener: socket.socket) -> None:
+        settings = gateway.config
+        super().__init__(
+            uvicorn.Config(
+                make_app(gateway),
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+            )
+        )
+        self.gateway = gateway
+        self.address = _address(listener)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(f"listening {self.address}", flush=True)  # `opticnerve up` reads this line.
+
+    def stop(self) -> None:
+        """Takes no new requests; those under way get ``drain_timeout_s``."""
+        self.gateway.draining = True
+        self.should_exit = True
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

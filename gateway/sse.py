@@ -1,0 +1,182 @@
+"""Answers in OpenAI's shape: whole completions, chunks, usage, errors, and their SSE framing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from opticnerve.errors import OpticNerveError
+
+DONE = b"data: [DONE]\n\n"
+
+_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+
+LEAST_LOGPROB = -9999.0  # JSON has no infinity.
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+def event(body: Mapping[str, Any]) -> bytes:
+    """One SSE event. Its JSON holds no raw line break, so one ``data:`` line is enough."""
+    return b"data: " + dumps(body) + b"\n\n"
+
+
+def dumps(body: Mapping[str, Any]) -> bytes:
+    """Compact UTF-8 JSON. A lone surrogate, which UTF-8 cannot hold, becomes ``?``.
+
+    What Unicode calls a line break is escaped: SSE knows only CR and LF, but clients that split
+    text into lines would cut an event there.
+    """
+    text = _encode(body)
+    return (text if text.isascii() else text.translate(_BREAKS)).encode("utf-8", "replace")
+
+
+def error_event(error: OpticNerveError) -> bytes:
+    """A failure after the stream began: the body that an HTTP error would have had."""
+    return event(error.to_openai())
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    image_tokens: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {
+                "cached_tokens": self.cached_tokens,
+                "image_tokens": self.image_tokens,
+            },
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """One token's log-probability as OpenAI shows it."""
+
+    token: str
+    logprob: float
+    bytes: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        logprob = max(self.logprob, LEAST_LOGPROB)
+        return {"token": self.token, "logprob": logprob, "bytes": list(self.bytes)}
+
+
+@dataclass(frozen=True, slots=True)
+class ContentLogprob:
+    """The sampled token's log-probability and those of the most likely ones, best first."""
+
+    sampled: TokenText
+    top: tuple[TokenText, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.sampled.to_json(), "top_logprobs": [token.to_json() for token in self.top]}
+
+
+def logprobs_json(content: Sequence[ContentLogprob] | None) -> dict[str, Any] | None:
+    if content is None:
+        return None
+    return {"content": [token.to_json() for token in content], "refusal": None}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One finished choice. ``finish_reason``: "stop" or "length"; ``stop_reason``: the stop
+    string or stop token id that ended it, None for the model's own end."""
+
+    index: int
+    text: str
+    finish_reason: str
+    stop_reason: str | int | None = None
+    logprobs: Sequence[ContentLogprob] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "index": self.index,
+            "message": {"role": "assistant", "content": self.text, "refusal": None},
+            "logprobs": logprobs_json(self.logprobs),
+            "finish_reason": self.finish_reason,
+            "stop_reason": self.stop_reason,
+        }
+
+
+@dataclass(frozen=True)
+class ChatAnswer:
+    """What every body of one answer shares, and the bodies. ``usage_in_stream`` is
+    ``stream_options.include_usage``: chunks then carry ``usage: null`` but the last."""
+
+    id: str
+    model: str
+    system_fingerprint: str | None = None
+    usage_in_stream: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def completion(
+        self, choices: Sequence[Choice], usage: Usage, extra: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The whole answer; ``extra`` holds fields of ours, such as ``timings``."""
+        body = self._head("chat.completion", [choice.to_json() for choice in choices])
+        return {**body, "usage": usage.to_json(), **(extra or {})}
+
+    def role_chunk(self, index: int) -> bytes:
+        """A choice's first chunk."""
+        return self._chunk(index, {"role": "assistant", "content": ""})
+
+    def text_chunk(
+        self, index: int, text: str, logprobs: Sequence[ContentLogprob] | None = None
+    ) -> bytes:
+        return self._chunk(index, {"content": text}, logprobs=logprobs)
+
+    def finish_chunk(
+        self, index: int, finish_reason: str, stop_reason: str | int | None = None
+    ) -> bytes:
+        """A choice's last chunk. Its ``content`` is a string like every other's."""
+        return self._chunk(
+            index, {"content": ""}, finish_reason=finish_reason, stop_reason=stop_reason
+        )
+
+    def usage_chunk(self, usage: Usage, extra: Mapping[str, Any] | None = None) -> bytes:
+        """The chunk without choices that ends a stream, for usage (or timings)."""
+        body = self._head("chat.completion.chunk", [])
+        return event({**body, "usage": usage.to_json(), **(extra or {})})
+
+    def _chunk(
+        self,
+        index: int,
+        delta: Mapping[str, Any],
+        *,
+        logprobs: Sequence[ContentLogprob] | None = None,
+        finish_reason: str | None = None,
+        stop_reason: str | int | None = None,
+    ) -> bytes:
+        choice: dict[str, Any] = {
+            "index": index,
+            "delta": delta,
+            "logprobs": logprobs_json(logprobs),
+            "finish_reason": finish_reason,
+        }
+        if finish_reason is not None:
+            choice["stop_reason"] = stop_reason
+        body = self._head("chat.completion.chunk", [choice])
+        if self.usage_in_stream:
+            body["usage"] = None
+        return event(body)
+
+    def _head(self, kind: str, choices: list[Any]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+            "choices": choices,
+        }

@@ -1,0 +1,155 @@
+"""The engine's rows, over the embedding store: leases while sequences run, tensors for the runner.
+
+``StoreRows`` belongs to the engine's thread and touches this host's tier alone. Whatever has to
+cross a network is the ``Fetcher``'s, which brings it into the same tier.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+
+import torch
+
+from opticnerve.embeddings import codec
+from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.redis_store import RedisStore
+from opticnerve.embeddings.store import Store
+from opticnerve.errors import EmbeddingCorrupt, EmbeddingEvicted, StoreError
+from opticnerve.telemetry import metrics
+
+OVERFLOW_BYTES = 512 * 2**20
+MAX_NOTES = 4096
+
+log = logging.getLogger(__name__)
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def local_tier(store: Store) -> Store:
+    """The part of ``store`` that is on this host."""
+    return store.local if isinstance(store, RedisStore) else store
+
+
+class Notes:
+    """What happened to keys lately, for the servicer to tell: one thread writes, one reads."""
+
+    def __init__(self) -> None:
+        self._seconds: OrderedDict[str, tuple[float, float]] = OrderedDict()  # (when, how long)
+        self._corrupt: OrderedDict[str, None] = OrderedDict()
+
+    def loaded(self, key: str, seconds: float) -> None:
+        self._seconds[key] = (time.perf_counter(), seconds)
+        if len(self._seconds) > MAX_NOTES:
+            self._seconds.popitem(last=False)
+
+    def seconds(self, key: str, since: float) -> float:
+        """Spent on loading ``key`` after ``since`` (perf_counter); 0 where it was not."""
+        when, seconds = self._seconds.get(key, (0.0, 0.0))
+        return seconds if when >= since else 0.0
+
+    def corrupt(self, key: str) -> None:
+        self._corrupt[key] = None
+        if len(self._corrupt) > MAX_NOTES:
+            self._corrupt.popitem(last=False)
+
+    def take_corrupt(self, key: str) -> bool:
+        """Whether ``key`` was found corrupt since this was last asked."""
+        return key in self._corrupt and self._corrupt.pop(key, True) is None
+
+
+class _Held:
+    """One acquired key."""
+
+    __slots__ = ("lease", "tensors")
+
+    def __init__(self, lease: AbstractContextManager[None] | None) -> None:
+        self.lease = lease
+        self.tensors: Tensors | None = None
+
+
+class StoreRows:
+    """A RowSource over this host's tier. See ``llm_service.rows`` for the contract.
+
+    Tensors are loaded and checked once a lease and held until its end: a file that is unlinked
+    meanwhile lives on in its mapping. ``overflow`` has what the tier would not take.
+    """
+
+    def __init__(
+        self, tier: Store, overflow: MemoryStore | None = None, notes: Notes | None = None
+    ) -> None:
+        self._stores: tuple[Store, ...] = (tier, overflow) if overflow is not None else (tier,)
+        self._tier = tier
+        self._overflow = overflow
+        self._notes = notes or Notes()
+        self._held: dict[str, _Held] = {}
+
+    def ready(self, key: str) -> bool:
+        held = self._held.get(key)
+        if held is None:
+            return any(store.contains([key]) for store in self._stores)
+        if held.tensors is None:
+            held.tensors = self._load(key)
+        return held.tensors is not None
+
+    def can_acquire(self, num_bytes: int) -> bool:
+        return self._tier.can_lease(num_bytes)
+
+    def acquire(self, key: str, num_bytes: int) -> None:
+        lease = self._tier.lease(key, num_bytes)
+        try:
+            lease.__enter__()
+        except StoreError as error:
+            log.warning("rows are used without a lease: %s", error.message)
+            self._held[key] = _Held(None)
+        else:
+            self._held[key] = _Held(lease)
+
+    def release(self, key: str) -> None:
+        held = self._held.pop(key)
+        if held.lease is not None:
+            held.lease.__exit__(None, None, None)
+        if self._overflow is not None:
+            self._overflow.delete(key)
+
+    def get(self, key: str) -> Tensors:
+        held = self._held.get(key)
+        tensors = held.tensors if held is not None else None
+        if tensors is None:
+            tensors = self._load(key)
+        if tensors is None:
+            raise EmbeddingEvicted("the embedding is not on this host any more", param=key)
+        if held is not None:
+            held.tensors = tensors
+        return tensors
+
+    def close(self) -> None:
+        for key in tuple(self._held):
+            self.release(key)
+
+    def _load(self, key: str) -> Tensors | None:
+        """The checked tensors of ``key``; None where there are none. Deletes corrupt ones."""
+        start = time.perf_counter()
+        for store in self._stores:
+            try:
+                entry = store.get(key)
+                if entry is None:
+                    continue
+                tensors = entry.tensors
+                codec.verify(tensors, entry.meta)
+            except EmbeddingCorrupt:
+                self._notes.corrupt(key)
+                with contextlib.suppress(StoreError):
+                    store.delete(key)
+                continue
+            except OSError as error:  # Mapping failed: a miss, not the engine's end.
+                log.warning("rows could not be mapped: %s", error.strerror)
+                continue
+            self._notes.loaded(key, time.perf_counter() - start)
+            metrics.CACHE_LOOKUPS.labels(tier="shm", result="hit").inc()
+            return tensors
+        return None

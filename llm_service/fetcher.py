@@ -1,0 +1,223 @@
+"""Brings rows to this host, off the engine's loop: the cheapest location first, then the next."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+import grpc
+
+from llm_service.embeddings import Notes, local_tier
+from opticnerve.embeddings import codec
+from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.ref import EmbeddingRef, TensorSpec
+from opticnerve.embeddings.store import Store
+from opticnerve.errors import (
+    EmbeddingCorrupt,
+    EmbeddingEvicted,
+    EmbeddingNotFound,
+    EmbeddingUnavailable,
+    OpticNerveError,
+    StoreError,
+)
+from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
+from opticnerve.rpc.channel import open_channel
+from opticnerve.rpc.errors import from_rpc
+from opticnerve.telemetry import metrics
+
+FETCH_TIMEOUT_S = 30.0
+THREADS = 4
+MAX_CHANNELS = 64
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Fetcher:
+    """Borrows the stores; owns its threads and channels. Belongs to one event loop.
+
+    Rows are ``hidden_size`` wide. What the local tier does not take (it is full of leases, or
+    fails) goes to ``overflow``, where there is one.
+    """
+
+    def __init__(
+        self, store: Store, overflow: MemoryStore | None, hidden_size: int, notes: Notes
+    ) -> None:
+        self._store = store
+        self._tier = local_tier(store)
+        self._overflow = overflow
+        self._hidden_size = hidden_size
+        self._notes = notes
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="rows")
+        self._channels: dict[str, grpc.aio.Channel] = {}  # The one used last stands last.
+        self._flights: dict[str, asyncio.Task[None]] = {}
+
+    async def ensure(self, ref: EmbeddingRef) -> None:
+        """Returns when the rows of ``ref`` are on this host, checked against it.
+
+        Those who want one key at the same time share one flight; if it fails, each tries its own
+        reference. Raises EmbeddingNotFound, EmbeddingEvicted or EmbeddingCorrupt.
+        """
+        while True:
+            flight = self._flights.get(ref.key)
+            mine = flight is None or flight.done()
+            if flight is None or mine:
+                flight = asyncio.create_task(self._bring(ref))
+                self._flights[ref.key] = flight
+                flight.add_done_callback(lambda task: self._landed(ref.key, task))
+            try:
+                return await asyncio.shield(flight)
+            except EmbeddingUnavailable:
+                if mine:
+                    raise
+
+    async def close(self) -> None:
+        flights = list(self._flights.values())
+        for flight in flights:
+            flight.cancel()
+        await asyncio.gather(*flights, return_exceptions=True)
+        for channel in self._channels.values():
+            await channel.close()
+        await asyncio.to_thread(self._threads.shutdown)
+
+    def _landed(self, key: str, flight: asyncio.Task[None]) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+        if not flight.cancelled():
+            flight.exception()  # Seen, even when those who waited have gone.
+
+    async def _bring(self, ref: EmbeddingRef) -> None:
+        corrupt = self._notes.take_corrupt(ref.key)
+        try:
+            if await self._on_thread(self._is_here, ref):
+                return
+        except EmbeddingCorrupt:
+            corrupt = True
+        for source in ("inline", "redis", "fetch"):
+            try:
+                data = await self._read(source, ref)
+                if data is not None:
+                    await self._on_thread(self._keep, ref, data)
+                    return
+            except EmbeddingCorrupt:
+                corrupt = True
+                if source == "redis":  # Or whoever encodes it again would find it there.
+                    await self._on_thread(_forget, self._store, ref.key)
+        raise self._failure(ref, corrupt)
+
+    async def _read(self, source: str, ref: EmbeddingRef) -> bytes | None:
+        """The bytes at one location; None where it has none. Raises EmbeddingCorrupt."""
+        location = ref.location
+        if source == "inline":
+            return location.inline or None
+        if source == "redis":
+            if not (location.redis and self._store.shared):
+                return None
+            data = await self._on_thread(self._store.read_bytes, ref.key)
+        else:
+            if not location.fetch_address:
+                return None
+            data = await self._fetch(ref)
+        result = "miss" if data is None else "hit"
+        metrics.CACHE_LOOKUPS.labels(tier=source, result=result).inc()
+        return data
+
+    async def _fetch(self, ref: EmbeddingRef) -> bytes | None:
+        """From the encoder that made it. Its errors are misses: there may be another way."""
+        address = ref.location.fetch_address
+        stub = encoder_pb2_grpc.EncoderStub(await self._channel(address))
+        limit = ref.num_bytes + codec.MAX_HEADER_BYTES + codec.LENGTH.size
+        data = bytearray()
+        call = stub.Fetch(encoder_pb2.FetchRequest(key=ref.key), timeout=FETCH_TIMEOUT_S)
+        try:
+            async for part in call:
+                data += part.data
+                if max(len(data), part.num_bytes) > limit:
+                    raise EmbeddingCorrupt("an encoder sent more than the reference describes")
+        except grpc.RpcError as error:
+            log.info("Fetch from %s: %s", address, from_rpc(error).message)
+            return None
+        finally:
+            call.cancel()
+        return bytes(data)
+
+    async def _channel(self, address: str) -> grpc.aio.Channel:
+        """Encoders come and go under new addresses: those used longest ago are given up."""
+        channel = self._channels.pop(address, None) or open_channel(address)
+        self._channels[address] = channel
+        while len(self._channels) > MAX_CHANNELS:
+            await self._channels.pop(next(iter(self._channels))).close()
+        return channel
+
+    async def _on_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.wrap_future(self._threads.submit(work, *args, **kwargs))
+
+    # ---- on a thread
+
+    def _is_here(self, ref: EmbeddingRef) -> bool:
+        """Whether this host has rows that fit ``ref``; what does not is deleted and corrupt."""
+        for store in self._local():
+            entry = store.get(ref.key)
+            if entry is None:
+                continue
+            try:
+                tensors = entry.tensors
+                check_fit(ref, codec.specs_of(tensors), self._hidden_size)
+                codec.verify(tensors, entry.meta)
+            except EmbeddingCorrupt:
+                _forget(store, ref.key)
+                raise
+            return True  # The engine counts the hit when it loads the rows.
+        metrics.CACHE_LOOKUPS.labels(tier="shm", result="miss").inc()
+        return False
+
+    def _keep(self, ref: EmbeddingRef, data: bytes) -> None:
+        """Checks bytes that came from elsewhere, and puts them where the engine finds them."""
+        header = codec.parse(data, len(data))
+        check_fit(ref, header.tensors, self._hidden_size)
+        codec.verify(*codec.from_bytes(data))
+        for store in self._local():
+            try:
+                store.put_bytes(ref.key, data)
+                return
+            except StoreError as error:
+                log.warning("a tier did not take an embedding: %s", error.message)
+        raise EmbeddingNotFound("no memory of this host takes the embedding now")
+
+    def _local(self) -> Sequence[Store]:
+        return (self._tier,) if self._overflow is None else (self._tier, self._overflow)
+
+    def _failure(self, ref: EmbeddingRef, corrupt: bool) -> OpticNerveError:
+        location = ref.location
+        if corrupt:
+            return EmbeddingCorrupt("the embedding was damaged", param=ref.key)
+        was_here = bool(location.shm_tier_id) and location.shm_tier_id == self._tier.tier_id
+        if was_here or (location.redis and self._store.shared):
+            return EmbeddingEvicted("the embedding is gone from where it was", param=ref.key)
+        return EmbeddingNotFound("no location has the embedding", param=ref.key)
+
+
+def _forget(store: Store, key: str) -> None:
+    with contextlib.suppress(StoreError):
+        store.delete(key)
+
+
+def check_fit(ref: EmbeddingRef, specs: Sequence[TensorSpec], hidden_size: int) -> None:
+    """Raises EmbeddingCorrupt unless ``specs`` are what ``ref`` says and the model takes."""
+    found = {spec.name: spec for spec in specs}
+    if ref.tensors and found != {spec.name: spec for spec in ref.tensors}:
+        raise EmbeddingCorrupt("the embedding's tensors are not those of its reference")
+    if "rows" not in found:
+        raise EmbeddingCorrupt("the embedding has no rows")
+    for spec in specs:
+        if spec.shape != (ref.num_rows, hidden_size):
+            raise EmbeddingCorrupt(
+                f"tensor {spec.name} of the embedding is {list(spec.shape)}, and the model takes "
+                f"[{ref.num_rows}, {hidden_size}]"
+            )

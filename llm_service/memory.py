@@ -1,0 +1,51 @@
+"""How much memory the KV cache may take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+# Of what is free when the model is loaded. On the CPU other processes live there too; on a GPU
+# the rest is for what a step allocates.
+CPU_SHARE = 0.25
+GPU_SHARE = 0.85
+
+
+def cache_budget(device: torch.device) -> int:
+    """Bytes that the KV cache may take on ``device``."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * GPU_SHARE)
+    return int(available_memory() * CPU_SHARE)
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process could still take, within its control group."""
+    available = [_meminfo(root)]
+    for limit, used in (
+        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
+        (
+            "sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        highest, current = _number(root / limit), _number(root / used)
+        if highest is not None and current is not None:
+            available.append(max(highest - current, 0))
+    return min(available)
+
+
+def _meminfo(root: Path) -> int:
+    for line in (root / "proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 30
+
+
+def _number(path: Path) -> int | None:
+    """The file's number; None where there is no such file or it says "max"."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

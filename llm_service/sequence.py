@@ -1,0 +1,358 @@
+"""One choice of one request, as the engine keeps it: state, and nothing that decides or computes.
+
+Also the messages between the servicer and the engine. All are frozen, picklable and free of
+tensors, so that the engine can live in a thread or in a process of its own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from enum import Enum
+
+from opticnerve.media.plan import Span
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Everything that decides a token; neutral defaults. See ``llm.proto`` for each field."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    n: int = 1
+    stop_token_ids: tuple[int, ...] = ()  # Any of these ends the choice; the id itself is sent.
+    ignore_eos: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """At one position; ``absent`` where there is no prediction (first token, placeholder).
+
+    ``sampled``: (token id, log-probability, rank from 1) of the token that stands there;
+    ``top``: the k best, best first.
+    """
+
+    sampled: tuple[int, float, int] = (0, 0.0, 0)
+    top: tuple[tuple[int, float, int], ...] = ()
+    absent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """A generation as the engine gets it. ``items`` are content keys; spans index them.
+
+    ``spans`` are in the order of their tokens and do not overlap. ``output_ids`` continue one
+    choice that began elsewhere: they count as output and are not sent again. Choices are
+    numbered from ``first_choice``, which matters to their random numbers.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    spans: tuple[Span, ...] = ()
+    items: tuple[str, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+    adapter: str = ""
+    cache_salt: str = ""
+    output_ids: tuple[int, ...] = ()
+    skip_prefix_cache: bool = False  # Neither read the prefix cache nor share with it.
+    first_choice: int = 0
+
+
+# ---- servicer -> engine: GenerateRequest, and
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """The client went away. Unknown and ended requests are ignored."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowsReady:
+    """The rows of an item are in this host's memory under ``key``; chunks may use them."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowsFailed:
+    """The rows that a request waits for will not come: it fails with ``error``."""
+
+    request_id: str
+    key: str
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class CheckIntegrity:
+    """Asks the engine to check its invariants; an IntegrityReport with ``ticket`` answers."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The engine aborts what is open and leaves its loop."""
+
+
+Command = GenerateRequest | Abort | RowsReady | RowsFailed | CheckIntegrity | Stop
+
+
+# ---- engine -> servicer
+
+
+@dataclass(frozen=True, slots=True)
+class TokensEvent:
+    """New tokens of one choice, the one that ended it included.
+
+    ``first_index`` is the output position of ``token_ids[0]``. ``finish`` is set on the choice's
+    last event, which may have no tokens (a continuation that had ended already).
+    """
+
+    request_id: str
+    choice: int
+    first_index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...] = ()
+    finish: FinishReason | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobsEvent:
+    """One entry for every prompt token, once, before the first token of any choice."""
+
+    request_id: str
+    positions: tuple[Logprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NeedRowsEvent:
+    """Chunks of this request wait for rows that the engine does not hold.
+
+    Sent when a request is admitted, for the keys that no prefix hit covers and that are not
+    ready, and again when rows turn out to be gone. ``RowsReady`` or ``RowsFailed`` answers each
+    key, even one for which ``RowsReady`` was sent before.
+    """
+
+    request_id: str
+    keys: tuple[str, ...]
+    preempted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    queue_ms: float = 0.0
+    embedding_wait_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedEvent:
+    """Terminal: every choice is finished."""
+
+    request_id: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    embedding_tokens: int
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class FailedEvent:
+    """Terminal: one request failed; ``error`` is an OpticNerveError."""
+
+    request_id: str
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class AbortedEvent:
+    """Terminal: the client went away; everything that the request held is free."""
+
+    request_id: str
+
+
+Event = (
+    TokensEvent | PromptLogprobsEvent | NeedRowsEvent | FinishedEvent | FailedEvent | AbortedEvent
+)
+
+
+@dataclass(frozen=True, slots=True)
+class IntegrityReport:
+    """Answers CheckIntegrity; ``problem`` is empty when every invariant holds."""
+
+    ticket: int
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """How busy the engine is, for Describe and metrics; counters count from the start."""
+
+    running: int = 0
+    waiting: int = 0
+    free_blocks: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+# ---- state, of the engine's thread alone
+
+
+class Status(Enum):
+    WAITING = "waiting"  # Holds nothing: no pages, no slot, no leases.
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Generation:
+    """One accepted request: its choices, and what is counted over all of them."""
+
+    def __init__(self, request: GenerateRequest, arrival: int, now: float) -> None:
+        self.request = request
+        self.arrival = arrival  # Number of the request in the order of submission.
+        self.sequences: list[Sequence] = [Sequence(self, 0)]
+        self.open_choices = max(1, request.sampling.n)
+        self.span_ends = [span.token_offset + span.num_tokens for span in request.spans]
+        sampling = request.sampling
+        eos = () if sampling.ignore_eos else sampling.eos_token_ids
+        self.stop_ids = frozenset(eos) | frozenset(sampling.stop_token_ids)
+        self.prompt_logprobs: list[Logprobs] = []  # Collected so far, from token 0.
+        self.cached_tokens = 0
+        self.submitted_at = now
+        self.first_chunk_at: float | None = None
+        self.first_token_at: float | None = None
+        self.last_token_at = now
+        self.embedding_wait_s = 0.0
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether positions of the prompt are still to be collected."""
+        return self.request.sampling.prompt_logprobs is not None and len(
+            self.prompt_logprobs
+        ) < len(self.request.token_ids)
+
+    def span_at(self, token: int) -> int:
+        """Index of the first span that ends after ``token``; len(spans) where none does."""
+        return bisect_right(self.span_ends, token)
+
+    def timings(self) -> Timings:
+        first_chunk = self.first_chunk_at or self.last_token_at
+        first_token = self.first_token_at or self.last_token_at
+        return Timings(
+            queue_ms=1e3 * (first_chunk - self.submitted_at),
+            embedding_wait_ms=1e3 * self.embedding_wait_s,
+            prefill_ms=1e3 * (first_token - first_chunk),
+            decode_ms=1e3 * (self.last_token_at - first_token),
+            preemptions=sum(seq.preemptions for seq in self.sequences),
+        )
+
+
+class Sequence:
+    """State of one choice: what it is, how far it is computed, and what it holds.
+
+    ``request``, ``choice``, ``num_prompt`` and what precedes ``num_tokens`` in ``token_ids`` never
+    change; the rest is written by the scheduler and the engine alone. Pages, slot and leases are
+    held exactly while ``status`` is RUNNING.
+    """
+
+    __slots__ = (
+        "block_table",
+        "blocked_since",
+        "choice",
+        "generation",
+        "hashes",
+        "leases",
+        "missing",
+        "num_computed",
+        "num_prompt",
+        "num_shared",
+        "order",
+        "preemptions",
+        "reads_slot",
+        "request",
+        "slot",
+        "status",
+        "token_ids",
+    )
+
+    def __init__(self, generation: Generation, choice: int) -> None:
+        request = generation.request
+        self.generation = generation
+        self.request = request
+        self.choice = request.first_choice + choice
+        self.order = (request.priority, generation.arrival, choice)  # Lower runs first.
+        self.token_ids = [*request.token_ids, *request.output_ids]  # Prompt, then output.
+        self.num_prompt = len(request.token_ids)
+        self.num_computed = 0  # Tokens whose keys and values are in pages.
+        self.num_shared = 0  # Leading pages that the prefix cache knows.
+        self.block_table: tuple[int, ...] = ()
+        self.hashes: list[bytes] = []  # Of leading whole pages, as far as they were wanted.
+        self.slot = -1
+        self.status = Status.WAITING
+        self.leases: dict[str, int] = {}  # Key to the end of its last span.
+        self.missing: set[str] = set()  # Keys asked for by NeedRowsEvent and not answered yet.
+        self.blocked_since: float | None = None  # When chunks began to wait for rows.
+        self.reads_slot = False  # The last token is the one that the slot sampled last.
+        self.preemptions = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request.request_id!r}, choice={self.choice}, {self.status.value}, "
+            f"tokens={len(self.token_ids)}, computed={self.num_computed})"
+        )
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt :]
+
+    def suspend(self) -> None:
+        """Forgets what was computed; the caller has released pages, slot and leases."""
+        self.num_computed = 0
+        self.num_shared = 0
+        self.block_table = ()
+        self.slot = -1
+        self.missing.clear()
+        self.blocked_since = None
+        self.reads_slot = False

@@ -1,0 +1,184 @@
+"""The LLM process: start, serve, drain."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import cast
+
+from llm_service import build
+from llm_service.attention import make_backend
+from llm_service.client import EngineClient, ProcessEngineClient, ThreadEngineClient
+from llm_service.embeddings import OVERFLOW_BYTES, Notes, StoreRows, local_tier
+from llm_service.fetcher import Fetcher
+from llm_service.sequence import FailedEvent, GenerateRequest, SamplingParams
+from llm_service.servicer import SERVICE, Identity, LLMServicer, Loaded
+from llm_service.wire import Bounds
+from opticnerve import config
+from opticnerve.config import LLMConfig
+from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.open import open_store
+from opticnerve.embeddings.store import Store
+from opticnerve.errors import ConfigError, EngineFailure, StartupError, StoreError
+from opticnerve.lifecycle import follow_parent
+from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.models.family import Language, Layout
+from opticnerve.models.fingerprint import language_fingerprint
+from opticnerve.models.loader import resolve_device, resolve_dtype
+from opticnerve.models.registry import make_layout
+from opticnerve.pb import llm_pb2_grpc
+from opticnerve.rpc.server import Server
+from opticnerve.telemetry import logs, metrics
+
+log = logging.getLogger(__name__)
+
+WARM_UP_TOKENS = 32
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs an LLM worker until it is stopped; its exit status. Raises StartupError."""
+    parser = argparse.ArgumentParser(
+        prog="opticnerve llm", description="An LLM decoder: tokens and embeddings to tokens."
+    )
+    config.add_arguments(parser, LLMConfig)
+    given = vars(parser.parse_args(argv))
+    config.check_environment()
+    settings = config.build(LLMConfig, given)
+    logs.configure(settings.telemetry.log_level)
+    follow_parent(settings.rpc.parent_pid)
+    return asyncio.run(Service(settings).run())
+
+
+class Service:
+    """One LLM process."""
+
+    def __init__(self, settings: LLMConfig) -> None:
+        self._settings = settings
+        self._status = 0
+
+    async def run(self) -> int:
+        """Startup, serve, shutdown; the exit status. 1: the device or the engine was lost."""
+        async with Server(self._settings.rpc, SERVICE) as server:
+            servicer = LLMServicer(server)
+            llm_pb2_grpc.add_LLMServicer_to_server(servicer, server.grpc)
+            await server.start()
+            async with contextlib.AsyncExitStack() as stack:
+                servicer.loaded = await self.load(stack)
+                watcher = asyncio.create_task(self._watch(servicer.loaded.engine, server))
+                stack.callback(watcher.cancel)
+                await server.ready()
+                await server.serve()
+        return self._status
+
+    async def load(self, stack: contextlib.AsyncExitStack) -> Loaded:
+        """All that takes long; ``stack`` closes what it opens. Raises StartupError."""
+        settings = self._settings
+        if settings.telemetry.metrics_port >= 0:
+            log.info("metrics on port %d", metrics.serve(settings.telemetry.metrics_port))
+        checkpoint = await asyncio.to_thread(_open_checkpoint, settings)
+        layout = make_layout(checkpoint)
+        store = stack.enter_context(contextlib.closing(_open_store(settings)))
+        overflow = MemoryStore(OVERFLOW_BYTES) if settings.engine == "thread" else None
+        notes = Notes()
+        fetcher = Fetcher(store, overflow, layout.hidden_size, notes)
+        stack.push_async_callback(fetcher.close)
+        engine = self._client(store, overflow, notes, stack)
+        stack.push_async_callback(engine.close)
+        await _start(engine)
+        _gauges(engine, store)
+        bounds = Bounds(engine.config, layout, settings.max_logprobs)
+        identity = await asyncio.to_thread(_identity, settings, checkpoint, layout, store)
+        return Loaded(engine, fetcher, notes, bounds, identity, settings.embedding_wait_ms)
+
+    def _client(
+        self,
+        store: Store,
+        overflow: MemoryStore | None,
+        notes: Notes,
+        stack: contextlib.AsyncExitStack,
+    ) -> EngineClient:
+        settings = self._settings
+        if settings.engine == "process":
+            if not store.tier_id:
+                raise ConfigError(
+                    "--engine process needs a store that processes share: shm:// or redis://",
+                    param="store",
+                )
+            return ProcessEngineClient("llm_service.build:build_in_process", settings)
+        rows = StoreRows(local_tier(store), overflow, notes)
+        stack.callback(rows.close)
+        return ThreadEngineClient(lambda given, emit: build.build(given, rows, emit), settings)
+
+    async def _watch(self, engine: EngineClient, server: Server) -> None:
+        """When the engine dies: no more work, and an exit for the supervisor to restart."""
+        error = await engine.wait_dead()
+        log.critical("the engine is lost; stopping: %s", error.message)
+        self._status = 1
+        await server.not_ready()
+        server.stop()
+
+
+async def _start(engine: EngineClient) -> None:
+    """Builds the engine and runs it once. Raises StartupError."""
+    try:
+        await engine.start()
+    except EngineFailure as error:
+        raise StartupError(f"the engine did not start: {error.message}") from error
+    length = min(WARM_UP_TOKENS, engine.config.max_tokens - 2)
+    request = GenerateRequest(
+        "warm-up",
+        tuple(index % max(1, engine.config.vocab_size) for index in range(length)),
+        sampling=SamplingParams(max_tokens=2),
+        skip_prefix_cache=True,
+    )
+    with engine.submit(request) as stream:
+        async for event in stream:
+            if isinstance(event, FailedEvent):
+                raise StartupError(f"the warm-up failed: {event.error}") from event.error
+
+
+def _open_checkpoint(settings: LLMConfig) -> Checkpoint:
+    model = settings.model
+    return Checkpoint.open(model.model, model.revision, model.download_dir, side="llm")
+
+
+def _open_store(settings: LLMConfig) -> Store:
+    try:
+        return open_store(settings.store.store, ttl_s=settings.store.store_ttl_s)
+    except StoreError as error:
+        raise StartupError(error.message) from error
+
+
+def _identity(
+    settings: LLMConfig, checkpoint: Checkpoint, layout: Layout, store: Store
+) -> Identity:
+    dtype = resolve_dtype(settings.model.dtype, checkpoint)
+    return Identity(
+        fingerprint=language_fingerprint(checkpoint, cast(Language, SimpleNamespace(dtype=dtype))),
+        pair_id=checkpoint.pair_id,
+        family=checkpoint.family,
+        attention=make_backend(settings.attention).name,
+        device=str(resolve_device(settings.model.device)),
+        dtype=str(dtype).removeprefix("torch."),
+        hidden_size=layout.hidden_size,
+        shm_tier_id=store.tier_id,
+    )
+
+
+def _gauges(engine: EngineClient, store: Store) -> None:
+    """Reads the engine's and the store's state when metrics are scraped."""
+
+    def stored() -> float:
+        try:
+            return store.stored_bytes()
+        except StoreError:  # Its directory has gone.
+            return 0.0
+
+    metrics.STORE_BYTES.set_function(stored)
+    metrics.KV_BLOCKS_FREE.set_function(lambda: engine.stats.free_blocks)
+    metrics.SEQUENCES.labels(state="running").set_function(lambda: engine.stats.running)
+    metrics.SEQUENCES.labels(state="waiting").set_function(lambda: engine.stats.waiting)

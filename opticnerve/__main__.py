@@ -1,0 +1,8 @@
+"""``python -m opticnerve`` is the ``opticnerve`` command."""
+
+import sys
+
+from opticnerve.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

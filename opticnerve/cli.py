@@ -1,0 +1,71 @@
+"""The command line. Thin: every command is a module's ``main``, found by name.
+
+opticnerve up        all services on this machine
+opticnerve gateway   the HTTP front
+opticnerve encoder   a vision encoder
+opticnerve llm       an LLM decoder
+opticnerve ask       a question about pictures, the answer streamed
+opticnerve demo      the built-in checkpoint answers questions about bundled pictures
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from opticnerve import __version__
+from opticnerve.errors import StartupError
+
+COMMANDS = {
+    "up": ("deploy.up", "encoders, LLM workers and a gateway on this machine"),
+    "gateway": ("gateway.service", "the HTTP front: OpenAI's API, templates, routing"),
+    "encoder": ("encoder_service.service", "a vision encoder: pictures to embeddings"),
+    "llm": ("llm_service.service", "an LLM decoder: tokens and embeddings to tokens"),
+    "ask": ("opticnerve.ask", "ask about pictures; the answer is streamed"),
+    "demo": ("opticnerve.demo.show", "the built-in checkpoint answers about bundled pictures"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: opticnerve COMMAND [MODEL] [flags]",
+            "",
+            *lines,
+            "",
+            "`opticnerve COMMAND --help` lists a command's flags. Each flag has an environment",
+            "twin: --max-num-seqs is OPTICNERVE_MAX_NUM_SEQS.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status. 2: it could not start, and said why."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name in ("-V", "--version", "version"):
+        print(f"opticnerve {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"opticnerve: there is no command {name!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    return run(COMMANDS[name][0], rest)
+
+
+def run(module: str, argv: Sequence[str]) -> int:
+    """Calls ``main(argv)`` of a module; a StartupError becomes its message and status 2."""
+    try:
+        return int(importlib.import_module(module).main(argv) or 0)
+    except StartupError as error:
+        print(f"opticnerve: {error.message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # The reader of our output left: `opticnerve ask ... | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

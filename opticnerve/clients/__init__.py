@@ -1,0 +1,1 @@
+"""What ``opticnerve.client`` is made of: pictures and contents know no wire, the rest does."""

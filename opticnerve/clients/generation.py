@@ -1,0 +1,110 @@
+"""What one generation asks for and answers: plain values, no transport."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Everything that decides a token; neutral defaults. See ``SamplingParams`` in ``llm.proto``.
+
+    No tokenizer is here: ``eos_token_ids`` and ``stop_token_ids`` are the caller's to give.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    n: int = 1
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    token_id: int
+    logprob: float  # Natural log, of the raw logits.
+    rank: int  # 1 for the most likely.
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """At one position; ``sampled`` is None where there is no prediction."""
+
+    sampled: Logprob | None
+    top: tuple[Logprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New tokens of one choice. ``finish_reason`` ("stop", "length", "abort") is on its last."""
+
+    choice: int
+    first_index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    finish_reason: str | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    embedding_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    stop_token_id: int | None = None
+    logprobs: tuple[PositionLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A whole answer."""
+
+    choices: tuple[Choice, ...]
+    usage: Usage
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Of the first choice."""
+        return self.choices[0].token_ids
+
+
+def join(deltas: list[Delta], usage: Usage, prompt: tuple[PositionLogprobs, ...]) -> Generation:
+    """The whole answer that a stream's deltas make."""
+    by_choice: dict[int, list[Delta]] = {}
+    for delta in deltas:
+        by_choice.setdefault(delta.choice, []).append(delta)
+    choices = tuple(_choice(by_choice[index]) for index in sorted(by_choice))
+    return Generation(choices, usage, prompt)
+
+
+def _choice(deltas: list[Delta]) -> Choice:
+    last = deltas[-1]
+    return Choice(
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        finish_reason=last.finish_reason or "abort",
+        stop_token_id=last.stop_token_id,
+        logprobs=tuple(position for delta in deltas for position in delta.logprobs),
+    )

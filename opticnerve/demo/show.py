@@ -1,0 +1,113 @@
+"""``opticnerve demo``: the whole stack answers questions about bundled pictures.
+
+Starts encoder, LLM worker and gateway on this machine, asks over HTTP, streams each answer as it
+comes, and ends with where the time of each request went. Exit status 0 only if every answer is
+the right one; the right ones come from the scenes that the pictures were drawn from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opticnerve.ask import stream_chat
+from opticnerve.demo.chats import TURNS, Turn
+from opticnerve.stack import serve, user_message
+
+STAGES = ("preprocess", "encode", "put", "get", "prefill", "decode", "ttft", "total")
+CACHED = {"no": "encoded", "store": "from store", "ref": "cache hit"}
+WIDTH = 78
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one turn. ``timings``: milliseconds by stage, as the gateway reports."""
+
+    turn: Turn
+    text: str
+    timings: dict[str, Any]
+
+    @property
+    def right(self) -> bool:
+        return self.text == self.turn.answer
+
+    @property
+    def pictures(self) -> str:
+        """How the pictures' embeddings were had."""
+        ways = [CACHED[item["cached"]] for item in self.timings["items"]]
+        return ", ".join(dict.fromkeys(ways)) or "no picture"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="opticnerve demo", description=__doc__)
+    parser.add_argument("--url", help="ask a running gateway instead of starting a stack")
+    args = parser.parse_args(argv)
+    if args.url:
+        answers = ask_all(args.url)
+    else:
+        print("Starting one encoder, one LLM worker and the gateway on this machine ...")
+        began = time.monotonic()
+        with serve() as stack:
+            print(f"Ready at {stack.url} after {time.monotonic() - began:.1f} s.\n", flush=True)
+            answers = ask_all(stack.url)
+    print(table(answers))
+    wrong = sum(not answer.right for answer in answers)
+    print(f"\n{len(answers) - wrong} of {len(answers)} answers are right.")
+    return 1 if wrong else 0
+
+
+def ask_all(url: str) -> list[Answer]:
+    """Asks every turn in order; a follow-up carries the chat before it."""
+    answers: list[Answer] = []
+    history: list[dict[str, Any]] = []
+    for turn in TURNS:
+        history = history if turn.follows else []
+        history.append(user_message(turn.question, turn.paths()))
+        answers.append(ask(url, turn, history))
+        history.append({"role": "assistant", "content": answers[-1].text})
+    return answers
+
+
+def ask(url: str, turn: Turn, history: list[dict[str, Any]]) -> Answer:
+    shown = ", ".join(turn.pictures) or ("the same picture" if turn.follows else "no picture")
+    print(f"Q  {turn.question}  [{shown}]\nA  ", end="", flush=True)
+    text = ""
+    timings: dict[str, Any] = {}
+    body = {"model": "model", "messages": history, "temperature": 0, "timings": True}
+    for chunk in stream_chat(url, body):
+        timings = chunk.get("timings") or timings
+        for choice in chunk["choices"]:
+            piece = choice["delta"].get("content") or ""
+            text += piece
+            print(piece, end="", flush=True)
+    answer = Answer(turn, text, timings)
+    print()
+    if not answer.right:
+        print(textwrap.fill(f"WRONG; the right answer is: {turn.answer}", WIDTH), file=sys.stderr)
+    print(flush=True)
+    return answer
+
+
+def table(answers: Sequence[Answer]) -> str:
+    """Milliseconds by stage, a line a question; a stage that did not happen is a dash."""
+    head = ["milliseconds", "picture", *STAGES]
+    rows = [head]
+    for answer in answers:
+        values = [answer.timings.get(f"{stage}_ms") for stage in STAGES]
+        cells = ["-" if value is None else f"{value:.1f}" for value in values]
+        rows.append([answer.turn.question[:27], answer.pictures, *cells])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)

@@ -1,0 +1,365 @@
+"""Who holds what in a shared-memory tier, and what has to go: policy and accounting, no tensors.
+
+A tier's directory:
+
+    id                      its random id
+    lock                    the one flock; its eight bytes say how many bytes are stored
+    owner                   a supervisor's, where it made the directory (see ``tier``)
+    <key>.safetensors       entries; modification time is recency
+    holders/<random>/       what one open store holds, alive while it holds the lock on:
+        alive
+        tmp-<n>             a file being written, counted with its final size
+        <key>               a pin: its (sparse) size is the bytes pinned
+
+A holder that was killed has lost its lock: whoever evicts next removes its pins and partial files.
+Process ids play no part, so that containers with process namespaces of their own can share a tier.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+import secrets
+import shutil
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from opticnerve.embeddings.tier import is_locked, make_private
+from opticnerve.errors import StoreError, StoreFull
+
+SUFFIX = ".safetensors"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOCK_TIMEOUT_S = 10.0  # Nobody holds the lock for longer than a scan of the directory.
+SLACK = 16  # An eviction frees a 16th of the capacity beyond need, so that not every put scans.
+
+_STORED = struct.Struct("<q")
+
+
+@dataclass(slots=True)
+class Temporary:
+    """A file being written, before its key is visible."""
+
+    path: Path
+    fd: int
+    num_bytes: int  # Counted in the ledger.
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """The directory as it is."""
+
+    entries: list[tuple[int, int, str]]  # (recency in ns, bytes, key)
+    stored: int  # Bytes of entries and of what living holders are writing.
+    pins: dict[str, int]  # Bytes pinned, by key, of living holders.
+
+
+class Ledger:
+    """One open store's account with a tier. Thread-safe.
+
+    ``capacity`` in bytes. ``shared_default``: the last to close removes the directory.
+    Raises StoreError when the directory cannot be had, or has gone.
+    """
+
+    def __init__(self, directory: Path, capacity: int, *, shared_default: bool = False) -> None:
+        self.directory = directory
+        self._prefix = f"{directory}/"
+        self.capacity = capacity
+        self._shared_default = shared_default
+        self._temporaries = itertools.count()
+        self._mutex = threading.Lock()  # Guards the two below; taken before the tier's lock.
+        self._pins: dict[str, int] = {}  # Leases of this store by key.
+        self._closed = False
+        self.id, self._holder, self._alive = self._enter()
+
+    # ---- entries
+
+    def path(self, key: str) -> str:
+        return f"{self._prefix}{key}{SUFFIX}"
+
+    def reserve(self, num_bytes: int, key: str = "") -> Temporary | None:
+        """Makes room and opens a file to write; None if ``key`` is here already.
+
+        Ends with ``publish`` or ``abandon``. Raises StoreFull, StoreError.
+        """
+        if num_bytes > self.capacity:
+            raise StoreFull(f"{num_bytes} bytes exceed the store's capacity of {self.capacity}")
+        with self._locked() as lock:
+            if key and self.touch(self.path(key)):
+                return None
+            stored = _read(lock)
+            if stored + self._absent_pins(key) + num_bytes > self.capacity:
+                stored = self._evict(num_bytes, key)
+            path = self._holder / f"tmp-{next(self._temporaries)}"
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                os.ftruncate(fd, num_bytes)
+            except OSError:
+                os.close(fd)
+                path.unlink()
+                raise
+            _write(lock, stored + num_bytes)
+            return Temporary(path, fd, num_bytes)
+
+    def publish(self, temporary: Temporary, key: str, num_bytes: int) -> None:
+        """Makes a whole file of ``num_bytes`` visible as ``key``; the first writer wins."""
+        now = time.time_ns()
+        kept = 0
+        try:
+            os.utime(temporary.fd, ns=(now, now))
+            os.link(temporary.path, self.path(key))
+            kept = num_bytes
+        except FileExistsError:
+            self.touch(self.path(key))
+        except OSError as error:
+            raise translated(error) from error
+        finally:
+            self._drop(temporary, kept)
+
+    def abandon(self, temporary: Temporary) -> None:
+        self._drop(temporary, 0)
+
+    def _drop(self, temporary: Temporary, kept: int) -> None:
+        os.close(temporary.fd)
+        with contextlib.suppress(StoreError), self._locked() as lock:
+            temporary.path.unlink(missing_ok=True)
+            _write(lock, _read(lock) - temporary.num_bytes + kept)
+
+    def make_room(self, num_bytes: int) -> None:
+        """Evicts at least so many bytes, where so many can go: the tmpfs is fuller than we are."""
+        with self._locked() as lock:
+            scan = self._scan()
+            _write(lock, scan.stored - self._unlink_oldest(scan, num_bytes))
+
+    def remove(self, key: str) -> None:
+        with self._locked() as lock, contextlib.suppress(FileNotFoundError):
+            size = os.stat(self.path(key)).st_size
+            os.unlink(self.path(key))
+            _write(lock, _read(lock) - size)
+
+    def touch(self, entry: str | int) -> bool:
+        """Marks an entry (its path or open file) as used just now; whether it is here."""
+        now = time.time_ns()
+        try:
+            os.utime(entry, ns=(now, now))
+        except OSError:
+            return False
+        return True
+
+    def stored_bytes(self) -> int:
+        with self._locked() as lock:
+            return _read(lock)
+
+    # ---- pins
+
+    def pin(self, key: str, num_bytes: int) -> None:
+        """Keeps ``key`` from eviction, by every process, until ``unpin``. Raises StoreFull."""
+        with self._mutex:
+            if self._pins.get(key):
+                self._pins[key] += 1
+                return
+            with self._locked():
+                others = self._scan_pins()
+                if sum(others.values()) - others.get(key, 0) + num_bytes > self.capacity:
+                    raise StoreFull("leases fill the store's capacity")
+                fd = os.open(self._holder / key, os.O_WRONLY | os.O_CREAT, 0o600)
+                with os.fdopen(fd, "wb") as file:
+                    file.truncate(num_bytes)
+            self._pins[key] = 1
+
+    def unpin(self, key: str) -> None:
+        with self._mutex:
+            self._pins[key] -= 1
+            if self._pins[key] == 0:
+                del self._pins[key]
+                (self._holder / key).unlink(missing_ok=True)
+
+    def can_pin(self, num_bytes: int) -> bool:
+        try:
+            return sum(self._scan_pins().values()) + num_bytes <= self.capacity
+        except OSError:
+            return False
+
+    # ---- the directory
+
+    def close(self) -> None:
+        """Gives up every pin. The last user of a default directory removes it."""
+        with self._mutex:
+            if self._closed:
+                return
+            self._closed = True
+        try:
+            with self._locked():
+                shutil.rmtree(self._holder, ignore_errors=True)
+                self._sweep()
+                if self._shared_default and not any(self._living()):
+                    shutil.rmtree(self.directory, ignore_errors=True)
+        except StoreError:
+            pass  # The directory has gone before us.
+        finally:
+            os.close(self._alive)
+
+    def _enter(self) -> tuple[str, Path, int]:
+        """Joins the tier: (its id, this store's directory in it, the lock that says it lives)."""
+        for _ in range(100):
+            make_private(self.directory)
+            try:
+                os.close(os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o600))
+                with self._locked() as lock:
+                    if _is_at(lock, self.directory / "lock"):
+                        return self._join(lock)
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    raise translated(error) from error
+            except StoreError as error:
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise
+            # The last user removed it while we waited for the lock.
+        raise StoreError(f"the store's directory {self.directory} comes and goes")
+
+    def _join(self, lock: int) -> tuple[str, Path, int]:
+        identity = self.directory / "id"
+        if not identity.exists() or not identity.read_text():
+            identity.write_text(secrets.token_hex(16))
+        self._holder = self.directory / "holders" / secrets.token_hex(8)
+        self._holder.mkdir(mode=0o700, parents=True)
+        alive = os.open(self._holder / "alive", os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        _write(lock, self._scan().stored)
+        return identity.read_text(), self._holder, alive
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[int]:
+        """Holds the tier's lock; yields the file that counts the bytes stored.
+
+        What fails under it is raised as a StoreError.
+        """
+        try:
+            lock = os.open(self.directory / "lock", os.O_RDWR)
+        except OSError as error:
+            raise StoreError(f"the store's directory {self.directory} has gone") from error
+        try:
+            _acquire(lock)
+            yield lock
+        except OSError as error:
+            raise translated(error) from error
+        finally:
+            os.close(lock)
+
+    def _evict(self, num_bytes: int, key: str) -> int:
+        """Makes room for ``num_bytes`` under ``key``; the bytes stored then. Raises StoreFull."""
+        scan = self._scan()
+        here = {entry[2] for entry in scan.entries}
+        absent = sum(n for pin, n in scan.pins.items() if pin not in here and pin != key)
+        excess = scan.stored + absent + num_bytes - self.capacity
+        if excess <= 0:
+            return scan.stored
+        freed = self._unlink_oldest(scan, excess + self.capacity // SLACK, enough=excess)
+        if freed < excess:
+            raise StoreFull("the store is full of embeddings that are in use")
+        return scan.stored - freed
+
+    def _unlink_oldest(self, scan: Scan, wanted: int, enough: int = 0) -> int:
+        """Removes unpinned entries, least recently used first; the bytes freed.
+
+        Nothing is removed when all of them together are less than ``enough``.
+        """
+        free = [entry for entry in sorted(scan.entries) if entry[2] not in scan.pins]
+        if sum(size for _, size, _ in free) < enough:
+            return 0
+        freed = 0
+        for _, size, key in free:
+            if freed >= wanted:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path(key))
+            freed += size
+        return freed
+
+    def _scan(self) -> Scan:
+        """Reads the directory and removes what dead holders left. Under the lock."""
+        entries = []
+        with os.scandir(self.directory) as found:
+            for item in found:
+                if item.name.endswith(SUFFIX):
+                    with contextlib.suppress(FileNotFoundError):
+                        status = item.stat(follow_symlinks=False)
+                        key = item.name[: -len(SUFFIX)]
+                        entries.append((status.st_mtime_ns, status.st_size, key))
+        self._sweep()
+        writing = sum(size for name, size in self._held() if name.startswith("tmp-"))
+        return Scan(entries, sum(entry[1] for entry in entries) + writing, self._scan_pins())
+
+    def _sweep(self) -> None:
+        """Removes what dead holders left. Under the lock."""
+        living = set(self._living())
+        for holder in (self.directory / "holders").iterdir():
+            if holder not in living:
+                shutil.rmtree(holder, ignore_errors=True)
+
+    def _scan_pins(self) -> dict[str, int]:
+        pins: dict[str, int] = {}
+        for name, size in self._held():
+            if not name.startswith("tmp-"):
+                pins[name] = max(size, pins.get(name, 0))
+        return pins
+
+    def _absent_pins(self, key: str) -> int:
+        """Bytes that leases were promised and that are not here yet, ``key``'s aside."""
+        pins = self._scan_pins().items()
+        return sum(n for pin, n in pins if pin != key and not os.path.exists(self.path(pin)))
+
+    def _held(self) -> Iterator[tuple[str, int]]:
+        """(name, bytes) of every pin and partial file of the living."""
+        for holder in self._living():
+            with contextlib.suppress(FileNotFoundError), os.scandir(holder) as found:
+                for item in found:
+                    if item.name != "alive":
+                        with contextlib.suppress(FileNotFoundError):
+                            yield item.name, item.stat().st_size
+
+    def _living(self) -> Iterator[Path]:
+        for holder in (self.directory / "holders").iterdir():
+            if holder == self._holder or is_locked(holder / "alive"):
+                yield holder
+
+
+def translated(error: OSError) -> StoreError:
+    """The typed error behind a failed write."""
+    if error.errno in FULL:
+        return StoreFull("there is no space left for embeddings")
+    return StoreError(f"writing an embedding failed: {error.strerror}")
+
+
+def _acquire(lock: int) -> None:
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise StoreError("another process keeps the store's lock") from None
+            time.sleep(0.0005)
+
+
+def _read(lock: int) -> int:
+    data = os.pread(lock, _STORED.size, 0)
+    return int(_STORED.unpack(data)[0]) if len(data) == _STORED.size else 0
+
+
+def _write(lock: int, stored: int) -> None:
+    os.pwrite(lock, _STORED.pack(max(stored, 0)), 0)
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,84 @@
+"""``open_store``: a store by its URL."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from opticnerve.embeddings.memory import DEFAULT_CAPACITY, MemoryStore
+from opticnerve.embeddings.redis_store import MAX_BYTES, RedisStore
+from opticnerve.embeddings.shm import ShmStore
+from opticnerve.embeddings.store import Store
+from opticnerve.errors import ConfigError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def open_store(url: str, *, ttl_s: int = 3600) -> Store:
+    """The store that ``url`` names; the caller closes it.
+
+    ``memory://[?capacity=]``; ``shm://[/dir][?capacity=]``; ``redis://`` and ``rediss://`` as
+    redis-py reads them, with ``local=`` (the URL of the local tier, ``shm://`` by default) and
+    ``max_bytes=`` (of one embedding) besides. Sizes may have a unit: ``2GiB``, ``512M``.
+    Raises ConfigError for a URL that is none of these, StoreError where the store cannot be had.
+    """
+    scheme = urlsplit(url).scheme
+    if scheme in ("memory", "shm"):
+        return _open_local(url)
+    if scheme in ("redis", "rediss", "unix"):
+        return _open_redis(url, ttl_s)
+    raise ConfigError(
+        "the store is memory://, shm://[dir][?capacity=], redis:// or rediss://", param="store"
+    )
+
+
+def _open_local(url: str) -> ShmStore | MemoryStore:
+    parts = urlsplit(url)
+    options = _options(parts.query, {"capacity"})
+    capacity = parse_size(options["capacity"]) if "capacity" in options else None
+    if parts.scheme == "memory":
+        if parts.netloc or parts.path.strip("/"):
+            raise ConfigError("memory:// takes no path", param="store")
+        return MemoryStore(DEFAULT_CAPACITY if capacity is None else capacity)
+    if parts.scheme != "shm":
+        raise ConfigError("a local tier is shm:// or memory://", param="store")
+    if parts.netloc:
+        raise ConfigError("shm:// takes an absolute directory: shm:///dir", param="store")
+    return ShmStore(Path(parts.path) if parts.path.strip("/") else None, capacity)
+
+
+def _open_redis(url: str, ttl_s: int) -> RedisStore:
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    local_url = options.pop("local", "shm://")
+    max_bytes = parse_size(options.pop("max_bytes", str(MAX_BYTES)))
+    server = urlunsplit(parts._replace(query=urlencode(options)))
+    local = _open_local(local_url)
+    try:
+        return RedisStore(server, local, ttl_s=ttl_s, max_bytes=max_bytes)
+    except (ValueError, TypeError) as error:
+        local.close()
+        # Not the cause's text: it may show the URL, which may hold a password.
+        raise ConfigError("the Redis URL is not one that redis-py reads", param="store") from error
+
+
+def _options(query: str, known: set[str]) -> dict[str, str]:
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise ConfigError(f"the store's URL has unknown options: {', '.join(unknown)}")
+    return options
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "1048576", "512M", "2GiB". Raises ConfigError."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ConfigError(f"{text!r} is no size; write 512M or 2GiB", param="store")
+    number, unit, binary = match.groups()
+    base = 1024 if binary or not text.strip().lower().endswith("b") else 1000
+    size = int(float(number) * base ** " kmgt".index(unit.lower() or " "))
+    if size <= 0:
+        raise ConfigError("a size is positive", param="store")
+    return size

@@ -1,0 +1,211 @@
+"""``redis://`` and ``rediss://``: the same bytes in Redis, with a local tier of what was fetched.
+
+What is put goes to the local tier and to Redis; what is fetched is kept in the local tier. Redis
+is a convenience, never a dependency: when it is down, slow or refuses us, that is a miss, said
+once in a while in the log, and for ``PAUSE_S`` nobody asks it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import redis
+import torch
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from opticnerve.embeddings import codec
+from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.shm import ShmStore
+from opticnerve.embeddings.store import Entry, check_key
+from opticnerve.errors import EmbeddingCorrupt, StoreError
+
+PREFIX = "on:v1:emb:"
+CONNECT_TIMEOUT_S = 0.5
+ANSWER_TIMEOUT_S = 2.0
+PAUSE_S = 2.0  # Without Redis after a failure.
+WARN_EVERY_S = 30.0
+MAX_BYTES = 128 * 2**20  # Of one embedding; larger ones travel by Fetch.
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class RedisStore:
+    """``url`` as redis-py reads it, credentials included; they are never logged.
+
+    Owns ``local``. ``ttl_s``: seconds that Redis keeps an embedding after its last use.
+    """
+
+    shared = True
+
+    def __init__(
+        self,
+        url: str,
+        local: ShmStore | MemoryStore,
+        *,
+        ttl_s: int = 3600,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        self.local = local
+        self.tier_id = local.tier_id
+        self.max_bytes = max_bytes
+        self._ttl_s = ttl_s
+        self._client = redis.Redis.from_url(
+            url,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            socket_timeout=ANSWER_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+        )
+        self._breaker = Breaker(_shown(self._client))
+
+    def put(self, key: str, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, str]) -> None:
+        check_key(key)
+        kept = self._keep(lambda: self.local.put(key, tensors, meta))
+        size = sum(spec.num_bytes for spec in codec.specs_of(tensors))
+        if size <= self.max_bytes:
+            kept = self._send(key, lambda: codec.to_bytes(tensors, meta)) or kept
+        if not kept:
+            raise StoreError("neither the local tier nor Redis took the embedding")
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        codec.parse(data, len(data))
+        kept = self._keep(lambda: self.local.put_bytes(key, data))
+        if len(data) <= self.max_bytes:
+            kept = self._send(key, lambda: data) or kept
+        if not kept:
+            raise StoreError("neither the local tier nor Redis took the embedding")
+
+    def get(self, key: str) -> Entry | None:
+        entry = self.local.get(key)
+        if entry is not None:
+            return entry
+        data = self._fetch(key)
+        if data is None:
+            return None
+        self._keep(lambda: self.local.put_bytes(key, data))
+        return Entry(*codec.from_bytes(data))
+
+    def read_bytes(self, key: str) -> bytes | None:
+        data = self.local.read_bytes(key)
+        return self._fetch(key) if data is None else data
+
+    def contains(self, keys: Iterable[str]) -> set[str]:
+        asked = list(keys)
+        found = self.local.contains(asked)
+        missing = [key for key in asked if key not in found]
+        if not missing:
+            return found
+
+        def ask() -> list[Any]:
+            with self._client.pipeline(transaction=False) as pipeline:
+                for key in missing:
+                    pipeline.exists(PREFIX + key)
+                return pipeline.execute()
+
+        there = self._breaker.call(ask) or [0] * len(missing)
+        return found | {key for key, yes in zip(missing, there, strict=True) if yes}
+
+    def lease(self, key: str, num_bytes: int) -> AbstractContextManager[None]:
+        return self.local.lease(key, num_bytes)
+
+    def can_lease(self, num_bytes: int) -> bool:
+        return self.local.can_lease(num_bytes)
+
+    def stored_bytes(self) -> int:
+        return self.local.stored_bytes()
+
+    def delete(self, key: str) -> None:
+        self.local.delete(key)
+        self._breaker.call(lambda: self._client.delete(PREFIX + key))
+
+    def close(self) -> None:
+        with contextlib.suppress(RedisError):
+            self._client.close()
+        self.local.close()
+
+    def _keep(self, write: Callable[[], None]) -> bool:
+        """Writes to the local tier; a full one is no reason to fail while Redis has the bytes."""
+        try:
+            write()
+        except StoreError as error:
+            log.warning("the local embedding tier did not take an embedding: %s", error.message)
+            return False
+        return True
+
+    def _send(self, key: str, data: Callable[[], bytes]) -> bool:
+        """Whether Redis has ``key`` now; the first writer wins."""
+
+        def write() -> bool:
+            if not self._client.expire(PREFIX + key, self._ttl_s):
+                self._client.set(PREFIX + key, data(), ex=self._ttl_s, nx=True)
+            return True
+
+        return bool(self._breaker.call(write))
+
+    def _fetch(self, key: str) -> bytes | None:
+        """Checked bytes in Redis. Raises EmbeddingCorrupt, after deleting what does not parse."""
+
+        def read() -> Any:
+            with self._client.pipeline(transaction=False) as pipeline:
+                pipeline.get(PREFIX + key)
+                pipeline.expire(PREFIX + key, self._ttl_s)
+                return pipeline.execute()[0]
+
+        data = self._breaker.call(read)
+        if data is None:
+            return None
+        try:
+            codec.parse(data, len(data))
+        except EmbeddingCorrupt:
+            self._breaker.call(lambda: self._client.delete(PREFIX + key))
+            raise
+        return bytes(data)
+
+
+class Breaker:
+    """Calls Redis unless it failed just now; a failure is None and a rate-limited warning."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self._closed_until = 0.0
+        self._warned_at = -WARN_EVERY_S
+
+    def call(self, operation: Callable[[], T]) -> T | None:
+        if time.monotonic() < self._closed_until:
+            return None
+        try:
+            return operation()
+        except (RedisError, OSError) as error:
+            self._failed(error)
+            return None
+
+    def _failed(self, error: Exception) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self._closed_until = now + PAUSE_S
+            if now - self._warned_at < WARN_EVERY_S:
+                return
+            self._warned_at = now
+        # Only the error's class: what a server says of credentials is none of the log's business.
+        log.warning(
+            "Redis at %s fails (%s); embeddings go by Fetch until it answers",
+            self._name,
+            type(error).__name__,
+        )
+
+
+def _shown(client: Any) -> str:
+    """host:port or path of the server: what of the URL may be logged."""
+    options = client.connection_pool.connection_kwargs
+    return str(options.get("path") or f"{options.get('host')}:{options.get('port')}")

@@ -1,0 +1,112 @@
+"""The embedding store's interface; ``open_store`` (``opticnerve.embeddings.open``) picks a backend.
+
+=============================  =================================================================
+``memory://``                  a dictionary of this process; tests and single-process use
+``shm://[dir][?capacity=]``    safetensors files on tmpfs, shared by the processes of one machine
+``redis://`` ``rediss://``     the same bytes in Redis, with a local tier of what was fetched
+=============================  =================================================================
+
+A store holds whole embeddings by content key (64 lowercase hex digits; others are an
+InvalidRequest). It never raises for a miss, and a backend that is down is a miss too (``get``
+returns None and says so in the log). What is found and does not parse is deleted and raised as
+EmbeddingCorrupt, once: the next ``get`` misses. What a store was asked to write and could not is
+a StoreError, which the caller may ignore: the embedding is still reachable by Fetch.
+
+Stores are synchronous and safe to share between threads; callers keep them off event loops.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+from opticnerve.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    import torch
+
+_KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+def check_key(key: str) -> str:
+    """``key``, if it is a content key. Raises InvalidRequest: keys become file names."""
+    if not _KEY.fullmatch(key):
+        raise InvalidRequest("an embedding's key is 64 lowercase hex digits", param="key")
+    return key
+
+
+class Entry:
+    """What ``get`` returns: named tensors on the CPU, mapped without a copy where the backend can.
+
+    Tensors are private to the reader (copy-on-write): writing to them changes no one else's.
+    ``meta`` is the safetensors header's string metadata.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, str]) -> None:
+        self._tensors = tensors
+        self.meta = meta
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        return self._tensors
+
+    def copy_rows(self, name: str, out: torch.Tensor, row_start: int = 0) -> None:
+        """Copies rows ``[row_start, row_start + len(out))`` of one tensor into ``out``, which has
+        the tensor's columns. The quickest way to use rows once. Raises KeyError, ValueError."""
+        source = self.tensors[name]
+        check_rows(tuple(source.shape), tuple(out.shape), row_start)
+        out.copy_(source[row_start : row_start + out.shape[0]])
+
+
+def check_rows(source: tuple[int, ...], out: tuple[int, ...], row_start: int) -> None:
+    """Raises ValueError unless ``out`` takes whole rows that ``source`` has."""
+    if not out or source[1:] != out[1:] or not 0 <= row_start <= source[0] - out[0]:
+        raise ValueError(f"rows {row_start}.. of {list(source)} do not fill {list(out)}")
+
+
+class Store(Protocol):
+    tier_id: str  # Random id of the local shared-memory tier; "" where there is none.
+    shared: bool  # Whether other machines can reach what is put here (Redis).
+
+    def put(self, key: str, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, str]) -> None:
+        """Stores whole or not at all; the first writer of a key wins. Tensors may be anything that
+        speaks DLPack. Raises StoreError/StoreFull, InvalidRequest."""
+        ...
+
+    def get(self, key: str) -> Entry | None:
+        """Raises EmbeddingCorrupt, after deleting what does not parse."""
+        ...
+
+    def contains(self, keys: Iterable[str]) -> set[str]:
+        """Those of ``keys`` that are here now. They may be gone by the time of ``get``."""
+        ...
+
+    def read_bytes(self, key: str) -> bytes | None:
+        """The safetensors bytes as stored, for Fetch. Raises EmbeddingCorrupt like ``get``."""
+        ...
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        """Stores safetensors bytes that came from elsewhere, after checking that they parse.
+        Raises EmbeddingCorrupt, StoreError/StoreFull."""
+        ...
+
+    def lease(self, key: str, num_bytes: int) -> AbstractContextManager[None]:
+        """Pins ``key`` in the local tier (present or still to come) until the context ends;
+        pinned bytes count against the tier's budget. Raises StoreFull on entry beyond it."""
+        ...
+
+    def can_lease(self, num_bytes: int) -> bool:
+        """Whether a lease of so many bytes would fit the local tier's budget now."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Forgets ``key`` (a corrupt file, say). Not an error when it is not here."""
+        ...
+
+    def stored_bytes(self) -> int:
+        """Bytes in the local tier, of all its writers; for metrics. Raises StoreError."""
+        ...
+
+    def close(self) -> None: ...

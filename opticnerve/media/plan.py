@@ -1,0 +1,106 @@
+"""What is known of one media item before a pixel is decoded, and what it will become.
+
+Plain frozen values, shared by the gateway (which writes them), the encoder (which obeys
+them) and the LLM worker (which only sees spans). Imports neither torch nor grpc.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Modality(Enum):
+    IMAGE = "image"
+    VIDEO = "video"
+    AUDIO = "audio"
+
+
+class SpanAttention(Enum):
+    CAUSAL = "causal"
+    BIDIRECTIONAL = "bidirectional"  # Atomic: computed in one chunk.
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Patches along time, height and width, before merging."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def num_patches(self) -> int:
+        return self.t * self.h * self.w
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What a picture's bytes say of themselves, read from headers alone.
+
+    ``width`` and ``height`` are as stored, in pixels; ``orientation`` is EXIF's, 1 to 8.
+    """
+
+    format: str  # "png", "jpeg", "webp", "gif", "bmp"
+    width: int
+    height: int
+    orientation: int = 1
+    frames: int = 1
+
+    @property
+    def displayed_size(self) -> tuple[int, int]:
+        """(width, height) after orientation: 5 to 8 turn the picture by a quarter."""
+        if self.orientation >= 5:
+            return self.height, self.width
+        return self.width, self.height
+
+
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """Processor settings that a request changes for one item; None keeps the model's own."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One tile, in pixels of the resized picture."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one item will be decoded, resized, cut and counted. See ``embedding.proto``."""
+
+    modality: Modality
+    format: str
+    width: int  # As stored, before orientation.
+    height: int
+    orientation: int
+    resized_width: int  # What the tower sees, after orientation.
+    resized_height: int
+    grid: Grid
+    num_tokens: int  # Embedding rows, which is also placeholder tokens.
+    num_patches: int  # Encoding cost.
+    tiles: tuple[Tile, ...] = ()
+    frames: int = 1
+    seconds_per_grid: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of placeholder positions that rows of one item overwrite. See ``llm.proto``."""
+
+    token_offset: int
+    num_tokens: int
+    item: int
+    row_start: int
+    modality: Modality
+    grid_thw: Grid
+    seconds_per_grid: float = 0.0
+    attention: SpanAttention = SpanAttention.CAUSAL

@@ -1,0 +1,119 @@
+"""PNG: chunks of (length, type, data, checksum). Metadata may stand before or after the data."""
+
+from __future__ import annotations
+
+import re
+import zlib
+
+from opticnerve.media import exif
+from opticnerve.media.plan import Structure
+from opticnerve.media.window import Window
+
+MAGIC = b"\x89PNG\r\n\x1a\n"
+MAX_TEXT_BYTES = 2**20  # Of one metadata text after decompression.
+
+_CHUNK_TYPE = re.compile(rb"[A-Za-z0-9_]{4}")
+_RAW_PROFILE = b"Raw profile type exif"
+_XMP = b"XML:com.adobe.xmp"
+
+
+def parse(data: bytes | memoryview) -> Structure:
+    window = Window(data, "PNG")
+    width, height = _header(window)
+    metadata = _Metadata()
+    frames = 1
+    seen_data = False
+    for kind, at, size in _chunks(window):
+        if kind == b"IDAT":
+            seen_data = True
+        elif kind == b"acTL" and not seen_data:
+            frames = window.be32(at) if frames == 1 else 1  # Two of them contradict each other.
+        else:
+            metadata.add(kind, window, at, size)
+    if not seen_data:
+        raise window.damaged("it has no image data")
+    return Structure("png", width, height, metadata.orientation(), max(frames, 1))
+
+
+def _header(window: Window) -> tuple[int, int]:
+    if window.take(12, 4) != b"IHDR" or window.be32(8) < 13:
+        raise window.damaged("it does not begin with its header")
+    window.take(8, 25)
+    return window.be32(16), window.be32(20)
+
+
+def _chunks(window: Window) -> list[tuple[bytes, int, int]]:
+    """(type, offset of the data, size) of every chunk up to the end."""
+    found: list[tuple[bytes, int, int]] = []
+    at, seen_data = 8, False
+    while at + 8 <= len(window):
+        size, kind = window.be32(at), window.take(at + 4, 4)
+        if kind == b"IEND":
+            break
+        if not _CHUNK_TYPE.fullmatch(kind):
+            if seen_data:
+                break  # Rubbish after the picture is nobody's concern.
+            raise window.damaged("a chunk has no valid type")
+        if at + 8 + size > len(window) and kind != b"IDAT":
+            raise window.truncated()  # Whether the pixels are all there, the decoder finds.
+        seen_data = seen_data or kind == b"IDAT"
+        found.append((kind, at + 8, size))
+        window.count(len(found))
+        at += 12 + size
+    return found
+
+
+class _Metadata:
+    """What a PNG says of its orientation, in any of the five places that are in use.
+
+    Later chunks of one kind replace earlier ones. Compressed texts are opened at the end, so that
+    many of them cost one decompression.
+    """
+
+    def __init__(self) -> None:
+        self._exif: bytes | None = None
+        self._texts: dict[bytes, tuple[bytes, bool]] = {}  # Keyword -> (text, compressed).
+
+    def add(self, kind: bytes, window: Window, at: int, size: int) -> None:
+        if kind == b"eXIf":
+            self._exif = window.take(at, size)
+        elif kind in (b"tEXt", b"zTXt", b"iTXt"):
+            head = window.take(at, min(size, 80))
+            keyword = head.partition(b"\0")[0]
+            if keyword in (_RAW_PROFILE, _XMP):
+                self._add_text(kind, keyword, window.take(at, size)[len(keyword) + 1 :])
+
+    def _add_text(self, kind: bytes, keyword: bytes, rest: bytes) -> None:
+        if kind == b"tEXt":
+            self._texts[keyword] = rest, False
+        elif kind == b"zTXt" and rest[:1] == b"\0":
+            self._texts[keyword] = rest[1:], True
+        elif kind == b"iTXt" and len(rest) >= 2 and rest[2:].count(b"\0") >= 2:
+            self._texts[keyword] = rest[2:].split(b"\0", 2)[2], rest[0] != 0
+
+    def orientation(self) -> int:
+        block = self._exif
+        if block is None:
+            block = _unhex(self._text(_RAW_PROFILE))
+        return exif.orientation(block, self._text(_XMP))
+
+    def _text(self, keyword: bytes) -> bytes | None:
+        text, compressed = self._texts.get(keyword, (None, False))
+        return _inflate(text) if text is not None and compressed else text
+
+
+def _inflate(data: bytes) -> bytes | None:
+    try:
+        return zlib.decompressobj().decompress(data, MAX_TEXT_BYTES)
+    except zlib.error:
+        return None
+
+
+def _unhex(text: bytes | None) -> bytes | None:
+    """ImageMagick's form: an empty line, a name, a size, then hexadecimal digits."""
+    if text is None:
+        return None
+    try:
+        return bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("ascii"))
+    except ValueError:
+        return None

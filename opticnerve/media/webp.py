@@ -1,0 +1,65 @@
+"""WebP: a RIFF container of chunks, padded to even sizes. Metadata need the extended form (VP8X),
+whose flags say what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from opticnerve.media import exif
+from opticnerve.media.plan import Structure
+from opticnerve.media.window import Window
+
+_ANIMATED, _HAS_XMP, _HAS_EXIF = 0x02, 0x04, 0x08
+
+
+def matches(data: bytes) -> bool:
+    return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+
+
+def parse(data: bytes | memoryview) -> Structure:
+    window = Window(data, "WebP")
+    end = 8 + window.le32(4)
+    if end > len(window):
+        raise window.truncated()
+    kind = window.take(12, 4)
+    if kind == b"VP8 ":
+        if window.take(23, 3) != b"\x9d\x01\x2a":
+            raise window.damaged("its frame header is wrong")
+        return Structure("webp", window.le16(26) & 0x3FFF, window.le16(28) & 0x3FFF)
+    if kind == b"VP8L":
+        if window.u8(20) != 0x2F:
+            raise window.damaged("its frame header is wrong")
+        bits = window.le32(21)
+        return Structure("webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
+    if kind == b"VP8X":
+        return _extended(window, end)
+    raise window.damaged("it has no image data")
+
+
+def _extended(window: Window, end: int) -> Structure:
+    flags = window.u8(20)
+    width, height = window.le24(24) + 1, window.le24(27) + 1
+    blocks: dict[bytes, bytes] = {}
+    frames = 0
+    for kind, at, size in _chunks(window, end):
+        if kind == b"ANMF":
+            frames += 1
+        elif kind in (b"EXIF", b"XMP ") and kind not in blocks:  # The first counts.
+            blocks[kind] = window.take(at, size)
+    turned = exif.orientation(
+        blocks.get(b"EXIF") if flags & _HAS_EXIF else None,
+        blocks.get(b"XMP ") if flags & _HAS_XMP else None,
+    )
+    return Structure("webp", width, height, turned, frames if flags & _ANIMATED else 1)
+
+
+def _chunks(window: Window, end: int) -> Iterator[tuple[bytes, int, int]]:
+    at, pieces = 12, 0
+    while at + 8 <= end:
+        kind, size = window.take(at, 4), window.le32(at + 4)
+        if at + 8 + size > end:
+            raise window.truncated()
+        yield kind, at + 8, size
+        pieces += 1
+        window.count(pieces)
+        at += 8 + size + (size & 1)

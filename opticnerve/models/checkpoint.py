@@ -1,0 +1,257 @@
+"""A checkpoint as every service opens it: configuration at once, weights by key when asked.
+
+Sources: nothing (the built-in demo), a directory, or a hub id. Of a hub checkpoint ``open`` brings
+configuration, tokenizer and weight index only; ``tensor_index(wanted)`` then brings the shards
+that hold wanted keys, so that each side downloads its own. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import opticnerve.demo
+from opticnerve.errors import CheckpointError
+from opticnerve.models import hub
+from opticnerve.models.registry import family_of
+from opticnerve.models.tensorfile import TensorEntry, read_header
+
+Side = Literal["gateway", "encoder", "llm"]
+KeyFilter = Callable[[str], bool]
+
+DEMO_NAME = "opticnerve-demo"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+PAIR_SCHEME = b"opticnerve-pair-1"
+SAMPLE_BYTES = 64  # Of every tensor, from its middle.
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """One published checkpoint directory. Make it with ``Checkpoint.open``."""
+
+    path: Path
+    name: str  # What requests call it by default: the directory's name, or the hub id.
+    side: Side
+    config: Mapping[str, Any]  # config.json as it stands; see text_config for nested and flat ones.
+    processor_config: Mapping[str, Any]  # The image processor's settings; {} when there are none.
+    generation_config: Mapping[str, Any]
+    revision: str | None = None  # Commit, when the hub's cache layout tells it.
+    hub_id: str | None = None
+    download_dir: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def open(
+        cls,
+        model: str | None,
+        revision: str | None = None,
+        download_dir: str | None = None,
+        *,
+        side: Side = "gateway",
+        key_filter: KeyFilter | None = None,
+    ) -> Checkpoint:
+        """Opens a checkpoint for one side.
+
+        With ``key_filter``, the shards that hold keys it accepts are downloaded and checked at
+        once; without, on the first ``tensor_index``. The gateway takes no weights.
+        Raises CheckpointError, or UnsupportedCheckpoint for a model that no family serves.
+        """
+        path, name, hub_id = _locate(model, revision, download_dir)
+        config = _read_json(path / "config.json")
+        if config is None:
+            raise CheckpointError(_no_config(path))
+        checkpoint = cls(
+            path=path,
+            name=name,
+            side=side,
+            config=config,
+            processor_config=_image_processor(path),
+            generation_config=_read_json(path / "generation_config.json") or {},
+            revision=hub.commit_of(path),
+            hub_id=hub_id,
+            download_dir=download_dir,
+        )
+        family_of(config)
+        if key_filter is not None and side != "gateway":
+            checkpoint.tensor_index(key_filter)
+        return checkpoint
+
+    @property
+    def family(self) -> str:
+        return family_of(self.config)
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The language model's part of ``config``: nested, or (older Qwen) the top level itself."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, Mapping) else self.config
+
+    @property
+    def vision_config(self) -> Mapping[str, Any]:
+        nested = self.config.get("vision_config")
+        return nested if isinstance(nested, Mapping) else {}
+
+    # ---- weights
+
+    def tensor_index(self, wanted: KeyFilter | None = None) -> dict[str, TensorEntry]:
+        """Every tensor whose key ``wanted`` accepts (None: all), from the files' own headers.
+
+        Downloads the shards that hold them first, if need be. Raises CheckpointError for weights
+        that are missing, cut short, pickled only, or not where the index says.
+        """
+        weight_map = self._weight_map
+        if weight_map is None:
+            self._ensure([SINGLE_FILE])
+            entries = read_header(self.path / SINGLE_FILE)
+            return {key: entry for key, entry in entries.items() if wanted is None or wanted(key)}
+        keys = [key for key in weight_map if wanted is None or wanted(key)]
+        files = sorted({weight_map[key] for key in keys})
+        self._ensure(files)
+        headers = {name: read_header(self.path / name) for name in files}
+        for key in keys:
+            if key not in headers[weight_map[key]]:
+                raise CheckpointError(
+                    f"{self.path / INDEX_FILE} places {key} in {weight_map[key]}, which does not "
+                    "hold it; index and shards are not of one download, fetch both again"
+                )
+        return {key: headers[weight_map[key]][key] for key in keys}
+
+    @cached_property
+    def _weight_map(self) -> dict[str, str] | None:
+        """Key -> shard file name; None for a checkpoint of a single file."""
+        index = _read_json(self.path / INDEX_FILE)
+        if index is None:
+            return None
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) and name and Path(name).name == name
+            for name in weight_map.values()
+        ):
+            raise CheckpointError(f"{self.path / INDEX_FILE} has no usable weight_map")
+        return {str(key): name for key, name in weight_map.items()}
+
+    def _ensure(self, files: Iterable[str]) -> None:
+        """Makes weight files present. Raises CheckpointError naming what cannot be had."""
+        missing = [name for name in files if not (self.path / name).is_file()]
+        if missing and self.hub_id is not None:
+            hub.download(self.hub_id, self.revision, self.download_dir, missing)
+            missing = [name for name in missing if not (self.path / name).is_file()]
+        if missing:
+            raise CheckpointError(_missing_weights(self.path, missing))
+
+    # ---- identity
+
+    @cached_property
+    def pair_id(self) -> str:
+        """Digest that workers of one checkpoint share, whichever side they serve; 64 hex digits.
+
+        From the hub, or from a directory in the hub's cache layout: the commit, which covers
+        every file. From any other directory, which every side sees whole: every safetensors
+        header (keys, types, shapes) and 64 bytes from the middle of every tensor, so that a
+        fine-tune, which keeps the headers, differs. Configuration and processor settings count
+        in both. A hub download and a plain copy of the same files do not pair: give all workers
+        the same kind of source. Costs one small read a tensor. Raises CheckpointError when a
+        directory's weights are not all there.
+        """
+        digest = hashlib.sha256(PAIR_SCHEME)
+        for part in (self.config, self.processor_config):
+            _update(digest, json.dumps(part, sort_keys=True).encode())
+        if self.revision is not None:
+            _update(digest, b"commit:" + self.revision.encode())
+        else:
+            self._sample_weights(digest)
+        return digest.hexdigest()
+
+    def _sample_weights(self, digest: hashlib._Hash) -> None:
+        entries = sorted(self.tensor_index().items())
+        by_file: dict[Path, list[tuple[str, TensorEntry]]] = {}
+        for key, entry in entries:
+            by_file.setdefault(entry.file, []).append((key, entry))
+        samples: dict[str, bytes] = {}
+        for file, held in by_file.items():
+            with file.open("rb") as stream:
+                for key, entry in held:
+                    stream.seek(max(entry.start, (entry.start + entry.end - SAMPLE_BYTES) // 2))
+                    samples[key] = stream.read(min(SAMPLE_BYTES, entry.num_bytes))
+        for key, entry in entries:  # Not by file: the same tensors sharded otherwise are the same.
+            _update(digest, f"{key} {entry.dtype} {entry.shape}".encode())
+            _update(digest, samples[key])
+
+
+def _update(digest: hashlib._Hash, part: bytes) -> None:
+    """Length before content: no two sequences of parts look alike."""
+    digest.update(len(part).to_bytes(8, "little"))
+    digest.update(part)
+
+
+def _locate(
+    model: str | None, revision: str | None, download_dir: str | None
+) -> tuple[Path, str, str | None]:
+    """(directory, served name, hub id or None) of what ``--model`` says."""
+    if model is None:
+        return Path(opticnerve.demo.__file__).parent / "checkpoint", DEMO_NAME, None
+    path = Path(os.path.expanduser(model))  # Path's own raises for an unknown user.
+    if path.is_dir():
+        path = path.resolve() if path.name in ("", ".", "..") else path.absolute()
+        return path, path.name, None
+    if path.exists():
+        raise CheckpointError(f"{model} is a file; give the directory that holds config.json")
+    if not hub.looks_like_hub_id(model):
+        raise CheckpointError(
+            f"there is no directory {model}; give the checkpoint's directory or a hub id "
+            "(owner/name), or no model at all for the built-in demo"
+        )
+    return hub.download(model, revision, download_dir, hub.METADATA_FILES), model, model
+
+
+def _image_processor(path: Path) -> dict[str, Any]:
+    """Image processor settings: in processor_config.json (newer), or in a file of their own."""
+    nested = (_read_json(path / "processor_config.json") or {}).get("image_processor")
+    if isinstance(nested, dict):
+        return nested
+    return _read_json(path / "preprocessor_config.json") or {}
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    """The JSON object in ``file``; None when there is no such file. Raises CheckpointError."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON; fetch it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds no JSON object; fetch it again")
+    return value
+
+
+def _no_config(path: Path) -> str:
+    if (path / "params.json").is_file():
+        return (
+            f"{path} holds params.json, a vendor's own format; use the checkpoint's Hugging Face "
+            "conversion, which has a config.json"
+        )
+    if any(path.glob("*.gguf")):
+        return f"{path} holds GGUF files; use the safetensors checkpoint that they were made from"
+    return f"{path} holds no config.json; give the directory of a Hugging Face checkpoint"
+
+
+def _missing_weights(path: Path, missing: list[str]) -> str:
+    names = ", ".join(missing)
+    if missing == [SINGLE_FILE]:
+        pickles = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
+        if pickles:
+            return (
+                f"{path} holds weights as pickles only ({pickles[0].name}), which are never "
+                "loaded; convert the checkpoint to safetensors"
+            )
+        return f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}; fetch the weights"
+    return f"{path} lacks {names}, which {INDEX_FILE} names; fetch the missing shards"

@@ -1,0 +1,180 @@
+"""LLaVA-1.5: every picture is one square of fixed size and one fixed run of placeholders.
+
+The shortest edge is resized, the centre is cut out; the tower's patches (and its class token where
+the strategy is "full") are the tokens. Positions are one-dimensional and simply count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opticnerve.errors import CheckpointError, InvalidMedia, InvalidRequest, UnsupportedCheckpoint
+from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, Structure
+from opticnerve.models.family import Expansion, Run
+from opticnerve.models.settings import PixelSettings, integer, positive
+
+if TYPE_CHECKING:
+    from opticnerve.models.checkpoint import Checkpoint
+
+MAX_ASPECT = 200  # Beyond it the resized picture, before the crop, would be enormous.
+NO_OVERRIDES = Overrides()
+
+# Published configs leave out what equals the text model's own defaults:
+# model_type -> (hidden_size, max_position_embeddings).
+TEXT_DEFAULTS = {"llama": (4096, 2048), "mistral": (4096, 4096 * 32), "qwen2": (4096, 32768)}
+
+
+class LlavaLayout:
+    """Implements ``opticnerve.models.family.Layout``.
+
+    Also for the preprocessor: ``pixels`` (rescale, mean, std, resample), ``resized_size``,
+    ``crop_size`` (width, height; None: no crop), ``patch_size``.
+    """
+
+    family = "llava"
+    image_token = "<image>"
+    placeholder_tokens = ("<image>",)
+    position_dims = 1
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        config, vision = checkpoint.config, checkpoint.vision_config
+        _check_architecture(vision)
+        text = _text_config(checkpoint)
+        hidden, positions = TEXT_DEFAULTS.get(str(text.get("model_type")), (None, None))
+        self.hidden_size = positive(text, "hidden_size", hidden)
+        self.max_positions = positive(text, "max_position_embeddings", positions)
+        index = integer(config, "image_token_index", 32000)
+        self.image_token_id = integer(config, "image_token_id", index)
+        self.patch_size = positive(vision, "patch_size", 32)
+        self.image_size = positive(vision, "image_size", 224)
+        self.strategy = str(config.get("vision_feature_select_strategy") or "default")
+        if self.strategy not in ("default", "full"):
+            raise UnsupportedCheckpoint(
+                f"vision_feature_select_strategy is {self.strategy!r}; default and full are served"
+            )
+        self._read_processor(checkpoint)
+
+    def _read_processor(self, checkpoint: Checkpoint) -> None:
+        processor = checkpoint.processor_config
+        if not processor:
+            raise CheckpointError(
+                f"{checkpoint.path} has no preprocessor_config.json; fetch it from where the "
+                "checkpoint was published"
+            )
+        if processor.get("do_pad"):
+            raise UnsupportedCheckpoint(
+                "the image processor pads pictures to squares (do_pad), which is not supported; "
+                "switch do_pad off, as the published LLaVA-1.5 has it"
+            )
+        self.pixels = PixelSettings.read(processor)
+        self.size = _size(processor.get("size", {"shortest_edge": 224}), "size")
+        self.crop_size: tuple[int, int] | None = None
+        if processor.get("do_center_crop", True):
+            crop = _size(processor.get("crop_size", 224), "crop_size")
+            self.crop_size = (crop, crop) if isinstance(crop, int) else crop
+        seen = self.crop_size or self.size
+        if seen != (self.image_size, self.image_size):
+            raise CheckpointError(
+                f"the image processor makes pictures of {seen} but the vision tower takes "
+                f"{self.image_size}x{self.image_size}; the files are not of one checkpoint"
+            )
+
+    # ---- pictures
+
+    def resized_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) after the resize and before the crop, of a displayed picture."""
+        if not isinstance(self.size, int):
+            return self.size
+        short, long = sorted((width, height))
+        longer = int(self.size * long / short)
+        return (self.size, longer) if width <= height else (longer, self.size)
+
+    def plan(self, structure: Structure, overrides: Overrides = NO_OVERRIDES) -> Plan:
+        if overrides != NO_OVERRIDES:
+            raise InvalidRequest(
+                "this model sees every picture at one size: leave out min_pixels and max_pixels",
+                param="min_pixels" if overrides.min_pixels is not None else "max_pixels",
+            )
+        width, height = structure.displayed_size
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise InvalidMedia(
+                f"the picture is {width}x{height}: one side is more than {MAX_ASPECT} times the "
+                "other; crop it or send it in pieces"
+            )
+        side = self.image_size // self.patch_size
+        return Plan(
+            modality=Modality.IMAGE,
+            format=structure.format,
+            width=structure.width,
+            height=structure.height,
+            orientation=structure.orientation,
+            resized_width=self.image_size,
+            resized_height=self.image_size,
+            grid=Grid(1, side, side),
+            num_tokens=side * side + (self.strategy == "full"),
+            num_patches=side * side,
+        )
+
+    def expand(self, plan: Plan) -> Expansion:
+        return Expansion((self.image_token_id,) * plan.num_tokens, (Run(0, plan.num_tokens, 0),))
+
+    # ---- positions
+
+    def positions(self, num_tokens: int, spans: Sequence[Span]) -> tuple[NDArray[np.int64], int]:
+        """int64 [1, num_tokens]; output simply goes on."""
+        if any(span.token_offset + span.num_tokens > num_tokens for span in spans):
+            raise InvalidRequest("spans leave the prompt", param="spans")
+        return np.arange(num_tokens, dtype=np.int64)[None], 0
+
+    # ---- identity
+
+    def settings(self) -> Mapping[str, Any]:
+        return {
+            "family": self.family,
+            "size": self.size,
+            "crop_size": self.crop_size,
+            "patch_size": self.patch_size,
+            "strategy": self.strategy,
+            **self.pixels.to_dict(),
+        }
+
+
+def _check_architecture(vision: Mapping[str, Any]) -> None:
+    if not vision:
+        raise UnsupportedCheckpoint(
+            "this LLaVA checkpoint has no vision_config: it is in the original authors' layout; "
+            "use its Hugging Face conversion (llava-hf/…)"
+        )
+    kind = vision.get("model_type", "clip_vision_model")
+    if kind != "clip_vision_model":
+        raise UnsupportedCheckpoint(
+            f"this LLaVA checkpoint's vision tower is {kind!r}; clip_vision_model is supported"
+        )
+
+
+def _text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    text = checkpoint.config.get("text_config")
+    if text is None:
+        return {"model_type": "llama"}  # What the reference takes when nothing is said.
+    if not isinstance(text, Mapping):
+        raise CheckpointError("text_config is no JSON object; fetch config.json again")
+    return {"model_type": "llama", **text}
+
+
+def _size(value: Any, name: str) -> int | tuple[int, int]:
+    """A shortest edge, or (width, height)."""
+    if isinstance(value, int):
+        return positive({name: value}, name)
+    if isinstance(value, Mapping) and value.get("shortest_edge") is not None:
+        return positive(value, "shortest_edge")
+    if isinstance(value, Mapping):
+        return positive(value, "width"), positive(value, "height")
+    raise CheckpointError(f"the image processor's {name} is {value!r}, which has no known form")
+
+
+def make_layout(checkpoint: Checkpoint) -> LlavaLayout:
+    return LlavaLayout(checkpoint)

@@ -1,0 +1,122 @@
+"""LLaVA-1.5's CLIP tower and projector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import CLIPVisionModel, LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from opticnerve.errors import CheckpointError, PlanMismatch, UnsupportedCheckpoint
+from opticnerve.models.llava.layout import make_layout
+from opticnerve.models.loader import load_module, read_config, resolve_device, resolve_dtype
+from opticnerve.models.patch_tower import own
+from opticnerve.models.pixels import CenterCrop
+
+if TYPE_CHECKING:
+    from opticnerve.media.plan import Plan
+    from opticnerve.models.checkpoint import Checkpoint
+    from opticnerve.models.family import Preprocessor
+
+KEY_MAP = (
+    (r"(?:model\.)?vision_tower\.(?:vision_model\.)?", "tower."),
+    (r"(?:model\.)?multi_modal_projector\.", "projector."),
+)
+"""Published as ``vision_tower.vision_model.*``; later with ``model.`` before it, then without
+``vision_model``."""
+
+
+class ClipProjector(nn.Module):  # type: ignore[misc]
+    """The tower's first layers, as many as the projector reads from, and the projector.
+
+    ``layers``: the hidden states that it reads, counted from the embeddings (0).
+    """
+
+    def __init__(self, config: Any, layers: Sequence[int], strategy: str) -> None:
+        super().__init__()
+        self.tower: Any = CLIPVisionModel(config.vision_config)
+        del self.tower.encoder.layers[max(layers) :]
+        del self.tower.post_layernorm  # Pools what nobody asks for.
+        self.projector = LlavaMultiModalProjector(config)
+        self.layers = tuple(layers)
+        self.first_row = 1 if strategy == "default" else 0  # Row 0 is the class token.
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[pictures, 3, height, width] -> [pictures, tokens, hidden_size]."""
+        hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixels))
+        states = [hidden]
+        for layer in self.tower.encoder.layers:
+            hidden = layer(hidden, attention_mask=None)
+            states.append(hidden)
+        picked = torch.cat([states[i][:, self.first_row :] for i in self.layers], dim=-1)
+        rows: torch.Tensor = self.projector(picked)
+        return rows
+
+
+class ClipTower:
+    """Implements ``opticnerve.models.family.Tower``: every picture is one square."""
+
+    def __init__(self, module: Any, hidden_size: int, preprocess: Preprocessor) -> None:
+        self.module = module
+        self.hidden_size = hidden_size
+        self.preprocess = preprocess
+        weight = next(module.parameters())
+        self.dtype: torch.dtype = weight.dtype
+        self.device: torch.device = weight.device
+
+    def encode(
+        self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
+    ) -> list[dict[str, torch.Tensor]]:
+        """See ``family.Tower``. Raises PlanMismatch when pixels and plan differ."""
+        for picture, plan in zip(pixels, plans, strict=True):
+            if picture.shape != (1, 3, plan.resized_height, plan.resized_width):
+                raise PlanMismatch(f"a picture of shape {picture.shape} does not fit its plan")
+        with torch.inference_mode():
+            batch = torch.from_numpy(np.concatenate(pixels)).to(self.device, self.dtype)
+            return [{"rows": own(item)} for item in self.module(batch)]
+
+
+def load_tower(
+    checkpoint: Checkpoint, dtype: str | torch.dtype, device: str | torch.device
+) -> ClipTower:
+    """Raises CheckpointError for a checkpoint without this tower's weights, whole."""
+    layout = make_layout(checkpoint)  # Refuses towers that are not CLIP.
+    config = read_config(LlavaConfig, checkpoint)
+    depth = config.vision_config.num_hidden_layers
+    layers = _feature_layers(config.vision_feature_layer, depth)
+    unused = "|".join(str(i) for i in range(max(layers), depth)) or "none"
+    module = load_module(
+        lambda: ClipProjector(config, layers, layout.strategy),
+        checkpoint,
+        KEY_MAP,
+        dtype=resolve_dtype(dtype, checkpoint),
+        device=resolve_device(device),
+        recomputed={"tower.embeddings.position_ids": _position_ids},
+        ignored=(
+            r".*vision_tower\..*post_layernorm\.",
+            rf".*vision_tower\..*encoder\.layers\.(?:{unused})\.",
+            r".*vision_tower\..*embeddings\.position_ids$",  # Counted; old checkpoints carry it.
+        ),
+    )
+    preprocess = CenterCrop(layout.pixels, layout.resized_size)
+    return ClipTower(module, config.text_config.hidden_size, preprocess)
+
+
+def _feature_layers(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
+    """Indices of hidden states, 0 to ``depth``; the configuration may count from the end."""
+    wanted = (layers,) if isinstance(layers, int) else tuple(layers)
+    found = tuple(i + depth + 1 if i < 0 else i for i in wanted)
+    if not found or not all(0 <= i <= depth for i in found):
+        raise CheckpointError(f"vision_feature_layer {layers} is not in a tower of {depth} layers")
+    if max(found) == 0:
+        raise UnsupportedCheckpoint("vision_feature_layer names the tower's embeddings alone")
+    return found
+
+
+def _position_ids(embeddings: Any) -> torch.Tensor:
+    return torch.arange(embeddings.num_positions)[None]

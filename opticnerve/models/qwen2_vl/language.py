@@ -1,0 +1,32 @@
+"""Qwen2-VL's language model and head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import Qwen2VLConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
+
+from opticnerve.models.decoder import PackedLanguage, load_decoder
+from opticnerve.models.loader import read_config
+
+if TYPE_CHECKING:
+    from opticnerve.models.checkpoint import Checkpoint
+
+
+def load_language(
+    checkpoint: Checkpoint, dtype: str | torch.dtype, device: str | torch.device, attention: str
+) -> PackedLanguage:
+    """Raises CheckpointError for a checkpoint without these weights, whole."""
+    config = read_config(Qwen2VLConfig, checkpoint)
+    return load_decoder(
+        checkpoint,
+        Qwen2VLTextModel,
+        config.text_config,
+        tied=config.tie_word_embeddings,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        position_dims=3,
+    )

@@ -1,0 +1,233 @@
+"""Qwen2-VL: pictures of any size, cut into patches and merged two by two; 3D positions.
+
+A picture of h x w patches becomes h * w / merge² placeholders between the template's vision
+markers. Positions are (t, h, w): text counts all three up together; a picture's tokens share
+their start in t and count rows and columns; text after it goes on past the largest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opticnerve.errors import CheckpointError, InvalidMedia, InvalidRequest
+from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, Structure
+from opticnerve.models.family import Expansion, Run
+from opticnerve.models.settings import PixelSettings, integer, positive
+
+if TYPE_CHECKING:
+    from opticnerve.models.checkpoint import Checkpoint
+
+MAX_ASPECT = 200  # The long side over the short one.
+MIN_PIXELS = 56 * 56
+MAX_PIXELS = 28 * 28 * 1280
+MAX_SECONDS_PER_GRID = 3600
+
+NO_OVERRIDES = Overrides()
+
+
+def smart_resize(
+    width: int, height: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """(width, height) as multiples of ``factor``, close to the given ones, of about
+    ``min_pixels`` to ``max_pixels`` in all. A half rounds to the even multiple, as Python rounds.
+
+    Raises InvalidMedia when one side is more than 200 times the other.
+    """
+    if max(width, height) / min(width, height) > MAX_ASPECT:
+        raise InvalidMedia(
+            f"the picture is {width}x{height}: one side is more than {MAX_ASPECT} times the "
+            "other; crop it or send it in pieces"
+        )
+    new_width = round(width / factor) * factor
+    new_height = round(height / factor) * factor
+    if new_width * new_height > max_pixels:
+        shrink = math.sqrt(width * height / max_pixels)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+    elif new_width * new_height < min_pixels:
+        grow = math.sqrt(min_pixels / (width * height))
+        new_width = math.ceil(width * grow / factor) * factor
+        new_height = math.ceil(height * grow / factor) * factor
+    return new_width, new_height
+
+
+class Qwen2VLLayout:
+    """Implements ``opticnerve.models.family.Layout``.
+
+    Also for the preprocessor: ``pixels`` (rescale, mean, std, resample), ``patch_size``,
+    ``merge_size``, ``temporal_patch_size``.
+    """
+
+    family = "qwen2_vl"
+    image_token = "<|image_pad|>"
+    video_token = "<|video_pad|>"
+    placeholder_tokens = (
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|vision_pad|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    )
+    position_dims = 3
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        config, vision = checkpoint.config, checkpoint.vision_config
+        processor, text = checkpoint.processor_config, checkpoint.text_config
+        if not processor:
+            raise CheckpointError(
+                f"{checkpoint.path} has no preprocessor_config.json; fetch it from where the "
+                "checkpoint was published"
+            )
+        self.image_token_id = integer(config, "image_token_id", 151655)
+        self.video_token_id = integer(config, "video_token_id", 151656)
+        self.hidden_size = positive(text, "hidden_size", 8192)
+        self.max_positions = positive(text, "max_position_embeddings", 32768)
+        self.pixels = PixelSettings.read(processor)
+        self.patch_size = _agreed(processor, "patch_size", vision, "patch_size", 14)
+        self.merge_size = _agreed(processor, "merge_size", vision, "spatial_merge_size", 2)
+        self.temporal_patch_size = _agreed(
+            processor, "temporal_patch_size", vision, "temporal_patch_size", 2
+        )
+        self.min_pixels, self.max_pixels = _pixel_bounds(processor)
+
+    # ---- pictures
+
+    def plan(self, structure: Structure, overrides: Overrides = NO_OVERRIDES) -> Plan:
+        width, height = structure.displayed_size
+        min_pixels, max_pixels = self._bounds(overrides)
+        resized = smart_resize(
+            width, height, self.patch_size * self.merge_size, min_pixels, max_pixels
+        )
+        grid = Grid(1, resized[1] // self.patch_size, resized[0] // self.patch_size)
+        return Plan(
+            modality=Modality.IMAGE,
+            format=structure.format,
+            width=structure.width,
+            height=structure.height,
+            orientation=structure.orientation,
+            resized_width=resized[0],
+            resized_height=resized[1],
+            grid=grid,
+            num_tokens=self.num_tokens(grid),
+            num_patches=grid.num_patches,
+        )
+
+    def _bounds(self, overrides: Overrides) -> tuple[int, int]:
+        """(min, max) pixels of one item. A bound that a request sets moves the model's other
+        one out of its way; two that it sets must be in order."""
+        low, high = overrides.min_pixels, overrides.max_pixels
+        if (low is not None and low < 1) or (high is not None and high < 1):
+            raise InvalidRequest("min_pixels and max_pixels must be at least 1", param="min_pixels")
+        if low is not None and high is not None and low > high:
+            raise InvalidRequest(
+                f"min_pixels ({low}) is larger than max_pixels ({high})", param="min_pixels"
+            )
+        if low is None:
+            low = self.min_pixels if high is None else min(self.min_pixels, high)
+        if high is None:
+            high = max(self.max_pixels, low)
+        return low, high
+
+    def num_tokens(self, grid: Grid) -> int:
+        return grid.num_patches // self.merge_size**2
+
+    def expand(self, plan: Plan) -> Expansion:
+        """One run of placeholders; the markers around it are the template's."""
+        video = plan.modality is Modality.VIDEO
+        token = self.video_token_id if video else self.image_token_id
+        return Expansion((token,) * plan.num_tokens, (Run(0, plan.num_tokens, 0),))
+
+    # ---- positions
+
+    def positions(self, num_tokens: int, spans: Sequence[Span]) -> tuple[NDArray[np.int64], int]:
+        """int64 [3, num_tokens] and the delta of the output. Raises InvalidRequest for spans
+        that overlap, leave the prompt, or do not have the tokens that their grid needs."""
+        result = np.empty((3, num_tokens), dtype=np.int64)
+        offset = position = 0
+        for span in sorted(spans, key=lambda item: item.token_offset):
+            end = span.token_offset + span.num_tokens
+            self._check(span, offset, num_tokens)
+            text = span.token_offset - offset
+            result[:, offset : span.token_offset] = np.arange(position, position + text)
+            position += text
+            result[:, span.token_offset : end] = position + self._span_positions(span)
+            position += max(span.grid_thw.h, span.grid_thw.w) // self.merge_size
+            offset = end
+        result[:, offset:] = np.arange(position, position + num_tokens - offset)
+        largest = int(result.max()) if num_tokens else -1
+        return result, largest + 1 - num_tokens
+
+    def _check(self, span: Span, offset: int, num_tokens: int) -> None:
+        if span.token_offset < offset or span.token_offset + span.num_tokens > num_tokens:
+            raise InvalidRequest("spans overlap or leave the prompt", param="spans")
+        grid, merge = span.grid_thw, self.merge_size
+        fits = grid.h % merge == 0 and grid.w % merge == 0
+        if span.num_tokens < 1 or not fits or span.num_tokens != self.num_tokens(grid):
+            raise InvalidRequest(
+                f"a span of {span.num_tokens} tokens does not fit its grid of "
+                f"{grid.t}x{grid.h}x{grid.w} patches",
+                param="spans",
+            )
+        if not 0 <= span.seconds_per_grid <= MAX_SECONDS_PER_GRID:
+            raise InvalidRequest(
+                f"seconds_per_grid must be between 0 and {MAX_SECONDS_PER_GRID}", param="spans"
+            )
+
+    def _span_positions(self, span: Span) -> NDArray[np.int64]:
+        """int64 [3, span.num_tokens], from 0."""
+        grid = span.grid_thw
+        shape = (grid.t, grid.h // self.merge_size, grid.w // self.merge_size)
+        positions = np.indices(shape, dtype=np.int64).reshape(3, -1)
+        steps = self.temporal_steps(span)
+        if steps is not None:
+            positions[0] = np.repeat(steps, shape[1] * shape[2])
+        return positions
+
+    def temporal_steps(self, span: Span) -> NDArray[np.int64] | None:
+        """int64 [grid.t], where temporal positions are not simply counted; else None."""
+        return None
+
+    # ---- identity
+
+    def settings(self) -> Mapping[str, Any]:
+        return {
+            "family": self.family,
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "patch_size": self.patch_size,
+            "merge_size": self.merge_size,
+            "temporal_patch_size": self.temporal_patch_size,
+            **self.pixels.to_dict(),
+        }
+
+
+def _agreed(
+    processor: Mapping[str, Any], name: str, vision: Mapping[str, Any], vision_name: str, usual: int
+) -> int:
+    """A size that the processor and the tower must share."""
+    ours = positive(processor, name, usual)
+    theirs = positive(vision, vision_name, usual)
+    if ours != theirs:
+        raise CheckpointError(
+            f"the image processor's {name} is {ours} but the vision tower's {vision_name} is "
+            f"{theirs}; the files are not of one checkpoint"
+        )
+    return ours
+
+
+def _pixel_bounds(processor: Mapping[str, Any]) -> tuple[int, int]:
+    """(min, max) pixels, written as min_pixels/max_pixels or as a size of two edges."""
+    size = processor.get("size")
+    size = size if isinstance(size, Mapping) else {}
+    low = positive(size, "shortest_edge", positive(size, "min_pixels", MIN_PIXELS))
+    high = positive(size, "longest_edge", positive(size, "max_pixels", MAX_PIXELS))
+    return positive(processor, "min_pixels", low), positive(processor, "max_pixels", high)
+
+
+def make_layout(checkpoint: Checkpoint) -> Qwen2VLLayout:
+    return Qwen2VLLayout(checkpoint)

@@ -1,0 +1,85 @@
+"""Reading numbers out of a checkpoint's JSON, with one clear error when they are not there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from opticnerve.errors import CheckpointError, UnsupportedCheckpoint
+
+BICUBIC = 3
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, slots=True)
+class PixelSettings:
+    """How 8-bit RGB becomes the tower's floats, in this order: resize, rescale, normalise."""
+
+    resample: int = BICUBIC  # PIL.Image.Resampling: 0 nearest, 1 lanczos, 2 bilinear, 3 bicubic.
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> PixelSettings:
+        """From an image processor's settings; what they leave out has Hugging Face's default."""
+        if config.get("do_resize") is False:
+            raise UnsupportedCheckpoint("the image processor has do_resize off; it must be on")
+        return cls(
+            resample=integer(config, "resample", BICUBIC),
+            do_rescale=bool(config.get("do_rescale", True)),
+            rescale_factor=number(config, "rescale_factor", 1 / 255),
+            do_normalize=bool(config.get("do_normalize", True)),
+            mean=_triple(config, "image_mean", CLIP_MEAN),
+            std=_triple(config, "image_std", CLIP_STD),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def integer(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """``config[name]`` as an int; ``default`` when absent or null. Raises CheckpointError."""
+    value = config.get(name)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise CheckpointError(_bad(name, value, "a whole number"))
+    return value
+
+
+def positive(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = integer(config, name, default)
+    if value < 1:
+        raise CheckpointError(_bad(name, value, "a positive number"))
+    return value
+
+
+def number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    value = config.get(name)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CheckpointError(_bad(name, value, "a number"))
+    return float(value)
+
+
+def _triple(config: Mapping[str, Any], name: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    value = config.get(name)
+    if value is None:
+        return default
+    if isinstance(value, (int, float)):
+        value = [value] * 3
+    if not isinstance(value, list) or len(value) != 3:
+        raise CheckpointError(_bad(name, value, "three numbers"))
+    return tuple(number({name: item}, name) for item in value)
+
+
+def _bad(name: str, value: Any, wanted: str) -> str:
+    if value is None:
+        return f"the checkpoint's configuration lacks {name}; fetch its JSON files again"
+    return f"the checkpoint's configuration has {name} = {value!r}, which should be {wanted}"

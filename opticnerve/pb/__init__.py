@@ -1,0 +1,1 @@
+"""Generated gRPC stubs of ``opticnerve.v1``; ``make protos`` writes them, git ignores them."""

@@ -1,0 +1,47 @@
+"""Client channels to internal services, and the chunking that keeps messages small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+CHUNK_BYTES = 2**20
+
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", 8 * 2**20),
+    ("grpc.max_send_message_length", 8 * 2**20),
+    ("grpc.keepalive_time_ms", 10_000),  # A peer that vanished without a FIN is noticed.
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # Else a minute: keepalive waits for this one too.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A lazily connected channel to host:port; the caller closes it."""
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
+def chunks(data: bytes, size: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """``data`` in pieces of at most ``size`` bytes; one empty piece for no data."""
+    view = memoryview(data)
+    for start in range(0, max(len(data), 1), size):
+        yield bytes(view[start : start + size])
+
+
+async def is_serving(channel: grpc.aio.Channel, timeout_s: float = 2.0) -> bool:
+    """Whether the service behind ``channel`` answers SERVING within ``timeout_s``."""
+    check = channel.unary_unary(
+        "/grpc.health.v1.Health/Check",
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
+    try:
+        answer = await check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+    except grpc.RpcError:
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

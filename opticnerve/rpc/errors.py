@@ -1,0 +1,120 @@
+"""Errors at the edge: OpticNerveError to gRPC status and back, class and fields kept.
+
+The status says what generic clients need; the trailing metadata ``opticnerve-error-bin`` holds
+an ``ErrorDetail``, from which the caller raises the same class again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+
+from opticnerve import errors
+from opticnerve.errors import OpticNerveError
+from opticnerve.pb import embedding_pb2
+
+METADATA_KEY = "opticnerve-error-bin"
+MAX_MESSAGE = 1000  # Characters: metadata that are too large end a call without any status.
+
+log = logging.getLogger(__name__)
+
+STATUS_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+# What a bare status becomes: a peer that died, a proxy, a method that does not exist.
+CLASS_BY_STATUS: dict[grpc.StatusCode, type[OpticNerveError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
+    grpc.StatusCode.UNIMPLEMENTED: errors.UnsupportedFeature,
+    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: errors.Forbidden,
+    grpc.StatusCode.NOT_FOUND: errors.NotFound,
+    grpc.StatusCode.OUT_OF_RANGE: errors.PayloadTooLarge,
+    grpc.StatusCode.ABORTED: errors.PoisonousItem,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
+    grpc.StatusCode.CANCELLED: errors.Cancelled,
+    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+    grpc.StatusCode.FAILED_PRECONDITION: errors.Mispaired,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    grpc.StatusCode.DATA_LOSS: errors.EmbeddingUnavailable,
+}
+
+
+def to_detail(error: OpticNerveError) -> embedding_pb2.ErrorDetail:
+    return embedding_pb2.ErrorDetail(
+        kind=type(error).__name__,
+        message=error.message[:MAX_MESSAGE],
+        param=error.param or "",
+        code=error.code or "",
+        retry_after_s=error.retry_after_s or 0.0,
+    )
+
+
+def from_detail(detail: embedding_pb2.ErrorDetail) -> OpticNerveError:
+    """The error that ``detail`` describes; an unknown kind becomes the base class."""
+    cls = errors.by_name().get(detail.kind, OpticNerveError)
+    return cls(
+        detail.message,
+        param=detail.param or None,
+        code=detail.code or None,
+        retry_after_s=detail.retry_after_s or None,
+    )
+
+
+def from_rpc(error: grpc.RpcError) -> OpticNerveError:
+    """The typed error behind a failed call; raise it ``from`` the RpcError."""
+    metadata: Any = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
+    for key, value in metadata or ():
+        if key == METADATA_KEY:
+            return from_detail(embedding_pb2.ErrorDetail.FromString(value))
+    code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
+    details = (error.details() if hasattr(error, "details") else None) or code.name
+    return CLASS_BY_STATUS.get(code, OpticNerveError)(details)
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
+    """Ends a call with ``error``; what is no OpticNerveError is logged and shown as internal."""
+    if not isinstance(error, OpticNerveError):
+        log.exception("unexpected error in a call", exc_info=error)
+        error = OpticNerveError("internal error; the service's log has the details")
+    metadata = ((METADATA_KEY, to_detail(error).SerializeToString()),)
+    status = STATUS_BY_NUMBER[error.grpc_status]
+    await context.abort(status, error.message[:MAX_MESSAGE], metadata)
+    raise AssertionError("context.abort returned")
+
+
+M = TypeVar("M", bound=Callable[..., Any])
+
+
+def unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Decorates a servicer method that returns one message: errors leave through ``abort``."""
+
+    @functools.wraps(method)
+    async def call(self: Any, request: Any, context: Any) -> Any:
+        try:
+            return await method(self, request, context)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception as error:
+            return await abort(context, error)
+
+    return call
+
+
+def streaming(method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    """Decorates a servicer method that yields messages: errors leave through ``abort``."""
+
+    @functools.wraps(method)
+    async def call(self: Any, request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async for message in method(self, request, context):
+                yield message
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception as error:
+            await abort(context, error)
+
+    return call

@@ -1,0 +1,147 @@
+"""A gRPC server's life: start, serve, drain. The same for every internal service.
+
+Health (``grpc.health.v1``) is NOT_SERVING until ``ready()`` and again while draining; reflection
+is on. SIGTERM and SIGINT drain: health goes NOT_SERVING, new calls are refused, running calls get
+``drain_timeout_s``. In a process started by ``opticnerve up`` the parent's end is such a signal
+(``opticnerve.lifecycle``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from opticnerve.config import RpcConfig
+from opticnerve.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+SERVER_OPTIONS = [
+    ("grpc.max_receive_message_length", 8 * 2**20),
+    ("grpc.max_send_message_length", 8 * 2**20),
+    ("grpc.so_reuseport", 0),  # A port that is taken is an error, not a silent share.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+]
+
+
+class Server:
+    """One service on one port.
+
+    ``async with Server(config, "opticnerve.v1.LLM") as server:`` add the servicer to
+    ``server.grpc``, then ``await server.start()``, load, ``await server.ready()`` and
+    ``await server.serve()``, which returns after the drain.
+    """
+
+    def __init__(self, config: RpcConfig, service: str) -> None:
+        self.config = config
+        self.service = service
+        self.grpc = grpc.aio.server(options=SERVER_OPTIONS)
+        self.port = 0
+        self.draining = False
+        self._health = health_aio.HealthServicer()
+        self._stop = asyncio.Event()
+        self._signals = contextlib.ExitStack()
+
+    @property
+    def address(self) -> str:
+        """host:port that others reach this service at."""
+        if self.config.advertise:
+            return self.config.advertise
+        host = "127.0.0.1" if self.config.host in ("0.0.0.0", "::", "") else self.config.host
+        return f"{host}:{self.port}"
+
+    async def __aenter__(self) -> Server:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._signals.close()
+        await self.grpc.stop(grace=0)
+
+    async def start(self) -> None:
+        """Binds and listens, NOT_SERVING. Raises ConfigError where the address cannot be had."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        names = (self.service, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self.grpc)
+        await self._set_health(serving=False)
+        try:
+            self.port = self.grpc.add_insecure_port(f"{self.config.host}:{self.config.port}")
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cannot listen on {self.config.host}:{self.config.port}; is the port taken?",
+                param="port",
+            ) from error
+        await self.grpc.start()
+        print(f"listening {self.address}", flush=True)  # `opticnerve up` reads this line.
+
+    async def ready(self) -> None:
+        """Weights are loaded and warm: SERVING. From here on a signal drains."""
+        self._signals.enter_context(handle_signals(self.stop))
+        if not self.draining:
+            await self._set_health(serving=True)
+        log.info("ready at %s", self.address)
+
+    async def not_ready(self) -> None:
+        """The service cannot work any more (a lost device, say): NOT_SERVING."""
+        await self._set_health(serving=False)
+
+    async def serve(self) -> None:
+        """Serves until a signal or ``stop()``; returns when drained."""
+        with self._signals:
+            await self._stop.wait()
+        self.draining = True
+        await self._set_health(serving=False)
+        await self.grpc.stop(grace=self.config.drain_timeout_s)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    async def _set_health(self, *, serving: bool) -> None:
+        status = (
+            health_pb2.HealthCheckResponse.SERVING
+            if serving
+            else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        for name in ("", self.service):
+            await self._health.set(name, status)
+
+
+@contextlib.contextmanager
+def handle_signals(
+    stop: Callable[[], None], on_second: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Calls ``stop()`` on SIGTERM and SIGINT while the context lasts.
+
+    A second signal calls ``on_second`` and ends the process at once.
+    """
+    loop = asyncio.get_running_loop()
+    seen = 0
+
+    def on_signal(number: int) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > 1:
+            if on_second:
+                on_second()
+            os._exit(128 + number)
+        stop()
+
+    installed = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(ValueError, RuntimeError):  # Not the main thread.
+            loop.add_signal_handler(number, on_signal, number)
+            installed.append(number)
+    try:
+        yield
+    finally:
+        for number in installed:
+            loop.remove_signal_handler(number)

@@ -1,0 +1,39 @@
+"""Fixtures that more than one test file uses."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``random_checkpoint(family, **options)``: ``tests.checkpoints.make_checkpoint``, made once
+    a session for equal arguments. Read only: a test that changes files makes its own."""
+    made: dict[str, Path] = {}
+
+    def make(family: str, **options: Any) -> Path:
+        from tests.checkpoints import make_checkpoint
+
+        key = repr((family, sorted(options.items())))
+        if key not in made:
+            made[key] = make_checkpoint(family, tmp_path_factory.mktemp(family), **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Tests marked ``anyio`` run on asyncio."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
+    """One event loop for all tests that ask for it: what gRPC still has to say about a channel
+    after its test must not meet a closed loop."""
+    yield

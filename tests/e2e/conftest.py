@@ -1,0 +1,45 @@
+"""One real stack for the tests of a module: processes, ports, shared memory, the openai client."""
+
+import base64
+import io
+
+import pytest
+
+import opticnerve
+from opticnerve.demo import scenes
+from opticnerve.demo.chats import PICTURES
+
+
+@pytest.fixture(scope="session")
+def stack():
+    with opticnerve.serve(dtype="float32") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(stack):
+    return stack.openai
+
+
+def data_url(data, kind="image/png"):
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def bundled(name):
+    return data_url((PICTURES / name).read_bytes())
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def scene(seed, *items, size=scenes.PICTURE_SIZES[0], scale=4):
+    """A picture of the given shapes, drawn with the jitter of ``seed``."""
+    return scenes.draw_scene(list(items), scenes.Random(seed, size, scale))
+
+
+def user(text, *urls):
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}

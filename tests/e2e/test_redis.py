@@ -1,0 +1,41 @@
+"""The store of many machines: embeddings cross Redis, and requests outlive it."""
+
+import pytest
+import redis
+
+import opticnerve
+from tests.e2e.conftest import user
+from tests.e2e.test_faults import ask, picture
+from tests.redis import RedisServer, find_redis_server
+
+pytestmark = pytest.mark.skipif(
+    find_redis_server() is None, reason="redis-server is not installed: make redis"
+)
+STAR = "A large red star in the center."
+
+
+def test_requests_go_on_when_redis_stops_and_when_it_returns():
+    with RedisServer() as server, opticnerve.serve(dtype="float32", store=server.url) as stack:
+        assert ask(stack, picture(800)) == STAR
+        keys = redis.Redis(port=server.port).keys("on:v1:emb:*")
+        assert len(keys) == 1
+        server.stop()
+        assert ask(stack, picture(800)) == STAR
+        assert [ask(stack, picture(seed)) for seed in range(801, 804)] == [STAR] * 3
+        server.start()
+        assert ask(stack, picture(804)) == STAR
+
+
+def test_embeddings_in_redis_outlive_the_stack():
+    with RedisServer() as server:
+        for cached in ("no", "store"):
+            with opticnerve.serve(dtype="float32", store=server.url) as stack:
+                body = {
+                    "model": "model",
+                    "messages": [user("What do you see?", picture(810))],
+                    "temperature": 0,
+                    "timings": True,
+                }
+                answer = stack._http.post("/v1/chat/completions", json=body).json()
+                assert answer["choices"][0]["message"]["content"] == STAR
+                assert answer["timings"]["items"][0]["cached"] == cached

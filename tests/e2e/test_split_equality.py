@@ -1,0 +1,183 @@
+"""Split equals whole over HTTP: three real services say what transformers' unsplit model says.
+
+For each family: the chat template, tokenizer, image processor and ``generate`` of transformers on
+one side, the gateway with an encoder and an LLM process on the other, in fp32. Budgets are small,
+so that prompts are cut into chunks within pictures and a full KV cache preempts. Tokens are
+compared by their bytes; one may differ only where the unsplit model's two best logits are closer
+than MAX_GAP, and never on the demo checkpoint.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import opticnerve
+from gateway.chat import ChatRenderer
+from gateway.detokenizer import Vocabulary
+from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.models.registry import make_layout
+from tests.checkpoints import DEMO, FAMILIES, make_checkpoint
+from tests.e2e.conftest import data_url, png
+from tests.reference import image_processor, load_reference, picture
+
+MAX_GAP = 1e-3
+MAX_TOKENS = 16
+SMALL = {"max_num_batched_tokens": 24, "kv_cache_tokens": 384, "max_num_seqs": 8}
+
+
+class Whole:
+    """Hugging Face's side: a chat in, the bytes of each greedy token out."""
+
+    def __init__(self, path):
+        self.checkpoint = Checkpoint.open(str(path))
+        self.layout = make_layout(self.checkpoint)
+        self.renderer = ChatRenderer.load(self.checkpoint.path, self.layout)
+        self.vocabulary = Vocabulary(self.renderer.tokenizer)
+        self.model = load_reference(path)
+        self.model.generation_config.eos_token_id = None
+        self.processor = image_processor(path, self.layout.family)
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.close_calls = 0
+
+    def inputs(self, messages):
+        images = [
+            part["image"]
+            for message in messages
+            for part in message["content"]
+            if part["type"] == "image"
+        ]
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        given = {}
+        if images:
+            given = dict(self.processor(images=images, return_tensors="pt"))
+            text = self._expand(text, given)
+        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=self._adds_bos(text))
+        given["input_ids"] = ids["input_ids"]
+        return given
+
+    def _adds_bos(self, text):
+        return self.layout.family == "llava" and not text.startswith("<s>")
+
+    def _expand(self, text, given):
+        """One placeholder becomes as many as its picture has rows."""
+        token = self.layout.image_token
+        head, *rest = text.split(token)
+        if "image_grid_thw" in given:
+            counts = [int(grid.prod()) // 4 for grid in given["image_grid_thw"]]
+        else:
+            side = given["pixel_values"].shape[-1] // self.layout.patch_size
+            counts = [side * side] * len(rest)
+        assert len(counts) == len(rest)
+        return head + "".join(token * n + tail for n, tail in zip(counts, rest, strict=True))
+
+    def forward_inputs(self, given, more=()):
+        ids = torch.cat([given["input_ids"], torch.tensor([[*more]], dtype=torch.int64)], dim=1)
+        made = {**given, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "image_grid_thw" in given:
+            made["mm_token_type_ids"] = (ids == self.layout.image_token_id).int()
+        return made
+
+    def generate(self, given):
+        with torch.inference_mode():
+            out = self.model.generate(
+                **self.forward_inputs(given), max_new_tokens=MAX_TOKENS, do_sample=False
+            )
+        return out[0, given["input_ids"].shape[1] :].tolist()
+
+    def check(self, messages, got):
+        given = self.inputs(messages)
+        want = self.generate(given)
+        spelled = [list(self.vocabulary.token_bytes(token)) for token in want]
+        assert len(got) == len(spelled)
+        at = next((i for i, (a, b) in enumerate(zip(got, spelled, strict=True)) if a != b), None)
+        if at is None:
+            return
+        with torch.inference_mode():
+            logits = self.model(**self.forward_inputs(given, want[:at])).logits[0, -1]
+        best = logits.topk(2).values
+        gap = (best[0] - best[1]).item()
+        assert gap < MAX_GAP, f"token {at}: {got[at]} for {spelled[at]}; the gap is {gap}"
+        self.close_calls += 1
+
+
+def ask(stack, messages):
+    """The bytes of each greedy token that the three services sample."""
+    body = {
+        "model": "model",
+        "messages": [
+            {
+                "role": message["role"],
+                "content": [
+                    {"type": "image_url", "image_url": {"url": data_url(png(part["image"]))}}
+                    if part["type"] == "image"
+                    else part
+                    for part in message["content"]
+                ],
+            }
+            for message in messages
+        ],
+        "temperature": 0,
+        "max_tokens": MAX_TOKENS,
+        "ignore_eos": True,
+        "logprobs": True,
+        "skip_special_tokens": False,
+    }
+    answer = stack._http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    return [token["bytes"] for token in answer.json()["choices"][0]["logprobs"]["content"]]
+
+
+def image(seed, width=84, height=84):
+    return {"type": "image", "image": picture(width, height, seed)}
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def user(*parts):
+    return {"role": "user", "content": list(parts)}
+
+
+def assistant(value):
+    return {"role": "assistant", "content": [text(value)]}
+
+
+def chats():
+    long = "Count to 20. What color is the star, and where is the large blue circle? " * 3
+    return [
+        [user(text("Hello!"))],
+        [user(image(1), text("What do you see?"))],
+        [user(text("What do you see?"), image(2, 112, 84))],
+        [user(text("Look at this:"), image(3, 84, 112), text("Describe the image."))],
+        [user(image(4), image(5, 112, 84), image(6, 84, 112), text("What do the images show?"))],
+        [user(image(4), text("What do you see?")), assistant("A star."),
+         user(text("What color is the star?"), image(7)), assistant("Red."),
+         user(text("Where is the star?"))],
+        [user(text(long), image(8), text(long))],
+        [{"role": "system", "content": [text("You are a helpful assistant.")]},
+         user(image(1), text("What do you see?"))],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["demo", *FAMILIES])
+def test_three_services_equal_the_unsplit_model(family, tmp_path):
+    path = DEMO if family == "demo" else make_checkpoint(family, tmp_path / family, seed=5)
+    whole = Whole(path)
+    model = None if family == "demo" else path
+    with opticnerve.serve(model, dtype="float32", generation_config="neutral", **SMALL) as stack:
+        for messages in chats():  # One by one, cold.
+            whole.check(messages, ask(stack, messages))
+        with ThreadPoolExecutor(8) as pool:  # Together and warm, in a cache that is too small.
+            for messages, got in zip(
+                chats(), pool.map(lambda m: ask(stack, m), chats()), strict=True
+            ):
+                whole.check(messages, got)
+    print(f"{family}: {whole.close_calls} tokens differ where logits nearly tie")
+    if family == "demo":
+        assert whole.close_calls == 0

@@ -1,0 +1,185 @@
+"""Encoders for tests: a backend without a model, a service in this process, and raw calls."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+import grpc
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from encoder_service.backends.base import Capacity, Embedding
+from encoder_service.batcher import Failure
+from encoder_service.encoder import Encoder
+from encoder_service.item import Identity, Limits
+from encoder_service.poison import PoisonRecord
+from encoder_service.servicer import SERVICE, EncoderServicer, Loaded
+from opticnerve.config import RpcConfig
+from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.store import Store
+from opticnerve.media.keys import content_key
+from opticnerve.media.plan import Overrides, Plan
+from opticnerve.media.structure import parse_structure
+from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.models.family import Layout
+from opticnerve.models.registry import make_layout
+from opticnerve.pb import encoder_pb2 as pb
+from opticnerve.pb import encoder_pb2_grpc
+from opticnerve.rpc import convert
+from opticnerve.rpc.channel import chunks, open_channel
+from opticnerve.rpc.server import Server
+
+FINGERPRINT = "f" * 64
+WAIT_S = 20.0
+COLUMNS = 8
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (84, 84), format: str = "PNG") -> bytes:
+    """A picture of random blocks."""
+    random = np.random.default_rng(seed)
+    blocks = random.integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    image.save(buffer, format)
+    return buffer.getvalue()
+
+
+class FakeBackend:
+    """Rows are the picture's mean colour. ``hold`` makes batches wait for ``go``."""
+
+    name, device, dtype, hidden_size = "fake", "none", "F32", COLUMNS
+
+    def __init__(self, fail: Callable[[Sequence[Plan]], None] = lambda plans: None) -> None:
+        self.batches: list[int] = []
+        self.entered = threading.Semaphore(0)
+        self._free = threading.Event()
+        self._free.set()
+        self.fail = fail
+        self.lost = False  # Every failure is the device's.
+
+    def hold(self) -> None:
+        """From here on ``entered`` counts batches that wait for ``go``."""
+        while self.entered.acquire(blocking=False):
+            pass
+        self._free.clear()
+
+    def go(self) -> None:
+        self._free.set()
+
+    def preprocess(self, image: Image.Image, plan: Plan) -> NDArray[np.float32]:
+        return np.asarray(image, np.float32).mean(axis=(0, 1))
+
+    def encode(
+        self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
+    ) -> list[Embedding]:
+        self.batches.append(len(plans))
+        self.entered.release()
+        assert self._free.wait(WAIT_S)
+        self.fail(plans)
+        return [
+            {"rows": torch.full((plan.num_tokens, COLUMNS), float(pixel.sum()))}
+            for pixel, plan in zip(pixels, plans, strict=True)
+        ]
+
+    def classify(self, error: Exception) -> Failure:
+        if self.lost:
+            return Failure.DEVICE
+        return Failure.MEMORY if isinstance(error, MemoryError) else Failure.ITEM
+
+    def warm(self, largest: Plan, max_batch_patches: int) -> Capacity:
+        return Capacity(max_batch_patches, largest.num_patches)
+
+    def close(self) -> None:
+        self.go()
+
+
+class Running:
+    """A service in this process, with a fake backend, and calls to it."""
+
+    def __init__(self, encoder: Encoder, backend: FakeBackend, server: Server) -> None:
+        self.encoder = encoder
+        self.backend = backend
+        self.server = server
+        self.channel = open_channel(server.address)
+        self.stub = encoder_pb2_grpc.EncoderStub(self.channel)
+
+    def messages(
+        self, data: bytes, chunk: int = 2**20, **changes: object
+    ) -> list[pb.EncodeRequest]:
+        """The messages of an Encode call; ``changes`` replace fields of its header."""
+        overrides = Overrides()
+        header = {
+            "request_id": "test",
+            "key": content_key(data, self.encoder.layout.settings(), overrides, FINGERPRINT),
+            "fingerprint": FINGERPRINT,
+            "num_bytes": len(data),
+        }
+        if "plan" not in changes:
+            plan = self.encoder.layout.plan(parse_structure(data), overrides)
+            header["plan"] = convert.plan_to_pb(plan)
+        first = pb.EncodeRequest(header=pb.EncodeHeader(**{**header, **changes}))
+        return [first, *(pb.EncodeRequest(data=part) for part in chunks(data, chunk))]
+
+    def encode(
+        self, data: bytes, timeout: float = WAIT_S, **changes: object
+    ) -> grpc.aio.StreamUnaryCall:
+        return self.stub.Encode(iter(self.messages(data, **changes)), timeout=timeout)
+
+    async def fetch(self, key: str) -> bytes:
+        parts = [part async for part in self.stub.Fetch(pb.FetchRequest(key=key), timeout=WAIT_S)]
+        assert parts[0].num_bytes == sum(len(part.data) for part in parts)
+        return b"".join(part.data for part in parts)
+
+
+def demo_layout() -> Layout:
+    return make_layout(Checkpoint.open(None))
+
+
+@contextlib.asynccontextmanager
+async def running(
+    tmp_path: Path,
+    *,
+    backend: FakeBackend | None = None,
+    store: Store | None = None,
+    max_batch_patches: int = 1024,
+    max_queue_patches: int = 0,
+    max_item_bytes: int = 2**20,
+    workers: int = 2,
+) -> AsyncIterator[Running]:
+    backend = backend or FakeBackend()
+    store = store or MemoryStore()
+    async with Server(RpcConfig(drain_timeout_s=10.0), SERVICE) as server:
+        servicer = EncoderServicer(server)
+        encoder_pb2_grpc.add_EncoderServicer_to_server(servicer, server.grpc)
+        await server.start()
+        poison = PoisonRecord(tmp_path / "record")
+        encoder = Encoder(
+            backend,
+            demo_layout(),
+            store,
+            poison,
+            Identity(FINGERPRINT, server.address),
+            Limits(max_item_bytes, 10**7, max_queue_patches),
+            Capacity(max_batch_patches, 4096),
+            workers,
+        )
+        servicer.loaded = Loaded(encoder, "qwen2_vl", "pair")
+        await server.ready()
+        service = Running(encoder, backend, server)
+        try:
+            yield service
+        finally:
+            backend.close()
+            await service.channel.close()
+            await server.grpc.stop(grace=0)
+            encoder.close()
+            poison.close()
+            store.close()
+    encoder.backlog.check_integrity()
+    assert encoder.backlog.items == 0 and encoder.pool.staging.held == 0

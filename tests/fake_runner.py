@@ -1,0 +1,236 @@
+"""A runner without a model, over pages without tensors, that notices every wrong page.
+
+Each cell of its paged memory is a digest of the cell before it, the token, and the identity of
+the picture's row that stands there, as real keys and values depend on all that came before. The
+next token is a hash over *all* cells that the block table reaches. A page shared wrongly, freed
+too early, not copied or computed from the wrong rows gives another token than ``oracle``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from llm_service.engine import Emit, Engine
+from llm_service.limits import EngineConfig
+from llm_service.plan import Sampled, StepPlan, StepResult, Work
+from llm_service.sequence import GenerateRequest, Logprobs
+from opticnerve.errors import EmbeddingEvicted, EmbeddingUnavailable
+from opticnerve.media.plan import Span, SpanAttention
+
+VOCABULARY = 50
+
+
+def digest(*parts: object) -> bytes:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+
+
+def span_identity(request: GenerateRequest, span: Span, position: int) -> tuple[object, ...]:
+    """What the model would see at a placeholder: one row of one item, at one place of a grid."""
+    index = position - span.token_offset
+    atomic = span.attention is SpanAttention.BIDIRECTIONAL
+    return (
+        request.items[span.item],
+        span.row_start + index,
+        index,
+        span.grid_thw,
+        span.seconds_per_grid,
+        span.modality,
+        span.num_tokens if atomic else 0,
+    )
+
+
+def span_over(request: GenerateRequest, position: int) -> Span | None:
+    for span in request.spans:
+        if span.token_offset <= position < span.token_offset + span.num_tokens:
+            return span
+    return None
+
+
+def cell(request: GenerateRequest, before: bytes, token: int, position: int) -> bytes:
+    span = span_over(request, position)
+    if span is None:
+        return digest(before, token)
+    return digest(before, span_identity(request, span, position))  # Rows overwrite the token.
+
+
+def next_token(request: GenerateRequest, cells: list[bytes], choice: int, position: int) -> int:
+    name = digest(cells, request.sampling.seed, choice, position)
+    return int.from_bytes(name, "little") % VOCABULARY
+
+
+def oracle(request: GenerateRequest, choice: int = 0) -> list[int]:
+    """The tokens that a choice must have, the given ``output_ids`` included."""
+    sampling = request.sampling
+    tokens = [*request.token_ids, *request.output_ids]
+    prompt = len(request.token_ids)
+    stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else sampling.eos_token_ids)}
+    cells: list[bytes] = []
+    before = digest(request.adapter)
+    while len(tokens) - prompt < sampling.max_tokens:
+        position = len(tokens) - prompt
+        if position > sampling.min_tokens and tokens[-1] in stops:
+            break
+        while len(cells) < len(tokens):
+            before = cell(request, before, tokens[len(cells)], len(cells))
+            cells.append(before)
+        tokens.append(next_token(request, cells, request.first_choice + choice, position))
+    return tokens[prompt:]
+
+
+class FakeRows:
+    """A RowSource of names. ``budget`` in bytes, where a row is one byte."""
+
+    def __init__(self, present: set[str] | None = None, budget: int = 1 << 30) -> None:
+        self.present = present if present is not None else set()
+        self.leases: dict[str, int] = {}
+        self.budget = budget
+        self.acquired: list[str] = []
+
+    def ready(self, key: str) -> bool:
+        return key in self.present
+
+    def can_acquire(self, num_bytes: int) -> bool:
+        return sum(self.leases.values()) + num_bytes <= self.budget
+
+    def acquire(self, key: str, num_bytes: int) -> None:
+        assert key not in self.leases, f"{key} is leased twice"
+        self.leases[key] = num_bytes
+        self.acquired.append(key)
+
+    def release(self, key: str) -> None:
+        del self.leases[key]
+
+    def get(self, key: str) -> Mapping[str, Any]:
+        assert key in self.leases, f"{key} is read without a lease"
+        if key not in self.present:
+            raise EmbeddingEvicted(f"{key} is gone", param=key)
+        return {}
+
+
+class FakeRunner:
+    """``failures``: exceptions to raise at the next steps; ``slot_errors``: (at most one a step)
+    exceptions to answer for a work of the next steps."""
+
+    def __init__(self, config: EngineConfig, rows: FakeRows) -> None:
+        self.config = config
+        self.rows = rows
+        self.memory = [[b"garbage"] * config.block_size for _ in range(config.num_blocks)]
+        self.last: dict[int, int] = {}  # By slot, as the device would keep it.
+        self.plans: list[StepPlan] = []
+        self.failures: list[Exception] = []
+        self.slot_errors: list[Exception] = []
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.plans.append(plan)
+        for slot in plan.freed_slots:
+            self.last.pop(slot, None)
+        sources = [list(self.memory[source]) for source, _ in plan.copies]
+        if self.failures:
+            self._scribble(plan)
+            raise self.failures.pop()
+        for (_, destination), page in zip(plan.copies, sources, strict=True):
+            self.memory[destination] = page
+        assert sum(work.num_tokens for work in plan.works) <= self.config.max_num_batched_tokens
+        assert len({work.slot for work in plan.works}) == len(plan.works)
+        errors: dict[int, Exception] = {}
+        sampled = [self._work(work, errors) for work in plan.works]
+        return StepResult(plan.step, tuple(sampled), errors)
+
+    def _scribble(self, plan: StepPlan) -> None:
+        """A step that breaks leaves anything at all where it was to write."""
+        for work in plan.works:
+            for position in range(work.start, work.start + work.num_tokens):
+                self._write(work, position, b"scribble")
+        for _, destination in plan.copies:
+            self.memory[destination] = [b"scribble"] * self.config.block_size
+
+    def _work(self, work: Work, errors: dict[int, Exception]) -> Sampled:
+        nothing = Sampled(work.slot, ())
+        try:
+            if self.slot_errors:
+                raise self.slot_errors.pop()
+            rows = self._rows(work)
+        except Exception as error:
+            errors[work.slot] = error
+            self._scribble(StepPlan(0, (work,)))
+            return nothing
+        cells = self._compute(work, rows)
+        prompt_logprobs = self._prompt_logprobs(work, cells) if work.prompt_logprobs else ()
+        if not work.num_logits:
+            return Sampled(work.slot, (), (), prompt_logprobs)
+        seq = work.seq
+        position = work.start + work.num_tokens - seq.num_prompt
+        token = next_token(seq.request, cells, seq.choice, position)
+        self.last[work.slot] = token
+        wanted = seq.request.sampling.logprobs is not None
+        logprobs = (Logprobs((token, -0.5, 1)),) if wanted else ()
+        return Sampled(work.slot, (token,), logprobs, prompt_logprobs)
+
+    def _rows(self, work: Work) -> dict[int, tuple[str, int]]:
+        """(key, row) of each token of the sequence that a segment overwrites."""
+        rows: dict[int, tuple[str, int]] = {}
+        for segment in work.segments:
+            self.rows.get(segment.item_key)
+            for index in range(segment.num_rows):
+                position = work.start + segment.chunk_offset + index
+                rows[position] = (segment.item_key, segment.row_start + index)
+        return rows
+
+    def _compute(self, work: Work, rows: dict[int, tuple[str, int]]) -> list[bytes]:
+        seq = work.seq
+        cells = [self._read(work, position) for position in range(work.start)]
+        for position in range(work.start, work.start + work.num_tokens):
+            span = span_over(seq.request, position)
+            self._check_rows(work, span, position, rows.get(position))
+            token = seq.token_ids[position]
+            if work.reads_slot and position == work.start + work.num_tokens - 1:
+                assert token == self.last[work.slot]
+                token = self.last[work.slot]
+            before = cells[-1] if cells else digest(seq.request.adapter)
+            cells.append(cell(seq.request, before, token, position))
+            self._write(work, position, cells[-1])
+        return cells
+
+    def _check_rows(
+        self, work: Work, span: Span | None, position: int, row: tuple[str, int] | None
+    ) -> None:
+        if span is None:
+            assert row is None
+            return
+        request = work.seq.request
+        assert row == span_identity(request, span, position)[:2]
+        if span.attention is SpanAttention.BIDIRECTIONAL:
+            assert work.start <= span.token_offset
+            assert span.token_offset + span.num_tokens <= work.start + work.num_tokens
+
+    def _prompt_logprobs(self, work: Work, cells: list[bytes]) -> tuple[Logprobs, ...]:
+        tokens = work.seq.token_ids
+        return tuple(
+            Logprobs((tokens[position] if position < len(tokens) else -1, float(position), 1))
+            for position in range(work.start + 1, work.start + work.num_tokens + 1)
+        )
+
+    def _read(self, work: Work, position: int) -> bytes:
+        size = self.config.block_size
+        return self.memory[work.block_table[position // size]][position % size]
+
+    def _write(self, work: Work, position: int, value: bytes) -> None:
+        size = self.config.block_size
+        self.memory[work.block_table[position // size]][position % size] = value
+
+
+def make_engine(config: EngineConfig, emit: Emit) -> Engine:
+    """An engine factory; every picture's rows are there."""
+    rows = EveryRow()
+    return Engine(config, FakeRunner(config, rows), rows, emit)
+
+
+class EveryRow(FakeRows):
+    def ready(self, key: str) -> bool:
+        self.present.add(key)
+        return True
+
+
+__all__ = ["EmbeddingUnavailable", "FakeRows", "FakeRunner", "make_engine", "oracle"]

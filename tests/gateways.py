@@ -1,0 +1,124 @@
+"""A gateway on a free port with scripted workers behind it, and what tests ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import functools
+import io
+import json
+
+import httpx2
+from PIL import Image
+
+from gateway import service
+from gateway.auth import Keys
+from gateway.tokenizer import Tokenizer
+from opticnerve.config import GatewayConfig
+from opticnerve.models.checkpoint import Checkpoint
+from tests.fakes import FakeEncoder, FakeLLM, until
+
+PAIR_ID = Checkpoint.open(None).pair_id
+END = 629  # <|im_end|> of the demo checkpoint.
+
+
+@functools.cache
+def tokenizer():
+    return Tokenizer.load(Checkpoint.open(None).path)
+
+
+def ids(text):
+    """Token ids of plain text."""
+    return tokenizer().encode(text)
+
+
+def data_url(color="red", size=(56, 56)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def user(text, *urls):
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def body(*messages, **fields):
+    return {"model": "model", "messages": list(messages) or [user("Hello")], **fields}
+
+
+class Stack:
+    """A gateway on a free port, and the workers behind it."""
+
+    def __init__(self, gateway, client, encoders, llms):
+        self.gateway = gateway
+        self.client = client
+        self.encoders = encoders
+        self.llms = llms
+
+    @property
+    def encoder(self):
+        return self.encoders[0]
+
+    @property
+    def llm(self):
+        return self.llms[0]
+
+    async def chat(self, *messages, headers=None, **fields):
+        return await self.client.post(
+            "/v1/chat/completions", json=body(*messages, **fields), headers=headers
+        )
+
+    def idle(self):
+        admission = self.gateway.admission
+        workers = [
+            *self.gateway.pipeline.llms.workers,
+            *self.gateway.pipeline.encoders.pool.workers,
+        ]
+        return (
+            admission.requests == admission.bytes == 0
+            and not self.gateway.pipeline.encoders._flights
+            and all(worker.pending == 0 for worker in workers)
+            and all(llm.running == 0 for llm in self.llms)
+        )
+
+
+@contextlib.asynccontextmanager
+async def stack(encoders=1, llms=1, tokens=None, keys=None, ready=True, **settings):
+    tokens = [*ids("Hello there."), END] if tokens is None else tokens
+    async with contextlib.AsyncExitStack() as exits:
+        eyes = [
+            await exits.enter_async_context(FakeEncoder(pair_id=PAIR_ID)) for _ in range(encoders)
+        ]
+        mouths = [
+            await exits.enter_async_context(FakeLLM(tokens, pair_id=PAIR_ID)) for _ in range(llms)
+        ]
+        config = GatewayConfig(
+            port=0,
+            encoder_addresses=tuple(eye.address for eye in eyes),
+            llm_addresses=tuple(mouth.address for mouth in mouths),
+            **{"drain_timeout_s": 1.0, **settings},
+        )
+        keys = keys or Keys({})
+        listener = exits.enter_context(service.listen(config, keys))
+        gateway = await exits.enter_async_context(service.open_gateway(config, keys))
+        server = service.HttpServer(gateway, listener)
+        serving = asyncio.create_task(server.serve([listener]))
+        client = await exits.enter_async_context(
+            httpx2.AsyncClient(base_url=server.address, timeout=30, trust_env=False)
+        )
+        try:
+            if ready:
+                await until(lambda: not gateway.pipeline.pairing.missing())
+                await until(lambda: len(gateway.pipeline.llms.serving()) == llms)
+            yield Stack(gateway, client, eyes, mouths)
+        finally:
+            server.stop()
+            await serving
+
+
+def events(text):
+    """The JSON of every event; the last is "[DONE]" where it was sent."""
+    lines = [block.removeprefix("data: ") for block in text.split("\n\n") if block]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]

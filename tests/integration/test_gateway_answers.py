@@ -1,0 +1,108 @@
+"""Answers over real HTTP, whole and streamed, with scripted workers behind."""
+
+import asyncio
+
+import pytest
+
+from tests.fakes import until
+from tests.gateways import END, PAIR_ID, events, ids, stack, user
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+
+
+async def test_a_whole_answer():
+    async with stack() as s:
+        answer = await s.chat(user("What?"), seed=7, max_tokens=20, temperature=0.5)
+        assert answer.status_code == 200, answer.text
+        told = answer.json()
+        assert told["object"] == "chat.completion" and told["model"] == "model"
+        assert told["id"].startswith("chatcmpl-")
+        assert told["system_fingerprint"] == "fp_" + PAIR_ID[:12]
+        (choice,) = told["choices"]
+        assert choice["message"] == {
+            "role": "assistant", "content": "Hello there.", "refusal": None
+        }  # fmt: skip
+        assert choice["finish_reason"] == "stop"
+        start = s.llm.starts[0]
+        assert told["usage"]["prompt_tokens"] == len(start.token_ids)
+        assert told["usage"]["completion_tokens"] == len(s.llm.tokens)
+        assert (start.sampling.seed, start.sampling.max_tokens) == (7, 20)
+        assert list(start.sampling.eos_token_ids) == [END]
+        assert "timings" not in told
+        assert s.idle()
+
+
+async def test_a_streamed_answer():
+    async with stack() as s:
+        answer = await s.chat(stream=True, stream_options={"include_usage": True})
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        *chunks, last, done = events(answer.text)
+        assert done == "[DONE]"
+        assert last["choices"] == [] and last["usage"]["total_tokens"] > 0
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        assert deltas[0]["role"] == "assistant"
+        assert "".join(delta["content"] for delta in deltas) == "Hello there."
+        assert all(chunk["usage"] is None for chunk in chunks)
+        assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_a_stream_without_usage_has_a_choice_in_every_chunk():
+    async with stack() as s:
+        *chunks, done = events((await s.chat(stream=True)).text)
+        assert done == "[DONE]" and all(len(chunk["choices"]) == 1 for chunk in chunks)
+
+
+async def test_characters_are_never_cut():
+    text = "Grüße, 世界 🙂"
+    async with stack(tokens=[*ids(text), END]) as s:
+        *chunks, _ = events((await s.chat(stream=True)).text)
+        pieces = [chunk["choices"][0]["delta"]["content"] for chunk in chunks]
+        assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_stop_string_ends_the_generation(stream):
+    async with stack(tokens=ids("one, two, three, four")) as s:
+        after = asyncio.Event()
+
+        async def hold(fake, index):
+            if index == len(ids("one, two, three")) + 1:
+                await after.wait()  # Never set: without a cancel the answer would not come.
+
+        s.llm.step = hold
+        answer = await s.chat(stop=[" three"], stream=stream)
+        if stream:
+            *chunks, _ = events(answer.text)
+            text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
+            last = chunks[-1]["choices"][0]
+        else:
+            last = answer.json()["choices"][0]
+            text = last["message"]["content"]
+            usage = answer.json()["usage"]
+            assert usage["completion_tokens"] == len(ids("one, two, three"))
+        assert (text, last["finish_reason"], last["stop_reason"]) == ("one, two,", "stop", " three")
+        await until(s.idle)
+
+
+async def test_several_choices_with_stop_strings_and_natural_ends():
+    async with stack(tokens=[*ids("a b c"), END]) as s:
+        told = (await s.chat(n=3, temperature=1.0)).json()
+        assert [choice["index"] for choice in told["choices"]] == [0, 1, 2]
+        assert {choice["message"]["content"] for choice in told["choices"]} == {"a b c"}
+        assert told["usage"]["completion_tokens"] == 3 * len(s.llm.tokens)
+
+
+async def test_logprobs():
+    async with stack(tokens=[*ids("ab"), END]) as s:
+        told = (await s.chat(logprobs=True, top_logprobs=2)).json()
+        content = told["choices"][0]["logprobs"]["content"]
+        assert "".join(token["token"] for token in content) == "ab"
+        assert all(len(token["top_logprobs"]) == 2 for token in content)
+        assert content[0]["bytes"] == list(content[0]["token"].encode())
+
+
+async def test_finish_by_length():
+    async with stack() as s:
+        told = (await s.chat(max_tokens=3)).json()
+        assert told["choices"][0]["finish_reason"] == "length"
+        assert told["usage"]["completion_tokens"] == 3

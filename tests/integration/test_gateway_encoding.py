@@ -1,0 +1,238 @@
+"""Encoding through a pool: single flight, references, retries, refusals."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+from gateway import encoders as encoding
+from gateway.deadline import Deadline
+from gateway.embeddings import RequestEmbeddings
+from gateway.encoders import Encodable, Encoders
+from gateway.pools import WorkerPool
+from gateway.references import References
+from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
+from opticnerve.errors import (
+    DeadlineExceeded,
+    EmbeddingNotFound,
+    InvalidMedia,
+    Mispaired,
+    Overloaded,
+    PoisonousItem,
+    Unavailable,
+)
+from opticnerve.media.plan import Grid, Modality, Overrides, Plan
+from tests.fakes import FakeEncoder, until
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+
+
+def item(key="a" * 64, data=b"x" * 10, fingerprint="enc-1"):
+    plan = Plan(Modality.IMAGE, "png", 56, 56, 1, 56, 56, Grid(1, 4, 4), 4, 16)
+    return Encodable(key, fingerprint, plan, Overrides(), data)
+
+
+@contextlib.asynccontextmanager
+async def over(*fakes, wait=20.0, limit=20.0):
+    pool = WorkerPool("encoder", [fake.address for fake in fakes], encoding.describe)
+    await pool.start()
+    try:
+        await until(lambda: len(pool.serving()) == len(fakes))
+        yield Encoders(pool, References(), limit, wait)
+    finally:
+        await pool.close()
+
+
+def soon():
+    return Deadline.after(20)
+
+
+async def test_bytes_go_once_and_the_reference_is_kept():
+    data = bytes(range(256)) * 10_000  # 2.5 MB: three chunks.
+    async with FakeEncoder() as fake, over(fake) as encoders:
+        first = await encoders.encode(item(data=data), soon(), "r1")
+        assert (first.cached, first.bytes_sent) == ("no", len(data))
+        assert first.timings["preprocess"] == 2
+        assert fake.received == [data]
+        assert fake.calls[0].plan.num_patches == 16 and fake.calls[0].request_id == "r1"
+        second = await encoders.encode(item(data=data), soon(), "r2")
+        assert (second.cached, second.bytes_sent, second.ref) == ("ref", 0, first.ref)
+        assert len(fake.calls) == 1
+
+
+async def test_one_call_serves_all_who_want_the_key_at_once():
+    go = asyncio.Event()
+    async with FakeEncoder() as fake, over(fake) as encoders:
+        fake.script = lambda _: go.wait()
+        both = [asyncio.create_task(encoders.encode(item(), soon(), f"r{i}")) for i in range(2)]
+        await fake.started.wait()
+        both[0].cancel()  # The one that began it leaves; the other keeps the call.
+        go.set()
+        assert (await both[1]).ref.key == "a" * 64
+        assert len(fake.calls) == 1
+
+
+async def test_the_last_one_to_leave_cancels_the_call():
+    async with FakeEncoder() as fake, over(fake) as encoders:
+        fake.script = lambda _: asyncio.Event().wait()
+        task = asyncio.create_task(encoders.encode(item(), soon(), "r"))
+        await fake.started.wait()
+        task.cancel()
+        async with asyncio.timeout(20):
+            await fake.cancelled.wait()
+        assert not encoders._flights
+        assert encoders.pool.workers[0].pending == 0
+
+
+async def test_a_joined_call_that_runs_out_of_its_own_time_is_made_again():
+    async with FakeEncoder() as fake, over(fake) as encoders:
+        fake.script = lambda _: asyncio.Event().wait()
+        hasty = asyncio.create_task(encoders.encode(item(), Deadline.after(0.2), "r1"))
+        await fake.started.wait()
+        patient = asyncio.create_task(encoders.encode(item(), soon(), "r2"))
+        with pytest.raises(DeadlineExceeded):
+            await hasty
+        fake.script = None
+        assert (await patient).ref.key == "a" * 64
+
+
+async def test_an_encoder_that_dies_is_replaced_by_another_at_once():
+    async with FakeEncoder() as a, FakeEncoder() as b, over(a, b) as encoders:
+        died = []
+
+        async def die(fake):
+            if not died:
+                died.append(fake)
+                await fake.die()
+
+        a.script = b.script = die
+        encoded = await encoders.encode(item(), soon(), "r")
+        survivor = b if died == [a] else a
+        assert encoded.ref.location.fetch_address == survivor.address
+        assert len(a.calls) == len(b.calls) == 1
+
+
+async def test_the_only_encoder_comes_back_within_the_deadline():
+    async with FakeEncoder() as fake, over(fake) as encoders:
+        fake.script = lambda fake: fake.die()
+        task = asyncio.create_task(encoders.encode(item(), soon(), "r"))
+        await fake.started.wait()
+        await until(lambda: fake.server is None)
+        fake.script = None
+        await fake.start()
+        assert (await task).cached == "no"
+        assert len(fake.calls) == 2
+
+
+async def test_an_item_that_took_two_encoders_is_refused_the_third_time():
+    fakes = FakeEncoder(), FakeEncoder(), FakeEncoder()
+    async with fakes[0], fakes[1], fakes[2], over(*fakes) as encoders:
+        for fake in fakes:
+            fake.script = lambda fake: fake.die()
+        with pytest.raises(Unavailable):
+            await encoders.encode(item(), soon(), "r1")
+        with pytest.raises(PoisonousItem):
+            await encoders.encode(item(), soon(), "r2")
+        assert sum(len(fake.calls) for fake in fakes) == 2
+
+
+async def test_a_full_encoder_sends_the_item_to_another():
+    async def full(_):
+        raise Overloaded("full", retry_after_s=3)
+
+    async with FakeEncoder() as a, FakeEncoder() as b, over(a, b) as encoders:
+        a.script = full
+        assert (await encoders.encode(item("1" * 64), soon(), "r")).cached == "no"
+        assert (await encoders.encode(item("2" * 64), soon(), "r")).cached == "no"
+        b.script = full
+        with pytest.raises(Overloaded) as caught:
+            await encoders.encode(item("3" * 64), soon(), "r")
+        assert caught.value.retry_after_s == 3
+
+
+async def test_an_encoder_that_has_another_fingerprint_by_now_is_left():
+    async def changed(_):
+        raise Mispaired("another fingerprint")
+
+    async with FakeEncoder() as a, FakeEncoder() as b, over(a, b) as encoders:
+        a.script = changed
+        for i in range(2):
+            assert (await encoders.encode(item(f"{i}" * 64), soon(), "r")).cached == "no"
+        assert len(b.calls) == 2
+
+
+async def test_bad_media_is_the_clients_error_at_once():
+    async def refuse(_):
+        raise InvalidMedia("no picture")
+
+    async with FakeEncoder() as a, FakeEncoder() as b, over(a, b) as encoders:
+        a.script = b.script = refuse
+        with pytest.raises(InvalidMedia, match="no picture"):
+            await encoders.encode(item(), soon(), "r")
+        assert len(a.calls) + len(b.calls) == 1
+
+
+async def test_an_encoder_that_hangs_is_left_at_its_own_deadline():
+    async with FakeEncoder() as fake, over(fake, limit=0.1) as encoders:
+        fake.script = lambda _: asyncio.Event().wait()
+        with pytest.raises(DeadlineExceeded):
+            await encoders.encode(item(), soon(), "r")
+
+
+async def test_only_encoders_with_the_fingerprint_are_asked():
+    async with FakeEncoder("enc-1") as a, FakeEncoder("enc-2") as b, over(a, b) as encoders:
+        for i in range(4):
+            await encoders.encode(item(f"{i}" * 64, fingerprint="enc-2"), soon(), "r")
+        assert not a.calls and len(b.calls) == 4
+
+
+async def test_a_requests_items_are_encoded_at_once_and_each_once():
+    go = asyncio.Event()
+    async with FakeEncoder() as a, FakeEncoder() as b, over(a, b) as encoders:
+        a.script = b.script = lambda _: go.wait()
+        items = [item("1" * 64), item("2" * 64), item("1" * 64)]
+        async with RequestEmbeddings.begin(encoders, items, "r", soon()) as embeddings:
+            await a.started.wait()
+            await b.started.wait()
+            go.set()
+            refs = [await embeddings.ready(entry.key) for entry in items]
+            assert [ref.key[0] for ref in refs] == ["1", "2", "1"]
+            assert embeddings.bytes_sent == 20
+            assert embeddings.known("1" * 64) == refs[0]
+
+
+async def test_what_was_lost_is_encoded_again_but_not_for_ever():
+    async with FakeEncoder() as fake, over(fake) as encoders:
+        key = "1" * 64
+        async with RequestEmbeddings.begin(encoders, [item(key)], "r", soon()) as embeddings:
+            await embeddings.ready(key)
+            await embeddings.again(key, "NOT_FOUND")
+            await embeddings.again(key, "PREEMPTED")
+            await embeddings.again(key, "CORRUPT")
+            assert len(fake.calls) == 4
+            with pytest.raises(EmbeddingNotFound):
+                await embeddings.again(key, "EVICTED")
+
+
+async def test_leaving_a_request_cancels_its_encoding():
+    async with FakeEncoder() as fake, over(fake) as encoders:
+        fake.script = lambda _: asyncio.Event().wait()
+        async with RequestEmbeddings.begin(encoders, [item()], "r", soon()):
+            await fake.started.wait()
+        async with asyncio.timeout(20):
+            await fake.cancelled.wait()
+
+
+def ref(key, **location):
+    return EmbeddingRef(key, "f", (TensorSpec("rows", "BF16", (4, 8)),), 4, Location(**location))
+
+
+async def test_references_are_bounded_and_hold_no_rows():
+    references = References(capacity=2)
+    for key in "abc":
+        references.put(ref(key, redis=True, inline=b"rows"))
+        references.get("a")
+    assert references.get("b") is None and len(references) == 2
+    assert references.get("a").location.inline == b""
+    references.put(ref("d", inline=b"rows"))
+    assert references.get("d") is None

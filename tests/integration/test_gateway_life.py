@@ -1,0 +1,136 @@
+"""Readiness, metrics, clients that leave, and the end."""
+
+import asyncio
+import json
+import socket
+import time
+
+import pytest
+
+from gateway import chats
+from opticnerve.config import TelemetryConfig
+from tests.fakes import until
+from tests.gateways import body, data_url, ids, stack, user
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+
+
+async def test_ready_follows_the_workers():
+    async with stack() as s:
+        assert (await s.client.get("/ready")).status_code == 200
+        await s.encoder.set_serving(False)
+        s.gateway.pipeline.encoders.pool.workers[0].wake.set()
+        await until(lambda: s.gateway.pipeline.pairing.missing())
+        answer = await s.client.get("/ready")
+        assert answer.status_code == 503 and "encoder" in answer.json()["missing"][0]
+        told = (await s.client.get("/health")).json()
+        assert told["status"] == "degraded"
+        assert told["llms"]["workers"][0]["state"] == "serving"
+        assert told["llms"]["workers"][0]["limits"]["num_kv_blocks"] == 64
+        assert told["config"]["max_images"] == 10
+
+
+async def test_no_worker_within_the_wait_is_a_503():
+    async with stack(worker_wait_s=0.2) as s:
+        await s.llm.die()
+        answer = await s.chat()
+        assert answer.status_code == 503 and answer.headers["retry-after"]
+
+
+async def test_metrics_count_what_happened():
+    async with stack(telemetry=TelemetryConfig(metrics_port=-1)) as s:
+        await s.chat(user("What?", data_url("green")))
+        text = (await s.client.get("/metrics")).text
+        assert 'opticnerve_requests_total{route="/v1/chat/completions",status="200"}' in text
+        assert 'opticnerve_tokens_total{kind="image"}' in text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stage", ["body", "encode", "prefill", "decode"])
+async def test_a_client_that_leaves_frees_everything(stage, stream):
+    async with stack() as s:
+        forever = asyncio.Event()
+        if stage == "encode":
+            s.encoder.script = lambda _: forever.wait()
+        else:
+            hold_at = 0 if stage == "prefill" else 2
+            s.llm.step = lambda fake, index: (
+                forever.wait() if index == hold_at else asyncio.sleep(0)
+            )
+        payload = json.dumps(body(user("What?", data_url()), stream=stream)).encode()
+        reader, writer = await asyncio.open_connection(
+            s.client.base_url.host, s.client.base_url.port
+        )
+        head = (
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(payload)}\r\n\r\n"
+        )
+        half = len(payload) // 2 if stage == "body" else len(payload)
+        writer.write(head.encode() + payload[:half])
+        if stage == "body":
+            await until(lambda: s.gateway.admission.requests == 1)
+        elif stage == "encode":
+            await s.encoder.started.wait()
+        else:
+            await s.llm.started.wait()
+            await until(lambda: s.llm.running == 1)
+        if stage == "decode" and stream:
+            await reader.readuntil(b"data: ")
+        assert not s.idle()
+        writer.close()
+        await until(s.idle)
+        if stage == "encode":
+            await until(s.encoder.cancelled.is_set)
+        assert (await s.client.get("/live")).status_code == 200
+
+
+async def test_small_packets_are_not_held_back():
+    """Of a socket without its protocol named, asyncio accepts connections with Nagle's delay."""
+    async with stack(encoders=0, llms=0, ready=False) as s:
+        began = asyncio.get_running_loop().time()
+        for _ in range(50):
+            await s.client.get("/live")
+        assert asyncio.get_running_loop().time() - began < 50 * 0.04
+
+
+async def test_a_stop_lets_running_requests_end():
+    async with stack(drain_timeout_s=20.0) as s:
+        go = asyncio.Event()
+        s.llm.step = lambda fake, index: go.wait()
+        asked = asyncio.create_task(s.chat())
+        await s.llm.started.wait()
+        s.gateway.draining = True
+        assert (await s.client.get("/ready")).status_code == 503
+        go.set()
+        assert (await asked).status_code == 200
+
+
+async def test_a_client_that_does_not_read_is_left_after_the_deadline(monkeypatch):
+    monkeypatch.setattr(chats, "LAST_WORDS_S", 0.1)
+    async with stack(request_timeout_s=1.5, tokens=ids("Hello there. ") * 500) as s:
+        payload = json.dumps(body(stream=True, n=16, logprobs=True, top_logprobs=20)).encode()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(client, (s.client.base_url.host, s.client.base_url.port))
+            head = (
+                "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+                f"Content-Length: {len(payload)}\r\n\r\n"
+            )
+            await loop.sock_sendall(client, head.encode() + payload)
+            await s.llm.started.wait()
+            await until(s.idle)
+
+
+async def test_many_empty_messages_hold_nobody_up():
+    async with stack() as s:
+        many = json.dumps(body(*[{"role": "user", "content": ""}] * 20_000)).encode()
+        asked = asyncio.create_task(s.client.post("/v1/chat/completions", content=many))
+        longest = 0.0
+        while not asked.done():
+            began = time.monotonic()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.monotonic() - began)
+        assert asked.result().json()["error"]["code"] == "context_length_exceeded"
+        assert longest < 0.3

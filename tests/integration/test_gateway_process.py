@@ -1,0 +1,153 @@
+"""The gateway as a process: no torch, little memory, a clean start and a clean stop."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import os
+import random
+import signal
+import socket
+import sys
+
+import httpx2
+import pytest
+from PIL import Image
+
+from opticnerve.models.checkpoint import Checkpoint
+from tests.fakes import FakeEncoder, FakeLLM, until
+from tests.gateways import body, data_url, user
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+MIB = 2**20
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """An environment in which importing torch fails."""
+    for name in ("torch", "torchvision"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not for gateways')\n")
+    return {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+
+
+@contextlib.asynccontextmanager
+async def gateway(environment, *flags):
+    """(process, its URL)"""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", "--port", "0", *flags,
+        env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(60):
+            line = (await process.stdout.readline()).decode()
+        assert line.startswith("listening http://"), (await process.stderr.read()).decode()
+        yield process, line.split()[1]
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+@contextlib.asynccontextmanager
+async def workers():
+    pair_id = Checkpoint.open(None).pair_id
+    async with FakeEncoder(pair_id=pair_id) as encoder, FakeLLM([60, 61, 629], pair_id) as llm:
+        yield encoder, llm
+
+
+def resident(pid):
+    with open(f"/proc/{pid}/status") as file:
+        (line,) = [line for line in file if line.startswith("VmRSS")]
+    return int(line.split()[1]) * 1024
+
+
+async def test_serves_pictures_without_torch_in_little_memory(environment):
+    async with workers() as (encoder, llm):
+        flags = ("--encoder-addresses", encoder.address, "--llm-addresses", llm.address)
+        async with (
+            gateway(environment, *flags) as (process, url),
+            httpx2.AsyncClient(base_url=url, timeout=30, trust_env=False) as client,
+        ):
+            asked = body(user("What?", data_url(size=(1024, 768))))
+            answers = await asyncio.gather(
+                *(client.post("/v1/chat/completions", json=asked) for _ in range(16))
+            )
+            assert {answer.status_code for answer in answers} == {200}
+            assert resident(process.pid) < 200 * MIB
+
+
+async def test_memory_of_large_requests_goes_back(environment):
+    async with workers() as (encoder, llm):
+        flags = ("--encoder-addresses", encoder.address, "--llm-addresses", llm.address)
+        async with (
+            gateway(environment, *flags) as (process, url),
+            httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as client,
+        ):
+            before = resident(process.pid)
+            asked = body(user("What?", *(large_picture(seed) for seed in range(4))))
+            answers = await asyncio.gather(
+                *(client.post("/v1/chat/completions", json=asked) for _ in range(4))
+            )
+            assert {answer.status_code for answer in answers} == {200}
+            await until(lambda: resident(process.pid) < before + 20 * MIB)
+
+
+def large_picture(seed):
+    """A data URL of 5 MB."""
+    buffer = io.BytesIO()
+    pixels = random.Random(seed).randbytes(1100 * 1100 * 3)
+    Image.frombytes("RGB", (1100, 1100), pixels).save(buffer, "PNG", compress_level=0)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+async def test_sigterm_lets_running_requests_end(environment):
+    async with workers() as (encoder, llm):
+        go = asyncio.Event()
+        llm.step = lambda fake, index: go.wait()
+        flags = ("--encoder-addresses", encoder.address, "--llm-addresses", llm.address)
+        async with (
+            gateway(environment, *flags) as (process, url),
+            httpx2.AsyncClient(base_url=url, timeout=30, trust_env=False) as client,
+        ):
+            asked = asyncio.create_task(client.post("/v1/chat/completions", json=body()))
+            await llm.started.wait()
+            process.send_signal(signal.SIGTERM)
+            host, port = url.removeprefix("http://").split(":")
+
+            def refused():
+                with socket.socket() as probe:
+                    return probe.connect_ex((host, int(port))) != 0
+
+            await until(refused)
+            go.set()
+            assert (await asked).status_code == 200
+            assert await process.wait() == 0
+
+
+async def test_a_taken_port_is_one_clear_line(environment):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "gateway", "--port", str(taken.getsockname()[1]),
+            env=environment, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        _, errors = await process.communicate()
+    assert process.returncode == 2
+    assert b"port" in errors and b"Traceback" not in errors and errors.count(b"\n") == 1
+
+
+async def test_metrics_on_a_port_of_their_own_and_keys(environment, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("ada: sk-1\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = ("--metrics-port", str(port), "--api-key-file", str(keys), "--host", "127.0.0.1")
+    async with (
+        gateway(environment, *flags) as (_, url),
+        httpx2.AsyncClient(base_url=url, timeout=30, trust_env=False) as client,
+    ):
+        headers = {"authorization": "Bearer sk-1"}
+        assert (await client.get("/v1/models")).status_code == 401
+        assert (await client.get("/v1/models", headers=headers)).status_code == 200
+        assert (await client.get("/metrics", headers=headers)).status_code == 404
+        answer = await client.get(f"http://127.0.0.1:{port}/metrics")
+        assert "opticnerve_requests_total" in answer.text

@@ -1,0 +1,192 @@
+"""What the gateway refuses, and how: status, shape, limits, keys."""
+
+import asyncio
+import contextlib
+
+import httpx2
+import pytest
+
+from gateway.auth import Keys
+from tests.fakes import until
+from tests.gateways import body, events, stack, user
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code"),
+    [
+        ({"model": "gpt-17"}, 404, "model_not_found"),
+        ({"colour": 1}, 400, "unknown_field"),
+        ({"max_tokens": 100_000}, 400, "context_length_exceeded"),
+        ({"messages": [user("x " * 9000)]}, 400, "context_length_exceeded"),
+        ({"messages": [user("?", "data:image/png;base64,@")]}, 400, "invalid_base64"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, 400, "unsupported"),
+        ({"top_logprobs": 21, "logprobs": True}, 400, None),
+    ],
+)
+async def test_refusals(change, status, code):
+    async with stack() as s:
+        answer = await s.client.post("/v1/chat/completions", json={**body(), **change})
+        assert answer.status_code == status, answer.text
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["code"] == code
+        assert not s.llm.starts and s.idle()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [
+        (b"{", "application/json", 400),
+        (b"", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b'{"model": "\xff"}', "application/json", 400),
+        (b'{"model": NaN}', "application/json", 400),
+        (b"[" * 100_000, "application/json", 400),
+        (b"model=model", "application/x-www-form-urlencoded", 415),
+        (b"{}", "", 400),
+        (b" " * 3000, "application/json", 413),
+    ],
+)
+async def test_bodies_that_are_no_request(content, kind, status):
+    async with stack(max_request_bytes=2000 if status == 413 else 2**20) as s:
+        answer = await s.client.post(
+            "/v1/chat/completions", content=content, headers={"content-type": kind}
+        )
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"]
+
+
+async def test_a_body_of_unknown_length_is_cut_off_at_the_limit():
+    async def endless():
+        for _ in range(100):
+            yield b" " * 1000
+
+    async with stack(max_request_bytes=5000) as s:
+        with contextlib.suppress(httpx2.WriteError, httpx2.ReadError):
+            answer = await s.client.post(
+                "/v1/chat/completions",
+                content=endless(),
+                headers={"content-type": "application/json"},
+            )
+            assert answer.status_code == 413
+        await until(s.idle)
+
+
+async def test_unknown_routes_methods_and_trailing_slashes():
+    async with stack() as s:
+        assert (await s.client.get("/v1/nothing")).json()["error"]["type"] == "not_found_error"
+        assert (await s.client.get("/v1/chat/completions")).status_code == 405
+        assert (await s.client.post("/v1/chat/completions/", json=body())).status_code == 200
+        for path in ("/v1/models/", "/health/", "/live/", "/ready/", "/version/", "/metrics/", "/"):
+            assert (await s.client.get(path)).status_code == 200, path
+        assert (await s.client.head("/live")).status_code == 200
+
+
+async def test_models():
+    async with stack(served_model_name=("eyes", "org/eyes")) as s:
+        listed = (await s.client.get("/v1/models")).json()
+        assert [model["id"] for model in listed["data"]] == ["eyes", "org/eyes"]
+        assert (await s.client.get("/v1/models/org/eyes")).json()["id"] == "org/eyes"
+        assert (await s.client.get("/v1/models/model")).status_code == 404
+        assert (await s.chat(model="model")).status_code == 404
+        assert (await s.chat(model="eyes")).json()["model"] == "eyes"
+    async with stack(served_model_name=("*",)) as s:
+        assert (await s.chat(model="anything")).status_code == 200
+
+
+async def test_unknown_fields_may_be_ignored_with_a_warning():
+    async with stack(ignore_unknown_fields=True) as s:
+        answer = await s.chat(colour="é", stream=True)
+        assert answer.status_code == 200
+        assert answer.headers["x-opticnerve-warnings"] == "ignored unknown fields: colour"
+
+
+async def test_request_ids():
+    async with stack() as s:
+        answer = await s.chat(headers={"x-request-id": "mine-1"})
+        assert answer.headers["x-request-id"] == "mine-1"
+        assert s.llm.starts[0].request_id == "mine-1"
+        odd = await s.client.get("/live", headers={"x-request-id": "a b\tc<script>" + "x" * 500})
+        assert odd.headers["x-request-id"].startswith("abcscriptx")
+        assert len(odd.headers["x-request-id"]) == 128
+        assert (await s.client.get("/nothing")).headers["x-request-id"].startswith("req-")
+
+
+async def test_keys():
+    keys = Keys({"ada": b"sk-1"})
+    good = {"authorization": "Bearer sk-1"}
+    async with stack(keys=keys, public_models=True, host="127.0.0.1") as s:
+        answer = await s.chat()
+        assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert (await s.chat(headers=good)).status_code == 200
+        for path, status in (
+            ("/live", 200), ("/ready", 200), ("/health", 200), ("/", 200), ("/v1/models", 200),
+            ("/metrics", 401), ("/version", 401), ("/nothing", 401),
+        ):  # fmt: skip
+            assert (await s.client.get(path)).status_code == status, path
+        assert (await s.client.get("/metrics", headers=good)).status_code == 200
+        assert "sk-1" not in (await s.client.get("/health")).text
+
+
+async def test_browsers_of_allowed_origins_may_call():
+    async with stack(cors_origins=("https://a.example",), keys=Keys({"ada": b"sk-1"}),
+                     host="127.0.0.1") as s:  # fmt: skip
+        asked = {"origin": "https://a.example", "access-control-request-method": "POST"}
+        answer = await s.client.options("/v1/chat/completions", headers=asked)
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        refused = await s.chat(headers={"origin": "https://a.example"})
+        assert refused.status_code == 401  # The page reads why.
+        assert refused.headers["access-control-allow-origin"] == "https://a.example"
+        other = await s.chat(headers={"origin": "https://b.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+async def test_requests_beyond_the_limit_are_refused():
+    async with stack(max_concurrent_requests=1) as s:
+        go = asyncio.Event()
+        s.llm.step = lambda fake, index: go.wait()
+        first = asyncio.create_task(s.chat())
+        await s.llm.started.wait()
+        refused = await s.chat()
+        assert refused.status_code == 429 and refused.headers["retry-after"]
+        assert (await s.client.get("/live")).status_code == 200
+        go.set()
+        assert (await first).status_code == 200
+        assert (await s.chat()).status_code == 200
+
+
+async def test_bytes_beyond_the_limit_are_refused():
+    async with stack(max_bytes_in_flight=1000) as s:
+        assert (await s.chat(user("x" * 2000))).status_code == 429
+        assert s.idle()
+        assert (await s.chat()).status_code == 200
+
+
+async def test_the_deadline_is_a_504():
+    async with stack(request_timeout_s=0.3) as s:
+        s.llm.step = lambda fake, index: asyncio.Event().wait()
+        answer = await s.chat()
+        assert answer.status_code == 504
+        assert answer.json()["error"]["code"] == "deadline_exceeded"
+        await until(s.idle)
+
+
+async def test_a_failure_after_the_stream_began_is_an_event_and_the_end():
+    async with stack(request_timeout_s=0.5) as s:
+        s.llm.step = lambda fake, index: asyncio.Event().wait() if index else asyncio.sleep(0)
+        answer = await s.chat(stream=True)
+        *_, last = events(answer.text)
+        assert answer.status_code == 200 and last["error"]["code"] == "deadline_exceeded"
+
+
+async def test_the_unexpected_is_a_500_that_tells_nothing(monkeypatch):
+    async with stack() as s:
+        monkeypatch.setattr(s.gateway.pipeline.renderer, "render", lambda _: 1 / 0)
+        answer = await s.chat(headers={"x-request-id": "odd"})
+        assert answer.status_code == 500
+        assert "division" not in answer.text and answer.headers["x-request-id"] == "odd"
+        monkeypatch.undo()
+        assert (await s.chat()).status_code == 200

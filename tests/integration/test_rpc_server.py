@@ -1,0 +1,155 @@
+"""A server's life: health, reflection, errors at the edge, drain."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from opticnerve.config import RpcConfig
+from opticnerve.errors import ConfigError, InvalidRequest, Overloaded
+from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
+from opticnerve.rpc import errors as rpc_errors
+from opticnerve.rpc.channel import CHANNEL_OPTIONS, chunks, is_serving, open_channel
+from opticnerve.rpc.server import Server
+
+SERVICE = "opticnerve.v1.Encoder"
+
+
+class Slow(encoder_pb2_grpc.EncoderServicer):
+    def __init__(self):
+        self.entered = asyncio.Event()
+        self.release = asyncio.Event()
+
+    @rpc_errors.unary
+    async def Describe(self, request, context):
+        self.entered.set()
+        await self.release.wait()
+        return encoder_pb2.DescribeEncoderResponse(family="slow")
+
+    @rpc_errors.streaming
+    async def Fetch(self, request, context):
+        yield encoder_pb2.FetchResponse(data=b"x")
+        if request.key == "bug":
+            raise ZeroDivisionError("secret internals")
+        if request.key == "long":
+            raise InvalidRequest("é" * 50_000)
+        raise Overloaded("try later", retry_after_s=1.5)
+
+
+async def health(address):
+    async with open_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        return (await stub.Check(health_pb2.HealthCheckRequest(service=SERVICE))).status
+
+
+async def scenario(test, **config):
+    servicer = Slow()
+    async with Server(RpcConfig(drain_timeout_s=5, **config), SERVICE) as server:
+        encoder_pb2_grpc.add_EncoderServicer_to_server(servicer, server.grpc)
+        await server.start()
+        await test(server, servicer)
+
+
+def test_not_serving_until_ready_and_while_draining():
+    async def run(server, servicer):
+        assert await health(server.address) == health_pb2.HealthCheckResponse.NOT_SERVING
+        async with open_channel(server.address) as channel:
+            assert not await is_serving(channel)
+            await server.ready()
+            assert await is_serving(channel)
+            serving = asyncio.create_task(server.serve())
+            stub = encoder_pb2_grpc.EncoderStub(channel)
+            call = stub.Describe(encoder_pb2.DescribeEncoderRequest())
+            await servicer.entered.wait()
+            server.stop()
+            while await is_serving(channel):  # The drain has begun; the call still runs.
+                await asyncio.sleep(0.01)
+            servicer.release.set()
+            assert (await call).family == "slow"
+            await asyncio.wait_for(serving, 10)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await health(server.address)
+
+    asyncio.run(scenario(run))
+
+
+def test_typed_errors_cross_the_wire_and_bugs_stay_private():
+    async def run(server, servicer):
+        async with open_channel(server.address) as channel:
+            stub = encoder_pb2_grpc.EncoderStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in stub.Fetch(encoder_pb2.FetchRequest(key="k")):
+                    pass
+            error = rpc_errors.from_rpc(caught.value)
+            assert isinstance(error, Overloaded) and error.retry_after_s == 1.5
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in stub.Fetch(encoder_pb2.FetchRequest(key="bug")):
+                    pass
+            assert "secret" not in caught.value.details()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in stub.Fetch(encoder_pb2.FetchRequest(key="long")):
+                    pass
+            assert isinstance(rpc_errors.from_rpc(caught.value), InvalidRequest)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Encode(iter([encoder_pb2.EncodeRequest()]))
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+    asyncio.run(scenario(run))
+
+
+def test_a_taken_port_is_a_clear_error():
+    async def run(server, servicer):
+        with pytest.raises(ConfigError, match=str(server.port)):
+            async with Server(RpcConfig(port=server.port), SERVICE) as second:
+                await second.start()
+
+    asyncio.run(scenario(run))
+
+
+def test_chunks_keep_the_bytes_and_the_limit():
+    data = bytes(range(256)) * 9000
+    pieces = list(chunks(data))
+    assert b"".join(pieces) == data
+    assert max(map(len, pieces)) <= 2**20
+    assert list(chunks(b"")) == [b""]
+
+
+HUNG = """
+import asyncio, sys
+from opticnerve.config import RpcConfig
+from opticnerve.rpc.server import Server
+async def main():
+    async with Server(RpcConfig(), "opticnerve.v1.LLM") as server:
+        await server.start()
+        await server.ready()
+        await server.serve()
+asyncio.run(main())
+"""
+
+
+async def watch_a_process_that_hangs(process, options):
+    address = process.stdout.readline().split()[1]
+    async with grpc.aio.insecure_channel(address, options=options) as channel:
+        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        await watching.read()
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async with asyncio.timeout(20):
+                await watching.read()
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_call_to_a_process_that_hangs_breaks():
+    pings = {"grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms"}
+    quicker = [(name, v // 10 if name in pings else v) for name, v in CHANNEL_OPTIONS]
+    process = subprocess.Popen([sys.executable, "-c", HUNG], stdout=subprocess.PIPE, text=True)
+    try:
+        asyncio.run(watch_a_process_that_hangs(process, quicker))
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,163 @@
+"""The Redis store against a real server: shared bytes, time to live, faults, secrets."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+
+import pytest
+import redis
+import torch
+
+from opticnerve.embeddings import redis_store
+from opticnerve.embeddings.open import open_store
+from opticnerve.embeddings.redis_store import PREFIX, RedisStore
+from opticnerve.errors import EmbeddingCorrupt, StoreError
+from tests.redis import RedisServer, find_redis_server
+
+pytestmark = [
+    pytest.mark.redis,
+    pytest.mark.skipif(find_redis_server() is None, reason="redis-server is not installed"),
+]
+
+
+def key(number: int) -> str:
+    return f"{number:064x}"
+
+
+def rows(number: int) -> dict[str, torch.Tensor]:
+    return {"rows": torch.full((8, 512), float(number)).bfloat16()}
+
+
+def opened(url: str, ttl_s: int = 60) -> RedisStore:
+    separator = "&" if "?" in url else "?"
+    store = open_store(f"{url}{separator}local=memory://", ttl_s=ttl_s)
+    assert isinstance(store, RedisStore)
+    return store
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    with RedisServer() as running:
+        yield running
+
+
+def test_what_one_machine_puts_another_gets_and_keeps(server: RedisServer) -> None:
+    writer, reader = opened(server.url), opened(server.url)
+    writer.put(key(1), rows(1), {"family": "x"})
+    assert reader.contains([key(1), key(2)]) == {key(1)}
+    assert reader.local.contains([key(1)]) == set()
+    entry = reader.get(key(1))
+    assert entry is not None
+    assert torch.equal(entry.tensors["rows"], rows(1)["rows"])
+    assert entry.meta["family"] == "x"
+    assert reader.local.contains([key(1)]) == {key(1)}
+    assert reader.read_bytes(key(1)) == writer.read_bytes(key(1))
+    writer.close()
+    reader.close()
+
+
+def test_time_to_live_first_writer_and_delete(server: RedisServer) -> None:
+    store, other = opened(server.url, ttl_s=60), opened(server.url, ttl_s=60)
+    client = redis.Redis(port=server.port)
+    store.put(key(1), rows(1), {})
+    assert 0 < client.ttl(PREFIX + key(1)) <= 60
+    other.put(key(1), rows(2), {})
+    fresh = opened(server.url, ttl_s=600)
+    entry = fresh.get(key(1))
+    assert entry is not None
+    assert entry.tensors["rows"][0, 0] == 1
+    assert client.ttl(PREFIX + key(1)) > 60  # A get keeps it longer.
+    fresh.delete(key(1))
+    assert client.exists(PREFIX + key(1)) == 0
+    assert fresh.get(key(1)) is None
+    for opened_store in (store, other, fresh):
+        opened_store.close()
+    client.close()
+
+
+def test_large_embeddings_stay_local(server: RedisServer) -> None:
+    store = opened(server.url + "?max_bytes=1000")
+    store.put(key(1), rows(1), {})
+    assert redis.Redis(port=server.port).exists(PREFIX + key(1)) == 0
+    assert store.contains([key(1)]) == {key(1)}
+    store.close()
+
+
+def test_corrupt_values_are_deleted_and_said_once(server: RedisServer) -> None:
+    store = opened(server.url)
+    client = redis.Redis(port=server.port)
+    client.set(PREFIX + key(1), b"garbage")
+    with pytest.raises(EmbeddingCorrupt):
+        store.get(key(1))
+    assert store.get(key(1)) is None
+    assert client.exists(PREFIX + key(1)) == 0
+    store.close()
+    client.close()
+
+
+def test_redis_down_is_a_miss_with_one_warning(
+    server: RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_store, "PAUSE_S", 0.1)
+    store = opened(server.url)
+    store.put(key(1), rows(1), {})
+    server.stop()
+    with caplog.at_level(logging.WARNING):
+        start = time.monotonic()
+        for number in range(2, 30):
+            assert store.get(key(number)) is None
+            assert store.contains([key(number)]) == set()
+            store.put(key(number), rows(number), {})  # The local tier takes it.
+        assert time.monotonic() - start < 5
+    assert store.get(key(5)) is not None
+    assert len([record for record in caplog.records if "Redis" in record.message]) == 1
+    server.start()
+    deadline = time.monotonic() + 10
+    other = opened(server.url)
+    while not other.contains([key(50)]) and time.monotonic() < deadline:
+        store.delete(key(50))
+        store.put(key(50), rows(50), {})
+        time.sleep(0.02)
+    assert other.contains([key(50)]) == {key(50)}
+    other.close()
+    store.close()
+
+
+def test_a_server_that_hangs_does_not_hold_requests_for_long(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_store, "ANSWER_TIMEOUT_S", 0.3)
+    store = opened(server.url)
+    store.put(key(1), rows(1), {})
+    client = redis.Redis(port=server.port)
+    client.execute_command("CLIENT", "PAUSE", "3000", "ALL")
+    start = time.monotonic()
+    for number in range(20):
+        assert store.get(key(100 + number)) is None
+    assert time.monotonic() - start < 2
+    store.close()
+    client.close()
+
+
+def test_neither_tier_takes_it(server: RedisServer) -> None:
+    server.stop()
+    store = open_store(server.url + "?local=memory://%3Fcapacity%3D100")
+    with pytest.raises(StoreError):
+        store.put(key(1), rows(1), {})
+    store.close()
+
+
+def test_credentials_work_and_are_never_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with RedisServer("--requirepass", "s3cret-right") as server, caplog.at_level(logging.DEBUG):
+        good = opened(f"redis://:s3cret-right@127.0.0.1:{server.port}/0")
+        good.put(key(1), rows(1), {})
+        bad = opened(f"redis://:s3cret-wrong@127.0.0.1:{server.port}/0")
+        assert bad.get(key(1)) is None
+        fresh = opened(f"redis://:s3cret-right@127.0.0.1:{server.port}/0")
+        assert fresh.get(key(1)) is not None
+        for store in (good, bad, fresh):
+            store.close()
+    assert "AuthenticationError" in caplog.text
+    assert "s3cret" not in caplog.text

@@ -1,0 +1,233 @@
+"""The supervisor over small real processes: order, restart, giving up, nothing left behind."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from deploy import up
+from deploy.child import Child
+from deploy.supervisor import Service, Supervisor
+from opticnerve.config import UpConfig
+from opticnerve.errors import StartupError
+
+# A worker that speaks gRPC health, and a gateway that answers /ready; both log their end.
+WORKER = """
+import asyncio, sys
+from opticnerve.config import RpcConfig
+from opticnerve.lifecycle import follow_parent
+from opticnerve.rpc.server import Server
+name, log, parent, port = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[5])
+follow_parent(parent)
+async def main():
+    async with Server(RpcConfig(port=port, drain_timeout_s=1), "opticnerve.v1.LLM") as server:
+        await server.start()
+        await server.ready()
+        await server.serve()
+asyncio.run(main())
+open(log, "a").write(name + "\\n")
+"""
+GATEWAY = """
+import http.server, signal, sys
+log = sys.argv[2]
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *a):
+        pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[5])), Handler)
+print(f"listening http://127.0.0.1:{server.server_port}", flush=True)
+def stop(*a):
+    open(log, "a").write("gateway\\n")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+server.serve_forever()
+"""
+FAILS = "import sys; print('out of luck', file=sys.stderr); sys.exit(3)"
+
+
+def service(name, stage, code, log, parent=0):
+    base = [sys.executable, "-c", code, name, str(log), str(parent)]
+    return Service(Child(name, [*base, "--port", "0"], dict(os.environ)), stage, base)
+
+
+def supervisor(log, workers=None, max_restarts=2):
+    workers = workers or [service("encoder", 0, WORKER, log), service("llm", 1, WORKER, log)]
+    return Supervisor(
+        workers,
+        lambda encoders, llms: service("gateway", 2, GATEWAY, log),
+        start_timeout_s=30,
+        stop_timeout_s=10,
+        max_restarts=max_restarts,
+    )
+
+
+async def until_ready(made, task):
+    while not made.url:
+        if task.done():
+            task.result()
+        await asyncio.sleep(0.02)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_stops_gateway_then_llm_then_encoder(tmp_path):
+    log = tmp_path / "ends"
+
+    async def run():
+        async with supervisor(log) as made:
+            task = asyncio.create_task(made.run())
+            await until_ready(made, task)
+            pids = [s.child.pid for s in made._all]
+            made.stop()
+            await task
+        return pids
+
+    pids = asyncio.run(run())
+    assert log.read_text().split() == ["gateway", "llm", "encoder"]
+    assert len(pids) == 3 and not any(alive(pid) for pid in pids)
+
+
+def test_a_killed_child_comes_back_at_its_port(tmp_path):
+    async def run():
+        async with supervisor(tmp_path / "ends") as made:
+            task = asyncio.create_task(made.run())
+            await until_ready(made, task)
+            child = made._workers[1].child
+            pid, address = child.pid, child.address
+            os.kill(pid, signal.SIGKILL)
+            while child.pid == pid or not child.running:
+                await asyncio.sleep(0.02)
+            assert await asyncio.wait_for(child.listening(), 20) == address
+            made.stop()
+            await task
+
+    asyncio.run(run())
+
+
+def test_gives_up_after_repeated_crashes_and_stops_the_rest(tmp_path):
+    log = tmp_path / "ends"
+
+    async def run():
+        async with supervisor(log, max_restarts=1) as made:
+            task = asyncio.create_task(made.run())
+            await until_ready(made, task)
+            doomed = made._workers[0]
+            doomed.base_command = [sys.executable, "-c", FAILS]
+            doomed.child.command = [sys.executable, "-c", FAILS]
+            os.kill(doomed.child.pid, signal.SIGKILL)
+            with pytest.raises(StartupError, match=r"giving up: encoder .*out of luck"):
+                await task
+
+    asyncio.run(run())
+    assert log.read_text().split() == ["gateway", "llm"]
+
+
+def test_a_child_that_cannot_start_is_quoted(tmp_path):
+    async def run():
+        workers = [service("encoder", 0, FAILS, tmp_path / "ends")]
+        async with supervisor(tmp_path / "ends", workers) as made:
+            with pytest.raises(StartupError, match=r"encoder ended with status 3.*out of luck"):
+                await made.run()
+
+    asyncio.run(run())
+
+
+def test_children_end_when_the_parent_is_killed(tmp_path):
+    code = (
+        "import os, subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {WORKER!r}, 'x', {str(tmp_path / 'e')!r},"
+        " str(os.getpid()), '--port', '0'], stdout=subprocess.PIPE, text=True)\n"
+        "child.stdout.readline()\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        pid = int(parent.stdout.readline())
+        assert alive(pid)
+        parent.kill()
+    stat = f"/proc/{pid}/stat"
+    for _ in range(1000):
+        # An orphan that nobody reaps stays a zombie in a container without an init: it has ended.
+        if not alive(pid) or open(stat).read().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        subprocess.run(["sleep", "0.01"], check=True)
+    os.kill(pid, signal.SIGKILL)
+    raise AssertionError("the child outlived its parent by ten seconds")
+
+
+UP = """
+import asyncio, sys
+from deploy import up
+from tests.integration.test_supervisor import GATEWAY, STUBBORN, service
+class Commands:
+    def __init__(self, settings, given):
+        print(given["store"], flush=True)
+    def workers(self):
+        return [service("llm", 1, STUBBORN, sys.argv[1])]
+    def gateway(self, encoders, llms):
+        return service("gateway", 2, GATEWAY, sys.argv[1])
+up.Commands = Commands
+asyncio.run(up.run({}))
+"""
+STUBBORN = "import functools, os" + WORKER.replace(
+    "        await server.serve()",
+    "        tell = functools.partial(print, file=sys.stderr, flush=True)\n"
+    "        tell('pid', os.getpid())\n"
+    "        asyncio.get_running_loop().add_signal_handler(15, tell, 'deaf')\n"
+    "        await asyncio.sleep(600)",
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_everything_at_once_and_leaves_no_file(tmp_path, number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", UP, str(tmp_path / "ends")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        store = process.stdout.readline().strip().removeprefix("shm://")
+        assert os.path.isdir(store)
+        assert "ready" in process.stdout.readline()
+        pid = next(int(line.split()[-1]) for line in process.stderr if "| pid" in line)
+        process.send_signal(number)
+        assert any("deaf" in line for line in process.stderr)  # It is being stopped.
+        process.send_signal(number)
+        assert process.wait(5) == 128 + number
+        assert not os.path.exists(store)
+        deadline = time.monotonic() + 5
+        while alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not alive(pid)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_gateways_own_variables_are_kept_from_workers(monkeypatch):
+    for name in ("HOST", "PORT", "METRICS_PORT", "ADVERTISE"):
+        monkeypatch.setenv(f"OPTICNERVE_{name}", "9100")
+    monkeypatch.setenv("OPTICNERVE_THREADS", "3")
+    made = up.Commands(UpConfig(), {"parent_pid": 1}).workers()
+    for worker in made:
+        mine = {name for name in worker.child.environment if name.startswith("OPTICNERVE_")}
+        assert mine == {"OPTICNERVE_THREADS"}
+        assert worker.child.environment["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setenv("OPTICNERVE_THREADS", "three")
+    with pytest.raises(StartupError, match="OPTICNERVE_THREADS"):
+        up.Commands(UpConfig(), {"parent_pid": 1})

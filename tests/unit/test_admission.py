@@ -1,0 +1,38 @@
+"""Requests and bytes in flight are bounded, and whatever is held is given back."""
+
+import pytest
+
+from gateway.admission import Admission
+from opticnerve.errors import Overloaded
+
+
+def test_requests_are_bounded():
+    admission = Admission(max_requests=2, max_bytes=100)
+    with admission.admit(), admission.admit():
+        with pytest.raises(Overloaded) as caught, admission.admit():
+            pass
+        assert caught.value.retry_after_s
+    assert admission.requests == 0
+    with admission.admit():
+        assert admission.requests == 1
+
+
+def test_bytes_are_bounded_over_all_requests():
+    admission = Admission(max_requests=9, max_bytes=100)
+    with admission.admit() as first, admission.admit() as second:
+        first.hold(60)
+        with pytest.raises(Overloaded):
+            second.hold(41)
+        second.hold(40)
+        first.drop(30)
+        second.hold(30)
+        assert admission.bytes == 100
+    assert admission.bytes == 0
+
+
+def test_a_request_that_fails_gives_everything_back():
+    admission = Admission(max_requests=1, max_bytes=100)
+    with pytest.raises(RuntimeError), admission.admit() as ticket:
+        ticket.hold(100)
+        raise RuntimeError
+    assert (admission.requests, admission.bytes) == (0, 0)

@@ -1,0 +1,251 @@
+"""The sdpa backend against attention written out by hand, one token at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from llm_service.attention import (
+    AttentionStep,
+    Chunk,
+    PageShape,
+    SdpaBackend,
+    active,
+    make_backend,
+)
+from llm_service.attention import sdpa as sdpa_module
+from llm_service.attention.interface import paged_attention
+from opticnerve.errors import ConfigError, EngineFailure
+
+HEADS, KV_HEADS, DIM, LAYERS, BLOCK = 6, 2, 8, 2, 4
+SCALE = DIM**-0.5
+
+
+@dataclass
+class History:
+    """One sequence: its pages, and all keys and values so far."""
+
+    pages: list[int]
+    keys: list[torch.Tensor] = field(default_factory=list)  # [kv_heads, dim] each
+    values: list[torch.Tensor] = field(default_factory=list)
+
+
+def by_hand(
+    history: History, query: torch.Tensor, position: int, last: int | None = None
+) -> torch.Tensor:
+    """Token ``position`` attends over everything up to ``last`` (itself by default)."""
+    stop = (position if last is None else last) + 1
+    out = torch.empty(HEADS, DIM)
+    for head in range(HEADS):
+        shared = head // (HEADS // KV_HEADS)
+        keys = torch.stack([key[shared] for key in history.keys[:stop]])
+        values = torch.stack([value[shared] for value in history.values[:stop]])
+        scores = (keys @ query[head]) * SCALE
+        out[head] = torch.softmax(scores, dim=0) @ values
+    return out
+
+
+class Bench:
+    """Drives a backend and the reference with the same steps."""
+
+    def __init__(self, num_blocks: int = 64, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+        torch.manual_seed(seed)
+        self.backend = SdpaBackend()
+        shape = PageShape(LAYERS, KV_HEADS, DIM, BLOCK)
+        self.backend.allocate(shape, num_blocks, torch.float32, torch.device("cpu"))
+        self.free = list(self.rng.permutation(num_blocks))
+
+    def sequence(self) -> History:
+        return History(pages=[])
+
+    def step(
+        self,
+        decodes: list[History],
+        chunks: list[tuple[History, int]],
+        layer: int = 0,
+        bidirectional: tuple[tuple[int, int], ...] = (),
+    ) -> None:
+        """Runs one step and compares every token of it."""
+        decodes = sorted(decodes, key=lambda history: -len(history.keys))
+        work = [(history, 1) for history in decodes] + chunks
+        total = sum(count for _, count in work)
+        query, key, value = (
+            torch.randn(total, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)
+        )
+        slots, described, starts, row = [], [], [], 0
+        for index, (history, count) in enumerate(work):
+            start = len(history.keys)
+            starts.append(start)
+            while len(history.pages) * BLOCK < start + count:
+                history.pages.append(int(self.free.pop()))
+            slots += [
+                history.pages[p // BLOCK] * BLOCK + p % BLOCK for p in range(start, start + count)
+            ]
+            history.keys += list(key[row : row + count])
+            history.values += list(value[row : row + count])
+            if index >= len(decodes):
+                pages = np.array(history.pages, dtype=np.int64)
+                described.append(Chunk(row, count, start, pages, bidirectional))
+            row += count
+        width = max((len(history.pages) for history in decodes), default=0)
+        tables = np.zeros((len(decodes), width), dtype=np.int64)
+        for index, history in enumerate(decodes):
+            tables[index, : len(history.pages)] = history.pages
+        self.backend.prepare(
+            AttentionStep(
+                token_slots=np.array(slots, dtype=np.int64),
+                decode_pages=tables,
+                decode_lengths=np.array([len(h.keys) for h in decodes], dtype=np.int64),
+                chunks=tuple(described),
+            )
+        )
+        got = self.backend.attend(layer, query, key, value, SCALE)
+        row = 0
+        for (history, count), start in zip(work, starts, strict=True):
+            for offset in range(count):
+                last = start + offset
+                for begin, end in bidirectional:
+                    if begin <= offset < end:
+                        last = start + end - 1
+                want = by_hand(history, query[row], start + offset, last)
+                torch.testing.assert_close(got[row], want, atol=1e-5, rtol=1e-4)
+                row += 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_mixes_of_decodes_and_chunks(seed: int) -> None:
+    bench = Bench(num_blocks=200, seed=seed)
+    rng = bench.rng
+    running: list[History] = []
+    for _ in range(8):
+        fresh = [
+            (bench.sequence(), int(rng.integers(1, 14))) for _ in range(int(rng.integers(0, 3)))
+        ]
+        continued = [
+            (history, int(rng.integers(2, 9))) for history in running if rng.random() < 0.3
+        ]
+        chosen = [id(history) for history, _ in continued]
+        decodes = [h for h in running if id(h) not in chosen and rng.random() < 0.8]
+        if decodes or continued or fresh:
+            bench.step(decodes, continued + fresh)
+        running += [history for history, _ in fresh]
+
+
+def test_very_different_lengths_are_split_and_still_right() -> None:
+    bench = Bench(num_blocks=200)
+    lengths = [90, 3, 1, 40, 2, 5, 1, 1, 44, 2]
+    histories = [bench.sequence() for _ in lengths]
+    for history, length in zip(histories, lengths, strict=True):
+        bench.step([], [(history, length)])
+    bench.step(histories, [])
+    assert len(bench.backend._groups) > 1
+    bench.step(histories[::-1], [(bench.sequence(), 7)])
+
+
+def test_split_by_length_covers_everything_once_and_bounds_padding() -> None:
+    lengths = np.array([4000, 900, *[100] * 15, 7], dtype=np.int64)
+    ranges = sdpa_module.split_by_length(lengths)
+    assert [index for begin, end in ranges for index in range(begin, end)] == list(range(18))
+    assert 1 < len(ranges) <= sdpa_module.MAX_GROUPS
+    padded = sum(int(lengths[begin]) * (end - begin) for begin, end in ranges)
+    assert padded <= sdpa_module.MAX_PADDING * lengths.sum()
+    assert sdpa_module.split_by_length(np.array([9, 8, 8, 7])) == [(0, 4)]
+
+
+def test_a_bidirectional_range_sees_itself_whole() -> None:
+    bench = Bench()
+    history = bench.sequence()
+    bench.step([], [(history, 5)])
+    bench.step([], [(history, 9)], bidirectional=((2, 6),))
+    bench.step([], [(bench.sequence(), 6)], bidirectional=((0, 3), (4, 6)))
+
+
+def test_long_chunks_are_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa_module, "TILE_ROWS", 4)
+    bench = Bench()
+    history = bench.sequence()
+    bench.step([], [(history, 6)])
+    bench.step([], [(history, 11)], bidirectional=((2, 6),))
+    assert len(bench.backend._runs[0].tiles) == 3
+
+
+def test_layers_have_pages_of_their_own() -> None:
+    bench = Bench()
+    one, two = bench.sequence(), bench.sequence()
+    bench.step([], [(one, 5)], layer=0)
+    two.pages = list(one.pages)
+    bench.step([], [(two, 5)], layer=1)
+    bench.step([one], [], layer=0)
+
+
+def test_copied_pages_continue_alone() -> None:
+    bench = Bench()
+    parent = bench.sequence()
+    bench.step([], [(parent, 6)])
+    child = History(
+        [parent.pages[0], int(bench.free.pop())], list(parent.keys), list(parent.values)
+    )
+    bench.backend.copy_pages(((parent.pages[1], child.pages[1]),))
+    bench.step([parent, child], [])
+    bench.step([parent, child], [])
+
+
+def test_scrubbed_pages_spread_nothing() -> None:
+    bench = Bench(num_blocks=8)
+    sick = bench.sequence()
+    bench.step([], [(sick, 6)])
+    for pages in bench.backend._layers:
+        pages[torch.tensor(sick.pages)] = float("nan")
+    bench.backend.scrub(tuple(sick.pages))
+    bench.free += sick.pages
+    short, long = bench.sequence(), bench.sequence()
+    bench.step([], [(short, 2), (long, 9)])
+    bench.step([short, long], [])
+
+
+def test_scrubbing_changes_nothing_that_is_finite() -> None:
+    bench = Bench()
+    history = bench.sequence()
+    bench.step([], [(history, 6)])
+    bench.backend.scrub(tuple(history.pages))
+    bench.step([history], [])
+
+
+def test_transformers_interface_reaches_the_active_backend() -> None:
+    bench = Bench()
+    bench.backend.prepare(
+        AttentionStep(
+            token_slots=np.arange(3, dtype=np.int64),
+            decode_pages=np.zeros((0, 0), dtype=np.int64),
+            decode_lengths=np.zeros(0, dtype=np.int64),
+            chunks=(Chunk(0, 3, 0, np.zeros(1, dtype=np.int64)),),
+        )
+    )
+
+    class Layer:
+        layer_idx = 1
+
+    query, key = torch.randn(1, HEADS, 3, DIM), torch.randn(1, KV_HEADS, 3, DIM)
+    with active(bench.backend):
+        out, weights = paged_attention(Layer(), query, key, key, None, scaling=SCALE)
+    assert out.shape == (1, 3, HEADS, DIM) and weights is None
+    want = torch.nn.functional.scaled_dot_product_attention(
+        query, key, key, is_causal=True, enable_gqa=True
+    )
+    torch.testing.assert_close(out, want.transpose(1, 2))
+    assert math.isclose(SCALE, query.shape[-1] ** -0.5)
+    with pytest.raises(EngineFailure):
+        paged_attention(Layer(), query, key, key, None)
+    with active(bench.backend), pytest.raises(EngineFailure):
+        paged_attention(Layer(), query, key, key, torch.zeros(3, 3))
+
+
+def test_backends_are_found_by_name() -> None:
+    assert isinstance(make_backend("auto"), SdpaBackend)
+    with pytest.raises(ConfigError, match="sdpa"):
+        make_backend("flash9")

@@ -1,0 +1,87 @@
+"""Token deltas to what a client reads, one choice at a time."""
+
+import pytest
+
+from gateway.choices import Choices
+from gateway.detokenizer import Vocabulary
+from gateway.events import Delta, Finish, PositionLogprobs, TokenLogprob
+from gateway.schemas.chat import ChatRequest
+from gateway.tokenizer import Tokenizer
+from opticnerve.errors import EngineFailure
+from opticnerve.models.checkpoint import Checkpoint
+
+END = 629  # <|im_end|> of the demo checkpoint.
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.load(Checkpoint.open(None).path)
+
+
+@pytest.fixture
+def choices(tokenizer):
+    def make(**fields):
+        messages = [{"role": "user", "content": "x"}]
+        request = ChatRequest.model_validate({"model": "m", "messages": messages, **fields})
+        return Choices(request, Vocabulary(tokenizer))
+
+    return make
+
+
+def delta(ids, finish=None, stop=None, choice=0, first=0, logprobs=()):
+    return Delta(choice, first, tuple(ids), tuple(logprobs), finish, stop)
+
+
+def test_the_end_of_sequence_is_counted_and_not_shown(choices, tokenizer):
+    ids = tokenizer.encode("Hi")
+    for fields in ({}, {"skip_special_tokens": False}):
+        made = choices(**fields)
+        got = made.take(delta([*ids, END], Finish.STOP, END))
+        assert (got.text, got.finish_reason, got.stop_reason) == ("Hi", "stop", None)
+        assert made.ended and made.num_tokens == len(ids) + 1
+
+
+def test_a_stop_id_of_the_request_is_told_and_shown_on_demand(choices, tokenizer):
+    ids = tokenizer.encode("ab")
+    got = choices(stop_token_ids=[ids[-1]]).take(delta(ids, Finish.STOP, ids[-1]))
+    assert (got.text, got.stop_reason) == ("a", ids[-1])
+    shown = choices(stop_token_ids=[ids[-1]], include_stop_str_in_output=True)
+    assert shown.take(delta(ids, Finish.STOP, ids[-1])).text == "ab"
+
+
+def test_a_stop_string_ends_a_choice_and_what_follows_is_ignored(choices, tokenizer):
+    made = choices(stop=[" c"], n=2)
+    ids = tokenizer.encode("a b c d")
+    got = made.take(delta(ids))
+    assert (got.text, got.finish_reason, got.stop_reason) == ("a b", "stop", " c")
+    assert made.take(delta(ids, first=len(ids))) is None
+    assert not made.ended and made.num_tokens < len(ids)
+    assert made.take(delta(ids[:1], Finish.LENGTH, choice=1)).finish_reason == "length"
+    assert made.ended
+
+
+def test_text_that_a_stop_string_could_begin_with_waits(choices, tokenizer):
+    made = choices(stop=["abc"])
+    ids = [tokenizer.encode(letter)[0] for letter in "xab"]
+    got = [made.take(delta([token], first=i)) for i, token in enumerate(ids)]
+    assert [each and each.text for each in got] == ["x", None, None]
+    end = made.take(delta([], Finish.LENGTH, first=3))
+    assert (end.text, end.finish_reason) == ("ab", "length")
+
+
+def test_log_probabilities_stop_with_the_text(choices, tokenizer):
+    ids = tokenizer.encode("a b c d")
+    places = [
+        PositionLogprobs(TokenLogprob(i, float("-inf"), 1), (TokenLogprob(i, -0.5, 1),))
+        for i in ids
+    ]
+    made = choices(stop=[" c"], logprobs=True, top_logprobs=1)
+    got = made.take(delta(ids, logprobs=places))
+    assert len(got.logprobs) == made.num_tokens < len(ids)
+    assert got.logprobs[0].sampled.logprob == -9999.0
+    assert len(got.logprobs[0].top) == 1
+
+
+def test_an_abort_is_no_answer(choices):
+    with pytest.raises(EngineFailure):
+        choices().take(delta([], Finish.ABORT))

@@ -1,0 +1,187 @@
+"""The torch backend: sizing at start, what exceptions mean, rows equal to the tower's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from encoder_service.backends.base import Capacity
+from encoder_service.backends.torch import CPU_BATCH_PATCHES, CPU_WARM_PATCHES, TorchBackend
+from encoder_service.batcher import Failure
+from encoder_service.sizing import largest_plan, permitted_patches, shrink
+from opticnerve.errors import StartupError
+from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Structure
+from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.models.family import Tower
+from opticnerve.models.registry import load_tower, make_layout
+from tests.encoders import demo_layout
+
+MANY_PIXELS = 89_478_485
+
+
+@pytest.fixture(scope="module")
+def tower() -> Tower:
+    torch.set_num_threads(1)
+    return load_tower(Checkpoint.open(None, side="encoder"), "float32", "cpu")
+
+
+def backend_of(tower: Tower) -> TorchBackend:
+    layout = make_layout(Checkpoint.open(None))
+    return TorchBackend(tower, lambda plan, patches: shrink(layout, plan, patches))
+
+
+def test_no_picture_has_more_patches_than_the_largest() -> None:
+    layout = demo_layout()
+    largest = largest_plan(layout, MANY_PIXELS)
+    assert largest.width * largest.height < 10**7  # What warms must not take long to resize.
+    for width in (1, 28, 84, 100, 333, 5000, 9000):
+        for height in (28, 84, 112, 777, 5000):
+            if max(width, height) / min(width, height) > 200:
+                continue
+            plan = layout.plan(Structure("png", width, height), Overrides())
+            assert plan.num_patches <= permitted_patches(largest)
+
+
+def test_a_smaller_plan_is_smaller_and_never_larger() -> None:
+    layout = demo_layout()
+    largest = largest_plan(layout, MANY_PIXELS)
+    assert shrink(layout, largest, 10**9).num_patches <= largest.num_patches
+    assert shrink(layout, largest, 1).num_patches < largest.num_patches
+
+
+def test_settings_that_admit_nothing_are_a_startup_error() -> None:
+    class Refusing:
+        def plan(self, structure: Structure, overrides: Overrides) -> Plan:
+            from opticnerve.errors import InvalidMedia
+
+            raise InvalidMedia("no")
+
+    with pytest.raises(StartupError):
+        largest_plan(Refusing(), 100)  # type: ignore[arg-type]
+
+
+def test_warm_sizes_a_cpu_batch_and_runs_an_item(tower: Tower) -> None:
+    backend = backend_of(tower)
+    largest = largest_plan(demo_layout(), MANY_PIXELS)
+    ran: list[int] = []
+    backend._tower = _Spy(tower, ran)  # type: ignore[assignment]
+    capacity = backend.warm(largest, 0)
+    assert capacity.max_batch_patches == CPU_BATCH_PATCHES
+    assert capacity.max_item_patches >= largest.num_patches
+    assert len(ran) == 1 and 0 < ran[0] <= max(CPU_WARM_PATCHES, largest.num_patches)
+    assert backend.warm(largest, 64).max_batch_patches == 64
+
+
+class _Spy:
+    def __init__(self, tower: Tower, ran: list[int]) -> None:
+        self._tower, self._ran = tower, ran
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._tower, name)
+
+    def encode(self, pixels: list[object], plans: list[Plan]) -> object:
+        self._ran.append(sum(plan.num_patches for plan in plans))
+        return self._tower.encode(pixels, plans)  # type: ignore[arg-type]
+
+
+def test_rows_are_the_towers_and_own_no_device_memory(tower: Tower) -> None:
+    backend = backend_of(tower)
+    layout = demo_layout()
+    images = [Image.new("RGB", (84, 84), "red"), Image.new("RGB", (112, 84), "blue")]
+    plans = [layout.plan(Structure("png", *image.size), Overrides()) for image in images]
+    pixels = [backend.preprocess(image, plan) for image, plan in zip(images, plans, strict=True)]
+    both = backend.encode(pixels, plans)
+    for embedding, patches, plan in zip(both, pixels, plans, strict=True):
+        alone = tower.encode([patches], [plan])[0]["rows"]
+        assert embedding["rows"].shape == (plan.num_tokens, backend.hidden_size)
+        assert embedding["rows"].device.type == "cpu" and embedding["rows"].is_contiguous()
+        assert torch.allclose(embedding["rows"], alone, atol=1e-5)
+
+
+class FakeCuda:
+    """A device of so many bytes; encoding takes ``per_patch`` at its peak."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, total: int, per_patch: int) -> None:
+        self.total, self.per_patch, self.peak, self.ran = total, per_patch, 0, []
+        for name, function in {
+            "mem_get_info": lambda device: (total, total),
+            "memory_allocated": lambda device: 0,
+            "max_memory_allocated": lambda device: self.peak,
+            "reset_peak_memory_stats": lambda device: None,
+            "empty_cache": lambda: None,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+
+    def encode(self, pixels: object, plans: list[Plan]) -> list[object]:
+        patches = sum(plan.num_patches for plan in plans)
+        self.peak = patches * self.per_patch
+        if self.peak > self.total:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.ran.append(patches)
+        return []
+
+
+def large_plan(patches: int) -> Plan:
+    side = Structure("png", 14, 14 * patches)
+    grid = Grid(1, patches, 1)
+    return Plan(Modality.IMAGE, "png", 14, side.height, 1, 14, side.height, grid, patches, patches)
+
+
+def on_cuda(tower: Tower, cuda: FakeCuda) -> TorchBackend:
+    backend = TorchBackend(tower, lambda plan, patches: large_plan(max(patches, 16)))
+    backend._on_cuda = True
+    spy = _Spy(tower, [])
+    spy.encode = cuda.encode  # type: ignore[method-assign]
+    spy.preprocess = lambda image, plan: None  # type: ignore[attr-defined]
+    backend._tower = spy  # type: ignore[assignment]
+    return backend
+
+
+def test_a_cuda_batch_is_sized_from_free_memory(
+    tower: Tower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = FakeCuda(monkeypatch, total=10_000_000, per_patch=1000)
+    capacity = on_cuda(tower, cuda).warm(large_plan(4000), 0)
+    assert capacity.max_batch_patches == 8000  # 80% of what is free.
+    assert capacity.max_item_patches == permitted_patches(large_plan(4000))
+    assert cuda.ran[-1] == 4000
+    assert on_cuda(tower, cuda).warm(large_plan(4000), 123).max_batch_patches == 123
+
+
+def test_an_item_too_large_for_the_device_is_halved_until_it_fits(
+    tower: Tower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = FakeCuda(monkeypatch, total=1_500_000, per_patch=1000)
+    capacity = on_cuda(tower, cuda).warm(large_plan(4000), 0)
+    assert capacity == Capacity(max_batch_patches=1200, max_item_patches=1024)
+    with pytest.raises(StartupError, match="too little free memory"):
+        on_cuda(tower, FakeCuda(monkeypatch, 10_000, 1000)).warm(large_plan(4000), 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), Failure.MEMORY),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"), Failure.MEMORY),
+        (MemoryError(), Failure.MEMORY),
+        (RuntimeError("shape mismatch"), Failure.ITEM),
+        (ValueError("out of memory of mine"), Failure.ITEM),
+        (RuntimeError("CUDA error: device-side assert"), Failure.ITEM),  # Of a CPU: no device.
+    ],
+)
+def test_what_exceptions_mean(tower: Tower, error: Exception, failure: Failure) -> None:
+    assert backend_of(tower).classify(error) is failure
+
+
+def test_a_real_allocation_that_is_too_large_is_memory(tower: Tower) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50, dtype=torch.float32)
+    assert backend_of(tower).classify(caught.value) is Failure.MEMORY
+
+
+def test_a_lost_cuda_device_is_told_from_a_bad_item(tower: Tower) -> None:
+    backend = backend_of(tower)
+    backend._on_cuda = True
+    assert backend.classify(RuntimeError("CUDA error: device-side assert")) is Failure.DEVICE
+    assert backend.classify(RuntimeError("shape mismatch")) is Failure.ITEM

@@ -1,0 +1,362 @@
+"""The encoder's smaller rooms: backlog, single flight, the staging gate, kept bytes, poison."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from encoder_service.backlog import MAX_RETRY_S, UNKNOWN_RETRY_S, Backlog
+from encoder_service.flight import Flights
+from encoder_service.kept import Kept
+from encoder_service.poison import FORGET_AFTER_S, PoisonRecord
+from encoder_service.preprocess import Gate, PreprocessPool
+from opticnerve.embeddings.ref import EmbeddingRef
+from opticnerve.errors import Overloaded, PoisonousItem
+
+KEY, OTHER = "a" * 64, "b" * 64
+
+
+# ---- backlog
+
+
+def test_backlog_refuses_beyond_each_bound_and_hints_when_to_retry() -> None:
+    backlog = Backlog(max_patches=100, max_items=3, max_bytes=1000)
+    slot = backlog.admit(60, 100)
+    with pytest.raises(Overloaded) as refused:
+        backlog.admit(41, 100)
+    assert refused.value.retry_after_s == UNKNOWN_RETRY_S
+    with pytest.raises(Overloaded):
+        backlog.admit(1, 901)
+    others = [backlog.admit(1, 1), backlog.admit(1, 1)]
+    with pytest.raises(Overloaded):
+        backlog.admit(1, 1)
+    for each in (slot, slot, *others):  # Twice is once.
+        each.release()
+    assert (backlog.items, backlog.patches, backlog.num_bytes) == (0, 0, 0)
+    backlog.check_integrity()
+
+
+def test_backlog_takes_one_item_of_any_size_when_empty() -> None:
+    backlog = Backlog(max_patches=10, max_items=3, max_bytes=10)
+    slot = backlog.admit(1000, 1000)
+    assert not backlog.can_admit(0, 0)
+    slot.release()
+    assert backlog.can_admit(10, 10)
+
+
+def test_retry_hint_follows_throughput() -> None:
+    backlog = Backlog(max_patches=1000, max_items=10, max_bytes=10)
+    backlog.admit(1000, 0)
+    backlog.record(100, 1.0)
+    assert backlog.retry_after_s == pytest.approx(5.0)
+    for _ in range(50):
+        backlog.record(1000, 1.0)
+    assert backlog.retry_after_s == pytest.approx(0.5, rel=0.01)
+    for _ in range(50):
+        backlog.record(1, 100.0)
+    assert backlog.retry_after_s == MAX_RETRY_S
+
+
+# ---- single flight
+
+
+async def until(condition: object, what: str = "condition") -> None:
+    """Lets the loop run until ``condition()`` holds."""
+    async with asyncio.timeout(20):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0)
+
+
+def test_two_calls_share_one_run() -> None:
+    async def scenario() -> None:
+        flights: Flights[int] = Flights()
+        gate, runs, released = asyncio.Event(), [], []
+
+        async def work() -> int:
+            runs.append(1)
+            await gate.wait()
+            return 7
+
+        calls = [
+            asyncio.create_task(flights.run("k", work, lambda i=i: released.append(i)))
+            for i in range(3)
+        ]
+        await until(lambda: runs)
+        assert "k" in flights
+        assert sorted(released) == [1, 2]
+        gate.set()
+        assert await asyncio.gather(*calls) == [7, 7, 7]
+        await until(lambda: len(released) == 3)
+        assert len(runs) == 1 and "k" not in flights
+
+    asyncio.run(scenario())
+
+
+def test_the_first_callers_end_leaves_the_run_to_the_second() -> None:
+    async def scenario() -> None:
+        flights: Flights[int] = Flights()
+        gate = asyncio.Event()
+
+        async def work() -> int:
+            await gate.wait()
+            return 7
+
+        first = asyncio.create_task(flights.run("k", work))
+        await until(lambda: "k" in flights)
+        second = asyncio.create_task(flights.join("k"))
+        await asyncio.sleep(0)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        gate.set()
+        assert await second == 7
+
+    asyncio.run(scenario())
+
+
+def test_the_last_callers_end_cancels_the_run_and_releases_once() -> None:
+    async def scenario() -> None:
+        flights: Flights[int] = Flights()
+        ended, released = [], []
+
+        async def work() -> int:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(1)
+            return 0
+
+        calls = [
+            asyncio.create_task(flights.run("k", work, lambda: released.append(0))),
+            asyncio.create_task(flights.run("k", work)),
+        ]
+        await asyncio.sleep(0.01)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert "k" not in flights
+        await until(lambda: ended and released)
+        assert (len(ended), len(released)) == (1, 1)
+
+    asyncio.run(scenario())
+
+
+def test_all_callers_hear_of_a_failure_and_the_next_call_starts_anew() -> None:
+    async def scenario() -> None:
+        flights: Flights[int] = Flights()
+
+        async def work() -> int:
+            await asyncio.sleep(0)
+            raise ValueError("bad")
+
+        results = await asyncio.gather(
+            flights.run("k", work), flights.run("k", work), return_exceptions=True
+        )
+        assert [str(result) for result in results] == ["bad", "bad"]
+
+        async def good() -> int:
+            return 1
+
+        assert await flights.run("k", good) == 1
+
+    asyncio.run(scenario())
+
+
+# ---- staging and the pool
+
+
+def test_gate_is_first_in_first_out_and_lets_one_of_any_size_in() -> None:
+    async def scenario() -> None:
+        gate, order = Gate(10), []
+        leave = {name: asyncio.Event() for name in "abcd"}
+
+        async def pass_through(name: str, cost: int) -> None:
+            async with gate.hold(cost):
+                order.append(name)
+                await leave[name].wait()
+
+        tasks = [
+            asyncio.create_task(pass_through(name, cost))
+            for name, cost in [("a", 99), ("b", 6), ("c", 6), ("d", 1)]
+        ]
+        await until(lambda: order)
+        assert order == ["a"]
+        leave["a"].set()
+        await until(lambda: len(order) == 2)
+        await asyncio.sleep(0)
+        assert order == ["a", "b"]  # d would fit, but c came first.
+        leave["b"].set()
+        await until(lambda: len(order) == 4)
+        assert order == ["a", "b", "c", "d"]
+        leave["c"].set()
+        leave["d"].set()
+        await asyncio.gather(*tasks)
+        assert gate.held == 0
+
+    asyncio.run(scenario())
+
+
+def test_gate_forgets_who_left_while_waiting() -> None:
+    async def scenario() -> None:
+        gate, done = Gate(10), []
+
+        async def pass_through(name: str, cost: int) -> None:
+            async with gate.hold(cost):
+                done.append(name)
+
+        async with gate.hold(10):
+            gone = asyncio.create_task(pass_through("gone", 10))
+            small = asyncio.create_task(pass_through("small", 1))
+            await asyncio.sleep(0)
+            gone.cancel()
+            await asyncio.gather(gone, return_exceptions=True)
+            late = asyncio.create_task(pass_through("late", 1))
+            await asyncio.sleep(0)
+        late_cancelled = asyncio.create_task(pass_through("never", 1))
+        await asyncio.gather(small, late, late_cancelled)
+        assert gate.held == 0 and done[:2] == ["small", "late"]
+
+    asyncio.run(scenario())
+
+
+def test_gate_gives_a_turn_back_that_came_with_the_cancellation() -> None:
+    async def scenario() -> None:
+        gate = Gate(10)
+        leave = asyncio.Event()
+
+        async def holder() -> None:
+            async with gate.hold(10):
+                await leave.wait()
+
+        async def waiter() -> None:
+            async with gate.hold(10):
+                pass
+
+        first, second = asyncio.create_task(holder()), asyncio.create_task(waiter())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        leave.set()
+        await asyncio.sleep(0)  # The holder runs and wakes the waiter, whose turn it now is.
+        second.cancel()
+        await asyncio.gather(first, second, return_exceptions=True)
+        assert gate.held == 0
+        async with asyncio.timeout(5), gate.hold(10):
+            pass
+
+    asyncio.run(scenario())
+
+
+def test_pool_drops_cancelled_work_that_has_not_started() -> None:
+    async def scenario() -> None:
+        pool, gate, ran = PreprocessPool(1, 10), threading.Event(), []
+        first = asyncio.create_task(pool.run(gate.wait, 20.0))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(pool.run(ran.append, 2))
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+        gate.set()
+        assert await first is True
+        pool.close()
+        assert ran == []
+
+    asyncio.run(scenario())
+
+
+# ---- kept bytes
+
+
+def ref(key: str) -> EmbeddingRef:
+    return EmbeddingRef(key, "f", (), 1)
+
+
+def test_kept_bytes_are_bounded_and_least_recently_used_goes() -> None:
+    kept = Kept(max_bytes=10)
+    kept.add(ref("a"), b"12345")
+    kept.add(ref("b"), b"12345")
+    assert kept.get("a") is not None
+    kept.add(ref("c"), b"1")
+    assert kept.get("b") is None
+    assert (kept.num_bytes, kept.get("a"), kept.get("c")) == (
+        6,
+        (ref("a"), b"12345"),
+        (ref("c"), b"1"),
+    )
+    kept.add(ref("big"), b"x" * 99)
+    assert kept.get("big") is not None and kept.num_bytes == 99
+    kept.add(ref("big"), b"x")
+    assert kept.num_bytes == 1
+
+
+# ---- poison
+
+DIE = """
+import os, signal, sys
+from pathlib import Path
+from encoder_service.poison import PoisonRecord
+record = PoisonRecord(Path(sys.argv[1]))
+with record.working_on(sys.argv[2:]):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill_a_worker(directory: Path, *keys: str) -> None:
+    done = subprocess.run([sys.executable, "-c", DIE, str(directory), *keys], timeout=60)
+    assert done.returncode == -9
+
+
+def test_an_item_that_killed_two_workers_is_refused_the_third_time(tmp_path: Path) -> None:
+    kill_a_worker(tmp_path, KEY, OTHER)
+    record = PoisonRecord(tmp_path)
+    assert record.check(KEY) == 1 and record.check(OTHER) == 1
+    record.absolve(OTHER)
+    assert record.check(OTHER) == 0
+    kill_a_worker(tmp_path, KEY)
+    with pytest.raises(PoisonousItem):
+        record.check(KEY)
+    record.close()
+    again = PoisonRecord(tmp_path)
+    assert again.deaths(KEY) == 2 and again.deaths(OTHER) == 0
+    again.close()
+
+
+def test_living_workers_are_no_suspects_and_leave_nothing(tmp_path: Path) -> None:
+    directory = tmp_path / "record"
+    one, two = PoisonRecord(directory), PoisonRecord(directory)
+    with one.working_on([KEY]):
+        assert one.deaths(KEY) == two.deaths(KEY) == 0
+        assert len(list(directory.iterdir())) == 3
+    one.close()
+    assert two.deaths(KEY) == 0
+    two.close()
+    assert not directory.exists()
+
+
+def test_old_deaths_are_forgotten_and_swept(tmp_path: Path) -> None:
+    kill_a_worker(tmp_path, KEY)
+    old = time.time() - FORGET_AFTER_S - 60
+    for path in tmp_path.glob("*-*"):
+        os.utime(path, (old, old))
+    record = PoisonRecord(tmp_path)
+    assert record.deaths(KEY) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [f"{record.worker}.lock"]
+    record.close()
+
+
+def test_without_a_directory_nothing_is_remembered_and_work_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    record = PoisonRecord(tmp_path / "file" / "below")
+    assert "cannot be remembered" in caplog.text and not record.active
+    with record.working_on([KEY]):
+        assert record.check(KEY) == 0
+    record.absolve(KEY)
+    record.close()

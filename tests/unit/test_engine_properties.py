@@ -1,0 +1,297 @@
+"""Any workload, any interleaving: each request's tokens are those that it has alone.
+
+Requests share prefixes, pictures come late or vanish, pages are few, clients leave, steps break.
+The fake runner's tokens depend on every cell that a block table reaches, so equality with the
+oracle says that no page, row, slot or copy was ever wrong.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_service.engine import Engine, Message
+from llm_service.limits import EngineConfig
+from llm_service.sequence import (
+    AbortedEvent,
+    EngineStats,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    GenerateRequest,
+    NeedRowsEvent,
+    PromptLogprobsEvent,
+    SamplingParams,
+    TokensEvent,
+)
+from llm_service.stream import coalesce
+from opticnerve.errors import EmbeddingNotFound, EngineFailure
+from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
+from tests.fake_runner import FakeRows, FakeRunner, oracle
+
+KEYS = ("red", "green", "blue")
+PLACEHOLDER = 9
+GRIDS = (Grid(1, 2, 4), Grid(1, 4, 2))
+TERMINAL = (FinishedEvent, FailedEvent, AbortedEvent)
+
+
+@dataclass(frozen=True)
+class Picture:
+    length: int
+    item: int = 0
+    row: int = 0
+    grid: Grid = GRIDS[0]
+    attention: SpanAttention = SpanAttention.CAUSAL
+
+
+Part = tuple[int, ...] | Picture  # Text, or a run of placeholders.
+
+
+def picture(chance: Random) -> Picture:
+    return Picture(
+        chance.choice((3, 14, 20)),
+        chance.randrange(len(KEYS)),
+        chance.randrange(2),
+        chance.choice(GRIDS),
+        chance.choice(tuple(SpanAttention)),
+    )
+
+
+def text(chance: Random) -> tuple[int, ...]:
+    return (chance.choice((1, 2, PLACEHOLDER)),) * chance.choice((1, 9, 16, 30))
+
+
+def prompt(chance: Random) -> list[Part]:
+    return [chance.choice((text, picture))(chance) for _ in range(chance.randint(2, 6))]
+
+
+def variant(chance: Random, part: Part) -> Part:
+    """Another part in its place, or the same picture but for one thing."""
+    if not isinstance(part, Picture):
+        return text(chance)
+    name = chance.choice(("length", "item", "row", "grid", "attention"))
+    return replace(part, **{name: getattr(picture(chance), name)})
+
+
+def request(chance: Random, parts: list[Part]) -> GenerateRequest:
+    """``parts``, or what differs from them in one place, so that prefixes meet often."""
+    if chance.random() < 0.5:
+        index = max(chance.randrange(len(parts)) for _ in range(2))
+        parts = [*parts[:index], variant(chance, parts[index]), *parts[index + 1 :]]
+    tokens, spans = layout(parts)
+    max_tokens = chance.randint(1, 40)
+    continues = chance.random() < 0.2
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=chance.randrange(5),
+        seed=chance.randrange(2),
+        n=1 if continues else chance.choice((1, 1, 1, 2, 3)),
+        stop_token_ids=chance.choice(((), (1, 2, 3))),
+        prompt_logprobs=chance.choice((None, None, None, 0)),
+    )
+    request = GenerateRequest(
+        "",
+        tokens,
+        spans=spans,
+        items=KEYS,
+        sampling=sampling,
+        priority=chance.randrange(3),
+        cache_salt=chance.choice(("",) * 9 + ("salt",)),
+        adapter=chance.choice(("",) * 9 + ("lora",)),
+        skip_prefix_cache=chance.random() < 0.1,
+    )
+    if continues:
+        output = oracle(request)[: chance.randint(1, max_tokens)]
+        request = replace(request, output_ids=tuple(output))
+    return request
+
+
+def layout(parts: list[Part]) -> tuple[tuple[int, ...], tuple[Span, ...]]:
+    tokens: list[int] = []
+    spans: list[Span] = []
+    for part in parts:
+        if isinstance(part, Picture):
+            place = (len(tokens), part.length, part.item, part.row)
+            spans.append(Span(*place, Modality.IMAGE, part.grid, 0.0, part.attention))
+            tokens += [PLACEHOLDER] * part.length
+        else:
+            tokens += part
+    return tuple(tokens), tuple(spans)
+
+
+def config(chance: Random) -> EngineConfig:
+    block_size = chance.choice((16, 16, 32))
+    tokens = chance.choice((256, 320, 512))  # A request has at most 220.
+    return EngineConfig(
+        num_blocks=tokens // block_size,
+        block_size=block_size,
+        max_model_len=256,
+        max_num_seqs=chance.randint(1, 5),
+        max_num_batched_tokens=chance.choice((20, 33, 64, 200)),
+        prefix_caching=chance.random() < 0.9,
+        row_bytes=1,
+    )
+
+
+@dataclass
+class World:
+    """The engine, the servicer's part, and what every request was sent."""
+
+    config: EngineConfig
+    budget: int
+    events: dict[str, list[Event]] = field(default_factory=lambda: defaultdict(list))
+    wanted: set[str] = field(default_factory=set)
+    disturbed: set[str] = field(default_factory=set)  # Requests that may fail.
+    opened: dict[str, GenerateRequest] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rows = FakeRows(budget=self.budget)
+        self.runner = FakeRunner(self.config, self.rows)
+        self.engine = Engine(self.config, self.runner, self.rows, self.emit)
+
+    def emit(self, messages: list[Message]) -> None:
+        for message in messages:
+            if isinstance(message, EngineStats):
+                continue
+            assert isinstance(message, Event)
+            self.events[message.request_id].append(message)
+            if isinstance(message, NeedRowsEvent):
+                self.wanted.update(message.keys)
+
+    def submit(self, request: GenerateRequest) -> None:
+        request = replace(request, request_id=f"r{len(self.opened)}")
+        self.opened[request.request_id] = request
+        self.engine.submit(request)
+
+    def deliver(self, key: str) -> None:
+        self.rows.present.add(key)
+        self.wanted.discard(key)
+        self.engine.rows_ready(key)
+
+    def evict(self, key: str) -> None:
+        """Rows vanish, leased or not, as when somebody deletes the file."""
+        self.rows.present.discard(key)
+
+    def break_step(self) -> None:
+        self.runner.failures.append(RuntimeError("broken"))
+        before = len(self.runner.plans)
+        self.engine.step()
+        self.runner.failures.clear()
+        for plan in self.runner.plans[before:]:
+            self.disturbed.update(work.seq.request_id for work in plan.works)
+        self.disturbed.update(seq.request_id for seq in self.engine.scheduler.copied)
+
+    def break_sequence(self) -> None:
+        self.runner.slot_errors.append(EngineFailure("not finite"))
+        before = len(self.runner.plans)
+        self.engine.step()
+        self.runner.slot_errors.clear()
+        for plan in self.runner.plans[before:]:
+            self.disturbed.add(plan.works[0].seq.request_id)
+
+    def fail_rows(self, request_id: str, key: str) -> None:
+        self.disturbed.add(request_id)
+        self.engine.rows_failed(request_id, key, EmbeddingNotFound("gone"))
+
+    def abort(self, request_id: str) -> None:
+        self.disturbed.add(request_id)
+        self.engine.abort(request_id)
+
+    def finish(self) -> None:
+        """Everything that is asked for comes; the engine must come to rest, with all answered."""
+        for _ in range(5000):
+            if not self.engine.step():
+                if not self.wanted:
+                    break
+                for key in tuple(self.wanted):
+                    self.deliver(key)
+        else:
+            raise AssertionError("the engine does not come to rest")
+        assert not self.engine.scheduler.running
+        assert not self.engine.scheduler.waiting
+
+    def check(self) -> None:
+        self.engine.check_integrity()
+        assert self.engine.blocks.num_free == self.config.num_blocks
+        assert not self.rows.leases
+        for request_id, request in self.opened.items():
+            self._check_events(request, self.events[request_id])
+
+    def _check_events(self, request: GenerateRequest, events: list[Event]) -> None:
+        assert sum(isinstance(event, TERMINAL) for event in events) == 1
+        assert isinstance(events[-1], TERMINAL)
+        tokens: dict[int, list[int]] = defaultdict(lambda: list(request.output_ids))
+        finishes: Counter[int] = Counter()
+        for event in coalesce(events):
+            if isinstance(event, TokensEvent):
+                assert event.first_index == len(tokens[event.choice])
+                assert not finishes[event.choice]
+                tokens[event.choice] += event.token_ids
+                finishes[event.choice] += event.finish is not None
+        if isinstance(events[-1], FinishedEvent):
+            self._check_finished(request, events, tokens)
+            assert finishes == dict.fromkeys(range(request.sampling.n), 1)
+        else:
+            assert request.request_id in self.disturbed
+            for choice, got in tokens.items():
+                assert got == oracle(request, choice)[: len(got)]
+
+    def _check_finished(
+        self, request: GenerateRequest, events: list[Event], tokens: dict[int, list[int]]
+    ) -> None:
+        finished = events[-1]
+        assert isinstance(finished, FinishedEvent)
+        for choice in range(request.sampling.n):
+            assert tokens[choice] == oracle(request, choice)
+        assert finished.completion_tokens == sum(len(each) for each in tokens.values())
+        assert finished.cached_tokens < len(request.token_ids) + len(request.output_ids)
+        scores = [event for event in events if isinstance(event, PromptLogprobsEvent)]
+        ended_already = len(request.output_ids) == len(tokens[0])
+        if request.sampling.prompt_logprobs is not None and not ended_already:
+            assert len(scores) == 1
+            assert len(scores[0].positions) == len(request.token_ids)
+        else:
+            assert not scores
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=400, deadline=None)
+def test_every_request_gets_what_it_would_get_alone(seed: int) -> None:
+    chance = Random(seed)
+    world = World(config(chance), budget=chance.choice((10, 25, 10_000)))
+    pool = [prompt(chance) for _ in range(2)]
+    for _ in range(chance.randint(10, 50)):
+        act(world, chance, pool)
+        world.engine.check_integrity()
+    world.finish()
+    world.check()
+
+
+def act(world: World, chance: Random, pool: list[list[Part]]) -> None:
+    running = world.engine.scheduler.running
+    match chance.choice("SSSSSSSS..............DDDDEACBbFP"):
+        case "S":
+            world.submit(request(chance, chance.choice(pool)))
+        case ".":
+            for _ in range(chance.randint(1, 20)):
+                world.engine.step()
+        case "D":
+            world.deliver(chance.choice(KEYS))
+        case "E":
+            world.evict(chance.choice(KEYS))
+        case "A" if world.opened:
+            world.abort(chance.choice(sorted(world.opened)))
+        case "C":
+            world.engine.blocks.clear_cache()
+        case "B" if chance.random() < 0.5:
+            world.break_step()
+        case "b" if chance.random() < 0.5:
+            world.break_sequence()
+        case "F" if world.opened:
+            world.fail_rows(chance.choice(sorted(world.opened)), chance.choice(KEYS))
+        case "P" if running:
+            world.engine.scheduler.preempt(chance.choice(running))

@@ -1,0 +1,143 @@
+"""Media fetch over HTTP: what comes, what is capped, what a bad server can do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from gateway.fetch import MediaFetcher
+from opticnerve.errors import MediaFetchFailed, Overloaded, PayloadTooLarge
+from tests.media_server import BODY, FakeResolver, Server, fails, run
+
+
+def test_a_body_comes_whole() -> None:
+    async def work(server: Server, fetch: MediaFetcher) -> None:
+        assert await fetch.fetch(server.url("/ok#part")) == BODY
+        head = server.heads[0].lower()
+        assert f"host: 127.0.0.1:{server.port}\r\n" in head
+        assert "accept-encoding: identity\r\n" in head
+
+    run(work)
+
+
+def test_bytes_are_counted_while_they_come() -> None:
+    held = 0
+
+    def hold(size: int) -> None:
+        nonlocal held
+        held += size
+        if held > 100:
+            raise Overloaded("no room")
+
+    async def work(server: Server, fetch: MediaFetcher) -> None:
+        with pytest.raises(Overloaded):
+            await fetch.fetch(server.url("/slow"), hold=hold)  # Which never ends.
+        await server.closed.wait()
+
+    run(work)
+
+
+def test_the_host_name_stays_in_the_request() -> None:
+    resolver = FakeResolver(pictures_example=["127.0.0.1"])
+
+    async def work(server: Server, fetch: MediaFetcher) -> None:
+        assert await fetch.fetch(server.url("/ok", "Pictures.Example")) == BODY
+        assert f"host: pictures.example:{server.port}\r\n" in server.heads[0].lower()
+
+    run(work, resolve=resolver)
+    assert resolver.asked == ["pictures.example"]
+
+
+def test_cookies_are_not_kept() -> None:
+    async def work(server: Server, fetch: MediaFetcher) -> None:
+        await fetch.fetch(server.url("/ok"))
+        await fetch.fetch(server.url("/ok"))
+        assert "cookie" not in server.heads[1].lower()
+
+    run(work)
+
+
+def test_proxies_of_the_environment_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+
+    async def work(server: Server, fetch: MediaFetcher) -> None:
+        assert await fetch.fetch(server.url("/ok")) == BODY
+
+    run(work)
+
+
+def test_the_next_address_is_tried() -> None:
+    async def work(server: Server, fetch: MediaFetcher) -> None:
+        # Nothing listens on ::1 or 127.0.0.2 at this port.
+        assert await fetch.fetch(server.url("/ok", "many.example")) == BODY
+
+    run(work, resolve=FakeResolver(many_example=["::1", "127.0.0.2", "127.0.0.1"]))
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/missing", "answered with 404"),
+        ("/loop", "redirected more than 3 times"),
+        ("/hops/4", "redirected more than 3 times"),
+        ("/short", "broke off"),
+        ("/gzip", "compressed"),
+        ("/rubbish", "broke off"),
+    ],
+)
+def test_servers_that_do_not_deliver(path: str, said: str) -> None:
+    error = fails(path, MediaFetchFailed, said)
+    assert "data: URL" in error.message
+
+
+def test_redirects_up_to_the_limit() -> None:
+    async def work(server: Server, fetch: MediaFetcher) -> None:
+        assert await fetch.fetch(server.url("/hops/3")) == BODY
+
+    run(work)
+
+
+@pytest.mark.parametrize("path", ["/slow", "/silent"])
+def test_the_time_cap_covers_everything(path: str) -> None:
+    started = time.monotonic()
+    fails(path, MediaFetchFailed, "longer than 0.3 seconds", media_timeout_s=0.3)
+    assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("path", ["/announced", "/endless"])
+def test_the_size_cap_holds_while_reading(path: str) -> None:
+    fails(path, PayloadTooLarge, "100000 bytes", max_media_bytes=100_000)
+
+
+def test_a_cancelled_fetch_lets_go_of_its_connection() -> None:
+    async def work(server: Server, fetch: MediaFetcher) -> None:
+        task = asyncio.create_task(fetch.fetch(server.url("/slow")))
+        await asyncio.wait_for(server.asked.wait(), 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.wait_for(server.closed.wait(), 10)
+
+    run(work)
+
+
+def test_nobody_listens() -> None:
+    async def work(server: Server, fetch: MediaFetcher) -> None:
+        with pytest.raises(MediaFetchFailed, match="could not connect") as caught:
+            await fetch.fetch("http://gone.example:1/x")
+        assert "127.0.0" not in caught.value.message
+
+    run(work, resolve=FakeResolver(gone_example=["127.0.0.3"]))
+
+
+def test_no_such_host() -> None:
+    async def work(server: Server, fetch: MediaFetcher) -> None:
+        with pytest.raises(MediaFetchFailed, match="no such host"):
+            await fetch.fetch("http://nowhere.example/x")
+
+    run(work, resolve=FakeResolver())

@@ -1,0 +1,77 @@
+"""Bringing rows to a host: what is kept, what is deleted, what is given up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from llm_service import fetcher as fetcher_module
+from llm_service.embeddings import Notes
+from llm_service.fetcher import Fetcher
+from opticnerve.embeddings import codec
+from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.redis_store import RedisStore
+from opticnerve.embeddings.ref import EmbeddingRef, Location
+from opticnerve.errors import EmbeddingCorrupt, EmbeddingNotFound
+
+KEY = "a" * 64
+ROWS = {"rows": torch.arange(32.0).reshape(4, 8)}
+
+
+class Elsewhere(RedisStore):
+    """A Redis of one dictionary."""
+
+    def __init__(self, held: dict[str, bytes]) -> None:
+        self.local = MemoryStore()
+        self.tier_id = ""
+        self.held = held
+
+    def read_bytes(self, key: str) -> bytes | None:
+        return self.local.read_bytes(key) or self.held.get(key)
+
+    def delete(self, key: str) -> None:
+        self.local.delete(key)
+        self.held.pop(key, None)
+
+
+def ref(location: Location, rows: Mapping[str, torch.Tensor] = ROWS) -> EmbeddingRef:
+    return EmbeddingRef(KEY, "f" * 64, codec.specs_of(rows), 4, location)
+
+
+def test_bytes_that_are_corrupt_where_all_find_them_are_deleted() -> None:
+    """Else the encoder, asked to encode again, finds them there and answers with them."""
+    store = Elsewhere({KEY: codec.to_bytes(ROWS, {})[:-4] + b"\xff" * 4})
+
+    async def main() -> None:
+        fetcher = Fetcher(store, None, 8, Notes())
+        try:
+            with pytest.raises(EmbeddingCorrupt):
+                await fetcher.ensure(ref(Location(redis=True)))
+            assert store.held == {}
+            store.held[KEY] = codec.to_bytes(ROWS, {})
+            await fetcher.ensure(ref(Location(redis=True)))
+            assert KEY in store.held
+            assert store.local.contains([KEY]) == {KEY}
+        finally:
+            await fetcher.close()
+
+    asyncio.run(main())
+
+
+def test_channels_to_encoders_that_are_gone_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetcher_module, "MAX_CHANNELS", 2)
+
+    async def main() -> None:
+        fetcher = Fetcher(MemoryStore(), None, 8, Notes())
+        try:
+            for port in (1, 2, 1, 3):  # Nobody listens there.
+                with pytest.raises(EmbeddingNotFound):
+                    await fetcher.ensure(ref(Location(fetch_address=f"127.0.0.1:{port}")))
+            assert list(fetcher._channels) == ["127.0.0.1:1", "127.0.0.1:3"]
+        finally:
+            await fetcher.close()
+
+    asyncio.run(main())

@@ -1,0 +1,284 @@
+"""Each side loads its half of a checkpoint whole, or says what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from opticnerve.errors import CheckpointError, ConfigError
+from opticnerve.models import decoder, linear, registry
+from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.models.loader import (
+    load_module,
+    rename,
+    resolve_device,
+    resolve_dtype,
+    rotary_buffers,
+)
+from tests.checkpoints import FAMILIES, make_checkpoint, write_weights
+from tests.reference import CAUSAL, load_reference
+
+MakeCheckpoint = Callable[..., Path]
+
+VISION_KEY = {
+    "qwen2_vl": "model.visual.merger.mlp.2.bias",
+    "qwen2_5_vl": "model.visual.blocks.1.norm1.weight",
+    "llava": "model.multi_modal_projector.linear_2.weight",
+}
+TEXT_KEY = "model.language_model.layers.1.mlp.down_proj.weight"
+VISION_PREFIXES = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+def load_side(path: Path, side: Any) -> Any:
+    checkpoint = Checkpoint.open(str(path), side=side)
+    if side == "encoder":
+        return registry.load_tower(checkpoint, "float32", "cpu")
+    return registry.load_language(checkpoint, "float32", "cpu", CAUSAL)
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and every buffer, those of no checkpoint too."""
+    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+
+
+def expect_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def reference_tower(model: Any, family: str) -> dict[str, torch.Tensor]:
+    if family != "llava":
+        return tensors_of(model.model.visual)
+    tower = {f"tower.{k}": v for k, v in tensors_of(model.model.vision_tower).items()}
+    last = f"tower.encoder.layers.{model.config.vision_config.num_hidden_layers - 1}."
+    tower = {k: v for k, v in tower.items() if not k.startswith((last, "tower.post_layernorm"))}
+    projector = tensors_of(model.model.multi_modal_projector)
+    return tower | {f"projector.{name}": tensor for name, tensor in projector.items()}
+
+
+@pytest.mark.parametrize("layout", ["new", "old"])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_half_equals_the_same_tensors_of_the_full_model(
+    family: str,
+    shards: int,
+    layout: str,
+    random_checkpoint: MakeCheckpoint,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = random_checkpoint(family, layout=layout, shards=shards)
+    reference = load_reference(path)
+    expect_equal(tensors_of(load_side(path, "encoder").module), reference_tower(reference, family))
+
+    monkeypatch.setattr(decoder, "fuse", lambda *_: None)  # Fused layers hold joined tensors,
+    monkeypatch.setattr(linear, "can_pack", lambda dtype: False)  # packed weights no storage.
+    text = {f"model.{k}": v for k, v in tensors_of(reference.model.language_model).items()}
+    language = load_side(path, "llm")
+    (head,) = language._head.tensors()
+    ours = {**tensors_of(language.decoder), "lm_head.weight": head}
+    expect_equal(ours, text | {"lm_head.weight": reference.lm_head.weight})
+
+
+def test_llava_with_the_middle_key_layout(tmp_path: Path) -> None:
+    """Some conversions say ``model.vision_tower.vision_model.``."""
+    path = edited(
+        make_checkpoint("llava", tmp_path),
+        lambda w: {
+            k.replace("model.vision_tower.", "model.vision_tower.vision_model."): v
+            for k, v in w.items()
+        },
+    )
+    expect_equal(
+        tensors_of(load_side(path, "encoder").module),
+        reference_tower(load_reference(path), "llava"),
+    )
+
+
+@pytest.mark.parametrize("layout", ["new", "old"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tied_head_is_the_embedding(family: str, layout: str, tmp_path: Path) -> None:
+    language = load_side(make_checkpoint(family, tmp_path, layout=layout, tied=True), "llm")
+    model = language.decoder
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_head_that_is_neither_tied_nor_there_is_missing(tmp_path: Path) -> None:
+    path = edited(make_checkpoint("qwen2_vl", tmp_path), without("lm_head.weight"))
+    with pytest.raises(CheckpointError, match=r"lacks lm_head\.weight"):
+        load_side(path, "llm")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["encoder", "llm"])
+def test_a_missing_tensor_is_named(family: str, side: str, tmp_path: Path) -> None:
+    key = VISION_KEY[family] if side == "encoder" else TEXT_KEY
+    path = edited(make_checkpoint(family, tmp_path), without(key))
+    leaf = ".".join(key.split(".")[-2:])
+    with pytest.raises(CheckpointError, match=f"lacks .*{leaf}"):
+        load_side(path, side)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["encoder", "llm"])
+def test_a_tensor_of_another_shape_is_named(family: str, side: str, tmp_path: Path) -> None:
+    key = VISION_KEY[family] if side == "encoder" else TEXT_KEY
+    path = edited(make_checkpoint(family, tmp_path), lambda w: w | {key: torch.zeros(3)})
+    with pytest.raises(CheckpointError, match=rf"{key} \(shape \[3\], the model's is \["):
+        load_side(path, side)
+
+
+@pytest.mark.parametrize(
+    ("side", "key"),
+    [("encoder", "model.visual.blocks.9.norm1.weight"), ("llm", "model.language_model.extra")],
+)
+def test_a_tensor_of_this_half_without_a_place_is_named(
+    side: str, key: str, tmp_path: Path
+) -> None:
+    path = edited(make_checkpoint("qwen2_vl", tmp_path), lambda w: w | {key: torch.zeros(3)})
+    with pytest.raises(CheckpointError, match=f"no place in the model: {key}"):
+        load_side(path, side)
+
+
+def test_a_tensor_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    path = edited(
+        make_checkpoint("qwen2_vl", tmp_path),
+        lambda w: w | {"visual.merger.mlp.2.bias": w["model.visual.merger.mlp.2.bias"].clone()},
+    )
+    with pytest.raises(CheckpointError, match=r"merger\.mlp\.2\.bias twice"):
+        load_side(path, "encoder")
+
+
+def test_integers_are_not_weights(tmp_path: Path) -> None:
+    path = edited(
+        make_checkpoint("qwen2_vl", tmp_path),
+        lambda w: w | {TEXT_KEY: torch.zeros(w[TEXT_KEY].shape, dtype=torch.int8)},
+    )
+    with pytest.raises(CheckpointError, match=r"not floating point: .*down_proj\.weight \(I8\)"):
+        load_side(path, "llm")
+
+
+@pytest.mark.parametrize("side", ["encoder", "llm"])
+def test_a_side_never_reads_the_other_half(side: str, tmp_path: Path) -> None:
+    """The other half's shard is not there at all."""
+    path = make_checkpoint("qwen2_5_vl", tmp_path)
+    weights = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    vision = {k: v for k, v in weights.items() if k.startswith(VISION_PREFIXES)}
+    text = {k: v for k, v in weights.items() if k not in vision}
+    save_file(vision if side == "encoder" else text, path / f"{side}.safetensors")
+    files = dict.fromkeys(vision, "encoder.safetensors") | dict.fromkeys(text, "llm.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    load_side(path, side)
+
+
+def test_buffers_that_old_checkpoints_carry_are_left_aside(tmp_path: Path) -> None:
+    carried = {
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8),
+        "vision_tower.vision_model.embeddings.position_ids": torch.zeros(1, 17, dtype=torch.int64),
+    }
+    path = edited(make_checkpoint("llava", tmp_path, layout="old"), lambda w: w | carried)
+    buffers = dict(load_side(path, "encoder").module.named_buffers())
+    assert buffers["tower.embeddings.position_ids"].tolist() == [list(range(17))]
+    load_side(path, "llm")
+
+
+def test_a_file_cut_short_is_one_clear_error(tmp_path: Path) -> None:
+    path = make_checkpoint("qwen2_vl", tmp_path)
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged or was not downloaded whole"):
+        load_side(path, "llm")
+
+
+def test_what_is_not_recomputed_is_reported(random_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = Checkpoint.open(str(random_checkpoint("qwen2_vl")), side="encoder")
+    from opticnerve.models.qwen2_vl import vision
+
+    config = vision.read_config(vision.Qwen2VLConfig, checkpoint).vision_config
+
+    def load(recomputed: Any) -> nn.Module:
+        return load_module(
+            lambda: vision.Qwen2VisionTransformerPretrainedModel(config),
+            checkpoint,
+            vision.KEY_MAP,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            recomputed=recomputed,
+        )
+
+    with pytest.raises(CheckpointError, match=r"uninitialised: rotary_pos_emb\.inv_freq"):
+        load({})
+    assert not any(t.is_meta for t in tensors_of(load(rotary_buffers("rotary_pos_emb"))).values())
+
+
+def test_loading_copies_so_that_a_replaced_file_changes_nothing(tmp_path: Path) -> None:
+    path = make_checkpoint("qwen2_vl", tmp_path)
+    tower = load_side(path, "encoder").module
+    before = tower.merger.mlp[2].weight.clone()
+    size = (path / "model.safetensors").stat().st_size
+    with (path / "model.safetensors").open("r+b") as file:
+        file.write(b"\0" * size)
+    assert torch.equal(tower.merger.mlp[2].weight, before)
+
+
+def test_the_first_pattern_renames() -> None:
+    assert rename(decoder.KEY_MAP, "model.language_model.norm.weight") == "model.norm.weight"
+    assert rename(decoder.KEY_MAP, "language_model.model.norm.weight") == "model.norm.weight"
+    assert rename(decoder.KEY_MAP, "language_model.lm_head.weight") == "lm_head.weight"
+    assert rename(decoder.KEY_MAP, "model.layers.0.x") == "model.layers.0.x"
+    for key in ("visual.x", "model.visual.x", "model.vision_tower.x", "multi_modal_projector.x"):
+        with pytest.raises(KeyError):
+            rename(decoder.KEY_MAP, key)
+
+
+def test_auto_dtype_is_the_checkpoints(random_checkpoint: MakeCheckpoint) -> None:
+    for layout in ("new", "old"):
+        path = random_checkpoint("qwen2_vl", layout=layout, dtype=torch.bfloat16)
+        checkpoint = Checkpoint.open(str(path))
+        assert resolve_dtype("auto", checkpoint) is torch.bfloat16
+        assert resolve_dtype("float32", checkpoint) is torch.float32
+        with pytest.raises(ConfigError, match="int8"):
+            resolve_dtype("int8", checkpoint)
+
+
+def test_devices_that_are_not_there_are_refused() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="cuda:99"):
+        resolve_device("cuda:99")
+    with pytest.raises(ConfigError, match="gpu"):
+        resolve_device("gpu")
+
+
+def test_an_unusable_configuration_is_one_clear_error(tmp_path: Path) -> None:
+    path = make_checkpoint("qwen2_vl", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = "many"
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json is no usable Qwen2VLConfig"):
+        load_side(path, "llm")
+
+
+Edit = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+def edited(path: Path, edit: Edit) -> Path:
+    """The single-file checkpoint at ``path`` with other weights."""
+    write_weights(edit(load_file(path / "model.safetensors")), path)
+    return path
+
+
+def without(key: str) -> Edit:
+    def edit(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        del weights[key]
+        return weights
+
+    return edit

@@ -1,0 +1,47 @@
+"""Content keys name everything that decides an embedding, and nothing else."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+from opticnerve.media.keys import content_key
+from opticnerve.media.plan import Overrides
+
+SETTINGS = {"family": "f", "min_pixels": 1, "mean": (0.5, 0.25)}
+
+
+def test_a_key_is_64_lowercase_hex_digits() -> None:
+    key = content_key(b"picture", SETTINGS, Overrides(), "fp")
+    assert re.fullmatch("[0-9a-f]{64}", key)
+
+
+def test_the_same_input_has_the_same_key_whatever_its_container() -> None:
+    expected = content_key(b"picture", SETTINGS, Overrides(), "fp")
+    backwards = dict(reversed(list(SETTINGS.items())))
+    backwards["mean"] = [0.5, 0.25]
+    assert content_key(memoryview(b"picture"), backwards, Overrides(0, 0), "fp") == expected
+    assert content_key(bytearray(b"picture"), SETTINGS, Overrides(None, None), "fp") == expected
+
+
+def test_keys_survive_releases() -> None:
+    """A change of this value needs a new SCHEME_VERSION."""
+    key = content_key(b"picture", SETTINGS, Overrides(1, 2), "fp")
+    assert key == "2ade73133add519a5cdcc0f5fefebe86f8599b446e2aadc921e949c9759fbb71"
+
+
+def test_every_part_counts() -> None:
+    inputs = [
+        (b"picture", SETTINGS, Overrides(), "fp"),
+        (b"pictur", SETTINGS, Overrides(), "efp"),
+        (b"picture", {**SETTINGS, "min_pixels": 2}, Overrides(), "fp"),
+        (b"picture", SETTINGS, Overrides(min_pixels=1), "fp"),
+        (b"picture", SETTINGS, Overrides(max_pixels=1), "fp"),
+        (b"picture", SETTINGS, Overrides(1, 1), "fp"),
+        (b"picture", SETTINGS, Overrides(), "fp2"),
+        (b"2picture", SETTINGS, Overrides(), "fp"),
+        (b"", SETTINGS, Overrides(), "fppicture"),
+    ]
+    keys = [content_key(*parts) for parts in inputs]
+    for one, other in itertools.combinations(keys, 2):
+        assert one != other

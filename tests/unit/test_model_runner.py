@@ -1,0 +1,478 @@
+"""The model runner on the demo checkpoint: what it computes, and what it keeps to one sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llm_service.attention import ATTENTION_NAME, SdpaBackend
+from llm_service.batch import pack
+from llm_service.memory import available_memory
+from llm_service.model_runner import ModelRunner, RunnerLimits
+from llm_service.plan import StepPlan, Work
+from llm_service.sequence import (
+    FailedEvent,
+    GenerateRequest,
+    Generation,
+    Logprobs,
+    SamplingParams,
+    TokensEvent,
+)
+from llm_service.sequence import Sequence as Choice
+from llm_service.slots import SlotTable
+from opticnerve.errors import (
+    ConfigError,
+    DeviceLost,
+    EmbeddingCorrupt,
+    EmbeddingNotFound,
+    EngineFailure,
+    InvalidRequest,
+)
+from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
+from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.models.registry import load_language, make_layout
+from tests.checkpoints import DEMO
+from tests.local_engine import DictRows, LocalEngine
+
+IMAGE, WIDTH = 632, 192
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Any, Any]:
+    checkpoint = Checkpoint.open(str(DEMO))
+    return load_language(checkpoint, torch.float32, "cpu", ATTENTION_NAME), make_layout(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def whole() -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(DEMO, dtype=torch.float32).eval()
+
+
+def tokens(count: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(seed).integers(5, 600, count).tolist())
+
+
+def rows(seed: int = 0, count: int = 9) -> torch.Tensor:
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def with_picture(
+    key: str = "a" * 64, before: int = 6, after: int = 7, seed: int = 0
+) -> dict[str, Any]:
+    """Fields of a request with nine placeholders, a 6x6 grid."""
+    ids = (*tokens(before, seed), *[IMAGE] * 9, *tokens(after, seed + 100))
+    span = Span(before, 9, 0, 0, Modality.IMAGE, Grid(1, 6, 6))
+    return {"token_ids": ids, "spans": (span,), "items": (key,)}
+
+
+def request(
+    name: str, fields: dict[str, Any] | tuple[int, ...], **sampling: Any
+) -> GenerateRequest:
+    fields = fields if isinstance(fields, dict) else {"token_ids": fields}
+    params = SamplingParams(**{"max_tokens": 12, **sampling})
+    return GenerateRequest(name, sampling=params, **fields)
+
+
+def ids_of(engine: LocalEngine, requests: Sequence[GenerateRequest]) -> dict[str, list[int]]:
+    answers = engine.generate(requests)
+    return {f"{name}/{choice}": answer.token_ids for (name, choice), answer in answers.items()}
+
+
+# ---- randomness, penalties, choices
+
+SAMPLED = (
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 1.3, "seed": 4, "top_k": 30, "repetition_penalty": 1.2},
+    {"temperature": 0.9, "seed": 5, "top_p": 0.9, "frequency_penalty": 0.6},
+    {
+        "temperature": 1.0,
+        "seed": 6,
+        "min_p": 0.02,
+        "presence_penalty": 0.4,
+        "min_tokens": 5,
+        "eos_token_ids": (629,),
+    },
+    {"repetition_penalty": 1.4, "bad_words": ((100,), (7, 8))},
+    {},
+)
+
+
+def test_the_same_tokens_alone_together_continued_and_preempted(demo: tuple[Any, Any]) -> None:
+    asks = [
+        request(str(i), tokens(20 + 3 * i, i), max_tokens=24, **each)
+        for i, each in enumerate(SAMPLED)
+    ]
+    alone: dict[str, list[int]] = {}
+    for ask in asks:
+        alone |= ids_of(LocalEngine(*demo), [ask])
+    assert ids_of(LocalEngine(*demo), asks) == alone
+    assert ids_of(LocalEngine(*demo, max_num_batched_tokens=9), asks) == alone
+    tight = LocalEngine(*demo, kv_cache_tokens=128)
+    assert ids_of(tight, asks) == alone
+    assert tight.engine.scheduler.num_preemptions > 0
+    continued = [replace(ask, output_ids=tuple(alone[f"{ask.request_id}/0"][:9])) for ask in asks]
+    rest = ids_of(LocalEngine(*demo), continued)
+    assert rest == {name: ids[9:] for name, ids in alone.items()}
+
+
+def test_choices_are_those_of_single_requests(demo: tuple[Any, Any]) -> None:
+    ask = request("n", tokens(20), temperature=1.2, seed=8, n=4)
+    together = ids_of(LocalEngine(*demo), [ask])
+    assert len({tuple(ids) for ids in together.values()}) > 1
+    for choice in range(4):
+        single = replace(ask, first_choice=choice, sampling=replace(ask.sampling, n=1))
+        assert ids_of(LocalEngine(*demo), [single])[f"n/{choice}"] == together[f"n/{choice}"]
+
+
+# ---- log-probabilities
+
+
+def values_of(entries: Sequence[Logprobs]) -> list[tuple[bool, float, list[float]]]:
+    return [
+        (each.absent, 0.0 if each.absent else each.sampled[1], [value for _, value, _ in each.top])
+        for each in entries
+    ]
+
+
+def close(one: Sequence[Logprobs], two: Sequence[Logprobs], tolerance: float = 1e-4) -> None:
+    assert len(one) == len(two)
+    for (gone, first, top), (also, second, others) in zip(
+        values_of(one), values_of(two), strict=True
+    ):
+        assert gone == also
+        assert first == pytest.approx(second, abs=tolerance)
+        assert top == pytest.approx(others, abs=tolerance)
+
+
+def test_log_probabilities_are_transformers_own(demo: tuple[Any, Any], whole: Any) -> None:
+    """Of raw logits: temperature, penalties and masks leave them alone."""
+    prompt = tokens(41)
+    ask = request(
+        "x",
+        prompt,
+        logprobs=4,
+        prompt_logprobs=3,
+        temperature=1.4,
+        seed=1,
+        repetition_penalty=1.3,
+        logit_bias=((50, 3.0),),
+        top_k=40,
+    )
+    engine = LocalEngine(*demo)
+    answer = engine.generate([ask])["x", 0]
+    with torch.inference_mode():
+        text = torch.tensor([[*prompt, *answer.token_ids]])
+        want = whole(input_ids=text).logits[0].float().log_softmax(-1)
+    found = engine.prompt_logprobs()["x"]
+    assert len(found) == len(prompt) and found[0].absent and not any(e.absent for e in found[1:])
+    whole_text = [*prompt, *answer.token_ids]
+    for position, entry in enumerate([*found[1:], *answer.logprobs], start=1):
+        predicted = want[position - 1]
+        token, value, rank = entry.sampled
+        assert token == whole_text[position]
+        assert value == pytest.approx(predicted[token].item(), abs=1e-4)
+        assert rank == int((predicted > predicted[token]).sum()) + 1
+        best = predicted.topk(len(entry.top))
+        assert [value for _, value, _ in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert len(entry.top) == (3 if position < len(prompt) else 4)
+
+
+def test_log_probabilities_do_not_depend_on_company_or_chunks(demo: tuple[Any, Any]) -> None:
+    picture = with_picture(before=14, after=20)
+    asks = [
+        request("p", picture, logprobs=2, prompt_logprobs=2),
+        request("q", tokens(33), logprobs=2, prompt_logprobs=2),
+    ]
+    others = [request(f"o{i}", tokens(17 + i, i)) for i in range(4)]
+    results = []
+    for settings, company in (
+        ({}, []),
+        ({}, others),
+        ({"max_num_batched_tokens": 7}, []),
+        ({"max_num_batched_tokens": 20}, others),
+    ):
+        engine = LocalEngine(*demo, **settings)
+        engine.rows.items[picture["items"][0]] = {"rows": rows()}
+        engine.generate([replace(ask, request_id=f"cold-{ask.request_id}") for ask in asks])
+        answers = engine.generate([*asks, *company])
+        prompts = engine.prompt_logprobs()
+        for ask in asks:
+            close(prompts[ask.request_id], prompts[f"cold-{ask.request_id}"])
+        results.append([(answers[name, 0].logprobs, prompts[name]) for name in ("p", "q")])
+        absent = [i for i, each in enumerate(prompts["p"]) if each.absent]
+        assert absent == [0, *range(14, 23)]
+    for other in results[1:]:
+        for (output, prompt), (output_also, prompt_also) in zip(results[0], other, strict=True):
+            close(output, output_also)
+            close(prompt, prompt_also)
+
+
+# ---- errors that stay with one sequence
+
+
+def failure(engine: LocalEngine, name: str) -> Exception:
+    (error,) = [
+        m.error for m in engine.messages if isinstance(m, FailedEvent) and m.request_id == name
+    ]
+    return error
+
+
+def tokens_said(engine: LocalEngine, name: str) -> list[int]:
+    return [
+        token
+        for message in engine.messages
+        if isinstance(message, TokensEvent) and message.request_id == name
+        for token in message.token_ids
+    ]
+
+
+def execute_prefill(demo: tuple[Any, Any], embeddings: dict[str, Any]) -> tuple[Any, ModelRunner]:
+    """One step of two sequences: a picture's, and a plain one."""
+    language, layout = demo
+    store = DictRows()
+    store.items |= embeddings
+    limits = RunnerLimits(max_model_len=256, max_num_seqs=4, kv_cache_tokens=512)
+    runner = ModelRunner(language, layout, SdpaBackend(), limits, store)
+    works = (
+        work_of(request("bad", with_picture()), 0, (3, 4)),
+        work_of(request("ok", tokens(9)), 1, (7,)),
+    )
+    return runner.execute(StepPlan(1, works)), runner
+
+
+def work_of(ask: GenerateRequest, slot: int, table: tuple[int, ...], **changes: Any) -> Work:
+    from llm_service.plan import Segment
+
+    seq = Choice(Generation(ask, 0, 0.0), 0)
+    span = ask.spans[0] if ask.spans else None
+    segments = (
+        () if span is None else (Segment(ask.items[0], span.token_offset, 0, span.num_tokens),)
+    )
+    return replace(Work(seq, slot, 0, len(ask.token_ids), table, segments, 1), **changes)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"rows": rows(count=8)}, "shape"),
+        ({"rows": rows()[:, :100]}, "shape"),
+        ({"rows": rows()[0]}, "shape"),
+        ({"rows": torch.zeros(9, WIDTH, dtype=torch.int64)}, "int64"),
+        ({"rows": torch.full((9, WIDTH), float("nan"))}, "finite"),
+        ({"other": rows()}, "no rows"),
+        ({"rows": rows(), "deepstack.0": rows(count=2)}, "shape"),
+    ],
+)
+def test_unfit_rows_fail_their_sequence_alone(
+    demo: tuple[Any, Any], tensors: dict[str, torch.Tensor], says: str
+) -> None:
+    result, _ = execute_prefill(demo, {"a" * 64: tensors})
+    error = result.errors[0]
+    assert isinstance(error, EmbeddingCorrupt) and says in error.message and error.param == "a" * 64
+    good, _ = execute_prefill(demo, {"a" * 64: {"rows": rows()}})
+    assert not good.errors and len(good.sampled[0].token_ids) == 1
+    assert result.sampled[1] == good.sampled[1] and result.sampled[0].token_ids == ()
+
+
+def test_missing_rows_name_their_key(demo: tuple[Any, Any]) -> None:
+    result, _ = execute_prefill(demo, {})
+    assert isinstance(result.errors[0], EmbeddingNotFound) and result.errors[0].param == "a" * 64
+    assert len(result.sampled[1].token_ids) == 1
+
+
+def test_what_a_layout_raises_fails_its_sequence_alone(
+    demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(num_tokens: int, spans: Any) -> Any:
+        if spans:
+            raise ZeroDivisionError
+        return np.zeros((3, num_tokens), dtype=np.int64), 0
+
+    monkeypatch.setattr(demo[1], "positions", broken)
+    result, _ = execute_prefill(demo, {"a" * 64: {"rows": rows()}})
+    assert isinstance(result.errors[0], EngineFailure)
+    assert "ZeroDivisionError" in str(result.errors[0])
+    assert len(result.sampled[1].token_ids) == 1
+
+
+class Poisoned:
+    """A language model in which one token makes hidden states that are not finite."""
+
+    def __init__(self, language: Any, token: int) -> None:
+        self._language, self._token = language, token
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._language, name)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        embeds = self._language.embed(token_ids)
+        embeds[token_ids == self._token] = float("nan")
+        return embeds
+
+
+def test_output_that_is_not_finite_fails_its_request_and_spreads_nothing(
+    demo: tuple[Any, Any],
+) -> None:
+    language, layout = demo
+    plain = [request(str(i), tuple(t for t in tokens(30, i) if t != 77)) for i in range(3)]
+    want = ids_of(LocalEngine(*demo), plain)
+    engine = LocalEngine(Poisoned(language, 77), layout, kv_cache_tokens=256)
+    sick = request("sick", (*tokens(40), 77, 5))
+    for round_ in range(3):  # Later rounds get the pages that the sick one had.
+        engine.engine.submit(replace(sick, request_id=f"sick{round_}"))
+        named = [replace(ask, request_id=f"{round_}-{ask.request_id}") for ask in plain]
+        for ask in named:
+            engine.engine.submit(ask)
+        engine.run()
+        assert isinstance(failure(engine, f"sick{round_}"), EngineFailure)
+        for ask, original in zip(named, plain, strict=True):
+            assert tokens_said(engine, ask.request_id) == want[f"{original.request_id}/0"]
+
+
+def test_constraints_that_leave_nothing_fail_their_request(demo: tuple[Any, Any]) -> None:
+    engine = LocalEngine(*demo)
+    impossible = request(
+        "no", tokens(9), allowed_token_ids=(629,), min_tokens=2, eos_token_ids=(629,)
+    )
+    engine.engine.submit(impossible)
+    engine.engine.submit(request("yes", tokens(9)))
+    engine.run()
+    assert isinstance(failure(engine, "no"), InvalidRequest)
+    assert len(tokens_said(engine, "yes")) == 12
+
+
+def test_a_lost_device_is_told_apart(
+    demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: Any) -> Any:
+        raise torch.AcceleratorError("an illegal memory access was encountered", 700)
+
+    language, layout = demo
+    limits = RunnerLimits(max_model_len=64, max_num_seqs=2, kv_cache_tokens=128)
+    runner = ModelRunner(language, layout, SdpaBackend(), limits, DictRows())
+    monkeypatch.setattr(runner._backend, "prepare", lost)
+    with pytest.raises(DeviceLost):
+        runner.execute(StepPlan(1, (work_of(request("x", tokens(5)), 0, (1,)),)))
+
+
+# ---- DeepStack, packing, positions
+
+
+class Recorder(Poisoned):
+    """Keeps what the language model is given."""
+
+    def __init__(self, language: Any) -> None:
+        super().__init__(language, -1)
+        self.calls: list[tuple[torch.Tensor, Any]] = []
+
+    def forward(
+        self, embeds: torch.Tensor, positions: torch.Tensor, cache: Any, deepstack: Any
+    ) -> Any:
+        self.calls.append((embeds.clone(), list(deepstack)))
+        return self._language.forward(embeds, positions, cache, deepstack)
+
+
+def test_deepstack_levels_go_where_their_rows_go(demo: tuple[Any, Any]) -> None:
+    language, layout = demo
+    recorder = Recorder(language)
+    engine = LocalEngine(recorder, layout, max_num_batched_tokens=10, prefix_caching=False)
+    item = {"rows": rows(0), "deepstack.0": rows(1), "deepstack.1": rows(2)}
+    ask = request("d", with_picture(before=6, after=7), max_tokens=2)
+    engine.rows.items["a" * 64] = item
+    engine.generate([ask])
+    (
+        (first, early),
+        (second, late),
+        _,
+    ) = recorder.calls[:3]
+    torch.testing.assert_close(first[6:10], item["rows"][:4])
+    torch.testing.assert_close(second[:5], item["rows"][4:])
+    for level, name in enumerate(("deepstack.0", "deepstack.1")):
+        indices, added = early[level]
+        assert indices.tolist() == [6, 7, 8, 9]
+        torch.testing.assert_close(added, item[name][:4])
+        indices, added = late[level]
+        assert indices.tolist() == [0, 1, 2, 3, 4]
+        torch.testing.assert_close(added, item[name][4:])
+    assert recorder.calls[-1][1] == []
+
+
+def test_packing_puts_decodes_first_and_keeps_track(demo: tuple[Any, Any]) -> None:
+    slots = SlotTable(4, 8, demo[1])
+    atomic = with_picture()
+    atomic["spans"] = (replace(atomic["spans"][0], attention=SpanAttention.BIDIRECTIONAL),)
+    chunk = work_of(request("c", atomic), 2, (5, 6))
+    decode = work_of(request("d", tokens(20)), 0, (1, 2), start=20, num_tokens=1, reads_slot=True)
+    last = work_of(request("e", tokens(17)), 3, (3, 4), start=16, num_tokens=1, num_logits=0)
+    for work in (chunk, decode, last):
+        slots.admit(work.slot, work.seq)
+        slots.update_pages(work.slot, work.block_table)
+    batch = pack([chunk, decode, last], slots, 16)
+    assert batch.works == (decode, last, chunk)
+    assert batch.first_rows == [0, 1, 2]
+    assert batch.token_ids.tolist()[1:] == [last.seq.token_ids[16], *chunk.seq.token_ids]
+    assert batch.read_rows.tolist() == [0] and batch.read_slots.tolist() == [0]
+    assert batch.logit_works == [0, 2] and batch.logit_rows.tolist() == [0, 23]
+    assert batch.output_positions.tolist() == [1, 0]
+    assert batch.attention.decode_lengths.tolist() == [21, 17]
+    assert batch.attention.token_slots.tolist()[:2] == [2 * 16 + 4, 4 * 16]
+    (described,) = batch.attention.chunks
+    assert described.bidirectional == ((6, 15),) and described.pages.tolist() == [5, 6]
+    positions, delta = demo[1].positions(22, chunk.seq.request.spans)
+    np.testing.assert_array_equal(batch.positions[:, 2:], positions)
+    np.testing.assert_array_equal(
+        slots.positions(2, 20, 4)[:, 2:], np.arange(22, 24) + [[delta]] * 3
+    )
+
+
+def test_block_tables_follow_the_plan(demo: tuple[Any, Any]) -> None:
+    slots = SlotTable(1, 8, demo[1])
+    for table in ((4,), (4, 5), (4, 5, 6), (9, 5, 6), (9, 5), (1, 2, 3, 7)):
+        slots.update_pages(0, table)
+        assert slots.pages[0, : len(table)].tolist() == list(table)
+
+
+# ---- memory
+
+
+def test_kv_cache_is_sized_as_asked_or_from_memory(demo: tuple[Any, Any]) -> None:
+    language, layout = demo
+    limits = RunnerLimits(max_model_len=100, max_num_seqs=3)
+    runner = ModelRunner(language, layout, SdpaBackend(), limits, DictRows())
+    assert runner.num_blocks == 3 * 7  # All that three sequences of 100 could use.
+    assert runner.kv_cache_bytes == runner.num_blocks * 16 * 4 * 2 * 64 * 4
+    asked = replace(limits, kv_cache_tokens=1000, block_size=64)
+    runner = ModelRunner(language, layout, SdpaBackend(), asked, DictRows())
+    assert (runner.num_blocks, runner.block_size) == (15, 64)
+    runner.close()
+    with pytest.raises(ConfigError, match="16, 32"):
+        ModelRunner(language, layout, SdpaBackend(), replace(limits, block_size=24), DictRows())
+
+
+def test_too_little_memory_is_said_at_start(
+    demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_service.model_runner.cache_budget", lambda device: 1000)
+    with pytest.raises(ConfigError, match="memory"):
+        ModelRunner(*demo, SdpaBackend(), RunnerLimits(max_model_len=100), DictRows())
+
+
+def test_control_groups_bound_what_is_available(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    assert available_memory(tmp_path) == 8000 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.current").write_text("1000\n")
+    (group / "memory.max").write_text("max\n")
+    assert available_memory(tmp_path) == 8000 * 1024
+    (group / "memory.max").write_text("5000\n")
+    assert available_memory(tmp_path) == 4000

@@ -1,0 +1,173 @@
+"""Worker pools: states, choice by cost, waiting for a worker, names that move."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+from gateway import encoders, pools, wire
+from gateway.deadline import Deadline
+from gateway.pairing import Pairing
+from gateway.pools import Changes, WorkerPool, WorkerState
+from opticnerve.errors import Mispaired, Unavailable
+from tests.fakes import PAIR_ID, FakeEncoder, FakeLLM, until
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+
+
+@contextlib.asynccontextmanager
+async def pool_of(*addresses, kind="encoder", changes=None):
+    describe = encoders.describe if kind == "encoder" else wire.describe
+    pool = WorkerPool(kind, addresses, describe, changes)
+    await pool.start()
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+async def test_picks_the_least_pending_cost():
+    async with FakeEncoder() as a, FakeEncoder() as b, pool_of(a.address, b.address) as pool:
+        await until(lambda: len(pool.serving()) == 2)
+        deadline = Deadline.after(5)
+        async with pool.lease(100, deadline) as first, pool.lease(10, deadline) as second:
+            assert first is not second
+            async with pool.lease(10, deadline) as third:
+                assert third is second
+        assert [worker.pending for worker in pool.workers] == [0, 0]
+
+
+async def test_equal_workers_take_turns():
+    async with FakeEncoder() as a, FakeEncoder() as b, pool_of(a.address, b.address) as pool:
+        await until(lambda: len(pool.serving()) == 2)
+        deadline = Deadline.after(5)
+        picked = [(await pool.pick(deadline)).address for _ in range(4)]
+        assert picked[0] != picked[1] and picked[:2] == picked[2:]
+
+
+async def test_states_from_starting_over_serving_and_draining_to_dead():
+    encoder = FakeEncoder()
+    await encoder.start(serving=False)
+    try:
+        async with pool_of(encoder.address) as pool:
+            (worker,) = pool.workers
+            await until(lambda: worker.description.fingerprint == "enc-1")
+            assert worker.state is WorkerState.STARTING
+            await encoder.set_serving(True)
+            await until(lambda: worker.state is WorkerState.SERVING)
+            await encoder.die()
+            pool.report_down(worker)
+            await until(lambda: worker.state is WorkerState.DEAD)
+            await encoder.start()
+            await until(lambda: worker.state is WorkerState.SERVING)
+    finally:
+        await encoder.die()
+
+
+async def test_waits_for_a_worker_and_gives_up_at_the_deadline():
+    encoder = FakeEncoder()
+    await encoder.start()
+    address = encoder.address
+    await encoder.die()
+    async with pool_of(address) as pool:
+        with pytest.raises(Unavailable) as caught:
+            await pool.pick(Deadline.after(0.05))
+        assert address in caught.value.message
+        waiting = asyncio.create_task(pool.pick(Deadline.after(20)))
+        await encoder.start()
+        try:
+            assert (await waiting).address == address
+        finally:
+            await encoder.die()
+
+
+async def test_without_addresses_nothing_is_waited_for():
+    async with pool_of() as pool:
+        with pytest.raises(Unavailable):
+            await pool.pick(Deadline.after(60))
+
+
+async def test_avoided_workers_are_taken_only_when_nothing_else_serves():
+    async with FakeEncoder() as a, pool_of(a.address) as pool:
+        assert (await pool.pick(Deadline.after(5), avoid={a.address})).address == a.address
+
+
+async def test_names_are_resolved_again(monkeypatch):
+    monkeypatch.setattr(pools, "RESOLVE_S", 0.01)
+    async with FakeEncoder() as a, FakeEncoder() as b:
+        found = {a.address}
+
+        async def resolve(name):
+            assert name == "encoders:9000"
+            return set(found)
+
+        monkeypatch.setattr(pools, "_resolve", resolve)
+        async with pool_of("dns:///encoders:9000") as pool:
+            await until(lambda: [w.address for w in pool.serving()] == [a.address])
+            found.symmetric_difference_update({a.address, b.address})
+            await until(lambda: [w.address for w in pool.serving()] == [b.address])
+
+
+async def test_resolves_addresses_of_a_name():
+    assert "127.0.0.1:9000" in await pools._resolve("localhost:9000")
+    assert await pools._resolve("no-such-name.invalid:1") is None
+
+
+@contextlib.asynccontextmanager
+async def pairing_of(encoder_addresses, llm_addresses, own=PAIR_ID, wait=0.3):
+    changes = Changes()
+    async with (
+        pool_of(*encoder_addresses, changes=changes) as some,
+        pool_of(*llm_addresses, kind="LLM", changes=changes) as others,
+    ):
+        yield Pairing(some, others, own, worker_wait_s=wait)
+
+
+async def test_pairs_only_what_belongs_together():
+    other = "cd" * 32
+    async with (
+        FakeEncoder() as encoder,
+        FakeEncoder("enc-other", other) as strange,
+        FakeLLM() as llm,
+        pairing_of([encoder.address, strange.address], [llm.address], own=None, wait=20) as pairing,
+    ):
+        await until(lambda: not pairing.missing())
+        pair = await pairing.choose(pictures=True, deadline=Deadline.after(20))
+        assert (pair.pair_id, pair.fingerprint) == (PAIR_ID, "enc-1")
+        assert pair.max_model_len == 4096
+        assert pair.system_fingerprint == "fp_" + PAIR_ID[:12]
+
+
+async def test_text_needs_no_encoder():
+    async with FakeLLM() as llm, pairing_of([], [llm.address], wait=20) as pairing:
+        pair = await pairing.choose(pictures=False, deadline=Deadline.after(20))
+        assert pair.fingerprint == ""
+        assert "encoder" in pairing.missing()[0]
+        with pytest.raises(Unavailable):
+            await pairing.choose(pictures=True, deadline=Deadline.after(20))
+
+
+async def test_workers_of_another_checkpoint_are_not_used():
+    async with (
+        FakeEncoder(pair_id="cd" * 32) as encoder,
+        FakeLLM(pair_id="cd" * 32) as llm,
+        pairing_of([encoder.address], [llm.address]) as pairing,
+    ):
+        await until(lambda: pairing.encoders.serving() and pairing.llms.serving())
+        with pytest.raises(Mispaired):
+            await pairing.choose(pictures=True, deadline=Deadline.after(20))
+        assert pairing.missing()
+
+
+async def test_a_known_encoder_that_is_down_still_names_embeddings():
+    async with (
+        FakeEncoder() as encoder,
+        FakeLLM() as llm,
+        pairing_of([encoder.address], [llm.address], wait=20) as pairing,
+    ):
+        await until(lambda: not pairing.missing())
+        await encoder.die()
+        pairing.encoders.report_down(pairing.encoders.workers[0])
+        pair = await pairing.choose(pictures=True, deadline=Deadline.after(20))
+        assert pair.fingerprint == "enc-1"
+        assert "encoder" in pairing.missing()[0]

@@ -1,0 +1,167 @@
+"""Request, model defaults and limits become one explicit value, or one clear refusal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.sampling import Defaults, Limits, ResolvedSampling, load_defaults, resolve
+from gateway.schemas import ChatRequest, parse
+from gateway.tokenizer import Tokenizer
+from opticnerve.errors import ConfigError, ContextLengthExceeded, InvalidRequest
+from opticnerve.pb import llm_pb2
+from tests import vocabularies as v
+
+LIMITS = Limits(max_model_len=100, max_logprobs=5, vocab_size=640)
+EOS = Defaults(eos_token_ids=(629,))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(v.DEMO)
+
+
+def resolved(
+    tokenizer: Tokenizer, defaults: Defaults = EOS, prompt: int = 40, images: int = 0, **fields: Any
+) -> ResolvedSampling:
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
+    return resolve(
+        parse(ChatRequest, body)[0],
+        prompt_tokens=prompt,
+        image_tokens=images,
+        defaults=defaults,
+        limits=LIMITS,
+        tokenizer=tokenizer,
+    )
+
+
+def test_the_fields_are_those_of_the_wire() -> None:
+    wire = {field.name for field in llm_pb2.SamplingParams.DESCRIPTOR.fields} - {"grammar"}
+    assert set(ResolvedSampling.__dataclass_fields__) == wire
+
+
+def test_a_bare_request(tokenizer: Tokenizer) -> None:
+    first, second = resolved(tokenizer), resolved(tokenizer)
+    assert first.max_tokens == 60  # What the context leaves.
+    assert (first.temperature, first.top_p, first.top_k, first.repetition_penalty) == (1, 1, 0, 1)
+    assert first.eos_token_ids == (629,)
+    assert (first.n, first.logprobs, first.min_tokens) == (1, None, 0)
+    assert first.seed != second.seed
+    assert 0 <= first.seed < 2**64
+
+
+def test_the_request_wins_over_the_model(tokenizer: Tokenizer) -> None:
+    defaults = Defaults(
+        temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05, max_tokens=30
+    )
+    silent = resolved(tokenizer, defaults)
+    assert (silent.temperature, silent.top_p, silent.top_k) == (0.7, 0.8, 20)
+    assert (silent.repetition_penalty, silent.max_tokens) == (1.05, 30)
+    loud = resolved(
+        tokenizer, defaults, temperature=0, top_p=1, top_k=-1, repetition_penalty=1, max_tokens=50
+    )
+    assert (loud.temperature, loud.top_p, loud.top_k) == (0, 1, 0)
+    assert (loud.repetition_penalty, loud.max_tokens) == (1, 50)
+    assert resolved(tokenizer, defaults, prompt=90).max_tokens == 10  # A default bends to the room.
+
+
+def test_seeds(tokenizer: Tokenizer) -> None:
+    assert resolved(tokenizer, seed=42).seed == 42
+    assert resolved(tokenizer, seed=-1).seed == 2**64 - 1
+
+
+def test_log_probabilities(tokenizer: Tokenizer) -> None:
+    assert resolved(tokenizer, logprobs=True).logprobs == 0
+    assert resolved(tokenizer, logprobs=True, top_logprobs=5).logprobs == 5
+    assert resolved(tokenizer, logprobs=False).logprobs is None
+    with pytest.raises(InvalidRequest, match="at most 5") as caught:
+        resolved(tokenizer, logprobs=True, top_logprobs=6)
+    assert caught.value.param == "top_logprobs"
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt", "images", "param", "texts"),
+    [
+        ({"max_tokens": 61}, 40, 0, "max_tokens", ["100 tokens", "need 40", "61", "at most 60"]),
+        ({"max_completion_tokens": 61}, 40, 0, "max_completion_tokens", ["at most 60"]),
+        ({}, 100, 0, "messages", ["need 100", "shorter messages"]),
+        ({"max_tokens": 5}, 150, 90, "messages", ["90 of them for pictures", "smaller pictures"]),
+    ],
+)
+def test_what_does_not_fit(
+    tokenizer: Tokenizer, fields: Any, prompt: int, images: int, param: str, texts: list[str]
+) -> None:
+    with pytest.raises(ContextLengthExceeded) as caught:
+        resolved(tokenizer, prompt=prompt, images=images, **fields)
+    assert caught.value.param == param
+    assert caught.value.code == "context_length_exceeded"
+    for text in texts:
+        assert text in caught.value.message
+
+
+def test_the_last_token_fits(tokenizer: Tokenizer) -> None:
+    assert resolved(tokenizer, prompt=99).max_tokens == 1
+    assert resolved(tokenizer, max_tokens=60).max_tokens == 60
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
+        ({"stop_token_ids": [640]}, "stop_token_ids"),
+        ({"allowed_token_ids": [1, 999]}, "allowed_token_ids"),
+        ({"logit_bias": {"640": 1}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"\u0661": 1}}, "logit_bias"),
+    ],
+)
+def test_contradictions(tokenizer: Tokenizer, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        resolved(tokenizer, **fields)
+    assert caught.value.param == param
+
+
+def test_ids_and_words(tokenizer: Tokenizer) -> None:
+    value = resolved(
+        tokenizer, stop_token_ids=[5, 5, 6], logit_bias={"7": 2}, bad_words=["cat"], n=3
+    )
+    assert value.stop_token_ids == (5, 6)
+    assert value.logit_bias == ((7, 2.0),)
+    assert value.n == 3
+    spelled = {tokenizer.decode(ids) for ids in value.bad_words}
+    assert spelled == {"cat", " cat"}
+
+
+def test_defaults_of_the_demo(tokenizer: Tokenizer) -> None:
+    config = json.loads((v.DEMO / "config.json").read_text())["text_config"]
+    defaults = load_defaults("auto", v.DEMO, tokenizer, config)
+    assert defaults == Defaults(eos_token_ids=(629,))
+
+
+def test_where_defaults_come_from(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    own = {"eos_token_id": [1, 2], "temperature": 0.6, "top_k": 20, "max_new_tokens": 9}
+    other = {"top_p": 0.5, "top_k": None, "temperature": True}
+    for name, config in (("own", own), ("other", other)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "generation_config.json").write_text(json.dumps(config))
+    auto = load_defaults("auto", tmp_path / "own", tokenizer, {})
+    assert auto == Defaults(temperature=0.6, top_k=20, max_tokens=9, eos_token_ids=(1, 2, 629))
+    neutral = load_defaults("neutral", tmp_path / "own", tokenizer, {})
+    assert neutral == Defaults(eos_token_ids=(1, 2, 629))
+    elsewhere = load_defaults(str(tmp_path / "other"), tmp_path / "own", tokenizer, {})
+    assert elsewhere == Defaults(top_p=0.5, eos_token_ids=(1, 2, 629))
+    configured = load_defaults("auto", tmp_path, tokenizer, {"eos_token_id": 3})
+    assert configured == Defaults(eos_token_ids=(3, 629))
+
+
+def test_defaults_that_cannot_be_used(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither auto"):
+        load_defaults(str(tmp_path / "missing"), v.DEMO, tokenizer, {})
+    for text in ("{", "[]", '{"temperature": -1}', '{"top_p": 0}'):
+        (tmp_path / "generation_config.json").write_text(text)
+        with pytest.raises(ConfigError):
+            load_defaults("auto", tmp_path, tokenizer, {})

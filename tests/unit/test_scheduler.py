@@ -1,0 +1,295 @@
+"""Who computes what in a step: order, budget, room, and that everybody gets on."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_service.block_manager import BlockManager
+from llm_service.limits import EngineConfig
+from llm_service.plan import StepPlan
+from llm_service.scheduler import Scheduler
+from llm_service.sequence import GenerateRequest, Generation, SamplingParams, Sequence, Status
+from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
+from tests.fake_runner import FakeRows
+
+
+class Desk:
+    """A scheduler, and a step that only counts."""
+
+    def __init__(self, **config: Any) -> None:
+        values = {
+            "num_blocks": 16,
+            "block_size": 16,
+            "max_model_len": 256,
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 32,
+            "row_bytes": 1,
+        }
+        self.config = EngineConfig(**{**values, **config})
+        self.rows = FakeRows()
+        self.blocks = BlockManager(self.config.num_blocks, self.config.block_size)
+        self.scheduler = Scheduler(self.config, self.blocks, self.rows)
+        self.arrivals = 0
+        self.slots: dict[int, Sequence] = {}
+
+    def add(self, length: int = 20, priority: int = 0, **fields: Any) -> Sequence:
+        """Prompts share nothing: each begins with its own number."""
+        self.arrivals += 1
+        sampling = SamplingParams(max_tokens=fields.pop("max_tokens", 8))
+        tokens = (1000 + self.arrivals, *range(length - 1))
+        request = GenerateRequest(
+            f"r{self.arrivals}", tokens, sampling=sampling, priority=priority, **fields
+        )
+        seq = Generation(request, self.arrivals, 0.0).sequences[0]
+        self.scheduler.add(seq)
+        return seq
+
+    def step(self) -> StepPlan | None:
+        plan = self.scheduler.schedule(0.0)
+        self.scheduler.check_integrity()
+        if plan is not None:
+            self.check(plan)
+            self.commit(plan)
+            self.scheduler.check_integrity()
+        return plan
+
+    def check(self, plan: StepPlan) -> None:
+        """What the runner may rely on."""
+        works = plan.works
+        assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens
+        for slot in plan.freed_slots:
+            self.slots.pop(slot)
+        for work in works:
+            assert self.slots.setdefault(work.slot, work.seq) is work.seq
+            assert 0 <= work.slot < self.config.max_num_seqs
+            end = work.start + work.num_tokens
+            assert len(work.block_table) == self.blocks.pages_for(end)
+            assert work.num_logits == (end == work.seq.num_tokens)
+        assert len(set(self.slots.values())) == len(self.slots)
+
+    def commit(self, plan: StepPlan) -> None:
+        for work in plan.works:
+            self.scheduler.advance(work.seq, work.start + work.num_tokens)
+            if work.num_logits:
+                work.seq.token_ids.append(7)
+                work.seq.reads_slot = True
+                if work.seq.num_output == work.seq.request.sampling.max_tokens:
+                    self.scheduler.remove(work.seq)
+
+
+def shape(plan: StepPlan | None) -> list[tuple[str, int, int]]:
+    assert plan is not None
+    return [(work.seq.request_id, work.start, work.num_tokens) for work in plan.works]
+
+
+def test_one_budget_for_decoding_and_prefill() -> None:
+    desk = Desk()
+    desk.add(10)
+    assert shape(desk.step()) == [("r1", 0, 10)]
+    desk.add(50)
+    assert shape(desk.step()) == [("r1", 10, 1), ("r2", 0, 31)]
+    assert shape(desk.step()) == [("r1", 11, 1), ("r2", 31, 19)]
+    assert shape(desk.step()) == [("r1", 12, 1), ("r2", 50, 1)]
+
+
+def test_whoever_runs_comes_before_whoever_waits() -> None:
+    desk = Desk()
+    desk.add(60)
+    desk.step()
+    desk.add(10, priority=-9)
+    plan = desk.step()
+    assert sorted(shape(plan)) == [("r1", 32, 28), ("r2", 0, 4)]
+    assert desk.scheduler.running[0].request_id == "r2"  # Now that it runs, it comes first.
+
+
+def test_the_queue_is_by_priority_then_arrival() -> None:
+    desk = Desk(max_num_seqs=1, max_num_batched_tokens=200)
+    for priority in (0, 5, -5, 0):
+        desk.add(10, priority, max_tokens=1)
+    order = []
+    while plan := desk.step():
+        order += [work.seq.request_id for work in plan.works]
+    assert order == ["r3", "r1", "r4", "r2"]
+
+
+def test_idle_is_none() -> None:
+    assert Desk().step() is None
+
+
+def test_the_last_in_order_makes_room() -> None:
+    desk = Desk(num_blocks=4)
+    first, second = desk.add(30, max_tokens=30), desk.add(30, max_tokens=30)
+    while not desk.scheduler.num_preemptions:
+        desk.step()
+    assert second.status is Status.WAITING
+    assert (second.num_computed, second.block_table, second.slot) == (0, (), -1)
+    assert second.num_output > 0
+    assert first.status is Status.RUNNING
+    while desk.step():
+        pass
+    assert first.status is second.status is Status.FINISHED
+    assert desk.blocks.num_free == 4
+
+
+def test_a_high_priority_latecomer_preempts_when_it_grows() -> None:
+    desk = Desk(num_blocks=4)
+    low, high = desk.add(20, priority=1, max_tokens=40), desk.add(30, priority=0, max_tokens=30)
+    while not desk.scheduler.num_preemptions:
+        desk.step()
+    assert low.status is Status.WAITING
+    assert high.status is Status.RUNNING
+
+
+def test_a_preempted_sequence_is_told_as_new() -> None:
+    desk = Desk(num_blocks=4)
+    desk.add(30, max_tokens=30)
+    desk.add(30, max_tokens=30)
+    while not desk.scheduler.num_preemptions:
+        plan = desk.step()
+    assert plan is not None
+    freed = plan.freed_slots
+    assert len(freed) == 1
+    while not any(work.seq.request_id == "r2" for work in plan.works):
+        plan = desk.step()
+        assert plan is not None
+    (work,) = (work for work in plan.works if work.seq.request_id == "r2")
+    assert not work.reads_slot
+
+
+def test_two_that_do_not_fit_together_do_not_chase_each_other() -> None:
+    desk = Desk(num_blocks=4)
+    pair = [desk.add(20, max_tokens=44), desk.add(20, max_tokens=44)]
+    steps = 0
+    while desk.step():
+        steps += 1
+    assert all(seq.status is Status.FINISHED for seq in pair)
+    assert steps < 150
+    assert desk.scheduler.num_preemptions < 5
+
+
+def test_the_first_in_line_is_not_overtaken_for_want_of_pages() -> None:
+    desk = Desk(num_blocks=6, max_num_batched_tokens=200)
+    desk.add(40, max_tokens=20)
+    desk.step()
+    large, small = desk.add(60), desk.add(10)
+    desk.step()
+    assert large.status is small.status is Status.WAITING
+    while large.status is Status.WAITING:
+        assert small.status is Status.WAITING
+        desk.step()
+
+
+def test_a_span_that_is_atomic_waits_for_a_whole_budget() -> None:
+    span = Span(0, 32, 0, 0, Modality.IMAGE, Grid(1, 8, 16), 0.0, SpanAttention.BIDIRECTIONAL)
+    desk = Desk()
+    desk.rows.present.add("k")
+    desk.add(10, max_tokens=5)
+    desk.step()
+    atomic, behind = desk.add(40, spans=(span,), items=("k",)), desk.add(5)
+    while atomic.status is Status.WAITING:
+        assert behind.status is Status.WAITING  # Else its tokens would be in the way for ever.
+        plan = desk.step()
+    assert shape(plan)[0] == ("r2", 0, 32)
+
+
+def test_blocked_sequences_let_others_pass() -> None:
+    span = Span(0, 4, 0, 0, Modality.IMAGE, Grid(1, 4, 4))
+    desk = Desk()
+    blocked = desk.add(20, spans=(span,), items=("k",))
+    desk.add(10)
+    assert shape(desk.step()) == [("r2", 0, 10)]
+    assert desk.scheduler.take_needs() == [(blocked, ("k",))]
+    assert desk.scheduler.take_needs() == []
+    desk.rows.present.add("k")
+    assert shape(desk.step()) == [("r2", 10, 1)]  # Nobody has said that they are there.
+    desk.scheduler.rows_ready("k")
+    assert shape(desk.step()) == [("r1", 0, 20), ("r2", 11, 1)]
+
+
+def test_pictures_that_are_slow_to_come_leave_room_for_text() -> None:
+    span = Span(0, 4, 0, 0, Modality.IMAGE, Grid(1, 4, 4))
+    desk = Desk(max_num_seqs=4)
+    pictures = [desk.add(20, spans=(span,), items=(f"k{i}",)) for i in range(6)]
+    desk.rows.present.add("k5")
+    text = desk.add(10)
+    while desk.step():
+        pass
+    assert text.status is Status.FINISHED
+    assert [seq.status for seq in pictures] == [Status.RUNNING] * 2 + [Status.WAITING] * 4
+    for i in range(6):
+        desk.rows.present.add(f"k{i}")
+        desk.scheduler.rows_ready(f"k{i}")
+        desk.step()
+    while desk.step():
+        pass
+    assert all(seq.status is Status.FINISHED for seq in pictures)
+
+
+def test_segments_follow_the_chunk() -> None:
+    spans = (
+        Span(5, 20, 0, 0, Modality.IMAGE, Grid(1, 4, 20)),
+        Span(30, 10, 0, 20, Modality.IMAGE, Grid(1, 4, 10)),
+    )
+    desk = Desk(max_num_batched_tokens=16)
+    desk.rows.present.add("k")
+    desk.add(45, spans=spans, items=("k",))
+    seen = []
+    for _ in range(3):
+        plan = desk.step()
+        assert plan is not None
+        seen.append(
+            [(each.chunk_offset, each.row_start, each.num_rows) for each in plan.works[0].segments]
+        )
+    assert seen == [[(5, 0, 11)], [(0, 11, 9), (14, 20, 2)], [(0, 22, 8)]]
+
+
+@pytest.mark.parametrize("field", ["waiting", "running", "slots", "leases"])
+def test_integrity_checks_see_harm(field: str) -> None:
+    desk = Desk()
+    seq = desk.add()
+    desk.step()
+    scheduler = desk.scheduler
+    match field:
+        case "waiting":
+            scheduler.waiting.append(seq)
+        case "running":
+            scheduler.running.clear()
+        case "slots":
+            scheduler._free_slots.pop()
+        case "leases":
+            seq.leases["k"] = 4
+    with pytest.raises(RuntimeError):
+        scheduler.check_integrity()
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_the_first_always_gets_on_and_nobody_waits_for_ever(seed: int) -> None:
+    """New sequences come at every step, more than there is room for. Of equal priority, each
+    ends within the work of those before it."""
+    chance = Random(seed)
+    desk = Desk(
+        num_blocks=chance.choice((6, 8, 16)),
+        max_num_seqs=chance.randint(1, 6),
+        max_num_batched_tokens=chance.choice((16, 33, 100)),
+    )
+    sequences = []
+    for _ in range(150):
+        if len(desk.scheduler.waiting) < 20:
+            length = chance.randint(1, 60)
+            sequences.append(desk.add(length, max_tokens=chance.randint(1, 30)))
+        first = min(seq.order for seq in sequences if seq.status is not Status.FINISHED)
+        plan = desk.step()
+        assert plan is not None
+        assert min(work.seq.order for work in plan.works) <= first
+    arrived_early = sequences[: len(sequences) // 4]
+    assert all(seq.status is Status.FINISHED for seq in arrived_early)
+    while desk.step():
+        pass
+    assert all(seq.status is Status.FINISHED for seq in sequences)
+    assert desk.blocks.num_free == desk.config.num_blocks

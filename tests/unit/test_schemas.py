@@ -1,0 +1,416 @@
+"""What a chat request may say, and what is said about one that may not."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openai.types.chat import ChatCompletionMessage
+
+from gateway.schemas import ApplyTemplateRequest, ChatRequest, parse
+from gateway.schemas.messages import ImageSource, call_arguments
+from gateway.schemas.unsupported import FIELDS, PARTS
+from opticnerve.errors import InvalidRequest, UnsupportedFeature
+from opticnerve.media.plan import Overrides
+
+URL = "https://example.com/a.png"
+
+
+def body(content: Any = "hi", **fields: Any) -> dict[str, Any]:
+    return {"model": "model", "messages": [{"role": "user", "content": content}], **fields}
+
+
+def chat(content: Any = "hi", **fields: Any) -> ChatRequest:
+    return parse(ChatRequest, body(content, **fields))[0]
+
+
+def refused(
+    request: dict[str, Any] | bytes, kind: type[InvalidRequest] = InvalidRequest
+) -> InvalidRequest:
+    with pytest.raises(kind) as caught:
+        parse(ChatRequest, request)
+    assert caught.value.http_status == 400
+    assert len(caught.value.message) < 1000
+    return caught.value
+
+
+# ---- what is accepted
+
+
+def test_the_customers_requests() -> None:
+    curl = {
+        "model": "model",
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "Describe."},
+                    {"type": "image_url", "image_url": {"url": URL}},
+                ],
+            }
+        ],
+        "max_completion_tokens": 128,
+        "top_p": 0.001,
+        "temperature": 0.1,
+        "frequency_penalty": 1.05,
+    }
+    request, ignored = parse(ChatRequest, json.dumps(curl).encode())
+    assert request.output_limit == 128
+    assert request.images == (ImageSource(URL, "messages[0].content[1].image_url.url"),)
+    assert ignored == ()
+
+
+def test_neutral_values_of_everything_else() -> None:
+    for name, field in FIELDS.items():
+        for value in (None, *field.neutral):
+            chat(**{name: value})
+
+
+def test_every_field_at_once() -> None:
+    request = chat(
+        max_tokens=5,
+        max_completion_tokens=5,
+        temperature=1,
+        top_p=1,
+        top_k=-1,
+        min_p=0,
+        n=2,
+        stream=True,
+        stream_options={"include_usage": True},
+        stop=["a", "b"],
+        seed=-1,
+        logprobs=True,
+        top_logprobs=3,
+        logit_bias={"5": -100},
+        stop_token_ids=[1],
+        bad_words=["x"],
+        allowed_token_ids=[1, 2],
+        user="u",
+        metadata={"a": "b"},
+        timings=True,
+        cache_salt="s",
+        priority=-1,
+    )
+    assert request.stop_strings == ("a", "b")
+    assert request.stream_options is not None and request.stream_options.include_usage
+    assert chat(stop="x").stop_strings == ("x",)
+    assert chat().stop_strings == ()
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ({"type": "image_url", "image_url": URL}, (URL, "image_url")),
+        (
+            {"type": "image_url", "image_url": {"url": URL, "detail": "high"}},
+            (URL, "image_url.url"),
+        ),
+        ({"type": "image", "image": URL}, (URL, "image")),
+        ({"type": "image", "url": URL}, (URL, "url")),
+        ({"type": "image", "base64": "AAAA"}, ("data:;base64,AAAA", "base64")),
+        ({"type": "image", "image": "iVBORw0KGgoAAAANSUhEUg=="}, (None, "image")),
+        ({"type": "image", "image": "data:image/png;base64,AAAA"}, (None, "image")),
+        ({"type": "image", "image": "file:///tmp/a.png"}, ("file:///tmp/a.png", "image")),
+    ],
+)
+def test_forms_of_a_picture(part: dict[str, Any], source: tuple[str | None, str]) -> None:
+    (image,) = chat([part]).images
+    assert image.param == f"messages[0].content[0].{source[1]}"
+    assert image.url.startswith(source[0] or "data:")
+
+
+def test_an_answer_can_be_sent_back() -> None:
+    answer = ChatCompletionMessage(role="assistant", content="A cat.").model_dump()
+    messages = [*body()["messages"], answer, {"role": "user", "content": "sure?"}]
+    assert parse(ChatRequest, {"model": "m", "messages": messages})[0].messages[1].content
+
+
+def test_bounds_of_a_picture() -> None:
+    own = {"type": "image", "image": URL, "min_pixels": 5, "max_pixels": 50}
+    inner = {"type": "image_url", "image_url": {"url": URL, "max_pixels": 7}, "max_pixels": 9}
+    plain = {"type": "image", "image": URL}
+    request = chat([own, inner, plain], mm_processor_kwargs={"min_pixels": 2, "max_pixels": 99})
+    bounds = [(image.min_pixels, image.max_pixels) for image in request.images]
+    assert bounds == [(5, 50), (2, 7), (2, 99)]
+
+
+def test_low_detail_is_a_hint() -> None:
+    low = {"type": "image_url", "image_url": {"url": URL, "detail": "low"}}
+    bounded = {"type": "image_url", "image_url": {"url": URL, "detail": "low", "max_pixels": 9}}
+    first, second = chat([low, bounded]).images
+    assert first.overrides(10**6) == Overrides(None, 512 * 512)
+    assert first.overrides(10**4) == Overrides()  # Never raises the model's own bound.
+    assert first.overrides(None) == Overrides()
+    assert second.overrides(10**6) == Overrides(None, 9)
+
+
+def test_apply_template_takes_messages_alone() -> None:
+    request, _ = parse(ApplyTemplateRequest, {"messages": [{"role": "user", "content": "x"}]})
+    assert request.add_generation_prompt
+
+
+# ---- what is refused, and how
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "text"),
+    [
+        ({"max_tokens": "5"}, "max_tokens", "should be an integer"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 1.5}, "max_tokens", "integer"),
+        ({"max_tokens": True}, "max_tokens", "integer"),
+        ({"max_tokens": 10**30}, "max_tokens", "less than or equal"),
+        ({"temperature": "0.5"}, "temperature", "number"),
+        ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
+        ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
+        ({"temperature": True}, "temperature", "number"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"stream": "true"}, "stream", "should be a boolean"),
+        ({"stream": 1}, "stream", "boolean"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 129}, "n", "less than or equal to 128"),
+        ({"stop": [1]}, "stop[0]", "should be a string"),
+        ({"stop": ""}, "stop", "at least 1 character"),
+        ({"stop": ["x"] * 17}, "stop", "at most 16 items"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1", "less than or equal to 100"),
+        ({"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
+        ({"stream": True, "stream_options": {"a": 1}}, "stream_options.a", "unknown field"),
+        ({"stream_options": {"include_usage": True}}, None, "needs stream: true"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, None, "differ"),
+        ({"top_logprobs": 2}, None, "needs logprobs: true"),
+        ({"foo": 1}, "foo", "unknown field"),
+        ({"model": ""}, "model", "at least 1 character"),
+        ({"model": None}, "model", "string"),
+        ({"add_generation_prompt": True, "continue_final_message": True}, None, "exclude"),
+        ({"mm_processor_kwargs": {"max_pixels": 0}}, "mm_processor_kwargs.max_pixels", "at least"),
+    ],
+)
+def test_wrong_fields(fields: dict[str, Any], param: str | None, text: str) -> None:
+    error = refused(body(**fields))
+    assert error.param == param
+    text = text.replace("at least", "greater than or equal") if "pixels" in str(param) else text
+    assert text in error.message
+    if param:
+        assert error.message.startswith(f"{param}: ")
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "text"),
+    [
+        ({"role": "user", "content": 5}, "messages[0].content", "a string or should be a list"),
+        ({"role": "user"}, "messages[0]", "should have content"),
+        ({"role": "user", "content": None}, "messages[0]", "should have content"),
+        ({"role": "assistant"}, "messages[0]", "should have content"),
+        ({"content": "x"}, "messages[0].role", "required"),
+        ({"role": "king", "content": "x"}, "messages[0].role", "'user'"),
+        ({"role": "user", "content": "x", "to": 1}, "messages[0].to", "unknown field"),
+        ("hi", "messages[0]", "should be an object"),
+    ],
+)
+def test_wrong_messages(message: Any, param: str, text: str) -> None:
+    error = refused({"model": "m", "messages": [message]})
+    assert (error.param, text in error.message) == (param, True), error.message
+
+
+@pytest.mark.parametrize(
+    ("part", "path", "text"),
+    [
+        ({"text": "x"}, "", "should have a type"),
+        ({"type": "picture"}, "", "of type text, image_url or image"),
+        ({"type": 5}, "", "type"),
+        ("x", "", "type"),
+        ({"type": "text"}, ".text", "required"),
+        ({"type": "text", "text": 5}, ".text", "should be a string"),
+        ({"type": "text", "text": "x", "text2": "y"}, ".text2", "unknown field"),
+        ({"type": "image_url"}, ".image_url", "required"),
+        ({"type": "image_url", "image_url": 5}, ".image_url", "a string or should be an object"),
+        ({"type": "image_url", "image_url": {}}, ".image_url.url", "required"),
+        ({"type": "image_url", "image_url": {"url": 5}}, ".image_url.url", "a string"),
+        ({"type": "image_url", "image_url": {"url": " "}}, ".image_url.url", "not be empty"),
+        (
+            {"type": "image_url", "image_url": {"url": URL, "detail": "x"}},
+            ".image_url.detail",
+            "'low'",
+        ),
+        ({"type": "image"}, "", "exactly one"),
+        ({"type": "image", "image": URL, "url": URL}, "", "exactly one"),
+        ({"type": "image", "image": URL, "max_pixels": "9"}, ".max_pixels", "integer"),
+    ],
+)
+def test_wrong_parts(part: Any, path: str, text: str) -> None:
+    error = refused(body([{"type": "text", "text": "see:"}, part]))
+    assert error.param == "messages[0].content[1]" + path
+    assert text in error.message
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "picture.png"},
+        {"type": "image", "image": "/etc/passwd"},
+        {"type": "image", "image": "not a url at all, really"},
+        {"type": "image", "image": URL, "min_pixels": 9, "max_pixels": 8},
+    ],
+)
+def test_pictures_that_name_nothing(part: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        _ = chat([part]).images
+    assert caught.value.param is not None
+    assert caught.value.param.startswith("messages[0].content[0]")
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_parts_of_other_servers(kind: str) -> None:
+    error = refused(body([{"type": kind, kind: {"url": URL}}]), UnsupportedFeature)
+    assert error.param == "messages[0].content[0].type"
+    assert kind in error.message
+    assert error.code == "unsupported"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}),
+        ("modalities", ["text", "audio"]),
+        ("store", True),
+        ("use_beam_search", True),
+        ("best_of", 2),
+        ("best_of", True),  # Not 1.
+        ("chat_template", "{{ x }}"),
+        ("guided_json", {}),
+    ],
+)
+def test_fields_of_other_servers(name: str, value: Any) -> None:
+    error = refused(body(**{name: value}), UnsupportedFeature)
+    assert error.param == name
+    assert error.message.startswith(f"{name}: not supported by this server; ")
+
+
+def test_uuid_says_what_to_send() -> None:
+    part = {"type": "image_url", "image_url": {"url": URL}, "uuid": "a"}
+    assert "the picture itself" in refused(body([part]), UnsupportedFeature).message
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"x"',
+        b"null",
+        b"\xff\xfe",
+        b'{"model": "\\ud800"}',
+        b'{"temperature": NaN}',
+        b'{"temperature": Infinity}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+    ],
+)
+def test_bodies_that_are_not_objects_of_json(raw: bytes) -> None:
+    assert refused(raw).param is None
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+def test_numbers_beyond_floats(number: str) -> None:
+    raw = json.dumps(body(top_p="?")).replace('"?"', number).encode()
+    assert refused(raw).param == "top_p"
+
+
+def test_values_are_never_repeated() -> None:
+    secret = "s3cret" * 10_000
+    for fields in ({"temperature": secret}, {"messages": secret}, {"stop": [{"a": secret}]}):
+        assert "s3cret" not in refused({**body(), **fields}).message
+    long_name = "n" * 5_000
+    assert len(refused(body(**{long_name: 1})).message) < 200
+    many = refused(body(**{f"unknown{i}": 1 for i in range(100)}))
+    assert many.message.endswith("and 95 more")
+    assert many.code == "unknown_field"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({f"f{i}": 1 for i in range(100_000)}, "too many fields"),
+        ({"messages": [1] * 100_000}, "should be an object"),
+        ({"messages": [{"role": "user", "content": [{}] * 100_000}]}, "should have a type"),
+        ({"messages": [{"role": "user", "content": ""}] * 100_000}, "at most 65536"),
+        ({"metadata": {f"f{i}": 1 for i in range(100_000)}}, "at most 64"),
+        ({"logit_bias": {f"{i}": "x" for i in range(100_000)}}, "at most 1024"),
+        ({"allowed_token_ids": ["x"] * 100_000}, "should be an integer"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_body_of_many_problems_is_refused_as_fast_as_one(
+    fields: dict[str, Any], text: str
+) -> None:
+    raw = json.dumps({**body(), **fields})
+    for ignore in (False, True):
+        began = time.monotonic()
+        with pytest.raises(InvalidRequest, match=text) as caught:
+            parse(ChatRequest, raw, ignore_unknown=ignore)
+        assert ";" not in caught.value.message  # One problem, of many.
+        assert time.monotonic() - began < 5  # Minutes, and a kilobyte a problem, where all count.
+
+
+def test_many_unknown_fields_everywhere() -> None:
+    parts = [{"type": "text", "text": "x", **{f"f{i}": 1 for i in range(200)}}] * 500
+    assert "and many more" in refused(body(parts)).message
+    raw = json.dumps(body(parts)).encode()
+    request, ignored = parse(ChatRequest, raw, ignore_unknown=True)
+    assert ignored[0] == "messages[0].content[0].f0"
+    assert len(ignored) == 100
+    assert request.messages[0].content[499].text == "x"  # type: ignore[index, union-attr]
+
+
+def test_unknown_fields_can_be_ignored() -> None:
+    part = {"type": "text", "text": "x", "cache_control": {}}
+    request, ignored = parse(ChatRequest, body([part], foo=1, bar={"baz": 2}), ignore_unknown=True)
+    assert set(ignored) == {"messages[0].content[0].cache_control", "foo", "bar"}
+    assert request.messages[0].content[0].text == "x"  # type: ignore[index, union-attr]
+    with pytest.raises(InvalidRequest, match="max_tokens"):
+        parse(ChatRequest, body(foo=1, max_tokens="x"), ignore_unknown=True)
+    with pytest.raises(UnsupportedFeature):
+        parse(ChatRequest, body(tools=[{}]), ignore_unknown=True)
+
+
+def test_arguments_of_earlier_calls() -> None:
+    def message(arguments: Any) -> Any:
+        call = {"type": "function", "id": "1", "function": {"name": "f", "arguments": arguments}}
+        fields = {"model": "m", "messages": [{"role": "assistant", "tool_calls": [call]}]}
+        return parse(ChatRequest, fields)[0].messages[0].tool_calls[0]  # type: ignore[index]
+
+    assert call_arguments(message('{"a": 1}'), "x") == {"a": 1}
+    assert call_arguments(message({"a": 1}), "x") == {"a": 1}
+    assert call_arguments(message(""), "x") == {}
+    for wrong in ("[1]", "{", "5"):
+        with pytest.raises(InvalidRequest, match="JSON object") as caught:
+            call_arguments(message(wrong), "messages[0].tool_calls[0]")
+        assert caught.value.param == "messages[0].tool_calls[0].function.arguments"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+NAMES = st.sampled_from(sorted({*ChatRequest.model_fields, *FIELDS, "role", "content", "type"}))
+
+
+@settings(max_examples=300, deadline=None)
+@given(fields=st.dictionaries(NAMES, JSON, max_size=5), messages=JSON)
+def test_any_json_is_parsed_or_refused(fields: dict[str, Any], messages: Any) -> None:
+    raw = {"model": "m", "messages": messages, **fields}
+    for ignore in (False, True):
+        try:
+            parse(ChatRequest, raw, ignore_unknown=ignore)
+        except InvalidRequest as error:
+            assert len(error.message) < 2000

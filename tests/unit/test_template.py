@@ -1,0 +1,273 @@
+"""Rendered chats are, character for character and id for id, what Hugging Face makes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from gateway.chat import ChatRenderer
+from gateway.schemas import ApplyTemplateRequest, parse
+from gateway.template import ChatTemplate, load_template
+from gateway.tokenizer import Tokenizer
+from opticnerve.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextLengthExceeded,
+    InvalidRequest,
+)
+from tests import vocabularies as v
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": parts[0] if isinstance(parts[0], str) else list(parts)}
+
+
+def assistant(words: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": words, **more}
+
+
+def system(words: str) -> dict[str, Any]:
+    return {"role": "system", "content": words}
+
+
+def request(*messages: dict[str, Any], **fields: Any) -> ApplyTemplateRequest:
+    return parse(ApplyTemplateRequest, {"messages": list(messages), **fields})[0]
+
+
+def placed(directory: Path, image_token: str) -> ChatRenderer:
+    image_token_id = AutoTokenizer.from_pretrained(directory).convert_tokens_to_ids(image_token)
+    return ChatRenderer.load(directory, v.layout(image_token, image_token_id, "<|video_pad|>"))
+
+
+def wanted(directory: Path, messages: list[dict[str, Any]], **kwargs: Any) -> tuple[str, list[int]]:
+    """What Hugging Face's processor makes of ``messages``: the string, and its ids."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    template = (directory / "chat_template.jinja").read_text()
+    prompt = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, **kwargs
+    )
+    framed = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    return prompt, tokenizer(prompt, add_special_tokens=not framed)["input_ids"]
+
+
+def check(renderer: ChatRenderer, directory: Path, *messages: dict[str, Any], **kwargs: Any) -> str:
+    """Renders here and there; content forms are Hugging Face's after ``normalise``."""
+    asked = request(*messages, **kwargs)
+    rendered = renderer.render(asked)
+    more = dict(kwargs)
+    more.update(more.pop("chat_template_kwargs", {}))
+    more.setdefault("add_generation_prompt", not more.get("continue_final_message", False))
+    prompt, ids = wanted(directory, renderer.normalise(asked.messages), **more)
+    assert rendered.prompt == prompt
+    assert list(rendered.token_ids) == ids
+    return rendered.prompt
+
+
+CHATS: dict[str, list[dict[str, Any]]] = {
+    "one turn": [user("What is above the green triangle?")],
+    "picture": [user(IMAGE, text("What is this?"))],
+    "two pictures": [user(IMAGE, text("and"), IMAGE, text("differ how?"))],
+    "system": [system("Be brief.  "), user("  hello \n")],
+    "turns": [user(IMAGE, text("a?")), assistant("A cat."), user("sure?")],
+    "unicode": [user("你好 café e\u0301 👩‍👩‍👧 \u200b\ufeff \ue000")],
+    "odd": [user("{{ 7 * 7 }} {% if %} <b>&amp;</b> 'quotes' \"double\" \\n")],
+    "empty": [user("")],
+}
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_the_demo_template(chat: str) -> None:
+    renderer = ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT)
+    check(renderer, v.DEMO, *CHATS[chat])
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_chatml_with_lists_and_trim(chat: str, tmp_path: Path) -> None:
+    directory = v.byte_level(tmp_path, v.CHATML)
+    check(placed(directory, "<|image_pad|>"), directory, *CHATS[chat])
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_llava_style_takes_lists_only(chat: str, tmp_path: Path) -> None:
+    directory = v.sentencepiece(tmp_path, v.LLAVA)
+    renderer = placed(directory, "<image>")
+    prompt = check(renderer, directory, *CHATS[chat])
+    if chat == "one turn":
+        assert prompt == "USER: What is above the green triangle? ASSISTANT:"
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_specials_built_from_pieces(chat: str, tmp_path: Path) -> None:
+    directory = v.byte_level(tmp_path, v.PIECES)
+    renderer = placed(directory, "<|image_pad|>")
+    ids = renderer.render(request(*CHATS[chat])).token_ids
+    check(renderer, directory, *CHATS[chat])
+    assert renderer.tokenizer.id_of("<|user|>") in ids
+
+
+def test_llama_style_writes_its_own_start(tmp_path: Path) -> None:
+    directory = v.sentencepiece(tmp_path, v.LLAMA)
+    renderer = placed(directory, "<image>")
+    chat = [user("  hi there "), assistant("Hello."), user("the quick brown fox")]
+    prompt = check(renderer, directory, *chat)
+    assert prompt.startswith("<s>[INST] hi there [/INST] Hello. </s>")
+    assert renderer.render(request(*chat)).token_ids.count(1) == 1  # One <s>, not two.
+
+
+def test_a_string_template_joins_text_parts(tmp_path: Path) -> None:
+    directory = v.sentencepiece(tmp_path, v.LLAMA)
+    renderer = placed(directory, "<image>")
+    rendered = renderer.render(request(user(text("one"), text("two"))))
+    assert rendered.prompt == "<s>[INST] one\ntwo [/INST]"
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_switches_reach_the_template(thinking: bool, tmp_path: Path) -> None:
+    directory = v.byte_level(tmp_path, v.THINKING)
+    renderer = placed(directory, "<|image_pad|>")
+    chat = [
+        user("q"),
+        assistant("<think>\nhm\n</think>\n\nan answer"),
+        assistant(
+            "",
+            tool_calls=[
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+            ],
+        ),
+        {"role": "tool", "content": '{"temperature": 4}', "tool_call_id": "1"},
+        user("again"),
+    ]
+    prompt = check(renderer, directory, *chat, chat_template_kwargs={"enable_thinking": thinking})
+    assert "hm" not in prompt
+    assert ("<think>" in prompt) != thinking
+    think = renderer.tokenizer.id_of("<think>")
+    assert (think in renderer.render(request(*chat)).token_ids) is False
+
+
+@pytest.mark.parametrize("ending", ["I see", "I see a ", [text("I "), text("see\n")]])
+@pytest.mark.parametrize("template", [v.CHATML, None])
+def test_the_last_message_is_continued(ending: Any, template: str | None, tmp_path: Path) -> None:
+    directory = v.DEMO if template is None else v.byte_level(tmp_path, template)
+    renderer = placed(directory, "<|image_pad|>")
+    chat = [user("what?"), {"role": "assistant", "content": ending}]
+    prompt = check(renderer, directory, *chat, continue_final_message=True)
+    assert not prompt.rstrip().endswith("<|im_end|>")
+
+
+def test_without_a_generation_prompt(tmp_path: Path) -> None:
+    directory = v.byte_level(tmp_path, v.PIECES)
+    check(placed(directory, "<|image_pad|>"), directory, user("x"), add_generation_prompt=False)
+
+
+def test_developer_is_system() -> None:
+    renderer = ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT)
+    developer = renderer.render(request({"role": "developer", "content": "Be kind."}, user("hi")))
+    assert developer == renderer.render(request(system("Be kind."), user("hi")))
+
+
+def test_the_clock_stands_still_between_renderings(tmp_path: Path) -> None:
+    template = "{{ strftime_now('%H:%M:%S.%f') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    directory = v.byte_level(tmp_path, template)
+    renderer = placed(directory, "<|image_pad|>")
+    assert renderer.render(request(user("<|im_end|>"))).prompt.endswith("<|im_end|>")
+
+
+# ---- what goes wrong is a 400 that says so
+
+
+def test_a_template_may_refuse(tmp_path: Path) -> None:
+    renderer = placed(v.sentencepiece(tmp_path, v.LLAMA), "<image>")
+    with pytest.raises(InvalidRequest, match="roles must alternate"):
+        renderer.render(request(user("a"), user("b")))
+
+
+def test_a_template_that_fails_is_explained(tmp_path: Path) -> None:
+    renderer = placed(
+        v.byte_level(tmp_path, "{{ messages[5].content.nothing() }}"), "<|image_pad|>"
+    )
+    with pytest.raises(InvalidRequest, match="chat template") as caught:
+        renderer.render(request(user("a")))
+    assert caught.value.http_status == 400
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{% set n = namespace(_x=1) %}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+    ],
+)
+def test_the_sandbox_holds(template: str, tmp_path: Path) -> None:
+    renderer = placed(v.byte_level(tmp_path, template), "<|image_pad|>")
+    with pytest.raises(InvalidRequest):
+        renderer.render(request(user("a")))
+
+
+def test_a_template_without_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.template.MAX_CHARACTERS", 2**16)
+    template = "{% for i in range(99999) %}{{ messages[0].content * 1000 }}{% endfor %}"
+    renderer = placed(v.byte_level(tmp_path, template), "<|image_pad|>")
+    with pytest.raises(InvalidRequest, match="too much"):
+        renderer.render(request(user("abc")))
+
+
+def test_pictures_without_a_place(tmp_path: Path) -> None:
+    renderer = placed(v.sentencepiece(tmp_path, v.LLAMA), "<image>")
+    with pytest.raises(InvalidRequest, match=r"0 places for pictures.*bring 1 picture"):
+        renderer.render(request(user(IMAGE, text("x"))))
+
+
+def test_messages_that_could_never_fit() -> None:
+    renderer = ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT)
+    with pytest.raises(ContextLengthExceeded, match="8192 tokens"):
+        renderer.render(request(user("hello " * 100_000)))
+
+
+def test_names_that_requests_may_not_set() -> None:
+    renderer = ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT)
+    for name in ("messages", "eos_token", "add_generation_prompt", "strftime_now", "no name"):
+        with pytest.raises(InvalidRequest, match="chat_template_kwargs"):
+            renderer.render(request(user("x"), chat_template_kwargs={name: "x"}))
+
+
+# ---- where templates come from
+
+
+def test_where_a_template_is_found(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"chat_template": [{"name": "default", "template": "in config"}]}
+    assert load_template(tmp_path, config) == "in config"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "in json"}))
+    assert load_template(tmp_path, config) == "in json"
+    (tmp_path / "chat_template.jinja").write_text("in jinja")
+    assert load_template(tmp_path, config) == "in jinja"
+    (tmp_path / "other").write_text("in file")
+    assert load_template(tmp_path, config, str(tmp_path / "other")) == "in file"
+    assert load_template(tmp_path, config, "{{ messages }}") == "{{ messages }}"
+    with pytest.raises(ConfigError, match="no file"):
+        load_template(tmp_path, config, "missing.jinja")
+
+
+def test_no_template_and_a_broken_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="--chat-template"):
+        load_template(tmp_path, {})
+    tokenizer = Tokenizer.load(v.DEMO)
+    with pytest.raises(CheckpointError, match="line 1"):
+        ChatTemplate("{% for %}", tokenizer.aliases)
+
+
+def test_files_of_two_checkpoints() -> None:
+    with pytest.raises(CheckpointError, match="not of one checkpoint"):
+        ChatRenderer.load(v.DEMO, v.layout("<|image_pad|>", 5))

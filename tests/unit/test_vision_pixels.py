@@ -1,0 +1,88 @@
+"""Pixels equal those of the Pillow-backed Hugging Face image processors, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from opticnerve.errors import PlanMismatch
+from opticnerve.media.plan import Structure
+from opticnerve.models import registry
+from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.models.family import Layout, Preprocessor
+from tests.checkpoints import FAMILIES, make_checkpoint
+from tests.reference import image_processor, picture
+
+MakeCheckpoint = Callable[..., Path]
+
+SIZES = [(56, 56), (100, 80), (300, 200), (57, 201), (120, 120), (28, 400), (1024, 768), (9, 13)]
+
+
+def open_side(path: Path) -> tuple[Layout, Preprocessor]:
+    checkpoint = Checkpoint.open(str(path), side="encoder")
+    tower = registry.load_tower(checkpoint, "float32", "cpu")
+    return registry.make_layout(checkpoint), tower.preprocess
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pixels_equal_the_reference(
+    family: str, size: tuple[int, int], random_checkpoint: MakeCheckpoint
+) -> None:
+    path = random_checkpoint(family)
+    layout, preprocess = open_side(path)
+    image = picture(*size)
+    plan = layout.plan(Structure("png", *size))
+    expected = image_processor(path, family)(image, return_tensors="np")
+    pixels = preprocess(image, plan)
+    assert pixels.dtype == np.float32
+    assert pixels.flags.c_contiguous
+    assert np.array_equal(pixels, expected["pixel_values"])
+    if family != "llava":
+        assert expected["image_grid_thw"].tolist() == [[plan.grid.t, plan.grid.h, plan.grid.w]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"resample": 2},
+        {"rescale_factor": 1 / 127.5, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.9, 0.8, 0.7]},
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
+def test_other_settings_are_obeyed(
+    family: str, settings: dict[str, object], tmp_path: Path
+) -> None:
+    path = make_checkpoint(family, tmp_path, **settings)
+    layout, preprocess = open_side(path)
+    image = picture(90, 130)
+    expected = image_processor(path, family)(image, return_tensors="np")["pixel_values"]
+    assert np.array_equal(preprocess(image, layout.plan(Structure("png", 90, 130))), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
+def test_a_picture_of_another_size_than_planned_is_refused(
+    family: str, random_checkpoint: MakeCheckpoint
+) -> None:
+    layout, preprocess = open_side(random_checkpoint(family))
+    plan = layout.plan(Structure("png", 100, 80))
+    with pytest.raises(PlanMismatch, match="is 80x100, its header said 100x80"):
+        preprocess(picture(80, 100), plan)
+    with pytest.raises(PlanMismatch, match="mode L"):
+        preprocess(Image.new("L", (100, 80)), plan)
+
+
+def test_a_turned_picture_has_its_displayed_size(random_checkpoint: MakeCheckpoint) -> None:
+    layout, preprocess = open_side(random_checkpoint("qwen2_vl"))
+    plan = layout.plan(Structure("jpeg", 100, 80, orientation=6))
+    upright = layout.plan(Structure("jpeg", 80, 100))
+    assert replace(plan, width=80, height=100, orientation=1) == upright
+    image = picture(80, 100)
+    assert np.array_equal(preprocess(image, plan), preprocess(image, upright))

@@ -1,0 +1,207 @@
+"""What a request does about rows that are missing: tries, asks, waits, gives up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from llm_service.waits import MAX_REPEATS, Needed, Waits
+from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
+from opticnerve.errors import (
+    EmbeddingCorrupt,
+    EmbeddingEvicted,
+    EmbeddingNotFound,
+    InvalidMedia,
+    InvalidRequest,
+)
+
+KEY = "a" * 64
+
+
+def ref(tag: str = "", rows: int = 4) -> EmbeddingRef:
+    spec = TensorSpec("rows", "F32", (rows, 8))
+    return EmbeddingRef(KEY, "f", (spec,), rows, Location(fetch_address=tag))
+
+
+@dataclass
+class World:
+    """Engine, source and caller of one request, and what they were told."""
+
+    waits: Waits = field(init=False)
+    ready: list[str] = field(default_factory=list)
+    failed: list[Exception] = field(default_factory=list)
+    needed: list[Needed] = field(default_factory=list)
+    tried: list[EmbeddingRef] = field(default_factory=list)
+    outcome: Callable[[EmbeddingRef], Awaitable[None]] | None = None
+
+    def rows_ready(self, key: str) -> None:
+        self.ready.append(key)
+
+    def rows_failed(self, request_id: str, key: str, error: Exception) -> None:
+        self.failed.append(error)
+
+    async def ensure(self, given: EmbeddingRef) -> None:
+        self.tried.append(given)
+        if self.outcome is not None:
+            await self.outcome(given)
+
+
+def world(first: EmbeddingRef | None, wait_s: float = 30.0, min_rows: int = 4) -> World:
+    made = World()
+    made.waits = Waits("r", {KEY: first}, {KEY: min_rows}, wait_s, made, made, made.needed.append)
+    return made
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def raising(error: Exception) -> Callable[[EmbeddingRef], Awaitable[None]]:
+    async def fail(given: EmbeddingRef) -> None:
+        raise error
+
+    return fail
+
+
+def test_nothing_happens_before_the_engine_asks() -> None:
+    async def body() -> None:
+        made = world(ref())
+        await settle()
+        assert made.tried == []
+        made.waits.wanted([KEY], False)
+        await settle()
+        assert made.ready == [KEY]
+        assert made.needed == []
+
+    asyncio.run(body())
+
+
+def test_a_reference_that_comes_first_is_used_when_asked() -> None:
+    async def body() -> None:
+        made = world(None)
+        made.waits.ready(ref())
+        made.waits.wanted([KEY], False)
+        await settle()
+        assert made.ready == [KEY]
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("error", "preempted", "reason"),
+    [
+        (EmbeddingNotFound("x"), False, "NOT_FOUND"),
+        (EmbeddingEvicted("x"), False, "EVICTED"),
+        (EmbeddingEvicted("x"), True, "PREEMPTED"),
+        (EmbeddingCorrupt("x"), True, "CORRUPT"),
+        (ValueError("a bug"), False, "NOT_FOUND"),
+    ],
+)
+def test_the_caller_is_told_why(error: Exception, preempted: bool, reason: str) -> None:
+    async def body() -> None:
+        made = world(ref())
+        made.outcome = raising(error)
+        made.waits.wanted([KEY], preempted)
+        await settle()
+        assert [(needed.keys, needed.reason) for needed in made.needed] == [((KEY,), reason)]
+        made.outcome = None
+        made.waits.ready(ref("again"))
+        await settle()
+        assert made.ready == [KEY]
+        made.waits.close()
+
+    asyncio.run(body())
+
+
+def test_the_third_failure_ends_it() -> None:
+    async def body() -> None:
+        made = world(ref())
+        error = EmbeddingCorrupt("x")
+        made.outcome = raising(error)
+        made.waits.wanted([KEY], False)
+        for _ in range(2):
+            await settle()
+            assert made.failed == []
+            made.waits.ready(ref())
+        await settle()
+        assert made.failed == [error]
+        assert len(made.needed) == 2
+        made.waits.close()
+
+    asyncio.run(body())
+
+
+def test_a_newer_reference_is_tried_before_the_caller_is_asked() -> None:
+    async def body() -> None:
+        made = world(ref("old"))
+
+        async def slow(given: EmbeddingRef) -> None:
+            await asyncio.sleep(0)
+            if given.location.fetch_address == "old":
+                made.waits.ready(ref("new"))
+                raise EmbeddingNotFound("x")
+
+        made.outcome = slow
+        made.waits.wanted([KEY], False)
+        await settle()
+        await settle()
+        assert made.ready == [KEY]
+        assert made.needed == []
+        assert [given.location.fetch_address for given in made.tried] == ["old", "new"]
+
+    asyncio.run(body())
+
+
+def test_the_deadline() -> None:
+    async def body() -> None:
+        made = world(None, wait_s=0.01)
+        made.waits.wanted([KEY], False)
+        async with asyncio.timeout(10):
+            while not made.failed:
+                await asyncio.sleep(0.002)
+        assert isinstance(made.failed[0], EmbeddingNotFound)
+        in_time = world(None, wait_s=0.05)
+        in_time.waits.wanted([KEY], False)
+        in_time.waits.ready(ref())
+        await asyncio.sleep(0.1)
+        assert in_time.ready == [KEY]
+        assert in_time.failed == []
+
+    asyncio.run(body())
+
+
+def test_rows_that_never_stay_do_not_go_round_for_ever() -> None:
+    async def body() -> None:
+        made = world(ref())
+        for _ in range(MAX_REPEATS + 1):
+            made.waits.wanted([KEY], False)
+            await settle()
+        assert len(made.ready) == MAX_REPEATS
+        assert isinstance(made.failed[0], EmbeddingNotFound)
+        preempted = world(ref())
+        for _ in range(3 * MAX_REPEATS):
+            preempted.waits.wanted([KEY], True)
+            await settle()
+        assert preempted.failed == []
+
+    asyncio.run(body())
+
+
+def test_what_the_caller_may_not_send() -> None:
+    async def body() -> None:
+        made = world(ref())
+        with pytest.raises(InvalidRequest, match="rows"):
+            made.waits.ready(ref(rows=3))
+        with pytest.raises(InvalidRequest, match="no item"):
+            made.waits.failed("b" * 64, InvalidMedia("x"))
+        with pytest.raises(InvalidRequest, match="rows"):
+            world(ref(rows=3))
+        error = InvalidMedia("not a picture")
+        made.waits.failed(KEY, error)
+        assert made.failed == [error]
+
+    asyncio.run(body())
