@@ -1,6 +1,7 @@
 """A server's life: health, reflection, errors at the edge, drain."""
 
 import asyncio
+import contextlib
 import signal
 import subprocess
 import sys
@@ -153,3 +154,27 @@ def test_a_call_to_a_process_that_hangs_breaks():
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_start_that_fails_while_health_is_asked_leaves_no_traceback(caplog):
+    """A call that is cancelled before its handler's first step is an error in gRPC's log."""
+
+    async def asker(channel):
+        stub = health_pb2_grpc.HealthStub(channel)
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await stub.Check(health_pb2.HealthCheckRequest(service=SERVICE))
+
+    async def failed_start():
+        async with Server(RpcConfig(), SERVICE) as server:
+            await server.start()
+            channel = open_channel(server.address)
+            askers = [asyncio.create_task(asker(channel)) for _ in range(8)]
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        for task in askers:
+            task.cancel()
+        await channel.close()
+
+    for _ in range(10):
+        asyncio.run(failed_start())
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
