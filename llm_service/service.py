@@ -156,13 +156,14 @@ def _open_store(settings: LLMConfig) -> Store:
 def _identity(
     settings: LLMConfig, checkpoint: Checkpoint, layout: Layout, store: Store
 ) -> Identity:
-    dtype = resolve_dtype(settings.model.dtype, checkpoint)
+    device = resolve_device(settings.model.device)
+    dtype = resolve_dtype(settings.model.dtype, checkpoint, device)
     return Identity(
         fingerprint=language_fingerprint(checkpoint, cast(Language, SimpleNamespace(dtype=dtype))),
         pair_id=checkpoint.pair_id,
         family=checkpoint.family,
         attention=make_backend(settings.attention).name,
-        device=str(resolve_device(settings.model.device)),
+        device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         hidden_size=layout.hidden_size,
         shm_tier_id=store.tier_id,

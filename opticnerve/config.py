@@ -47,7 +47,10 @@ class ModelConfig:
     revision: str | None = option(None, "hub revision: branch, tag or commit")
     download_dir: str | None = option(None, "where hub checkpoints are kept")
     dtype: str = option(
-        "auto", "weights and activations", choices=("auto", "float32", "float16", "bfloat16")
+        "auto",
+        "weights and activations; auto: the checkpoint's own, or float32 on a CPU that has no "
+        "arithmetic in that one",
+        choices=("auto", "float32", "float16", "bfloat16"),
     )
     device: str = option("auto", "cpu, cuda, cuda:N; auto takes CUDA where there is one")
     threads: int = option(0, "CPU threads for tensor work; 0: all cores but one")

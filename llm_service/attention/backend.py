@@ -79,16 +79,12 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
+        self, layer: int, query: torch.Tensor, key_value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """``query`` [T, heads, head_dim], ``key`` and ``value`` [T, kv_heads, head_dim].
+        """``query`` [T, heads, head_dim], ``key_value`` [T, 2 * kv_heads, head_dim]: the keys of
+        every head, then the values. Neither needs to be contiguous, but for its last dimension.
 
-        Writes key and value into the layer's pages and returns [T, heads, head_dim].
+        Writes keys and values into the layer's pages and returns [T, heads, head_dim].
         """
 
     @abstractmethod

@@ -1,8 +1,8 @@
-"""The bridge from transformers' attention interface to a backend: one custom op a layer.
+"""The bridge from a model's layers to a backend: one custom op a layer.
 
-``ATTENTION_NAME`` is registered with transformers; a model loaded with it calls
-``paged_attention`` in every layer. Which pages it means is decided by the runner that is
-executing in this thread (``active``), so that one process may hold several engines.
+``ATTENTION_NAME`` is registered with transformers, whose layers then call ``paged_attention``, and
+for fused layers, which call ``attend_packed``. Which pages they mean is decided by the runner that
+is executing in this thread (``active``), so that one process may hold several engines.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from transformers import AttentionInterface
 
 from opticnerve.errors import EngineFailure
+from opticnerve.models.fused import register_packed
 
 if TYPE_CHECKING:
     from llm_service.attention.backend import AttentionBackend
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 ATTENTION_NAME = "opticnerve_paged"
 
 _LIBRARY = torch.library.Library("opticnerve", "DEF")
-_LIBRARY.define("attend(Tensor query, Tensor key, Tensor value, int layer, float scale) -> Tensor")
+_LIBRARY.define("attend(Tensor query, Tensor key_value, int layer, float scale) -> Tensor")
 
 
 class _Active(threading.local):
@@ -43,17 +44,15 @@ def active(backend: AttentionBackend) -> Iterator[None]:
         _active.backend = before
 
 
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, scale: float
-) -> torch.Tensor:
+def _attend(query: torch.Tensor, key_value: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
     backend = _active.backend
     if backend is None:
         raise EngineFailure("a layer with paged attention ran outside of a model runner's step")
-    return backend.attend(layer, query, key, value, scale)
+    return backend.attend(layer, query, key_value, scale)
 
 
 def _attend_shape(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, scale: float
+    query: torch.Tensor, key_value: torch.Tensor, layer: int, scale: float
 ) -> torch.Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
@@ -80,14 +79,20 @@ def paged_attention(
     if attention_mask is not None:
         raise EngineFailure("paged attention takes no mask; the model made one")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    rows = _attend_op(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        module.layer_idx,
-        scale,
-    )
+    key_value = torch.cat((key[0], value[0])).transpose(0, 1)
+    rows = attend_packed(query[0].transpose(0, 1), key_value, module.layer_idx, scale)
     return rows.unsqueeze(0), None
 
 
+def attend_packed(
+    query: torch.Tensor, key_value: torch.Tensor, layer: int, scale: float
+) -> torch.Tensor:
+    """What fused layers call: see ``opticnerve.models.fused.PackedAttention``."""
+    if torch.compiler.is_compiling():
+        rows: torch.Tensor = _attend_op(query, key_value, layer, scale)
+        return rows
+    return _attend(query, key_value, layer, scale)  # The dispatcher costs several microseconds.
+
+
 AttentionInterface.register(ATTENTION_NAME, paged_attention)
+register_packed(ATTENTION_NAME, attend_packed)

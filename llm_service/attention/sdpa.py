@@ -190,27 +190,18 @@ class SdpaBackend(AttentionBackend):
     # ---- the arithmetic
 
     def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
+        self, layer: int, query: torch.Tensor, key_value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         pages = self._layers[layer]
-        tokens, heads, head_dim = query.shape
-        fresh = torch.cat((key, value), dim=1)
-        pages.view(-1, fresh.shape[1] * head_dim).index_copy_(
-            0, self._slots, fresh.view(tokens, -1)
-        )
+        pages.view(-1, *key_value.shape[1:]).index_copy_(0, self._slots, key_value)
         if not self._runs:
             parts = [self._decode(pages, group, query, scale) for group in self._groups]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
-        out = torch.empty((tokens, heads, head_dim), dtype=query.dtype, device=query.device)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for group in self._groups:
             out[group.begin : group.end] = self._decode(pages, group, query, scale)
         for run in self._runs:
-            self._attend_run(pages, run, query, key, value, scale, out)
+            self._attend_run(pages, run, query, key_value, scale, out)
         return out
 
     def _decode(
@@ -236,14 +227,13 @@ class SdpaBackend(AttentionBackend):
         pages: torch.Tensor,
         run: _Run,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key_value: torch.Tensor,
         scale: float,
         out: torch.Tensor,
     ) -> None:
         kv_heads, head_dim = pages.shape[3:]
         if run.pages is None:
-            keys, values = key[run.begin : run.end], value[run.begin : run.end]
+            keys, values = key_value[run.begin : run.end].chunk(2, dim=1)
         else:
             gathered = self._gather(pages, run.pages).view(-1, 2, kv_heads, head_dim)
             keys, values = gathered.unbind(1)

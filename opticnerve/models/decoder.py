@@ -148,7 +148,7 @@ def load_decoder(
         lambda: Decoder(model_class, config),
         checkpoint,
         KEY_MAP,
-        dtype=resolve_dtype(dtype, checkpoint),
+        dtype=resolve_dtype(dtype, checkpoint, resolve_device(device)),
         device=resolve_device(device),
         tied={"lm_head.weight": "model.embed_tokens.weight"} if tied else {},
         recomputed=rotary_buffers("model.rotary_emb"),

@@ -1,17 +1,21 @@
 """Matrix products with weights packed for the CPU, where that is faster.
 
-oneDNN multiplies with weights that it has laid out once for this CPU two to three times as fast
-as with plain ones (measured on an AMD CPU with AVX-512 at 1 to 2,000 rows). torch offers this to
-its own compiler's output, as operators that need no compiler: they are tried at first use, and
-what they cannot do, or do differently, stays with ``F.linear``.
+oneDNN can multiply with weights that it has laid out once for this CPU. On one CPU with AVX-512
+that took a half to a third of the time of plain weights at any number of rows; on one with AVX2
+it lost at one row, gained with large weights at a few rows, and never paid with small ones. So
+the two ways are timed where they will run, at load, once for each shape of weights. torch offers
+packed products to its own compiler's output, as operators that need no compiler: they are tried
+at first use, and what they cannot do, or do differently, stays with ``F.linear``.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,16 +24,20 @@ import torch.nn.functional as F
 
 log = logging.getLogger(__name__)
 
-# Multiplications (rows x weights, fp32) below which starting oneDNN costs more than it saves. A
-# weight that is small enough for this to happen is kept as it is, too.
-WORTH_IT = 600_000
+LARGE = 600_000  # Elements; a larger weight is kept in one form only.
+ROWS = (1, 2, 4, 16, 64, 256)  # Of the products that are timed.
+MOST_WORK = 1 << 30  # Multiplications of one timed product.
+REPEATS = 5
+CLEARLY = 0.95  # Of the plain product's time: what is no faster than that is not worth a form.
+
+Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Linear:
-    """``forward`` computes ``x @ weight.T + bias``. A large weight is kept in one form only:
-    as it is where ``pack`` is false, else packed where that is possible."""
+    """``forward`` computes ``x @ weight.T + bias``, x [rows, in]. ``pack`` false: with the weight
+    as it is."""
 
-    __slots__ = ("_bias", "_few_rows", "_packed", "_weight", "forward")
+    __slots__ = ("_bias", "_packed", "_packed_from", "_weight", "forward")
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, pack: bool = True
@@ -37,16 +45,23 @@ class Linear:
         self._bias = bias
         self._weight: torch.Tensor | None = weight
         self._packed: Any = None
-        self.forward: Callable[[torch.Tensor], torch.Tensor] = self._plain
-        if not pack or weight.device.type != "cpu" or not can_pack(weight.dtype):
+        self._packed_from = 0  # Rows.
+        self.forward: Product = self._plain
+        if pack and weight.device.type == "cpu" and can_pack(weight.dtype):
+            self._take_faster(weight)
+
+    def _take_faster(self, weight: torch.Tensor) -> None:
+        packed = _pack(weight)
+        ratios = _compare(weight, packed)
+        if weight.numel() > LARGE:
+            if _mean(ratios) < CLEARLY:
+                self._packed, self._weight, self.forward = packed, None, self._fast
             return
-        self._packed = _pack(weight)
-        self._few_rows = WORTH_IT // weight.numel() if weight.dtype == torch.float32 else 0
-        if self._few_rows:
-            self.forward = self._either
-        else:
-            self._weight = None
-            self.forward = self._fast
+        slower = [rows for rows, ratio in zip(ROWS, ratios, strict=False) if ratio >= CLEARLY]
+        if slower and slower[-1] == ROWS[len(ratios) - 1]:
+            return
+        self._packed, self.forward = packed, self._either
+        self._packed_from = slower[-1] + 1 if slower else 0
 
     def tensors(self) -> list[torch.Tensor]:
         """What is held in memory."""
@@ -60,7 +75,7 @@ class Linear:
         return _multiply(x, self._packed, self._bias)
 
     def _either(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] <= self._few_rows:
+        if x.shape[0] < self._packed_from:
             return F.linear(x, self._weight, self._bias)
         return _multiply(x, self._packed, self._bias)
 
@@ -104,3 +119,42 @@ def _pack(weight: torch.Tensor) -> Any:
 def _multiply(x: torch.Tensor, packed: Any, bias: torch.Tensor | None) -> torch.Tensor:
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return product
+
+
+_compared: dict[tuple[Any, ...], tuple[float, ...]] = {}
+
+
+def _compare(weight: torch.Tensor, packed: Any) -> tuple[float, ...]:
+    """Time of a product with ``packed`` over that with ``weight``, for each of ROWS that is not
+    too much work; timed once for a shape, a dtype and a number of threads."""
+    key = (*weight.shape, weight.dtype, torch.get_num_threads())
+    if key not in _compared:
+        most = max(1, MOST_WORK // weight.numel())
+        with torch.inference_mode():
+            _compared[key] = tuple(
+                _ratio(torch.zeros(rows, weight.shape[1], dtype=weight.dtype), weight, packed)
+                for rows in ROWS
+                if rows <= most
+            )
+    return _compared[key]
+
+
+def _ratio(x: torch.Tensor, weight: torch.Tensor, packed: Any) -> float:
+    """The two take turns, so that whatever else the machine does falls on both."""
+    times: tuple[list[float], list[float]] = ([], [])
+    products: tuple[Product, Product] = (
+        lambda x: _multiply(x, packed, None),
+        lambda x: F.linear(x, weight),
+    )
+    for _ in range(1 + REPEATS):  # The first sets kernels up.
+        for product, taken in zip(products, times, strict=True):
+            start = time.perf_counter()
+            product(x)
+            taken.append(time.perf_counter() - start)
+    fast, plain = (min(taken[1:]) for taken in times)
+    return fast / plain
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    """Geometric."""
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))

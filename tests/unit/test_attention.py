@@ -104,7 +104,7 @@ class Bench:
                 chunks=tuple(described),
             )
         )
-        got = self.backend.attend(layer, query, key, value, SCALE)
+        got = self.backend.attend(layer, query, torch.cat((key, value), dim=1), SCALE)
         row = 0
         for (history, count), start in zip(work, starts, strict=True):
             for offset in range(count):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from opticnerve.models import linear
-from opticnerve.models.linear import Linear, can_pack
+from opticnerve.models.linear import ROWS, Linear, can_pack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -29,12 +31,64 @@ def test_products_are_those_of_plain_weights(
             )
 
 
-def test_a_large_weight_is_kept_once() -> None:
-    large, small = torch.randn(1024, 640), torch.randn(24, 40)
-    copies = 1 + can_pack(torch.float32)
-    assert len(Linear(large).tensors()) == 1
-    assert len(Linear(small).tensors()) == copies
-    assert len(Linear(small, torch.randn(24)).tensors()) == copies + 1
+ALWAYS, NEVER = (0.5,) * len(ROWS), (1.5,) * len(ROWS)
+AT_MANY_ROWS = (2.0, 1.2, 0.9, 0.6, 0.5, 0.5)
+needs_packing = pytest.mark.skipif(
+    not can_pack(torch.float32), reason="this CPU or this torch does not pack weights"
+)
+
+
+@needs_packing
+@pytest.mark.parametrize(
+    "ratios, large_forms, small_forms",
+    [(ALWAYS, "packed", "both"), (AT_MANY_ROWS, "packed", "both"), (NEVER, "plain", "plain")],
+)
+def test_the_faster_form_is_kept_and_a_large_weight_once(
+    ratios: tuple[float, ...],
+    large_forms: str,
+    small_forms: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linear, "_compare", lambda weight, packed: ratios)
+    for shape, want in (((1024, 640), large_forms), ((24, 40), small_forms)):
+        weight, bias = torch.randn(shape), torch.randn(shape[0])
+        held = Linear(weight).tensors()
+        assert [tensor.is_mkldnn for tensor in held] == {
+            "packed": [True], "plain": [False], "both": [False, True]
+        }[want]  # fmt: skip
+        assert len(Linear(weight, bias).tensors()) == len(held) + 1
+        assert Linear(weight, pack=False).tensors() == [weight]
+
+
+@needs_packing
+def test_few_rows_take_the_plain_form_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linear, "_compare", lambda weight, packed: AT_MANY_ROWS)
+    packed_rows = []
+
+    def multiply(x: torch.Tensor, packed: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        packed_rows.append(len(x))
+        return torch.zeros(len(x), 24)
+
+    can_pack(torch.float32)
+    monkeypatch.setattr(linear, "_multiply", multiply)
+    layer = Linear(torch.randn(24, 40))
+    for rows in (1, 2, 3, 4, 5, 100):
+        layer.forward(torch.randn(rows, 40))
+    assert packed_rows == [3, 4, 5, 100]
+
+
+@needs_packing
+def test_every_number_of_rows_is_timed_but_too_much_work_is_not() -> None:
+    weight = torch.randn(48, 40)
+    assert len(linear._compare(weight, linear._pack(weight))) == len(ROWS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "MOST_WORK", 20 * 56 * 40)
+        weight = torch.randn(56, 40)
+        ratios = linear._compare(weight, linear._pack(weight))
+        assert len(ratios) == sum(rows <= 20 for rows in ROWS)
+        assert all(ratio > 0 for ratio in ratios)
 
 
 def test_without_the_operators_weights_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:

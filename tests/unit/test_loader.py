@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from opticnerve.errors import CheckpointError, ConfigError
-from opticnerve.models import decoder, linear, registry
+from opticnerve.models import decoder, linear, loader, registry
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.loader import (
     load_module,
@@ -240,14 +240,29 @@ def test_the_first_pattern_renames() -> None:
             rename(decoder.KEY_MAP, key)
 
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
 def test_auto_dtype_is_the_checkpoints(random_checkpoint: MakeCheckpoint) -> None:
     for layout in ("new", "old"):
         path = random_checkpoint("qwen2_vl", layout=layout, dtype=torch.bfloat16)
         checkpoint = Checkpoint.open(str(path))
-        assert resolve_dtype("auto", checkpoint) is torch.bfloat16
-        assert resolve_dtype("float32", checkpoint) is torch.float32
+        assert resolve_dtype("auto", checkpoint, CUDA) is torch.bfloat16
+        assert resolve_dtype("float32", checkpoint, CUDA) is torch.float32
         with pytest.raises(ConfigError, match="int8"):
-            resolve_dtype("int8", checkpoint)
+            resolve_dtype("int8", checkpoint, CPU)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_dtype_is_one_that_the_cpu_computes(
+    native: bool, random_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "computes", lambda dtype: native)
+    checkpoint = Checkpoint.open(str(random_checkpoint("qwen2_vl", dtype=torch.bfloat16)))
+    own = torch.bfloat16 if native else torch.float32
+    assert resolve_dtype("auto", checkpoint, CPU) is own
+    assert resolve_dtype("auto", checkpoint, CUDA) is torch.bfloat16
+    assert resolve_dtype("bfloat16", checkpoint, CPU) is torch.bfloat16
 
 
 def test_devices_that_are_not_there_are_refused() -> None:

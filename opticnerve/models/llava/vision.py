@@ -94,7 +94,7 @@ def load_tower(
         lambda: ClipProjector(config, layers, layout.strategy),
         checkpoint,
         KEY_MAP,
-        dtype=resolve_dtype(dtype, checkpoint),
+        dtype=resolve_dtype(dtype, checkpoint, resolve_device(device)),
         device=resolve_device(device),
         recomputed={"tower.embeddings.position_ids": _position_ids},
         ignored=(

@@ -36,7 +36,7 @@ def load_tower(
         lambda: Qwen2VisionTransformerPretrainedModel(config),
         checkpoint,
         KEY_MAP,
-        dtype=resolve_dtype(dtype, checkpoint),
+        dtype=resolve_dtype(dtype, checkpoint, resolve_device(device)),
         device=resolve_device(device),
         recomputed=rotary_buffers("rotary_pos_emb"),
     )
