@@ -7,6 +7,7 @@ requests or text; what fails for one sequence is that sequence's error in the re
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from llm_service.logprobs import ABSENT, describe
 from llm_service.memory import cache_budget
 from llm_service.plan import Sampled, Segment, StepPlan, StepResult, Work
 from llm_service.rows import RowSource
-from llm_service.sampler import Sampler
+from llm_service.sampler import Drawn, Sampler
 from llm_service.sequence import Logprobs
 from llm_service.slots import SlotTable
 from opticnerve.errors import (
@@ -262,10 +263,8 @@ class ModelRunner:
         drawn = self._sampler.sample(logits, batch.logit_slots, batch.output_positions)
         slots = self._to_device(batch.logit_slots)
         self._last_tokens.index_copy_(0, slots, drawn.token_ids)
-        # The step's one wait for the device.
-        possible = drawn.finite if drawn.possible is None else drawn.possible
-        report = torch.stack((drawn.token_ids, drawn.finite.long(), possible.long()))
-        token_ids, finite, left = report.tolist()
+        token_ids, best, left = _to_host(drawn)
+        finite = [math.isfinite(value) for value in best]
         failed: dict[int, Exception] = {}
         if not all(finite):
             failed |= self._not_finite(batch, finite)
@@ -275,7 +274,7 @@ class ModelRunner:
         self._sampler.observe(batch.logit_slots, token_ids)
         return _Drawn(token_ids, failed, self._token_logprobs(batch, logits, drawn.token_ids))
 
-    def _not_finite(self, batch: Batch, finite: list[int]) -> dict[int, Exception]:
+    def _not_finite(self, batch: Batch, finite: list[bool]) -> dict[int, Exception]:
         """Keeps what is broken in one sequence from whoever gets its pages next."""
         failed: dict[int, Exception] = {}
         for i, ok in enumerate(finite):
@@ -346,6 +345,17 @@ class ModelRunner:
             if not work.num_logits:
                 sampled[work.slot] = Sampled(work.slot, (), (), prompts.get(work.slot, ()))
         return sampled
+
+
+def _to_host(drawn: Drawn) -> tuple[list[int], list[float], list[bool]]:
+    """Tokens, best raw logits, and whether masks left anything; the step's one wait for the
+    device. An id is exact in fp64."""
+    columns = [drawn.token_ids.double(), drawn.best.double()]
+    if drawn.best_left is not None:
+        columns.append(drawn.best_left.double())
+    token_ids, best, *left = torch.stack(columns).tolist()
+    possible = [value > -math.inf for value in left[0]] if left else [True] * len(best)
+    return [int(token) for token in token_ids], best, possible
 
 
 def _block_size(backend: AttentionBackend, wanted: int) -> int:

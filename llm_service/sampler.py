@@ -74,11 +74,12 @@ def features_of(params: SamplingParams) -> Feature:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One row each. ``finite``: the raw logits were; ``possible``: the masks left a token."""
+    """One row each. The best logit tells whether the row was finite, and whether masks left any
+    token: the host reads both with the token, in its one wait for the device."""
 
     token_ids: torch.Tensor  # int64
-    finite: torch.Tensor  # bool
-    possible: torch.Tensor | None  # bool; None: no row had a mask.
+    best: torch.Tensor  # fp32, raw; not finite where any logit is NaN or +inf.
+    best_left: torch.Tensor | None  # fp32, after masks, -inf: nothing; None: no row had a mask.
 
 
 class Sampler:
@@ -166,21 +167,19 @@ class Sampler:
         A slot has at most one row.
         """
         best, greedy = logits.max(dim=-1)
-        finite = torch.isfinite(best)
         asked = Feature(int(np.bitwise_or.reduce(self._features[slots], initial=0)))
         if asked == Feature.NONE:
-            return Drawn(greedy, finite, None)
-        possible = None
+            return Drawn(greedy, best, None)
+        best_left = None
         if asked & REWRITES:
             logits = self._rewrite(logits.clone(), slots, positions, asked)
-            best, greedy = logits.max(dim=-1)
-            possible = best > -torch.inf
+            best_left, greedy = logits.max(dim=-1)
         tokens = greedy
         if asked & Feature.RANDOM:
             tokens = self._draw(logits, greedy, slots, positions, asked)
         if asked & Feature.PENALTIES:
             self._count_drawn(tokens, slots)
-        return Drawn(tokens, finite, possible)
+        return Drawn(tokens, best, best_left)
 
     def observe(self, slots: NDArray[np.int64], token_ids: list[int]) -> None:
         """What was drawn, once it is on the host: bad words of several tokens look back."""

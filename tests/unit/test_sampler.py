@@ -123,7 +123,7 @@ def test_not_finite_rows_are_reported() -> None:
     drawn = make(SamplingParams(), SamplingParams(), SamplingParams()).sample(
         logits, np.arange(3), np.zeros(3, dtype=np.int64)
     )
-    assert drawn.finite.tolist() == [True, False, False]
+    assert drawn.best.isfinite().tolist() == [True, False, False]
 
 
 def test_logit_bias_and_masks_touch_their_row_alone() -> None:
@@ -180,9 +180,9 @@ def test_masks_that_leave_nothing_are_reported() -> None:
         drawn = make(each, SamplingParams()).sample(
             torch.zeros(2, VOCAB), np.arange(2), np.zeros(2, dtype=np.int64)
         )
-        assert drawn.possible is not None
-        assert drawn.possible.tolist() == [False, True]
-        assert drawn.finite.all()
+        assert drawn.best_left is not None
+        assert drawn.best_left.tolist() == [-torch.inf, 0.0]
+        assert drawn.best.isfinite().all()
 
 
 # ---- penalties
