@@ -60,8 +60,9 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
     ) -> pb.EncodeResponse:
         upload = Upload(request_iterator)
         try:
-            return _response(await self._encode(upload, context.time_remaining()))
-        finally:  # A cancelled call's stream has ended: nothing is waited for then.
+            async with self._server.running.work():
+                return _response(await self._encode(upload, context.time_remaining()))
+        finally:  # A cancelled or cut call's stream has ended: nothing is waited for then.
             await upload.drain()
 
     async def _encode(self, upload: Upload, remaining_s: float | None) -> Answer:

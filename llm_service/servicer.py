@@ -87,6 +87,12 @@ class LLMServicer(llm_pb2_grpc.LLMServicer):
     async def Generate(  # type: ignore[override]  # It writes to its context.
         self, request_iterator: AsyncIterator[pb.GenerateIn], context: Context
     ) -> None:
+        async with self._server.running.work():
+            await self._generate(request_iterator, context)
+
+    async def _generate(
+        self, request_iterator: AsyncIterator[pb.GenerateIn], context: Context
+    ) -> None:
         loaded = self._ready()
         first = await anext(aiter(request_iterator), None)
         if first is None or not first.HasField("start"):

@@ -151,10 +151,11 @@ async def running(
     max_queue_patches: int = 0,
     max_item_bytes: int = 2**20,
     workers: int = 2,
+    drain_timeout_s: float = 10.0,
 ) -> AsyncIterator[Running]:
     backend = backend or FakeBackend()
     store = store or MemoryStore()
-    async with Server(RpcConfig(drain_timeout_s=10.0), SERVICE) as server:
+    async with Server(RpcConfig(drain_timeout_s=drain_timeout_s), SERVICE) as server:
         servicer = EncoderServicer(server)
         encoder_pb2_grpc.add_EncoderServicer_to_server(servicer, server.grpc)
         await server.start()

@@ -2,8 +2,8 @@
 
 Health (``grpc.health.v1``) is NOT_SERVING until ``ready()`` and again while draining; reflection
 is on. SIGTERM and SIGINT drain: health goes NOT_SERVING, new calls are refused, running calls get
-``drain_timeout_s``. In a process started by ``opticnerve up`` the parent's end is such a signal
-(``opticnerve.lifecycle``).
+``drain_timeout_s`` and then end with Unavailable (``opticnerve.drain``). In a process started by
+``opticnerve up`` the parent's end is such a signal (``opticnerve.lifecycle``).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from opticnerve.config import RpcConfig
+from opticnerve.drain import LAST_WORDS_S, Running
 from opticnerve.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ class Server:
 
     ``async with Server(config, "opticnerve.v1.LLM") as server:`` add the servicer to
     ``server.grpc``, then ``await server.start()``, load, ``await server.ready()`` and
-    ``await server.serve()``, which returns after the drain.
+    ``await server.serve()``, which returns after the drain. Calls that may take long work inside
+    ``server.running.work()``.
     """
 
     def __init__(self, config: RpcConfig, service: str) -> None:
@@ -52,6 +54,7 @@ class Server:
         self.grpc = grpc.aio.server(options=SERVER_OPTIONS)
         self.port = 0
         self.draining = False
+        self.running = Running("the worker")
         self._health = health_aio.HealthServicer()
         self._stop = asyncio.Event()
         self._signals = contextlib.ExitStack()
@@ -104,7 +107,10 @@ class Server:
             await self._stop.wait()
         self.draining = True
         await self._set_health(serving=False)
-        await self.grpc.stop(grace=self.config.drain_timeout_s)
+        patience = self.config.drain_timeout_s
+        cut = asyncio.get_running_loop().call_later(patience, self.running.cut)
+        await self.grpc.stop(grace=patience + LAST_WORDS_S)
+        cut.cancel()
 
     def stop(self) -> None:
         self._stop.set()

@@ -493,6 +493,22 @@ def test_draining_finishes_running_work_and_refuses_new(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_an_item_that_outlasts_the_drain_ends_with_a_typed_error(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path, drain_timeout_s=0.2) as service:
+            service.backend.hold()
+            call = service.encode(picture(0))
+            await entered(service)
+            service.server.stop()
+            serving = asyncio.create_task(service.server.serve())
+            error = await refusal(call)
+            assert isinstance(error, Unavailable) and "stopping" in error.message
+            assert error.retry_after_s
+            await asyncio.wait_for(serving, WAIT_S)
+
+    asyncio.run(scenario())
+
+
 def test_the_event_loop_answers_while_the_device_works(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as service:

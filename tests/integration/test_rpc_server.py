@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from opticnerve.config import RpcConfig
-from opticnerve.errors import ConfigError, InvalidRequest, Overloaded
+from opticnerve.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
 from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
 from opticnerve.rpc import errors as rpc_errors
 from opticnerve.rpc.channel import CHANNEL_OPTIONS, chunks, is_serving, open_channel
@@ -24,11 +24,13 @@ class Slow(encoder_pb2_grpc.EncoderServicer):
     def __init__(self):
         self.entered = asyncio.Event()
         self.release = asyncio.Event()
+        self.server = None
 
     @rpc_errors.unary
     async def Describe(self, request, context):
         self.entered.set()
-        await self.release.wait()
+        async with self.server.running.work():
+            await self.release.wait()
         return encoder_pb2.DescribeEncoderResponse(family="slow")
 
     @rpc_errors.streaming
@@ -49,7 +51,9 @@ async def health(address):
 
 async def scenario(test, **config):
     servicer = Slow()
-    async with Server(RpcConfig(drain_timeout_s=5, **config), SERVICE) as server:
+    config = {"drain_timeout_s": 5, **config}
+    async with Server(RpcConfig(**config), SERVICE) as server:
+        servicer.server = server
         encoder_pb2_grpc.add_EncoderServicer_to_server(servicer, server.grpc)
         await server.start()
         await test(server, servicer)
@@ -76,6 +80,27 @@ def test_not_serving_until_ready_and_while_draining():
             await health(server.address)
 
     asyncio.run(scenario(run))
+
+
+def test_calls_that_outlast_the_drain_end_with_a_typed_error():
+    async def run(server, servicer):
+        await server.ready()
+        serving = asyncio.create_task(server.serve())
+        async with open_channel(server.address) as channel:
+            stub = encoder_pb2_grpc.EncoderStub(channel)
+            calls = [stub.Describe(encoder_pb2.DescribeEncoderRequest()) for _ in range(3)]
+            await servicer.entered.wait()
+            server.stop()
+            for call in calls:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await asyncio.wait_for(call, 20)
+                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+                assert "stopping" in caught.value.details()
+                error = rpc_errors.from_rpc(caught.value)
+                assert isinstance(error, Unavailable) and error.retry_after_s
+            await asyncio.wait_for(serving, 20)
+
+    asyncio.run(scenario(run, drain_timeout_s=0.2))
 
 
 def test_typed_errors_cross_the_wire_and_bugs_stay_private():
