@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import uuid
 from collections.abc import AsyncGenerator
@@ -163,7 +162,10 @@ async def _events(
 
 
 def _usage(ended: Ended) -> sse.Usage:
-    return sse.Usage(**dataclasses.asdict(ended.usage))
+    told = ended.usage
+    return sse.Usage(
+        told.prompt_tokens, told.completion_tokens, told.cached_tokens, told.embedding_tokens
+    )
 
 
 async def apply_template(gateway: Gateway, request: Request, send: Send) -> Response:

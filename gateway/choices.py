@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gateway.detokenizer import Vocabulary
-from gateway.events import Delta, Finish, PositionLogprobs, TokenLogprob
 from gateway.schemas.chat import ChatRequest
 from gateway.sse import ContentLogprob, TokenText
 from gateway.stops import OutputText
+from opticnerve.clients.generation import Delta, FinishReason, Logprob, PositionLogprobs
 from opticnerve.errors import EngineFailure
 
 
@@ -50,6 +50,9 @@ class Choices:
         """Whether every choice is at its end; then the generation can be left."""
         return all(self._ended)
 
+    def has_ended(self, choice: int) -> bool:
+        return self._ended[choice]
+
     @property
     def num_tokens(self) -> int:
         """Tokens of all choices, up to the stop strings that ended them."""
@@ -62,7 +65,7 @@ class Choices:
         """
         if self._ended[delta.choice]:
             return None
-        if delta.finish is Finish.ABORT:
+        if delta.finish_reason is FinishReason.ABORT:
             raise EngineFailure("the LLM worker gave the answer up; send the request again")
         output = self._outputs[delta.choice]
         hidden = self._hides_last(delta)
@@ -70,7 +73,7 @@ class Choices:
         piece = output.push(shown_ids)
         text = piece.text
         logprobs = self._logprobs(delta.logprobs[: piece.num_tokens])
-        if delta.finish is not None and output.stopped is None:
+        if delta.finish_reason is not None and output.stopped is None:
             if hidden:
                 output.skip(delta.token_ids[-1])
             text += output.finish().text
@@ -82,7 +85,7 @@ class Choices:
 
     def _hides_last(self, delta: Delta) -> bool:
         """Whether the last token is the one that ended the choice, and is not to be shown."""
-        if delta.finish is not Finish.STOP or not delta.token_ids:
+        if delta.finish_reason is not FinishReason.STOP or not delta.token_ids:
             return False
         last = delta.token_ids[-1]
         return last == delta.stop_token_id and not (self._shows_stop and last in self._stop_ids)
@@ -90,9 +93,9 @@ class Choices:
     def _ending(self, delta: Delta, output: OutputText) -> tuple[str | None, str | int | None]:
         if output.stopped is not None:
             return "stop", output.stopped
-        if delta.finish is Finish.STOP:
+        if delta.finish_reason is FinishReason.STOP:
             return "stop", delta.stop_token_id if delta.stop_token_id in self._stop_ids else None
-        return ("length", None) if delta.finish is Finish.LENGTH else (None, None)
+        return ("length", None) if delta.finish_reason is FinishReason.LENGTH else (None, None)
 
     def _logprobs(self, positions: Iterable[PositionLogprobs]) -> tuple[ContentLogprob, ...] | None:
         if not self._with_logprobs:
@@ -106,7 +109,7 @@ class Choices:
             if position.sampled is not None
         )
 
-    def _text(self, token: TokenLogprob) -> TokenText:
+    def _text(self, token: Logprob) -> TokenText:
         data = self._vocabulary.token_bytes(token.token_id)
         return TokenText(
             self._vocabulary.token_text(token.token_id), max(token.logprob, -9999.0), tuple(data)

@@ -1,11 +1,9 @@
 """One generation, which may outlive the worker that began it.
 
 A call that breaks before its first token is sent again; one that breaks later goes on elsewhere
-with ``output_ids``, so that no token is lost or comes twice. Several choices, which ``output_ids``
-cannot tell apart, are written anew: randomness is a function of seed, choice and position, so what
-was sent already comes again, is compared, and is left out. References to embeddings travel in
-the Start message where they are known, as EmbeddingReady when they come, and again when the
-worker says EmbeddingNeeded.
+with the output of every choice so far, so that no token is lost or comes twice. References to
+embeddings travel in the Start message where they are known, as EmbeddingReady when they come, and
+again when the worker says EmbeddingNeeded.
 """
 
 from __future__ import annotations
@@ -19,23 +17,17 @@ from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
-from gateway import wire
 from gateway.deadline import Deadline
-from gateway.events import (
-    Delta,
-    Event,
-    Finished,
-    Usage,
-)
 from gateway.lost import WorkerLost, lost_or_typed
-from gateway.pools import Worker, WorkerPool
+from gateway.pools import Description, Worker, WorkerPool
+from opticnerve.clients import llm_messages
+from opticnerve.clients.generation import ChoiceOutput, Delta, Finished, Sampling, Usage
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import EngineFailure, OpticNerveError, Overloaded, Unavailable
 from opticnerve.media.plan import Span
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
-from opticnerve.rpc.errors import to_detail
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +37,36 @@ FAIL_GRACE_S = 1.0  # That a worker gets to fail a sequence whose item will not 
 
 if TYPE_CHECKING:
     Call = grpc.aio.StreamStreamCall[pb.GenerateIn, pb.GenerateOut]
+
+
+async def describe(channel: grpc.aio.Channel, timeout_s: float) -> Description:
+    """What an LLM worker says of itself."""
+    answer = await llm_pb2_grpc.LLMStub(channel).Describe(
+        pb.DescribeLLMRequest(), timeout=timeout_s
+    )
+    limits, load = answer.limits, answer.load
+    return Description(
+        fingerprint=answer.fingerprint,
+        pair_id=answer.pair_id,
+        family=answer.family,
+        device=answer.device,
+        dtype=answer.dtype,
+        version=answer.version,
+        shm_tier_id=answer.shm_tier_id,
+        hidden_size=answer.hidden_size,
+        draining=load.draining,
+        cost=load.running + load.waiting,
+        limits={
+            "vocab_size": answer.vocab_size,
+            **{each.name: getattr(limits, each.name) for each in limits.DESCRIPTOR.fields},
+        },
+        load={
+            "running": load.running,
+            "waiting": load.waiting,
+            "free_kv_blocks": load.free_kv_blocks,
+        },
+        extra={"attention": answer.attention},
+    )
 
 
 class Embeddings(Protocol):
@@ -71,7 +93,7 @@ class GenerateSpec:
     token_ids: tuple[int, ...]
     spans: tuple[Span, ...]
     keys: tuple[str, ...]  # Content keys of the items; spans index them.
-    sampling: pb.SamplingParams
+    sampling: Sampling
     pair_id: str
     cache_salt: str = ""
     priority: int = 0
@@ -82,11 +104,17 @@ class _Progress:
     """What was handed on so far, of every choice."""
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
-    finished: set[int] = field(default_factory=set)
+    finished: set[int] = field(default_factory=set)  # The worker has ended them.
+    left: set[int] = field(default_factory=set)  # Nobody wants more of them.
 
     @property
     def total(self) -> int:
         return sum(len(ids) for ids in self.tokens.values())
+
+    def outputs(self) -> list[ChoiceOutput]:
+        """What the next worker has to know: every choice that has begun."""
+        ended = self.finished | self.left
+        return [ChoiceOutput(i, tuple(ids), i in ended) for i, ids in self.tokens.items()]
 
 
 class Generation:
@@ -105,11 +133,11 @@ class Generation:
         self.embeddings = embeddings
         self.deadline = deadline
         self.worker_wait_s = worker_wait_s
-        self.choices = max(1, spec.sampling.n)
+        self.choices = spec.sampling.n
         self.worker = ""  # Address of the one at work.
         self._progress = _Progress()
 
-    async def events(self) -> AsyncGenerator[Event, None]:
+    async def events(self) -> AsyncGenerator[Delta | Finished, None]:
         """Deltas, then Finished. Raises typed errors; see the module on what is tried again."""
         deaths = 0
         refusal: OpticNerveError | None = None
@@ -157,6 +185,10 @@ class Generation:
         """Whether the worker has ended every choice."""
         return len(self._progress.finished) == self.choices
 
+    def leave(self, choice: int) -> None:
+        """Nobody wants more of a choice: should its worker be lost, no other one writes it on."""
+        self._progress.left.add(choice)
+
     def usage(self) -> Usage:
         """Usage by our own count, where no worker can tell it."""
         image_tokens = sum(span.num_tokens for span in self.spec.spans)
@@ -164,7 +196,7 @@ class Generation:
 
     # ---- one attempt
 
-    async def _attempt(self, worker: Worker) -> AsyncGenerator[Event, None]:
+    async def _attempt(self, worker: Worker) -> AsyncGenerator[Delta | Finished, None]:
         self.deadline.check()
         self.worker = worker.address
         call = llm_pb2_grpc.LLMStub(worker.channel).Generate(timeout=self.deadline.remaining())
@@ -175,11 +207,9 @@ class Generation:
                 if message.HasField("embedding_needed"):
                     feeder.needed(message.embedding_needed)
                 for delta in message.deltas:
-                    event = self._take(delta)
-                    if event is not None:
-                        yield event
+                    yield self._take(llm_messages.delta_from_pb(delta))
                 if message.HasField("done"):
-                    yield wire.finished(message.done)
+                    yield llm_messages.finished_from_pb(message.done)
                     return
         except grpc.RpcError as error:
             raise feeder.failure or lost_or_typed(error, delivered=feeder.delivered) from error
@@ -194,54 +224,31 @@ class Generation:
 
     def _start(self) -> pb.GenerateIn:
         spec = self.spec
-        output = self._progress.tokens.get(0, []) if self.choices == 1 else []
+        known = self.embeddings.known
         return pb.GenerateIn(
             start=pb.Start(
                 request_id=spec.request_id,
                 token_ids=spec.token_ids,
                 spans=[convert.span_to_pb(span) for span in spec.spans],
-                items=[self._item(key) for key in spec.keys],
-                sampling=spec.sampling,
+                items=[llm_messages.item(key, known(key)) for key in spec.keys],
+                sampling=llm_messages.sampling_to_pb(spec.sampling),
                 priority=spec.priority,
                 cache_salt=spec.cache_salt,
                 embedding_wait_ms=max(1, int(self.deadline.remaining() * 1000)),
-                output_ids=output,
-                first_output_index=len(output),
+                outputs=map(llm_messages.output, self._progress.outputs()),
             )
         )
 
-    def _item(self, key: str) -> pb.Item:
-        ref = self.embeddings.known(key)
-        return pb.Item(key=key, ref=convert.ref_to_pb(ref) if ref else None)
-
-    def _take(self, delta: pb.TokenDelta) -> Delta | None:
-        """The part of a delta that is new.
-
-        Raises EngineFailure where tokens are missing, Unavailable where tokens that come again
-        after a loss are others than before (near-ties on another device).
-        """
-        if delta.choice >= self.choices:
-            raise EngineFailure(f"the LLM worker wrote choice {delta.choice} of {self.choices}")
-        if delta.choice in self._progress.finished:
-            return None
+    def _take(self, delta: Delta) -> Delta:
+        """Books a delta. Raises EngineFailure where it does not go on where its choice stood."""
         have = self._progress.tokens.setdefault(delta.choice, [])
-        if delta.first_index > len(have):
-            raise EngineFailure("the LLM worker left out tokens of its answer")
-        skip = len(have) - delta.first_index
-        if have[delta.first_index :][: len(delta.token_ids)] != list(delta.token_ids[:skip]):
-            raise Unavailable(
-                "the worker was lost while it wrote several choices, and another one writes them "
-                "differently; send the request again",
-                retry_after_s=1.0,
-            )
-        new = tuple(delta.token_ids[skip:])
-        finish = wire.FINISH.get(delta.finish_reason)
-        have.extend(new)
-        if finish is not None:
+        ended = delta.choice in self._progress.finished
+        if delta.choice >= self.choices or ended or delta.first_index != len(have):
+            raise EngineFailure("the LLM worker does not go on where the answer stood")
+        have.extend(delta.token_ids)
+        if delta.finish_reason is not None:
             self._progress.finished.add(delta.choice)
-        if not new and finish is None:
-            return None
-        return wire.delta(delta, skip, finish)
+        return delta
 
 
 class _Feeder:
@@ -293,13 +300,11 @@ class _Feeder:
             log.exception("encoding %.12s failed", key)
             await self._fail(key, OpticNerveError("internal error; the log has the details"))
         else:
-            ready = pb.EmbeddingReady(ref=convert.ref_to_pb(ref))
-            await self._write(pb.GenerateIn(embedding_ready=ready))
+            await self._write(llm_messages.ready(ref))
 
     async def _fail(self, key: str, error: OpticNerveError) -> None:
         self.failure = self.failure or error
-        failed = pb.EmbeddingFailed(key=key, status=error.grpc_status, detail=to_detail(error))
-        await self._write(pb.GenerateIn(embedding_failed=failed))
+        await self._write(llm_messages.failed(key, error))
         await asyncio.sleep(FAIL_GRACE_S)
         self._call.cancel()
 

@@ -19,17 +19,16 @@ from gateway.deadline import Deadline
 from gateway.detokenizer import Vocabulary
 from gateway.embeddings import RequestEmbeddings
 from gateway.encoders import Encodable, Encoders
-from gateway.events import Finished, Usage
 from gateway.generation import GenerateSpec, Generation
 from gateway.media import Fetched, MediaReader
 from gateway.pairing import Pair, Pairing
 from gateway.placeholders import Prompt
 from gateway.pools import WorkerPool
-from gateway.sampling import Defaults, Limits, ResolvedSampling, resolve
+from gateway.sampling import Defaults, Limits, resolve
 from gateway.schemas.chat import ChatRequest, TemplateFields
 from gateway.schemas.messages import ImageSource
 from gateway.timings import Stopwatch
-from gateway.wire import sampling_to_pb
+from opticnerve.clients.generation import Finished, Sampling, Usage
 from opticnerve.media.plan import Plan
 from opticnerve.telemetry import metrics
 
@@ -118,7 +117,7 @@ class Pipeline:
             token_ids=prepared.prompt.token_ids,
             spans=prepared.prompt.spans,
             keys=tuple(keys),
-            sampling=sampling_to_pb(sampling),
+            sampling=sampling,
             pair_id=pair.pair_id,
             cache_salt=call.request.cache_salt or "",
             priority=call.request.priority,
@@ -149,6 +148,8 @@ class Pipeline:
                     break
                 call.watch.token()
                 delta = choices.take(event)
+                if choices.has_ended(event.choice):
+                    generation.leave(event.choice)
                 if delta is not None:
                     yield delta
                 if choices.ended and not generation.complete:
@@ -164,7 +165,7 @@ class Pipeline:
             told.usage.prompt_tokens,
             choices.num_tokens,
             told.usage.cached_tokens,
-            told.usage.image_tokens,
+            told.usage.embedding_tokens,
         )
         for name, milliseconds in told.timings.items():
             call.watch.add(name, milliseconds)
@@ -172,7 +173,7 @@ class Pipeline:
         for kind, count in (
             ("prompt", usage.prompt_tokens),
             ("cached", usage.cached_tokens),
-            ("image", usage.image_tokens),
+            ("image", usage.embedding_tokens),
             ("completion", usage.completion_tokens),
         ):
             metrics.TOKENS.labels(kind).inc(count)
@@ -187,7 +188,7 @@ class Pipeline:
 
         return await asyncio.to_thread(render) if _is_long(request) else render()
 
-    def _sampling(self, request: ChatRequest, prompt: Prompt, pair: Pair) -> ResolvedSampling:
+    def _sampling(self, request: ChatRequest, prompt: Prompt, pair: Pair) -> Sampling:
         limits = Limits(
             max_model_len=pair.max_model_len or self.renderer.layout.max_positions,
             max_logprobs=self.max_logprobs,

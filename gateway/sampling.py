@@ -15,34 +15,10 @@ from typing import Any
 from gateway.schemas.chat import ChatRequest
 from gateway.schemas.sampling import SamplingFields
 from gateway.tokenizer import Tokenizer
+from opticnerve.clients.generation import Sampling
 from opticnerve.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 
 LARGEST_MAX_TOKENS = 2**31 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedSampling:
-    """``SamplingParams`` of ``llm.proto``, field by field; see there for their meaning."""
-
-    max_tokens: int
-    seed: int
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    n: int = 1
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    eos_token_ids: tuple[int, ...] = ()
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    bad_words: tuple[tuple[int, ...], ...] = ()
-    allowed_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +113,7 @@ def resolve(
     defaults: Defaults,
     limits: Limits,
     tokenizer: Tokenizer,
-) -> ResolvedSampling:
+) -> Sampling:
     """Raises ContextLengthExceeded for a prompt (with the output that was asked for) that does not
     fit, and InvalidRequest for values that contradict each other or the model."""
     fields: SamplingFields = request
@@ -148,7 +124,7 @@ def resolve(
             f"min_tokens: {min_tokens} exceeds max_tokens, {max_tokens}", param="min_tokens"
         )
     top_k = defaults.top_k if fields.top_k is None else max(fields.top_k, 0)
-    return ResolvedSampling(
+    return Sampling(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         seed=secrets.randbits(64) if fields.seed is None else fields.seed % 2**64,
@@ -226,7 +202,7 @@ def _known(ids: Sequence[int], limits: Limits, param: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _bias(bias: Mapping[str, float], limits: Limits) -> tuple[tuple[int, float], ...]:
+def _bias(bias: Mapping[str, float], limits: Limits) -> dict[int, float]:
     """Keys are token ids, written as JSON writes keys: as strings."""
     values: dict[int, float] = {}
     for key, value in bias.items():
@@ -234,7 +210,7 @@ def _bias(bias: Mapping[str, float], limits: Limits) -> tuple[tuple[int, float],
             raise InvalidRequest("logit_bias: keys should be token ids", param="logit_bias")
         values[int(key)] = float(value)
     _known(tuple(values), limits, "logit_bias")
-    return tuple(values.items())
+    return values
 
 
 def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 
 import uvicorn
 
-from gateway import encoders, wire
+from gateway import encoders, generation
 from gateway.admission import Admission
 from gateway.app import Gateway, make_app
 from gateway.auth import Keys
@@ -110,7 +110,7 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
         stack.push_async_callback(fetcher.close)
         changes = Changes()
         eyes = WorkerPool("encoder", settings.encoder_addresses, encoders.describe, changes)
-        mouths = WorkerPool("LLM", settings.llm_addresses, wire.describe, changes)
+        mouths = WorkerPool("LLM", settings.llm_addresses, generation.describe, changes)
         for pool in (eyes, mouths):
             await pool.start()
             stack.push_async_callback(pool.close)

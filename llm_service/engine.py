@@ -145,12 +145,25 @@ class Engine:
         self._arrivals += 1
         self._open[request.request_id] = generation
         self._prompt_tokens += len(request.token_ids)
-        seq = generation.sequences[0]
-        self.scheduler.add(seq)
-        finish = self._finish_reason(seq) if request.output_ids else None
-        if finish is not None:  # A continuation of what had ended already.
-            self._events.append(self._tokens_event(seq, (), (), finish))
-            self._close_choice(seq)
+        self._lead(generation)
+
+    def _lead(self, generation: Generation) -> None:
+        """Queues the first choice that has anything left to write: the others fork from it."""
+        if not generation.open_choices:
+            self._end(generation, self._finished(generation))
+        while (seq := generation.begin()) is not None:
+            self.scheduler.add(seq)
+            if not self._had_ended(seq):
+                return
+
+    def _had_ended(self, seq: Sequence) -> bool:
+        """Whether the choice continues what had ended already; then it ends again."""
+        finish = self._finish_reason(seq) if seq.num_output else None
+        if finish is None:
+            return False
+        self._events.append(self._tokens_event(seq, (), (), finish))
+        self._close_choice(seq)
+        return True
 
     def abort(self, request_id: str) -> None:
         """Ends a request that the client gave up; unknown and ended ones are ignored."""
@@ -228,7 +241,7 @@ class Engine:
         """Adds new tokens up to the one that ends the choice."""
         generation = seq.generation
         if generation.first_token_at is None:
-            self._first_token(generation)
+            self._first_token(seq)
         seq.reads_slot = True
         count = 0
         finish = None
@@ -267,17 +280,17 @@ class Engine:
             return FinishReason.STOP
         return FinishReason.LENGTH if output >= sampling.max_tokens else None
 
-    def _first_token(self, generation: Generation) -> None:
+    def _first_token(self, leader: Sequence) -> None:
         """Prefill is over: prompt log-probabilities go out, the other choices begin."""
+        generation = leader.generation
         generation.first_token_at = generation.last_token_at
         request = generation.request
         if request.sampling.prompt_logprobs is not None:
             positions = tuple(generation.prompt_logprobs)
             self._events.append(PromptLogprobsEvent(request.request_id, positions))
-        for choice in range(1, request.sampling.n):
-            child = Sequence(generation, choice)
-            generation.sequences.append(child)
-            self.scheduler.fork(generation.sequences[0], child)
+        while (child := generation.begin()) is not None:
+            self.scheduler.fork(leader, child)
+            self._had_ended(child)
 
     def _collect_prompt_logprobs(self, work: Work, sampled: Sampled) -> None:
         """Appends positions start+1 .. of this chunk, without what an earlier run collected."""
@@ -309,7 +322,8 @@ class Engine:
         return FinishedEvent(
             request.request_id,
             prompt_tokens=len(request.token_ids),
-            completion_tokens=sum(seq.num_output for seq in generation.sequences),
+            completion_tokens=generation.ended_tokens
+            + sum(seq.num_output for seq in generation.sequences),
             cached_tokens=generation.cached_tokens,
             embedding_tokens=sum(span.num_tokens for span in request.spans),
             timings=generation.timings(),

@@ -46,16 +46,19 @@ def _check_sampling(request: GenerateRequest) -> None:
         raise InvalidRequest("max_tokens must be at least 1", param="max_tokens")
     if not 1 <= sampling.n <= MAX_CHOICES:
         raise InvalidRequest(f"n must be between 1 and {MAX_CHOICES}", param="n")
-    if request.output_ids and sampling.n != 1:
-        raise InvalidRequest("output_ids continue one choice: n must be 1", param="n")
+    choices = [output.choice for output in request.outputs]
+    if len(set(choices)) < len(choices) or not set(choices) <= set(range(sampling.n)):
+        raise InvalidRequest("outputs name choices from 0 to n - 1, each once", param="outputs")
 
 
 def _check_tokens(request: GenerateRequest, config: EngineConfig) -> None:
     if not request.token_ids:
         raise InvalidRequest("the prompt has no tokens", param="token_ids")
     vocabulary = config.vocab_size or 1 << 31
-    for name in ("token_ids", "output_ids"):
-        ids = getattr(request, name)
+    for name, ids in (
+        ("token_ids", request.token_ids),
+        *(("outputs", output.output_ids) for output in request.outputs),
+    ):
         if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
             raise InvalidRequest(f"token ids must be from 0 to {vocabulary - 1}", param=name)
     prompt, output = len(request.token_ids), request.sampling.max_tokens

@@ -155,7 +155,7 @@ class Scheduler:
     def _admit(self, seq: Sequence) -> None:
         _delete(self.waiting, seq)
         self.blocks.allocate(seq)
-        if seq is seq.generation.sequences[0] and not seq.preemptions:
+        if seq.generation.first_token_at is None and not seq.preemptions:  # The first choice.
             seq.generation.cached_tokens = min(seq.num_computed, seq.num_prompt)
             self.num_cached_tokens += seq.generation.cached_tokens
         self._enter(seq)
@@ -313,10 +313,10 @@ class Scheduler:
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Starts another choice on what its parent has computed of their prompt.
 
-        It computes the last token again, to sample from it on its own. Without room it waits
-        like a new sequence.
+        It computes its own output, if it continues one, else the prompt's last token again, to
+        sample from it on its own. Without room it waits like a new sequence.
         """
-        start = whole_spans(child, child.num_tokens - 1)
+        start = whole_spans(child, min(child.num_prompt, child.num_tokens - 1))
         if not self._free_slots or not self.blocks.can_fork(parent, child, start):
             self.add(child)
             return

@@ -7,6 +7,8 @@ tensors, so that the engine can live in a thread or in a process of its own.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -58,12 +60,23 @@ class Logprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class ChoiceOutput:
+    """What was already sent of one choice: it counts as output and is not sent again.
+
+    Of a ``finished`` choice nothing more is written.
+    """
+
+    choice: int
+    output_ids: tuple[int, ...] = ()
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """A generation as the engine gets it. ``items`` are content keys; spans index them.
 
-    ``spans`` are in the order of their tokens and do not overlap. ``output_ids`` continue one
-    choice that began elsewhere: they count as output and are not sent again. Choices are
-    numbered from ``first_choice``, which matters to their random numbers.
+    ``spans`` are in the order of their tokens and do not overlap. ``outputs`` continue a
+    generation that began elsewhere; a choice that is not among them has sent nothing yet.
     """
 
     request_id: str
@@ -74,9 +87,8 @@ class GenerateRequest:
     priority: int = 0
     adapter: str = ""
     cache_salt: str = ""
-    output_ids: tuple[int, ...] = ()
+    outputs: tuple[ChoiceOutput, ...] = ()  # At most one a choice.
     skip_prefix_cache: bool = False  # Neither read the prefix cache nor share with it.
-    first_choice: int = 0
 
 
 # ---- servicer -> engine: GenerateRequest, and
@@ -240,8 +252,13 @@ class Generation:
     def __init__(self, request: GenerateRequest, arrival: int, now: float) -> None:
         self.request = request
         self.arrival = arrival  # Number of the request in the order of submission.
-        self.sequences: list[Sequence] = [Sequence(self, 0)]
-        self.open_choices = max(1, request.sampling.n)
+        self.sequences: list[Sequence] = []  # Those that began; the first leads, others fork off.
+        given = {output.choice: output for output in request.outputs}
+        ended = {choice for choice, output in given.items() if output.finished}
+        self.ended_tokens = sum(len(given[choice].output_ids) for choice in ended)
+        self.open_choices = request.sampling.n - len(ended)
+        self._given = {choice: given[choice].output_ids for choice in given.keys() - ended}
+        self._unbegun = deque(choice for choice in range(request.sampling.n) if choice not in ended)
         self.span_ends = [span.token_offset + span.num_tokens for span in request.spans]
         sampling = request.sampling
         eos = () if sampling.ignore_eos else sampling.eos_token_ids
@@ -260,6 +277,16 @@ class Generation:
         return self.request.sampling.prompt_logprobs is not None and len(
             self.prompt_logprobs
         ) < len(self.request.token_ids)
+
+    def begin(self) -> Sequence | None:
+        """The next choice that is to be written, in the order of their numbers; None after the
+        last."""
+        if not self._unbegun:
+            return None
+        choice = self._unbegun.popleft()
+        seq = Sequence(self, choice, self._given.get(choice, ()))
+        self.sequences.append(seq)
+        return seq
 
     def span_at(self, token: int) -> int:
         """Index of the first span that ends after ``token``; len(spans) where none does."""
@@ -305,13 +332,13 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, generation: Generation, choice: int) -> None:
+    def __init__(self, generation: Generation, choice: int, output_ids: Iterable[int] = ()) -> None:
         request = generation.request
         self.generation = generation
         self.request = request
-        self.choice = request.first_choice + choice
+        self.choice = choice
         self.order = (request.priority, generation.arrival, choice)  # Lower runs first.
-        self.token_ids = [*request.token_ids, *request.output_ids]  # Prompt, then output.
+        self.token_ids = [*request.token_ids, *output_ids]  # Prompt, then output.
         self.num_prompt = len(request.token_ids)
         self.num_computed = 0  # Tokens whose keys and values are in pages.
         self.num_shared = 0  # Leading pages that the prefix cache knows.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from llm_service.limits import EngineConfig, check_request
 from llm_service.sequence import (
+    ChoiceOutput,
     FinishedEvent,
     FinishReason,
     GenerateRequest,
@@ -67,10 +68,6 @@ def read_start(start: pb.Start, bounds: Bounds) -> Accepted:
     spans = tuple(convert.span_from_pb(span) for span in start.spans)
     if any(span.modality is Modality.AUDIO for span in spans):
         raise UnsupportedFeature("audio is not served; send pictures", param="spans")
-    if start.first_output_index != len(start.output_ids):
-        raise InvalidRequest(
-            "first_output_index is the number of output_ids", param="first_output_index"
-        )
     request = GenerateRequest(
         # Unique: a caller may try again before the first try has left the engine.
         request_id=f"{start.request_id}/{next(_numbers)}",
@@ -80,7 +77,10 @@ def read_start(start: pb.Start, bounds: Bounds) -> Accepted:
         sampling=read_sampling(start.sampling, bounds),
         priority=start.priority,
         cache_salt=start.cache_salt,
-        output_ids=tuple(start.output_ids),
+        outputs=tuple(
+            ChoiceOutput(output.choice, tuple(output.output_ids), output.finished)
+            for output in start.outputs
+        ),
         skip_prefix_cache=start.skip_prefix_cache,
     )
     check_request(request, bounds.engine)

@@ -28,6 +28,7 @@ from opticnerve.clients.encoder import AsyncEncoderClient
 from opticnerve.clients.generation import (
     Choice,
     Delta,
+    FinishReason,
     Generation,
     Logprob,
     PositionLogprobs,
@@ -55,6 +56,7 @@ __all__ = [
     "EmbeddingRef",
     "EncodedPicture",
     "EncoderClient",
+    "FinishReason",
     "Generation",
     "LLMClient",
     "Logprob",

@@ -15,7 +15,7 @@ from typing import Any
 from llm_service.engine import Emit, Engine
 from llm_service.limits import EngineConfig
 from llm_service.plan import Sampled, StepPlan, StepResult, Work
-from llm_service.sequence import GenerateRequest, Logprobs
+from llm_service.sequence import ChoiceOutput, GenerateRequest, Logprobs
 from opticnerve.errors import EmbeddingEvicted, EmbeddingUnavailable
 from opticnerve.media.plan import Span, SpanAttention
 
@@ -61,9 +61,12 @@ def next_token(request: GenerateRequest, cells: list[bytes], choice: int, positi
 
 
 def oracle(request: GenerateRequest, choice: int = 0) -> list[int]:
-    """The tokens that a choice must have, the given ``output_ids`` included."""
+    """The tokens that a choice must have, those in ``outputs`` included."""
     sampling = request.sampling
-    tokens = [*request.token_ids, *request.output_ids]
+    given = next((each for each in request.outputs if each.choice == choice), ChoiceOutput(choice))
+    if given.finished:
+        return list(given.output_ids)
+    tokens = [*request.token_ids, *given.output_ids]
     prompt = len(request.token_ids)
     stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else sampling.eos_token_ids)}
     cells: list[bytes] = []
@@ -75,7 +78,7 @@ def oracle(request: GenerateRequest, choice: int = 0) -> list[int]:
         while len(cells) < len(tokens):
             before = cell(request, before, tokens[len(cells)], len(cells))
             cells.append(before)
-        tokens.append(next_token(request, cells, request.first_choice + choice, position))
+        tokens.append(next_token(request, cells, choice, position))
     return tokens[prompt:]
 
 

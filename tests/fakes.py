@@ -140,6 +140,7 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
     def __init__(self, tokens: list[int] | None = None, pair_id: str = PAIR_ID) -> None:
         super().__init__()
         self.tokens = tokens if tokens is not None else [1, 2, 3]
+        self.lengths: dict[int, int] = {}  # Of choices that end before the others.
         self.pair_id = pair_id
         self.fingerprint = "llm-" + hashlib.sha256(pair_id.encode()).hexdigest()[:8]
         self.starts: list[llm_pb2.Start] = []
@@ -204,25 +205,17 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
     async def _write(self, start: llm_pb2.Start) -> AsyncIterator[llm_pb2.GenerateOut]:
         n = max(1, start.sampling.n)
         limit = min(len(self.tokens), start.sampling.max_tokens)
-        for index in range(start.first_output_index, limit):
+        sent = {output.choice: len(output.output_ids) for output in start.outputs}
+        ended = {output.choice for output in start.outputs if output.finished}
+        ends = {c: min(limit, self.lengths.get(c, limit)) for c in range(n) if c not in ended}
+        for index in range(min((sent.get(c, 0) for c in ends), default=limit), limit):
             if self.step is not None:
                 await self.step(self, index)
-            last = index == limit - 1
-            finish = llm_pb2.FINISH_REASON_UNSPECIFIED
-            if last:
-                whole = limit == len(self.tokens)
-                finish = llm_pb2.FINISH_REASON_STOP if whole else llm_pb2.FINISH_REASON_LENGTH
             yield llm_pb2.GenerateOut(
                 deltas=[
-                    llm_pb2.TokenDelta(
-                        choice=choice,
-                        first_index=index,
-                        token_ids=[self.tokens[index]],
-                        logprobs=self._logprobs(start, self.tokens[index]),
-                        finish_reason=finish,
-                        stop_token_id=self.tokens[index] if last else 0,
-                    )
-                    for choice in range(n)
+                    self._delta(start, choice, index, end)
+                    for choice, end in ends.items()
+                    if sent.get(choice, 0) <= index < end
                 ]
             )
         yield llm_pb2.GenerateOut(
@@ -234,6 +227,22 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
                 ),
                 timings=llm_pb2.GenerateTimings(queue_ms=1, prefill_ms=2, decode_ms=3),
             )
+        )
+
+    def _delta(self, start: llm_pb2.Start, choice: int, index: int, end: int) -> llm_pb2.TokenDelta:
+        """The token at ``index`` of a choice that ends before ``end``."""
+        token, last = self.tokens[index], index == end - 1
+        finish = llm_pb2.FINISH_REASON_UNSPECIFIED
+        if last:
+            whole = end == len(self.tokens)
+            finish = llm_pb2.FINISH_REASON_STOP if whole else llm_pb2.FINISH_REASON_LENGTH
+        return llm_pb2.TokenDelta(
+            choice=choice,
+            first_index=index,
+            token_ids=[token],
+            logprobs=self._logprobs(start, token),
+            finish_reason=finish,
+            stop_token_id=token if last else 0,
         )
 
     def _logprobs(self, start: llm_pb2.Start, token: int) -> list[llm_pb2.PositionLogprobs]:

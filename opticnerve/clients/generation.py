@@ -1,9 +1,10 @@
-"""What one generation asks for and answers: plain values, no transport."""
+"""What one generation asks for and answers: plain values, no transport. The gateway's too."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,21 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class ChoiceOutput:
+    """What was already sent of one choice of a generation that goes on elsewhere."""
+
+    choice: int
+    token_ids: tuple[int, ...]
+    finished: bool  # It has ended, or nobody wants more of it.
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
 class Logprob:
     token_id: int
     logprob: float  # Natural log, of the raw logits.
@@ -51,13 +67,13 @@ class PositionLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New tokens of one choice. ``finish_reason`` ("stop", "length", "abort") is on its last."""
+    """New tokens of one choice, in order and never twice. ``finish_reason`` is on its last one."""
 
     choice: int
     first_index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[PositionLogprobs, ...] = ()
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
 
 
@@ -70,9 +86,17 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Finished:
+    """The end. ``timings``: milliseconds by stage, as the worker measured them."""
+
+    usage: Usage
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     token_ids: tuple[int, ...]
-    finish_reason: str
+    finish_reason: FinishReason
     stop_token_id: int | None = None
     logprobs: tuple[PositionLogprobs, ...] = ()
 
@@ -104,7 +128,7 @@ def _choice(deltas: list[Delta]) -> Choice:
     last = deltas[-1]
     return Choice(
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),
-        finish_reason=last.finish_reason or "abort",
+        finish_reason=last.finish_reason or FinishReason.ABORT,
         stop_token_id=last.stop_token_id,
         logprobs=tuple(position for delta in deltas for position in delta.logprobs),
     )

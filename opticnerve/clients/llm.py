@@ -42,10 +42,12 @@ from opticnerve.errors import (
     Unavailable,
 )
 from opticnerve.pb import llm_pb2, llm_pb2_grpc
+from opticnerve.rpc import convert
 from opticnerve.rpc.channel import open_channel
 from opticnerve.rpc.errors import from_rpc
 
 MAX_INLINE_BYTES = 7 * 2**20  # A message holds 8 MiB.
+START_INLINE_BYTES = 2**20  # Of tensors in the first message.
 MAX_RESENDS = 2  # Of one key.
 CORE_ERROR = "Internal error from Core"
 PATIENCE_S = 0.25
@@ -155,13 +157,14 @@ class AsyncLLMClient:
         )
         refs, spans = lay_out(token_ids, placed)
         pictures = {item.ref.key: item for item in placed if item.picture is not None}
-        first = llm_messages.start(
-            request_id or f"client-{uuid.uuid4().hex[:16]}",
-            token_ids,
-            refs,
-            spans,
-            sampling or Sampling(),
+        start = llm_pb2.Start(
+            request_id=request_id or f"client-{uuid.uuid4().hex[:16]}",
+            token_ids=token_ids,
+            spans=[convert.span_to_pb(span) for span in spans],
+            items=items_of(refs),
+            sampling=llm_messages.sampling_to_pb(sampling or Sampling()),
         )
+        first = llm_pb2.GenerateIn(start=start)
         for patience_s in (0.0, PATIENCE_S):
             call = self._stub.Generate(timeout=timeout_s or self.timeout_s)
             run = Run(call, {ref.key: ref for ref in refs}, pictures, self._encoder)
@@ -200,6 +203,17 @@ class AsyncLLMClient:
         return replace(placed, ref=placed.ref.at(location))
 
 
+def items_of(refs: Sequence[EmbeddingRef]) -> list[llm_pb2.Item]:
+    """The items of Start, with their references, except those with bytes of their own that would
+    make it large: these it only names, and each follows in a message of its own."""
+    items, room = [], START_INLINE_BYTES
+    for ref in refs:
+        room -= len(ref.location.inline)
+        fits = room >= 0 or not ref.location.inline
+        items.append(llm_messages.item(ref.key, ref if fits else None))
+    return items
+
+
 class Run:
     """One generation under way: yields deltas, answers what the worker asks for."""
 
@@ -222,7 +236,8 @@ class Run:
         """Sends the request, then the tensors that did not fit its first message; gives the
         worker ``patience_s`` to refuse it in between. Raises CallEnded: try with patience."""
         await self._write(first)
-        late = [ref for ref in self._refs.values() if not llm_messages.is_sent(first, ref)]
+        sent = {item.key for item in first.start.items if item.HasField("ref")}
+        late = [ref for key, ref in self._refs.items() if key not in sent]
         if late and patience_s:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._call.code(), patience_s)  # Known once it has ended.
@@ -245,7 +260,7 @@ class Run:
             for delta in message.deltas:
                 yield llm_messages.delta_from_pb(delta)
             if message.HasField("done"):
-                self.usage = llm_messages.usage_from_pb(message.done.usage)
+                self.usage = llm_messages.finished_from_pb(message.done).usage
                 done = True
         if not done:
             raise Unavailable("the LLM worker ended the stream before the generation was done")

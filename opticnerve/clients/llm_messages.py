@@ -1,54 +1,40 @@
-"""Generation values to ``llm.proto`` messages and back."""
+"""Generation values to ``llm.proto`` messages and back, for whoever calls an LLM worker."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from opticnerve.clients.generation import Delta, Logprob, PositionLogprobs, Sampling, Usage
+from opticnerve.clients.generation import (
+    ChoiceOutput,
+    Delta,
+    Finished,
+    FinishReason,
+    Logprob,
+    PositionLogprobs,
+    Sampling,
+    Usage,
+)
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import OpticNerveError
-from opticnerve.media.plan import Span
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.rpc import convert
 from opticnerve.rpc.errors import to_detail
 
-START_INLINE_BYTES = 2**20  # Of tensors in the first message.
-
 FINISH = {
-    pb.FINISH_REASON_STOP: "stop",
-    pb.FINISH_REASON_LENGTH: "length",
-    pb.FINISH_REASON_ABORT: "abort",
+    pb.FINISH_REASON_STOP: FinishReason.STOP,
+    pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    pb.FINISH_REASON_ABORT: FinishReason.ABORT,
 }
 
 
-def start(
-    request_id: str,
-    token_ids: Sequence[int],
-    refs: Sequence[EmbeddingRef],
-    spans: Sequence[Span],
-    sampling: Sampling,
-) -> pb.GenerateIn:
-    """The first message. It carries references whole, except those with bytes of their own that
-    would make it large: these it only names, and each follows in a message of its own."""
-    items, room = [], START_INLINE_BYTES
-    for ref in refs:
-        room -= len(ref.location.inline)
-        fits = room >= 0 or not ref.location.inline
-        items.append(pb.Item(key=ref.key, ref=convert.ref_to_pb(ref) if fits else None))
-    return pb.GenerateIn(
-        start=pb.Start(
-            request_id=request_id,
-            token_ids=token_ids,
-            spans=[convert.span_to_pb(span) for span in spans],
-            items=items,
-            sampling=sampling_to_pb(sampling),
-        )
+def item(key: str, ref: EmbeddingRef | None) -> pb.Item:
+    return pb.Item(key=key, ref=convert.ref_to_pb(ref) if ref else None)
+
+
+def output(choice: ChoiceOutput) -> pb.ChoiceOutput:
+    return pb.ChoiceOutput(
+        choice=choice.choice, output_ids=choice.token_ids, finished=choice.finished
     )
-
-
-def is_sent(first: pb.GenerateIn, ref: EmbeddingRef) -> bool:
-    """Whether the first message carries the reference."""
-    return any(item.key == ref.key and item.HasField("ref") for item in first.start.items)
 
 
 def ready(ref: EmbeddingRef) -> pb.GenerateIn:
@@ -64,6 +50,7 @@ def failed(key: str, error: OpticNerveError) -> pb.GenerateIn:
 
 
 def sampling_to_pb(sampling: Sampling) -> pb.SamplingParams:
+    """Field by field: the decoder knows no defaults."""
     return pb.SamplingParams(
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
@@ -95,7 +82,7 @@ def delta_from_pb(message: pb.TokenDelta) -> Delta:
         token_ids=tuple(message.token_ids),
         logprobs=positions_from_pb(message.logprobs),
         finish_reason=reason,
-        stop_token_id=message.stop_token_id if reason == "stop" else None,
+        stop_token_id=message.stop_token_id if reason is FinishReason.STOP else None,
     )
 
 
@@ -113,10 +100,20 @@ def _logprob(message: pb.TokenLogprob) -> Logprob:
     return Logprob(message.token_id, message.logprob, message.rank)
 
 
-def usage_from_pb(message: pb.Usage) -> Usage:
-    return Usage(
-        prompt_tokens=message.prompt_tokens,
-        completion_tokens=message.completion_tokens,
-        cached_tokens=message.cached_tokens,
-        embedding_tokens=message.embedding_tokens,
+def finished_from_pb(message: pb.Done) -> Finished:
+    usage, timings = message.usage, message.timings
+    return Finished(
+        Usage(
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cached_tokens=usage.cached_tokens,
+            embedding_tokens=usage.embedding_tokens,
+        ),
+        {
+            "queue": timings.queue_ms,
+            "embedding_wait": timings.embedding_wait_ms,
+            "get": timings.get_ms,
+            "prefill": timings.prefill_ms,
+            "decode": timings.decode_ms,
+        },
     )

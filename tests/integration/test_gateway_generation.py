@@ -5,11 +5,11 @@ import contextlib
 
 import pytest
 
-from gateway import generation, wire
+from gateway import generation
 from gateway.deadline import Deadline
-from gateway.events import Delta, Finish, Finished
 from gateway.generation import GenerateSpec, Generation
 from gateway.pools import WorkerPool
+from opticnerve.clients.generation import Delta, Finished, FinishReason, Sampling
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.errors import (
     ContextLengthExceeded,
@@ -53,14 +53,14 @@ class Refs:
 
 def spec(pictures=0, n=1, max_tokens=100):
     spans = tuple(Span(2 + 4 * i, 4, 0, 0, Modality.IMAGE, Grid(1, 4, 4)) for i in range(pictures))
-    sampling = llm_pb2.SamplingParams(max_tokens=max_tokens, n=n)
+    sampling = Sampling(max_tokens=max_tokens, n=n)
     keys = (KEY,) if pictures else ()
     return GenerateSpec("r", tuple(range(12)), spans, keys, sampling, PAIR_ID)
 
 
 @contextlib.asynccontextmanager
 async def over(*fakes):
-    pool = WorkerPool("LLM", [fake.address for fake in fakes], wire.describe)
+    pool = WorkerPool("LLM", [fake.address for fake in fakes], generation.describe)
     await pool.start()
     try:
         await until(lambda: len(pool.serving()) == len(fakes))
@@ -155,7 +155,7 @@ async def test_lost_before_the_first_token_and_sent_again():
         tokens, _ = await collect(pool, spec(pictures=1), Refs(known=True))
         assert tokens == {0: [1, 2, 3]}
         again = (b if died == [a] else a).starts[0]
-        assert list(again.output_ids) == [] and again.items[0].HasField("ref")
+        assert list(again.outputs) == [] and again.items[0].HasField("ref")
 
 
 async def test_lost_in_the_middle_and_continued_elsewhere():
@@ -174,9 +174,10 @@ async def test_lost_in_the_middle_and_continued_elsewhere():
         assert tokens == {0: ids}
         assert last.usage.completion_tokens == 20
         again = (b if died == [a] else a).starts[0]
-        sent = list(again.output_ids)
+        (output,) = again.outputs
+        sent = list(output.output_ids)
         assert sent == ids[: len(sent)] and 0 < len(sent) <= 7
-        assert again.first_output_index == len(sent)
+        assert (output.choice, output.finished) == (0, False)
 
 
 async def test_the_only_worker_comes_back_within_the_deadline():
@@ -194,45 +195,45 @@ async def test_the_only_worker_comes_back_within_the_deadline():
         await llm.start()
         await task
         assert tokens == {0: [1, 2, 3]}
-        assert llm.starts[1].first_output_index == 1
+        assert list(llm.starts[1].outputs[0].output_ids) == [1]
 
 
-async def test_several_choices_are_written_anew_and_nothing_comes_twice():
+async def test_every_choice_goes_on_elsewhere_where_it_stood():
+    """Of four choices one has ended when the worker dies, and one is not wanted any more."""
     ids = list(range(100, 120))
     async with FakeLLM(ids) as a, FakeLLM(ids) as b, over(a, b) as pool:
-        died = []
+        died, tokens = [], {}
+        a.lengths = b.lengths = {1: 3}
 
         async def die(fake, index):
             if index == 7 and not died:
                 died.append(fake)
+                await until(lambda: len(tokens.get(1, ())) == 3)
                 await fake.die()
 
         a.step = b.step = die
-        tokens, _ = await collect(pool, spec(n=2))
-        assert tokens == {0: ids, 1: ids}
-        assert list((b if died == [a] else a).starts[0].output_ids) == []
-
-
-async def test_several_choices_that_come_out_differently_are_an_error():
-    async with FakeLLM([1, 2, 3]) as a, FakeLLM([1, 2, 3]) as b, over(a, b) as pool:
-        tokens = {}
-
-        async def die(fake, index):
-            if index == 1:
-                (b if fake is a else a).tokens = [9, 9, 9]
-                await until(lambda: tokens)
-                await fake.die()
-
-        a.step = b.step = die
-        with pytest.raises(Unavailable, match="differently"):
-            await collect(pool, spec(n=2), tokens=tokens)
+        made = Generation(spec(n=4), pool, Refs(), Deadline.after(20), 20)
+        async with contextlib.aclosing(made.events()) as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    assert event.first_index == len(tokens.setdefault(event.choice, []))
+                    tokens[event.choice] += event.token_ids
+                    if event.choice == 3 and event.first_index == 1:
+                        made.leave(3)
+        assert (tokens[0], tokens[1], tokens[2]) == (ids, ids[:3], ids)
+        again = (b if died == [a] else a).starts[0]
+        sent = {output.choice: list(output.output_ids) for output in again.outputs}
+        assert set(sent) == {0, 1, 2, 3} and sent[1] == ids[:3] and sent[3] == tokens[3]
+        assert all(given == ids[: len(given)] for given in sent.values())
+        assert [output.choice for output in again.outputs if output.finished] == [1, 3]
+        assert len((a if died == [a] else b).starts[0].outputs) == 0
 
 
 async def test_a_request_that_takes_worker_after_worker_is_given_up():
     tokens = {}
 
     async def die(fake, index):
-        first = fake.starts[-1].first_output_index
+        first = sum(len(output.output_ids) for output in fake.starts[-1].outputs)
         if index > first:  # After a token came through, so that it surely had the request.
             await until(lambda: len(tokens.get(0, ())) > first)
             await fake.die()
@@ -340,20 +341,33 @@ async def test_a_finished_answer_survives_the_loss_of_its_worker():
         assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (12, 2)
 
 
-async def test_a_worker_that_leaves_out_tokens_is_an_error():
+@pytest.mark.parametrize(
+    "deltas",
+    [
+        [llm_pb2.TokenDelta(first_index=1, token_ids=[1])],
+        [llm_pb2.TokenDelta(token_ids=[1, 2]), llm_pb2.TokenDelta(first_index=1, token_ids=[2])],
+        [llm_pb2.TokenDelta(choice=2, token_ids=[1])],
+        [
+            llm_pb2.TokenDelta(token_ids=[1], finish_reason=llm_pb2.FINISH_REASON_STOP),
+            llm_pb2.TokenDelta(first_index=1, token_ids=[2]),
+        ],
+    ],
+    ids=["left out", "doubled", "no such choice", "after the end"],
+)
+async def test_a_worker_that_does_not_go_on_where_the_answer_stood_is_an_error(deltas):
     async with FakeLLM() as llm, over(llm) as pool:
 
         async def written(start):
-            yield llm_pb2.GenerateOut(deltas=[llm_pb2.TokenDelta(first_index=1, token_ids=[1])])
+            yield llm_pb2.GenerateOut(deltas=deltas)
 
         llm._write = written
         with pytest.raises(EngineFailure):
-            await collect(pool, spec())
+            await collect(pool, spec(n=2))
 
 
 async def test_finish_reasons():
     async with FakeLLM([1, 2, 3]) as llm, over(llm) as pool:
-        for limit, finish, stop in ((2, Finish.LENGTH, None), (3, Finish.STOP, 3)):
+        for limit, finish, stop in ((2, FinishReason.LENGTH, None), (3, FinishReason.STOP, 3)):
             made = Generation(spec(max_tokens=limit), pool, Refs(), Deadline.after(20), 20)
             deltas = [event async for event in made.events() if isinstance(event, Delta)]
-            assert (deltas[-1].finish, deltas[-1].stop_token_id) == (finish, stop)
+            assert (deltas[-1].finish_reason, deltas[-1].stop_token_id) == (finish, stop)

@@ -201,14 +201,51 @@ def test_output_ids_continue_with_the_same_tail(demo: Demo, serve: Callable[...,
         ref = worker.put(prompt.pictures[0])
         whole = (await worker.generate(prompt.start([ref], sampling=sampling))).tokens[0]
         for cut in (1, len(whole) // 2, len(whole) - 1):
-            start = prompt.start(
-                [ref], sampling=sampling, output_ids=whole[:cut], first_output_index=cut
-            )
+            sent = pb.ChoiceOutput(output_ids=whole[:cut])
+            start = prompt.start([ref], sampling=sampling, outputs=[sent])
             answer = await worker.generate(start)
             assert answer.tokens[0] == whole[cut:]
             assert answer.deltas[0].first_index == cut
             assert answer.done is not None
             assert answer.done.usage.completion_tokens == len(whole)
+
+    serve(body)
+
+
+def test_every_choice_continues_with_outputs_of_its_own(
+    demo: Demo, serve: Callable[..., None]
+) -> None:
+    prompt = demo.prompt(9, demo.picture(7), 4, seed=6)
+    sampling = {
+        "temperature": 1.3,
+        "seed": 5,
+        "n": 3,
+        "logprobs": 1,
+        "frequency_penalty": 0.5,
+        "max_tokens": 24,
+        "ignore_eos": True,
+    }
+
+    async def body(worker: Worker) -> None:
+        ref = worker.put(prompt.pictures[0])
+        whole = await worker.generate(prompt.start([ref], sampling=sampling))
+        ids = whole.tokens
+        assert len({tuple(each) for each in ids.values()}) == 3
+        sent = [
+            pb.ChoiceOutput(choice=2, output_ids=ids[2][:3]),
+            pb.ChoiceOutput(choice=0, output_ids=ids[0], finished=True),
+        ]
+        answer = await worker.generate(prompt.start([ref], sampling=sampling, outputs=sent))
+        assert answer.tokens == {1: ids[1], 2: ids[2][3:]}
+        starts = [d.first_index for d in answer.deltas if d.choice == 2]
+        assert starts[0] == 3 and starts == sorted(starts)
+        assert answer.done is not None
+        assert answer.done.usage.completion_tokens == 3 * 24
+        logprobs = [p for d in answer.deltas if d.choice == 2 for p in d.logprobs]
+        expected = [p for d in whole.deltas if d.choice == 2 for p in d.logprobs][3:]
+        assert [p.sampled.logprob for p in logprobs] == pytest.approx(
+            [p.sampled.logprob for p in expected], abs=1e-4
+        )
 
     serve(body)
 
@@ -557,7 +594,8 @@ def test_bad_requests_are_refused_and_harm_nobody(demo: Demo, serve: Callable[..
         (text.start(token_ids=[]), InvalidRequest, "token_ids"),
         (text.start(token_ids=[5, 10**6]), InvalidRequest, "token_ids"),
         (text.start(adapter="lora"), UnsupportedFeature, "adapter"),
-        (text.start(first_output_index=3), InvalidRequest, "first_output_index"),
+        (text.start(outputs=[pb.ChoiceOutput(choice=1)]), InvalidRequest, "outputs"),
+        (text.start(outputs=[pb.ChoiceOutput(output_ids=[640])]), InvalidRequest, "outputs"),
         (text.start(sampling={"max_tokens": 0}), InvalidRequest, "max_tokens"),
         (text.start(sampling={"max_tokens": 5000}), ContextLengthExceeded, "max_tokens"),
         (text.start(sampling={"temperature": nan}), InvalidRequest, "temperature"),

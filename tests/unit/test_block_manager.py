@@ -17,7 +17,9 @@ from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
 def sequence(length: int, first: int = 0, **fields: Any) -> Sequence:
     tokens = tuple(range(first, first + length))
     request = GenerateRequest("r", tokens, sampling=SamplingParams(), **fields)
-    return Generation(request, 0, 0.0).sequences[0]
+    seq = Generation(request, 0, 0.0).begin()
+    assert seq is not None
+    return seq
 
 
 def running(blocks: BlockManager, seq: Sequence) -> Sequence:

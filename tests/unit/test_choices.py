@@ -4,9 +4,9 @@ import pytest
 
 from gateway.choices import Choices
 from gateway.detokenizer import Vocabulary
-from gateway.events import Delta, Finish, PositionLogprobs, TokenLogprob
 from gateway.schemas.chat import ChatRequest
 from gateway.tokenizer import Tokenizer
+from opticnerve.clients.generation import Delta, FinishReason, Logprob, PositionLogprobs
 from opticnerve.errors import EngineFailure
 from opticnerve.models.checkpoint import Checkpoint
 
@@ -36,17 +36,17 @@ def test_the_end_of_sequence_is_counted_and_not_shown(choices, tokenizer):
     ids = tokenizer.encode("Hi")
     for fields in ({}, {"skip_special_tokens": False}):
         made = choices(**fields)
-        got = made.take(delta([*ids, END], Finish.STOP, END))
+        got = made.take(delta([*ids, END], FinishReason.STOP, END))
         assert (got.text, got.finish_reason, got.stop_reason) == ("Hi", "stop", None)
         assert made.ended and made.num_tokens == len(ids) + 1
 
 
 def test_a_stop_id_of_the_request_is_told_and_shown_on_demand(choices, tokenizer):
     ids = tokenizer.encode("ab")
-    got = choices(stop_token_ids=[ids[-1]]).take(delta(ids, Finish.STOP, ids[-1]))
+    got = choices(stop_token_ids=[ids[-1]]).take(delta(ids, FinishReason.STOP, ids[-1]))
     assert (got.text, got.stop_reason) == ("a", ids[-1])
     shown = choices(stop_token_ids=[ids[-1]], include_stop_str_in_output=True)
-    assert shown.take(delta(ids, Finish.STOP, ids[-1])).text == "ab"
+    assert shown.take(delta(ids, FinishReason.STOP, ids[-1])).text == "ab"
 
 
 def test_a_stop_string_ends_a_choice_and_what_follows_is_ignored(choices, tokenizer):
@@ -56,7 +56,7 @@ def test_a_stop_string_ends_a_choice_and_what_follows_is_ignored(choices, tokeni
     assert (got.text, got.finish_reason, got.stop_reason) == ("a b", "stop", " c")
     assert made.take(delta(ids, first=len(ids))) is None
     assert not made.ended and made.num_tokens < len(ids)
-    assert made.take(delta(ids[:1], Finish.LENGTH, choice=1)).finish_reason == "length"
+    assert made.take(delta(ids[:1], FinishReason.LENGTH, choice=1)).finish_reason == "length"
     assert made.ended
 
 
@@ -65,16 +65,13 @@ def test_text_that_a_stop_string_could_begin_with_waits(choices, tokenizer):
     ids = [tokenizer.encode(letter)[0] for letter in "xab"]
     got = [made.take(delta([token], first=i)) for i, token in enumerate(ids)]
     assert [each and each.text for each in got] == ["x", None, None]
-    end = made.take(delta([], Finish.LENGTH, first=3))
+    end = made.take(delta([], FinishReason.LENGTH, first=3))
     assert (end.text, end.finish_reason) == ("ab", "length")
 
 
 def test_log_probabilities_stop_with_the_text(choices, tokenizer):
     ids = tokenizer.encode("a b c d")
-    places = [
-        PositionLogprobs(TokenLogprob(i, float("-inf"), 1), (TokenLogprob(i, -0.5, 1),))
-        for i in ids
-    ]
+    places = [PositionLogprobs(Logprob(i, float("-inf"), 1), (Logprob(i, -0.5, 1),)) for i in ids]
     made = choices(stop=[" c"], logprobs=True, top_logprobs=1)
     got = made.take(delta(ids, logprobs=places))
     assert len(got.logprobs) == made.num_tokens < len(ids)
@@ -84,4 +81,4 @@ def test_log_probabilities_stop_with_the_text(choices, tokenizer):
 
 def test_an_abort_is_no_answer(choices):
     with pytest.raises(EngineFailure):
-        choices().take(delta([], Finish.ABORT))
+        choices().take(delta([], FinishReason.ABORT))

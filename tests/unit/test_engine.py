@@ -11,6 +11,7 @@ from llm_service.engine import Engine, Message
 from llm_service.limits import EngineConfig
 from llm_service.sequence import (
     AbortedEvent,
+    ChoiceOutput,
     EngineStats,
     Event,
     FailedEvent,
@@ -454,7 +455,8 @@ def test_a_continuation_is_counted_and_not_sent_again() -> None:
     bench = Bench()
     whole = request("a", sampling={"max_tokens": 30, "seed": 4})
     expected = oracle(whole)
-    ask = request("b", sampling={"max_tokens": 30, "seed": 4}, output_ids=tuple(expected[:11]))
+    sent = (ChoiceOutput(0, tuple(expected[:11])),)
+    ask = request("b", sampling={"max_tokens": 30, "seed": 4}, outputs=sent)
     bench.run(ask)
     assert bench.tokens("b") == expected[11:]
     assert bench.of("b", TokensEvent)[0].first_index == 11
@@ -463,20 +465,59 @@ def test_a_continuation_is_counted_and_not_sent_again() -> None:
 
 def test_a_continuation_of_what_had_ended_ends_at_once() -> None:
     bench = Bench()
-    done = request("a", sampling={"max_tokens": 3}, output_ids=(1, 2, 3))
-    stopped = request("b", sampling={"stop_token_ids": (2,)}, output_ids=(1, 2))
-    bench.run(done, stopped)
+    done = request("a", sampling={"max_tokens": 3}, outputs=(ChoiceOutput(0, (1, 2, 3)),))
+    stopped = request("b", sampling={"stop_token_ids": (2,)}, outputs=(ChoiceOutput(0, (1, 2)),))
+    known = request("c", sampling={"n": 2}, outputs=tuple(ended(i, (1, 2)) for i in range(2)))
+    bench.run(done, stopped, known)
     assert bench.of("a", TokensEvent) == [TokensEvent("a", 0, 3, (), (), FinishReason.LENGTH)]
     assert bench.of("b", TokensEvent)[0].finish is FinishReason.STOP
     assert bench.of("b", TokensEvent)[0].stop_token_id == 2
     assert not bench.runner.plans
-    assert isinstance(bench.last("a"), FinishedEvent)
+    for name, count in (("a", 3), ("b", 2), ("c", 4)):
+        assert bench.last(name).completion_tokens == count  # type: ignore[union-attr]
+    assert bench.of("c", TokensEvent) == []
+    bench.assert_clean()
+
+
+def ended(choice: int, output_ids: tuple[int, ...] = ()) -> ChoiceOutput:
+    return ChoiceOutput(choice, output_ids, finished=True)
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_choices_continue_with_outputs_of_their_own(prefix_caching: bool) -> None:
+    """One has ended, one has ended without anybody saying so, one has not begun, two are at
+    work; what they share is computed once, prefix cache or not."""
+    bench = Bench(prefix_caching=prefix_caching, max_num_seqs=6)
+    sampling = {"n": 5, "max_tokens": 30, "seed": 4}
+    whole = [oracle(request("a", sampling=sampling), choice) for choice in range(5)]
+    sent = [tuple(whole[0][:9]), tuple(whole[1][:17]), (), tuple(whole[3]), tuple(whole[4][:2])]
+    ask = request(
+        "b",
+        sampling=sampling,
+        outputs=(
+            ended(0, sent[0]),
+            *(ChoiceOutput(choice, sent[choice]) for choice in (4, 1, 3)),
+        ),
+    )
+    bench.run(ask)
+    for choice in range(1, 5):
+        assert list(sent[choice]) + bench.tokens("b", choice) == whole[choice]
+        events = [event for event in bench.of("b", TokensEvent) if event.choice == choice]
+        assert events[0].first_index == len(sent[choice])
+        assert [event.finish for event in events if event.finish] == [FinishReason.LENGTH]
+    assert bench.tokens("b", 0) == []
+    assert bench.last("b").completion_tokens == 9 + 4 * 30  # type: ignore[union-attr]
+    computed = sum(plan.num_tokens for plan in bench.runner.plans)
+    decoded = sum(len(whole[choice]) - len(sent[choice]) for choice in range(1, 5))
+    leader, own = len(ask.token_ids) + 17, 0 + 2
+    assert computed == leader + own + decoded - 2  # Two were sampled with what was prefilled.
+    bench.assert_clean()
 
 
 def test_a_choice_elsewhere_keeps_its_number() -> None:
     bench = Bench()
     whole = request("a", sampling={"n": 3})
-    part = request("b", first_choice=2)
+    part = request("b", sampling={"n": 3}, outputs=(ended(0), ended(1)))
     bench.run(whole, part)
     assert bench.tokens("b", choice=2) == bench.tokens("a", choice=2)
 
@@ -641,11 +682,12 @@ def test_a_lost_device_fails_everything_and_leaves_the_loop() -> None:
         ({"token_ids": ()}, InvalidRequest),
         ({"token_ids": (1, -1)}, InvalidRequest),
         ({"token_ids": (1, 50)}, InvalidRequest),
-        ({"output_ids": (50,)}, InvalidRequest),
+        ({"outputs": (ChoiceOutput(0, (50,)),)}, InvalidRequest),
+        ({"outputs": (ChoiceOutput(1, (1,)),)}, InvalidRequest),
+        ({"outputs": (ChoiceOutput(0, (1,)), ChoiceOutput(0, (1,)))}, InvalidRequest),
         ({"sampling": {"max_tokens": 0}}, InvalidRequest),
         ({"sampling": {"n": 0}}, InvalidRequest),
         ({"sampling": {"n": 1000}}, InvalidRequest),
-        ({"sampling": {"n": 2}, "output_ids": (1,)}, InvalidRequest),
         ({"length": 500, "sampling": {"max_tokens": 13}}, ContextLengthExceeded),
         ({"length": 5000}, ContextLengthExceeded),
         ({"spans": (span(18, 4),), "items": ("k",)}, InvalidRequest),

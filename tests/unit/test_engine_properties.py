@@ -18,6 +18,7 @@ from llm_service.engine import Engine, Message
 from llm_service.limits import EngineConfig
 from llm_service.sequence import (
     AbortedEvent,
+    ChoiceOutput,
     EngineStats,
     Event,
     FailedEvent,
@@ -89,7 +90,7 @@ def request(chance: Random, parts: list[Part]) -> GenerateRequest:
         max_tokens=max_tokens,
         min_tokens=chance.randrange(5),
         seed=chance.randrange(2),
-        n=1 if continues else chance.choice((1, 1, 1, 2, 3)),
+        n=chance.choice((1, 1, 1, 2, 3)),
         stop_token_ids=chance.choice(((), (1, 2, 3))),
         prompt_logprobs=chance.choice((None, None, None, 0)),
     )
@@ -105,9 +106,16 @@ def request(chance: Random, parts: list[Part]) -> GenerateRequest:
         skip_prefix_cache=chance.random() < 0.1,
     )
     if continues:
-        output = oracle(request)[: chance.randint(1, max_tokens)]
-        request = replace(request, output_ids=tuple(output))
+        choices = [c for c in range(sampling.n) if chance.random() < 0.8]
+        request = replace(request, outputs=tuple(sent(chance, request, c) for c in choices))
     return request
+
+
+def sent(chance: Random, request: GenerateRequest, choice: int) -> ChoiceOutput:
+    """A part of the choice's tokens, perhaps all of them, perhaps all that anybody wants."""
+    tokens = oracle(request, choice)
+    count = chance.choice((0, chance.randint(1, len(tokens)), len(tokens)))
+    return ChoiceOutput(choice, tuple(tokens[:count]), chance.random() < 0.3)
 
 
 def layout(parts: list[Part]) -> tuple[tuple[int, ...], tuple[Span, ...]]:
@@ -224,7 +232,8 @@ class World:
     def _check_events(self, request: GenerateRequest, events: list[Event]) -> None:
         assert sum(isinstance(event, TERMINAL) for event in events) == 1
         assert isinstance(events[-1], TERMINAL)
-        tokens: dict[int, list[int]] = defaultdict(lambda: list(request.output_ids))
+        tokens: dict[int, list[int]] = {choice: [] for choice in range(request.sampling.n)}
+        tokens |= {output.choice: list(output.output_ids) for output in request.outputs}
         finishes: Counter[int] = Counter()
         for event in coalesce(events):
             if isinstance(event, TokensEvent):
@@ -234,7 +243,8 @@ class World:
                 finishes[event.choice] += event.finish is not None
         if isinstance(events[-1], FinishedEvent):
             self._check_finished(request, events, tokens)
-            assert finishes == dict.fromkeys(range(request.sampling.n), 1)
+            ended = {output.choice for output in request.outputs if output.finished}
+            assert finishes == dict.fromkeys(set(range(request.sampling.n)) - ended, 1)
         else:
             assert request.request_id in self.disturbed
             for choice, got in tokens.items():
@@ -248,9 +258,11 @@ class World:
         for choice in range(request.sampling.n):
             assert tokens[choice] == oracle(request, choice)
         assert finished.completion_tokens == sum(len(each) for each in tokens.values())
-        assert finished.cached_tokens < len(request.token_ids) + len(request.output_ids)
+        assert finished.cached_tokens <= len(request.token_ids)
         scores = [event for event in events if isinstance(event, PromptLogprobsEvent)]
-        ended_already = len(request.output_ids) == len(tokens[0])
+        given = dict.fromkeys(tokens, 0)
+        given |= {output.choice: len(output.output_ids) for output in request.outputs}
+        ended_already = all(given[choice] == len(each) for choice, each in tokens.items())
         if request.sampling.prompt_logprobs is not None and not ended_already:
             assert len(scores) == 1
             assert len(scores[0].positions) == len(request.token_ids)

@@ -17,7 +17,9 @@ from llm_service.memory import available_memory
 from llm_service.model_runner import ModelRunner, RunnerLimits
 from llm_service.plan import StepPlan, Work
 from llm_service.sequence import (
+    ChoiceOutput,
     FailedEvent,
+    FinishedEvent,
     GenerateRequest,
     Generation,
     Logprobs,
@@ -118,7 +120,10 @@ def test_the_same_tokens_alone_together_continued_and_preempted(demo: tuple[Any,
     tight = LocalEngine(*demo, kv_cache_tokens=128)
     assert ids_of(tight, asks) == alone
     assert tight.engine.scheduler.num_preemptions > 0
-    continued = [replace(ask, output_ids=tuple(alone[f"{ask.request_id}/0"][:9])) for ask in asks]
+    continued = [
+        replace(ask, outputs=(ChoiceOutput(0, tuple(alone[f"{ask.request_id}/0"][:9])),))
+        for ask in asks
+    ]
     rest = ids_of(LocalEngine(*demo), continued)
     assert rest == {name: ids[9:] for name, ids in alone.items()}
 
@@ -128,8 +133,40 @@ def test_choices_are_those_of_single_requests(demo: tuple[Any, Any]) -> None:
     together = ids_of(LocalEngine(*demo), [ask])
     assert len({tuple(ids) for ids in together.values()}) > 1
     for choice in range(4):
-        single = replace(ask, first_choice=choice, sampling=replace(ask.sampling, n=1))
-        assert ids_of(LocalEngine(*demo), [single])[f"n/{choice}"] == together[f"n/{choice}"]
+        others = (ChoiceOutput(other, finished=True) for other in range(4) if other != choice)
+        single = replace(ask, outputs=tuple(others))
+        assert ids_of(LocalEngine(*demo), [single]) == {f"n/{choice}": together[f"n/{choice}"]}
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_choices_continue_as_if_nothing_had_happened(
+    demo: tuple[Any, Any], prefix_caching: bool
+) -> None:
+    """One choice has ended, the others were cut at different places; tokens and their
+    log-probabilities are those of the run that was not cut."""
+    fields = {"temperature": 1.2, "seed": 11, "frequency_penalty": 0.7, "presence_penalty": 0.3}
+    ask = request("c", tokens(40), max_tokens=30, n=3, logprobs=2, repetition_penalty=1.1, **fields)
+    whole = LocalEngine(*demo).generate([ask])
+    ids = [tuple(whole["c", choice].token_ids) for choice in range(3)]
+    assert len({*ids}) == 3 and all(len(each) == 30 for each in ids)
+    for cuts in ((30, 7, 19), (3, 30, 1), (0, 29, 30)):
+        sent = [
+            ChoiceOutput(choice, ids[choice][:cut], finished=cut == 30)
+            for choice, cut in enumerate(cuts)
+            if cut
+        ]
+        engine = LocalEngine(*demo, prefix_caching=prefix_caching)
+        rest = engine.generate([replace(ask, outputs=tuple(sent))])
+        assert {choice for _, choice in rest} == {c for c, cut in enumerate(cuts) if cut < 30}
+        for (_, choice), answer in rest.items():
+            cut = cuts[choice]
+            assert tuple(answer.token_ids) == ids[choice][cut:]
+            expected = whole["c", choice].logprobs[cut:]
+            assert [each.sampled[1] for each in answer.logprobs] == pytest.approx(
+                [each.sampled[1] for each in expected], abs=1e-4
+            )
+        finished = [m for m in engine.messages if isinstance(m, FinishedEvent)]
+        assert [event.completion_tokens for event in finished] == [90]
 
 
 # ---- log-probabilities

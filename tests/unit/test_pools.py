@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from gateway import encoders, pools, wire
+from gateway import encoders, generation, pools
 from gateway.deadline import Deadline
 from gateway.pairing import Pairing
 from gateway.pools import Changes, WorkerPool, WorkerState
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
 @contextlib.asynccontextmanager
 async def pool_of(*addresses, kind="encoder", changes=None):
-    describe = encoders.describe if kind == "encoder" else wire.describe
+    describe = encoders.describe if kind == "encoder" else generation.describe
     pool = WorkerPool(kind, addresses, describe, changes)
     await pool.start()
     try:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from gateway.sampling import Defaults, Limits, ResolvedSampling, load_defaults, resolve
+from gateway.sampling import Defaults, Limits, load_defaults, resolve
 from gateway.schemas import ChatRequest, parse
 from gateway.tokenizer import Tokenizer
+from opticnerve.clients.generation import Sampling
 from opticnerve.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 from opticnerve.pb import llm_pb2
 from tests import vocabularies as v
@@ -26,7 +27,7 @@ def tokenizer() -> Tokenizer:
 
 def resolved(
     tokenizer: Tokenizer, defaults: Defaults = EOS, prompt: int = 40, images: int = 0, **fields: Any
-) -> ResolvedSampling:
+) -> Sampling:
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
     return resolve(
         parse(ChatRequest, body)[0],
@@ -40,7 +41,7 @@ def resolved(
 
 def test_the_fields_are_those_of_the_wire() -> None:
     wire = {field.name for field in llm_pb2.SamplingParams.DESCRIPTOR.fields} - {"grammar"}
-    assert set(ResolvedSampling.__dataclass_fields__) == wire
+    assert set(Sampling.__dataclass_fields__) == wire
 
 
 def test_a_bare_request(tokenizer: Tokenizer) -> None:
@@ -130,7 +131,7 @@ def test_ids_and_words(tokenizer: Tokenizer) -> None:
         tokenizer, stop_token_ids=[5, 5, 6], logit_bias={"7": 2}, bad_words=["cat"], n=3
     )
     assert value.stop_token_ids == (5, 6)
-    assert value.logit_bias == ((7, 2.0),)
+    assert value.logit_bias == {7: 2.0}
     assert value.n == 3
     spelled = {tokenizer.decode(ids) for ids in value.bad_words}
     assert spelled == {"cat", " cat"}

@@ -45,7 +45,8 @@ class Desk:
         request = GenerateRequest(
             f"r{self.arrivals}", tokens, sampling=sampling, priority=priority, **fields
         )
-        seq = Generation(request, self.arrivals, 0.0).sequences[0]
+        seq = Generation(request, self.arrivals, 0.0).begin()
+        assert seq is not None
         self.scheduler.add(seq)
         return seq
 
