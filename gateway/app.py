@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.cors import CORSMiddleware
@@ -16,11 +16,12 @@ from gateway import chats, health
 from gateway.admission import Admission
 from gateway.auth import Keys
 from gateway.http import BodyLimits, JSONResponse, error_response
-from gateway.middleware import Authentication, Disconnect, Errors, RequestScope
+from gateway.middleware import Authentication, Disconnect, Drain, Errors, RequestScope
 from gateway.names import ServedNames
 from gateway.pipeline import Pipeline
 from opticnerve import __version__
 from opticnerve.config import GatewayConfig
+from opticnerve.drain import Running
 from opticnerve.errors import MethodNotAllowed, NotFound
 
 Handler = Callable[["Gateway", Request, Send], Awaitable[Response | None]]
@@ -35,6 +36,7 @@ class Gateway:
     admission: Admission
     names: ServedNames
     pipeline: Pipeline
+    running: Running = field(default_factory=lambda: Running("the gateway"))
     draining: bool = False
 
     @property
@@ -66,7 +68,8 @@ class Endpoint:
 
 
 def make_app(gateway: Gateway) -> ASGIApp:
-    """The application, outermost layer first: scope, CORS, errors, keys, disconnects, routes."""
+    """The application, outermost layer first: scope, CORS, errors, keys, drain,
+    disconnects, routes."""
     config = gateway.config
     routes: list[tuple[str, str, Handler]] = [
         ("/v1/chat/completions", "POST", chats.chat),
@@ -87,6 +90,7 @@ def make_app(gateway: Gateway) -> ASGIApp:
         default=_unknown,
     )
     app = Disconnect(app)
+    app = Drain(app, gateway.running)
     app = Authentication(app, gateway.keys, public_models=config.public_models)
     app = Errors(app)
     if config.cors_origins:

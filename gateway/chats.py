@@ -136,8 +136,9 @@ async def _send_all(send: Send, events: AsyncGenerator[bytes, None]) -> None:
         async for data in events:
             await send({"type": "http.response.body", "body": data, "more_body": True})
     except Exception as error:
-        event = sse.error_event(typed(error))
-        await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send(
+            {"type": "http.response.body", "body": sse.failure(typed(error)), "more_body": True}
+        )
 
 
 async def _events(

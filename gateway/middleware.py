@@ -1,6 +1,6 @@
 """What surrounds every request: its id, its metrics, its last resort, its key, its end.
 
-Plain ASGI, outermost first: ``RequestScope``, (CORS), ``Errors``, ``Authentication``,
+Plain ASGI, outermost first: ``RequestScope``, (CORS), ``Errors``, ``Authentication``, ``Drain``,
 ``Disconnect``.
 """
 
@@ -17,9 +17,11 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway import sse
 from gateway.auth import Keys, needs_key
 from gateway.http import error_response, typed
-from opticnerve.errors import Unauthenticated
+from opticnerve.drain import LAST_WORDS_S, Running
+from opticnerve.errors import OpticNerveError, Unauthenticated
 from opticnerve.telemetry import logs, metrics
 
 log = logging.getLogger(__name__)
@@ -85,27 +87,44 @@ class _Answer:
 class Errors:
     """Answers with whatever error leaves the application, in OpenAI's shape.
 
-    A failure after the first byte cannot be answered any more: the connection is closed.
+    A stream that has begun ends with the error as an event. Any other answer that has begun cannot
+    tell any more: its connection is closed.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
+        begun = streaming = False
 
         async def watched(message: Message) -> None:
-            nonlocal begun
-            begun = begun or message["type"] == "http.response.start"
+            nonlocal begun, streaming
+            if message["type"] == "http.response.start":
+                begun, streaming = True, _is_event_stream(message)
+            elif not message.get("more_body", False):
+                streaming = False
             await send(message)
 
         try:
             await self.app(scope, receive, watched)
         except Exception as error:
             shown = typed(error)
-            if begun:
+            if not begun:
+                await error_response(shown)(scope, receive, send)
+            elif streaming:
+                await _end_stream(send, shown)
+            else:
                 raise
-            await error_response(shown)(scope, receive, send)
+
+
+def _is_event_stream(start: Message) -> bool:
+    return Headers(scope=start).get("content-type", "").startswith("text/event-stream")
+
+
+async def _end_stream(send: Send, error: OpticNerveError) -> None:
+    """For a client that reads; another one's connection is closed."""
+    async with asyncio.timeout(LAST_WORDS_S):
+        await send({"type": "http.response.body", "body": sse.failure(error)})
 
 
 def _without_slash(scope: Scope) -> Scope:
@@ -141,6 +160,18 @@ class Authentication:
                 name = "anonymous"
             scope["state"]["caller"] = name
         await self.app(scope, receive, send)
+
+
+class Drain:
+    """Ends requests that still run when the gateway's drain is over, with Unavailable."""
+
+    def __init__(self, app: ASGIApp, running: Running) -> None:
+        self.app = app
+        self.running = running
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self.running.work():
+            await self.app(scope, receive, send)
 
 
 class Disconnect:

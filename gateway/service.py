@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 
@@ -29,6 +30,7 @@ from gateway.references import References
 from gateway.sampling import load_defaults
 from opticnerve import config
 from opticnerve.config import GatewayConfig
+from opticnerve.drain import LAST_WORDS_S
 from opticnerve.errors import CheckpointError, ConfigError
 from opticnerve.lifecycle import follow_parent
 from opticnerve.models.checkpoint import Checkpoint
@@ -177,7 +179,7 @@ class HttpServer(uvicorn.Server):
                 proxy_headers=False,
                 backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+                timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + LAST_WORDS_S),
             )
         )
         self.gateway = gateway
@@ -191,8 +193,14 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets)
         print(f"listening {self.address}", flush=True)  # `opticnerve up` reads this line.
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        patience = self.gateway.config.drain_timeout_s
+        cut = asyncio.get_running_loop().call_later(patience, self.gateway.running.cut)
+        await super().shutdown(sockets)
+        cut.cancel()
+
     def stop(self) -> None:
-        """Takes no new requests; those under way get ``drain_timeout_s``."""
+        """Takes no new requests; those under way get ``drain_timeout_s``, and then an error."""
         self.gateway.draining = True
         self.should_exit = True
 

@@ -34,9 +34,9 @@ def dumps(body: Mapping[str, Any]) -> bytes:
     return (text if text.isascii() else text.translate(_BREAKS)).encode("utf-8", "replace")
 
 
-def error_event(error: OpticNerveError) -> bytes:
-    """A failure after the stream began: the body that an HTTP error would have had."""
-    return event(error.to_openai())
+def failure(error: OpticNerveError) -> bytes:
+    """The end of a stream that failed: the body that an HTTP error would have had, and DONE."""
+    return event(error.to_openai()) + DONE
 
 
 @dataclass(frozen=True, slots=True)

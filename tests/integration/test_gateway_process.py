@@ -16,7 +16,7 @@ from PIL import Image
 
 from opticnerve.models.checkpoint import Checkpoint
 from tests.fakes import FakeEncoder, FakeLLM, until
-from tests.gateways import body, data_url, user
+from tests.gateways import body, data_url, events, user
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 MIB = 2**20
@@ -122,6 +122,39 @@ async def test_sigterm_lets_running_requests_end(environment):
             go.set()
             assert (await asked).status_code == 200
             assert await process.wait() == 0
+
+
+async def test_requests_that_outlast_the_drain_are_told(environment):
+    """Whole answers and streams without a token get a 503, streams under way an event and DONE."""
+    async with workers() as (encoder, llm):
+        forever = asyncio.Event()
+        llm.step = lambda fake, index: (
+            forever.wait() if index or len(fake.starts) > 1 else asyncio.sleep(0)
+        )
+        flags = ("--encoder-addresses", encoder.address, "--llm-addresses", llm.address)
+        async with (
+            gateway(environment, *flags, "--drain-timeout-s", "1") as (process, url),
+            httpx2.AsyncClient(base_url=url, timeout=30, trust_env=False) as client,
+        ):
+            path = "/v1/chat/completions"
+            async with client.stream("POST", path, json=body(stream=True)) as begun:
+                text = aiter(begun.aiter_text())
+                parts = [await anext(text)]
+                others = [
+                    asyncio.create_task(client.post(path, json=body(stream=stream)))
+                    for stream in (False, True)
+                ]
+                await until(lambda: llm.running == 3)
+                process.send_signal(signal.SIGTERM)
+                parts += [part async for part in text]
+            *_, error, done = events("".join(parts))
+            assert "stopping" in error["error"]["message"] and done == "[DONE]"
+            assert set(error["error"]) == {"message", "type", "param", "code"}
+            for answer in await asyncio.gather(*others):
+                assert answer.status_code == 503 and answer.headers["retry-after"]
+                assert "stopping" in answer.json()["error"]["message"]
+            assert await process.wait() == 0
+            await until(lambda: llm.running == 0)
 
 
 async def test_a_taken_port_is_one_clear_line(environment):

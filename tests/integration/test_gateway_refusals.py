@@ -178,8 +178,9 @@ async def test_a_failure_after_the_stream_began_is_an_event_and_the_end():
     async with stack(request_timeout_s=0.5) as s:
         s.llm.step = lambda fake, index: asyncio.Event().wait() if index else asyncio.sleep(0)
         answer = await s.chat(stream=True)
-        *_, last = events(answer.text)
+        *_, last, done = events(answer.text)
         assert answer.status_code == 200 and last["error"]["code"] == "deadline_exceeded"
+        assert done == "[DONE]"
 
 
 async def test_the_unexpected_is_a_500_that_tells_nothing(monkeypatch):

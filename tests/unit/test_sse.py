@@ -70,7 +70,9 @@ def test_usage_is_null_until_the_end_where_it_was_asked_for() -> None:
 
 
 def test_a_failure_after_the_stream_began() -> None:
-    body = read(sse.error_event(EngineFailure("the step failed")))
+    told = sse.failure(EngineFailure("the step failed"))
+    assert told.endswith(sse.DONE)
+    body = read(told.removesuffix(sse.DONE))
     assert body["error"]["message"] == "the step failed"
     assert set(body["error"]) == {"message", "type", "param", "code"}
 
