@@ -180,6 +180,26 @@ async def test_lost_in_the_middle_and_continued_elsewhere():
         assert (output.choice, output.finished) == (0, False)
 
 
+async def test_workers_that_drain_one_after_another_hand_the_generation_on():
+    """A worker that says it is stopping is not one that the request took with it."""
+    ids = list(range(100, 120))
+    async with FakeLLM(ids) as a, FakeLLM(ids) as b, FakeLLM(ids) as c, FakeLLM(ids) as d:
+        stopped, tokens = [], {}
+
+        async def drain(fake, index):
+            if len(stopped) < 3 and fake not in stopped and index == 3 + 4 * len(stopped):
+                await until(lambda: len(tokens.get(0, ())) == index)
+                stopped.append(fake)
+                raise Unavailable("the worker is stopping")
+
+        a.step = b.step = c.step = d.step = drain
+        async with over(a, b, c, d) as pool:
+            await collect(pool, spec(), tokens=tokens)
+        assert tokens == {0: ids} and len(stopped) == 3
+        (last,) = {a, b, c, d} - set(stopped)
+        assert [len(output.output_ids) for output in last.starts[0].outputs] == [11]
+
+
 async def test_the_only_worker_comes_back_within_the_deadline():
     async with FakeLLM() as llm, over(llm) as pool:
         tokens = {}
