@@ -106,6 +106,7 @@ class _Progress:
     tokens: dict[int, list[int]] = field(default_factory=dict)
     finished: set[int] = field(default_factory=set)  # The worker has ended them.
     left: set[int] = field(default_factory=set)  # Nobody wants more of them.
+    cached_tokens: int = 0  # Of the prompt, as the worker said that is at work.
 
     @property
     def total(self) -> int:
@@ -190,9 +191,10 @@ class Generation:
         self._progress.left.add(choice)
 
     def usage(self) -> Usage:
-        """Usage by our own count, where no worker can tell it."""
+        """Usage by our own count, where no worker has come to its end."""
         image_tokens = sum(span.num_tokens for span in self.spec.spans)
-        return Usage(len(self.spec.token_ids), self._progress.total, 0, image_tokens)
+        progress = self._progress
+        return Usage(len(self.spec.token_ids), progress.total, progress.cached_tokens, image_tokens)
 
     # ---- one attempt
 
@@ -206,6 +208,8 @@ class Generation:
             async for message in call:
                 if message.HasField("embedding_needed"):
                     feeder.needed(message.embedding_needed)
+                if message.HasField("prefilled"):
+                    self._progress.cached_tokens = message.prefilled.cached_tokens
                 for delta in message.deltas:
                     yield self._take(llm_messages.delta_from_pb(delta))
                 if message.HasField("done"):

@@ -33,6 +33,7 @@ from llm_service.sequence import (
     IntegrityReport,
     Logprobs,
     NeedRowsEvent,
+    PrefilledEvent,
     PromptLogprobsEvent,
     RowsFailed,
     RowsReady,
@@ -285,6 +286,7 @@ class Engine:
         generation = leader.generation
         generation.first_token_at = generation.last_token_at
         request = generation.request
+        self._events.append(PrefilledEvent(request.request_id, generation.cached_tokens))
         if request.sampling.prompt_logprobs is not None:
             positions = tuple(generation.prompt_logprobs)
             self._events.append(PromptLogprobsEvent(request.request_id, positions))

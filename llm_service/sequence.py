@@ -153,6 +153,14 @@ class TokensEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefilledEvent:
+    """The prompt is computed; once, before the first token of any choice."""
+
+    request_id: str
+    cached_tokens: int  # Of the prompt, taken from the prefix cache.
+
+
+@dataclass(frozen=True, slots=True)
 class PromptLogprobsEvent:
     """One entry for every prompt token, once, before the first token of any choice."""
 
@@ -211,7 +219,13 @@ class AbortedEvent:
 
 
 Event = (
-    TokensEvent | PromptLogprobsEvent | NeedRowsEvent | FinishedEvent | FailedEvent | AbortedEvent
+    TokensEvent
+    | PrefilledEvent
+    | PromptLogprobsEvent
+    | NeedRowsEvent
+    | FinishedEvent
+    | FailedEvent
+    | AbortedEvent
 )
 
 

@@ -23,6 +23,7 @@ from llm_service.sequence import (
     FailedEvent,
     FinishedEvent,
     NeedRowsEvent,
+    PrefilledEvent,
     PromptLogprobsEvent,
     TokensEvent,
 )
@@ -197,6 +198,8 @@ class Call:
                     )
                 case NeedRowsEvent():
                     self._waits.wanted(event.keys, event.preempted)
+                case PrefilledEvent():
+                    out[-1].prefilled.CopyFrom(pb.Prefilled(cached_tokens=event.cached_tokens))
                 case PromptLogprobsEvent():
                     positions = pb.PromptLogprobs(positions=map(wire.position, event.positions))
                     out += (pb.GenerateOut(prompt_logprobs=positions), pb.GenerateOut())

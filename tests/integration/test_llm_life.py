@@ -1,4 +1,4 @@
-"""The LLM service's end: calls that outlast its drain are told so."""
+"""The LLM service's calls that end before their end: cut by a drain, or left by their caller."""
 
 from __future__ import annotations
 
@@ -32,5 +32,20 @@ def test_a_call_that_outlasts_the_drain_ends_with_a_typed_error(demo: Demo, tmp_
                 await read(call)
             assert caught.value.retry_after_s
             await asyncio.wait_for(serving, WAIT_S)
+
+    asyncio.run(scenario())
+
+
+def test_a_caller_that_leaves_early_knows_what_was_cached(demo: Demo, tmp_path: Path) -> None:
+    start = demo.prompt(100).start(sampling={"max_tokens": 200, "ignore_eos": True})
+
+    async def scenario() -> None:
+        async with running(tmp_path) as worker:
+            for cached in (0, 96):  # Whole pages.
+                call = await worker.open(start)
+                message = await call.read()
+                assert message.HasField("prefilled") and message.deltas
+                assert message.prefilled.cached_tokens == cached
+                call.cancel()
 
     asyncio.run(scenario())

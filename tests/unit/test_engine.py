@@ -20,6 +20,7 @@ from llm_service.sequence import (
     GenerateRequest,
     Logprobs,
     NeedRowsEvent,
+    PrefilledEvent,
     PromptLogprobsEvent,
     SamplingParams,
     TokensEvent,
@@ -138,6 +139,14 @@ def test_a_prefix_is_computed_once() -> None:
     bench.run(second)
     assert bench.tokens("b") == oracle(second)
     assert bench.last("b").cached_tokens == 48  # type: ignore[union-attr]
+
+
+def test_what_is_cached_of_a_prompt_is_told_before_its_first_token() -> None:
+    bench = Bench()
+    bench.run(request("a", 60))
+    bench.run(request("b", 60, sampling={"n": 2}))
+    assert bench.of("b", PrefilledEvent) == [PrefilledEvent("b", 48)]
+    assert bench.events["b"][0] == PrefilledEvent("b", 48)
 
 
 def test_output_is_cached_for_the_next_turn() -> None:
