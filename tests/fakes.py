@@ -140,7 +140,7 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
     def __init__(self, tokens: list[int] | None = None, pair_id: str = PAIR_ID) -> None:
         super().__init__()
         self.tokens = tokens if tokens is not None else [1, 2, 3]
-        self.lengths: dict[int, int] = {}  # Of choices that end before the others.
+        self.others: dict[int, list[int]] = {}  # Choices that write other tokens than ``tokens``.
         self.pair_id = pair_id
         self.fingerprint = "llm-" + hashlib.sha256(pair_id.encode()).hexdigest()[:8]
         self.starts: list[llm_pb2.Start] = []
@@ -204,37 +204,41 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
 
     async def _write(self, start: llm_pb2.Start) -> AsyncIterator[llm_pb2.GenerateOut]:
         n = max(1, start.sampling.n)
-        limit = min(len(self.tokens), start.sampling.max_tokens)
+        limit = start.sampling.max_tokens
+        scripts = {choice: self.others.get(choice, self.tokens)[:limit] for choice in range(n)}
         sent = {output.choice: len(output.output_ids) for output in start.outputs}
         ended = {output.choice for output in start.outputs if output.finished}
-        ends = {c: min(limit, self.lengths.get(c, limit)) for c in range(n) if c not in ended}
-        for index in range(min((sent.get(c, 0) for c in ends), default=limit), limit):
+        todo = {choice: ids for choice, ids in scripts.items() if choice not in ended}
+        first = min((sent.get(choice, 0) for choice in todo), default=0)
+        for index in range(first, max(map(len, todo.values()), default=0)):
             if self.step is not None:
                 await self.step(self, index)
             yield llm_pb2.GenerateOut(
                 deltas=[
-                    self._delta(start, choice, index, end)
-                    for choice, end in ends.items()
-                    if sent.get(choice, 0) <= index < end
+                    self._delta(start, choice, index, ids)
+                    for choice, ids in todo.items()
+                    if sent.get(choice, 0) <= index < len(ids)
                 ]
             )
         yield llm_pb2.GenerateOut(
             done=llm_pb2.Done(
                 usage=llm_pb2.Usage(
                     prompt_tokens=len(start.token_ids),
-                    completion_tokens=limit * n,
+                    completion_tokens=sum(map(len, scripts.values())),
                     embedding_tokens=sum(span.num_tokens for span in start.spans),
                 ),
                 timings=llm_pb2.GenerateTimings(queue_ms=1, prefill_ms=2, decode_ms=3),
             )
         )
 
-    def _delta(self, start: llm_pb2.Start, choice: int, index: int, end: int) -> llm_pb2.TokenDelta:
-        """The token at ``index`` of a choice that ends before ``end``."""
-        token, last = self.tokens[index], index == end - 1
+    def _delta(
+        self, start: llm_pb2.Start, choice: int, index: int, ids: list[int]
+    ) -> llm_pb2.TokenDelta:
+        """The token at ``index`` of a choice that is to have ``ids``."""
+        token, last = ids[index], index == len(ids) - 1
         finish = llm_pb2.FINISH_REASON_UNSPECIFIED
         if last:
-            whole = end == len(self.tokens)
+            whole = len(ids) == len(self.others.get(choice, self.tokens))
             finish = llm_pb2.FINISH_REASON_STOP if whole else llm_pb2.FINISH_REASON_LENGTH
         return llm_pb2.TokenDelta(
             choice=choice,

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from gateway.choices import Choices
 from tests.fakes import until
 from tests.gateways import END, PAIR_ID, events, ids, stack, user
 
@@ -90,6 +91,56 @@ async def test_several_choices_with_stop_strings_and_natural_ends():
         assert [choice["index"] for choice in told["choices"]] == [0, 1, 2]
         assert {choice["message"]["content"] for choice in told["choices"]} == {"a b c"}
         assert told["usage"]["completion_tokens"] == 3 * len(s.llm.tokens)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_choices_that_outlive_their_worker(stream, monkeypatch):
+    """One has met a stop string, one has ended, one goes on; nothing is lost or doubled."""
+    texts = ["one, two, three, four, five, six", "one, two", "a, b, c, d, e, f, g, h"]
+    expected = [texts[0], texts[1], "a, b"]
+    async with stack(llms=2) as s:
+        died = []
+
+        async def die(fake, index):
+            if index == len(ids("a, b, c, d")) and not died:
+                died.append(fake)
+                await until(lambda: len(seen) == index)
+                await fake.die()
+
+        seen = taken(monkeypatch)
+        for fake in s.llms:
+            fake.others = {i: [*ids(text), END] for i, text in enumerate(texts)}
+            fake.step = die
+        fields = {"n": 3, "stop": [", c"], "logprobs": True}
+        answer = await s.chat(stream=stream, **fields)
+        chunks = events(answer.text)[:-1] if stream else [answer.json()]
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        part = "delta" if stream else "message"
+        for index, text in enumerate(expected):
+            mine = [choice for choice in choices if choice["index"] == index]
+            assert "".join(choice[part].get("content", "") for choice in mine) == text
+            assert [c["finish_reason"] for c in mine if c["finish_reason"]] == ["stop"]
+            logprobs = [e["token"] for c in mine if c["logprobs"] for e in c["logprobs"]["content"]]
+            assert "".join(logprobs) == text + (", c" if index == 2 else "")
+        (again,) = next(fake for fake in s.llms if fake is not died[0]).starts
+        assert {o.choice for o in again.outputs if o.finished} == {1, 2}
+        counts = [len(ids(texts[0])) + 1, len(ids(texts[1])) + 1, len(ids("a, b, c"))]
+        if not stream:
+            assert answer.json()["usage"]["completion_tokens"] == sum(counts)
+
+
+def taken(monkeypatch):
+    """The tokens of choice 0 that have reached the gateway, while they come."""
+    seen = []
+    take = Choices.take
+
+    def spy(choices, delta):
+        if delta.choice == 0:
+            seen.extend(delta.token_ids)
+        return take(choices, delta)
+
+    monkeypatch.setattr(Choices, "take", spy)
+    return seen
 
 
 async def test_logprobs():

@@ -223,7 +223,7 @@ async def test_every_choice_goes_on_elsewhere_where_it_stood():
     ids = list(range(100, 120))
     async with FakeLLM(ids) as a, FakeLLM(ids) as b, over(a, b) as pool:
         died, tokens = [], {}
-        a.lengths = b.lengths = {1: 3}
+        a.others = b.others = {1: ids[:3]}
 
         async def die(fake, index):
             if index == 7 and not died:
