@@ -9,6 +9,7 @@ import torch
 from llm_service.attention import ATTENTION_NAME, make_backend
 from llm_service.embeddings import StoreRows, local_tier
 from llm_service.engine import Emit, Engine
+from llm_service.host import Send
 from llm_service.limits import EngineConfig
 from llm_service.model_runner import ModelRunner, RunnerLimits
 from llm_service.rows import RowSource
@@ -23,11 +24,12 @@ from opticnerve.telemetry import logs
 log = logging.getLogger(__name__)
 
 
-def build_in_process(settings: LLMConfig, emit: Emit) -> Engine:
-    """For an engine in a process of its own, which opens its own end of the local tier."""
+def build_in_process(settings: LLMConfig, send: Send) -> Engine:
+    """For an engine in a process of its own, which opens its own end of the local tier and sends
+    what it notes of its rows."""
     logs.configure(settings.telemetry.log_level)
     store = open_store(settings.store.store, ttl_s=settings.store.store_ttl_s)
-    return build(settings, StoreRows(local_tier(store)), emit)
+    return build(settings, StoreRows(local_tier(store), tell=send), send)
 
 
 def build(settings: LLMConfig, rows: RowSource, emit: Emit) -> Engine:

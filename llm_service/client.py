@@ -17,12 +17,14 @@ import multiprocessing
 import queue
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from llm_service import host
 from llm_service.engine import Message
 from llm_service.host import STOP_TIMEOUT_S, Ended, EngineFactory, Ready, Upward
 from llm_service.limits import EngineConfig
+from llm_service.rows import RowsNote
 from llm_service.sequence import (
     Abort,
     CheckIntegrity,
@@ -103,8 +105,14 @@ class _Client:
     it, and free what they started in ``_join``.
     """
 
-    def __init__(self, factory: str | EngineFactory, config: Any) -> None:
+    def __init__(
+        self,
+        factory: str | EngineFactory,
+        config: Any,
+        on_note: Callable[[RowsNote], object] = lambda note: None,
+    ) -> None:
         self._factory = factory
+        self._on_note = on_note  # For what an engine in a process of its own notes of its rows.
         self._factory_config = config
         self._config: EngineConfig | None = None
         self._stats = EngineStats()
@@ -227,6 +235,8 @@ class _Client:
             message = self._arrived.popleft()
             if isinstance(message, list):
                 self._dispatch(message)
+            elif isinstance(message, RowsNote):
+                self._on_note(message)
             elif isinstance(message, Ready):
                 self._config = message.config
                 self._stats = EngineStats(free_blocks=message.config.num_blocks)

@@ -10,11 +10,12 @@ import contextlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
 
+from llm_service.rows import RowsNote
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory import MemoryStore
 from opticnerve.embeddings.redis_store import RedisStore
@@ -36,26 +37,26 @@ def local_tier(store: Store) -> Store:
 
 
 class Notes:
-    """What happened to keys lately, for the servicer to tell: one thread writes, one reads."""
+    """What happened to keys lately: one thread adds, one asks."""
 
     def __init__(self) -> None:
         self._seconds: OrderedDict[str, tuple[float, float]] = OrderedDict()  # (when, how long)
         self._corrupt: OrderedDict[str, None] = OrderedDict()
 
-    def loaded(self, key: str, seconds: float) -> None:
-        self._seconds[key] = (time.perf_counter(), seconds)
-        if len(self._seconds) > MAX_NOTES:
-            self._seconds.popitem(last=False)
+    def add(self, note: RowsNote) -> None:
+        if note.seconds is None:
+            self._corrupt[note.key] = None
+        else:
+            self._seconds[note.key] = (time.perf_counter(), note.seconds)
+            metrics.CACHE_LOOKUPS.labels(tier="shm", result="hit").inc()
+        for noted in (self._corrupt, self._seconds):
+            if len(noted) > MAX_NOTES:
+                noted.popitem(last=False)
 
     def seconds(self, key: str, since: float) -> float:
         """Spent on loading ``key`` after ``since`` (perf_counter); 0 where it was not."""
         when, seconds = self._seconds.get(key, (0.0, 0.0))
         return seconds if when >= since else 0.0
-
-    def corrupt(self, key: str) -> None:
-        self._corrupt[key] = None
-        if len(self._corrupt) > MAX_NOTES:
-            self._corrupt.popitem(last=False)
 
     def take_corrupt(self, key: str) -> bool:
         """Whether ``key`` was found corrupt since this was last asked."""
@@ -76,16 +77,20 @@ class StoreRows:
     """A RowSource over this host's tier. See ``llm_service.rows`` for the contract.
 
     Tensors are loaded and checked once a lease and held until its end: a file that is unlinked
-    meanwhile lives on in its mapping. ``overflow`` has what the tier would not take.
+    meanwhile lives on in its mapping. ``overflow`` has what the tier would not take; ``tell`` hears
+    of what was loaded and of what was damaged.
     """
 
     def __init__(
-        self, tier: Store, overflow: MemoryStore | None = None, notes: Notes | None = None
+        self,
+        tier: Store,
+        overflow: MemoryStore | None = None,
+        tell: Callable[[RowsNote], object] = lambda note: None,
     ) -> None:
         self._stores: tuple[Store, ...] = (tier, overflow) if overflow is not None else (tier,)
         self._tier = tier
         self._overflow = overflow
-        self._notes = notes or Notes()
+        self._tell = tell
         self._held: dict[str, _Held] = {}
 
     def ready(self, key: str) -> bool:
@@ -142,14 +147,13 @@ class StoreRows:
                 tensors = entry.tensors
                 codec.verify(tensors, entry.meta)
             except EmbeddingCorrupt:
-                self._notes.corrupt(key)
+                self._tell(RowsNote(key, None))
                 with contextlib.suppress(StoreError):
                     store.delete(key)
                 continue
             except OSError as error:  # Mapping failed: a miss, not the engine's end.
                 log.warning("rows could not be mapped: %s", error.strerror)
                 continue
-            self._notes.loaded(key, time.perf_counter() - start)
-            metrics.CACHE_LOOKUPS.labels(tier="shm", result="hit").inc()
+            self._tell(RowsNote(key, time.perf_counter() - start))
             return tensors
         return None

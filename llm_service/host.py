@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
 
-from llm_service.engine import Emit, Engine, Message
+from llm_service.engine import Engine, Message
 from llm_service.limits import EngineConfig
+from llm_service.rows import RowsNote
 from llm_service.sequence import Command, Stop
 from opticnerve.errors import EngineFailure, OpticNerveError
 
 log = logging.getLogger(__name__)
-
-EngineFactory: TypeAlias = Callable[[Any, Emit], Engine]
-"""Builds an engine from a configuration, on the thread that will run it."""
 
 STOP_TIMEOUT_S = 10.0  # What an engine's process gets to leave before it is killed.
 
@@ -41,7 +39,12 @@ class Ended:
     error: OpticNerveError | None
 
 
-Upward: TypeAlias = list[Message] | Ready | Ended
+Upward: TypeAlias = list[Message] | RowsNote | Ready | Ended
+Send: TypeAlias = Callable[[Upward], None]
+
+EngineFactory: TypeAlias = Callable[[Any, Send], Engine]
+"""Builds an engine from a configuration, on the thread that will run it. What the engine emits,
+and notes of its rows, go to the Send, from that thread alone."""
 
 
 def resolve(factory: str | EngineFactory) -> EngineFactory:
@@ -57,7 +60,7 @@ def serve(
     factory: EngineFactory,
     config: Any,
     inbox: queue.SimpleQueue[Command],
-    send: Callable[[Upward], None],
+    send: Send,
 ) -> None:
     """An engine's whole life, on the thread that it lives in: build, run, say how it ended."""
     error: OpticNerveError | None = EngineFailure("the engine died; the service's log says why")

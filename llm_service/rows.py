@@ -8,10 +8,19 @@ fetches rows does it elsewhere, under the implementation's own lock, and then se
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True, slots=True)
+class RowsNote:
+    """What happened to rows where the engine lives, for the servicer to know; it pickles."""
+
+    key: str
+    seconds: float | None  # That loading them took; None: they were damaged.
 
 
 class RowSource(Protocol):

@@ -108,8 +108,8 @@ class Service:
                     "--engine process needs a store that processes share: shm:// or redis://",
                     param="store",
                 )
-            return ProcessEngineClient("llm_service.build:build_in_process", settings)
-        rows = StoreRows(local_tier(store), overflow, notes)
+            return ProcessEngineClient("llm_service.build:build_in_process", settings, notes.add)
+        rows = StoreRows(local_tier(store), overflow, notes.add)
         stack.callback(rows.close)
         return ThreadEngineClient(lambda given, emit: build.build(given, rows, emit), settings)
 

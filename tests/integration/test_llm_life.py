@@ -1,4 +1,4 @@
-"""The LLM service's calls that end before their end: cut by a drain, or left by their caller."""
+"""The LLM service's calls that end before their end, and what it tells of an engine elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from opticnerve.errors import Unavailable
-from tests.llms import WAIT_S, Demo, read, running
+from tests.llms import WAIT_S, Demo, next_message, read, ready, running
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +49,33 @@ def test_a_caller_that_leaves_early_knows_what_was_cached(demo: Demo, tmp_path: 
                 call.cancel()
 
     asyncio.run(scenario())
+
+
+def test_an_engine_in_a_process_tells_of_the_rows_it_loads(demo: Demo, tmp_path: Path) -> None:
+    """How long it took, and that they were damaged: only that process reads them here."""
+    prompt = demo.prompt(4, demo.picture(31), 3)
+    picture = prompt.pictures[0]
+
+    async def scenario() -> None:
+        async with running(tmp_path, engine="process") as worker:
+            ref = worker.put(picture)
+            call = await worker.open(prompt.start())  # Ready before anybody is asked for it.
+            answer = await read(call)
+            assert answer.needed == [] and answer.done is not None
+            assert answer.done.timings.get_ms > 0
+            damage(tmp_path / "tier", picture.key)
+            call = await worker.open(prompt.start(skip_prefix_cache=True))
+            await call.write(ready(ref))
+            needed = (await next_message(call)).needed
+            assert needed == [(picture.key, "CORRUPT")]
+            call.cancel()
+
+    asyncio.run(scenario())
+
+
+def damage(tier: Path, key: str) -> None:
+    (path,) = (path for path in tier.rglob("*") if key in path.name)
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.unlink()
+    path.write_bytes(data)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llm_service.embeddings import Notes, StoreRows
+from llm_service.rows import RowsNote
 from opticnerve.embeddings.memory import MemoryStore
 from opticnerve.embeddings.shm import ShmStore
 from opticnerve.errors import EmbeddingEvicted
@@ -66,7 +67,7 @@ def test_leases_fill_the_budget_and_come_back(store: ShmStore) -> None:
 @pytest.mark.parametrize("offset", [10, -4])
 def test_damaged_rows_are_not_ready_and_noted(store: ShmStore, offset: int) -> None:
     notes = Notes()
-    rows = StoreRows(store, notes=notes)
+    rows = StoreRows(store, tell=notes.add)
     store.put(KEY, {"rows": VALUE}, {})
     path = store.directory / f"{KEY}.safetensors"
     with path.open("r+b") as file:
@@ -108,7 +109,7 @@ def test_what_the_tier_does_not_take_comes_from_the_overflow(store: ShmStore) ->
 
 def test_notes_tell_seconds_of_late_loads_only() -> None:
     notes = Notes()
-    notes.loaded(KEY, 0.5)
+    notes.add(RowsNote(KEY, 0.5))
     assert notes.seconds(KEY, 0.0) == 0.5
     assert notes.seconds(KEY, float("inf")) == 0.0
     assert notes.seconds(OTHER, 0.0) == 0.0
