@@ -152,6 +152,7 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
         self.cancelled = asyncio.Event()
         self.running = 0
         self.max_model_len = 4096
+        self.cached_tokens = 0  # Of every prompt.
 
     def register(self, server: grpc.aio.Server) -> None:
         llm_pb2_grpc.add_LLMServicer_to_server(self, server)
@@ -210,6 +211,7 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
         ended = {output.choice for output in start.outputs if output.finished}
         todo = {choice: ids for choice, ids in scripts.items() if choice not in ended}
         first = min((sent.get(choice, 0) for choice in todo), default=0)
+        yield llm_pb2.GenerateOut(prefilled=llm_pb2.Prefilled(cached_tokens=self.cached_tokens))
         for index in range(first, max(map(len, todo.values()), default=0)):
             if self.step is not None:
                 await self.step(self, index)
@@ -225,6 +227,7 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
                 usage=llm_pb2.Usage(
                     prompt_tokens=len(start.token_ids),
                     completion_tokens=sum(map(len, scripts.values())),
+                    cached_tokens=self.cached_tokens,
                     embedding_tokens=sum(span.num_tokens for span in start.spans),
                 ),
                 timings=llm_pb2.GenerateTimings(queue_ms=1, prefill_ms=2, decode_ms=3),

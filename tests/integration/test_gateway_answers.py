@@ -71,16 +71,20 @@ async def test_a_stop_string_ends_the_generation(stream):
                 await after.wait()  # Never set: without a cancel the answer would not come.
 
         s.llm.step = hold
-        answer = await s.chat(stop=[" three"], stream=stream)
+        s.llm.cached_tokens = 7
+        options = {"stream_options": {"include_usage": True}} if stream else {}
+        answer = await s.chat(stop=[" three"], stream=stream, **options)
         if stream:
-            *chunks, _ = events(answer.text)
+            *chunks, told, _ = events(answer.text)
+            usage = told["usage"]
             text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
             last = chunks[-1]["choices"][0]
         else:
             last = answer.json()["choices"][0]
             text = last["message"]["content"]
             usage = answer.json()["usage"]
-            assert usage["completion_tokens"] == len(ids("one, two, three"))
+        assert usage["completion_tokens"] == len(ids("one, two, three"))
+        assert usage["prompt_tokens_details"]["cached_tokens"] == 7
         assert (text, last["finish_reason"], last["stop_reason"]) == ("one, two,", "stop", " three")
         await until(s.idle)
 
