@@ -5,7 +5,6 @@ Every flag of the services is a flag here; each child gets those that it knows.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import os
@@ -16,42 +15,41 @@ from typing import Any
 
 from deploy.child import Child
 from deploy.supervisor import Service, Supervisor, child_environment
-from opticnerve import config
+from gateway.auth import Keys
+from opticnerve import addresses, config, flags
 from opticnerve.embeddings.tier import create_tier_directory, remove_tier, sweep_dead_tiers
 from opticnerve.errors import StartupError
+from opticnerve.options import PREFIX, build, options
 from opticnerve.rpc.server import handle_signals
 
-# What `up` itself decides for its children.
-DECIDED = {"parent_pid", "encoder_addresses", "llm_addresses"}
+DESCRIPTION = (
+    "Starts encoders, LLM workers and the gateway on this machine; every other flag is handed to "
+    "the services that know it. --host and --port are the gateway's."
+)
+# What `up` itself decides for its children: no flags of its own.
+DECIDED = {"parent_pid", "encoder_addresses", "llm_addresses", "advertise"}
 # Names that belong to the gateway when given to `up`; internal services listen on loopback.
 GATEWAY_ONLY = {"host", "port", "advertise", "metrics_port"}
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="opticnerve up",
-        description="Starts encoders, LLM workers and the gateway on this machine.",
-    )
-    for cls in (config.UpConfig, config.GatewayConfig, config.EncoderConfig, config.LLMConfig):
-        config.add_arguments(made, cls)
-    return made
+def parser() -> flags.Parser:
+    classes = (config.UpConfig, config.GatewayConfig, config.EncoderConfig, config.LLMConfig)
+    return flags.service_parser("up", DESCRIPTION, classes, without=DECIDED)
 
 
 def main(argv: Sequence[str]) -> int:
     given = vars(parser().parse_args(argv))
-    for name in DECIDED:
-        if given.get(name) is not None:
-            raise StartupError(f"--{name.replace('_', '-')} is decided by `up`; leave it out")
     config.check_environment()
     return asyncio.run(run(given))
 
 
 async def run(given: dict[str, Any]) -> int:
     """Runs the stack until a signal (status 0) or until it must give up (status 1)."""
-    settings = config.build(config.UpConfig, given)
-    gateway = config.build(config.GatewayConfig, given)
+    settings = build(config.UpConfig, given)
+    gateway = build(config.GatewayConfig, given)
+    _check_early(gateway)
     with contextlib.ExitStack() as files:
-        store = files.enter_context(_store(gateway.store.store))
+        store = files.enter_context(_store(build(config.StoreConfig, given).store))
         given = {**given, "store": store, "parent_pid": os.getpid()}
         commands = Commands(settings, given)
         supervisor = Supervisor(
@@ -70,6 +68,15 @@ async def run(given: dict[str, Any]) -> int:
             async with supervisor:  # Inside: the signals still count while the children stop.
                 await supervisor.run()
     return 0
+
+
+def _check_early(gateway: config.GatewayConfig) -> None:
+    """What would fail in the gateway, which starts last. Raises ConfigError."""
+    Keys.load(gateway.api_key_file)
+    host, metrics_port = gateway.listen_host, gateway.telemetry.metrics_port
+    addresses.check_free(host, gateway.port)
+    if metrics_port >= 0:
+        addresses.check_free(host, metrics_port, "--metrics-port")
 
 
 @contextlib.contextmanager
@@ -97,7 +104,7 @@ class Commands:
         children = settings.encoders + settings.llms
         if settings.encoders < 1 or settings.llms < 1:
             raise StartupError("--encoders and --llms must be at least 1")
-        threads = config.build(config.ModelConfig, given).threads
+        threads = build(config.ModelConfig, given).threads
         self._threads = threads or max(1, len(os.sched_getaffinity(0)) // children)
 
     def workers(self) -> list[Service]:
@@ -112,34 +119,38 @@ class Commands:
             "encoder_addresses": tuple(encoders),
             "llm_addresses": tuple(llms),
         }
-        port = config.build(config.GatewayConfig, given).port
-        flags = _flags(config.GatewayConfig, given, skip={"port"})
-        base = [sys.executable, "-m", "gateway", *flags]
+        port = build(config.GatewayConfig, given).port
+        base = [
+            sys.executable,
+            "-m",
+            "gateway",
+            *_arguments(config.GatewayConfig, given, skip={"port"}),
+        ]
         child = Child("gateway", [*base, "--port", str(port)], child_environment(1, (), 0))
         return Service(child, 2, base)
 
     def _pool(self, name: str, stage: int, cls: type, count: int) -> Iterator[Service]:
         devices = getattr(self._settings, f"{name}_devices")
         module = {"encoder": "encoder_service", "llm": "llm_service"}[name]
-        flags = _flags(cls, {**self._given, "threads": self._threads}, skip=GATEWAY_ONLY)
-        base = [sys.executable, "-m", module, *flags, "--host", "127.0.0.1"]
+        arguments = _arguments(cls, {**self._given, "threads": self._threads}, skip=GATEWAY_ONLY)
+        base = [sys.executable, "-m", module, *arguments, "--host", "127.0.0.1"]
         for index in range(count):
             environment = child_environment(self._threads, devices, index)
             for option in GATEWAY_ONLY:
-                environment.pop(config.PREFIX + option.upper(), None)
+                environment.pop(PREFIX + option.upper(), None)
             label = name if count == 1 else f"{name}-{index}"
             yield Service(Child(label, [*base, "--port", "0"], environment), stage, base)
 
 
-def _flags(cls: type, given: dict[str, Any], skip: set[str]) -> list[str]:
+def _arguments(cls: type, given: dict[str, Any], skip: set[str]) -> list[str]:
     """Those of the given flags that a service knows, as its command line."""
-    flags: list[str] = []
-    for item in config.options(cls):
+    arguments: list[str] = []
+    for item in options(cls):
         value = given.get(item.name)
         if value is None or item.name in skip:
             continue
         if item.name == "model":
-            flags.insert(0, str(value))
+            arguments.insert(0, str(value))
         else:
-            flags += item.to_arguments(value)
-    return flags
+            arguments += item.to_arguments(value)
+    return arguments

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import logging
@@ -18,7 +17,7 @@ from encoder_service.item import Identity, Limits
 from encoder_service.poison import PoisonRecord
 from encoder_service.servicer import SERVICE, EncoderServicer, Loaded
 from encoder_service.sizing import largest_plan, shrink
-from opticnerve import config
+from opticnerve import flags
 from opticnerve.config import EncoderConfig
 from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.redis_store import RedisStore
@@ -36,18 +35,14 @@ from opticnerve.telemetry import logs, metrics
 
 log = logging.getLogger(__name__)
 
+DESCRIPTION = "A vision encoder: pictures in, embeddings out."
+
 OnLost = Callable[[Exception], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs an encoder until it is stopped; its exit status. Raises StartupError."""
-    parser = argparse.ArgumentParser(
-        prog="opticnerve encoder", description="A vision encoder: pictures to embeddings."
-    )
-    config.add_arguments(parser, EncoderConfig)
-    given = vars(parser.parse_args(argv))
-    config.check_environment()
-    settings = config.build(EncoderConfig, given)
+    settings = flags.read("encoder", DESCRIPTION, EncoderConfig, argv)
     logs.configure(settings.telemetry.log_level)
     follow_parent(settings.rpc.parent_pid)
     return asyncio.run(Service(settings).run())

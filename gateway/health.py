@@ -9,7 +9,8 @@ from gateway.admission import Admission
 from gateway.pairing import Pairing
 from gateway.pools import Worker, WorkerPool
 from opticnerve import __version__
-from opticnerve.config import GatewayConfig, public_view
+from opticnerve.config import GatewayConfig
+from opticnerve.options import public_view
 
 HIDDEN = frozenset({"cost"})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import logging
@@ -28,10 +27,10 @@ from gateway.pipeline import Pipeline
 from gateway.pools import Changes, WorkerPool
 from gateway.references import References
 from gateway.sampling import load_defaults
-from opticnerve import config
+from opticnerve import addresses, flags
 from opticnerve.config import GatewayConfig
 from opticnerve.drain import LAST_WORDS_S
-from opticnerve.errors import CheckpointError, ConfigError
+from opticnerve.errors import CheckpointError
 from opticnerve.lifecycle import follow_parent
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import make_layout
@@ -40,19 +39,14 @@ from opticnerve.telemetry import logs, metrics
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 2048
+DESCRIPTION = "The HTTP front: OpenAI's API in front of encoders and LLM workers."
+
 KEEP_ALIVE_S = 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a gateway until it is stopped; its exit status. Raises StartupError."""
-    parser = argparse.ArgumentParser(
-        prog="opticnerve gateway", description="The HTTP front: OpenAI's API for a checkpoint."
-    )
-    config.add_arguments(parser, GatewayConfig)
-    given = vars(parser.parse_args(argv))
-    config.check_environment()
-    settings = config.build(GatewayConfig, given)
+    settings = flags.read("gateway", DESCRIPTION, GatewayConfig, argv)
     logs.configure(settings.telemetry.log_level)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     use_one_arena()
@@ -77,21 +71,10 @@ def listen(settings: GatewayConfig, keys: Keys) -> Iterator[socket.socket]:
 
     Raises ConfigError where the address cannot be had.
     """
-    host = _host(settings, keys)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol named, asyncio sets TCP_NODELAY on what is accepted; without, an answer's
-    # second packet waits 40 ms for the acknowledgement of its first.
-    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, settings.port))
-            listener.listen(BACKLOG)  # Now, not later: of two that bound, one is refused here.
-        except (OSError, OverflowError) as error:
-            raise ConfigError(
-                f"cannot listen on {host}:{settings.port}; is the port taken?", param="port"
-            ) from error
+    host = settings.listen_host
+    with addresses.bind(host, settings.port) as listener:
         listener.setblocking(False)
-        if not keys.required and host not in ("127.0.0.1", "::1", "localhost"):
+        if not keys.required and not addresses.is_loopback(host):
             log.warning("listening on %s without API keys; see --api-key-file", host)
         yield listener
 
@@ -106,7 +89,7 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
     defaults = load_defaults(
         settings.generation_config, checkpoint.path, renderer.tokenizer, checkpoint.text_config
     )
-    _serve_metrics(settings, keys)
+    _serve_metrics(settings)
     async with contextlib.AsyncExitStack() as stack:
         fetcher = MediaFetcher(settings)
         stack.push_async_callback(fetcher.close)
@@ -136,21 +119,11 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
         )
 
 
-def _host(settings: GatewayConfig, keys: Keys) -> str:
-    return settings.host or ("0.0.0.0" if keys.required else "127.0.0.1")
-
-
-def _serve_metrics(settings: GatewayConfig, keys: Keys) -> None:
+def _serve_metrics(settings: GatewayConfig) -> None:
     """/metrics on a port of its own, where one is asked for. Raises ConfigError."""
     port = settings.telemetry.metrics_port
-    if port < 0:
-        return
-    try:
-        log.info("metrics on port %d", metrics.serve(port, _host(settings, keys)))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot serve metrics on port {port}; is it taken?", param="metrics_port"
-        ) from error
+    if port >= 0:
+        log.info("metrics on port %d", metrics.serve(port, settings.listen_host))
 
 
 def _own_pair_id(checkpoint: Checkpoint) -> str | None:
@@ -177,7 +150,7 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                backlog=BACKLOG,
+                backlog=addresses.BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + LAST_WORDS_S),
             )
@@ -208,4 +181,4 @@ class HttpServer(uvicorn.Server):
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://{addresses.join(host, port)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import logging
@@ -18,7 +17,7 @@ from llm_service.fetcher import Fetcher
 from llm_service.sequence import FailedEvent, GenerateRequest, SamplingParams
 from llm_service.servicer import SERVICE, Identity, LLMServicer, Loaded
 from llm_service.wire import Bounds
-from opticnerve import config
+from opticnerve import flags
 from opticnerve.config import LLMConfig
 from opticnerve.embeddings.memory import MemoryStore
 from opticnerve.embeddings.open import open_store
@@ -36,18 +35,14 @@ from opticnerve.telemetry import logs, metrics
 
 log = logging.getLogger(__name__)
 
+DESCRIPTION = "An LLM decoder: token ids and embeddings in, token ids out."
+
 WARM_UP_TOKENS = 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs an LLM worker until it is stopped; its exit status. Raises StartupError."""
-    parser = argparse.ArgumentParser(
-        prog="opticnerve llm", description="An LLM decoder: tokens and embeddings to tokens."
-    )
-    config.add_arguments(parser, LLMConfig)
-    given = vars(parser.parse_args(argv))
-    config.check_environment()
-    settings = config.build(LLMConfig, given)
+    settings = flags.read("llm", DESCRIPTION, LLMConfig, argv)
     logs.configure(settings.telemetry.log_level)
     follow_parent(settings.rpc.parent_pid)
     return asyncio.run(Service(settings).run())

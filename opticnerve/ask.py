@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -14,22 +13,50 @@ from typing import Any
 import httpx2
 
 from opticnerve.errors import OpticNerveError, StartupError
+from opticnerve.flags import Parser, number
 from opticnerve.stack import picture_url, serve, user_message
 
+DESCRIPTION = (
+    "Asks a question about pictures and streams the answer. With --url a running gateway answers; "
+    "without, a stack is started for this one question."
+)
+EPILOG = 'Example: opticnerve ask photo.jpg "What is in this image?"'
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="opticnerve ask",
-        description="Asks a question about pictures. With --url, a running gateway answers; "
-        "without, a stack is started for this one question.",
+
+def parser() -> Parser:
+    made = Parser("ask", DESCRIPTION, "[PICTURE ...] QUESTION [flags]", EPILOG)
+    what = made.add_argument_group("Question")
+    what.add_argument("pictures", nargs="*", metavar="PICTURE", help="files or URLs")
+    what.add_argument("question", metavar="QUESTION", help="what to ask, in quotes")
+    who = made.add_argument_group("Who answers")
+    who.add_argument(
+        "--url",
+        metavar="URL",
+        help="a running gateway, such as http://127.0.0.1:8000; OPENAI_API_KEY is its key",
     )
-    made.add_argument("pictures", nargs="*", help="files or URLs")
-    made.add_argument("question", help='what to ask, e.g. "What is in this image?"')
-    made.add_argument("--url", help="a gateway, e.g. http://127.0.0.1:8000; OPENAI_API_KEY is sent")
-    made.add_argument("--model", help="checkpoint of the stack to start, or name to ask --url for")
-    made.add_argument("--max-tokens", type=int, default=None, help="longest answer, in tokens")
-    made.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
-    made.add_argument("--timings", action="store_true", help="print the stages' timings after it")
+    who.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="with --url: the name to ask for (default: model); without: checkpoint directory or "
+        "hub id to start (default: the built-in demo checkpoint)",
+    )
+    answer = made.add_argument_group("Answer")
+    answer.add_argument(
+        "--max-tokens",
+        type=number(int, least=1),
+        metavar="N",
+        help="longest answer (default: the model's)",
+    )
+    answer.add_argument(
+        "--temperature",
+        type=number(float),
+        default=0.0,
+        metavar="T",
+        help="0: the likeliest words; higher: more varied ones (default: 0)",
+    )
+    answer.add_argument(
+        "--timings", action="store_true", help="print the stages' milliseconds after the answer"
+    )
     return made
 
 

@@ -10,6 +10,7 @@ opticnerve demo      the built-in checkpoint answers questions about bundled pic
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -34,9 +35,14 @@ def usage() -> str:
         [
             "usage: opticnerve COMMAND [MODEL] [flags]",
             "",
+            "Serves vision-language models: encoders, LLM workers and a gateway, each of its own.",
+            "",
             *lines,
             "",
-            "`opticnerve COMMAND --help` lists a command's flags. Each flag has an environment",
+            "Begin with:  opticnerve demo",
+            "then:        opticnerve up MODEL",
+            "",
+            "`opticnerve COMMAND --help` lists a command's flags. Every flag has an environment",
             "twin: --max-num-seqs is OPTICNERVE_MAX_NUM_SEQS.",
         ]
     )
@@ -52,9 +58,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"opticnerve {__version__}")
         return 0
     if name not in COMMANDS:
-        print(f"opticnerve: there is no command {name!r}\n\n{usage()}", file=sys.stderr)
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"opticnerve: there is no command {name!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
+    quiet_grpc()
     return run(COMMANDS[name][0], rest)
+
+
+def quiet_grpc() -> None:
+    """Keeps notes of gRPC's C library off our stderr, here and in the processes that we start.
+
+    Before gRPC is imported, which reads the variable once. A value of the user's counts.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 def run(module: str, argv: Sequence[str]) -> int:

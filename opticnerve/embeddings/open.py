@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+from opticnerve import options
 from opticnerve.embeddings.memory import DEFAULT_CAPACITY, MemoryStore
 from opticnerve.embeddings.redis_store import MAX_BYTES, RedisStore
 from opticnerve.embeddings.shm import ShmStore
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import ConfigError
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
 def open_store(url: str, *, ttl_s: int = 3600) -> Store:
@@ -35,8 +33,8 @@ def open_store(url: str, *, ttl_s: int = 3600) -> Store:
 
 def _open_local(url: str) -> ShmStore | MemoryStore:
     parts = urlsplit(url)
-    options = _options(parts.query, {"capacity"})
-    capacity = parse_size(options["capacity"]) if "capacity" in options else None
+    given = _options(parts.query, {"capacity"})
+    capacity = parse_size(given["capacity"]) if "capacity" in given else None
     if parts.scheme == "memory":
         if parts.netloc or parts.path.strip("/"):
             raise ConfigError("memory:// takes no path", param="store")
@@ -50,10 +48,10 @@ def _open_local(url: str) -> ShmStore | MemoryStore:
 
 def _open_redis(url: str, ttl_s: int) -> RedisStore:
     parts = urlsplit(url)
-    options = dict(parse_qsl(parts.query))
-    local_url = options.pop("local", "shm://")
-    max_bytes = parse_size(options.pop("max_bytes", str(MAX_BYTES)))
-    server = urlunsplit(parts._replace(query=urlencode(options)))
+    given = dict(parse_qsl(parts.query))
+    local_url = given.pop("local", "shm://")
+    max_bytes = parse_size(given.pop("max_bytes", str(MAX_BYTES)))
+    server = urlunsplit(parts._replace(query=urlencode(given)))
     local = _open_local(local_url)
     try:
         return RedisStore(server, local, ttl_s=ttl_s, max_bytes=max_bytes)
@@ -64,21 +62,19 @@ def _open_redis(url: str, ttl_s: int) -> RedisStore:
 
 
 def _options(query: str, known: set[str]) -> dict[str, str]:
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    unknown = sorted(options.keys() - known)
+    given = dict(parse_qsl(query, keep_blank_values=True))
+    unknown = sorted(given.keys() - known)
     if unknown:
         raise ConfigError(f"the store's URL has unknown options: {', '.join(unknown)}")
-    return options
+    return given
 
 
 def parse_size(text: str) -> int:
     """Bytes of "1048576", "512M", "2GiB". Raises ConfigError."""
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise ConfigError(f"{text!r} is no size; write 512M or 2GiB", param="store")
-    number, unit, binary = match.groups()
-    base = 1024 if binary or not text.strip().lower().endswith("b") else 1000
-    size = int(float(number) * base ** " kmgt".index(unit.lower() or " "))
+    try:
+        size = options.parse_size(text)
+    except ValueError as error:
+        raise ConfigError(str(error), param="store") from error
     if size <= 0:
         raise ConfigError("a size is positive", param="store")
     return size

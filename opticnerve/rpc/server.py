@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 
 import grpc
@@ -20,6 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from opticnerve import addresses
 from opticnerve.config import RpcConfig
 from opticnerve.drain import LAST_WORDS_S, Running
 from opticnerve.errors import ConfigError
@@ -64,8 +66,8 @@ class Server:
         """host:port that others reach this service at."""
         if self.config.advertise:
             return self.config.advertise
-        host = "127.0.0.1" if self.config.host in ("0.0.0.0", "::", "") else self.config.host
-        return f"{host}:{self.port}"
+        host = self.config.host
+        return addresses.join("127.0.0.1" if addresses.is_wildcard(host) else host, self.port)
 
     async def __aenter__(self) -> Server:
         return self
@@ -80,15 +82,21 @@ class Server:
         names = (self.service, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self.grpc)
         await self._set_health(serving=False)
+        addresses.check_free(self.config.host, self.config.port)  # gRPC would not say why.
         try:
-            self.port = self.grpc.add_insecure_port(f"{self.config.host}:{self.config.port}")
+            where = addresses.join(self.config.host, self.config.port)
+            self.port = self.grpc.add_insecure_port(where)
         except RuntimeError as error:
-            raise ConfigError(
-                f"cannot listen on {self.config.host}:{self.config.port}; is the port taken?",
-                param="port",
-            ) from error
+            raise ConfigError(f"cannot listen on {where}: see --host, --port") from error
         await self.grpc.start()
         print(f"listening {self.address}", flush=True)  # `opticnerve up` reads this line.
+        if addresses.is_wildcard(self.config.host) and not self.config.advertise:
+            log.warning(
+                "listening on every interface, and known to others as %s, where only this machine "
+                "reaches it; where others are to, set --advertise HOST:PORT, such as %s",
+                self.address,
+                addresses.join(socket.gethostname(), self.port),
+            )
 
     async def ready(self) -> None:
         """Weights are loaded and warm: SERVING. From here on a signal drains."""

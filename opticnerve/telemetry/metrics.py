@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
+from opticnerve.addresses import check_free
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 STAGE_SECONDS = Histogram(
@@ -37,6 +39,10 @@ INTER_TOKEN_SECONDS = Histogram(
 
 
 def serve(port: int, host: str = "127.0.0.1") -> int:
-    """Serves /metrics on a port of its own, 0 for a free one; returns the port taken."""
+    """Serves /metrics on a port of its own, 0 for a free one; returns the port taken.
+
+    Raises ConfigError where the port cannot be had.
+    """
+    check_free(host, port, "--metrics-port")
     server, _ = start_http_server(port, addr=host)
     return int(server.server_port)

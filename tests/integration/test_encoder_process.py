@@ -111,7 +111,7 @@ def test_what_cannot_start_says_why_and_exits_with_two(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         cases = {
-            "is the port taken": ["--port", str(taken.getsockname()[1])],
+            "address already in use": ["--port", str(taken.getsockname()[1])],
             "Qwen2-VL": [str(tmp_path), "--store", "memory://"],
             "the store is": ["--store", "ftp://nowhere"],
             "nothing-here": ["/nothing-here", "--store", "memory://"],

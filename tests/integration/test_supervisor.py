@@ -181,7 +181,7 @@ class Commands:
     def gateway(self, encoders, llms):
         return service("gateway", 2, GATEWAY, sys.argv[1])
 up.Commands = Commands
-asyncio.run(up.run({}))
+asyncio.run(up.run({"port": 0}))
 """
 STUBBORN = "import functools, os" + WORKER.replace(
     "        await server.serve()",

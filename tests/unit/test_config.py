@@ -1,19 +1,17 @@
 """Flags, environment variables and dataclass fields are one thing under one name."""
 
-import argparse
-
 import pytest
 
-from opticnerve import config
+from opticnerve import config, flags
 from opticnerve.errors import ConfigError
+from opticnerve.options import build, options, public_view, show_size
 
 SERVICES = [config.EncoderConfig, config.LLMConfig, config.GatewayConfig, config.UpConfig]
 
 
 def parse(cls, *argv, environment=None):
-    parser = argparse.ArgumentParser()
-    config.add_arguments(parser, cls)
-    return config.build(cls, vars(parser.parse_args(argv)), environment or {})
+    parser = flags.service_parser("test", "", [cls])
+    return build(cls, vars(parser.parse_args(argv)), environment or {})
 
 
 @pytest.mark.parametrize("cls", SERVICES)
@@ -78,7 +76,7 @@ def test_bad_variable_names_itself():
 def test_numbers_out_of_range_are_refused(cls, flag, value, capsys):
     with pytest.raises(SystemExit):
         parse(cls, flag, value)
-    assert f"argument {flag}: " in capsys.readouterr().err
+    assert f"{flag}: expected a " in capsys.readouterr().err
     name = "OPTICNERVE_" + flag[2:].replace("-", "_").upper()
     with pytest.raises(ConfigError, match=name):
         parse(cls, environment={name: value})
@@ -101,24 +99,102 @@ def test_arguments_make_the_same_configuration_again(cls):
         "allow_remote_media": False, "no_prefix_caching": True, "encoder_devices": ("0", "1"),
         "drain_timeout_s": 1.5,
     }  # fmt: skip
-    given = {item.name: values.get(item.name) for item in config.options(cls)}
+    given = {item.name: values.get(item.name) for item in options(cls)}
     argv = []
-    for item in config.options(cls):
+    for item in options(cls):
         value = given[item.name]
         if value is not None:
             argv += [value] if item.name == "model" else item.to_arguments(value)
-    assert parse(cls, *argv) == config.build(cls, given, {})
+    assert parse(cls, *argv) == build(cls, given, {})
 
 
 def test_public_view_hides_the_stores_password():
     made = parse(config.EncoderConfig, "--store", "redis://user:secret@host/0")
-    assert "secret" not in str(config.public_view(made))
-    assert config.public_view(made)["max_batch_patches"] == made.max_batch_patches
+    assert "secret" not in str(public_view(made))
+    assert public_view(made)["max_batch_patches"] == made.max_batch_patches
 
 
 def test_an_option_of_one_name_means_one_thing_everywhere():
     """`up` hands a flag to every service that knows it, so their types must agree."""
     seen = {}
     for cls in SERVICES:
-        for item in config.options(cls):
+        for item in options(cls):
             assert seen.setdefault(item.name, item.annotation) == item.annotation, item.name
+
+
+def test_an_error_names_the_place_the_value_and_what_is_expected(capsys):
+    expected = "expected a whole number from 0 to 65535, got 'abc'"
+    with pytest.raises(ConfigError) as caught:
+        parse(config.GatewayConfig, environment={"OPTICNERVE_PORT": "abc"})
+    assert caught.value.message == f"OPTICNERVE_PORT: {expected}"
+    with pytest.raises(SystemExit) as exit:
+        parse(config.GatewayConfig, "--port", "abc")
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"opticnerve test: --port: {expected}",
+        "See `opticnerve test --help`.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value", "expected"),
+    [
+        (config.GatewayConfig, "port", "65536", "a whole number from 0 to 65535"),
+        (config.GatewayConfig, "max_media_bytes", "20 apples", "a size such as"),
+        (config.GatewayConfig, "media_timeout_s", "inf", "a number from 0 up"),
+        (config.GatewayConfig, "llm_addresses", "a:1,localhost", "HOST:PORT"),
+        (config.GatewayConfig, "encoder_addresses", "dns:///encoder", "HOST:PORT"),
+        (config.EncoderConfig, "advertise", "encoder-1", "HOST:PORT"),
+        (config.EncoderConfig, "advertise", "encoder-1:0", "HOST:PORT"),
+        (config.EncoderConfig, "advertise", "http://encoder-1:7001", "HOST:PORT"),
+        (config.EncoderConfig, "log_level", "loud", "one of debug, info, warning, error"),
+        (config.GatewayConfig, "public_models", "maybe", "true or false"),
+    ],
+)
+def test_what_is_expected_of_every_kind_of_value(cls, name, value, expected):
+    variable = f"OPTICNERVE_{name.upper()}"
+    with pytest.raises(ConfigError) as caught:
+        parse(cls, environment={variable: value})
+    assert caught.value.message.startswith(f"{variable}: expected {expected}")
+    assert caught.value.message.endswith(f", got {value!r}")
+
+
+def test_sizes_have_units():
+    made = parse(config.GatewayConfig, "--max-media-bytes", "512M", "--max-request-bytes", "2 GB")
+    assert (made.max_media_bytes, made.max_request_bytes) == (512 * 2**20, 2 * 10**9)
+    assert parse(config.GatewayConfig, "--max-media-bytes", "1000").max_media_bytes == 1000
+    assert [show_size(n) for n in (0, 1000, 20 * 2**20, 2**30)] == ["0", "1000", "20MiB", "1GiB"]
+
+
+def test_addresses():
+    text = "10.0.0.1:7001,[::1]:7002,dns:///llm.default:7003"
+    made = parse(config.GatewayConfig, "--llm-addresses", text)
+    assert made.llm_addresses == tuple(text.split(","))
+
+
+def test_the_nearest_known_name_is_offered(capsys):
+    with pytest.raises(SystemExit):
+        parse(config.LLMConfig, "--max-num-sequences", "1")
+    assert "unknown flag --max-num-sequences, did you mean --max-num-seqs?" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit):
+        parse(config.LLMConfig, "--max-num", "1")  # A flag is not cut short.
+    with pytest.raises(ConfigError, match=r"did you mean OPTICNERVE_STORE\?"):
+        config.check_environment({"OPTICNERVE_STROE": "memory://"})
+
+
+@pytest.mark.parametrize("cls", SERVICES)
+def test_every_option_has_its_place_in_help(cls):
+    for item in options(cls):
+        spec = item.spec
+        assert spec.group in config.GROUPS, item.name
+        assert spec.help, item.name
+        named = spec.metavar or spec.choices or item.is_bool or item.name == "model"
+        assert named, f"{item.name} needs a metavar"
+
+
+def test_internal_flags_work_and_are_not_shown():
+    assert parse(config.LLMConfig, "--parent-pid", "7").rpc.parent_pid == 7
+    assert "--parent-pid" not in flags.service_parser("llm", "", [config.LLMConfig]).format_help()
+    assert "parent_pid" not in public_view(config.LLMConfig())
