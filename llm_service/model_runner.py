@@ -133,8 +133,8 @@ class ModelRunner:
         sampled: dict[int, Sampled] = {}
         if works:
             batch = pack(works, self._slots, self.block_size)
-            hidden = self._forward(batch, overwrites)
-            drawn = self._draw(batch, hidden)
+            hidden, wanted = self._forward(batch, overwrites)
+            drawn = self._draw(batch, wanted)
             prompts = self._prompt_logprobs(batch, hidden)
             sampled = self._collect(batch, drawn, prompts, errors)
         empty = {work.slot: Sampled(work.slot, ()) for work in plan.works if work.slot in errors}
@@ -239,12 +239,22 @@ class ModelRunner:
 
     # ---- forward
 
-    def _forward(self, batch: Batch, overwrites: dict[int, list[_Overwrite]]) -> torch.Tensor:
+    def _forward(
+        self, batch: Batch, overwrites: dict[int, list[_Overwrite]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states: of every token where prompt log-probabilities want them, and of the
+        batch's logit_rows."""
         embeds, deepstack = self._embed(batch, overwrites)
         self._backend.prepare(batch.attention)
         positions = self._to_device(batch.positions)
+        rows = None
+        if len(batch.logit_rows) != batch.num_tokens:
+            rows = self._to_device(batch.logit_rows)
+        whole = any(work.prompt_logprobs for work in batch.works)
+        asked = None if whole else rows
         with active(self._backend):
-            return self._language.forward(embeds, positions, self._cache, deepstack)
+            hidden = self._language.forward(embeds, positions, self._cache, deepstack, asked)
+        return hidden, hidden[rows] if whole and rows is not None else hidden
 
     def _to_device(self, array: NDArray[np.int64]) -> torch.Tensor:
         host = torch.from_numpy(array)
@@ -255,10 +265,9 @@ class ModelRunner:
     # ---- tokens
 
     def _draw(self, batch: Batch, hidden: torch.Tensor) -> _Drawn:
+        """``hidden``: of the batch's logit_rows."""
         if not batch.logit_works:
             return _Drawn([], {}, {})
-        if len(batch.logit_rows) != batch.num_tokens:
-            hidden = hidden.index_select(0, self._to_device(batch.logit_rows))
         logits = self._language.logits(hidden)
         drawn = self._sampler.sample(logits, batch.logit_slots, batch.output_positions)
         slots = self._to_device(batch.logit_slots)

@@ -99,11 +99,13 @@ class PackedLanguage:
         positions: torch.Tensor,
         cache: Any,
         deepstack: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``family.Language``. Run it under ``torch.inference_mode``."""
         if self.fused is not None:
-            return self.fused.forward(inputs_embeds, positions, deepstack)
-        return self._forward_layers(inputs_embeds, positions, cache, deepstack)
+            return self.fused.forward(inputs_embeds, positions, deepstack, rows)
+        hidden = self._forward_layers(inputs_embeds, positions, cache, deepstack)
+        return hidden if rows is None else hidden[rows]
 
     def _forward_layers(
         self,
@@ -119,8 +121,8 @@ class PackedLanguage:
         for i, layer in enumerate(self._model.layers):
             hidden = layer(hidden, position_embeddings=rotary, past_key_values=cache)
             if i < len(deepstack):
-                indices, rows = deepstack[i]
-                hidden[0].index_add_(0, indices, rows.to(hidden.dtype))
+                indices, added = deepstack[i]
+                hidden[0].index_add_(0, indices, added.to(hidden.dtype))
         normed: torch.Tensor = self._model.norm(hidden)
         return normed[0]
 

@@ -63,6 +63,7 @@ class Layout(Protocol):
         str, ...
     ]  # Every string that stands for media; text may not become one.
     hidden_size: int  # Columns of an embedding: the language model's width.
+    deepstack_levels: int  # "deepstack.<i>" tensors that an embedding has beside its rows.
     max_positions: int  # max_position_embeddings of the language model.
     position_dims: int  # 1, or 3 for (t, h, w) positions.
 
@@ -137,6 +138,7 @@ class Language(Protocol):
         positions: torch.Tensor,
         cache: Any,
         deepstack: Sequence[tuple[torch.Tensor, torch.Tensor]] = ...,
+        rows: torch.Tensor | None = ...,
     ) -> torch.Tensor:
         """One packed step.
 
@@ -145,7 +147,8 @@ class Language(Protocol):
         returns k and v untouched; fused layers need none. The attention function that the model
         was loaded with (see ``decoder`` for how it is called) writes pages and attends.
         ``deepstack``: for layer i, (indices [m], rows [m, hidden_size]) added after that layer.
-        Returns the last hidden states [tokens, hidden_size], normalised.
+        ``rows``: int64 [n], the tokens whose hidden states are wanted; None: all. Returns the last
+        hidden states [n, hidden_size], normalised.
         """
         ...
 

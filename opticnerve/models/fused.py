@@ -81,10 +81,19 @@ class FusedLayer:
         tensors = [tensor for linear in linears for tensor in linear.tensors()]
         return [self.input_norm, self.post_norm, *tensors]
 
-    def forward(self, hidden: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden_size] -> the same. ``turns``: see RotaryTable."""
+    def forward(
+        self, hidden: torch.Tensor, turns: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[tokens, hidden_size] -> the same, or those of ``rows`` alone: keys and values of every
+        token are kept, what follows attention is computed for these. ``turns``: see RotaryTable.
+        """
         normed = F.rms_norm(hidden, self.width, self.input_norm, self.eps)
-        hidden = hidden + self._attend(normed, turns)
+        mixed = self._attend(normed, turns)
+        if rows is not None:
+            hidden, mixed = hidden[rows], mixed[rows]
+            if not len(rows):
+                return hidden
+        hidden = hidden + self.out.forward(mixed)
         normed = F.rms_norm(hidden, self.width, self.post_norm, self.eps)
         gate, up = self.gate_up.forward(normed).chunk(2, dim=-1)
         return hidden.add_(self.down.forward(F.silu(gate) * up))
@@ -96,7 +105,7 @@ class FusedLayer:
         mixed = self.attention(
             heads[:, : self.num_heads], heads[:, self.num_heads :], self.index, self.scaling
         )
-        return self.out.forward(mixed.reshape(tokens, -1))
+        return mixed.reshape(tokens, -1)
 
 
 class RotaryTable:
@@ -142,14 +151,19 @@ class FusedDecoder:
         hidden: torch.Tensor,
         positions: torch.Tensor,
         deepstack: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``family.Language.forward``."""
         turns = self.rotary(positions)
+        last = len(self.layers) - 1
+        early = rows if len(deepstack) <= last else None  # A level's indices are those of tokens.
         for i, layer in enumerate(self.layers):
-            hidden = layer.forward(hidden, turns)
+            hidden = layer.forward(hidden, turns, early if i == last else None)
             if i < len(deepstack):
-                indices, rows = deepstack[i]
-                hidden.index_add_(0, indices, rows.to(hidden.dtype))
+                indices, added = deepstack[i]
+                hidden.index_add_(0, indices, added.to(hidden.dtype))
+        if rows is not None and early is None:
+            hidden = hidden[rows]
         return F.rms_norm(hidden, self.width, self.norm, self.eps)
 
 

@@ -178,6 +178,28 @@ def test_deepstack_rows_are_added_after_their_layers(
     assert not torch.allclose(expected, text_logits(language, ids))
 
 
+@pytest.mark.parametrize("levels", [0, 2, 3])  # Of three layers.
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_only_the_rows_that_are_wanted_come_back(
+    is_fused: bool, levels: int, random_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_fused:
+        monkeypatch.setattr(decoder, "fuse", lambda *_: None)
+    language = load(random_checkpoint("qwen2_vl"))
+    generator = torch.Generator().manual_seed(9)
+    ids = torch.randint(0, 600, (12,), generator=generator)
+    where = torch.tensor([1, 5])
+    deepstack = [(where, torch.randn(2, 64, generator=generator)) for _ in range(levels)]
+    positions = torch.arange(12).expand(3, -1)
+    with torch.inference_mode():
+        embeds = language.embed(ids)
+        every = language.forward(embeds, positions, PassThroughCache(), deepstack)
+        for wanted in ([11], [5, 0, 11], []):
+            rows = torch.tensor(wanted, dtype=torch.int64)
+            some = language.forward(embeds, positions, PassThroughCache(), deepstack, rows)
+            torch.testing.assert_close(some, every[rows], rtol=0, atol=1e-5)
+
+
 def test_the_whole_transformers_model_takes_the_pass_through_cache(
     random_checkpoint: MakeCheckpoint,
 ) -> None:

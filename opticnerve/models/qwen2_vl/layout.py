@@ -74,6 +74,7 @@ class Qwen2VLLayout:
         "<|video_pad|>",
     )
     position_dims = 3
+    deepstack_levels = 0
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         config, vision = checkpoint.config, checkpoint.vision_config
