@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -12,11 +11,10 @@ from types import TracebackType
 
 import redis
 
+from tests.system import free_port
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+START_S = 60.0
+PORTS_TRIED = 5
 
 
 class RedisServer:
@@ -36,7 +34,14 @@ class RedisServer:
         return f"redis://127.0.0.1:{self.port}/0"
 
     def __enter__(self) -> RedisServer:
-        self.start()
+        for tries_left in reversed(range(PORTS_TRIED)):
+            try:
+                self.start()
+                break
+            except redis.ConnectionError:
+                if not tries_left:
+                    raise
+                self.port = free_port()  # Somebody was faster.
         return self
 
     def __exit__(
@@ -58,21 +63,28 @@ class RedisServer:
         log = open(Path(self._directory) / "log", "ab")
         with log:
             self._process = subprocess.Popen([program, *options], stdout=log, stderr=log)
-        client = redis.Redis(port=self.port)
-        deadline = time.monotonic() + 10
+        try:
+            self._wait_ready(self._process)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + START_S
         while True:
-            try:
-                client.ping()
-                break
-            except redis.AuthenticationError:
-                break  # It wants a password: it is there.
-            except redis.ConnectionError:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    self.stop()
-                    raise
-                time.sleep(0.02)
-            finally:
-                client.close()
+            with redis.Redis(port=self.port) as client:
+                try:
+                    client.ping()
+                except redis.AuthenticationError:
+                    pass  # It wants a password: it is there.
+                except redis.ConnectionError:
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.02)
+                    continue
+            if process.poll() is not None:  # Another one answers at this port.
+                raise redis.ConnectionError("redis-server has ended")
+            return
 
     def stop(self) -> None:
         """Kills the server; what it held is gone."""
