@@ -56,7 +56,7 @@ def build(settings: LLMConfig, rows: RowSource, emit: Emit) -> Engine:
         max_waiting=settings.max_waiting,
         prefix_caching=not settings.no_prefix_caching,
         vocab_size=language.vocab_size,
-        row_bytes=language.hidden_size * language.dtype.itemsize,
+        row_bytes=(1 + layout.deepstack_levels) * language.hidden_size * language.dtype.itemsize,
     )
     _announce(checkpoint, language, runner, config, settings.model.num_threads)
     return Engine(config, runner, rows, emit)

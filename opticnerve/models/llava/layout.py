@@ -39,6 +39,7 @@ class LlavaLayout:
     image_token = "<image>"
     placeholder_tokens = ("<image>",)
     position_dims = 1
+    deepstack_levels = 0
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         config, vision = checkpoint.config, checkpoint.vision_config
