@@ -15,7 +15,8 @@ _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 
 def join(host: str, port: int) -> str:
     """``host:port``, an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host.strip("[]") else f"{host}:{port}"
+    host = host.strip("[]")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def check(text: str) -> str:

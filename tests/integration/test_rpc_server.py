@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import socket
 import subprocess
 import sys
 
@@ -41,6 +42,14 @@ class Slow(encoder_pb2_grpc.EncoderServicer):
         if request.key == "long":
             raise InvalidRequest("é" * 50_000)
         raise Overloaded("try later", retry_after_s=1.5)
+
+
+def has_ipv6():
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
 
 
 async def health(address):
@@ -203,3 +212,38 @@ def test_a_start_that_fails_while_health_is_asked_leaves_no_traceback(caplog):
     for _ in range(10):
         asyncio.run(failed_start())
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def started(**config):
+    """(address, port) of a server that starts and ends."""
+    async with Server(RpcConfig(**config), SERVICE) as server:
+        await server.start()
+        return server.address, server.port
+
+
+def test_every_interface_without_an_address_for_others_is_warned_of(caplog):
+    address, port = asyncio.run(started(host="0.0.0.0"))
+    assert address == f"127.0.0.1:{port}"  # One machine goes on working.
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "--advertise HOST:PORT" in warning and address in warning
+
+
+@pytest.mark.parametrize("config", [{}, {"host": "0.0.0.0", "advertise": "encoder-1:7001"}])
+def test_addresses_that_others_can_use_are_not_warned_of(config, caplog):
+    address, port = asyncio.run(started(**config))
+    assert address == config.get("advertise", f"127.0.0.1:{port}")
+    assert not caplog.records
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 loopback here")
+@pytest.mark.parametrize("host", ["::1", "[::1]", "::"])
+def test_ipv6(host):
+    address, port = asyncio.run(started(host=host))
+    assert address == (f"127.0.0.1:{port}" if host == "::" else f"[::1]:{port}")
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
+def test_a_host_that_is_not_here_is_named(host, capfd):
+    with pytest.raises(ConfigError, match=rf"cannot listen on {host}:0: .*see --host"):
+        asyncio.run(started(host=host))
+    assert capfd.readouterr().err == ""  # Nor does gRPC's library add anything.

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -231,3 +232,19 @@ def test_the_gateways_own_variables_are_kept_from_workers(monkeypatch):
     monkeypatch.setenv("OPTICNERVE_THREADS", "three")
     with pytest.raises(StartupError, match="OPTICNERVE_THREADS"):
         up.Commands(UpConfig(), {"parent_pid": 1})
+
+
+@pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
+def test_a_port_that_is_taken_is_found_before_anything_starts(flag, monkeypatch):
+    monkeypatch.setattr(up, "Supervisor", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        message = rf"cannot listen on 127.0.0.1:{port}: address already in use; .*{flag}"
+        with pytest.raises(StartupError, match=message):
+            up.main(["--port", "0", flag, str(port)])
+
+
+def test_a_key_file_that_is_missing_is_found_before_anything_starts(monkeypatch, tmp_path):
+    monkeypatch.setattr(up, "Supervisor", None)
+    with pytest.raises(StartupError, match="key file"):
+        up.main(["--port", "0", "--api-key-file", str(tmp_path / "none")])
