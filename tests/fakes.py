@@ -278,7 +278,7 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
         )
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     """Waits for a condition that nothing announces."""
     async with asyncio.timeout(timeout_s):
         while not condition():

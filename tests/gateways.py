@@ -21,6 +21,9 @@ from tests.fakes import FakeEncoder, FakeLLM, until
 
 PAIR_ID = Checkpoint.open(None).pair_id
 END = 629  # <|im_end|> of the demo checkpoint.
+# Of requests that are to come to their first token, and not to their end. A busy machine may need
+# a longer one than the first.
+DEADLINES_S = (0.5, 3.0, 20.0)
 
 
 @functools.cache
@@ -51,8 +54,9 @@ def body(*messages, **fields):
 class Stack:
     """A gateway on a free port, and the workers behind it."""
 
-    def __init__(self, gateway, client, encoders, llms):
+    def __init__(self, gateway, server, client, encoders, llms):
         self.gateway = gateway
+        self.server = server
         self.client = client
         self.encoders = encoders
         self.llms = llms
@@ -106,13 +110,13 @@ async def stack(encoders=1, llms=1, tokens=None, keys=None, ready=True, **settin
         server = service.HttpServer(gateway, listener)
         serving = asyncio.create_task(server.serve([listener]))
         client = await exits.enter_async_context(
-            httpx2.AsyncClient(base_url=server.address, timeout=30, trust_env=False)
+            httpx2.AsyncClient(base_url=server.address, timeout=60, trust_env=False)
         )
         try:
             if ready:
                 await until(lambda: not gateway.pipeline.pairing.missing())
                 await until(lambda: len(gateway.pipeline.llms.serving()) == llms)
-            yield Stack(gateway, client, eyes, mouths)
+            yield Stack(gateway, server, client, eyes, mouths)
         finally:
             server.stop()
             await serving
