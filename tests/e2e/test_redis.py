@@ -14,8 +14,16 @@ pytestmark = pytest.mark.skipif(
 STAR = "A large red star in the center."
 
 
-def test_requests_go_on_when_redis_stops_and_when_it_returns():
-    with RedisServer() as server, opticnerve.serve(dtype="float32", store=server.url) as stack:
+def store(server, directory):
+    """The URL of Redis with a local tier that no other process of this user shares."""
+    return f"{server.url}?local=shm://{directory}"
+
+
+def test_requests_go_on_when_redis_stops_and_when_it_returns(tmp_path):
+    with (
+        RedisServer() as server,
+        opticnerve.serve(dtype="float32", store=store(server, tmp_path / "tier")) as stack,
+    ):
         assert ask(stack, picture(800)) == STAR
         keys = redis.Redis(port=server.port).keys("on:v1:emb:*")
         assert len(keys) == 1
@@ -26,10 +34,11 @@ def test_requests_go_on_when_redis_stops_and_when_it_returns():
         assert ask(stack, picture(804)) == STAR
 
 
-def test_embeddings_in_redis_outlive_the_stack():
+def test_embeddings_in_redis_outlive_the_stack(tmp_path):
     with RedisServer() as server:
         for cached in ("no", "store"):
-            with opticnerve.serve(dtype="float32", store=server.url) as stack:
+            url = store(server, tmp_path / cached)
+            with opticnerve.serve(dtype="float32", store=url) as stack:
                 body = {
                     "model": "model",
                     "messages": [user("What do you see?", picture(810))],

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -66,7 +67,7 @@ async def test_serves_pictures_without_torch_in_little_memory(environment):
         flags = ("--encoder-addresses", encoder.address, "--llm-addresses", llm.address)
         async with (
             gateway(environment, *flags) as (process, url),
-            httpx2.AsyncClient(base_url=url, timeout=30, trust_env=False) as client,
+            httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as client,
         ):
             asked = body(user("What?", data_url(size=(1024, 768))))
             answers = await asyncio.gather(
@@ -107,7 +108,7 @@ async def test_sigterm_lets_running_requests_end(environment):
         flags = ("--encoder-addresses", encoder.address, "--llm-addresses", llm.address)
         async with (
             gateway(environment, *flags) as (process, url),
-            httpx2.AsyncClient(base_url=url, timeout=30, trust_env=False) as client,
+            httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as client,
         ):
             asked = asyncio.create_task(client.post("/v1/chat/completions", json=body()))
             await llm.started.wait()
@@ -134,7 +135,7 @@ async def test_requests_that_outlast_the_drain_are_told(environment):
         flags = ("--encoder-addresses", encoder.address, "--llm-addresses", llm.address)
         async with (
             gateway(environment, *flags, "--drain-timeout-s", "1") as (process, url),
-            httpx2.AsyncClient(base_url=url, timeout=30, trust_env=False) as client,
+            httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as client,
         ):
             path = "/v1/chat/completions"
             async with client.stream("POST", path, json=body(stream=True)) as begun:
@@ -171,16 +172,17 @@ async def test_a_taken_port_is_one_clear_line(environment):
 async def test_metrics_on_a_port_of_their_own_and_keys(environment, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("ada: sk-1\n")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    flags = ("--metrics-port", str(port), "--api-key-file", str(keys), "--host", "127.0.0.1")
+    flags = ("--metrics-port", "0", "--api-key-file", str(keys), "--host", "127.0.0.1")
     async with (
-        gateway(environment, *flags) as (_, url),
-        httpx2.AsyncClient(base_url=url, timeout=30, trust_env=False) as client,
+        gateway(environment, *flags) as (process, url),
+        httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as client,
     ):
         headers = {"authorization": "Bearer sk-1"}
         assert (await client.get("/v1/models")).status_code == 401
         assert (await client.get("/v1/models", headers=headers)).status_code == 200
         assert (await client.get("/metrics", headers=headers)).status_code == 404
-        answer = await client.get(f"http://127.0.0.1:{port}/metrics")
+        async for line in process.stderr:
+            if said := re.search(r"metrics on port (\d+)", line.decode()):
+                break
+        answer = await client.get(f"http://127.0.0.1:{said[1]}/metrics")
         assert "opticnerve_requests_total" in answer.text
