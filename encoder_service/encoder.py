@@ -134,7 +134,8 @@ class Encoder:
         if request.key in self._flights:
             return await self._flights.join(request.key)
         landed = self._landed
-        known = await self.shelf.look_up(request.key)
+        look_up = self.shelf.renew if request.lost else self.shelf.look_up
+        known = await look_up(request.key)
         if known is not None and known.num_rows == request.plan.num_tokens:
             return Answer(known, HIT)
         deaths = self.poison.check(request.key)

@@ -33,6 +33,7 @@ class Request:
     plan: Plan
     overrides: Overrides
     num_bytes: int
+    lost: bool = False  # A consumer found no usable rows where it looked.
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,7 @@ def _request(header: pb.EncodeHeader) -> Request:
         plan=convert.plan_from_pb(header.plan),
         overrides=convert.overrides_from_pb(header.overrides),
         num_bytes=header.num_bytes,
+        lost=header.lost,
     )
 
 

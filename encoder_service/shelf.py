@@ -6,6 +6,7 @@ Store calls that move data or cross a network run on threads of the shelf's own.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from encoder_service.backends.base import Embedding
 from encoder_service.item import Identity
 from encoder_service.kept import Kept
 from opticnerve.embeddings import codec
-from opticnerve.embeddings.ref import EmbeddingRef, Location
+from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.embeddings.store import Entry, Store
 from opticnerve.errors import EmbeddingCorrupt, NotFound, StoreError
 from opticnerve.telemetry import metrics
@@ -48,8 +49,12 @@ class Shelf:
             ref = await self._run(self._stored, key)
         else:  # Opening a file on tmpfs is quicker than a trip to a thread.
             ref = self._stored(key)
-        metrics.CACHE_LOOKUPS.labels(tier=self.tier, result="hit" if ref else "miss").inc()
-        return ref
+        return self._counted(ref)
+
+    async def renew(self, key: str) -> EmbeddingRef | None:
+        """Like ``look_up`` for what a consumer could not use: what is stored is checked as a
+        whole, deleted where it is damaged, and else put again where consumers look."""
+        return self._counted(await self._run(self._renew, key))
 
     async def drop(self, key: str) -> None:
         """Deletes what is stored under ``key``: it is not what it should be."""
@@ -71,6 +76,10 @@ class Shelf:
     def close(self) -> None:
         self._threads.shutdown(wait=True)
 
+    def _counted(self, ref: EmbeddingRef | None) -> EmbeddingRef | None:
+        metrics.CACHE_LOOKUPS.labels(tier=self.tier, result="hit" if ref else "miss").inc()
+        return ref
+
     async def _run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         return await asyncio.wrap_future(self._threads.submit(work, *args, **kwargs))
 
@@ -78,7 +87,7 @@ class Shelf:
 
     def _stored(self, key: str) -> EmbeddingRef | None:
         entry = self._get(key)
-        return None if entry is None else self._reference(key, entry.tensors)
+        return None if entry is None else self._reference(key, codec.specs_of(entry.tensors))
 
     def _get(self, key: str) -> Entry | None:
         try:
@@ -89,28 +98,48 @@ class Shelf:
 
     def _put(self, key: str, embedding: Embedding) -> tuple[EmbeddingRef, float]:
         started = time.monotonic()
-        ref = self._reference(key, embedding)
+        ref = self._reference(key, codec.specs_of(embedding))
         meta = {"key": key, "fingerprint": self.identity.fingerprint}
         try:
             self.store.put(key, embedding, meta)
         except StoreError as error:
-            log.warning("the store did not take an embedding: %s", error.message)
-            ref = ref.at(Location(fetch_address=self.identity.fetch_address))
-            self.kept.add(ref, codec.to_bytes(embedding, meta))
+            ref = self._keep(ref, codec.to_bytes(embedding, meta), error)
         return ref, time.monotonic() - started
 
+    def _renew(self, key: str) -> EmbeddingRef | None:
+        data = self._read(key)
+        if data is None:
+            return None
+        ref = self._reference(key, codec.parse(data, len(data)).tensors)
+        try:
+            self.store.put_bytes(key, data)  # Redis may have lost what the local tier has.
+        except StoreError as error:
+            ref = self._keep(ref, data, error)
+        return ref
+
+    def _keep(self, ref: EmbeddingRef, data: bytes, error: StoreError) -> EmbeddingRef:
+        """What the store would not take, for Fetch."""
+        log.warning("the store did not take an embedding: %s", error.message)
+        ref = ref.at(Location(fetch_address=self.identity.fetch_address))
+        self.kept.add(ref, data)
+        return ref
+
     def _read(self, key: str) -> bytes | None:
+        """What is stored or kept, checked to the last byte; what is damaged is deleted."""
         try:
             data = self.store.read_bytes(key)
+            if data is not None:
+                codec.verify(*codec.from_bytes(data))
         except EmbeddingCorrupt as error:
-            log.warning("stored %s is corrupt and was deleted: %s", key, error.message)
+            log.warning("the stored %s is damaged and is deleted: %s", key, error.message)
             data = None
+            with contextlib.suppress(StoreError):  # Then the next reader finds it damaged too.
+                self.store.delete(key)
         if data is None and (kept := self.kept.get(key)) is not None:
             data = kept[1]
         return data
 
-    def _reference(self, key: str, embedding: Embedding) -> EmbeddingRef:
-        specs = codec.specs_of(embedding)
+    def _reference(self, key: str, specs: tuple[TensorSpec, ...]) -> EmbeddingRef:
         return EmbeddingRef(
             key=key,
             fingerprint=self.identity.fingerprint,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gateway.deadline import Deadline
 from gateway.encoders import Encodable, Encoded, Encoders
@@ -80,6 +80,7 @@ class RequestEmbeddings:
         if entry.ref is not None or entry.task is None or entry.task.done():
             if reason != "PREEMPTED":
                 entry.losses += 1
+                entry.item = replace(entry.item, lost=True)
             if entry.losses > MAX_AGAIN:
                 raise EmbeddingNotFound(
                     "a picture's embedding was lost again and again between encoder and LLM "

@@ -53,6 +53,7 @@ class Encodable:
     overrides: Overrides
     data: bytes = field(repr=False)
     param: str | None = None  # The request's field that brought it.
+    lost: bool = False  # An LLM worker found no usable rows where the encoder said they are.
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +266,7 @@ class _Upload:
             plan=convert.plan_to_pb(item.plan),
             overrides=convert.overrides_to_pb(item.overrides),
             num_bytes=len(item.data),
+            lost=item.lost,
         )
 
     async def messages(self) -> AsyncIterator[pb.EncodeRequest]:

@@ -53,9 +53,14 @@ def picture(seed: int = 0, size: tuple[int, int] = (84, 84), format: str = "PNG"
 class FakeBackend:
     """Rows are the picture's mean colour. ``hold`` makes batches wait for ``go``."""
 
-    name, device, dtype, hidden_size = "fake", "none", "F32", COLUMNS
+    name, device, dtype = "fake", "none", "F32"
 
-    def __init__(self, fail: Callable[[Sequence[Plan]], None] = lambda plans: None) -> None:
+    def __init__(
+        self,
+        fail: Callable[[Sequence[Plan]], None] = lambda plans: None,
+        hidden_size: int = COLUMNS,
+    ) -> None:
+        self.hidden_size = hidden_size
         self.batches: list[int] = []
         self.entered = threading.Semaphore(0)
         self._free = threading.Event()
@@ -83,7 +88,7 @@ class FakeBackend:
         assert self._free.wait(WAIT_S)
         self.fail(plans)
         return [
-            {"rows": torch.full((plan.num_tokens, COLUMNS), float(pixel.sum()))}
+            {"rows": torch.full((plan.num_tokens, self.hidden_size), float(pixel.sum()))}
             for pixel, plan in zip(pixels, plans, strict=True)
         ]
 
@@ -152,6 +157,7 @@ async def running(
     max_item_bytes: int = 2**20,
     workers: int = 2,
     drain_timeout_s: float = 10.0,
+    pair_id: str = "pair",
 ) -> AsyncIterator[Running]:
     backend = backend or FakeBackend()
     store = store or MemoryStore()
@@ -170,7 +176,7 @@ async def running(
             Capacity(max_batch_patches, 4096),
             workers,
         )
-        servicer.loaded = Loaded(encoder, "qwen2_vl", "pair")
+        servicer.loaded = Loaded(encoder, "qwen2_vl", pair_id)
         await server.ready()
         service = Running(encoder, backend, server)
         try:

@@ -88,17 +88,21 @@ class AsyncEncoderClient:
                 self._layout = model
         return self._layout
 
-    async def encode(self, picture: Picture, overrides: Overrides = NO_OVERRIDES) -> EncodedPicture:
+    async def encode(
+        self, picture: Picture, overrides: Overrides = NO_OVERRIDES, *, lost: bool = False
+    ) -> EncodedPicture:
         """A reference to the picture's embedding, encoded unless the store had it.
 
+        ``lost``: the rows of an earlier reference were of no use, so that what is stored is
+        checked before it is an answer.
         Raises InvalidMedia, InvalidRequest, Overloaded, Unavailable, DeadlineExceeded...
         """
         data = await asyncio.to_thread(read_picture, picture)
         try:
-            return await self._send(await self._plan(data, overrides))
+            return await self._send(await self._plan(data, overrides), lost)
         except Mispaired:  # Another encoder answers at this address by now: name it for that one.
             self._fingerprint = ""
-            return await self._send(await self._plan(data, overrides))
+            return await self._send(await self._plan(data, overrides), lost)
 
     async def fetch(self, ref: EmbeddingRef) -> dict[str, torch.Tensor]:
         """The embedding's tensors by name, on the CPU; each speaks DLPack.
@@ -118,9 +122,9 @@ class AsyncEncoderClient:
             self._fingerprint = (await self.describe()).fingerprint
         return await asyncio.to_thread(plan_picture, data, layout, self._fingerprint, overrides)
 
-    async def _send(self, planned: PlannedPicture) -> EncodedPicture:
+    async def _send(self, planned: PlannedPicture, lost: bool) -> EncodedPicture:
         try:
-            answer = await self._stub.Encode(_messages(planned), timeout=self.timeout_s)
+            answer = await self._stub.Encode(_messages(planned, lost), timeout=self.timeout_s)
         except grpc.RpcError as error:
             raise from_rpc(error) from error
         ref = convert.ref_from_pb(answer.ref)
@@ -155,13 +159,14 @@ class AsyncEncoderClient:
         return b"".join(parts)
 
 
-def _messages(planned: PlannedPicture) -> Iterator[encoder_pb2.EncodeRequest]:
+def _messages(planned: PlannedPicture, lost: bool) -> Iterator[encoder_pb2.EncodeRequest]:
     header = encoder_pb2.EncodeHeader(
         key=planned.key,
         fingerprint=planned.fingerprint,
         plan=convert.plan_to_pb(planned.plan),
         overrides=convert.overrides_to_pb(planned.overrides),
         num_bytes=len(planned.data),
+        lost=lost,
     )
     first, *rest = chunks(planned.data)
     yield encoder_pb2.EncodeRequest(header=header, data=first)

@@ -314,7 +314,7 @@ class Run:
             return ref
         placed = self._pictures.get(key)
         if placed is not None and placed.picture is not None and self._encoder is not None:
-            return await self._encoder.encode(placed.picture)
+            return await self._encoder.encode(placed.picture, lost=True)
         raise EmbeddingUnavailable(
             "the worker cannot reach the embedding; encode the picture again, or give the client "
             "the picture itself as content"

@@ -1,0 +1,169 @@
+"""Embeddings that are damaged or gone where they are kept: found out, deleted, encoded again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import httpx2
+import pytest
+
+from gateway import service
+from gateway.auth import Keys
+from opticnerve.config import GatewayConfig
+from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.shm import ShmStore
+from opticnerve.models.checkpoint import Checkpoint
+from tests import encoders, llms
+from tests.encoders import FakeBackend, Running, picture
+from tests.fakes import until
+from tests.gateways import body, data_url, user
+from tests.llms import Worker
+
+DAMAGE = bytes(range(1, 51))
+
+
+def damage(store: ShmStore) -> None:
+    """Overwrites the last 50 bytes of rows in every embedding of a tier; headers stay whole."""
+    files = list(store.directory.glob("*.safetensors"))
+    assert files
+    for path in files:
+        with path.open("r+b") as file:
+            file.seek(-len(DAMAGE), os.SEEK_END)
+            file.write(DAMAGE)
+
+
+class FarStore(MemoryStore):
+    """Of those that other machines reach; what they have been given is in ``there``."""
+
+    shared = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there: set[str] = set()
+
+    def put(self, key: str, *rest: object) -> None:
+        super().put(key, *rest)  # type: ignore[arg-type]
+        self.there.add(key)
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        super().put_bytes(key, data)
+        self.there.add(key)
+
+
+# ---- the encoder
+
+
+def test_damaged_bytes_are_not_fetched_and_encoded_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = ShmStore(tmp_path / "tier", 10**7)
+        async with encoders.running(tmp_path, store=store) as encoder:
+            data = picture(1)
+            key = (await encoder.encode(data)).ref.key
+            damage(store)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await encoder.fetch(key)
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+            assert not (await encoder.encode(data)).timings.hit
+            assert await encoder.fetch(key)
+
+    asyncio.run(scenario())
+
+
+def test_what_a_consumer_could_not_use_is_checked_before_it_is_an_answer(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = ShmStore(tmp_path / "tier", 10**7)
+        async with encoders.running(tmp_path, store=store) as encoder:
+            data = picture(1)
+            first = await encoder.encode(data)
+            assert (await encoder.encode(data, lost=True)).timings.hit
+            damage(store)
+            again = await encoder.encode(data, lost=True)
+            assert not again.timings.hit and again.ref == first.ref
+            assert encoder.backend.batches == [1, 1]
+
+    asyncio.run(scenario())
+
+
+def test_what_is_gone_where_others_look_is_put_there_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = FarStore()
+        async with encoders.running(tmp_path, store=store) as encoder:
+            data = picture(1)
+            key = (await encoder.encode(data)).ref.key
+            store.there.clear()
+            assert (await encoder.encode(data)).timings.hit and not store.there
+            assert (await encoder.encode(data, lost=True)).timings.hit
+            assert store.there == {key}
+            assert encoder.backend.batches == [1]
+
+    asyncio.run(scenario())
+
+
+# ---- all three services, encoder and LLM on tiers of their own
+
+
+@contextlib.asynccontextmanager
+async def gateway(encoder: Running, llm: Worker) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of a gateway over these workers."""
+    config = GatewayConfig(
+        port=0,
+        encoder_addresses=(encoder.server.address,),
+        llm_addresses=(llm.server.address,),
+        drain_timeout_s=1.0,
+    )
+    keys = Keys({})
+    with service.listen(config, keys) as listener:
+        async with service.open_gateway(config, keys) as opened:
+            server = service.HttpServer(opened, listener)
+            serving = asyncio.create_task(server.serve([listener]))
+            try:
+                await until(lambda: not opened.pipeline.pairing.missing())
+                async with httpx2.AsyncClient(
+                    base_url=server.address, timeout=60, trust_env=False
+                ) as client:
+                    yield client
+            finally:
+                server.stop()
+                await serving
+
+
+async def ask(client: httpx2.AsyncClient) -> str:
+    """The answer to a question about one and the same picture."""
+    message = user("What is this?", data_url("red"))
+    answer = await client.post(
+        "/v1/chat/completions", json=body(message, max_tokens=8, temperature=0)
+    )
+    assert answer.status_code == 200, answer.text
+    text: str = answer.json()["choices"][0]["message"]["content"]
+    return text
+
+
+def test_a_picture_whose_embedding_was_damaged_behind_fetch_is_answered(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        checkpoint = Checkpoint.open(None)
+        store = ShmStore(tmp_path / "encoder" / "tier", 10**7)
+        backend = FakeBackend(hidden_size=192)
+        async with (
+            asyncio.timeout(100),
+            encoders.running(
+                tmp_path / "encoder", backend=backend, store=store, pair_id=checkpoint.pair_id
+            ) as encoder,
+            llms.running(tmp_path / "llm", no_prefix_caching=True) as llm,
+            gateway(encoder, llm) as client,
+        ):
+            assert store.tier_id != llm.store.tier_id
+            first = await ask(client)
+            for round_ in (2, 3):
+                damage(store)
+                assert isinstance(llm.store, ShmStore)
+                for path in llm.store.directory.glob("*.safetensors"):
+                    path.unlink()
+                assert await ask(client) == first
+                assert encoder.encoder.encoded_items == round_
+
+    asyncio.run(scenario())
