@@ -26,10 +26,12 @@ class Slow(encoder_pb2_grpc.EncoderServicer):
         self.entered = asyncio.Event()
         self.release = asyncio.Event()
         self.server = None
+        self.calls = 0
 
     @rpc_errors.unary
     async def Describe(self, request, context):
         self.entered.set()
+        self.calls += 1
         async with self.server.running.work():
             await self.release.wait()
         return encoder_pb2.DescribeEncoderResponse(family="slow")
@@ -98,7 +100,8 @@ def test_calls_that_outlast_the_drain_end_with_a_typed_error():
         async with open_channel(server.address) as channel:
             stub = encoder_pb2_grpc.EncoderStub(channel)
             calls = [stub.Describe(encoder_pb2.DescribeEncoderRequest()) for _ in range(3)]
-            await servicer.entered.wait()
+            while servicer.calls < len(calls):
+                await asyncio.sleep(0.01)
             server.stop()
             for call in calls:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
