@@ -19,7 +19,7 @@ from encoder_service.kept import Kept
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.embeddings.store import Entry, Store
-from opticnerve.errors import EmbeddingCorrupt, NotFound, StoreError
+from opticnerve.errors import EmbeddingCorrupt, EngineFailure, NotFound, StoreError
 from opticnerve.telemetry import metrics
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,10 @@ class Shelf:
         await self._run(self.store.delete, key)
 
     async def publish(self, key: str, embedding: Embedding) -> tuple[EmbeddingRef, float]:
-        """Puts an embedding where others find it; returns its reference and the seconds taken."""
+        """Puts an embedding where others find it; returns its reference and the seconds taken.
+
+        Raises EngineFailure, and stores nothing, where values are NaN or infinite.
+        """
         return await self._run(self._put, key, embedding)
 
     async def read(self, key: str) -> bytes:
@@ -98,6 +101,12 @@ class Shelf:
 
     def _put(self, key: str, embedding: Embedding) -> tuple[EmbeddingRef, float]:
         started = time.monotonic()
+        if not codec.is_finite(embedding):
+            log.error("the embedding of %s is not finite", key)
+            raise EngineFailure(
+                "the encoder made values for this picture that are not finite; its numbers may be "
+                "too large for float16 (--dtype)"
+            )
         ref = self._reference(key, codec.specs_of(embedding))
         meta = {"key": key, "fingerprint": self.identity.fingerprint}
         try:

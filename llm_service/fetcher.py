@@ -21,6 +21,7 @@ from opticnerve.errors import (
     EmbeddingEvicted,
     EmbeddingNotFound,
     EmbeddingUnavailable,
+    InvalidRequest,
     OpticNerveError,
     StoreError,
 )
@@ -62,7 +63,8 @@ class Fetcher:
         """Returns when the rows of ``ref`` are on this host, checked against it.
 
         Those who want one key at the same time share one flight; if it fails, each tries its own
-        reference. Raises EmbeddingNotFound, EmbeddingEvicted or EmbeddingCorrupt.
+        reference. Raises EmbeddingNotFound, EmbeddingEvicted or EmbeddingCorrupt, and
+        InvalidRequest for rows that came with the request and are not finite.
         """
         while True:
             flight = self._flights.get(ref.key)
@@ -73,7 +75,7 @@ class Fetcher:
                 flight.add_done_callback(lambda task: self._landed(ref.key, task))
             try:
                 return await asyncio.shield(flight)
-            except EmbeddingUnavailable:
+            except (EmbeddingUnavailable, InvalidRequest):
                 if mine:
                     raise
 
@@ -103,6 +105,8 @@ class Fetcher:
             try:
                 data = await self._read(source, ref)
                 if data is not None:
+                    if source == "inline":
+                        await self._on_thread(_check_finite, data)
                     await self._on_thread(self._keep, ref, data)
                     return
             except EmbeddingCorrupt:
@@ -206,6 +210,12 @@ class Fetcher:
 def _forget(store: Store, key: str) -> None:
     with contextlib.suppress(StoreError):
         store.delete(key)
+
+
+def _check_finite(data: bytes) -> None:
+    """Of a caller's own rows: sent again they would be no better. Raises InvalidRequest."""
+    if not codec.is_finite(codec.from_bytes(data)[0]):
+        raise InvalidRequest("embeddings have finite values, no NaN and no infinity", param="ref")
 
 
 def check_fit(ref: EmbeddingRef, specs: Sequence[TensorSpec], hidden_size: int) -> None:

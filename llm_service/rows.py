@@ -42,7 +42,7 @@ class RowSource(Protocol):
     def release(self, key: str) -> None: ...
 
     def get(self, key: str) -> Mapping[str, torch.Tensor]:
-        """Named tensors, "rows" and perhaps "deepstack.<i>", each [rows, hidden_size].
+        """Named tensors, "rows" and perhaps "deepstack.<i>", each [rows, hidden_size], finite.
 
         For the runner alone. Raises EmbeddingUnavailable, with ``param`` the key.
         """

@@ -153,6 +153,9 @@ class Waits:
                 await self._source.ensure(ref)
             except EmbeddingUnavailable as error:
                 item.error = error
+            except InvalidRequest as error:  # The caller's own rows are at fault.
+                self._fail(key, error)
+                return
             except Exception:
                 log.exception("bringing rows of a request failed")
                 item.error = EmbeddingNotFound("reading the embedding failed", param=key)

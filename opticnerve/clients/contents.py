@@ -106,6 +106,8 @@ def place_tensors(token_id: int, content: Tensors) -> Placed:
                 f"embeddings are [rows, hidden_size], the same for every level; {spec.name} is "
                 f"{list(spec.shape)}"
             )
+    if not codec.is_finite(named):
+        raise InvalidRequest("embeddings have finite values, no NaN and no infinity")
     data = codec.to_bytes(named, {})
     rows = specs[0].shape[0]
     ref = EmbeddingRef(_tensors_key(data), "", specs, rows, Location(inline=data))

@@ -258,8 +258,17 @@ def _sum_text(data: Sequence[torch.Tensor]) -> str:
     return f"{sum(map(checksum, data)) % 2**64:016x}"
 
 
+def is_finite(tensors: Mapping[str, Any]) -> bool:
+    """Whether no value is NaN or infinite. In one pass: a NaN makes both extremes NaN."""
+    filled = [tensor for tensor in map(as_tensor, tensors.values()) if tensor.numel()]
+    return all(bool(torch.isfinite(torch.stack(torch.aminmax(one))).all()) for one in filled)
+
+
 def verify(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, str]) -> None:
-    """Compares the data with the metadata's sum, where there is one. Raises EmbeddingCorrupt."""
+    """Raises EmbeddingCorrupt unless the data are what was written, by the metadata's sum where
+    there is one, and finite."""
     expected = meta.get(SUM)
     if expected is not None and expected != _sum_text([memory_of(t) for t in tensors.values()]):
         raise EmbeddingCorrupt("the embedding's data are not what was written")
+    if not is_finite(tensors):
+        raise EmbeddingCorrupt("the embedding has values that are not finite")

@@ -5,19 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import grpc
 import httpx2
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from encoder_service.backends.base import Embedding
 from gateway import service
 from gateway.auth import Keys
 from opticnerve.config import GatewayConfig
+from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.ref import Location
 from opticnerve.embeddings.shm import ShmStore
+from opticnerve.errors import EngineFailure, InvalidRequest
+from opticnerve.media.plan import Plan
 from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.rpc.errors import from_rpc
 from tests import encoders, llms
 from tests.encoders import FakeBackend, Running, picture
 from tests.fakes import until
@@ -100,6 +108,56 @@ def test_what_is_gone_where_others_look_is_put_there_again(tmp_path: Path) -> No
             assert (await encoder.encode(data, lost=True)).timings.hit
             assert store.there == {key}
             assert encoder.backend.batches == [1]
+
+    asyncio.run(scenario())
+
+
+class Overflowing(FakeBackend):
+    """Makes infinite values for the pictures of one size."""
+
+    def encode(
+        self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
+    ) -> list[Embedding]:
+        outputs = super().encode(pixels, plans)
+        for output, plan in zip(outputs, plans, strict=True):
+            if plan.width == 140:
+                output["rows"][1, 2] = float("inf")
+        return outputs
+
+
+def test_values_that_are_not_finite_fail_their_item_alone_and_are_not_stored(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        store = MemoryStore()
+        async with encoders.running(tmp_path, store=store, backend=Overflowing()) as encoder:
+            good, bad = encoder.encode(picture(1)), encoder.encode(picture(2, (140, 84)))
+            assert (await good).ref.num_rows == 9
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await bad
+            error = from_rpc(caught.value)
+            assert isinstance(error, EngineFailure) and "finite" in error.message
+            assert store.contains([(await good).ref.key]) and len(store._files) == 1
+            assert not encoder.encoder.shelf.kept.num_bytes
+
+    asyncio.run(scenario())
+
+
+# ---- the LLM
+
+
+def test_own_rows_that_are_not_finite_are_the_callers_error(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        demo = llms.Demo()
+        image = demo.picture(3)
+        rows = image.rows["rows"].clone()
+        rows[4, 5] = float("nan")
+        bad = Location(inline=codec.to_bytes({"rows": rows}, {}))
+        prompt = demo.prompt(4, image, 3)
+        async with asyncio.timeout(100), llms.running(tmp_path) as llm:
+            with pytest.raises(InvalidRequest, match="finite"):
+                await llm.generate(prompt.start([image.ref(bad)]))
+            assert (await llm.generate(prompt.start([llm.put(image)]))).tokens
 
     asyncio.run(scenario())
 

@@ -111,6 +111,14 @@ def test_tensors_of_another_shape_or_type_are_refused(rows: torch.Tensor) -> Non
         place_tensors(PAD, Tensors(torch.ones(2, 8), deepstack=[rows]))
 
 
+def test_tensors_that_are_not_finite_are_refused() -> None:
+    rows, bad = torch.ones(2, 8), torch.ones(2, 8)
+    bad[1, 3] = float("nan")
+    for content in (Tensors(bad), Tensors(rows, deepstack=[bad])):
+        with pytest.raises(InvalidRequest, match="finite"):
+            place_tensors(PAD, content)
+
+
 def test_pictures_are_bytes_paths_and_pillow_images(tmp_path: Path) -> None:
     data = picture(1)
     path = tmp_path / "picture.png"

@@ -15,7 +15,7 @@ from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory import MemoryStore
 from opticnerve.embeddings.redis_store import RedisStore
 from opticnerve.embeddings.ref import EmbeddingRef, Location
-from opticnerve.errors import EmbeddingCorrupt, EmbeddingNotFound
+from opticnerve.errors import EmbeddingCorrupt, EmbeddingNotFound, InvalidRequest
 
 KEY = "a" * 64
 ROWS = {"rows": torch.arange(32.0).reshape(4, 8)}
@@ -55,6 +55,50 @@ def test_bytes_that_are_corrupt_where_all_find_them_are_deleted() -> None:
             await fetcher.ensure(ref(Location(redis=True)))
             assert KEY in store.held
             assert store.local.contains([KEY]) == {KEY}
+        finally:
+            await fetcher.close()
+
+    asyncio.run(main())
+
+
+def test_rows_that_are_not_finite_are_nowhere_taken_for_rows() -> None:
+    """The caller's own are its error; those that an encoder stored are deleted."""
+    bad = codec.to_bytes({"rows": ROWS["rows"] * float("inf")}, {})
+    store = Elsewhere({KEY: bad})
+
+    async def main() -> None:
+        fetcher = Fetcher(store, None, 8, Notes())
+        try:
+            with pytest.raises(InvalidRequest, match="finite"):
+                await fetcher.ensure(ref(Location(inline=bad)))
+            assert store.held
+            with pytest.raises(EmbeddingCorrupt):
+                await fetcher.ensure(ref(Location(redis=True)))
+            assert not store.held
+            store.local.put_bytes(KEY, bad)
+            with pytest.raises(EmbeddingCorrupt):
+                await fetcher.ensure(ref(Location(redis=True)))
+            assert store.local.contains([KEY]) == set()
+        finally:
+            await fetcher.close()
+
+    asyncio.run(main())
+
+
+def test_who_waits_with_another_for_rows_that_are_no_good_tries_its_own() -> None:
+    bad = codec.to_bytes({"rows": ROWS["rows"] * float("inf")}, {})
+    store = MemoryStore()
+
+    async def main() -> None:
+        fetcher = Fetcher(store, None, 8, Notes())
+        try:
+            outcomes = await asyncio.gather(
+                fetcher.ensure(ref(Location(inline=bad))),
+                fetcher.ensure(ref(Location(inline=codec.to_bytes(ROWS, {})))),
+                return_exceptions=True,
+            )
+            assert isinstance(outcomes[0], InvalidRequest) and outcomes[1] is None
+            assert store.contains([KEY]) == {KEY}
         finally:
             await fetcher.close()
 

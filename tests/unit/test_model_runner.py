@@ -303,7 +303,6 @@ def work_of(ask: GenerateRequest, slot: int, table: tuple[int, ...], **changes: 
         ({"rows": rows()[:, :100]}, "shape"),
         ({"rows": rows()[0]}, "shape"),
         ({"rows": torch.zeros(9, WIDTH, dtype=torch.int64)}, "int64"),
-        ({"rows": torch.full((9, WIDTH), float("nan"))}, "finite"),
         ({"other": rows()}, "no rows"),
         ({"rows": rows(), "deepstack.0": rows(count=2)}, "shape"),
     ],

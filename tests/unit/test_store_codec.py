@@ -161,6 +161,22 @@ def test_damage_is_found_or_harmless(data: st.DataObject) -> None:
     assert bad[header_bytes:] == good[header_bytes:]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("position", [0, 20, 34])
+def test_values_that_are_not_finite_are_found(
+    dtype: torch.dtype, value: float, position: int
+) -> None:
+    rows = torch.randn(5, 7).to(dtype)
+    good = {"rows": rows, "none": torch.ones(0, 7, dtype=dtype)}
+    assert codec.is_finite(good)
+    bad = {**good, "deepstack.0": rows.clone()}
+    bad["deepstack.0"].view(-1)[position] = value
+    assert not codec.is_finite(bad)
+    with pytest.raises(EmbeddingCorrupt, match="not finite"):
+        codec.verify(*codec.from_bytes(codec.to_bytes(bad, {})))
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_is_corrupt(data: bytes) -> None:

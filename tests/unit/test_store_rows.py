@@ -81,6 +81,16 @@ def test_damaged_rows_are_not_ready_and_noted(store: ShmStore, offset: int) -> N
     rows.release(KEY)
 
 
+def test_rows_that_are_not_finite_are_not_ready(store: ShmStore) -> None:
+    notes = Notes()
+    rows = StoreRows(store, tell=notes.add)
+    store.put(KEY, {"rows": VALUE / 0}, {})
+    rows.acquire(KEY, 128)
+    assert not rows.ready(KEY)
+    assert store.contains([KEY]) == set() and notes.take_corrupt(KEY)
+    rows.release(KEY)
+
+
 def test_rows_that_cannot_be_mapped_are_not_ready(
     store: ShmStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,6 +135,19 @@ def test_the_third_failure_ends_it() -> None:
     asyncio.run(body())
 
 
+def test_rows_of_the_caller_that_are_no_good_fail_the_request_at_once() -> None:
+    async def body() -> None:
+        made = world(ref())
+        error = InvalidRequest("x", param="ref")
+        made.outcome = raising(error)
+        made.waits.wanted([KEY], False)
+        await settle()
+        assert made.failed == [error] and made.needed == []
+        made.waits.close()
+
+    asyncio.run(body())
+
+
 def test_a_newer_reference_is_tried_before_the_caller_is_asked() -> None:
     async def body() -> None:
         made = world(ref("old"))
