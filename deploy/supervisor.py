@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import httpx2
@@ -94,7 +94,7 @@ class Supervisor:
             await asyncio.gather(work, stop, return_exceptions=True)
 
     async def _startup_and_watch(self) -> None:
-        await asyncio.gather(*(self._start(service) for service in self._workers))
+        await _all(self._start(service) for service in self._workers)
         encoders = [s.child.address for s in self._workers if s.stage == 0]
         llms = [s.child.address for s in self._workers if s.stage == 1]
         gateway = self._make_gateway(encoders, llms)
@@ -102,7 +102,7 @@ class Supervisor:
         await self._start(gateway)
         self.url = gateway.child.address
         print(f"OpticNerve is ready at {self.url}", flush=True)
-        await asyncio.gather(*(self._watch(service) for service in self._all))
+        await _all(self._watch(service) for service in self._all)
 
     async def _start(self, service: Service) -> None:
         """Starts one child and waits until it serves. Raises StartupError."""
@@ -176,6 +176,19 @@ class Supervisor:
         for stage in (2, 1, 0):
             children = [service.child for service in self._all if service.stage == stage]
             await asyncio.gather(*(child.stop(self._stop_timeout_s) for child in children))
+
+
+async def _all(work: Iterable[Coroutine[None, None, None]]) -> None:
+    """Waits for all of ``work``; the first StartupError cancels the rest and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for each in work:
+                group.create_task(each)
+    except* StartupError as errors:
+        failure = errors.exceptions[0]
+    else:
+        return
+    raise failure
 
 
 async def _worker_ready(address: str) -> bool:

@@ -19,6 +19,7 @@ from gateway.auth import Keys
 from opticnerve import addresses, config, flags
 from opticnerve.embeddings.tier import create_tier_directory, remove_tier, sweep_dead_tiers
 from opticnerve.errors import StartupError
+from opticnerve.lifecycle import follow_parent
 from opticnerve.options import PREFIX, build, options
 from opticnerve.rpc.server import handle_signals
 
@@ -27,7 +28,9 @@ DESCRIPTION = (
     "the services that know it. --host and --port are the gateway's."
 )
 # What `up` itself decides for its children: no flags of its own.
-DECIDED = {"parent_pid", "encoder_addresses", "llm_addresses", "advertise"}
+DECIDED = {"encoder_addresses", "llm_addresses", "advertise"}
+CLOSE_S = 5.0  # That a child gets to end after its drain.
+STAGES = 3  # Gateway, LLM workers, encoders stop one after another.
 # Names that belong to the gateway when given to `up`; internal services listen on loopback.
 GATEWAY_ONLY = {"host", "port", "advertise", "metrics_port"}
 
@@ -44,9 +47,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 async def run(given: dict[str, Any]) -> int:
-    """Runs the stack until a signal (status 0) or until it must give up (status 1)."""
+    """Runs the stack until a signal, or its own parent's end (status 0). Raises StartupError
+    when it must give up."""
     settings = build(config.UpConfig, given)
     gateway = build(config.GatewayConfig, given)
+    stop_timeout_s = gateway.drain_timeout_s + CLOSE_S
+    follow_parent(gateway.parent_pid, grace_s=STAGES * stop_timeout_s)
     _check_early(gateway)
     with contextlib.ExitStack() as files:
         store = files.enter_context(_store(build(config.StoreConfig, given).store))
@@ -56,7 +62,7 @@ async def run(given: dict[str, Any]) -> int:
             commands.workers(),
             commands.gateway,
             start_timeout_s=settings.start_timeout_s,
-            stop_timeout_s=gateway.drain_timeout_s + 5,
+            stop_timeout_s=stop_timeout_s,
             max_restarts=settings.max_restarts,
         )
 

@@ -108,7 +108,7 @@ class RpcConfig:
         check=addresses.check,
     )
     drain_timeout_s: float = _address(15.0, STOP_HELP, metavar="SECONDS")
-    parent_pid: int = _parent(0, "end when this process is gone; set by `opticnerve up`")
+    parent_pid: int = _parent(0, "end when this process is gone; set by whoever starts this one")
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class GatewayConfig:
     )
     port: int = _port(8000, "port to listen on; 0: a free one, which is printed")
     drain_timeout_s: float = _address(15.0, STOP_HELP, metavar="SECONDS")
-    parent_pid: int = _parent(0, "end when this process is gone; set by `opticnerve up`")
+    parent_pid: int = _parent(0, "end when this process is gone; set by whoever starts this one")
     encoder_addresses: tuple[str, ...] = _workers(
         (), f"encoders: {MANY_HELP}", metavar="HOST:PORT,...", check=addresses.check_name
     )

@@ -105,8 +105,10 @@ def serve(model: str | Path | None = None, **flags: Any) -> Iterator[Stack]:
 
     ``model``: a checkpoint directory or hub id; None serves the built-in demo checkpoint.
     ``flags``: those of ``opticnerve up``, with underscores: ``encoders=2``, ``dtype="float32"``.
-    Raises StartupError with the stack's last words when it does not come up.
+    Raises StartupError with the stack's last words when it does not come up. The stack ends with
+    this process, however that ends.
     """
+    flags = {**flags, "parent_pid": os.getpid()}
     command = [sys.executable, "-m", "opticnerve", "up", *_arguments(model, flags)]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(

@@ -109,11 +109,14 @@ def test_a_killed_child_comes_back_at_its_port(tmp_path):
     asyncio.run(run())
 
 
-def test_gives_up_after_repeated_crashes_and_stops_the_rest(tmp_path):
+def test_gives_up_after_repeated_crashes_and_stops_the_rest(tmp_path, capfd):
     log = tmp_path / "ends"
+    # Longer than the pause before a restart: what is stopped must not be taken for a crash.
+    slow = WORKER.replace("asyncio.run(main())", "asyncio.run(main())\nimport time; time.sleep(1)")
 
     async def run():
-        async with supervisor(log, max_restarts=1) as made:
+        workers = [service("encoder", 0, WORKER, log), service("llm", 1, slow, log)]
+        async with supervisor(log, workers, max_restarts=1) as made:
             task = asyncio.create_task(made.run())
             await until_ready(made, task)
             doomed = made._workers[0]
@@ -125,6 +128,10 @@ def test_gives_up_after_repeated_crashes_and_stops_the_rest(tmp_path):
 
     asyncio.run(run())
     assert log.read_text().split() == ["gateway", "llm"]
+    restarted = [
+        line for line in capfd.readouterr().err.splitlines() if "starting it again" in line
+    ]
+    assert len(restarted) == 1 and restarted[0].startswith("encoder ended")
 
 
 def test_a_child_that_cannot_start_is_quoted(tmp_path):
