@@ -5,7 +5,7 @@ import redis
 
 import opticnerve
 from tests.e2e.conftest import user
-from tests.e2e.test_faults import ask, picture
+from tests.e2e.faults import ask, picture
 from tests.redis import RedisServer, find_redis_server
 
 pytestmark = pytest.mark.skipif(
