@@ -108,28 +108,29 @@ class Ledger:
             return Temporary(path, fd, num_bytes)
 
     def publish(self, temporary: Temporary, key: str, num_bytes: int) -> None:
-        """Makes a whole file of ``num_bytes`` visible as ``key``; the first writer wins."""
-        now = time.time_ns()
+        """Makes the first ``num_bytes`` of a file visible as ``key``; the first writer wins.
+
+        Under one lock: whoever looked in between would count other bytes than are stored.
+        """
         kept = 0
         try:
-            os.utime(temporary.fd, ns=(now, now))
-            os.link(temporary.path, self.path(key))
-            kept = num_bytes
-        except FileExistsError:
-            self.touch(self.path(key))
-        except OSError as error:
-            raise translated(error) from error
+            with self._locked() as lock:
+                try:
+                    os.ftruncate(temporary.fd, num_bytes)
+                    self.touch(temporary.fd)
+                    os.link(temporary.path, self.path(key))
+                    kept = num_bytes
+                except FileExistsError:
+                    self.touch(self.path(key))
+                finally:
+                    _drop(lock, temporary, kept)
         finally:
-            self._drop(temporary, kept)
+            os.close(temporary.fd)
 
     def abandon(self, temporary: Temporary) -> None:
-        self._drop(temporary, 0)
-
-    def _drop(self, temporary: Temporary, kept: int) -> None:
         os.close(temporary.fd)
         with contextlib.suppress(StoreError), self._locked() as lock:
-            temporary.path.unlink(missing_ok=True)
-            _write(lock, _read(lock) - temporary.num_bytes + kept)
+            _drop(lock, temporary, 0)
 
     def make_room(self, num_bytes: int) -> None:
         """Evicts at least so many bytes, where so many can go: the tmpfs is fuller than we are."""
@@ -356,6 +357,12 @@ def _read(lock: int) -> int:
 
 def _write(lock: int, stored: int) -> None:
     os.pwrite(lock, _STORED.pack(max(stored, 0)), 0)
+
+
+def _drop(lock: int, temporary: Temporary, kept: int) -> None:
+    """Ends a temporary, of whose bytes ``kept`` are an entry's now."""
+    temporary.path.unlink(missing_ok=True)
+    _write(lock, _read(lock) - temporary.num_bytes + kept)
 
 
 def _is_at(fd: int, path: Path) -> bool:

@@ -158,7 +158,7 @@ class ShmStore:
             self._spares.done()
             return
         try:
-            spare.fill(pieces, num_bytes)
+            spare.fill(pieces)
             self._ledger.publish(spare.temporary, key, num_bytes)
         finally:
             self._spares.done(spare)

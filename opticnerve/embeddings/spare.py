@@ -10,7 +10,6 @@ temporary like any other until it is published: invisible, counted, swept with i
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Sequence
 
@@ -41,14 +40,13 @@ class Spare:
             ledger.abandon(reserved)
             raise
 
-    def fill(self, pieces: Sequence[memoryview], num_bytes: int) -> None:
-        """Copies a file of ``num_bytes`` in, and cuts the spare to that size."""
+    def fill(self, pieces: Sequence[memoryview]) -> None:
+        """Copies a file's pieces in, from the first byte on."""
         offset = 0
         for piece in pieces:
             source = np.frombuffer(piece, dtype=np.uint8)
             self._pages.memory[offset : offset + piece.nbytes] = source
             offset += piece.nbytes
-        os.ftruncate(self.temporary.fd, num_bytes)
 
     def unmap(self) -> None:
         self._pages.unmap()

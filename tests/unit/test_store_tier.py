@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -159,4 +160,26 @@ def test_the_ledger_counts_what_is_there(tmp_path: Path) -> None:
     other = Ledger(tmp_path / "t", 1000)
     assert ledger.stored_bytes() == 0
     other.close()
+    ledger.close()
+
+
+def test_nobody_counts_a_file_while_it_becomes_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scan in between would count it twice, or with the length that it had before."""
+    ledger = Ledger(tmp_path / "tier", 1000)
+    locked = []
+    for name in ("ftruncate", "link"):
+        call = getattr(os, name)
+
+        def watched(*arguments: object, call: Callable[..., None] = call) -> None:
+            locked.append(tier.is_locked(tmp_path / "tier" / "lock"))
+            call(*arguments)
+
+        monkeypatch.setattr(os, name, watched)
+    temporary = ledger.reserve(300)
+    assert temporary is not None
+    ledger.publish(temporary, "a" * 64, 200)
+    assert len(locked) == 3 and all(locked)
+    assert ledger.stored_bytes() == Path(ledger.path("a" * 64)).stat().st_size == 200
     ledger.close()
