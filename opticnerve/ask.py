@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx2
 
-from opticnerve.errors import OpticNerveError, StartupError
+from opticnerve.errors import OpticNerveError, StartupError, from_openai
 from opticnerve.flags import Parser, number
-from opticnerve.stack import picture_url, serve, user_message
+from opticnerve.stack import error_of, picture_url, serve, user_message
 
 DESCRIPTION = (
     "Asks a question about pictures and streams the answer. With --url a running gateway answers; "
@@ -110,7 +110,7 @@ def _print_answer(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def stream_chat(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The chunks of one streamed chat completion. Raises OpticNerveError with the answer's text."""
+    """The chunks of one streamed chat completion. Raises the typed error of the answer."""
     key = os.environ.get("OPENAI_API_KEY", "none")
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     try:
@@ -125,7 +125,7 @@ def stream_chat(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         ):
             if answer.status_code != 200:
                 answer.read()
-                raise OpticNerveError(_error_text(answer))
+                raise error_of(answer)
             yield from _events(answer.iter_lines())
     except httpx2.HTTPError as error:
         raise OpticNerveError(f"no answer from {url}: {error}") from error
@@ -140,13 +140,6 @@ def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             return
         event = json.loads(data)
         if "error" in event:
-            raise OpticNerveError(event["error"]["message"])
+            raise from_openai(event)
         yield event
     raise OpticNerveError("the answer ended early, without [DONE]")
-
-
-def _error_text(answer: httpx2.Response) -> str:
-    try:
-        return str(answer.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"status {answer.status_code}"

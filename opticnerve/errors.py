@@ -244,6 +244,30 @@ class UnsupportedCheckpoint(CheckpointError):
     pass
 
 
+def from_openai(
+    body: Any, http_status: int | None = None, retry_after_s: float | None = None
+) -> OpticNerveError:
+    """The error that the body of an HTTP answer tells of; any body, ours or another server's.
+
+    Its class is the most general one of that code, or else of that status (None: of an event in a
+    stream, which has none).
+    """
+    told = body.get("error") if isinstance(body, dict) else None
+    told = told if isinstance(told, dict) else {}
+    code, param = told.get("code"), told.get("param")
+    able = [cls for cls in by_name().values() if http_status in (None, cls.http_status)]
+    cls = min(
+        able or [OpticNerveError],
+        key=lambda cls: (cls.default_code != code, len(cls.__mro__), cls.grpc_status),
+    )
+    return cls(
+        str(told.get("message") or f"the answer is an error, status {http_status}"),
+        param=None if param is None else str(param),
+        code=None if code is None else str(code),
+        retry_after_s=retry_after_s,
+    )
+
+
 def by_name() -> dict[str, type[OpticNerveError]]:
     """Every class of this file by its name; what the wire uses to raise the same class again.
 

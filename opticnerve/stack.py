@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import httpx2
 
-from opticnerve.errors import OpticNerveError, StartupError
+from opticnerve.errors import OpticNerveError, StartupError, Unavailable, from_openai
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -58,7 +58,7 @@ class Stack:
 
         A question is a text, or (text, picture, ...); a picture is a path, a URL, bytes or a
         Pillow image. ``parameters`` are those of a chat completion (max_tokens, temperature...).
-        Raises the typed error of the first question that fails.
+        Raises the typed error of the first question that fails, with its ``param`` and ``code``.
         """
         with ThreadPoolExecutor(max_workers=min(64, max(1, len(questions)))) as pool:
             return list(pool.map(lambda question: self._ask(question, parameters), questions))
@@ -66,14 +66,26 @@ class Stack:
     def _ask(self, question: str | tuple[Any, ...], parameters: dict[str, Any]) -> str:
         text, *pictures = (question,) if isinstance(question, str) else question
         body = {"model": self.model, "messages": [user_message(text, pictures)], **parameters}
-        answer = self._http.post("/v1/chat/completions", json=body)
-        content = answer.json()
+        try:
+            answer = self._http.post("/v1/chat/completions", json=body)
+        except httpx2.HTTPError as error:
+            raise Unavailable(f"no answer from {self.url}: {error!r}") from error
         if answer.status_code != 200:
-            raise OpticNerveError(content["error"]["message"], code=content["error"]["code"])
-        return str(content["choices"][0]["message"]["content"])
+            raise error_of(answer)
+        return str(answer.json()["choices"][0]["message"]["content"])
 
     def close(self) -> None:
         self._http.close()
+
+
+def error_of(answer: httpx2.Response) -> OpticNerveError:
+    """The typed error that a gateway's answer, read whole, tells of."""
+    try:
+        body = answer.json()
+    except ValueError:  # Of something between the gateway and us.
+        body = None
+    after = answer.headers.get("retry-after", "")
+    return from_openai(body, answer.status_code, float(after) if after.isdecimal() else None)
 
 
 def user_message(text: str, pictures: Iterable[Picture]) -> dict[str, Any]:
@@ -125,9 +137,12 @@ def serve(model: str | Path | None = None, **flags: Any) -> Iterator[Stack]:
 
 
 def _arguments(model: str | Path | None, flags: dict[str, Any]) -> list[str]:
+    """Flags of ``up``; None is the default, as if the flag were not given."""
     arguments = [str(model)] if model is not None else []
     for name, value in {"port": 0, **flags}.items():
         flag = "--" + name.replace("_", "-")
+        if value is None or (value is False and name.startswith("no_")):
+            continue
         if isinstance(value, bool):
             arguments.append(flag if value else "--no-" + flag[2:])
         elif isinstance(value, list | tuple):

@@ -59,3 +59,28 @@ def test_a_bare_status_becomes_a_typed_error():
     got = rpc_errors.from_rpc(Dead())
     assert isinstance(got, errors.Unavailable)
     assert "connection refused" in got.message
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_an_http_answer_keeps_status_and_fields(cls):
+    sent = cls("what to do", param="messages[0]", code="some_code", retry_after_s=2.5)
+    got = errors.from_openai(sent.to_openai(), cls.http_status, 2.5)
+    assert isinstance(sent, type(got)) or type(got) is errors.Unavailable  # Of two with one status.
+    assert got.http_status == cls.http_status
+    assert (got.message, got.param, got.code, got.retry_after_s) == (
+        "what to do", "messages[0]", "some_code", 2.5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls.default_code])
+def test_a_code_tells_the_class_with_and_without_a_status(cls):
+    for status in (cls.http_status, None):
+        got = errors.from_openai(cls("what to do").to_openai(), status)
+        assert got.code == cls.default_code
+        assert isinstance(cls("x"), type(got)) and type(got) is not errors.OpticNerveError
+
+
+@pytest.mark.parametrize("body", [None, [], "bad gateway", {"error": "x"}, {"error": {}}])
+def test_any_answer_makes_an_error(body):
+    got = errors.from_openai(body, 502)
+    assert type(got) is errors.OpticNerveError and "502" in got.message
