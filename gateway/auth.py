@@ -1,4 +1,8 @@
-"""API keys: several, named, from a file, compared in constant time. Keys are never logged."""
+"""API keys: several, named, from a file, compared in constant time. Keys are never logged.
+
+A key is visible ASCII. Clients do not agree on how anything else travels in a header: some send
+UTF-8, some Latin-1, and the openai client refuses to.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from opticnerve.errors import ConfigError, Unauthenticated
 
 OPEN_PATHS = frozenset({"/", "/live", "/ready", "/health"})
 _NAMED = re.compile(r"([A-Za-z0-9_.@-]+)\s*:\s*(\S+)")
+_ASCII = re.compile(r"[\t -~]+")
 _COMMENT = re.compile(r"(?:^|\s)#.*")
 
 
@@ -27,7 +32,7 @@ class Keys:
         if path is None:
             return cls({})
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")  # Some editors begin with a mark.
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the key file {path}", param="api_key_file") from error
         return cls(_parse(text, path))
@@ -64,6 +69,12 @@ def _parse(text: str, path: str) -> dict[str, bytes]:
         line = _COMMENT.sub("", raw).strip()
         if not line:
             continue
+        if not _ASCII.fullmatch(line):
+            raise ConfigError(
+                f"{path}:{number}: a character that is not printable ASCII; not every client can "
+                "send such a key, so none is taken",
+                param="api_key_file",
+            )
         named = _NAMED.fullmatch(line)
         name, key = (named[1], named[2]) if named else (f"key{number}", line)
         if any(character.isspace() for character in key):

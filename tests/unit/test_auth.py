@@ -53,3 +53,24 @@ def test_open_paths():
     assert not needs_key("/v1/models", public_models=True)
     assert not needs_key("/v1/models/model", public_models=True)
     assert needs_key("/v1/modelsx", public_models=True)
+
+
+@pytest.mark.parametrize("line", ["schlüssel", "ada: sk–1", "ключ: sk-1", "sk\u00a0-1", "sk-\x001"])
+def test_keys_that_not_every_client_can_send_are_refused_by_their_line(tmp_path, line):
+    path = tmp_path / "keys"
+    path.write_text(f"# Müllers Schlüssel\nbob: sk-2\n{line}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"keys:3: .*not printable ASCII") as caught:
+        Keys.load(str(path))
+    assert "sk" not in caught.value.message.split("keys:3")[1]
+
+
+def test_a_key_in_a_header_that_is_not_ascii_is_an_unknown_key(keys):
+    for sent in ("schlüssel", "schlüssel".encode().decode("latin-1")):
+        with pytest.raises(Unauthenticated):
+            keys.identify(f"Bearer {sent}")
+
+
+def test_a_file_that_an_editor_began_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("\ufeffada: sk-ada\n", encoding="utf-8")
+    assert Keys.load(str(path)).identify("Bearer sk-ada") == "ada"
