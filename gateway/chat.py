@@ -89,8 +89,11 @@ class ChatRenderer:
         return RenderedChat(prompt, tuple(ids), num_images)
 
     def build(self, rendered: RenderedChat, plans: Sequence[Plan]) -> Prompt:
-        """The prompt with every picture's run in place; ``plans`` in the order of the pictures."""
-        return placeholders.expand(self.layout, rendered.prompt, rendered.token_ids, plans)
+        """The prompt with every picture's run in place; ``plans`` in the order of the pictures.
+        Raises ContextLengthExceeded for what no worker could take."""
+        return placeholders.expand(
+            self.layout, rendered.prompt, rendered.token_ids, plans, self.layout.max_positions
+        )
 
     def _starts_with_bos(self, hidden: str) -> bool:
         """Hugging Face's processors add special tokens unless the template wrote the first."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from opticnerve.errors import InvalidRequest
+from opticnerve.errors import ContextLengthExceeded, InvalidRequest
 from opticnerve.media.plan import Plan, Span
 from opticnerve.models.family import Expansion
 
@@ -33,11 +33,19 @@ class Prompt:
 
 
 def expand(
-    layout: Expander, prompt: str, token_ids: Sequence[int], plans: Sequence[Plan]
+    layout: Expander,
+    prompt: str,
+    token_ids: Sequence[int],
+    plans: Sequence[Plan],
+    max_tokens: int,
 ) -> Prompt:
-    """Gives the i-th placeholder to the i-th picture. Raises InvalidRequest when they do not
-    match in number."""
+    """Gives the i-th placeholder to the i-th picture.
+
+    Raises InvalidRequest when they do not match in number, and, before anything of that size is
+    built, ContextLengthExceeded for a prompt of more than ``max_tokens``.
+    """
     check_count(list(token_ids).count(layout.image_token_id), len(plans))
+    check_length(len(token_ids), plans, max_tokens)
     ids: list[int] = []
     spans: list[Span] = []
     item = 0
@@ -72,5 +80,20 @@ def check_count(places: int, pictures: int) -> None:
     raise InvalidRequest(
         f"the model's chat template wrote {wrote}, and the messages bring {brought}; put each "
         "picture in a message whose role the template lets bring pictures, such as user",
+        param="messages",
+    )
+
+
+def check_length(num_ids: int, plans: Sequence[Plan], max_tokens: int) -> None:
+    """``num_ids`` counts one placeholder a picture."""
+    of_pictures = sum(plan.num_tokens for plan in plans)
+    needed = num_ids - len(plans) + of_pictures
+    if needed <= max_tokens:
+        return
+    pictures = f" ({of_pictures} of them for pictures)" if plans else ""
+    remedy = ", fewer pictures, or pictures with lower min_pixels and max_pixels" if plans else ""
+    raise ContextLengthExceeded(
+        f"this model takes {max_tokens} tokens; the messages need {needed}{pictures}; "
+        f"send shorter messages{remedy}",
         param="messages",
     )

@@ -8,7 +8,7 @@ import pytest
 
 from gateway.auth import Keys
 from tests.fakes import until
-from tests.gateways import DEADLINES_S, body, events, stack, user
+from tests.gateways import DEADLINES_S, body, data_url, events, stack, user
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
@@ -194,3 +194,18 @@ async def test_the_unexpected_is_a_500_that_tells_nothing(monkeypatch):
         assert "division" not in answer.text and answer.headers["x-request-id"] == "odd"
         monkeypatch.undo()
         assert (await s.chat()).status_code == 200
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/apply_template"])
+async def test_pictures_blown_up_beyond_the_model_are_refused_before_they_are_expanded(
+    route, monkeypatch
+):
+    picture = {"type": "image_url", "image_url": {"url": data_url()}, "min_pixels": 2**31 - 1}
+    asked = {"model": "model", "messages": [{"role": "user", "content": [picture] * 10}]}
+    async with stack(encoders=0, llms=0, ready=False) as s:
+        layout = s.gateway.pipeline.renderer.layout
+        monkeypatch.setattr(layout, "expand", lambda plan: pytest.fail("it was expanded"))
+        answer = await s.client.post(route, json=asked)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["code"] == "context_length_exceeded" and "min_pixels" in error["message"]

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from gateway import placeholders
 from gateway.chat import ChatRenderer
 from gateway.schemas import ApplyTemplateRequest, parse
-from opticnerve.errors import InvalidRequest
+from opticnerve.errors import ContextLengthExceeded, InvalidRequest
 from opticnerve.media.plan import Grid, Modality, Plan, Structure
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.family import Expansion, Run
@@ -122,7 +122,7 @@ class Rows:
 
 
 def test_one_item_may_have_many_spans() -> None:
-    prompt = placeholders.expand(Rows(), "p", [1, 9, 2, 9], [plan(4), plan(2)])
+    prompt = placeholders.expand(Rows(), "p", [1, 9, 2, 9], [plan(4), plan(2)], 11)
     assert prompt.token_ids == (1, 9, 9, 7, 9, 9, 7, 2, 9, 9, 7)
     assert [(s.token_offset, s.num_tokens, s.item, s.row_start) for s in prompt.spans] == [
         (1, 2, 0, 0),
@@ -133,16 +133,24 @@ def test_one_item_may_have_many_spans() -> None:
 
 def test_time_travels_with_the_span() -> None:
     timed = replace(plan(2), seconds_per_grid=0.5)
-    (span,) = placeholders.expand(Rows(), "p", [9], [timed]).spans
+    (span,) = placeholders.expand(Rows(), "p", [9], [timed], 99).spans
     assert span.seconds_per_grid == 0.5
 
 
 @pytest.mark.parametrize(("ids", "count"), [([1], 1), ([9, 9], 1), ([9], 0)])
 def test_numbers_must_agree(ids: list[int], count: int) -> None:
     with pytest.raises(InvalidRequest, match=r"wrote \d places? for pictures.* bring \d picture"):
-        placeholders.expand(Rows(), "p", ids, [plan(2)] * count)
+        placeholders.expand(Rows(), "p", ids, [plan(2)] * count, 99)
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_it_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Rows, "expand", lambda self, plan: pytest.fail("it was built"))
+    with pytest.raises(ContextLengthExceeded, match=r"takes 7 .* need 8 \(6 of .* min_pixels"):
+        placeholders.expand(Rows(), "p", [1, 9, 2, 9], [plan(4), plan(2)], 7)
 
 
 def test_layouts_fit_the_interface() -> None:
     layout = SimpleNamespace(image_token_id=9, expand=Rows().expand)
-    assert placeholders.expand(layout, "p", [9], [plan(2)]).token_ids == (9, 9, 7)
+    assert placeholders.expand(layout, "p", [9], [plan(2)], 99).token_ids == (9, 9, 7)
