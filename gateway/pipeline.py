@@ -133,6 +133,7 @@ class Pipeline:
                     timings = call.watch.report(
                         [had.get(key) for key in keys], embeddings.bytes_sent
                     )
+                    timings["preemptions"] = step.preemptions
                     yield Ended(step.usage, timings)
 
     async def _write(
@@ -177,7 +178,7 @@ class Pipeline:
             ("completion", usage.completion_tokens),
         ):
             metrics.TOKENS.labels(kind).inc(count)
-        return Finished(usage, told.timings)
+        return Finished(usage, told.timings, told.preemptions)
 
     # ---- steps
 

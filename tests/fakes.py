@@ -230,7 +230,9 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
                     cached_tokens=self.cached_tokens,
                     embedding_tokens=sum(span.num_tokens for span in start.spans),
                 ),
-                timings=llm_pb2.GenerateTimings(queue_ms=1, prefill_ms=2, decode_ms=3),
+                timings=llm_pb2.GenerateTimings(
+                    queue_ms=1, prefill_ms=2, decode_ms=3, preemptions=4
+                ),
             )
         )
 

@@ -6,12 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from opticnerve.clients.checks import UINT64, check_integer, check_number, check_token_ids
+
+
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """Everything that decides a token; neutral defaults. See ``SamplingParams`` in ``llm.proto``.
 
     No tokenizer is here: ``eos_token_ids`` and ``stop_token_ids`` are the caller's to give.
+    Raises InvalidRequest for values that no message carries.
     """
 
     max_tokens: int = 16
@@ -33,6 +46,22 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     bad_words: tuple[tuple[int, ...], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "min_tokens", "top_k", "n"):
+            check_integer(name, getattr(self, name))
+        check_integer("seed", self.seed, UINT64)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                check_integer(name, count)
+        for name in _NUMBERS:
+            check_number(name, getattr(self, name))
+        for name in ("stop_token_ids", "eos_token_ids", "allowed_token_ids", "logit_bias"):
+            check_token_ids(name, getattr(self, name))
+        for bias in self.logit_bias.values():
+            check_number("logit_bias", bias)
+        for word in self.bad_words:
+            check_token_ids("bad_words", word)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +116,12 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end. ``timings``: milliseconds by stage, as the worker measured them."""
+    """The end. ``timings``: milliseconds by stage, as the worker measured them; ``preemptions``:
+    how often one of its choices gave its KV pages up and was computed again."""
 
     usage: Usage
     timings: Mapping[str, float] = field(default_factory=dict)
+    preemptions: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,4 +116,5 @@ def finished_from_pb(message: pb.Done) -> Finished:
             "prefill": timings.prefill_ms,
             "decode": timings.decode_ms,
         },
+        timings.preemptions,
     )

@@ -23,6 +23,7 @@ from tests.reference import image_processor, load_reference, picture
 
 MAX_GAP = 1e-3
 MAX_TOKENS = 16
+CROWDED = 56  # Tokens of each of eight choices.
 SMALL = {"max_num_batched_tokens": 24, "kv_cache_tokens": 384, "max_num_seqs": 8}
 
 
@@ -82,18 +83,17 @@ class Whole:
             made["mm_token_type_ids"] = (ids == self.layout.image_token_id).int()
         return made
 
-    def generate(self, given):
+    def generate(self, given, max_tokens):
         with torch.inference_mode():
             out = self.model.generate(
-                **self.forward_inputs(given), max_new_tokens=MAX_TOKENS, do_sample=False
+                **self.forward_inputs(given), max_new_tokens=max_tokens, do_sample=False
             )
         return out[0, given["input_ids"].shape[1] :].tolist()
 
     def check(self, messages, got):
         given = self.inputs(messages)
-        want = self.generate(given)
+        want = self.generate(given, len(got))
         spelled = [list(self.vocabulary.token_bytes(token)) for token in want]
-        assert len(got) == len(spelled)
         at = next((i for i, (a, b) in enumerate(zip(got, spelled, strict=True)) if a != b), None)
         if at is None:
             return
@@ -105,8 +105,8 @@ class Whole:
         self.close_calls += 1
 
 
-def ask(stack, messages):
-    """The bytes of each greedy token that the three services sample."""
+def ask(stack, messages, **parameters):
+    """(the bytes of each greedy token that the three services sample, by choice; preemptions)"""
     body = {
         "model": "model",
         "messages": [
@@ -126,10 +126,17 @@ def ask(stack, messages):
         "ignore_eos": True,
         "logprobs": True,
         "skip_special_tokens": False,
+        "timings": True,
+        **parameters,
     }
     answer = stack._http.post("/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text
-    return [token["bytes"] for token in answer.json()["choices"][0]["logprobs"]["content"]]
+    told = answer.json()
+    tokens = [
+        [token["bytes"] for token in choice["logprobs"]["content"]] for choice in told["choices"]
+    ]
+    assert {len(choice) for choice in tokens} == {body["max_tokens"]}
+    return tokens, told["timings"]["preemptions"]
 
 
 def image(seed, width=84, height=84):
@@ -172,12 +179,18 @@ def test_three_services_equal_the_unsplit_model(family, tmp_path):
     model = None if family == "demo" else path
     with opticnerve.serve(model, dtype="float32", generation_config="neutral", **SMALL) as stack:
         for messages in chats():  # One by one, cold.
-            whole.check(messages, ask(stack, messages))
-        with ThreadPoolExecutor(8) as pool:  # Together and warm, in a cache that is too small.
-            for messages, got in zip(
-                chats(), pool.map(lambda m: ask(stack, m), chats()), strict=True
-            ):
+            (got,), _ = ask(stack, messages)
+            whole.check(messages, got)
+        with ThreadPoolExecutor(8) as pool:  # Together and warm.
+            answers = pool.map(lambda messages: ask(stack, messages), chats())
+            for messages, ((got,), _) in zip(chats(), answers, strict=True):
                 whole.check(messages, got)
+        # Choices that the cache cannot hold all at once, however the requests above met.
+        crowd = [user(image(1), text("Count to 20."))]
+        choices, preemptions = ask(stack, crowd, n=8, max_tokens=CROWDED)
+        assert preemptions > 0
+        for got in (choice for i, choice in enumerate(choices) if choice not in choices[:i]):
+            whole.check(crowd, got)
     print(f"{family}: {whole.close_calls} tokens differ where logits nearly tie")
     if family == "demo":
         assert whole.close_calls == 0

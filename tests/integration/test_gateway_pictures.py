@@ -28,6 +28,7 @@ async def test_pictures_go_to_encoders_once_and_their_references_are_kept():
         timings = again.json()["timings"]
         assert timings["bytes_to_encoders"] == 0
         assert timings["items"] == [{"cached": "ref", "bytes_sent": 0}]
+        assert timings["preemptions"] == 4
         assert s.llm.starts[1].items[0].HasField("ref")
         assert sum(len(encoder.calls) for encoder in s.encoders) == 2
         for name in ("fetch_ms", "plan_ms", "queue_ms", "prefill_ms", "ttft_ms", "total_ms"):
