@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from opticnerve.clients.checks import check_integer, check_number, check_token_ids
 from opticnerve.clients.pictures import Picture, is_picture
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.ref import EmbeddingRef, Location
@@ -71,6 +72,7 @@ class MultiMediaInfo:
         """One more content of this placeholder. Raises InvalidRequest for what is none."""
         if not is_picture(content) and not isinstance(content, (EmbeddingRef, Tensors)):
             content = Tensors(codec.as_tensor(content))
+        check_token_ids("contents", [token_id])
         self._contents.setdefault(int(token_id), []).append(content)
 
     def __iter__(self) -> Iterator[tuple[int, Content]]:
@@ -110,11 +112,15 @@ def place_tensors(token_id: int, content: Tensors) -> Placed:
         raise InvalidRequest("embeddings have finite values, no NaN and no infinity")
     data = codec.to_bytes(named, {})
     rows = specs[0].shape[0]
+    grid = content.grid or Grid(1, 1, rows)
+    for extent in (grid.t, grid.h, grid.w):
+        check_integer("grid", extent)
+    check_number("seconds_per_grid", content.seconds_per_grid)
     ref = EmbeddingRef(_tensors_key(data), "", specs, rows, Location(inline=data))
     return Placed(
         token_id,
         ref,
-        content.grid or Grid(1, 1, rows),
+        grid,
         content.modality,
         content.attention,
         content.seconds_per_grid,

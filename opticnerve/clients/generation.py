@@ -8,7 +8,6 @@ from enum import StrEnum
 
 from opticnerve.clients.checks import UINT64, check_integer, check_number, check_token_ids
 
-
 _NUMBERS = (
     "temperature",
     "top_p",

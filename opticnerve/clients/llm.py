@@ -14,6 +14,7 @@ from typing import Any, Self
 import grpc
 
 from opticnerve.clients import llm_messages
+from opticnerve.clients.checks import check_token_ids
 from opticnerve.clients.contents import (
     Content,
     MultiMediaInfo,
@@ -152,6 +153,7 @@ class AsyncLLMClient:
         request_id: str,
         timeout_s: float | None,
     ) -> Run:
+        check_token_ids("token_ids", token_ids)
         placed = await asyncio.gather(
             *(self._place(token_id, content) for token_id, content in contents or ())
         )

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from PIL import Image
 
+from opticnerve.clients.checks import UINT64, check_integer
 from opticnerve.errors import InvalidRequest
 from opticnerve.media.keys import content_key
 from opticnerve.media.plan import Overrides, Plan
@@ -61,7 +62,10 @@ class PlannedPicture:
 def plan_picture(
     data: bytes, layout: Layout, fingerprint: str, overrides: Overrides = NO_OVERRIDES
 ) -> PlannedPicture:
-    """Reads the structure, plans, and names. Raises InvalidMedia."""
+    """Reads the structure, plans, and names. Raises InvalidMedia, InvalidRequest."""
+    for name in ("min_pixels", "max_pixels"):
+        if (pixels := getattr(overrides, name)) is not None:
+            check_integer(name, pixels, UINT64)
     plan = layout.plan(parse_structure(data), overrides)
     key = content_key(data, layout.settings(), overrides, fingerprint)
     return PlannedPicture(data, key, plan, overrides, fingerprint)
