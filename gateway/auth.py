@@ -15,7 +15,7 @@ from pathlib import Path
 from opticnerve.errors import ConfigError, Unauthenticated
 
 OPEN_PATHS = frozenset({"/", "/live", "/ready", "/health"})
-_NAMED = re.compile(r"([A-Za-z0-9_.@-]+)\s*:\s*(\S+)")
+_NAMED = re.compile(r"([A-Za-z0-9_.@-]+)\s*:\s+(\S+)")
 _ASCII = re.compile(r"[\t -~]+")
 _COMMENT = re.compile(r"(?:^|\s)#.*")
 
@@ -69,24 +69,33 @@ def _parse(text: str, path: str) -> dict[str, bytes]:
         line = _COMMENT.sub("", raw).strip()
         if not line:
             continue
-        if not _ASCII.fullmatch(line):
-            raise ConfigError(
-                f"{path}:{number}: a character that is not printable ASCII; not every client can "
-                "send such a key, so none is taken",
-                param="api_key_file",
-            )
-        named = _NAMED.fullmatch(line)
-        name, key = (named[1], named[2]) if named else (f"key{number}", line)
-        if any(character.isspace() for character in key):
-            raise ConfigError(
-                f"{path}:{number}: expected 'name: key' or 'key'", param="api_key_file"
-            )
+        try:
+            name, key = _read_line(line)
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number}: {error}", param="api_key_file") from error
+        name = name or f"key{number}"
         if name in keys:
             raise ConfigError(f"{path}:{number}: {name} is there twice", param="api_key_file")
         keys[name] = key.encode()
     if not keys:
         raise ConfigError(f"{path} holds no key", param="api_key_file")
     return keys
+
+
+def _read_line(line: str) -> tuple[str, str]:
+    """Name ("" where there is none) and key. Raises ValueError, whose text never holds a key."""
+    if not _ASCII.fullmatch(line):
+        raise ValueError(
+            "a character that is not printable ASCII; not every client can send such a key, so "
+            "none is taken"
+        )
+    named = _NAMED.fullmatch(line)
+    name, key = (named[1], named[2]) if named else ("", line)
+    if any(character.isspace() for character in key):
+        raise ValueError("expected 'name: key' or 'key'")
+    if not named and ":" in key:  # Name and key, or a key with a colon: only its owner knows.
+        raise ValueError("a colon without a space; write 'name: key', also for a key with colons")
+    return name, key
 
 
 def needs_key(path: str, *, public_models: bool) -> bool:

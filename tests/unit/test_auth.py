@@ -9,7 +9,7 @@ from opticnerve.errors import ConfigError, Unauthenticated
 @pytest.fixture
 def keys(tmp_path):
     path = tmp_path / "keys"
-    path.write_text("# people\nada: sk-ada\n\nbob:sk-bob  # left in May\nsk-plain\n")
+    path.write_text("# people\nada: sk-ada\n\nbob : sk-bob  # left in May\nsk-plain\n")
     return Keys.load(str(path))
 
 
@@ -38,6 +38,17 @@ def test_files_that_are_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ConfigError):
         Keys.load(str(path))
+
+
+def test_a_colon_without_a_space_is_refused_and_with_one_kept(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("ada: sk-1:2:3\n")
+    assert Keys.load(str(path)).identify("Bearer sk-1:2:3") == "ada"
+    for line in ("ada:sk-1", "sk-proj:abc:def"):
+        path.write_text(f"{line}\n")
+        with pytest.raises(ConfigError, match="keys:1: a colon without a space") as caught:
+            Keys.load(str(path))
+        assert "sk" not in caught.value.message.split("keys:1")[1]
 
 
 def test_a_file_that_is_missing(tmp_path):
