@@ -60,7 +60,7 @@ async def answer(server: Server, path: str, writer: asyncio.StreamWriter) -> Non
                 await writer.drain()
                 await asyncio.sleep(0.02)
     elif path == "/silent":
-        await asyncio.sleep(30)
+        await asyncio.sleep(600)
     elif path == "/announced":
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 999999999\r\n\r\n")
     elif path == "/endless":
@@ -138,7 +138,7 @@ def run(
     **settings: Any,
 ) -> Any:
     """Runs ``work`` with a server and a fetcher that may reach it."""
-    config = GatewayConfig(**{"allow_private_media": True, "media_timeout_s": 5.0, **settings})
+    config = GatewayConfig(**{"allow_private_media": True, "media_timeout_s": 60.0, **settings})
     extra: dict[str, Any] = dict(fetcher or {})
     if resolve is not None:
         extra["resolve"] = resolve
