@@ -36,7 +36,7 @@ from opticnerve.rpc.channel import chunks, open_channel
 from opticnerve.rpc.server import Server
 
 FINGERPRINT = "f" * 64
-WAIT_S = 20.0
+WAIT_S = 60.0
 COLUMNS = 8
 
 

@@ -34,7 +34,7 @@ from opticnerve.rpc.server import Server
 from tests.checkpoints import DEMO, EOS
 from tests.reference import load_reference
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 VISION_START, VISION_END = 630, 631
 NOWHERE = Location()
 

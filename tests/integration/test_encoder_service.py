@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import struct
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -515,10 +514,8 @@ def test_the_event_loop_answers_while_the_device_works(tmp_path: Path) -> None:
             service.backend.hold()
             call = service.encode(picture(0))
             await entered(service)
-            started = time.monotonic()
             await service.stub.Describe(pb.DescribeEncoderRequest(), timeout=WAIT_S)
-            assert time.monotonic() - started < 2.0
-            service.backend.go()
+            service.backend.go()  # Until here the device was at work.
             await call
 
     asyncio.run(scenario())
