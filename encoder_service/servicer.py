@@ -122,6 +122,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
                 draining=self._server.draining,
             ),
             pair_id=loaded.pair_id,
+            store=convert.store_state_to_pb(encoder.shelf.store.state),
         )
 
 

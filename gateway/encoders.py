@@ -93,6 +93,7 @@ async def describe(channel: grpc.aio.Channel, timeout_s: float) -> Description:
             "queued_patches": load.queued_patches,
             "encoded_items": load.encoded_items,
         },
+        store=convert.store_state_from_pb(answer.store),
         extra={"backend": answer.backend},
     )
 

@@ -65,6 +65,7 @@ async def describe(channel: grpc.aio.Channel, timeout_s: float) -> Description:
             "waiting": load.waiting,
             "free_kv_blocks": load.free_kv_blocks,
         },
+        store=convert.store_state_from_pb(answer.store),
         extra={"attention": answer.attention},
     )
 

@@ -32,19 +32,33 @@ def health(
     draining: bool,
 ) -> dict[str, Any]:
     missing = pairing.missing()
-    status = "draining" if draining else "degraded" if missing else "ok"
+    store = _store(pairing)
+    degraded = missing or store["unreachable_from"]
+    status = "draining" if draining else "degraded" if degraded else "ok"
     return {
         "status": status,
         "missing": missing,
         "version": __version__,
         "encoders": _pool(pairing.encoders),
         "llms": _pool(pairing.llms),
+        "store": store,
         "gateway": {
             "requests_in_flight": admission.requests,
             "bytes_in_flight": admission.bytes,
             "known_references": known_references,
         },
         "config": public_view(config),
+    }
+
+
+def _store(pairing: Pairing) -> dict[str, Any]:
+    """The embedding store as the serving workers see it. Where one does not reach it, requests go
+    on: its look-ups are misses, and embeddings travel by Fetch."""
+    workers = [*pairing.encoders.serving(), *pairing.llms.serving()]
+    told = [(w.address, w.description.store) for w in workers if w.description.store]
+    return {
+        "kinds": sorted({state.kind for _, state in told}),
+        "unreachable_from": [address for address, state in told if not state.reachable],
     }
 
 

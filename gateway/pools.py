@@ -21,6 +21,7 @@ from enum import Enum
 import grpc
 
 from gateway.deadline import Deadline
+from opticnerve.embeddings.store import StoreState
 from opticnerve.errors import Unavailable
 from opticnerve.rpc.channel import is_serving, open_channel
 
@@ -55,6 +56,7 @@ class Description:
     cost: int = 0  # Pending cost by the worker's own count, in the pool's unit.
     limits: dict[str, int] = field(default_factory=dict)
     load: dict[str, int] = field(default_factory=dict)
+    store: StoreState | None = None
     extra: dict[str, str] = field(default_factory=dict)
 
 

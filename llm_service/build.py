@@ -7,14 +7,14 @@ import logging
 import torch
 
 from llm_service.attention import ATTENTION_NAME, make_backend
-from llm_service.embeddings import StoreRows, local_tier
+from llm_service.embeddings import StoreRows
 from llm_service.engine import Emit, Engine
 from llm_service.host import Send
 from llm_service.limits import EngineConfig
 from llm_service.model_runner import ModelRunner, RunnerLimits
 from llm_service.rows import RowSource
 from opticnerve.config import LLMConfig
-from opticnerve.embeddings.open import open_store
+from opticnerve.embeddings.open import open_local_tier
 from opticnerve.errors import ConfigError
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.family import Language, Layout
@@ -28,8 +28,8 @@ def build_in_process(settings: LLMConfig, send: Send) -> Engine:
     """For an engine in a process of its own, which opens its own end of the local tier and sends
     what it notes of its rows."""
     logs.configure(settings.telemetry.log_level)
-    store = open_store(settings.store.store, ttl_s=settings.store.store_ttl_s)
-    return build(settings, StoreRows(local_tier(store), tell=send), send)
+    tier = open_local_tier(settings.store.store)
+    return build(settings, StoreRows(tier, tell=send), send)
 
 
 def build(settings: LLMConfig, rows: RowSource, emit: Emit) -> Engine:

@@ -15,7 +15,7 @@ from llm_service.embeddings import Notes, local_tier
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory import MemoryStore
 from opticnerve.embeddings.ref import EmbeddingRef, TensorSpec
-from opticnerve.embeddings.store import Store
+from opticnerve.embeddings.store import Store, StoreState
 from opticnerve.errors import (
     EmbeddingCorrupt,
     EmbeddingEvicted,
@@ -58,6 +58,10 @@ class Fetcher:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="rows")
         self._channels: dict[str, grpc.aio.Channel] = {}  # The one used last stands last.
         self._flights: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def store_state(self) -> StoreState:
+        return self._store.state
 
     async def ensure(self, ref: EmbeddingRef) -> None:
         """Returns when the rows of ``ref`` are on this host, checked against it.

@@ -76,7 +76,8 @@ class Service:
             log.info("metrics on port %d", metrics.serve(settings.telemetry.metrics_port))
         checkpoint = await asyncio.to_thread(_open_checkpoint, settings)
         layout = make_layout(checkpoint)
-        store = stack.enter_context(contextlib.closing(_open_store(settings)))
+        store = await asyncio.to_thread(_open_store, settings)
+        stack.callback(store.close)
         overflow = MemoryStore(OVERFLOW_BYTES) if settings.engine == "thread" else None
         notes = Notes()
         fetcher = Fetcher(store, overflow, layout.hidden_size, notes)

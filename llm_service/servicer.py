@@ -33,6 +33,7 @@ from llm_service.wire import Accepted, Bounds
 from opticnerve.errors import InvalidRequest, Unavailable
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
+from opticnerve.rpc import convert
 from opticnerve.rpc.errors import unary
 from opticnerve.rpc.server import Server
 from opticnerve.telemetry import metrics
@@ -136,6 +137,7 @@ class LLMServicer(llm_pb2_grpc.LLMServicer):
                 draining=self._server.draining,
             ),
             pair_id=identity.pair_id,
+            store=convert.store_state_to_pb(loaded.fetcher.store_state),
         )
 
 

@@ -29,6 +29,7 @@ class FakeServer:
         self.port = 0
         self.server: grpc.aio.Server | None = None
         self.health = health_aio.HealthServicer()
+        self.store: embedding_pb2.StoreState | None = None
 
     @property
     def address(self) -> str:
@@ -130,6 +131,7 @@ class FakeEncoder(FakeServer, encoder_pb2_grpc.EncoderServicer):
             device="cpu",
             hidden_size=192,
             limits=encoder_pb2.EncoderLimits(max_batch_patches=4096, max_item_patches=4096),
+            store=self.store,
         )
 
 
@@ -277,6 +279,7 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
                 max_model_len=self.max_model_len, max_logprobs=20, num_kv_blocks=64
             ),
             load=llm_pb2.LLMLoad(running=self.running, free_kv_blocks=64),
+            store=self.store,
         )
 
 

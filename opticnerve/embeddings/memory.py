@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from opticnerve.embeddings import codec
-from opticnerve.embeddings.store import Entry, check_key
+from opticnerve.embeddings.store import Entry, StoreState, check_key
 from opticnerve.errors import StoreFull
 
 DEFAULT_CAPACITY = 2**30
@@ -80,6 +80,10 @@ class MemoryStore:
     def delete(self, key: str) -> None:
         with self._lock:
             self._stored -= len(self._files.pop(check_key(key), b""))
+
+    @property
+    def state(self) -> StoreState:
+        return StoreState("memory")
 
     def stored_bytes(self) -> int:
         with self._lock:

@@ -12,6 +12,8 @@ from opticnerve.embeddings.shm import ShmStore
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import ConfigError
 
+REMOTE = ("redis", "rediss", "unix")
+
 
 def open_store(url: str, *, ttl_s: int = 3600) -> Store:
     """The store that ``url`` names; the caller closes it.
@@ -24,11 +26,21 @@ def open_store(url: str, *, ttl_s: int = 3600) -> Store:
     scheme = urlsplit(url).scheme
     if scheme in ("memory", "shm"):
         return _open_local(url)
-    if scheme in ("redis", "rediss", "unix"):
+    if scheme in REMOTE:
         return _open_redis(url, ttl_s)
     raise ConfigError(
         "the store is memory://, shm://[dir][?capacity=], redis:// or rediss://", param="store"
     )
+
+
+def open_local_tier(url: str) -> ShmStore | MemoryStore:
+    """The part on this machine of the store that ``url`` names, alone. Raises like ``open_store``.
+
+    For a process beside one that has the whole store.
+    """
+    if urlsplit(url).scheme in REMOTE:
+        url = _split_redis(url)[1]
+    return _open_local(url)
 
 
 def _open_local(url: str) -> ShmStore | MemoryStore:
@@ -47,11 +59,7 @@ def _open_local(url: str) -> ShmStore | MemoryStore:
 
 
 def _open_redis(url: str, ttl_s: int) -> RedisStore:
-    parts = urlsplit(url)
-    given = dict(parse_qsl(parts.query))
-    local_url = given.pop("local", "shm://")
-    max_bytes = parse_size(given.pop("max_bytes", str(MAX_BYTES)))
-    server = urlunsplit(parts._replace(query=urlencode(given)))
+    server, local_url, max_bytes = _split_redis(url)
     local = _open_local(local_url)
     try:
         return RedisStore(server, local, ttl_s=ttl_s, max_bytes=max_bytes)
@@ -59,6 +67,15 @@ def _open_redis(url: str, ttl_s: int) -> RedisStore:
         local.close()
         # Not the cause's text: it may show the URL, which may hold a password.
         raise ConfigError("the Redis URL is not one that redis-py reads", param="store") from error
+
+
+def _split_redis(url: str) -> tuple[str, str, int]:
+    """(what redis-py reads, the local tier's URL, max_bytes)"""
+    parts = urlsplit(url)
+    given = dict(parse_qsl(parts.query))
+    local_url = given.pop("local", "shm://")
+    max_bytes = parse_size(given.pop("max_bytes", str(MAX_BYTES)))
+    return urlunsplit(parts._replace(query=urlencode(given))), local_url, max_bytes
 
 
 def _options(query: str, known: set[str]) -> dict[str, str]:

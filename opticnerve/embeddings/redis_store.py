@@ -2,13 +2,15 @@
 
 What is put goes to the local tier and to Redis; what is fetched is kept in the local tier. Redis
 is a convenience, never a dependency: when it is down, slow or refuses us, that is a miss, said
-once in a while in the log, and for ``PAUSE_S`` nobody asks it again.
+once in the log, and for ``PAUSE_S`` nobody asks it again. It is asked for a sign of life when the
+store is opened and every ``WATCH_S``, so that its state is known before it is needed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -22,17 +24,19 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from opticnerve.addresses import join
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory import MemoryStore
 from opticnerve.embeddings.shm import ShmStore
-from opticnerve.embeddings.store import Entry, check_key
+from opticnerve.embeddings.store import Entry, StoreState, check_key
 from opticnerve.errors import EmbeddingCorrupt, StoreError
 
 PREFIX = "on:v1:emb:"
 CONNECT_TIMEOUT_S = 0.5
 ANSWER_TIMEOUT_S = 2.0
 PAUSE_S = 2.0  # Without Redis after a failure.
-WARN_EVERY_S = 30.0
+WATCH_S = 5.0
+WARN_EVERY_S = 30.0  # At most, where it comes and goes.
 MAX_BYTES = 128 * 2**20  # Of one embedding; larger ones travel by Fetch.
 
 log = logging.getLogger(__name__)
@@ -43,7 +47,8 @@ T = TypeVar("T")
 class RedisStore:
     """``url`` as redis-py reads it, credentials included; they are never logged.
 
-    Owns ``local``. ``ttl_s``: seconds that Redis keeps an embedding after its last use.
+    Says in the log whether the server fails already; that takes as long as connecting. Owns
+    ``local``. ``ttl_s``: seconds that Redis keeps an embedding after its last use.
     """
 
     shared = True
@@ -66,7 +71,10 @@ class RedisStore:
             socket_timeout=ANSWER_TIMEOUT_S,
             retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
         )
-        self._breaker = Breaker(_shown(self._client))
+        self._breaker = Breaker(_shown(url, self._client))
+        self._closed = threading.Event()
+        self._greet()
+        threading.Thread(target=self._watch, name="redis-watch", daemon=True).start()
 
     def put(self, key: str, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, str]) -> None:
         check_key(key)
@@ -121,6 +129,10 @@ class RedisStore:
     def can_lease(self, num_bytes: int) -> bool:
         return self.local.can_lease(num_bytes)
 
+    @property
+    def state(self) -> StoreState:
+        return StoreState("redis", reachable=not self._breaker.failing)
+
     def stored_bytes(self) -> int:
         return self.local.stored_bytes()
 
@@ -129,9 +141,17 @@ class RedisStore:
         self._breaker.call(lambda: self._client.delete(PREFIX + key))
 
     def close(self) -> None:
+        self._closed.set()
         with contextlib.suppress(RedisError):
             self._client.close()
         self.local.close()
+
+    def _greet(self) -> None:
+        self._breaker.call(self._client.ping)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(WATCH_S):
+            self._greet()
 
     def _keep(self, write: Callable[[], None]) -> bool:
         """Writes to the local tier; a full one is no reason to fail while Redis has the bytes."""
@@ -173,39 +193,56 @@ class RedisStore:
 
 
 class Breaker:
-    """Calls Redis unless it failed just now; a failure is None and a rate-limited warning."""
+    """Calls Redis unless it failed just now; a failure is None, and a warning until it answers."""
 
     def __init__(self, name: str) -> None:
+        self.failing = False
         self._name = name
         self._lock = threading.Lock()
         self._closed_until = 0.0
-        self._warned_at = -WARN_EVERY_S
+        self._warned_at = -math.inf
+        self._warned = False  # Of the failure that lasts.
 
     def call(self, operation: Callable[[], T]) -> T | None:
         if time.monotonic() < self._closed_until:
             return None
         try:
-            return operation()
+            result = operation()
         except (RedisError, OSError) as error:
             self._failed(error)
             return None
+        if self.failing:
+            self._recovered()
+        return result
 
     def _failed(self, error: Exception) -> None:
         with self._lock:
             now = time.monotonic()
+            self.failing = True
             self._closed_until = now + PAUSE_S
-            if now - self._warned_at < WARN_EVERY_S:
+            if self._warned or now - self._warned_at < WARN_EVERY_S:
                 return
-            self._warned_at = now
+            self._warned, self._warned_at = True, now
         # Only the error's class: what a server says of credentials is none of the log's business.
         log.warning(
-            "Redis at %s fails (%s); embeddings go by Fetch until it answers",
+            "Redis at %s fails (%s): until it answers, look-ups there are misses, and embeddings "
+            "travel by Fetch from the encoder that made them",
             self._name,
             type(error).__name__,
         )
 
+    def _recovered(self) -> None:
+        with self._lock:
+            told, self._warned, self.failing = self._warned, False, False
+        if told:
+            log.info("Redis at %s answers again", self._name)
 
-def _shown(client: Any) -> str:
-    """host:port or path of the server: what of the URL may be logged."""
+
+def _shown(url: str, client: Any) -> str:
+    """What of the URL may be logged: scheme, server and database, no user and no password."""
     options = client.connection_pool.connection_kwargs
-    return str(options.get("path") or f"{options.get('host')}:{options.get('port')}")
+    scheme = url.split(":", 1)[0]
+    if "path" in options:
+        return f"{scheme}://{options['path']}"
+    address = join(options.get("host", "localhost"), options.get("port", 6379))
+    return f"{scheme}://{address}/{options.get('db', 0)}"

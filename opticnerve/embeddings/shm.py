@@ -21,7 +21,7 @@ import torch
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.ledger import Ledger, Temporary, translated
 from opticnerve.embeddings.spare import SpareKeeper
-from opticnerve.embeddings.store import Entry, check_key, check_rows
+from opticnerve.embeddings.store import Entry, StoreState, check_key, check_rows
 from opticnerve.embeddings.tier import default_directory
 from opticnerve.errors import EmbeddingCorrupt, StoreError, StoreFull
 
@@ -110,6 +110,10 @@ class ShmStore:
 
     def delete(self, key: str) -> None:
         self._ledger.remove(check_key(key))
+
+    @property
+    def state(self) -> StoreState:
+        return StoreState("shm")
 
     def stored_bytes(self) -> int:
         """Bytes of the tier's files, by all its writers."""

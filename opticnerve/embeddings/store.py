@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from opticnerve.errors import InvalidRequest
@@ -66,6 +67,14 @@ def check_rows(source: tuple[int, ...], out: tuple[int, ...], row_start: int) ->
         raise ValueError(f"rows {row_start}.. of {list(source)} do not fill {list(out)}")
 
 
+@dataclass(frozen=True)
+class StoreState:
+    """What /health shows. Not ``reachable``: look-ups are misses, embeddings travel by Fetch."""
+
+    kind: str  # "memory", "shm" or "redis".
+    reachable: bool = True
+
+
 class Store(Protocol):
     tier_id: str  # Random id of the local shared-memory tier; "" where there is none.
     shared: bool  # Whether other machines can reach what is put here (Redis).
@@ -103,6 +112,11 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Forgets ``key`` (a corrupt file, say). Not an error when it is not here."""
+        ...
+
+    @property
+    def state(self) -> StoreState:
+        """As last seen, without waiting."""
         ...
 
     def stored_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
+from opticnerve.embeddings.store import StoreState
 from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, SpanAttention, Tile
 from opticnerve.pb import embedding_pb2 as pb
 from opticnerve.pb import llm_pb2
@@ -136,3 +137,12 @@ def ref_from_pb(message: pb.EmbeddingRef) -> EmbeddingRef:
             inline=location.inline,
         ),
     )
+
+
+def store_state_to_pb(state: StoreState) -> pb.StoreState:
+    return pb.StoreState(kind=state.kind, reachable=state.reachable)
+
+
+def store_state_from_pb(message: pb.StoreState) -> StoreState | None:
+    """None for a worker that does not tell."""
+    return StoreState(message.kind, message.reachable) if message.kind else None

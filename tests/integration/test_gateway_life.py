@@ -10,6 +10,8 @@ import pytest
 
 from gateway import chats
 from opticnerve.config import TelemetryConfig
+from opticnerve.embeddings.store import StoreState
+from opticnerve.pb import embedding_pb2
 from tests.fakes import until
 from tests.gateways import DEADLINES_S, body, data_url, ids, stack, user
 
@@ -29,6 +31,25 @@ async def test_ready_follows_the_workers():
         assert told["llms"]["workers"][0]["state"] == "serving"
         assert told["llms"]["workers"][0]["limits"]["num_kv_blocks"] == 64
         assert told["config"]["max_images"] == 10
+
+
+async def test_health_tells_who_does_not_reach_the_store():
+    async with stack() as s:
+        worker = s.gateway.pipeline.llms.workers[0]
+        for reachable, status in ((True, "ok"), (False, "degraded")):
+            s.llm.store = embedding_pb2.StoreState(kind="redis", reachable=reachable)
+            worker.wake.set()
+            await until(lambda r=reachable: worker.description.store == StoreState("redis", r))
+            told = (await s.client.get("/health")).json()
+            assert told["status"] == status
+            assert told["store"] == {
+                "kinds": ["redis"],
+                "unreachable_from": [] if reachable else [s.llm.address],
+            }
+            state = {"kind": "redis", "reachable": reachable}
+            assert told["llms"]["workers"][0]["store"] == state
+        assert (await s.chat()).status_code == 200  # Requests go on.
+        assert (await s.client.get("/ready")).status_code == 200
 
 
 async def test_no_worker_within_the_wait_is_a_503():

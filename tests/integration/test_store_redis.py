@@ -13,8 +13,10 @@ import torch
 from opticnerve.embeddings import redis_store
 from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.redis_store import PREFIX, RedisStore
+from opticnerve.embeddings.store import StoreState
 from opticnerve.errors import EmbeddingCorrupt, StoreError
 from tests.redis import RedisServer, find_redis_server
+from tests.system import wait_for
 
 pytestmark = [
     pytest.mark.redis,
@@ -48,6 +50,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that gets no core for a while is not one that is down."""
     monkeypatch.setattr(redis_store, "CONNECT_TIMEOUT_S", 30.0)
     monkeypatch.setattr(redis_store, "ANSWER_TIMEOUT_S", 30.0)
+    monkeypatch.setattr(redis_store, "WATCH_S", 600.0)  # Tests ask by themselves.
 
 
 @dataclass
@@ -182,6 +185,23 @@ def test_a_server_that_hangs_is_waited_for_once(
     assert asked == ["pipeline"]
     store.close()
     client.close()
+
+
+def test_its_end_and_its_return_are_noticed_without_use(
+    server: RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_store, "WATCH_S", 0.01)
+    monkeypatch.setattr(redis_store, "PAUSE_S", 0.01)
+    with caplog.at_level(logging.INFO):
+        store = opened(server.url)
+        assert store.state == StoreState("redis", reachable=True)
+        server.stop()
+        wait_for("the failure", lambda: not store.state.reachable)
+        server.start()
+        wait_for("the recovery", lambda: store.state.reachable)
+        wait_for("its record", lambda: "answers again" in caplog.text)
+        store.close()
+    assert caplog.text.count("look-ups there are misses") == 1
 
 
 def test_neither_tier_takes_it(server: RedisServer) -> None:
