@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-START_S = 100.0
+START_S = 200.0
+END_S = 100.0
 
 
 class Process:
@@ -36,8 +37,8 @@ class Process:
 
     def log(self) -> str:
         """All that an ended process wrote to stderr."""
-        self.process.wait(20)
-        self._reader.join(20)
+        self.process.wait(END_S)
+        self._reader.join(END_S)
         return "".join(self._log)
 
     @contextlib.contextmanager
@@ -49,8 +50,8 @@ class Process:
         finally:
             if self.process.poll() is None:
                 self.process.kill()
-            self.process.wait(20)
-            self._reader.join(20)
+            self.process.wait(END_S)
+            self._reader.join(END_S)
             if self.process.stdout is not None:
                 self.process.stdout.close()
 
@@ -64,18 +65,19 @@ class Process:
             deadline = time.monotonic() + START_S
             while time.monotonic() < deadline:
                 assert self.process.poll() is None, self.log()
-                answer = stub.Check(
-                    health_pb2.HealthCheckRequest(), timeout=10, wait_for_ready=True
-                )
-                if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
+                with contextlib.suppress(grpc.RpcError):  # Too busy with loading to answer.
+                    answer = stub.Check(
+                        health_pb2.HealthCheckRequest(), timeout=10, wait_for_ready=True
+                    )
+                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        return
                 time.sleep(0.05)
         raise AssertionError("the service did not become ready")
 
     def end(self, number: int) -> int:
         """Sends a signal; the exit status."""
         self.process.send_signal(number)
-        return self.process.wait(40)
+        return self.process.wait(END_S)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from opticnerve.client import EncoderClient, LLMClient, MultiMediaInfo, Sampling
 from opticnerve.embeddings.ref import Location
 from opticnerve.errors import EmbeddingUnavailable, InvalidMedia, InvalidRequest
 from tests.services import Process, process
+from tests.system import wait_for
 
 DEMO = Path(opticnerve.demo.__file__).parent / "checkpoint"
 PAD, EOS = 632, 629
@@ -47,7 +47,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process
 def clients(services: tuple[Process, Process]) -> Iterator[tuple[EncoderClient, LLMClient]]:
     with (
         EncoderClient(services[0].address) as encoder,
-        LLMClient(services[1].address, encoder=encoder, timeout_s=60) as llm,
+        LLMClient(services[1].address, encoder=encoder, timeout_s=100) as llm,
     ):
         yield encoder, llm
 
@@ -95,11 +95,7 @@ def test_leaving_a_stream_frees_what_it_held(
     for delta in llm.stream(ids, MultiMediaInfo({PAD: [scene("red")]}), endless):
         assert delta.token_ids
         break
-    deadline = time.monotonic() + 30
-    while llm.describe().load.running and time.monotonic() < deadline:
-        time.sleep(0.02)
-    about = llm.describe()
-    assert about.load.running == 0
+    wait_for("the end of the sequence", lambda: not llm.describe().load.running)
 
 
 def test_errors_arrive_typed_and_the_next_request_works(

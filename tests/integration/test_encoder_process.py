@@ -39,7 +39,7 @@ def tower_rows(model: Path | None, data: bytes) -> torch.Tensor:
 def test_life_of_a_process(tmp_path: Path) -> None:
     """Serves the tower's rows, dies by kill -9, serves again on the same port, drains."""
     store = f"shm://{tmp_path / 'tier'}"
-    flags = ("--store", store, "--dtype", "float32", "--drain-timeout-s", "20")
+    flags = ("--store", store, "--dtype", "float32", "--drain-timeout-s", "60")
     data = picture(1, (336, 336), "JPEG")
     with process("encoder_service", *flags) as first, EncoderClient(first.address) as client:
         ref = client.encode(data)
@@ -59,7 +59,7 @@ def test_life_of_a_process(tmp_path: Path) -> None:
             again = client.encode(data)
             assert again.hit and again.key == ref.key
             answers = _encode_while_stopping(client, second)
-            assert second.process.wait(30) == 0
+            assert second.process.wait(100) == 0
             assert any(answers), "nothing was under way"
         log = second.log()
         assert "threads" in log and "max_batch_patches" in log and "fingerprint" in log
@@ -82,9 +82,9 @@ def _encode_while_stopping(client: EncoderClient, process: Process) -> list[bool
 
     with ThreadPoolExecutor(8) as pool:
         calls = [pool.submit(encode, seed) for seed in range(100, 160)]
-        assert first_done.wait(30)
+        assert first_done.wait(60)
         process.process.terminate()
-        return [call.result(60) for call in calls]
+        return [call.result(100) for call in calls]
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
@@ -131,7 +131,7 @@ def test_a_process_that_cannot_start_exits_with_two(tmp_path: Path) -> None:
         [sys.executable, "-m", "encoder_service", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
     )
     assert done.returncode == 2
     assert "holds no config.json" in done.stderr and "Traceback" not in done.stderr

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from encoder_service.batcher import Batcher, Failure
 from opticnerve.errors import Unavailable
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Device:

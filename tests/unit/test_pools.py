@@ -29,7 +29,7 @@ async def pool_of(*addresses, kind="encoder", changes=None):
 async def test_picks_the_least_pending_cost():
     async with FakeEncoder() as a, FakeEncoder() as b, pool_of(a.address, b.address) as pool:
         await until(lambda: len(pool.serving()) == 2)
-        deadline = Deadline.after(5)
+        deadline = Deadline.after(60)
         async with pool.lease(100, deadline) as first, pool.lease(10, deadline) as second:
             assert first is not second
             async with pool.lease(10, deadline) as third:
@@ -40,7 +40,7 @@ async def test_picks_the_least_pending_cost():
 async def test_equal_workers_take_turns():
     async with FakeEncoder() as a, FakeEncoder() as b, pool_of(a.address, b.address) as pool:
         await until(lambda: len(pool.serving()) == 2)
-        deadline = Deadline.after(5)
+        deadline = Deadline.after(60)
         picked = [(await pool.pick(deadline)).address for _ in range(4)]
         assert picked[0] != picked[1] and picked[:2] == picked[2:]
 
@@ -73,7 +73,7 @@ async def test_waits_for_a_worker_and_gives_up_at_the_deadline():
         with pytest.raises(Unavailable) as caught:
             await pool.pick(Deadline.after(0.05))
         assert address in caught.value.message
-        waiting = asyncio.create_task(pool.pick(Deadline.after(20)))
+        waiting = asyncio.create_task(pool.pick(Deadline.after(60)))
         await encoder.start()
         try:
             assert (await waiting).address == address
@@ -89,7 +89,7 @@ async def test_without_addresses_nothing_is_waited_for():
 
 async def test_avoided_workers_are_taken_only_when_nothing_else_serves():
     async with FakeEncoder() as a, pool_of(a.address) as pool:
-        assert (await pool.pick(Deadline.after(5), avoid={a.address})).address == a.address
+        assert (await pool.pick(Deadline.after(60), avoid={a.address})).address == a.address
 
 
 async def test_names_are_resolved_again(monkeypatch):
@@ -132,7 +132,7 @@ async def test_pairs_only_what_belongs_together():
         pairing_of([encoder.address, strange.address], [llm.address], own=None, wait=20) as pairing,
     ):
         await until(lambda: not pairing.missing())
-        pair = await pairing.choose(pictures=True, deadline=Deadline.after(20))
+        pair = await pairing.choose(pictures=True, deadline=Deadline.after(60))
         assert (pair.pair_id, pair.fingerprint) == (PAIR_ID, "enc-1")
         assert pair.max_model_len == 4096
         assert pair.system_fingerprint == "fp_" + PAIR_ID[:12]
@@ -140,11 +140,11 @@ async def test_pairs_only_what_belongs_together():
 
 async def test_text_needs_no_encoder():
     async with FakeLLM() as llm, pairing_of([], [llm.address], wait=20) as pairing:
-        pair = await pairing.choose(pictures=False, deadline=Deadline.after(20))
+        pair = await pairing.choose(pictures=False, deadline=Deadline.after(60))
         assert pair.fingerprint == ""
         assert "encoder" in pairing.missing()[0]
         with pytest.raises(Unavailable):
-            await pairing.choose(pictures=True, deadline=Deadline.after(20))
+            await pairing.choose(pictures=True, deadline=Deadline.after(60))
 
 
 async def test_workers_of_another_checkpoint_are_not_used():
@@ -155,7 +155,7 @@ async def test_workers_of_another_checkpoint_are_not_used():
     ):
         await until(lambda: pairing.encoders.serving() and pairing.llms.serving())
         with pytest.raises(Mispaired):
-            await pairing.choose(pictures=True, deadline=Deadline.after(20))
+            await pairing.choose(pictures=True, deadline=Deadline.after(60))
         assert pairing.missing()
 
 
@@ -168,6 +168,6 @@ async def test_a_known_encoder_that_is_down_still_names_embeddings():
         await until(lambda: not pairing.missing())
         await encoder.die()
         pairing.encoders.report_down(pairing.encoders.workers[0])
-        pair = await pairing.choose(pictures=True, deadline=Deadline.after(20))
+        pair = await pairing.choose(pictures=True, deadline=Deadline.after(60))
         assert pair.fingerprint == "enc-1"
         assert "encoder" in pairing.missing()[0]
