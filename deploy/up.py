@@ -139,7 +139,8 @@ class Commands:
         devices = getattr(self._settings, f"{name}_devices")
         module = {"encoder": "encoder_service", "llm": "llm_service"}[name]
         arguments = _arguments(cls, {**self._given, "threads": self._threads}, skip=GATEWAY_ONLY)
-        base = [sys.executable, "-m", module, *arguments, "--host", "127.0.0.1"]
+        own = ["--host", "127.0.0.1", "--metrics-port", "0"]  # The port is in the child's log.
+        base = [sys.executable, "-m", module, *arguments, *own]
         for index in range(count):
             environment = child_environment(self._threads, devices, index)
             for option in GATEWAY_ONLY:

@@ -6,8 +6,8 @@ bytes are read. It belongs to the event loop; only ``record`` may be called from
 
 from __future__ import annotations
 
+from encoder_service import metrics
 from opticnerve.errors import Overloaded
-from opticnerve.telemetry import metrics
 
 MIN_RETRY_S = 0.1
 MAX_RETRY_S = 60.0

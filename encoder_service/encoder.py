@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from encoder_service import metrics
 from encoder_service.backends.base import Backend, Capacity, Embedding
 from encoder_service.backlog import Backlog
 from encoder_service.batcher import Batcher, Failure, Finished
@@ -42,7 +43,6 @@ from opticnerve.media.keys import content_key
 from opticnerve.media.plan import Modality, Overrides
 from opticnerve.media.structure import parse_structure
 from opticnerve.models.family import Layout
-from opticnerve.telemetry import metrics
 
 log = logging.getLogger(__name__)
 

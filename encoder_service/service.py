@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from encoder_service import metrics
 from encoder_service.backends.torch import TorchBackend
 from encoder_service.encoder import Encoder
 from encoder_service.item import Identity, Limits
@@ -31,7 +32,7 @@ from opticnerve.models.fingerprint import fingerprint
 from opticnerve.models.registry import load_tower, make_layout
 from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc.server import Server
-from opticnerve.telemetry import logs, metrics
+from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +76,10 @@ class Service:
         """All that takes long; ``stack`` closes what it opens. Raises StartupError."""
         settings = self._settings
         if settings.telemetry.metrics_port >= 0:
-            log.info("metrics on port %d", metrics.serve(settings.telemetry.metrics_port))
+            log.info("metrics at %s", metrics.serve(settings.telemetry.metrics_port))
         torch.set_num_threads(self._threads)
         store = stack.enter_context(contextlib.closing(_open_store(settings)))
+        stack.enter_context(metrics.reading(lambda: metrics.of_store(store)))
         source = settings.model
         checkpoint = Checkpoint.open(
             source.model, source.revision, source.download_dir, side="encoder"

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from encoder_service import metrics
 from encoder_service.backends.base import Embedding
 from encoder_service.item import Identity
 from encoder_service.kept import Kept
@@ -20,7 +21,6 @@ from opticnerve.embeddings import codec
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.embeddings.store import Entry, Store
 from opticnerve.errors import EmbeddingCorrupt, EngineFailure, NotFound, StoreError
-from opticnerve.telemetry import metrics
 
 log = logging.getLogger(__name__)
 

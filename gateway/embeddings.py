@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from gateway import metrics
 from gateway.deadline import Deadline
 from gateway.encoders import Encodable, Encoded, Encoders
 from gateway.media import located
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import EmbeddingNotFound, InvalidRequest
-from opticnerve.telemetry import metrics
 
 MAX_AGAIN = 2  # Encodings of one item beyond the first, before the request fails.
 

@@ -17,12 +17,12 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import sse
+from gateway import metrics, sse
 from gateway.auth import Keys, needs_key
 from gateway.http import error_response, typed
 from opticnerve.drain import LAST_WORDS_S, Running
 from opticnerve.errors import OpticNerveError, Unauthenticated
-from opticnerve.telemetry import logs, metrics
+from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
 

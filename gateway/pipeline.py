@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway import metrics
 from gateway.admission import Ticket
 from gateway.chat import ChatRenderer, RenderedChat
 from gateway.choices import Choices, TextDelta
@@ -30,7 +31,6 @@ from gateway.schemas.messages import ImageSource
 from gateway.timings import Stopwatch
 from opticnerve.clients.generation import Finished, Sampling, Usage
 from opticnerve.media.plan import Plan
-from opticnerve.telemetry import metrics
 
 OFF_LOOP_CHARACTERS = 20_000  # Longer chats are rendered and tokenized in a thread.
 PIECE_CHARACTERS = 200  # What a message or a part costs besides its text, in characters of text.

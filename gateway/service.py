@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 
 import uvicorn
 
-from gateway import encoders, generation
+from gateway import encoders, generation, metrics
 from gateway.admission import Admission
 from gateway.app import Gateway, make_app
 from gateway.auth import Keys
@@ -35,7 +35,7 @@ from opticnerve.lifecycle import follow_parent
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import make_layout
 from opticnerve.rpc.server import handle_signals
-from opticnerve.telemetry import logs, metrics
+from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def _serve_metrics(settings: GatewayConfig) -> None:
     """/metrics on a port of its own, where one is asked for. Raises ConfigError."""
     port = settings.telemetry.metrics_port
     if port >= 0:
-        log.info("metrics on port %d", metrics.serve(port, settings.listen_host))
+        log.info("metrics at %s", metrics.serve(port, settings.listen_host))
 
 
 def _own_pair_id(checkpoint: Checkpoint) -> str | None:

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from gateway import metrics
 from gateway.encoders import Encoded
-from opticnerve.telemetry import metrics
 
 
 class Stopwatch:

@@ -15,13 +15,13 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from llm_service import metrics
 from llm_service.rows import RowsNote
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory import MemoryStore
 from opticnerve.embeddings.redis_store import RedisStore
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import EmbeddingCorrupt, EmbeddingEvicted, StoreError
-from opticnerve.telemetry import metrics
 
 OVERFLOW_BYTES = 512 * 2**20
 MAX_NOTES = 4096

@@ -11,6 +11,7 @@ from typing import ParamSpec, TypeVar
 
 import grpc
 
+from llm_service import metrics
 from llm_service.embeddings import Notes, local_tier
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory import MemoryStore
@@ -28,7 +29,6 @@ from opticnerve.errors import (
 from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
 from opticnerve.rpc.channel import open_channel
 from opticnerve.rpc.errors import from_rpc
-from opticnerve.telemetry import metrics
 
 FETCH_TIMEOUT_S = 30.0
 THREADS = 4

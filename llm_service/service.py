@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import cast
 
-from llm_service import build
+from llm_service import build, metrics
 from llm_service.attention import make_backend
 from llm_service.client import EngineClient, ProcessEngineClient, ThreadEngineClient
 from llm_service.embeddings import OVERFLOW_BYTES, Notes, StoreRows, local_tier
@@ -31,7 +31,7 @@ from opticnerve.models.loader import resolve_device, resolve_dtype
 from opticnerve.models.registry import make_layout
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc.server import Server
-from opticnerve.telemetry import logs, metrics
+from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Service:
         """All that takes long; ``stack`` closes what it opens. Raises StartupError."""
         settings = self._settings
         if settings.telemetry.metrics_port >= 0:
-            log.info("metrics on port %d", metrics.serve(settings.telemetry.metrics_port))
+            log.info("metrics at %s", metrics.serve(settings.telemetry.metrics_port))
         checkpoint = await asyncio.to_thread(_open_checkpoint, settings)
         layout = make_layout(checkpoint)
         store = await asyncio.to_thread(_open_store, settings)
@@ -85,7 +85,8 @@ class Service:
         engine = self._client(store, overflow, notes, stack)
         stack.push_async_callback(engine.close)
         await _start(engine)
-        _gauges(engine, store)
+        stack.enter_context(metrics.reading(lambda: metrics.of_engine(engine.stats)))
+        stack.enter_context(metrics.reading(lambda: metrics.of_store(store)))
         bounds = Bounds(engine.config, layout, settings.max_logprobs)
         identity = await asyncio.to_thread(_identity, settings, checkpoint, layout, store)
         return Loaded(engine, fetcher, notes, bounds, identity, settings.embedding_wait_ms)
@@ -164,18 +165,3 @@ def _identity(
         hidden_size=layout.hidden_size,
         shm_tier_id=store.tier_id,
     )
-
-
-def _gauges(engine: EngineClient, store: Store) -> None:
-    """Reads the engine's and the store's state when metrics are scraped."""
-
-    def stored() -> float:
-        try:
-            return store.stored_bytes()
-        except StoreError:  # Its directory has gone.
-            return 0.0
-
-    metrics.STORE_BYTES.set_function(stored)
-    metrics.KV_BLOCKS_FREE.set_function(lambda: engine.stats.free_blocks)
-    metrics.SEQUENCES.labels(state="running").set_function(lambda: engine.stats.running)
-    metrics.SEQUENCES.labels(state="waiting").set_function(lambda: engine.stats.waiting)

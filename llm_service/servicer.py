@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 import opticnerve
-from llm_service import wire
+from llm_service import metrics, wire
 from llm_service.client import EngineClient
 from llm_service.embeddings import Notes
 from llm_service.fetcher import Fetcher
@@ -36,7 +36,6 @@ from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.errors import unary
 from opticnerve.rpc.server import Server
-from opticnerve.telemetry import metrics
 from opticnerve.telemetry.logs import request_id
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -259,7 +258,6 @@ def observe(event: FinishedEvent, get_s: float) -> None:
     tokens.labels(kind="cached").inc(event.cached_tokens)
     tokens.labels(kind="image").inc(event.embedding_tokens)
     tokens.labels(kind="completion").inc(event.completion_tokens)
-    metrics.PREEMPTIONS.inc(event.timings.preemptions)
     prefix = "hit" if event.cached_tokens else "miss"
     metrics.CACHE_LOOKUPS.labels(tier="prefix", result=prefix).inc()
     stages = metrics.STAGE_SECONDS

@@ -1,13 +1,27 @@
-"""Prometheus metrics of every service. Stage names are those of timings and traces.
+"""Prometheus metrics that every service has, and how a process exports its own.
 
-Stages: fetch, queue, preprocess, encode, put, get, prefill, decode.
+What is created here has labels, so that a process exports a value only of what it has counted
+itself. Each service has a module ``metrics`` of its own with the rest: nothing is created in a
+process that cannot know its value. Stage names are those of timings and traces: fetch, queue,
+preprocess, encode, put, get, prefill, decode.
 """
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
-from opticnerve.addresses import check_free
+from prometheus_client import REGISTRY, Counter, Histogram, start_http_server
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from opticnerve import addresses
+from opticnerve.errors import StoreError
+
+if TYPE_CHECKING:
+    from opticnerve.embeddings.store import Store
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -19,30 +33,47 @@ CACHE_LOOKUPS = Counter(
     "Embedding look-ups by tier (reference, shm, redis, fetch, prefix) and result (hit, miss)",
     ["tier", "result"],
 )
-PATCHES_PENDING = Gauge("opticnerve_patches_pending", "Patches waiting for or in the encoder")
-ITEMS_ENCODED = Counter("opticnerve_items_encoded_total", "Media items encoded")
-STORE_BYTES = Gauge("opticnerve_store_bytes", "Bytes in the local tier of the embedding store")
-KV_BLOCKS_FREE = Gauge("opticnerve_kv_blocks_free", "KV pages that no sequence holds")
-SEQUENCES = Gauge("opticnerve_sequences", "Sequences by state (running, waiting)", ["state"])
-PREEMPTIONS = Counter("opticnerve_preemptions_total", "Sequences preempted for want of KV pages")
-TOKENS = Counter(
-    "opticnerve_tokens_total", "Tokens by kind (prompt, cached, image, completion)", ["kind"]
-)
-REQUESTS = Counter("opticnerve_requests_total", "HTTP requests", ["route", "status"])
-REQUESTS_IN_FLIGHT = Gauge("opticnerve_requests_in_flight", "HTTP requests being served")
-TTFT_SECONDS = Histogram(
-    "opticnerve_time_to_first_token_seconds", "From accepted to first token", buckets=SECONDS
-)
-INTER_TOKEN_SECONDS = Histogram(
-    "opticnerve_inter_token_seconds", "Between two deliveries of tokens", buckets=SECONDS
-)
 
 
-def serve(port: int, host: str = "127.0.0.1") -> int:
-    """Serves /metrics on a port of its own, 0 for a free one; returns the port taken.
+class _Reader(Collector):
+    def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
+        self._read = read
+
+    def describe(self) -> Iterable[Metric]:
+        """Reserves no names: tests run several workers in one process."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        return self._read()
+
+
+@contextlib.contextmanager
+def reading(read: Callable[[], Iterable[Metric]]) -> Iterator[None]:
+    """While the context lasts, ``read`` is asked for values whenever metrics are scraped, on a
+    thread of the exporter's."""
+    reader = _Reader(read)
+    REGISTRY.register(reader)
+    try:
+        yield
+    finally:
+        REGISTRY.unregister(reader)
+
+
+def of_store(store: Store) -> Iterator[Metric]:
+    """The size of a local tier; nothing where it cannot be told."""
+    with contextlib.suppress(StoreError):  # Its directory has gone.
+        yield GaugeMetricFamily(
+            "opticnerve_store_bytes",
+            "Bytes in the local tier of the embedding store, of all its writers",
+            store.stored_bytes(),
+        )
+
+
+def serve(port: int, host: str = "127.0.0.1") -> str:
+    """Serves /metrics on a port of its own, 0 for a free one; returns its URL.
 
     Raises ConfigError where the port cannot be had.
     """
-    check_free(host, port, "--metrics-port")
+    addresses.check_free(host, port, "--metrics-port")
     server, _ = start_http_server(port, addr=host)
-    return int(server.server_port)
+    return f"http://{addresses.join(host, server.server_port)}/metrics"

@@ -1,0 +1,32 @@
+"""All that the gateway exports."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from opticnerve.telemetry.metrics import CACHE_LOOKUPS, SECONDS, STAGE_SECONDS, serve
+
+__all__ = [
+    "CACHE_LOOKUPS",
+    "INTER_TOKEN_SECONDS",
+    "REQUESTS",
+    "REQUESTS_IN_FLIGHT",
+    "STAGE_SECONDS",
+    "TOKENS",
+    "TTFT_SECONDS",
+    "serve",
+]
+
+REQUESTS = Counter("opticnerve_requests_total", "HTTP requests", ["route", "status"])
+REQUESTS_IN_FLIGHT = Gauge("opticnerve_requests_in_flight", "HTTP requests being served")
+TOKENS = Counter(
+    "opticnerve_tokens_total",
+    "Tokens of answered requests by kind (prompt, cached, image, completion)",
+    ["kind"],
+)
+TTFT_SECONDS = Histogram(
+    "opticnerve_time_to_first_token_seconds", "From accepted to first token", buckets=SECONDS
+)
+INTER_TOKEN_SECONDS = Histogram(
+    "opticnerve_inter_token_seconds", "Between two deliveries of tokens", buckets=SECONDS
+)

@@ -1,0 +1,38 @@
+"""All that an LLM worker exports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import Counter
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from llm_service.sequence import EngineStats
+from opticnerve.telemetry.metrics import CACHE_LOOKUPS, STAGE_SECONDS, of_store, reading, serve
+
+__all__ = ["CACHE_LOOKUPS", "STAGE_SECONDS", "TOKENS", "of_engine", "of_store", "reading", "serve"]
+
+TOKENS = Counter(
+    "opticnerve_llm_tokens_total",
+    "Tokens of finished generations by kind (prompt, cached, image, completion)",
+    ["kind"],
+)
+
+
+def of_engine(stats: EngineStats) -> Iterator[Metric]:
+    """The engine's state, as it is now."""
+    yield GaugeMetricFamily(
+        "opticnerve_kv_blocks_free", "KV pages that no sequence holds", stats.free_blocks
+    )
+    sequences = GaugeMetricFamily(
+        "opticnerve_sequences", "Sequences by state (running, waiting)", labels=["state"]
+    )
+    sequences.add_metric(["running"], stats.running)
+    sequences.add_metric(["waiting"], stats.waiting)
+    yield sequences
+    yield CounterMetricFamily(
+        "opticnerve_preemptions_total",
+        "Sequences preempted for want of KV pages",
+        stats.preemptions,
+    )
