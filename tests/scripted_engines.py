@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from llm_service.client import EngineClient, ProcessEngineClient, ThreadEngineClient
@@ -27,6 +27,7 @@ from opticnerve.errors import (
 )
 from opticnerve.media.plan import Grid, Modality, Span
 from tests.fake_runner import FakeRows, FakeRunner
+from tests.system import wait_for
 
 CONFIG = EngineConfig(
     num_blocks=32,
@@ -37,6 +38,7 @@ CONFIG = EngineConfig(
     check_integrity=True,
 )
 LOST, BROKEN, KILLED, PAUSED = 41, 42, 43, 44  # First tokens of prompts that do as they say.
+PAUSE_DIRECTORY = "TEST_PAUSE_DIRECTORY"  # There a step that waits says so, and is told to go on.
 PICTURE = Span(2, 4, 0, 0, Modality.IMAGE, Grid(1, 4, 4))
 
 
@@ -52,7 +54,9 @@ class ScriptedRunner(FakeRunner):
         if KILLED in orders:
             os.kill(os.getpid(), signal.SIGKILL)
         if PAUSED in orders:
-            threading.Event().wait(0.3)
+            here = Path(os.environ[PAUSE_DIRECTORY])
+            (here / "paused").touch()
+            wait_for("the order to go on", lambda: (here / "go").exists())
         return super().execute(plan)
 
 
@@ -120,7 +124,7 @@ def opener(place: str) -> Open:
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
     async def limited() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(200):
             await test()
 
     asyncio.run(limited())

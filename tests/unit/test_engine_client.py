@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,7 @@ from tests.fake_runner import oracle
 from tests.scripted_engines import (
     BROKEN,
     CONFIG,
+    PAUSE_DIRECTORY,
     PAUSED,
     PICTURE,
     Open,
@@ -149,16 +151,19 @@ def test_a_broken_step_fails_its_requests_and_the_engine_goes_on(open_client: Op
     run(test)
 
 
-def test_the_event_loop_never_waits_for_a_step(open_client: Open) -> None:
+def test_the_event_loop_never_waits_for_a_step(
+    open_client: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PAUSE_DIRECTORY, str(tmp_path))
+
     async def test() -> None:
         async with open_client() as client:
             stream = client.submit(request("a", first=PAUSED))
             reader = asyncio.create_task(collect(stream))
-            turns = 0
-            while not reader.done():
+            while not (tmp_path / "paused").exists():
                 await asyncio.sleep(0.001)
-                turns += 1
-            assert turns > 20  # In the 0.3 s that the step takes.
+            (tmp_path / "go").touch()  # The loop turned while the step ran: else nobody would.
+            assert isinstance((await reader)[-1], FinishedEvent)
 
     run(test)
 

@@ -145,7 +145,7 @@ def test_the_engine_ends_with_its_parent(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": root},
         stdout=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=200,
     )
     assert done.returncode == -signal.SIGKILL
     # The run is over when everybody who held its output is gone: the engine's process too.
