@@ -147,7 +147,8 @@ class ChatRenderer:
     def _variables(self, request: TemplateFields) -> dict[str, Any]:
         given = request.chat_template_kwargs or {}
         for name in given:
-            if name in RESERVED or name in self._named or not name.isidentifier():
+            taken = RESERVED | self._named.keys() | self.template.own_names
+            if name in taken or not name.isidentifier():
                 param = "chat_template_kwargs"
                 raise InvalidRequest(
                     f"{param}: {name[:80]} cannot be set by a request", param=param

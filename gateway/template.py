@@ -110,6 +110,11 @@ class ChatTemplate:
                 f"the chat template does not parse: line {error.lineno}: {error.message}"
             ) from error
 
+    @property
+    def own_names(self) -> frozenset[str]:
+        """What no variable may be called: Jinja's ``self``, and the functions of templates."""
+        return frozenset({"self", *self._environment.globals})
+
     def _compile(self, *, looked_at: bool) -> jinja2.Template:
         """The template with aliases for special tokens in what it writes, and, with
         ``looked_at``, also in what it compares, splits and replaces by."""
@@ -147,7 +152,8 @@ class ChatTemplate:
             return f"the model's chat template refuses these messages: {said}"
         return (
             "the model's chat template cannot render these messages "
-            f"({type(error).__name__}); check roles, their order, and each message's fields"
+            f"({type(error).__name__}); check roles, their order, each message's fields, and "
+            "chat_template_kwargs"
         )
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from pydantic_core import PydanticCustomError
 
 MAX_FIELDS = 256  # Of one object; no model here has a quarter of them.
-MAX_ENTRIES = 2**16  # Of one list.
+MAX_ENTRIES = 2**12  # Of one list of objects.
 
 Ignored = dict[int, Collection[str]]
 """Unknown fields that were left out, by the ``id`` of the object that held them."""
@@ -18,6 +18,11 @@ T = TypeVar("T")
 Many = Annotated[list[T], Field(max_length=MAX_ENTRIES, fail_fast=True)]
 """A list of which the first entry at fault is told. A problem takes a kilobyte to tell, and a body
 can hold millions of them."""
+
+
+def fault(field: str, message: str) -> PydanticCustomError:
+    """What a model says of one of its fields, once it has looked at several."""
+    return PydanticCustomError("fault", message, {"field": field})
 
 
 def at_most(entries: int) -> BeforeValidator:
@@ -31,6 +36,34 @@ def at_most(entries: int) -> BeforeValidator:
         return value
 
     return BeforeValidator(check)
+
+
+def no_larger(size: int) -> BeforeValidator:
+    """Bounds free JSON: its values and the characters of its strings, together."""
+
+    def check(value: Any) -> Any:
+        if _size(value, size) > size:
+            raise PydanticCustomError(
+                "size", "should be at most {size} values and characters", {"size": size}
+            )
+        return value
+
+    return BeforeValidator(check)
+
+
+def _size(value: Any, enough: int) -> int:
+    """No longer counted beyond ``enough``."""
+    total, todo = 0, [value]
+    while todo and total <= enough:
+        value = todo.pop()
+        total += 1
+        if isinstance(value, str | dict | list):
+            total += len(value)
+        if isinstance(value, dict) and total <= enough:
+            todo += [*value.keys(), *value.values()]
+        elif isinstance(value, list) and total <= enough:
+            todo += value
+    return total
 
 
 class Strict(BaseModel):

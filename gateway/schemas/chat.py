@@ -6,14 +6,18 @@ from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
 
-from gateway.schemas.base import Many, Strict, at_most
+from gateway.schemas.base import Many, Strict, at_most, fault, no_larger
+from gateway.schemas.count import count_values
 from gateway.schemas.messages import ImageSource, Message, Pixels, image_sources
 from gateway.schemas.sampling import SamplingFields
 
 Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 OutputLength = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+MAX_TEMPLATE_KWARGS = 2**14  # Values, and characters of strings.
+MAX_ARGUMENT_VALUES = 2**16  # Of all earlier tool calls of a request, as templates see them.
 
 
 class StreamOptions(Strict):
@@ -35,16 +39,27 @@ class TemplateFields(Strict):
     messages: Annotated[Many[Message], Field(min_length=1)]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], no_larger(MAX_TEMPLATE_KWARGS)] | None = None
     mm_processor_kwargs: ProcessorSettings | None = None
 
     @model_validator(mode="after")
     def _one_ending(self) -> TemplateFields:
         said = "add_generation_prompt" in self.model_fields_set
         if self.continue_final_message and self.add_generation_prompt and said:
-            raise PydanticCustomError(
-                "ending", "continue_final_message and add_generation_prompt exclude each other"
-            )
+            raise fault("continue_final_message", "excludes add_generation_prompt")
+        return self
+
+    @model_validator(mode="after")
+    def _bounded_arguments(self) -> TemplateFields:
+        """Arguments may be JSON in a string, which is text to who counts the body's values."""
+        left = MAX_ARGUMENT_VALUES
+        for message in self.messages:
+            for call in message.tool_calls or ():
+                if isinstance(call.function.arguments, str):
+                    left -= count_values(call.function.arguments.encode("utf-8", "replace"), left)
+                if left < 0:
+                    most = f"should have at most {MAX_ARGUMENT_VALUES} values"
+                    raise fault("messages", f"the arguments of all tool_calls {most}")
         return self
 
     @cached_property
@@ -77,13 +92,11 @@ class ChatRequest(TemplateFields, SamplingFields):
     def _agrees(self) -> ChatRequest:
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
-            raise PydanticCustomError(
-                "limits", "max_tokens and max_completion_tokens differ; give one of them"
-            )
+            raise fault("max_tokens", "differs from max_completion_tokens; give one of them")
         if self.top_logprobs and not self.logprobs:
-            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs: true")
+            raise fault("top_logprobs", "needs logprobs: true")
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("stream_options", "stream_options needs stream: true")
+            raise fault("stream_options", "needs stream: true")
         return self
 
     @property

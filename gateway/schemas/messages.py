@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic.functional_validators import AfterValidator
 from pydantic_core import PydanticCustomError
 
-from gateway.schemas.base import Many, Strict
+from gateway.schemas.base import Many, Strict, fault
 from opticnerve.errors import InvalidRequest
 from opticnerve.media.plan import Overrides
 
@@ -26,13 +26,15 @@ BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
 LOOKED_AT = 256  # Characters of a source that decide what it is.
 
 
-def _not_blank(value: str) -> str:
-    if not value.strip():
+def _trimmed(value: str) -> str:
+    """Without white space around it, as browsers read URLs."""
+    value = value.strip()
+    if not value:
         raise PydanticCustomError("blank", "should not be empty")
     return value
 
 
-Source = Annotated[str, AfterValidator(_not_blank)]
+Source = Annotated[str, AfterValidator(_trimmed)]
 
 
 class TextPart(Strict):
@@ -130,9 +132,7 @@ class Message(Strict):
     @model_validator(mode="after")
     def _has_content(self) -> Message:
         if self.content is None and not (self.role == "assistant" and self._says_something):
-            raise PydanticCustomError(
-                "content", "should have content: a string, or a list of parts"
-            )
+            raise fault("content", "should be a string or a list of parts")
         return self
 
     @property

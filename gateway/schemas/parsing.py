@@ -46,7 +46,7 @@ def parse(
     try:
         parsed = model.model_validate(raw, context=ignored)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_input=False, include_context=False)
+        problems = error.errors(include_url=False, include_input=False)
     else:
         named = _named(raw, ignored, "") if ignored else ()
         return parsed, tuple(itertools.islice(named, MAX_LOOKED_AT))
@@ -58,7 +58,9 @@ def _decode(body: bytes | str) -> dict[str, Any]:
         raw = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         reason = str(error)[:200]
-        raise InvalidRequest(f"the body is not valid JSON: {reason}") from error
+        raise InvalidRequest(
+            f"the body is not valid JSON: {reason}", code="invalid_json"
+        ) from error
     if not isinstance(raw, dict):
         raise InvalidRequest("the body should be a JSON object")
     return raw
@@ -68,15 +70,13 @@ def _refusal(problems: Sequence[ErrorDetails], raw: Mapping[str, Any]) -> Invali
     """One error for all problems: those of a union's branches at one place are told together."""
     found: dict[str, tuple[int, list[str]]] = {}
     for problem in problems[:MAX_LOOKED_AT]:
-        path, depth = _path(problem["loc"], raw)
+        path, depth = _path(problem, raw)
         texts = found.setdefault(path, (depth, []))[1]
         text = _text(problem)
         if text not in texts:
             texts.append(text)
     kept = [path for path in found if not _explained(path, found)]
-    lines = [
-        f"{path}: {' or '.join(found[path][1])}" if path else found[path][1][0] for path in kept
-    ]
+    lines = [f"{path}: {_either(found[path][1])}" if path else found[path][1][0] for path in kept]
     if len(lines) > MAX_NAMED:
         more = "many" if len(problems) > MAX_LOOKED_AT else str(len(lines) - MAX_NAMED)
         lines[MAX_NAMED:] = [f"and {more} more"]
@@ -104,9 +104,22 @@ def _text(problem: ErrorDetails) -> str:
     return message
 
 
-def _path(loc: tuple[int | str, ...], raw: Any) -> tuple[str, int]:
-    """``loc`` as a path in the body, and its depth. pydantic names union branches in ``loc`` too:
-    what the body does not hold there is no field of it, except at the end."""
+def _either(texts: Sequence[str]) -> str:
+    """``should be a string or a list``"""
+    same = "should be "
+    if not all(text.startswith(same) for text in texts):
+        return " or ".join(texts)
+    return same + " or ".join(text.removeprefix(same) for text in texts)
+
+
+def _path(problem: ErrorDetails, raw: Any) -> tuple[str, int]:
+    """Where a problem is, as a path in the body, and its depth. pydantic names union branches in
+    ``loc`` too: what the body does not hold there is no field of it, unless just that is the
+    problem."""
+    loc = problem["loc"]
+    if problem["type"] == "fault":
+        loc = (*loc, problem["ctx"]["field"])
+    absent = problem["type"] in ("missing", "fault")
     path, depth = "", 0
     for place, step in enumerate(loc):
         last = place == len(loc) - 1
@@ -114,7 +127,7 @@ def _path(loc: tuple[int | str, ...], raw: Any) -> tuple[str, int]:
             path, raw = f"{path}[{step}]", raw[step]
         elif isinstance(step, str) and isinstance(raw, Mapping) and step in raw:
             path, raw = _join(path, step), raw[step]
-        elif last and isinstance(step, str) and isinstance(raw, Mapping) and step.isidentifier():
+        elif last and absent and isinstance(step, str) and isinstance(raw, Mapping):
             path = _join(path, step)
         else:
             continue

@@ -6,11 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from gateway.schemas.base import Many, Strict, at_most
+from gateway.schemas.base import Strict, at_most
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Word = Annotated[str, Field(min_length=1, max_length=1024)]
 MAX_STOPS = 16
+MAX_ALLOWED = 2**16
 
 
 class SamplingFields(Strict):
@@ -34,7 +35,9 @@ class SamplingFields(Strict):
         Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], at_most(1024)] | None
     ) = None
     bad_words: Annotated[list[Word], Field(max_length=256)] | None = None
-    allowed_token_ids: Annotated[Many[TokenId], Field(min_length=1)] | None = None
+    allowed_token_ids: (
+        Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED, fail_fast=True)] | None
+    ) = None
     skip_special_tokens: bool = True
 
     @property

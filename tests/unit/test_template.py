@@ -238,7 +238,8 @@ def test_messages_that_could_never_fit() -> None:
 
 def test_names_that_requests_may_not_set() -> None:
     renderer = ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT)
-    for name in ("messages", "eos_token", "add_generation_prompt", "strftime_now", "no name"):
+    ours = ("messages", "eos_token", "add_generation_prompt", "strftime_now", "no name")
+    for name in (*ours, "self", "raise_exception", "namespace", "range"):
         with pytest.raises(InvalidRequest, match="chat_template_kwargs"):
             renderer.render(request(user("x"), chat_template_kwargs={name: "x"}))
 
