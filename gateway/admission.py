@@ -1,7 +1,8 @@
 """How much work the gateway holds at once: requests and the bytes they bring.
 
 Beyond either bound a request is refused at once with 429 and Retry-After, so that what was
-accepted keeps its pace and memory stays bounded.
+accepted keeps its pace and memory stays bounded. A request takes its place when its body is
+there: clients that send slowly, or nothing more, keep nobody out.
 """
 
 from __future__ import annotations
@@ -24,31 +25,42 @@ class Admission:
         self._trimmer = Trimmer()
 
     @contextlib.contextmanager
-    def admit(self) -> Iterator[Ticket]:
-        """Counts one request while the context lasts. Raises Overloaded."""
+    def arrive(self) -> Iterator[Ticket]:
+        """One request, from its head on; whatever it holds is given back at the end.
+
+        Raises Overloaded where every place is taken: then its body need not come.
+        """
+        self._check_place()
+        ticket = Ticket(self)
+        try:
+            yield ticket
+        finally:
+            ticket.release()
+            self._trimmer.ended(ticket.peak)
+
+    def _check_place(self) -> None:
         if self.requests >= self.max_requests:
             raise Overloaded(
                 f"{self.requests} requests are being served, which is as many as this server "
                 "takes; retry later",
                 retry_after_s=RETRY_AFTER_S,
             )
-        ticket = Ticket(self)
-        self.requests += 1
-        try:
-            yield ticket
-        finally:
-            self.requests -= 1
-            ticket.release()
-            self._trimmer.ended(ticket.peak)
 
 
 class Ticket:
-    """What one admitted request holds; ``Admission.admit`` releases it."""
+    """What one request holds; ``Admission.arrive`` releases it."""
 
     def __init__(self, owner: Admission) -> None:
         self._owner = owner
+        self._places = 0
         self.bytes = 0
         self.peak = 0
+
+    def enter(self) -> None:
+        """Takes the place of a request that is served. Raises Overloaded."""
+        self._owner._check_place()
+        self._owner.requests += 1
+        self._places += 1
 
     def hold(self, num_bytes: int) -> None:
         """Counts bytes that the request keeps in memory. Raises Overloaded."""
@@ -70,3 +82,5 @@ class Ticket:
 
     def release(self) -> None:
         self.drop(self.bytes)
+        self._owner.requests -= self._places
+        self._places = 0

@@ -41,7 +41,13 @@ class Gateway:
 
     @property
     def limits(self) -> BodyLimits:
-        return BodyLimits(self.config.max_request_bytes, self.config.ignore_unknown_fields)
+        config = self.config
+        return BodyLimits(
+            config.max_request_bytes,
+            config.max_request_values,
+            config.body_timeout_s,
+            config.ignore_unknown_fields,
+        )
 
 
 class Endpoint:

@@ -40,10 +40,10 @@ STREAM_HEADERS = {
 
 async def chat(gateway: Gateway, request: Request, send: Send) -> Response | None:
     """Answers whole, or streams. Until the first token a stream can still fail with a status."""
-    with gateway.admission.admit() as ticket:
+    with gateway.admission.arrive() as ticket:
         deadline = Deadline.after(gateway.config.request_timeout_s)
         async with deadline.timeout():
-            parsed, headers = await read_json(request, ChatRequest, gateway.limits, ticket.hold)
+            parsed, headers = await read_json(request, ChatRequest, gateway.limits, ticket)
         body_bytes = ticket.bytes
         gateway.names.check(parsed.model)
         call = Call(parsed, request.state.request_id, deadline, ticket)
@@ -171,12 +171,10 @@ def _usage(ended: Ended) -> sse.Usage:
 
 async def apply_template(gateway: Gateway, request: Request, send: Send) -> Response:
     """The prompt, ids and spans that a chat would become; nothing is encoded or generated."""
-    with gateway.admission.admit() as ticket:
+    with gateway.admission.arrive() as ticket:
         deadline = Deadline.after(gateway.config.request_timeout_s)
         async with deadline.timeout():
-            parsed, headers = await read_json(
-                request, ApplyTemplateRequest, gateway.limits, ticket.hold
-            )
+            parsed, headers = await read_json(request, ApplyTemplateRequest, gateway.limits, ticket)
         gateway.names.check(parsed.model)
         prepared = await gateway.pipeline.prepare(parsed, ticket.hold, deadline, Stopwatch())
     prompt = prepared.prompt

@@ -7,16 +7,19 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gateway.admission import Ticket
 from gateway.schemas.base import Strict
+from gateway.schemas.count import VALUE_BYTES, count_values
 from gateway.schemas.parsing import parse
 from opticnerve.errors import (
+    BodyTimeout,
     Cancelled,
     InvalidRequest,
     OpticNerveError,
@@ -26,7 +29,8 @@ from opticnerve.errors import (
 
 log = logging.getLogger(__name__)
 
-OFF_LOOP_BYTES = 2**20  # A larger body is parsed in a thread.
+OFF_LOOP_BYTES = 2**20  # A larger body, and one of more values, is parsed in a thread.
+OFF_LOOP_VALUES = 2**12
 MAX_WARNING = 500
 _UNPRINTABLE = re.compile(r"[^ -~]")
 M = TypeVar("M", bound=Strict)
@@ -34,7 +38,11 @@ M = TypeVar("M", bound=Strict)
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
+    """``max_values``: objects, lists and their entries. ``timeout_s``: from head to end."""
+
     max_bytes: int
+    max_values: int
+    timeout_s: float
     ignore_unknown: bool = False
 
 
@@ -78,24 +86,38 @@ def typed(error: Exception) -> OpticNerveError:
 
 
 async def read_json(
-    request: Request, model: type[M], limits: BodyLimits, hold: Callable[[int], None]
+    request: Request, model: type[M], limits: BodyLimits, ticket: Ticket
 ) -> tuple[M, dict[str, str]]:
     """The request's body as ``model``, and headers that name unknown fields that were ignored.
 
-    ``hold`` counts the body's bytes as they come. Raises InvalidRequest, UnsupportedMediaType,
-    PayloadTooLarge, and what ``hold`` raises.
+    The ticket holds the body's bytes as they come, enters once all are there, and holds what the
+    body's values take besides. Raises InvalidRequest, UnsupportedMediaType, PayloadTooLarge,
+    BodyTimeout, Overloaded.
     """
     _check_type(request)
-    body = await _read(request, limits.max_bytes, hold)
+    body = await _arrived(request, limits, ticket.hold)
+    ticket.enter()
     if not body.strip():
         raise InvalidRequest("the body is empty; send a JSON object", code="invalid_json")
+    long = len(body) > OFF_LOOP_BYTES
+    count = functools.partial(count_values, body, limits.max_values)
+    values = await asyncio.to_thread(count) if long else count()
+    if values > limits.max_values:
+        raise _too_many(limits.max_values)
+    ticket.hold(values * VALUE_BYTES)
     read = functools.partial(parse, model, body, ignore_unknown=limits.ignore_unknown)
-    parsed, ignored = await asyncio.to_thread(read) if len(body) > OFF_LOOP_BYTES else read()
+    long = long or values > OFF_LOOP_VALUES
+    parsed, ignored = await asyncio.to_thread(read) if long else read()
+    return parsed, _warnings(ignored)
+
+
+def _warnings(ignored: Sequence[str]) -> dict[str, str]:
+    """Headers that name unknown fields that were ignored."""
     if not ignored:
-        return parsed, {}
+        return {}
     named = ", ".join(_UNPRINTABLE.sub("?", name) for name in ignored)[:MAX_WARNING]
     log.warning("ignored unknown fields: %s", named)
-    return parsed, {"x-opticnerve-warnings": f"ignored unknown fields: {named}"}
+    return {"x-opticnerve-warnings": f"ignored unknown fields: {named}"}
 
 
 def _check_type(request: Request) -> None:
@@ -106,6 +128,17 @@ def _check_type(request: Request) -> None:
         )
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("send the body without a content-encoding")
+
+
+async def _arrived(request: Request, limits: BodyLimits, hold: Callable[[int], None]) -> bytes:
+    try:
+        async with asyncio.timeout(limits.timeout_s):
+            return await _read(request, limits.max_bytes, hold)
+    except TimeoutError as error:
+        raise BodyTimeout(
+            f"the body was not there within {limits.timeout_s:g} s; send fewer or smaller "
+            "pictures, or their URLs, or raise --body-timeout-s"
+        ) from error
 
 
 async def _read(request: Request, limit: int, hold: Callable[[int], None]) -> bytes:
@@ -129,4 +162,12 @@ async def _read(request: Request, limit: int, hold: Callable[[int], None]) -> by
 def _too_large(limit: int) -> PayloadTooLarge:
     return PayloadTooLarge(
         f"the body is larger than {limit} bytes; send fewer or smaller pictures, or their URLs"
+    )
+
+
+def _too_many(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(
+        f"the body holds more than {limit} values (objects, lists and their entries); send fewer "
+        "messages, parts or fields, or raise --max-request-values",
+        code="too_many_values",
     )

@@ -269,6 +269,12 @@ class GatewayConfig:
     max_request_bytes: int = _limits(
         64 * 2**20, "size of one HTTP request body", metavar="BYTES", size=True
     )
+    max_request_values: int = _limits(
+        100_000, "objects, lists and their entries in one request body", metavar="N", least=1
+    )
+    body_timeout_s: float = _limits(
+        60.0, "how long a request body may take to arrive", metavar="SECONDS"
+    )
     request_timeout_s: float = _limits(
         600.0, "deadline of one request, end to end", metavar="SECONDS"
     )

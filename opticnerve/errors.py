@@ -21,6 +21,7 @@
     ├── Unavailable                 503 UNAVAILABLE           no worker; carries retry_after_s
     │   └── Mispaired               503 FAILED_PRECONDITION   workers of different checkpoints
     ├── DeadlineExceeded            504 DEADLINE_EXCEEDED
+    │   └── BodyTimeout             408 DEADLINE_EXCEEDED     a request body that does not come
     ├── EmbeddingUnavailable        503 DATA_LOSS             no location had usable rows
     │   ├── EmbeddingNotFound
     │   ├── EmbeddingEvicted
@@ -185,6 +186,11 @@ class DeadlineExceeded(OpticNerveError):
     grpc_status = 4
     type = "timeout_error"
     default_code = "deadline_exceeded"
+
+
+class BodyTimeout(DeadlineExceeded):
+    http_status = 408
+    default_code = "body_timeout"
 
 
 class EmbeddingUnavailable(OpticNerveError):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 
 import httpx2
 import pytest
@@ -43,7 +44,7 @@ async def test_refusals(change, status, code):
         (b"[]", "application/json", 400),
         (b'{"model": "\xff"}', "application/json", 400),
         (b'{"model": NaN}', "application/json", 400),
-        (b"[" * 100_000, "application/json", 400),
+        (b"[" * 50_000, "application/json", 400),
         (b"model=model", "application/x-www-form-urlencoded", 415),
         (b"{}", "", 400),
         (b" " * 3000, "application/json", 413),
@@ -159,8 +160,8 @@ async def test_requests_beyond_the_limit_are_refused():
 
 
 async def test_bytes_beyond_the_limit_are_refused():
-    async with stack(max_bytes_in_flight=1000) as s:
-        assert (await s.chat(user("x" * 2000))).status_code == 429
+    async with stack(max_bytes_in_flight=10_000) as s:
+        assert (await s.chat(user("x" * 20_000))).status_code == 429
         assert s.idle()
         assert (await s.chat()).status_code == 200
 
@@ -209,3 +210,61 @@ async def test_pictures_blown_up_beyond_the_model_are_refused_before_they_are_ex
         assert answer.status_code == 400
         error = answer.json()["error"]
         assert error["code"] == "context_length_exceeded" and "min_pixels" in error["message"]
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/apply_template"])
+@pytest.mark.parametrize("bomb", ["{{}}", "[]", "0", '{{"type": "text", "text": "[,{{"}}'])
+async def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(route, bomb, monkeypatch):
+    payload = '{"messages": [' + ",".join([bomb.format()] * 120_000) + "]}"
+    monkeypatch.setattr("gateway.http.parse", lambda *_, **__: pytest.fail("it was parsed"))
+    async with stack(encoders=0, llms=0, ready=False) as s:
+        answer = await s.client.post(route, content=payload)
+        assert answer.status_code == 413
+        error = answer.json()["error"]
+        assert error["code"] == "too_many_values" and "--max-request-values" in error["message"]
+
+
+async def test_what_stands_in_text_is_no_value():
+    text = '[{,\\"' * 200
+    async with stack(max_request_values=100) as s:
+        answer = await s.chat(user(text), max_tokens=2)
+        assert answer.status_code == 200
+
+
+async def test_what_the_values_of_a_body_take_counts_as_bytes_in_flight():
+    many = json.dumps(body(metadata={}, allowed_token_ids=[1] * 1000))
+    async with stack(max_bytes_in_flight=100_000, encoders=0, llms=0, ready=False) as s:
+        assert len(many) < 50_000
+        assert (await s.client.post("/v1/chat/completions", content=many)).status_code == 429
+        assert s.idle()
+
+
+@contextlib.asynccontextmanager
+async def stalled(s, sent=b"{"):
+    """A client that sends the beginning of a chat, and nothing more."""
+    url = s.client.base_url
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n"
+    writer.write(head.encode() + sent)
+    await writer.drain()
+    try:
+        yield reader
+    finally:
+        writer.close()
+
+
+async def test_clients_that_send_half_a_body_keep_nobody_out():
+    async with contextlib.AsyncExitStack() as exits:
+        s = await exits.enter_async_context(stack(max_concurrent_requests=2))
+        for _ in range(3):
+            await exits.enter_async_context(stalled(s))
+        await until(lambda: s.gateway.admission.bytes == 3)
+        assert (await s.chat()).status_code == 200
+
+
+async def test_a_body_that_does_not_come_is_a_408():
+    async with stack(body_timeout_s=0.2) as s, stalled(s) as reader:
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        assert b"--body-timeout-s" in await reader.readuntil(b"}")
+        await until(s.idle)

@@ -8,18 +8,24 @@ from opticnerve.errors import Overloaded
 
 def test_requests_are_bounded():
     admission = Admission(max_requests=2, max_bytes=100)
-    with admission.admit(), admission.admit():
-        with pytest.raises(Overloaded) as caught, admission.admit():
+    with admission.arrive() as late, admission.arrive() as first, admission.arrive() as second:
+        assert admission.requests == 0  # Their bodies are still to come.
+        first.enter()
+        second.enter()
+        with pytest.raises(Overloaded):
+            late.enter()
+        with pytest.raises(Overloaded) as caught, admission.arrive():
             pass
         assert caught.value.retry_after_s
     assert admission.requests == 0
-    with admission.admit():
+    with admission.arrive() as ticket:
+        ticket.enter()
         assert admission.requests == 1
 
 
 def test_bytes_are_bounded_over_all_requests():
     admission = Admission(max_requests=9, max_bytes=100)
-    with admission.admit() as first, admission.admit() as second:
+    with admission.arrive() as first, admission.arrive() as second:
         first.hold(60)
         with pytest.raises(Overloaded):
             second.hold(41)
@@ -32,7 +38,8 @@ def test_bytes_are_bounded_over_all_requests():
 
 def test_a_request_that_fails_gives_everything_back():
     admission = Admission(max_requests=1, max_bytes=100)
-    with pytest.raises(RuntimeError), admission.admit() as ticket:
+    with pytest.raises(RuntimeError), admission.arrive() as ticket:
+        ticket.enter()
         ticket.hold(100)
         raise RuntimeError
     assert (admission.requests, admission.bytes) == (0, 0)
