@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import io
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -28,6 +29,7 @@ from encoder_service.item import Answer, Identity, Limits, Request, Timings
 from encoder_service.poison import PoisonRecord
 from encoder_service.preprocess import PreprocessPool
 from encoder_service.shelf import Shelf
+from opticnerve.config import LEAST_IMAGE_PIXELS
 from opticnerve.embeddings.store import Store, check_key
 from opticnerve.errors import (
     EngineFailure,
@@ -116,7 +118,8 @@ class Encoder:
         """Runs a blank picture over every thread but the store's, so that the first request does
         not pay for their first steps. Blocks. Raises what encoding a picture raises."""
         buffer = io.BytesIO()
-        Image.new("RGB", (64, 64), (127, 127, 127)).save(buffer, "JPEG")
+        side = math.isqrt(LEAST_IMAGE_PIXELS)
+        Image.new("RGB", (side, side), (127, 127, 127)).save(buffer, "JPEG")
         data = buffer.getvalue()
         plan = self.layout.plan(parse_structure(data), Overrides())
         request = Request("rehearsal", "", "", plan, Overrides(), len(data))

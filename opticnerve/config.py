@@ -51,6 +51,7 @@ GROUPS = (
 _port = partial(_address, metavar="PORT", most=65535)
 _parent = partial(_address, metavar="PID", hidden=True)
 
+LEAST_IMAGE_PIXELS = 64 * 64  # As a limit: an encoder tries itself on such a picture at start.
 STOP_HELP = "how long running requests may go on after SIGTERM"
 MANY_HELP = "HOST:PORT, or dns:///NAME:PORT for all behind a name"
 
@@ -158,7 +159,10 @@ class EncoderConfig:
         20 * 2**20, "compressed size of one picture, at the encoder", metavar="BYTES", size=True
     )
     max_image_pixels: int = _pictures(
-        89_478_485, "pixels of one picture as it comes; larger ones are refused", metavar="N"
+        89_478_485,
+        "pixels of one picture as it comes; larger ones are refused",
+        metavar="N",
+        least=LEAST_IMAGE_PIXELS,
     )
     telemetry: TelemetryConfig = TelemetryConfig()
 
@@ -247,7 +251,10 @@ class GatewayConfig:
         0, "pictures are resized to at most so many pixels; 0: the model's", metavar="N"
     )
     max_image_pixels: int = _pictures(
-        89_478_485, "pixels of one picture as it comes; larger ones are refused", metavar="N"
+        89_478_485,
+        "pixels of one picture as it comes; larger ones are refused",
+        metavar="N",
+        least=LEAST_IMAGE_PIXELS,
     )
     max_media_bytes: int = _pictures(
         20 * 2**20, "compressed size of one picture, at the gateway", metavar="BYTES", size=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import subprocess
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from encoder_service.item import Limits
 from opticnerve import cli
 from opticnerve.client import EncoderClient
+from opticnerve.config import LEAST_IMAGE_PIXELS
 from opticnerve.errors import OpticNerveError, Unavailable
 from opticnerve.media.decode import decode
 from opticnerve.media.plan import Overrides
@@ -22,6 +25,7 @@ from opticnerve.media.structure import parse_structure
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import load_tower, make_layout
 from opticnerve.telemetry import logs
+from tests import encoders
 from tests.checkpoints import make_checkpoint
 from tests.encoders import picture
 from tests.services import Process, process
@@ -100,6 +104,16 @@ def test_other_families_are_served(family: str, tmp_path: Path) -> None:
         assert rows.shape[0] == ref.num_rows
         assert torch.allclose(rows, tower_rows(model, data), atol=1e-4)
         assert served.end(signal.SIGTERM) == 0
+
+
+def test_the_least_limit_on_pictures_lets_an_encoder_rehearse(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with encoders.running(tmp_path) as service:
+            service.encoder.limits = Limits(2**20, LEAST_IMAGE_PIXELS)
+            service.encoder.rehearse()
+            assert service.backend.batches == [1]
+
+    asyncio.run(scenario())
 
 
 def test_what_cannot_start_says_why_and_exits_with_two(
