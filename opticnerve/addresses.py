@@ -62,7 +62,9 @@ def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
         listener.listen(BACKLOG)  # Now, not later: of two that bound, one is refused here.
     except (OSError, OverflowError) as error:
         listener.close()
-        raise ConfigError(_refusal(host, port, flag, error), param=flag[2:]) from error
+        raise ConfigError(
+            _refusal(host, port, flag, error), param=flag[2:].replace("-", "_")
+        ) from error
     return listener
 
 

@@ -35,7 +35,7 @@ def usage() -> str:
         [
             "usage: opticnerve COMMAND [MODEL] [flags]",
             "",
-            "Serves vision-language models: encoders, LLM workers and a gateway, each of its own.",
+            "Serves vision-language models: encoders, LLM workers, a gateway in front.",
             "",
             *lines,
             "",
