@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -21,7 +21,7 @@ from gateway.pipeline import Call, Ended, Step
 from gateway.schemas.apply import ApplyTemplateRequest
 from gateway.schemas.chat import ChatRequest
 from gateway.timings import Stopwatch
-from opticnerve.errors import EngineFailure, UnsupportedFeature
+from opticnerve.errors import AnswerTooLarge, EngineFailure, UnsupportedFeature
 from opticnerve.media.plan import Span
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LAST_WORDS_S = 5.0  # After the deadline, for a client to take what tells it so.
+PIECE_BYTES = 2**16  # Of an answer, given to the connection at once.
 
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -38,7 +39,7 @@ STREAM_HEADERS = {
 }
 
 
-async def chat(gateway: Gateway, request: Request, send: Send) -> Response | None:
+async def chat(gateway: Gateway, request: Request, send: Send) -> None:
     """Answers whole, or streams. Until the first token a stream can still fail with a status."""
     with gateway.admission.arrive() as ticket:
         deadline = Deadline.after(gateway.config.request_timeout_s)
@@ -55,10 +56,12 @@ async def chat(gateway: Gateway, request: Request, send: Send) -> Response | Non
             answer = reply.answer(call.system_fingerprint)
             if reply.stream:
                 data = _events(reply, answer, first, steps)
-                await _stream(send, data, headers, deadline)
-                return None
-            body = await _whole(reply, answer, first, steps)
-    return JSONResponse(body, headers=headers)
+                await _send(send, data, {**STREAM_HEADERS, **headers}, deadline)
+                return
+            whole = Whole(ticket.hold, gateway.config.max_answer_bytes)
+            body = await whole.read(reply, answer, first, steps)
+        headers |= {"content-type": "application/json", "content-length": str(len(body))}
+        await _send(send, _pieces(body), headers, deadline)
 
 
 class Reply:
@@ -89,42 +92,81 @@ class Reply:
         return {"timings": ended.timings} if self.timings else {}
 
 
-async def _whole(
-    reply: Reply, answer: sse.ChatAnswer, first: Step, steps: AsyncGenerator[Step, None]
-) -> dict[str, Any]:
-    texts: dict[int, list[TextDelta]] = {}
-    step = first
-    while isinstance(step, TextDelta):
-        texts.setdefault(step.index, []).append(step)
-        step = await anext(steps)
-    choices = [_choice(index, deltas) for index, deltas in sorted(texts.items())]
-    return answer.completion(choices, _usage(step), reply.extra(step))
+class Whole:
+    """An answer that is sent at its end, kept as the JSON that it will be.
+
+    Log-probabilities are a kilobyte a token: as JSON they take a tenth of what they take as
+    objects, and written one by one they keep no other request waiting.
+    """
+
+    def __init__(self, hold: Callable[[int], None], max_bytes: int) -> None:
+        """``hold`` counts the bytes that are kept."""
+        self._hold = hold
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._texts: dict[int, list[str]] = {}
+        self._logprobs: dict[int, list[bytes]] = {}
+        self._ends: dict[int, TextDelta] = {}
+
+    async def read(
+        self, reply: Reply, answer: sse.ChatAnswer, first: Step, steps: AsyncGenerator[Step, None]
+    ) -> bytes:
+        """The answer's body. Raises AnswerTooLarge, Overloaded, and what ``steps`` raises."""
+        step = first
+        while isinstance(step, TextDelta):
+            self._add(step)
+            step = await anext(steps)
+        choices = [self._choice(index) for index in sorted(self._texts)]
+        return answer.completion(choices, _usage(step), reply.extra(step))
+
+    def _add(self, delta: TextDelta) -> None:
+        self._texts.setdefault(delta.index, []).append(delta.text)
+        self._keep(len(delta.text))
+        if delta.logprobs is not None:
+            pieces = self._logprobs.setdefault(delta.index, [])
+            if delta.logprobs:
+                pieces.append(sse.encode_logprobs(delta.logprobs))
+                self._keep(len(pieces[-1]))
+        if delta.finish_reason is not None:
+            self._ends[delta.index] = delta
+
+    def _keep(self, num_bytes: int) -> None:
+        self._bytes += num_bytes
+        if self._bytes > self._max_bytes:
+            raise AnswerTooLarge(
+                f"the answer is larger than {self._max_bytes} bytes; stream it, ask for fewer "
+                "choices, tokens or top_logprobs, or raise --max-answer-bytes"
+            )
+        self._hold(num_bytes)
+
+    def _choice(self, index: int) -> sse.Choice:
+        last = self._ends.get(index)
+        if last is None or last.finish_reason is None:
+            raise EngineFailure("the LLM worker ended the answer before its end")
+        return sse.Choice(
+            index=index,
+            text="".join(self._texts[index]),
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+            logprobs=self._logprobs.get(index),
+        )
 
 
-def _choice(index: int, deltas: list[TextDelta]) -> sse.Choice:
-    last = deltas[-1]
-    if last.finish_reason is None:
-        raise EngineFailure("the LLM worker ended the answer before its end")
-    scored = [delta.logprobs for delta in deltas if delta.logprobs is not None]
-    return sse.Choice(
-        index=index,
-        text="".join(delta.text for delta in deltas),
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        logprobs=[token for part in scored for token in part] if scored else None,
-    )
+async def _pieces(body: bytes) -> AsyncGenerator[bytes, None]:
+    for start in range(0, len(body), PIECE_BYTES):
+        yield body[start : start + PIECE_BYTES]
 
 
-async def _stream(
-    send: Send, events: AsyncGenerator[bytes, None], headers: dict[str, str], deadline: Deadline
+async def _send(
+    send: Send, pieces: AsyncGenerator[bytes, None], headers: dict[str, str], deadline: Deadline
 ) -> None:
-    """Sends the events, and the end. A client that does not read is left soon after the deadline:
-    it must not hold its place for ever."""
-    raw = [(k.encode(), v.encode()) for k, v in {**STREAM_HEADERS, **headers}.items()]
+    """Sends an answer piece by piece, and its end. A client that does not read is left soon after
+    the deadline: it must not hold its place, and what is kept for it, for ever."""
+    raw = [(k.encode(), v.encode()) for k, v in headers.items()]
     try:
         async with asyncio.timeout(deadline.remaining() + LAST_WORDS_S):
             await send({"type": "http.response.start", "status": 200, "headers": raw})
-            await _send_all(send, events)
+            await _send_all(send, pieces)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
     except TimeoutError:
         log.warning("the client did not read its answer by the deadline; it is left")

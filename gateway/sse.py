@@ -88,25 +88,39 @@ def logprobs_json(content: Sequence[ContentLogprob] | None) -> dict[str, Any] | 
     return {"content": [token.to_json() for token in content], "refusal": None}
 
 
+def encode_logprobs(content: Sequence[ContentLogprob]) -> bytes:
+    """The entries of ``logprobs.content``, with commas between them."""
+    return b",".join(dumps(token.to_json()) for token in content)
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One finished choice. ``finish_reason``: "stop" or "length"; ``stop_reason``: the stop
-    string or stop token id that ended it, None for the model's own end."""
+    string or stop token id that ended it, None for the model's own end. ``logprobs``: pieces that
+    ``encode_logprobs`` made while the choice was written; at its end they may be megabytes."""
 
     index: int
     text: str
     finish_reason: str
     stop_reason: str | int | None = None
-    logprobs: Sequence[ContentLogprob] | None = None
+    logprobs: Sequence[bytes] | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return {
+    def encode(self) -> bytes:
+        body = {
             "index": self.index,
             "message": {"role": "assistant", "content": self.text, "refusal": None},
-            "logprobs": logprobs_json(self.logprobs),
             "finish_reason": self.finish_reason,
             "stop_reason": self.stop_reason,
         }
+        if self.logprobs is None:
+            return _with(body, "logprobs", b"null")
+        content = b",".join(self.logprobs)
+        return _with(body, "logprobs", b'{"content":[' + content + b'],"refusal":null}')
+
+
+def _with(body: Mapping[str, Any], name: str, value: bytes) -> bytes:
+    """``body`` as JSON, with one more field whose value is JSON already."""
+    return dumps(body)[:-1] + b',"' + name.encode() + b'":' + value + b"}"
 
 
 @dataclass(frozen=True)
@@ -122,10 +136,11 @@ class ChatAnswer:
 
     def completion(
         self, choices: Sequence[Choice], usage: Usage, extra: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
+    ) -> bytes:
         """The whole answer; ``extra`` holds fields of ours, such as ``timings``."""
-        body = self._head("chat.completion", [choice.to_json() for choice in choices])
-        return {**body, "usage": usage.to_json(), **(extra or {})}
+        body = {**self._head("chat.completion"), "usage": usage.to_json(), **(extra or {})}
+        encoded = b",".join(choice.encode() for choice in choices)
+        return _with(body, "choices", b"[" + encoded + b"]")
 
     def role_chunk(self, index: int) -> bytes:
         """A choice's first chunk."""
@@ -146,8 +161,8 @@ class ChatAnswer:
 
     def usage_chunk(self, usage: Usage, extra: Mapping[str, Any] | None = None) -> bytes:
         """The chunk without choices that ends a stream, for usage (or timings)."""
-        body = self._head("chat.completion.chunk", [])
-        return event({**body, "usage": usage.to_json(), **(extra or {})})
+        body = self._head("chat.completion.chunk")
+        return event({**body, "choices": [], "usage": usage.to_json(), **(extra or {})})
 
     def _chunk(
         self,
@@ -166,17 +181,16 @@ class ChatAnswer:
         }
         if finish_reason is not None:
             choice["stop_reason"] = stop_reason
-        body = self._head("chat.completion.chunk", [choice])
+        body = {**self._head("chat.completion.chunk"), "choices": [choice]}
         if self.usage_in_stream:
             body["usage"] = None
         return event(body)
 
-    def _head(self, kind: str, choices: list[Any]) -> dict[str, Any]:
+    def _head(self, kind: str) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.system_fingerprint,
-            "choices": choices,
         }

@@ -279,6 +279,9 @@ class GatewayConfig:
     max_request_values: int = _limits(
         100_000, "objects, lists and their entries in one request body", metavar="N", least=1
     )
+    max_answer_bytes: int = _limits(
+        64 * 2**20, "size of one answer that is not streamed", metavar="BYTES", size=True
+    )
     body_timeout_s: float = _limits(
         60.0, "how long a request body may take to arrive", metavar="SECONDS"
     )

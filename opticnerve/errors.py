@@ -6,6 +6,7 @@
     │   │   └── PlanMismatch        400 INVALID_ARGUMENT      decoded media differ from their plan
     │   ├── MediaFetchFailed        400 INVALID_ARGUMENT      a URL that could not be read
     │   ├── ContextLengthExceeded   400 INVALID_ARGUMENT      prompt and output do not fit the model
+    │   ├── AnswerTooLarge          400 INVALID_ARGUMENT      larger than what is kept of an answer
     │   ├── UnsupportedFeature      400 UNIMPLEMENTED         known, and not served here
     │   ├── MethodNotAllowed        405 INVALID_ARGUMENT
     │   └── UnsupportedMediaType    415 INVALID_ARGUMENT      a request body that is not JSON
@@ -99,6 +100,10 @@ class MediaFetchFailed(InvalidRequest):
 
 class ContextLengthExceeded(InvalidRequest):
     default_code = "context_length_exceeded"
+
+
+class AnswerTooLarge(InvalidRequest):
+    default_code = "answer_too_large"
 
 
 class UnsupportedFeature(InvalidRequest):

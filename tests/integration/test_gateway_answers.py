@@ -1,12 +1,14 @@
 """Answers over real HTTP, whole and streamed, with scripted workers behind."""
 
 import asyncio
+import json
 
 import pytest
 
+from gateway import sse
 from gateway.choices import Choices
 from tests.fakes import until
-from tests.gateways import END, PAIR_ID, events, ids, stack, user
+from tests.gateways import END, PAIR_ID, body, events, ids, stack, user
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
@@ -161,3 +163,73 @@ async def test_finish_by_length():
         told = (await s.chat(max_tokens=3)).json()
         assert told["choices"][0]["finish_reason"] == "length"
         assert told["usage"]["completion_tokens"] == 3
+
+
+async def test_a_large_answer_is_written_in_small_pieces(monkeypatch):
+    """While a megabyte of JSON is written in one go, no other request is served."""
+    sizes = []
+
+    def encode(body, encode=sse._encode):
+        text = encode(body)
+        sizes.append(len(text))
+        return text
+
+    monkeypatch.setattr(sse, "_encode", encode)
+    tokens = [*ids("Hello there. ") * 40, END]
+    async with stack(tokens=tokens) as s:
+        answer = await s.chat(n=4, logprobs=True, top_logprobs=20)
+        told = answer.json()
+        assert len(answer.content) > 500_000 and max(sizes) < 5_000
+        assert int(answer.headers["content-length"]) == len(answer.content)
+        for choice in told["choices"]:
+            assert len(choice["logprobs"]["content"]) == len(tokens) - 1
+        streamed = await s.chat(logprobs=True, top_logprobs=20, stream=True)
+        content = [
+            token
+            for event in events(streamed.text)[:-1]
+            for token in (event["choices"][0]["logprobs"] or {"content": []})["content"]
+        ]
+        assert content == told["choices"][3]["logprobs"]["content"]
+
+
+async def test_an_answer_is_kept_up_to_a_limit():
+    fields = {"n": 2, "logprobs": True, "top_logprobs": 20}
+    async with stack(tokens=[*ids("Hello there. ") * 40, END], max_answer_bytes=50_000) as s:
+        answer = await s.chat(**fields)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["code"] == "answer_too_large" and "--max-answer-bytes" in error["message"]
+        await until(s.idle)
+        assert (await s.chat(**fields, stream=True)).text.endswith("[DONE]\n\n")
+    async with stack(tokens=[*ids("Hello there. ") * 40, END], max_bytes_in_flight=50_000) as s:
+        assert (await s.chat(**fields)).status_code == 429
+        await until(s.idle)
+
+
+async def test_a_large_answer_counts_as_bytes_in_flight_until_its_client_has_it():
+    payload = json.dumps(body(n=4, logprobs=True, top_logprobs=20)).encode()
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    sent, asked, go, gone = [], asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def receive():
+        if not asked.is_set():
+            asked.set()
+            return {"type": "http.request", "body": payload}
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+        if message.get("body"):
+            await go.wait()
+
+    async with stack(tokens=[*ids("Hello there. ") * 40, END]) as s:
+        answering = asyncio.create_task(s.server.config.app(scope, receive, send))
+        await until(lambda: len(sent) == 2)
+        length = int(dict(sent[0]["headers"])[b"content-length"])
+        assert len(sent[1]["body"]) < length / 4
+        assert s.gateway.admission.bytes > length * 0.9
+        go.set()
+        await answering
+        assert sum(len(message.get("body", b"")) for message in sent) == length
+        await until(s.idle)

@@ -23,15 +23,19 @@ def read(event: bytes) -> dict[str, Any]:
 
 
 def test_a_whole_answer() -> None:
-    choices = [Choice(0, "A cat.", "stop", "###", [LOGPROB]), Choice(1, "", "length")]
-    body = ANSWER.completion(choices, Usage(20, 5, 16, 9), {"timings": {"encode_ms": 1.5}})
-    parsed = ChatCompletion.model_validate(json.loads(sse.dumps(body)), strict=True)
+    pieces = [sse.encode_logprobs([LOGPROB, LOGPROB]), sse.encode_logprobs([LOGPROB])]
+    choices = [Choice(0, "A cat.", "stop", "###", pieces), Choice(1, "", "length")]
+    encoded = ANSWER.completion(choices, Usage(20, 5, 16, 9), {"timings": {"encode_ms": 1.5}})
+    body = json.loads(encoded)
+    parsed = ChatCompletion.model_validate(body, strict=True)
     assert parsed.choices[0].message.content == "A cat."
     assert parsed.choices[0].message.role == "assistant"
     assert parsed.choices[1].finish_reason == "length"
     assert parsed.choices[1].message.content == ""
     assert parsed.choices[0].logprobs is not None
     assert parsed.choices[0].logprobs.content is not None
+    assert len(parsed.choices[0].logprobs.content) == 3
+    assert parsed.choices[1].logprobs is None
     assert parsed.choices[0].logprobs.content[0].bytes == [0xC3, 0xA9]
     assert parsed.choices[0].logprobs.content[0].top_logprobs[0].token == "e"
     assert parsed.usage is not None and parsed.usage.total_tokens == 25
