@@ -139,11 +139,8 @@ def exif_after_data(image, exif):
 
 class Web(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        if self.path == "/redirect":
-            self.send_response(302)
-            self.send_header("Location", "http://169.254.169.254/latest/meta-data")
-        else:
-            self.send_response(404)
+        self.server.asked.append(self.path)
+        self.send_response(404)
         self.end_headers()
 
     def log_message(self, *args):
@@ -153,35 +150,39 @@ class Web(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def web():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
+    server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    yield server
     server.shutdown()
     server.server_close()
 
 
 @pytest.mark.parametrize(
-    "url",
+    ("url", "code", "text"),
     [
-        "http://127.0.0.1:1/x.png",
-        "http://localhost/x.png",
-        "http://169.254.169.254/latest/meta-data",
-        "http://[::1]/x.png",
-        "http://2130706433/x.png",
-        "http://0x7f.1/x.png",
-        "ftp://example.com/x.png",
-        "file:///etc/passwd",
-        "data:image/png;base64,@@@",
-        "not a url",
+        ("http://127.0.0.1:1/x.png", "media_address_not_allowed", "not public"),
+        ("http://localhost/x.png", "media_address_not_allowed", "not public"),
+        ("http://169.254.169.254/latest/meta-data", "media_address_not_allowed", "not public"),
+        ("http://[::1]/x.png", "media_address_not_allowed", "not public"),
+        ("http://2130706433/x.png", None, "dotted decimal"),
+        ("http://0x7f.1/x.png", None, "dotted decimal"),
+        ("ftp://example.com/x.png", None, "must begin with data:"),
+        ("file:///etc/passwd", "file_media_off", "no file: URLs"),
+        ("data:image/png;base64,@@@", "invalid_base64", "does not decode"),
+        ("not a url", None, "must begin with data:"),
     ],
 )
-def test_addresses_that_are_not_fetched(client, url):
+def test_addresses_that_are_not_fetched(client, url, code, text):
     body = refused(client, user("What do you see?", url))
-    assert "root:" not in body["message"]
+    assert body["code"] == code and text in body["message"]
+    assert body["param"] == "messages[0].content[0].image_url.url"
 
 
-def test_private_addresses_are_refused_before_they_are_asked(client, web):
-    refused(client, user("What do you see?", f"{web}/missing.png"))
-    refused(client, user("What do you see?", f"{web}/redirect"))
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]"])
+def test_private_addresses_are_refused_before_they_are_asked(client, web, host):
+    body = refused(client, user("What do you see?", f"http://{host}:{web.server_port}/x.png"))
+    assert body["code"] == "media_address_not_allowed"
+    assert web.asked == []
 
 
 def test_the_eleventh_picture(client):
