@@ -211,10 +211,14 @@ class Worker:
         return await read(await self.open(*messages))
 
     async def idle(self) -> None:
-        """Waits until the engine runs nothing, and checks its invariants."""
-        await self.loaded.engine.check_integrity()
-        stats = self.loaded.engine.stats
-        assert (stats.running, stats.waiting) == (0, 0)
+        """Waits until the engine runs nothing (an abort may be on its way), and checks its
+        invariants."""
+        engine = self.loaded.engine
+        async with asyncio.timeout(WAIT_S):
+            await engine.check_integrity()  # Brings fresh figures, too.
+            while (engine.stats.running, engine.stats.waiting) != (0, 0):
+                await asyncio.sleep(0.01)
+                await engine.check_integrity()
 
 
 async def read(call: grpc.aio.StreamStreamCall, answer: Answer | None = None) -> Answer:
