@@ -11,7 +11,12 @@ from gateway.deadline import Deadline
 from gateway.encoders import Encodable, Encoded, Encoders
 from gateway.media import located
 from opticnerve.embeddings.ref import EmbeddingRef
-from opticnerve.errors import EmbeddingNotFound, InvalidRequest
+from opticnerve.errors import (
+    EmbeddingNotFound,
+    InvalidRequest,
+    OpticNerveError,
+    PayloadTooLarge,
+)
 
 MAX_AGAIN = 2  # Encodings of one item beyond the first, before the request fails.
 
@@ -28,7 +33,8 @@ class _Item:
 
 @dataclass
 class RequestEmbeddings:
-    """Distinct items by content key. ``async with``: leaving cancels what is still encoding."""
+    """Distinct items by content key. ``async with``: leaving cancels what is still encoding, and
+    an error that leaves and names a key gets the field of the request that brought the item."""
 
     encoders: Encoders
     request_id: str
@@ -53,7 +59,11 @@ class RequestEmbeddings:
     async def __aenter__(self) -> RequestEmbeddings:
         return self
 
-    async def __aexit__(self, *exc: object) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        if isinstance(error, OpticNerveError) and error.param in self._items:
+            error.param = self._items[error.param].item.param
         tasks = [entry.task for entry in self._items.values() if entry.task]
         for task in tasks:
             task.cancel()
@@ -119,7 +129,7 @@ class RequestEmbeddings:
     async def _run(self, entry: _Item) -> Encoded:
         try:
             encoded = await self.encoders.encode(entry.item, self.deadline, self.request_id)
-        except InvalidRequest as error:
+        except (InvalidRequest, PayloadTooLarge) as error:
             raise located(error, entry.item.param) from error
         entry.ref = encoded.ref
         entry.first = entry.first or encoded

@@ -4,7 +4,7 @@ import base64
 
 import pytest
 
-from opticnerve.errors import InvalidMedia, Overloaded
+from opticnerve.errors import EmbeddingCorrupt, InvalidMedia, Overloaded, PayloadTooLarge
 from tests.fakes import until
 from tests.gateways import END, data_url, events, ids, stack, user
 
@@ -101,6 +101,32 @@ async def test_bad_media_from_the_encoder_is_a_400_that_names_the_picture():
             assert error["code"] == "invalid_media"
             assert error["param"] == "messages[0].content[0].image_url.url"
             await until(s.idle)
+
+
+async def test_an_encoder_that_takes_no_such_size_names_the_picture():
+    async def refuse(_):
+        raise PayloadTooLarge("the item has too many bytes")
+
+    async with stack() as s:
+        s.encoder.script = refuse
+        answer = await s.chat(user("What?", data_url()))
+        assert answer.status_code == 413
+        assert answer.json()["error"]["param"] == "messages[0].content[0].image_url.url"
+
+
+@pytest.mark.parametrize("at", [0, 1])
+async def test_rows_that_fail_at_the_llm_name_the_picture_and_not_its_key(at):
+    async def lose(fake, index):
+        if index == at:
+            raise EmbeddingCorrupt("damaged", param=fake.starts[0].items[1].key)
+
+    async with stack() as s:
+        s.llm.step = lose
+        answer = await s.chat(user("Which?", data_url("red"), data_url("blue")), stream=at > 0)
+        error = answer.json()["error"] if at == 0 else events(answer.text)[-2]["error"]
+        assert error["code"] == "embedding_unavailable"
+        assert error["param"] == "messages[0].content[1].image_url.url"
+        assert s.llm.starts[0].items[1].key not in answer.text
 
 
 async def test_full_encoders_are_a_429_with_retry_after():
