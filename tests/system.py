@@ -12,7 +12,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 PORTS_FROM = 10_000
 _random = random.SystemRandom()
 
