@@ -22,8 +22,10 @@ MAX_ARGUMENT_VALUES = 2**16  # Of all earlier tool calls of a request, as templa
 
 class StreamOptions(Strict):
     include_usage: bool = False
-    continuous_usage_stats: bool = False
-    include_obfuscation: bool = False  # Padding against traffic analysis; none is added.
+    continuous_usage_stats: bool = Field(False, json_schema_extra={"const": False})  # Refused.
+    include_obfuscation: bool = Field(
+        False, description="Padding against traffic analysis; none is added."
+    )
 
 
 class ProcessorSettings(Strict):
@@ -69,9 +71,10 @@ class TemplateFields(Strict):
         return tuple(image_sources(self.messages, settings.min_pixels, settings.max_pixels))
 
 
+# Unsupported fields have been checked for their neutral values and removed before this model sees
+# the body; see gateway.schemas.unsupported.
 class ChatRequest(TemplateFields, SamplingFields):
-    """Unsupported fields have been checked for their neutral values and removed before this model
-    sees the body; see ``gateway.schemas.unsupported``."""
+    """A chat to go on with, and how."""
 
     model: str = Field(min_length=1)
     max_tokens: OutputLength | None = None
@@ -80,9 +83,13 @@ class ChatRequest(TemplateFields, SamplingFields):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    priority: Priority = 0
-    cache_salt: str | None = None
-    timings: bool = False  # Ours: stage timings in the answer.
+    priority: Priority = Field(0, description="Lower runs first.")
+    cache_salt: str | None = Field(
+        None, description="Requests share cached prefixes only with those of the same salt."
+    )
+    timings: bool = Field(
+        False, description="Adds to the answer where its time went; a field of this server."
+    )
     user: str | None = None
     metadata: Annotated[dict[str, str], at_most(64)] | None = None
     safety_identifier: str | None = None
