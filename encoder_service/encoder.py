@@ -202,7 +202,11 @@ class Encoder:
         structure = parse_structure(data, self.limits.max_image_pixels)
         plan = self.layout.plan(structure, request.overrides)
         if plan != request.plan:
-            raise PlanMismatch(f"the bytes are planned as {plan}, the call says {request.plan}")
+            log.warning("the bytes are planned as %s, the call says %s", plan, request.plan)
+            raise PlanMismatch(
+                "the item's plan is not what its bytes give here; gateway and encoder must serve "
+                "one release and one checkpoint"
+            )
 
     # ---- the flight of one item
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 from PIL import Image
 
 from opticnerve.errors import InvalidMedia, PlanMismatch
@@ -30,7 +31,8 @@ def decode(
 ) -> Image.Image:
     """The picture as RGB, upright, of the plan's displayed size.
 
-    Colour as Hugging Face's ``load_image``: ``convert("RGB")``, which drops transparency.
+    Colour as Hugging Face's ``load_image``: ``convert("RGB")``, which drops transparency. Only
+    grey of 16 bits differs: see ``_rgb``.
     Raises InvalidMedia for bytes that do not decode, PlanMismatch for a picture other than the
     plan's. Messages tell nothing of the decoder.
     """
@@ -39,7 +41,7 @@ def decode(
         with Image.open(io.BytesIO(data), formats=[plan.format.upper()]) as image:
             if image.size != (plan.width, plan.height):
                 raise _mismatch(plan, *image.size)
-            picture = image.convert("RGB")
+            picture = _rgb(image)
     except (InvalidMedia, MemoryError):
         raise
     except Exception as error:  # Decoders raise whatever their parsers raise.
@@ -49,6 +51,14 @@ def decode(
         ) from error
     turn = _TURNS.get(plan.orientation)
     return picture if turn is None else picture.transpose(turn)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Of 16-bit grey the upper 8 bits count, as of every other 16-bit PNG. Pillow's own conversion
+    makes all values above 255 white, which is nearly the whole of such a picture."""
+    if image.mode.startswith("I"):  # "I;16", or "I" in earlier Pillows.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def check_plan(data: bytes | memoryview, plan: Plan, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
