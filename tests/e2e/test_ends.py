@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import opticnerve
-from tests.e2e.faults import ask, picture, pids, processes, wait_for_return
+from tests.e2e.faults import ask, picture, pids, processes
 from tests.system import alive, free_port, wait_for
 
 
@@ -60,12 +60,15 @@ def test_after_a_stop_nothing_is_left(number):
 def test_after_giving_up_on_a_child_nothing_is_left(module):
     with nothing_is_left(dtype="float32", max_restarts=1) as stack:
         ask(stack, picture(600))
-        (first,) = pids(stack, module)
-        os.kill(first, signal.SIGKILL)
-        wait_for_return(stack, module, first, number=1)
-        for pid in pids(stack, module):
-            os.kill(pid, signal.SIGKILL)
-        assert stack.process.wait(100) == 2
+
+        def given_up():
+            for pid in pids(stack, module):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return stack.process.poll() is not None
+
+        wait_for("giving up", given_up)
+        assert stack.process.returncode == 2
 
 
 def killed_stack():
