@@ -8,6 +8,7 @@ import logging
 import math
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import cast
 
 import uvicorn
 
@@ -16,6 +17,7 @@ from gateway.admission import Admission
 from gateway.app import Gateway, make_app
 from gateway.auth import Keys
 from gateway.chat import ChatRenderer
+from gateway.connections import REST_S, Connections
 from gateway.detokenizer import Vocabulary
 from gateway.encoders import Encoders
 from gateway.fetch import MediaFetcher
@@ -40,8 +42,6 @@ from opticnerve.telemetry import logs
 log = logging.getLogger(__name__)
 
 DESCRIPTION = "The HTTP front: OpenAI's API in front of encoders and LLM workers."
-
-KEEP_ALIVE_S = 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,10 +140,11 @@ class HttpServer(uvicorn.Server):
 
     def __init__(self, gateway: Gateway, listener: socket.socket) -> None:
         settings = gateway.config
+        connections = Connections(settings.max_connections)
         super().__init__(
             uvicorn.Config(
                 make_app(gateway),
-                http="h11",
+                http=cast("type[asyncio.Protocol]", connections.connect),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -151,7 +152,7 @@ class HttpServer(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 backlog=addresses.BACKLOG,
-                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_keep_alive=math.ceil(REST_S),
                 timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + LAST_WORDS_S),
             )
         )

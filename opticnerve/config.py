@@ -269,6 +269,9 @@ class GatewayConfig:
     )
     media_timeout_s: float = _urls(10.0, "how long fetching one item may take", metavar="SECONDS")
     media_redirects: int = _urls(3, "redirects that are followed for one item", metavar="N")
+    max_connections: int = _limits(
+        4096, "connections of clients before those longest at rest are closed", metavar="N", least=1
+    )
     max_concurrent_requests: int = _limits(512, "requests in flight before a 429", metavar="N")
     max_bytes_in_flight: int = _limits(
         2**30, "bytes that requests may hold before a 429", metavar="BYTES", size=True

@@ -1,0 +1,125 @@
+"""Connections that do nothing are closed, and those with work are left alone."""
+
+import asyncio
+import contextlib
+import resource
+
+import pytest
+
+from gateway import connections
+from tests.fakes import until
+from tests.gateways import stack
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+
+
+@contextlib.asynccontextmanager
+async def connected(s):
+    url = s.client.base_url
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def drip(writer, text=b"x"):
+    """Sends a byte now and then, for ever."""
+    with contextlib.suppress(OSError):
+        while True:
+            writer.write(text)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def dripping(writer, text=b"x"):
+    task = asyncio.create_task(drip(writer, text))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def rest(reader):
+    """What comes until the connection is closed, from either side."""
+    told = b""
+    with contextlib.suppress(OSError):
+        while piece := await reader.read(2**16):
+            told += piece
+    return told
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /live HTTP/1.1\r\nx-long: "])
+async def test_a_connection_without_a_whole_head_is_closed(sent, monkeypatch):
+    monkeypatch.setattr(connections, "FIRST_REST_S", 0.2)
+    async with stack(encoders=0, llms=0, ready=False) as s, connected(s) as (reader, writer):
+        writer.write(sent)
+        async with dripping(writer) if sent else contextlib.nullcontext():
+            assert await rest(reader) == b""
+
+
+async def test_a_body_that_nobody_reads_keeps_no_connection(monkeypatch):
+    monkeypatch.setattr(connections, "REST_S", 0.2)
+    async with stack(encoders=0, llms=0, ready=False) as s, connected(s) as (reader, writer):
+        head = b"POST /v1/nothing HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n"
+        writer.write(head)
+        async with dripping(writer):
+            assert (await rest(reader)).startswith(b"HTTP/1.1 404 ")
+
+
+async def test_a_connection_rests_before_and_after_its_requests_and_not_meanwhile():
+    async with stack() as s:
+        go = asyncio.Event()
+        s.llm.step = lambda fake, index: go.wait()
+        asked = asyncio.create_task(s.chat())
+        await until(lambda: s.llm.running)
+        (connection,) = s.server.server_state.connections
+        assert not connection.owner.is_resting(connection)
+        go.set()
+        assert (await asked).status_code == 200
+        await until(lambda: connection.owner.is_resting(connection))
+
+
+async def test_beyond_the_limit_the_connection_longest_at_rest_is_closed():
+    async with contextlib.AsyncExitStack() as exits:
+        s = await exits.enter_async_context(stack(max_connections=3))
+        served = s.server.server_state.connections
+        assert (await s.client.get("/live")).status_code == 200
+        (first,) = served
+        idle = []
+        for _ in range(3):
+            idle.append(await exits.enter_async_context(connected(s)))
+            await until(lambda: len(served) == min(len(idle) + 1, 3))
+        await until(lambda: first not in served)
+        assert (await s.client.get("/live")).status_code == 200  # By a new connection.
+        assert await rest(idle[0][0]) == b""
+        await until(lambda: len(served) == 3)
+        idle[2][1].write(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert b" 200 OK" in await idle[2][0].readuntil(b"\r\n")
+
+
+async def test_connections_at_work_are_not_closed_for_new_ones():
+    async with stack(max_connections=2) as s:
+        go = asyncio.Event()
+        s.llm.step = lambda fake, index: go.wait()
+        asked = [asyncio.create_task(s.chat()) for _ in range(2)]
+        await until(lambda: s.llm.running == 2)
+        async with connected(s) as (reader, _):
+            assert await rest(reader) == b""
+        go.set()
+        assert [(await answer).status_code for answer in asked] == [200, 200]
+
+
+def test_connections_fit_the_files_that_may_be_open(monkeypatch, caplog):
+    limits = [(1024, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
+    assert connections.fitting(500) == 500 and len(limits) == 1
+    assert connections.fitting(2000) == 2000 and limits[-1] == (2256, 4096)
+    assert not caplog.records
+    assert connections.fitting(9000) == 4096 - 256 and limits[-1] == (4096, 4096)
+    assert "ulimit -n" in caplog.text
