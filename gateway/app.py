@@ -1,23 +1,31 @@
-"""The gateway's HTTP face: routes, and the middleware around them."""
+"""The gateway's HTTP face: routes, and the middleware around them.
+
+FastAPI matches requests to routes and describes the routes. Requests are read, and answers and
+errors are written, by ``gateway.http`` and the handlers alone.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from fastapi.routing import APIRoute, APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route, Router
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway import chats, health
+from gateway import chats, health, openapi
 from gateway.admission import Admission
-from gateway.auth import Keys
+from gateway.auth import Keys, needs_key
 from gateway.http import BodyLimits, JSONResponse, error_response
 from gateway.middleware import Authentication, Disconnect, Drain, Errors, RequestScope
 from gateway.names import ServedNames
+from gateway.openapi import Operation
 from gateway.pipeline import Pipeline
 from opticnerve import __version__
 from opticnerve.config import GatewayConfig
@@ -50,22 +58,26 @@ class Gateway:
         )
 
 
-class Endpoint:
-    """One route as an ASGI application. A handler answers by itself, or returns the answer."""
+class Endpoint(APIRoute):
+    """One route. What FastAPI would do with a request is left out: a handler answers by itself, or
+    returns the answer."""
 
-    def __init__(self, gateway: Gateway, path: str, method: str, handler: Handler) -> None:
+    def __init__(self, gateway: Gateway, operation: Operation, handler: Handler) -> None:
+        path, method = operation.path, operation.method
+        public_models = gateway.config.public_models
+        keyed = gateway.keys.required and needs_key(path, public_models=public_models)
+        super().__init__(path, operation.takes, **operation.options(keyed=keyed))
         self.gateway = gateway
-        self.path = path
-        self.methods = (method, "HEAD") if method == "GET" else (method,)
+        self.allowed = (method, "HEAD") if method == "GET" else (method,)
         self.handler = handler
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"]["route"] = self.path
-        if scope["method"] not in self.methods:
+        if scope["method"] not in self.allowed:
             error = MethodNotAllowed(
-                f"{self.path} takes {self.methods[0]}, not {scope['method'][:20]}"
+                f"{self.path} takes {self.allowed[0]}, not {scope['method'][:20]}"
             )
-            answer = error_response(error, {"allow": ", ".join(self.methods)})
+            answer = error_response(error, {"allow": ", ".join(self.allowed)})
             await answer(scope, receive, send)
             return
         response = await self.handler(self.gateway, Request(scope, receive), send)
@@ -73,28 +85,19 @@ class Endpoint:
             await response(scope, receive, send)
 
 
+class Routes(APIRouter):
+    """All routes, and the document that describes them: written when it is first asked for."""
+
+    @cached_property
+    def document(self) -> bytes:
+        return openapi.describe(self.routes)
+
+
 def make_app(gateway: Gateway) -> ASGIApp:
     """The application, outermost layer first: scope, CORS, errors, keys, drain,
     disconnects, routes."""
     config = gateway.config
-    routes: list[tuple[str, str, Handler]] = [
-        ("/v1/chat/completions", "POST", chats.chat),
-        ("/v1/apply_template", "POST", chats.apply_template),
-        ("/v1/models", "GET", list_models),
-        ("/v1/models/{name:path}", "GET", get_model),
-        ("/health", "GET", get_health),
-        ("/live", "GET", get_live),
-        ("/ready", "GET", get_ready),
-        ("/version", "GET", get_version),
-        ("/", "GET", get_root),
-    ]
-    if config.telemetry.metrics_port < 0:
-        routes.append(("/metrics", "GET", get_metrics))
-    app: ASGIApp = Router(
-        [Route(path, Endpoint(gateway, path, method, call)) for path, method, call in routes],
-        redirect_slashes=False,
-        default=_unknown,
-    )
+    app: ASGIApp = Routes(routes=make_routes(gateway), redirect_slashes=False, default=_unknown)
     app = Disconnect(app)
     app = Drain(app, gateway.running)
     app = Authentication(app, gateway.keys, public_models=config.public_models)
@@ -108,6 +111,25 @@ def make_app(gateway: Gateway) -> ASGIApp:
             expose_headers=["x-request-id", "x-opticnerve-warnings", "retry-after"],
         )
     return RequestScope(app)
+
+
+def make_routes(gateway: Gateway) -> list[BaseRoute]:
+    handlers: list[tuple[Operation, Handler]] = [
+        (openapi.CHAT, chats.chat),
+        (openapi.APPLY_TEMPLATE, chats.apply_template),
+        (openapi.LIST_MODELS, list_models),
+        (openapi.GET_MODEL, get_model),
+        (openapi.HEALTH, get_health),
+        (openapi.LIVE, get_live),
+        (openapi.READY, get_ready),
+        (openapi.VERSION, get_version),
+        (openapi.ROOT, get_root),
+        (openapi.OPENAPI, get_openapi),
+        (openapi.DOCS, get_docs),
+    ]
+    if gateway.config.telemetry.metrics_port < 0:
+        handlers.append((openapi.METRICS, get_metrics))
+    return [Endpoint(gateway, operation, handler) for operation, handler in handlers]
 
 
 async def _unknown(scope: Scope, receive: Receive, send: Send) -> None:
@@ -152,6 +174,16 @@ async def get_metrics(gateway: Gateway, request: Request, send: Send) -> Respons
     return Response(generate_latest(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
+async def get_openapi(gateway: Gateway, request: Request, send: Send) -> Response:
+    routes: Routes = request.scope["router"]
+    body = await asyncio.to_thread(lambda: routes.document)
+    return Response(body, media_type="application/json")
+
+
+async def get_docs(gateway: Gateway, request: Request, send: Send) -> Response:
+    return HTMLResponse(openapi.PAGE)
+
+
 async def get_root(gateway: Gateway, request: Request, send: Send) -> Response:
     return JSONResponse(
         {
@@ -159,5 +191,6 @@ async def get_root(gateway: Gateway, request: Request, send: Send) -> Response:
             "version": __version__,
             "models": list(gateway.names.names),
             "health": "/health",
+            "docs": "/docs",
         }
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from opticnerve.errors import ConfigError, Unauthenticated
 
-OPEN_PATHS = frozenset({"/", "/live", "/ready", "/health"})
+OPEN_PATHS = frozenset({"/", "/live", "/ready", "/health", "/openapi.json", "/docs"})
 _NAMED = re.compile(r"([A-Za-z0-9_.@-]+)\s*:\s+(\S+)")
 _ASCII = re.compile(r"[\t -~]+")
 _COMMENT = re.compile(r"(?:^|\s)#.*")

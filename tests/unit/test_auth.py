@@ -57,7 +57,7 @@ def test_a_file_that_is_missing(tmp_path):
 
 
 def test_open_paths():
-    for path in ("/", "/live", "/ready", "/health"):
+    for path in ("/", "/live", "/ready", "/health", "/openapi.json", "/docs"):
         assert not needs_key(path, public_models=False)
     for path in ("/v1/models", "/v1/chat/completions", "/metrics", "/version", "/nothing"):
         assert needs_key(path, public_models=False)

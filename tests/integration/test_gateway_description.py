@@ -1,0 +1,244 @@
+"""/openapi.json says what the gateway does: its routes, what they take and what they answer."""
+
+import json
+import re
+
+import jsonschema
+import pytest
+
+from gateway.app import Routes
+from gateway.auth import Keys
+from gateway.schemas import unsupported
+from opticnerve.config import TelemetryConfig
+from tests.gateways import body, data_url, events, stack, user
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+
+ON_THE_GATEWAYS_PORT = TelemetryConfig(metrics_port=-1)
+OWN_PORT = TelemetryConfig(metrics_port=0)
+PATHS = {
+    "/v1/chat/completions",
+    "/v1/apply_template",
+    "/v1/models",
+    "/v1/models/{name}",
+    "/health",
+    "/live",
+    "/ready",
+    "/version",
+    "/metrics",
+    "/",
+    "/openapi.json",
+    "/docs",
+}
+OPEN = {"/health", "/live", "/ready", "/", "/openapi.json", "/docs"}
+
+
+async def describe(s):
+    answer = await s.client.get("/openapi.json")
+    assert answer.status_code == 200 and answer.headers["content-type"] == "application/json"
+    return answer.json()
+
+
+def operations(document):
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            yield method.upper(), path, operation
+
+
+def references(value):
+    if isinstance(value, dict):
+        if isinstance(value.get("$ref"), str):
+            yield value["$ref"]
+        for held in value.values():
+            yield from references(held)
+    elif isinstance(value, list):
+        for held in value:
+            yield from references(held)
+
+
+def conforms(document, instance, schema):
+    """Whether JSON is what a schema of the document says, and no more than that."""
+    closed = json.loads(json.dumps(document))
+    for model in closed["components"]["schemas"].values():
+        if model["type"] == "object":
+            model.setdefault("additionalProperties", False)
+    check = jsonschema.Draft202012Validator({**schema, "components": closed["components"]})
+    check.validate(instance)
+    return True
+
+
+def answered(document, answer, path, media_type="application/json"):
+    """The schema that the document has for an answer's status."""
+    (operation,) = document["paths"][path].values()
+    status = str(answer.status_code)
+    responses = operation["responses"]
+    found = responses.get(status) or responses[f"{status[0]}XX"]
+    return found["content"][media_type]["schema"]
+
+
+async def test_every_route_is_described_and_nothing_else():
+    async with stack(telemetry=ON_THE_GATEWAYS_PORT) as s:
+        document = await describe(s)
+        assert set(document["paths"]) == PATHS
+        app = s.server.config.app
+        while not isinstance(app, Routes):
+            app = app.app
+        served = {(method, route.path_format) for route in app.routes for method in route.methods}
+        assert {(method, path) for method, path, _ in operations(document)} == served
+        for method, path, _ in operations(document):
+            url = path.replace("{name}", "model")
+            answer = await s.client.request(method, url)
+            assert answer.status_code == (400 if method == "POST" else 200), path
+            other = "GET" if method == "POST" else "POST"
+            assert (await s.client.request(other, url)).status_code == 405
+            told = await s.client.head(url)
+            assert told.status_code == (405 if method == "POST" else 200) and not told.content
+
+
+async def test_metrics_on_a_port_of_their_own_are_not_described():
+    async with stack(encoders=0, llms=0, ready=False, telemetry=OWN_PORT) as s:
+        assert set((await describe(s))["paths"]) == PATHS - {"/metrics"}
+        assert (await s.client.get("/metrics")).status_code == 404
+
+
+async def test_the_document_is_well_formed():
+    async with stack(encoders=0, llms=0, ready=False, keys=Keys({"ada": b"sk-ada"})) as s:
+        document = await describe(s)
+    assert re.fullmatch(r"3\.1\.\d+", document["openapi"])
+    assert document["info"]["title"] and document["info"]["version"]
+    schemas = document["components"]["schemas"]
+    for schema in schemas.values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+    told = {f"#/components/schemas/{name}" for name in schemas}
+    assert set(references(document)) == told  # None dangles, and none is unused.
+    tags = {tag["name"] for tag in document["tags"]}
+    found = [operation for _, _, operation in operations(document)]
+    assert len({operation["operationId"] for operation in found}) == len(found)
+    for _, path, operation in operations(document):
+        assert operation["summary"] and "description" not in operation
+        assert set(operation["tags"]) <= tags
+        named = {p["name"] for p in operation.get("parameters", []) if p["in"] == "path"}
+        assert named == set(re.findall(r"{(\w+)}", path))
+        assert {"200", "4XX", "5XX"} <= set(operation["responses"])
+        assert all(response["description"] for response in operation["responses"].values())
+
+
+async def test_answers_are_what_the_document_says():
+    async with stack(telemetry=ON_THE_GATEWAYS_PORT) as s:
+        document = await describe(s)
+        chat = "/v1/chat/completions"
+        for fields in ({}, {"logprobs": True, "top_logprobs": 2, "timings": True, "n": 2}):
+            answer = await s.chat(user("What?", data_url()), **fields)
+            assert answer.status_code == 200
+            assert conforms(document, answer.json(), answered(document, answer, chat))
+        for path in PATHS - {chat, "/v1/apply_template", "/metrics", "/docs", "/openapi.json"}:
+            answer = await s.client.get(path.replace("{name}", "model"))
+            assert conforms(document, answer.json(), answered(document, answer, path))
+        rendered = await s.client.post(
+            "/v1/apply_template", json={"messages": [user("What?", data_url())]}
+        )
+        assert rendered.json()["spans"]
+        schema = answered(document, rendered, "/v1/apply_template")
+        assert conforms(document, rendered.json(), schema)
+        with pytest.raises(jsonschema.ValidationError):  # The check looks.
+            conforms(document, {**rendered.json(), "more": 1}, schema)
+
+
+async def test_chunks_are_what_the_document_says():
+    async with stack() as s:
+        document = await describe(s)
+        for fields in (
+            {"stream_options": {"include_usage": True}, "logprobs": True, "top_logprobs": 1},
+            {"timings": True, "stop": "there"},
+        ):
+            answer = await s.chat(stream=True, **fields)
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            schema = answered(document, answer, "/v1/chat/completions", "text/event-stream")
+            *chunks, done = events(answer.text)
+            assert len(chunks) > 2 and done == "[DONE]"
+            for chunk in chunks:
+                assert conforms(document, chunk, schema)
+
+
+async def test_errors_are_what_the_document_says():
+    async with stack(llms=0, ready=False, worker_wait_s=0.1) as s:
+        document = await describe(s)
+        chat, ready = "/v1/chat/completions", "/ready"
+        refused = [
+            (chat, await s.chat(temperature="hot"), 400),
+            (chat, await s.chat(model="other"), 404),
+            (chat, await s.client.get(chat), 405),
+            (chat, await s.client.post(chat, content=b"x", headers={"content-type": "a/b"}), 415),
+            (chat, await s.chat(), 503),
+            ("/v1/models/{name}", await s.client.get("/v1/models/other"), 404),
+            (ready, await s.client.get(ready), 503),
+        ]
+        for path, answer, status in refused:
+            assert answer.status_code == status
+            assert conforms(document, answer.json(), answered(document, answer, path))
+
+
+async def test_requests_that_are_served_and_no_others_are_described():
+    async with stack() as s:
+        document = await describe(s)
+        schema = {"$ref": "#/components/schemas/ChatRequest"}
+        full = body(
+            {"role": "system", "content": "Be brief."},
+            user("What?", data_url()),
+            {"role": "assistant", "content": "A square."},
+            {"role": "user", "content": [{"type": "image", "image": data_url(), "detail": "low"}]},
+            temperature=0.5, top_p=0.9, max_completion_tokens=9, stop=["x"], seed=7, n=1,
+            logit_bias={"5": 1.5}, priority=-1, cache_salt="a", timings=True,
+            mm_processor_kwargs={"max_pixels": 200_000}, stream=True,
+            stream_options={"include_usage": True, "continuous_usage_stats": False},
+        )  # fmt: skip
+        told = {"1": "x", "top_p": 0, "messages": [], "n": 1.5}
+        bad = [{**full, name: value} for name, value in told.items()]
+        bad.append({**full, "stream_options": {"continuous_usage_stats": True}})
+        bad.append({**full, "messages": [{"role": "user", "content": [{"type": "video"}]}]})
+        for sent in (full, *bad):
+            answer = await s.client.post("/v1/chat/completions", json=sent)
+            if sent is full:
+                assert answer.status_code == 200 and conforms(document, sent, schema)
+                continue
+            assert answer.status_code == 400
+            with pytest.raises(jsonschema.ValidationError):
+                conforms(document, sent, schema)
+        fields = document["components"]["schemas"]["ChatRequest"]["properties"]
+        assert not fields.keys() & unsupported.FIELDS.keys()
+
+
+@pytest.mark.parametrize("public_models", [False, True])
+async def test_keys_are_asked_for_where_the_document_says_so(public_models):
+    keys = Keys({"ada": b"sk-ada"})
+    settings = {"telemetry": ON_THE_GATEWAYS_PORT, "public_models": public_models}
+    async with stack(encoders=0, llms=0, ready=False, keys=keys, **settings) as s:
+        document = await describe(s)
+        (scheme,) = document["components"]["securitySchemes"].values()
+        assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+        opened = OPEN | ({"/v1/models", "/v1/models/{name}"} if public_models else set())
+        for method, path, operation in operations(document):
+            assert ("security" in operation) == (path not in opened)
+            url = path.replace("{name}", "model")
+            answer = await s.client.request(method, url)
+            assert (answer.status_code == 401) == (path not in opened)
+            if answer.status_code == 401:
+                assert conforms(document, answer.json(), answered(document, answer, path))
+
+
+async def test_without_keys_none_is_described():
+    async with stack(encoders=0, llms=0, ready=False) as s:
+        document = await describe(s)
+        assert "securitySchemes" not in document["components"]
+        assert not any("security" in operation for _, _, operation in operations(document))
+
+
+async def test_docs_is_a_page_that_runs_scripts_of_known_digest():
+    async with stack(encoders=0, llms=0, ready=False) as s:
+        for path in ("/docs", "/docs/"):
+            answer = await s.client.get(path)
+            assert answer.status_code == 200
+            assert answer.headers["content-type"] == "text/html; charset=utf-8"
+        pinned = r'"https://[^"]+@\d+\.\d+\.\d+/[^"]+"\s+integrity="sha384-[A-Za-z0-9+/]{64}"'
+        assert len(re.findall(pinned, answer.text)) == answer.text.count("https:") == 2
+        assert 'url: "/openapi.json"' in answer.text
