@@ -139,7 +139,9 @@ class ChatTemplate:
                 pieces.append(piece)
                 size += len(piece)
                 if size > MAX_CHARACTERS or time.monotonic() > deadline:
-                    raise InvalidRequest("the chat template wrote too much; send less text")
+                    raise InvalidRequest(
+                        "the chat template wrote too much; send less text", param="messages"
+                    )
         except InvalidRequest:
             raise
         except Exception as error:  # A template can raise whatever Python can.
