@@ -97,7 +97,7 @@ def test_up_gives_up_with_a_clear_message_on_a_bad_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     done = subprocess.run(
         [sys.executable, "-m", "opticnerve", "up", str(tmp_path), "--port", "0"],
-        capture_output=True, text=True, timeout=100, check=False,
+        capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 2
     assert "bert" in done.stderr and "qwen2_vl" in done.stderr

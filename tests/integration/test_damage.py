@@ -154,7 +154,7 @@ def test_own_rows_that_are_not_finite_are_the_callers_error(tmp_path: Path) -> N
         rows[4, 5] = float("nan")
         bad = Location(inline=codec.to_bytes({"rows": rows}, {}))
         prompt = demo.prompt(4, image, 3)
-        async with asyncio.timeout(100), llms.running(tmp_path) as llm:
+        async with asyncio.timeout(250), llms.running(tmp_path) as llm:
             with pytest.raises(InvalidRequest, match="finite"):
                 await llm.generate(prompt.start([image.ref(bad)]))
             assert (await llm.generate(prompt.start([llm.put(image)]))).tokens
@@ -207,7 +207,7 @@ def test_a_picture_whose_embedding_was_damaged_behind_fetch_is_answered(tmp_path
         store = ShmStore(tmp_path / "encoder" / "tier", 10**7)
         backend = FakeBackend(hidden_size=192)
         async with (
-            asyncio.timeout(100),
+            asyncio.timeout(250),
             encoders.running(
                 tmp_path / "encoder", backend=backend, store=store, pair_id=checkpoint.pair_id
             ) as encoder,
