@@ -236,6 +236,14 @@ def test_messages_that_could_never_fit() -> None:
         renderer.render(request(user("hello " * 100_000)))
 
 
+def test_a_template_that_writes_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT)
+    monkeypatch.setattr("gateway.template.MAX_CHARACTERS", 100)
+    with pytest.raises(InvalidRequest, match="wrote too much") as caught:
+        renderer.render(request(user("hello " * 100)))
+    assert caught.value.param == "messages"
+
+
 def test_names_that_requests_may_not_set() -> None:
     renderer = ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT)
     ours = ("messages", "eos_token", "add_generation_prompt", "strftime_now", "no name")
