@@ -7,6 +7,7 @@ told to go on, answer with a typed error, and die in the middle of a call.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -18,6 +19,7 @@ from grpc_health.v1.health import aio as health_aio
 from opticnerve.pb import embedding_pb2, encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
 from opticnerve.rpc import errors as rpc_errors
 from opticnerve.rpc.server import SERVER_OPTIONS
+from tests.system import free_port
 
 PAIR_ID = "ab" * 32
 
@@ -42,9 +44,18 @@ class FakeServer:
         self.server = grpc.aio.server(options=SERVER_OPTIONS)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         self.register(self.server)
-        self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self.port = self._bind(self.server)
         await self.set_serving(serving)
         await self.server.start()
+
+    def _bind(self, server: grpc.aio.Server) -> int:
+        """A port that nobody else is given while the server is dead; then the same again."""
+        if self.port:
+            return server.add_insecure_port(self.address)
+        for _ in range(20):
+            with contextlib.suppress(RuntimeError):  # Somebody was faster.
+                return server.add_insecure_port(f"127.0.0.1:{free_port()}")
+        raise RuntimeError("no free port")
 
     async def set_serving(self, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse
