@@ -1,8 +1,11 @@
 """Finding the processes of a stack, and doing them harm at the right moment."""
 
 import contextlib
+import itertools
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from opticnerve.demo.scenes import Item
@@ -65,6 +68,27 @@ def end_at_work(stack, module, number):
     os.kill(pid, number)
     os.kill(pid, signal.SIGCONT)
     return pid
+
+
+@contextlib.contextmanager
+def load(question, threads=8):
+    """Asks ``question(0)``, ``question(1)``, ... from several threads for as long as the context
+    lasts: a worker that has work is found however fast it works. Yields the list of answers, in
+    no order, which is complete afterwards. Raises what a question raised."""
+    numbers, ended, answers = itertools.count(), threading.Event(), []
+
+    def ask_on():
+        while not ended.is_set():
+            answers.append(question(next(numbers)))
+
+    with ThreadPoolExecutor(threads) as pool:
+        asking = [pool.submit(ask_on) for _ in range(threads)]
+        try:
+            yield answers
+        finally:
+            ended.set()
+        for each in asking:
+            each.result()
 
 
 def wait_for_return(stack, module, ended, number=2):
