@@ -1,18 +1,22 @@
 """What the encoder has accepted and not finished: one ledger of patches, items and bytes.
 
 It bounds memory and waiting: what does not fit is refused at once with a retry hint, before its
-bytes are read. It belongs to the event loop; only ``record`` may be called from another thread.
+bytes are read, and measures how fast items get through. It belongs to the event loop.
 """
 
 from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
 
 from encoder_service import metrics
 from opticnerve.errors import Overloaded
 
 MIN_RETRY_S = 0.1
 MAX_RETRY_S = 60.0
-UNKNOWN_RETRY_S = 1.0  # Before the first batch nothing is known of the throughput.
-SMOOTHING = 0.2  # Weight of the newest batch in the throughput's running mean.
+UNKNOWN_RETRY_S = 1.0  # Before the first item nothing is known of the throughput.
+MEMORY_S = 10.0  # Of work, after which a measurement counts a third (1/e).
 
 
 class Slot:
@@ -31,17 +35,25 @@ class Slot:
 
 class Backlog:
     """Bounds: ``max_patches``, ``max_items`` and ``max_bytes`` (compressed). One item always
-    fits an empty backlog, however large it is."""
+    fits an empty backlog, however large it is. ``clock`` tells seconds."""
 
-    def __init__(self, max_patches: int, max_items: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        max_patches: int,
+        max_items: int,
+        max_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.max_patches = max_patches
         self.max_items = max_items
         self.max_bytes = max_bytes
         self.patches = 0
         self.items = 0
         self.num_bytes = 0
-        self.finished_items = 0
-        self._patches_per_s = 0.0
+        self._clock = clock
+        self._since = 0.0  # When the backlog stopped being empty, or an item was last encoded.
+        self._work = 0.0  # Patches encoded, and seconds that it took; the newest count most.
+        self._seconds = 0.0
 
     def can_admit(self, patches: int, num_bytes: int) -> bool:
         return self.items == 0 or (
@@ -57,12 +69,13 @@ class Backlog:
                 f"the encoder's queue is full: {self.items} items, {self.patches} patches wait",
                 retry_after_s=self.retry_after_s,
             )
+        if self.items == 0:
+            self._since = self._clock()
         self._add(1, patches, num_bytes)
         return Slot(self, patches, num_bytes)
 
     def _give_back(self, slot: Slot) -> None:
         self._add(-1, -slot.patches, -slot.num_bytes)
-        self.finished_items += 1
 
     def _add(self, items: int, patches: int, num_bytes: int) -> None:
         self.items += items
@@ -70,18 +83,25 @@ class Backlog:
         self.num_bytes += num_bytes
         metrics.PATCHES_PENDING.set(self.patches)
 
-    def record(self, patches: int, seconds: float) -> None:
-        """Tells how long the device took for a batch of ``patches``."""
-        rate = patches / max(seconds, 1e-6)
-        old = self._patches_per_s
-        self._patches_per_s = rate if old == 0 else old + SMOOTHING * (rate - old)
+    def record(self, patches: int) -> None:
+        """An item of ``patches`` has been encoded; its place is still taken."""
+        now = self._clock()
+        passed, self._since = now - self._since, now
+        decay = math.exp(-passed / MEMORY_S)
+        self._work = self._work * decay + patches
+        self._seconds = self._seconds * decay + passed
+
+    @property
+    def patches_per_s(self) -> float:
+        """Throughput from arrival to embedding while there is work; 0 before the first item."""
+        return self._work / max(self._seconds, 1e-6)
 
     @property
     def retry_after_s(self) -> float:
-        """When about half of what waits will be done, by the device's throughput so far."""
-        if self._patches_per_s == 0:
+        """When about half of what waits will be done, by the throughput so far."""
+        if self.patches_per_s == 0:
             return UNKNOWN_RETRY_S
-        wait = self.patches / 2 / self._patches_per_s
+        wait = self.patches / 2 / self.patches_per_s
         return min(max(wait, MIN_RETRY_S), MAX_RETRY_S)
 
     def check_integrity(self) -> None:

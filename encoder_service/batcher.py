@@ -62,7 +62,7 @@ class Batcher(Generic[T, R]):
     """Owns the device's thread. ``close`` ends it; what still waits then fails as Unavailable.
 
     ``run`` gets a batch of payloads and returns their results in order; ``classify`` says what
-    an exception of it means and may free memory; ``on_batch`` hears of cost and seconds.
+    an exception of it means and may free memory.
     """
 
     def __init__(
@@ -71,13 +71,11 @@ class Batcher(Generic[T, R]):
         max_cost: int,
         *,
         classify: Callable[[Exception], Failure] = lambda error: Failure.ITEM,
-        on_batch: Callable[[int, float], None] = lambda cost, seconds: None,
         on_lost: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self.max_cost = max_cost
         self._run = run
         self._classify = classify
-        self._on_batch = on_batch
         self._on_lost = on_lost
         self._queue: deque[_Job[T, R]] = deque()
         self._changed = threading.Condition()
@@ -169,7 +167,6 @@ class Batcher(Generic[T, R]):
     def _resolve(self, batch: list[_Job[T, R]], results: Sequence[R], started: float) -> None:
         seconds = time.monotonic() - started
         cost = sum(job.cost for job in batch)
-        self._on_batch(cost, seconds)
         for job, result in zip(batch, results, strict=True):
             waited = started - job.submitted
             finished = Finished(result, job.submitted, waited, seconds, len(batch), cost)

@@ -110,7 +110,6 @@ class Encoder:
             self._forward,
             batch,
             classify=backend.classify,
-            on_batch=self.backlog.record,
             on_lost=on_lost,
         )
 
@@ -223,6 +222,7 @@ class Encoder:
             prepared, finished = await self._encode(item)
         ref, put_s = await self.shelf.publish(key, finished.result)
         self._landed += 1
+        self.backlog.record(item.request.plan.num_patches)
         if item.deaths:
             self.poison.absolve(key)
         waited = finished.submitted - started - prepared.seconds

@@ -120,6 +120,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
                 queued_patches=backlog.patches,
                 encoded_items=encoder.encoded_items,
                 draining=self._server.draining,
+                patches_per_s=backlog.patches_per_s,
             ),
             pair_id=loaded.pair_id,
             store=convert.store_state_to_pb(encoder.shelf.store.state),

@@ -45,14 +45,12 @@ async def chat(gateway: Gateway, request: Request, send: Send) -> None:
         deadline = Deadline.after(gateway.config.request_timeout_s)
         async with deadline.timeout():
             parsed, headers = await read_json(request, ChatRequest, gateway.limits, ticket)
-        body_bytes = ticket.bytes
         gateway.names.check(parsed.model)
-        call = Call(parsed, request.state.request_id, deadline, ticket)
+        call = Call(parsed, request.state.request_id, deadline, ticket, ticket.bytes)
         reply = Reply(parsed, request.headers.get("x-opticnerve-timings", "") in ("1", "true"))
         del parsed  # The call lets go of the messages once they are a prompt.
         async with contextlib.aclosing(gateway.pipeline.chat(call)) as steps:
             first = await anext(steps)
-            ticket.drop(body_bytes)
             answer = reply.answer(call.system_fingerprint)
             if reply.stream:
                 data = _events(reply, answer, first, steps)

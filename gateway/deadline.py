@@ -46,6 +46,6 @@ class Deadline:
 
 def expired() -> DeadlineExceeded:
     return DeadlineExceeded(
-        "the request took longer than its deadline; "
+        "the request took longer than its deadline; retry later, "
         "ask for fewer tokens or smaller pictures, or raise --request-timeout-s"
     )

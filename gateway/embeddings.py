@@ -49,7 +49,11 @@ class RequestEmbeddings:
         request_id: str,
         deadline: Deadline,
     ) -> RequestEmbeddings:
-        """Starts encoding every distinct item that no reference is known of, all at once."""
+        """Starts encoding every distinct item that no reference is known of, all at once.
+
+        Raises Overloaded where they would wait too long.
+        """
+        encoders.admit(items, deadline)
         made = cls(encoders, request_id, deadline)
         for item in items:
             if item.key not in made._items:

@@ -1,25 +1,30 @@
 """Encoding one item on some encoder: the compressed bytes go out once, a reference comes back.
 
-Encoding is idempotent. A call whose encoder dies goes to another worker, or to the same one after
-its restart, at once and within the deadline; an item during which two workers died is given up,
-and refused for a while. Requests that want the same key at the same time share one call.
+An item waits for an encoder with room until its request's deadline, in the order of the requests;
+a request that would wait too long is refused when it comes. Encoding is idempotent. A call whose
+encoder dies goes to another worker, or to the same one after its restart, at once and within the
+deadline; an item during which two workers died is given up, and refused for a while. Requests that
+want the same key at the same time share one call.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 import grpc
 
 from gateway.deadline import Deadline
+from gateway.dispatch import Accepts
 from gateway.lost import WorkerLost, lost_or_typed
-from gateway.pools import Description, Worker, WorkerPool
+from gateway.pools import WorkerPool
 from gateway.references import References
+from gateway.worker import Description, Worker
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import (
     DeadlineExceeded,
@@ -41,6 +46,7 @@ MAX_DEATHS = 2  # Workers that one item may take with it.
 MAX_SUSPECTS = 1_000
 FORGIVE_S = 600.0  # After so long a suspect may be tried again.
 PAUSE_S = 0.02  # Between attempts, so that a pool that refuses everything is not hammered.
+WINDOW_BATCHES = 3  # With one encoder at a time: one runs, one is decoded, one is on its way.
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,8 @@ async def describe(channel: grpc.aio.Channel, timeout_s: float) -> Description:
         hidden_size=answer.hidden_size,
         draining=load.draining,
         cost=load.queued_patches,
+        cost_per_s=load.patches_per_s,
+        window=WINDOW_BATCHES * limits.max_batch_patches,
         limits={
             "max_batch_patches": limits.max_batch_patches,
             "max_item_patches": limits.max_item_patches,
@@ -92,6 +100,7 @@ async def describe(channel: grpc.aio.Channel, timeout_s: float) -> Description:
             "queued_items": load.queued_items,
             "queued_patches": load.queued_patches,
             "encoded_items": load.encoded_items,
+            "patches_per_s": round(load.patches_per_s),
         },
         store=convert.store_state_from_pb(answer.store),
         extra={"backend": answer.backend},
@@ -115,13 +124,31 @@ class Encoders:
         references: References,
         encode_timeout_s: float,
         worker_wait_s: float,
+        max_wait_s: float = 0.0,
     ) -> None:
+        """``max_wait_s``: see ``--max-encode-wait-s``."""
         self.pool = pool
         self.references = references
         self.encode_timeout_s = encode_timeout_s
         self.worker_wait_s = worker_wait_s
+        self.max_wait_s = max_wait_s
         self._flights: dict[str, _Flight] = {}
         self._deaths: OrderedDict[str, tuple[int, float]] = OrderedDict()  # Number, last.
+
+    def admit(self, items: Iterable[Encodable], deadline: Deadline) -> None:
+        """Raises Overloaded where an item that has to be encoded would begin too late: after the
+        request's deadline, or after ``max_wait_s``. What is known or under way does not wait."""
+        limit = min(self.max_wait_s or math.inf, deadline.remaining())
+        for item in items:
+            if item.key in self._flights or self.references.get(item.key) is not None:
+                continue
+            wait = self.pool.expected_wait_s(_has_fingerprint(item))
+            if wait > limit:
+                raise Overloaded(
+                    f"pictures wait about {wait:.0f} s for an encoder, longer than this server "
+                    f"lets them wait ({limit:.0f} s); retry later",
+                    retry_after_s=max(1.0, wait - limit),
+                )
 
     async def encode(self, item: Encodable, deadline: Deadline, request_id: str) -> Encoded:
         """The item's embedding: by reference, by joining a call under way, or encoded now.
@@ -182,8 +209,9 @@ class Encoders:
             self._refuse_poison(item.key)
             async with self.pool.lease(
                 item.plan.num_patches,
-                deadline.within(self.worker_wait_s),
-                lambda worker: worker.description.fingerprint == item.fingerprint,
+                deadline,
+                self.worker_wait_s,
+                _has_fingerprint(item),
                 avoid=tried,
             ) as worker:
                 if refusal is not None and worker.address in tried:
@@ -195,7 +223,9 @@ class Encoders:
                     if lost.delivered:
                         self._blame(item.key, worker)
                         tried.add(worker.address)
-                except (Overloaded, Mispaired) as error:
+                except Overloaded as error:  # By work that is not ours: it waits on, here.
+                    self.pool.report_full(worker, error.retry_after_s)
+                except Mispaired as error:
                     refusal = error
                     tried.add(worker.address)
                     worker.wake.set()  # Its description is out of date.
@@ -252,6 +282,10 @@ class Encoders:
                 "put": timings.put_ms,
             },
         )
+
+
+def _has_fingerprint(item: Encodable) -> Accepts:
+    return lambda worker: worker.description.fingerprint == item.fingerprint
 
 
 class _Upload:

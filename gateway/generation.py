@@ -19,7 +19,8 @@ import grpc
 
 from gateway.deadline import Deadline
 from gateway.lost import WorkerLost, lost_or_typed
-from gateway.pools import Description, Worker, WorkerPool
+from gateway.pools import WorkerPool
+from gateway.worker import Description, Worker
 from opticnerve.clients import llm_messages
 from opticnerve.clients.generation import ChoiceOutput, Delta, Finished, Sampling, Usage
 from opticnerve.embeddings.ref import EmbeddingRef
@@ -147,7 +148,8 @@ class Generation:
         while True:
             async with self.pool.lease(
                 1,
-                self.deadline.within(self.worker_wait_s),
+                self.deadline,
+                self.worker_wait_s,
                 lambda worker: worker.description.pair_id == self.spec.pair_id,
                 avoid=tried,
             ) as worker:

@@ -7,7 +7,8 @@ from typing import Any
 
 from gateway.admission import Admission
 from gateway.pairing import Pairing
-from gateway.pools import Worker, WorkerPool
+from gateway.pools import WorkerPool
+from gateway.worker import Worker
 from opticnerve import __version__
 from opticnerve.config import GatewayConfig
 from opticnerve.options import public_view

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class JSONResponse(Response):
 def error_headers(error: OpticNerveError) -> dict[str, str]:
     headers = {}
     if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
     return headers

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gateway.deadline import Deadline
-from gateway.pools import Worker, WorkerPool, WorkerState
+from gateway.pools import WorkerPool
+from gateway.worker import Worker, WorkerState
 from opticnerve.errors import Mispaired, Unavailable
 
 

@@ -55,6 +55,7 @@ class Call:
     request_id: str
     deadline: Deadline
     ticket: Ticket
+    body_bytes: int = 0  # That the ticket holds for the messages.
     watch: Stopwatch = field(default_factory=Stopwatch)
     system_fingerprint: str | None = None
 
@@ -103,6 +104,7 @@ class Pipeline:
         """Runs a chat to its end: text as it comes, then Ended. Raises typed errors."""
         prepared = await self.prepare(call.request, call.ticket.hold, call.deadline, call.watch)
         call.request = _without_messages(call.request)
+        call.ticket.drop(call.body_bytes)
         with call.watch.stage("pair"):
             pair = await self.pairing.choose(pictures=bool(prepared.items), deadline=call.deadline)
         call.system_fingerprint = pair.system_fingerprint

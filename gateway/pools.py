@@ -1,119 +1,33 @@
-"""The workers behind the gateway: who they are, how they are, and which one works next.
+"""The workers behind the gateway: who they are, how they are, and waiting for one of them.
 
 A pool keeps one channel a worker, asks each for its health and description (more often while it
-does not serve), and lends the serving worker with the least pending cost. Cost is patches for
-encoders and sequences for LLM workers: what this gateway sent and has no answer to, plus what
-others sent by the worker's own report. A worker whose connection breaks is out at once and comes
-back with its next good health check. Names (``dns:///name:port``) are resolved again and again.
+does not serve), and lends serving workers in the order and by the choice of ``Dispatcher``. A
+worker whose connection breaks is out at once and comes back with its next good health check. Names
+(``dns:///name:port``) are resolved again and again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from dataclasses import dataclass, field
-from enum import Enum
+import time
+from collections.abc import AsyncIterator, Collection
 
 import grpc
 
-from gateway.deadline import Deadline
-from opticnerve.embeddings.store import StoreState
+from gateway.deadline import Deadline, expired
+from gateway.dispatch import Accepts, Dispatcher, Job
+from gateway.worker import POLL_SERVING_S, Describe, Worker, WorkerState
 from opticnerve.errors import Unavailable
-from opticnerve.rpc.channel import is_serving, open_channel
+from opticnerve.rpc.channel import is_serving
 
 log = logging.getLogger(__name__)
 
-POLL_SERVING_S = 1.0
-POLL_DOWN_S = (0.1, 0.1, 0.2, 0.2, 0.5, 1.0)  # After one failure, two, ...; the last goes on.
 PROBE_TIMEOUT_S = 2.0
 RESOLVE_S = 5.0
-
-
-class WorkerState(Enum):
-    STARTING = "starting"  # Not reached yet, or reached and not ready.
-    SERVING = "serving"
-    DRAINING = "draining"  # Finishes what it has and takes nothing new.
-    DEAD = "dead"  # Was reached once, and is not now.
-
-
-@dataclass(frozen=True, slots=True)
-class Description:
-    """What a worker says of itself; the same shape for encoders and LLM workers."""
-
-    fingerprint: str = ""
-    pair_id: str = ""
-    family: str = ""
-    device: str = ""
-    dtype: str = ""
-    version: str = ""
-    shm_tier_id: str = ""
-    hidden_size: int = 0
-    draining: bool = False
-    cost: int = 0  # Pending cost by the worker's own count, in the pool's unit.
-    limits: dict[str, int] = field(default_factory=dict)
-    load: dict[str, int] = field(default_factory=dict)
-    store: StoreState | None = None
-    extra: dict[str, str] = field(default_factory=dict)
-
-
-Describe = Callable[[grpc.aio.Channel, float], Awaitable[Description]]
-
-
-class Worker:
-    """One address: its channel, its state, and the cost that we have with it."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self.channel = open_channel(address)
-        self.state = WorkerState.STARTING
-        self.description = Description()
-        self.pending = 0
-        self.foreign = 0  # Reported cost that is not ours, at the last report.
-        self.last_picked = 0
-        self.failures = 0
-        self.wake = asyncio.Event()  # Set: probe now.
-        self.idle = asyncio.Event()  # Set while nobody has the worker on loan.
-        self.idle.set()
-        self._loans = 0
-
-    def lend(self, cost: int) -> None:
-        self._loans += 1
-        self.pending += cost
-        self.idle.clear()
-
-    def take_back(self, cost: int) -> None:
-        self._loans -= 1
-        self.pending -= cost
-        if not self._loans:
-            self.idle.set()
-
-    @property
-    def score(self) -> tuple[int, int]:
-        """Least is best; among equals, the one that waited longest."""
-        return self.pending + self.foreign, self.last_picked
-
-    def observe(self, description: Description | None, *, serving: bool) -> None:
-        """Takes the outcome of one probe. None: not reached."""
-        if description is not None:
-            self.description = description
-            self.foreign = max(0, description.cost - self.pending)
-        if serving and description is not None and not description.draining:
-            self.state, self.failures = WorkerState.SERVING, 0
-            return
-        self.failures += 1
-        if description is not None:
-            self.state = WorkerState.DRAINING if description.draining else WorkerState.STARTING
-        elif self.state is not WorkerState.STARTING:
-            self.state = WorkerState.DEAD
-
-    def poll_interval(self) -> float:
-        if self.state is WorkerState.SERVING:
-            return POLL_SERVING_S
-        return POLL_DOWN_S[min(self.failures, len(POLL_DOWN_S) - 1)]
+FULL_S = (0.05, 5.0)  # Least and most that a worker which refused work is left alone.
 
 
 class Changes:
@@ -149,7 +63,7 @@ class WorkerPool:
         self._workers: dict[str, Worker] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.changes = changes or Changes()
-        self._ticket = itertools.count(1)
+        self._dispatcher = Dispatcher(lambda: self.workers)
 
     @property
     def workers(self) -> list[Worker]:
@@ -160,13 +74,18 @@ class WorkerPool:
         """Whether any address was given at all."""
         return bool(self._static or self._names)
 
-    def serving(self, accepts: Callable[[Worker], bool] | None = None) -> list[Worker]:
+    def serving(self, accepts: Accepts | None = None) -> list[Worker]:
         """Workers that take work now, those that ``accepts`` agrees to."""
-        return [
-            worker
-            for worker in self._workers.values()
-            if worker.state is WorkerState.SERVING and (accepts is None or accepts(worker))
-        ]
+        return self._dispatcher.serving(accepts)
+
+    def expected_wait_s(self, accepts: Accepts | None = None) -> float:
+        """Seconds until work that came now would begin; 0 where no throughput is known."""
+        return self._dispatcher.expected_wait_s(accepts)
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait for a worker with room."""
+        return len(self._dispatcher.waiting)
 
     # ---- life
 
@@ -192,46 +111,73 @@ class WorkerPool:
         self,
         cost: int,
         deadline: Deadline,
-        accepts: Callable[[Worker], bool] | None = None,
+        absence_s: float,
+        accepts: Accepts | None = None,
         avoid: Collection[str] = (),
     ) -> AsyncIterator[Worker]:
-        """Lends the least busy serving worker, waiting for one until ``deadline``.
+        """Lends a worker, waiting until one that has room is this job's turn.
 
-        ``avoid``: addresses taken only where nothing else serves. Raises Unavailable.
+        ``absence_s``: how long it waits while none serves. ``avoid``: addresses that are taken
+        only where nothing else serves. Raises Unavailable, DeadlineExceeded.
         """
-        worker = await self.pick(deadline, accepts, avoid)
-        worker.lend(cost)
+        worker = await self._turn(Job(cost, deadline, accepts, avoid), absence_s)
         try:
             yield worker
         finally:
-            worker.take_back(cost)
+            self._take_back(worker, cost)
 
-    async def pick(
-        self,
-        deadline: Deadline,
-        accepts: Callable[[Worker], bool] | None = None,
-        avoid: Collection[str] = (),
-    ) -> Worker:
-        """The worker that ``lease`` would lend, without counting any cost against it."""
-        while True:
-            able = self.serving(accepts)
-            if able:
-                preferred = [worker for worker in able if worker.address not in avoid]
-                worker = min(preferred or able, key=lambda worker: worker.score)
-                worker.last_picked = next(self._ticket)
-                return worker
-            if not self.configured:
+    async def _turn(self, job: Job, absence_s: float) -> Worker:
+        self._dispatcher.add(job)
+        try:
+            await self._await_turn(job, absence_s)
+        except BaseException:
+            self._dispatcher.remove(job)
+            if job.worker is not None:  # Lent and cancelled in one turn of the loop.
+                self._take_back(job.worker, job.cost)
+            raise
+        assert job.worker is not None
+        return job.worker
+
+    async def _await_turn(self, job: Job, absence_s: float) -> None:
+        absence: Deadline | None = None  # Runs while nobody serves.
+        while job.worker is None:
+            if self.serving(job.accepts):
+                absence = None
+            elif not self.configured:
                 raise self._unavailable()
+            else:
+                absence = absence or job.deadline.within(absence_s)
             try:
-                await self.changes.wait(deadline.remaining())
+                async with asyncio.timeout((absence or job.deadline).remaining()):
+                    await job.changed.wait()
             except TimeoutError as error:
-                raise self._unavailable() from error
+                raise (self._unavailable() if absence else expired()) from error
+            job.changed.clear()
+
+    def _take_back(self, worker: Worker, cost: int) -> None:
+        worker.take_back(cost)
+        self._dispatcher.dispatch()
+
+    def _changed(self) -> None:
+        """Some worker's state is another: tells all that wait for one."""
+        self.changes.notify()
+        for job in self._dispatcher.waiting:
+            job.changed.set()
+        self._dispatcher.dispatch()
+
+    def report_full(self, worker: Worker, retry_after_s: float | None) -> None:
+        """``worker`` refused work for lack of room: it gets none for a while."""
+        least, most = FULL_S
+        pause = min(max(retry_after_s or least, least), most)
+        worker.full_until = time.monotonic() + pause
+        asyncio.get_running_loop().call_later(pause, self._dispatcher.dispatch)
 
     def report_down(self, worker: Worker) -> None:
         """A call to ``worker`` lost its connection: out at once, and probed at once."""
         if worker.state is WorkerState.SERVING:
             log.warning("%s %s: connection lost", self.kind, worker.address)
             worker.state = WorkerState.DEAD
+            self._changed()
         worker.wake.set()
 
     def _unavailable(self) -> Unavailable:
@@ -253,6 +199,7 @@ class WorkerPool:
         """Forgets a worker that its name no longer resolves to, after the calls under way."""
         worker = self._workers.pop(address)
         self._tasks.pop(address).cancel()
+        self._changed()
         await worker.idle.wait()
         await worker.channel.close()
 
@@ -262,7 +209,9 @@ class WorkerPool:
             await self._probe(worker)
             if (worker.state, worker.description.fingerprint) != before:
                 log.info("%s %s: %s", self.kind, worker.address, worker.state.value)
-                self.changes.notify()
+                self._changed()
+            else:
+                self._dispatcher.dispatch()  # Its throughput, or what others have with it.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(worker.poll_interval()):
                     await worker.wake.wait()

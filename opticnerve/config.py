@@ -282,6 +282,12 @@ class GatewayConfig:
     max_request_values: int = _limits(
         100_000, "objects, lists and their entries in one request body", metavar="N", least=1
     )
+    max_encode_wait_s: float = _limits(
+        0.0,
+        "expected wait for an encoder beyond which a request with new pictures gets a 429; 0: the "
+        "request's deadline",
+        metavar="SECONDS",
+    )
     max_answer_bytes: int = _limits(
         64 * 2**20, "size of one answer that is not streamed", metavar="BYTES", size=True
     )

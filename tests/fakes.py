@@ -89,6 +89,10 @@ class FakeEncoder(FakeServer, encoder_pb2_grpc.EncoderServicer):
         self.cancelled = asyncio.Event()  # A call was cancelled by its caller.
         self.script: Callable[[FakeEncoder], Awaitable[None]] | None = None
         self.hit = False
+        self.patches_per_s = 0.0  # What it says of its throughput.
+        self.max_batch_patches = 4096
+        self.running = 0
+        self.most_running = 0
 
     def register(self, server: grpc.aio.Server) -> None:
         encoder_pb2_grpc.add_EncoderServicer_to_server(self, server)
@@ -106,12 +110,16 @@ class FakeEncoder(FakeServer, encoder_pb2_grpc.EncoderServicer):
         self.calls.append(header)
         self.received.append(bytes(data))
         self.started.set()
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
         try:
             if self.script is not None:
                 await self.script(self)
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
+        finally:
+            self.running -= 1
         return encoder_pb2.EncodeResponse(
             ref=self.ref(header),
             timings=encoder_pb2.EncodeTimings(
@@ -141,7 +149,10 @@ class FakeEncoder(FakeServer, encoder_pb2_grpc.EncoderServicer):
             backend="torch",
             device="cpu",
             hidden_size=192,
-            limits=encoder_pb2.EncoderLimits(max_batch_patches=4096, max_item_patches=4096),
+            limits=encoder_pb2.EncoderLimits(
+                max_batch_patches=self.max_batch_patches, max_item_patches=4096
+            ),
+            load=encoder_pb2.EncoderLoad(patches_per_s=self.patches_per_s),
             store=self.store,
         )
 

@@ -145,12 +145,47 @@ async def test_a_full_encoder_sends_the_item_to_another():
 
     async with FakeEncoder() as a, FakeEncoder() as b, over(a, b) as encoders:
         a.script = full
-        assert (await encoders.encode(item("1" * 64), soon(), "r")).cached == "no"
-        assert (await encoders.encode(item("2" * 64), soon(), "r")).cached == "no"
-        b.script = full
-        with pytest.raises(Overloaded) as caught:
-            await encoders.encode(item("3" * 64), soon(), "r")
-        assert caught.value.retry_after_s == 3
+        for i in range(4):
+            assert (await encoders.encode(item(f"{i}" * 64), soon(), "r")).cached == "no"
+        assert len(a.calls) == 1 and len(b.calls) == 4  # It gets none until it may have room.
+
+
+async def test_where_every_encoder_is_full_the_item_waits():
+    async def full(fake):
+        if len(fake.calls) < 4:
+            raise Overloaded("full", retry_after_s=0.05)
+
+    async with FakeEncoder() as fake, over(fake) as encoders:
+        fake.script = full
+        assert (await encoders.encode(item(), soon(), "r")).cached == "no"
+        assert len(fake.calls) == 4
+        fake.calls.clear()
+        with pytest.raises(DeadlineExceeded):
+            await encoders.encode(item("b" * 64), Deadline.after(0.1), "r")
+
+
+async def test_what_would_wait_too_long_is_refused_when_it_comes():
+    go = asyncio.Event()
+    async with FakeEncoder() as fake:
+        fake.patches_per_s, fake.max_batch_patches = 16.0, 6  # One item a second, one at a time.
+        async with over(fake) as encoders:
+            encoders.max_wait_s = 3.0
+            fake.script = lambda _: go.wait()
+            items = [item(f"{i}" * 64) for i in range(4)]
+            running = [asyncio.create_task(encoders.encode(each, soon(), "r")) for each in items]
+            await fake.started.wait()
+            assert encoders.pool.waiting == 3
+            with pytest.raises(Overloaded, match="about 4 s") as caught:
+                encoders.admit([item("9" * 64)], soon())
+            assert caught.value.retry_after_s == pytest.approx(1.0)
+            encoders.admit([items[3]], soon())  # Under way: it takes nobody's time.
+            encoders.max_wait_s = 0.0
+            encoders.admit([item("9" * 64)], soon())
+            with pytest.raises(Overloaded):  # It could not begin before its own deadline.
+                encoders.admit([item("9" * 64)], Deadline.after(2.0))
+            go.set()
+            await asyncio.gather(*running)
+            encoders.admit(items, Deadline.after(0))  # Known by reference.
 
 
 async def test_an_encoder_that_has_another_fingerprint_by_now_is_left():

@@ -216,16 +216,6 @@ def test_a_result_too_few_fails_instead_of_shifting_results() -> None:
     batcher.close()
 
 
-def test_reports_each_batch() -> None:
-    seen: list[tuple[int, float]] = []
-    batcher: Batcher[str, str] = Batcher(
-        lambda batch: list(batch), 10, on_batch=lambda cost, seconds: seen.append((cost, seconds))
-    )
-    batcher.submit("a", 3).result(WAIT_S)
-    batcher.close()
-    assert len(seen) == 1 and seen[0][0] == 3 and seen[0][1] >= 0
-
-
 def test_close_fails_what_waits_and_ends_the_thread() -> None:
     device = Device()
     batcher = Batcher(device, 10)

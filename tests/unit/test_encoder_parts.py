@@ -52,16 +52,33 @@ def test_backlog_takes_one_item_of_any_size_when_empty() -> None:
 
 
 def test_retry_hint_follows_throughput() -> None:
-    backlog = Backlog(max_patches=1000, max_items=10, max_bytes=10)
+    now = 0.0
+    backlog = Backlog(max_patches=1000, max_items=10, max_bytes=10, clock=lambda: now)
     backlog.admit(1000, 0)
-    backlog.record(100, 1.0)
-    assert backlog.retry_after_s == pytest.approx(5.0)
-    for _ in range(50):
-        backlog.record(1000, 1.0)
+    assert backlog.patches_per_s == 0 and backlog.retry_after_s == UNKNOWN_RETRY_S
+    now = 1.0
+    backlog.record(100)
+    assert backlog.patches_per_s == 100 and backlog.retry_after_s == pytest.approx(5.0)
+    for _ in range(100):
+        now += 1.0
+        backlog.record(1000)
     assert backlog.retry_after_s == pytest.approx(0.5, rel=0.01)
-    for _ in range(50):
-        backlog.record(1, 100.0)
+    for _ in range(5):
+        now += 100.0
+        backlog.record(1)
     assert backlog.retry_after_s == MAX_RETRY_S
+
+
+def test_throughput_counts_the_time_that_there_was_work() -> None:
+    now = 0.0
+    backlog = Backlog(max_patches=1000, max_items=10, max_bytes=10, clock=lambda: now)
+    for _ in range(3):
+        slot = backlog.admit(50, 0)
+        now += 0.5
+        backlog.record(50)
+        slot.release()
+        now += 1000.0  # Nothing to do.
+    assert backlog.patches_per_s == pytest.approx(100)
 
 
 # ---- single flight

@@ -8,8 +8,9 @@ import pytest
 from gateway import encoders, generation, pools
 from gateway.deadline import Deadline
 from gateway.pairing import Pairing
-from gateway.pools import Changes, WorkerPool, WorkerState
-from opticnerve.errors import Mispaired, Unavailable
+from gateway.pools import Changes, WorkerPool
+from gateway.worker import WorkerState
+from opticnerve.errors import DeadlineExceeded, Mispaired, Unavailable
 from tests.fakes import PAIR_ID, FakeEncoder, FakeLLM, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
@@ -26,13 +27,22 @@ async def pool_of(*addresses, kind="encoder", changes=None):
         await pool.close()
 
 
+async def lent(pool, deadline, absence_s=60, **kind):
+    """The address of the worker that a job of no great cost is lent."""
+    async with pool.lease(1, deadline, absence_s, **kind) as worker:
+        return worker.address
+
+
 async def test_picks_the_least_pending_cost():
     async with FakeEncoder() as a, FakeEncoder() as b, pool_of(a.address, b.address) as pool:
         await until(lambda: len(pool.serving()) == 2)
         deadline = Deadline.after(60)
-        async with pool.lease(100, deadline) as first, pool.lease(10, deadline) as second:
+        async with (
+            pool.lease(100, deadline, 60) as first,
+            pool.lease(10, deadline, 60) as second,
+        ):
             assert first is not second
-            async with pool.lease(10, deadline) as third:
+            async with pool.lease(10, deadline, 60) as third:
                 assert third is second
         assert [worker.pending for worker in pool.workers] == [0, 0]
 
@@ -41,7 +51,7 @@ async def test_equal_workers_take_turns():
     async with FakeEncoder() as a, FakeEncoder() as b, pool_of(a.address, b.address) as pool:
         await until(lambda: len(pool.serving()) == 2)
         deadline = Deadline.after(60)
-        picked = [(await pool.pick(deadline)).address for _ in range(4)]
+        picked = [await lent(pool, deadline) for _ in range(4)]
         assert picked[0] != picked[1] and picked[:2] == picked[2:]
 
 
@@ -64,19 +74,19 @@ async def test_states_from_starting_over_serving_and_draining_to_dead():
         await encoder.die()
 
 
-async def test_waits_for_a_worker_and_gives_up_at_the_deadline():
+async def test_waits_for_a_worker_and_gives_up_after_a_while():
     encoder = FakeEncoder()
     await encoder.start()
     address = encoder.address
     await encoder.die()
     async with pool_of(address) as pool:
         with pytest.raises(Unavailable) as caught:
-            await pool.pick(Deadline.after(0.05))
+            await lent(pool, Deadline.after(60), absence_s=0.05)
         assert address in caught.value.message
-        waiting = asyncio.create_task(pool.pick(Deadline.after(60)))
+        waiting = asyncio.create_task(lent(pool, Deadline.after(60)))
         await encoder.start()
         try:
-            assert (await waiting).address == address
+            assert await waiting == address
         finally:
             await encoder.die()
 
@@ -84,12 +94,55 @@ async def test_waits_for_a_worker_and_gives_up_at_the_deadline():
 async def test_without_addresses_nothing_is_waited_for():
     async with pool_of() as pool:
         with pytest.raises(Unavailable):
-            await pool.pick(Deadline.after(60))
+            await lent(pool, Deadline.after(60))
 
 
 async def test_avoided_workers_are_taken_only_when_nothing_else_serves():
     async with FakeEncoder() as a, pool_of(a.address) as pool:
-        assert (await pool.pick(Deadline.after(60), avoid={a.address})).address == a.address
+        assert await lent(pool, Deadline.after(60), avoid={a.address}) == a.address
+
+
+async def test_work_waits_for_room_in_the_order_of_its_deadlines():
+    async with FakeEncoder() as a:
+        a.max_batch_patches = 10  # Three batches are 30.
+        async with pool_of(a.address) as pool:
+            await until(pool.serving)
+            order = []
+
+            async def job(name, seconds, cost=15):
+                async with pool.lease(cost, Deadline.after(seconds), 60):
+                    order.append(name)
+                    await asyncio.sleep(0)
+
+            async with pool.lease(30, Deadline.after(60), 60):
+                jobs = [
+                    asyncio.create_task(job(n, s)) for n, s in (("b", 70), ("c", 80), ("a", 60))
+                ]
+                left = asyncio.create_task(job("left", 65))
+                late = asyncio.create_task(job("late", 0.05))
+                await until(lambda: pool.waiting == 4)  # Without the one that was too late.
+                left.cancel()
+                await until(lambda: pool.waiting == 3)
+                assert not order
+            await asyncio.gather(*jobs)
+            assert order == ["a", "b", "c"]
+            with pytest.raises(DeadlineExceeded):
+                await late
+            assert pool.workers[0].pending == pool.waiting == 0
+
+
+async def test_what_waits_for_room_hears_when_every_worker_is_gone():
+    async with FakeEncoder() as a:
+        a.max_batch_patches = 10
+        async with pool_of(a.address) as pool:
+            await until(pool.serving)
+            async with pool.lease(30, Deadline.after(60), 60) as worker:
+                waiting = asyncio.create_task(lent(pool, Deadline.after(60), absence_s=0.05))
+                await until(lambda: pool.waiting == 1)
+                await a.die()
+                pool.report_down(worker)
+                with pytest.raises(Unavailable):
+                    await waiting
 
 
 async def test_names_are_resolved_again(monkeypatch):

@@ -1,0 +1,141 @@
+"""Which waiting work goes to which worker, and when. Policy alone: no sockets, no tasks.
+
+Work waits here and not at the workers. A worker is given only what keeps it busy, so that the
+order is kept, work whose client has left is never sent, and a slow worker hoards nothing. The
+earliest deadline goes first, which is the order of arrival, since all requests have the same time.
+
+A job goes to the worker that is expected to finish it first. Where that one has no room, a slower
+one takes the job only if it would finish it before the others had finished everything that waits:
+inside a long queue it helps; at the end of the queue it would only keep a request waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from bisect import insort
+from collections.abc import Callable, Collection, Sequence
+
+from gateway.deadline import Deadline
+from gateway.worker import Worker, WorkerState
+
+Accepts = Callable[[Worker], bool]
+
+
+class Job:
+    """Work that waits for a worker. ``worker`` is set once it is lent one."""
+
+    def __init__(
+        self,
+        cost: int,
+        deadline: Deadline,
+        accepts: Accepts | None = None,
+        avoid: Collection[str] = (),
+    ) -> None:
+        """``avoid``: addresses that are taken only where nothing else serves."""
+        self.cost = cost
+        self.deadline = deadline
+        self.accepts = accepts
+        self.avoid = avoid
+        self.worker: Worker | None = None
+        self.changed = asyncio.Event()  # It has a worker, or some worker's state has changed.
+
+
+class Dispatcher:
+    """The jobs that wait for one pool's workers. ``workers`` tells who there is now."""
+
+    def __init__(self, workers: Callable[[], Sequence[Worker]]) -> None:
+        self.waiting: list[Job] = []  # By deadline.
+        self.waiting_cost = 0
+        self._workers = workers
+        self._ticket = itertools.count(1)
+
+    def add(self, job: Job) -> None:
+        insort(self.waiting, job, key=lambda job: job.deadline.at)
+        self.waiting_cost += job.cost
+        self.dispatch()
+
+    def remove(self, job: Job) -> None:
+        """Takes a job out that waits no more; nothing happens where it has a worker."""
+        if job in self.waiting:
+            self._take_out(job)
+
+    def dispatch(self) -> None:
+        """Lends workers that have room to the jobs that come first.
+
+        A job without a worker keeps those behind it from every worker that it could use.
+        """
+        kept: set[Worker] = set()
+        serving = self.serving()
+        for job in tuple(self.waiting):
+            if len(kept) == len(serving):
+                return
+            able = self._able(job, serving)
+            if kept.issuperset(able):
+                continue
+            worker = self._choose(job, [worker for worker in able if worker not in kept], able)
+            if worker is None:
+                kept.update(able)
+            else:
+                self._lend(job, worker)
+
+    def serving(self, accepts: Accepts | None = None) -> list[Worker]:
+        """Workers that take work now, those that ``accepts`` agrees to."""
+        return [
+            worker
+            for worker in self._workers()
+            if worker.state is WorkerState.SERVING and (accepts is None or accepts(worker))
+        ]
+
+    def expected_wait_s(self, accepts: Accepts | None = None) -> float:
+        """Seconds until a job that came now would begin; 0 where no throughput is known."""
+        able = self.serving(accepts)
+        if not any(worker.cost_per_s for worker in able):
+            return 0.0
+        return self._clear_s(able, _usual_rate(able))
+
+    # ---- choice
+
+    def _able(self, job: Job, serving: Sequence[Worker]) -> list[Worker]:
+        able = [worker for worker in serving if job.accepts is None or job.accepts(worker)]
+        return [worker for worker in able if worker.address not in job.avoid] or able
+
+    def _choose(self, job: Job, free: Sequence[Worker], able: Sequence[Worker]) -> Worker | None:
+        """One of ``free`` that has room, or None where the job had better wait."""
+        usual = _usual_rate(able)
+
+        def finish_s(worker: Worker) -> tuple[float, int]:
+            cost = worker.pending + worker.foreign + job.cost
+            return cost / (worker.cost_per_s or usual), worker.last_picked
+
+        best = min(able, key=finish_s)
+        with_room = [worker for worker in free if worker.has_room(job.cost)]
+        if not with_room:
+            return None
+        worker = min(with_room, key=finish_s)
+        others = [other for other in able if other is not worker]
+        if worker is best or finish_s(worker)[0] <= self._clear_s(others, usual):
+            return worker
+        return None
+
+    def _clear_s(self, workers: Sequence[Worker], usual: float) -> float:
+        """Seconds in which ``workers`` alone would finish what they have and all that waits."""
+        cost = self.waiting_cost + sum(worker.pending + worker.foreign for worker in workers)
+        return cost / sum(worker.cost_per_s or usual for worker in workers)
+
+    def _lend(self, job: Job, worker: Worker) -> None:
+        worker.last_picked = next(self._ticket)
+        worker.lend(job.cost)
+        job.worker = worker
+        job.changed.set()
+        self._take_out(job)
+
+    def _take_out(self, job: Job) -> None:
+        self.waiting.remove(job)
+        self.waiting_cost -= job.cost
+
+
+def _usual_rate(workers: Sequence[Worker]) -> float:
+    """What a worker of unknown throughput is taken for: the mean of the others."""
+    known = [worker.cost_per_s for worker in workers if worker.cost_per_s]
+    return sum(known) / len(known) if known else 1.0

@@ -1,0 +1,113 @@
+"""One worker behind the gateway: its channel, what it says of itself, and what it has of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+import grpc
+
+from opticnerve.embeddings.store import StoreState
+from opticnerve.rpc.channel import open_channel
+
+POLL_SERVING_S = 1.0
+POLL_DOWN_S = (0.1, 0.1, 0.2, 0.2, 0.5, 1.0)  # After one failure, two, ...; the last goes on.
+
+
+class WorkerState(Enum):
+    STARTING = "starting"  # Not reached yet, or reached and not ready.
+    SERVING = "serving"
+    DRAINING = "draining"  # Finishes what it has and takes nothing new.
+    DEAD = "dead"  # Was reached once, and is not now.
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a worker says of itself; the same shape for encoders and LLM workers.
+
+    Cost is in the pool's unit: patches for encoders, sequences for LLM workers.
+    """
+
+    fingerprint: str = ""
+    pair_id: str = ""
+    family: str = ""
+    device: str = ""
+    dtype: str = ""
+    version: str = ""
+    shm_tier_id: str = ""
+    hidden_size: int = 0
+    draining: bool = False
+    cost: int = 0  # Pending cost by the worker's own count.
+    cost_per_s: float = 0.0  # Its throughput while it has work, as it measured it; 0: not known.
+    window: int = 0  # Cost that one gateway keeps with it at a time; 0: any.
+    limits: dict[str, int] = field(default_factory=dict)
+    load: dict[str, int] = field(default_factory=dict)
+    store: StoreState | None = None
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+Describe = Callable[[grpc.aio.Channel, float], Awaitable[Description]]
+
+
+class Worker:
+    """One address: its channel, its state, and the cost that we have with it."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.channel = open_channel(address)
+        self.state = WorkerState.STARTING
+        self.description = Description()
+        self.pending = 0
+        self.foreign = 0  # Reported cost that is not ours, at the last report.
+        self.last_picked = 0
+        self.failures = 0
+        self.full_until = 0.0  # On the monotonic clock: it refused work for lack of room.
+        self.wake = asyncio.Event()  # Set: probe now.
+        self.idle = asyncio.Event()  # Set while nobody has the worker on loan.
+        self.idle.set()
+        self._loans = 0
+
+    def lend(self, cost: int) -> None:
+        self._loans += 1
+        self.pending += cost
+        self.idle.clear()
+
+    def take_back(self, cost: int) -> None:
+        self._loans -= 1
+        self.pending -= cost
+        if not self._loans:
+            self.idle.set()
+
+    @property
+    def cost_per_s(self) -> float:
+        return self.description.cost_per_s
+
+    def has_room(self, cost: int) -> bool:
+        """Whether it takes work of ``cost`` now. One piece fits, however large, where we have
+        nothing else with it."""
+        if time.monotonic() < self.full_until:
+            return False
+        window = self.description.window
+        return not window or not self.pending or self.pending + cost <= window
+
+    def observe(self, description: Description | None, *, serving: bool) -> None:
+        """Takes the outcome of one probe. None: not reached."""
+        if description is not None:
+            self.description = description
+            self.foreign = max(0, description.cost - self.pending)
+        if serving and description is not None and not description.draining:
+            self.state, self.failures = WorkerState.SERVING, 0
+            return
+        self.failures += 1
+        if description is not None:
+            self.state = WorkerState.DRAINING if description.draining else WorkerState.STARTING
+        elif self.state is not WorkerState.STARTING:
+            self.state = WorkerState.DEAD
+
+    def poll_interval(self) -> float:
+        if self.state is WorkerState.SERVING:
+            return POLL_SERVING_S
+        return POLL_DOWN_S[min(self.failures, len(POLL_DOWN_S) - 1)]

@@ -1,0 +1,120 @@
+"""Dispatch as policy, in simulated time: order, room, workers of unequal speed."""
+
+import heapq
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.deadline import Deadline
+from gateway.dispatch import Dispatcher, Job
+from gateway.worker import WorkerState
+
+
+class Machine:
+    """A worker that finishes ``rate`` of cost a second, one job after the other."""
+
+    state = WorkerState.SERVING
+
+    def __init__(self, address, rate, window, known=True):
+        self.address = address
+        self.rate = rate
+        self.window = window
+        self.cost_per_s = rate if known else 0.0
+        self.pending = self.foreign = self.last_picked = 0
+        self.free_at = 0.0
+        self.done = 0
+
+    def has_room(self, cost):
+        return not self.pending or self.pending + cost <= self.window
+
+    def lend(self, cost):
+        self.pending += cost
+
+
+def simulate(machines, costs, learn_after=0):
+    """(seconds until everything is done, jobs in the order in which they were begun).
+
+    ``learn_after``: jobs of its own after which a machine knows its throughput.
+    """
+    dispatcher = Dispatcher(lambda: machines)
+    jobs = [Job(cost, Deadline(float(number))) for number, cost in enumerate(costs)]
+    begun, ends, now = [], [], 0.0
+
+    def begin():
+        for job in jobs:
+            if job.worker is not None and job not in begun:
+                begun.append(job)
+                job.worker.free_at = max(job.worker.free_at, now) + job.cost / job.worker.rate
+                heapq.heappush(ends, (job.worker.free_at, len(begun), job))
+
+    for job in jobs:
+        dispatcher.add(job)
+    begin()
+    while ends:
+        now, _, job = heapq.heappop(ends)
+        job.worker.pending -= job.cost
+        job.worker.done += 1
+        if job.worker.done > learn_after:
+            job.worker.cost_per_s = job.worker.rate
+        dispatcher.dispatch()
+        begin()
+    assert not dispatcher.waiting and dispatcher.waiting_cost == 0
+    return now, [jobs.index(job) for job in begun]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_two_workers_one_eight_times_as_slow_reach_the_sum_of_their_rates(known):
+    machines = [Machine("a", 8.0, 3, known), Machine("b", 1.0, 3, known)]
+    seconds, _ = simulate(machines, [1] * 400, learn_after=1)
+    assert 400 / seconds >= 0.95 * 9.0
+
+
+def test_a_slow_worker_takes_nothing_that_the_fast_one_finishes_sooner():
+    machines = [Machine("slow", 1.0, 3), Machine("fast", 8.0, 3)]
+    simulate(machines, [1] * 6)
+    assert machines[0].done == 0
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=40),
+    st.lists(st.tuples(st.floats(0.1, 100), st.integers(1, 30)), min_size=1, max_size=4),
+)
+def test_everything_is_begun_in_order_and_in_bounded_time(costs, kinds):
+    machines = [Machine(str(i), rate, window) for i, (rate, window) in enumerate(kinds)]
+    seconds, order = simulate(machines, costs)
+    assert sorted(order) == list(range(len(costs)))
+    assert all(machine.pending == 0 for machine in machines)
+    if len(machines) == 1:
+        assert order == sorted(order)
+    # Never later than the fastest alone would be, but for what others had begun by then.
+    fastest = max(machine.rate for machine in machines)
+    assert seconds <= 2 * sum(costs) / fastest + max(costs) / fastest + 1e-6
+
+
+def test_nobody_overtakes_a_job_that_waits_for_room():
+    machine = Machine("a", 1.0, 10)
+    dispatcher = Dispatcher(lambda: [machine])
+    large, small = Job(9, Deadline(1.0)), Job(1, Deadline(2.0))
+    machine.pending = 5
+    dispatcher.add(large)
+    dispatcher.add(small)
+    assert large.worker is small.worker is None
+    other = Job(1, Deadline(3.0), accepts=lambda worker: False)
+    dispatcher.add(other)
+    machine.pending = 0
+    dispatcher.dispatch()
+    assert large.worker is small.worker is machine
+    assert dispatcher.waiting == [other]
+
+
+def test_the_expected_wait_counts_what_waits_and_what_runs_at_measured_speed():
+    machines = [Machine("a", 10.0, 10), Machine("b", 30.0, 10)]
+    dispatcher = Dispatcher(lambda: machines)
+    for number in range(6):
+        dispatcher.add(Job(10, Deadline(float(number))))
+    machines[0].foreign = 20
+    assert dispatcher.expected_wait_s() == pytest.approx((60 + 20) / 40)
+    for machine in machines:
+        machine.cost_per_s = 0.0
+    assert dispatcher.expected_wait_s() == 0.0
