@@ -87,12 +87,16 @@ class Dispatcher:
             if worker.state is WorkerState.SERVING and (accepts is None or accepts(worker))
         ]
 
-    def expected_wait_s(self, accepts: Accepts | None = None) -> float:
-        """Seconds until a job that came now would begin; 0 where no throughput is known."""
-        able = self.serving(accepts)
+    def clear_s(self, cost: int, accepts: Accepts | None = None) -> float:
+        """Seconds in which the workers would finish ``cost`` and what others have with them; 0
+        where no throughput is known. Where none serves, those count that are to come back."""
+        known = [worker for worker in self._workers() if accepts is None or accepts(worker)]
+        able = self.serving(accepts) or known
         if not any(worker.cost_per_s for worker in able):
             return 0.0
-        return self._clear_s(able, _usual_rate(able))
+        usual = _usual_rate(able)
+        cost += sum(worker.foreign for worker in able)
+        return cost / sum(worker.cost_per_s or usual for worker in able)
 
     # ---- choice
 
@@ -114,11 +118,11 @@ class Dispatcher:
             return None
         worker = min(with_room, key=finish_s)
         others = [other for other in able if other is not worker]
-        if worker is best or finish_s(worker)[0] <= self._clear_s(others, usual):
+        if worker is best or finish_s(worker)[0] <= self._all_done_s(others, usual):
             return worker
         return None
 
-    def _clear_s(self, workers: Sequence[Worker], usual: float) -> float:
+    def _all_done_s(self, workers: Sequence[Worker], usual: float) -> float:
         """Seconds in which ``workers`` alone would finish what they have and all that waits."""
         cost = self.waiting_cost + sum(worker.pending + worker.foreign for worker in workers)
         return cost / sum(worker.cost_per_s or usual for worker in workers)

@@ -72,6 +72,8 @@ class RequestEmbeddings:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for key in self._items:
+            self.encoders.leave(key)
         self._items.clear()  # The bytes go with them.
 
     # ---- what a Generation asks

@@ -133,22 +133,35 @@ class Encoders:
         self.worker_wait_s = worker_wait_s
         self.max_wait_s = max_wait_s
         self._flights: dict[str, _Flight] = {}
+        self._patches: dict[str, int] = {}  # Of what is admitted and not encoded yet, by key.
         self._deaths: OrderedDict[str, tuple[int, float]] = OrderedDict()  # Number, last.
 
     def admit(self, items: Iterable[Encodable], deadline: Deadline) -> None:
-        """Raises Overloaded where an item that has to be encoded would begin too late: after the
-        request's deadline, or after ``max_wait_s``. What is known or under way does not wait."""
+        """Counts a request's items among those that others have to wait for; ``leave`` ends it.
+
+        Raises Overloaded where one that has to be encoded would begin too late: after the
+        request's deadline, or after ``max_wait_s``. What is known or under way does not wait.
+        """
         limit = min(self.max_wait_s or math.inf, deadline.remaining())
-        for item in items:
-            if item.key in self._flights or self.references.get(item.key) is not None:
-                continue
-            wait = self.pool.expected_wait_s(_has_fingerprint(item))
+        fresh = {
+            item.key: item
+            for item in items
+            if item.key not in self._patches and self.references.get(item.key) is None
+        }
+        for item in fresh.values():
+            wait = self.pool.clear_s(sum(self._patches.values()), _has_fingerprint(item))
             if wait > limit:
                 raise Overloaded(
                     f"pictures wait about {wait:.0f} s for an encoder, longer than this server "
                     f"lets them wait ({limit:.0f} s); retry later",
                     retry_after_s=max(1.0, wait - limit),
                 )
+        self._patches.update({key: item.plan.num_patches for key, item in fresh.items()})
+
+    def leave(self, key: str) -> None:
+        """A request that was admitted with this item ends."""
+        if key not in self._flights:
+            self._patches.pop(key, None)
 
     async def encode(self, item: Encodable, deadline: Deadline, request_id: str) -> Encoded:
         """The item's embedding: by reference, by joining a call under way, or encoded now.
@@ -176,6 +189,7 @@ class Encoders:
         if flight is None:
             task = asyncio.create_task(self._encode_on_some(item, deadline, request_id))
             flight = self._flights[item.key] = _Flight(task)
+            self._patches[item.key] = item.plan.num_patches
             task.add_done_callback(lambda _: self._land(item.key, flight))
         flight.waiters += 1
         return flight
@@ -194,6 +208,7 @@ class Encoders:
     def _land(self, key: str, flight: _Flight) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
+            self._patches.pop(key, None)
         if flight.task.done() and not flight.task.cancelled():
             flight.task.exception()  # Retrieved: whoever waited has it.
 

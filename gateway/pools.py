@@ -78,9 +78,10 @@ class WorkerPool:
         """Workers that take work now, those that ``accepts`` agrees to."""
         return self._dispatcher.serving(accepts)
 
-    def expected_wait_s(self, accepts: Accepts | None = None) -> float:
-        """Seconds until work that came now would begin; 0 where no throughput is known."""
-        return self._dispatcher.expected_wait_s(accepts)
+    def clear_s(self, cost: int, accepts: Accepts | None = None) -> float:
+        """Seconds in which the workers would finish ``cost`` and what others have with them; 0
+        where no throughput is known."""
+        return self._dispatcher.clear_s(cost, accepts)
 
     @property
     def waiting(self) -> int:

@@ -83,6 +83,7 @@ class Stack:
         return (
             admission.requests == admission.bytes == 0
             and not self.gateway.pipeline.encoders._flights
+            and not self.gateway.pipeline.encoders._patches
             and all(worker.pending == 0 for worker in workers)
             and all(llm.running == 0 for llm in self.llms)
         )
@@ -110,7 +111,12 @@ async def stack(encoders=1, llms=1, tokens=None, keys=None, ready=True, **settin
         server = service.HttpServer(gateway, listener)
         serving = asyncio.create_task(server.serve([listener]))
         client = await exits.enter_async_context(
-            httpx2.AsyncClient(base_url=server.address, timeout=60, trust_env=False)
+            httpx2.AsyncClient(
+                base_url=server.address,
+                timeout=60,
+                trust_env=False,
+                limits=httpx2.Limits(max_connections=None),
+            )
         )
         try:
             if ready:

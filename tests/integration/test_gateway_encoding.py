@@ -177,10 +177,12 @@ async def test_what_would_wait_too_long_is_refused_when_it_comes():
             assert encoders.pool.waiting == 3
             with pytest.raises(Overloaded, match="about 4 s") as caught:
                 encoders.admit([item("9" * 64)], soon())
+            encoders.leave("9" * 64)
             assert caught.value.retry_after_s == pytest.approx(1.0)
             encoders.admit([items[3]], soon())  # Under way: it takes nobody's time.
             encoders.max_wait_s = 0.0
             encoders.admit([item("9" * 64)], soon())
+            encoders.leave("9" * 64)
             with pytest.raises(Overloaded):  # It could not begin before its own deadline.
                 encoders.admit([item("9" * 64)], Deadline.after(2.0))
             go.set()

@@ -1,6 +1,8 @@
 """Pictures through the gateway: sent once, named, encoded again when lost."""
 
+import asyncio
 import base64
+import contextlib
 
 import pytest
 
@@ -129,14 +131,71 @@ async def test_rows_that_fail_at_the_llm_name_the_picture_and_not_its_key(at):
         assert s.llm.starts[0].items[1].key not in answer.text
 
 
-async def test_full_encoders_are_a_429_with_retry_after():
-    async def full(_):
-        raise Overloaded("the queue is full", retry_after_s=3)
+def pictures_of(client, count=3):
+    """Pictures that no other client sends."""
+    return [data_url((client, number, 7)) for number in range(count)]
+
+
+async def test_a_burst_of_pictures_waits_in_order_and_none_is_refused():
+    async def small_queue(fake):
+        if fake.running > 8:
+            raise Overloaded("the encoder's queue is full", retry_after_s=0.1)
+        await asyncio.sleep(0.002)
 
     async with stack() as s:
-        s.encoder.script = full
-        answer = await s.chat(user("What?", data_url()))
-        assert answer.status_code == 429 and answer.headers["retry-after"] == "3"
+        s.encoder.max_batch_patches = 72  # Two of these pictures.
+        pool = s.gateway.pipeline.encoders.pool
+        await until(lambda: pool.workers[0].description.window == 216)
+        go = asyncio.Event()
+        s.encoder.script = lambda _: go.wait()
+        async with contextlib.AsyncExitStack() as exits:
+            tasks = [
+                asyncio.create_task(s.chat(user("?", *pictures_of(client)))) for client in range(64)
+            ]
+            exits.callback(go.set)
+            await until(lambda: pool.waiting == 64 * 3 - 6, 120)
+            text = await s.chat(user("Text does not wait behind pictures."))
+            assert text.status_code == 200
+            s.encoder.script = small_queue
+        answers = await asyncio.gather(*tasks)
+        assert {answer.status_code for answer in answers} == {200}
+        assert s.encoder.most_running == 6
+        assert len({call.key for call in s.encoder.calls}) == len(s.encoder.calls) == 64 * 3
+        clients = [s.encoder.calls[i].request_id for i in range(0, 192, 3)]
+        assert len(set(clients)) == 64  # No request is begun before the one ahead has begun.
+        await until(s.idle)
+
+
+async def test_what_would_wait_too_long_is_refused_and_who_leaves_encodes_nothing():
+    go = asyncio.Event()
+    async with stack(max_encode_wait_s=20.0, max_concurrent_requests=300) as s:
+        s.encoder.max_batch_patches, s.encoder.patches_per_s = 72, 360.0  # Ten pictures a second.
+        pool = s.gateway.pipeline.encoders.pool
+        await until(
+            lambda: pool.workers[0].cost_per_s and pool.workers[0].description.window == 216
+        )
+        s.encoder.script = lambda _: go.wait()
+        tasks = [
+            asyncio.create_task(s.chat(user("?", *pictures_of(client)))) for client in range(200)
+        ]
+        await until(
+            lambda: sum(task.done() for task in tasks) > 100 and s.encoder.running == 6, 120
+        )
+        refused = [task.result() for task in tasks if task.done()]
+        assert {answer.status_code for answer in refused} == {429}
+        assert all(1 <= int(answer.headers["retry-after"]) <= 3 for answer in refused)
+        waiting = [task for task in tasks if not task.done()]
+        assert len(waiting) + len(refused) == 200
+        leaving, staying = waiting[10:40], waiting[:10] + waiting[40:]
+        for task in leaving:
+            task.cancel()
+        await until(lambda: pool.waiting == 3 * len(staying) - 6)
+        go.set()
+        assert {answer.status_code for answer in await asyncio.gather(*staying)} == {200}
+        assert len(s.encoder.calls) == 3 * len(staying)
+        again = await s.chat(user("?", *pictures_of(0)))  # Known by reference: never refused.
+        assert again.status_code == 200
+        await until(s.idle)
 
 
 async def test_low_detail_asks_the_encoder_for_less():
