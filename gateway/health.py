@@ -13,7 +13,7 @@ from opticnerve import __version__
 from opticnerve.config import GatewayConfig
 from opticnerve.options import public_view
 
-HIDDEN = frozenset({"cost"})
+HIDDEN = frozenset({"cost", "cost_per_s", "window"})
 
 
 def readiness(pairing: Pairing, *, draining: bool) -> tuple[int, dict[str, Any]]:
@@ -66,6 +66,7 @@ def _store(pairing: Pairing) -> dict[str, Any]:
 def _pool(pool: WorkerPool) -> dict[str, Any]:
     return {
         "serving": len(pool.serving()),
+        "waiting": pool.waiting,  # Items or sequences that no worker has room for now.
         "workers": [_worker(worker) for worker in pool.workers],
     }
 

@@ -9,6 +9,7 @@ from opticnerve.telemetry.metrics import CACHE_LOOKUPS, SECONDS, STAGE_SECONDS, 
 __all__ = [
     "CACHE_LOOKUPS",
     "INTER_TOKEN_SECONDS",
+    "PATCHES_WAITING",
     "REQUESTS",
     "REQUESTS_IN_FLIGHT",
     "STAGE_SECONDS",
@@ -23,6 +24,9 @@ TOKENS = Counter(
     "opticnerve_tokens_total",
     "Tokens of answered requests by kind (prompt, cached, image, completion)",
     ["kind"],
+)
+PATCHES_WAITING = Gauge(
+    "opticnerve_patches_waiting", "Patches admitted here that no encoder has room for yet"
 )
 TTFT_SECONDS = Histogram(
     "opticnerve_time_to_first_token_seconds", "From accepted to first token", buckets=SECONDS

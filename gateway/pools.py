@@ -88,6 +88,10 @@ class WorkerPool:
         """Jobs that wait for a worker with room."""
         return len(self._dispatcher.waiting)
 
+    @property
+    def waiting_cost(self) -> int:
+        return self._dispatcher.waiting_cost
+
     # ---- life
 
     async def start(self) -> None:

@@ -99,6 +99,7 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
         for pool in (eyes, mouths):
             await pool.start()
             stack.push_async_callback(pool.close)
+        metrics.PATCHES_WAITING.set_function(lambda: eyes.waiting_cost)
         wait = settings.worker_wait_s
         yield Gateway(
             config=settings,
