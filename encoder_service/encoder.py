@@ -42,7 +42,7 @@ from opticnerve.errors import (
 )
 from opticnerve.media.decode import decode
 from opticnerve.media.keys import content_key
-from opticnerve.media.plan import Modality, Overrides
+from opticnerve.media.plan import WHITE, Modality, Overrides
 from opticnerve.media.structure import parse_structure
 from opticnerve.models.family import Layout
 
@@ -179,6 +179,8 @@ class Encoder:
             raise UnsupportedFeature(
                 "video and animation cannot be encoded yet; send still pictures"
             )
+        if (request.overrides.background or 0) > WHITE:
+            raise InvalidRequest("the background should be 0xRRGGBB", param="background")
         if request.num_bytes > self.limits.max_item_bytes:
             raise PayloadTooLarge(
                 f"the item has {request.num_bytes} bytes; this encoder takes up to "
@@ -260,7 +262,9 @@ class Encoder:
         started = time.monotonic()
         try:
             with self.poison.working_on([request.key]):
-                image = decode(data, request.plan, self.limits.max_image_pixels)
+                image = decode(
+                    data, request.plan, self.limits.max_image_pixels, request.overrides.background
+                )
                 pixels = self.backend.preprocess(image, request.plan)
         except MemoryError as error:
             raise EngineFailure("the encoder ran out of memory decoding this picture") from error

@@ -15,7 +15,7 @@ from gateway.schemas.messages import ImageSource
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import InvalidRequest, OpticNerveError
 from opticnerve.media.keys import content_key
-from opticnerve.media.plan import Overrides, Plan
+from opticnerve.media.plan import Overrides, Plan, parse_background
 from opticnerve.media.structure import parse_structure
 from opticnerve.models.family import Layout
 
@@ -39,6 +39,7 @@ class MediaReader:
         self.config = config
         self.layout = layout
         self.fetcher = fetcher
+        self._background = parse_background(config.image_background)
 
     def check_count(self, sources: Sequence[ImageSource]) -> None:
         """Raises InvalidRequest where there are too many."""
@@ -83,7 +84,7 @@ class MediaReader:
         return Fetched(param, self._overrides(source), data)
 
     def _overrides(self, source: ImageSource) -> Overrides:
-        """The item's own bounds within the server's."""
+        """The item's own bounds within the server's, and the server's background."""
         least, most = self.config.min_pixels or None, self.config.max_pixels or None
         models_own: int | None = self.layout.settings().get("max_pixels")
         asked = source.overrides(models_own)
@@ -93,7 +94,7 @@ class MediaReader:
             high = min(high, most)
         if low is not None and high is not None:
             low = min(low, high)
-        return Overrides(low, high)
+        return Overrides(low, high, self._background)
 
     def _plan(self, item: Fetched) -> Plan:
         try:

@@ -15,6 +15,7 @@ from functools import partial
 
 from opticnerve import addresses
 from opticnerve.errors import ConfigError
+from opticnerve.media.plan import parse_background
 from opticnerve.options import PREFIX, option, options
 
 KNOWN_VARIABLES = {"OPTICNERVE_CACHE_DIR"}  # Read elsewhere: opticnerve.models.checkpoint.
@@ -249,6 +250,14 @@ class GatewayConfig:
     )
     max_pixels: int = _pictures(
         0, "pictures are resized to at most so many pixels; 0: the model's", metavar="N"
+    )
+    image_background: str = _pictures(
+        "white",
+        "colour that shows through transparent pictures, by name or as #rrggbb; none: transparency "
+        "is dropped, and the colours that it hid are seen",
+        metavar="COLOR|none",
+        wanted="an opaque colour such as white or #ffffff, or none",
+        check=parse_background,
     )
     max_image_pixels: int = _pictures(
         89_478_485,

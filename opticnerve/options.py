@@ -35,6 +35,7 @@ class Spec:
     help: str
     group: str  # The title that it stands under in --help.
     metavar: str | None = None
+    wanted: str | None = None  # What a text must be, in messages; without one, the metavar.
     choices: tuple[str, ...] | None = None
     secret: bool = False  # Never shown: not in /health, logs or messages.
     hidden: bool = False  # Set by our own processes; not in --help.
@@ -120,7 +121,8 @@ class Option:
             number = "a whole number" if kind is int and not spec.size else number
             upper = "up" if spec.most is None else f"to {spec.most}"
             return f"{number} from {spec.least} {upper}"
-        return {tuple: f"{spec.metavar} or several with commas"}.get(kind, spec.metavar or "a text")
+        wanted = spec.wanted or spec.metavar or "a text"
+        return f"{wanted} or several with commas" if kind is tuple else wanted
 
     def show_default(self) -> str:
         """The default as --help shows it; empty where the help says what happens without."""

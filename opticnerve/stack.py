@@ -98,6 +98,8 @@ def user_message(text: str, pictures: Iterable[Picture]) -> dict[str, Any]:
 
 def picture_url(picture: Picture) -> str:
     """A URL as it is; a path, bytes or a Pillow image as a data: URL."""
+    from opticnerve.clients.pictures import read_picture  # Here: Pillow is slow to import.
+
     if isinstance(picture, str) and picture.split(":", 1)[0] in ("http", "https", "data"):
         return picture
     if isinstance(picture, str | Path):
@@ -105,9 +107,7 @@ def picture_url(picture: Picture) -> str:
     elif isinstance(picture, bytes):
         data = picture
     else:
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
-        data = buffer.getvalue()
+        data = read_picture(picture)
     return "data:application/octet-stream;base64," + base64.b64encode(data).decode()
 
 

@@ -123,6 +123,7 @@ class Running:
             "request_id": "test",
             "key": content_key(data, self.encoder.layout.settings(), overrides, FINGERPRINT),
             "fingerprint": FINGERPRINT,
+            "overrides": convert.overrides_to_pb(overrides),
             "num_bytes": len(data),
         }
         if "plan" not in changes:

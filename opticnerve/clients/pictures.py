@@ -11,8 +11,9 @@ from PIL import Image
 
 from opticnerve.clients.checks import UINT64, check_integer
 from opticnerve.errors import InvalidRequest
+from opticnerve.media.decode import to_rgb, to_rgba
 from opticnerve.media.keys import content_key
-from opticnerve.media.plan import Overrides, Plan
+from opticnerve.media.plan import WHITE, Overrides, Plan
 from opticnerve.media.structure import parse_structure
 from opticnerve.models.family import Layout
 
@@ -34,10 +35,7 @@ def read_picture(picture: Picture) -> bytes:
     if isinstance(picture, (bytes, bytearray, memoryview)):
         return bytes(picture)
     if isinstance(picture, Image.Image):
-        buffer = io.BytesIO()
-        # As the encoder would decode it; without its EXIF, whose turn a PNG reader would apply.
-        picture.convert("RGB").save(buffer, "PNG", compress_level=1)
-        return buffer.getvalue()
+        return _png(picture)
     if isinstance(picture, (str, Path)):
         try:
             return Path(picture).expanduser().read_bytes()
@@ -46,6 +44,15 @@ def read_picture(picture: Picture) -> bytes:
     raise InvalidRequest(
         f"a picture is bytes, a path or a Pillow image, not {type(picture).__name__}"
     )
+
+
+def _png(image: Image.Image) -> bytes:
+    """What shows and what is transparent, and no EXIF, whose turn a PNG reader would apply."""
+    plain = to_rgba(image) if image.has_transparency_data else to_rgb(image)
+    plain.info = {}
+    buffer = io.BytesIO()
+    plain.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +70,9 @@ def plan_picture(
     data: bytes, layout: Layout, fingerprint: str, overrides: Overrides = NO_OVERRIDES
 ) -> PlannedPicture:
     """Reads the structure, plans, and names. Raises InvalidMedia, InvalidRequest."""
-    for name in ("min_pixels", "max_pixels"):
-        if (pixels := getattr(overrides, name)) is not None:
-            check_integer(name, pixels, UINT64)
+    for name, most in (("min_pixels", UINT64), ("max_pixels", UINT64), ("background", WHITE)):
+        if (value := getattr(overrides, name)) is not None:
+            check_integer(name, value, most)
     plan = layout.plan(parse_structure(data), overrides)
     key = content_key(data, layout.settings(), overrides, fingerprint)
     return PlannedPicture(data, key, plan, overrides, fingerprint)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageFile
 
 from opticnerve.errors import InvalidMedia, PlanMismatch
-from opticnerve.media.plan import Plan
+from opticnerve.media.plan import WHITE, Plan
 from opticnerve.media.structure import DEFAULT_MAX_PIXELS, parse_structure
 
 # Pillow's own limit warns at some size and raises at twice that. Ours is checked before Pillow
 # sees the bytes, and is a setting.
 Image.MAX_IMAGE_PIXELS = None
 
+_PNG_DEPTH = 24  # Where a PNG's header says how many bits a sample has.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -27,12 +29,17 @@ _TURNS = {
 
 
 def decode(
-    data: bytes | memoryview, plan: Plan, max_pixels: int = DEFAULT_MAX_PIXELS
+    data: bytes | memoryview,
+    plan: Plan,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    background: int | None = WHITE,
 ) -> Image.Image:
     """The picture as RGB, upright, of the plan's displayed size.
 
-    Colour as Hugging Face's ``load_image``: ``convert("RGB")``, which drops transparency. Only
-    grey of 16 bits differs: see ``_rgb``.
+    ``background``, 0xRRGGBB, shows through what is transparent, as Pillow's ``alpha_composite``
+    blends it. With None, and for opaque pictures, colours are those of Hugging Face's
+    ``load_image``: ``convert("RGB")``, which drops transparency. Only grey of 16 bits differs: see
+    ``to_rgb``.
     Raises InvalidMedia for bytes that do not decode, PlanMismatch for a picture other than the
     plan's. Messages tell nothing of the decoder.
     """
@@ -41,7 +48,7 @@ def decode(
         with Image.open(io.BytesIO(data), formats=[plan.format.upper()]) as image:
             if image.size != (plan.width, plan.height):
                 raise _mismatch(plan, *image.size)
-            picture = _rgb(image)
+            picture = to_rgb(image) if background is None else _flatten(image, data, background)
     except (InvalidMedia, MemoryError):
         raise
     except Exception as error:  # Decoders raise whatever their parsers raise.
@@ -53,12 +60,71 @@ def decode(
     return picture if turn is None else picture.transpose(turn)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Of 16-bit grey the upper 8 bits count, as of every other 16-bit PNG. Pillow's own conversion
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A copy without transparency. Of 16-bit grey the upper 8 bits count, as of every other 16-bit PNG. Pillow's own conversion
     makes all values above 255 white, which is nearly the whole of such a picture."""
     if image.mode.startswith("I"):  # "I;16", or "I" in earlier Pillows.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
+
+
+def to_rgba(image: Image.Image) -> Image.Image:
+    """A copy with an alpha channel, whichever way ``image`` tells what is transparent."""
+    if image.mode == "La":  # Which Pillow converts to this mode alone.
+        image = image.convert("LA")
+    return image.convert("RGBA")
+
+
+def _flatten(image: Image.Image, data: bytes | memoryview, background: int) -> Image.Image:
+    """``image``, just opened from ``data``, on a sheet of that colour."""
+    # A GIF's image may leave some of its screen empty, which no colour index says.
+    box = image.tile[0][1] if image.format == "GIF" and image.tile else None
+    whole = box in (None, (0, 0, *image.size))
+    if whole and not image.has_transparency_data:
+        return to_rgb(image)
+    layer = _with_exact_key(image, data)
+    if image.format == "BMP" and layer.getextrema()[3] == (0, 0):
+        return to_rgb(image)  # Written by programs that leave alpha unset and mean it opaque.
+    sheet = Image.new("RGB", image.size, tuple(background.to_bytes(3)))
+    if box is not None and not whole:
+        layer = layer.crop(box)
+    sheet.paste(layer, box if not whole else None, mask=layer)
+    return sheet
+
+
+def _with_exact_key(image: Image.Image, data: bytes | memoryview) -> Image.Image:
+    """RGBA of a picture. A PNG's transparent colour, of which Pillow keeps what the file says, is
+    compared with samples as they are stored: of 2, 4 or 16 bits, where Pillow's have 8."""
+    key = image.info.get("transparency")
+    if image.format != "PNG" or image.mode in ("P", "RGBA", "LA") or key is None:
+        return to_rgba(image)
+    depth = data[_PNG_DEPTH]
+    keys = [value & (2**depth - 1) for value in (key if isinstance(key, tuple) else (key,))]
+    if depth == 16:
+        layer = to_rgb(image)
+        layer.putalpha(Image.fromarray(_differs(image, data, keys)))
+        return layer
+    if image.mode == "L":
+        image.info["transparency"] = keys[0] * 255 // (2**depth - 1)
+    elif image.mode == "RGB":
+        image.info["transparency"] = tuple(keys)
+    return to_rgba(image)
+
+
+def _differs(image: Image.Image, data: bytes | memoryview, keys: list[int]) -> NDArray[np.uint8]:
+    """uint8 [height, width], 255 where a pixel of 16-bit samples is not of the colour ``keys``."""
+    if len(keys) == 1:
+        return np.where(np.asarray(image) == keys[0], 0, 255).astype(np.uint8)
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as again:
+        coder, box, offset, _ = again.tile[0]
+        again.tile = [ImageFile._Tile(coder, box, offset, "RGB;16L")]  # The lower bytes.
+        low = np.asarray(again)
+    high = np.asarray(image)
+    differs = np.zeros(high.shape[:2], dtype=bool)
+    for channel, key in enumerate(keys):
+        differs |= high[..., channel] != key >> 8
+        differs |= low[..., channel] != key & 0xFF
+    return np.where(differs, 255, 0).astype(np.uint8)
 
 
 def check_plan(data: bytes | memoryview, plan: Plan, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:

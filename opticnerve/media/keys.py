@@ -28,7 +28,7 @@ def content_key(
     for part in (
         b"opticnerve-content-%d" % SCHEME_VERSION,
         json.dumps(settings, sort_keys=True, separators=(",", ":")).encode(),
-        b"%d,%d" % (overrides.min_pixels or 0, overrides.max_pixels or 0),
+        _overrides(overrides),
         fingerprint.encode(),
         data,
     ):
@@ -36,3 +36,10 @@ def content_key(
         digest.update(len(view).to_bytes(8, "little"))
         digest.update(view)
     return digest.hexdigest()
+
+
+def _overrides(overrides: Overrides) -> bytes:
+    """Without a background as it was before there was one, so that callers of that time, who
+    mean none, name an item as it is named now."""
+    pixels = b"%d,%d" % (overrides.min_pixels or 0, overrides.max_pixels or 0)
+    return pixels if overrides.background is None else pixels + b",%06x" % overrides.background

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+WHITE = 0xFFFFFF
+
 
 class Modality(Enum):
     IMAGE = "image"
@@ -61,6 +63,26 @@ class Overrides:
 
     min_pixels: int | None = None
     max_pixels: int | None = None
+    # 0xRRGGBB, which shows through where the picture is transparent. None: transparency is dropped,
+    # as Hugging Face's processors do, and the colours that it hid are seen.
+    background: int | None = WHITE
+
+
+def parse_background(text: str) -> int | None:
+    """0xRRGGBB of a colour as Pillow's ImageColor reads it (``white``, ``#ff8800``,
+    ``rgb(0, 0, 0)``), or None for ``none``.
+
+    Raises ValueError for anything else, and for a colour that is itself transparent.
+    """
+    from PIL import ImageColor  # Here, because most who import this module look at no picture.
+
+    text = text.strip()
+    if text.lower() == "none":
+        return None
+    red, green, blue, *alpha = ImageColor.getrgb(text)
+    if alpha not in ([], [255]):
+        raise ValueError(f"the colour {text!r} is itself transparent")
+    return int.from_bytes(bytes((red, green, blue)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,12 +64,15 @@ def plan_from_pb(message: pb.Plan) -> Plan:
 
 def overrides_to_pb(overrides: Overrides) -> pb.ProcessorOverrides:
     return pb.ProcessorOverrides(
-        min_pixels=overrides.min_pixels or 0, max_pixels=overrides.max_pixels or 0
+        min_pixels=overrides.min_pixels or 0,
+        max_pixels=overrides.max_pixels or 0,
+        background=overrides.background,
     )
 
 
 def overrides_from_pb(message: pb.ProcessorOverrides) -> Overrides:
-    return Overrides(message.min_pixels or None, message.max_pixels or None)
+    background = message.background if message.HasField("background") else None
+    return Overrides(message.min_pixels or None, message.max_pixels or None, background)
 
 
 def span_to_pb(span: Span) -> llm_pb2.Span:

@@ -6,7 +6,7 @@ import itertools
 import re
 
 from opticnerve.media.keys import content_key
-from opticnerve.media.plan import Overrides
+from opticnerve.media.plan import WHITE, Overrides
 
 SETTINGS = {"family": "f", "min_pixels": 1, "mean": (0.5, 0.25)}
 
@@ -22,12 +22,15 @@ def test_the_same_input_has_the_same_key_whatever_its_container() -> None:
     backwards["mean"] = [0.5, 0.25]
     assert content_key(memoryview(b"picture"), backwards, Overrides(0, 0), "fp") == expected
     assert content_key(bytearray(b"picture"), SETTINGS, Overrides(None, None), "fp") == expected
+    assert content_key(b"picture", SETTINGS, Overrides(background=WHITE), "fp") == expected
 
 
 def test_keys_survive_releases() -> None:
     """A change of this value needs a new SCHEME_VERSION."""
-    key = content_key(b"picture", SETTINGS, Overrides(1, 2), "fp")
+    key = content_key(b"picture", SETTINGS, Overrides(1, 2, background=None), "fp")
     assert key == "2ade73133add519a5cdcc0f5fefebe86f8599b446e2aadc921e949c9759fbb71"
+    key = content_key(b"picture", SETTINGS, Overrides(1, 2), "fp")
+    assert key == "1ede5dd19a8a72ff41adbc7525a09be93c07f9a909afee6c970873be7c1563f5"
 
 
 def test_every_part_counts() -> None:
@@ -38,6 +41,10 @@ def test_every_part_counts() -> None:
         (b"picture", SETTINGS, Overrides(min_pixels=1), "fp"),
         (b"picture", SETTINGS, Overrides(max_pixels=1), "fp"),
         (b"picture", SETTINGS, Overrides(1, 1), "fp"),
+        (b"picture", SETTINGS, Overrides(background=None), "fp"),
+        (b"picture", SETTINGS, Overrides(background=0), "fp"),
+        (b"picture", SETTINGS, Overrides(background=0xFF), "fp"),
+        (b"picture", SETTINGS, Overrides(0, 0xFF, background=None), "fp"),
         (b"picture", SETTINGS, Overrides(), "fp2"),
         (b"2picture", SETTINGS, Overrides(), "fp"),
         (b"", SETTINGS, Overrides(), "fppicture"),

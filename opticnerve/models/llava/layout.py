@@ -95,7 +95,7 @@ class LlavaLayout:
         return (self.size, longer) if width <= height else (longer, self.size)
 
     def plan(self, structure: Structure, overrides: Overrides = NO_OVERRIDES) -> Plan:
-        if overrides != NO_OVERRIDES:
+        if overrides.min_pixels is not None or overrides.max_pixels is not None:
             raise InvalidRequest(
                 "this model sees every picture at one size: leave out min_pixels and max_pixels",
                 param="min_pixels" if overrides.min_pixels is not None else "max_pixels",
