@@ -7,7 +7,6 @@ end. For scripts, notebooks and tests; a service that others use is started with
 from __future__ import annotations
 
 import base64
-import io
 import os
 import signal
 import subprocess

@@ -117,13 +117,15 @@ class Running:
     def messages(
         self, data: bytes, chunk: int = 2**20, **changes: object
     ) -> list[pb.EncodeRequest]:
-        """The messages of an Encode call; ``changes`` replace fields of its header."""
-        overrides = Overrides()
+        """The messages of an Encode call; ``changes`` replace fields of its header, to whose
+        overrides the key belongs."""
+        message = changes.get("overrides", convert.overrides_to_pb(Overrides()))
+        overrides = convert.overrides_from_pb(message)
         header = {
             "request_id": "test",
             "key": content_key(data, self.encoder.layout.settings(), overrides, FINGERPRINT),
             "fingerprint": FINGERPRINT,
-            "overrides": convert.overrides_to_pb(overrides),
+            "overrides": message,
             "num_bytes": len(data),
         }
         if "plan" not in changes:

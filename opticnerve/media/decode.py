@@ -61,8 +61,9 @@ def decode(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A copy without transparency. Of 16-bit grey the upper 8 bits count, as of every other 16-bit PNG. Pillow's own conversion
-    makes all values above 255 white, which is nearly the whole of such a picture."""
+    """A copy without transparency. Of 16-bit grey the upper 8 bits count, as of every other 16-bit
+    PNG. Pillow's own conversion makes all values above 255 white, which is nearly the whole of such
+    a picture."""
     if image.mode.startswith("I"):  # "I;16", or "I" in earlier Pillows.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")

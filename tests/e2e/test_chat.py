@@ -1,11 +1,15 @@
 """Chats as users have them: the openai client, curl, several pictures, several turns."""
 
+import io
 import json
 import subprocess
 
 import pytest
+from PIL import Image, ImageDraw
 
+from opticnerve.demo import scenes
 from opticnerve.demo.chats import PICTURES, TURNS
+from opticnerve.demo.scenes import Item
 from tests.e2e.conftest import bundled, data_url, png, scene, user
 
 STAR = "A large red star in the center."
@@ -98,13 +102,23 @@ def test_system_message_and_string_content(client):
 
 
 def test_same_number_of_placeholders_two_answers_also_when_warm(client):
-    from opticnerve.demo.scenes import Item
-
     red = data_url(png(scene(1, Item("star", "red", "large", (1, 1)))))
     blue = data_url(png(scene(1, Item("star", "blue", "large", (1, 1)))))
     for _ in range(2):
         assert ask(client, user("What do you see?", red)) == STAR
         assert ask(client, user("What do you see?", blue)) == "A large blue star in the center."
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
+def test_a_transparent_picture_is_seen_on_white(client, kind):
+    """A black star on nothing, with black hidden under the nothing."""
+    item = Item("star", "black", "large", (1, 1))
+    image = Image.new("RGBA", (336, 336), (0, 0, 0, 0))
+    scenes.draw_shape(ImageDraw.Draw(image), item, 168, 168, 168 * scenes.SIZES["large"])
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
+    url = data_url(buffer.getvalue(), f"image/{kind.lower()}")
+    assert ask(client, user("What do you see?", url)) == "A large black star in the center."
 
 
 def test_typed_placeholders_are_text(client, stack):

@@ -67,6 +67,33 @@ async def entered(service: Running) -> None:
 # ---- the path of a good picture
 
 
+def nothing_on_black(size: tuple[int, int] = (84, 84)) -> bytes:
+    """A picture that is transparent all over, and black under it."""
+    buffer = io.BytesIO()
+    Image.new("RGBA", size, (0, 0, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_each_background_has_its_own_embedding(tmp_path: Path) -> None:
+    """A caller that knows of none gets what it always got, under the key that it always gave."""
+
+    async def scenario() -> None:
+        async with running(tmp_path) as service:
+            found: dict[str, float] = {}
+            for message in (
+                overrides(),
+                overrides(background=0),
+                overrides(background=0xFFFFFF),
+                overrides(background=0x0000FF),
+            ):
+                answer = await service.encode(nothing_on_black(), overrides=message)
+                tensors, _ = codec.from_bytes(await service.fetch(answer.ref.key))
+                found[answer.ref.key] = float(tensors["rows"][0, 0])
+            assert list(found.values()) == [0.0, 0.0, 765.0, 255.0]
+
+    asyncio.run(scenario())
+
+
 async def encodes_and_fetches(tmp_path: Path) -> None:
     async with running(tmp_path) as service:
         data = picture(1, (336, 336), "JPEG")
@@ -173,6 +200,8 @@ def changed(**fields: object) -> embedding_pb2.Plan:
     return plan
 
 
+overrides = embedding_pb2.ProcessorOverrides
+
 BAD: list[tuple[str, bytes, dict[str, object], type[OpticNerveError]]] = [
     ("not a picture", b"hello", {"plan": PLAN}, InvalidMedia),
     ("nothing", b"", {"plan": PLAN}, InvalidMedia),
@@ -193,6 +222,7 @@ BAD: list[tuple[str, bytes, dict[str, object], type[OpticNerveError]]] = [
     ("too many patches", picture(), {"plan": changed(num_patches=10**6)}, InvalidRequest),
     ("a video", picture(), {"plan": changed(frames=4)}, UnsupportedFeature),
     ("no plan", picture(), {"plan": None}, InvalidRequest),
+    ("no colour", picture(), {"overrides": overrides(background=2**24)}, InvalidRequest),
 ]
 
 

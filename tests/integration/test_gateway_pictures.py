@@ -7,6 +7,8 @@ import contextlib
 import pytest
 
 from opticnerve.errors import EmbeddingCorrupt, InvalidMedia, Overloaded, PayloadTooLarge
+from opticnerve.media.keys import content_key
+from opticnerve.media.plan import Overrides
 from tests.fakes import until
 from tests.gateways import END, data_url, events, ids, stack, user
 
@@ -48,6 +50,28 @@ async def test_the_encoder_gets_plan_key_and_overrides():
         assert (plan.width, plan.height, plan.format) == (300, 200, "png")
         assert plan.resized_width * plan.resized_height <= 10_000
         assert header.key == s.llm.starts[0].items[0].key and header.fingerprint == "enc-1"
+
+
+@pytest.mark.parametrize(
+    ("flag", "sent"), [({}, 0xFFFFFF), ({"image_background": "#102030"}, 0x102030)]
+)
+async def test_the_encoder_gets_the_background(flag, sent):
+    async with stack(**flag) as s:
+        assert (await s.chat(user("What?", data_url()))).status_code == 200
+        (header,) = s.encoder.calls
+        assert header.overrides.background == sent
+
+
+async def test_without_a_background_items_are_named_as_ever():
+    async with stack(image_background="none") as s, stack() as other:
+        for each in (s, other):
+            assert (await each.chat(user("What?", data_url()))).status_code == 200
+        (header,), (white,) = s.encoder.calls, other.encoder.calls
+        assert not header.overrides.HasField("background")
+        settings = s.gateway.pipeline.media.layout.settings()
+        data = base64.b64decode(data_url().partition(",")[2])
+        none = Overrides(background=None)
+        assert header.key == content_key(data, settings, none, "enc-1") != white.key
 
 
 async def test_an_encoder_that_dies_does_not_fail_the_request():

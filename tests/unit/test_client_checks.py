@@ -103,3 +103,5 @@ def test_overrides_that_no_message_carries_are_refused() -> None:
     for overrides in (Overrides(max_pixels=UINT64 + 1), Overrides(min_pixels=1.5)):  # type: ignore[arg-type]
         with pytest.raises(InvalidRequest, match="_pixels"):
             plan_picture(picture(1), demo_layout(), "f" * 64, overrides)
+    with pytest.raises(InvalidRequest, match="background"):
+        plan_picture(picture(1), demo_layout(), "f" * 64, Overrides(background=2**24))

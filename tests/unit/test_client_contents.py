@@ -25,6 +25,7 @@ from opticnerve.clients.pictures import plan_picture, read_picture
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.errors import InvalidMedia, InvalidRequest
+from opticnerve.media.decode import decode
 from opticnerve.media.plan import Grid, Span
 from tests.encoders import demo_layout, picture
 
@@ -132,6 +133,30 @@ def test_pictures_are_bytes_paths_and_pillow_images(tmp_path: Path) -> None:
         read_picture(tmp_path / "none.png")
     with pytest.raises(InvalidRequest, match="not int"):
         read_picture(5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "La", "RGBa", "P", "L", "RGB"])
+def test_pillow_images_keep_what_is_transparent(mode: str) -> None:
+    """For the encoder to lay on a background. The colours under it are black."""
+    image = Image.new("RGBA", (84, 84), (0, 0, 0, 0))
+    image.paste((10, 10, 10, 255), (0, 0, 84, 42))
+    if mode in ("P", "L", "RGB"):
+        opaque = image.convert("RGB")
+        image = opaque.quantize(4) if mode == "P" else opaque.convert(mode)
+        image.info["transparency"] = (0, 0, 0) if mode == "RGB" else image.getpixel((0, 83))
+    else:
+        image = image.convert("LA").convert(mode) if mode == "La" else image.convert(mode)
+    data = read_picture(image)
+    planned = plan_picture(data, demo_layout(), "f")
+    seen = np.asarray(decode(data, planned.plan, background=planned.overrides.background))
+    assert (seen[:42] == 10).all() and (seen[42:] == 255).all()
+
+
+def test_of_a_pillow_image_of_16_bit_grey_the_upper_8_bits_count() -> None:
+    image = Image.fromarray(np.full((84, 84), 0x1234, dtype=np.uint16))
+    data = read_picture(image)
+    seen = np.asarray(decode(data, plan_picture(data, demo_layout(), "f").plan))
+    assert (seen == 0x12).all()
 
 
 def test_an_images_own_orientation_is_not_applied_twice() -> None:

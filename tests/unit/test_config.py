@@ -4,6 +4,7 @@ import pytest
 
 from opticnerve import config, flags
 from opticnerve.errors import ConfigError
+from opticnerve.media.plan import parse_background
 from opticnerve.options import build, options, public_view, show_size
 
 SERVICES = [config.EncoderConfig, config.LLMConfig, config.GatewayConfig, config.UpConfig]
@@ -151,6 +152,10 @@ def test_an_error_names_the_place_the_value_and_what_is_expected(capsys):
         (config.EncoderConfig, "advertise", "http://encoder-1:7001", "HOST:PORT"),
         (config.EncoderConfig, "log_level", "loud", "one of debug, info, warning, error"),
         (config.GatewayConfig, "public_models", "maybe", "true or false"),
+        *(
+            (config.GatewayConfig, "image_background", value, "an opaque colour such as white")
+            for value in ("blurple", "", "#fff8", "transparent", "rgb(0, 0, 256)")
+        ),
     ],
 )
 def test_what_is_expected_of_every_kind_of_value(cls, name, value, expected):
@@ -159,6 +164,24 @@ def test_what_is_expected_of_every_kind_of_value(cls, name, value, expected):
         parse(cls, environment={variable: value})
     assert caught.value.message.startswith(f"{variable}: expected {expected}")
     assert caught.value.message.endswith(f", got {value!r}")
+
+
+@pytest.mark.parametrize(
+    ("value", "background"),
+    [
+        ("white", 0xFFFFFF),
+        ("Black", 0),
+        ("#f80", 0xFF8800),
+        ("#102030", 0x102030),
+        ("rgb(1, 2, 3)", 0x010203),
+        ("#ff8800ff", 0xFF8800),
+        ("none", None),
+        ("None", None),
+    ],
+)
+def test_backgrounds(value, background):
+    made = parse(config.GatewayConfig, "--image-background", value)
+    assert parse_background(made.image_background) == background
 
 
 def test_sizes_have_units():

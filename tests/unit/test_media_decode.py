@@ -126,9 +126,7 @@ STARS: dict[str, Callable[[], bytes]] = {
     "png": lambda: save(star((0, 0, 0, 255), (0, 0, 0, 0)), "PNG"),
     "png grey": lambda: save(star((0, 0, 0, 255), (0, 0, 0, 0)).convert("LA"), "PNG"),
     "png palette": lambda: save(star((0, 0, 0, 255), (0, 0, 0, 0)).quantize(4), "PNG"),
-    "webp": lambda: save(
-        star((0, 0, 0, 255), (0, 0, 0, 0)), "WEBP", lossless=True, exact=True
-    ),
+    "webp": lambda: save(star((0, 0, 0, 255), (0, 0, 0, 0)), "WEBP", lossless=True, exact=True),
     "gif": lambda: save(star((0, 0, 0, 255), (0, 0, 0, 0)), "GIF"),
     "bmp": lambda: bmp_with_alpha(star((0, 0, 0, 255), (0, 0, 0, 0))),
 }
