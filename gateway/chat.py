@@ -18,7 +18,7 @@ from gateway.schemas.chat import TemplateFields
 from gateway.schemas.messages import Message, RefusalPart, TextPart, call_arguments
 from gateway.template import ChatTemplate, clock, load_template
 from gateway.tokenizer import Tokenizer
-from opticnerve.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
+from opticnerve.errors import ContextLengthExceeded, InvalidRequest
 from opticnerve.media.plan import Plan
 from opticnerve.models.family import Layout
 
@@ -47,13 +47,6 @@ class ChatRenderer:
     """Renders and tokenizes chats for one checkpoint. Thread-safe: rendering keeps no state."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, layout: Layout) -> None:
-        """Raises CheckpointError when the tokenizer does not know the layout's placeholder."""
-        found = tokenizer.id_of(layout.image_token)
-        if found != layout.image_token_id:
-            raise CheckpointError(
-                f"the tokenizer gives {layout.image_token!r} the id {found}, and the "
-                f"configuration {layout.image_token_id}; the files are not of one checkpoint"
-            )
         self.tokenizer = tokenizer
         self.template = template
         self.layout = layout
@@ -67,7 +60,9 @@ class ChatRenderer:
     @classmethod
     def load(cls, path: Path, layout: Layout, chat_template: str | None = None) -> ChatRenderer:
         """From a checkpoint directory. Raises CheckpointError and ConfigError."""
-        tokenizer = Tokenizer.load(path, (layout.image_token, *layout.placeholder_tokens))
+        spelled = placeholders.spellings(path, layout.placeholder_ids)
+        tokenizer = Tokenizer.load(path, spelled.values())
+        placeholders.check_spellings(spelled, layout.placeholder_ids, tokenizer)
         source = load_template(path, tokenizer.config, chat_template)
         return cls(tokenizer, ChatTemplate(source, tokenizer.aliases), layout)
 

@@ -1,12 +1,23 @@
-"""The one placeholder that a template writes for a picture becomes the run that its rows need."""
+"""The tokens that stand for pictures: how a checkpoint spells them, and how the one that a template
+writes for a picture becomes the run that its rows need."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from opticnerve.errors import ContextLengthExceeded, InvalidRequest
+from gateway.tokenizer import (
+    Tokenizer,
+    added_tokens,
+    merge_added,
+    named_tokens,
+    read_config,
+    read_object,
+    read_source,
+)
+from opticnerve.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
 from opticnerve.media.plan import Plan, Span
 from opticnerve.models.family import Expansion
 
@@ -30,6 +41,45 @@ class Prompt:
     @property
     def num_image_tokens(self) -> int:
         return sum(span.num_tokens for span in self.spans)
+
+
+def spellings(path: Path, ids: Mapping[str, int]) -> dict[str, str]:
+    """How the checkpoint in ``path`` spells its placeholders, by name; ``ids`` are a layout's.
+
+    As Hugging Face's processors find it: what the tokenizer's files or processor_config.json call
+    by that name; else the added token that has the id. What no file knows is left out. Raises
+    CheckpointError for files that cannot be read.
+    """
+    config = read_config(path)
+    named = named_tokens(config)
+    told = {**named_tokens(read_object(path / "processor_config.json")), **named}
+    added = merge_added(added_tokens(read_source(path)), config, named)
+    by_id = {token.id: text for text, token in added.items()}
+    found = {name: told.get(name) or by_id.get(token_id) for name, token_id in ids.items()}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def check_spellings(
+    spelled: Mapping[str, str], ids: Mapping[str, int], tokenizer: Tokenizer
+) -> None:
+    """Raises CheckpointError where the configuration's ``ids`` are not the tokenizer's."""
+    for name, token_id in ids.items():
+        if name not in spelled:
+            if name == "image_token":
+                raise CheckpointError(
+                    f"config.json says that token {token_id} stands for a picture, and neither the "
+                    "tokenizer nor processor_config.json says how it is written; fetch the "
+                    'tokenizer\'s files again, or name it as "image_token" in '
+                    "processor_config.json"
+                )
+            continue
+        found = tokenizer.id_of(spelled[name])
+        if found != token_id:
+            raise CheckpointError(
+                f"the {name} is {spelled[name]!r} by the files of processor and tokenizer, which "
+                f"the tokenizer gives the id {found}, and {token_id} by config.json; the files are "
+                "not of one checkpoint"
+            )
 
 
 def expand(

@@ -82,7 +82,8 @@ class Tokenizer:
             self._added = merge_added(listed, config, self.named)
             specials = [a.content for a in self._added.values() if a.special]
             for text in placeholders:
-                if text not in specials and occurs(source, text):
+                known = text in self._added or occurs(source, text)
+                if known and text not in specials:
                     specials.append(text)
                     self._added.setdefault(text, Added(text, special=True))
             self.aliases = Aliases(specials, self._added)
@@ -226,13 +227,14 @@ def read_source(path: Path) -> str:
 
 def read_config(path: Path) -> dict[str, Any]:
     """tokenizer_config.json; where that lists no added tokens, special_tokens_map.json too."""
-    config = _read_object(path / "tokenizer_config.json")
+    config = read_object(path / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:
-        config.update(_read_object(path / "special_tokens_map.json"))
+        config.update(read_object(path / "special_tokens_map.json"))
     return config
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} without the file. Raises CheckpointError."""
     if not path.is_file():
         return {}
     try:

@@ -93,17 +93,16 @@ LLAVA = """{% for message in messages %}{% if message['role'] != 'system' %}\
 {% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 
 
-def layout(image_token: str, image_token_id: int, *others: str) -> Any:
+def layout(image_token_id: int) -> Any:
     """The part of a family's layout that rendering looks at."""
     return SimpleNamespace(
-        image_token=image_token,
         image_token_id=image_token_id,
-        placeholder_tokens=(image_token, *others),
+        placeholder_ids={"image_token": image_token_id},
         max_positions=8192,
     )
 
 
-DEMO_LAYOUT = layout("<|image_pad|>", 632, "<|video_pad|>")
+DEMO_LAYOUT = layout(632)
 
 
 def write(directory: Path, tokenizer: str, config: dict[str, Any], template: str) -> Path:

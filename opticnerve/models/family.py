@@ -57,11 +57,10 @@ class Layout(Protocol):
     """Sizing, placeholders and positions of one checkpoint. Holds no tensors, decodes nothing."""
 
     family: str
-    image_token: str  # As the chat template writes it, e.g. "<|image_pad|>".
-    image_token_id: int
-    placeholder_tokens: tuple[
-        str, ...
-    ]  # Every string that stands for media; text may not become one.
+    image_token_id: int  # Of the one that the chat template writes for a picture.
+    # Every token that stands for media, by the name that processors have for it ("image_token"):
+    # text may not become one. How they are spelled, the tokenizer knows.
+    placeholder_ids: Mapping[str, int]
     hidden_size: int  # Columns of an embedding: the language model's width.
     deepstack_levels: int  # "deepstack.<i>" tensors that an embedding has beside its rows.
     max_positions: int  # max_position_embeddings of the language model.

@@ -66,7 +66,7 @@ class Whole:
 
     def _expand(self, text, given):
         """One placeholder becomes as many as its picture has rows."""
-        token = self.layout.image_token
+        token = self.renderer.tokenizer.token_of(self.layout.image_token_id)
         head, *rest = text.split(token)
         if "image_grid_thw" in given:
             counts = [int(grid.prod()) // 4 for grid in given["image_grid_thw"]]

@@ -55,8 +55,8 @@ def test_published_configuration(llava: Any) -> None:
     assert llava.hidden_size == LlamaConfig().hidden_size == 4096
     assert llava.max_positions == 4096
     assert llava.image_token_id == 32000
-    assert (llava.image_token, llava.position_dims) == ("<image>", 1)
-    assert llava.image_token in llava.placeholder_tokens
+    assert llava.placeholder_ids == {"image_token": 32000}
+    assert llava.position_dims == 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])

@@ -289,9 +289,19 @@ def test_settings_change_with_what_changes_pixels(tmp_path: Path) -> None:
     json.dumps(base)
 
 
-def test_every_vision_string_is_a_placeholder(qwen2: Any) -> None:
-    for name in ("vision_start", "vision_end", "image_pad", "video_pad"):
-        assert f"<|{name}|>" in qwen2.placeholder_tokens
+def test_every_vision_token_is_a_placeholder(tmp_path: Path) -> None:
+    """As Qwen2-VL's published config.json has them."""
+    ids = {
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "vision_token_id": 151654,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+    }
+    found = layout(tmp_path, config=ids).placeholder_ids
+    assert found == {name.removesuffix("_id"): token_id for name, token_id in ids.items()}
+    with pytest.raises(CheckpointError, match="vision_end_token_id"):
+        layout(tmp_path, config={"vision_end_token_id": "<|vision_end|>"})
 
 
 @pytest.mark.parametrize(

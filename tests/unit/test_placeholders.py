@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from PIL import Image
+from transformers import AutoTokenizer, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from gateway import placeholders
 from gateway.chat import ChatRenderer
 from gateway.schemas import ApplyTemplateRequest, parse
-from opticnerve.errors import ContextLengthExceeded, InvalidRequest
+from opticnerve.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
 from opticnerve.media.plan import Grid, Modality, Plan, Structure
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.family import Expansion, Run
@@ -49,6 +53,12 @@ class Made:
     path: Path
     renderer: ChatRenderer
 
+    @property
+    def image_token(self) -> str:
+        token = self.renderer.tokenizer.token_of(self.renderer.layout.image_token_id)
+        assert token is not None
+        return token
+
 
 @pytest.fixture(scope="module", params=["demo", "qwen2_5_vl", "llava"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
@@ -66,7 +76,7 @@ def plans_for(renderer: ChatRenderer, count: int) -> list[Plan]:
 def expected_ids(made: Made, prompt: str, plans: list[Plan]) -> list[int]:
     """As the processors do it: the placeholder is repeated in the string, then all is encoded."""
     tokenizer = AutoTokenizer.from_pretrained(made.path)
-    token = made.renderer.layout.image_token
+    token = made.image_token
     pieces = prompt.split(token)
     for i, plan in enumerate(plans):
         pieces[i] += token * plan.num_tokens
@@ -101,7 +111,136 @@ def test_typed_placeholders_take_no_picture(made: Made) -> None:
     rendered = renderer.render(chat(*CHATS["turns"]))
     plans = plans_for(renderer, 2)
     check_spans(renderer, renderer.build(rendered, plans), plans)
-    assert renderer.layout.image_token in rendered.prompt
+    assert made.image_token in rendered.prompt
+
+
+# ---- placeholders of other names
+
+IMAGE_ID, VIDEO_ID = 637, 639
+RENAMED = {
+    "<image>": "<|img|>",
+    "<|image_pad|>": "<|img|>",
+    "<|video_pad|>": "<|vid|>",
+    "<|vision_start|>": "<|see|>",
+    "<|vision_end|>": "<|seen|>",
+}
+
+
+def renamed(path: Path, family: str, said_by: str) -> Path:
+    """A checkpoint whose placeholders have other names and ids than the published ones.
+
+    ``said_by``: "processor" and "tokenizer" name them, "id": only their ids tell.
+    """
+    make_checkpoint(family, path)
+    edit(path / "config.json", _renumber)
+    edit(path / "tokenizer.json", _rename_tokens)
+    template = path / "chat_template.jinja"
+    for old, new in RENAMED.items():
+        template.write_text(template.read_text().replace(old, new))
+    names = {"image_token": "<|img|>"} if family == "llava" else {}
+    edit(path / "processor_config.json", lambda it: it.pop("image_token", None))
+    edit(path / "tokenizer_config.json", lambda it: it.update(extra_special_tokens={}))
+    if said_by == "processor":
+        edit(path / "processor_config.json", lambda it: it.update(names))
+    elif said_by == "tokenizer":
+        names = {"image_token": "<|img|>"}
+        edit(path / "tokenizer_config.json", lambda it: it.update(extra_special_tokens=names))
+    return path
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    if file.is_file() or file.name == "processor_config.json":
+        value = json.loads(file.read_text()) if file.is_file() else {}
+        change(value)
+        file.write_text(json.dumps(value))
+
+
+def _renumber(config: dict[str, Any]) -> None:
+    name = "image_token_index" if "image_token_index" in config else "image_token_id"
+    config[name] = IMAGE_ID
+    if "video_token_id" in config:
+        config["video_token_id"] = VIDEO_ID
+
+
+def _rename_tokens(tokenizer: dict[str, Any]) -> None:
+    """The pads go behind all other tokens; strangers take the places that they leave."""
+    added = tokenizer["added_tokens"]
+    model = dict(added[0])
+    for token in added:
+        token["content"] = RENAMED.get(token["content"], token["content"])
+        if token["content"] in ("<|img|>", "<|vid|>"):
+            token["content"] = f"<old {token['id']}>"
+    taken = {token["id"] for token in added}
+    fresh = {IMAGE_ID: "<|img|>", VIDEO_ID: "<|vid|>"}
+    for token_id in range(632, 640):
+        if token_id not in taken:
+            content = fresh.get(token_id, f"<new {token_id}>")
+            added.append({**model, "id": token_id, "content": content})
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("said_by", ["processor", "tokenizer", "id"])
+def test_placeholders_are_what_the_checkpoint_calls_them(
+    tmp_path: Path, family: str, said_by: str
+) -> None:
+    checkpoint = Checkpoint.open(str(renamed(tmp_path, family, said_by)))
+    made = Made(tmp_path, ChatRenderer.load(tmp_path, make_layout(checkpoint)))
+    assert made.image_token == "<|img|>"
+    for name in ("several", "turns"):
+        rendered = made.renderer.render(chat(*CHATS[name]))
+        plans = plans_for(made.renderer, rendered.num_images)
+        prompt = made.renderer.build(rendered, plans)
+        check_spans(made.renderer, prompt, plans)
+        assert {prompt.token_ids[span.token_offset] for span in prompt.spans} == {IMAGE_ID}
+        assert list(prompt.token_ids) == expected_ids(made, rendered.prompt, plans)
+    typed = made.renderer.render(chat([IMAGE, text("<|img|><|see|><image><|image_pad|>")]))
+    assert typed.token_ids.count(IMAGE_ID) == 1
+    assert "<|img|><|see|><image><|image_pad|>" in typed.prompt
+
+
+@pytest.mark.parametrize("said_by", ["processor", "tokenizer"])
+def test_ids_of_a_renamed_placeholder_are_those_of_the_processor(
+    tmp_path: Path, said_by: str
+) -> None:
+    path = renamed(tmp_path, "llava", said_by)
+    renderer = ChatRenderer.load(path, make_layout(Checkpoint.open(str(path))))
+    said = json.loads((path / "processor_config.json").read_text())
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil.from_pretrained(path), AutoTokenizer.from_pretrained(path), **said
+    )
+    rendered = renderer.render(chat(*CHATS["several"]))
+    plans = plans_for(renderer, rendered.num_images)
+    images = [Image.new("RGB", size) for size in SIZES]
+    expected = processor(text=rendered.prompt, images=images)["input_ids"]
+    assert list(renderer.build(rendered, plans).token_ids) == list(expected[0])
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("processor_config.json", {"image_token": "<|other|>"}),
+        ("processor_config.json", {"image_token": "<|see|>"}),
+        ("tokenizer_config.json", {"image_token": "<|vid|>"}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"image_token": "<|vid|>"}}),
+        ("config.json", {"image_token_id": 5}),
+        ("config.json", {"image_token_id": 632}),
+    ],
+)
+def test_files_that_disagree_on_the_placeholder(
+    tmp_path: Path, file: str, said: dict[str, Any]
+) -> None:
+    path = renamed(tmp_path, "qwen2_vl", "processor")
+    edit(path / "processor_config.json", lambda it: it.update(image_token="<|img|>"))
+    edit(path / file, lambda it: it.update(said))
+    with pytest.raises(CheckpointError, match=r"image_token is .*config\.json.*one checkpoint"):
+        ChatRenderer.load(path, make_layout(Checkpoint.open(str(path))))
+
+
+def test_a_placeholder_that_no_file_spells(tmp_path: Path) -> None:
+    path = renamed(tmp_path, "llava", "id")
+    edit(path / "config.json", lambda it: it.update(image_token_index=700))
+    with pytest.raises(CheckpointError, match="token 700 stands for a picture"):
+        ChatRenderer.load(path, make_layout(Checkpoint.open(str(path))))
 
 
 # ---- expansions of families to come: markers between rows, several spans an item

@@ -36,8 +36,7 @@ def made(style: str) -> tuple[ChatRenderer, Backend]:
     make, template, image = STYLES[style]
     directory = v.DEMO if make is None else make(Path(tempfile.mkdtemp()), template)
     plain = Backend.from_file(str(directory / "tokenizer.json"))
-    layout = v.layout(image, plain.token_to_id(image), "<|video_pad|>")
-    return ChatRenderer.load(directory, layout), plain
+    return ChatRenderer.load(directory, v.layout(plain.token_to_id(image))), plain
 
 
 def user(content: Any, **fields: Any) -> ApplyTemplateRequest:
@@ -97,7 +96,7 @@ def test_halves_in_adjacent_parts(style: str) -> None:
 @pytest.mark.parametrize("style", ["demo", "chatml", "pieces", "llava"])
 def test_pictures_keep_their_places_among_typed_ones(style: str) -> None:
     renderer = made(style)[0]
-    token = renderer.layout.image_token
+    token = renderer.tokenizer.token_of(renderer.layout.image_token_id)
     parts = [{"type": "text", "text": token}, IMAGE, {"type": "text", "text": f"{token}{token}"}]
     rendered = renderer.render(user(parts))
     assert rendered.num_images == 1
@@ -181,9 +180,7 @@ def test_private_characters_stay_where_they_are() -> None:
 def rough(tmp_path: Path, template: str) -> ChatRenderer:
     directory = v.byte_level(tmp_path, template)
     plain = Backend.from_file(str(directory / "tokenizer.json"))
-    return ChatRenderer.load(
-        directory, v.layout("<|image_pad|>", plain.token_to_id("<|image_pad|>"))
-    )
+    return ChatRenderer.load(directory, v.layout(plain.token_to_id("<|image_pad|>")))
 
 
 BODY = "{{% for m in messages %}}<|im_start|>{}<|im_end|>{{% endfor %}}"

@@ -46,7 +46,7 @@ def request(*messages: dict[str, Any], **fields: Any) -> ApplyTemplateRequest:
 
 def placed(directory: Path, image_token: str) -> ChatRenderer:
     image_token_id = AutoTokenizer.from_pretrained(directory).convert_tokens_to_ids(image_token)
-    return ChatRenderer.load(directory, v.layout(image_token, image_token_id, "<|video_pad|>"))
+    return ChatRenderer.load(directory, v.layout(image_token_id))
 
 
 def wanted(directory: Path, messages: list[dict[str, Any]], **kwargs: Any) -> tuple[str, list[int]]:
@@ -278,5 +278,5 @@ def test_no_template_and_a_broken_one(tmp_path: Path) -> None:
 
 
 def test_files_of_two_checkpoints() -> None:
-    with pytest.raises(CheckpointError, match="not of one checkpoint"):
-        ChatRenderer.load(v.DEMO, v.layout("<|image_pad|>", 5))
+    with pytest.raises(CheckpointError, match="token 5 stands for a picture"):
+        ChatRenderer.load(v.DEMO, v.layout(5))

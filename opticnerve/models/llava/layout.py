@@ -36,8 +36,6 @@ class LlavaLayout:
     """
 
     family = "llava"
-    image_token = "<image>"
-    placeholder_tokens = ("<image>",)
     position_dims = 1
     deepstack_levels = 0
 
@@ -50,6 +48,7 @@ class LlavaLayout:
         self.max_positions = positive(text, "max_position_embeddings", positions)
         index = integer(config, "image_token_index", 32000)
         self.image_token_id = integer(config, "image_token_id", index)
+        self.placeholder_ids = {"image_token": self.image_token_id}
         self.patch_size = positive(vision, "patch_size", 32)
         self.image_size = positive(vision, "image_size", 224)
         self.strategy = str(config.get("vision_feature_select_strategy") or "default")

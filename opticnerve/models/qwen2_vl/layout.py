@@ -26,6 +26,7 @@ MAX_ASPECT = 200  # The long side over the short one.
 MIN_PIXELS = 56 * 56
 MAX_PIXELS = 28 * 28 * 1280
 MAX_SECONDS_PER_GRID = 3600
+OTHER_PLACEHOLDERS = ("video_token", "vision_start_token", "vision_end_token", "vision_token")
 
 NO_OVERRIDES = Overrides()
 
@@ -64,15 +65,6 @@ class Qwen2VLLayout:
     """
 
     family = "qwen2_vl"
-    image_token = "<|image_pad|>"
-    video_token = "<|video_pad|>"
-    placeholder_tokens = (
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|vision_pad|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
-    )
     position_dims = 3
     deepstack_levels = 0
 
@@ -86,6 +78,10 @@ class Qwen2VLLayout:
             )
         self.image_token_id = integer(config, "image_token_id", 151655)
         self.video_token_id = integer(config, "video_token_id", 151656)
+        self.placeholder_ids = {"image_token": self.image_token_id}
+        for name in OTHER_PLACEHOLDERS:
+            if config.get(f"{name}_id") is not None:
+                self.placeholder_ids[name] = integer(config, f"{name}_id")
         self.hidden_size = positive(text, "hidden_size", 8192)
         self.max_positions = positive(text, "max_position_embeddings", 32768)
         self.pixels = PixelSettings.read(processor)
