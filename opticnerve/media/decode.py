@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from opticnerve.errors import InvalidMedia, PlanMismatch
+from opticnerve.media import png, webp
 from opticnerve.media.plan import WHITE, Plan
 from opticnerve.media.structure import DEFAULT_MAX_PIXELS, parse_structure
 
@@ -44,6 +45,7 @@ def decode(
     plan's. Messages tell nothing of the decoder.
     """
     check_plan(data, plan, max_pixels)
+    data = _STILL.get(plan.format, _as_it_is)(data)
     try:
         with Image.open(io.BytesIO(data), formats=[plan.format.upper()]) as image:
             if image.size != (plan.width, plan.height):
@@ -58,6 +60,13 @@ def decode(
         ) from error
     turn = _TURNS.get(plan.orientation)
     return picture if turn is None else picture.transpose(turn)
+
+
+def _as_it_is(data: bytes | memoryview) -> bytes | memoryview:
+    return data
+
+
+_STILL = {"png": png.still, "webp": webp.still}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

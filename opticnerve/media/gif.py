@@ -29,8 +29,8 @@ def parse(data: bytes | memoryview) -> Structure:
                 height = max(height, window.le16(at + 3) + window.le16(at + 7))
             elif at + 10 > len(window):
                 break
-            frames += 1
             start = at + 11 + _palette_bytes(window.u8(at + 9))
+            frames += frames == 0 or _has_pixels(window, at, start)
             at, pieces = _skip_blocks(window, start, pieces, lenient=True)
         else:
             at += 1  # Rubbish between blocks is passed over.
@@ -39,6 +39,12 @@ def parse(data: bytes | memoryview) -> Structure:
     if frames == 0:
         raise window.damaged("it holds no image")
     return Structure("gif", width, height, frames=frames)
+
+
+def _has_pixels(window: Window, at: int, start: int) -> bool:
+    """Whether the image at ``at``, with data from ``start``, adds anything to those before it."""
+    has_size = window.le16(at + 5) > 0 and window.le16(at + 7) > 0
+    return has_size and start < len(window) and window.u8(start) > 0
 
 
 def _palette_bytes(flags: int) -> int:

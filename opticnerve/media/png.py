@@ -12,6 +12,7 @@ from opticnerve.media.window import Window
 MAGIC = b"\x89PNG\r\n\x1a\n"
 MAX_TEXT_BYTES = 2**20  # Of one metadata text after decompression.
 
+_ANIMATION = frozenset({b"acTL", b"fcTL", b"fdAT"})
 _CHUNK_TYPE = re.compile(rb"[A-Za-z0-9_]{4}")
 _RAW_PROFILE = b"Raw profile type exif"
 _XMP = b"XML:com.adobe.xmp"
@@ -21,18 +22,46 @@ def parse(data: bytes | memoryview) -> Structure:
     window = Window(data, "PNG")
     width, height = _header(window)
     metadata = _Metadata()
-    frames = 1
-    seen_data = False
-    for kind, at, size in _chunks(window):
-        if kind == b"IDAT":
-            seen_data = True
-        elif kind == b"acTL" and not seen_data:
-            frames = window.be32(at) if frames == 1 else 1  # Two of them contradict each other.
-        else:
-            metadata.add(kind, window, at, size)
-    if not seen_data:
+    chunks = _chunks(window)
+    for kind, at, size in chunks:
+        metadata.add(kind, window, at, size)
+    if all(kind != b"IDAT" for kind, _, _ in chunks):
         raise window.damaged("it has no image data")
-    return Structure("png", width, height, metadata.orientation(), max(frames, 1))
+    frames = _frames(window, chunks)
+    return Structure("png", width, height, metadata.orientation(), frames)
+
+
+def still(data: bytes | memoryview) -> bytes | memoryview:
+    """The file without its animation: the picture that a reader without one shows. Decoders fail
+    at animation chunks that are damaged."""
+    window = Window(data, "PNG")
+    moving = [(at, size) for kind, at, size in _chunks(window) if kind in _ANIMATION]
+    if not moving:
+        return data
+    kept, end = [], 0
+    for at, size in moving:
+        kept.append(window.data[end : at - 8])
+        end = at + size + 4
+    return b"".join([*kept, window.data[end:]])
+
+
+def _frames(window: Window, chunks: list[tuple[bytes, int, int]]) -> int:
+    """2 or more for an animation: one valid acTL before the data, and two frames at least that
+    have a control chunk with data behind it. Anything else is a still picture to readers."""
+    promised: list[int] = []
+    found, seen_data, control = 0, False, False
+    for kind, at, size in chunks:
+        if kind == b"acTL" and not seen_data:
+            promised.append(window.be32(at) if size == 8 else 0)
+        elif kind == b"fcTL":
+            control = size == 26
+        elif kind == b"IDAT" or (kind == b"fdAT" and seen_data and size > 4):
+            found += control
+            control = False
+            seen_data = seen_data or kind == b"IDAT"
+    if len(promised) != 1 or not 0 < promised[0] < 2**31:
+        return 1
+    return max(min(promised[0], found), 1)
 
 
 def _header(window: Window) -> tuple[int, int]:

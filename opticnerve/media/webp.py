@@ -9,6 +9,8 @@ from opticnerve.media import exif
 from opticnerve.media.plan import Structure
 from opticnerve.media.window import Window
 
+_IMAGES = frozenset({b"VP8 ", b"VP8L"})
+_FRAME_HEADER = 16  # Bytes of a frame before its data.
 _ANIMATED, _HAS_XMP, _HAS_EXIF = 0x02, 0x04, 0x08
 
 
@@ -40,17 +42,51 @@ def _extended(window: Window, end: int) -> Structure:
     flags = window.u8(20)
     width, height = window.le24(24) + 1, window.le24(27) + 1
     blocks: dict[bytes, bytes] = {}
-    frames = 0
+    frames, is_still = 0, False
     for kind, at, size in _chunks(window, end):
         if kind == b"ANMF":
-            frames += 1
+            frames += size > _FRAME_HEADER
+        elif kind in _IMAGES:
+            is_still = True
         elif kind in (b"EXIF", b"XMP ") and kind not in blocks:  # The first counts.
             blocks[kind] = window.take(at, size)
     turned = exif.orientation(
         blocks.get(b"EXIF") if flags & _HAS_EXIF else None,
         blocks.get(b"XMP ") if flags & _HAS_XMP else None,
     )
-    return Structure("webp", width, height, turned, frames if flags & _ANIMATED else 1)
+    frames = frames if flags & _ANIMATED else 0
+    if not frames and not is_still:
+        raise window.damaged("it has no image data")
+    return Structure("webp", width, height, turned, max(frames, 1))
+
+
+def still(data: bytes | memoryview) -> bytes | memoryview:
+    """A file of one picture without what else it says of an animation, at which decoders fail: a
+    flag without frames, frames without the flag, frames without data."""
+    window = Window(data, "WebP")
+    if window.take(12, 4) != b"VP8X":
+        return data
+    chunks = list(_chunks(window, 8 + window.le32(4)))
+    is_still = any(kind in _IMAGES for kind, _, _ in chunks)
+    flags = window.u8(20) & (~_ANIMATED if is_still else 0xFF)
+    kept = [chunk for chunk in chunks if not _is_stray(chunk[0], chunk[2], is_still)]
+    if flags == window.u8(20) and len(kept) == len(chunks):
+        return data
+    parts = [b"WEBP"]
+    for kind, at, size in kept:
+        content = window.take(at, size)
+        if kind == b"VP8X":
+            content = bytes([flags]) + content[1:]
+        parts += [kind, size.to_bytes(4, "little"), content, bytes(size & 1)]
+    body = b"".join(parts)
+    return b"RIFF" + len(body).to_bytes(4, "little") + body
+
+
+def _is_stray(kind: bytes, size: int, is_still: bool) -> bool:
+    """Whether a chunk of an animation has no place in a file of one picture."""
+    if is_still:
+        return kind in (b"ANIM", b"ANMF")
+    return kind == b"ANMF" and size <= _FRAME_HEADER
 
 
 def _chunks(window: Window, end: int) -> Iterator[tuple[bytes, int, int]]:
