@@ -15,7 +15,8 @@ import re
 import socket
 import ssl
 import stat
-from collections.abc import Awaitable, Callable
+import zlib
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
@@ -37,6 +38,10 @@ MAX_URL_CHARS = 16_384
 _RESOLVERS = ThreadPoolExecutor(16, thread_name_prefix="resolve")
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _HOST = re.compile(r"[A-Za-z0-9._:-]+")  # No percent signs, so nothing is left to decode.
+INFLATED = ("gzip", "deflate")  # Encodings that are undone.
+PLAIN = frozenset({"", "identity"})
+PIECE_BYTES = 2**18
+_CODING = re.compile(r"[a-z0-9_, -]{0,40}")
 _INSTEAD = "send the picture's bytes as a data: URL"
 
 
@@ -192,18 +197,33 @@ class MediaFetcher:
     async def _read(
         self, response: httpx2.Response, first: str, param: str | None, hold: Hold
     ) -> bytes:
+        """The body, with its encoding undone. The limit holds for it as it is sent and as it is."""
         limit = self._config.max_media_bytes
-        if response.headers.get("content-encoding", "identity").lower() != "identity":
-            raise self._failed("got compressed bytes, unasked", first, param)
+        coding = _coding(response.headers.get("content-encoding", ""))
+        if coding not in ("", *INFLATED):
+            read = " and ".join(INFLATED)
+            what = f"got bytes in the encoding {coding}, unasked, and only {read} are read"
+            raise self._failed(what, first, param)
         announced = response.headers.get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > limit:
             raise too_large(limit, param)
-        body = bytearray()
-        async for chunk in response.aiter_raw():
-            body += chunk
-            if len(body) > limit:
-                raise too_large(limit, param)
-            hold(len(chunk))
+        decoder = _Decoder(coding)
+        body, received = bytearray(), 0
+        try:
+            async for chunk in response.aiter_raw():
+                received += len(chunk)
+                if received > limit:
+                    raise too_large(limit, param)
+                for piece in decoder.pieces(chunk):
+                    body += piece
+                    if len(body) > limit:
+                        raise too_large(limit, param)
+                    hold(len(piece))
+                    await asyncio.sleep(0)  # Many pieces of one chunk keep nobody else waiting.
+            decoder.check_end()
+        except zlib.error as error:
+            what = f"got bytes that are no whole {coding}, which their encoding is said to be"
+            raise self._failed(what, first, param) from error
         return bytes(body)
 
     def _failed(self, what: str, host: str, param: str | None) -> MediaFetchFailed:
@@ -244,6 +264,53 @@ class MediaFetcher:
         if len(data) > limit:
             raise too_large(limit, param)
         return data
+
+
+class _Decoder:
+    """Undoes gzip, of one member or several, and deflate, with zlib's frame or without. Piece by
+    piece: a few bytes that stand for gigabytes are never more than one piece in memory."""
+
+    def __init__(self, coding: str) -> None:
+        """``coding``: one of INFLATED, or "" for bytes that are sent as they are."""
+        self._coding = coding
+        self._zlib = zlib.decompressobj(zlib.MAX_WBITS | 32)  # Either frame, told by its head.
+        self._head = b""
+
+    def pieces(self, chunk: bytes) -> Iterator[bytes]:
+        """What ``chunk`` adds, PIECE_BYTES at most at a time where it is decoded. Raises
+        zlib.error."""
+        if not self._coding:
+            yield chunk
+            return
+        if len(self._head) < 2:  # Which tell whether deflate has a frame.
+            chunk = self._head = self._head + chunk
+            if len(chunk) < 2:
+                return
+            if self._coding == "deflate" and int.from_bytes(chunk[:2]) % 31:
+                self._zlib = zlib.decompressobj(-zlib.MAX_WBITS)
+            self._head = chunk[:2]
+        piece = b""
+        while chunk or len(piece) == PIECE_BYTES:  # Of a full piece, zlib may hold some more.
+            if self._zlib.eof:
+                chunk = chunk.lstrip(b"\0")  # Padding.
+                if not chunk:
+                    return
+                self._zlib = zlib.decompressobj(zlib.MAX_WBITS | 16)  # The next member.
+            piece = self._zlib.decompress(chunk, PIECE_BYTES)
+            yield piece
+            chunk = self._zlib.unconsumed_tail or self._zlib.unused_data
+
+    def check_end(self) -> None:
+        """Raises zlib.error where more was to come. Nothing at all is whole."""
+        if self._head and not self._zlib.eof:
+            raise zlib.error("cut short")
+
+
+def _coding(header: str) -> str:
+    """The Content-Encoding without what says nothing: "" for bytes that are sent as they are."""
+    names = [name.strip().lower() for name in header.split(",")]
+    coding = ", ".join({"x-gzip": "gzip"}.get(name, name) for name in names if name not in PLAIN)
+    return coding if _CODING.fullmatch(coding) else "unknown"
 
 
 def _parse(url: str, param: str | None) -> httpx2.URL:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
+import random
 import ssl
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +19,36 @@ from opticnerve.config import GatewayConfig
 from opticnerve.errors import OpticNerveError
 
 BODY = b"bytes of a picture" * 50
+
+
+def deflated(body: bytes, wbits: int) -> bytes:
+    made = zlib.compressobj(9, wbits=wbits)
+    return made.compress(body) + made.flush()
+
+
+CODED = {  # Content-Encoding, and what is sent for BODY.
+    "gzip": ("gzip", gzip.compress(BODY)),
+    "x-gzip": ("X-GZip", gzip.compress(BODY)),
+    "members": ("gzip", gzip.compress(BODY[:100]) + gzip.compress(BODY[100:]) + bytes(100)),
+    "deflate": ("deflate", deflated(BODY, 15)),
+    "deflate-raw": ("deflate", deflated(BODY, -15)),
+    "identity": ("identity", BODY),
+    "empty": ("", BODY),
+    "identity-gzip": ("identity, gzip,", gzip.compress(BODY)),
+    "br": ("br", BODY),
+    "zstd": ("zstd", BODY),
+    "twice": ("gzip, gzip", gzip.compress(gzip.compress(BODY))),
+    "odd": ("<b>secret</b>", BODY),
+    "no-gzip": ("gzip", BODY),
+    "half": ("gzip", gzip.compress(BODY)[:-9]),
+    "one-byte": ("deflate", b"x"),
+    "wrong-sum": ("gzip", gzip.compress(BODY)[:-8] + bytes(8)),
+    "nothing": ("gzip", b""),
+    "large": ("gzip", gzip.compress(bytes(100_001))),
+    "large-as-sent": ("gzip", gzip.compress(random.Random(1).randbytes(110_000))),
+    "padding": ("gzip", gzip.compress(BODY) + bytes(2**20)),
+    "huge": ("gzip", gzip.compress(bytes(2**27))),
+}
 Handler = Callable[["Server", str, asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -71,8 +104,14 @@ async def answer(server: Server, path: str, writer: asyncio.StreamWriter) -> Non
                 await writer.drain()
     elif path == "/short":
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
-    elif path == "/gzip":
-        writer.write(response("200 OK", b"\x1f\x8b" + bytes(20), Content_Encoding="gzip"))
+    elif path.startswith("/coded/"):  # /coded/<name of an entry of CODED>
+        coding, body = CODED[path[7:]]
+        writer.write(response("200 OK", body, length=False, Content_Encoding=coding))
+    elif path == "/trickle":  # A byte at a time.
+        writer.write(response("200 OK", length=False, Content_Encoding="gzip"))
+        for byte in CODED["gzip"][1]:
+            writer.write(bytes([byte]))
+            await writer.drain()
     elif path == "/rubbish":
         writer.write(b"secret rubbish\r\n\r\n")
     else:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 
 import pytest
 
-from gateway.fetch import MediaFetcher
+from gateway.fetch import PIECE_BYTES, MediaFetcher, _Decoder
 from opticnerve.errors import MediaFetchFailed, Overloaded, PayloadTooLarge
-from tests.media_server import BODY, FakeResolver, Server, fails, run
+from tests.media_server import BODY, FakeResolver, Server, deflated, fails, run
 
 
 def test_a_body_comes_whole() -> None:
@@ -85,7 +86,14 @@ def test_the_next_address_is_tried() -> None:
         ("/loop", "redirected more than 3 times"),
         ("/hops/4", "redirected more than 3 times"),
         ("/short", "broke off"),
-        ("/gzip", "compressed"),
+        ("/coded/br", "in the encoding br"),
+        ("/coded/zstd", "in the encoding zstd"),
+        ("/coded/twice", "in the encoding gzip, gzip"),
+        ("/coded/odd", "in the encoding unknown"),
+        ("/coded/no-gzip", "no whole gzip"),
+        ("/coded/half", "no whole gzip"),
+        ("/coded/wrong-sum", "no whole gzip"),
+        ("/coded/one-byte", "no whole deflate"),
         ("/rubbish", "broke off"),
     ],
 )
@@ -119,9 +127,67 @@ def test_the_time_cap_covers_everything(path: str) -> None:
     raise AssertionError("no cap was long enough to connect")
 
 
-@pytest.mark.parametrize("path", ["/announced", "/endless"])
+@pytest.mark.parametrize(
+    "path",
+    ["/announced", "/endless", "/coded/large", "/coded/large-as-sent", "/coded/huge"],
+)
 def test_the_size_cap_holds_while_reading(path: str) -> None:
     fails(path, PayloadTooLarge, "100000 bytes", max_media_bytes=100_000)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gzip", "x-gzip", "members", "deflate", "deflate-raw", "identity", "empty", "identity-gzip"],
+)
+def test_an_encoding_that_nobody_asked_for_is_undone(name: str) -> None:
+    held: list[int] = []
+
+    async def work(server: Server, fetch: MediaFetcher) -> None:
+        assert await fetch.fetch(server.url(f"/coded/{name}"), hold=held.append) == BODY
+        assert sum(held) == len(BODY)
+        assert await fetch.fetch(server.url("/trickle")) == BODY
+        assert await fetch.fetch(server.url("/coded/nothing")) == b""
+
+    run(work)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+def test_pieces_lose_nothing_where_they_meet(coding: str) -> None:
+    """Whatever the size: of the last piece's end, zlib may have read all and written not all."""
+    wbits = 31 if coding == "gzip" else -15
+    for size in (0, 1, *range(PIECE_BYTES - 300, PIECE_BYTES + 300, 7), 3 * PIECE_BYTES):
+        body = bytes(size)
+        decoder = _Decoder(coding)
+        assert b"".join(decoder.pieces(deflated(body, wbits))) == body
+        decoder.check_end()
+
+
+def test_padding_is_counted() -> None:
+    fails("/coded/padding", PayloadTooLarge, "100000 bytes", max_media_bytes=100_000)
+
+
+def test_a_body_of_the_limit_and_no_byte_more() -> None:
+    async def work(server: Server, fetch: MediaFetcher) -> None:
+        assert await fetch.fetch(server.url("/coded/large")) == bytes(100_001)
+
+    run(work, max_media_bytes=100_001)
+
+
+def test_a_bomb_takes_no_memory() -> None:
+    """128 MB in 130 KB. What is held beyond the limit is a piece or two."""
+    limit = 2**20
+
+    async def work(server: Server, fetch: MediaFetcher) -> int:
+        url = server.url("/coded/huge")
+        tracemalloc.start()
+        try:
+            with pytest.raises(PayloadTooLarge):
+                await fetch.fetch(url)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert run(work, max_media_bytes=limit) < 3 * limit
 
 
 def test_a_cancelled_fetch_lets_go_of_its_connection() -> None:
