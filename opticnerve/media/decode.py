@@ -85,20 +85,19 @@ def to_rgba(image: Image.Image) -> Image.Image:
     return image.convert("RGBA")
 
 
-def _flatten(image: Image.Image, data: bytes | memoryview, background: int) -> Image.Image:
+def _flatten(image: ImageFile.ImageFile, data: bytes | memoryview, background: int) -> Image.Image:
     """``image``, just opened from ``data``, on a sheet of that colour."""
-    # A GIF's image may leave some of its screen empty, which no colour index says.
-    box = image.tile[0][1] if image.format == "GIF" and image.tile else None
-    whole = box in (None, (0, 0, *image.size))
-    if whole and not image.has_transparency_data:
+    screen = box = (0, 0, *image.size)
+    if image.format == "GIF" and image.tile:
+        box = image.tile[0][1] or box  # Its image may leave some of its screen empty.
+    if box == screen and not image.has_transparency_data:
         return to_rgb(image)
     layer = _with_exact_key(image, data)
-    if image.format == "BMP" and layer.getextrema()[3] == (0, 0):
+    if image.format == "BMP" and layer.getchannel("A").getextrema() == (0, 0):
         return to_rgb(image)  # Written by programs that leave alpha unset and mean it opaque.
     sheet = Image.new("RGB", image.size, tuple(background.to_bytes(3)))
-    if box is not None and not whole:
-        layer = layer.crop(box)
-    sheet.paste(layer, box if not whole else None, mask=layer)
+    layer = layer if box == screen else layer.crop(box)
+    sheet.paste(layer, box, mask=layer)
     return sheet
 
 
