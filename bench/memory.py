@@ -26,7 +26,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 from PIL import Image
 
@@ -66,12 +66,13 @@ def main() -> int:
         return compare(directory)
 
 
-def make_model(directory: str) -> None:
-    """In a process of its own, so that this one stays small."""
+def make_model(directory: str, **sizes: Any) -> None:
+    """A random checkpoint; ``sizes`` are those of ``tests.checkpoints.make_checkpoint``. In a
+    process of its own, so that this one stays small."""
+    sizes = {"text": TEXT, "vision": VISION} | sizes
     code = (
-        "import torch; from tests.checkpoints import make_checkpoint; from bench import memory; "
-        f"make_checkpoint('qwen2_vl', {directory!r}, dtype=torch.bfloat16, tied=True, "
-        "text=memory.TEXT, vision=memory.VISION)"
+        "import torch; from tests.checkpoints import make_checkpoint; "
+        f"make_checkpoint('qwen2_vl', {directory!r}, dtype=torch.bfloat16, tied=True, **{sizes!r})"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -136,7 +137,7 @@ def ask(url: str) -> None:
             "max_completion_tokens": 8,
             "messages": [{"role": "user", "content": content}],
         }
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300)
+        answer = httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=300)
         if answer.status_code != 200:
             raise SystemExit(f"{answer.status_code}: {answer.text}")
 

@@ -1,0 +1,403 @@
+"""Load over HTTP on the whole stack, before and after a change side by side.
+
+    python -m bench.load [--before COMMIT] [--scenario NAME,...] [--rounds N] [--quick]
+
+Clients stream answers from ``opticnerve up`` with its default flags, on a random checkpoint in the
+Qwen2-VL architecture: a decoder of 92 M parameters (8 layers, bf16, 184 MB) and a tower of 5 M.
+Outputs are of fixed length. Scenarios:
+
+* ``alone``: one client, a short text, 64 tokens out;
+* ``text8``: 8 clients, the same texts;
+* ``turns16``: 16 clients, conversations with two earlier turns, each its own;
+* ``pictures16``: 16 clients, three new pictures of 448x448 in every request;
+* ``burst``: 64 such requests at once, while one more client sends short texts one by one.
+
+With ``--before``, that commit is checked out into a temporary directory, and each scenario runs on
+it (B) and on the present files (A) in the order A B B A in every round, each time on a fresh
+stack, one at a time. Figures are medians over these runs. CPU seconds are what each process used
+while the scenario ran: they feel a noisy machine less than wall time does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+from PIL import Image
+
+import opticnerve
+from bench import memory, report
+from bench.http_client import Figures, ask, drive, encode, figures, open_client, order, spread
+from opticnerve.demo import scenes
+
+ROOT = Path(__file__).parents[1]
+SIDES = ("before", "after")
+
+TEXT: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 32_000,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+}
+VISION = {"depth": 6, "embed_dim": 256, "num_heads": 4, "mlp_ratio": 4}
+MAX_PIXELS = 512 * 28 * 28
+
+WORDS = [*scenes.COLORS, *scenes.SHAPES, *scenes.NUMBERS, *scenes.ORDINALS]  # The tokenizer's own.
+STAGGER_S = 0.005  # Between the clients of a burst, so that their order is a fact.
+
+Say = Callable[[int], None]
+Messages = list[dict[str, Any]]
+Runs = dict[str, list[Figures]]
+
+
+class Material:
+    """Texts and pictures from a seed; every one is new."""
+
+    def __init__(self, seed: int, side: int = 448, words: int = 100) -> None:
+        self.random = random.Random(seed)
+        self.noise = np.random.default_rng(seed)
+        self.side = side  # Of a picture, in pixels.
+        self.turn_words = words  # Of one turn of a conversation.
+
+    def text(self, words: int = 12) -> str:
+        return " ".join(self.random.choices(WORDS, k=words))
+
+    def picture(self) -> str:
+        """A data URL: a JPEG of a gradient between two colours, with noise."""
+        ends = self.noise.uniform(0, 255, (2, 1, 1, 3))
+        ramp = np.linspace(0, 1, self.side).reshape(-1, 1, 1)
+        pixels = ends[0] * ramp + ends[1] * (1 - ramp)
+        pixels = pixels + self.noise.normal(0, 12, (self.side, self.side, 3))
+        file = io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
+        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def text(material: Material) -> Messages:
+    return [{"role": "user", "content": material.text()}]
+
+
+def turns(material: Material) -> Messages:
+    roles = ("user", "assistant", "user", "assistant", "user")
+    return [{"role": role, "content": material.text(material.turn_words)} for role in roles]
+
+
+def pictures(material: Material) -> Messages:
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": material.picture()}} for _ in range(3)
+    ]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": material.text()}]}]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """So many clients, each with so many requests, one after the other."""
+
+    clients: int
+    each: int
+    max_tokens: int
+    make: Callable[[Material], Messages] = field(repr=False)
+    texts: int = 0  # Short texts beside the load, one after the other, and as many before it.
+    stagger_s: float = 0.0
+    side: int = 448
+    turn_words: int = 100
+
+    def bodies(self, seed: int) -> list[bytes]:
+        material = Material(seed, self.side, self.turn_words)
+        count = self.clients * self.each
+        return [encode(self.make(material), self.max_tokens) for _ in range(count)]
+
+
+FULL = {
+    "alone": Scenario(1, 12, 64, text),
+    "text8": Scenario(8, 4, 64, text),
+    "turns16": Scenario(16, 3, 64, turns),
+    "pictures16": Scenario(16, 3, 32, pictures),
+    "burst": Scenario(64, 1, 8, pictures, texts=100, stagger_s=STAGGER_S),
+}
+QUICK = {
+    "alone": replace(FULL["alone"], each=2, max_tokens=16),
+    "text8": replace(FULL["text8"], each=1, max_tokens=16),
+    "turns16": replace(FULL["turns16"], each=1, max_tokens=16, turn_words=30),
+    "pictures16": replace(FULL["pictures16"], each=1, max_tokens=8, side=224),
+    "burst": replace(FULL["burst"], clients=24, texts=8, side=224),
+}
+
+
+async def run(url: str, scenario: Scenario, seed: int, say: Say) -> Figures:
+    """One scenario's figures, from a server that has answered before."""
+    bodies = scenario.bodies(seed)
+    async with open_client(url) as http:
+        if scenario.texts:
+            return await beside(http, scenario, bodies, seed, say)
+        return figures(await drive(http, bodies, scenario.clients, say=say))
+
+
+async def beside(
+    http: httpx2.AsyncClient, scenario: Scenario, bodies: list[bytes], seed: int, say: Say
+) -> Figures:
+    """The load, and short texts meanwhile until it ends or they do; first the texts alone."""
+    few = replace(scenario, make=text, clients=1, each=2 * scenario.texts)
+    idle, during = few.bodies(seed + 1)[::2], few.bodies(seed + 1)[1::2]
+    alone = await drive(http, idle, 1)
+    load = asyncio.create_task(
+        drive(http, bodies, scenario.clients, stagger_s=scenario.stagger_s, say=say)
+    )
+    meanwhile = []
+    for body in during:
+        meanwhile.append(await ask(http, body))
+        if load.done():
+            break
+    answers = await load
+    return {
+        **figures(answers),
+        **order(answer for answer in answers if answer.outcome == "answered"),
+        **spread("idle text TTFT", [a.ttft for a in alone if a.ttft is not None]),
+        **spread("text TTFT", [a.ttft for a in meanwhile if a.ttft is not None]),
+        "texts meanwhile": len(meanwhile),
+        "texts unanswered": sum(a.outcome != "answered" for a in (*alone, *meanwhile)),
+    }
+
+
+async def warm_up(url: str, seed: int) -> None:
+    """A text and two pictures, so that no first time of anything is measured."""
+    material = Material(seed, 224)
+    async with open_client(url) as http:
+        for make in (text, pictures, turns):
+            answer = await ask(http, encode(make(material), 8))
+            if answer.outcome != "answered":
+                raise SystemExit(f"the server did not answer: {answer.status} {answer.code}")
+
+
+def measure(
+    tree: Path, model: str, scenario: Scenario, seed: int, threads: int, say: Say
+) -> Figures:
+    """One scenario on a fresh stack, whose processes run the code in ``tree``."""
+    with code_of(tree), opticnerve.serve(model, threads=threads or None) as stack:
+        asyncio.run(warm_up(stack.url, seed + 2))
+        before = cpu_seconds(stack.process.pid)
+        found = asyncio.run(run(stack.url, scenario, seed, say))
+        after = cpu_seconds(stack.process.pid)
+        peaks = {
+            f"{name} peak RSS, MB": memory.resident(pid)["VmHWM"]
+            for name, pid in memory.children(stack.process.pid).items()
+        }
+    used = {f"{name} CPU, s": after[name] - before[name] for name in after if name in before}
+    return {**found, **used, **peaks}
+
+
+def cpu_seconds(parent: int) -> dict[str, float]:
+    """CPU time that each process of a stack has used."""
+    tick = os.sysconf("SC_CLK_TCK")
+    found = {}
+    for name, pid in memory.children(parent).items():
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        found[name] = (int(fields[11]) + int(fields[12])) / tick
+    return found
+
+
+@contextlib.contextmanager
+def code_of(tree: Path) -> Iterator[None]:
+    """Processes that start meanwhile import from ``tree``."""
+    former = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(tree)
+    try:
+        with contextlib.chdir(tree):
+            yield
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if former is not None:
+            os.environ["PYTHONPATH"] = former
+
+
+@contextlib.contextmanager
+def checked_out(commit: str) -> Iterator[Path]:
+    """A worktree of ``commit`` with its own stubs, while the context lasts."""
+    with tempfile.TemporaryDirectory(prefix="opticnerve-before-") as directory:
+        tree = Path(directory) / "tree"
+        git("worktree", "add", "--detach", "--quiet", str(tree), commit)
+        try:
+            subprocess.run([sys.executable, "hatch_build.py"], cwd=tree, check=True)
+            yield tree
+        finally:
+            git("worktree", "remove", "--force", str(tree))
+            git("worktree", "prune")
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", ROOT, *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"git {arguments[0]} failed, see above")
+    return done.stdout.strip()
+
+
+def check_imports(tree: Path) -> None:
+    """Raises unless services that start under ``code_of(tree)`` run its code."""
+    code = "import opticnerve, gateway; print(opticnerve.__file__); print(gateway.__file__)"
+    with code_of(tree):
+        done = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        )
+    for line in done.stdout.split():
+        if not Path(line).is_relative_to(tree.resolve()):
+            raise SystemExit(f"{line} would run, not the code in {tree}")
+
+
+def make_model(directory: str) -> str:
+    """The random checkpoint; every id of its vocabulary is some text, so that each token shows."""
+    memory.make_model(directory, text=TEXT, vision=VISION, max_pixels=MAX_PIXELS)
+    path = Path(directory) / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    known = {added["content"]: added["id"] for added in tokenizer["added_tokens"]}
+    more = range(max(known.values()) + 1, TEXT["vocab_size"])
+    tokenizer["model"]["vocab"] |= known | {f"Ġw{index}": index for index in more}
+    path.write_text(json.dumps(tokenizer))
+    return directory
+
+
+def compare(trees: dict[str, Path], model: str, name: str, args: argparse.Namespace) -> Runs:
+    """Every run of one scenario, by side."""
+    scenario = (QUICK if args.quick else FULL)[name]
+    sides = list(trees)
+    turn = [*reversed(sides), *sides] if len(sides) > 1 else sides
+    runs: Runs = {side: [] for side in sides}
+    for number in range(args.rounds):
+        for side in turn:
+            say = progress(f"{name} {side}, round {number + 1} of {args.rounds}", scenario)
+            seed = 1000 * len(runs[side])
+            runs[side].append(measure(trees[side], model, scenario, seed, args.threads, say))
+    print(f"\r{'':70}\r", end="", file=sys.stderr)
+    return runs
+
+
+def progress(label: str, scenario: Scenario) -> Say:
+    total = scenario.clients * scenario.each
+
+    def say(count: int) -> None:
+        print(f"\r{f'{label}: {count}/{total} requests':70}", end="", file=sys.stderr, flush=True)
+
+    say(0)
+    return say
+
+
+def medians(runs: list[Figures]) -> Figures:
+    """Of each figure; one that some runs lack (so many refused with some code) is 0 in those."""
+    names = dict.fromkeys(name for found in runs for name in found)
+    return {
+        name: statistics.median(
+            found.get(name, 0.0) for found in runs if name in found or name.startswith("of these")
+        )
+        for name in names
+    }
+
+
+def show(name: str, sides: dict[str, Figures]) -> None:
+    names = dict.fromkeys(figure for found in sides.values() for figure in found)
+    rows = []
+    for figure in names:
+        values = [found.get(figure) for found in sides.values()]
+        ratio = [ratio_of(*values)] if len(values) > 1 else []
+        rows.append([figure, *map(number, values), *ratio])
+    header = [name, *sides] + (["after/before"] if len(sides) > 1 else [])
+    print(report.table(header, rows), end="\n\n", flush=True)
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def ratio_of(before: float | None, after: float | None) -> str:
+    return f"{after / before:.2f}x" if before and after is not None else "-"
+
+
+def main() -> None:
+    args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # What was made is removed.
+    with contextlib.ExitStack() as made:
+        trees = {"after": ROOT}
+        if args.before:
+            trees = {"before": made.enter_context(checked_out(args.before)), **trees}
+        for tree in trees.values():
+            check_imports(tree)
+        prefix = "opticnerve-bench-"
+        model = make_model(made.enter_context(tempfile.TemporaryDirectory(prefix=prefix)))
+        results = describe(args)
+        for name in args.scenario:
+            runs = compare(trees, model, name, args)
+            found = {side: medians(of_side) for side, of_side in runs.items()}
+            show(name, found)
+            scenario = asdict((QUICK if args.quick else FULL)[name])
+            scenario.pop("make")
+            results["scenarios"][name] = {**scenario, "medians": found, "runs": runs}
+            if not args.quick:  # After each: a long run that breaks off keeps what it has.
+                report.save("load", results, file=args.out)
+    print("nothing is kept of a quick run" if args.quick else f"kept in {args.out}.json")
+
+
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """What was compared."""
+    return {
+        "before": git("describe", "--always", args.before) if args.before else None,
+        "after": git("describe", "--always", "--dirty"),
+        "rounds": args.rounds,
+        "threads": args.threads or "default",
+        "decoder": TEXT,
+        "tower": VISION,
+        "scenarios": {},
+    }
+
+
+def parse() -> argparse.Namespace:
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m bench.load", description=summary)
+    parser.add_argument("--before", metavar="COMMIT", help="compare with this commit")
+    parser.add_argument(
+        "--scenario",
+        type=scenarios,
+        default=list(FULL),
+        metavar="NAME,...",
+        help=f"of {', '.join(FULL)}; default: all",
+    )
+    parser.add_argument("--rounds", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="--threads of `opticnerve up`; 0: its default"
+    )
+    parser.add_argument("--quick", action="store_true", help="a small load, not kept")
+    parser.add_argument(
+        "--out", default="load", metavar="NAME", help="of the file in bench/results"
+    )
+    return parser.parse_args()
+
+
+def scenarios(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in FULL:
+            raise argparse.ArgumentTypeError(f"there is no scenario {name!r}")
+    return names
+
+
+if __name__ == "__main__":
+    main()
