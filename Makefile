@@ -22,6 +22,7 @@ serve: $(INSTALLED)
 
 bench: $(INSTALLED) redis
 	for name in store split engine memory; do $(BIN)/python -m bench.$$name || exit 1; done
+	$(BIN)/python -m bench.load --quick
 
 protos: $(INSTALLED)
 	$(BIN)/python hatch_build.py

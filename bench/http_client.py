@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import statistics
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -186,6 +187,7 @@ def figures(answers: Sequence[Answer]) -> Figures:
         "refused": outcomes["refused"],
         **refusals(answers),
         "lost": outcomes["lost"],
+        "prompt tokens, mean": sum(a.prompt_tokens for a in answered) / max(1, len(answered)),
         "time, s": seconds,
         "requests/s": len(answered) / seconds,
         "output tokens/s": sum(answer.output_tokens for answer in answered) / seconds,
@@ -227,4 +229,15 @@ def order(answers: Iterable[Answer]) -> Figures:
     return {
         "order, rank correlation": 1 - 6 * squares / (count * (count**2 - 1)),
         "order, places lost at most": float(max(behind)),
+    }
+
+
+def medians(runs: Sequence[Figures]) -> Figures:
+    """Of each figure; one that some runs lack (so many refused with some code) is 0 in those."""
+    names = dict.fromkeys(name for found in runs for name in found)
+    return {
+        name: statistics.median(
+            found.get(name, 0.0) for found in runs if name in found or name.startswith("of these")
+        )
+        for name in names
     }

@@ -10,12 +10,13 @@ Outputs are of fixed length. Scenarios:
 * ``text8``: 8 clients, the same texts;
 * ``turns16``: 16 clients, conversations with two earlier turns, each its own;
 * ``pictures16``: 16 clients, three new pictures of 448x448 in every request;
-* ``burst``: 64 such requests at once, while one more client sends short texts one by one.
+* ``burst``: 64 such requests at once, while one more client asks short texts for one token each,
+  one after the other; it has asked as many before the burst (idle).
 
-With ``--before``, that commit is checked out into a temporary directory, and each scenario runs on
-it (B) and on the present files (A) in the order A B B A in every round, each time on a fresh
-stack, one at a time. Figures are medians over these runs. CPU seconds are what each process used
-while the scenario ran: they feel a noisy machine less than wall time does.
+With ``--before``, that commit is checked out into a temporary directory, and every round of a
+scenario runs before, after, after, before, each time on a fresh stack, one at a time (``--quick``:
+on one stack for all scenarios). Figures are medians over these runs. CPU seconds are what each
+process used while the scenario ran: they feel a busy machine less than wall time does.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ import asyncio
 import base64
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,8 +45,19 @@ from PIL import Image
 
 import opticnerve
 from bench import memory, report
-from bench.http_client import Figures, ask, drive, encode, figures, open_client, order, spread
+from bench.http_client import (
+    Figures,
+    ask,
+    drive,
+    encode,
+    figures,
+    medians,
+    open_client,
+    order,
+    spread,
+)
 from opticnerve.demo import scenes
+from opticnerve.stack import Stack
 
 ROOT = Path(__file__).parents[1]
 SIDES = ("before", "after")
@@ -63,6 +75,7 @@ VISION = {"depth": 6, "embed_dim": 256, "num_heads": 4, "mlp_ratio": 4}
 MAX_PIXELS = 512 * 28 * 28
 
 WORDS = [*scenes.COLORS, *scenes.SHAPES, *scenes.NUMBERS, *scenes.ORDINALS]  # The tokenizer's own.
+WARM_UP_SEED = 9  # Of no run's own material.
 STAGGER_S = 0.005  # Between the clients of a burst, so that their order is a fact.
 
 Say = Callable[[int], None]
@@ -136,11 +149,11 @@ FULL = {
     "burst": Scenario(64, 1, 8, pictures, texts=100, stagger_s=STAGGER_S),
 }
 QUICK = {
-    "alone": replace(FULL["alone"], each=2, max_tokens=16),
-    "text8": replace(FULL["text8"], each=1, max_tokens=16),
-    "turns16": replace(FULL["turns16"], each=1, max_tokens=16, turn_words=30),
-    "pictures16": replace(FULL["pictures16"], each=1, max_tokens=8, side=224),
-    "burst": replace(FULL["burst"], clients=24, texts=8, side=224),
+    "alone": replace(FULL["alone"], each=2, max_tokens=8),
+    "text8": replace(FULL["text8"], each=1, max_tokens=8),
+    "turns16": replace(FULL["turns16"], each=1, max_tokens=8, turn_words=10),
+    "pictures16": replace(FULL["pictures16"], each=1, max_tokens=4, side=112),
+    "burst": replace(FULL["burst"], clients=24, max_tokens=4, texts=4, side=112),
 }
 
 
@@ -157,7 +170,7 @@ async def beside(
     http: httpx2.AsyncClient, scenario: Scenario, bodies: list[bytes], seed: int, say: Say
 ) -> Figures:
     """The load, and short texts meanwhile until it ends or they do; first the texts alone."""
-    few = replace(scenario, make=text, clients=1, each=2 * scenario.texts)
+    few = replace(scenario, make=text, clients=1, each=2 * scenario.texts, max_tokens=1)
     idle, during = few.bodies(seed + 1)[::2], few.bodies(seed + 1)[1::2]
     alone = await drive(http, idle, 1)
     load = asyncio.create_task(
@@ -179,9 +192,9 @@ async def beside(
     }
 
 
-async def warm_up(url: str, seed: int) -> None:
-    """A text and two pictures, so that no first time of anything is measured."""
-    material = Material(seed, 224)
+async def warm_up(url: str) -> None:
+    """One request of each kind, so that no first time of anything is measured."""
+    material = Material(WARM_UP_SEED)
     async with open_client(url) as http:
         for make in (text, pictures, turns):
             answer = await ask(http, encode(make(material), 8))
@@ -189,20 +202,16 @@ async def warm_up(url: str, seed: int) -> None:
                 raise SystemExit(f"the server did not answer: {answer.status} {answer.code}")
 
 
-def measure(
-    tree: Path, model: str, scenario: Scenario, seed: int, threads: int, say: Say
-) -> Figures:
-    """One scenario on a fresh stack, whose processes run the code in ``tree``."""
-    with code_of(tree), opticnerve.serve(model, threads=threads or None) as stack:
-        asyncio.run(warm_up(stack.url, seed + 2))
-        before = cpu_seconds(stack.process.pid)
-        found = asyncio.run(run(stack.url, scenario, seed, say))
-        after = cpu_seconds(stack.process.pid)
-        peaks = {
-            f"{name} peak RSS, MB": memory.resident(pid)["VmHWM"]
-            for name, pid in memory.children(stack.process.pid).items()
-        }
+def measure(stack: Stack, scenario: Scenario, seed: int, say: Say) -> Figures:
+    """One scenario's figures, and what the stack's processes used for it."""
+    before = cpu_seconds(stack.process.pid)
+    found = asyncio.run(run(stack.url, scenario, seed, say))
+    after = cpu_seconds(stack.process.pid)
     used = {f"{name} CPU, s": after[name] - before[name] for name in after if name in before}
+    peaks = {
+        f"{name} peak RSS, MB": memory.resident(pid)["VmHWM"]
+        for name, pid in memory.children(stack.process.pid).items()
+    }
     return {**found, **used, **peaks}
 
 
@@ -275,17 +284,20 @@ def make_model(directory: str) -> str:
     return directory
 
 
-def compare(trees: dict[str, Path], model: str, name: str, args: argparse.Namespace) -> Runs:
-    """Every run of one scenario, by side."""
-    scenario = (QUICK if args.quick else FULL)[name]
-    sides = list(trees)
-    turn = [*reversed(sides), *sides] if len(sides) > 1 else sides
-    runs: Runs = {side: [] for side in sides}
-    for number in range(args.rounds):
-        for side in turn:
-            say = progress(f"{name} {side}, round {number + 1} of {args.rounds}", scenario)
-            seed = 1000 * len(runs[side])
-            runs[side].append(measure(trees[side], model, scenario, seed, args.threads, say))
+def compare(
+    trees: dict[str, Path], model: str, names: list[str], args: argparse.Namespace
+) -> dict[str, Runs]:
+    """Every run of some scenarios, which share a fresh stack in each turn of a side."""
+    turn = [*trees, *reversed(trees)] if len(trees) > 1 else [*trees]
+    runs: dict[str, Runs] = {name: {side: [] for side in trees} for name in names}
+    for number, side in itertools.product(range(args.rounds), turn):
+        with code_of(trees[side]), opticnerve.serve(model, threads=args.threads or None) as stack:
+            asyncio.run(warm_up(stack.url))
+            for index, name in enumerate(names):
+                scenario = (QUICK if args.quick else FULL)[name]
+                say = progress(f"{name} {side}, round {number + 1} of {args.rounds}", scenario)
+                seed = 100 * len(runs[name][side]) + 10 * index
+                runs[name][side].append(measure(stack, scenario, seed, say))
     print(f"\r{'':70}\r", end="", file=sys.stderr)
     return runs
 
@@ -298,17 +310,6 @@ def progress(label: str, scenario: Scenario) -> Say:
 
     say(0)
     return say
-
-
-def medians(runs: list[Figures]) -> Figures:
-    """Of each figure; one that some runs lack (so many refused with some code) is 0 in those."""
-    names = dict.fromkeys(name for found in runs for name in found)
-    return {
-        name: statistics.median(
-            found.get(name, 0.0) for found in runs if name in found or name.startswith("of these")
-        )
-        for name in names
-    }
 
 
 def show(name: str, sides: dict[str, Figures]) -> None:
@@ -344,13 +345,13 @@ def main() -> None:
         prefix = "opticnerve-bench-"
         model = make_model(made.enter_context(tempfile.TemporaryDirectory(prefix=prefix)))
         results = describe(args)
-        for name in args.scenario:
-            runs = compare(trees, model, name, args)
-            found = {side: medians(of_side) for side, of_side in runs.items()}
-            show(name, found)
-            scenario = asdict((QUICK if args.quick else FULL)[name])
-            scenario.pop("make")
-            results["scenarios"][name] = {**scenario, "medians": found, "runs": runs}
+        for names in [args.scenario] if args.quick else [[name] for name in args.scenario]:
+            for name, runs in compare(trees, model, names, args).items():
+                found = {side: medians(of_side) for side, of_side in runs.items()}
+                show(name, found)
+                scenario = asdict((QUICK if args.quick else FULL)[name])
+                scenario.pop("make")
+                results["scenarios"][name] = {**scenario, "medians": found, "runs": runs}
             if not args.quick:  # After each: a long run that breaks off keeps what it has.
                 report.save("load", results, file=args.out)
     print("nothing is kept of a quick run" if args.quick else f"kept in {args.out}.json")
@@ -360,7 +361,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     """What was compared."""
     return {
         "before": git("describe", "--always", args.before) if args.before else None,
-        "after": git("describe", "--always", "--dirty"),
+        "after": git("describe", "--always", "--dirty") if (ROOT / ".git").exists() else "",
         "rounds": args.rounds,
         "threads": args.threads or "default",
         "decoder": TEXT,
