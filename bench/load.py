@@ -3,7 +3,7 @@
     python -m bench.load [--before COMMIT] [--scenario NAME,...] [--rounds N] [--quick]
 
 Clients stream answers from ``opticnerve up`` with its default flags, on a random checkpoint in the
-Qwen2-VL architecture: a decoder of 92 M parameters (8 layers, bf16, 184 MB) and a tower of 5 M.
+Qwen2-VL architecture: a decoder of 92 M parameters (8 layers, bf16, 184 MB) and a tower of 7 M.
 Outputs are of fixed length. Scenarios:
 
 * ``alone``: one client, a short text, 64 tokens out;
@@ -11,7 +11,8 @@ Outputs are of fixed length. Scenarios:
 * ``turns16``: 16 clients, conversations with two earlier turns, each its own;
 * ``pictures16``: 16 clients, three new pictures of 448x448 in every request;
 * ``burst``: 64 such requests at once, while one more client asks short texts for one token each,
-  one after the other; it has asked as many before the burst (idle).
+  one after the other; it has asked as many before the burst (idle). The order compared is that in
+  which answers ended, with that in which requests were sent.
 
 With ``--before``, that commit is checked out into a temporary directory, and every round of a
 scenario runs before, after, after, before, each time on a fresh stack, one at a time (``--quick``:
@@ -60,7 +61,6 @@ from opticnerve.demo import scenes
 from opticnerve.stack import Stack
 
 ROOT = Path(__file__).parents[1]
-SIDES = ("before", "after")
 
 TEXT: dict[str, Any] = {
     "hidden_size": 768,
@@ -185,8 +185,8 @@ async def beside(
     return {
         **figures(answers),
         **order(answer for answer in answers if answer.outcome == "answered"),
-        **spread("idle text TTFT", [a.ttft for a in alone if a.ttft is not None]),
-        **spread("text TTFT", [a.ttft for a in meanwhile if a.ttft is not None]),
+        **spread("idle text TTFT", [a.ttft for a in alone[: len(meanwhile)] if a.ttft]),
+        **spread("text TTFT", [a.ttft for a in meanwhile if a.ttft]),
         "texts meanwhile": len(meanwhile),
         "texts unanswered": sum(a.outcome != "answered" for a in (*alone, *meanwhile)),
     }
@@ -264,10 +264,8 @@ def check_imports(tree: Path) -> None:
     """Raises unless services that start under ``code_of(tree)`` run its code."""
     code = "import opticnerve, gateway; print(opticnerve.__file__); print(gateway.__file__)"
     with code_of(tree):
-        done = subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True
-        )
-    for line in done.stdout.split():
+        found = subprocess.check_output([sys.executable, "-c", code], text=True)
+    for line in found.split():
         if not Path(line).is_relative_to(tree.resolve()):
             raise SystemExit(f"{line} would run, not the code in {tree}")
 
@@ -337,13 +335,12 @@ def main() -> None:
     args = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # What was made is removed.
     with contextlib.ExitStack() as made:
-        trees = {"after": ROOT}
+        trees = {"present": ROOT}
         if args.before:
-            trees = {"before": made.enter_context(checked_out(args.before)), **trees}
+            trees = {"before": made.enter_context(checked_out(args.before)), "after": ROOT}
         for tree in trees.values():
             check_imports(tree)
-        prefix = "opticnerve-bench-"
-        model = make_model(made.enter_context(tempfile.TemporaryDirectory(prefix=prefix)))
+        model = make_model(made.enter_context(tempfile.TemporaryDirectory()))
         results = describe(args)
         for names in [args.scenario] if args.quick else [[name] for name in args.scenario]:
             for name, runs in compare(trees, model, names, args).items():
@@ -361,7 +358,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     """What was compared."""
     return {
         "before": git("describe", "--always", args.before) if args.before else None,
-        "after": git("describe", "--always", "--dirty") if (ROOT / ".git").exists() else "",
+        "present": git("describe", "--always", "--dirty") if (ROOT / ".git").exists() else None,
         "rounds": args.rounds,
         "threads": args.threads or "default",
         "decoder": TEXT,
@@ -386,9 +383,7 @@ def parse() -> argparse.Namespace:
         "--threads", type=int, default=0, help="--threads of `opticnerve up`; 0: its default"
     )
     parser.add_argument("--quick", action="store_true", help="a small load, not kept")
-    parser.add_argument(
-        "--out", default="load", metavar="NAME", help="of the file in bench/results"
-    )
+    parser.add_argument("--out", default="load", metavar="NAME", help="of the JSON file")
     return parser.parse_args()
 
 
