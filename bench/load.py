@@ -8,7 +8,7 @@ Outputs are of fixed length. Scenarios:
 
 * ``alone``: one client, a short text, 64 tokens out;
 * ``text8``: 8 clients, the same texts;
-* ``turns16``: 16 clients, conversations with two earlier turns, each its own;
+* ``turns16``: 16 clients, conversations with two earlier turns, each its own (about 570 tokens);
 * ``pictures16``: 16 clients, three new pictures of 448x448 in every request;
 * ``burst``: 64 such requests at once, while one more client asks short texts for one token each,
   one after the other; it has asked as many before the burst (idle). The order compared is that in
@@ -74,7 +74,7 @@ TEXT: dict[str, Any] = {
 VISION = {"depth": 6, "embed_dim": 256, "num_heads": 4, "mlp_ratio": 4}
 MAX_PIXELS = 512 * 28 * 28
 
-WORDS = [*scenes.COLORS, *scenes.SHAPES, *scenes.NUMBERS, *scenes.ORDINALS]  # The tokenizer's own.
+WORDS = [*scenes.COLORS, *scenes.SHAPES, *scenes.NUMBERS, *scenes.ORDINALS]  # One to three tokens each.
 WARM_UP_SEED = 9  # Of no run's own material.
 STAGGER_S = 0.005  # Between the clients of a burst, so that their order is a fact.
 
@@ -86,7 +86,7 @@ Runs = dict[str, list[Figures]]
 class Material:
     """Texts and pictures from a seed; every one is new."""
 
-    def __init__(self, seed: int, side: int = 448, words: int = 100) -> None:
+    def __init__(self, seed: int, side: int = 448, words: int = 70) -> None:
         self.random = random.Random(seed)
         self.noise = np.random.default_rng(seed)
         self.side = side  # Of a picture, in pixels.
@@ -133,7 +133,7 @@ class Scenario:
     texts: int = 0  # Short texts beside the load, one after the other, and as many before it.
     stagger_s: float = 0.0
     side: int = 448
-    turn_words: int = 100
+    turn_words: int = 70
 
     def bodies(self, seed: int) -> list[bytes]:
         material = Material(seed, self.side, self.turn_words)
