@@ -74,7 +74,7 @@ TEXT: dict[str, Any] = {
 VISION = {"depth": 6, "embed_dim": 256, "num_heads": 4, "mlp_ratio": 4}
 MAX_PIXELS = 512 * 28 * 28
 
-WORDS = [*scenes.COLORS, *scenes.SHAPES, *scenes.NUMBERS, *scenes.ORDINALS]  # One to three tokens each.
+WORDS = [*scenes.COLORS, *scenes.SHAPES, *scenes.NUMBERS, *scenes.ORDINALS]  # 1 to 3 tokens.
 WARM_UP_SEED = 9  # Of no run's own material.
 STAGGER_S = 0.005  # Between the clients of a burst, so that their order is a fact.
 
