@@ -49,6 +49,7 @@ from opticnerve.errors import (
     OpticNerveError,
     Overloaded,
 )
+from opticnerve.telemetry.logs import printable
 
 log = logging.getLogger(__name__)
 
@@ -232,8 +233,11 @@ class Engine:
             self.scheduler.ask(seq, tuple(sorted(missing)))
             self._ask_for_rows()
             return
-        log.error("request %s failed in a step", seq.request_id, exc_info=error)
         failure = _typed(error)
+        if failure.http_status < 500:  # What it asks for cannot be: not an error of ours.
+            log.info("request %s is refused: %s", seq.request_id, printable(failure.message, 160))
+        else:
+            log.error("request %s failed in a step", seq.request_id, exc_info=error)
         if isinstance(failure, EngineFailure):
             self.blocks.distrust(seq)
         self._fail(seq.generation, failure)

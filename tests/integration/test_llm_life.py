@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 
-from opticnerve.errors import Unavailable
+from opticnerve.errors import InvalidRequest, Unavailable
 from tests.llms import WAIT_S, Demo, next_message, read, ready, running
 
 
@@ -34,6 +35,26 @@ def test_a_call_that_outlasts_the_drain_ends_with_a_typed_error(demo: Demo, tmp_
             await asyncio.wait_for(serving, WAIT_S)
 
     asyncio.run(scenario())
+
+
+def test_constraints_that_cannot_be_met_are_no_error_of_ours(
+    demo: Demo, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Known only in a step: the one token that is allowed may not come yet."""
+    end = 629
+    sampling = {"max_tokens": 8, "min_tokens": 2, "allowed_token_ids": [end], "ignore_eos": False}
+    start = demo.prompt(20).start(sampling={**sampling, "stop_token_ids": [end]})
+
+    async def scenario() -> None:
+        async with running(tmp_path) as worker:
+            with pytest.raises(InvalidRequest, match="no token to choose"):
+                await read(await worker.open(start))
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(scenario())
+    assert [record for record in caplog.records if record.levelno > logging.INFO] == []
+    (told,) = [record for record in caplog.records if record.name == "llm_service.engine"]
+    assert "no token to choose" in told.getMessage() and told.exc_info is None
 
 
 def test_a_caller_that_leaves_early_knows_what_was_cached(demo: Demo, tmp_path: Path) -> None:
