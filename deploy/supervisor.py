@@ -202,7 +202,7 @@ async def _worker_ready(address: str) -> bool:
 async def _gateway_ready(address: str) -> bool:
     try:
         async with httpx2.AsyncClient(trust_env=False, timeout=2.0) as client:
-            return (await client.get(f"{address}/ready")).status_code == 200
+            return (await client.get(f"{address}/ready?pictures=true")).status_code == 200
     except httpx2.HTTPError:
         return False
 

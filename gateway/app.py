@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway import chats, health, openapi
 from gateway.admission import Admission
 from gateway.auth import Keys, needs_key
-from gateway.http import BodyLimits, JSONResponse, error_response
+from gateway.http import BodyLimits, ErrorResponse, JSONResponse, read_switch
 from gateway.middleware import Authentication, Disconnect, Drain, Errors, RequestScope
 from gateway.names import ServedNames
 from gateway.openapi import Operation
@@ -77,7 +77,7 @@ class Endpoint(APIRoute):
             error = MethodNotAllowed(
                 f"{self.path} takes {self.allowed[0]}, not {scope['method'][:20]}"
             )
-            answer = error_response(error, {"allow": ", ".join(self.allowed)})
+            answer = ErrorResponse(error, {"allow": ", ".join(self.allowed)})
             await answer(scope, receive, send)
             return
         response = await self.handler(self.gateway, Request(scope, receive), send)
@@ -147,14 +147,14 @@ async def get_model(gateway: Gateway, request: Request, send: Send) -> Response:
 
 async def get_health(gateway: Gateway, request: Request, send: Send) -> Response:
     pipeline = gateway.pipeline
-    body = health.health(
+    status, body = health.health(
         gateway.config,
         pipeline.pairing,
         gateway.admission,
         len(pipeline.encoders.references),
         draining=gateway.draining,
     )
-    return JSONResponse(body)
+    return JSONResponse(body, status)
 
 
 async def get_live(gateway: Gateway, request: Request, send: Send) -> Response:
@@ -162,7 +162,11 @@ async def get_live(gateway: Gateway, request: Request, send: Send) -> Response:
 
 
 async def get_ready(gateway: Gateway, request: Request, send: Send) -> Response:
-    status, body = health.readiness(gateway.pipeline.pairing, draining=gateway.draining)
+    status, body = health.readiness(
+        gateway.pipeline.pairing,
+        pictures=read_switch(request, "pictures"),
+        draining=gateway.draining,
+    )
     return JSONResponse(body, status)
 
 

@@ -16,7 +16,7 @@ from starlette.types import Send
 from gateway import sse
 from gateway.choices import TextDelta
 from gateway.deadline import Deadline
-from gateway.http import JSONResponse, read_json, typed
+from gateway.http import JSONResponse, note, read_json, typed
 from gateway.pipeline import Call, Ended, Step
 from gateway.schemas.apply import ApplyTemplateRequest
 from gateway.schemas.chat import ChatRequest
@@ -54,12 +54,12 @@ async def chat(gateway: Gateway, request: Request, send: Send) -> None:
             answer = reply.answer(call.system_fingerprint)
             if reply.stream:
                 data = _events(reply, answer, first, steps)
-                await _send(send, data, {**STREAM_HEADERS, **headers}, deadline)
+                await _send(request, send, data, {**STREAM_HEADERS, **headers}, deadline)
                 return
             whole = Whole(ticket.hold, gateway.config.max_answer_bytes)
             body = await whole.read(reply, answer, first, steps)
         headers |= {"content-type": "application/json", "content-length": str(len(body))}
-        await _send(send, _pieces(body), headers, deadline)
+        await _send(request, send, _pieces(body), headers, deadline)
 
 
 class Reply:
@@ -156,7 +156,11 @@ async def _pieces(body: bytes) -> AsyncGenerator[bytes, None]:
 
 
 async def _send(
-    send: Send, pieces: AsyncGenerator[bytes, None], headers: dict[str, str], deadline: Deadline
+    request: Request,
+    send: Send,
+    pieces: AsyncGenerator[bytes, None],
+    headers: dict[str, str],
+    deadline: Deadline,
 ) -> None:
     """Sends an answer piece by piece, and its end. A client that does not read is left soon after
     the deadline: it must not hold its place, and what is kept for it, for ever."""
@@ -164,21 +168,21 @@ async def _send(
     try:
         async with asyncio.timeout(deadline.remaining() + LAST_WORDS_S):
             await send({"type": "http.response.start", "status": 200, "headers": raw})
-            await _send_all(send, pieces)
+            await _send_all(request, send, pieces)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
     except TimeoutError:
         log.warning("the client did not read its answer by the deadline; it is left")
 
 
-async def _send_all(send: Send, events: AsyncGenerator[bytes, None]) -> None:
+async def _send_all(request: Request, send: Send, events: AsyncGenerator[bytes, None]) -> None:
     """A failure from here on is an event, after which the stream ends."""
     try:
         async for data in events:
             await send({"type": "http.response.body", "body": data, "more_body": True})
     except Exception as error:
-        await send(
-            {"type": "http.response.body", "body": sse.failure(typed(error)), "more_body": True}
-        )
+        shown = typed(error)
+        note(request.scope, shown)
+        await send({"type": "http.response.body", "body": sse.failure(shown), "more_body": True})
 
 
 async def _events(

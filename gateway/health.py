@@ -16,12 +16,16 @@ from opticnerve.options import public_view
 HIDDEN = frozenset({"cost", "cost_per_s", "window"})
 
 
-def readiness(pairing: Pairing, *, draining: bool) -> tuple[int, dict[str, Any]]:
-    """(HTTP status, body): 200 exactly when a picture request would be served."""
-    missing = ["the gateway is stopping"] if draining else pairing.missing()
-    if missing:
-        return 503, {"status": "not ready", "missing": missing}
-    return 200, {"status": "ready"}
+def readiness(pairing: Pairing, *, pictures: bool, draining: bool) -> tuple[int, dict[str, Any]]:
+    """(HTTP status, body). 200 from the moment that every kind of request would be served, and
+    from then on for as long as text would be: a gateway that lost its encoders still has work
+    that it can do. With ``pictures``, exactly while a picture request would be served now."""
+    ready = not draining and pairing.been_whole and not pairing.missing(pictures)
+    return 200 if ready else 503, {
+        "status": "ready" if ready else "not ready",
+        "pictures": not _missing(pairing, draining, pictures=True),
+        "missing": _missing(pairing, draining, pictures or None),
+    }
 
 
 def health(
@@ -31,14 +35,18 @@ def health(
     known_references: int,
     *,
     draining: bool,
-) -> dict[str, Any]:
-    missing = pairing.missing()
+) -> tuple[int, dict[str, Any]]:
+    """(HTTP status, body). 503 when no request at all would be served."""
     store = _store(pairing)
-    degraded = missing or store["unreachable_from"]
-    status = "draining" if draining else "degraded" if degraded else "ok"
-    return {
+    if draining:
+        status = "draining"
+    elif pairing.missing(pictures=False):
+        status = "unavailable"
+    else:
+        status = "degraded" if pairing.missing() or store["unreachable_from"] else "ok"
+    return 503 if status in ("draining", "unavailable") else 200, {
         "status": status,
-        "missing": missing,
+        "missing": _missing(pairing, draining),
         "version": __version__,
         "encoders": _pool(pairing.encoders),
         "llms": _pool(pairing.llms),
@@ -50,6 +58,10 @@ def health(
         },
         "config": public_view(config),
     }
+
+
+def _missing(pairing: Pairing, draining: bool, pictures: bool | None = None) -> list[str]:
+    return ["the gateway is stopping"] if draining else pairing.missing(pictures)
 
 
 def _store(pairing: Pairing) -> dict[str, Any]:

@@ -7,13 +7,13 @@ import functools
 import json
 import logging
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from gateway.admission import Ticket
 from gateway.schemas.base import Strict
@@ -27,13 +27,16 @@ from opticnerve.errors import (
     PayloadTooLarge,
     UnsupportedMediaType,
 )
+from opticnerve.telemetry.logs import printable
 
 log = logging.getLogger(__name__)
 
 OFF_LOOP_BYTES = 2**20  # A larger body, and one of more values, is parsed in a thread.
 OFF_LOOP_VALUES = 2**12
 MAX_WARNING = 500
-_UNPRINTABLE = re.compile(r"[^ -~]")
+MAX_REASON = 160  # Characters of an error's message in the log.
+MAX_PARAM = 80
+SWITCH = {"true": True, "1": True, "false": False, "0": False}
 M = TypeVar("M", bound=Strict)
 
 
@@ -67,23 +70,49 @@ def error_headers(error: OpticNerveError) -> dict[str, str]:
     return headers
 
 
-def error_response(error: OpticNerveError, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse(
-        error.to_openai(), error.http_status, {**error_headers(error), **(headers or {})}
-    )
+class ErrorResponse(JSONResponse):
+    """An error as a whole answer, in OpenAI's shape."""
+
+    def __init__(self, error: OpticNerveError, headers: Mapping[str, str] | None = None) -> None:
+        self.error = error
+        all_headers = {**error_headers(error), **(headers or {})}
+        super().__init__(error.to_openai(), error.http_status, all_headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        note(scope, self.error)
+        await super().__call__(scope, receive, send)
+
+
+def note(scope: Scope, error: OpticNerveError) -> None:
+    """Keeps what a client is told for the request's line in the log."""
+    scope["state"]["error"] = error
+
+
+def reason(error: OpticNerveError) -> str:
+    """What a client is told, as the log shows it."""
+    words = printable(error.message, MAX_REASON)
+    param = printable(error.param or "-", MAX_PARAM)
+    return f"code={error.code or error.type} param={param} {words}"
 
 
 def typed(error: Exception) -> OpticNerveError:
     """``error`` as a client may see it; the unexpected goes to the log with the request's id."""
     if isinstance(error, OpticNerveError):
-        if error.http_status >= 500:
-            log.warning("%s: %s", type(error).__name__, error.message)
         return error
     log.error("unexpected error", exc_info=error)
     return OpticNerveError(
         "internal error; the server's log has the details under this request's id",
         code="internal_error",
     )
+
+
+def read_switch(request: Request, name: str) -> bool:
+    """A query parameter that is true or false; false where it is not given. Raises
+    InvalidRequest."""
+    value = request.query_params.get(name, "false").lower()
+    if value not in SWITCH:
+        raise InvalidRequest(f"{name}: should be true or false", param=name)
+    return SWITCH[value]
 
 
 async def read_json(
@@ -116,7 +145,7 @@ def _warnings(ignored: Sequence[str]) -> dict[str, str]:
     """Headers that name unknown fields that were ignored."""
     if not ignored:
         return {}
-    named = ", ".join(_UNPRINTABLE.sub("?", name) for name in ignored)[:MAX_WARNING]
+    named = printable(", ".join(ignored), MAX_WARNING)
     log.warning("ignored unknown fields: %s", named)
     return {"x-opticnerve-warnings": f"ignored unknown fields: {named}"}
 

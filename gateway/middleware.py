@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import metrics, sse
 from gateway.auth import Keys, needs_key
-from gateway.http import error_response, typed
+from gateway.http import ErrorResponse, note, reason, typed
 from opticnerve.drain import LAST_WORDS_S, Running
 from opticnerve.errors import OpticNerveError, Unauthenticated
 from opticnerve.telemetry import logs
@@ -27,14 +27,15 @@ from opticnerve.telemetry import logs
 log = logging.getLogger(__name__)
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._:@/+=-]")
-MAX_ID = 128
+MAX_METHOD = 20  # Characters in the log, as of a path that is no route's.
+MAX_PATH = 100
 QUIET = frozenset({"/live", "/ready", "/health", "/metrics"})  # Probes: no line for each.
 
 
 def request_id(scope: Scope) -> str:
     """The caller's x-request-id with anything unsafe removed, or one of ours."""
     given = Headers(scope=scope).get("x-request-id", "")
-    return _UNSAFE.sub("", given)[:MAX_ID] or f"req-{uuid.uuid4().hex}"
+    return _UNSAFE.sub("", given)[: logs.MAX_ID] or f"req-{uuid.uuid4().hex}"
 
 
 class RequestScope:
@@ -58,15 +59,23 @@ class RequestScope:
         finally:
             metrics.REQUESTS_IN_FLIGHT.dec()
             metrics.REQUESTS.labels(_route(scope), str(answer.status or 499)).inc()
-            log.log(
-                logging.DEBUG if scope["path"] in QUIET else logging.INFO,
-                "%s %s %s in %.0f ms",
-                scope["method"],
-                _route(scope),
-                answer.status or "unanswered",
-                (time.monotonic() - began) * 1000,
-            )
+            _log(scope, answer.status, time.monotonic() - began)
             logs.request_id.reset(token)
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    """The request's line: what was asked for, how it ended and, of an error, why."""
+    error: OpticNerveError | None = scope["state"].get("error")
+    level = logging.INFO if error is None or error.http_status < 500 else logging.WARNING
+    log.log(
+        logging.DEBUG if scope["path"] in QUIET else level,
+        "%s %s %s in %.0f ms%s",
+        logs.printable(scope["method"], MAX_METHOD),
+        scope["state"].get("route") or logs.printable(scope["path"], MAX_PATH),
+        status or "unanswered",
+        seconds * 1000,
+        f": {reason(error)}" if error else "",
+    )
 
 
 class _Answer:
@@ -110,8 +119,9 @@ class Errors:
         except Exception as error:
             shown = typed(error)
             if not begun:
-                await error_response(shown)(scope, receive, send)
+                await ErrorResponse(shown)(scope, receive, send)
             elif streaming:
+                note(scope, shown)
                 await _end_stream(send, shown)
             else:
                 raise
@@ -155,7 +165,7 @@ class Authentication:
                 name = self.keys.identify(Headers(scope=scope).get("authorization"))
             except Unauthenticated as error:
                 if not open_path:
-                    await error_response(error)(scope, receive, send)
+                    await ErrorResponse(error)(scope, receive, send)
                     return
                 name = "anonymous"
             scope["state"]["caller"] = name

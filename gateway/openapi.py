@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, Header, Path
+from fastapi import Depends, Header, Path, Query
 from fastapi.openapi.utils import get_openapi
 from fastapi.params import Depends as Dependency
 from fastapi.security import HTTPBearer
@@ -61,6 +61,11 @@ def takes_chat(
 def takes_messages(body: ApplyTemplateRequest) -> None: ...
 
 
+def takes_readiness(
+    pictures: Annotated[bool, Query(description="Ask for both pools.")] = False,
+) -> None: ...
+
+
 def takes_name(name: Annotated[str, Path(description="It may hold slashes.")]) -> None: ...
 
 
@@ -73,6 +78,7 @@ CHUNKS = {
     **content("text/event-stream", answers.ChatCompletionChunk),
 }
 NOT_READY = {"description": "Not yet.", **content("application/json", answers.NotReady)}
+UNHEALTHY = {"description": "The same.", **content("application/json", answers.Health)}
 ERRORS: Responses = {
     "4XX": {
         "description": "The request is at fault, or (429) there are too many of them.",
@@ -159,8 +165,9 @@ HEALTH = Operation(
     "/health",
     "get_health",
     "server",
-    "Every worker's state, and the settings in effect",
+    "Every worker's state, and the settings in effect; 503 when nothing is served",
     gives=answers.Health,
+    also={503: UNHEALTHY},
 )
 LIVE = Operation(
     "GET", "/live", "get_live", "server", "Whether the gateway runs", gives=answers.Live
@@ -170,7 +177,8 @@ READY = Operation(
     "/ready",
     "get_ready",
     "server",
-    "Whether a picture request would be served",
+    "Whether requests may be sent here: once every kind was served, while text is",
+    takes=takes_readiness,
     gives=answers.Ready,
     also={503: NOT_READY},
 )

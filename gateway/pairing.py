@@ -8,12 +8,15 @@ its tokenizer and template belong to that checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from gateway.deadline import Deadline
 from gateway.pools import WorkerPool
 from gateway.worker import Worker, WorkerState
-from opticnerve.errors import Mispaired, Unavailable
+from opticnerve.errors import Mispaired, Unavailable, UnsupportedFeature
+
+WATCH_S = 60.0  # Between two looks while no worker changes.
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,28 +45,47 @@ class Pairing:
         self.llms = llms
         self.own_pair_id = own_pair_id
         self.worker_wait_s = worker_wait_s
+        self.been_whole = False  # Whether every kind of request has once been served.
+
+    async def watch_whole(self) -> None:
+        """Returns when, for the first time, every kind of request would be served."""
+        while self.missing():
+            with contextlib.suppress(TimeoutError):
+                await self.llms.changes.wait(WATCH_S)
+        self.been_whole = True
 
     async def choose(self, *, pictures: bool, deadline: Deadline) -> Pair:
         """The pair that serves best now; waits while no worker has ever described itself.
 
         Workers that are down but known count too, last: an embedding that is still in the store
-        needs no encoder. Raises Unavailable, or Mispaired where workers do not belong together.
+        needs no encoder. Raises Unavailable, Mispaired where workers do not belong together, or
+        UnsupportedFeature for pictures where no encoder was ever asked for.
         """
+        if pictures and not self.encoders.configured:
+            raise UnsupportedFeature(
+                "this server answers text alone: it was started without encoders "
+                "(--encoder-addresses); send messages without pictures"
+            )
         waiting = deadline.within(self.worker_wait_s)
         while True:
             found = self._best(pictures)
             if found is not None:
                 return found
-            if not self.llms.configured or (pictures and not self.encoders.configured):
+            if not self.llms.configured:
                 raise self._unavailable()
             try:
                 await self.llms.changes.wait(waiting.remaining())
             except TimeoutError as error:
                 raise self._unavailable() from error
 
-    def missing(self) -> list[str]:
-        """What a picture request would lack now, in words; nothing when one would be served."""
+    def missing(self, pictures: bool | None = None) -> list[str]:
+        """What a request would lack now, in words; nothing when it would be served.
+
+        ``pictures``: whether it brings any; None: whatever this gateway was set up to serve.
+        """
         llms = {w.description.pair_id for w in self.llms.serving(self._is_ours)}
+        if not (self.encoders.configured if pictures is None else pictures):
+            return [] if llms else [f"no {self.llms.kind} is serving ({_states(self.llms)})"]
         encoders = {w.description.pair_id for w in self.encoders.serving(self._is_ours)}
         if llms & encoders:
             return []

@@ -32,7 +32,7 @@ from gateway.sampling import load_defaults
 from opticnerve import addresses, flags
 from opticnerve.config import GatewayConfig
 from opticnerve.drain import LAST_WORDS_S
-from opticnerve.errors import CheckpointError
+from opticnerve.errors import CheckpointError, ConfigError
 from opticnerve.lifecycle import follow_parent
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import make_layout
@@ -48,11 +48,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a gateway until it is stopped; its exit status. Raises StartupError."""
     settings = flags.read("gateway", DESCRIPTION, GatewayConfig, argv)
     logs.configure(settings.telemetry.log_level)
+    check_workers(settings)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     use_one_arena()
     follow_parent(settings.parent_pid)
     asyncio.run(serve(settings))
     return 0
+
+
+def check_workers(settings: GatewayConfig) -> None:
+    """Warns where there are no encoders. Raises ConfigError where nothing could ever be served."""
+    if not settings.llm_addresses:
+        raise ConfigError(
+            "a gateway needs the addresses of its workers, such as --llm-addresses 127.0.0.1:7002 "
+            "--encoder-addresses 127.0.0.1:7001; `opticnerve up` starts workers and gateway "
+            "together",
+            param="llm_addresses",
+        )
+    if not settings.encoder_addresses:
+        log.warning("no encoders: messages with pictures are refused; see --encoder-addresses")
 
 
 async def serve(settings: GatewayConfig) -> None:
@@ -101,6 +115,8 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
             stack.push_async_callback(pool.close)
         metrics.PATCHES_WAITING.set_function(lambda: eyes.waiting_cost)
         wait = settings.worker_wait_s
+        pairing = Pairing(eyes, mouths, _own_pair_id(checkpoint), wait)
+        stack.callback(asyncio.create_task(pairing.watch_whole()).cancel)
         yield Gateway(
             config=settings,
             keys=keys,
@@ -110,7 +126,7 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
                 renderer=renderer,
                 vocabulary=Vocabulary(renderer.tokenizer),
                 media=MediaReader(settings, layout, fetcher),
-                pairing=Pairing(eyes, mouths, _own_pair_id(checkpoint), wait),
+                pairing=pairing,
                 encoders=Encoders(
                     eyes,
                     References(),

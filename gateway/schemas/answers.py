@@ -158,15 +158,16 @@ class Live(BaseModel):
 
 class Ready(BaseModel):
     status: Literal["ready"]
+    pictures: bool = Field(description="Whether a picture request would be served now.")
+    missing: list[str] = Field(description="What a request would wait for.")
 
 
-class NotReady(BaseModel):
-    status: Literal["not ready"]
-    missing: list[str]
+class NotReady(Ready):
+    status: Literal["not ready"]  # type: ignore[assignment]
 
 
 class Health(BaseModel):
-    status: Literal["ok", "degraded", "draining"]
+    status: Literal["ok", "degraded", "unavailable", "draining"]
     missing: list[str] = Field(description="What a request would wait for.")
     version: str
     encoders: dict[str, Any]

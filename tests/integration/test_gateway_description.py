@@ -172,6 +172,7 @@ async def test_errors_are_what_the_document_says():
             (chat, await s.chat(), 503),
             ("/v1/models/{name}", await s.client.get("/v1/models/other"), 404),
             (ready, await s.client.get(ready), 503),
+            ("/health", await s.client.get("/health"), 503),
         ]
         for path, answer, status in refused:
             assert answer.status_code == status

@@ -18,19 +18,102 @@ from tests.gateways import DEADLINES_S, body, data_url, ids, stack, user
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
 
-async def test_ready_follows_the_workers():
-    async with stack() as s:
-        assert (await s.client.get("/ready")).status_code == 200
+async def turn(s, fake, pool, serving):
+    """A worker begins or ends to serve, and the gateway has seen it."""
+    await fake.set_serving(serving)
+    pool.workers[0].wake.set()
+    await until(lambda: bool(pool.serving()) is serving)
+
+
+async def probe(s, path):
+    answer = await s.client.get(path)
+    return answer.status_code, answer.json()
+
+
+BOTH = "/ready?pictures=true"
+
+
+async def test_ready_is_while_text_is_served_once_all_was():
+    """Each step of the workers' lives: what /ready, the same with pictures, and /health say."""
+    async with stack(ready=False) as s:
+        eyes, mouths = s.gateway.pipeline.encoders.pool, s.gateway.pipeline.llms
         await s.encoder.set_serving(False)
-        s.gateway.pipeline.encoders.pool.workers[0].wake.set()
-        await until(lambda: s.gateway.pipeline.pairing.missing())
-        answer = await s.client.get("/ready")
-        assert answer.status_code == 503 and "encoder" in answer.json()["missing"][0]
-        told = (await s.client.get("/health")).json()
-        assert told["status"] == "degraded"
+        await until(lambda: mouths.serving() and eyes.workers[0].description.fingerprint)
+        await turn(s, s.encoder, eyes, False)
+        assert not s.gateway.pipeline.pairing.been_whole
+        for path in ("/ready", BOTH):  # Not yet whole: deployments wait for pictures too.
+            code, told = await probe(s, path)
+            assert code == 503 and told["status"] == "not ready" and not told["pictures"]
+            assert "no encoder is serving" in told["missing"][0]
+        assert (await probe(s, "/health"))[0] == 200  # Text is served meanwhile.
+        await turn(s, s.encoder, eyes, True)
+        for path in ("/ready", BOTH):
+            assert await probe(s, path) == (200, ready(pictures=True))
+        assert (await probe(s, "/health"))[1]["status"] == "ok"
+        await turn(s, s.encoder, eyes, False)  # The only encoder is gone: text goes on.
+        code, told = await probe(s, "/ready")
+        assert (code, told["status"], told["pictures"]) == (200, "ready", False)
+        assert told["missing"] == [f"no encoder is serving ({s.encoder.address} is starting)"]
+        code, told = await probe(s, BOTH)
+        assert (code, told["status"]) == (503, "not ready")
+        code, told = await probe(s, "/health")
+        assert (code, told["status"]) == (200, "degraded")
         assert told["llms"]["workers"][0]["state"] == "serving"
         assert told["llms"]["workers"][0]["limits"]["num_kv_blocks"] == 64
         assert told["config"]["max_images"] == 10
+        assert (await s.chat()).status_code == 200
+        await turn(s, s.llm, mouths, False)  # Nothing is served any more.
+        for path in ("/ready", BOTH):
+            assert (await probe(s, path))[0] == 503
+        code, told = await probe(s, "/health")
+        assert (code, told["status"], len(told["missing"])) == (503, "unavailable", 2)
+        await turn(s, s.llm, mouths, True)  # Text alone is enough the second time.
+        assert (await probe(s, "/ready"))[0] == 200
+        assert (await probe(s, "/live")) == (200, {"status": "live"})
+
+
+def ready(**fields):
+    return {"status": "ready", "missing": [], **fields}
+
+
+async def test_ready_needs_workers_of_our_own_checkpoint():
+    async with stack() as s:
+        s.llm.pair_id = "cd" * 32
+        worker = s.gateway.pipeline.llms.workers[0]
+        worker.wake.set()
+        await until(lambda: worker.description.pair_id == s.llm.pair_id)
+        assert (await probe(s, "/ready"))[0] == (await probe(s, "/health"))[0] == 503
+
+
+async def test_a_gateway_without_encoders_is_ready_for_text():
+    async with stack(encoders=0) as s:
+        assert await probe(s, "/ready") == (200, ready(pictures=False))
+        code, told = await probe(s, BOTH)
+        assert code == 503 and told["missing"] == ["no encoder is serving (none is known)"]
+        code, told = await probe(s, "/health")
+        assert (code, told["status"], told["missing"]) == (200, "ok", [])
+        assert (await s.chat()).status_code == 200
+        refused = await s.chat(user("What?", data_url()))
+        assert refused.status_code == 400 and refused.json()["error"]["code"] == "unsupported"
+        assert "--encoder-addresses" in refused.json()["error"]["message"]
+
+
+async def test_a_gateway_that_drains_is_not_ready():
+    async with stack() as s:
+        s.gateway.draining = True
+        for path in ("/ready", BOTH):
+            code, told = await probe(s, path)
+            assert code == 503 and told["missing"] == ["the gateway is stopping"]
+        code, told = await probe(s, "/health")
+        assert (code, told["status"]) == (503, "draining")
+
+
+async def test_a_switch_is_true_or_false():
+    async with stack() as s:
+        for value in ("true", "1", "false", "0", "True"):
+            assert (await probe(s, f"/ready?pictures={value}"))[0] == 200
+        code, told = await probe(s, "/ready?pictures=maybe")
+        assert code == 400 and told["error"]["param"] == "pictures"
 
 
 async def test_health_tells_who_does_not_reach_the_store():
@@ -150,7 +233,7 @@ async def test_a_client_that_does_not_read_is_left_after_the_deadline(monkeypatc
         caplog.clear()
         held = stack(request_timeout_s=seconds, tokens=ids("Hello there. ") * 500)
         async with held as s, silent_client(s, payload):
-            await until(lambda s=s: s.llm.starts or "DeadlineExceeded" in caplog.text)
+            await until(lambda s=s: s.llm.starts or "deadline_exceeded" in caplog.text)
             await until(s.idle)
         if "the client did not read its answer" in caplog.text:
             return

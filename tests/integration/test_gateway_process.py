@@ -21,6 +21,7 @@ from tests.gateways import body, data_url, events, user
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 MIB = 2**20
+NOBODY = ("--encoder-addresses", "127.0.0.1:9", "--llm-addresses", "127.0.0.1:9")
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ async def test_requests_that_outlast_the_drain_are_told(environment):
 async def test_a_taken_port_is_one_clear_line(environment):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "gateway", "--port", str(taken.getsockname()[1]),
+            sys.executable, "-m", "gateway", "--port", str(taken.getsockname()[1]), *NOBODY,
             env=environment, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         _, errors = await process.communicate()
@@ -172,7 +173,7 @@ async def test_a_taken_port_is_one_clear_line(environment):
 async def test_metrics_on_a_port_of_their_own_and_keys(environment, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("ada: sk-1\n")
-    flags = ("--metrics-port", "0", "--api-key-file", str(keys), "--host", "127.0.0.1")
+    flags = (*NOBODY, "--metrics-port", "0", "--api-key-file", str(keys), "--host", "127.0.0.1")
     async with (
         gateway(environment, *flags) as (process, url),
         httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as client,
@@ -186,3 +187,28 @@ async def test_metrics_on_a_port_of_their_own_and_keys(environment, tmp_path):
                 break
         answer = await client.get(said[1])
         assert "opticnerve_requests_total" in answer.text
+
+
+async def test_without_llm_workers_it_does_not_start(environment):
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", "--port", "0", "--encoder-addresses", "127.0.0.1:9",
+        env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    said, errors = await process.communicate()
+    assert process.returncode == 2 and not said
+    assert errors.count(b"\n") == 1
+    for word in (b"--llm-addresses 127.0.0.1:", b"--encoder-addresses", b"opticnerve up"):
+        assert word in errors
+
+
+async def test_without_encoders_it_says_so_once(environment):
+    async with workers() as (_, llm):
+        environment["OPTICNERVE_LLM_ADDRESSES"] = llm.address  # The flag's twin counts as well.
+        async with gateway(environment) as (process, url):
+            async with httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+                answer = await client.post("/v1/chat/completions", json=body())
+                assert answer.status_code == 200
+            process.send_signal(signal.SIGTERM)
+            errors = (await process.stderr.read()).decode()
+    assert errors.count("--encoder-addresses") == 1
+    assert " W gateway.service " in errors
