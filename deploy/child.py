@@ -10,6 +10,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from opticnerve.drain import LAST_WORDS_S
+
+HURRY_S = LAST_WORDS_S + 2.0  # That a child gets whose work was ended by a second signal.
 LISTENING = re.compile(r"^listening (\S+)$")
 
 
@@ -68,19 +71,29 @@ class Child:
         await asyncio.gather(*self._readers)
         return status
 
-    async def stop(self, grace_s: float) -> None:
-        """SIGTERM, then after ``grace_s`` SIGKILL to the child's whole session."""
+    async def stop(self, grace_s: float, hurry: asyncio.Event) -> None:
+        """SIGTERM, which lets work end; once ``hurry`` is set SIGINT, which ends it. A child that
+        takes longer than ``grace_s``, or ``HURRY_S`` from then on, gets SIGKILL."""
         if not self.running:
             return
-        assert self._process
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
-        try:
-            await asyncio.wait_for(self.wait(), grace_s)
-        except TimeoutError:
+        self._signal(signal.SIGTERM)
+        ended = asyncio.create_task(self.wait())
+        hurried = asyncio.create_task(hurry.wait())
+        await asyncio.wait({ended, hurried}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        if hurry.is_set() and not ended.done():
+            self._signal(signal.SIGINT)
+            grace_s = HURRY_S
+            await asyncio.wait({ended}, timeout=grace_s)
+        hurried.cancel()
+        if not ended.done():
             print(f"{self.name} did not stop within {grace_s:g} s; killing it", file=sys.stderr)
             self.kill()
-            await self.wait()
+        await ended
+
+    def _signal(self, number: int) -> None:
+        assert self._process
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
 
     def kill(self) -> None:
         """SIGKILL to the child and to every process of its session, at once."""

@@ -57,6 +57,7 @@ class Supervisor:
         self._stop_timeout_s = stop_timeout_s
         self._max_restarts = max_restarts
         self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
         self.url = ""
 
     async def __aenter__(self) -> Supervisor:
@@ -71,6 +72,11 @@ class Supervisor:
     def stop(self) -> None:
         """Asks ``run`` to return; the children are stopped on the way out."""
         self._stopping.set()
+
+    def hurry(self) -> None:
+        """The children end their work now instead of letting it end."""
+        self._stopping.set()
+        self._hurry.set()
 
     def kill(self) -> None:
         """Kills every child that still runs, at once."""
@@ -151,7 +157,7 @@ class Supervisor:
                 print(f"{service.child.name} is back", file=sys.stderr, flush=True)
             except StartupError as error:
                 print(error.message, file=sys.stderr, flush=True)
-                await service.child.stop(self._stop_timeout_s)
+                await service.child.stop(self._stop_timeout_s, self._hurry)
 
     async def _after_crash(self, service: Service, status: int) -> None:
         name, crashes = service.child.name, service.crashes
@@ -175,7 +181,9 @@ class Supervisor:
     async def _stop_all(self) -> None:
         for stage in (2, 1, 0):
             children = [service.child for service in self._all if service.stage == stage]
-            await asyncio.gather(*(child.stop(self._stop_timeout_s) for child in children))
+            await asyncio.gather(
+                *(child.stop(self._stop_timeout_s, self._hurry) for child in children)
+            )
 
 
 async def _all(work: Iterable[Coroutine[None, None, None]]) -> None:

@@ -66,14 +66,36 @@ async def run(given: dict[str, Any]) -> int:
             max_restarts=settings.max_restarts,
         )
 
+        def stop() -> None:
+            supervisor.stop()
+            _tell(_farewell(gateway.drain_timeout_s, ready=bool(supervisor.url)))
+
+        def cut() -> None:
+            supervisor.hurry()
+            _tell("ending what still runs")
+
         def at_once() -> None:
             supervisor.kill()
             files.close()
 
-        with handle_signals(supervisor.stop, on_second=at_once):
+        with handle_signals(stop, cut, at_once):
             async with supervisor:  # Inside: the signals still count while the children stop.
                 await supervisor.run()
     return 0
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):  # Whoever read our output may be gone.
+        print(text, file=sys.stderr, flush=True)
+
+
+def _farewell(drain_timeout_s: float, *, ready: bool) -> str:
+    if not ready:
+        return "stopping before it was ready"
+    return (
+        f"stopping: requests that run get up to {drain_timeout_s:g} s to end "
+        "(--drain-timeout-s); Ctrl-C again ends them now"
+    )
 
 
 def _check_early(gateway: config.GatewayConfig) -> None:

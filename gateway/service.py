@@ -75,7 +75,7 @@ async def serve(settings: GatewayConfig) -> None:
     with listen(settings, keys) as listener:
         async with open_gateway(settings, keys) as gateway:
             server = HttpServer(gateway, listener)
-            with handle_signals(server.stop):
+            with handle_signals(server.stop, server.cut):
                 await server.serve([listener])
 
 
@@ -176,7 +176,7 @@ class HttpServer(uvicorn.Server):
                 proxy_headers=False,
                 backlog=addresses.BACKLOG,
                 timeout_keep_alive=math.ceil(REST_S),
-                timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + LAST_WORDS_S),
+                timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + 2 * LAST_WORDS_S),
             )
         )
         self.gateway = gateway
@@ -192,14 +192,25 @@ class HttpServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         patience = self.gateway.config.drain_timeout_s
-        cut = asyncio.get_running_loop().call_later(patience, self.gateway.running.cut)
+        cut = asyncio.get_running_loop().call_later(patience, self.cut)
         await super().shutdown(sockets)
         cut.cancel()
 
     def stop(self) -> None:
         """Takes no new requests; those under way get ``drain_timeout_s``, and then an error."""
+        if not self.gateway.draining:
+            log.info(self.gateway.running.farewell(self.gateway.config.drain_timeout_s))
         self.gateway.draining = True
         self.should_exit = True
+
+    def cut(self) -> None:
+        """Ends requests under way, each with its error. Clients that do not take it are left."""
+        self.gateway.running.cut()
+        asyncio.get_running_loop().call_later(LAST_WORDS_S, self._leave_clients)
+
+    def _leave_clients(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def _address(listener: socket.socket) -> str:

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import multiprocessing
 import queue
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -138,6 +139,10 @@ class _Client:
         """Blocks until the thread or process is gone; called off the event loop."""
         raise NotImplementedError
 
+    def _leave(self) -> None:
+        """Lets go of an engine that is still being built: it ends once it is, which may take as
+        long as weights take to load."""
+
     # ---- life
 
     @property
@@ -179,7 +184,10 @@ class _Client:
             return
         self._launched = False
         self._post(Stop())
-        await asyncio.to_thread(self._join)
+        if self._config is None and not self._ended.done():
+            self._leave()
+        else:
+            await asyncio.to_thread(self._join)
         self._drain()
         self._end(EngineFailure("the engine was stopped"))
 
@@ -311,7 +319,12 @@ class ProcessEngineClient(_Client):
         self._process = context.Process(
             target=host.child, args=(theirs, self._factory, self._factory_config), daemon=True
         )
-        self._process.start()
+        # A Ctrl-C goes to the whole process group, and it is for the parent to decide.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()  # Inherits the mask.
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # So that the child's end is the last, and its death is seen.
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
         self._writer = threading.Thread(target=self._write, name="engine-writer", daemon=True)
@@ -340,6 +353,9 @@ class ProcessEngineClient(_Client):
         with contextlib.suppress(OSError):  # The child is gone; the reader tells.
             while (command := self._outbox.get()) is not None:
                 self._pipe.send(command)
+
+    def _leave(self) -> None:
+        self._process.kill()
 
     def _join(self) -> None:
         self._reader.join(STOP_TIMEOUT_S)

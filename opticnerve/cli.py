@@ -10,7 +10,9 @@ opticnerve demo      the built-in checkpoint answers questions about bundled pic
 
 from __future__ import annotations
 
+import atexit
 import difflib
+import gc
 import importlib
 import os
 import sys
@@ -76,6 +78,9 @@ def quiet_grpc() -> None:
 
 def run(module: str, argv: Sequence[str]) -> int:
     """Calls ``main(argv)`` of a module; a StartupError becomes its message and status 2."""
+    # Taking torch's objects apart one by one at the end would cost seconds, and free nothing that
+    # the process's end does not free.
+    atexit.register(gc.freeze)
     try:
         return int(importlib.import_module(module).main(argv) or 0)
     except StartupError as error:

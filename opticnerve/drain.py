@@ -1,7 +1,8 @@
 """Work that a service lets end when it stops, and cuts when it takes too long.
 
 The same for every service: once a signal has come, work under way gets ``drain_timeout_s``; what
-still runs then fails with a typed error, so that whoever waits for it is told instead of cut off.
+still runs then, or when a second signal comes, fails with a typed error, so that whoever waits for
+it is told instead of cut off.
 """
 
 from __future__ import annotations
@@ -41,6 +42,14 @@ class Running:
             if limit.expired():
                 raise self._stopped() from error
             raise
+
+    def farewell(self, patience_s: float) -> str:
+        """What a service says when it is asked to stop."""
+        number = len(self._limits)
+        if not number:
+            return "stopping: no request runs"
+        runs = "1 request runs" if number == 1 else f"{number} requests run"
+        return f"stopping: {runs}, for at most {patience_s:g} s; a second signal ends it now"
 
     def cut(self) -> None:
         """Ends all work that is under way, and what would still begin."""

@@ -165,13 +165,22 @@ def _wait_ready(process: subprocess.Popen[str], log: IO[str]) -> str:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
+    """Stops the stack. A Ctrl-C meanwhile is passed on to it, where it ends what still runs, and
+    raised afterwards."""
+    interrupted = False
     if process.poll() is None:
         process.terminate()
     deadline = time.monotonic() + STOP_S
     while process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+        try:
+            time.sleep(0.02)
+        except KeyboardInterrupt:
+            interrupted = True
+            process.send_signal(signal.SIGINT)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     if process.stdout:
         process.stdout.close()
+    if interrupted:
+        raise KeyboardInterrupt

@@ -2,8 +2,10 @@
 
 Health (``grpc.health.v1``) is NOT_SERVING until ``ready()`` and again while draining; reflection
 is on. SIGTERM and SIGINT drain: health goes NOT_SERVING, new calls are refused, running calls get
-``drain_timeout_s`` and then end with Unavailable (``opticnerve.drain``). In a process started by
-``opticnerve up`` the parent's end is such a signal (``opticnerve.lifecycle``).
+``drain_timeout_s`` and then end with Unavailable (``opticnerve.drain``); a second signal ends them
+now. Before ``ready()`` there is nothing to drain: what was opened is closed, and the process ends.
+In a process started by ``opticnerve up`` the parent's end is such a signal
+(``opticnerve.lifecycle``).
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ import logging
 import os
 import signal
 import socket
+import sys
+import time
 from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -40,6 +45,10 @@ SERVER_OPTIONS = [
 # that fails while somebody asks for health waits this long for such calls; at most, not always.
 CLOSE_GRACE_S = 0.5
 
+# The same signal twice within so short a time is one: a terminal sends Ctrl-C to a whole process
+# group, and a wrapper in it may pass it on; a service manager may signal `up` and its children.
+ECHO_S = 0.3
+
 
 class Server:
     """One service on one port.
@@ -60,6 +69,9 @@ class Server:
         self._health = health_aio.HealthServicer()
         self._stop = asyncio.Event()
         self._signals = contextlib.ExitStack()
+        self._starting: asyncio.Task[Any] | None = None  # What a signal before ``ready`` cancels.
+        self._abandoned = False
+        self._cutting: asyncio.Task[None] | None = None
 
     @property
     def address(self) -> str:
@@ -75,6 +87,8 @@ class Server:
     async def __aexit__(self, *exc: object) -> None:
         self._signals.close()
         await self.grpc.stop(grace=CLOSE_GRACE_S)
+        if self._abandoned:
+            _exit()  # Some thread may still load weights, which nothing interrupts.
 
     async def start(self) -> None:
         """Binds and listens, NOT_SERVING. Raises ConfigError where the address cannot be had."""
@@ -89,6 +103,8 @@ class Server:
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {where}: see --host, --port") from error
         await self.grpc.start()
+        self._starting = asyncio.current_task()
+        self._signals.enter_context(handle_signals(self._on_signal, self._on_second))
         print(f"listening {self.address}", flush=True)  # `opticnerve up` reads this line.
         if addresses.is_wildcard(self.config.host) and not self.config.advertise:
             log.warning(
@@ -100,7 +116,7 @@ class Server:
 
     async def ready(self) -> None:
         """Weights are loaded and warm: SERVING. From here on a signal drains."""
-        self._signals.enter_context(handle_signals(self.stop))
+        self._starting = None
         if not self.draining:
             await self._set_health(serving=True)
         log.info("ready at %s", self.address)
@@ -111,17 +127,38 @@ class Server:
 
     async def serve(self) -> None:
         """Serves until a signal or ``stop()``; returns when drained."""
-        with self._signals:
-            await self._stop.wait()
+        await self._stop.wait()
         self.draining = True
-        await self._set_health(serving=False)
         patience = self.config.drain_timeout_s
-        cut = asyncio.get_running_loop().call_later(patience, self.running.cut)
+        log.info(self.running.farewell(patience))
+        await self._set_health(serving=False)
+        cut = asyncio.get_running_loop().call_later(patience, self.cut)
         await self.grpc.stop(grace=patience + LAST_WORDS_S)
         cut.cancel()
 
     def stop(self) -> None:
         self._stop.set()
+
+    def cut(self) -> None:
+        """Ends what still runs, now: each call with Unavailable."""
+        self.running.cut()
+        if self._cutting is None:
+            self._cutting = asyncio.create_task(self.grpc.stop(grace=LAST_WORDS_S))
+
+    def _on_signal(self) -> None:
+        if self._starting is None:
+            self.stop()
+            return
+        log.info("stopping before it was ready")
+        self._abandoned = True
+        self._starting.cancel()
+        asyncio.get_running_loop().call_later(LAST_WORDS_S, _exit)
+
+    def _on_second(self) -> None:
+        if self._abandoned:
+            _exit()
+        self.stop()
+        self.cut()
 
     async def _set_health(self, *, serving: bool) -> None:
         status = (
@@ -133,25 +170,39 @@ class Server:
             await self._health.set(name, status)
 
 
+def _exit() -> NoReturn:
+    """Ends the process without waiting for its threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 @contextlib.contextmanager
 def handle_signals(
-    stop: Callable[[], None], on_second: Callable[[], None] | None = None
+    stop: Callable[[], None],
+    cut: Callable[[], None],
+    at_once: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """Calls ``stop()`` on SIGTERM and SIGINT while the context lasts.
+    """While the context lasts, SIGTERM or SIGINT calls ``stop``, a second one ``cut``.
 
-    A second signal calls ``on_second`` and ends the process at once.
+    A third calls ``at_once`` and ends the process there. The echo of a signal does not count. Once
+    one has come the count goes on after the context: a process that stops is not torn from its
+    clean-up by a second signal, but ended by a third.
     """
     loop = asyncio.get_running_loop()
-    seen = 0
+    steps = [cut, stop]
+    last, at = 0, 0.0
 
-    def on_signal(number: int) -> None:
-        nonlocal seen
-        seen += 1
-        if seen > 1:
-            if on_second:
-                on_second()
+    def on_signal(number: int, _: object = None) -> None:
+        nonlocal last, at
+        now = time.monotonic()
+        if number == last and now - at < ECHO_S:
+            return
+        last, at = number, now
+        if not steps:
+            at_once()
             os._exit(128 + number)
-        stop()
+        steps.pop()()
 
     installed = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -163,3 +214,10 @@ def handle_signals(
     finally:
         for number in installed:
             loop.remove_signal_handler(number)
+            if last:
+                signal.signal(number, on_signal)
+        steps[:] = [_nothing] * len(steps)
+
+
+def _nothing() -> None:
+    """What a signal does that comes while a process cleans up anyway."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -15,8 +16,9 @@ from opticnerve.config import RpcConfig
 from opticnerve.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
 from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
 from opticnerve.rpc import errors as rpc_errors
+from opticnerve.rpc import server as rpc_server
 from opticnerve.rpc.channel import CHANNEL_OPTIONS, chunks, is_serving, open_channel
-from opticnerve.rpc.server import Server
+from opticnerve.rpc.server import Server, handle_signals
 
 SERVICE = "opticnerve.v1.Encoder"
 
@@ -113,6 +115,83 @@ def test_calls_that_outlast_the_drain_end_with_a_typed_error():
             await asyncio.wait_for(serving, 60)
 
     asyncio.run(scenario(run, drain_timeout_s=0.2))
+
+
+@pytest.fixture
+def own_signals():
+    """For tests that send signals to this process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_second_signal_ends_calls_at_once_with_a_typed_error():
+    """The drain has ten minutes left, and a caller that watches the health would outlast it."""
+
+    async def run(server, servicer):
+        await server.ready()
+        serving = asyncio.create_task(server.serve())
+        async with open_channel(server.address) as channel:
+            watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            await watching.read()
+            call = encoder_pb2_grpc.EncoderStub(channel).Describe(
+                encoder_pb2.DescribeEncoderRequest()
+            )
+            await servicer.entered.wait()
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not server.draining:
+                await asyncio.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await asyncio.wait_for(call, 60)
+            error = rpc_errors.from_rpc(caught.value)
+            assert isinstance(error, Unavailable) and "stopping" in error.message
+            await asyncio.wait_for(serving, 60)
+
+    asyncio.run(scenario(run, drain_timeout_s=600))
+
+
+def test_a_service_says_what_it_stops_with(caplog):
+    async def run(server, servicer):
+        await server.ready()
+        serving = asyncio.create_task(server.serve())
+        async with open_channel(server.address) as channel:
+            stub = encoder_pb2_grpc.EncoderStub(channel)
+            call = stub.Describe(encoder_pb2.DescribeEncoderRequest())
+            await servicer.entered.wait()
+            server.stop()
+            while not server.draining:
+                await asyncio.sleep(0.01)
+            servicer.release.set()
+            await call
+            await asyncio.wait_for(serving, 60)
+
+    with caplog.at_level("INFO"):
+        asyncio.run(scenario(run))
+    told = [record.message for record in caplog.records if "stopping" in record.message]
+    assert told == ["stopping: 1 request runs, for at most 60 s; a second signal ends it now"]
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_the_echo_of_a_signal_does_not_count(monkeypatch):
+    """As of a wrapper that passes on what the terminal has sent already."""
+
+    async def run(numbers):
+        seen = []
+        with handle_signals(lambda: seen.append("stop"), lambda: seen.append("cut")):
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                await asyncio.sleep(0.01)
+        return seen
+
+    monkeypatch.setattr(rpc_server, "ECHO_S", 1000.0)
+    assert asyncio.run(run([signal.SIGINT] * 3)) == ["stop"]
+    assert asyncio.run(run([signal.SIGTERM] * 3)) == ["stop"]
+    assert asyncio.run(run([signal.SIGTERM, signal.SIGINT])) == ["stop", "cut"]
+    monkeypatch.setattr(rpc_server, "ECHO_S", 0.0)
+    assert asyncio.run(run([signal.SIGINT] * 2)) == ["stop", "cut"]
 
 
 def test_typed_errors_cross_the_wire_and_bugs_stay_private():

@@ -6,14 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
 from deploy import up
-from deploy.child import Child
+from deploy.child import HURRY_S, Child
 from deploy.supervisor import Service, Supervisor
 from opticnerve.config import UpConfig
 from opticnerve.errors import StartupError
+from opticnerve.rpc.server import ECHO_S
 from tests.system import alive, wait_for
 
 # A worker that speaks gRPC health, and a gateway that answers /ready; both log their end.
@@ -184,33 +186,68 @@ STUBBORN = "import functools, os" + WORKER.replace(
     "        await server.serve()",
     "        tell = functools.partial(print, file=sys.stderr, flush=True)\n"
     "        tell('pid', os.getpid())\n"
-    "        asyncio.get_running_loop().add_signal_handler(15, tell, 'deaf')\n"
+    "        for number in (2, 15):\n"
+    "            asyncio.get_running_loop().add_signal_handler(number, tell, 'deaf to', number)\n"
     "        await asyncio.sleep(600)",
 )
 
 
+class Up:
+    """``opticnerve up`` over a worker that does not end when it is asked to."""
+
+    def __init__(self, log):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", UP, str(log)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.store = self.process.stdout.readline().strip().removeprefix("shm://")
+        assert os.path.isdir(self.store)
+        assert "ready" in self.process.stdout.readline()
+        self.worker = int(self.read("| pid").split()[-1])
+
+    def read(self, text):
+        """The next line on stderr that has ``text``."""
+        return next(line for line in self.process.stderr if text in line)
+
+    def signal(self, number):
+        time.sleep(ECHO_S * 1.5)  # Sooner, it would be an echo of the one before.
+        self.process.send_signal(number)
+
+    def check_nothing_is_left(self):
+        assert not os.path.exists(self.store)
+        wait_for("the worker's end", lambda: not alive(self.worker))
+
+
+@pytest.fixture
+def deaf(tmp_path):
+    made = Up(tmp_path / "ends")
+    yield made
+    made.process.kill()
+    made.process.communicate()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_everything_at_once_and_leaves_no_file(tmp_path, number):
-    process = subprocess.Popen(
-        [sys.executable, "-c", UP, str(tmp_path / "ends")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        store = process.stdout.readline().strip().removeprefix("shm://")
-        assert os.path.isdir(store)
-        assert "ready" in process.stdout.readline()
-        pid = next(int(line.split()[-1]) for line in process.stderr if "| pid" in line)
-        process.send_signal(number)
-        assert any("deaf" in line for line in process.stderr)  # It is being stopped.
-        process.send_signal(number)
-        assert process.wait(60) == 128 + number
-        assert not os.path.exists(store)
-        wait_for("the worker's end", lambda: not alive(pid))
-    finally:
-        process.kill()
-        process.communicate()
+def test_a_signal_is_answered_and_a_second_one_hurries(deaf, number):
+    deaf.signal(number)
+    told = deaf.read("stopping")
+    assert "15 s" in told and "Ctrl-C again" in told
+    deaf.read("deaf to 15")  # It is being stopped, and has a quarter of a minute.
+    deaf.signal(number)
+    deaf.read("deaf to 2")
+    deaf.read(f"llm did not stop within {HURRY_S:g} s")
+    assert deaf.process.wait(60) == 0
+    deaf.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_third_signal_ends_everything_at_once_and_leaves_no_file(deaf, number):
+    deaf.signal(number)
+    deaf.read("deaf to 15")
+    deaf.signal(number)
+    deaf.read("deaf to 2")
+    deaf.signal(number)
+    assert deaf.process.wait(60) == 128 + number
+    deaf.check_nothing_is_left()
 
 
 def test_the_gateways_own_variables_are_kept_from_workers(monkeypatch):
