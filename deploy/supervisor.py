@@ -2,8 +2,8 @@
 
 Start: encoders and LLM workers at once, each waited for until its gRPC health says SERVING, the
 gateway last. While it runs, a child that ends is started again at its old port, with backoff.
-Stop: gateway, LLM workers, encoders, in this order. Whatever ends it, no process, port or file
-is left.
+Stop: gateway, LLM workers, encoders, in this order; in a hurry each ends its work instead of
+letting it end. Whatever ends it, no process, port or file is left.
 """
 
 from __future__ import annotations

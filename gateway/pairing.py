@@ -64,7 +64,8 @@ class Pairing:
         if pictures and not self.encoders.configured:
             raise UnsupportedFeature(
                 "this server answers text alone: it was started without encoders "
-                "(--encoder-addresses); send messages without pictures"
+                "(--encoder-addresses); send messages without pictures",
+                param="messages",
             )
         waiting = deadline.within(self.worker_wait_s)
         while True:

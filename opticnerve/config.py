@@ -53,7 +53,7 @@ _port = partial(_address, metavar="PORT", most=65535)
 _parent = partial(_address, metavar="PID", hidden=True)
 
 LEAST_IMAGE_PIXELS = 64 * 64  # As a limit: an encoder tries itself on such a picture at start.
-STOP_HELP = "how long running requests may go on after SIGTERM"
+STOP_HELP = "how long running requests may go on after SIGTERM or Ctrl-C; a second one ends them"
 MANY_HELP = "HOST:PORT, or dns:///NAME:PORT for all behind a name"
 
 
@@ -212,7 +212,10 @@ class GatewayConfig:
     drain_timeout_s: float = _address(15.0, STOP_HELP, metavar="SECONDS")
     parent_pid: int = _parent(0, "end when this process is gone; set by whoever starts this one")
     encoder_addresses: tuple[str, ...] = _workers(
-        (), f"encoders: {MANY_HELP}", metavar="HOST:PORT,...", check=addresses.check_name
+        (),
+        f"encoders: {MANY_HELP}; without any, text alone is served",
+        metavar="HOST:PORT,...",
+        check=addresses.check_name,
     )
     llm_addresses: tuple[str, ...] = _workers(
         (), f"LLM workers: {MANY_HELP}", metavar="HOST:PORT,...", check=addresses.check_name
