@@ -20,6 +20,8 @@ from opticnerve import addresses, config, flags
 from opticnerve.embeddings.tier import create_tier_directory, remove_tier, sweep_dead_tiers
 from opticnerve.errors import StartupError
 from opticnerve.lifecycle import follow_parent
+from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.models.registry import make_layout
 from opticnerve.options import PREFIX, build, options
 from opticnerve.rpc.server import handle_signals
 
@@ -99,12 +101,23 @@ def _farewell(drain_timeout_s: float, *, ready: bool) -> str:
 
 
 def _check_early(gateway: config.GatewayConfig) -> None:
-    """What would fail in the gateway, which starts last. Raises ConfigError."""
+    """What would fail in every worker once it has loaded torch, or in the gateway, which starts
+    last: told once, and before anything starts. Raises ConfigError, CheckpointError."""
     Keys.load(gateway.api_key_file)
     host, metrics_port = gateway.listen_host, gateway.telemetry.metrics_port
     addresses.check_free(host, gateway.port)
     if metrics_port >= 0:
         addresses.check_free(host, metrics_port, "--metrics-port")
+    source = gateway.model
+    checkpoint = Checkpoint.open(source.model, source.revision, source.download_dir)
+    checkpoint.check()
+
+    from gateway.chat import ChatRenderer  # Half a second, which --help need not wait for.
+    from gateway.sampling import load_defaults
+
+    path, layout = checkpoint.path, make_layout(checkpoint)
+    tokenizer = ChatRenderer.load(path, layout, gateway.chat_template).tokenizer
+    load_defaults(gateway.generation_config, path, tokenizer, checkpoint.text_config)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,36 @@
-"""``python -m encoder_service [MODEL] flags``"""
+"""``opticnerve encoder [MODEL] flags``, or ``python -m encoder_service``.
 
+What is wrong with the command line or the checkpoint is told here, before the service is
+imported: torch takes seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
 import sys
+from collections.abc import Sequence
 
-from opticnerve.cli import run
+from opticnerve import cli, flags
+from opticnerve.config import EncoderConfig
+from opticnerve.lifecycle import follow_parent
+from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.telemetry import logs
+
+DESCRIPTION = "A vision encoder: pictures in, embeddings out."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs an encoder until it is stopped; its exit status. Raises StartupError."""
+    settings = flags.read("encoder", DESCRIPTION, EncoderConfig, argv)
+    logs.configure(settings.telemetry.log_level)
+    follow_parent(settings.rpc.parent_pid)
+    source = settings.model
+    Checkpoint.open(source.model, source.revision, source.download_dir, side="encoder").check()
+
+    from encoder_service.service import Service
+
+    return asyncio.run(Service(settings).run())
+
 
 if __name__ == "__main__":
-    sys.exit(run("encoder_service.service", sys.argv[1:]))
+    sys.exit(cli.run(__name__, sys.argv[1:]))

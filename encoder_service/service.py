@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from encoder_service.item import Identity, Limits
 from encoder_service.poison import PoisonRecord
 from encoder_service.servicer import SERVICE, EncoderServicer, Loaded
 from encoder_service.sizing import largest_plan, shrink
-from opticnerve import flags
 from opticnerve.config import EncoderConfig
 from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.redis_store import RedisStore
@@ -26,27 +25,15 @@ from opticnerve.embeddings.shm import ShmStore
 from opticnerve.embeddings.store import Store
 from opticnerve.embeddings.tier import base_directory
 from opticnerve.errors import StartupError, StoreError
-from opticnerve.lifecycle import follow_parent
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.fingerprint import fingerprint
 from opticnerve.models.registry import load_tower, make_layout
 from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc.server import Server
-from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
 
-DESCRIPTION = "A vision encoder: pictures in, embeddings out."
-
 OnLost = Callable[[Exception], None]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs an encoder until it is stopped; its exit status. Raises StartupError."""
-    settings = flags.read("encoder", DESCRIPTION, EncoderConfig, argv)
-    logs.configure(settings.telemetry.log_level)
-    follow_parent(settings.rpc.parent_pid)
-    return asyncio.run(Service(settings).run())
 
 
 class Service:

@@ -1,8 +1,36 @@
-"""``python -m llm_service [MODEL] flags``"""
+"""``opticnerve llm [MODEL] flags``, or ``python -m llm_service``.
 
+What is wrong with the command line or the checkpoint is told here, before the service is
+imported: torch takes seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
 import sys
+from collections.abc import Sequence
 
-from opticnerve.cli import run
+from opticnerve import cli, flags
+from opticnerve.config import LLMConfig
+from opticnerve.lifecycle import follow_parent
+from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.telemetry import logs
+
+DESCRIPTION = "An LLM decoder: token ids and embeddings in, token ids out."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs an LLM worker until it is stopped; its exit status. Raises StartupError."""
+    settings = flags.read("llm", DESCRIPTION, LLMConfig, argv)
+    logs.configure(settings.telemetry.log_level)
+    follow_parent(settings.rpc.parent_pid)
+    source = settings.model
+    Checkpoint.open(source.model, source.revision, source.download_dir, side="llm").check()
+
+    from llm_service.service import Service
+
+    return asyncio.run(Service(settings).run())
+
 
 if __name__ == "__main__":
-    sys.exit(run("llm_service.service", sys.argv[1:]))
+    sys.exit(cli.run(__name__, sys.argv[1:]))

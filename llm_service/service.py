@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import cast
 
@@ -17,13 +16,11 @@ from llm_service.fetcher import Fetcher
 from llm_service.sequence import FailedEvent, GenerateRequest, SamplingParams
 from llm_service.servicer import SERVICE, Identity, LLMServicer, Loaded
 from llm_service.wire import Bounds
-from opticnerve import flags
 from opticnerve.config import LLMConfig
 from opticnerve.embeddings.memory import MemoryStore
 from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import ConfigError, EngineFailure, StartupError, StoreError
-from opticnerve.lifecycle import follow_parent
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.family import Language, Layout
 from opticnerve.models.fingerprint import language_fingerprint
@@ -31,21 +28,10 @@ from opticnerve.models.loader import resolve_device, resolve_dtype
 from opticnerve.models.registry import make_layout
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc.server import Server
-from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
 
-DESCRIPTION = "An LLM decoder: token ids and embeddings in, token ids out."
-
 WARM_UP_TOKENS = 32
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs an LLM worker until it is stopped; its exit status. Raises StartupError."""
-    settings = flags.read("llm", DESCRIPTION, LLMConfig, argv)
-    logs.configure(settings.telemetry.log_level)
-    follow_parent(settings.rpc.parent_pid)
-    return asyncio.run(Service(settings).run())
 
 
 class Service:

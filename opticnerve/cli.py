@@ -24,11 +24,12 @@ from opticnerve.errors import StartupError
 COMMANDS = {
     "up": ("deploy.up", "encoders, LLM workers and a gateway on this machine"),
     "gateway": ("gateway.service", "the HTTP front: OpenAI's API, templates, routing"),
-    "encoder": ("encoder_service.service", "a vision encoder: pictures to embeddings"),
-    "llm": ("llm_service.service", "an LLM decoder: tokens and embeddings to tokens"),
+    "encoder": ("encoder_service.__main__", "a vision encoder: pictures to embeddings"),
+    "llm": ("llm_service.__main__", "an LLM decoder: tokens and embeddings to tokens"),
     "ask": ("opticnerve.ask", "ask about pictures; the answer is streamed"),
     "demo": ("opticnerve.demo.show", "the built-in checkpoint answers about bundled pictures"),
 }
+PREFIX = "opticnerve: "  # Of the line that says why a command could not start.
 
 
 def usage() -> str:
@@ -84,7 +85,7 @@ def run(module: str, argv: Sequence[str]) -> int:
     try:
         return int(importlib.import_module(module).main(argv) or 0)
     except StartupError as error:
-        print(f"opticnerve: {error.message}", file=sys.stderr)
+        print(PREFIX + error.message, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

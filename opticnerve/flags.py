@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -17,6 +18,7 @@ EPILOG = (
     "its twin. Sizes may have a unit: 512M, 2GiB."
 )
 MAX_WIDTH = 100
+MODEL_FLAGS = {"--model", "--model-path", "--model-name", "-m"}  # As other servers have them.
 
 C = TypeVar("C")
 
@@ -108,7 +110,10 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            given = unknown[0].split("=", 1)[0]
+            given, _, value = unknown[0].partition("=")
+            if given in MODEL_FLAGS and hasattr(parsed, "model"):
+                model = shlex.quote(value or parsed.model or "MODEL")
+                self.error(f"there is no flag {given}; the model stands alone: {self.prog} {model}")
             near = difflib.get_close_matches(given, flags, 1)
             kind = "flag" if given.startswith("-") else "argument"
             self.error(f"unknown {kind} {given}" + (f", did you mean {near[0]}?" if near else ""))

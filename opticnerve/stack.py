@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import httpx2
 
+from opticnerve.cli import PREFIX
 from opticnerve.errors import OpticNerveError, StartupError, Unavailable, from_openai
 
 if TYPE_CHECKING:
@@ -116,8 +117,9 @@ def serve(model: str | Path | None = None, **flags: Any) -> Iterator[Stack]:
 
     ``model``: a checkpoint directory or hub id; None serves the built-in demo checkpoint.
     ``flags``: those of ``opticnerve up``, with underscores: ``encoders=2``, ``dtype="float32"``.
-    Raises StartupError with the stack's last words when it does not come up. The stack ends with
-    this process, however that ends.
+    Raises StartupError when it does not come up: with the one line that says why where that is
+    known before anything starts, as of a wrong path, else with the stack's last words. The stack
+    ends with this process, however that ends.
     """
     flags = {**flags, "parent_pid": os.getpid()}
     command = [sys.executable, "-m", "opticnerve", "up", *_arguments(model, flags)]
@@ -160,7 +162,10 @@ def _wait_ready(process: subprocess.Popen[str], log: IO[str]) -> str:
             return line.removeprefix(READY).strip()
     status = process.wait()
     log.seek(0)
-    tail = "".join(log.readlines()[-15:])
+    lines = log.readlines()
+    if len(lines) == 1 and lines[0].startswith(PREFIX):  # Said before anything was started.
+        raise StartupError(lines[0].removeprefix(PREFIX).strip())
+    tail = "".join(lines[-15:])
     raise StartupError(f"the stack did not start (status {status}):\n{tail}")
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import opticnerve.demo
 from opticnerve.errors import CheckpointError
 from opticnerve.models import hub
-from opticnerve.models.registry import family_of
+from opticnerve.models.registry import family_of, make_layout
 from opticnerve.models.tensorfile import TensorEntry, read_header
 
 Side = Literal["gateway", "encoder", "llm"]
@@ -96,6 +96,19 @@ class Checkpoint:
     def vision_config(self) -> Mapping[str, Any]:
         nested = self.config.get("vision_config")
         return nested if isinstance(nested, Mapping) else {}
+
+    def check(self) -> None:
+        """Raises CheckpointError for what the files say would fail at load, before torch is
+        imported and anything is started: a layout that is not served, weights that are missing
+        or cut short.
+
+        Costs a read of every weight file's header. Fetches nothing: weights of a hub checkpoint,
+        and shards in the hub's cache layout, of which a side may have its own alone, are looked
+        at when they are loaded.
+        """
+        make_layout(self)
+        if self.revision is None:
+            self.tensor_index()
 
     # ---- weights
 

@@ -69,10 +69,11 @@ def commit_of(snapshot: Path) -> str | None:
 
 
 def looks_like_hub_id(model: str) -> bool:
-    """Whether ``model`` can name a repository: ``owner/name``, not a path."""
+    """Whether ``model`` can name a repository: ``owner/name``, not a path. A bare name is none:
+    it is more often a directory that is not here, which need not be asked of the network."""
     parts = model.split("/")
     return (
-        1 <= len(parts) <= 2
+        len(parts) == 2
         and all(parts)
         and not model.startswith((".", "~", os.sep))
         and not model.endswith((".safetensors", ".gguf", ".bin", ".json"))

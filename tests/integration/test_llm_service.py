@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from llm_service import wire
-from llm_service.service import main
+from llm_service.__main__ import main
 from opticnerve.embeddings.ref import Location
 from opticnerve.embeddings.shm import ShmStore
 from opticnerve.errors import (

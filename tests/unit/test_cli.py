@@ -2,12 +2,16 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from deploy import up
 from opticnerve import cli
+from opticnerve.models import hub
+from tests.checkpoints import DEMO
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -91,3 +95,86 @@ def run(code):
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
     )
+
+
+# ---- a wrong checkpoint
+
+
+def wrong_checkpoints(path, monkeypatch):
+    """(what MODEL says, what the answer says)"""
+    monkeypatch.chdir(path)
+    for name, config in (("bare", None), ("bert", '{"model_type": "bert"}'), ("torn", "{")):
+        (path / name).mkdir()
+        if config is not None:
+            (path / name / "config.json").write_text(config)
+    (path / "file").write_text("")
+    shutil.copytree(DEMO, path / "weightless", ignore=lambda *_: ["model.safetensors"])
+    shutil.copytree(DEMO, path / "cut")
+    weights = path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    return [
+        ("/no/such/model", "there is no directory /no/such/model"),
+        ("no-such-model", "there is no directory no-such-model"),
+        ("file", "file is a file"),
+        ("bare", "holds no config.json"),
+        ("bert", "model_type 'bert'"),
+        ("torn", "is not valid JSON"),
+        ("weightless", "holds neither model.safetensors nor"),
+        ("cut", "model.safetensors"),
+    ]
+
+
+@pytest.mark.parametrize("command", ["up", "encoder", "llm"])
+def test_a_wrong_checkpoint_is_told_once_before_anything_starts(
+    command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(up, "Supervisor", None)
+    for module in ("encoder_service.service", "llm_service.service"):  # They import torch.
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(hub, "download", None)
+    for model, text in wrong_checkpoints(tmp_path, monkeypatch):
+        assert cli.main([command, model, "--port", "0"]) == 2, model
+        told = capsys.readouterr()
+        assert told.out == "" and told.err.count("\n") == 1
+        assert told.err.startswith("opticnerve: ") and text in told.err
+
+
+def test_up_tells_early_what_the_gateway_would_tell_late(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(up, "Supervisor", None)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copytree(DEMO, tmp_path / name, ignore=lambda *_, name=name: [name])
+    for argv, text in (
+        ([str(tmp_path / "tokenizer.json")], "no tokenizer at all"),
+        ([str(tmp_path / "chat_template.jinja")], "has no chat template"),
+        (["--chat-template", "/no/such/file"], "--chat-template: '/no/such/file' is no file"),
+        (["--generation-config", "/no/such/place"], "--generation-config: /no/such/place is"),
+    ):
+        assert cli.main(["up", *argv, "--port", "0"]) == 2, argv
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and text in told
+
+
+def test_a_gateway_tells_a_wrong_checkpoint_once():
+    command = [sys.executable, "-m", "opticnerve", "gateway", "/no/such/model", "--port", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert ended.stderr.startswith("opticnerve: there is no directory /no/such/model")
+
+
+@pytest.mark.parametrize("command", ["up", "gateway", "encoder", "llm"])
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        (["--model", "my model"], "'my model'"),
+        (["--model=x/y"], "x/y"),
+        (["-m", "x", "--port", "0"], "x"),
+        (["--model"], "MODEL"),
+    ],
+)
+def test_a_model_that_is_given_as_a_flag(command, given, hint, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([command, *given])
+    told = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert told.startswith(f"opticnerve {command}: ") and f": opticnerve {command} {hint}\n" in told
+    assert "public-models" not in told

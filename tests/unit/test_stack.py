@@ -6,7 +6,7 @@ import httpx2
 import pytest
 
 from opticnerve import ask, stack
-from opticnerve.errors import InvalidRequest, OpticNerveError, Overloaded, Unavailable
+from opticnerve.errors import InvalidRequest, OpticNerveError, Overloaded, StartupError, Unavailable
 
 
 def answering(handler):
@@ -63,3 +63,10 @@ def test_an_error_within_a_stream_keeps_its_fields():
 )
 def test_flags_of_serve(given, flags):
     assert stack._arguments(None, given) == flags
+
+
+def test_a_stack_that_is_asked_for_wrongly_says_why_in_one_line():
+    with pytest.raises(StartupError) as caught, stack.serve("/no/such/model"):
+        pass
+    assert caught.value.message.startswith("there is no directory /no/such/model")
+    assert "\n" not in caught.value.message
