@@ -150,4 +150,5 @@ def _identity(
         dtype=str(dtype).removeprefix("torch."),
         hidden_size=layout.hidden_size,
         shm_tier_id=store.tier_id,
+        eos_token_ids=checkpoint.eos_token_ids,
     )

@@ -58,6 +58,7 @@ class Identity:
     dtype: str
     hidden_size: int
     shm_tier_id: str
+    eos_token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,7 @@ class LLMServicer(llm_pb2_grpc.LLMServicer):
                 draining=self._server.draining,
             ),
             pair_id=identity.pair_id,
+            eos_token_ids=identity.eos_token_ids,
             store=convert.store_state_to_pb(loaded.fetcher.store_state),
         )
 

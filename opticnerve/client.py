@@ -35,7 +35,7 @@ from opticnerve.clients.generation import (
     Sampling,
     Usage,
 )
-from opticnerve.clients.llm import AsyncLLMClient
+from opticnerve.clients.llm import AsyncLLMClient, Contents
 from opticnerve.clients.pictures import NO_OVERRIDES, Picture
 from opticnerve.clients.portal import Portal
 from opticnerve.embeddings.ref import EmbeddingRef
@@ -162,7 +162,7 @@ class LLMClient:
     def generate(
         self,
         token_ids: Sequence[int],
-        contents: MultiMediaInfo | None = None,
+        contents: Contents | None = None,
         sampling: Sampling | None = None,
         *,
         request_id: str = "",
@@ -177,7 +177,7 @@ class LLMClient:
     def stream(
         self,
         token_ids: Sequence[int],
-        contents: MultiMediaInfo | None = None,
+        contents: Contents | None = None,
         sampling: Sampling | None = None,
         *,
         request_id: str = "",

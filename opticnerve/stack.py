@@ -14,23 +14,34 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, overload
 
 import httpx2
 
 from opticnerve.cli import PREFIX
-from opticnerve.errors import OpticNerveError, StartupError, Unavailable, from_openai
+from opticnerve.clients.pictures import Picture, is_picture, read_picture
+from opticnerve.errors import (
+    InvalidRequest,
+    OpticNerveError,
+    StartupError,
+    Unavailable,
+    from_openai,
+)
 
 if TYPE_CHECKING:
     from openai import OpenAI
-    from PIL import Image
 
-    Picture = str | bytes | Path | Image.Image
+Question: TypeAlias = str | tuple[str, *tuple[Picture | list[Any] | tuple[Any, ...], ...]]
+"""A text, or (text, picture, ...). Strings among the pictures are paths or URLs."""
 
+FORM = (
+    'a question is "text", or a tuple ("text", picture, ...) whose pictures are paths, URLs, bytes '
+    "or Pillow images; several questions are a list of these"
+)
 READY = "OpticNerve is ready at "
 STOP_S = 40.0
 
@@ -51,21 +62,32 @@ class Stack:
 
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
-    def chat(
-        self, questions: Sequence[str | tuple[str, *tuple[Picture, ...]]], **parameters: Any
-    ) -> list[str]:
-        """Answers to many questions, in order, asked at once so that they run as a batch.
+    @overload
+    def chat(self, questions: Question, **parameters: Any) -> str: ...
 
-        A question is a text, or (text, picture, ...); a picture is a path, a URL, bytes or a
-        Pillow image. ``parameters`` are those of a chat completion (max_tokens, temperature...).
-        Raises the typed error of the first question that fails, with its ``param`` and ``code``.
+    @overload
+    def chat(self, questions: list[Any], **parameters: Any) -> list[str]: ...
+
+    def chat(self, questions: Question | list[Any], **parameters: Any) -> str | list[str]:
+        """The answer to one question, or the answers to a list of them.
+
+        A question is a text, or a tuple (text, picture, ...); a picture is a path, a URL, bytes
+        or a Pillow image, and a list of pictures in its place is several. The questions of a list
+        are asked at once, so that they run as a batch; the answers are in their order.
+        ``parameters`` are those of a chat completion (max_tokens, temperature...).
+
+        Nothing is asked unless all are questions: raises TypeError for what is none, and
+        InvalidRequest for the path of a picture that is not there. Then raises the typed error of
+        the first question that fails, with its ``param`` and ``code``.
         """
-        with ThreadPoolExecutor(max_workers=min(64, max(1, len(questions)))) as pool:
-            return list(pool.map(lambda question: self._ask(question, parameters), questions))
+        several = questions if isinstance(questions, list) else [questions]
+        read = [read_question(question) for question in several]
+        with ThreadPoolExecutor(max_workers=min(64, max(1, len(read)))) as pool:
+            answers = list(pool.map(lambda question: self._ask(question, parameters), read))
+        return answers if isinstance(questions, list) else answers[0]
 
-    def _ask(self, question: str | tuple[Any, ...], parameters: dict[str, Any]) -> str:
-        text, *pictures = (question,) if isinstance(question, str) else question
-        body = {"model": self.model, "messages": [user_message(text, pictures)], **parameters}
+    def _ask(self, question: tuple[str, list[Picture]], parameters: dict[str, Any]) -> str:
+        body = {"model": self.model, "messages": [user_message(*question)], **parameters}
         try:
             answer = self._http.post("/v1/chat/completions", json=body)
         except httpx2.HTTPError as error:
@@ -88,6 +110,37 @@ def error_of(answer: httpx2.Response) -> OpticNerveError:
     return from_openai(body, answer.status_code, float(after) if after.isdecimal() else None)
 
 
+def read_question(question: object) -> tuple[str, list[Picture]]:
+    """(text, pictures) of one question of ``Stack.chat``, none of them read yet.
+
+    Raises TypeError, which shows the form, and InvalidRequest for a picture that is not there.
+    """
+    parts = question if isinstance(question, tuple) and question else (question,)
+    text, *given = parts
+    if not isinstance(text, str):
+        raise TypeError(f"{FORM}; {type(text).__name__} is no text")
+    pictures = [
+        one for part in given for one in (part if isinstance(part, list | tuple) else [part])
+    ]
+    for picture in pictures:
+        if not is_picture(picture):
+            raise TypeError(f"{FORM}; {type(picture).__name__} is no picture")
+        if is_url(picture) or not isinstance(picture, str | Path):
+            continue
+        if not os.path.exists(os.path.expanduser(picture)):
+            if os.path.isfile(text):
+                raise TypeError(f"the text comes before its pictures: {FORM}")
+            raise InvalidRequest(f"there is no picture {picture}; give a path, or an http URL")
+    return text, pictures
+
+
+def is_url(picture: object) -> bool:
+    """Whether the gateway reads the picture itself."""
+    if not isinstance(picture, str):
+        return False
+    return picture.split(":", 1)[0].lower() in ("http", "https", "data")
+
+
 def user_message(text: str, pictures: Iterable[Picture]) -> dict[str, Any]:
     """A user's message in OpenAI's form, pictures first."""
     parts: list[dict[str, Any]] = [
@@ -97,18 +150,12 @@ def user_message(text: str, pictures: Iterable[Picture]) -> dict[str, Any]:
 
 
 def picture_url(picture: Picture) -> str:
-    """A URL as it is; a path, bytes or a Pillow image as a data: URL."""
-    from opticnerve.clients.pictures import read_picture  # Here: Pillow is slow to import.
-
-    if isinstance(picture, str) and picture.split(":", 1)[0] in ("http", "https", "data"):
-        return picture
-    if isinstance(picture, str | Path):
-        data = Path(picture).read_bytes()
-    elif isinstance(picture, bytes):
-        data = picture
-    else:
-        data = read_picture(picture)
-    return "data:application/octet-stream;base64," + base64.b64encode(data).decode()
+    """A URL as it is; a path, bytes or a Pillow image as a data: URL. Raises InvalidRequest for a
+    file that cannot be read."""
+    if is_url(picture):
+        return str(picture)
+    data = base64.b64encode(read_picture(picture)).decode()
+    return f"data:application/octet-stream;base64,{data}"
 
 
 @contextmanager

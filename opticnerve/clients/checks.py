@@ -6,7 +6,7 @@ What a message can carry is checked here; what a worker makes of it is the worke
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
 
 from opticnerve.errors import InvalidRequest
@@ -27,15 +27,25 @@ def check_number(name: str, value: object) -> None:
         raise InvalidRequest(f"{name} is a number, not {type(value).__name__}", param=name)
 
 
-def check_token_ids(name: str, ids: Iterable[object]) -> None:
-    """Raises InvalidRequest unless all are integers that a message carries."""
+def read_token_ids(name: str, ids: object) -> tuple[int, ...]:
+    """Token ids of any sequence or array of one dimension.
+
+    Raises InvalidRequest unless all are integers that a message carries, and for one integer,
+    text, bytes and mappings, which are no sequences of token ids.
+    """
+    if isinstance(ids, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(
+        ids, Iterable
+    ):
+        kind = type(ids).__name__
+        raise InvalidRequest(f"{name} is a sequence of token ids, not {kind}", param=name)
     try:
-        found = [*map(operator.index, ids)]  # type: ignore[arg-type]
+        found = tuple(map(operator.index, ids))
     except TypeError as error:
         raise InvalidRequest(f"{name} holds token ids, which are integers", param=name) from error
     for extreme in (min(found, default=0), max(found, default=0)):
         if not 0 <= extreme <= UINT32:
             raise InvalidRequest(f"{extreme} in {name} is no token id", param=name)
+    return found
 
 
 def _index(name: str, value: object) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from opticnerve.clients.checks import check_integer, check_number, check_token_ids
+from opticnerve.clients.checks import check_integer, check_number, read_token_ids
 from opticnerve.clients.pictures import Picture, is_picture
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.ref import EmbeddingRef, Location
@@ -59,20 +59,28 @@ Content: TypeAlias = EmbeddingRef | Tensors | Picture | Any
 class MultiMediaInfo:
     """Contents by placeholder id: ``MultiMediaInfo({151655: [picture, tensor]})``.
 
-    The n-th content of an id takes the next placeholders of that id, as many as it has rows.
+    The n-th content of an id takes the next placeholders of that id, as many as it has rows. A
+    content that stands alone, ``{151655: picture}``, is one. Raises InvalidRequest, which shows
+    the form, for what is none.
     """
 
-    def __init__(self, contents: Mapping[int, Iterable[Content]] | None = None) -> None:
+    def __init__(self, contents: Mapping[int, Iterable[Content] | Content] | None = None) -> None:
         self._contents: dict[int, list[Content]] = {}
+        if contents is not None and not isinstance(contents, Mapping):
+            raise InvalidRequest(
+                "contents are given by placeholder id, {id: [content, ...]}, not as "
+                f"{type(contents).__name__}",
+                param="contents",
+            )
         for token_id, items in (contents or {}).items():
-            for item in items:
+            for item in items if _is_several(items) else [items]:
                 self.add(token_id, item)
 
     def add(self, token_id: int, content: Content) -> None:
         """One more content of this placeholder. Raises InvalidRequest for what is none."""
         if not is_picture(content) and not isinstance(content, (EmbeddingRef, Tensors)):
             content = Tensors(codec.as_tensor(content))
-        check_token_ids("contents", [token_id])
+        read_token_ids("contents", [token_id])
         self._contents.setdefault(int(token_id), []).append(content)
 
     def __iter__(self) -> Iterator[tuple[int, Content]]:
@@ -83,6 +91,13 @@ class MultiMediaInfo:
 
     def __len__(self) -> int:
         return sum(map(len, self._contents.values()))
+
+
+def _is_several(contents: object) -> bool:
+    """Whether these are contents, and not one: a path and a tensor can be iterated over too."""
+    if is_picture(contents) or isinstance(contents, Mapping) or hasattr(contents, "__dlpack__"):
+        return False
+    return isinstance(contents, Iterable)
 
 
 @dataclass(frozen=True)

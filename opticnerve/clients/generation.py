@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from opticnerve.clients.checks import UINT64, check_integer, check_number, check_token_ids
+from opticnerve.clients.checks import UINT64, check_integer, check_number, read_token_ids
+from opticnerve.errors import InvalidRequest
 
 _NUMBERS = (
     "temperature",
@@ -22,8 +23,8 @@ _NUMBERS = (
 class Sampling:
     """Everything that decides a token; neutral defaults. See ``SamplingParams`` in ``llm.proto``.
 
-    No tokenizer is here: ``eos_token_ids`` and ``stop_token_ids`` are the caller's to give.
-    Raises InvalidRequest for values that no message carries.
+    ``eos_token_ids``: the ids that end an answer; None: those of the worker's checkpoint, which
+    ``LLMClient`` asks it for; (): none. Raises InvalidRequest for values that no message carries.
     """
 
     max_tokens: int = 16
@@ -39,7 +40,7 @@ class Sampling:
     n: int = 1
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    eos_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -55,12 +56,18 @@ class Sampling:
                 check_integer(name, count)
         for name in _NUMBERS:
             check_number(name, getattr(self, name))
-        for name in ("stop_token_ids", "eos_token_ids", "allowed_token_ids", "logit_bias"):
-            check_token_ids(name, getattr(self, name))
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            read_token_ids(name, getattr(self, name))
+        if self.eos_token_ids is not None:
+            read_token_ids("eos_token_ids", self.eos_token_ids)
+        if not isinstance(self.logit_bias, Mapping):
+            kind = type(self.logit_bias).__name__
+            raise InvalidRequest(f"logit_bias is {{id: bias}}, not {kind}", param="logit_bias")
+        read_token_ids("logit_bias", list(self.logit_bias))
         for bias in self.logit_bias.values():
             check_number("logit_bias", bias)
         for word in self.bad_words:
-            check_token_ids("bad_words", word)
+            read_token_ids("bad_words", word)
 
 
 @dataclass(frozen=True, slots=True)

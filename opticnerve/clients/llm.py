@@ -6,15 +6,15 @@ import asyncio
 import contextlib
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import grpc
 
 from opticnerve.clients import llm_messages
-from opticnerve.clients.checks import check_token_ids
+from opticnerve.clients.checks import read_token_ids
 from opticnerve.clients.contents import (
     Content,
     MultiMediaInfo,
@@ -52,6 +52,8 @@ START_INLINE_BYTES = 2**20  # Of tensors in the first message.
 MAX_RESENDS = 2  # Of one key.
 CORE_ERROR = "Internal error from Core"
 PATIENCE_S = 0.25
+
+Contents: TypeAlias = MultiMediaInfo | Mapping[int, Any]
 
 Call = Any  # grpc.aio.StreamStreamCall[GenerateIn, GenerateOut]; generic in its stubs alone.
 
@@ -99,17 +101,18 @@ class AsyncLLMClient:
         """Ends every generation under way."""
         await self._channel.close()
 
-    async def describe(self) -> llm_pb2.DescribeLLMResponse:
+    async def describe(self, timeout_s: float | None = None) -> llm_pb2.DescribeLLMResponse:
         """What the worker is, what it accepts, and how busy it is."""
+        request, patience_s = llm_pb2.DescribeLLMRequest(), timeout_s or self.timeout_s
         try:
-            return await self._stub.Describe(llm_pb2.DescribeLLMRequest(), timeout=self.timeout_s)
+            return await self._stub.Describe(request, timeout=patience_s)
         except grpc.RpcError as error:
             raise from_rpc(error) from error
 
     async def generate(
         self,
         token_ids: Sequence[int],
-        contents: MultiMediaInfo | None = None,
+        contents: Contents | None = None,
         sampling: Sampling | None = None,
         *,
         request_id: str = "",
@@ -126,7 +129,7 @@ class AsyncLLMClient:
     async def stream(
         self,
         token_ids: Sequence[int],
-        contents: MultiMediaInfo | None = None,
+        contents: Contents | None = None,
         sampling: Sampling | None = None,
         *,
         request_id: str = "",
@@ -135,6 +138,8 @@ class AsyncLLMClient:
         """New tokens as they come. Closing the iterator early aborts the generation.
 
         ``token_ids`` has a run of placeholders for every content, as many as it has rows.
+        ``contents`` may be the mapping that a ``MultiMediaInfo`` is made of. The answer ends with
+        ``sampling.eos_token_ids``, by default the checkpoint's, or after ``max_tokens``.
         Raises InvalidRequest where they do not fit, and what ``llm.proto`` says.
         """
         run = await self._open(token_ids, contents, sampling, request_id, timeout_s)
@@ -148,23 +153,24 @@ class AsyncLLMClient:
     async def _open(
         self,
         token_ids: Sequence[int],
-        contents: MultiMediaInfo | None,
+        contents: Contents | None,
         sampling: Sampling | None,
         request_id: str,
         timeout_s: float | None,
     ) -> Run:
-        check_token_ids("token_ids", token_ids)
-        placed = await asyncio.gather(
-            *(self._place(token_id, content) for token_id, content in contents or ())
+        ids = read_token_ids("token_ids", token_ids)
+        found = contents if isinstance(contents, MultiMediaInfo) else MultiMediaInfo(contents)
+        resolved, *placed = await asyncio.gather(
+            self._resolve(sampling, timeout_s), *(self._place(*content) for content in found)
         )
-        refs, spans = lay_out(token_ids, placed)
+        refs, spans = lay_out(ids, placed)
         pictures = {item.ref.key: item for item in placed if item.picture is not None}
         start = llm_pb2.Start(
             request_id=request_id or f"client-{uuid.uuid4().hex[:16]}",
-            token_ids=token_ids,
+            token_ids=ids,
             spans=[convert.span_to_pb(span) for span in spans],
             items=items_of(refs),
-            sampling=llm_messages.sampling_to_pb(sampling or Sampling()),
+            sampling=llm_messages.sampling_to_pb(resolved),
         )
         first = llm_pb2.GenerateIn(start=start)
         for patience_s in (0.0, PATIENCE_S):
@@ -180,6 +186,18 @@ class AsyncLLMClient:
                 run.cancel()
                 raise
         raise masked
+
+    async def _resolve(self, sampling: Sampling | None, timeout_s: float | None) -> Sampling:
+        """Every field as it is sent. The ids that end an answer are asked for each time: another
+        worker may stand at this address by now."""
+        if not isinstance(sampling, Sampling | None):
+            kind = type(sampling).__name__
+            raise InvalidRequest(f"sampling is a Sampling(...), not {kind}", param="sampling")
+        sampling = sampling or Sampling()
+        if sampling.eos_token_ids is not None or sampling.ignore_eos:
+            return sampling
+        told = await self.describe(timeout_s)
+        return replace(sampling, eos_token_ids=tuple(told.eos_token_ids))
 
     async def _place(self, token_id: int, content: Content) -> Placed:
         if isinstance(content, EmbeddingRef):

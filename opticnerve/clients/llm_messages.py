@@ -50,7 +50,7 @@ def failed(key: str, error: OpticNerveError) -> pb.GenerateIn:
 
 
 def sampling_to_pb(sampling: Sampling) -> pb.SamplingParams:
-    """Field by field: the decoder knows no defaults."""
+    """Field by field: the decoder knows no defaults. ``eos_token_ids`` that are None are none."""
     return pb.SamplingParams(
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
@@ -65,7 +65,7 @@ def sampling_to_pb(sampling: Sampling) -> pb.SamplingParams:
         n=sampling.n,
         stop_token_ids=sampling.stop_token_ids,
         ignore_eos=sampling.ignore_eos,
-        eos_token_ids=sampling.eos_token_ids,
+        eos_token_ids=sampling.eos_token_ids or (),
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
         logit_bias=dict(sampling.logit_bias),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -37,12 +38,18 @@ def read_picture(picture: Picture) -> bytes:
     if isinstance(picture, Image.Image):
         return _png(picture)
     if isinstance(picture, (str, Path)):
+        if str(picture).startswith(("http:", "https:", "data:")):
+            raise InvalidRequest(
+                "URLs are read by a gateway alone: give a path, or the bytes that you read"
+            )
         try:
-            return Path(picture).expanduser().read_bytes()
-        except OSError as error:
-            raise InvalidRequest(f"cannot read the picture {picture}: {error.strerror}") from error
+            return Path(os.path.expanduser(picture)).read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: a zero in the path.
+            why = getattr(error, "strerror", None) or str(error)
+            raise InvalidRequest(f"cannot read the picture {picture!s:.200}: {why}") from error
     raise InvalidRequest(
-        f"a picture is bytes, a path or a Pillow image, not {type(picture).__name__}"
+        "a picture is bytes, a path or a Pillow image (Image.fromarray makes one of an array), "
+        f"not {type(picture).__name__}"
     )
 
 

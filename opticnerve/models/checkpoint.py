@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -158,6 +159,17 @@ class Checkpoint:
         if missing:
             raise CheckpointError(_missing_weights(self.path, missing))
 
+    # ---- ends
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer: those of generation_config.json, or else of config.json, and
+        the tokenizer's own. Raises CheckpointError for files that cannot be read."""
+        ends = self.generation_config.get("eos_token_id", self.text_config.get("eos_token_id"))
+        ids = ends if isinstance(ends, list) else [ends]
+        found = [*ids, _tokenizer_eos(self.path)]
+        return tuple(dict.fromkeys(n for n in found if type(n) is int and n >= 0))
+
     # ---- identity
 
     @cached_property
@@ -244,6 +256,40 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds no JSON object; fetch it again")
     return value
+
+
+def _tokenizer_eos(path: Path) -> int | None:
+    """The id of the tokenizer's ``eos_token``; None where the files do not tell it.
+
+    The vocabulary is not parsed: an end of sequence is among the added tokens.
+    """
+    config = _read_json(path / "tokenizer_config.json") or {}
+    if "added_tokens_decoder" not in config:
+        config.update(_read_json(path / "special_tokens_map.json") or {})
+    name = _content(config.get("eos_token"))
+    if name is None:
+        return None
+    listed = config.get("added_tokens_decoder")
+    for number, entry in listed.items() if isinstance(listed, dict) else ():
+        if _content(entry) == name and number.isdecimal():
+            return int(number)
+    try:
+        source = (path / "tokenizer.json").read_text(encoding="utf-8")
+        place = re.search(r'"added_tokens"\s*:\s*', source)
+        added, _ = json.JSONDecoder().raw_decode(source, place.end()) if place else ([], 0)
+        return next((int(entry["id"]) for entry in added if _content(entry) == name), None)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path / 'tokenizer.json'} cannot be read; fetch it again"
+        ) from error
+
+
+def _content(token: Any) -> str | None:
+    """A token as tokenizer files hold it: its text, or a dictionary with it."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _no_config(path: Path) -> str:

@@ -1,9 +1,12 @@
 """``opticnerve.serve`` and ``opticnerve ask`` as clients, without a stack: flags and errors."""
 
 import json
+from pathlib import Path
 
 import httpx2
+import numpy as np
 import pytest
+from PIL import Image
 
 from opticnerve import ask, stack
 from opticnerve.errors import InvalidRequest, OpticNerveError, Overloaded, StartupError, Unavailable
@@ -70,3 +73,66 @@ def test_a_stack_that_is_asked_for_wrongly_says_why_in_one_line():
         pass
     assert caught.value.message.startswith("there is no directory /no/such/model")
     assert "\n" not in caught.value.message
+
+
+# ---- questions
+
+
+def echo(request):
+    """Answers with the last text, and with how many pictures came with it."""
+    *pictures, text = json.loads(request.content)["messages"][-1]["content"]
+    assert all(part["image_url"]["url"].startswith(("data:", "http")) for part in pictures)
+    told = f"{text['text']}+{len(pictures)}" if pictures else text["text"]
+    return httpx2.Response(200, json={"choices": [{"message": {"content": told}}]})
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (40, 30)).save(path)
+    return path
+
+
+def test_one_question_has_one_answer_and_a_list_a_list(file):
+    server = answering(echo)
+    image = Image.new("CMYK", (30, 30))
+    assert server.chat("What is this?") == "What is this?"
+    assert server.chat(("What?", file)) == "What?+1"
+    assert server.chat(("What?", str(file), b"bytes", image, "https://example.com/a.png")) == (
+        "What?+4"
+    )
+    assert server.chat(("What?", [file, image])) == "What?+2"
+    assert server.chat(("What?",)) == "What?"
+    assert server.chat(["One?", ("Two?", file), "Three?"]) == ["One?", "Two?+1", "Three?"]
+    assert server.chat(["What is this?"]) == ["What is this?"]
+    assert server.chat([]) == []
+
+
+NO_QUESTIONS = [
+    None, {}, {"text": "What?"}, b"What?", 5, (), Path("photo.png"), iter(["What?"]), {"What?"},
+    [["What?"]], [None], [b"What?"], ["One?", 5], [()], Image.new("RGB", (1, 1)),
+    (b"bytes", "What?"), (Image.new("RGB", (1, 1)), "What?"), (Path("photo.png"), "What?"),
+    ("What?", 5), ("What?", None), ("What?", np.zeros((8, 8, 3), np.uint8)), ("What?", [[b"x"]]),
+    ("What?", {"url": "x"}), (("What?", b"x"), ("And?", b"x")), ["What?", Image.new("RGB", (1, 1))],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("questions", NO_QUESTIONS)
+def test_what_is_no_question_is_a_type_error_that_shows_the_form(questions):
+    asked = []
+    with pytest.raises(TypeError) as caught:
+        answering(asked.append).chat(questions)
+    assert 'a question is "text", or a tuple ("text", picture, ...)' in str(caught.value)
+    assert not asked
+
+
+def test_a_picture_before_its_text_and_a_picture_that_is_not_there(file):
+    asked = []
+    with pytest.raises(TypeError, match="the text comes before its pictures"):
+        answering(asked.append).chat((str(file), "What is this?"))
+    for missing in ("/no/such/photo.png", Path("/no/such/photo.png")):
+        with pytest.raises(InvalidRequest, match=r"no picture /no/such/photo\.png"):
+            answering(asked.append).chat(["One?", ("Two?", missing)])
+    with pytest.raises(InvalidRequest, match=f"cannot read the picture {file.parent}: Is a dir"):
+        answering(asked.append).chat(("What?", file.parent))
+    assert not asked
