@@ -1,17 +1,32 @@
 """Python clients of the internal services, without the gateway: pictures in, token ids out.
 
-    from opticnerve.client import EncoderClient, LLMClient, MultiMediaInfo, Sampling
+With `opticnerve encoder --port 7001` and `opticnerve llm --port 7002` running:
 
-    with EncoderClient("127.0.0.1:7001", MODEL) as encoder, \\
-         LLMClient("127.0.0.1:7002", encoder=encoder) as llm:
-        ref = encoder.encode("cat.png")                    # an EmbeddingRef
-        rows = encoder.fetch(ref)["rows"]                  # a tensor; torch.from_dlpack(rows)
-        ids = [*before, *[IMAGE_PAD] * ref.num_rows, *after]
-        contents = MultiMediaInfo({IMAGE_PAD: [ref]})      # or the picture, or tensors you have
-        print(llm.generate(ids, contents, Sampling(max_tokens=32)).token_ids)
+    from transformers import AutoTokenizer
 
-Families whose pictures are more than one run of placeholders say so in
-``encoder.layout().expand(ref.plan).token_ids``.
+    from opticnerve.client import EncoderClient, LLMClient, Sampling
+
+    MODEL = "opticnerve/demo/checkpoint"  # The directory or hub id that both workers serve.
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    question = [{"type": "image"}, {"type": "text", "text": "What do you see?"}]
+    chat = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+    with (
+        EncoderClient("127.0.0.1:7001", MODEL) as encoder,
+        LLMClient("127.0.0.1:7002", encoder=encoder) as llm,
+    ):
+        ref = encoder.encode("opticnerve/demo/pictures/star.png")  # A reference, no tensor.
+        layout = encoder.layout()
+        at = prompt.index(layout.image_token_id)  # One placeholder, which becomes one for each row.
+        prompt[at : at + 1] = layout.expand(ref.plan).token_ids
+        answer = llm.generate(prompt, {layout.image_token_id: ref}, Sampling(max_tokens=64))
+        print(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+
+The text is the caller's: the clients know token ids alone. ``encoder.fetch(ref)["rows"]`` are a
+picture's embeddings as a tensor that speaks DLPack; such tensors are contents too, as are the
+pictures themselves, in any number: ``{id: [picture, ref, tensor]}``. An answer ends where the
+checkpoint says, unless ``Sampling(eos_token_ids=...)`` says otherwise.
 
 ``AsyncEncoderClient`` and ``AsyncLLMClient`` are the same with ``await``. Errors are those of
 ``opticnerve.errors``.

@@ -177,6 +177,7 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
         self.running = 0
         self.max_model_len = 4096
         self.cached_tokens = 0  # Of every prompt.
+        self.eos_token_ids = [7, 9]
 
     def register(self, server: grpc.aio.Server) -> None:
         llm_pb2_grpc.add_LLMServicer_to_server(self, server)
@@ -302,6 +303,7 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
             ),
             load=llm_pb2.LLMLoad(running=self.running, free_kv_blocks=64),
             store=self.store,
+            eos_token_ids=self.eos_token_ids,
         )
 
 

@@ -108,6 +108,8 @@ class Checkpoint:
         at when they are loaded.
         """
         make_layout(self)
+        if self.side == "llm":
+            _ = self.eos_token_ids
         if self.revision is None:
             self.tensor_index()
 

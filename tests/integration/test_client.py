@@ -172,6 +172,37 @@ def test_text_alone_needs_no_contents(tmp_path: Path) -> None:
     in_loop(scenario, tmp_path)
 
 
+def test_an_answer_ends_by_default_where_the_workers_checkpoint_says(tmp_path: Path) -> None:
+    async def scenario(tmp_path: Path, stack: AsyncExitStack) -> None:
+        worker, client = await llm_of(stack)
+
+        async def sent(sampling: Sampling | None) -> list[int]:
+            await client.generate([1, 2, 3], sampling=sampling)
+            return list(worker.starts[-1].sampling.eos_token_ids)
+
+        assert await sent(None) == await sent(Sampling(max_tokens=5)) == [7, 9]
+        assert await sent(Sampling(eos_token_ids=(5,))) == [5]
+        assert await sent(Sampling(eos_token_ids=())) == []
+        assert await sent(Sampling(ignore_eos=True)) == []
+        worker.eos_token_ids = [8]  # Another worker at the same address.
+        assert await sent(None) == [8]
+
+    in_loop(scenario, tmp_path)
+
+
+def test_contents_may_be_the_bare_mapping(tmp_path: Path) -> None:
+    async def scenario(tmp_path: Path, stack: AsyncExitStack) -> None:
+        worker, client = await llm_of(stack)
+        rows = torch.randn(9, 8)
+        for contents in ({PAD: rows}, {PAD: [rows]}, MultiMediaInfo({PAD: rows})):
+            assert (await client.generate(IDS, contents)).token_ids == (1, 2, 3)
+            assert worker.starts[-1].spans[0].num_tokens == 9
+        with pytest.raises(InvalidRequest, match=r"\{id: \[content, \.\.\.\]\}, not as Tensor"):
+            await client.generate(IDS, rows)  # type: ignore[arg-type]
+
+    in_loop(scenario, tmp_path)
+
+
 def test_own_tensors_go_inline_each_in_a_message(tmp_path: Path) -> None:
     async def scenario(tmp_path: Path, stack: AsyncExitStack) -> None:
         worker, client = await llm_of(stack)

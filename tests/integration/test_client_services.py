@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 
+import opticnerve.client
 import opticnerve.demo
 from opticnerve.client import EncoderClient, LLMClient, MultiMediaInfo, Sampling, Tensors
 from opticnerve.embeddings.ref import Location
@@ -18,12 +21,13 @@ from tests.services import Process, process
 from tests.system import wait_for
 
 DEMO = Path(opticnerve.demo.__file__).parent / "checkpoint"
-PAD, EOS = 632, 629
+PAD = 632
+ROOT = Path(__file__).parents[2]
 PROMPT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
     "{}<|vision_end|>Describe the picture.<|im_end|>\n<|im_start|>assistant\n"
 )
-SAMPLING = Sampling(max_tokens=40, eos_token_ids=(EOS,))
+SAMPLING = Sampling(max_tokens=40)
 
 
 def scene(color: str) -> Image.Image:
@@ -84,6 +88,47 @@ def test_a_picture_a_reference_and_own_tensors_give_one_answer(
         answers[color] = texts[0]
     assert "red square" in answers[(214, 40, 40)]
     assert "blue square" in answers[(33, 102, 212)]
+
+
+def examples() -> list[str]:
+    """The example of ``opticnerve.client``, and those that the README shows of it."""
+    document = opticnerve.client.__doc__ or ""
+    indented = [line for line in document.splitlines() if not line or line.startswith("    ")]
+    shown = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [
+        textwrap.dedent("\n".join(indented)),
+        *(text for text in shown if "from opticnerve.client import" in text),
+    ]
+
+
+@pytest.mark.parametrize("example", examples())
+def test_the_example_runs_as_it_is_shown(
+    example: str,
+    services: tuple[Process, Process],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for port, service in zip((7001, 7002), services, strict=True):
+        assert f'"127.0.0.1:{port}"' in example
+        example = example.replace(f"127.0.0.1:{port}", service.address)
+    exec(compile(example, "example", "exec"), {})
+    assert capsys.readouterr().out == "A large red star in the center.\n"
+
+
+def test_an_answer_ends_at_the_end_of_the_turn(
+    clients: tuple[EncoderClient, LLMClient], tokenizer: Tokenizer
+) -> None:
+    llm = clients[1]
+    assert list(llm.describe().eos_token_ids) == [tokenizer.token_to_id("<|im_end|>")]
+    contents = {PAD: scene("red")}
+    ids = prompt(tokenizer, 9)
+    choice = llm.generate(ids, contents, Sampling(max_tokens=60)).choices[0]
+    assert choice.finish_reason == "stop"
+    assert choice.stop_token_id == choice.token_ids[-1] == tokenizer.token_to_id("<|im_end|>")
+    on = llm.generate(ids, contents, Sampling(max_tokens=60, eos_token_ids=())).choices[0]
+    assert on.finish_reason == "length" and len(on.token_ids) == 60
+    assert on.token_ids[: len(choice.token_ids)] == choice.token_ids
 
 
 def test_leaving_a_stream_frees_what_it_held(

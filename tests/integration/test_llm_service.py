@@ -38,6 +38,7 @@ from opticnerve.pb import embedding_pb2, encoder_pb2, encoder_pb2_grpc
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import chunks, is_serving, open_channel
+from tests.checkpoints import EOS
 from tests.llms import (
     WAIT_S,
     Answer,
@@ -664,6 +665,7 @@ def test_describe_and_drain(demo: Demo, serve: Callable[..., None]) -> None:
         assert told.hidden_size == demo.layout.hidden_size
         assert told.shm_tier_id == worker.store.tier_id
         assert len(told.pair_id) == len(told.fingerprint) == 64
+        assert list(told.eos_token_ids) == [EOS]
         assert told.limits.max_model_len == 1024
         assert told.limits.num_kv_blocks * told.limits.block_size == 4096
         assert await is_serving(worker.channel)

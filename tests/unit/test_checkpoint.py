@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from gateway.sampling import load_defaults
+from gateway.tokenizer import Tokenizer
 from opticnerve.errors import CheckpointError, UnsupportedCheckpoint
 from opticnerve.models import hub
 from opticnerve.models.checkpoint import DEMO_NAME, INDEX_FILE, SINGLE_FILE, Checkpoint
 from opticnerve.models.registry import FAMILIES, make_layout
 from opticnerve.models.tensorfile import read_header
+from tests.checkpoints import DEMO
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2_vl",
@@ -251,6 +255,52 @@ def test_other_weights_configuration_or_settings_have_another(tmp_path: Path) ->
     processed = write(tmp_path / "processed")
     (processed / "preprocessor_config.json").write_text('{"min_pixels": 6}')
     assert len({base, *map(pair_id, (tuned, renamed, configured, processed))}) == 5
+
+
+# ---- ends
+
+
+def test_what_ends_an_answer_is_what_ends_it_at_the_gateway(tmp_path: Path) -> None:
+    """Whichever files tell it, and whichever of the two speaks to the LLM worker."""
+    tokenizer = json.loads((DEMO / "tokenizer_config.json").read_text())
+    named = {**tokenizer, "eos_token": {"content": "<|vision_end|>"}}
+    decoder = {**tokenizer, "added_tokens_decoder": {"629": {"content": "<|im_end|>"}}}
+    for number, (own, text, files, expected) in enumerate(
+        (
+            ({}, {}, tokenizer, (629,)),
+            ({"eos_token_id": [1, 2, 1]}, {"eos_token_id": 3}, tokenizer, (1, 2, 629)),
+            ({}, {"eos_token_id": 3}, tokenizer, (3, 629)),
+            ({"eos_token_id": None}, {"eos_token_id": 3}, tokenizer, (629,)),
+            ({"eos_token_id": 5}, {}, named, (5, 631)),
+            ({"eos_token_id": 5}, {}, decoder, (5, 629)),
+            ({"eos_token_id": 5}, {}, {"tokenizer_class": "T"}, (5,)),
+        )
+    ):
+        path = tmp_path / str(number)
+        shutil.copytree(DEMO, path)
+        config = json.loads((path / "config.json").read_text())
+        config["text_config"].pop("eos_token_id")
+        config["text_config"].update(text)
+        for name, content in (
+            ("config.json", config), ("generation_config.json", own),
+            ("tokenizer_config.json", files),
+        ):  # fmt: skip
+            (path / name).write_text(json.dumps(content))
+        checkpoint = Checkpoint.open(str(path))
+        assert checkpoint.eos_token_ids == expected
+        at_gateway = load_defaults("auto", path, Tokenizer.load(path), checkpoint.text_config)
+        assert at_gateway.eos_token_ids == expected
+
+
+def test_a_checkpoint_without_a_tokenizer_ends_where_its_configuration_says(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, true, -1, "x"]}')
+    assert Checkpoint.open(str(tmp_path)).eos_token_ids == (4,)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    for torn in ('{"added_tokens": [{"content": "</s>"', '{"added_tokens": [{"content": "</s>"}]}'):
+        (tmp_path / "tokenizer.json").write_text(torn)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+            _ = Checkpoint.open(str(tmp_path)).eos_token_ids
 
 
 # ---- hub

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from opticnerve.client import AsyncLLMClient, MultiMediaInfo, Sampling, Tensors
+from opticnerve.clients.checks import read_token_ids
 from opticnerve.clients.contents import place_tensors
 from opticnerve.clients.llm_messages import sampling_to_pb
 from opticnerve.clients.pictures import plan_picture
@@ -48,6 +49,8 @@ UINT32, UINT64 = 2**32 - 1, 2**64 - 1
         ("allowed_token_ids", (1.5,)),
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", {1: "much"}),
+        ("logit_bias", [5]),
+        ("stop_token_ids", "</s>"),
         ("bad_words", ((1, -2),)),
         ("bad_words", (1, 2)),
     ],
@@ -77,12 +80,33 @@ def test_what_sampling_takes_a_message_carries() -> None:
     assert list(message.stop_token_ids) == [0, UINT32] and message.HasField("logprobs")
 
 
-@pytest.mark.parametrize("token_ids", [[1, -1], [UINT32 + 1], [1.0], ["a"], [None]])
+@pytest.mark.parametrize(
+    "token_ids",
+    [
+        [1, -1], [UINT32 + 1], [1.0], ["a"], [None], b"text", "text", None, 5, {1: 2}, [[1, 2]],
+        np.ones((1, 3), np.int64), torch.ones(1, 3, dtype=torch.int64), np.ones(3),
+    ],
+)  # fmt: skip
 def test_prompts_are_token_ids(token_ids: Any) -> None:
     async def main() -> None:
         async with AsyncLLMClient("127.0.0.1:1") as client:
             with pytest.raises(InvalidRequest, match="token_ids"):
                 await client.generate(token_ids)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("ids", [[5, 6], (5, 6), range(5, 7), iter([5, 6]), np.array([5, 6])])
+def test_any_sequence_or_array_of_ids_is_one(ids: Any) -> None:
+    assert read_token_ids("token_ids", ids) == (5, 6)
+    assert read_token_ids("token_ids", torch.tensor([5, 6])) == (5, 6)
+
+
+def test_sampling_is_a_sampling() -> None:
+    async def main() -> None:
+        async with AsyncLLMClient("127.0.0.1:1") as client:
+            with pytest.raises(InvalidRequest, match=r"a Sampling\(\.\.\.\), not dict"):
+                await client.generate([1], sampling={"max_tokens": 5})  # type: ignore[arg-type]
 
     asyncio.run(main())
 

@@ -102,6 +102,34 @@ def test_anything_that_speaks_dlpack_is_a_content() -> None:
         MultiMediaInfo({PAD: [object()]})
 
 
+def test_a_content_that_stands_alone_is_one(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 8))
+    ref = EmbeddingRef("a", "f", (TensorSpec("rows", "F32", (2, 8)),), 2)
+    rows = torch.ones(2, 8)
+    for alone in ("photo.png", Path("photo.png"), picture(), image, ref, Tensors(rows)):
+        assert list(MultiMediaInfo({PAD: alone})) == [(PAD, alone)]
+    for tensor in (rows, np.ones((2, 8), np.float32)):
+        ((_, content),) = MultiMediaInfo({PAD: tensor})
+        assert content.rows.shape == (2, 8)
+    for several in ([ref, "photo.png"], (ref, "photo.png"), iter([ref, "photo.png"])):
+        assert list(MultiMediaInfo({PAD: several})) == [(PAD, ref), (PAD, "photo.png")]
+    assert list(MultiMediaInfo({PAD: []})) == []
+
+
+@pytest.mark.parametrize(
+    "contents", ["photo.png", [PAD], [(PAD, "photo.png")], 5, torch.ones(2, 8)]
+)
+def test_contents_that_are_not_by_placeholder_show_the_form(contents: object) -> None:
+    with pytest.raises(InvalidRequest, match=r"\{id: \[content, \.\.\.\]\}"):
+        MultiMediaInfo(contents)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", [None, 5, {"image": "photo.png"}, [["photo.png"]]])
+def test_what_is_no_content_is_told(content: object) -> None:
+    with pytest.raises(InvalidRequest, match="embeddings are tensors"):
+        MultiMediaInfo({PAD: content})
+
+
 @pytest.mark.parametrize(
     "rows", [torch.ones(8), torch.ones(0, 8), torch.ones(2, 2, 2), torch.ones(2, 8).int()]
 )
@@ -131,8 +159,18 @@ def test_pictures_are_bytes_paths_and_pillow_images(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(again), np.asarray(image.convert("RGB")))
     with pytest.raises(InvalidRequest, match="cannot read"):
         read_picture(tmp_path / "none.png")
-    with pytest.raises(InvalidRequest, match="not int"):
-        read_picture(5)  # type: ignore[arg-type]
+    for wrong in (5, None, [data], {"url": "x"}, np.zeros((8, 8, 3), np.uint8)):
+        with pytest.raises(InvalidRequest, match=f"not {type(wrong).__name__}"):
+            read_picture(wrong)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="Is a directory"):
+        read_picture(tmp_path)
+    with pytest.raises(InvalidRequest, match="cannot read the picture ~nobody-here/x"):
+        read_picture(Path("~nobody-here/x"))
+    with pytest.raises(InvalidRequest, match="cannot read"):
+        read_picture("a\0b")
+    for url in ("https://example.com/cat.png", "data:image/png;base64,AAAA"):
+        with pytest.raises(InvalidRequest, match="URLs are read by a gateway"):
+            read_picture(url)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "La", "RGBa", "P", "L", "RGB"])
