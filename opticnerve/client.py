@@ -35,6 +35,7 @@ checkpoint says, unless ``Sampling(eos_token_ids=...)`` says otherwise.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -88,7 +89,7 @@ class EncoderClient:
     """See ``AsyncEncoderClient``."""
 
     def __init__(
-        self, address: str, model: str | Layout | None = None, *, timeout_s: float = 120.0
+        self, address: str, model: str | Path | Layout | None = None, *, timeout_s: float = 120.0
     ) -> None:
         async def make() -> AsyncEncoderClient:  # gRPC's channels belong to the loop they see.
             return AsyncEncoderClient(address, model, timeout_s=timeout_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -44,7 +45,7 @@ class AsyncEncoderClient:
     def __init__(
         self,
         address: str,
-        model: str | Layout | None = None,
+        model: str | Path | Layout | None = None,
         *,
         timeout_s: float = 120.0,
     ) -> None:
@@ -82,8 +83,9 @@ class AsyncEncoderClient:
         """How pictures become patches and placeholders for this model."""
         if self._layout is None:
             model = self._model
-            if model is None or isinstance(model, str):
-                self._layout = await asyncio.to_thread(lambda: make_layout(Checkpoint.open(model)))
+            if model is None or isinstance(model, str | Path):
+                source = None if model is None else str(model)
+                self._layout = await asyncio.to_thread(lambda: make_layout(Checkpoint.open(source)))
             else:
                 self._layout = model
         return self._layout

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opticnerve.ask import stream_chat
+from opticnerve.ask import gateway_url, stream_chat
 from opticnerve.demo.chats import TURNS, Turn
-from opticnerve.flags import Parser
+from opticnerve.errors import OpticNerveError, StartupError
+from opticnerve.flags import Parser, typed
 from opticnerve.stack import serve, user_message
 
 DESCRIPTION = (
@@ -52,22 +53,30 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument_group("Who answers").add_argument(
         "--url",
         metavar="URL",
+        type=typed(gateway_url),
         help="a running gateway that serves the demo checkpoint, such as http://127.0.0.1:8000 "
         "(default: a stack is started)",
     )
     args = parser.parse_args(argv)
-    if args.url:
-        answers = ask_all(args.url)
-    else:
-        print("Starting one encoder, one LLM worker and the gateway on this machine ...")
-        began = time.monotonic()
-        with serve() as stack:
-            print(f"Ready at {stack.url} after {time.monotonic() - began:.1f} s.\n", flush=True)
-            answers = ask_all(stack.url)
+    try:
+        answers = ask_all(args.url) if args.url else _ask_own_stack()
+    except StartupError:
+        raise
+    except OpticNerveError as error:
+        print(f"\nopticnerve: {error.message}", file=sys.stderr)
+        return 1
     print(table(answers))
     wrong = sum(not answer.right for answer in answers)
     print(f"\n{len(answers) - wrong} of {len(answers)} answers are right.")
     return 1 if wrong else 0
+
+
+def _ask_own_stack() -> list[Answer]:
+    print("Starting one encoder, one LLM worker and the gateway on this machine ...")
+    began = time.monotonic()
+    with serve() as stack:
+        print(f"Ready at {stack.url} after {time.monotonic() - began:.1f} s.\n", flush=True)
+        return ask_all(stack.url)
 
 
 def ask_all(url: str) -> list[Answer]:
