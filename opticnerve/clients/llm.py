@@ -160,8 +160,9 @@ class AsyncLLMClient:
     ) -> Run:
         ids = read_token_ids("token_ids", token_ids)
         found = contents if isinstance(contents, MultiMediaInfo) else MultiMediaInfo(contents)
-        resolved, *placed = await asyncio.gather(
-            self._resolve(sampling, timeout_s), *(self._place(*content) for content in found)
+        resolved, placed = await asyncio.gather(
+            self._resolve(sampling, timeout_s),
+            asyncio.gather(*(self._place(*content) for content in found)),
         )
         refs, spans = lay_out(ids, placed)
         pictures = {item.ref.key: item for item in placed if item.picture is not None}
