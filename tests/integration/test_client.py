@@ -269,10 +269,11 @@ def test_a_lost_reference_without_its_picture_fails_with_advice(tmp_path: Path) 
 def test_leaving_a_stream_early_aborts_the_generation(tmp_path: Path) -> None:
     async def scenario(tmp_path: Path, stack: AsyncExitStack) -> None:
         worker, client = await llm_of(stack)
-        hold = asyncio.Event()
+        hold, held = asyncio.Event(), asyncio.Event()
 
         async def step(worker: FakeLLM, index: int) -> None:
             if index == 1:
+                held.set()
                 await hold.wait()
 
         worker.step = step
@@ -281,9 +282,10 @@ def test_leaving_a_stream_early_aborts_the_generation(tmp_path: Path) -> None:
         await stream.aclose()
         await asyncio.wait_for(worker.cancelled.wait(), 60)
         await until(lambda: worker.running == 0)
-        whole = asyncio.create_task(client.generate([1, 2]))
-        await until(lambda: worker.running == 1)
+        held.clear()
         worker.cancelled.clear()
+        whole = asyncio.create_task(client.generate([1, 2]))
+        await asyncio.wait_for(held.wait(), 60)  # Between tokens: a cancel is seen by the worker.
         whole.cancel()
         with pytest.raises(asyncio.CancelledError):
             await whole
