@@ -10,7 +10,7 @@ from gateway.deadline import Deadline
 from gateway.pairing import Pairing
 from gateway.pools import Changes, WorkerPool
 from gateway.worker import WorkerState
-from opticnerve.errors import DeadlineExceeded, Mispaired, Unavailable
+from opticnerve.errors import DeadlineExceeded, Mispaired, Unavailable, UnsupportedFeature
 from tests.fakes import PAIR_ID, FakeEncoder, FakeLLM, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
@@ -195,8 +195,8 @@ async def test_text_needs_no_encoder():
     async with FakeLLM() as llm, pairing_of([], [llm.address], wait=20) as pairing:
         pair = await pairing.choose(pictures=False, deadline=Deadline.after(60))
         assert pair.fingerprint == ""
-        assert "encoder" in pairing.missing()[0]
-        with pytest.raises(Unavailable):
+        assert "encoder" in pairing.missing(pictures=True)[0] and not pairing.missing()
+        with pytest.raises(UnsupportedFeature, match="--encoder-addresses"):
             await pairing.choose(pictures=True, deadline=Deadline.after(60))
 
 
