@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway import chats, health, openapi
 from gateway.admission import Admission
 from gateway.auth import Keys, needs_key
-from gateway.http import BodyLimits, ErrorResponse, JSONResponse, read_switch
+from gateway.http import WARNINGS, BodyLimits, ErrorResponse, JSONResponse, read_switch
 from gateway.middleware import Authentication, Disconnect, Drain, Errors, RequestScope
 from gateway.names import ServedNames
 from gateway.openapi import Operation
@@ -108,7 +108,7 @@ def make_app(gateway: Gateway) -> ASGIApp:
             allow_origins=config.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-opticnerve-warnings", "retry-after"],
+            expose_headers=["x-request-id", WARNINGS, "retry-after"],
         )
     return RequestScope(app)
 

@@ -14,7 +14,7 @@ from typing import Any
 from gateway import placeholders
 from gateway.placeholders import Prompt
 from gateway.provenance import Marks
-from gateway.schemas.chat import TemplateFields
+from gateway.schemas.chat import REASONING_EFFORT, TemplateFields
 from gateway.schemas.messages import Message, RefusalPart, TextPart, call_arguments
 from gateway.template import ChatTemplate, clock, load_template
 from gateway.tokenizer import Tokenizer
@@ -75,8 +75,8 @@ class ChatRenderer:
         prompt, hidden = rendering.run()
         if self.tokenizer.exceeds(hidden, self.layout.max_positions):
             raise ContextLengthExceeded(
-                f"this model takes {self.layout.max_positions} tokens, and the messages need many "
-                "more; send shorter messages",
+                f"{ContextLengthExceeded.lead}: this model takes {self.layout.max_positions} "
+                "tokens, and the messages need many more; send shorter messages",
                 param="messages",
             )
         ids = self.tokenizer.encode(hidden, add_special_tokens=not self._starts_with_bos(hidden))
@@ -105,8 +105,11 @@ class ChatRenderer:
     def _message(self, message: Message, path: str) -> dict[str, Any]:
         role = "system" if message.role == "developer" else message.role
         plain: dict[str, Any] = {"role": role}
-        if message.content is not None:
-            plain["content"] = self._content(message.content, role)
+        content = message.content
+        if content is None and not message.tool_calls:
+            content = ""  # Templates take it for granted that a message says something.
+        if content is not None:
+            plain["content"] = self._content(content, role)
         for name in ("name", "tool_call_id", "refusal"):
             value = getattr(message, name)
             if value is not None:
@@ -148,7 +151,10 @@ class ChatRenderer:
                 raise InvalidRequest(
                     f"{param}: {name[:80]} cannot be set by a request", param=param
                 )
-        return {**given, "add_generation_prompt": _wants_prompt(request)}
+        effort = {}
+        if request.reasoning_effort is not None and REASONING_EFFORT in self.template.variables:
+            effort[REASONING_EFFORT] = request.reasoning_effort
+        return {**effort, **given, "add_generation_prompt": _wants_prompt(request)}
 
     # ---- what the template is like
 
@@ -239,6 +245,8 @@ class Rendering:
         for template in (self._template.written, self._template.everywhere):
             try:
                 hidden = self._render(template, self._messages, self._variables, hidden=True)
+            except ContextLengthExceeded:
+                raise
             except InvalidRequest:
                 continue
             if self._aliases.reveal(hidden) == prompt:
@@ -259,6 +267,8 @@ class Rendering:
                 marks.put_values(self._variables),
                 hidden=hidden_names,
             )
+        except ContextLengthExceeded:
+            raise
         except InvalidRequest:
             return None
         hidden = marks.remove(self._aliases.hide(out))

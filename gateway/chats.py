@@ -7,6 +7,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -16,12 +17,14 @@ from starlette.types import Send
 from gateway import sse
 from gateway.choices import TextDelta
 from gateway.deadline import Deadline
-from gateway.http import JSONResponse, note, read_json, typed
+from gateway.http import JSONResponse, note, read_json, typed, warning_headers
 from gateway.pipeline import Call, Ended, Step
 from gateway.schemas.apply import ApplyTemplateRequest
 from gateway.schemas.chat import ChatRequest
+from gateway.schemas.parsing import Ignored
 from gateway.timings import Stopwatch
-from opticnerve.errors import AnswerTooLarge, EngineFailure, UnsupportedFeature
+from opticnerve.clients.generation import Usage
+from opticnerve.errors import AnswerTooLarge, EngineFailure
 from opticnerve.media.plan import Span
 
 if TYPE_CHECKING:
@@ -44,9 +47,10 @@ async def chat(gateway: Gateway, request: Request, send: Send) -> None:
     with gateway.admission.arrive() as ticket:
         deadline = Deadline.after(gateway.config.request_timeout_s)
         async with deadline.timeout():
-            parsed, headers = await read_json(request, ChatRequest, gateway.limits, ticket)
+            parsed, ignored = await read_json(request, ChatRequest, gateway.limits, ticket)
         gateway.names.check(parsed.model)
         call = Call(parsed, request.state.request_id, deadline, ticket, ticket.bytes)
+        headers = _warnings(gateway, ignored)
         reply = Reply(parsed, request.headers.get("x-opticnerve-timings", "") in ("1", "true"))
         del parsed  # The call lets go of the messages once they are a prompt.
         async with contextlib.aclosing(gateway.pipeline.chat(call)) as steps:
@@ -63,18 +67,11 @@ async def chat(gateway: Gateway, request: Request, send: Send) -> None:
 
 
 class Reply:
-    """What a request says about the shape of its answer. Raises UnsupportedFeature."""
+    """What a request says about the shape of its answer."""
 
     def __init__(self, request: ChatRequest, timings_by_header: bool) -> None:
-        options = request.stream_options
-        if options is not None and options.continuous_usage_stats:
-            raise UnsupportedFeature(
-                "stream_options.continuous_usage_stats is not supported; "
-                "use include_usage, which tells usage at the end",
-                param="stream_options.continuous_usage_stats",
-            )
         self.stream = bool(request.stream)
-        self.usage = options is not None and options.include_usage
+        self.usage = request.stream_usage
         self.timings = request.timings or timings_by_header
         self.model = request.model
 
@@ -115,7 +112,7 @@ class Whole:
             self._add(step)
             step = await anext(steps)
         choices = [self._choice(index) for index in sorted(self._texts)]
-        return answer.completion(choices, _usage(step), reply.extra(step))
+        return answer.completion(choices, _usage(step.usage), reply.extra(step))
 
     def _add(self, delta: TextDelta) -> None:
         self._texts.setdefault(delta.index, []).append(delta.text)
@@ -189,25 +186,28 @@ async def _events(
     reply: Reply, answer: sse.ChatAnswer, first: Step, steps: AsyncGenerator[Step, None]
 ) -> AsyncGenerator[bytes, None]:
     begun: set[int] = set()
+    told = 0  # Output tokens of the chunks so far.
     step = first
     while isinstance(step, TextDelta):
         data = b""
+        usage = None if step.usage is None else _usage(step.usage)
         if step.index not in begun:
             begun.add(step.index)
-            data = answer.role_chunk(step.index)
+            before = usage and replace(usage, completion_tokens=told)
+            data = answer.role_chunk(step.index, before)
         if step.text or step.logprobs:
-            data += answer.text_chunk(step.index, step.text, step.logprobs)
+            data += answer.text_chunk(step.index, step.text, step.logprobs, usage)
         if step.finish_reason is not None:
-            data += answer.finish_chunk(step.index, step.finish_reason, step.stop_reason)
+            data += answer.finish_chunk(step.index, step.finish_reason, step.stop_reason, usage)
+        told = usage.completion_tokens if usage else 0
         yield data
         step = await anext(steps)
     if reply.usage or reply.timings:
-        yield answer.usage_chunk(_usage(step), reply.extra(step))
+        yield answer.usage_chunk(_usage(step.usage), reply.extra(step))
     yield sse.DONE
 
 
-def _usage(ended: Ended) -> sse.Usage:
-    told = ended.usage
+def _usage(told: Usage) -> sse.Usage:
     return sse.Usage(
         told.prompt_tokens, told.completion_tokens, told.cached_tokens, told.embedding_tokens
     )
@@ -218,7 +218,7 @@ async def apply_template(gateway: Gateway, request: Request, send: Send) -> Resp
     with gateway.admission.arrive() as ticket:
         deadline = Deadline.after(gateway.config.request_timeout_s)
         async with deadline.timeout():
-            parsed, headers = await read_json(request, ApplyTemplateRequest, gateway.limits, ticket)
+            parsed, ignored = await read_json(request, ApplyTemplateRequest, gateway.limits, ticket)
         gateway.names.check(parsed.model)
         prepared = await gateway.pipeline.prepare(parsed, ticket.hold, deadline, Stopwatch())
     prompt = prepared.prompt
@@ -227,7 +227,11 @@ async def apply_template(gateway: Gateway, request: Request, send: Send) -> Resp
         "token_ids": list(prompt.token_ids),
         "spans": [_span(span) for span in prompt.spans],
     }
-    return JSONResponse(body, headers=headers)
+    return JSONResponse(body, headers=_warnings(gateway, ignored))
+
+
+def _warnings(gateway: Gateway, ignored: Ignored) -> dict[str, str]:
+    return warning_headers(ignored, gateway.pipeline.renderer.template.variables)
 
 
 def _span(span: Span) -> dict[str, Any]:

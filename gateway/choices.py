@@ -9,19 +9,21 @@ from gateway.detokenizer import Vocabulary
 from gateway.schemas.chat import ChatRequest
 from gateway.sse import ContentLogprob, TokenText
 from gateway.stops import OutputText
-from opticnerve.clients.generation import Delta, FinishReason, Logprob, PositionLogprobs
+from opticnerve.clients.generation import Delta, FinishReason, Logprob, PositionLogprobs, Usage
 from opticnerve.errors import EngineFailure
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """What one delta adds to a choice. ``finish_reason`` is set on the choice's last one."""
+    """What one delta adds to a choice. ``finish_reason`` is set on the choice's last one;
+    ``usage``, that of all choices so far, where the request asks for it in every chunk."""
 
     index: int
     text: str
     logprobs: tuple[ContentLogprob, ...] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    usage: Usage | None = None
 
 
 class Choices:

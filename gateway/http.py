@@ -7,7 +7,7 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.admission import Ticket
 from gateway.schemas.base import Strict
 from gateway.schemas.count import VALUE_BYTES, count_values
-from gateway.schemas.parsing import parse
+from gateway.schemas.parsing import Ignored, parse
 from opticnerve.errors import (
     BodyTimeout,
     Cancelled,
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 OFF_LOOP_BYTES = 2**20  # A larger body, and one of more values, is parsed in a thread.
 OFF_LOOP_VALUES = 2**12
+WARNINGS = "x-opticnerve-warnings"
 MAX_WARNING = 500
 MAX_REASON = 160  # Characters of an error's message in the log.
 MAX_PARAM = 80
@@ -117,8 +118,8 @@ def read_switch(request: Request, name: str) -> bool:
 
 async def read_json(
     request: Request, model: type[M], limits: BodyLimits, ticket: Ticket
-) -> tuple[M, dict[str, str]]:
-    """The request's body as ``model``, and headers that name unknown fields that were ignored.
+) -> tuple[M, Ignored]:
+    """The request's body as ``model``, and what of it is ignored.
 
     The ticket holds the body's bytes as they come, enters once all are there, and holds what the
     body's values take besides. Raises InvalidRequest, UnsupportedMediaType, PayloadTooLarge,
@@ -137,17 +138,20 @@ async def read_json(
     ticket.hold(values * VALUE_BYTES)
     read = functools.partial(parse, model, body, ignore_unknown=limits.ignore_unknown)
     long = long or values > OFF_LOOP_VALUES
-    parsed, ignored = await asyncio.to_thread(read) if long else read()
-    return parsed, _warnings(ignored)
+    return await asyncio.to_thread(read) if long else read()
 
 
-def _warnings(ignored: Sequence[str]) -> dict[str, str]:
-    """Headers that name unknown fields that were ignored."""
-    if not ignored:
+def warning_headers(ignored: Ignored, heeded: Collection[str] = ()) -> dict[str, str]:
+    """Tells the client what it said in vain, ``heeded`` fields excepted. Names are the client's
+    text: a header gets what is printable of them, within bounds."""
+    unheeded = [name for name in ignored.unheeded if name not in heeded]
+    lists = (("ignored unknown fields", ignored.unknown), ("without effect", unheeded))
+    told = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists if names)
+    if not told:
         return {}
-    named = printable(", ".join(ignored), MAX_WARNING)
-    log.warning("ignored unknown fields: %s", named)
-    return {"x-opticnerve-warnings": f"ignored unknown fields: {named}"}
+    told = printable(told, MAX_WARNING)
+    log.info("%s", told)
+    return {WARNINGS: told}
 
 
 def _check_type(request: Request) -> None:
@@ -156,7 +160,7 @@ def _check_type(request: Request) -> None:
         raise UnsupportedMediaType(
             f"the body's type is {kind[:80]!r}; send JSON as application/json"
         )
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    if request.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise UnsupportedMediaType("send the body without a content-encoding")
 
 

@@ -13,6 +13,7 @@ import re
 import time
 import uuid
 from typing import Any
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,6 +28,7 @@ from opticnerve.telemetry import logs
 log = logging.getLogger(__name__)
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._:@/+=-]")
+_WHOLE_URL = re.compile(rb"https?://[^/]+(/.*)?", re.IGNORECASE)
 MAX_METHOD = 20  # Characters in the log, as of a path that is no route's.
 MAX_PATH = 100
 QUIET = frozenset({"/live", "/ready", "/health", "/metrics"})  # Probes: no line for each.
@@ -39,7 +41,7 @@ def request_id(scope: Scope) -> str:
 
 
 class RequestScope:
-    """Gives a request its id, strips a trailing slash, and counts it."""
+    """Gives a request its id, brings its path to one form, and counts it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -48,7 +50,7 @@ class RequestScope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope = _without_slash(scope)
+        scope = _without_slash(_without_host(scope))
         identity = scope.setdefault("state", {})["request_id"] = request_id(scope)
         token = logs.request_id.set(identity)
         answer = _Answer(send, identity)
@@ -135,6 +137,15 @@ async def _end_stream(send: Send, error: OpticNerveError) -> None:
     """For a client that reads; another one's connection is closed."""
     async with asyncio.timeout(LAST_WORDS_S):
         await send({"type": "http.response.body", "body": sse.failure(error)})
+
+
+def _without_host(scope: Scope) -> Scope:
+    """The path alone of a request for a whole URL, as clients behind a proxy send it."""
+    found = _WHOLE_URL.fullmatch(scope["raw_path"])
+    if found is None:
+        return scope
+    raw_path = found.group(1) or b"/"
+    return {**scope, "raw_path": raw_path, "path": unquote(raw_path.decode("ascii"))}
 
 
 def _without_slash(scope: Scope) -> Scope:

@@ -30,7 +30,9 @@ KEY = Depends(HTTPBearer(scheme_name="key", description="One of the server's API
 DESCRIPTION = """\
 OpenAI's API for vision-language models. Errors have OpenAI's shape. Every answer has an
 `x-request-id`: the request's, or one that the server gave it. A field of OpenAI's that is not
-described here is refused unless its value asks for nothing. Where a path takes GET, it takes HEAD.
+described here is refused unless its value asks for nothing. Unknown fields of a body are refused,
+and those of the objects in it ignored: `x-opticnerve-warnings` of an answer names them, and what
+else a request says in vain. Where a path takes GET, it takes HEAD.
 """
 TAGS = {
     "chat": "Answers about text and pictures.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gateway import metrics
@@ -153,6 +153,8 @@ class Pipeline:
                 delta = choices.take(event)
                 if choices.has_ended(event.choice):
                     generation.leave(event.choice)
+                if delta is not None and call.request.running_usage:
+                    delta = replace(delta, usage=_counted(generation.usage(), choices))
                 if delta is not None:
                     yield delta
                 if choices.ended and not generation.complete:
@@ -164,12 +166,7 @@ class Pipeline:
     ) -> Finished:
         """Usage by our own count of tokens, with what the worker told where it came to its end."""
         told = finished or Finished(generation.usage())
-        usage = Usage(
-            told.usage.prompt_tokens,
-            choices.num_tokens,
-            told.usage.cached_tokens,
-            told.usage.embedding_tokens,
-        )
+        usage = _counted(told.usage, choices)
         for name, milliseconds in told.timings.items():
             call.watch.add(name, milliseconds)
         call.watch.observe()
@@ -205,6 +202,11 @@ class Pipeline:
             limits=limits,
             tokenizer=self.renderer.tokenizer,
         )
+
+
+def _counted(usage: Usage, choices: Choices) -> Usage:
+    """With the tokens that count: those of a stop string's delta that follow it do not."""
+    return replace(usage, completion_tokens=choices.num_tokens)
 
 
 def _encodables(prepared: Prepared, keys: Sequence[str], pair: Pair) -> list[Encodable]:

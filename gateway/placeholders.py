@@ -143,7 +143,7 @@ def check_length(num_ids: int, plans: Sequence[Plan], max_tokens: int) -> None:
     pictures = f" ({of_pictures} of them for pictures)" if plans else ""
     remedy = ", fewer pictures, or pictures with lower min_pixels and max_pixels" if plans else ""
     raise ContextLengthExceeded(
-        f"this model takes {max_tokens} tokens; the messages need {needed}{pictures}; "
-        f"send shorter messages{remedy}",
+        f"{ContextLengthExceeded.lead}: this model takes {max_tokens} tokens; the messages need "
+        f"{needed}{pictures}; send shorter messages{remedy}",
         param="messages",
     )

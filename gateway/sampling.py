@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gateway.schemas.chat import ChatRequest
+from gateway.schemas.chat import UNLIMITED, ChatRequest
 from gateway.schemas.sampling import SamplingFields
 from gateway.tokenizer import Tokenizer
 from opticnerve.clients.generation import Sampling
@@ -124,12 +124,16 @@ def resolve(
             f"min_tokens: {min_tokens} exceeds max_tokens, {max_tokens}", param="min_tokens"
         )
     top_k = defaults.top_k if fields.top_k is None else max(fields.top_k, 0)
+    temperature = _or(fields.temperature, defaults.temperature)
+    top_p = _or(fields.top_p, defaults.top_p)
+    if top_p == 0.0:  # The likeliest token alone is left. To the worker 0 would be no bound.
+        temperature, top_p = 0.0, 1.0
     return Sampling(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         seed=secrets.randbits(64) if fields.seed is None else fields.seed % 2**64,
-        temperature=_or(fields.temperature, defaults.temperature),
-        top_p=_or(fields.top_p, defaults.top_p),
+        temperature=temperature,
+        top_p=top_p,
         top_k=top_k,
         min_p=_or(fields.min_p, defaults.min_p),
         frequency_penalty=_or(fields.frequency_penalty, 0.0),
@@ -156,10 +160,11 @@ def output_limit(
     """How many tokens a choice may have: what was asked for, the model's default, or all that the
     context leaves. Raises ContextLengthExceeded."""
     room = limits.max_model_len - prompt_tokens
-    asked = request.output_limit
-    least = max(asked or 1, 1)
-    if room >= least:
-        return asked or min(defaults.max_tokens or LARGEST_MAX_TOKENS, room)
+    unlimited = request.output_limit == UNLIMITED
+    asked = None if unlimited else request.output_limit
+    if room >= (asked or 1):
+        most = LARGEST_MAX_TOKENS if unlimited else defaults.max_tokens or LARGEST_MAX_TOKENS
+        return asked or min(most, room)
     pictures = f" ({image_tokens} of them for pictures)" if image_tokens else ""
     if room < 1:
         remedy = "send shorter messages" + (", or fewer or smaller pictures" if pictures else "")
@@ -167,8 +172,8 @@ def output_limit(
         remedy = f"ask for at most {room}, or shorten the messages"
     wanted = f" and {asked} for the answer" if asked else ""
     raise ContextLengthExceeded(
-        f"this model takes {limits.max_model_len} tokens; the messages need {prompt_tokens}"
-        f"{pictures}{wanted}; {remedy}",
+        f"{ContextLengthExceeded.lead}: this model takes {limits.max_model_len} tokens; the "
+        f"messages need {prompt_tokens}{pictures}{wanted}; {remedy}",
         param="messages" if room < 1 else _limit_name(request),
     )
 
@@ -216,7 +221,7 @@ def _bias(bias: Mapping[str, float], limits: Limits) -> dict[int, float]:
 def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """Each word as it is encoded at the start of a text and after a space."""
     sequences: dict[tuple[int, ...], None] = {}
-    for word in words:
+    for word in filter(None, words):
         for text in (word, " " + word.lstrip(" ")):
             ids = tuple(tokenizer.encode(text))
             if ids:

@@ -126,7 +126,8 @@ def _with(body: Mapping[str, Any], name: str, value: bytes) -> bytes:
 @dataclass(frozen=True)
 class ChatAnswer:
     """What every body of one answer shares, and the bodies. ``usage_in_stream`` is
-    ``stream_options.include_usage``: chunks then carry ``usage: null`` but the last."""
+    ``stream_options.include_usage``: chunks then carry ``usage``, which is null in all but the
+    last, or, with ``continuous_usage_stats``, what all choices together have used so far."""
 
     id: str
     model: str
@@ -142,21 +143,29 @@ class ChatAnswer:
         encoded = b",".join(choice.encode() for choice in choices)
         return _with(body, "choices", b"[" + encoded + b"]")
 
-    def role_chunk(self, index: int) -> bytes:
+    def role_chunk(self, index: int, usage: Usage | None = None) -> bytes:
         """A choice's first chunk."""
-        return self._chunk(index, {"role": "assistant", "content": ""})
+        return self._chunk(index, {"role": "assistant", "content": ""}, usage)
 
     def text_chunk(
-        self, index: int, text: str, logprobs: Sequence[ContentLogprob] | None = None
+        self,
+        index: int,
+        text: str,
+        logprobs: Sequence[ContentLogprob] | None = None,
+        usage: Usage | None = None,
     ) -> bytes:
-        return self._chunk(index, {"content": text}, logprobs=logprobs)
+        return self._chunk(index, {"content": text}, usage, logprobs=logprobs)
 
     def finish_chunk(
-        self, index: int, finish_reason: str, stop_reason: str | int | None = None
+        self,
+        index: int,
+        finish_reason: str,
+        stop_reason: str | int | None = None,
+        usage: Usage | None = None,
     ) -> bytes:
         """A choice's last chunk. Its ``content`` is a string like every other's."""
         return self._chunk(
-            index, {"content": ""}, finish_reason=finish_reason, stop_reason=stop_reason
+            index, {"content": ""}, usage, finish_reason=finish_reason, stop_reason=stop_reason
         )
 
     def usage_chunk(self, usage: Usage, extra: Mapping[str, Any] | None = None) -> bytes:
@@ -168,6 +177,7 @@ class ChatAnswer:
         self,
         index: int,
         delta: Mapping[str, Any],
+        usage: Usage | None,
         *,
         logprobs: Sequence[ContentLogprob] | None = None,
         finish_reason: str | None = None,
@@ -183,7 +193,7 @@ class ChatAnswer:
             choice["stop_reason"] = stop_reason
         body = {**self._head("chat.completion.chunk"), "choices": [choice]}
         if self.usage_in_stream:
-            body["usage"] = None
+            body["usage"] = usage and usage.to_json()
         return event(body)
 
     def _head(self, kind: str) -> dict[str, Any]:

@@ -12,17 +12,18 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gateway.provenance import Aliases
-from opticnerve.errors import CheckpointError, ConfigError, InvalidRequest
+from opticnerve.errors import CheckpointError, ConfigError, ContextLengthExceeded, InvalidRequest
 
 MAX_CHARACTERS = 2**24
 MAX_SECONDS = 10.0
@@ -115,6 +116,11 @@ class ChatTemplate:
         """What no variable may be called: Jinja's ``self``, and the functions of templates."""
         return frozenset({"self", *self._environment.globals})
 
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template takes values by."""
+        return frozenset(meta.find_undeclared_variables(self._environment.parse(self.source)))
+
     def _compile(self, *, looked_at: bool) -> jinja2.Template:
         """The template with aliases for special tokens in what it writes, and, with
         ``looked_at``, also in what it compares, splits and replaces by."""
@@ -130,7 +136,8 @@ class ChatTemplate:
         return environment.template_class.from_code(environment, code, environment.make_globals({}))
 
     def render(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
-        """Raises InvalidRequest with the template's own message, and for text without end."""
+        """Raises InvalidRequest with the template's own message, and ContextLengthExceeded for
+        text that is too long to be a prompt or has no end."""
         deadline = time.monotonic() + MAX_SECONDS
         pieces: list[str] = []
         size = 0
@@ -139,8 +146,10 @@ class ChatTemplate:
                 pieces.append(piece)
                 size += len(piece)
                 if size > MAX_CHARACTERS or time.monotonic() > deadline:
-                    raise InvalidRequest(
-                        "the chat template wrote too much; send less text", param="messages"
+                    raise ContextLengthExceeded(
+                        f"{ContextLengthExceeded.lead}: the chat template wrote too much; send "
+                        "shorter messages",
+                        param="messages",
                     )
         except InvalidRequest:
             raise

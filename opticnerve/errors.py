@@ -99,6 +99,9 @@ class MediaFetchFailed(InvalidRequest):
 
 
 class ContextLengthExceeded(InvalidRequest):
+    """Messages begin with ``lead``: proxies look for such words to try a model with more room."""
+
+    lead: ClassVar[str] = "the request is longer than the model's context length"
     default_code = "context_length_exceeded"
 
 

@@ -114,7 +114,9 @@ class ChatCompletionChunk(Head):
     object: Literal["chat.completion.chunk"]
     choices: list[ChunkChoice]
     usage: Usage | None = Field(
-        default=None, description="In the last chunk, where stream_options.include_usage asks."
+        default=None,
+        description="In the last chunk, where stream_options.include_usage asks; with "
+        "continuous_usage_stats in every one, of all choices so far.",
     )
 
 

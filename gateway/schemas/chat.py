@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from gateway.schemas.base import Many, Strict, at_most, fault, no_larger
+from gateway.schemas.base import INTEGRAL, Body, Many, Strict, Unused, fault, no_larger
 from gateway.schemas.count import count_values
 from gateway.schemas.messages import ImageSource, Message, Pixels, image_sources
 from gateway.schemas.sampling import SamplingFields
 
-Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
-OutputLength = Annotated[int, Field(ge=1, le=2**31 - 1)]
+REASONING_EFFORT = "reasoning_effort"  # As a field, and as a template's variable.
+UNLIMITED = -1  # Of max_tokens: what the context leaves.
 
+
+def _some(length: int) -> int:
+    if length < 1 and length != UNLIMITED:
+        raise PydanticCustomError(
+            "length", "should be greater than or equal to 1, or -1 for no limit"
+        )
+    return length
+
+
+Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1), INTEGRAL]
+OutputLength = Annotated[
+    int,
+    Field(le=2**31 - 1, json_schema_extra={"anyOf": [{"minimum": 1}, {"const": UNLIMITED}]}),
+    AfterValidator(_some),
+    INTEGRAL,
+]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 MAX_TEMPLATE_KWARGS = 2**14  # Values, and characters of strings.
 MAX_ARGUMENT_VALUES = 2**16  # Of all earlier tool calls of a request, as templates see them.
 
 
 class StreamOptions(Strict):
+    """Read where ``stream`` is true, and nowhere else."""
+
     include_usage: bool = False
-    continuous_usage_stats: bool = Field(False, json_schema_extra={"const": False})  # Refused.
+    continuous_usage_stats: bool = Field(
+        False,
+        description="With include_usage: every chunk tells the usage so far, of all choices "
+        "together, as the last chunk does.",
+    )
     include_obfuscation: bool = Field(
         False, description="Padding against traffic analysis; none is added."
     )
@@ -35,7 +60,7 @@ class ProcessorSettings(Strict):
     max_pixels: Pixels | None = None
 
 
-class TemplateFields(Strict):
+class TemplateFields(Body):
     """What the chat template sees."""
 
     messages: Annotated[Many[Message], Field(min_length=1)]
@@ -43,6 +68,9 @@ class TemplateFields(Strict):
     continue_final_message: bool = False
     chat_template_kwargs: Annotated[dict[str, Any], no_larger(MAX_TEMPLATE_KWARGS)] | None = None
     mm_processor_kwargs: ProcessorSettings | None = None
+    reasoning_effort: Effort | None = Field(
+        None, description="A variable of the chat template, where that has it."
+    )
 
     @model_validator(mode="after")
     def _one_ending(self) -> TemplateFields:
@@ -64,6 +92,11 @@ class TemplateFields(Strict):
                     raise fault("messages", f"the arguments of all tool_calls {most}")
         return self
 
+    @property
+    def unheeded(self) -> Iterator[str]:
+        if self.reasoning_effort not in (None, "none"):
+            yield REASONING_EFFORT
+
     @cached_property
     def images(self) -> tuple[ImageSource, ...]:
         """Every picture, in order. Raises InvalidRequest."""
@@ -82,7 +115,7 @@ class ChatRequest(TemplateFields, SamplingFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=2**31 - 1), INTEGRAL] | None = None
     priority: Priority = Field(0, description="Lower runs first.")
     cache_salt: str | None = Field(
         None, description="Requests share cached prefixes only with those of the same salt."
@@ -91,9 +124,15 @@ class ChatRequest(TemplateFields, SamplingFields):
         False, description="Adds to the answer where its time went; a field of this server."
     )
     user: str | None = None
-    metadata: Annotated[dict[str, str], at_most(64)] | None = None
+    metadata: Unused = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = Field(None, description="A hint; caches have one rule.")
+    store: bool | None = Field(None, description="Nothing is stored.")
+    service_tier: str | None = Field(None, description="There is one; see priority.")
+    verbosity: Literal["low", "medium", "high"] | None = Field(
+        None, description="Of no effect but medium's; ask for it in a message."
+    )
 
     @model_validator(mode="after")
     def _agrees(self) -> ChatRequest:
@@ -102,10 +141,34 @@ class ChatRequest(TemplateFields, SamplingFields):
             raise fault("max_tokens", "differs from max_completion_tokens; give one of them")
         if self.top_logprobs and not self.logprobs:
             raise fault("top_logprobs", "needs logprobs: true")
-        if self.stream_options is not None and not self.stream:
-            raise fault("stream_options", "needs stream: true")
         return self
 
     @property
+    def unheeded(self) -> Iterator[str]:
+        if self.store:
+            yield "store"
+        if self.service_tier not in (None, "auto", "default"):
+            yield "service_tier"
+        if self.verbosity not in (None, "medium"):
+            yield "verbosity"
+        options = self.stream_options
+        if self.stream and options and options.continuous_usage_stats and not self.stream_usage:
+            yield "stream_options.continuous_usage_stats"
+        yield from super().unheeded
+
+    @property
+    def stream_usage(self) -> bool:
+        """Whether a stream tells its usage at its end."""
+        options = self.stream_options
+        return bool(self.stream) and options is not None and options.include_usage
+
+    @property
+    def running_usage(self) -> bool:
+        """Whether every chunk of a stream tells the usage so far."""
+        options = self.stream_options
+        return self.stream_usage and options is not None and options.continuous_usage_stats
+
+    @property
     def output_limit(self) -> int | None:
+        """``UNLIMITED`` for no limit, None for the model's default."""
         return self.max_completion_tokens or self.max_tokens

@@ -8,21 +8,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic.functional_validators import AfterValidator
 from pydantic_core import PydanticCustomError
 
-from gateway.schemas.base import Many, Strict, fault
+from gateway.dataurl import is_data_url
+from gateway.schemas.base import INTEGRAL, Many, Strict, Unused, check_strings, fault
 from opticnerve.errors import InvalidRequest
 from opticnerve.media.plan import Overrides
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-Detail = Literal["auto", "low", "high"]
-Pixels = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Detail = Literal["auto", "low", "high", "original"]
 
 LOW_DETAIL_PIXELS = 512 * 512  # What OpenAI's ``detail: low`` shows a model.
 URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
+DIGITS = re.compile(r"[0-9]{1,10}")
 LOOKED_AT = 256  # Characters of a source that decide what it is.
 
 
@@ -34,48 +35,68 @@ def _trimmed(value: str) -> str:
     return value
 
 
+def _number(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and DIGITS.fullmatch(value) else value
+
+
 Source = Annotated[str, AfterValidator(_trimmed)]
+Area = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Pixels = Annotated[
+    Area,
+    INTEGRAL,
+    BeforeValidator(
+        _number, json_schema_input_type=Area | Annotated[str, Field(pattern="^[1-9][0-9]{0,8}$")]
+    ),
+]
+"""Sent as a number, or in digits: bounds of pixels are often read from the environment."""
 
 
-class TextPart(Strict):
+class Part(Strict):
+    """What parts of every type may have."""
+
+    cache_control: Unused = Field(None, description="Of no effect: every prefix is cached.")
+
+
+class TextPart(Part):
     type: Literal["text"]
     text: str
 
 
-class RefusalPart(Strict):
+class RefusalPart(Part):
     """What a model once declined with; it reads as text."""
 
     type: Literal["refusal"]
     refusal: str
 
 
-class ImageUrl(Strict):
-    url: Source
+class PictureSettings(Strict):
+    """How a picture is shown to the model."""
+
     detail: Detail | None = None
     min_pixels: Pixels | None = None
     max_pixels: Pixels | None = None
 
 
-class ImageUrlPart(Strict):
+class ImageUrl(PictureSettings):
+    url: Source
+    format: Unused = Field(None, description="Of no effect: pictures tell their format.")
+
+
+class ImageUrlPart(Part, PictureSettings):
     """OpenAI's form. ``image_url`` may be the URL itself."""
 
     type: Literal["image_url"]
     image_url: Source | ImageUrl
-    detail: Detail | None = None
-    min_pixels: Pixels | None = None
-    max_pixels: Pixels | None = None
 
 
-class ImagePart(Strict):
-    """Hugging Face's form: exactly one of ``image`` (URL or base64), ``url``, ``base64``."""
+class ImagePart(Part, PictureSettings):
+    """Hugging Face's form: exactly one of ``image`` (URL or base64), ``url``, ``base64`` (which
+    may be a ``data:`` URL as well)."""
 
     type: Literal["image"]
     image: Source | None = None
     url: Source | None = None
     base64: Source | None = None
-    detail: Detail | None = None
-    min_pixels: Pixels | None = None
-    max_pixels: Pixels | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> ImagePart:
@@ -93,7 +114,7 @@ def _tag(value: Any) -> str | None:
     return f"<{kind}>" if isinstance(kind, str) else None
 
 
-Part = Annotated[
+AnyPart = Annotated[
     Annotated[TextPart, Tag("<text>")]
     | Annotated[RefusalPart, Tag("<refusal>")]
     | Annotated[ImageUrlPart, Tag("<image_url>")]
@@ -112,13 +133,13 @@ class ToolCall(Strict):
 
     id: str | None = None
     type: Literal["function"] = "function"
-    index: int | None = None
+    index: Annotated[int, INTEGRAL] | None = None
     function: FunctionCall
 
 
 class Message(Strict):
     role: Role
-    content: str | Many[Part] | None = None
+    content: str | Many[AnyPart] | None = None
     name: str | None = None
     tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -128,16 +149,13 @@ class Message(Strict):
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = None
+    cache_control: Unused = Field(None, description="Of no effect: every prefix is cached.")
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and self._says_something):
+        if self.content is None and self.role != "assistant":
             raise fault("content", "should be a string or a list of parts")
         return self
-
-    @property
-    def _says_something(self) -> bool:
-        return bool(self.tool_calls or self.refusal or self.reasoning_content or self.reasoning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +203,8 @@ def _source(
         else:
             url, param = part.image_url, f"{path}.image_url"
     elif part.base64 is not None:
-        url, param = "data:;base64," + part.base64, f"{path}.base64"
+        whole = is_data_url(part.base64)
+        url, param = part.base64 if whole else "data:;base64," + part.base64, f"{path}.base64"
     else:
         url, param = _as_url(part, path)
     low = next((b.min_pixels for b in bounds if b.min_pixels is not None), min_pixels)
@@ -211,15 +230,14 @@ def _as_url(part: ImagePart, path: str) -> tuple[str, str]:
 
 def call_arguments(call: ToolCall, path: str) -> Any:
     """A call's arguments as templates want them: an object. Raises InvalidRequest."""
-    arguments = call.function.arguments
+    arguments, param = call.function.arguments, f"{path}.function.arguments"
     if not isinstance(arguments, str):
         return arguments
     try:
         value = json.loads(arguments) if arguments.strip() else {}
+        check_strings(value, param)
     except (ValueError, RecursionError) as error:
-        param = f"{path}.function.arguments"
         raise InvalidRequest(f"{param}: should be a JSON object", param=param) from error
     if not isinstance(value, dict):
-        param = f"{path}.function.arguments"
         raise InvalidRequest(f"{param}: should be a JSON object", param=param)
     return value

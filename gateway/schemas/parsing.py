@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
+import difflib
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from gateway.schemas import unsupported
-from gateway.schemas.base import Ignored, Strict
+from gateway.schemas.base import Reading, Strict, check_strings, join
 from opticnerve.errors import InvalidRequest
 
 M = TypeVar("M", bound=Strict)
 
 MAX_NAMED = 5  # Problems told at once.
 MAX_LOOKED_AT = 100  # Of problems, and of fields that were ignored.
-MAX_NAME = 80  # Characters of a field's name that an answer repeats.
+BOM = b"\xef\xbb\xbf"  # What some editors and clients begin UTF-8 with.
+ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+UNKNOWN_FIELD = "unknown field"
 PLAINER = tuple(
     (re.compile(pattern), plain)
     for pattern, plain in (
@@ -31,32 +36,45 @@ PLAINER = tuple(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """What a request says in vain, as paths in its body; the first of many."""
+
+    unknown: tuple[str, ...] = ()  # Fields that nobody here knows.
+    unheeded: tuple[str, ...] = ()  # Known ones that ask for what this server does not do.
+
+
 def parse(
     model: type[M], body: bytes | str | Mapping[str, Any], *, ignore_unknown: bool = False
-) -> tuple[M, tuple[str, ...]]:
-    """A request and the paths of unknown fields that were ignored (none unless asked for; the
-    first of many).
+) -> tuple[M, Ignored]:
+    """A request, and what of it is ignored: unknown fields of nested objects always, those of the
+    body itself where ``ignore_unknown`` says so.
 
     Raises InvalidRequest, whose ``param`` is the path of the first field at fault, such as
     ``messages[0].content[1].image_url.url``, and UnsupportedFeature. Values are never repeated.
     """
     raw = dict(body) if isinstance(body, Mapping) else _decode(body)
-    raw = unsupported.take_out(raw)
-    ignored: Ignored | None = {} if ignore_unknown else None
+    unheeded: list[str] = []
+    raw = unsupported.take_out(raw, unheeded)
+    reading = Reading(ignore_unknown)
     try:
-        parsed = model.model_validate(raw, context=ignored)
+        parsed = model.model_validate(raw, context=reading)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False)
     else:
-        named = _named(raw, ignored, "") if ignored else ()
-        return parsed, tuple(itertools.islice(named, MAX_LOOKED_AT))
-    raise _refusal(problems, raw)
+        named = _unknown(raw, reading, "") if reading.unknown else ()
+        unheeded += parsed.unheeded
+        return parsed, Ignored(*(tuple(islice(each, MAX_LOOKED_AT)) for each in (named, unheeded)))
+    raise _refusal(problems, raw, {*model.model_fields, *unsupported.FIELDS})
 
 
 def _decode(body: bytes | str) -> dict[str, Any]:
+    if isinstance(body, bytes):
+        body = body.removeprefix(BOM)
     try:
         raw = from_json(body, allow_inf_nan=False)
     except ValueError as error:
+        _check_halves(body.encode("utf-8", "replace") if isinstance(body, str) else body)
         reason = str(error)[:200]
         raise InvalidRequest(
             f"the body is not valid JSON: {reason}", code="invalid_json"
@@ -66,8 +84,22 @@ def _decode(body: bytes | str) -> dict[str, Any]:
     return raw
 
 
-def _refusal(problems: Sequence[ErrorDetails], raw: Mapping[str, Any]) -> InvalidRequest:
-    """One error for all problems: those of a union's branches at one place are told together."""
+def _check_halves(body: bytes) -> None:
+    """Raises InvalidRequest where a string of JSON that does not parse holds half of a surrogate
+    pair; any other fault is for the parser to tell."""
+    if ESCAPED_HALF.search(body):
+        try:
+            value = json.loads(body)
+        except (ValueError, RecursionError):
+            return
+        check_strings(value)
+
+
+def _refusal(
+    problems: Sequence[ErrorDetails], raw: Mapping[str, Any], known: Collection[str]
+) -> InvalidRequest:
+    """One error for all problems: those of a union's branches at one place are told together.
+    ``known``: the names that a field of the body may have."""
     found: dict[str, tuple[int, list[str]]] = {}
     for problem in problems[:MAX_LOOKED_AT]:
         path, depth = _path(problem, raw)
@@ -76,12 +108,21 @@ def _refusal(problems: Sequence[ErrorDetails], raw: Mapping[str, Any]) -> Invali
         if text not in texts:
             texts.append(text)
     kept = [path for path in found if not _explained(path, found)]
-    lines = [f"{path}: {_either(found[path][1])}" if path else found[path][1][0] for path in kept]
-    if len(lines) > MAX_NAMED:
-        more = "many" if len(problems) > MAX_LOOKED_AT else str(len(lines) - MAX_NAMED)
-        lines[MAX_NAMED:] = [f"and {more} more"]
+    lines = [_line(path, found[path][1], known) for path in kept[:MAX_NAMED]]
+    if len(kept) > MAX_NAMED:
+        more = "many" if len(problems) > MAX_LOOKED_AT else str(len(kept) - MAX_NAMED)
+        lines.append(f"and {more} more")
     code = "unknown_field" if all(p["type"] == "extra_forbidden" for p in problems) else None
     return InvalidRequest("; ".join(lines), param=kept[0] or None, code=code)
+
+
+def _line(path: str, texts: Sequence[str], known: Collection[str]) -> str:
+    """A problem with its path; an unknown field with the known one whose name is nearest."""
+    if not path:
+        return texts[0]
+    line = f"{path}: {_either(texts)}"
+    near = difflib.get_close_matches(path.lower(), known, 1) if texts == [UNKNOWN_FIELD] else ()
+    return f"{line} (did you mean {near[0]}?)" if near else line
 
 
 def _explained(path: str, found: Mapping[str, Any]) -> bool:
@@ -92,7 +133,7 @@ def _explained(path: str, found: Mapping[str, Any]) -> bool:
 def _text(problem: ErrorDetails) -> str:
     kind, message = problem["type"], problem["msg"]
     if kind == "extra_forbidden":
-        return "unknown field"
+        return UNKNOWN_FIELD
     if kind == "missing":
         return "required"
     if kind == "union_tag_not_found":
@@ -126,29 +167,24 @@ def _path(problem: ErrorDetails, raw: Any) -> tuple[str, int]:
         if isinstance(step, int) and isinstance(raw, list) and 0 <= step < len(raw):
             path, raw = f"{path}[{step}]", raw[step]
         elif isinstance(step, str) and isinstance(raw, Mapping) and step in raw:
-            path, raw = _join(path, step), raw[step]
+            path, raw = join(path, step), raw[step]
         elif last and absent and isinstance(step, str) and isinstance(raw, Mapping):
-            path = _join(path, step)
+            path = join(path, step)
         else:
             continue
         depth += 1
     return path, depth
 
 
-def _join(path: str, step: str) -> str:
-    name = step if len(step) <= MAX_NAME else step[:MAX_NAME] + "..."
-    return f"{path}.{name}" if path else name
-
-
-def _named(raw: Any, ignored: Ignored, path: str) -> Iterator[str]:
-    """The paths of the fields that were ignored."""
+def _unknown(raw: Any, reading: Reading, path: str) -> Iterator[str]:
+    """The paths of the unknown fields that were left out."""
     if isinstance(raw, dict):
-        unknown = ignored.get(id(raw), ())
+        unknown = reading.unknown.get(id(raw), ())
         for name, value in raw.items():
             if name in unknown:
-                yield _join(path, name)
+                yield join(path, name)
             else:
-                yield from _named(value, ignored, _join(path, name))
+                yield from _unknown(value, reading, join(path, name))
     elif isinstance(raw, list):
         for place, value in enumerate(raw):
-            yield from _named(value, ignored, f"{path}[{place}]")
+            yield from _unknown(value, reading, f"{path}[{place}]")

@@ -6,29 +6,31 @@ from typing import Annotated
 
 from pydantic import Field
 
-from gateway.schemas.base import Strict, at_most
+from gateway.schemas.base import INTEGRAL, Body, at_most
 
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Word = Annotated[str, Field(min_length=1, max_length=1024)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1), INTEGRAL]
+Word = Annotated[str, Field(max_length=1024)]  # An empty one asks for nothing.
 MAX_STOPS = 16
 MAX_ALLOWED = 2**16
 
 
-class SamplingFields(Strict):
+class SamplingFields(Body):
     """None everywhere: the model's own default, or the neutral value where it has none."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="0: the most likely token, as with temperature 0."
+    )
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), INTEGRAL] | None = Field(
         None, description="-1 and 0: off."
     )
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64), INTEGRAL] | None = None
+    n: Annotated[int, Field(ge=1, le=128), INTEGRAL] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1), INTEGRAL] | None = None
     stop: Word | Annotated[list[Word], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
     include_stop_str_in_output: bool = False
@@ -46,4 +48,5 @@ class SamplingFields(Strict):
     def stop_strings(self) -> tuple[str, ...]:
         if self.stop is None:
             return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
+        return tuple(stop for stop in stops if stop)

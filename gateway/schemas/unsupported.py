@@ -1,7 +1,8 @@
 """Fields and parts that others serve and this server does not (yet).
 
 A field here may hold its neutral value, the one that asks for nothing; then it is dropped. Any
-other value is UnsupportedFeature, which says what to do instead.
+other value is UnsupportedFeature, which says what to do instead. Tools that a request offers, and
+forbids the model to call, are dropped too.
 """
 
 from __future__ import annotations
@@ -35,15 +36,21 @@ FIELDS: dict[str, Refused] = {
     "guided_regex": Refused((), GRAMMAR),
     "guided_choice": Refused((), GRAMMAR),
     "guided_grammar": Refused((), GRAMMAR),
+    "json_schema": Refused((), GRAMMAR),
+    "regex": Refused((), GRAMMAR),
+    "ebnf": Refused((), GRAMMAR),
+    "grammar": Refused((), GRAMMAR),
+    "include_reasoning": Refused((True, False), "leave it out"),
+    "separate_reasoning": Refused((True, False), "leave it out"),
+    "stream_reasoning": Refused((True, False), "leave it out"),
+    "return_token_ids": Refused((False,), "see /v1/apply_template for the prompt's"),
+    "return_tokens_as_token_ids": Refused((False,), "leave it out"),
     "audio": Refused((), "ask for text"),
     "modalities": Refused((["text"],), 'ask for ["text"]'),
-    "store": Refused((False,), "keep the answer yourself"),
-    "service_tier": Refused(("auto", "default"), "use priority"),
-    "reasoning_effort": Refused(("none",), "use chat_template_kwargs where the template has it"),
-    "verbosity": Refused(("medium",), "ask for it in a message"),
     "prediction": Refused((), "leave it out"),
     "web_search_options": Refused((), "leave it out"),
-    "prompt_cache_retention": Refused(("in_memory",), "leave it out"),
+    "moderation": Refused((), "moderate messages and answers yourself"),
+    "prompt_cache_options": Refused((), "leave it out: every prefix is cached"),
     "use_beam_search": Refused((False,), SEARCH),
     "best_of": Refused((1,), SEARCH),
     "length_penalty": Refused((1.0,), SEARCH),
@@ -74,19 +81,42 @@ PARTS: dict[str, str] = {
 }
 
 
-def take_out(body: Mapping[str, Any]) -> dict[str, Any]:
-    """``body`` without neutral unsupported fields. Raises UnsupportedFeature for others."""
+SOURCES = ("image_url", "image", "url", "base64")
+OFFERS = {"tools": "tool_choice", "functions": "function_call"}  # What offers, and what forbids.
+
+
+def take_out(body: Mapping[str, Any], left_out: list[str]) -> dict[str, Any]:
+    """``body`` without unsupported fields that ask for nothing; what they hold besides is named in
+    ``left_out``, by path. Raises UnsupportedFeature for others."""
     kept: dict[str, Any] = {}
     for name, value in body.items():
         refused = FIELDS.get(name)
         if refused is None:
             kept[name] = value
-        elif value is not None and not any(_same(value, neutral) for neutral in refused.neutral):
+        elif value is None or _is_neutral(name, value, refused, left_out):
+            continue
+        elif body.get(OFFERS.get(name, "")) == "none":
+            left_out.append(name)
+        else:
             raise UnsupportedFeature(
                 f"{name}: not supported by this server; {refused.instead}", param=name
             )
     _check_parts(body.get("messages"))
     return kept
+
+
+def _is_neutral(name: str, value: Any, refused: Refused, left_out: list[str]) -> bool:
+    """Of an object that says its type, other fields say nothing."""
+    for neutral in refused.neutral:
+        if isinstance(value, dict) and isinstance(neutral, dict):
+            said = {key: held for key, held in value.items() if held is not None}
+            more = said.keys() - neutral.keys() if neutral else set()
+            if {key: held for key, held in said.items() if key not in more} == neutral:
+                left_out += [f"{name}.{key}" for key in said if key in more]
+                return True
+        elif _same(value, neutral):
+            return True
+    return False
 
 
 def _same(value: Any, neutral: Any) -> bool:
@@ -110,7 +140,7 @@ def _check_part(part: Mapping[str, Any], path: str) -> None:
             f'{path}: parts of type "{kind}" are not supported by this server; {PARTS[kind]}',
             param=f"{path}.type",
         )
-    if part.get("uuid") is not None:
+    if part.get("uuid") is not None and not any(part.get(name) for name in SOURCES):
         raise UnsupportedFeature(
             f"{path}.uuid: not supported by this server; send the picture itself, whose "
             "embedding is found again by its bytes",

@@ -191,11 +191,11 @@ async def test_requests_that_are_served_and_no_others_are_described():
             temperature=0.5, top_p=0.9, max_completion_tokens=9, stop=["x"], seed=7, n=1,
             logit_bias={"5": 1.5}, priority=-1, cache_salt="a", timings=True,
             mm_processor_kwargs={"max_pixels": 200_000}, stream=True,
-            stream_options={"include_usage": True, "continuous_usage_stats": False},
+            stream_options={"include_usage": True, "continuous_usage_stats": True},
         )  # fmt: skip
-        told = {"1": "x", "top_p": 0, "messages": [], "n": 1.5}
+        told = {"1": "x", "top_p": -1, "messages": [], "n": 1.5, "max_tokens": 0}
         bad = [{**full, name: value} for name, value in told.items()]
-        bad.append({**full, "stream_options": {"continuous_usage_stats": True}})
+        bad.append({**full, "stream_options": {"continuous_usage_stats": "yes"}})
         bad.append({**full, "messages": [{"role": "user", "content": [{"type": "video"}]}]})
         for sent in (full, *bad):
             answer = await s.client.post("/v1/chat/completions", json=sent)

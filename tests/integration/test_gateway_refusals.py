@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
         ({"max_tokens": 100_000}, 400, "context_length_exceeded"),
         ({"messages": [user("x " * 9000)]}, 400, "context_length_exceeded"),
         ({"messages": [user("?", "data:image/png;base64,@")]}, 400, "invalid_base64"),
-        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, 400, "unsupported"),
+        ({"response_format": {"type": "json_object"}}, 400, "unsupported"),
         ({"top_logprobs": 21, "logprobs": True}, 400, None),
     ],
 )

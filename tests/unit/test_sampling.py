@@ -69,6 +69,26 @@ def test_the_request_wins_over_the_model(tokenizer: Tokenizer) -> None:
     assert resolved(tokenizer, defaults, prompt=90).max_tokens == 10  # A default bends to the room.
 
 
+def test_a_nucleus_of_nothing_is_greedy(tokenizer: Tokenizer) -> None:
+    value = resolved(tokenizer, Defaults(temperature=0.7), top_p=0, temperature=1.5)
+    assert (value.temperature, value.top_p) == (0, 1)  # A worker reads top_p 0 as no bound.
+    assert resolved(tokenizer, Defaults(temperature=0.7), top_p=0.0).temperature == 0
+    assert resolved(tokenizer, temperature=1.5, top_p=1e-9).temperature == 1.5
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("value", [-1, -1.0])
+def test_no_limit_is_what_the_context_leaves(
+    tokenizer: Tokenizer, field: str, value: float
+) -> None:
+    fields = {field: value}
+    assert resolved(tokenizer, prompt=40, **fields).max_tokens == 60
+    assert resolved(tokenizer, Defaults(max_tokens=30), prompt=40, **fields).max_tokens == 60
+    with pytest.raises(ContextLengthExceeded) as caught:
+        resolved(tokenizer, prompt=100, **fields)
+    assert caught.value.param == "messages" and "-1" not in caught.value.message
+
+
 def test_seeds(tokenizer: Tokenizer) -> None:
     assert resolved(tokenizer, seed=42).seed == 42
     assert resolved(tokenizer, seed=-1).seed == 2**64 - 1
@@ -128,7 +148,7 @@ def test_contradictions(tokenizer: Tokenizer, fields: dict[str, Any], param: str
 
 def test_ids_and_words(tokenizer: Tokenizer) -> None:
     value = resolved(
-        tokenizer, stop_token_ids=[5, 5, 6], logit_bias={"7": 2}, bad_words=["cat"], n=3
+        tokenizer, stop_token_ids=[5, 5, 6], logit_bias={"7": 2}, bad_words=["cat", ""], n=3
     )
     assert value.stop_token_ids == (5, 6)
     assert value.logit_bias == {7: 2.0}

@@ -239,9 +239,35 @@ def test_messages_that_could_never_fit() -> None:
 def test_a_template_that_writes_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     renderer = ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT)
     monkeypatch.setattr("gateway.template.MAX_CHARACTERS", 100)
-    with pytest.raises(InvalidRequest, match="wrote too much") as caught:
+    with pytest.raises(ContextLengthExceeded, match="wrote too much") as caught:
         renderer.render(request(user("hello " * 100)))
     assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize("limit", ["MAX_CHARACTERS", "MAX_SECONDS"])
+@pytest.mark.parametrize("way", ["written", "marked"])
+def test_a_prompt_that_is_too_long_with_aliases_alone_is_too_long(
+    limit: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the renderings of one chat, whichever is cut is told as what it is."""
+    renderer = ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT)
+    template = renderer.template
+    render = ChatTemplate.render
+    count = 0
+
+    def cut_later(self: ChatTemplate, used: Any, variables: Any) -> str:
+        nonlocal count
+        count += 1
+        if count == (2 if way == "written" else 4):
+            monkeypatch.setattr(f"gateway.template.{limit}", -1)
+        return render(self, used, variables)
+
+    monkeypatch.setattr(ChatTemplate, "render", cut_later)
+    if way == "marked":
+        monkeypatch.setattr(type(template._aliases), "bare", lambda self, text: True)
+        monkeypatch.setattr(type(template._aliases), "reveal", lambda self, text: "other")
+    with pytest.raises(ContextLengthExceeded, match="wrote too much"):
+        renderer.render(request(user("hello")))
 
 
 def test_names_that_requests_may_not_set() -> None:

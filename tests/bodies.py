@@ -1,0 +1,69 @@
+"""Bodies of requests, the models that read them, and what is read."""
+
+from __future__ import annotations
+
+import json
+import typing
+from typing import Any
+
+import pytest
+
+from gateway.schemas import ApplyTemplateRequest, ChatRequest, parse
+from gateway.schemas.base import Strict
+from gateway.schemas.parsing import Ignored
+from opticnerve.errors import InvalidRequest
+
+URL = "https://example.com/a.png"
+DATA = "data:image/png;base64,iVBORw0KGgo="
+TEXT = {"type": "text", "text": "What?"}
+
+
+def user(content: Any = "hi", **fields: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **fields}
+
+
+def body(*messages: Any, **fields: Any) -> dict[str, Any]:
+    return {"model": "model", "messages": list(messages) or [user()], **fields}
+
+
+def read(*messages: Any, **fields: Any) -> tuple[ChatRequest, Ignored]:
+    return parse(ChatRequest, json.dumps(body(*messages, **fields)).encode())
+
+
+def chat(*messages: Any, **fields: Any) -> ChatRequest:
+    return read(*messages, **fields)[0]
+
+
+def refused(raw: dict[str, Any] | str | bytes) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(ChatRequest, raw)
+    assert caught.value.http_status == 400
+    return caught.value
+
+
+def models(kind: Any, found: list[type[Strict]]) -> list[type[Strict]]:
+    """A request model and those that its fields hold."""
+    if isinstance(kind, type) and issubclass(kind, Strict):
+        if kind not in found:
+            found.append(kind)
+            for field in kind.model_fields.values():
+                models(field.annotation, found)
+        return found
+    for argument in typing.get_args(kind):
+        models(argument, found)
+    return found
+
+
+MODELS = [*models(ChatRequest, []), ApplyTemplateRequest]
+BASES: dict[str, dict[str, Any]] = {
+    "ChatRequest": body(),
+    "ApplyTemplateRequest": {"messages": [user()]},
+    "Message": {"role": "assistant"},
+    "TextPart": {"type": "text", "text": "x"},
+    "RefusalPart": {"type": "refusal", "refusal": "x"},
+    "ImageUrlPart": {"type": "image_url", "image_url": URL},
+    "ImageUrl": {"url": URL},
+    "ImagePart": {"type": "image", "base64": "AAAA"},
+    "ToolCall": {"function": {"name": "f"}},
+    "FunctionCall": {"name": "f"},
+}
