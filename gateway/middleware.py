@@ -13,7 +13,6 @@ import re
 import time
 import uuid
 from typing import Any
-from urllib.parse import unquote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,7 +27,7 @@ from opticnerve.telemetry import logs
 log = logging.getLogger(__name__)
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._:@/+=-]")
-_WHOLE_URL = re.compile(rb"https?://[^/]+(/.*)?", re.IGNORECASE)
+_WHOLE_URL = re.compile(r"https?://[^/]+(/.*)?", re.IGNORECASE | re.DOTALL)
 MAX_METHOD = 20  # Characters in the log, as of a path that is no route's.
 MAX_PATH = 100
 QUIET = frozenset({"/live", "/ready", "/health", "/metrics"})  # Probes: no line for each.
@@ -141,11 +140,8 @@ async def _end_stream(send: Send, error: OpticNerveError) -> None:
 
 def _without_host(scope: Scope) -> Scope:
     """The path alone of a request for a whole URL, as clients behind a proxy send it."""
-    found = _WHOLE_URL.fullmatch(scope["raw_path"])
-    if found is None:
-        return scope
-    raw_path = found.group(1) or b"/"
-    return {**scope, "raw_path": raw_path, "path": unquote(raw_path.decode("ascii"))}
+    found = _WHOLE_URL.fullmatch(scope["path"])
+    return scope if found is None else {**scope, "path": found.group(1) or "/"}
 
 
 def _without_slash(scope: Scope) -> Scope:

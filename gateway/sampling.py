@@ -124,10 +124,7 @@ def resolve(
             f"min_tokens: {min_tokens} exceeds max_tokens, {max_tokens}", param="min_tokens"
         )
     top_k = defaults.top_k if fields.top_k is None else max(fields.top_k, 0)
-    temperature = _or(fields.temperature, defaults.temperature)
-    top_p = _or(fields.top_p, defaults.top_p)
-    if top_p == 0.0:  # The likeliest token alone is left. To the worker 0 would be no bound.
-        temperature, top_p = 0.0, 1.0
+    temperature, top_p = _nucleus(fields, defaults)
     return Sampling(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
@@ -196,6 +193,13 @@ def num_logprobs(request: ChatRequest, limits: Limits) -> int | None:
 
 def _or(value: float | None, default: float) -> float:
     return default if value is None else float(value)
+
+
+def _nucleus(fields: SamplingFields, defaults: Defaults) -> tuple[float, float]:
+    """(temperature, top_p). A top_p of 0 leaves the likeliest token alone; to the worker it would
+    be no bound."""
+    top_p = _or(fields.top_p, defaults.top_p)
+    return (0.0, 1.0) if top_p == 0.0 else (_or(fields.temperature, defaults.temperature), top_p)
 
 
 def _known(ids: Sequence[int], limits: Limits, param: str) -> tuple[int, ...]:

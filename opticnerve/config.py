@@ -245,7 +245,9 @@ class GatewayConfig:
         metavar="DIR",
     )
     ignore_unknown_fields: bool = _api(
-        False, "warn about unknown fields of a request instead of a 400"
+        False,
+        "warn about unknown fields of a request's body instead of a 400, as always of those of the "
+        "objects in it",
     )
     max_images: int = _pictures(10, "pictures of one request", metavar="N")
     min_pixels: int = _pictures(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
@@ -88,11 +89,8 @@ def _check_halves(body: bytes) -> None:
     """Raises InvalidRequest where a string of JSON that does not parse holds half of a surrogate
     pair; any other fault is for the parser to tell."""
     if ESCAPED_HALF.search(body):
-        try:
-            value = json.loads(body)
-        except (ValueError, RecursionError):
-            return
-        check_strings(value)
+        with contextlib.suppress(ValueError, RecursionError):
+            check_strings(json.loads(body))
 
 
 def _refusal(

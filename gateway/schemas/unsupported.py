@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.schemas.base import join
 from opticnerve.errors import UnsupportedFeature
 
 
@@ -112,7 +113,7 @@ def _is_neutral(name: str, value: Any, refused: Refused, left_out: list[str]) ->
             said = {key: held for key, held in value.items() if held is not None}
             more = said.keys() - neutral.keys() if neutral else set()
             if {key: held for key, held in said.items() if key not in more} == neutral:
-                left_out += [f"{name}.{key}" for key in said if key in more]
+                left_out += [join(name, key) for key in said if key in more]
                 return True
         elif _same(value, neutral):
             return True

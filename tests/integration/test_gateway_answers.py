@@ -55,6 +55,75 @@ async def test_a_stream_without_usage_has_a_choice_in_every_chunk():
         assert done == "[DONE]" and all(len(chunk["choices"]) == 1 for chunk in chunks)
 
 
+RUNNING = {"include_usage": True, "continuous_usage_stats": True}
+
+
+@pytest.mark.parametrize("stop", [None, " there"])
+async def test_usage_in_every_chunk(stop):
+    async with stack() as s:
+        s.llm.cached_tokens = 3
+        answer = await s.chat(user("What?"), stream=True, stream_options=RUNNING, stop=stop)
+        *chunks, last, done = events(answer.text)
+        assert done == "[DONE]" and last["choices"] == [] and len(chunks) > 2
+        prompt = len(s.llm.starts[0].token_ids)
+        for chunk in (*chunks, last):
+            usage = chunk["usage"]
+            assert usage["prompt_tokens"] == prompt
+            assert usage["total_tokens"] == prompt + usage["completion_tokens"]
+            assert usage["prompt_tokens_details"] == {"cached_tokens": 3, "image_tokens": 0}
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+        assert counts[0] == 0 and "role" in chunks[0]["choices"][0]["delta"]
+        assert counts == sorted(counts) and counts[1] > 0
+        texts = [chunk["choices"][0]["delta"]["content"] for chunk in chunks]
+        written = len(ids("Hello there" if stop else "Hello there.")) + (not stop)
+        assert "".join(texts) == ("Hello" if stop else "Hello there.")
+        assert counts[-1] == written and last["usage"] == chunks[-1]["usage"]
+
+
+async def test_usage_in_every_chunk_is_of_all_choices():
+    async with stack(tokens=[*ids("a b c"), END]) as s:
+        answer = await s.chat(stream=True, stream_options=RUNNING, n=3, temperature=1.0)
+        *chunks, last, _ = events(answer.text)
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+        assert counts == sorted(counts) and counts[0] == 0
+        assert last["usage"]["completion_tokens"] == counts[-1] == 3 * len(s.llm.tokens)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        {"stream": True, "stream_options": {}},
+        {"stream": True, "stream_options": None},
+    ],
+)
+async def test_usage_in_chunks_goes_with_usage_at_the_end(fields):
+    async with stack() as s:
+        answer = await s.chat(**fields)
+        assert not any("usage" in chunk for chunk in events(answer.text)[:-1])
+        told = fields["stream_options"] and "stream_options.continuous_usage_stats"
+        named = f"without effect: {told}" if told else None
+        assert answer.headers.get("x-opticnerve-warnings") == named
+
+
+@pytest.mark.parametrize("options", [RUNNING, {}, {"include_usage": None}])
+async def test_options_of_streams_do_nothing_to_whole_answers(options):
+    async with stack() as s:
+        answer = await s.chat(stream_options=options)
+        assert answer.status_code == 200 and "x-opticnerve-warnings" not in answer.headers
+        assert answer.json()["usage"]["completion_tokens"] == len(s.llm.tokens)
+
+
+async def test_what_the_worker_is_asked_for():
+    async with stack() as s:
+        answer = await s.chat(top_p=0, max_tokens=-1, seed=5.0, n=2.0, top_k=None, stop=[""])
+        assert answer.status_code == 200
+        start = s.llm.starts[0]
+        sampling = start.sampling
+        assert (sampling.temperature, sampling.seed, sampling.n) == (0, 5, 2)
+        assert sampling.max_tokens == s.llm.max_model_len - len(start.token_ids)
+
+
 async def test_characters_are_never_cut():
     text = "Grüße, 世界 🙂"
     async with stack(tokens=[*ids(text), END]) as s:

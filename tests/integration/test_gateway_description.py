@@ -150,6 +150,7 @@ async def test_chunks_are_what_the_document_says():
         for fields in (
             {"stream_options": {"include_usage": True}, "logprobs": True, "top_logprobs": 1},
             {"timings": True, "stop": "there"},
+            {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
         ):
             answer = await s.chat(stream=True, **fields)
             assert answer.headers["content-type"].startswith("text/event-stream")
@@ -207,6 +208,33 @@ async def test_requests_that_are_served_and_no_others_are_described():
                 conforms(document, sent, schema)
         fields = document["components"]["schemas"]["ChatRequest"]["properties"]
         assert not fields.keys() & unsupported.FIELDS.keys()
+
+
+LOOSE = {
+    "stream": True, "stream_options": {"include_usage": None, "more": 1}, "max_tokens": -1,
+    "top_p": 0, "stop": ["", "x"], "n": 1.0, "seed": 7.0, "metadata": [1], "store": True,
+    "skip_special_tokens": None, "ignore_eos": None, "timings": None, "priority": None,
+    "include_stop_str_in_output": None, "add_generation_prompt": None, "user": None,
+    "continue_final_message": None, "reasoning_effort": "low", "service_tier": "flex",
+    "mm_processor_kwargs": {"max_pixels": "200000"}, "bad_words": [""],
+}  # fmt: skip
+
+
+async def test_what_clients_send_loosely_is_described():
+    """Objects in a body may have more fields than are told; the body itself may not."""
+    async with stack() as s:
+        document = await describe(s)
+        schema = {"$ref": "#/components/schemas/ChatRequest"}
+        check = jsonschema.Draft202012Validator({**schema, "components": document["components"]})
+        picture = {"url": data_url(), "format": "image/png", "detail": "original"}
+        part = {"type": "image_url", "image_url": picture, "cache_control": {"type": "x"}, "a": 1}
+        inline = {"type": "image", "base64": data_url(), "min_pixels": "3136"}
+        silent = {"role": "assistant", "content": None, "tool_calls": None, "more": 1}
+        sent = body({"role": "user", "content": [part, inline]}, silent, user("?"), **LOOSE)
+        check.validate(sent)
+        assert (await s.chat(*sent["messages"], **LOOSE)).status_code == 200
+        assert not check.is_valid({**sent, "unheard": 1})
+        assert (await s.chat(unheard=1)).status_code == 400
 
 
 @pytest.mark.parametrize("public_models", [False, True])

@@ -106,6 +106,115 @@ async def test_unknown_fields_may_be_ignored_with_a_warning():
         assert answer.headers["x-opticnerve-warnings"] == "ignored unknown fields: colour"
 
 
+async def test_warnings_are_one_short_printable_header():
+    async with stack() as s:
+        odd = "a\r\nset-cookie: x=1\r\n\r\n\u00e9\u2028"
+        message = {"role": "user", "content": "hi", odd: 1, **{f"more{i}": 1 for i in range(200)}}
+        for route in ("/v1/chat/completions", "/v1/apply_template"):
+            sent = body(message) if "chat" in route else {"messages": [message]}
+            answer = await s.client.post(route, json=sent)
+            assert answer.status_code == 200 and "set-cookie" not in answer.headers
+            told = answer.headers["x-opticnerve-warnings"]
+            assert told.startswith("ignored unknown fields: messages[0].")
+            assert told.isascii() and told.isprintable() and len(told) == 500
+        answer = await s.chat(user("hi"), reasoning_effort="high", store=True)
+        told = answer.headers["x-opticnerve-warnings"]
+        assert told == "without effect: store, reasoning_effort"
+        both = await s.chat({"role": "user", "content": "hi", "to": 1}, store=True)
+        told = both.headers["x-opticnerve-warnings"]
+        assert told == "ignored unknown fields: messages[0].to; without effect: store"
+
+
+async def test_a_template_that_reasons_heeds_reasoning_effort():
+    template = "{{ reasoning_effort }}{{ messages[0].content }}"
+    async with stack(encoders=0, llms=0, ready=False, chat_template=template) as s:
+        asked = {"messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "high"}
+        answer = await s.client.post("/v1/apply_template", json=asked)
+        assert answer.json()["prompt"] == "highhi"
+        assert "x-opticnerve-warnings" not in answer.headers
+
+
+@pytest.mark.parametrize("encoding", ["", "identity", "Identity"])
+async def test_bodies_in_no_encoding(encoding):
+    async with stack() as s:
+        raw = b"\xef\xbb\xbf" + json.dumps(body()).encode()
+        headers = {"content-type": "application/json", "content-encoding": encoding}
+        answer = await s.client.post("/v1/chat/completions", content=raw, headers=headers)
+        assert answer.status_code == 200, answer.text
+        headers["content-encoding"] = "gzip"
+        answer = await s.client.post("/v1/chat/completions", content=raw, headers=headers)
+        assert answer.status_code == 415
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("http://example.com/v1/chat/completions", 200),
+        ("HTTPS://example.com:8443/v1/chat/completions/?a=http://x/y", 200),
+        ("http://example.com", 405),
+        ("http://example.com/v1/chat%2Fcompletions", 200),
+        ("http://example.com/nothing", 404),
+        ("http://", 404),
+        ("ftp://example.com/v1/chat/completions", 404),
+        ("/http://example.com/v1/chat/completions", 404),
+    ],
+)
+async def test_requests_for_a_whole_url(target, status):
+    """As clients send them that know of a proxy."""
+    raw = json.dumps(body()).encode()
+    head = (
+        f"POST {target} HTTP/1.1\r\nhost: example.com\r\nconnection: close\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+    )
+    async with stack() as s:
+        url = s.client.base_url
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        try:
+            writer.write(head.encode() + raw)
+            answer = await reader.read()
+        finally:
+            writer.close()
+        assert int(answer.split()[1]) == status, answer
+
+
+async def test_a_whole_url_needs_its_key():
+    async with stack(keys=Keys({"ada": b"sk-1"}), encoders=0, llms=0, ready=False) as s:
+        url = s.client.base_url
+        for path, status in (("v1/models", b"401"), ("live", b"200"), ("/live", b"401")):
+            reader, writer = await asyncio.open_connection(url.host, url.port)
+            head = f"GET http://a/{path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
+            try:
+                writer.write(head.encode())
+                assert (await reader.read()).split()[1] == status, path
+            finally:
+                writer.close()
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/apply_template"])
+@pytest.mark.parametrize("characters", [40_000, 2**20, 17 * 2**20])
+async def test_text_that_is_too_long_is_told_alike_whatever_its_length(route, characters):
+    async with stack(encoders=0, llms=0, ready=False) as s:
+        text = ("a word or two, " * (characters // 15 + 1))[:characters]
+        asked = {"model": "model", "messages": [{"role": "user", "content": text}]}
+        answer = await s.client.post(route, json=asked)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+        assert error["param"] == "messages"
+        # What LiteLLM looks for before it tries a model that takes more.
+        assert "is longer than the model's context length" in error["message"]
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/apply_template"])
+async def test_half_a_surrogate_pair_in_arguments_is_a_400(route):
+    call = {"function": {"name": "f", "arguments": '{"\\ud83d": 1}'}}
+    messages = [user("hi"), {"role": "assistant", "tool_calls": [call]}, user("hi")]
+    async with stack(encoders=0, llms=0, ready=False) as s:
+        answer = await s.client.post(route, json={"model": "model", "messages": messages})
+        assert answer.status_code == 400
+        param = "messages[1].tool_calls[0].function.arguments"
+        assert answer.json()["error"]["param"] == param
+
+
 async def test_request_ids():
     async with stack() as s:
         answer = await s.chat(headers={"x-request-id": "mine-1"})

@@ -109,6 +109,12 @@ def test_half_a_surrogate_pair_is_told_where_it_is(
         error.message.encode()
 
 
+@pytest.mark.parametrize("depth", [150, 500, 900, 100_000])
+def test_half_a_surrogate_pair_deep_within(depth: int) -> None:
+    raw = '{"metadata": ' + "[" * depth + '"\\ud83d"' + "]" * depth + "}"
+    assert refused(raw.encode()).code == "invalid_json"
+
+
 def test_pairs_are_characters() -> None:
     assert chat(user("\U0001f600")).messages[0].content == "\U0001f600"  # As json.dumps writes it.
     assert refused(b'{"model": "\\ud83d\\ude00", ').code == "invalid_json"
