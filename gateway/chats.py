@@ -20,7 +20,7 @@ from gateway.deadline import Deadline
 from gateway.http import JSONResponse, note, read_json, typed, warning_headers
 from gateway.pipeline import Call, Ended, Step
 from gateway.schemas.apply import ApplyTemplateRequest
-from gateway.schemas.chat import ChatRequest
+from gateway.schemas.chat import REASONING_EFFORT, ChatRequest
 from gateway.schemas.parsing import Ignored
 from gateway.timings import Stopwatch
 from opticnerve.clients.generation import Usage
@@ -231,7 +231,8 @@ async def apply_template(gateway: Gateway, request: Request, send: Send) -> Resp
 
 
 def _warnings(gateway: Gateway, ignored: Ignored) -> dict[str, str]:
-    return warning_headers(ignored, gateway.pipeline.renderer.template.variables)
+    heeded = {REASONING_EFFORT} & gateway.pipeline.renderer.template.variables
+    return warning_headers(ignored, heeded)
 
 
 def _span(span: Span) -> dict[str, Any]:

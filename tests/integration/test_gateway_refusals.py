@@ -126,12 +126,16 @@ async def test_warnings_are_one_short_printable_header():
 
 
 async def test_a_template_that_reasons_heeds_reasoning_effort():
-    template = "{{ reasoning_effort }}{{ messages[0].content }}"
+    template = "{{ reasoning_effort }}{{ tools }}{{ messages[0].content }}"
     async with stack(encoders=0, llms=0, ready=False, chat_template=template) as s:
         asked = {"messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "high"}
         answer = await s.client.post("/v1/apply_template", json=asked)
-        assert answer.json()["prompt"] == "highhi"
+        assert answer.json()["prompt"] == "highNonehi"
         assert "x-opticnerve-warnings" not in answer.headers
+        offered = {"tools": [{"type": "function"}], "tool_choice": "none"}
+        answer = await s.client.post("/v1/apply_template", json={**asked, **offered})
+        assert answer.json()["prompt"] == "highNonehi"
+        assert answer.headers["x-opticnerve-warnings"] == "without effect: tools"
 
 
 @pytest.mark.parametrize("encoding", ["", "identity", "Identity"])
