@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint serve bench protos clean redis
+.PHONY: demo test lint serve bench gpu protos clean redis
 
 demo: $(INSTALLED)
 	$(BIN)/opticnerve demo
@@ -23,6 +23,11 @@ serve: $(INSTALLED)
 bench: $(INSTALLED) redis
 	for name in store split engine memory; do $(BIN)/python -m bench.$$name || exit 1; done
 	$(BIN)/python -m bench.load --quick
+
+gpu:  # With the machine's own Python where that has torch, as on a lent GPU; else with ours.
+	@for python in $(PYTHON) python3; do \
+		$$python -c 'import PIL, torch, transformers' 2>/dev/null && exec $$python -m bench.gpu $(ARGS); \
+	done; $(MAKE) $(INSTALLED) && $(BIN)/python -m bench.gpu $(ARGS)
 
 protos: $(INSTALLED)
 	$(BIN)/python hatch_build.py

@@ -39,10 +39,11 @@ def _is_number(text: str) -> bool:
     return text.strip("x-≤ ").replace(".", "", 1).replace(",", "").isdigit() or text in ("", "-")
 
 
-def save(name: str, results: Mapping[str, Any], file: str | None = None) -> Path:
-    """Writes ``bench/results/<file or name>.json``: the command, the machine, the date, results."""
-    RESULTS.mkdir(exist_ok=True)
+def save(name: str, results: Mapping[str, Any], file: str | Path | None = None) -> Path:
+    """Writes ``bench/results/<file or name>.json``: the command, the machine, the date, results.
+    A ``file`` that is an absolute path goes there."""
     path = RESULTS / f"{file or name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     arguments = shlex.join(sys.argv[1:])
     document = {
         "command": f"python -m bench.{name} {arguments}".strip(),

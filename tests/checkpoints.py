@@ -50,20 +50,21 @@ def make_checkpoint(
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
+    device: str = "cpu",
     **settings: Any,
 ) -> Path:
     """Writes a random checkpoint of ``family`` into ``directory`` and returns its path.
 
     ``layout``: "old" names tensors and configuration fields as the first published checkpoints
     do, "new" as transformers 5 does. ``text`` and ``vision`` override sizes of the two halves,
-    ``config`` top-level fields, ``settings`` the image processor's.
+    ``config`` top-level fields, ``settings`` the image processor's. ``device`` draws the weights.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     made = make_config(family, tied=tied, dtype=dtype, text=text, vision=vision)
     for name, value in (config or {}).items():
         setattr(made, name, value)
-    weights = random_weights(made, seed=seed, dtype=dtype)
+    weights = random_weights(made, seed=seed, dtype=dtype, device=device)
     if layout == "old":
         weights = {_old_name(family, name): tensor for name, tensor in weights.items()}
     _write_config(made, directory, family, layout)
@@ -187,29 +188,31 @@ _CONFIGS: dict[str, Callable[[dict[str, Any], dict[str, Any], bool], Any]] = {
 
 
 def random_weights(
-    config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32
+    config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Tensors of the whole model by transformers' own names; the head only where it is not tied."""
+    """Tensors of the whole model by transformers' own names; the head only where it is not tied.
+    Drawn on ``device``, which decides what a seed gives, and kept on the CPU."""
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     weights = {}
     for name, parameter in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        weights[name] = _random_tensor(name, parameter.shape, generator).to(dtype)
+        weights[name] = _random_tensor(name, parameter.shape, generator).to(dtype).cpu()
     return weights
 
 
 def _random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    noise = torch.randn(shape, generator=generator)
+    noise = torch.randn(shape, generator=generator, device=generator.device)
     if len(shape) == 1 and name.endswith("weight"):  # A norm.
         return 1 + 0.1 * noise
     if len(shape) == 1:
         return 0.1 * noise
     if name.endswith(("embed_tokens.weight", "lm_head.weight")):  # Logits of deviation 4.
+        noise[VOCAB_SIZE:] *= 0.01  # Never the best: the tokenizer does not know them.
         return noise * (4 / math.sqrt(shape[-1]))
     if "position_embedding" in name:
         return 0.5 * noise
