@@ -31,6 +31,7 @@ from opticnerve.errors import (
     EngineFailure,
     InvalidRequest,
     OpticNerveError,
+    device_is_lost,
 )
 from opticnerve.models.family import Language, Layout
 from opticnerve.models.passthrough import PassThroughCache
@@ -119,7 +120,9 @@ class ModelRunner:
         try:
             with torch.inference_mode():
                 return self._execute(plan)
-        except torch.AcceleratorError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.AcceleratorError) and not device_is_lost(error):
+                raise
             raise DeviceLost(f"the device failed: {type(error).__name__}") from error
 
     def _execute(self, plan: StepPlan) -> StepResult:
@@ -162,6 +165,8 @@ class ModelRunner:
         except OpticNerveError as error:
             errors[work.slot] = error
         except Exception as error:
+            if device_is_lost(error):
+                raise
             log.exception("request %s failed before its step", work.seq.request_id)
             errors[work.slot] = EngineFailure(
                 f"the model runner could not take the request: {type(error).__name__}"

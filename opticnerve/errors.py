@@ -240,6 +240,20 @@ class DeviceLost(EngineFailure):
     default_code = "device_lost"
 
 
+LOST_TEXTS = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch")
+
+
+def device_is_lost(error: Exception) -> bool:
+    """Whether torch raised ``error`` because the device is gone. What runs on top of CUDA, cuBLAS
+    first of all, raises a plain RuntimeError then; so it does where memory runs out."""
+    text = str(error)
+    return (
+        isinstance(error, RuntimeError)
+        and "ALLOC_FAILED" not in text
+        and any(part in text for part in LOST_TEXTS)
+    )
+
+
 class StartupError(OpticNerveError):
     """Raised before a process serves; the CLI prints the message alone and exits with status 2."""
 

@@ -14,7 +14,7 @@ from PIL import Image
 from encoder_service.backends.base import Capacity, Embedding
 from encoder_service.batcher import Failure
 from encoder_service.sizing import permitted_patches
-from opticnerve.errors import StartupError
+from opticnerve.errors import StartupError, device_is_lost
 from opticnerve.media.plan import Plan
 from opticnerve.models.family import Tower
 
@@ -27,7 +27,6 @@ CPU_WARM_PATCHES = 1024  # A larger item would hold a CPU's start up for minutes
 CUDA_BATCH_PATCHES = 65_536  # No gain in throughput beyond; latency only grows.
 CUDA_SHARE = 0.8  # Of free memory; the rest is for fragmentation and for neighbours.
 OUT_OF_MEMORY_TEXTS = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-LOST_TEXTS = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch")
 
 Shrink = Callable[[Plan, int], Plan]
 """(largest plan, patches) -> the plan of a picture of at most about so many patches."""
@@ -67,13 +66,7 @@ class TorchBackend:
             if self._on_cuda:
                 torch.cuda.empty_cache()
             return Failure.MEMORY
-        if (
-            self._on_cuda
-            and isinstance(error, RuntimeError)
-            and any(part in text for part in LOST_TEXTS)
-        ):
-            return Failure.DEVICE
-        return Failure.ITEM
+        return Failure.DEVICE if self._on_cuda and device_is_lost(error) else Failure.ITEM
 
     def warm(self, largest: Plan, max_batch_patches: int) -> Capacity:
         if not self._on_cuda:

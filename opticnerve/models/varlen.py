@@ -105,10 +105,19 @@ def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -
         packing = Packing.of([16, 8], device)
         scaling = head_dim**-0.5
         ours = _attend_by_kernel(q, k, v, packing, scaling)
-        return bool(torch.allclose(ours, _attend_by_runs(q, k, v, packing, scaling), atol=0.05))
+        right = torch.allclose(ours, _attend_by_runs(q, k, v, packing, scaling), atol=0.05)
+        why = "its results are wrong"
     except (ImportError, RuntimeError, TypeError, NotImplementedError) as error:
-        log.info("torch's variable-length attention is not used here: %s", error)
-        return False
+        right, why = False, str(error)
+    if not right:
+        log.warning(
+            "torch's variable-length attention is not used for %s heads of %d, and pictures of "
+            "different sizes attend one after the other: %s",
+            str(dtype).removeprefix("torch."),
+            head_dim,
+            why,
+        )
+    return bool(right)
 
 
 AttentionInterface.register(NAME, attend)

@@ -174,18 +174,43 @@ def test_constraints_that_leave_nothing_fail_their_request(demo: tuple[Any, Any]
     assert len(tokens_said(engine, "yes")) == 12
 
 
+CUBLAS = "CUDA error: CUBLAS_STATUS_{} when calling `cublasSgemm(handle, m, n, k)`"
+
+
+@pytest.mark.parametrize("place", ["prepare", "admit"])
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (torch.AcceleratorError("an illegal memory access was encountered", 700), DeviceLost),
+        (RuntimeError(CUBLAS.format("EXECUTION_FAILED")), DeviceLost),
+        (RuntimeError(CUBLAS.format("ALLOC_FAILED")), RuntimeError),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError),
+        (RuntimeError("shape mismatch"), RuntimeError),
+    ],
+)
 def test_a_lost_device_is_told_apart(
-    demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    demo: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    error: Exception,
+    seen: type[Exception],
 ) -> None:
-    def lost(*_: Any) -> Any:
-        raise torch.AcceleratorError("an illegal memory access was encountered", 700)
+    """In the step itself, and where one sequence enters it."""
+
+    def fail(*_: Any) -> Any:
+        raise error
 
     language, layout = demo
     limits = RunnerLimits(max_model_len=64, max_num_seqs=2, kv_cache_tokens=128)
     runner = ModelRunner(language, layout, SdpaBackend(), limits, DictRows())
-    monkeypatch.setattr(runner._backend, "prepare", lost)
-    with pytest.raises(DeviceLost):
-        runner.execute(StepPlan(1, (work_of(request("x", tokens(5)), 0, (1,)),)))
+    monkeypatch.setattr(runner._backend if place == "prepare" else runner._sampler, place, fail)
+    plan = StepPlan(1, (work_of(request("x", tokens(5)), 0, (1,)),))
+    if place == "admit" and seen is not DeviceLost:
+        assert isinstance(runner.execute(plan).errors[0], EngineFailure)
+        return
+    with pytest.raises(seen) as caught:
+        runner.execute(plan)
+    assert isinstance(caught.value, DeviceLost) == (seen is DeviceLost)
 
 
 # ---- DeepStack, packing, positions

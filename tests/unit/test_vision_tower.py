@@ -135,6 +135,25 @@ def test_grouped_attention_equals_one_segment_at_a_time() -> None:
     torch.testing.assert_close(output, torch.cat(one_by_one, dim=1))
 
 
+@pytest.mark.parametrize("fault", ["wrong", "absent"])
+def test_a_kernel_that_is_not_used_is_told(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def kernel(q: torch.Tensor, *_: Any) -> torch.Tensor:
+        if fault == "absent":
+            raise RuntimeError("no kernel image is available")
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(varlen, "_attend_by_kernel", kernel)
+    varlen.has_varlen_kernel.cache_clear()
+    with caplog.at_level("WARNING"):
+        assert not varlen.has_varlen_kernel(torch.device("cpu"), torch.bfloat16, 40)
+    assert "not used for bfloat16 heads of 40" in caplog.text
+    reason = "its results are wrong" if fault == "wrong" else "no kernel image is available"
+    assert reason in caplog.text
+    varlen.has_varlen_kernel.cache_clear()
+
+
 @pytest.mark.parametrize(("h", "w"), [(2, 2), (3, 5), (4, 4), (7, 2), (1, 9)])
 def test_windows_are_those_of_the_reference(h: int, w: int) -> None:
     """The same blocks share a window; equal windows stand together."""
