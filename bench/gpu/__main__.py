@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not wanted:
         print(f"no check's name holds {options.only!r}")
         return 2
-    faulthandler.dump_traceback_later(options.budget_s + HANG_S, exit=True)
+    faulthandler.dump_traceback_later(options.budget_s + HANG_S, exit=True, file=sys.__stderr__)
     with tempfile.TemporaryDirectory(prefix="opticnerve-gpu-") as directory:
         room = make_room(dry, directory)
         file = _file(room, options.out)

@@ -36,9 +36,7 @@ from tests.local_engine import LocalEngine
 MODEL = "full depth"
 WARM_STEPS = 5
 PROMPTS = 3  # Timed, of each length.
-ATTENTION_OPS = re.compile(
-    r"_scaled_dot_product_\w*attention\w*|_\w+_attention_forward|_varlen_attn|native_multi\w+"
-)
+ATTENTION_OPS = re.compile(r"_scaled_dot_product_(\w+)|_(flash|efficient|cudnn)_attention_forward")
 _ids = itertools.count()
 
 
@@ -337,9 +335,12 @@ def attention_kernels(room: Room) -> Seen:
 
 
 def _attention_names(events: Iterable[Any]) -> str:
-    found = {match[0] for each in events if (match := ATTENTION_OPS.search(each.name))}
-    short = {name.removeprefix("_scaled_dot_product_").strip("_") for name in found}
-    return ", ".join(sorted(short)) or "none seen"
+    matches = [match for each in events if (match := ATTENTION_OPS.search(each.name))]
+    found = {(match[1] or match[2]).removesuffix("_attention") for match in matches}
+    return ", ".join(sorted(found)) or "none seen"
+
+
+# ---- helpers
 
 
 def _encode_ms(room: Room, work: Callable[[], object], repeats: int = 5) -> float:
