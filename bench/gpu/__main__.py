@@ -1,6 +1,6 @@
 """Is the CUDA path right, and how fast is it? One command, under eight minutes.
 
-    python -m bench.gpu [--dry] [--only TEXT] [--budget-s SECONDS] [--out FILE]
+    python -m bench.gpu [--dry] [--only TEXT] [--budget-s SECONDS] [--out FILE] [--commit NAME]
 
 Needs torch and transformers (with what they bring, and Pillow) and this directory. Checks of
 correctness come first, then figures; each stands alone, and one that fails leaves the others
@@ -186,9 +186,9 @@ def _show(outcomes: Sequence[Outcome]) -> None:
             print(f"\n{each.name}\n{each.trace}", end="")
 
 
-def _document(room: Room, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _document(room: Room, commit: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return {
-        "commit": _commit(),
+        "commit": commit,
         "transformers": transformers.__version__,
         "cuda": torch.version.cuda,
         "dry": not room.on_cuda,
@@ -238,6 +238,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--budget-s", type=float, default=BUDGET_S, help="no check begins after so many seconds"
     )
     parser.add_argument("--out", help="JSON file for the results")
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")
     return parser.parse_args(arguments)
 
 
@@ -254,11 +255,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faulthandler.dump_traceback_later(options.budget_s + HANG_S, exit=True, file=sys.__stderr__)
     with tempfile.TemporaryDirectory(prefix="opticnerve-gpu-") as directory:
         room = make_room(dry, directory)
-        file = _file(room, options.out)
+        file, commit = _file(room, options.out), options.commit or _commit()
 
         def keep(outcomes: list[Outcome]) -> None:
             if file is not None:
-                report.save("gpu", _document(room, outcomes), file=file)
+                report.save("gpu", _document(room, commit, outcomes), file=file)
 
         outcomes = Run(room, options.budget_s, keep)(wanted)
         room.release()

@@ -7,7 +7,7 @@ transformers in the same precision is, and half as far again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ ROWS_ERROR = 5e-4  # Of the largest value, fp32.
 LOGPROB_ERROR = {torch.float32: 5e-3, torch.bfloat16: 0.3}
 BLOCK = 16
 Figures = dict[str, Any]
+Call = Callable[[Callable[[], Any]], Any]  # Calls what it is given, and may watch.
 
 
 class CheckFailed(Exception):
@@ -51,6 +52,10 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     """‖got - want‖ / ‖want‖, in fp64; NaN where ``got`` has one."""
     want = want.double()
     return float((got.double() - want).norm() / want.norm())
+
+
+def _call(work: Callable[[], Any]) -> Any:
+    return work()
 
 
 def short(dtype: torch.dtype) -> str:
@@ -91,17 +96,17 @@ def tower_attention(room: Room) -> Seen:
 
 
 def tower_case(
-    room: Room, dtype: torch.dtype, dim: int, heads: int, lengths: list[int]
+    room: Room, dtype: torch.dtype, dim: int, heads: int, lengths: list[int], call: Call = _call
 ) -> dict[str, float]:
+    """Errors by way. ``call`` calls the tower's own choice."""
     size = (1, heads, sum(lengths), dim)
     q, k, v = (torch.randn(size, device=room.device, dtype=dtype) for _ in range(3))
     packing = varlen.Packing.of(lengths, room.device)
     scale = dim**-0.5
     parts = zip(*(x[0].transpose(0, 1).split(lengths) for x in (q, k, v)), strict=True)
     want = torch.cat([_by_hand(*part, scale, None) for part in parts])
-    chosen, _ = varlen.attend(
-        None, q, k, v, None, scaling=scale, cu_seq_lens_q=packing.cu_seqlens, packings=[packing]
-    )
+    bounds = {"cu_seq_lens_q": packing.cu_seqlens, "packings": [packing]}
+    chosen, _ = call(lambda: varlen.attend(None, q, k, v, None, scaling=scale, **bounds))
     packed = [x[0].transpose(0, 1) for x in (q, k, v)]
     found = {"chosen": chosen[0], "runs": varlen._attend_by_runs(*packed, packing, scale)}
     if room.on_cuda and dtype is not torch.float32:
@@ -144,7 +149,11 @@ def decoder_attention(room: Room) -> Seen:
     return Seen(f"{len(CASES)} kinds of steps; worst {max(figures.values()):.1e}", figures)
 
 
-def decoder_case(room: Room, dtype: torch.dtype, heads: tuple[int, int, int], case: Case) -> float:
+def decoder_case(
+    room: Room, dtype: torch.dtype, heads: tuple[int, int, int], case: Case, call: Call = _call
+) -> float:
+    """The error. ``call`` calls the attention over the new tokens, once the cached ones are in
+    pages."""
     count, kv_heads, dim = heads
     totals = [cached + new for cached, new in zip(case.cached, case.new, strict=True)]
     pages = _tables(totals)
@@ -165,7 +174,7 @@ def decoder_case(room: Room, dtype: torch.dtype, heads: tuple[int, int, int], ca
     _step(backend, pages, spans, case.bidirectional)
     new = torch.cat([keys[i][start:end] for i, start, end in spans])
     query = torch.randn(len(new), count, dim, device=room.device, dtype=dtype)
-    got = backend.attend(0, query, new, dim**-0.5)
+    got = call(lambda: backend.attend(0, query, new, dim**-0.5))
     parts = query.split(list(case.new))
     want = [
         _by_hand(q, *keys[i].chunk(2, dim=1), dim**-0.5, _hidden(room, start, end, case))

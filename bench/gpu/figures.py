@@ -8,7 +8,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -323,21 +323,32 @@ def attention_kernels(room: Room) -> Seen:
     """Which of torch's attention kernels each kind of step takes, in bf16."""
     figures: Figures = {}
     for kind, case in CASES.items():
-        work = lambda c=case: decoder_case(room, HALF, HEADS[0], c)  # type: ignore[misc]  # noqa: E731
-        figures[kind] = _attention_names(_profile(room, work))
-    lengths = TOWER_LENGTHS["pictures"]
-    events = _profile(room, lambda: tower_case(room, HALF, 80, 4, lengths))
-    figures["tower"] = _attention_names(events)
+        watch = _Watch(room)
+        decoder_case(room, HALF, HEADS[0], case, watch)
+        figures[kind] = watch.names
+    watch = _Watch(room)
+    tower_case(room, HALF, 80, 4, TOWER_LENGTHS["pictures"], watch)
+    figures["tower"] = watch.names
     kinds: dict[str, list[str]] = {}
     for kind, names in figures.items():
         kinds.setdefault(names, []).append(kind)
     return Seen("; ".join(f"{k}: {', '.join(v)}" for k, v in kinds.items()), figures)
 
 
-def _attention_names(events: Iterable[Any]) -> str:
-    matches = [match for each in events if (match := ATTENTION_OPS.search(each.name))]
-    found = {(match[1] or match[2]).removesuffix("_attention") for match in matches}
-    return ", ".join(sorted(found)) or "none seen"
+class _Watch:
+    """Calls what it is given; ``names``: the attention kernels that ran in it."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self.names = ""
+
+    def __call__(self, work: Callable[[], Any]) -> Any:
+        results: list[Any] = []
+        events = _profile(self._room, lambda: results.append(work()))
+        matches = [match for each in events if (match := ATTENTION_OPS.search(each.name))]
+        found = {(match[1] or match[2]).removesuffix("_attention") for match in matches}
+        self.names = ", ".join(sorted(found)) or "none seen"
+        return results[0]
 
 
 # ---- helpers

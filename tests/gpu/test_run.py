@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from bench import report
 from bench.gpu import __main__ as gpu
+from bench.gpu import figures
 from bench.gpu.__main__ import Check, Outcome, Run
 from bench.gpu.checks import CheckFailed, Seen, Skipped
 from bench.gpu.models import TWIN, Room
@@ -108,6 +110,42 @@ def test_a_dry_run_keeps_nothing_unless_told_where(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     assert gpu.main(["--dry"]) == 0
     assert not (tmp_path / "results").exists()
+
+
+def test_on_cuda_results_are_kept_by_the_devices_name(tmp_path, monkeypatch):
+    def warns(room: Room) -> Seen:
+        assert room.on_cuda and room.dtype is torch.bfloat16
+        waits = figures._waits(
+            lambda: warnings.warn("called a synchronizing operation", stacklevel=1)
+        )
+        return Seen("seen", {"waits": waits, "ms": room.median_ms(lambda: None)})
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None: ...
+
+        def elapsed_time(self, end: object) -> float:
+            return 2.5
+
+    for name, fake in {
+        "is_available": lambda: True,
+        "get_device_name": lambda *_: "NVIDIA H100 80GB HBM3",
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
+        "set_sync_debug_mode": lambda mode: None,
+        "Event": Event,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)  # Asks the driver.
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "all_checks", lambda: checks(first=warns))
+    assert gpu.main(["--commit", "abc"]) == 0
+    document = json.loads((tmp_path / "gpu" / "nvidia-h100-80gb-hbm3.json").read_text())
+    assert document["commit"] == "abc" and document["dry"] is False
+    assert document["checks"][0]["figures"] == {"waits": 1, "ms": 2.5}
 
 
 def test_every_check_has_a_name_of_its_own():
