@@ -24,7 +24,7 @@ bench: $(INSTALLED) redis
 	for name in store split engine memory; do $(BIN)/python -m bench.$$name || exit 1; done
 	$(BIN)/python -m bench.load --quick
 
-gpu:  # With the machine's own Python where that has torch, as on a lent GPU; else with ours.
+gpu:  # With the machine's own Python where that has torch; else with ours.
 	@for python in $(PYTHON) python3; do \
 		$$python -c 'import PIL, torch, transformers.utils' 2>/dev/null && exec $$python -m bench.gpu $(ARGS); \
 	done; $(MAKE) $(INSTALLED) && $(BIN)/python -m bench.gpu $(ARGS)
