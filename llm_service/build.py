@@ -53,6 +53,7 @@ def build(settings: LLMConfig, rows: RowSource, emit: Emit) -> Engine:
         max_model_len=limits.max_model_len,
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_step_s=settings.max_step_ms / 1000,
         max_waiting=settings.max_waiting,
         prefix_caching=not settings.no_prefix_caching,
         vocab_size=language.vocab_size,
@@ -83,7 +84,7 @@ def _announce(
     """What this worker took, in one line."""
     log.info(
         "%s on %s in %s: %d threads, attention %s, max_model_len %d, %d KV pages of %d tokens "
-        "(%d MiB), max_num_seqs %d, max_num_batched_tokens %d",
+        "(%d MiB), max_num_seqs %d, max_num_batched_tokens %d, max_step_ms %g",
         checkpoint.name,
         language.device,
         str(language.dtype).removeprefix("torch."),
@@ -95,4 +96,5 @@ def _announce(
         runner.kv_cache_bytes // 2**20,
         config.max_num_seqs,
         config.max_num_batched_tokens,
+        config.max_step_s * 1000,
     )

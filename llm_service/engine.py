@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 
 Message: TypeAlias = Event | IntegrityReport | EngineStats
 Emit: TypeAlias = Callable[[list[Message]], None]
+Terminal: TypeAlias = FinishedEvent | FailedEvent | AbortedEvent
 
 
 class Engine:
@@ -64,6 +65,8 @@ class Engine:
     sequences of that step, none of whose pages anybody shares, and the engine goes on; DeviceLost
     and errors of the engine itself leave ``run``.
     """
+
+    clock: Callable[[], float] = staticmethod(time.perf_counter)
 
     def __init__(self, config: EngineConfig, runner: Runner, rows: RowSource, emit: Emit) -> None:
         self.config = config
@@ -96,14 +99,18 @@ class Engine:
 
     def step(self) -> bool:
         """Schedules, runs and commits one step; False when nothing can be computed now."""
-        plan = self.scheduler.schedule(time.perf_counter())
+        plan = self.scheduler.schedule(self.clock())
         self._ask_for_rows()
         if plan is None:
             self._flush()
             return False
         self._steps += 1
+        began = self.clock()
         try:
-            self._commit(plan, self.runner.execute(plan))
+            result = self.runner.execute(plan)
+            seconds = self.clock() - began
+            self.scheduler.costs.learn(plan, seconds, whole=not result.errors)
+            self._commit(plan, result)
         except DeviceLost as error:
             self.fail_all(error)
             raise
@@ -143,7 +150,7 @@ class Engine:
         except Exception as error:
             self._events.append(FailedEvent(request.request_id, _typed(error)))
             return
-        generation = Generation(request, self._arrivals, time.perf_counter())
+        generation = Generation(request, self._arrivals, self.clock())
         self._arrivals += 1
         self._open[request.request_id] = generation
         self._prompt_tokens += len(request.token_ids)
@@ -208,7 +215,7 @@ class Engine:
 
     def _commit(self, plan: StepPlan, result: StepResult) -> None:
         """Books a step's tokens. What belongs to sequences that ended meanwhile is dropped."""
-        now = time.perf_counter()
+        now = self.clock()
         errors = result.errors
         for work, sampled in zip(plan.works, result.sampled, strict=True):
             seq = work.seq
@@ -271,7 +278,7 @@ class Engine:
         logprobs: tuple[Logprobs, ...],
         finish: FinishReason | None,
     ) -> TokensEvent:
-        first = len(seq.token_ids) - seq.num_prompt - len(tokens)
+        first = seq.num_output - len(tokens)
         stop = seq.token_ids[-1] if finish is FinishReason.STOP else None
         return TokensEvent(
             seq.request.request_id, seq.choice, first, tokens, logprobs, finish, stop
@@ -339,9 +346,7 @@ class Engine:
         if generation.request.request_id in self._open:
             self._end(generation, FailedEvent(generation.request.request_id, error))
 
-    def _end(
-        self, generation: Generation, event: FinishedEvent | FailedEvent | AbortedEvent
-    ) -> None:
+    def _end(self, generation: Generation, event: Terminal) -> None:
         """The one place where a request ends: everything that it held is free."""
         del self._open[generation.request.request_id]
         for seq in generation.sequences:
@@ -368,6 +373,8 @@ class Engine:
             self._prompt_tokens,
             scheduler.num_cached_tokens,
             self._completion_tokens,
+            scheduler.costs.total_s,
+            scheduler.costs.prefill_tokens_per_s,
         )
 
     def check_integrity(self) -> None:

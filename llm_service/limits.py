@@ -21,6 +21,7 @@ class EngineConfig:
     max_model_len: int  # Prompt and output tokens of one sequence.
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
+    max_step_s: float = 0.0  # What a step may take while anything decodes; 0: any time.
     max_waiting: int = 1024
     prefix_caching: bool = True
     vocab_size: int = 0  # Token ids are below it; 0: not checked.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import Counter
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from llm_service.sequence import EngineStats
@@ -36,3 +36,12 @@ def of_engine(stats: EngineStats) -> Iterator[Metric]:
         "Sequences preempted for want of KV pages",
         stats.preemptions,
     )
+    yield SummaryMetricFamily(
+        "opticnerve_step_seconds", "Time of the engine's steps", stats.steps, stats.step_seconds
+    )
+    if stats.prefill_tokens_per_s:
+        yield GaugeMetricFamily(
+            "opticnerve_prefill_tokens_per_second",
+            "Speed of prefill beside a step's other costs, as chunks are cut by --max-step-ms",
+            stats.prefill_tokens_per_s,
+        )

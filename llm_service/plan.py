@@ -36,6 +36,11 @@ class Work:
     prompt_logprobs: bool = False  # Log-probabilities of every prompt token of this chunk.
     reads_slot: bool = False  # The chunk's last token is the one that the slot sampled last.
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it computes the next token of an output, and nothing before it."""
+        return self.num_tokens == self.num_logits == 1 and self.start >= self.seq.num_prompt
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -55,6 +60,10 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(work.num_tokens for work in self.works)
+
+    @property
+    def num_decodes(self) -> int:
+        return sum(1 for work in self.works if work.decodes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,10 @@ sequence asks for those of its tokens that are not computed. Running sequences c
 waiting ones, both by (priority, arrival, choice). That order is total and fixed for life, a
 sequence only ever preempts those behind it, and whoever is first fits the cache alone: so the
 first always gets on, and nobody waits for ever.
+
+While any sequence decodes, the step's prefill tokens are bounded by the time that they are
+expected to take, since every decoding sequence waits for the step's end. The first sequence that
+prefills always gets a page of tokens, or the whole of a bidirectional span.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 
 from llm_service.block_manager import BlockManager, whole_spans
+from llm_service.budget import Budget
+from llm_service.cost_model import CostModel
 from llm_service.limits import EngineConfig
 from llm_service.plan import Segment, StepPlan, Work
 from llm_service.rows import RowSource
@@ -26,6 +32,7 @@ class Scheduler:
         self.config = config
         self.blocks = blocks
         self.rows = rows
+        self.costs = CostModel()  # Whoever runs the plans teaches it how long they took.
         self.waiting: list[Sequence] = []  # Both by ``order``.
         self.running: list[Sequence] = []
         # Pictures that are slow to come leave room for text.
@@ -77,8 +84,9 @@ class Scheduler:
         """The next step, or None when no sequence can compute anything."""
         works: list[Work] = []
         preemptions = self.num_preemptions
-        budget = self._schedule_running(works, self.config.max_num_batched_tokens, now)
-        if self.waiting and budget and self.num_preemptions == preemptions:
+        budget = self._budget()
+        self._schedule_running(works, budget, now)
+        if self.waiting and self.num_preemptions == preemptions:
             self._schedule_waiting(works, budget, now)
         if not works:
             return None
@@ -94,15 +102,27 @@ class Scheduler:
         self._copies.clear()
         return plan
 
-    def _schedule_running(self, works: list[Work], budget: int, now: float) -> int:
+    def _budget(self) -> Budget:
+        """A token for each sequence that decodes, and the rest for prefill, as far as the step's
+        time goes."""
+        tokens, block_size = self.config.max_num_batched_tokens, self.blocks.block_size
+        decodes = sum(map(_decodes, self.running))
+        prefill = max(tokens - decodes, block_size)
+        timed = decodes > 0 and self.config.max_step_s > 0
+        if timed:
+            fitting = self.costs.prefill_tokens(decodes, self.config.max_step_s)
+            prefill = min(prefill, max(fitting, block_size))
+        return Budget(tokens, prefill, timed, block_size)
+
+    def _schedule_running(self, works: list[Work], budget: Budget, now: float) -> None:
         block_size = self.blocks.block_size
         for seq in tuple(self.running):
-            if not budget:
+            if not budget.tokens:
                 break
             if seq.status is not Status.RUNNING:
                 continue  # Preempted by one ahead of it, in this very loop.
             start = seq.num_computed
-            if start + 1 == len(seq.token_ids) and start >= seq.num_prompt:
+            if _decodes(seq):
                 tokens = 1
             else:
                 tokens = self._chunk(seq, budget, now)
@@ -113,8 +133,7 @@ class Scheduler:
             ):
                 continue
             works.append(self._work(seq, tokens))
-            budget -= tokens
-        return budget
+            budget.spend(works[-1])
 
     def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
         """Grows the sequence's pages, at the cost of those behind it; False: at its own."""
@@ -126,12 +145,12 @@ class Scheduler:
         self.blocks.grow(seq, num_tokens)
         return True
 
-    def _schedule_waiting(self, works: list[Work], budget: int, now: float) -> None:
+    def _schedule_waiting(self, works: list[Work], budget: Budget, now: float) -> None:
         """Admits in order. Where there is no room for more pictures, sequences without any go
         ahead; once there is, whoever was overtaken is the first in line again."""
         no_pictures = False
         for seq in tuple(self.waiting):
-            if not budget or not self._free_slots:
+            if not budget.chunk or not self._free_slots:
                 return
             if seq.request.spans and (no_pictures or not self._has_room_for_pictures(seq)):
                 no_pictures = True
@@ -144,13 +163,13 @@ class Scheduler:
             tokens = self._chunk(seq, budget, now)
             if tokens:
                 works.append(self._work(seq, tokens))
-                budget -= tokens
+                budget.spend(works[-1])
 
-    def _first_chunk_fits(self, seq: Sequence, budget: int) -> bool:
-        """False where a bidirectional span comes first and is longer than what is left."""
+    def _first_chunk_fits(self, seq: Sequence, budget: Budget) -> bool:
+        """False where what is left is shorter than a bidirectional span that comes first, or not
+        worth a chunk."""
         start = self.blocks.cached_tokens(seq)
-        end = min(start + budget, seq.num_tokens)
-        return whole_spans(seq, end) > start
+        return whole_spans(seq, budget.chunk_end(seq, start)) > start
 
     def _admit(self, seq: Sequence) -> None:
         _delete(self.waiting, seq)
@@ -206,12 +225,11 @@ class Scheduler:
 
     # ---- chunks and rows
 
-    def _chunk(self, seq: Sequence, budget: int, now: float) -> int:
+    def _chunk(self, seq: Sequence, budget: Budget, now: float) -> int:
         """Tokens that can be computed next: up to the budget, up to the first span whose rows
         are not here, and no part of a bidirectional span."""
         start = seq.num_computed
-        wanted = min(start + budget, seq.num_tokens)
-        end = self._ready_end(seq, start, wanted)
+        end = self._ready_end(seq, start, budget.chunk_end(seq, start))
         generation = seq.generation
         if end > start and generation.first_chunk_at is None:
             generation.first_chunk_at = now
@@ -345,6 +363,11 @@ class Scheduler:
 
 def _order(seq: Sequence) -> tuple[int, int, int]:
     return seq.order
+
+
+def _decodes(seq: Sequence) -> bool:
+    """Whether the sequence's next step is one token, the next of its output."""
+    return seq.num_computed + 1 == len(seq.token_ids) and seq.num_computed >= seq.num_prompt
 
 
 def _delete(queue: list[Sequence], seq: Sequence) -> None:

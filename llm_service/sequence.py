@@ -249,6 +249,8 @@ class EngineStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    step_seconds: float = 0.0  # Spent in steps.
+    prefill_tokens_per_s: float = 0.0  # As measured lately; 0 before the first step.
 
 
 # ---- state, of the engine's thread alone
@@ -383,10 +385,6 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.num_prompt
-
-    @property
-    def output_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt :]
 
     def suspend(self) -> None:
         """Forgets what was computed; the caller has released pages, slot and leases."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from llm_service.engine import Emit, Engine
@@ -112,13 +113,38 @@ class FakeRows:
         return {}
 
 
-class FakeRunner:
-    """``failures``: exceptions to raise at the next steps; ``slot_errors``: (at most one a step)
-    exceptions to answer for a work of the next steps."""
+@dataclass
+class Machine:
+    """A clock that moves as steps are computed, in seconds."""
 
-    def __init__(self, config: EngineConfig, rows: FakeRows) -> None:
+    per_step: float
+    per_decode: float
+    per_token: float  # Of prefill.
+    now: float = 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def seconds(self, decodes: int, prefill_tokens: int) -> float:
+        return self.per_step + self.per_decode * decodes + self.per_token * prefill_tokens
+
+    def run(self, plan: StepPlan) -> float:
+        """Computes a step; returns the seconds that it took."""
+        seconds = self.seconds(plan.num_decodes, plan.num_tokens - plan.num_decodes)
+        self.now += seconds
+        return seconds
+
+
+class FakeRunner:
+    """``machine`` says how long steps take. ``failures``: exceptions to raise at the next steps;
+    ``slot_errors``: (at most one a step) exceptions to answer for a work of the next steps."""
+
+    def __init__(
+        self, config: EngineConfig, rows: FakeRows, machine: Machine | None = None
+    ) -> None:
         self.config = config
         self.rows = rows
+        self.machine = machine
         self.memory = [[b"garbage"] * config.block_size for _ in range(config.num_blocks)]
         self.last: dict[int, int] = {}  # By slot, as the device would keep it.
         self.plans: list[StepPlan] = []
@@ -127,6 +153,8 @@ class FakeRunner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
+        if self.machine is not None:
+            self.machine.run(plan)
         for slot in plan.freed_slots:
             self.last.pop(slot, None)
         sources = [list(self.memory[source]) for source, _ in plan.copies]
@@ -236,4 +264,4 @@ class EveryRow(FakeRows):
         return True
 
 
-__all__ = ["EmbeddingUnavailable", "FakeRows", "FakeRunner", "make_engine", "oracle"]
+__all__ = ["EmbeddingUnavailable", "FakeRows", "FakeRunner", "Machine", "make_engine", "oracle"]

@@ -16,7 +16,10 @@ OWN = {
         "inter_token_seconds",
     },
     "encoder": {"patches_pending", "items_encoded", "store_bytes"},
-    "llm": {"kv_blocks_free", "sequences", "preemptions", "llm_tokens", "store_bytes"},
+    "llm": {
+        "kv_blocks_free", "sequences", "preemptions", "llm_tokens", "store_bytes", "step_seconds",
+        "prefill_tokens_per_second",
+    },
 }  # fmt: skip
 STAGES = {
     "gateway": {"fetch"},

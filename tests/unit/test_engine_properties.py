@@ -32,7 +32,7 @@ from llm_service.sequence import (
 from llm_service.stream import coalesce
 from opticnerve.errors import EmbeddingNotFound, EngineFailure
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
-from tests.fake_runner import FakeRows, FakeRunner, oracle
+from tests.fake_runner import FakeRows, FakeRunner, Machine, oracle
 
 KEYS = ("red", "green", "blue")
 PLACEHOLDER = 9
@@ -140,6 +140,7 @@ def config(chance: Random) -> EngineConfig:
         max_model_len=256,
         max_num_seqs=chance.randint(1, 5),
         max_num_batched_tokens=chance.choice((20, 33, 64, 200)),
+        max_step_s=chance.choice((0.0, 0.05, 0.2)),
         prefix_caching=chance.random() < 0.9,
         row_bytes=1,
     )
@@ -151,6 +152,7 @@ class World:
 
     config: EngineConfig
     budget: int
+    machine: Machine
     events: dict[str, list[Event]] = field(default_factory=lambda: defaultdict(list))
     wanted: set[str] = field(default_factory=set)
     disturbed: set[str] = field(default_factory=set)  # Requests that may fail.
@@ -158,8 +160,9 @@ class World:
 
     def __post_init__(self) -> None:
         self.rows = FakeRows(budget=self.budget)
-        self.runner = FakeRunner(self.config, self.rows)
+        self.runner = FakeRunner(self.config, self.rows, self.machine)
         self.engine = Engine(self.config, self.runner, self.rows, self.emit)
+        self.engine.clock = self.machine.clock
 
     def emit(self, messages: list[Message]) -> None:
         for message in messages:
@@ -274,7 +277,9 @@ class World:
 @settings(max_examples=400, deadline=None)
 def test_every_request_gets_what_it_would_get_alone(seed: int) -> None:
     chance = Random(seed)
-    world = World(config(chance), budget=chance.choice((10, 25, 10_000)))
+    slowness = 10 ** chance.uniform(-4, 1)
+    machine = Machine(slowness, slowness / 10, slowness * chance.choice((0.001, 0.05, 1)))
+    world = World(config(chance), chance.choice((10, 25, 10_000)), machine)
     pool = [prompt(chance) for _ in range(2)]
     for _ in range(chance.randint(10, 50)):
         act(world, chance, pool)

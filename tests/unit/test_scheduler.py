@@ -15,13 +15,14 @@ from llm_service.plan import StepPlan
 from llm_service.scheduler import Scheduler
 from llm_service.sequence import GenerateRequest, Generation, SamplingParams, Sequence, Status
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
-from tests.fake_runner import FakeRows
+from tests.fake_runner import FakeRows, Machine
 
 
 class Desk:
-    """A scheduler, and a step that only counts."""
+    """A scheduler, and a step that only counts, and takes as long as ``machine`` says."""
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, machine: Machine | None = None, **config: Any) -> None:
+        self.machine = machine
         values = {
             "num_blocks": 16,
             "block_size": 16,
@@ -74,6 +75,8 @@ class Desk:
         assert len(set(self.slots.values())) == len(self.slots)
 
     def commit(self, plan: StepPlan) -> None:
+        if self.machine is not None:
+            self.scheduler.costs.learn(plan, self.machine.run(plan))
         for work in plan.works:
             self.scheduler.advance(work.seq, work.start + work.num_tokens)
             if work.num_logits:
@@ -274,7 +277,10 @@ def test_the_first_always_gets_on_and_nobody_waits_for_ever(seed: int) -> None:
     """New sequences come at every step, more than there is room for. Of equal priority, each
     ends within the work of those before it."""
     chance = Random(seed)
+    slowness = 10 ** chance.uniform(-5, 1)
     desk = Desk(
+        Machine(slowness, slowness / 10, slowness * chance.choice((0.001, 0.1, 10))),
+        max_step_s=chance.choice((0.0, 0.01, 0.2)),
         num_blocks=chance.choice((6, 8, 16)),
         max_num_seqs=chance.randint(1, 6),
         max_num_batched_tokens=chance.choice((16, 33, 100)),

@@ -1,0 +1,58 @@
+"""What the step being planned can still take, and where chunks are cut to fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llm_service.plan import Work
+from llm_service.sequence import Sequence
+from opticnerve.media.plan import SpanAttention
+
+
+@dataclass(slots=True)
+class Budget:
+    """In tokens. A token is kept for each sequence that decodes; ``prefill`` is the rest, or what
+    the step's time leaves of it."""
+
+    tokens: int  # Of any kind.
+    prefill: int
+    timed: bool  # Time bounds ``prefill``: chunks are cut at pages.
+    block_size: int
+    begun: bool = False  # A sequence prefills in this step.
+
+    @property
+    def chunk(self) -> int:
+        """The longest chunk that is left for prefill."""
+        return min(self.tokens, self.prefill)
+
+    def spend(self, work: Work) -> None:
+        self.tokens -= work.num_tokens
+        if not work.decodes:
+            self.prefill = max(0, self.prefill - work.num_tokens)
+            self.begun = True
+
+    def chunk_end(self, seq: Sequence, start: int) -> int:
+        """The token before which a chunk of ``seq`` from ``start`` has to end; ``start``: no room.
+
+        The first chunk of a step has some tokens in any case, and the whole of a bidirectional
+        span, which may take longer than the time allows.
+        """
+        end = min(start + self.chunk, seq.num_tokens)
+        if self.timed and end < seq.num_tokens:
+            page_end = end - end % self.block_size
+            if page_end > start or self.begun:
+                end = max(page_end, start)
+        if not self.begun and start < (span_end := _span_end(seq, start)) <= start + self.tokens:
+            end = max(end, span_end)
+        return end
+
+
+def _span_end(seq: Sequence, start: int) -> int:
+    """The end of the bidirectional span that begins at ``start``; ``start`` where none does."""
+    spans = seq.request.spans
+    index = seq.generation.span_at(start)
+    if index < len(spans):
+        span = spans[index]
+        if span.attention is SpanAttention.BIDIRECTIONAL and span.token_offset == start:
+            return start + span.num_tokens
+    return start
