@@ -181,7 +181,7 @@ class LLMConfig:
     max_num_seqs: int = _engine(64, "sequences that run at once", metavar="N", least=1)
     max_num_batched_tokens: int = _engine(2048, "tokens of one step", metavar="N", least=1)
     max_step_ms: int = _engine(
-        200,
+        250,
         "how long one step may take while any sequence decodes: prompts are computed in chunks "
         "that fit, by the speed measured; 0: chunks of any length",
         metavar="MS",
