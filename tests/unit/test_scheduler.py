@@ -52,13 +52,26 @@ class Desk:
         return seq
 
     def step(self) -> StepPlan | None:
+        most = self.most_prefill()
         plan = self.scheduler.schedule(0.0)
         self.scheduler.check_integrity()
         if plan is not None:
             self.check(plan)
+            assert plan.num_tokens - plan.num_decodes <= most
             self.commit(plan)
             self.scheduler.check_integrity()
         return plan
+
+    def most_prefill(self) -> int:
+        """Prefill tokens that the next step may have: what fits its time, or a page."""
+        running, target_s = self.scheduler.running, self.config.max_step_s
+        decodes = sum(
+            1 for seq in running if seq.num_output and seq.num_computed + 1 == len(seq.token_ids)
+        )
+        if not (decodes and target_s):
+            return self.config.max_num_batched_tokens
+        fitting = self.scheduler.costs.prefill_tokens(decodes, target_s)
+        return max(fitting, self.blocks.block_size)
 
     def check(self, plan: StepPlan) -> None:
         """What the runner may rely on."""
