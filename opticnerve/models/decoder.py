@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 
 from opticnerve.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
 from opticnerve.models.fused import fuse
-from opticnerve.models.linear import Linear
+from opticnerve.models.linear import Linear, narrowed, num_bytes
 from opticnerve.models.loader import load_module, resolve_device, resolve_dtype, rotary_buffers
 
 if TYPE_CHECKING:
@@ -68,30 +68,36 @@ class PackedLanguage:
         self.dtype: torch.dtype = model.embed_tokens.weight.dtype
         self.device: torch.device = model.embed_tokens.weight.device
         self._embedding = model.embed_tokens.weight
-        self._head = self._make_head()
         self._model = model
+        self._head = self._make_head()
         self.fused = fuse(model, config._attn_implementation, position_dims)
 
     def _make_head(self) -> Linear:
-        """A head of its own is kept packed alone; a large one that is the embedding, too, would
-        be in memory twice."""
+        """A head of its own is kept in one form alone. A large one that is the embedding, too,
+        would be in memory twice: both are kept in 16 bits where that loses nothing, or once."""
         weight = self.decoder.lm_head.weight
         tied = weight is self._embedding
         head = Linear(weight, pack=not tied or weight.numel() <= SMALL_HEAD)
-        if not tied:
+        if head.in_halves:
+            self._embedding = narrowed(weight)
+            del self._model.embed_tokens
+        if head.in_halves or not tied:
             del self.decoder.lm_head
         return head
 
-    def weights(self) -> list[torch.Tensor]:
-        """Every tensor that is kept, shared ones once."""
-        head = [tensor for tensor in self._head.tensors() if tensor is not self._embedding]
-        if self.fused is not None:
-            return [self._embedding, *head, *self.fused.weights()]
-        return [*self._model.parameters(), *head]
+    def weight_bytes(self) -> int:
+        """What the weights take in memory, shared ones once."""
+        tensors = [self._embedding]
+        if self.fused is None:
+            tensors += [each for each in self._model.parameters() if each is not self._embedding]
+        tied = any(each is self._embedding for each in self._head.tensors())
+        head = 0 if tied else self._head.num_bytes()
+        layers = 0 if self.fused is None else self.fused.weight_bytes()
+        return sum(map(num_bytes, tensors)) + head + layers
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 [tokens] -> [tokens, hidden_size]."""
-        return F.embedding(token_ids, self._embedding)
+        return F.embedding(token_ids, self._embedding).to(self.dtype)
 
     def forward(
         self,

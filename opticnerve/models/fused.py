@@ -25,7 +25,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 
-from opticnerve.models.linear import Linear, return_freed_memory
+from opticnerve.models.linear import Linear, num_bytes, return_freed_memory
 
 FUSABLE = (
     LlamaDecoderLayer,
@@ -76,10 +76,10 @@ class FusedLayer:
         self.down = Linear(mlp.down_proj.weight, mlp.down_proj.bias)
         del mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
-    def weights(self) -> list[torch.Tensor]:
+    def weight_bytes(self) -> int:
         linears = (self.qkv, self.out, self.gate_up, self.down)
-        tensors = [tensor for linear in linears for tensor in linear.tensors()]
-        return [self.input_norm, self.post_norm, *tensors]
+        norms = num_bytes(self.input_norm) + num_bytes(self.post_norm)
+        return norms + sum(linear.num_bytes() for linear in linears)
 
     def forward(
         self, hidden: torch.Tensor, turns: torch.Tensor, rows: torch.Tensor | None = None
@@ -143,8 +143,9 @@ class FusedDecoder:
         self.width = tuple(self.norm.shape)
         self.rotary = RotaryTable(model.rotary_emb, position_dims)
 
-    def weights(self) -> list[torch.Tensor]:
-        return [self.norm, *(tensor for layer in self.layers for tensor in layer.weights())]
+    def weight_bytes(self) -> int:
+        """What the weights take in memory."""
+        return num_bytes(self.norm) + sum(layer.weight_bytes() for layer in self.layers)
 
     def forward(
         self,

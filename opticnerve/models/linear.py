@@ -1,6 +1,13 @@
-"""Matrix products with weights packed for the CPU, where that is faster.
+"""Matrix products with weights in the form that multiplies fastest on this CPU.
 
-oneDNN can multiply with weights that it has laid out once for this CPU. On one CPU with AVX-512
+Few rows cost what reading the weights costs. A checkpoint in bf16 or fp16 that is computed in
+float32, as on a CPU without arithmetic in its own type, therefore keeps its weights in 16 bits:
+FBGEMM multiplies float32 rows by them, sums in float32, and widens each weight on its way to the
+registers. On a CPU with AVX2 that took a third of the time of float32 weights at one row and no
+more at 256. The weights are exact, so the product is that of float32 weights up to the order of
+its sum.
+
+For other weights, oneDNN can multiply with weights that it has laid out once for this CPU. On one CPU with AVX-512
 that took a half to a third of the time of plain weights at any number of rows; on one with AVX2
 it lost at one row, gained with large weights at a few rows, and never paid with small ones. So
 the two ways are timed where they will run, at load, once for each shape of weights. torch offers
@@ -15,6 +22,7 @@ import logging
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -28,16 +36,28 @@ LARGE = 600_000  # Elements; a larger weight is kept in one form only.
 ROWS = (1, 2, 4, 16, 64, 256)  # Of the products that are timed.
 MOST_WORK = 1 << 30  # Multiplications of one timed product.
 REPEATS = 5
+LOST = 2.0**-39  # Of a matrix' largest weight: what 16 bits may lose, and no float32 sum would keep.
+HALVES_BLOCK = 512  # FBGEMM lays out this many inputs together.
+PART_ROWS = 1024  # Of a weight, looked at together: a copy of the whole would take its memory.
 CLEARLY = 0.95  # Of the plain product's time: what is no faster than that is not worth a form.
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Linear:
-    """``forward`` computes ``x @ weight.T + bias``, x [rows, in]. ``pack`` false: with the weight
-    as it is."""
+    """``forward`` computes ``x @ weight.T + bias``, x [rows, in]. ``pack`` false: whoever made the
+    weight keeps it, so it is packed only where that takes half its size."""
 
-    __slots__ = ("_bias", "_packed", "_packed_from", "_weight", "forward")
+    __slots__ = (
+        "_bias",
+        "_halves",
+        "_halves_bytes",
+        "_packed",
+        "_packed_from",
+        "_unscale",
+        "_weight",
+        "forward",
+    )
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, pack: bool = True
@@ -46,9 +66,27 @@ class Linear:
         self._weight: torch.Tensor | None = weight
         self._packed: Any = None
         self._packed_from = 0  # Rows.
+        self._halves: torch.Tensor | None = None  # FBGEMM's handle.
+        self._halves_bytes = 0
+        self._unscale = 1.0
         self.forward: Product = self._plain
-        if pack and weight.device.type == "cpu" and can_pack(weight.dtype):
+        if weight.device.type != "cpu":
+            return
+        scale = scale_to_halve(weight) if weight.dtype == torch.float32 and can_halve() else None
+        if scale is not None:
+            self._take_halves(weight, scale)
+        elif pack and can_pack(weight.dtype):
             self._take_faster(weight)
+
+    def _take_halves(self, weight: torch.Tensor, scale: float) -> None:
+        outputs, inputs = weight.shape
+        self._halves, self._weight = _halve(weight * scale), None
+        self._halves_bytes = 2 * outputs * -(-inputs // HALVES_BLOCK) * HALVES_BLOCK
+        self.forward = self._by_halves
+        if scale != 1.0:
+            self._unscale = 1.0 / scale
+            self._bias = None if self._bias is None else self._bias * scale
+            self.forward = self._by_scaled_halves
 
     def _take_faster(self, weight: torch.Tensor) -> None:
         packed = _pack(weight)
@@ -63,10 +101,19 @@ class Linear:
         self._packed, self.forward = packed, self._either
         self._packed_from = slower[-1] + 1 if slower else 0
 
+    @property
+    def in_halves(self) -> bool:
+        """Whether the weight is kept in 16 bits, where it came in 32."""
+        return self._halves is not None
+
     def tensors(self) -> list[torch.Tensor]:
-        """What is held in memory."""
+        """What is held in memory, but for weights in 16 bits: FBGEMM's memory is no tensor."""
         held = (self._weight, self._packed, self._bias)
         return [tensor for tensor in held if tensor is not None]
+
+    def num_bytes(self) -> int:
+        """What is held in memory."""
+        return self._halves_bytes + sum(map(num_bytes, self.tensors()))
 
     def _plain(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._weight, self._bias)
@@ -74,10 +121,66 @@ class Linear:
     def _fast(self, x: torch.Tensor) -> torch.Tensor:
         return _multiply(x, self._packed, self._bias)
 
+    def _by_halves(self, x: torch.Tensor) -> torch.Tensor:
+        return _multiply_halves(x, self._halves, self._bias)
+
+    def _by_scaled_halves(self, x: torch.Tensor) -> torch.Tensor:
+        return _multiply_halves(x, self._halves, self._bias).mul_(self._unscale)
+
     def _either(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[0] < self._packed_from:
             return F.linear(x, self._weight, self._bias)
         return _multiply(x, self._packed, self._bias)
+
+
+def num_bytes(tensor: torch.Tensor) -> int:
+    """Also of a packed tensor, which has no storage."""
+    return int(tensor.numel() * tensor.dtype.itemsize)
+
+
+def narrowed(table: torch.Tensor) -> torch.Tensor:
+    """``table`` in 16 bits where that changes no value; else as it is."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(torch.equal(part.to(dtype).to(table.dtype), part) for part in table.split(PART_ROWS)):
+            return table.to(dtype)
+    return table
+
+
+def scale_to_halve(weight: torch.Tensor) -> float | None:
+    """The power of two by which ``weight``, float32, becomes 16-bit numbers without loss. None
+    where it does not, as it has more than 11 significant bits or is not finite.
+
+    Without the scale the many small weights of a usual matrix would be subnormal numbers.
+    """
+    largest = max(map(abs, map(float, weight.aminmax()))) if weight.numel() else math.inf
+    if not math.isfinite(largest):
+        return None
+    for scale in (1.0, 2.0 ** (15 - math.frexp(largest)[1])):
+        lost = largest * scale * LOST
+        if all(_fits_half(part * scale, lost) for part in weight.split(PART_ROWS)):
+            return scale
+    return None
+
+
+def _fits_half(scaled: torch.Tensor, lost: float) -> bool:
+    return bool((scaled.half().float() - scaled).abs().max() <= lost)
+
+
+@cache
+def can_halve() -> bool:
+    """Whether this torch on this CPU multiplies float32 rows by 16-bit weights, and right."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 40, generator=generator).half().float()
+    x, bias = torch.randn(5, 40, generator=generator), weight[:, 0].clone()
+    try:
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # They may go one day; then they fail here.
+            halves = _halve(weight)
+            got = [_multiply_halves(x, halves, bias), _multiply_halves(x[:1], halves, None)]
+    except (AttributeError, RuntimeError) as error:  # Not in this build, or not on this CPU.
+        log.info("weights are not kept in 16 bits: %s", error)
+        return False
+    return _agree(got, [F.linear(x, weight, bias), F.linear(x[:1], weight)], 1e-4)
 
 
 @cache
@@ -96,7 +199,10 @@ def can_pack(dtype: torch.dtype) -> bool:
         log.info("weights are not packed: %s", error)
         return False
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
-    want = [F.linear(x, weight, bias), F.linear(x[:1], weight)]
+    return _agree(got, [F.linear(x, weight, bias), F.linear(x[:1], weight)], tolerance)
+
+
+def _agree(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor], tolerance: float) -> bool:
     return all(torch.allclose(a, b, atol=tolerance) for a, b in zip(got, want, strict=True))
 
 
@@ -109,6 +215,18 @@ def return_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not.
         if trim is not None:
             trim(0)
+
+
+def _halve(weight: torch.Tensor) -> torch.Tensor:
+    halves: torch.Tensor = torch.fbgemm_pack_gemm_matrix_fp16(weight.detach().contiguous())
+    return halves
+
+
+def _multiply_halves(
+    x: torch.Tensor, halves: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    product: torch.Tensor = torch.fbgemm_linear_fp16_weight_fp32_activation(x, halves, bias)
+    return product
 
 
 def _pack(weight: torch.Tensor) -> Any:
