@@ -199,27 +199,23 @@ def half(side: str, model: str) -> dict[str, float]:
     from opticnerve.models import registry
     from opticnerve.models.checkpoint import Checkpoint
 
-    loaded: Any
     if side == "encoder":
         import encoder_service.service  # noqa: F401
         import opticnerve.models.qwen2_vl.vision
 
         before = resident()
-        loaded = registry.load_tower(Checkpoint.open(model, side="encoder"), "auto", "cpu")
-        tensors = list(loaded.module.parameters())
-    else:
-        import opticnerve.models.qwen2_vl.language  # noqa: F401
-        from llm_service.attention import ATTENTION_NAME
+        tower: Any = registry.load_tower(Checkpoint.open(model, side="encoder"), "auto", "cpu")
+        tensors = list(tower.module.parameters())
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        touch(tensors)
+        return figures(before, sum(storages.values()))
+    import opticnerve.models.qwen2_vl.language  # noqa: F401
+    from llm_service.attention import ATTENTION_NAME
 
-        before = resident()
-        checkpoint = Checkpoint.open(model, side="llm")
-        loaded = registry.load_language(checkpoint, "auto", "cpu", ATTENTION_NAME)
-        tensors = loaded.weights()
-    packed = sum(t.numel() * t.dtype.itemsize for t in tensors if t.is_mkldnn)  # Has no storage.
-    plain = [t for t in tensors if not t.is_mkldnn]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}
-    touch(plain)
-    return figures(before, packed + sum(storages.values()))
+    before = resident()
+    checkpoint = Checkpoint.open(model, side="llm")
+    language: Any = registry.load_language(checkpoint, "auto", "cpu", ATTENTION_NAME)
+    return figures(before, language.weight_bytes())
 
 
 def whole(model: str) -> dict[str, float]:

@@ -142,11 +142,9 @@ class Commands:
     def __init__(self, settings: config.UpConfig, given: dict[str, Any]) -> None:
         self._settings = settings
         self._given = given
-        children = settings.encoders + settings.llms
         if settings.encoders < 1 or settings.llms < 1:
             raise StartupError("--encoders and --llms must be at least 1")
-        threads = build(config.ModelConfig, given).threads
-        self._threads = threads or max(1, len(os.sched_getaffinity(0)) // children)
+        self._threads = build(config.ModelConfig, given).threads
 
     def workers(self) -> list[Service]:
         return [
@@ -173,15 +171,26 @@ class Commands:
     def _pool(self, name: str, stage: int, cls: type, count: int) -> Iterator[Service]:
         devices = getattr(self._settings, f"{name}_devices")
         module = {"encoder": "encoder_service", "llm": "llm_service"}[name]
-        arguments = _arguments(cls, {**self._given, "threads": self._threads}, skip=GATEWAY_ONLY)
+        threads = self._threads or share_of_cores(count)
+        arguments = _arguments(cls, {**self._given, "threads": threads}, skip=GATEWAY_ONLY)
         own = ["--host", "127.0.0.1", "--metrics-port", "0"]  # The port is in the child's log.
         base = [sys.executable, "-m", module, *arguments, *own]
         for index in range(count):
-            environment = child_environment(self._threads, devices, index)
+            environment = child_environment(threads, devices, index)
             for option in GATEWAY_ONLY:
                 environment.pop(PREFIX + option.upper(), None)
             label = name if count == 1 else f"{name}-{index}"
             yield Service(Child(label, [*base, "--port", "0"], environment), stage, base)
+
+
+def share_of_cores(workers: int) -> int:
+    """CPU threads of each of a pool's ``workers``.
+
+    Each pool divides all cores, although there are two: a request is encoded first and decoded
+    then, so one alone would leave half of the machine idle. Where both pools are busy, two threads
+    a core take turns, which costs little while threads that wait do not spin.
+    """
+    return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 def _arguments(cls: type, given: dict[str, Any], skip: set[str]) -> list[str]:

@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"opticnerve: there is no command {name!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     quiet_grpc()
+    wait_briefly()
     return run(COMMANDS[name][0], rest)
 
 
@@ -75,6 +76,18 @@ def quiet_grpc() -> None:
     Before gRPC is imported, which reads the variable once. A value of the user's counts.
     """
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
+def wait_briefly() -> None:
+    """Lets tensor threads that wait for work spin for some 50 us, here and in the processes that
+    we start, not for milliseconds as GNU's OpenMP does: they would take the cores of whoever has
+    work. 50 us are enough to meet again between two products.
+
+    Before torch is imported, which reads the variables once. A value of the user's counts.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+        os.environ.setdefault("KMP_BLOCKTIME", "0")  # The same for LLVM's, which counts in ms.
 
 
 def run(module: str, argv: Sequence[str]) -> int:

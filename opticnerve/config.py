@@ -83,15 +83,16 @@ class ModelConfig(CheckpointConfig):
     )
     threads: int = _model(
         0,
-        "CPU threads for tensor work of one process; 0: all cores but one, under `up` a fair share",
+        "CPU threads for tensor work of one process; 0: all cores, under `up` shared among the "
+        "encoders and, once more, among the LLM workers",
         metavar="N",
     )
 
     @property
     def num_threads(self) -> int:
-        """Threads for tensor work. By default one core is left to the event loop: threads that
-        wait for each other while it runs cost more than they give."""
-        return self.threads or max(1, len(os.sched_getaffinity(0)) - 1)
+        """Threads for tensor work. They sleep while there is none (``cli.wait_briefly``), so the
+        event loop needs no core of its own."""
+        return self.threads or len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class PackedLanguage:
         tied = weight is self._embedding
         head = Linear(weight, pack=not tied or weight.numel() <= SMALL_HEAD)
         if head.in_halves:
-            self._embedding = narrowed(weight)
+            self._embedding = narrowed(self._embedding)
             del self._model.embed_tokens
         if head.in_halves or not tied:
             del self.decoder.lm_head

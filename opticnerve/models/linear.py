@@ -7,12 +7,13 @@ registers. On a CPU with AVX2 that took a third of the time of float32 weights a
 more at 256. The weights are exact, so the product is that of float32 weights up to the order of
 its sum.
 
-For other weights, oneDNN can multiply with weights that it has laid out once for this CPU. On one CPU with AVX-512
-that took a half to a third of the time of plain weights at any number of rows; on one with AVX2
-it lost at one row, gained with large weights at a few rows, and never paid with small ones. So
-the two ways are timed where they will run, at load, once for each shape of weights. torch offers
-packed products to its own compiler's output, as operators that need no compiler: they are tried
-at first use, and what they cannot do, or do differently, stays with ``F.linear``.
+For other weights, oneDNN can multiply with weights that it has laid out once for this CPU. On one
+CPU with AVX-512 that took a half to a third of the time of plain weights at any number of rows;
+on one with AVX2 it lost at one row, gained with large weights at a few rows, and never paid with
+small ones. So the two ways are timed where they will run, at load, once for each shape of weights.
+
+torch offers both as operators that it does not document for use like this: they are tried at
+first use, and what they cannot do, or do differently, stays with ``F.linear``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ LARGE = 600_000  # Elements; a larger weight is kept in one form only.
 ROWS = (1, 2, 4, 16, 64, 256)  # Of the products that are timed.
 MOST_WORK = 1 << 30  # Multiplications of one timed product.
 REPEATS = 5
-LOST = 2.0**-39  # Of a matrix' largest weight: what 16 bits may lose, and no float32 sum would keep.
+LOST = 2.0**-39  # Of a matrix' largest weight: what 16 bits may lose, far below float32's rounding.
+MOST_SCALE = 2.0**40  # That a bias is multiplied by.
 HALVES_BLOCK = 512  # FBGEMM lays out this many inputs together.
 PART_ROWS = 1024  # Of a weight, looked at together: a copy of the whole would take its memory.
 CLEARLY = 0.95  # Of the plain product's time: what is no faster than that is not worth a form.
@@ -147,15 +149,15 @@ def narrowed(table: torch.Tensor) -> torch.Tensor:
 
 
 def scale_to_halve(weight: torch.Tensor) -> float | None:
-    """The power of two by which ``weight``, float32, becomes 16-bit numbers without loss. None
-    where it does not, as it has more than 11 significant bits or is not finite.
+    """The power of two by which ``weight``, float32, fits fp16 without loss (see LOST). None where
+    there is none: it has more than 11 significant bits, or is not finite.
 
-    Without the scale the many small weights of a usual matrix would be subnormal numbers.
+    bf16 always fits: the scale takes its many small numbers out of fp16's subnormal range.
     """
     largest = max(map(abs, map(float, weight.aminmax()))) if weight.numel() else math.inf
     if not math.isfinite(largest):
         return None
-    for scale in (1.0, 2.0 ** (15 - math.frexp(largest)[1])):
+    for scale in (1.0, min(MOST_SCALE, 2.0 ** (15 - math.frexp(largest)[1]))):
         lost = largest * scale * LOST
         if all(_fits_half(part * scale, lost) for part in weight.split(PART_ROWS)):
             return scale

@@ -264,6 +264,23 @@ def test_the_gateways_own_variables_are_kept_from_workers(monkeypatch):
         up.Commands(UpConfig(), {"parent_pid": 1})
 
 
+@pytest.mark.parametrize(
+    ("cores", "encoders", "llms", "of_encoders", "of_llms"),
+    [(1, 1, 1, 1, 1), (2, 1, 1, 2, 2), (2, 2, 1, 1, 2), (2, 3, 3, 1, 1), (64, 4, 4, 16, 16)],
+)
+def test_each_pool_divides_all_cores(cores, encoders, llms, of_encoders, of_llms, monkeypatch):
+    """One request alone, encoded and then decoded, has every core; and a pool never has more
+    threads than there are cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    settings = UpConfig(encoders=encoders, llms=llms)
+    for given, share in (({}, None), ({"threads": 7}, 7)):
+        for worker in up.Commands(settings, {"parent_pid": 1, **given}).workers():
+            want = share or (of_encoders if worker.child.name.startswith("encoder") else of_llms)
+            assert worker.child.environment["OMP_NUM_THREADS"] == str(want)
+            command = worker.child.command
+            assert command[command.index("--threads") + 1] == str(want)
+
+
 @pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
 def test_a_port_that_is_taken_is_found_before_anything_starts(flag, monkeypatch):
     monkeypatch.setattr(up, "Supervisor", None)

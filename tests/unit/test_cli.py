@@ -69,6 +69,35 @@ def test_grpc_is_quiet_unless_the_user_says_otherwise(given, seen, monkeypatch):
     assert run(code).stdout.split() == [seen]
 
 
+OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({}, ["None", "2000", "0"]),
+        ({"GOMP_SPINCOUNT": "7"}, ["None", "7", "0"]),
+        ({"OMP_WAIT_POLICY": "active"}, ["active", "None", "None"]),
+    ],
+)
+def test_threads_that_wait_do_not_spin_for_long(given, seen, monkeypatch):
+    for name in OPENMP:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    code = (
+        "import os, sys, types\n"
+        "from opticnerve import cli\n"
+        "assert 'torch' not in sys.modules\n"
+        "fake = types.ModuleType('fake')\n"
+        f"fake.main = lambda argv: print(*map(os.environ.get, {OPENMP}))\n"
+        "sys.modules['fake'] = fake\n"
+        "cli.COMMANDS['fake'] = ('fake', '')\n"
+        "cli.main(['fake'])\n"
+    )
+    assert run(code).stdout.split() == seen
+
+
 IMPORTS = """
 import logging, os
 before = dict(os.environ), logging.root.level, list(logging.root.handlers)

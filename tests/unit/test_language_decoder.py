@@ -16,6 +16,7 @@ from opticnerve.media.plan import Span, Structure
 from opticnerve.models import decoder, registry
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.decoder import PackedLanguage
+from opticnerve.models.linear import can_halve
 from opticnerve.models.passthrough import PassThroughCache
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.reference import CAUSAL, image_processor, load_reference, picture
@@ -53,6 +54,31 @@ def test_text_equals_the_unsplit_model(
     logits = text_logits(load(path), ids)
     assert logits.dtype is torch.float32
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not can_halve(), reason="this CPU keeps no weights in 16 bits")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bf16_checkpoint_is_computed_in_float32_in_half_the_memory(
+    family: str, tied: bool, random_checkpoint: MakeCheckpoint
+) -> None:
+    text = {
+        "hidden_size": 512,  # Of which FBGEMM lays out whole blocks.
+        "intermediate_size": 1024,
+        "vocab_size": 10_000,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+    }
+    path = random_checkpoint(family, dtype=torch.bfloat16, tied=tied, text=text)
+    language, reference = load(path), load_reference(path)
+    ids = torch.randint(0, 600, (50,), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        expected = reference(ids[None]).logits[0]
+        embedded = reference.get_input_embeddings()(ids)
+    assert torch.equal(language.embed(ids), embedded) and embedded.dtype is torch.float32
+    torch.testing.assert_close(text_logits(language, ids), expected, rtol=1e-5, atol=1e-4)
+    parameters = sum(each.numel() for each in reference.model.language_model.parameters())
+    assert language.weight_bytes() < 2.02 * (parameters + reference.lm_head.weight.numel())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

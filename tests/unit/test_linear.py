@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from opticnerve.models import linear
-from opticnerve.models.linear import ROWS, Linear, can_pack
+from opticnerve.models.linear import ROWS, Linear, can_halve, can_pack, narrowed, scale_to_halve
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -89,6 +89,104 @@ def test_every_number_of_rows_is_timed_but_too_much_work_is_not() -> None:
         ratios = linear._compare(weight, linear._pack(weight))
         assert len(ratios) == sum(rows <= 20 for rows in ROWS)
         assert all(ratio > 0 for ratio in ratios)
+
+
+needs_halves = pytest.mark.skipif(
+    not can_halve(), reason="this CPU or this torch does not multiply by 16-bit weights"
+)
+
+
+def weights(shape: tuple[int, int], dtype: torch.dtype, spread: float = 1.0) -> torch.Tensor:
+    """float32 numbers that ``dtype`` holds, some of them 2^30 times smaller than others."""
+    torch.manual_seed(1)
+    weight = torch.randn(shape) * spread
+    weight[::3, ::5] *= 2.0**-30 if dtype is torch.bfloat16 else 0.5
+    return weight.to(dtype).float()
+
+
+@needs_halves
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 3e3])
+@pytest.mark.parametrize("shape", [(24, 40), (1024, 640)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_weights_of_16_bits_stay_so_and_the_product_is_float32s(
+    dtype: torch.dtype, spread: float, shape: tuple[int, int], biased: bool
+) -> None:
+    weight = weights(shape, dtype, spread)
+    bias = torch.randn(shape[0]) if biased else None
+    layer = Linear(weight, bias)
+    assert layer.in_halves
+    assert layer.num_bytes() <= 2 * shape[0] * (shape[1] + 512) + 4 * shape[0]
+    with torch.inference_mode():
+        for rows in (1, 3, 17, 200):
+            x = torch.randn(rows, shape[1])  # Not held by 16 bits: rounding would show.
+            exact = x.double() @ weight.double().T + (0 if bias is None else bias)
+            error = (layer.forward(x) - exact).abs().max() / exact.abs().max()
+            assert error < 3e-6
+
+
+@needs_halves
+def test_a_weight_that_its_owner_keeps_is_taken_into_16_bits_too() -> None:
+    weight = weights((1024, 640), torch.bfloat16)
+    assert Linear(weight, pack=False).in_halves
+    assert not Linear(torch.randn(1024, 640), pack=False).in_halves
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.randn(24, 40),
+        torch.full((2, 2), torch.nan),
+        torch.tensor([[1.0, torch.inf]]),
+        torch.tensor([[1.0, torch.nan]]),
+        torch.zeros(0, 4),
+        torch.tensor([[1.0 + 2.0**-11]]),  # Twelve significant bits.
+    ],
+)
+def test_what_16_bits_do_not_hold_stays_as_it_is(weight: torch.Tensor) -> None:
+    assert scale_to_halve(weight) is None
+    assert not Linear(weight, pack=False).in_halves
+
+
+def test_a_scale_is_a_power_of_two_and_only_where_it_is_needed() -> None:
+    assert scale_to_halve(weights((24, 40), torch.float16)) == 1.0
+    assert scale_to_halve(torch.zeros(3, 4)) == 1.0
+    # Within fp16's range, but for numbers that would lose bits below it.
+    scale = scale_to_halve(torch.tensor([[1.0, 1.5 * 2.0**-24], [-0.75, 2.0**-25]]))
+    assert scale == 2.0**14
+    tiny = torch.tensor([[1e-30, 3e-33]]).bfloat16().float()
+    assert scale_to_halve(tiny) is None  # Beyond what a bias could be multiplied by.
+
+
+def test_a_table_is_narrowed_where_that_changes_nothing() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        table = weights((2000, 40), dtype)
+        assert narrowed(table).dtype is dtype
+        assert torch.equal(narrowed(table).float(), table)
+    wide = torch.randn(2000, 40)
+    assert narrowed(wide) is wide
+
+
+@pytest.mark.parametrize("fault", ["missing", "wrong"])
+def test_without_halves_that_are_right_weights_take_another_form(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def multiply(x: torch.Tensor, *_: Any) -> torch.Tensor:
+        if fault == "missing":
+            raise AttributeError("no such operator")
+        return torch.zeros(len(x), 24)
+
+    monkeypatch.setattr(linear, "_multiply_halves", multiply)
+    can_halve.cache_clear()
+    try:
+        weight = weights((24, 40), torch.bfloat16)
+        layer = Linear(weight)
+        assert not layer.in_halves
+        x = torch.randn(3, 40)
+        with torch.inference_mode():
+            torch.testing.assert_close(layer.forward(x), F.linear(x, weight))
+    finally:
+        can_halve.cache_clear()
 
 
 def test_without_the_operators_weights_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
