@@ -143,7 +143,9 @@ def num_bytes(tensor: torch.Tensor) -> int:
 def narrowed(table: torch.Tensor) -> torch.Tensor:
     """``table`` in 16 bits where that changes no value; else as it is."""
     for dtype in (torch.bfloat16, torch.float16):
-        if all(torch.equal(part.to(dtype).to(table.dtype), part) for part in table.split(PART_ROWS)):
+        if all(
+            torch.equal(part.to(dtype).to(table.dtype), part) for part in table.split(PART_ROWS)
+        ):
             return table.to(dtype)
     return table
 
