@@ -79,9 +79,9 @@ def quiet_grpc() -> None:
 
 
 def wait_briefly() -> None:
-    """Lets tensor threads that wait for work spin for some 50 us, here and in the processes that
-    we start, not for milliseconds as GNU's OpenMP does: they would take the cores of whoever has
-    work. 50 us are enough to meet again between two products.
+    """Lets tensor threads that wait for work spin for less than 0.1 ms, here and in the processes
+    that we start, not for milliseconds as GNU's OpenMP does: they would take the cores of whoever
+    has work.
 
     Before torch is imported, which reads the variables once. A value of the user's counts.
     """
