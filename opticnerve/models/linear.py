@@ -1,11 +1,11 @@
 """Matrix products with weights in the form that multiplies fastest on this CPU.
 
 Few rows cost what reading the weights costs. A checkpoint in bf16 or fp16 that is computed in
-float32, as on a CPU without arithmetic in its own type, therefore keeps its weights in 16 bits:
-FBGEMM multiplies float32 rows by them, sums in float32, and widens each weight on its way to the
-registers. On a CPU with AVX2 that took a third of the time of float32 weights at one row and no
-more at 256. The weights are exact, so the product is that of float32 weights up to the order of
-its sum.
+float32, as on a CPU without arithmetic in its own type, therefore keeps its large weights in 16
+bits: FBGEMM multiplies float32 rows by them, sums in float32, and widens each weight on its way to
+the registers. On a CPU with AVX2 that took a third of the time of float32 weights at one row and
+no more at 2,048. The weights are exact, so the product is that of float32 weights up to the order
+of its sum. Each product costs some 20 us more to call, which small weights would not earn.
 
 For other weights, oneDNN can multiply with weights that it has laid out once for this CPU. On one
 CPU with AVX-512 that took a half to a third of the time of plain weights at any number of rows;
@@ -23,7 +23,6 @@ import logging
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -33,7 +32,7 @@ import torch.nn.functional as F
 
 log = logging.getLogger(__name__)
 
-LARGE = 600_000  # Elements; a larger weight is kept in one form only.
+LARGE = 600_000  # Elements; a larger weight is kept in one form only, in 16 bits if they hold it.
 ROWS = (1, 2, 4, 16, 64, 256)  # Of the products that are timed.
 MOST_WORK = 1 << 30  # Multiplications of one timed product.
 REPEATS = 5
@@ -68,13 +67,14 @@ class Linear:
         self._weight: torch.Tensor | None = weight
         self._packed: Any = None
         self._packed_from = 0  # Rows.
-        self._halves: torch.Tensor | None = None  # FBGEMM's handle.
+        self._halves: Any = None  # With the bias.
         self._halves_bytes = 0
         self._unscale = 1.0
         self.forward: Product = self._plain
         if weight.device.type != "cpu":
             return
-        scale = scale_to_halve(weight) if weight.dtype == torch.float32 and can_halve() else None
+        large = weight.dtype == torch.float32 and weight.numel() > LARGE
+        scale = scale_to_halve(weight) if large and can_halve() else None
         if scale is not None:
             self._take_halves(weight, scale)
         elif pack and can_pack(weight.dtype):
@@ -82,13 +82,12 @@ class Linear:
 
     def _take_halves(self, weight: torch.Tensor, scale: float) -> None:
         outputs, inputs = weight.shape
-        self._halves, self._weight = _halve(weight * scale), None
+        bias = None if self._bias is None else self._bias.detach() * scale
+        self._halves = _halve(weight * scale, bias)
         self._halves_bytes = 2 * outputs * -(-inputs // HALVES_BLOCK) * HALVES_BLOCK
-        self.forward = self._by_halves
-        if scale != 1.0:
-            self._unscale = 1.0 / scale
-            self._bias = None if self._bias is None else self._bias * scale
-            self.forward = self._by_scaled_halves
+        self._weight = self._bias = None
+        self._unscale = 1.0 / scale
+        self.forward = self._by_halves if scale == 1.0 else self._by_scaled_halves
 
     def _take_faster(self, weight: torch.Tensor) -> None:
         packed = _pack(weight)
@@ -124,10 +123,10 @@ class Linear:
         return _multiply(x, self._packed, self._bias)
 
     def _by_halves(self, x: torch.Tensor) -> torch.Tensor:
-        return _multiply_halves(x, self._halves, self._bias)
+        return _multiply_halves(x, self._halves)
 
     def _by_scaled_halves(self, x: torch.Tensor) -> torch.Tensor:
-        return _multiply_halves(x, self._halves, self._bias).mul_(self._unscale)
+        return _multiply_halves(x, self._halves).mul_(self._unscale)
 
     def _either(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[0] < self._packed_from:
@@ -177,10 +176,11 @@ def can_halve() -> bool:
     weight = torch.randn(24, 40, generator=generator).half().float()
     x, bias = torch.randn(5, 40, generator=generator), weight[:, 0].clone()
     try:
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # They may go one day; then they fail here.
-            halves = _halve(weight)
-            got = [_multiply_halves(x, halves, bias), _multiply_halves(x[:1], halves, None)]
+        with torch.inference_mode():
+            got = [
+                _multiply_halves(x, _halve(weight, bias)),
+                _multiply_halves(x[:1], _halve(weight, None)),
+            ]
     except (AttributeError, RuntimeError) as error:  # Not in this build, or not on this CPU.
         log.info("weights are not kept in 16 bits: %s", error)
         return False
@@ -221,15 +221,12 @@ def return_freed_memory() -> None:
             trim(0)
 
 
-def _halve(weight: torch.Tensor) -> torch.Tensor:
-    halves: torch.Tensor = torch.fbgemm_pack_gemm_matrix_fp16(weight.detach().contiguous())
-    return halves
+def _halve(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    return torch.ops.quantized.linear_prepack_fp16(weight.detach().contiguous(), bias)
 
 
-def _multiply_halves(
-    x: torch.Tensor, halves: torch.Tensor | None, bias: torch.Tensor | None
-) -> torch.Tensor:
-    product: torch.Tensor = torch.fbgemm_linear_fp16_weight_fp32_activation(x, halves, bias)
+def _multiply_halves(x: torch.Tensor, halves: Any) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x, halves)
     return product
 
 

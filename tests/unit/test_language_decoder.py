@@ -63,11 +63,11 @@ def test_a_bf16_checkpoint_is_computed_in_float32_in_half_the_memory(
     family: str, tied: bool, random_checkpoint: MakeCheckpoint
 ) -> None:
     text = {
-        "hidden_size": 512,  # Of which FBGEMM lays out whole blocks.
+        "hidden_size": 1024,  # Large, and whole blocks of what FBGEMM lays out together.
         "intermediate_size": 1024,
-        "vocab_size": 10_000,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 16,
+        "vocab_size": 2000,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 32,
     }
     path = random_checkpoint(family, dtype=torch.bfloat16, tied=tied, text=text)
     language, reference = load(path), load_reference(path)

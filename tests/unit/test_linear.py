@@ -107,7 +107,7 @@ def weights(shape: tuple[int, int], dtype: torch.dtype, spread: float = 1.0) -> 
 @needs_halves
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("spread", [1.0, 1e-3, 3e3])
-@pytest.mark.parametrize("shape", [(24, 40), (1024, 640)])
+@pytest.mark.parametrize("shape", [(1024, 640), (300, 2100)])
 @pytest.mark.parametrize("biased", [True, False])
 def test_weights_of_16_bits_stay_so_and_the_product_is_float32s(
     dtype: torch.dtype, spread: float, shape: tuple[int, int], biased: bool
@@ -130,12 +130,13 @@ def test_a_weight_that_its_owner_keeps_is_taken_into_16_bits_too() -> None:
     weight = weights((1024, 640), torch.bfloat16)
     assert Linear(weight, pack=False).in_halves
     assert not Linear(torch.randn(1024, 640), pack=False).in_halves
+    assert not Linear(weights((24, 40), torch.bfloat16)).in_halves  # Too small to earn it.
 
 
 @pytest.mark.parametrize(
     "weight",
     [
-        torch.randn(24, 40),
+        torch.randn(1024, 640),
         torch.full((2, 2), torch.nan),
         torch.tensor([[1.0, torch.inf]]),
         torch.tensor([[1.0, torch.nan]]),
@@ -179,12 +180,12 @@ def test_without_halves_that_are_right_weights_take_another_form(
     monkeypatch.setattr(linear, "_multiply_halves", multiply)
     can_halve.cache_clear()
     try:
-        weight = weights((24, 40), torch.bfloat16)
+        weight = weights((1024, 640), torch.bfloat16)
         layer = Linear(weight)
         assert not layer.in_halves
-        x = torch.randn(3, 40)
+        x = torch.randn(3, 640)
         with torch.inference_mode():
-            torch.testing.assert_close(layer.forward(x), F.linear(x, weight))
+            torch.testing.assert_close(layer.forward(x), F.linear(x, weight), atol=1e-4, rtol=0)
     finally:
         can_halve.cache_clear()
 
