@@ -286,7 +286,7 @@ class _Decoder:
             chunk = self._head = self._head + chunk
             if len(chunk) < 2:
                 return
-            if self._coding == "deflate" and int.from_bytes(chunk[:2]) % 31:
+            if self._coding == "deflate" and not _is_framed(chunk):
                 self._zlib = zlib.decompressobj(-zlib.MAX_WBITS)
             self._head = chunk[:2]
         piece = b""
@@ -304,6 +304,13 @@ class _Decoder:
         """Raises zlib.error where more was to come. Nothing at all is whole."""
         if self._head and not self._zlib.eof:
             raise zlib.error("cut short")
+
+
+def _is_framed(chunk: bytes) -> bool:
+    """Whether the first two bytes are zlib's frame: its method, and their sum. One of 31 streams
+    without a frame has the sum by chance; none begins with the method, which would be a stored
+    block with a padding that is not zero."""
+    return chunk[0] & 15 == 8 and int.from_bytes(chunk[:2]) % 31 == 0
 
 
 def _coding(header: str) -> str:
