@@ -19,6 +19,8 @@ MOST_ERROR = math.log(2)
 # And a coefficient that is far too small has no share by which it could be found.
 DECODING_WEIGHT = 0.1
 LEAST_PREFILL_WEIGHT = 0.3
+# But a few tokens (the end of a cached prompt, a forked choice) take less than steps vary by.
+TELLING_TOKENS = 128
 # Steps of a kind that count in full, since the guess may be off by any factor.
 FIRST_STEPS = 3
 LEAST_S, MOST_S = 1e-7, 1e3  # Bounds of each coefficient.
@@ -90,7 +92,8 @@ class CostModel:
         blames = shares
         if kind:
             decoding = [DECODING_WEIGHT * share for share in shares[:2]]
-            blames = [*decoding, max(shares[2], LEAST_PREFILL_WEIGHT)]
+            least = LEAST_PREFILL_WEIGHT * min(1.0, counts[2] / TELLING_TOKENS)
+            blames = [*decoding, max(shares[2], least)]
         effect = sum(blame * share for blame, share in zip(blames, shares, strict=True))
         step = max(GAIN, 1 / self._learned[kind]) * error / effect
         a, b, c = (

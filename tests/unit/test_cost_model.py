@@ -109,6 +109,18 @@ def test_noise_is_averaged() -> None:
         assert CPU.seconds(8, chunk(costs, 8)) < 1.4 * TARGET_S
 
 
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_chunks_of_a_few_tokens_tell_nothing_of_longer_ones(tokens: int) -> None:
+    """The ends of cached prompts, forked choices: less than what steps vary by."""
+    for seed in range(10):
+        chance = Random(seed)
+        costs = trained()
+        for index in range(1000):
+            plan = step(8, tokens if index % 2 else 0)
+            costs.learn(plan, CPU.run(plan) * chance.uniform(0.7, 1.3))
+        assert TARGET_S / 2 < CPU.seconds(8, chunk(costs, 8)) < 2 * TARGET_S
+
+
 def test_steps_that_sample_nothing_are_measured_with_the_next() -> None:
     """A device may return from them before it has computed anything."""
     costs, plain = trained(), trained()
