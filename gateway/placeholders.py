@@ -50,12 +50,15 @@ def spellings(path: Path, ids: Mapping[str, int]) -> dict[str, str]:
     by that name; else the added token that has the id. What no file knows is left out. Raises
     CheckpointError for files that cannot be read.
     """
-    config = read_config(path)
+    config, source = read_config(path), read_source(path)
     named = named_tokens(config)
     told = {**named_tokens(read_object(path / "processor_config.json")), **named}
-    added = merge_added(added_tokens(read_source(path)), config, named)
-    by_id = {token.id: text for text, token in added.items()}
-    found = {name: told.get(name) or by_id.get(token_id) for name, token_id in ids.items()}
+    try:
+        added = merge_added(added_tokens(source), config, named)
+        by_id = {token.id: text for text, token in added.items()}
+        found = {name: told.get(name) or by_id.get(token_id) for name, token_id in ids.items()}
+    except Exception as error:  # Of whatever kind: the files are not what they should be.
+        raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
     return {name: text for name, text in found.items() if text is not None}
 
 

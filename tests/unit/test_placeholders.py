@@ -243,6 +243,17 @@ def test_a_placeholder_that_no_file_spells(tmp_path: Path) -> None:
         ChatRenderer.load(path, make_layout(Checkpoint.open(str(path))))
 
 
+@pytest.mark.parametrize(("old", "new"), [('"special":', '"spezial":'), ('"content":', "content:")])
+def test_added_tokens_that_cannot_be_read(tmp_path: Path, old: str, new: str) -> None:
+    path = make_checkpoint("llava", tmp_path)
+    file = path / "tokenizer.json"
+    broken = file.read_text().replace(old, new)
+    assert broken != file.read_text()
+    file.write_text(broken)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+        ChatRenderer.load(path, make_layout(Checkpoint.open(str(path))))
+
+
 # ---- expansions of families to come: markers between rows, several spans an item
 
 
