@@ -11,6 +11,7 @@ from typing import Protocol
 from gateway.tokenizer import (
     Tokenizer,
     added_tokens,
+    build,
     merge_added,
     named_tokens,
     read_config,
@@ -47,8 +48,9 @@ def spellings(path: Path, ids: Mapping[str, int]) -> dict[str, str]:
     """How the checkpoint in ``path`` spells its placeholders, by name; ``ids`` are a layout's.
 
     As Hugging Face's processors find it: what the tokenizer's files or processor_config.json call
-    by that name; else the added token that has the id. What no file knows is left out. Raises
-    CheckpointError for files that cannot be read.
+    by that name; else the added token that has the id; for pictures, else the token of the
+    vocabulary. What no file knows is left out. Raises CheckpointError for files that cannot be
+    read.
     """
     config, source = read_config(path), read_source(path)
     named = named_tokens(config)
@@ -57,7 +59,9 @@ def spellings(path: Path, ids: Mapping[str, int]) -> dict[str, str]:
         added = merge_added(added_tokens(source), config, named)
         by_id = {token.id: text for text, token in added.items()}
         found = {name: told.get(name) or by_id.get(token_id) for name, token_id in ids.items()}
-    except Exception as error:  # Of whatever kind: the files are not what they should be.
+        if found["image_token"] is None:
+            found["image_token"] = build(source, {}).id_to_token(ids["image_token"])
+    except Exception as error:  # The library raises bare Exception for what it cannot read.
         raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
     return {name: text for name, text in found.items() if text is not None}
 

@@ -243,6 +243,27 @@ def test_a_placeholder_that_no_file_spells(tmp_path: Path) -> None:
         ChatRenderer.load(path, make_layout(Checkpoint.open(str(path))))
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_a_placeholder_that_stands_in_the_vocabulary_alone(tmp_path: Path, family: str) -> None:
+    path = renamed(tmp_path, family, "id")
+    found: list[int] = []
+
+    def move(tokenizer: dict[str, Any]) -> None:
+        """To the place of a byte that no text here has."""
+        [token] = [token for token in tokenizer["added_tokens"] if token["content"] == "<|img|>"]
+        token["content"] = "<old>"
+        found.append(tokenizer["model"]["vocab"].pop("\u0100"))
+        tokenizer["model"]["vocab"]["<|img|>"] = found[0]
+
+    edit(path / "tokenizer.json", move)
+    config = json.loads((path / "config.json").read_text())
+    name = "image_token_index" if "image_token_index" in config else "image_token_id"
+    edit(path / "config.json", lambda it: it.update({name: found[0]}))
+    renderer = ChatRenderer.load(path, make_layout(Checkpoint.open(str(path))))
+    typed = renderer.render(chat([IMAGE, text("<|img|>")]))
+    assert typed.token_ids.count(found[0]) == 1
+
+
 @pytest.mark.parametrize(("old", "new"), [('"special":', '"spezial":'), ('"content":', "content:")])
 def test_added_tokens_that_cannot_be_read(tmp_path: Path, old: str, new: str) -> None:
     path = make_checkpoint("llava", tmp_path)
