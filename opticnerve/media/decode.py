@@ -73,9 +73,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """A copy without transparency. Of 16-bit grey the upper 8 bits count, as of every other 16-bit
     PNG. Pillow's own conversion makes all values above 255 white, which is nearly the whole of such
     a picture."""
-    if image.mode.startswith("I"):  # "I;16", or "I" in earlier Pillows.
+    if image.mode.startswith("I;16") or (image.mode == "I" and _is_16_bit(image)):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    """Whether integers of 32 bits, as callers have them, hold a grey of 16 bits and not of 8."""
+    lowest, highest = np.asarray(image).min(initial=0), np.asarray(image).max(initial=0)
+    return bool(lowest >= 0 and 255 < highest < 2**16)
 
 
 def to_rgba(image: Image.Image) -> Image.Image:

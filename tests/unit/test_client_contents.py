@@ -190,6 +190,16 @@ def test_pillow_images_keep_what_is_transparent(mode: str) -> None:
     assert (seen[:42] == 10).all() and (seen[42:] == 255).all()
 
 
+@pytest.mark.parametrize(
+    ("value", "grey"), [(0, 0), (200, 200), (255, 255), (0x1234, 0x12), (70_000, 255), (-5, 0)]
+)
+def test_integers_of_32_bits_are_greys_of_8_or_of_16(value: int, grey: int) -> None:
+    """Pillow has them of int32 arrays, which mostly hold 0 to 255."""
+    image = Image.fromarray(np.full((84, 84), value, dtype=np.int32))
+    again = Image.open(io.BytesIO(read_picture(image)))
+    assert again.getpixel((0, 0)) == (grey, grey, grey)
+
+
 def test_of_a_pillow_image_of_16_bit_grey_the_upper_8_bits_count() -> None:
     image = Image.fromarray(np.full((84, 84), 0x1234, dtype=np.uint16))
     data = read_picture(image)
