@@ -98,7 +98,8 @@ def _flatten(image: ImageFile.ImageFile, data: bytes | memoryview, background: i
         box = image.tile[0][1] or box  # Its image may leave some of its screen empty.
     if box == screen and not image.has_transparency_data:
         return to_rgb(image)
-    layer = _with_exact_key(image, data)
+    # No copy of what may be hundreds of megabytes, and is only read.
+    layer = image if image.mode == "RGBA" else _with_exact_key(image, data)
     if image.format == "BMP" and layer.getchannel("A").getextrema() == (0, 0):
         return to_rgb(image)  # Written by programs that leave alpha unset and mean it opaque.
     sheet = Image.new("RGB", image.size, tuple(background.to_bytes(3)))

@@ -151,6 +151,18 @@ def test_a_black_star_on_nothing_is_a_black_star_on_white(name: str) -> None:
     assert np.asarray(decode(data, plan_of(data), background=None)).max() == 0
 
 
+@pytest.mark.parametrize("name", ["png", "webp", "bmp"])
+def test_pixels_with_alpha_are_not_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture of the largest size accepted is 360 MB of them."""
+    data = STARS[name]()
+
+    def refuse(image: Image.Image) -> Image.Image:
+        raise AssertionError(f"a copy in mode {image.mode}")
+
+    monkeypatch.setattr(Image.Image, "copy", refuse)
+    assert decode(data, plan_of(data)).size == (90, 80)
+
+
 def png(depth: int, colour: int, rows: bytes, *chunks: bytes, size: tuple[int, int]) -> bytes:
     """``rows``: each with its filter byte in front. Chunks without a checksum of their own."""
     header = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
