@@ -26,7 +26,7 @@ bench: $(INSTALLED) redis
 
 gpu:  # With the machine's own Python where that has torch; else with ours.
 	@for python in $(PYTHON) python3; do \
-		$$python -c 'import PIL, torch, transformers.utils' 2>/dev/null && exec $$python -m bench.gpu $(ARGS); \
+		$$python -c 'import sys, PIL, torch, transformers.utils; assert sys.version_info >= (3, 11)' 2>/dev/null && exec $$python -m bench.gpu $(ARGS); \
 	done; $(MAKE) $(INSTALLED) && $(BIN)/python -m bench.gpu $(ARGS)
 
 protos: $(INSTALLED)

@@ -41,6 +41,7 @@ _HOST = re.compile(r"[A-Za-z0-9._:-]+")  # No percent signs, so nothing is left 
 INFLATED = ("gzip", "deflate")  # Encodings that are undone.
 PLAIN = frozenset({"", "identity"})
 PIECE_BYTES = 2**18
+MAX_MEMBERS = 1000  # Of a gzip body; each costs time, also where it is empty.
 _CODING = re.compile(r"[a-z0-9_, -]{0,40}")
 _INSTEAD = "send the picture's bytes as a data: URL"
 
@@ -275,6 +276,7 @@ class _Decoder:
         self._coding = coding
         self._zlib = zlib.decompressobj(zlib.MAX_WBITS | 32)  # Either frame, told by its head.
         self._head = b""
+        self._members = 1
 
     def pieces(self, chunk: bytes) -> Iterator[bytes]:
         """What ``chunk`` adds, PIECE_BYTES at most at a time where it is decoded. Raises
@@ -295,6 +297,9 @@ class _Decoder:
                 chunk = chunk.lstrip(b"\0")  # Padding.
                 if not chunk:
                     return
+                self._members += 1
+                if self._members > MAX_MEMBERS:
+                    raise zlib.error("too many members")
                 self._zlib = zlib.decompressobj(zlib.MAX_WBITS | 16)  # The next member.
             piece = self._zlib.decompress(chunk, PIECE_BYTES)
             yield piece

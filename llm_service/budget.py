@@ -11,8 +11,8 @@ from opticnerve.media.plan import SpanAttention
 
 @dataclass(slots=True)
 class Budget:
-    """In tokens. A token is kept for each sequence that decodes; ``prefill`` is the rest, or what
-    the step's time leaves of it."""
+    """In tokens. ``prefill`` is what the sequences that decode leave, a token for each, or what the
+    step's time leaves of that. Only a bidirectional span, which cannot be cut, may take theirs."""
 
     tokens: int  # Of any kind.
     prefill: int

@@ -8,7 +8,7 @@ first always gets on, and nobody waits for ever.
 
 While any sequence decodes, the step's prefill tokens are bounded by the time that they are
 expected to take, since every decoding sequence waits for the step's end. The first sequence that
-prefills always gets a page of tokens, or the whole of a bidirectional span.
+prefills gets a page of tokens all the same, or the whole of a bidirectional span.
 """
 
 from __future__ import annotations

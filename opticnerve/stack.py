@@ -130,7 +130,7 @@ def read_question(question: object) -> tuple[str, list[Picture]]:
         if not os.path.exists(os.path.expanduser(picture)):
             if os.path.isfile(text):
                 raise TypeError(f"the text comes before its pictures: {FORM}")
-            raise InvalidRequest(f"there is no picture {picture}; give a path, or an http URL")
+            raise InvalidRequest(f"there is no picture {picture}: {FORM}")
     return text, pictures
 
 

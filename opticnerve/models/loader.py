@@ -182,8 +182,7 @@ def computes(dtype: torch.dtype) -> bool:
 @cache
 def _say_slow(dtype: str) -> None:
     log.info(
-        "this CPU has no %s arithmetic: computing in float32 "
-        "(--dtype %s keeps to it)",
+        "this CPU has no %s arithmetic: computing in float32 (--dtype %s keeps to it)",
         dtype,
         dtype,
     )

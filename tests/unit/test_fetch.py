@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import tracemalloc
+import zlib
 from random import Random
 
 import pytest
 
-from gateway.fetch import PIECE_BYTES, MediaFetcher, _Decoder
+from gateway.fetch import MAX_MEMBERS, PIECE_BYTES, MediaFetcher, _Decoder
 from opticnerve.errors import MediaFetchFailed, Overloaded, PayloadTooLarge
 from tests.media_server import BODY, FakeResolver, Server, deflated, fails, run
 
@@ -172,6 +173,14 @@ def test_pieces_lose_nothing_where_they_meet(coding: str) -> None:
         decoder = _Decoder(coding)
         assert b"".join(decoder.pieces(deflated(body, wbits))) == body
         decoder.check_end()
+
+
+def test_members_are_bounded_since_empty_ones_cost_time_too() -> None:
+    member = deflated(b"", 31)
+    decoder = _Decoder("gzip")
+    assert not b"".join(decoder.pieces(member * MAX_MEMBERS))
+    with pytest.raises(zlib.error, match="members"):
+        list(decoder.pieces(member))
 
 
 def test_padding_is_counted() -> None:
