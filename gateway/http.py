@@ -149,7 +149,7 @@ def warning_headers(ignored: Ignored, heeded: Collection[str] = ()) -> dict[str,
     told = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists if names)
     if not told:
         return {}
-    told = printable(told, MAX_WARNING)
+    told = printable(told, MAX_WARNING).rstrip()  # A header that ends in a space is none.
     log.info("%s", told)
     return {WARNINGS: told}
 

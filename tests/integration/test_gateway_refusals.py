@@ -125,6 +125,17 @@ async def test_warnings_are_one_short_printable_header():
         assert told == "ignored unknown fields: messages[0].to; without effect: store"
 
 
+@pytest.mark.parametrize("name", ["to ", " ", "\t"])
+async def test_a_warning_that_would_end_in_white_space_is_still_a_header(name):
+    async with stack() as s:
+        answer = await s.chat({"role": "user", "content": "hi", name: 1})
+        assert answer.status_code == 200
+        told = answer.headers["x-opticnerve-warnings"]
+        assert told.startswith("ignored unknown fields: messages[0].")
+        answer = await s.chat(**{name: 1})
+        assert answer.status_code == 400
+
+
 async def test_a_template_that_reasons_heeds_reasoning_effort():
     template = "{{ reasoning_effort }}{{ tools }}{{ messages[0].content }}"
     async with stack(encoders=0, llms=0, ready=False, chat_template=template) as s:
