@@ -56,9 +56,11 @@ class Dispatcher:
         self.dispatch()
 
     def remove(self, job: Job) -> None:
-        """Takes a job out that waits no more; nothing happens where it has a worker."""
+        """Takes a job out that waits no more, and lends to those that waited behind it; nothing
+        happens where it has a worker."""
         if job in self.waiting:
             self._take_out(job)
+            self.dispatch()
 
     def dispatch(self) -> None:
         """Lends workers that have room to the jobs that come first.

@@ -108,6 +108,18 @@ def test_nobody_overtakes_a_job_that_waits_for_room():
     assert dispatcher.waiting == [other]
 
 
+def test_a_job_that_leaves_makes_way_for_those_behind_it():
+    machine = Machine("a", 1.0, 10)
+    dispatcher = Dispatcher(lambda: [machine])
+    machine.pending = 5
+    large, small = Job(9, Deadline(1.0)), Job(1, Deadline(2.0))
+    dispatcher.add(large)
+    dispatcher.add(small)
+    assert small.worker is None
+    dispatcher.remove(large)
+    assert small.worker is machine and not dispatcher.waiting
+
+
 def test_the_time_for_a_cost_is_that_of_all_workers_at_measured_speed():
     machines = [Machine("a", 10.0, 10), Machine("b", 30.0, 10)]
     dispatcher = Dispatcher(lambda: machines)
