@@ -164,6 +164,24 @@ async def test_where_every_encoder_is_full_the_item_waits():
             await encoders.encode(item("b" * 64), Deadline.after(0.1), "r")
 
 
+async def test_a_slow_encoder_has_no_more_than_it_can_encode_in_one_calls_time(monkeypatch):
+    """The rest waits here until the request's deadline, instead of there until the call's."""
+    monkeypatch.setattr(encoding, "WINDOW_S", 0.5, raising=False)
+    one_by_one = asyncio.Lock()
+
+    async def slow(_):
+        async with one_by_one:
+            await asyncio.sleep(0.1)
+
+    async with FakeEncoder() as fake:
+        fake.patches_per_s = 160.0  # Ten items a second; the fake's batch has 256 of them.
+        async with over(fake, limit=2.0) as encoders:
+            fake.script = slow
+            items = [item(f"{i:064d}") for i in range(40)]  # Four seconds.
+            done = await asyncio.gather(*(encoders.encode(each, soon(), "r") for each in items))
+            assert len(done) == len(fake.calls) == 40 and fake.most_running == 5
+
+
 async def test_what_would_wait_too_long_is_refused_when_it_comes():
     go = asyncio.Event()
     async with FakeEncoder() as fake:
