@@ -96,7 +96,7 @@ def take_out(body: Mapping[str, Any], left_out: list[str]) -> dict[str, Any]:
             kept[name] = value
         elif value is None or _is_neutral(name, value, refused, left_out):
             continue
-        elif body.get(OFFERS.get(name, "")) == "none":
+        elif name in OFFERS and body.get(OFFERS[name]) == "none":
             left_out.append(name)
         else:
             raise UnsupportedFeature(

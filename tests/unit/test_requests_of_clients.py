@@ -284,6 +284,12 @@ def test_tools_that_may_not_be_called() -> None:
             chat(tools=[TOOL], tool_choice=choice)
 
 
+def test_a_field_without_a_name_forbids_nothing() -> None:
+    asked = {**body(), "response_format": {"type": "json_object"}, "": "none"}
+    with pytest.raises(UnsupportedFeature, match="response_format"):
+        parse(ChatRequest, asked, ignore_unknown=True)
+
+
 @pytest.mark.parametrize(
     ("fields", "unheeded"),
     [
