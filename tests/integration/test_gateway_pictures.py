@@ -190,6 +190,18 @@ async def test_a_burst_of_pictures_waits_in_order_and_none_is_refused():
         await until(s.idle)
 
 
+async def test_a_request_that_waits_for_an_encoder_holds_its_pictures_and_no_body():
+    go = asyncio.Event()
+    async with stack() as s:
+        s.encoder.script = lambda _: go.wait()
+        url = data_url()
+        task = asyncio.create_task(s.chat(user("?", url)))
+        await until(lambda: s.encoder.running)
+        assert s.gateway.admission.bytes == len(base64.b64decode(url.partition(",")[2]))
+        go.set()
+        assert (await task).status_code == 200
+
+
 async def test_what_would_wait_too_long_is_refused_and_who_leaves_encodes_nothing():
     go = asyncio.Event()
     async with stack(max_encode_wait_s=20.0, max_concurrent_requests=300) as s:
