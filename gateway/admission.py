@@ -14,13 +14,16 @@ from gateway.memory import Trimmer
 from opticnerve.errors import Overloaded
 
 RETRY_AFTER_S = 1.0
+PICTURES_SHARE = 0.75  # Of all places, for requests with new pictures: they may wait for long.
 
 
 class Admission:
     def __init__(self, max_requests: int, max_bytes: int) -> None:
         self.max_requests = max_requests
         self.max_bytes = max_bytes
+        self.max_with_pictures = max(1, int(PICTURES_SHARE * max_requests))
         self.requests = 0
+        self.with_pictures = 0  # Of these, those whose pictures had to be encoded.
         self.bytes = 0
         self._trimmer = Trimmer()
 
@@ -53,6 +56,7 @@ class Ticket:
     def __init__(self, owner: Admission) -> None:
         self._owner = owner
         self._places = 0
+        self._with_pictures = 0
         self.bytes = 0
         self.peak = 0
 
@@ -61,6 +65,19 @@ class Ticket:
         self._owner._check_place()
         self._owner.requests += 1
         self._places += 1
+
+    def enter_with_pictures(self) -> None:
+        """Takes one of the places that requests with new pictures may have, so that such as wait
+        for an encoder leave some to others. Raises Overloaded."""
+        owner = self._owner
+        if owner.with_pictures >= owner.max_with_pictures:
+            raise Overloaded(
+                f"{owner.with_pictures} requests with new pictures are being served, which is as "
+                "many as this server takes; retry later",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        owner.with_pictures += 1
+        self._with_pictures += 1
 
     def hold(self, num_bytes: int) -> None:
         """Counts bytes that the request keeps in memory. Raises Overloaded."""
@@ -83,4 +100,6 @@ class Ticket:
     def release(self) -> None:
         self.drop(self.bytes)
         self._owner.requests -= self._places
+        self._owner.with_pictures -= self._with_pictures
+        self._with_pictures = 0
         self._places = 0

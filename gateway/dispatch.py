@@ -97,7 +97,7 @@ class Dispatcher:
         if not any(worker.cost_per_s for worker in able):
             return 0.0
         usual = _usual_rate(able)
-        cost += sum(worker.foreign for worker in able)
+        cost += sum(worker.foreign for worker in able if worker.state is WorkerState.SERVING)
         return cost / sum(worker.cost_per_s or usual for worker in able)
 
     # ---- choice

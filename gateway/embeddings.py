@@ -106,6 +106,11 @@ class RequestEmbeddings:
             self._encode(entry)
         return await self.ready(key)
 
+    @property
+    def encoding(self) -> bool:
+        """Whether some item had to be encoded, or has to be."""
+        return any(entry.task is not None for entry in self._items.values())
+
     # ---- what timings tell
 
     def outcomes(self) -> dict[str, Encoded]:

@@ -47,7 +47,7 @@ MAX_SUSPECTS = 1_000
 FORGIVE_S = 600.0  # After so long a suspect may be tried again.
 PAUSE_S = 0.02  # Between attempts, so that a pool that refuses everything is not hammered.
 WINDOW_BATCHES = 3  # With one encoder at a time: one runs, one is decoded, one is on its way.
-WINDOW_S = 30.0  # At most, where its speed is known: well within the time of one call.
+WINDOW_S = 30.0  # Of its work at most: well within the time of one call.
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +110,10 @@ async def describe(channel: grpc.aio.Channel, timeout_s: float) -> Description:
 
 def _window(max_batch_patches: int, patches_per_s: float) -> int:
     """Patches that one gateway keeps with an encoder: what keeps it busy, and no more of it than
-    it encodes before calls run out of time."""
-    batches = WINDOW_BATCHES * max_batch_patches
-    return max(1, min(batches, int(patches_per_s * WINDOW_S))) if patches_per_s else batches
+    it encodes before calls run out of time. A single batch while its speed is not known."""
+    if not patches_per_s:
+        return max_batch_patches
+    return max(1, min(WINDOW_BATCHES * max_batch_patches, int(patches_per_s * WINDOW_S)))
 
 
 @dataclass

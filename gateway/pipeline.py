@@ -125,6 +125,8 @@ class Pipeline:
             priority=call.request.priority,
         )
         async with embeddings:
+            if embeddings.encoding:
+                call.ticket.enter_with_pictures()
             generation = Generation(spec, self.llms, embeddings, call.deadline, self.worker_wait_s)
             async with contextlib.aclosing(self._write(call, generation)) as steps:
                 async for step in steps:

@@ -293,7 +293,11 @@ class GatewayConfig:
     max_connections: int = _limits(
         4096, "connections of clients before those longest at rest are closed", metavar="N", least=1
     )
-    max_concurrent_requests: int = _limits(512, "requests in flight before a 429", metavar="N")
+    max_concurrent_requests: int = _limits(
+        512,
+        "requests in flight before a 429; three quarters of them may have new pictures",
+        metavar="N",
+    )
     max_bytes_in_flight: int = _limits(
         2**30, "bytes that requests may hold before a 429", metavar="BYTES", size=True
     )

@@ -167,7 +167,7 @@ async def test_a_burst_of_pictures_waits_in_order_and_none_is_refused():
         await asyncio.sleep(0.002)
 
     async with stack() as s:
-        s.encoder.max_batch_patches = 72  # Two of these pictures.
+        s.encoder.max_batch_patches, s.encoder.patches_per_s = 72, 1e6  # Two of these pictures.
         pool = s.gateway.pipeline.encoders.pool
         await until(lambda: pool.workers[0].description.window == 216)
         go = asyncio.Event()
@@ -200,6 +200,28 @@ async def test_a_request_that_waits_for_an_encoder_holds_its_pictures_and_no_bod
         assert s.gateway.admission.bytes == len(base64.b64decode(url.partition(",")[2]))
         go.set()
         assert (await task).status_code == 200
+
+
+async def test_an_encoder_of_unknown_speed_gets_one_batch_at_a_time():
+    async with stack() as s:
+        s.encoder.max_batch_patches = 72
+        pool = s.gateway.pipeline.encoders.pool
+        await until(lambda: pool.workers[0].description.window == 72)
+
+
+async def test_pictures_that_wait_leave_places_to_text():
+    go = asyncio.Event()
+    async with stack(max_concurrent_requests=8) as s:
+        s.encoder.script = lambda _: go.wait()
+        tasks = [
+            asyncio.create_task(s.chat(user("?", *pictures_of(client)))) for client in range(8)
+        ]
+        await until(lambda: sum(task.done() for task in tasks) == 2)
+        assert (await s.chat(user("Is there a place?"))).status_code == 200
+        go.set()
+        codes = [answer.status_code for answer in await asyncio.gather(*tasks)]
+        assert sorted(codes) == [200] * 6 + [429] * 2
+        await until(s.idle)
 
 
 async def test_what_would_wait_too_long_is_refused_and_who_leaves_encodes_nothing():

@@ -1,5 +1,7 @@
 """Requests and bytes in flight are bounded, and whatever is held is given back."""
 
+import contextlib
+
 import pytest
 
 from gateway.admission import Admission
@@ -43,3 +45,16 @@ def test_a_request_that_fails_gives_everything_back():
         ticket.hold(100)
         raise RuntimeError
     assert (admission.requests, admission.bytes) == (0, 0)
+
+
+def test_requests_with_new_pictures_leave_places_to_others():
+    admission = Admission(max_requests=4, max_bytes=100)
+    with contextlib.ExitStack() as exits:
+        tickets = [exits.enter_context(admission.arrive()) for _ in range(4)]
+        for ticket in tickets:
+            ticket.enter()
+        for ticket in tickets[:3]:
+            ticket.enter_with_pictures()
+        with pytest.raises(Overloaded, match="new pictures"):
+            tickets[3].enter_with_pictures()
+    assert admission.requests == admission.with_pictures == 0

@@ -128,6 +128,6 @@ def test_the_time_for_a_cost_is_that_of_all_workers_at_measured_speed():
     machines[1].cost_per_s = 0.0  # Not known: taken for the mean of those that are.
     assert dispatcher.clear_s(60) == pytest.approx((60 + 20) / 20)
     machines[0].state = machines[1].state = WorkerState.STARTING  # As last seen.
-    assert dispatcher.clear_s(60) == pytest.approx((60 + 20) / 20)
+    assert dispatcher.clear_s(60) == pytest.approx(60 / 20)  # Their queues died with them.
     machines[0].cost_per_s = 0.0
     assert dispatcher.clear_s(60) == 0.0

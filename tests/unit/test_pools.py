@@ -104,7 +104,7 @@ async def test_avoided_workers_are_taken_only_when_nothing_else_serves():
 
 async def test_work_waits_for_room_in_the_order_of_its_deadlines():
     async with FakeEncoder() as a:
-        a.max_batch_patches = 10  # Three batches are 30.
+        a.max_batch_patches, a.patches_per_s = 10, 1000.0  # Three batches are 30.
         async with pool_of(a.address) as pool:
             await until(pool.serving)
             order = []
@@ -133,7 +133,7 @@ async def test_work_waits_for_room_in_the_order_of_its_deadlines():
 
 async def test_what_waits_for_room_hears_when_every_worker_is_gone():
     async with FakeEncoder() as a:
-        a.max_batch_patches = 10
+        a.max_batch_patches, a.patches_per_s = 10, 1000.0
         async with pool_of(a.address) as pool:
             await until(pool.serving)
             async with pool.lease(30, Deadline.after(60), 60) as worker:
