@@ -286,7 +286,7 @@ def compare(
     trees: dict[str, Path], model: str, names: list[str], args: argparse.Namespace
 ) -> dict[str, Runs]:
     """Every run of some scenarios, which share a fresh stack in each turn of a side."""
-    turn = [*trees, *reversed(trees)] if len(trees) > 1 else [*trees]
+    turn = [*trees] if args.once or len(trees) == 1 else [*trees, *reversed(trees)]
     runs: dict[str, Runs] = {name: {side: [] for side in trees} for name in names}
     for number, side in itertools.product(range(args.rounds), turn):
         with code_of(trees[side]), opticnerve.serve(model, threads=args.threads or None) as stack:
@@ -379,6 +379,7 @@ def parse() -> argparse.Namespace:
         help=f"of {', '.join(FULL)}; default: all",
     )
     parser.add_argument("--rounds", type=int, default=1, metavar="N")
+    parser.add_argument("--once", action="store_true", help="a round is before, after, and no more")
     parser.add_argument(
         "--threads", type=int, default=0, help="--threads of `opticnerve up`; 0: its default"
     )
