@@ -161,8 +161,8 @@ class Encoders:
             wait = self.pool.clear_s(sum(self._patches.values()), _has_fingerprint(item))
             if wait > limit:
                 raise Overloaded(
-                    f"pictures wait about {wait:.0f} s for an encoder, longer than this server "
-                    f"lets them wait ({limit:.0f} s); retry later",
+                    f"new pictures wait about {wait:.1f} s for an encoder, and may here wait "
+                    f"{limit:.1f} s; retry later",
                     retry_after_s=max(1.0, wait - limit),
                 )
         self._patches.update({key: item.plan.num_patches for key, item in fresh.items()})

@@ -166,8 +166,9 @@ def _prefill_s(split: Split, tokens: int, budget: int) -> float:
 def _decoder_flops(split: Split, tokens: int) -> float:
     """Products of layers, causal attention; of the head, one row."""
     language = split.language
-    weights = sum(t.numel() for t in language.fused.weights()) if language.fused else 0
-    width = language.num_heads * language.head_dim
+    config, width = language.config, language.num_heads * language.head_dim
+    attention = 2 * width + 2 * language.num_kv_heads * language.head_dim  # q and output, k and v.
+    weights = language.num_layers * config.hidden_size * (attention + 3 * config.intermediate_size)
     return 2.0 * tokens * weights + 2.0 * tokens**2 * width * language.num_layers
 
 
@@ -246,11 +247,11 @@ def decode_step(room: Room, batch: int) -> Seen:
 
 
 def _step_bytes(split: Split, tokens: int) -> float:
-    """Bytes that a decode step must read: every weight but a separate embedding, and the keys
-    and values of ``tokens``."""
+    """Bytes that a decode step must read: every weight but an embedding that is not the head too,
+    and the keys and values of ``tokens``."""
     language = split.language
-    weights = sum(tensor.nbytes for tensor in language.weights())
-    if not language.config.tie_word_embeddings:
+    weights = language.weight_bytes()
+    if all(tensor is not language._embedding for tensor in language._head.tensors()):
         weights -= language._embedding.nbytes
     per_token = 2 * language.num_layers * language.num_kv_heads * language.head_dim
     return float(weights + tokens * per_token * language.dtype.itemsize)

@@ -13,7 +13,7 @@ SHARED = {"stage_seconds", "embedding_lookups"}
 OWN = {
     "gateway": {
         "requests", "requests_in_flight", "tokens", "time_to_first_token_seconds",
-        "inter_token_seconds",
+        "inter_token_seconds", "patches_waiting",
     },
     "encoder": {"patches_pending", "items_encoded", "store_bytes"},
     "llm": {
