@@ -78,6 +78,23 @@ WORDS = [*scenes.COLORS, *scenes.SHAPES, *scenes.NUMBERS, *scenes.ORDINALS]  # 1
 WARM_UP_SEED = 9  # Of no run's own material.
 STAGGER_S = 0.005  # Between the clients of a burst, so that their order is a fact.
 
+SILENCE = """
+import sys
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+path = Path(sys.argv[1])
+tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+ids = range(tokenizer.get_vocab_size())
+parts = [i for i in ids if not (text := tokenizer.decode([i])) or chr(0xFFFD) in text]
+for file in path.glob("*.safetensors"):
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith("embed_tokens.weight"):  # The head too: their logits are 0.
+            tensor[parts] = 0
+    save_file(tensors, file, {"format": "pt"})
+"""
+
 Say = Callable[[int], None]
 Messages = list[dict[str, Any]]
 Runs = dict[str, list[Figures]]
@@ -271,7 +288,8 @@ def check_imports(tree: Path) -> None:
 
 
 def make_model(directory: str) -> str:
-    """The random checkpoint; every id of its vocabulary is some text, so that each token shows."""
+    """The random checkpoint. Each token that it writes shows as a chunk: every id of its vocabulary
+    is some text, and those that show none, or a part of a character, are never likely."""
     memory.make_model(directory, text=TEXT, vision=VISION, max_pixels=MAX_PIXELS)
     path = Path(directory) / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
@@ -279,6 +297,7 @@ def make_model(directory: str) -> str:
     more = range(max(known.values()) + 1, TEXT["vocab_size"])
     tokenizer["model"]["vocab"] |= known | {f"Ġw{index}": index for index in more}
     path.write_text(json.dumps(tokenizer))
+    subprocess.run([sys.executable, "-c", SILENCE, directory], check=True)  # For its torch.
     return directory
 
 
