@@ -18,17 +18,20 @@ class Budget:
     prefill: int
     timed: bool  # Time bounds ``prefill``: chunks are cut at pages.
     block_size: int
+    for_text: int = 0  # Of ``prefill``, kept for prompts without pictures.
     begun: bool = False  # A sequence prefills in this step.
 
-    @property
-    def chunk(self) -> int:
-        """The longest chunk that is left for prefill."""
-        return min(self.tokens, self.prefill)
+    def chunk(self, seq: Sequence) -> int:
+        """The longest chunk that is left for prefill of ``seq``."""
+        kept = self.for_text if seq.request.spans else 0
+        return min(self.tokens, max(0, self.prefill - kept))
 
     def spend(self, work: Work) -> None:
         self.tokens -= work.num_tokens
         if not work.decodes:
             self.prefill = max(0, self.prefill - work.num_tokens)
+            if not work.seq.request.spans:
+                self.for_text = max(0, self.for_text - work.num_tokens)
             self.begun = True
 
     def chunk_end(self, seq: Sequence, start: int) -> int:
@@ -37,7 +40,7 @@ class Budget:
         The first chunk of a step has some tokens in any case, and the whole of a bidirectional
         span, which may take longer than the time allows.
         """
-        end = min(start + self.chunk, seq.num_tokens)
+        end = min(start + self.chunk(seq), seq.num_tokens)
         if self.timed and end < seq.num_tokens:
             page_end = end - end % self.block_size
             if page_end > start or self.begun:

@@ -8,7 +8,9 @@ first always gets on, and nobody waits for ever.
 
 While any sequence decodes, the step's prefill tokens are bounded by the time that they are
 expected to take, since every decoding sequence waits for the step's end. The first sequence that
-prefills gets a page of tokens all the same, or the whole of a bidirectional span.
+prefills gets a page of tokens all the same, or the whole of a bidirectional span. A quarter of a
+step's prefill is for prompts without pictures, where there are any: text does not wait for a burst
+of pictures to be computed.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from llm_service.plan import Segment, StepPlan, Work
 from llm_service.rows import RowSource
 from llm_service.sequence import Generation, Sequence, Status
 from opticnerve.media.plan import SpanAttention
+
+TEXT_SHARE = 4  # One of so many prefill tokens is for prompts without pictures.
 
 
 class Scheduler:
@@ -112,7 +116,9 @@ class Scheduler:
         if timed:
             fitting = self.costs.prefill_tokens(decodes, self.config.max_step_s)
             prefill = min(prefill, max(fitting, block_size))
-        return Budget(tokens, prefill, timed, block_size)
+        text = any(_prefills_text(seq) for seq in (*self.running, *self.waiting))
+        kept = min(max(prefill // TEXT_SHARE, block_size), prefill - block_size) if text else 0
+        return Budget(tokens, prefill, timed, block_size, for_text=kept)
 
     def _schedule_running(self, works: list[Work], budget: Budget, now: float) -> None:
         block_size = self.blocks.block_size
@@ -150,26 +156,25 @@ class Scheduler:
         ahead; once there is, whoever was overtaken is the first in line again."""
         no_pictures = False
         for seq in tuple(self.waiting):
-            if not budget.chunk or not self._free_slots:
+            if not budget.prefill or not budget.tokens or not self._free_slots:
                 return
             if seq.request.spans and (no_pictures or not self._has_room_for_pictures(seq)):
                 no_pictures = True
                 continue
             if not self.blocks.can_allocate(seq, reserve=len(self.running) // 4):
                 return
-            if not self._first_chunk_fits(seq, budget):
-                return
+            start = self.blocks.cached_tokens(seq)
+            end = budget.chunk_end(seq, start)
+            if end == start and seq.request.spans and budget.for_text:
+                no_pictures = True  # What is left is for text, which may be behind it.
+                continue
+            if whole_spans(seq, end) == start:
+                return  # Not worth a chunk, or shorter than a bidirectional span that comes first.
             self._admit(seq)
             tokens = self._chunk(seq, budget, now)
             if tokens:
                 works.append(self._work(seq, tokens))
                 budget.spend(works[-1])
-
-    def _first_chunk_fits(self, seq: Sequence, budget: Budget) -> bool:
-        """False where what is left is shorter than a bidirectional span that comes first, or not
-        worth a chunk."""
-        start = self.blocks.cached_tokens(seq)
-        return whole_spans(seq, budget.chunk_end(seq, start)) > start
 
     def _admit(self, seq: Sequence) -> None:
         _delete(self.waiting, seq)
@@ -368,6 +373,10 @@ def _order(seq: Sequence) -> tuple[int, int, int]:
 def _decodes(seq: Sequence) -> bool:
     """Whether the sequence's next step is one token, the next of its output."""
     return seq.num_computed + 1 == len(seq.token_ids) and seq.num_computed >= seq.num_prompt
+
+
+def _prefills_text(seq: Sequence) -> bool:
+    return not seq.request.spans and not _decodes(seq)
 
 
 def _delete(queue: list[Sequence], seq: Sequence) -> None:

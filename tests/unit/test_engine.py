@@ -646,7 +646,10 @@ def test_a_fork_whose_copy_was_in_the_broken_step_fails_with_it() -> None:
     """Its parent stopped at once, and the step's budget went to another request."""
     bench = Bench(max_num_batched_tokens=20)
     greedy = request("b", 200, spans=(span(0, 4),), items=("red",))
-    ask = request("a", 20, sampling={"n": 2, "stop_token_ids": tuple(oracle(request("a"))[:1])})
+    picture = {"spans": (span(0, 4),), "items": ("blue",)}
+    bench.rows.present.add("blue")
+    stop = tuple(oracle(request("a", 20, **picture))[:1])
+    ask = request("a", 20, **picture, sampling={"n": 2, "stop_token_ids": stop})
     bench.run(greedy)
     bench.engine.submit(ask)
     bench.engine.step()

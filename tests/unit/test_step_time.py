@@ -181,3 +181,34 @@ def test_the_engine_tells_its_speed() -> None:
     stats = bench.engine.stats()
     assert stats.step_seconds == pytest.approx(bench.machine.now)
     assert stats.prefill_tokens_per_s == pytest.approx(600, rel=0.1)
+
+
+@pytest.mark.parametrize("max_step_s", [TARGET_S, 0.0])
+def test_text_does_not_wait_behind_a_burst_of_pictures(max_step_s: float) -> None:
+    bench = Bench(slow_machine(), max_step_s=max_step_s, max_num_batched_tokens=512)
+    bench.decode(max_tokens=2000)
+    span = Span(0, 4, 0, 0, Modality.IMAGE, Grid(1, 4, 4))
+    for number in range(30):
+        bench.submit(f"picture{number}", 300, 1, spans=(span,), items=("k",))
+    bench.submit("text", 40, 1)
+    steps = 0
+    while "text" not in bench.times:
+        bench.engine.step()
+        steps += 1
+    assert steps <= 3
+    assert sum(name.startswith("picture") for name in bench.times) <= 5
+    bench.run(4000)
+    assert len(bench.finished) == 32
+
+
+def test_pictures_get_on_beside_a_flood_of_text() -> None:
+    bench = Bench(slow_machine())
+    bench.decode(max_tokens=2000)
+    span = Span(0, 4, 0, 0, Modality.IMAGE, Grid(1, 4, 4))
+    bench.submit("picture", 300, 1, spans=(span,), items=("k",))
+    for number in range(100):
+        bench.submit(f"text{number}", 200, 1)
+        if "picture" in bench.times:
+            break
+        bench.engine.step()
+    assert "picture" in bench.times
