@@ -16,7 +16,8 @@ instead of the wall's, for a machine that others use too.
 * ``engine``: the scheduler and model runner, stepped in this thread;
 * ``engine client``: the same in a thread of its own, behind the client that the service uses.
 
-The second table is about pictures: embeddings are given to all, no tower runs on the clock.
+The second table is about pictures: embeddings are given to all, no tower runs on the clock. The
+third is what a step of the sampler costs by what requests ask for, see ``bench.sampler``.
 Outputs are compared with those of ``generate``; a token may differ only where the two best logits
 are closer than 1e-3.
 """
@@ -29,6 +30,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +38,7 @@ import numpy as np
 import torch
 
 import opticnerve.demo
-from bench import report
+from bench import report, sampler
 from bench.contestants import Ask, Continuous, Ours, Outputs, Picture, ThroughClient, Whole
 from opticnerve.media.plan import Modality, Overrides, Span, Structure
 from opticnerve.models.checkpoint import Checkpoint
@@ -232,6 +234,9 @@ def main() -> None:
         print("\nWith a picture each, embeddings given\n")
         pair = ("generate", "engine")
         print(report.table(["at once", *pair], rows_of(pictures, pair)))
+    costs = sampler.step_costs(steps=3 if options.quick else 7)
+    print("\nOne step of the sampler, 64 rows, a vocabulary of 151,936, CPU time\n")
+    print(sampler.table(costs))
     print("\nRequests whose tokens differ from generate's:", differing)
     for line in missed(text):
         print("target missed:", line)
@@ -243,6 +248,7 @@ def main() -> None:
             "rounds": options.rounds,
             "tokens_per_s": {c: race.rates() for c, race in text.items()},
             "pictures_tokens_per_s": {c: race.rates() for c, race in pictures.items()},
+            "sampler": [asdict(each) for each in costs],
             "differing_requests": differing,
             "missed": missed(text),
         }

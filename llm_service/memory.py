@@ -1,15 +1,25 @@
-"""How much memory the KV cache may take."""
+"""How much memory the KV cache may take, and how arrays come to the device."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 # Of what is free when the model is loaded. On the CPU other processes live there too; on a GPU
 # the rest is for what a step allocates.
 CPU_SHARE = 0.25
 GPU_SHARE = 0.85
+
+
+def to_device(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """A copy on ``device`` for which the host does not wait; on the CPU the array itself."""
+    host = torch.from_numpy(array)
+    if device.type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def cache_budget(device: torch.device) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from llm_service.attention import AttentionBackend, PageShape, active
 from llm_service.batch import Batch, pack
 from llm_service.logprobs import ABSENT, describe
-from llm_service.memory import cache_budget
+from llm_service.memory import cache_budget, to_device
 from llm_service.plan import Sampled, Segment, StepPlan, StepResult, Work
 from llm_service.rows import RowSource
 from llm_service.sampler import Drawn, Sampler
@@ -260,10 +260,7 @@ class ModelRunner:
         return hidden, hidden[rows] if whole and rows is not None else hidden
 
     def _to_device(self, array: NDArray[np.int64]) -> torch.Tensor:
-        host = torch.from_numpy(array)
-        if self._device.type == "cpu":
-            return host
-        return host.pin_memory().to(self._device, non_blocking=True)
+        return to_device(array, self._device)
 
     # ---- tokens
 

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llm_service.constraints import Constraints, constrains
+from llm_service.memory import to_device
 from llm_service.randomness import UniformCache
 from llm_service.sequence import SamplingParams
 
@@ -43,16 +45,10 @@ class Feature(IntFlag):
     TOP_P = 4
     MIN_P = 8
     PENALTIES = 16
-    BIAS = 32
-    ALLOWED = 64
-    BAD_WORDS = 128
-    MIN_TOKENS = 256
+    CONSTRAINTS = 32  # logit_bias, allowed_token_ids, bad_words or min_tokens.
 
 
-REWRITES = (
-    Feature.PENALTIES | Feature.BIAS | Feature.ALLOWED | Feature.BAD_WORDS | Feature.MIN_TOKENS
-)
-TRUNCATES = Feature.TOP_K | Feature.TOP_P | Feature.MIN_P
+REWRITES = Feature.PENALTIES | Feature.CONSTRAINTS
 
 
 def features_of(params: SamplingParams) -> Feature:
@@ -65,10 +61,7 @@ def features_of(params: SamplingParams) -> Feature:
         asked |= Feature.MIN_P if params.min_p > 0.0 else Feature.NONE
     if params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
         asked |= Feature.PENALTIES
-    asked |= Feature.BIAS if params.logit_bias else Feature.NONE
-    asked |= Feature.ALLOWED if params.allowed_token_ids else Feature.NONE
-    asked |= Feature.BAD_WORDS if params.bad_words else Feature.NONE
-    asked |= Feature.MIN_TOKENS if params.min_tokens > 0 else Feature.NONE
+    asked |= Feature.CONSTRAINTS if constrains(params) else Feature.NONE
     return asked
 
 
@@ -90,13 +83,12 @@ class Sampler:
         self._num_slots = num_slots
         self._device = device
         self._features = np.zeros(num_slots, dtype=np.int64)
-        self._params = [SamplingParams()] * num_slots
         self._numbers = np.zeros((num_slots, 7), dtype=np.float32)
         self._uniforms = UniformCache(num_slots)
-        self._ending: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)] * num_slots
-        self._tails: dict[int, list[int]] = {}  # Tokens so far, for bad words of several tokens.
+        self._constraints = Constraints(vocab_size, device)
         self._prompt_seen: torch.Tensor | None = None  # bool [slots, vocab]
         self._output_counts: torch.Tensor | None = None  # fp32 [slots, vocab]
+        self._rewritten: torch.Tensor | None = None  # fp32 [rows of the largest batch yet, vocab]
 
     # ---- slots
 
@@ -104,11 +96,11 @@ class Sampler:
         self, slot: int, params: SamplingParams, choice: int, token_ids: list[int], num_prompt: int
     ) -> None:
         """The slot is this sequence's from now on; ``token_ids`` is its prompt, then its output."""
+        self.release(slot)
         asked = features_of(params)
         self._features[slot] = asked
         if asked == Feature.NONE:
             return
-        self._params[slot] = params
         self._numbers[slot] = (
             params.temperature if asked & Feature.RANDOM else 1.0,
             params.top_k if params.top_k > 0 else self._vocab_size,
@@ -120,23 +112,15 @@ class Sampler:
         )
         if asked & Feature.RANDOM:
             self._uniforms.admit(slot, params.seed, choice)
-        if asked & Feature.MIN_TOKENS:
-            ending = set(params.stop_token_ids)
-            ending.update(() if params.ignore_eos else params.eos_token_ids)
-            self._ending[slot] = self._in_vocabulary(ending)
-        if asked & Feature.BAD_WORDS:
-            longest = max(len(word) for word in params.bad_words)
-            self._tails[slot] = token_ids[max(len(token_ids) - longest + 1, 0) :]
+        if asked & Feature.CONSTRAINTS:
+            self._constraints.admit(slot, params, token_ids)
         if asked & Feature.PENALTIES:
             self._count(slot, token_ids, num_prompt)
 
     def release(self, slot: int) -> None:
         """The slot's sequence is gone."""
         self._features[slot] = Feature.NONE
-        self._tails.pop(slot, None)
-
-    def _in_vocabulary(self, ids: set[int]) -> NDArray[np.int64]:
-        return np.array(sorted(i for i in ids if 0 <= i < self._vocab_size), dtype=np.int64)
+        self._constraints.release(slot)
 
     def _count(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
         if self._prompt_seen is None or self._output_counts is None:
@@ -152,10 +136,7 @@ class Sampler:
         self._output_counts[slot] = self._to_device(counted.astype(np.float32))
 
     def _to_device(self, array: NDArray[np.generic]) -> torch.Tensor:
-        host = torch.from_numpy(array)
-        if self._device.type == "cpu":
-            return host
-        return host.pin_memory().to(self._device, non_blocking=True)
+        return to_device(array, self._device)
 
     # ---- one step
 
@@ -172,7 +153,11 @@ class Sampler:
             return Drawn(greedy, best, None)
         best_left = None
         if asked & REWRITES:
-            logits = self._rewrite(logits.clone(), slots, positions, asked)
+            logits = self._copied(logits)
+            if asked & Feature.PENALTIES:
+                logits = self._penalise(logits, slots)
+            if asked & Feature.CONSTRAINTS:
+                self._constraints.apply(logits, slots, positions)
             best_left, greedy = logits.max(dim=-1)
         tokens = greedy
         if asked & Feature.RANDOM:
@@ -183,53 +168,19 @@ class Sampler:
 
     def observe(self, slots: NDArray[np.int64], token_ids: list[int]) -> None:
         """What was drawn, once it is on the host: bad words of several tokens look back."""
-        if not self._tails:
-            return
-        for slot, token in zip(slots.tolist(), token_ids, strict=True):
-            if slot in self._tails:
-                self._tails[slot].append(token)
+        self._constraints.observe(slots, token_ids)
+
+    def _copied(self, logits: torch.Tensor) -> torch.Tensor:
+        """One buffer takes what a step rewrites: memory of this size, allocated anew each time,
+        would go back to the system and be faulted in again."""
+        if self._rewritten is None or len(self._rewritten) < len(logits):
+            self._rewritten = torch.empty_like(logits)
+        return self._rewritten[: len(logits)].copy_(logits)
 
     def _with(self, slots: NDArray[np.int64], feature: Feature) -> list[int]:
         """Rows whose slots ask for ``feature``."""
         rows: list[int] = np.flatnonzero(self._features[slots] & feature).tolist()
         return rows
-
-    def _rewrite(
-        self,
-        logits: torch.Tensor,
-        slots: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        asked: Feature,
-    ) -> torch.Tensor:
-        if asked & Feature.PENALTIES:
-            logits = self._penalise(logits, slots)
-        if asked & Feature.BIAS:
-            self._bias(logits, slots)
-        if asked & Feature.ALLOWED:
-            self._allow_only(logits, slots)
-        banned: list[tuple[int, NDArray[np.int64]]] = []
-        if asked & Feature.BAD_WORDS:
-            banned += [
-                (row, self._bad_now(int(slots[row])))
-                for row in self._with(slots, Feature.BAD_WORDS)
-            ]
-        if asked & Feature.MIN_TOKENS:
-            banned += [
-                (row, self._ending[slots[row]])
-                for row in self._with(slots, Feature.MIN_TOKENS)
-                if positions[row] < self._params[slots[row]].min_tokens
-            ]
-        if banned:
-            logits[self._pairs(banned)] = -torch.inf
-        return logits
-
-    def _pairs(
-        self, ids_by_row: list[tuple[int, NDArray[np.int64]]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and column indices of all (row, id)."""
-        rows = np.repeat([row for row, _ in ids_by_row], [len(ids) for _, ids in ids_by_row])
-        columns = np.concatenate([ids for _, ids in ids_by_row])
-        return self._to_device(rows.astype(np.int64)), self._to_device(columns)
 
     def _penalise(self, logits: torch.Tensor, slots: NDArray[np.int64]) -> torch.Tensor:
         assert self._prompt_seen is not None and self._output_counts is not None
@@ -245,42 +196,6 @@ class Sampler:
         part -= frequency * counts + presence * (counts > 0)
         logits[where] = part
         return logits
-
-    def _bias(self, logits: torch.Tensor, slots: NDArray[np.int64]) -> None:
-        rows: list[int] = []
-        ids: list[int] = []
-        values: list[float] = []
-        for row in self._with(slots, Feature.BIAS):
-            for token, value in self._params[slots[row]].logit_bias:
-                if 0 <= token < self._vocab_size:
-                    rows.append(row)
-                    ids.append(token)
-                    values.append(value)
-        where = self._to_device(np.array(rows, dtype=np.int64))
-        which = self._to_device(np.array(ids, dtype=np.int64))
-        added = self._to_device(np.array(values, dtype=np.float32))
-        logits.index_put_((where, which), added, accumulate=True)
-
-    def _allow_only(self, logits: torch.Tensor, slots: NDArray[np.int64]) -> None:
-        rows = self._with(slots, Feature.ALLOWED)
-        allowed = [
-            (row, self._in_vocabulary(set(self._params[slots[row]].allowed_token_ids)))
-            for row in rows
-        ]
-        pairs = self._pairs(allowed)
-        kept = logits[pairs]
-        logits[self._to_device(np.array(rows, dtype=np.int64))] = -torch.inf
-        logits[pairs] = kept
-
-    def _bad_now(self, slot: int) -> NDArray[np.int64]:
-        """Last tokens of the bad words whose beginnings stand at the end of the text."""
-        tail = self._tails.get(slot, [])
-        ends = {
-            word[-1]
-            for word in self._params[slot].bad_words
-            if word and (len(word) == 1 or tuple(tail[1 - len(word) :]) == word[:-1])
-        }
-        return self._in_vocabulary(ends)
 
     def _draw(
         self,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from llm_service.attention.backend import AttentionBackend, AttentionStep, Chunk, PageShape
+from llm_service.memory import to_device
 
 # Decoding splits into batches of alike lengths while padding more than doubles the work.
 MAX_PADDING = 2.0
@@ -133,10 +134,7 @@ class SdpaBackend(AttentionBackend):
         return torch.index_select(pages, 0, index, out=self._gathered[: len(index)])
 
     def _to_device(self, array: NDArray[np.int64]) -> torch.Tensor:
-        host = torch.from_numpy(array)
-        if self._device.type == "cpu":
-            return host
-        return host.pin_memory().to(self._device, non_blocking=True)
+        return to_device(array, self._device)
 
     def _make_groups(self, step: AttentionStep) -> tuple[_Group, ...]:
         if not len(step.decode_lengths):

@@ -33,6 +33,12 @@ def whole() -> Any:
 
 # ---- randomness, penalties, choices
 
+CONSTRAINED = {
+    "allowed_token_ids": tuple(range(50, 90)),
+    "logit_bias": tuple((token, 2.0) for token in range(60, 70)),
+    "bad_words": ((61,), (62, 63), *((token, 64) for token in range(60, 70))),
+}
+
 SAMPLED = (
     {"temperature": 1.0, "seed": 3},
     {"temperature": 1.3, "seed": 4, "top_k": 30, "repetition_penalty": 1.2},
@@ -46,6 +52,7 @@ SAMPLED = (
         "eos_token_ids": (629,),
     },
     {"repetition_penalty": 1.4, "bad_words": ((100,), (7, 8))},
+    {"temperature": 1.0, "seed": 7, **CONSTRAINED},
     {},
 )
 
@@ -71,8 +78,11 @@ def test_the_same_tokens_alone_together_continued_and_preempted(demo: tuple[Any,
     assert rest == {name: ids[9:] for name, ids in alone.items()}
 
 
-def test_choices_are_those_of_single_requests(demo: tuple[Any, Any]) -> None:
-    ask = request("n", tokens(20), temperature=1.2, seed=8, n=4)
+@pytest.mark.parametrize("fields", [{}, CONSTRAINED], ids=["free", "constrained"])
+def test_choices_are_those_of_single_requests(
+    demo: tuple[Any, Any], fields: dict[str, Any]
+) -> None:
+    ask = request("n", tokens(20), temperature=1.2, seed=8, n=4, **fields)
     together = ids_of(LocalEngine(*demo), [ask])
     assert len({tuple(ids) for ids in together.values()}) > 1
     for choice in range(4):

@@ -1,0 +1,130 @@
+"""Milliseconds of one sampler step, by what the requests of the batch ask of their tokens.
+
+    python -m bench.sampler [--rows 64] [--vocab 151936] [--steps N] [--threads N]
+
+Greedy rows, so that the lists are all there is beside one ``max``; every row is a request of its
+own with lists of its own, as long as the gateway lets them be. CPU time of the process: a machine
+that others use too does not disturb it. ``admit`` is paid once, when a sequence gets its slot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bench import report
+from llm_service.sampler import Sampler
+from llm_service.sequence import SamplingParams
+
+MAX_ALLOWED = 2**16
+MAX_BIASES = 1024
+MAX_WORDS = 512  # 256, each at the start of a text and after a space.
+REPEATED = 7  # The token that the text of every row repeats.
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Medians, of one batch."""
+
+    asked: str
+    step_ms: float
+    admit_ms: float  # Of one row.
+
+
+Ask = Callable[[random.Random, int], SamplingParams]
+
+
+def nothing(_: random.Random, vocab: int) -> SamplingParams:
+    return SamplingParams()
+
+
+def allowed(source: random.Random, vocab: int) -> SamplingParams:
+    count = min(MAX_ALLOWED, vocab)
+    return SamplingParams(allowed_token_ids=tuple(source.sample(range(vocab), count)))
+
+
+def biased(source: random.Random, vocab: int) -> SamplingParams:
+    ids = source.sample(range(vocab), min(MAX_BIASES, vocab))
+    return SamplingParams(logit_bias=tuple((token, source.uniform(-5, 5)) for token in ids))
+
+
+def short_words(source: random.Random, vocab: int) -> SamplingParams:
+    words = (source.choices(range(vocab), k=1 + index % 4) for index in range(MAX_WORDS))
+    return SamplingParams(bad_words=tuple(map(tuple, words)))
+
+
+def nested_words(source: random.Random, vocab: int) -> SamplingParams:
+    """The beginning of every word stands at the end of the text."""
+    ends = source.choices(range(vocab), k=MAX_WORDS)
+    return SamplingParams(
+        bad_words=tuple((*[REPEATED] * length, end) for length, end in enumerate(ends))
+    )
+
+
+ASKS: dict[str, Ask] = {
+    "nothing": nothing,
+    "65,536 allowed_token_ids": allowed,
+    "1,024 of logit_bias": biased,
+    "512 bad_words of 1 to 4 tokens": short_words,
+    "512 bad_words of 1 to 512, all about to end": nested_words,
+}
+
+
+def step_cost(asked: str, rows: int, vocab: int, steps: int) -> StepCost:
+    """``steps`` steps of ``rows`` requests that all ask for ``asked``."""
+    source = random.Random(0)
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0))
+    slots = np.arange(rows, dtype=np.int64)
+    sampler = Sampler(vocab, rows, torch.device("cpu"))
+    params = [ASKS[asked](source, vocab) for _ in range(rows)]
+    text = [REPEATED] * MAX_WORDS
+    admitted = []
+    for slot, each in enumerate(params):
+        start = time.process_time()
+        sampler.admit(slot, each, 0, list(text), len(text))
+        admitted.append(time.process_time() - start)
+    took = []
+    for position in range(steps):
+        start = time.process_time()
+        sampler.sample(logits, slots, np.full(rows, position)).token_ids.tolist()
+        sampler.observe(slots, [REPEATED] * rows)
+        took.append(time.process_time() - start)
+    return StepCost(asked, 1e3 * statistics.median(took), 1e3 * statistics.median(admitted))
+
+
+def step_costs(rows: int = 64, vocab: int = 151_936, steps: int = 7) -> list[StepCost]:
+    with torch.inference_mode():
+        return [step_cost(asked, rows, vocab, steps) for asked in ASKS]
+
+
+def table(costs: Sequence[StepCost]) -> str:
+    return report.table(
+        ["asked of every row", "step ms", "admit ms"],
+        [[each.asked, f"{each.step_ms:.1f}", f"{each.admit_ms:.2f}"] for each in costs],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.sampler", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--rows", type=int, default=64, help="sequences of the batch")
+    parser.add_argument("--vocab", type=int, default=151_936, help="tokens of the vocabulary")
+    parser.add_argument("--steps", type=int, default=7, help="of which the median is told")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    costs = step_costs(options.rows, options.vocab, options.steps)
+    print(f"One sampler step, {options.rows} rows, {options.vocab:,} tokens, CPU time\n")
+    print(table(costs))
+
+
+if __name__ == "__main__":
+    main()
