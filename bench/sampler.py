@@ -23,6 +23,7 @@ from bench import report
 from llm_service.sampler import Sampler
 from llm_service.sequence import SamplingParams
 
+# As many as gateway.schemas.sampling lets pass.
 MAX_ALLOWED = 2**16
 MAX_BIASES = 1024
 MAX_WORDS = 512  # 256, each at the start of a text and after a space.

@@ -1,10 +1,10 @@
 """Which tokens a request may choose, and how it shifts their logits: prepared once, by slot.
 
 ``logit_bias``, ``allowed_token_ids``, ``bad_words`` and the ids that end a choice before
-``min_tokens`` come as long lists of Python. They become tensors when a sequence gets its slot, the
-same ones for all choices of its request, and go with the last of their slots; a step reads the
-tensors alone. A request's hold four bytes a token of the vocabulary where it allows only some, and
-otherwise no more than its lists.
+``min_tokens`` come as long lists of Python. When a sequence gets its slot they become tensors, and
+an index of the bad words of several tokens: one set for all choices of a request, which goes with
+the last of their slots. A step reads no list. A set holds four bytes a token of the vocabulary
+where the request allows only some, and otherwise no more than its lists.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BadWords:
     Beginnings and the text are kept as bytes, newest token first, and the beginnings are sorted:
     those that end the text are prefixes of it, so each is a prefix of the next longer one, and
     the longest of them is the text's predecessor or one of that one's prefixes. A step is one
-    binary search, and a walk over no more than what it finds or rules out.
+    binary search, and a walk from each beginning to the next shorter one.
     """
 
     def __init__(self, words: Sequence[Sequence[int]]) -> None:
@@ -79,7 +79,7 @@ class BadWords:
 
 
 def _longest_prefixes(ordered: list[bytes]) -> list[int]:
-    """Of each, the index of the longest other one that it begins with; -1 where none is."""
+    """Of each, the index of the longest other one that it starts with; -1 where none is."""
     found: list[int] = []
     for index, each in enumerate(ordered):
         at = index - 1
