@@ -20,6 +20,7 @@ import httpx2
 
 from deploy.child import Child
 from opticnerve.errors import StartupError
+from opticnerve.options import is_service_link
 from opticnerve.rpc.channel import is_serving, open_channel
 
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -216,8 +217,11 @@ async def _gateway_ready(address: str) -> bool:
 
 
 def child_environment(threads: int, devices: Sequence[str], index: int) -> dict[str, str]:
-    """The environment of one child: its share of cores and, where given, its device."""
-    environment = dict(os.environ)
+    """The environment of one child: its share of cores and, where given, its device. Without the
+    service links that `up` has told of."""
+    environment = {
+        name: value for name, value in os.environ.items() if not is_service_link(name, value)
+    }
     environment["OMP_NUM_THREADS"] = str(threads)
     environment["MKL_NUM_THREADS"] = str(threads)
     environment["PYTHONUNBUFFERED"] = "1"

@@ -2,12 +2,14 @@
 
 A field is a flag (``--max-num-seqs``), an environment variable (``OPTICNERVE_MAX_NUM_SEQS``) and
 an attribute, under one name: see ``opticnerve.options``. What nobody knows is refused: an unknown
-flag, and an unknown ``OPTICNERVE_`` variable.
+flag, and an unknown ``OPTICNERVE_`` variable. Variables by which Kubernetes tells of Services
+(``options.is_service_link``) are ignored.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ from functools import partial
 from opticnerve import addresses
 from opticnerve.errors import ConfigError
 from opticnerve.media.plan import parse_background
-from opticnerve.options import PREFIX, option, options
+from opticnerve.options import PREFIX, is_service_link, option, options
+
+log = logging.getLogger(__name__)
 
 KNOWN_VARIABLES = {"OPTICNERVE_CACHE_DIR"}  # Read elsewhere: opticnerve.models.checkpoint.
 
@@ -352,13 +356,21 @@ class UpConfig:
 
 
 def check_environment(environment: Mapping[str, str] | None = None) -> None:
-    """Raises ConfigError for an ``OPTICNERVE_`` variable that no service knows."""
+    """Raises ConfigError for an ``OPTICNERVE_`` variable that no service knows. Kubernetes' service
+    links are told of in one line instead."""
     environment = os.environ if environment is None else environment
     known = set(KNOWN_VARIABLES)
     for cls in (EncoderConfig, LLMConfig, GatewayConfig, UpConfig):
         known.update(item.variable for item in options(cls))
+    links = sorted(name for name, value in environment.items() if is_service_link(name, value))
     for name in sorted(environment):
-        if name.startswith(PREFIX) and name not in known:
+        if name.startswith(PREFIX) and name not in known and name not in links:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"unknown environment variable {name}{hint}", param=name)
+    if links:
+        log.warning(
+            "ignoring Kubernetes' service links (%s); `enableServiceLinks: false` in the pod's "
+            "spec leaves them out",
+            ", ".join(links),
+        )

@@ -15,7 +15,8 @@ from opticnerve.options import Option, Spec, build, options
 
 EPILOG = (
     "Every flag has an environment twin: --log-level is OPTICNERVE_LOG_LEVEL. A flag wins over "
-    "its twin. Sizes may have a unit: 512M, 2GiB."
+    "its twin. What Kubernetes sets for a Service called opticnerve is ignored. Sizes may have a "
+    "unit: 512M, 2GiB."
 )
 MAX_WIDTH = 100
 MODEL_FLAGS = {"--model", "--model-path", "--model-name", "-m"}  # As other servers have them.

@@ -24,6 +24,15 @@ TRUE = ("1", "true", "yes", "on")
 FALSE = ("0", "false", "no", "off")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([kmgt]?)(i?)(b?)", re.IGNORECASE)
+_IP, _PROTOCOL = r"[0-9A-Fa-f.:\[\]]+", "(?:tcp|udp|sctp)"
+_SERVICE_LINK = re.compile(
+    rf"{PREFIX}(?:[A-Z0-9_]+_)?(?:"
+    rf"SERVICE_HOST={_IP}"
+    r"|SERVICE_PORT(?:_[A-Z0-9_]+)?=\d+"
+    rf"|PORT(?:_\d+_(?:TCP|UDP|SCTP))?={_PROTOCOL}://{_IP}:\d+"
+    rf"|PORT_\d+_(?:TCP|UDP|SCTP)_(?:PROTO={_PROTOCOL}|PORT=\d+|ADDR={_IP})"
+    r")"
+)
 
 C = TypeVar("C")
 
@@ -188,10 +197,21 @@ def options(cls: type, path: tuple[str, ...] = ()) -> Iterator[Option]:
             yield Option(item.name, place, annotation, item.default, item.metadata["spec"])
 
 
+def is_service_link(name: str, value: str) -> bool:
+    """Whether a variable is one that Kubernetes sets in every pod to tell of a Service whose name
+    begins with ``opticnerve``, and so none of ours: ``OPTICNERVE_PORT=tcp://10.0.0.1:80``.
+
+    Name and value both count, so that ``OPTICNERVE_PORT=8000`` is ours.
+    Source: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+    """
+    return bool(_SERVICE_LINK.fullmatch(f"{name}={value}"))
+
+
 def build(
     cls: type[C], given: Mapping[str, Any], environment: Mapping[str, str] | None = None
 ) -> C:
-    """A configuration from parsed flags (None: not given) and the environment.
+    """A configuration from parsed flags (None: not given) and the environment, in which service
+    links count for nothing.
 
     Raises ConfigError for a variable that does not parse.
     """
@@ -199,9 +219,10 @@ def build(
     values: dict[tuple[str, ...], Any] = {}
     for item in options(cls):
         value = given.get(item.name)
-        if value is None and item.variable in environment:
+        text = environment.get(item.variable)
+        if value is None and text is not None and not is_service_link(item.variable, text):
             try:
-                value = item.parse(environment[item.variable])
+                value = item.parse(text)
             except ValueError as error:
                 raise ConfigError(f"{item.variable}: {error}", param=item.variable) from error
         if value is not None:

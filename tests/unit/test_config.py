@@ -2,6 +2,7 @@
 
 import pytest
 
+from deploy.supervisor import child_environment
 from opticnerve import config, flags
 from opticnerve.errors import ConfigError
 from opticnerve.media.plan import parse_background
@@ -93,6 +94,67 @@ def test_unknown_variable_is_refused():
     config.check_environment({"OPTICNERVE_STORE": "memory://", "PATH": "/bin"})
     with pytest.raises(ConfigError, match="OPTICNERVE_STROE"):
         config.check_environment({"OPTICNERVE_STROE": "memory://"})
+
+
+SERVICE_LINKS = {
+    "OPTICNERVE_SERVICE_HOST": "10.0.0.1",
+    "OPTICNERVE_SERVICE_PORT": "80",
+    "OPTICNERVE_SERVICE_PORT_HTTP": "80",
+    "OPTICNERVE_PORT": "tcp://10.0.0.1:80",
+    "OPTICNERVE_PORT_80_TCP": "tcp://10.0.0.1:80",
+    "OPTICNERVE_PORT_80_TCP_PROTO": "tcp",
+    "OPTICNERVE_PORT_80_TCP_PORT": "80",
+    "OPTICNERVE_PORT_80_TCP_ADDR": "10.0.0.1",
+    "OPTICNERVE_GATEWAY_SERVICE_HOST": "fd00::1",
+    "OPTICNERVE_GATEWAY_PORT": "tcp://[fd00::1]:8000",
+    "OPTICNERVE_GATEWAY_PORT_8000_UDP_ADDR": "fd00::1",
+    "OPTICNERVE_METRICS_PORT": "tcp://10.0.0.2:9090",  # Of a Service `opticnerve-metrics`.
+}
+
+
+@pytest.mark.parametrize("cls", SERVICES)
+def test_service_links_of_kubernetes_are_ignored_with_one_line(cls, caplog):
+    config.check_environment(SERVICE_LINKS)
+    (line,) = caplog.messages
+    assert all(name in line for name in SERVICE_LINKS)
+    assert parse(cls, environment=SERVICE_LINKS) == cls()
+
+
+def test_no_child_is_told_of_service_links(monkeypatch):
+    for name, value in {**SERVICE_LINKS, "OPTICNERVE_METRICS_PORT": "9100"}.items():
+        monkeypatch.setenv(name, value)
+    ours = {name for name in child_environment(1, (), 0) if name in SERVICE_LINKS}
+    assert ours == {"OPTICNERVE_METRICS_PORT"}
+
+
+def test_a_port_is_no_service_link(caplog):
+    environment = {"OPTICNERVE_PORT": "8080", "OPTICNERVE_METRICS_PORT": "9090"}
+    config.check_environment(environment)
+    made = parse(config.GatewayConfig, environment=environment)
+    assert (made.port, made.telemetry.metrics_port) == (8080, 9090)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OPTICNERVE_PROT", "tcp://10.0.0.1:80"),
+        ("OPTICNERVE_PORTS", "8000"),
+        ("OPTICNERVE_GATEWAY_PORT", "8000"),
+        ("OPTICNERVE_PORT_8000_TCP", "8000"),
+        ("OPTICNERVE_SERVICE_HOST", "gateway"),
+        ("OPTICNERVE_STORE_TTL", "80"),
+    ],
+)
+def test_what_only_resembles_a_service_link_is_unknown(name, value):
+    with pytest.raises(ConfigError, match=name):
+        config.check_environment({**SERVICE_LINKS, name: value})
+
+
+@pytest.mark.parametrize("value", ["tcp://10.0.0.1", "http://10.0.0.1:80", "tcp://:80", ""])
+def test_a_port_that_is_neither_number_nor_service_link_is_refused(value):
+    with pytest.raises(ConfigError, match="OPTICNERVE_PORT: expected a whole number"):
+        parse(config.GatewayConfig, environment={"OPTICNERVE_PORT": value})
 
 
 @pytest.mark.parametrize("cls", SERVICES)
