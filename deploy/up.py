@@ -27,7 +27,8 @@ from opticnerve.rpc.server import handle_signals
 
 DESCRIPTION = (
     "Starts encoders, LLM workers and the gateway on this machine; every other flag is handed to "
-    "the services that know it. --host and --port are the gateway's."
+    "the services that know it. --host, --port and --metrics-port are the gateway's; workers "
+    "listen on loopback, and have metrics at --metrics-host and ports that they print."
 )
 # What `up` itself decides for its children: no flags of its own.
 DECIDED = {"encoder_addresses", "llm_addresses", "advertise"}
@@ -104,10 +105,11 @@ def _check_early(gateway: config.GatewayConfig) -> None:
     """What would fail in every worker once it has loaded torch, or in the gateway, which starts
     last: told once, and before anything starts. Raises ConfigError, CheckpointError."""
     Keys.load(gateway.api_key_file)
-    host, metrics_port = gateway.listen_host, gateway.telemetry.metrics_port
+    host, shown = gateway.listen_host, gateway.telemetry
     addresses.check_free(host, gateway.port)
-    if metrics_port >= 0:
-        addresses.check_free(host, metrics_port, "--metrics-port")
+    if shown.metrics_host or shown.metrics_port >= 0:  # Workers have metrics in any case.
+        port = max(0, shown.metrics_port)
+        addresses.check_free(shown.metrics_host or host, port, "--metrics-port")
     source = gateway.model
     checkpoint = Checkpoint.open(source.model, source.revision, source.download_dir)
     checkpoint.check()

@@ -62,8 +62,10 @@ class Service:
     def _load(self, stack: contextlib.ExitStack, server: Server, on_lost: OnLost) -> Loaded:
         """All that takes long; ``stack`` closes what it opens. Raises StartupError."""
         settings = self._settings
-        if settings.telemetry.metrics_port >= 0:
-            log.info("metrics at %s", metrics.serve(settings.telemetry.metrics_port))
+        shown = settings.telemetry
+        if shown.metrics_port >= 0:
+            where = shown.metrics_host or settings.rpc.host
+            log.info("metrics at %s", metrics.serve(shown.metrics_port, where))
         torch.set_num_threads(self._threads)
         store = stack.enter_context(contextlib.closing(_open_store(settings)))
         stack.enter_context(metrics.reading(lambda: metrics.of_store(store)))

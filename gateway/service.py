@@ -144,9 +144,10 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
 
 def _serve_metrics(settings: GatewayConfig) -> None:
     """/metrics on a port of its own, where one is asked for. Raises ConfigError."""
-    port = settings.telemetry.metrics_port
-    if port >= 0:
-        log.info("metrics at %s", metrics.serve(port, settings.listen_host))
+    shown = settings.telemetry
+    if shown.metrics_port >= 0:
+        where = shown.metrics_host or settings.listen_host
+        log.info("metrics at %s", metrics.serve(shown.metrics_port, where))
 
 
 def _own_pair_id(checkpoint: Checkpoint) -> str | None:

@@ -58,8 +58,10 @@ class Service:
     async def load(self, stack: contextlib.AsyncExitStack) -> Loaded:
         """All that takes long; ``stack`` closes what it opens. Raises StartupError."""
         settings = self._settings
-        if settings.telemetry.metrics_port >= 0:
-            log.info("metrics at %s", metrics.serve(settings.telemetry.metrics_port))
+        shown = settings.telemetry
+        if shown.metrics_port >= 0:
+            where = shown.metrics_host or settings.rpc.host
+            log.info("metrics at %s", metrics.serve(shown.metrics_port, where))
         checkpoint = await asyncio.to_thread(_open_checkpoint, settings)
         layout = make_layout(checkpoint)
         store = await asyncio.to_thread(_open_store, settings)

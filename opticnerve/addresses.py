@@ -71,7 +71,8 @@ def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
 def _refusal(host: str, port: int, flag: str, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or str(error)
     taken = getattr(error, "errno", 0) == errno.EADDRINUSE
-    hint = f"choose another {flag} (0 takes a free one)" if taken else f"see --host and {flag}"
+    host_flag = flag.replace("port", "host")
+    hint = f"choose another {flag} (0 takes a free one)" if taken else f"see {host_flag} and {flag}"
     return f"cannot listen on {join(host, port)}: {reason[:1].lower() + reason[1:]}; {hint}"
 
 

@@ -143,6 +143,11 @@ class TelemetryConfig:
         least=-1,
         most=65535,
     )
+    metrics_host: str = _telemetry(
+        "",
+        "where --metrics-port listens; default: where the service does, at --host",
+        metavar="HOST",
+    )
 
 
 @dataclass(frozen=True)

@@ -69,11 +69,11 @@ def of_store(store: Store) -> Iterator[Metric]:
         )
 
 
-def serve(port: int, host: str = "127.0.0.1") -> str:
-    """Serves /metrics on a port of its own, 0 for a free one; returns its URL.
+def serve(port: int, host: str) -> str:
+    """Serves /metrics at ``host`` on a port of its own, 0 for a free one; returns its URL.
 
     Raises ConfigError where the port cannot be had.
     """
     addresses.check_free(host, port, "--metrics-port")
-    server, _ = start_http_server(port, addr=host)
+    server, _ = start_http_server(port, addr=host.strip("[]"))
     return f"http://{addresses.join(host, server.server_port)}/metrics"

@@ -291,6 +291,17 @@ def test_a_port_that_is_taken_is_found_before_anything_starts(flag, monkeypatch)
             up.main(["--port", "0", flag, str(port)])
 
 
+def test_a_metrics_host_is_for_every_service_and_is_tried_before_anything_starts(monkeypatch):
+    commands = up.Commands(UpConfig(), {"parent_pid": 1, "metrics_host": "127.0.0.2"})
+    for made in (*commands.workers(), commands.gateway([], [])):
+        command = made.child.command
+        assert command[command.index("--metrics-host") + 1] == "127.0.0.2"
+    monkeypatch.setattr(up, "Supervisor", None)
+    nobodys = "192.0.2.1"  # Of documentation alone: no interface has it.
+    with pytest.raises(StartupError, match=rf"cannot listen on {nobodys}:0: .*--metrics-host"):
+        up.main(["--port", "0", "--metrics-host", nobodys])
+
+
 def test_a_key_file_that_is_missing_is_found_before_anything_starts(monkeypatch, tmp_path):
     monkeypatch.setattr(up, "Supervisor", None)
     with pytest.raises(StartupError, match="key file"):
