@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import re
@@ -27,6 +28,14 @@ def check(text: str) -> str:
     return text
 
 
+def check_advertised(text: str) -> str:
+    """``text``, if it is a HOST:PORT that others can call. Raises ValueError."""
+    check(text)
+    if is_wildcard(text.rpartition(":")[0]):
+        raise ValueError(f"{text!r} stands for every interface, and is no address to call")
+    return text
+
+
 def check_name(text: str) -> str:
     """``text``, if it is HOST:PORT or dns:///NAME:PORT. Raises ValueError."""
     check(text.removeprefix("dns:///"))
@@ -35,10 +44,16 @@ def check_name(text: str) -> str:
 
 def is_wildcard(host: str) -> bool:
     """Whether ``host`` stands for every interface: nothing that others could call."""
+    host = host.strip("[]")
+    if host == "*":
+        return True
+    with contextlib.suppress(OSError):
+        return socket.inet_aton(host) == bytes(4)  # Short forms too: 0, 0.0, 0x0.
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_unspecified
+        address = ipaddress.IPv6Address(host)
     except ValueError:
         return False
+    return (address.ipv4_mapped or address).is_unspecified
 
 
 def is_loopback(host: str) -> bool:

@@ -112,7 +112,9 @@ class RpcConfig:
         "the address that other services reach this one at; needed where --host is 0.0.0.0 and "
         "they run on other machines",
         metavar="HOST:PORT",
-        check=addresses.check,
+        wanted="HOST:PORT that the other services call, such as 10.0.0.5:7001: one machine's name "
+        "or IP and a port from 1 to 65535, no wildcard such as 0.0.0.0",
+        check=addresses.check_advertised,
     )
     drain_timeout_s: float = _address(15.0, STOP_HELP, metavar="SECONDS")
     parent_pid: int = _parent(0, "end when this process is gone; set by whoever starts this one")

@@ -212,6 +212,21 @@ def test_an_error_names_the_place_the_value_and_what_is_expected(capsys):
         (config.EncoderConfig, "advertise", "encoder-1", "HOST:PORT"),
         (config.EncoderConfig, "advertise", "encoder-1:0", "HOST:PORT"),
         (config.EncoderConfig, "advertise", "http://encoder-1:7001", "HOST:PORT"),
+        *(
+            (cls, "advertise", value, "HOST:PORT that the other services call, such as 10.0.0.5:")
+            for cls in (config.EncoderConfig, config.LLMConfig)
+            for value in (
+                "0.0.0.0:7001",
+                "[::]:7001",
+                "[::0]:7001",
+                "[::ffff:0.0.0.0]:7001",
+                "0:7001",
+                "0x0:7001",
+                "*:7001",
+                "10.0.0.5:0",
+                "10.0.0.5:00000",
+            )
+        ),
         (config.EncoderConfig, "log_level", "loud", "one of debug, info, warning, error"),
         (config.GatewayConfig, "public_models", "maybe", "true or false"),
         *(
@@ -257,6 +272,11 @@ def test_addresses():
     text = "10.0.0.1:7001,[::1]:7002,dns:///llm.default:7003"
     made = parse(config.GatewayConfig, "--llm-addresses", text)
     assert made.llm_addresses == tuple(text.split(","))
+
+
+@pytest.mark.parametrize("text", ["10.0.0.5:7001", "[fd00::1]:7001", "encoder-0.encoders:7001"])
+def test_an_address_that_others_can_call_is_advertised(text):
+    assert parse(config.EncoderConfig, "--advertise", text).rpc.advertise == text
 
 
 def test_the_nearest_known_name_is_offered(capsys):
