@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 2.0
 RESOLVE_S = 5.0
+SHOWN = 8  # Addresses of one name in a message.
 FULL_S = (0.05, 5.0)  # Least and most that a worker which refused work is left alone.
 
 
@@ -215,6 +216,8 @@ class WorkerPool:
             if (worker.state, worker.description.fingerprint) != before:
                 log.info("%s %s: %s", self.kind, worker.address, worker.state.value)
                 self._changed()
+                if worker.state is WorkerState.SERVING and worker.address in self._static:
+                    await self._warn_if_many(worker.address)
             else:
                 self._dispatcher.dispatch()  # Its throughput, or what others have with it.
             with contextlib.suppress(TimeoutError):
@@ -223,6 +226,22 @@ class WorkerPool:
             if worker.wake.is_set():
                 worker.wake.clear()
                 worker.failures = 0
+
+    async def _warn_if_many(self, address: str) -> None:
+        """Of a name with several addresses gRPC calls one, and the others get nothing."""
+        found: set[str] | None = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                found = await _resolve(address)
+        # Two of one machine are often of two families, as localhost's are.
+        six = {each for each in found or () if each.startswith("[")}
+        several = max(six, (found or set()) - six, key=len)
+        if len(several) > 1:
+            log.warning(
+                "%s %s has %d addresses (%s), and one of them gets all the work; to spread it, "
+                "write dns:///%s",
+                self.kind, address, len(several), ", ".join(sorted(several)[:SHOWN]), address,
+            )  # fmt: skip
 
     async def _probe(self, worker: Worker) -> None:
         try:
@@ -263,7 +282,7 @@ async def _resolve(name: str) -> set[str] | None:
     host, _, port = name.rpartition(":")
     try:
         found = await asyncio.get_running_loop().getaddrinfo(
-            host, int(port), type=socket.SOCK_STREAM
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM
         )
     except (OSError, ValueError) as error:
         log.warning("%s: %s", name, error)

@@ -58,7 +58,7 @@ _parent = partial(_address, metavar="PID", hidden=True)
 
 LEAST_IMAGE_PIXELS = 64 * 64  # As a limit: an encoder tries itself on such a picture at start.
 STOP_HELP = "how long running requests may go on after SIGTERM or Ctrl-C; a second one ends them"
-MANY_HELP = "HOST:PORT, or dns:///NAME:PORT for all behind a name"
+MANY_HELP = "HOST:PORT, or dns:///NAME:PORT for all behind a name, of which NAME:PORT is one"
 
 
 @dataclass(frozen=True)

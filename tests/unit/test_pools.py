@@ -131,6 +131,38 @@ async def test_work_waits_for_room_in_the_order_of_its_deadlines():
             assert pool.workers[0].pending == pool.waiting == 0
 
 
+@pytest.mark.parametrize(
+    ("hosts", "told"),
+    [
+        (("10.0.0.1", "10.0.0.2"), ["10.0.0.1", "10.0.0.2"]),
+        (("[fd00::1]", "[fd00::2]", "10.0.0.1"), ["[fd00::1]", "[fd00::2]"]),
+        (("[::1]", "127.0.0.1"), []),  # localhost.
+        (("10.0.0.1",), []),
+    ],
+)
+async def test_a_name_with_several_addresses_is_warned_of(hosts, told, monkeypatch, caplog):
+    asked = []
+
+    async def resolve(name):
+        asked.append(name)
+        return {f"{host}:7001" for host in hosts}
+
+    monkeypatch.setattr(pools, "_resolve", resolve)
+    async with FakeEncoder() as encoder:
+        name = encoder.address.replace("127.0.0.1", "localhost")
+        async with pool_of(name) as pool:
+            await until(lambda: asked)
+            await until(lambda: pool.workers[0].state is WorkerState.SERVING)
+    assert set(asked) == {name}
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    if not told:
+        assert not warnings
+        return
+    (warning,) = warnings
+    assert f"write dns:///{name}" in warning and f"{len(told)} addresses" in warning
+    assert all(f"{host}:7001" in warning for host in told)
+
+
 async def test_what_waits_for_room_hears_when_every_worker_is_gone():
     async with FakeEncoder() as a:
         a.max_batch_patches, a.patches_per_s = 10, 1000.0
