@@ -56,7 +56,7 @@ async def run(given: dict[str, Any]) -> int:
     gateway = build(config.GatewayConfig, given)
     stop_timeout_s = gateway.drain_timeout_s + CLOSE_S
     follow_parent(gateway.parent_pid, grace_s=STAGES * stop_timeout_s)
-    _check_early(gateway)
+    _check_early(gateway, settings.encoders + settings.llms)
     with contextlib.ExitStack() as files:
         store = files.enter_context(_store(build(config.StoreConfig, given).store))
         given = {**given, "store": store, "parent_pid": os.getpid()}
@@ -101,7 +101,7 @@ def _farewell(drain_timeout_s: float, *, ready: bool) -> str:
     )
 
 
-def _check_early(gateway: config.GatewayConfig) -> None:
+def _check_early(gateway: config.GatewayConfig, workers: int) -> None:
     """What would fail in every worker once it has loaded torch, or in the gateway, which starts
     last: told once, and before anything starts. Raises ConfigError, CheckpointError."""
     Keys.load(gateway.api_key_file)
@@ -114,9 +114,12 @@ def _check_early(gateway: config.GatewayConfig) -> None:
     checkpoint = Checkpoint.open(source.model, source.revision, source.download_dir)
     checkpoint.check()
 
-    from gateway.chat import ChatRenderer  # Half a second, which --help need not wait for.
+    # Half a second, which --help need not wait for.
+    from gateway.chat import ChatRenderer
+    from gateway.connections import allow_files
     from gateway.sampling import load_defaults
 
+    allow_files(gateway.max_connections, workers)
     path, layout = checkpoint.path, make_layout(checkpoint)
     tokenizer = ChatRenderer.load(path, layout, gateway.chat_template).tokenizer
     load_defaults(gateway.generation_config, path, tokenizer, checkpoint.text_config)

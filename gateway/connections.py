@@ -15,11 +15,13 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from opticnerve.errors import ConfigError
+
 log = logging.getLogger(__name__)
 
 FIRST_REST_S = 30.0  # Until the first request.
 REST_S = 75.0  # Until the next one.
-OTHER_FILES = 256  # Open besides connections: workers, logs, pictures on their way.
+OTHER_FILES = 256  # Open besides connections: libraries, logs, pictures on their way.
 
 
 class Connections:
@@ -27,7 +29,7 @@ class Connections:
     all are at work, the new one."""
 
     def __init__(self, most: int) -> None:
-        self.most = fitting(most)
+        self.most = most
         self._all: set[Connection] = set()
         self._resting: dict[Connection, asyncio.TimerHandle] = {}  # Longest at rest first.
         self._crowded = False
@@ -115,18 +117,20 @@ class Connection(H11Protocol):
             self.owner.wake(self)
 
 
-def fitting(most: int) -> int:
-    """As many connections as this process may have files for, up to ``most``; the soft limit of
-    files is raised as far as it can be."""
+def allow_files(connections: int, workers: int) -> None:
+    """Lets this process open as many files as so many connections of clients and workers need: the
+    soft limit is raised where it is lower. Raises ConfigError where the hard one is lower too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most + OTHER_FILES
+    others = OTHER_FILES + workers
+    wanted = connections + others
     if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return most
-    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    if limit < wanted:
-        log.warning(
-            "at most %d files can be open, and %d connections need %d; raise ulimit -n",
-            limit, most, wanted,
-        )  # fmt: skip
-    return max(1, limit - OTHER_FILES)
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        lower = f", or set --max-connections {hard - others} or less" if hard > others else ""
+        raise ConfigError(
+            f"--max-connections {connections} needs {wanted} open files with those of {workers} "
+            f"workers and of the gateway itself, and only {hard} are allowed: raise ulimit -n to "
+            f"{wanted}{lower}",
+            param="max_connections",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -17,7 +17,7 @@ from gateway.admission import Admission
 from gateway.app import Gateway, make_app
 from gateway.auth import Keys
 from gateway.chat import ChatRenderer
-from gateway.connections import REST_S, Connections
+from gateway.connections import REST_S, Connections, allow_files
 from gateway.detokenizer import Vocabulary
 from gateway.encoders import Encoders
 from gateway.fetch import MediaFetcher
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = flags.read("gateway", DESCRIPTION, GatewayConfig, argv)
     logs.configure(settings.telemetry.log_level)
     check_workers(settings)
+    workers = len(settings.encoder_addresses) + len(settings.llm_addresses)
+    allow_files(settings.max_connections, workers)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     use_one_arena()
     follow_parent(settings.parent_pid)

@@ -302,7 +302,10 @@ class GatewayConfig:
     media_timeout_s: float = _urls(10.0, "how long fetching one item may take", metavar="SECONDS")
     media_redirects: int = _urls(3, "redirects that are followed for one item", metavar="N")
     max_connections: int = _limits(
-        4096, "connections of clients before those longest at rest are closed", metavar="N", least=1
+        4096,
+        "connections of clients before those longest at rest are closed; what ulimit -n must allow",
+        metavar="N",
+        least=1,
     )
     max_concurrent_requests: int = _limits(
         512,

@@ -3,10 +3,13 @@
 import asyncio
 import contextlib
 import resource
+import subprocess
+import sys
 
 import pytest
 
 from gateway import connections
+from opticnerve.errors import ConfigError
 from tests.fakes import until
 from tests.gateways import stack
 
@@ -114,12 +117,45 @@ async def test_connections_at_work_are_not_closed_for_new_ones():
         assert [(await answer).status_code for answer in asked] == [200, 200]
 
 
-def test_connections_fit_the_files_that_may_be_open(monkeypatch, caplog):
+@pytest.fixture
+def limits(monkeypatch):
+    """(soft, hard) limits of open files as they are set one after another."""
     limits = [(1024, 4096)]
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
-    assert connections.fitting(500) == 500 and len(limits) == 1
-    assert connections.fitting(2000) == 2000 and limits[-1] == (2256, 4096)
-    assert not caplog.records
-    assert connections.fitting(9000) == 4096 - 256 and limits[-1] == (4096, 4096)
-    assert "ulimit -n" in caplog.text
+    return limits
+
+
+def test_the_limit_of_files_is_raised_to_what_connections_and_workers_need(limits):
+    connections.allow_files(500, workers=2)
+    assert len(limits) == 1
+    connections.allow_files(2000, workers=3)
+    assert limits[-1] == (2259, 4096)
+    limits[-1] = (1024, resource.RLIM_INFINITY)
+    connections.allow_files(9000, workers=0)
+    assert limits[-1] == (9256, resource.RLIM_INFINITY)
+
+
+def test_a_limit_of_files_that_is_too_low_for_the_connections_is_refused(limits):
+    with pytest.raises(ConfigError) as refused:
+        connections.allow_files(9000, workers=4)
+    told = refused.value.message
+    assert "--max-connections 9000 needs 9260 open files" in told and "only 4096" in told
+    assert "ulimit -n to 9260, or set --max-connections 3836 or less" in told
+    connections.allow_files(3836, workers=4)
+    assert limits[-1] == (4096, 4096)
+    limits[-1] = (64, 64)
+    with pytest.raises(ConfigError, match=r"raise ulimit -n to 260$"):
+        connections.allow_files(1, workers=3)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("up",), ("gateway", "--llm-addresses", "127.0.0.1:9", "--encoder-addresses", "127.0.0.1:9")],
+)
+def test_a_process_with_too_few_files_does_not_start(command):
+    run = [sys.executable, "-m", "opticnerve", *command, "--port", "0"]
+    limited = ["sh", "-c", 'ulimit -n 1024 && exec "$@"', "sh", *run]
+    ended = subprocess.run(limited, capture_output=True, text=True, timeout=200)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "needs 4354 open files" in ended.stderr and ended.stderr.count("\n") == 1
