@@ -2,7 +2,7 @@
 
 A tier's directory:
 
-    id                      its random id
+    id                      its random id: a symbolic link's target, for which a full tmpfs has room
     lock                    the one flock; its eight bytes say how many bytes are stored
     owner                   a supervisor's, where it made the directory (see ``tier``)
     <key>.safetensors       entries; modification time is recency
@@ -21,6 +21,7 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import logging
 import os
 import secrets
 import shutil
@@ -38,6 +39,8 @@ SUFFIX = ".safetensors"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK_TIMEOUT_S = 10.0  # Nobody holds the lock for longer than a scan of the directory.
 SLACK = 16  # An eviction frees a 16th of the capacity beyond need, so that not every put scans.
+
+log = logging.getLogger(__name__)
 
 _STORED = struct.Struct("<q")
 
@@ -100,11 +103,11 @@ class Ledger:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 os.ftruncate(fd, num_bytes)
+                _write(lock, stored + num_bytes)
             except OSError:
                 os.close(fd)
                 path.unlink()
                 raise
-            _write(lock, stored + num_bytes)
             return Temporary(path, fd, num_bytes)
 
     def publish(self, temporary: Temporary, key: str, num_bytes: int) -> None:
@@ -225,15 +228,22 @@ class Ledger:
         raise StoreError(f"the store's directory {self.directory} comes and goes")
 
     def _join(self, lock: int) -> tuple[str, Path, int]:
-        identity = self.directory / "id"
-        if not identity.exists() or not identity.read_text():
-            identity.write_text(secrets.token_hex(16))
+        identity = _identity(self.directory / "id")
         self._holder = self.directory / "holders" / secrets.token_hex(8)
         self._holder.mkdir(mode=0o700, parents=True)
         alive = os.open(self._holder / "alive", os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(alive, fcntl.LOCK_EX)
-        _write(lock, self._scan().stored)
-        return identity.read_text(), self._holder, alive
+        try:
+            _write(lock, self._scan().stored)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            log.warning(
+                "%s is full: embeddings are not kept there until it has room (--shm-size in "
+                "containers, or another --store), and LLM workers fetch them from encoders",
+                self.directory,
+            )
+        return identity, self._holder, alive
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
@@ -329,6 +339,16 @@ class Ledger:
         for holder in (self.directory / "holders").iterdir():
             if holder == self._holder or is_locked(holder / "alive"):
                 yield holder
+
+
+def _identity(link: Path) -> str:
+    """The id of the tier, made by the first to ask. Under the lock."""
+    try:
+        return os.readlink(link)
+    except OSError:  # Not there, or a file as earlier versions made it.
+        link.unlink(missing_ok=True)
+        os.symlink(secrets.token_hex(16), link)
+    return os.readlink(link)
 
 
 def translated(error: OSError) -> StoreError:

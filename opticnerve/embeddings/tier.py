@@ -78,7 +78,8 @@ def create_tier_directory(base: Path | None = None) -> Path:
         lock = os.open(unfinished / OWNER, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
         owner = {"pid": os.getpid(), "start_time": process_start_time(os.getpid())}
-        os.write(lock, json.dumps(owner).encode())
+        with contextlib.suppress(OSError):  # A full tmpfs; the lock is what counts.
+            os.write(lock, json.dumps(owner).encode())
         unfinished.rename(path)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opticnerve.embeddings import ledger, shm
+from opticnerve.embeddings import ledger, shm, tier
 from opticnerve.embeddings.shm import ShmStore
 from opticnerve.embeddings.tier import is_locked
 from opticnerve.errors import EmbeddingCorrupt, StoreError, StoreFull
@@ -99,6 +99,51 @@ def test_a_write_beyond_the_limit_leaves_nothing(shm_store: ShmStore) -> None:
     assert shm_store.stored_bytes() == 0
     shm_store.put(key(1), rows(1, 256), {})
     assert fetched(shm_store, 1).tensors["rows"][0, 0] == 1
+
+
+@contextlib.contextmanager
+def full_file_system() -> Iterator[None]:
+    """Files and directories can be made, and no byte can be written."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_tier_is_opened_in_a_full_file_system_and_works_once_it_has_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with full_file_system():
+        path = tier.create_tier_directory(tmp_path)
+        store, other = ShmStore(path, MIB), ShmStore(path, MIB)
+        assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+        assert f"{path} is full" in caplog.text
+        assert store.tier_id == other.tier_id != ""
+        assert tier.sweep_dead_tiers(tmp_path) == []
+        before = sorted(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            with pytest.raises(StoreFull):
+                store.put(key(1), rows(1), {})
+        assert sorted(os.listdir("/proc/self/fd")) == before
+        assert store.get(key(1)) is None
+    store.put(key(1), rows(1), {})
+    assert fetched(other, 1).tensors["rows"][0, 0] == 1
+    assert store.stored_bytes() == entry_path(store, 1).stat().st_size
+    store.close()
+    other.close()
+    tier.remove_tier(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tier_of_an_earlier_version_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "id").write_text("0" * 32)  # A file; now it is a link.
+    with contextlib.closing(ShmStore(tmp_path, MIB)) as store:
+        store.put(key(1), rows(1), {})
+        assert len(store.tier_id) == 32
+        with contextlib.closing(ShmStore(tmp_path, MIB)) as other:
+            assert other.tier_id == store.tier_id and other.get(key(1)) is not None
 
 
 def test_a_file_system_that_others_fill(
