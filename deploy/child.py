@@ -16,6 +16,12 @@ HURRY_S = LAST_WORDS_S + 2.0  # That a child gets whose work was ended by a seco
 LISTENING = re.compile(r"^listening (\S+)$")
 
 
+def tell(text: str) -> None:
+    """A line on stderr, where there is somebody to read it: a terminal may have been closed."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 class Child:
     """A service's process. ``address`` is what it printed in its ``listening`` line.
 
@@ -28,6 +34,7 @@ class Child:
         self.command = list(command)
         self.environment = environment
         self.address = ""
+        self._hangup_due = False
         self.last_words = ""  # The last line it printed: what a give-up message quotes.
         self._process: asyncio.subprocess.Process | None = None
         self._listening = asyncio.Event()
@@ -43,6 +50,7 @@ class Child:
 
     async def start(self) -> None:
         self._listening.clear()
+        self._hangup_due = False
         self._process = await asyncio.create_subprocess_exec(
             *self.command,
             env=self.environment,
@@ -86,14 +94,23 @@ class Child:
             await asyncio.wait({ended}, timeout=grace_s)
         hurried.cancel()
         if not ended.done():
-            print(f"{self.name} did not stop within {grace_s:g} s; killing it", file=sys.stderr)
+            tell(f"{self.name} did not stop within {grace_s:g} s; killing it")
             self.kill()
         await ended
 
     def _signal(self, number: int) -> None:
-        assert self._process
+        if self._process is None:
+            return
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
+
+    def hang_up(self) -> None:
+        """SIGHUP: the child reads its files again. One that starts may have read them, and may not
+        know the signal yet: it gets it once it listens."""
+        if self._listening.is_set():
+            self._signal(signal.SIGHUP)
+        else:
+            self._hangup_due = True
 
     def kill(self) -> None:
         """SIGKILL to the child and to every process of its session, at once."""
@@ -107,9 +124,11 @@ class Child:
             if match := LISTENING.match(text):
                 self.address = match[1]
                 self._listening.set()
+                if self._hangup_due:
+                    self.hang_up()
             elif text:
                 self.last_words = text
-                print(f"{self.name:<10} | {text}", file=sys.stderr, flush=True)
+                tell(f"{self.name:<10} | {text}")
 
     async def _next_line(self, stream: asyncio.StreamReader) -> bytes:
         """A line, b"" at the end; a line past the limit is cut, not an error."""

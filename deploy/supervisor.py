@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 
 import httpx2
 
-from deploy.child import Child
+from deploy.child import Child, tell
 from opticnerve.errors import StartupError
 from opticnerve.options import is_service_link
 from opticnerve.rpc.channel import is_serving, open_channel
@@ -78,6 +77,12 @@ class Supervisor:
         """The children end their work now instead of letting it end."""
         self._stopping.set()
         self._hurry.set()
+
+    def hang_up(self) -> None:
+        """The gateway reads its keys again; one that is yet to be started reads them then."""
+        for service in self._all:
+            if service.stage == 2:
+                service.child.hang_up()
 
     def kill(self) -> None:
         """Kills every child that still runs, at once."""
@@ -155,9 +160,9 @@ class Supervisor:
             await self._after_crash(service, status)
             try:
                 await self._start(service)
-                print(f"{service.child.name} is back", file=sys.stderr, flush=True)
+                tell(f"{service.child.name} is back")
             except StartupError as error:
-                print(error.message, file=sys.stderr, flush=True)
+                tell(error.message)
                 await service.child.stop(self._stop_timeout_s, self._hurry)
 
     async def _after_crash(self, service: Service, status: int) -> None:
@@ -172,11 +177,7 @@ class Supervisor:
                 f"with status {status}. Its last words: {service.child.last_words or 'none'}"
             )
         pause = BACKOFF_S[min(len(crashes), len(BACKOFF_S)) - 1]
-        print(
-            f"{name} ended with status {status}; starting it again in {pause:g} s",
-            file=sys.stderr,
-            flush=True,
-        )
+        tell(f"{name} ended with status {status}; starting it again in {pause:g} s")
         await asyncio.sleep(pause)
 
     async def _stop_all(self) -> None:

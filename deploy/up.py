@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.child import Child
+from deploy.child import Child, tell
 from deploy.supervisor import Service, Supervisor, child_environment
 from gateway.auth import Keys
 from opticnerve import addresses, config, flags
 from opticnerve.embeddings.tier import create_tier_directory, remove_tier, sweep_dead_tiers
 from opticnerve.errors import StartupError
-from opticnerve.lifecycle import follow_parent
+from opticnerve.lifecycle import follow_parent, ignore_hangup, on_hangup
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import make_layout
 from opticnerve.options import PREFIX, build, options
@@ -44,14 +44,15 @@ def parser() -> flags.Parser:
 
 
 def main(argv: Sequence[str]) -> int:
+    ignore_hangup()
     given = vars(parser().parse_args(argv))
     config.check_environment()
     return asyncio.run(run(given))
 
 
 async def run(given: dict[str, Any]) -> int:
-    """Runs the stack until a signal, or its own parent's end (status 0). Raises StartupError
-    when it must give up."""
+    """Runs the stack until a signal, or its own parent's end (status 0). SIGHUP is the gateway's.
+    Raises StartupError when it must give up."""
     settings = build(config.UpConfig, given)
     gateway = build(config.GatewayConfig, given)
     stop_timeout_s = gateway.drain_timeout_s + CLOSE_S
@@ -71,25 +72,20 @@ async def run(given: dict[str, Any]) -> int:
 
         def stop() -> None:
             supervisor.stop()
-            _tell(_farewell(gateway.drain_timeout_s, ready=bool(supervisor.url)))
+            tell(_farewell(gateway.drain_timeout_s, ready=bool(supervisor.url)))
 
         def cut() -> None:
             supervisor.hurry()
-            _tell("ending what still runs")
+            tell("ending what still runs")
 
         def at_once() -> None:
             supervisor.kill()
             files.close()
 
-        with handle_signals(stop, cut, at_once):
+        with handle_signals(stop, cut, at_once), on_hangup(supervisor.hang_up):
             async with supervisor:  # Inside: the signals still count while the children stop.
                 await supervisor.run()
     return 0
-
-
-def _tell(text: str) -> None:
-    with contextlib.suppress(OSError):  # Whoever read our output may be gone.
-        print(text, file=sys.stderr, flush=True)
 
 
 def _farewell(drain_timeout_s: float, *, ready: bool) -> str:

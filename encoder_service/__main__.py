@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from opticnerve import cli, flags
 from opticnerve.config import EncoderConfig
-from opticnerve.lifecycle import follow_parent
+from opticnerve.lifecycle import follow_parent, ignore_hangup
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.telemetry import logs
 
@@ -21,6 +21,7 @@ DESCRIPTION = "A vision encoder: pictures in, embeddings out."
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs an encoder until it is stopped; its exit status. Raises StartupError."""
+    ignore_hangup()
     settings = flags.read("encoder", DESCRIPTION, EncoderConfig, argv)
     logs.configure(settings.telemetry.log_level)
     follow_parent(settings.rpc.parent_pid)

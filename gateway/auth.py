@@ -1,5 +1,7 @@
 """API keys: several, named, from a file, compared in constant time. Keys are never logged.
 
+``reread`` takes what the file holds by then, for requests that begin from then on.
+
 A key is visible ASCII. Clients do not agree on how anything else travels in a header: some send
 UTF-8, some Latin-1, and the openai client refuses to.
 """
@@ -7,6 +9,7 @@ UTF-8, some Latin-1, and the openai client refuses to.
 from __future__ import annotations
 
 import hmac
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,17 +17,20 @@ from pathlib import Path
 
 from opticnerve.errors import ConfigError, Unauthenticated
 
+log = logging.getLogger(__name__)
+
 OPEN_PATHS = frozenset({"/", "/live", "/ready", "/health", "/openapi.json", "/docs"})
 _NAMED = re.compile(r"([A-Za-z0-9_.@-]+)\s*:\s+(\S+)")
 _ASCII = re.compile(r"[\t -~]+")
 _COMMENT = re.compile(r"(?:^|\s)#.*")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Keys:
     """The keys that may call. With none, every caller is ``anonymous``."""
 
     by_name: Mapping[str, bytes]
+    path: str | None = None  # The file that they are from.
 
     @classmethod
     def load(cls, path: str | None) -> Keys:
@@ -35,7 +41,25 @@ class Keys:
             text = Path(path).read_text(encoding="utf-8-sig")  # Some editors begin with a mark.
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the key file {path}", param="api_key_file") from error
-        return cls(_parse(text, path))
+        return cls(_parse(text, path), path)
+
+    def reread(self) -> None:
+        """Takes what the file holds now, and logs how many keys that changes. Where there is no
+        file, or it is wrong, all stays as it was, and the log says so."""
+        if self.path is None:
+            log.info("there is no key file to read again; see --api-key-file")
+            return
+        try:
+            new = Keys.load(self.path).by_name
+        except ConfigError as error:
+            log.error("the keys stay as they were: %s", error.message)
+            return
+        old, self.by_name = set(self.by_name.values()), new
+        now = set(new.values())
+        log.info(
+            "read %s again: %d keys, %d of them new, and %d are gone",
+            self.path, len(now), len(now - old), len(old - now),
+        )  # fmt: skip
 
     @property
     def required(self) -> bool:

@@ -33,7 +33,7 @@ from opticnerve import addresses, flags
 from opticnerve.config import GatewayConfig
 from opticnerve.drain import LAST_WORDS_S
 from opticnerve.errors import CheckpointError, ConfigError
-from opticnerve.lifecycle import follow_parent
+from opticnerve.lifecycle import follow_parent, ignore_hangup, on_hangup
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import make_layout
 from opticnerve.rpc.server import handle_signals
@@ -46,6 +46,7 @@ DESCRIPTION = "The HTTP front: OpenAI's API in front of encoders and LLM workers
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a gateway until it is stopped; its exit status. Raises StartupError."""
+    ignore_hangup()
     settings = flags.read("gateway", DESCRIPTION, GatewayConfig, argv)
     logs.configure(settings.telemetry.log_level)
     check_workers(settings)
@@ -72,9 +73,9 @@ def check_workers(settings: GatewayConfig) -> None:
 
 
 async def serve(settings: GatewayConfig) -> None:
-    """Startup, serve, shutdown. Raises StartupError."""
+    """Startup, serve, shutdown. SIGHUP reads the keys again. Raises StartupError."""
     keys = Keys.load(settings.api_key_file)
-    with listen(settings, keys) as listener:
+    with on_hangup(keys.reread), listen(settings, keys) as listener:
         async with open_gateway(settings, keys) as gateway:
             server = HttpServer(gateway, listener)
             with handle_signals(server.stop, server.cut):

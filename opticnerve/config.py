@@ -248,7 +248,9 @@ class GatewayConfig:
         metavar="NAME,...",
     )
     api_key_file: str | None = _api(
-        None, "file of the keys that may call, one `name: key` or `key` a line", metavar="FILE"
+        None,
+        "file of the keys that may call, one `name: key` or `key` a line; SIGHUP reads it again",
+        metavar="FILE",
     )
     public_models: bool = _api(False, "/v1/models needs no key")
     cors_origins: tuple[str, ...] = _api(

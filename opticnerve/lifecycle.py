@@ -1,13 +1,18 @@
-"""What ties a child process to the one that started it."""
+"""What ties a service's process to those around it: the one that started it, and whoever hangs up.
+
+SIGHUP ends no service. It asks for files to be read again: the gateway's keys.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 POLL_S = 0.5
 GRACE_S = 5.0
@@ -34,3 +39,26 @@ def _follow(parent_pid: int, grace_s: float) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(grace_s)
     os._exit(1)
+
+
+def ignore_hangup() -> None:
+    """From here on SIGHUP does nothing to this process, nor to those that it starts."""
+    with contextlib.suppress(ValueError):  # Not the main thread.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def on_hangup(call: Callable[[], None]) -> Iterator[None]:
+    """While the context lasts, SIGHUP calls ``call`` on the running event loop; afterwards it does
+    nothing."""
+    loop = asyncio.get_running_loop()
+    installed = False
+    with contextlib.suppress(ValueError, RuntimeError):  # Not the main thread.
+        loop.add_signal_handler(signal.SIGHUP, call)
+        installed = True
+    try:
+        yield
+    finally:
+        if installed:
+            loop.remove_signal_handler(signal.SIGHUP)
+            ignore_hangup()

@@ -189,6 +189,47 @@ async def test_metrics_on_a_port_of_their_own_and_keys(environment, tmp_path):
         assert "opticnerve_requests_total" in answer.text
 
 
+async def test_sighup_reads_the_keys_again_and_ends_nothing(environment, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("ada: sk-1\n")
+    async with (
+        gateway(environment, *NOBODY, "--api-key-file", str(keys)) as (process, url),
+        httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as client,
+    ):
+
+        async def status(key):
+            headers = {"authorization": f"Bearer {key}"}
+            return (await client.get("/v1/models", headers=headers)).status_code
+
+        async def hang_up(text, answer):
+            keys.write_text(text)
+            process.send_signal(signal.SIGHUP)
+            async with asyncio.timeout(60):
+                async for line in process.stderr:
+                    if answer in line:
+                        break
+
+        assert (await status("sk-1"), await status("sk-2")) == (200, 401)
+        await hang_up("ada: sk-2\n", b"1 keys, 1 of them new, and 1 are gone")
+        assert (await status("sk-1"), await status("sk-2")) == (401, 200)
+        await hang_up("not a key\n", b"the keys stay as they were")
+        assert (await status("sk-1"), await status("sk-2")) == (401, 200)
+        process.send_signal(signal.SIGTERM)
+        await process.stderr.read()
+        assert await process.wait() == 0
+
+
+async def test_sighup_ends_no_gateway_that_has_no_keys(environment):
+    async with gateway(environment, *NOBODY) as (process, url):
+        process.send_signal(signal.SIGHUP)
+        async with asyncio.timeout(60):
+            async for line in process.stderr:
+                if b"no key file" in line:
+                    break
+        async with httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+            assert (await client.get("/live")).status_code == 200
+
+
 async def test_without_llm_workers_it_does_not_start(environment):
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "gateway", "--port", "0", "--encoder-addresses", "127.0.0.1:9",

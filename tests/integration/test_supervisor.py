@@ -1,6 +1,8 @@
 """The supervisor over small real processes: order, restart, giving up, nothing left behind."""
 
 import asyncio
+import errno
+import io
 import os
 import signal
 import socket
@@ -49,6 +51,7 @@ def stop(*a):
     open(log, "a").write("gateway\\n")
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGHUP, lambda *a: print("reads again", file=sys.stderr, flush=True))
 server.serve_forever()
 """
 FAILS = "import sys; print('out of luck', file=sys.stderr); sys.exit(3)"
@@ -248,6 +251,58 @@ def test_a_third_signal_ends_everything_at_once_and_leaves_no_file(deaf, number)
     deaf.signal(number)
     assert deaf.process.wait(60) == 128 + number
     deaf.check_nothing_is_left()
+
+
+def test_sighup_is_passed_to_the_gateway_and_ends_nothing(deaf):
+    for _ in range(2):
+        deaf.process.send_signal(signal.SIGHUP)
+        assert deaf.read("reads again").startswith("gateway ")
+    assert deaf.process.poll() is None and alive(deaf.worker)
+
+
+def test_a_child_that_starts_hears_of_a_sighup_once_it_listens(capfd):
+    slow = (
+        "import signal, sys, time\n"
+        "def told(*a): print('told', file=sys.stderr, flush=True); sys.exit(0)\n"
+        "signal.signal(signal.SIGHUP, told)\n"
+        "print('listening here', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+
+    async def run():
+        child = Child("slow", [sys.executable, "-c", slow], dict(os.environ))
+        await child.start()
+        try:
+            child.hang_up()
+            assert await asyncio.wait_for(child.wait(), 60) == 0
+        finally:
+            child.kill()
+
+    asyncio.run(run())
+    assert "told" in capfd.readouterr().err
+
+
+class Closed(io.TextIOBase):
+    """stderr after its terminal was closed."""
+
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_closed_terminal_stops_no_child(monkeypatch):
+    """Its lines are read all the same: a full pipe would hold it up for ever."""
+    monkeypatch.setattr(sys, "stderr", Closed())
+    code = (
+        "import sys; [print('x' * 99, file=sys.stderr) for _ in range(5000)]; print('listening a')"
+    )
+
+    async def run():
+        child = Child("chatty", [sys.executable, "-c", code], dict(os.environ))
+        await child.start()
+        assert await asyncio.wait_for(child.wait(), 60) == 0
+        assert child.address == "a"
+
+    asyncio.run(run())
 
 
 def test_the_gateways_own_variables_are_kept_from_workers(monkeypatch):

@@ -1,5 +1,7 @@
 """API keys: the file, the comparison, and what is open without one."""
 
+from pathlib import Path
+
 import pytest
 
 from gateway.auth import Keys, needs_key
@@ -26,6 +28,36 @@ def test_everything_else_is_refused(keys, header):
     with pytest.raises(Unauthenticated) as caught:
         keys.identify(header)
     assert "sk-" not in caught.value.message
+
+
+def test_a_file_is_read_again(keys, caplog):
+    caplog.set_level("INFO")
+    with open(keys.path, "w") as file:
+        file.write("ada: sk-ada\neve: sk-eve\n")
+    assert keys.identify("Bearer sk-bob") == "bob"  # Not before it is asked for.
+    keys.reread()
+    assert keys.identify("Bearer sk-ada") == "ada"
+    assert keys.identify("Bearer sk-eve") == "eve"
+    with pytest.raises(Unauthenticated):
+        keys.identify("Bearer sk-bob")
+    assert "2 keys, 1 of them new, and 2 are gone" in caplog.text and "sk-" not in caplog.text
+
+
+@pytest.mark.parametrize("text", [None, "", "ada: x\nada: y\n"])
+def test_a_file_that_is_wrong_by_now_changes_nothing(keys, text, caplog):
+    path = Path(keys.path)
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    keys.reread()
+    assert keys.identify("Bearer sk-bob") == "bob"
+    assert "the keys stay as they were" in caplog.text and keys.path in caplog.text
+
+
+def test_without_a_file_nothing_is_read_again():
+    keys = Keys.load(None)
+    keys.reread()
+    assert not keys.required
 
 
 def test_without_keys_everyone_is_anonymous():
