@@ -55,7 +55,7 @@ async def run(given: dict[str, Any]) -> int:
     Raises StartupError when it must give up."""
     settings = build(config.UpConfig, given)
     gateway = build(config.GatewayConfig, given)
-    stop_timeout_s = gateway.drain_timeout_s + CLOSE_S
+    stop_timeout_s = gateway.shutdown_delay_s + gateway.drain_timeout_s + CLOSE_S
     follow_parent(gateway.parent_pid, grace_s=STAGES * stop_timeout_s)
     _check_early(gateway, settings.encoders + settings.llms)
     with contextlib.ExitStack() as files:
@@ -72,7 +72,7 @@ async def run(given: dict[str, Any]) -> int:
 
         def stop() -> None:
             supervisor.stop()
-            tell(_farewell(gateway.drain_timeout_s, ready=bool(supervisor.url)))
+            tell(_farewell(gateway, ready=bool(supervisor.url)))
 
         def cut() -> None:
             supervisor.hurry()
@@ -88,11 +88,13 @@ async def run(given: dict[str, Any]) -> int:
     return 0
 
 
-def _farewell(drain_timeout_s: float, *, ready: bool) -> str:
+def _farewell(gateway: config.GatewayConfig, *, ready: bool) -> str:
     if not ready:
         return "stopping before it was ready"
+    delay = gateway.shutdown_delay_s
+    taken = f"requests are taken for {delay:g} s more (--shutdown-delay-s), then " if delay else ""
     return (
-        f"stopping: requests that run get up to {drain_timeout_s:g} s to end "
+        f"stopping: {taken}requests that run get up to {gateway.drain_timeout_s:g} s to end "
         "(--drain-timeout-s); Ctrl-C again ends them now"
     )
 

@@ -185,6 +185,7 @@ class HttpServer(uvicorn.Server):
         )
         self.gateway = gateway
         self.address = _address(listener)
+        self._closing: asyncio.TimerHandle | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -201,14 +202,26 @@ class HttpServer(uvicorn.Server):
         cut.cancel()
 
     def stop(self) -> None:
-        """Takes no new requests; those under way get ``drain_timeout_s``, and then an error."""
-        if not self.gateway.draining:
-            log.info(self.gateway.running.farewell(self.gateway.config.drain_timeout_s))
+        """/ready fails from now on. After ``shutdown_delay_s`` no new requests are taken; those
+        under way get ``drain_timeout_s``, and then an error."""
         self.gateway.draining = True
+        if self._closing is not None:
+            return
+        delay = self.gateway.config.shutdown_delay_s
+        if delay:
+            log.info(
+                "stopping in %g s: until then requests are taken; a second signal ends it", delay
+            )
+        self._closing = asyncio.get_running_loop().call_later(delay, self._close)
+
+    def _close(self) -> None:
+        if not self.should_exit:
+            log.info(self.gateway.running.farewell(self.gateway.config.drain_timeout_s))
         self.should_exit = True
 
     def cut(self) -> None:
         """Ends requests under way, each with its error. Clients that do not take it are left."""
+        self._close()
         self.gateway.running.cut()
         asyncio.get_running_loop().call_later(LAST_WORDS_S, self._leave_clients)
 

@@ -227,6 +227,12 @@ class GatewayConfig:
         "", "where to listen; default: 127.0.0.1, or with API keys 0.0.0.0", metavar="HOST"
     )
     port: int = _port(8000, "port to listen on; 0: a free one, which is printed")
+    shutdown_delay_s: float = _address(
+        0.0,
+        "how long new requests are still taken after SIGTERM or Ctrl-C, while /ready fails: for "
+        "what sends them here to notice; --drain-timeout-s begins then",
+        metavar="SECONDS",
+    )
     drain_timeout_s: float = _address(15.0, STOP_HELP, metavar="SECONDS")
     parent_pid: int = _parent(0, "end when this process is gone; set by whoever starts this one")
     encoder_addresses: tuple[str, ...] = _workers(

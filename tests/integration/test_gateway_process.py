@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.rpc.server import ECHO_S
 from tests.fakes import FakeEncoder, FakeLLM, until
 from tests.gateways import body, data_url, events, user
 
@@ -115,15 +116,58 @@ async def test_sigterm_lets_running_requests_end(environment):
             await llm.started.wait()
             process.send_signal(signal.SIGTERM)
             host, port = url.removeprefix("http://").split(":")
-
-            def refused():
-                with socket.socket() as probe:
-                    return probe.connect_ex((host, int(port))) != 0
-
-            await until(refused)
+            await until(lambda: refuses(host, int(port)))
             go.set()
             assert (await asked).status_code == 200
             assert await process.wait() == 0
+
+
+async def test_until_the_shutdown_delay_is_over_requests_are_taken(environment):
+    """As long as a balancer needs to see that /ready fails. A second signal does not wait."""
+    async with workers() as (encoder, llm):
+        flags = ("--encoder-addresses", encoder.address, "--llm-addresses", llm.address)
+        async with (
+            gateway(environment, *flags, "--shutdown-delay-s", "3600") as (process, url),
+            httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as client,
+        ):
+            assert (await client.post("/v1/chat/completions", json=body())).status_code == 200
+            assert (await client.get("/ready")).status_code == 200
+            process.send_signal(signal.SIGTERM)
+            while (answer := await client.get("/ready")).status_code == 200:
+                await asyncio.sleep(0.02)
+            assert answer.status_code == 503
+            for _ in range(5):
+                async with httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as new:
+                    answer = await new.post("/v1/chat/completions", json=body())
+                assert answer.status_code == 200
+            await asyncio.sleep(ECHO_S * 1.5)  # Sooner, it would be an echo of the one before.
+            process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(60):
+                assert await process.wait() == 0
+
+
+async def test_after_the_shutdown_delay_running_requests_end(environment):
+    async with workers() as (encoder, llm):
+        go = asyncio.Event()
+        llm.step = lambda fake, index: go.wait()
+        flags = ("--encoder-addresses", encoder.address, "--llm-addresses", llm.address)
+        async with (
+            gateway(environment, *flags, "--shutdown-delay-s", "0.5") as (process, url),
+            httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as client,
+        ):
+            asked = asyncio.create_task(client.post("/v1/chat/completions", json=body()))
+            await llm.started.wait()
+            process.send_signal(signal.SIGTERM)
+            host, port = url.removeprefix("http://").split(":")
+            await until(lambda: refuses(host, int(port)))
+            go.set()
+            assert (await asked).status_code == 200
+            assert await process.wait() == 0
+
+
+def refuses(host, port):
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) != 0
 
 
 async def test_requests_that_outlast_the_drain_are_told(environment):

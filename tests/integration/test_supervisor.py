@@ -357,6 +357,19 @@ def test_a_metrics_host_is_for_every_service_and_is_tried_before_anything_starts
         up.main(["--port", "0", "--metrics-host", nobodys])
 
 
+def test_a_gateway_may_take_the_shutdown_delay_and_the_drain_before_it_is_killed(monkeypatch):
+    class Caught(Exception):
+        pass
+
+    def supervisor(*services, stop_timeout_s, **settings):
+        raise Caught(stop_timeout_s)
+
+    monkeypatch.setattr(up, "Supervisor", supervisor)
+    with pytest.raises(Caught) as caught:
+        up.main(["--port", "0", "--shutdown-delay-s", "60", "--drain-timeout-s", "100"])
+    assert caught.value.args[0] > 160
+
+
 def test_a_key_file_that_is_missing_is_found_before_anything_starts(monkeypatch, tmp_path):
     monkeypatch.setattr(up, "Supervisor", None)
     with pytest.raises(StartupError, match="key file"):
