@@ -75,6 +75,9 @@ class Rows:
     def get(self, key: str) -> dict[str, torch.Tensor]:
         return self.items[key]
 
+    def discard(self, key: str) -> None:
+        self.items.pop(key, None)
+
 
 class Whole:
     """The three services' work in one process, without a wire between its parts."""

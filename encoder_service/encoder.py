@@ -30,6 +30,7 @@ from encoder_service.poison import PoisonRecord
 from encoder_service.preprocess import PreprocessPool
 from encoder_service.shelf import Shelf
 from opticnerve.config import LEAST_IMAGE_PIXELS
+from opticnerve.embeddings.ref import EmbeddingRef, TensorSpec, tensor_names
 from opticnerve.embeddings.store import Store, check_key
 from opticnerve.errors import (
     EngineFailure,
@@ -42,7 +43,7 @@ from opticnerve.errors import (
 )
 from opticnerve.media.decode import decode
 from opticnerve.media.keys import content_key
-from opticnerve.media.plan import WHITE, Modality, Overrides
+from opticnerve.media.plan import WHITE, Modality, Overrides, Plan
 from opticnerve.media.structure import parse_structure
 from opticnerve.models.family import Layout
 
@@ -138,7 +139,7 @@ class Encoder:
         landed = self._landed
         look_up = self.shelf.renew if request.lost else self.shelf.look_up
         known = await look_up(request.key)
-        if known is not None and known.num_rows == request.plan.num_tokens:
+        if known is not None and self._fits(known, request.plan):
             return Answer(known, HIT)
         deaths = self.poison.check(request.key)
         slot = self.backlog.admit(request.plan.num_patches, request.num_bytes)
@@ -193,6 +194,15 @@ class Encoder:
                 param="max_pixels",
             )
 
+    def _fits(self, known: EmbeddingRef, plan: Plan) -> bool:
+        """Whether what is stored is what this encoder would make of an item of that plan."""
+        backend, levels = self.backend, self.layout.deepstack_levels
+        made = {
+            TensorSpec(name, backend.dtype, (plan.num_tokens, backend.hidden_size))
+            for name in tensor_names(levels)
+        }
+        return set(known.tensors) == made
+
     def _verify(self, request: Request, data: bytes) -> None:
         """Key and plan belong to the bytes. Raises InvalidRequest, InvalidMedia, PlanMismatch."""
         key = content_key(
@@ -218,7 +228,9 @@ class Encoder:
         elif self._landed != item.landed:  # Perhaps this key, while this call's bytes came in.
             known = await self.shelf.look_up(key)
             if known is not None:
-                return Answer(known, HIT)
+                if self._fits(known, item.request.plan):
+                    return Answer(known, HIT)
+                await self.shelf.drop(key)
         started = time.monotonic()
         async with self._alone_if(item.deaths > 0):
             prepared, finished = await self._encode(item)

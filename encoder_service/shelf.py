@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
@@ -19,7 +19,7 @@ from encoder_service.item import Identity
 from encoder_service.kept import Kept
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
-from opticnerve.embeddings.store import Entry, Store
+from opticnerve.embeddings.store import Store
 from opticnerve.errors import EmbeddingCorrupt, EngineFailure, NotFound, StoreError
 
 log = logging.getLogger(__name__)
@@ -89,15 +89,23 @@ class Shelf:
     # ---- on a store thread
 
     def _stored(self, key: str) -> EmbeddingRef | None:
-        entry = self._get(key)
-        return None if entry is None else self._reference(key, codec.specs_of(entry.tensors))
+        with self._damage_is_a_miss(key), codec.reading():
+            entry = self.store.get(key)
+            if entry is not None:
+                return self._reference(key, codec.specs_of(entry.tensors))
+        return None
 
-    def _get(self, key: str) -> Entry | None:
+    @contextlib.contextmanager
+    def _damage_is_a_miss(self, key: str) -> Iterator[None]:
+        """Around all that reads what is stored: what is damaged is deleted, and encoded anew."""
         try:
-            return self.store.get(key)
+            yield
         except EmbeddingCorrupt as error:
-            log.warning("stored %s is corrupt and was deleted: %s", key, error.message)
-            return None
+            log.warning("the stored %s is damaged and is deleted: %s", key, error.message)
+            with contextlib.suppress(StoreError):  # Then the next reader finds it damaged too.
+                self.store.delete(key)
+        except OSError as error:  # No memory to map it, say: no reason to delete it.
+            log.warning("the stored %s could not be read: %s", key, error.strerror)
 
     def _put(self, key: str, embedding: Embedding) -> tuple[EmbeddingRef, float]:
         started = time.monotonic()
@@ -135,25 +143,20 @@ class Shelf:
 
     def _read(self, key: str) -> bytes | None:
         """What is stored or kept, checked to the last byte; what is damaged is deleted."""
-        try:
+        with self._damage_is_a_miss(key), codec.reading():
             data = self.store.read_bytes(key)
             if data is not None:
                 codec.verify(*codec.from_bytes(data))
-        except EmbeddingCorrupt as error:
-            log.warning("the stored %s is damaged and is deleted: %s", key, error.message)
-            data = None
-            with contextlib.suppress(StoreError):  # Then the next reader finds it damaged too.
-                self.store.delete(key)
-        if data is None and (kept := self.kept.get(key)) is not None:
-            data = kept[1]
-        return data
+                return data
+        kept = self.kept.get(key)
+        return None if kept is None else kept[1]
 
     def _reference(self, key: str, specs: tuple[TensorSpec, ...]) -> EmbeddingRef:
         return EmbeddingRef(
             key=key,
             fingerprint=self.identity.fingerprint,
             tensors=specs,
-            num_rows=min(spec.shape[0] for spec in specs),
+            num_rows=min((spec.shape[0] for spec in specs if spec.shape), default=0),
             location=Location(
                 shm_tier_id=self.store.tier_id,
                 redis=self.store.shared,

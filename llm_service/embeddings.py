@@ -36,6 +36,39 @@ def local_tier(store: Store) -> Store:
     return store.local if isinstance(store, RedisStore) else store
 
 
+def checked_tensors(
+    store: Store, key: str, check: Callable[[Tensors], None] = lambda tensors: None
+) -> Tensors | None:
+    """What ``store`` has under ``key``, checked to the last value; None where it has nothing, or
+    the machine cannot read it now.
+
+    Whatever is wrong with it, by ``check`` (which raises EmbeddingCorrupt) or by itself, it is
+    deleted there and raised as EmbeddingCorrupt.
+    """
+    try:
+        with codec.reading():
+            entry = store.get(key)
+            if entry is None:
+                return None
+            tensors = entry.tensors
+            check(tensors)
+            codec.verify(tensors, entry.meta)
+            return tensors
+    except EmbeddingCorrupt as error:
+        log.warning("the stored %.12s is damaged and is deleted: %s", key, error.message)
+        forget(store, key)
+        raise
+    except OSError as error:  # No memory to map it, say: a miss, and no reason to delete it.
+        log.warning("rows could not be mapped: %s", error.strerror)
+        return None
+
+
+def forget(store: Store, key: str) -> None:
+    """Deletes what is damaged. Where that fails, the next reader finds it damaged too."""
+    with contextlib.suppress(StoreError):
+        store.delete(key)
+
+
 class Notes:
     """What happened to keys lately: one thread adds, one asks."""
 
@@ -132,6 +165,14 @@ class StoreRows:
             held.tensors = tensors
         return tensors
 
+    def discard(self, key: str) -> None:
+        self._tell(RowsNote(key, None))
+        held = self._held.get(key)
+        if held is not None:
+            held.tensors = None
+        for store in self._stores:
+            forget(store, key)
+
     def close(self) -> None:
         for key in tuple(self._held):
             self.release(key)
@@ -141,19 +182,11 @@ class StoreRows:
         start = time.perf_counter()
         for store in self._stores:
             try:
-                entry = store.get(key)
-                if entry is None:
-                    continue
-                tensors = entry.tensors
-                codec.verify(tensors, entry.meta)
+                tensors = checked_tensors(store, key)
             except EmbeddingCorrupt:
                 self._tell(RowsNote(key, None))
-                with contextlib.suppress(StoreError):
-                    store.delete(key)
                 continue
-            except OSError as error:  # Mapping failed: a miss, not the engine's end.
-                log.warning("rows could not be mapped: %s", error.strerror)
-                continue
-            self._tell(RowsNote(key, time.perf_counter() - start))
-            return tensors
+            if tensors is not None:
+                self._tell(RowsNote(key, time.perf_counter() - start))
+                return tensors
         return None

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 import grpc
 
 from llm_service import metrics
-from llm_service.embeddings import Notes, local_tier
+from llm_service.embeddings import Notes, Tensors, checked_tensors, forget, local_tier
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory import MemoryStore
-from opticnerve.embeddings.ref import EmbeddingRef, TensorSpec
+from opticnerve.embeddings.ref import EmbeddingRef, TensorSpec, check_shapes
 from opticnerve.embeddings.store import Store, StoreState
 from opticnerve.errors import (
     EmbeddingCorrupt,
@@ -43,17 +43,24 @@ T = TypeVar("T")
 class Fetcher:
     """Borrows the stores; owns its threads and channels. Belongs to one event loop.
 
-    Rows are ``hidden_size`` wide. What the local tier does not take (it is full of leases, or
-    fails) goes to ``overflow``, where there is one.
+    Rows are ``hidden_size`` wide, and the model has so many DeepStack ``levels``. What the local
+    tier does not take (it is full of leases, or fails) goes to ``overflow``, where there is one.
     """
 
     def __init__(
-        self, store: Store, overflow: MemoryStore | None, hidden_size: int, notes: Notes
+        self,
+        store: Store,
+        overflow: MemoryStore | None,
+        hidden_size: int,
+        notes: Notes,
+        *,
+        levels: int = 0,
     ) -> None:
         self._store = store
         self._tier = local_tier(store)
         self._overflow = overflow
         self._hidden_size = hidden_size
+        self._levels = levels
         self._notes = notes
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="rows")
         self._channels: dict[str, grpc.aio.Channel] = {}  # The one used last stands last.
@@ -113,10 +120,11 @@ class Fetcher:
                         await self._on_thread(_check_finite, data)
                     await self._on_thread(self._keep, ref, data)
                     return
-            except EmbeddingCorrupt:
+            except EmbeddingCorrupt as error:
+                log.warning("%.12s by %s is damaged: %s", ref.key, source, error.message)
                 corrupt = True
                 if source == "redis":  # Or whoever encodes it again would find it there.
-                    await self._on_thread(_forget, self._store, ref.key)
+                    await self._on_thread(forget, self._store, ref.key)
         raise self._failure(ref, corrupt)
 
     async def _read(self, source: str, ref: EmbeddingRef) -> bytes | None:
@@ -171,25 +179,17 @@ class Fetcher:
     def _is_here(self, ref: EmbeddingRef) -> bool:
         """Whether this host has rows that fit ``ref``; what does not is deleted and corrupt."""
         for store in self._local():
-            entry = store.get(ref.key)
-            if entry is None:
-                continue
-            try:
-                tensors = entry.tensors
-                check_fit(ref, codec.specs_of(tensors), self._hidden_size)
-                codec.verify(tensors, entry.meta)
-            except EmbeddingCorrupt:
-                _forget(store, ref.key)
-                raise
-            return True  # The engine counts the hit when it loads the rows.
+            tensors = checked_tensors(store, ref.key, partial(self._check, ref))
+            if tensors is not None:
+                return True  # The engine counts the hit when it loads the rows.
         metrics.CACHE_LOOKUPS.labels(tier="shm", result="miss").inc()
         return False
 
     def _keep(self, ref: EmbeddingRef, data: bytes) -> None:
         """Checks bytes that came from elsewhere, and puts them where the engine finds them."""
-        header = codec.parse(data, len(data))
-        check_fit(ref, header.tensors, self._hidden_size)
-        codec.verify(*codec.from_bytes(data))
+        tensors, meta = codec.from_bytes(data)
+        self._check(ref, tensors)
+        codec.verify(tensors, meta)
         for store in self._local():
             try:
                 store.put_bytes(ref.key, data)
@@ -197,6 +197,10 @@ class Fetcher:
             except StoreError as error:
                 log.warning("a tier did not take an embedding: %s", error.message)
         raise EmbeddingNotFound("no memory of this host takes the embedding now")
+
+    def _check(self, ref: EmbeddingRef, tensors: Tensors) -> None:
+        """Raises EmbeddingCorrupt for what does not fit ``ref`` or the model."""
+        check_fit(ref, codec.specs_of(tensors), self._hidden_size, self._levels)
 
     def _local(self) -> Sequence[Store]:
         return (self._tier,) if self._overflow is None else (self._tier, self._overflow)
@@ -211,27 +215,17 @@ class Fetcher:
         return EmbeddingNotFound("no location has the embedding", param=ref.key)
 
 
-def _forget(store: Store, key: str) -> None:
-    with contextlib.suppress(StoreError):
-        store.delete(key)
-
-
 def _check_finite(data: bytes) -> None:
     """Of a caller's own rows: sent again they would be no better. Raises InvalidRequest."""
     if not codec.is_finite(codec.from_bytes(data)[0]):
         raise InvalidRequest("embeddings have finite values, no NaN and no infinity", param="ref")
 
 
-def check_fit(ref: EmbeddingRef, specs: Sequence[TensorSpec], hidden_size: int) -> None:
+def check_fit(
+    ref: EmbeddingRef, specs: Sequence[TensorSpec], hidden_size: int, levels: int
+) -> None:
     """Raises EmbeddingCorrupt unless ``specs`` are what ``ref`` says and the model takes."""
     found = {spec.name: spec for spec in specs}
     if ref.tensors and found != {spec.name: spec for spec in ref.tensors}:
         raise EmbeddingCorrupt("the embedding's tensors are not those of its reference")
-    if "rows" not in found:
-        raise EmbeddingCorrupt("the embedding has no rows")
-    for spec in specs:
-        if spec.shape != (ref.num_rows, hidden_size):
-            raise EmbeddingCorrupt(
-                f"tensor {spec.name} of the embedding is {list(spec.shape)}, and the model takes "
-                f"[{ref.num_rows}, {hidden_size}]"
-            )
+    check_shapes(specs, ref.num_rows, hidden_size, levels)

@@ -24,6 +24,7 @@ from llm_service.rows import RowSource
 from llm_service.sampler import Drawn, Sampler
 from llm_service.sequence import Logprobs
 from llm_service.slots import SlotTable
+from opticnerve.embeddings.ref import tensor_names
 from opticnerve.errors import (
     ConfigError,
     DeviceLost,
@@ -40,7 +41,6 @@ log = logging.getLogger(__name__)
 
 # Rows of a prompt whose logits are held at once, for their log-probabilities.
 PROMPT_LOGIT_ROWS = 256
-DEEPSTACK = "deepstack."
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,7 @@ class ModelRunner:
         self._language = language
         self._backend = backend
         self._rows = rows
+        self._tensor_names = tensor_names(layout.deepstack_levels)  # Of an embedding.
         self._device = torch.device(language.device)
         self._cache = PassThroughCache()
         self.block_size = _block_size(backend, limits.block_size)
@@ -183,29 +184,30 @@ class ModelRunner:
     # ---- embeddings
 
     def _overwrite(self, segment: Segment) -> _Overwrite:
-        tensors = self._rows.get(segment.item_key)
-        if "rows" not in tensors:
-            raise EmbeddingCorrupt("an embedding has no rows", param=segment.item_key)
-        levels = {
-            int(name.removeprefix(DEEPSTACK)): self._slice(tensor, segment)
-            for name, tensor in tensors.items()
-            if name.startswith(DEEPSTACK)
-        }
-        return _Overwrite(segment.chunk_offset, self._slice(tensors["rows"], segment), levels)
+        tensors = self._rows.get(key := segment.item_key)
+        try:
+            slices = {
+                level: self._slice(tensors[name], segment)
+                for level, name in enumerate(self._tensor_names, start=-1)
+                if name in tensors
+            }
+            if -1 not in slices or len(slices) != len(tensors):
+                raise EmbeddingCorrupt("an embedding has no rows, or unknown levels", param=key)
+        except EmbeddingCorrupt:
+            self._rows.discard(key)
+            raise
+        return _Overwrite(segment.chunk_offset, slices.pop(-1), slices)
 
     def _slice(self, tensor: torch.Tensor, segment: Segment) -> torch.Tensor:
         """The segment's rows, on the device, in the model's dtype. Raises EmbeddingCorrupt."""
         width = self._language.hidden_size
         last = segment.row_start + segment.num_rows
-        if tensor.ndim != 2 or tensor.shape[1] != width or tensor.shape[0] < last:
+        fits = tensor.ndim == 2 and tensor.shape[1] == width and tensor.shape[0] >= last
+        if not fits or not tensor.is_floating_point():
             raise EmbeddingCorrupt(
-                f"an embedding of shape {tuple(tensor.shape)} came where rows "
-                f"{segment.row_start} to {last} of width {width} were wanted",
+                f"an embedding of shape {tuple(tensor.shape)}, {tensor.dtype}, came where rows up "
+                f"to {last} of width {width} were wanted",
                 param=segment.item_key,
-            )
-        if not tensor.is_floating_point():
-            raise EmbeddingCorrupt(
-                f"an embedding has elements of type {tensor.dtype}", param=segment.item_key
             )
         rows = tensor[segment.row_start : last]  # Finite: whoever brought them has looked.
         return rows.to(self._device, self._language.dtype, non_blocking=True)

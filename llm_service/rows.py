@@ -47,3 +47,8 @@ class RowSource(Protocol):
         For the runner alone. Raises EmbeddingUnavailable, with ``param`` the key.
         """
         ...
+
+    def discard(self, key: str) -> None:
+        """Forgets what ``get`` returned, which did not fit its use, and deletes it on this host: it
+        is not ready until it has come anew."""
+        ...

@@ -68,7 +68,9 @@ class Service:
         stack.callback(store.close)
         overflow = MemoryStore(OVERFLOW_BYTES) if settings.engine == "thread" else None
         notes = Notes()
-        fetcher = Fetcher(store, overflow, layout.hidden_size, notes)
+        fetcher = Fetcher(
+            store, overflow, layout.hidden_size, notes, levels=layout.deepstack_levels
+        )
         stack.push_async_callback(fetcher.close)
         engine = self._client(store, overflow, notes, stack)
         stack.push_async_callback(engine.close)

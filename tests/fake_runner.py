@@ -112,6 +112,9 @@ class FakeRows:
             raise EmbeddingEvicted(f"{key} is gone", param=key)
         return {}
 
+    def discard(self, key: str) -> None:
+        self.present.discard(key)
+
 
 @dataclass
 class Machine:

@@ -47,6 +47,9 @@ class DictRows:
             raise EmbeddingNotFound(f"no rows for {key}", param=key)
         return self.items[key]
 
+    def discard(self, key: str) -> None:
+        self.items.pop(key, None)
+
 
 @dataclass
 class Answer:

@@ -3,7 +3,8 @@
 A file is eight bytes (the header's length, little-endian), the header (JSON: for each tensor its
 dtype, shape and data_offsets; ``__metadata__``: strings), then the tensors' bytes back to back in
 the header's order. What comes from elsewhere is checked as a whole before one byte of it becomes
-a tensor: every failure is an EmbeddingCorrupt. Pickle is never read.
+a tensor: every failure is an EmbeddingCorrupt, those that no check foresaw included (``reading``).
+Pickle is never read.
 
 What is written here is aligned to 64 bytes and carries ``opticnerve.sum`` in its metadata: the
 wrapping sum of the data read as 64-bit words (see ``checksum``), which ``verify`` compares.
@@ -11,16 +12,18 @@ wrapping sum of the data read as 64-bit words (see ``checksum``), which ``verify
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from opticnerve.embeddings.ref import DTYPE_BYTES, TensorSpec
-from opticnerve.errors import EmbeddingCorrupt, InvalidRequest
+from opticnerve.errors import EmbeddingCorrupt, InvalidRequest, OpticNerveError
 
 DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
@@ -33,6 +36,8 @@ ALIGNMENT = 64  # Of the first tensor's bytes, and by their sizes often of the o
 MAX_HEADER_BYTES = 2**18
 MAX_TENSORS = 256
 MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 2**48  # Of a shape whose zeros are ones: torch reckons strides without them.
+MAX_NAME = 64  # Characters of a tensor's name.
 SUM = "opticnerve.sum"  # Metadata key of the checksum.
 
 LENGTH = struct.Struct("<Q")
@@ -128,6 +133,21 @@ def _header(specs: Sequence[TensorSpec], meta: Mapping[str, str]) -> bytes:
     return LENGTH.pack(len(text)) + text
 
 
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Around code that makes tensors of bytes from elsewhere: what it raises is EmbeddingCorrupt,
+    whatever torch or Python call it. An OSError is the machine's (no descriptors left), and passes.
+    """
+    try:
+        yield
+    except (OpticNerveError, OSError):
+        raise
+    except Exception as error:
+        raise EmbeddingCorrupt(
+            f"the embedding's bytes make no tensors ({type(error).__name__})"
+        ) from error
+
+
 def header_span(start: bytes | memoryview) -> int:
     """Bytes up to the first tensor's, from a file's first eight. Raises EmbeddingCorrupt."""
     if len(start) < LENGTH.size:
@@ -148,7 +168,7 @@ def parse(start: bytes | memoryview, size: int) -> Header:
         raise EmbeddingCorrupt("the embedding's bytes end within its header")
     fields = _load_json(bytes(start[LENGTH.size : span]))
     meta = fields.pop("__metadata__", {})
-    if not isinstance(meta, dict) or not all(isinstance(text, str) for text in meta.values()):
+    if not isinstance(meta, dict) or not all(map(_is_text, (*meta.keys(), *meta.values()))):
         raise EmbeddingCorrupt("the embedding's metadata are not strings")
     if not 1 <= len(fields) <= MAX_TENSORS:
         raise EmbeddingCorrupt("the embedding holds no tensors, or too many")
@@ -166,6 +186,11 @@ def parse(start: bytes | memoryview, size: int) -> Header:
         meta=meta,
         num_bytes=size,
     )
+
+
+def _is_text(value: Any) -> bool:
+    """Whether ``value`` is a string that UTF-8 can write: JSON's escapes can make others."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -192,10 +217,16 @@ def _tensor(name: str, value: Any) -> tuple[TensorSpec, int, int]:
     """One tensor of the header: specification, first and last byte in the data."""
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise EmbeddingCorrupt("a tensor of the embedding is described by other fields than known")
+    if len(name) > MAX_NAME or not (name.isascii() and name.isprintable()):
+        raise EmbeddingCorrupt("a tensor of the embedding has no sensible name")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise EmbeddingCorrupt("a tensor of the embedding is neither F32, F16 nor BF16")
-    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
+    if (
+        not _naturals(shape)
+        or len(shape) > MAX_DIMENSIONS
+        or math.prod(extent or 1 for extent in shape) > MAX_ELEMENTS
+    ):
         raise EmbeddingCorrupt("a tensor of the embedding has no sensible shape")
     if not _naturals(offsets) or len(offsets) != 2:
         raise EmbeddingCorrupt("a tensor of the embedding has no sensible offsets")
@@ -211,10 +242,12 @@ def _naturals(value: Any) -> bool:
     return all(type(number) is int and number >= 0 for number in value)
 
 
+@reading()
 def views(buffer: Any, header: Header) -> dict[str, torch.Tensor]:
     """The tensors in ``buffer`` (writable, the whole file), sharing its memory and keeping it.
 
     A tensor that is not aligned to its elements, which no writer of ours makes, is copied.
+    Raises EmbeddingCorrupt where the buffer is not what the header was read of.
     """
     tensors = {}
     for spec, offset in zip(header.tensors, header.offsets, strict=True):
@@ -264,6 +297,7 @@ def is_finite(tensors: Mapping[str, Any]) -> bool:
     return all(bool(torch.isfinite(torch.stack(torch.aminmax(one))).all()) for one in filled)
 
 
+@reading()
 def verify(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, str]) -> None:
     """Raises EmbeddingCorrupt unless the data are what was written, by the metadata's sum where
     there is one, and finite."""

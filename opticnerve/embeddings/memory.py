@@ -12,7 +12,7 @@ import torch
 
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.store import Entry, StoreState, check_key
-from opticnerve.errors import StoreFull
+from opticnerve.errors import EmbeddingCorrupt, StoreFull
 
 DEFAULT_CAPACITY = 2**30
 
@@ -41,7 +41,13 @@ class MemoryStore:
 
     def get(self, key: str) -> Entry | None:
         data = self.read_bytes(key)
-        return None if data is None else Entry(*codec.from_bytes(data))
+        if data is None:
+            return None
+        try:
+            return Entry(*codec.from_bytes(data))
+        except EmbeddingCorrupt:
+            self.delete(key)
+            raise
 
     def contains(self, keys: Iterable[str]) -> set[str]:
         with self._lock:

@@ -73,6 +73,8 @@ def _split_redis(url: str) -> tuple[str, str, int]:
     """(what redis-py reads, the local tier's URL, max_bytes)"""
     parts = urlsplit(url)
     given = dict(parse_qsl(parts.query))
+    if "decode_responses" in given:
+        raise ConfigError("embeddings are bytes: leave decode_responses out", param="store")
     local_url = given.pop("local", "shm://")
     max_bytes = parse_size(given.pop("max_bytes", str(MAX_BYTES)))
     return urlunsplit(parts._replace(query=urlencode(given))), local_url, max_bytes

@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ import redis
 import torch
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
 from opticnerve.addresses import join
@@ -94,18 +94,21 @@ class RedisStore:
             raise StoreError("neither the local tier nor Redis took the embedding")
 
     def get(self, key: str) -> Entry | None:
-        entry = self.local.get(key)
-        if entry is not None:
-            return entry
-        data = self._fetch(key)
-        if data is None:
-            return None
+        with self._corrupt_deleted(key):
+            entry = self.local.get(key)
+            if entry is not None:
+                return entry
+            data = self._fetch(key)
+            if data is None:
+                return None
+            entry = Entry(*codec.from_bytes(data))
         self._keep(lambda: self.local.put_bytes(key, data))
-        return Entry(*codec.from_bytes(data))
+        return entry
 
     def read_bytes(self, key: str) -> bytes | None:
-        data = self.local.read_bytes(key)
-        return self._fetch(key) if data is None else data
+        with self._corrupt_deleted(key):
+            data = self.local.read_bytes(key)
+            return self._fetch(key) if data is None else data
 
     def contains(self, keys: Iterable[str]) -> set[str]:
         asked = list(keys)
@@ -137,8 +140,10 @@ class RedisStore:
         return self.local.stored_bytes()
 
     def delete(self, key: str) -> None:
-        self.local.delete(key)
-        self._breaker.call(lambda: self._client.delete(PREFIX + key))
+        try:
+            self.local.delete(key)
+        finally:
+            self._breaker.call(lambda: self._client.delete(PREFIX + key))
 
     def close(self) -> None:
         self._closed.set()
@@ -173,23 +178,35 @@ class RedisStore:
         return bool(self._breaker.call(write))
 
     def _fetch(self, key: str) -> bytes | None:
-        """Checked bytes in Redis. Raises EmbeddingCorrupt, after deleting what does not parse."""
+        """Checked bytes in Redis. Raises EmbeddingCorrupt."""
 
         def read() -> Any:
             with self._client.pipeline(transaction=False) as pipeline:
                 pipeline.get(PREFIX + key)
                 pipeline.expire(PREFIX + key, self._ttl_s)
-                return pipeline.execute()[0]
+                answers = pipeline.execute(raise_on_error=False)
+            if _is_wrong_type(answers[0]):
+                return b""  # No failure of the server, but a value that is no embedding.
+            for answer in answers:
+                if isinstance(answer, Exception):
+                    raise answer
+            return answers[0]
 
         data = self._breaker.call(read)
         if data is None:
             return None
-        try:
-            codec.parse(data, len(data))
-        except EmbeddingCorrupt:
-            self._breaker.call(lambda: self._client.delete(PREFIX + key))
-            raise
+        codec.parse(data, len(data))
         return bytes(data)
+
+    @contextlib.contextmanager
+    def _corrupt_deleted(self, key: str) -> Iterator[None]:
+        """What is found corrupt in one tier is deleted in both: one may be the other's copy."""
+        try:
+            yield
+        except EmbeddingCorrupt:
+            with contextlib.suppress(StoreError):
+                self.delete(key)
+            raise
 
 
 class Breaker:
@@ -236,6 +253,11 @@ class Breaker:
             told, self._warned, self.failing = self._warned, False, False
         if told:
             log.info("Redis at %s answers again", self._name)
+
+
+def _is_wrong_type(answer: Any) -> bool:
+    """Whether Redis has a list, say, where a string was asked for."""
+    return isinstance(answer, ResponseError) and str(answer).startswith("WRONGTYPE")
 
 
 def _shown(url: str, client: Any) -> str:

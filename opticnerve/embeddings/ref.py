@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from opticnerve.errors import EmbeddingCorrupt
+
+ROWS = "rows"
+DEEPSTACK = "deepstack."  # Before the number of a level.
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -21,6 +26,30 @@ class TensorSpec:
         for extent in self.shape:
             size *= extent
         return size
+
+
+def tensor_names(levels: int) -> list[str]:
+    """Of an embedding for a model of so many DeepStack levels."""
+    return [ROWS, *(f"{DEEPSTACK}{level}" for level in range(levels))]
+
+
+def check_shapes(
+    tensors: Iterable[TensorSpec], num_rows: int, hidden_size: int, levels: int
+) -> None:
+    """Raises EmbeddingCorrupt unless ``tensors`` are the rows and nothing but levels of theirs that
+    the model has, each [num_rows, hidden_size]."""
+    found = {spec.name: spec for spec in tensors}
+    if ROWS not in found:
+        raise EmbeddingCorrupt("the embedding has no rows")
+    unknown = sorted(found.keys() - set(tensor_names(levels)))
+    if unknown:
+        raise EmbeddingCorrupt(f"the model takes no tensor {unknown[0]!r} of the embedding")
+    for spec in found.values():
+        if spec.shape != (num_rows, hidden_size):
+            raise EmbeddingCorrupt(
+                f"tensor {spec.name} of the embedding is {list(spec.shape)}, and the model takes "
+                f"[{num_rows}, {hidden_size}]"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,8 +86,7 @@ class ShmStore:
         if fd is None:
             return None
         try:
-            with os.fdopen(fd, "rb") as file:
-                data = file.read()
+            data = _read_file(fd)
             codec.parse(data, len(data))
         except EmbeddingCorrupt:
             self._forget(key)
@@ -132,7 +131,8 @@ class ShmStore:
 
     def _open(self, key: str) -> int | None:
         try:
-            fd = os.open(self._ledger.path(check_key(key)), os.O_RDONLY)
+            # A pipe of that name, say, would keep the caller waiting for its writer.
+            fd = os.open(self._ledger.path(check_key(key)), os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
         except OSError as error:  # No descriptors left, say.
@@ -194,12 +194,13 @@ class MappedEntry(Entry):
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
         if self._fd >= 0:
-            mapped = mmap.mmap(
-                self._fd,
-                self._header.num_bytes,
-                flags=mmap.MAP_PRIVATE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,
-            )
+            with codec.reading():  # A file that was cut meanwhile is too short to map.
+                mapped = mmap.mmap(
+                    self._fd,
+                    self._header.num_bytes,
+                    flags=mmap.MAP_PRIVATE,
+                    prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                )
             self._tensors = codec.views(mapped, self._header)
             os.close(self._fd)
             self._fd = -1
@@ -223,12 +224,31 @@ class MappedEntry(Entry):
 
 def _read_header(fd: int) -> codec.Header:
     """The checked header of an open file. Raises EmbeddingCorrupt."""
-    size = os.fstat(fd).st_size
-    start = os.pread(fd, HEADER_GUESS, 0)
-    span = codec.header_span(start)
-    if span > len(start):
-        start = os.pread(fd, span, 0)
+    with _readable():
+        size = os.fstat(fd).st_size
+        start = os.pread(fd, HEADER_GUESS, 0)
+        span = codec.header_span(start)
+        if span > len(start):
+            start = os.pread(fd, span, 0)
     return codec.parse(start, size)
+
+
+def _read_file(fd: int) -> bytes:
+    """All of an open file, which is closed. Raises EmbeddingCorrupt."""
+    try:
+        with _readable(), os.fdopen(fd, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """What is there and cannot be read (a directory, a bad page) is as corrupt as what is wrong."""
+    try:
+        yield
+    except OSError as error:
+        raise EmbeddingCorrupt(f"the embedding cannot be read: {error.strerror}") from error
 
 
 def _write_all(temporary: Temporary, pieces: Sequence[memoryview]) -> None:

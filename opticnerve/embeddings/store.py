@@ -8,9 +8,10 @@
 
 A store holds whole embeddings by content key (64 lowercase hex digits; others are an
 InvalidRequest). It never raises for a miss, and a backend that is down is a miss too (``get``
-returns None and says so in the log). What is found and does not parse is deleted and raised as
-EmbeddingCorrupt, once: the next ``get`` misses. What a store was asked to write and could not is
-a StoreError, which the caller may ignore: the embedding is still reachable by Fetch.
+returns None and says so in the log). What is found and cannot be read, whatever is wrong with it,
+is deleted wherever the store has it and raised as EmbeddingCorrupt, once: the next ``get`` misses.
+What a store was asked to write and could not is a StoreError, which the caller may ignore: the
+embedding is still reachable by Fetch.
 
 Stores are synchronous and safe to share between threads; callers keep them off event loops.
 """
@@ -51,6 +52,8 @@ class Entry:
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Raises EmbeddingCorrupt where they changed after ``get``, OSError where the machine has
+        no room to map them. Neither deletes anything."""
         return self._tensors
 
     def copy_rows(self, name: str, out: torch.Tensor, row_start: int = 0) -> None:
@@ -85,7 +88,7 @@ class Store(Protocol):
         ...
 
     def get(self, key: str) -> Entry | None:
-        """Raises EmbeddingCorrupt, after deleting what does not parse."""
+        """Raises EmbeddingCorrupt, after deleting what cannot be read."""
         ...
 
     def contains(self, keys: Iterable[str]) -> set[str]:

@@ -11,10 +11,12 @@ import redis
 import torch
 
 from opticnerve.embeddings import redis_store
+from opticnerve.embeddings.memory import MemoryStore
 from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.redis_store import PREFIX, RedisStore
 from opticnerve.embeddings.store import StoreState
-from opticnerve.errors import EmbeddingCorrupt, StoreError
+from opticnerve.errors import ConfigError, EmbeddingCorrupt, StoreError
+from tests.damage import UNREADABLE
 from tests.redis import RedisServer, find_redis_server
 from tests.system import wait_for
 
@@ -140,6 +142,45 @@ def test_corrupt_values_are_deleted_and_said_once(server: RedisServer) -> None:
     client.close()
 
 
+@pytest.mark.parametrize("data", UNREADABLE.values(), ids=UNREADABLE.keys())
+@pytest.mark.parametrize("tier", ["redis", "local"])
+def test_whatever_cannot_be_read_goes_from_both_tiers(
+    server: RedisServer, tier: str, data: bytes
+) -> None:
+    store = opened(server.url)
+    client = redis.Redis(port=server.port)
+    assert isinstance(store.local, MemoryStore)
+    for read in (store.get, store.read_bytes):
+        client.set(PREFIX + key(1), data)
+        if tier == "local":
+            store.local._files[key(1)] = data
+        if tier == "redis" or read == store.get:
+            with pytest.raises(EmbeddingCorrupt):
+                read(key(1))
+            assert store.contains([key(1)]) == set()
+            assert client.exists(PREFIX + key(1)) == 0
+        assert store.state.reachable
+    store.close()
+    client.close()
+
+
+def test_a_value_of_another_kind_is_corrupt_and_no_failure_of_the_server(
+    server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = opened(server.url)
+    client = redis.Redis(port=server.port)
+    for read in (store.get, store.read_bytes):
+        client.rpush(PREFIX + key(1), "a list")
+        with pytest.raises(EmbeddingCorrupt):
+            read(key(1))
+        assert client.exists(PREFIX + key(1)) == 0
+    assert store.state.reachable and "fails" not in caplog.text
+    store.put(key(1), rows(1), {})
+    assert client.exists(PREFIX + key(1)) == 1
+    store.close()
+    client.close()
+
+
 def test_redis_down_is_a_miss_with_one_warning(
     server: RedisServer,
     clock: Clock,
@@ -202,6 +243,11 @@ def test_its_end_and_its_return_are_noticed_without_use(
         wait_for("its record", lambda: "answers again" in caplog.text)
         store.close()
     assert caplog.text.count("look-ups there are misses") == 1
+
+
+def test_values_are_never_decoded_as_text() -> None:
+    with pytest.raises(ConfigError, match="decode_responses"):
+        open_store("redis://127.0.0.1:1/0?decode_responses=true")
 
 
 def test_neither_tier_takes_it(server: RedisServer) -> None:

@@ -93,7 +93,9 @@ def work_of(ask: GenerateRequest, slot: int, table: tuple[int, ...], **changes: 
         ({"rows": rows()[0]}, "shape"),
         ({"rows": torch.zeros(9, WIDTH, dtype=torch.int64)}, "int64"),
         ({"other": rows()}, "no rows"),
-        ({"rows": rows(), "deepstack.0": rows(count=2)}, "shape"),
+        ({"rows": rows(), "deepstack.0": rows()}, "unknown levels"),
+        ({"rows": rows(), "deepstack.x": rows()}, "unknown levels"),
+        ({"rows": rows(), "deepstack.99999999999": rows()}, "unknown levels"),
     ],
 )
 def test_unfit_rows_fail_their_sequence_alone(
@@ -230,8 +232,11 @@ class Recorder(Poisoned):
         return self._language.forward(embeds, positions, cache, deepstack, rows)
 
 
-def test_deepstack_levels_go_where_their_rows_go(demo: tuple[Any, Any]) -> None:
+def test_deepstack_levels_go_where_their_rows_go(
+    demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     language, layout = demo
+    monkeypatch.setattr(type(layout), "deepstack_levels", 2)
     recorder = Recorder(language)
     engine = LocalEngine(recorder, layout, max_num_batched_tokens=10, prefix_caching=False)
     item = {"rows": rows(0), "deepstack.0": rows(1), "deepstack.1": rows(2)}

@@ -114,6 +114,15 @@ MALFORMED = {
     "shape with a float": file_of({"rows": tensor(0, 8, [2.0])}, EIGHT),
     "shape with a bool": file_of({"rows": tensor(0, 4, [True])}, EIGHT[:4]),
     "huge shape": file_of({"rows": tensor(0, 8, [2**62, 2**62])}, EIGHT),
+    "an extent beyond torch": file_of({"rows": tensor(0, 0, [2**64, 0])}),
+    "an extent beyond reason": file_of({"rows": tensor(0, 0, [2**62, 0])}),
+    "an extent of thousands of digits": file_of({"rows": tensor(0, 0, [10**4000, 0])}),
+    "strides beyond torch": file_of({"rows": tensor(0, 0, [1, 2**40, 2**40, 0])}),
+    "a name that UTF-8 cannot write": file_of({"\ud800": tensor(0, 4, [1])}, EIGHT[:4]),
+    "a name without end": file_of({"a" * 1000: tensor(0, 4, [1])}, EIGHT[:4]),
+    "metadata that UTF-8 cannot write": file_of(
+        {"__metadata__": {"a": "\udfff"}, "a": tensor(0, 4, [1])}, EIGHT[:4]
+    ),
     "many dimensions": file_of({"rows": tensor(0, 4, [1] * 9)}, EIGHT[:4]),
     "shape and bytes differ": file_of({"rows": tensor(0, 8, [3])}, EIGHT),
     "out of range": file_of({"rows": tensor(0, 16, [4])}, EIGHT),
