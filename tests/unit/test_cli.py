@@ -184,7 +184,9 @@ def test_up_tells_early_what_the_gateway_would_tell_late(tmp_path, monkeypatch, 
 
 
 def test_a_gateway_tells_a_wrong_checkpoint_once():
-    command = [sys.executable, "-m", "opticnerve", "gateway", "/no/such/model", "--port", "0"]
+    workers = ["--llm-addresses", "127.0.0.1:9", "--encoder-addresses", "127.0.0.1:9"]
+    command = [sys.executable, "-m", "opticnerve", "gateway", "/no/such/model", *workers]
+    command += ["--port", "0"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert ended.stderr.startswith("opticnerve: there is no directory /no/such/model")
