@@ -3,6 +3,7 @@ writes for a picture becomes the run that its rows need."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from gateway.tokenizer import (
 from opticnerve.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
 from opticnerve.media.plan import Plan, Span
 from opticnerve.models.family import Expansion
+
+_BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # As placeholders are written.
 
 
 class Expander(Protocol):
@@ -49,7 +52,8 @@ def spellings(path: Path, ids: Mapping[str, int]) -> dict[str, str]:
 
     As Hugging Face's processors find it: what the tokenizer's files or processor_config.json call
     by that name; else the added token that has the id; for pictures, else the token of the
-    vocabulary. What no file knows is left out. Raises CheckpointError for files that cannot be
+    vocabulary, if it is written as a placeholder is and not as text. What no file knows is left
+    out. Raises CheckpointError for files that cannot be
     read.
     """
     config, source = read_config(path), read_source(path)
@@ -60,7 +64,8 @@ def spellings(path: Path, ids: Mapping[str, int]) -> dict[str, str]:
         by_id = {token.id: text for text, token in added.items()}
         found = {name: told.get(name) or by_id.get(token_id) for name, token_id in ids.items()}
         if found["image_token"] is None:
-            found["image_token"] = build(source, {}).id_to_token(ids["image_token"])
+            token = build(source, {}).id_to_token(ids["image_token"]) or ""
+            found["image_token"] = token if _BRACKETED.fullmatch(token) else None
     except Exception as error:  # The library raises bare Exception for what it cannot read.
         raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
     return {name: text for name, text in found.items() if text is not None}
