@@ -53,8 +53,7 @@ def spellings(path: Path, ids: Mapping[str, int]) -> dict[str, str]:
     As Hugging Face's processors find it: what the tokenizer's files or processor_config.json call
     by that name; else the added token that has the id; for pictures, else the token of the
     vocabulary, if it is written as a placeholder is and not as text. What no file knows is left
-    out. Raises CheckpointError for files that cannot be
-    read.
+    out. Raises CheckpointError for files that cannot be read.
     """
     config, source = read_config(path), read_source(path)
     named = named_tokens(config)
