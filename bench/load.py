@@ -25,17 +25,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import contextlib
 import io
 import itertools
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +43,7 @@ import numpy as np
 from PIL import Image
 
 import opticnerve
-from bench import memory, report
+from bench import commits, memory, report
 from bench.http_client import (
     Figures,
     ask,
@@ -59,8 +57,6 @@ from bench.http_client import (
 )
 from opticnerve.demo import scenes
 from opticnerve.stack import Stack
-
-ROOT = Path(__file__).parents[1]
 
 TEXT: dict[str, Any] = {
     "hidden_size": 768,
@@ -221,70 +217,15 @@ async def warm_up(url: str) -> None:
 
 def measure(stack: Stack, scenario: Scenario, seed: int, say: Say) -> Figures:
     """One scenario's figures, and what the stack's processes used for it."""
-    before = cpu_seconds(stack.process.pid)
+    before = commits.cpu_seconds(stack.process.pid)
     found = asyncio.run(run(stack.url, scenario, seed, say))
-    after = cpu_seconds(stack.process.pid)
+    after = commits.cpu_seconds(stack.process.pid)
     used = {f"{name} CPU, s": after[name] - before[name] for name in after if name in before}
     peaks = {
         f"{name} peak RSS, MB": memory.resident(pid)["VmHWM"]
         for name, pid in memory.children(stack.process.pid).items()
     }
     return {**found, **used, **peaks}
-
-
-def cpu_seconds(parent: int) -> dict[str, float]:
-    """CPU time that each process of a stack has used."""
-    tick = os.sysconf("SC_CLK_TCK")
-    found = {}
-    for name, pid in memory.children(parent).items():
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        found[name] = (int(fields[11]) + int(fields[12])) / tick
-    return found
-
-
-@contextlib.contextmanager
-def code_of(tree: Path) -> Iterator[None]:
-    """Processes that start meanwhile import from ``tree``."""
-    former = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(tree)
-    try:
-        with contextlib.chdir(tree):
-            yield
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if former is not None:
-            os.environ["PYTHONPATH"] = former
-
-
-@contextlib.contextmanager
-def checked_out(commit: str) -> Iterator[Path]:
-    """A worktree of ``commit`` with its own stubs, while the context lasts."""
-    with tempfile.TemporaryDirectory(prefix="opticnerve-before-") as directory:
-        tree = Path(directory) / "tree"
-        git("worktree", "add", "--detach", "--quiet", str(tree), commit)
-        try:
-            subprocess.run([sys.executable, "hatch_build.py"], cwd=tree, check=True)
-            yield tree
-        finally:
-            git("worktree", "remove", "--force", str(tree))
-            git("worktree", "prune")
-
-
-def git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", ROOT, *arguments], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"git {arguments[0]} failed, see above")
-    return done.stdout.strip()
-
-
-def check_imports(tree: Path) -> None:
-    """Raises unless services that start under ``code_of(tree)`` run its code."""
-    code = "import opticnerve, gateway; print(opticnerve.__file__); print(gateway.__file__)"
-    with code_of(tree):
-        found = subprocess.check_output([sys.executable, "-c", code], text=True)
-    for line in found.split():
-        if not Path(line).is_relative_to(tree.resolve()):
-            raise SystemExit(f"{line} would run, not the code in {tree}")
 
 
 def make_model(directory: str) -> str:
@@ -308,7 +249,10 @@ def compare(
     turn = [*trees] if args.once or len(trees) == 1 else [*trees, *reversed(trees)]
     runs: dict[str, Runs] = {name: {side: [] for side in trees} for name in names}
     for number, side in itertools.product(range(args.rounds), turn):
-        with code_of(trees[side]), opticnerve.serve(model, threads=args.threads or None) as stack:
+        with (
+            commits.code_of(trees[side]),
+            opticnerve.serve(model, threads=args.threads or None) as stack,
+        ):
             asyncio.run(warm_up(stack.url))
             for index, name in enumerate(names):
                 scenario = (QUICK if args.quick else FULL)[name]
@@ -353,13 +297,8 @@ def ratio_of(before: float | None, after: float | None) -> str:
 def main() -> None:
     args = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # What was made is removed.
-    with contextlib.ExitStack() as made:
-        trees = {"present": ROOT}
-        if args.before:
-            trees = {"before": made.enter_context(checked_out(args.before)), "after": ROOT}
-        for tree in trees.values():
-            check_imports(tree)
-        model = make_model(made.enter_context(tempfile.TemporaryDirectory()))
+    with commits.trees(args.before) as trees, tempfile.TemporaryDirectory() as directory:
+        model = make_model(directory)
         results = describe(args)
         for names in [args.scenario] if args.quick else [[name] for name in args.scenario]:
             for name, runs in compare(trees, model, names, args).items():
@@ -376,8 +315,7 @@ def main() -> None:
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """What was compared."""
     return {
-        "before": git("describe", "--always", args.before) if args.before else None,
-        "present": git("describe", "--always", "--dirty") if (ROOT / ".git").exists() else None,
+        **commits.describe(args.before),
         "rounds": args.rounds,
         "threads": args.threads or "default",
         "decoder": TEXT,
