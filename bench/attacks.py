@@ -29,6 +29,7 @@ import io
 import json
 import signal
 import socket
+import statistics
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -47,6 +48,7 @@ from bench.http_client import ask as ask_to_its_end
 
 KEYS = {"victim": "victim-0123456789abcdef", "attacker": "attacker-0123456789abcdef"}
 GIVE_UP_S = 30.0  # The victim, of one request.
+GIVEN_UP = "given_up"
 LEAD_S = 2.0  # How long an attack has gone on when the victim begins.
 SCANS, SCANS_SIDE = 1000, 4096
 HOLLOW_SIDE = 9459  # Its square is just below what the gateway takes by default.
@@ -246,7 +248,7 @@ async def ask(url: str, body: bytes) -> Answer:
             async with asyncio.timeout(GIVE_UP_S):
                 return await ask_to_its_end(http, body)
         except TimeoutError:
-            return Answer(sent, loop.time(), code="given_up")
+            return Answer(sent, loop.time(), code=GIVEN_UP)
 
 
 async def measure(url: str, attack: Attack, asks: int, tokens: int, seed: int) -> Figures:
@@ -278,13 +280,14 @@ def picture(material: load.Material) -> load.Messages:
 
 
 def chosen(answers: list[Answer]) -> Figures:
-    """Of ``figures``: how many were answered, and the latencies, where a request that was given up
-    or lost counts with all its time."""
+    """How many were answered, and latencies. A request that was given up counts with the time that
+    it had waited; one that was refused or lost has none."""
     found = figures(answers)
-    waits = [1000 * (a.ttft if a.ttft is not None else a.ended - a.sent) for a in answers]
-    worst = {"TTFT p50, ms": sorted(waits)[len(waits) // 2], "TTFT max, ms": max(waits)}
+    waits = [1000 * a.ttft for a in answers if a.ttft is not None]
+    waits += [1000 * GIVE_UP_S for a in answers if a.code == GIVEN_UP]
+    worst = {"TTFT p50, ms": statistics.median(waits), "TTFT max, ms": max(waits)} if waits else {}
     gaps = [1000 * gap for answer in answers for gap in answer.gaps]
-    steady = {"ITL p50, ms": found["ITL p50, ms"], "ITL max, ms": max(gaps)} if gaps else {}
+    steady = {"ITL p50, ms": statistics.median(gaps), "ITL max, ms": max(gaps)} if gaps else {}
     return {"asked": len(answers), "answered": found["answered"], **worst, **steady}
 
 
@@ -330,10 +333,12 @@ def main() -> None:
         results: dict[str, dict[str, Figures]] = {}
         for name in args.attack:
             results[name] = compare(trees, model, str(keys), name, args)
+            show({name: results[name]})
             if not args.quick:  # After each: a long run that breaks off keeps what it has.
                 document = {**commits.describe(args.before), "attacks": results}
                 report.save("attacks", document, file=args.out)
-        show(results)
+        if len(results) > 1:
+            show(results)
     print("nothing is kept of a quick run" if args.quick else f"kept in {args.out}.json")
 
 
