@@ -1,5 +1,16 @@
 """API keys: several, named, from a file, compared in constant time. Keys are never logged.
 
+A line of the file is ``name: key`` or ``key``, and after it what its holder may do::
+
+    ada: sk-1 tenant=acme weight=2 priority=-10
+
+``tenant`` is whose cached prefixes and pictures the key shares; the key's own name by default.
+``weight`` is its share of the decoder beside the shares of others; 1 by default. ``priority`` is
+the lowest that its requests may ask for, 0 by default. Lower runs first, so a key with
+``priority=5`` is for work in the background, and has 5 where a request says nothing. A key without
+a name is called by its line, ``key5``; name the keys of customers who must not share caches, since
+lines move.
+
 ``reread`` takes what the file holds by then, for requests that begin from then on.
 
 A key is visible ASCII. Clients do not agree on how anything else travels in a header: some send
@@ -8,40 +19,85 @@ UTF-8, some Latin-1, and the openai client refuses to.
 
 from __future__ import annotations
 
+import difflib
 import hmac
 import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from opticnerve.errors import ConfigError, Unauthenticated
+from opticnerve.errors import ConfigError, InvalidRequest, Unauthenticated
 
 log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/", "/live", "/ready", "/health", "/openapi.json", "/docs"})
-_NAMED = re.compile(r"([A-Za-z0-9_.@-]+)\s*:\s+(\S+)")
+LEAST_WEIGHT, MOST_WEIGHT = 0.01, 1000.0
+LEAST_PRIORITY, MOST_PRIORITY = -(2**31), 2**31 - 1
+FORM = "'name: key' or 'key', and then attributes such as tenant=acme, weight=2 or priority=-10"
+_NAME = r"[A-Za-z0-9_.@-]+"
+_LINE = re.compile(rf"(?:({_NAME})\s*:\s+)?(\S+)((?:\s+\S+)*)")
 _ASCII = re.compile(r"[\t -~]+")
 _COMMENT = re.compile(r"(?:^|\s)#.*")
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sends a request, as the key file says; without a key the tenant is empty."""
+
+    name: str
+    tenant: str
+    weight: float = 1.0
+    min_priority: int = 0  # Lower runs first.
+
+    def __str__(self) -> str:
+        """As logs tell it."""
+        return self.name
+
+    def priority(self, asked: int | None) -> int:
+        """What a request runs at that asked for so much, or (None) for nothing.
+
+        Raises InvalidRequest below what this caller may use.
+        """
+        if asked is None:
+            return max(0, self.min_priority)
+        if asked < self.min_priority:
+            raise InvalidRequest(
+                f"priority: {asked} is below {self.min_priority}, the lowest that "
+                f"{'this key' if self.tenant else 'a caller without a key'} may ask for; lower "
+                "runs first, so give less urgent requests a higher one",
+                param="priority",
+            )
+        return asked
+
+
+ANONYMOUS = Caller("anonymous", "")
+
+
 @dataclass
 class Keys:
-    """The keys that may call. With none, every caller is ``anonymous``."""
+    """The keys that may call. With none, every caller is ``ANONYMOUS``."""
 
     by_name: Mapping[str, bytes]
     path: str | None = None  # The file that they are from.
+    callers: Mapping[str, Caller] = field(default_factory=dict)  # By name; others have defaults.
 
     @classmethod
     def load(cls, path: str | None) -> Keys:
-        """Reads ``name: key`` or ``key`` lines; ``#`` begins a comment. Raises ConfigError."""
+        """Reads a key file; ``#`` begins a comment. Raises ConfigError."""
         if path is None:
             return cls({})
         try:
             text = Path(path).read_text(encoding="utf-8-sig")  # Some editors begin with a mark.
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the key file {path}", param="api_key_file") from error
-        return cls(_parse(text, path), path)
+        lines = _parse(text, path)
+        return cls(
+            {line.caller.name: line.key for line in lines},
+            path,
+            {line.caller.name: line.caller for line in lines},
+        )
 
     def reread(self) -> None:
         """Takes what the file holds now, and logs how many keys that changes. Where there is no
@@ -50,28 +106,33 @@ class Keys:
             log.info("there is no key file to read again; see --api-key-file")
             return
         try:
-            new = Keys.load(self.path).by_name
+            new = Keys.load(self.path)
         except ConfigError as error:
             log.error("the keys stay as they were: %s", error.message)
             return
-        old, self.by_name = set(self.by_name.values()), new
-        now = set(new.values())
+        old, now = self._by_key(), new._by_key()
+        self.by_name, self.callers = new.by_name, new.callers
         log.info(
-            "read %s again: %d keys, %d of them new, and %d are gone",
-            self.path, len(now), len(now - old), len(old - now),
-        )  # fmt: skip
+            "read %s again: %d keys, %d of them new, %d with another name or attributes, and %d "
+            "are gone",
+            self.path,
+            len(now),
+            len(now.keys() - old.keys()),
+            sum(now[key] != old[key] for key in now.keys() & old.keys()),
+            len(old.keys() - now.keys()),
+        )
 
     @property
     def required(self) -> bool:
         return bool(self.by_name)
 
-    def identify(self, authorization: str | None) -> str:
-        """The name of the key in an Authorization header. Raises Unauthenticated.
+    def identify(self, authorization: str | None) -> Caller:
+        """Whose key is in an Authorization header. Raises Unauthenticated.
 
         Every key is compared whatever matched before, so that time tells nothing.
         """
         if not self.required:
-            return "anonymous"
+            return ANONYMOUS
         scheme, _, given = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not given.strip():
             raise Unauthenticated(
@@ -84,42 +145,113 @@ class Keys:
                 found = name
         if found is None:
             raise Unauthenticated("the API key is not known here")
-        return found
+        return self._caller(found)
+
+    def _caller(self, name: str) -> Caller:
+        return self.callers.get(name) or Caller(name, tenant=name)
+
+    def _by_key(self) -> dict[bytes, Caller]:
+        return {key: self._caller(name) for name, key in self.by_name.items()}
 
 
-def _parse(text: str, path: str) -> dict[str, bytes]:
-    keys: dict[str, bytes] = {}
+# ---- the file; messages never hold what a line says, which may be a key in the wrong place
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    caller: Caller
+    key: bytes = field(repr=False)
+
+
+def _parse(text: str, path: str) -> list[_Line]:
+    lines: list[_Line] = []
+    names: set[str] = set()
+    numbers: dict[bytes, int] = {}  # Of the lines, by key.
     for number, raw in enumerate(text.splitlines(), 1):
-        line = _COMMENT.sub("", raw).strip()
-        if not line:
+        written = _COMMENT.sub("", raw).strip()
+        if not written:
             continue
         try:
-            name, key = _read_line(line)
+            line = _read_line(written, number)
+            if line.caller.name in names:
+                raise ValueError(f"{line.caller.name} is there twice")
+            if line.key in numbers:
+                raise ValueError(f"the key of line {numbers[line.key]} again; a key has one line")
         except ValueError as error:
             raise ConfigError(f"{path}:{number}: {error}", param="api_key_file") from error
-        name = name or f"key{number}"
-        if name in keys:
-            raise ConfigError(f"{path}:{number}: {name} is there twice", param="api_key_file")
-        keys[name] = key.encode()
-    if not keys:
+        names.add(line.caller.name)
+        numbers[line.key] = number
+        lines.append(line)
+    if not lines:
         raise ConfigError(f"{path} holds no key", param="api_key_file")
-    return keys
+    return lines
 
 
-def _read_line(line: str) -> tuple[str, str]:
-    """Name ("" where there is none) and key. Raises ValueError, whose text never holds a key."""
+def _read_line(line: str, number: int) -> _Line:
+    """Raises ValueError, whose text never holds a key."""
     if not _ASCII.fullmatch(line):
         raise ValueError(
             "a character that is not printable ASCII; not every client can send such a key, so "
             "none is taken"
         )
-    named = _NAMED.fullmatch(line)
-    name, key = (named[1], named[2]) if named else ("", line)
-    if any(character.isspace() for character in key):
-        raise ValueError("expected 'name: key' or 'key'")
-    if not named and ":" in key:  # Name and key, or a key with a colon: only its owner knows.
+    found = _LINE.fullmatch(line)
+    if found is None:
+        raise ValueError(f"expected {FORM}")
+    name, key, rest = found.groups()
+    if "=" in key and key.partition("=")[0] in ATTRIBUTES:
+        raise ValueError(f"an attribute where the key should be; expected {FORM}")
+    if name is None and ":" in key:  # Name and key, or a key with a colon: only its owner knows.
         raise ValueError("a colon without a space; write 'name: key', also for a key with colons")
-    return name, key
+    name = name or f"key{number}"
+    said = {"tenant": name, **_attributes(rest.split())}
+    return _Line(Caller(name, **said), key.encode())
+
+
+def _attributes(words: list[str]) -> dict[str, Any]:
+    """What ``tenant=acme weight=2`` says, as fields of Caller. Raises ValueError."""
+    said: dict[str, Any] = {}
+    for place, word in enumerate(words, 1):
+        name, _, value = word.partition("=")
+        if name not in ATTRIBUTES:
+            near = difflib.get_close_matches(name, ATTRIBUTES, 1)
+            hint = f"did you mean {near[0]}=?" if near and "=" in word else f"expected {FORM}"
+            raise ValueError(f"what follows the key, in place {place}, is no attribute; {hint}")
+        attribute, read = ATTRIBUTES[name]
+        if attribute in said:
+            raise ValueError(f"{name} is there twice")
+        said[attribute] = read(value)
+    return said
+
+
+def _read_tenant(text: str) -> str:
+    if not re.fullmatch(_NAME, text):
+        raise ValueError("tenant: expected a name of letters, digits and any of _ . @ -")
+    return text
+
+
+def _read_weight(text: str) -> float:
+    weight = float(text) if re.fullmatch(r"\d+(?:\.\d+)?", text) else 0.0
+    if not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+        raise ValueError(f"weight: expected a number from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}")
+    return weight
+
+
+def _read_priority(text: str) -> int:
+    priority = int(text) if re.fullmatch(r"-?\d{1,10}", text) else MOST_PRIORITY + 1
+    if not LEAST_PRIORITY <= priority <= MOST_PRIORITY:
+        raise ValueError(
+            f"priority: expected a whole number from {LEAST_PRIORITY} to {MOST_PRIORITY}, the "
+            "lowest that requests with this key may ask for"
+        )
+    return priority
+
+
+ATTRIBUTES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "tenant": ("tenant", _read_tenant),
+    "weight": ("weight", _read_weight),
+    "priority": ("min_priority", _read_priority),
+}
+"""By their name in a key file: the field of Caller, and how its text is read."""
 
 
 def needs_key(path: str, *, public_models: bool) -> bool:

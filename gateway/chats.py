@@ -49,7 +49,8 @@ async def chat(gateway: Gateway, request: Request, send: Send) -> None:
         async with deadline.timeout():
             parsed, ignored = await read_json(request, ChatRequest, gateway.limits, ticket)
         gateway.names.check(parsed.model)
-        call = Call(parsed, request.state.request_id, deadline, ticket, ticket.bytes)
+        state = request.state
+        call = Call(parsed, state.request_id, state.caller, deadline, ticket, ticket.bytes)
         headers = _warnings(gateway, ignored)
         reply = Reply(parsed, request.headers.get("x-opticnerve-timings", "") in ("1", "true"))
         del parsed  # The call lets go of the messages once they are a prompt.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
+from gateway.auth import ANONYMOUS, Caller
 from gateway.deadline import Deadline
 from gateway.lost import WorkerLost, lost_or_typed
 from gateway.pools import WorkerPool
@@ -98,6 +99,7 @@ class GenerateSpec:
     sampling: Sampling
     pair_id: str
     cache_salt: str = ""
+    caller: Caller = ANONYMOUS
     priority: int = 0
 
 

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import metrics, sse
-from gateway.auth import Keys, needs_key
+from gateway.auth import ANONYMOUS, Keys, needs_key
 from gateway.http import ErrorResponse, note, reason, typed
 from opticnerve.drain import LAST_WORDS_S, Running
 from opticnerve.errors import OpticNerveError, Unauthenticated
@@ -158,7 +158,7 @@ def _route(scope: Scope) -> str:
 
 
 class Authentication:
-    """Lets only known keys pass; puts the key's name into the request's state."""
+    """Lets only known keys pass; puts the ``Caller`` into the request's state."""
 
     def __init__(self, app: ASGIApp, keys: Keys, *, public_models: bool) -> None:
         self.app = app
@@ -169,13 +169,13 @@ class Authentication:
         if scope["type"] == "http":
             open_path = not needs_key(scope["path"], public_models=self.public_models)
             try:
-                name = self.keys.identify(Headers(scope=scope).get("authorization"))
+                caller = self.keys.identify(Headers(scope=scope).get("authorization"))
             except Unauthenticated as error:
                 if not open_path:
                     await ErrorResponse(error)(scope, receive, send)
                     return
-                name = "anonymous"
-            scope["state"]["caller"] = name
+                caller = ANONYMOUS
+            scope["state"]["caller"] = caller
         await self.app(scope, receive, send)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from gateway import metrics
 from gateway.admission import Ticket
+from gateway.auth import Caller
 from gateway.chat import ChatRenderer, RenderedChat
 from gateway.choices import Choices, TextDelta
 from gateway.deadline import Deadline
@@ -53,6 +54,7 @@ class Call:
 
     request: ChatRequest
     request_id: str
+    caller: Caller
     deadline: Deadline
     ticket: Ticket
     body_bytes: int = 0  # That the ticket holds for the messages.
@@ -102,6 +104,7 @@ class Pipeline:
 
     async def chat(self, call: Call) -> AsyncGenerator[Step, None]:
         """Runs a chat to its end: text as it comes, then Ended. Raises typed errors."""
+        priority = call.caller.priority(call.request.priority)
         prepared = await self.prepare(call.request, call.ticket.hold, call.deadline, call.watch)
         call.request = _without_messages(call.request)
         call.ticket.drop(call.body_bytes)
@@ -122,7 +125,8 @@ class Pipeline:
             sampling=sampling,
             pair_id=pair.pair_id,
             cache_salt=call.request.cache_salt or "",
-            priority=call.request.priority,
+            caller=call.caller,
+            priority=priority,
         )
         async with embeddings:
             if embeddings.encoding:

@@ -255,7 +255,10 @@ class GatewayConfig:
     )
     api_key_file: str | None = _api(
         None,
-        "file of the keys that may call, one `name: key` or `key` a line; SIGHUP reads it again",
+        "file of the keys that may call, one `name: key` or `key` a line, and after it `tenant=`, "
+        "`weight=` and `priority=`, such as `ada: sk-1 tenant=acme weight=2 priority=-10`: whose "
+        "caches it shares (default: its own), its share of the decoder (1), the lowest `priority` "
+        "of its requests (0; lower runs first); SIGHUP reads it again",
         metavar="FILE",
     )
     public_models: bool = _api(False, "/v1/models needs no key")

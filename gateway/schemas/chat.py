@@ -116,7 +116,11 @@ class ChatRequest(TemplateFields, SamplingFields):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=2**31 - 1), INTEGRAL] | None = None
-    priority: Priority = Field(0, description="Lower runs first.")
+    priority: Priority | None = Field(
+        None,
+        description="Lower runs first. From 0 on, or from where the caller's key allows it; a "
+        "request that says nothing has 0, or the lowest that its key allows where that is higher.",
+    )
     cache_salt: str | None = Field(
         None, description="Requests share cached prefixes only with those of the same salt."
     )

@@ -190,7 +190,7 @@ async def test_requests_that_are_served_and_no_others_are_described():
             {"role": "assistant", "content": "A square."},
             {"role": "user", "content": [{"type": "image", "image": data_url(), "detail": "low"}]},
             temperature=0.5, top_p=0.9, max_completion_tokens=9, stop=["x"], seed=7, n=1,
-            logit_bias={"5": 1.5}, priority=-1, cache_salt="a", timings=True,
+            logit_bias={"5": 1.5}, priority=1, cache_salt="a", timings=True,
             mm_processor_kwargs={"max_pixels": 200_000}, stream=True,
             stream_options={"include_usage": True, "continuous_usage_stats": True},
         )  # fmt: skip
