@@ -79,7 +79,7 @@ ANONYMOUS = Caller("anonymous", "")
 class Keys:
     """The keys that may call. With none, every caller is ``ANONYMOUS``."""
 
-    by_name: Mapping[str, bytes]
+    by_name: Mapping[str, bytes] = field(repr=False)
     path: str | None = None  # The file that they are from.
     callers: Mapping[str, Caller] = field(default_factory=dict)  # By name; others have defaults.
 
@@ -113,13 +113,13 @@ class Keys:
         old, now = self._by_key(), new._by_key()
         self.by_name, self.callers = new.by_name, new.callers
         log.info(
-            "read %s again: %d keys, %d of them new, %d with another name or attributes, and %d "
-            "are gone",
+            "read %s again: %d keys, %d of them new, and %d are gone; of %d the name or the "
+            "attributes are new",
             self.path,
             len(now),
             len(now.keys() - old.keys()),
-            sum(now[key] != old[key] for key in now.keys() & old.keys()),
             len(old.keys() - now.keys()),
+            sum(now[key] != old[key] for key in now.keys() & old.keys()),
         )
 
     @property

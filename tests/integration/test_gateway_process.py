@@ -256,6 +256,8 @@ async def test_sighup_reads_the_keys_again_and_ends_nothing(environment, tmp_pat
         assert (await status("sk-1"), await status("sk-2")) == (200, 401)
         await hang_up("ada: sk-2\n", b"1 keys, 1 of them new, and 1 are gone")
         assert (await status("sk-1"), await status("sk-2")) == (401, 200)
+        await hang_up("ada: sk-2 tenant=acme weight=2\n", b"of 1 the name or the attributes")
+        assert (await status("sk-1"), await status("sk-2")) == (401, 200)
         await hang_up("not a key\n", b"the keys stay as they were")
         assert (await status("sk-1"), await status("sk-2")) == (401, 200)
         process.send_signal(signal.SIGTERM)

@@ -19,6 +19,7 @@ def test_named_and_plain_keys(keys):
     assert keys.identify("Bearer sk-ada") == Caller("ada", "ada", 1.0, 0)
     assert keys.identify("bearer  sk-bob") == Caller("bob", "bob")
     assert keys.identify("Bearer sk-plain") == Caller("key5", "key5")
+    assert "sk-" not in repr(keys)
 
 
 def test_attributes_of_keys(tmp_path):
@@ -93,7 +94,7 @@ def test_a_file_is_read_again(keys, caplog):
     assert keys.identify("Bearer sk-eve").name == "eve"
     with pytest.raises(Unauthenticated):
         keys.identify("Bearer sk-bob")
-    told = "2 keys, 1 of them new, 1 with another name or attributes, and 2 are gone"
+    told = "2 keys, 1 of them new, and 2 are gone; of 1 the name or the attributes are new"
     assert told in caplog.text and "sk-" not in caplog.text
 
 
