@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from deploy.supervisor import Service, Supervisor, child_environment
 from gateway.auth import Keys
 from opticnerve import addresses, config, flags
 from opticnerve.embeddings.tier import create_tier_directory, remove_tier, sweep_dead_tiers
-from opticnerve.errors import StartupError
+from opticnerve.errors import StartupError, StoreError
 from opticnerve.lifecycle import follow_parent, ignore_hangup, on_hangup
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import make_layout
 from opticnerve.options import PREFIX, build, options
 from opticnerve.rpc.server import handle_signals
+from opticnerve.secret import make_secret, read_secret
 
 DESCRIPTION = (
     "Starts encoders, LLM workers and the gateway on this machine; every other flag is handed to "
@@ -36,6 +38,8 @@ CLOSE_S = 5.0  # That a child gets to end after its drain.
 STAGES = 3  # Gateway, LLM workers, encoders stop one after another.
 # Names that belong to the gateway when given to `up`; internal services listen on loopback.
 GATEWAY_ONLY = {"host", "port", "advertise", "metrics_port"}
+# Options that name files of secrets, which `up` makes where it is given none, and whose they are.
+SECRETS: dict[str, type] = {}
 
 
 def parser() -> flags.Parser:
@@ -60,7 +64,8 @@ async def run(given: dict[str, Any]) -> int:
     _check_early(gateway, settings.encoders + settings.llms)
     with contextlib.ExitStack() as files:
         store = files.enter_context(_store(build(config.StoreConfig, given).store))
-        given = {**given, "store": store, "parent_pid": os.getpid()}
+        secrets = _secrets(given, files.enter_context(_run_directory()))
+        given = {**given, **secrets, "store": store, "parent_pid": os.getpid()}
         commands = Commands(settings, given)
         supervisor = Supervisor(
             commands.workers(),
@@ -137,6 +142,34 @@ def _store(url: str) -> Iterator[str]:
         yield f"shm://{tier}" + (f"?{query}" if query else "")
     finally:
         remove_tier(Path(tier))
+
+
+@contextlib.contextmanager
+def _run_directory() -> Iterator[Path]:
+    """A directory of this stack's own for small files, removed at its end, or by the next one. Not
+    on the tmpfs that embeddings may fill. Raises StartupError."""
+    base = Path(tempfile.gettempdir())
+    sweep_dead_tiers(base)
+    try:
+        directory = create_tier_directory(base)
+    except StoreError as error:
+        raise StartupError(error.message) from error
+    try:
+        yield directory
+    finally:
+        remove_tier(directory)
+
+
+def _secrets(given: dict[str, Any], directory: Path) -> dict[str, str]:
+    """The file of each of ``SECRETS``: the one that the user names, once it has been read, or a new
+    one in ``directory``. Raises StartupError."""
+    files = {}
+    for option, cls in SECRETS.items():
+        named: str | None = getattr(build(cls, given), option)
+        if named is not None:
+            read_secret(named, option)
+        files[option] = named or str(make_secret(directory, option))
+    return files
 
 
 class Commands:

@@ -1,0 +1,79 @@
+"""Files of secrets: what is read, what is refused, who may read what is made."""
+
+from __future__ import annotations
+
+import logging
+import re
+import stat
+from pathlib import Path
+
+import pytest
+
+from opticnerve.errors import ConfigError, StartupError
+from opticnerve.secret import LEAST_CHARACTERS, MAX_BYTES, make_secret, read_secret
+
+OPTION = "store_key_file"
+
+
+def written(tmp_path: Path, data: bytes, mode: int = 0o600) -> str:
+    path = tmp_path / "secret"
+    path.write_bytes(data)
+    path.chmod(mode)
+    return str(path)
+
+
+def test_what_is_made_is_random_readable_and_this_users_alone(tmp_path: Path) -> None:
+    one, two = make_secret(tmp_path, "one"), make_secret(tmp_path, "two")
+    assert stat.S_IMODE(one.stat().st_mode) == 0o600
+    secret = read_secret(str(one), OPTION)
+    assert re.fullmatch("[0-9a-f]{64}", secret)
+    assert read_secret(str(two), OPTION) != secret
+
+
+def test_nothing_that_is_there_is_made_a_secret(tmp_path: Path) -> None:
+    (tmp_path / "planted").symlink_to(tmp_path / "elsewhere")
+    for name in ("planted", "no/directory"):
+        with pytest.raises(StartupError, match="cannot make the secret"):
+            make_secret(tmp_path, name)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_white_space_around_a_secret_is_no_part_of_it(tmp_path: Path) -> None:
+    assert read_secret(written(tmp_path, b" \n" + b"s" * 32 + b"\r\n"), OPTION) == "s" * 32
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b" \n", "is empty"),
+        (b"hunter2", f"7 characters.*at least {LEAST_CHARACTERS}"),
+        (b"a" * 40 + b" " + b"b" * 40, "one word"),
+        (b"a" * 40 + b"\xff", "one word"),
+        (b"a" * (MAX_BYTES + 1), f"more than {MAX_BYTES} bytes"),
+    ],
+)
+def test_what_is_no_secret_is_refused_without_being_shown(
+    tmp_path: Path, data: bytes, told: str
+) -> None:
+    path = written(tmp_path, data)
+    with pytest.raises(ConfigError, match=f"--store-key-file: {path} .*{told}.*openssl") as caught:
+        read_secret(path, OPTION)
+    assert caught.value.param == OPTION
+    assert not data.strip() or data.decode("latin-1").strip()[:40] not in caught.value.message
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(ConfigError, match=f"--store-key-file: cannot read {path}: "):
+            read_secret(str(path), OPTION)
+
+
+def test_a_file_that_others_may_read_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        read_secret(written(tmp_path, b"s" * 32, 0o640), OPTION)  # Kubernetes' fsGroup.
+        assert not caplog.records
+        read_secret(written(tmp_path, b"s" * 32, 0o644), OPTION)
+    (record,) = caplog.records
+    assert "every user" in record.getMessage() and "s" * 32 not in record.getMessage()
