@@ -1,7 +1,8 @@
 """What the encoder has accepted and not finished: one ledger of patches, items and bytes.
 
-It bounds memory and waiting: what does not fit is refused at once with a retry hint, before its
-bytes are read, and measures how fast items get through. It belongs to the event loop.
+It bounds memory and waiting, and measures how fast items get through. What does not fit is refused
+with a retry hint, before its bytes are read and once they are here: an item counts from then on, so
+that a caller which sends no bytes keeps nobody out. It belongs to the event loop.
 """
 
 from __future__ import annotations
@@ -62,13 +63,17 @@ class Backlog:
             and self.num_bytes + num_bytes <= self.max_bytes
         )
 
-    def admit(self, patches: int, num_bytes: int) -> Slot:
-        """Takes a place; the caller releases it. Raises Overloaded when there is none."""
+    def check_room(self, patches: int, num_bytes: int) -> None:
+        """Raises Overloaded where an item could not be admitted now."""
         if not self.can_admit(patches, num_bytes):
             raise Overloaded(
                 f"the encoder's queue is full: {self.items} items, {self.patches} patches wait",
                 retry_after_s=self.retry_after_s,
             )
+
+    def admit(self, patches: int, num_bytes: int) -> Slot:
+        """Takes a place; the caller releases it. Raises Overloaded when there is none."""
+        self.check_room(patches, num_bytes)
         if self.items == 0:
             self._since = self._clock()
         self._add(1, patches, num_bytes)

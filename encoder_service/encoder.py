@@ -142,9 +142,11 @@ class Encoder:
         if known is not None and self._fits(known, request.plan):
             return Answer(known, HIT)
         deaths = self.poison.check(request.key)
-        slot = self.backlog.admit(request.plan.num_patches, request.num_bytes)
+        cost = request.plan.num_patches, request.num_bytes
+        self.backlog.check_room(*cost)
+        data = await read()
+        slot = self.backlog.admit(*cost)  # From here on it keeps others waiting.
         try:
-            data = await read()
             if len(data) <= INLINE_BYTES:
                 self._verify(request, data)
             else:

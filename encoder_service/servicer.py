@@ -12,7 +12,7 @@ import grpc
 import opticnerve
 from encoder_service.encoder import Encoder
 from encoder_service.item import Answer, Request, Timings
-from encoder_service.upload import Upload, discard
+from encoder_service.upload import Upload, Uploads, discard
 from opticnerve.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -47,6 +47,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
 
     def __init__(self, server: Server) -> None:
         self._server = server
+        self.uploads = Uploads()
         self.loaded: Loaded | None = None
 
     def _ready(self) -> Loaded:
@@ -58,7 +59,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
     async def Encode(
         self, request_iterator: AsyncIterator[pb.EncodeRequest], context: Context
     ) -> pb.EncodeResponse:
-        upload = Upload(request_iterator)
+        upload = Upload(request_iterator, self.uploads)
         try:
             async with self._server.running.work():
                 return _response(await self._encode(upload, context.time_remaining()))

@@ -1,4 +1,8 @@
-"""The bytes of one Encode call: a header, then chunks, read when they are wanted."""
+"""The bytes of Encode calls: a header, then chunks, read when they are wanted, within bounds.
+
+An item that is on its way takes no place in the encoder's backlog. What bounds it: the time until
+its header and until all of its bytes are here, and the bytes of all such items together.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,64 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from opticnerve.errors import InvalidRequest, PayloadTooLarge
+from opticnerve.errors import DeadlineExceeded, InvalidRequest, Overloaded, PayloadTooLarge
 from opticnerve.pb import encoder_pb2 as pb
 from opticnerve.rpc.channel import CHUNK_BYTES
 
 DISCARD_S = 2.0
+PATIENCE_S = 10.0  # For a call's header, and for its bytes besides what LEAST_RATE allows them.
+LEAST_RATE = 2**20  # Bytes a second.
+MAX_BYTES = 2**29  # Of all items that are on their way.
+FULL_RETRY_S = 1.0
+
+
+class Uploads:
+    """The items on their way to one encoder: their bytes are bounded in sum.
+
+    Where the next chunk has no room, the uploads that have waited longest for theirs are given up,
+    so that callers who send slowly, or stop, cannot keep others out.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._sizes: dict[Upload, int] = {}  # Of what came; who got a chunk last stands last.
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def add(self, upload: Upload, size: int) -> None:
+        """Counts a chunk of ``upload``, at the cost of others; ``remove`` gives it back."""
+        self._sizes[upload] = self._sizes.pop(upload, 0) + size
+        self.num_bytes += size
+        while self.num_bytes > self.max_bytes and len(self._sizes) > 1:
+            idle = next(iter(self._sizes))
+            self.remove(idle)
+            idle.give_up()
+
+    def remove(self, upload: Upload) -> None:
+        self.num_bytes -= self._sizes.pop(upload, 0)
 
 
 class Upload:
     """One call's messages. ``header`` first, then ``read`` if at all, ``drain`` at the end."""
 
-    def __init__(self, messages: AsyncIterator[pb.EncodeRequest]) -> None:
+    def __init__(self, messages: AsyncIterator[pb.EncodeRequest], uploads: Uploads) -> None:
         self._messages = aiter(messages)
+        self._uploads = uploads
         self._first = b""
         self._num_bytes = 0  # As announced.
         self._ended = False  # The caller sends nothing any more.
+        self._limit = asyncio.timeout(None)
+        self._given_up = False
 
     async def header(self) -> pb.EncodeHeader:
-        """Raises InvalidRequest for a first message without one."""
-        message = await self._next()
+        """Raises InvalidRequest for a first message without one, DeadlineExceeded for none."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                message = await self._next()
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"no header came within {PATIENCE_S:g} s") from error
         if message is None or not message.HasField("header"):
             raise InvalidRequest("the first message of Encode carries the header", param="header")
         self._first, self._num_bytes = message.data, message.header.num_bytes
@@ -33,10 +76,39 @@ class Upload:
     async def read(self) -> bytes:
         """The item, without waiting for the stream's end once all that was announced is here.
 
-        Raises InvalidRequest, PayloadTooLarge as soon as something does not fit.
+        Raises InvalidRequest, PayloadTooLarge as soon as something does not fit; DeadlineExceeded
+        where it comes too slowly, Overloaded where other items need the room.
         """
+        patience_s = PATIENCE_S + self._num_bytes / LEAST_RATE
+        self._limit = asyncio.timeout(patience_s)
+        try:
+            async with self._limit:
+                return await self._read()
+        except TimeoutError as error:
+            if self._given_up:
+                raise Overloaded(
+                    "too many items are on their way to the encoder", retry_after_s=FULL_RETRY_S
+                ) from error
+            raise DeadlineExceeded(
+                f"the item's {self._num_bytes} bytes did not come within {patience_s:.1f} s"
+            ) from error
+        finally:
+            self._uploads.remove(self)
+
+    async def drain(self) -> None:
+        """Discards what the caller still sends; see ``discard``."""
+        if not self._ended:
+            await discard(self._messages)
+
+    def give_up(self) -> None:
+        """Ends ``read``, which is under way, for lack of room."""
+        if not self._limit.expired():
+            self._given_up = True
+            self._limit.reschedule(asyncio.get_running_loop().time())
+
+    async def _read(self) -> bytes:
         parts, size = [self._first], len(self._first)
-        self._check(self._first, size)
+        self._take(self._first, size)
         while size < self._num_bytes:
             message = await self._next()
             if message is None:
@@ -47,22 +119,18 @@ class Upload:
             if message.HasField("header"):
                 raise InvalidRequest("only the first message carries a header", param="header")
             size += len(message.data)
-            self._check(message.data, size)
+            self._take(message.data, size)
             parts.append(message.data)
         self._ended = True
         return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    async def drain(self) -> None:
-        """Discards what the caller still sends; see ``discard``."""
-        if not self._ended:
-            await discard(self._messages)
 
     async def _next(self) -> pb.EncodeRequest | None:
         message = await anext(self._messages, None)
         self._ended = message is None
         return message
 
-    def _check(self, chunk: bytes, size: int) -> None:
+    def _take(self, chunk: bytes, size: int) -> None:
+        """Counts a chunk, with which ``size`` bytes are here. Raises what ``read`` does."""
         if len(chunk) > CHUNK_BYTES:
             raise PayloadTooLarge(f"a chunk has at most {CHUNK_BYTES} bytes", param="data")
         if size > self._num_bytes:
@@ -70,6 +138,7 @@ class Upload:
                 f"the item is longer than the {self._num_bytes} bytes that its header says",
                 param="num_bytes",
             )
+        self._uploads.add(self, len(chunk))
 
 
 async def discard(messages: AsyncIterator[object]) -> None:

@@ -30,7 +30,7 @@ from llm_service.sequence import (
 from llm_service.stream import EventStream
 from llm_service.waits import Needed, Waits
 from llm_service.wire import Accepted, Bounds
-from opticnerve.errors import InvalidRequest, Unavailable
+from opticnerve.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
@@ -42,6 +42,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 SERVICE = "opticnerve.v1.LLM"
 RELEASE_TIMEOUT_S = 30.0  # For the engine to end its step and let an aborted request go.
+START_S = 10.0  # For Start to come.
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,11 @@ class LLMServicer(llm_pb2_grpc.LLMServicer):
         self, request_iterator: AsyncIterator[pb.GenerateIn], context: Context
     ) -> None:
         loaded = self._ready()
-        first = await anext(aiter(request_iterator), None)
+        try:
+            async with asyncio.timeout(START_S):
+                first = await anext(aiter(request_iterator), None)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"no Start came within {START_S:g} s") from error
         if first is None or not first.HasField("start"):
             raise InvalidRequest("the first message of Generate is Start", param="start")
         if self._server.draining or not loaded.engine.alive:

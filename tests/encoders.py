@@ -20,6 +20,7 @@ from encoder_service.encoder import Encoder
 from encoder_service.item import Identity, Limits
 from encoder_service.poison import PoisonRecord
 from encoder_service.servicer import SERVICE, EncoderServicer, Loaded
+from encoder_service.upload import Uploads
 from opticnerve.config import RpcConfig
 from opticnerve.embeddings.memory import MemoryStore
 from opticnerve.embeddings.store import Store
@@ -107,8 +108,11 @@ class FakeBackend:
 class Running:
     """A service in this process, with a fake backend, and calls to it."""
 
-    def __init__(self, encoder: Encoder, backend: FakeBackend, server: Server) -> None:
+    def __init__(
+        self, encoder: Encoder, backend: FakeBackend, server: Server, uploads: Uploads
+    ) -> None:
         self.encoder = encoder
+        self.uploads = uploads
         self.backend = backend
         self.server = server
         self.channel = open_channel(server.address)
@@ -181,7 +185,7 @@ async def running(
         )
         servicer.loaded = Loaded(encoder, "qwen2_vl", pair_id)
         await server.ready()
-        service = Running(encoder, backend, server)
+        service = Running(encoder, backend, server, servicer.uploads)
         try:
             yield service
         finally:
@@ -193,3 +197,4 @@ async def running(
             store.close()
     encoder.backlog.check_integrity()
     assert encoder.backlog.items == 0 and encoder.pool.staging.held == 0
+    assert len(service.uploads) == 0 and service.uploads.num_bytes == 0
