@@ -212,7 +212,8 @@ class Encoder:
         )
         if key != request.key:
             raise InvalidRequest("the key does not belong to these bytes", param="key")
-        structure = parse_structure(data, self.limits.max_image_pixels)
+        limits = self.limits.max_image_pixels, self.limits.max_decode_passes
+        structure = parse_structure(data, *limits)
         plan = self.layout.plan(structure, request.overrides)
         if plan != request.plan:
             log.warning("the bytes are planned as %s, the call says %s", plan, request.plan)
@@ -277,7 +278,11 @@ class Encoder:
         try:
             with self.poison.working_on([request.key]):
                 image = decode(
-                    data, request.plan, self.limits.max_image_pixels, request.overrides.background
+                    data,
+                    request.plan,
+                    self.limits.max_image_pixels,
+                    request.overrides.background,
+                    self.limits.max_decode_passes,
                 )
                 pixels = self.backend.preprocess(image, request.plan)
         except MemoryError as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.media.plan import Overrides, Plan
+from opticnerve.media.structure import DEFAULT_MAX_PASSES
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class Limits:
     max_item_bytes: int
     max_image_pixels: int
     max_queue_patches: int = 0  # 0: sized from the largest item.
+    max_decode_passes: int = DEFAULT_MAX_PASSES  # See ``Structure.passes``.
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,12 @@ class Service:
             store,
             poison,
             Identity(fingerprint(checkpoint, tower, backend.name), server.address),
-            Limits(settings.max_item_bytes, settings.max_image_pixels, settings.max_queue_patches),
+            Limits(
+                settings.max_item_bytes,
+                settings.max_image_pixels,
+                settings.max_queue_patches,
+                settings.max_decode_passes,
+            ),
             capacity,
             self._workers,
             on_lost,

@@ -98,7 +98,8 @@ class MediaReader:
 
     def _plan(self, item: Fetched) -> Plan:
         try:
-            structure = parse_structure(item.data, self.config.max_image_pixels)
+            limits = self.config.max_image_pixels, self.config.max_decode_passes
+            structure = parse_structure(item.data, *limits)
             return self.layout.plan(structure, item.overrides)
         except OpticNerveError as error:
             raise located(error, item.param) from error

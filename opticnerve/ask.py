@@ -166,7 +166,7 @@ def _read(picture: str) -> str:
         raise StartupError(_no_file(picture))
     try:
         data = read_picture(picture)
-        parse_structure(data, sys.maxsize)
+        parse_structure(data, sys.maxsize, sys.maxsize)
     except InvalidRequest as error:
         named = error.message if picture in error.message else f"{picture}: {error.message}"
         raise StartupError(named) from error

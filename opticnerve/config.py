@@ -57,6 +57,7 @@ _port = partial(_address, metavar="PORT", most=65535)
 _parent = partial(_address, metavar="PID", hidden=True)
 
 LEAST_IMAGE_PIXELS = 64 * 64  # As a limit: an encoder tries itself on such a picture at start.
+LEAST_DECODE_PASSES = 2**20  # Likewise; what the markers of an ordinary picture may take.
 STOP_HELP = "how long running requests may go on after SIGTERM or Ctrl-C; a second one ends them"
 MANY_HELP = "HOST:PORT, or dns:///NAME:PORT for all behind a name, of which NAME:PORT is one"
 
@@ -176,6 +177,13 @@ class EncoderConfig:
         "pixels of one picture as it comes; larger ones are refused",
         metavar="N",
         least=LEAST_IMAGE_PIXELS,
+    )
+    max_decode_passes: int = _pictures(
+        2**30,
+        "work of decoding one picture, in pixels decoded once, read from its structure: a "
+        "progressive JPEG's is its pixels times its scans; more is refused",
+        metavar="N",
+        least=LEAST_DECODE_PASSES,
     )
     telemetry: TelemetryConfig = TelemetryConfig()
 
@@ -298,6 +306,13 @@ class GatewayConfig:
         "pixels of one picture as it comes; larger ones are refused",
         metavar="N",
         least=LEAST_IMAGE_PIXELS,
+    )
+    max_decode_passes: int = _pictures(
+        2**30,
+        "work of decoding one picture, in pixels decoded once, read from its structure: a "
+        "progressive JPEG's is its pixels times its scans; more is refused",
+        metavar="N",
+        least=LEAST_DECODE_PASSES,
     )
     max_media_bytes: int = _pictures(
         20 * 2**20, "compressed size of one picture, at the gateway", metavar="BYTES", size=True

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from opticnerve.errors import InvalidMedia, PlanMismatch
-from opticnerve.media import png, webp
+from opticnerve.media import jpeg, png, webp
 from opticnerve.media.plan import WHITE, Plan
-from opticnerve.media.structure import DEFAULT_MAX_PIXELS, parse_structure
+from opticnerve.media.structure import DEFAULT_MAX_PASSES, DEFAULT_MAX_PIXELS, parse_structure
 
 # Pillow's own limit warns at some size and raises at twice that. Ours is checked before Pillow
 # sees the bytes, and is a setting.
@@ -34,6 +34,7 @@ def decode(
     plan: Plan,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     background: int | None = WHITE,
+    max_passes: int = DEFAULT_MAX_PASSES,
 ) -> Image.Image:
     """The picture as RGB, upright, of the plan's displayed size.
 
@@ -44,8 +45,8 @@ def decode(
     Raises InvalidMedia for bytes that do not decode, PlanMismatch for a picture other than the
     plan's. Messages tell nothing of the decoder.
     """
-    check_plan(data, plan, max_pixels)
-    data = _STILL.get(plan.format, _as_it_is)(data)
+    check_plan(data, plan, max_pixels, max_passes)
+    data = _BARE.get(plan.format, _as_it_is)(data)
     try:
         with Image.open(io.BytesIO(data), formats=[plan.format.upper()]) as image:
             if image.size != (plan.width, plan.height):
@@ -66,7 +67,7 @@ def _as_it_is(data: bytes | memoryview) -> bytes | memoryview:
     return data
 
 
-_STILL = {"png": png.still, "webp": webp.still}
+_BARE = {"jpeg": jpeg.bare, "png": png.bare, "webp": webp.bare}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -143,9 +144,14 @@ def _differs(image: Image.Image, data: bytes | memoryview, keys: list[int]) -> N
     return np.where(differs, 255, 0).astype(np.uint8)
 
 
-def check_plan(data: bytes | memoryview, plan: Plan, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+def check_plan(
+    data: bytes | memoryview,
+    plan: Plan,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_passes: int = DEFAULT_MAX_PASSES,
+) -> None:
     """Raises InvalidMedia or PlanMismatch unless ``plan`` was made from these bytes' structure."""
-    structure = parse_structure(data, max_pixels)
+    structure = parse_structure(data, max_pixels, max_passes)
     if structure.format != plan.format:
         raise PlanMismatch(
             f"the plan is for a {plan.format} picture but the bytes are {structure.format}"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from opticnerve.media.plan import Structure
-from opticnerve.media.window import Window
+from opticnerve.media.window import PIECE_PASSES, Window
 
 MAGIC = (b"GIF87a", b"GIF89a")
 
 _EXTENSION, _IMAGE, _TRAILER = 0x21, 0x2C, 0x3B
+_MOST_PIXELS_PER_BYTE = 2731  # 4096 pixels from a code of 12 bits.
+_BYTES_PER_PIXEL = 12
+_PASSES = 2
 
 
 def parse(data: bytes | memoryview) -> Structure:
@@ -16,7 +19,7 @@ def parse(data: bytes | memoryview) -> Structure:
     width, height, flags = window.le16(6), window.le16(8), window.u8(10)
     window.take(0, 13)
     at = 13 + _palette_bytes(flags)
-    frames = pieces = 0
+    frames = pieces = drawn = 0
     while at < len(window) and frames < 2:
         kind = window.u8(at)
         if kind == _TRAILER:
@@ -25,6 +28,7 @@ def parse(data: bytes | memoryview) -> Structure:
             at, pieces = _skip_blocks(window, at + 2, pieces, lenient=frames > 0)
         elif kind == _IMAGE:
             if frames == 0:  # The first image may stand out of the screen and widens it.
+                drawn = window.le16(at + 5) * window.le16(at + 7)
                 width = max(width, window.le16(at + 1) + window.le16(at + 5))
                 height = max(height, window.le16(at + 3) + window.le16(at + 7))
             elif at + 10 > len(window):
@@ -38,7 +42,10 @@ def parse(data: bytes | memoryview) -> Structure:
         window.count(pieces)
     if frames == 0:
         raise window.damaged("it holds no image")
-    return Structure("gif", width, height, frames=frames)
+    window.check_room(drawn, len(window) * _MOST_PIXELS_PER_BYTE)
+    pixels = width * height
+    passes, memory = pixels * _PASSES + pieces * PIECE_PASSES, pixels * _BYTES_PER_PIXEL
+    return Structure("gif", width, height, frames=frames, passes=passes, memory=memory)
 
 
 def _has_pixels(window: Window, at: int, start: int) -> bool:

@@ -6,7 +6,7 @@ them) and the LLM worker (which only sees spans). Imports neither torch nor grpc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 WHITE = 0xFFFFFF
@@ -41,6 +41,9 @@ class Structure:
     """What a picture's bytes say of themselves, read from headers alone.
 
     ``width`` and ``height`` are as stored, in pixels; ``orientation`` is EXIF's, 1 to 8.
+    ``passes`` is the work of decoding the picture, in pixels decoded once: a baseline JPEG's is
+    about its number of pixels, a progressive JPEG's that times its scans. ``memory`` is what
+    decoding holds at its peak, in bytes. Both are estimates, and 0 where no file was read.
     """
 
     format: str  # "png", "jpeg", "webp", "gif", "bmp"
@@ -48,6 +51,8 @@ class Structure:
     height: int
     orientation: int = 1
     frames: int = 1
+    passes: int = field(default=0, compare=False)
+    memory: int = field(default=0, compare=False)
 
     @property
     def displayed_size(self) -> tuple[int, int]:

@@ -7,12 +7,18 @@ import zlib
 
 from opticnerve.media import exif
 from opticnerve.media.plan import Structure
-from opticnerve.media.window import Window
+from opticnerve.media.window import PIECE_PASSES, Window
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 MAX_TEXT_BYTES = 2**20  # Of one metadata text after decompression.
 
-_ANIMATION = frozenset({b"acTL", b"fcTL", b"fdAT"})
+_PICTURE = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT"})  # All that decides a pixel.
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # By colour type.
+_MOST_RATIO = 1032  # Of deflate.
+_BYTE_PASSES = 2  # Of pixels as they are filtered, before they are compressed.
+_INTERLACED_PASSES = 2
+_BYTES_PER_PIXEL = 16
+_BYTES_PER_16_BIT_PIXEL = 28  # The lower bytes are read beside the upper ones.
 _CHUNK_TYPE = re.compile(rb"[A-Za-z0-9_]{4}")
 _RAW_PROFILE = b"Raw profile type exif"
 _XMP = b"XML:com.adobe.xmp"
@@ -28,21 +34,37 @@ def parse(data: bytes | memoryview) -> Structure:
     if all(kind != b"IDAT" for kind, _, _ in chunks):
         raise window.damaged("it has no image data")
     frames = _frames(window, chunks)
-    return Structure("png", width, height, metadata.orientation(), frames)
+    passes, memory = _cost(window, width, height, chunks)
+    turned = metadata.orientation()
+    return Structure("png", width, height, turned, frames, passes=passes, memory=memory)
 
 
-def still(data: bytes | memoryview) -> bytes | memoryview:
-    """The file without its animation: the picture that a reader without one shows. Decoders fail
-    at animation chunks that are damaged."""
+def bare(data: bytes | memoryview) -> bytes | memoryview:
+    """The file with nothing but its picture: no animation, at whose damaged chunks decoders fail,
+    and no metadata, which they decompress as well."""
     window = Window(data, "PNG")
-    moving = [(at, size) for kind, at, size in _chunks(window) if kind in _ANIMATION]
-    if not moving:
+    others = [(at, size) for kind, at, size in _chunks(window) if kind not in _PICTURE]
+    if not others:
         return data
     kept, end = [], 0
-    for at, size in moving:
+    for at, size in others:
         kept.append(window.data[end : at - 8])
         end = at + size + 4
     return b"".join([*kept, window.data[end:]])
+
+
+def _cost(
+    window: Window, width: int, height: int, chunks: list[tuple[bytes, int, int]]
+) -> tuple[int, int]:
+    """(passes, bytes) that decoding takes: by the bytes that are decompressed and unfiltered."""
+    depth, colour, interlaced = window.u8(24), window.u8(25), window.u8(28) != 0
+    filtered = height * (1 + -(-width * depth * _CHANNELS.get(colour, 4) // 8))
+    data = sum(min(size, len(window) - at) for kind, at, size in chunks if kind == b"IDAT")
+    window.check_room(filtered, data * _MOST_RATIO)
+    passes = max(width * height, filtered * _BYTE_PASSES)
+    passes *= _INTERLACED_PASSES if interlaced else 1
+    each = _BYTES_PER_16_BIT_PIXEL if depth == 16 else _BYTES_PER_PIXEL
+    return passes + data + len(chunks) * PIECE_PASSES, width * height * each
 
 
 def _frames(window: Window, chunks: list[tuple[bytes, int, int]]) -> int:

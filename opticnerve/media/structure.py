@@ -13,6 +13,9 @@ from opticnerve.media.plan import Structure
 
 SUPPORTED = "PNG, JPEG, WebP, GIF and BMP are supported"
 DEFAULT_MAX_PIXELS = 89_478_485
+DEFAULT_MAX_PASSES = 2**30
+"""What the largest picture takes as a progressive JPEG of the usual ten scans, or a little more;
+seconds of one core."""
 
 _HEAD_BYTES = 64
 
@@ -20,14 +23,16 @@ _HEAD_BYTES = 64
 def parse_structure(
     data: bytes | memoryview,
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_passes: int = DEFAULT_MAX_PASSES,
     *,
     allow_animation: bool = False,
 ) -> Structure:
-    """The structure of a picture of at most ``max_pixels`` pixels.
+    """The structure of a picture of at most ``max_pixels`` pixels, which takes at most
+    ``max_passes`` (see ``Structure.passes``) to decode.
 
     Raises InvalidMedia, and nothing else, for bytes that are no picture of a supported format,
-    are cut short or damaged before their pixels begin, have no pixels or too many, or move
-    (``frames`` > 1) without ``allow_animation``. Messages never quote the bytes.
+    are cut short or damaged before their pixels begin, have no pixels or too many, are too much
+    work, or move (``frames`` > 1) without ``allow_animation``. Messages never quote the bytes.
     """
     structure = _parser(data)(data)
     width, height = structure.width, structure.height
@@ -45,7 +50,21 @@ def parse_structure(
             "one still frame of it, or several frames as pictures",
             code="animated_image",
         )
+    if structure.passes > max_passes:
+        raise InvalidMedia(
+            f"the {structure.format.upper()} picture has {width * height} pixels, but decoding it "
+            f"is the work of {structure.passes}, and at most {max_passes} are accepted; save it "
+            f"{_CHEAPER.get(structure.format, 'smaller')}",
+            code="image_too_costly",
+        )
     return structure
+
+
+_CHEAPER = {
+    "jpeg": "as a baseline JPEG (not progressive) without metadata, or smaller",
+    "png": "with 8 bits a sample, not interlaced and without metadata, or smaller",
+    "bmp": "without run-length compression, or smaller",
+}
 
 
 def _parser(data: bytes | memoryview) -> Callable[[bytes | memoryview], Structure]:

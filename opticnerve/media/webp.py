@@ -7,11 +7,14 @@ from collections.abc import Iterator
 
 from opticnerve.media import exif
 from opticnerve.media.plan import Structure
-from opticnerve.media.window import Window
+from opticnerve.media.window import PIECE_PASSES, Window
 
 _IMAGES = frozenset({b"VP8 ", b"VP8L"})
 _FRAME_HEADER = 16  # Bytes of a frame before its data.
 _ANIMATED, _HAS_XMP, _HAS_EXIF = 0x02, 0x04, 0x08
+_PASSES = 6
+_MOST_PIXELS_PER_BYTE = 2048  # Where lossy: each 256 have modes, of more than a bit in all.
+_BYTES_PER_PIXEL = 24  # The decoder has three canvases of its own.
 
 
 def matches(data: bytes) -> bool:
@@ -27,23 +30,42 @@ def parse(data: bytes | memoryview) -> Structure:
     if kind == b"VP8 ":
         if window.take(23, 3) != b"\x9d\x01\x2a":
             raise window.damaged("its frame header is wrong")
-        return Structure("webp", window.le16(26) & 0x3FFF, window.le16(28) & 0x3FFF)
+        width, height = window.le16(26) & 0x3FFF, window.le16(28) & 0x3FFF
+        window.check_room(width * height, len(window) * _MOST_PIXELS_PER_BYTE)
+        return _structure(width, height)
     if kind == b"VP8L":
         if window.u8(20) != 0x2F:
             raise window.damaged("its frame header is wrong")
         bits = window.le32(21)
-        return Structure("webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
+        return _structure((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
     if kind == b"VP8X":
         return _extended(window, end)
     raise window.damaged("it has no image data")
+
+
+def _structure(
+    width: int, height: int, orientation: int = 1, frames: int = 1, pieces: int = 0
+) -> Structure:
+    """Any size fits a lossless picture of one colour, which takes 34 bytes."""
+    pixels = width * height
+    return Structure(
+        "webp",
+        width,
+        height,
+        orientation,
+        frames,
+        passes=pixels * _PASSES + pieces * PIECE_PASSES,
+        memory=pixels * _BYTES_PER_PIXEL,
+    )
 
 
 def _extended(window: Window, end: int) -> Structure:
     flags = window.u8(20)
     width, height = window.le24(24) + 1, window.le24(27) + 1
     blocks: dict[bytes, bytes] = {}
-    frames, is_still = 0, False
+    frames, pieces, is_still = 0, 0, False
     for kind, at, size in _chunks(window, end):
+        pieces += 1
         if kind == b"ANMF":
             frames += size > _FRAME_HEADER
         elif kind in _IMAGES:
@@ -57,12 +79,13 @@ def _extended(window: Window, end: int) -> Structure:
     frames = frames if flags & _ANIMATED else 0
     if not frames and not is_still:
         raise window.damaged("it has no image data")
-    return Structure("webp", width, height, turned, max(frames, 1))
+    return _structure(width, height, turned, max(frames, 1), pieces)
 
 
-def still(data: bytes | memoryview) -> bytes | memoryview:
-    """A file of one picture without what else it says of an animation, at which decoders fail: a
-    flag without frames, frames without the flag, frames without data."""
+def bare(data: bytes | memoryview) -> bytes | memoryview:
+    """A file of one picture without metadata, which decoders copy, and without what else it says
+    of an animation, at which they fail: a flag without frames, frames without the flag, frames
+    without data."""
     window = Window(data, "WebP")
     if window.take(12, 4) != b"VP8X":
         return data

@@ -8,6 +8,12 @@ MAX_PIECES = 100_000
 """Chunks, segments or blocks walked in one file. Honest files have thousands; a file of millions
 of empty ones would keep a core busy for seconds."""
 
+PIECE_PASSES = 1024
+"""What walking one piece costs, in pixels decoded once."""
+
+SMALL_PIXELS = 2**18
+"""Pictures so small are not worth a look at whether their data can hold them."""
+
 
 class Window:
     """Read-only bytes. Reading past the end is InvalidMedia: the file was cut short."""
@@ -49,6 +55,16 @@ class Window:
 
     def damaged(self, how: str) -> InvalidMedia:
         return InvalidMedia(f"the {self.what} picture is damaged: {how}; save it again")
+
+    def check_room(self, pixels: int, most: int) -> None:
+        """Raises InvalidMedia where the data hold ``most`` pixels at the very most, and the header
+        says ``pixels``: decoding would fill gigabytes with nothing."""
+        if most < pixels and pixels > SMALL_PIXELS:
+            raise InvalidMedia(
+                f"the {self.what} picture is cut short: its data cannot hold the pixels that its "
+                "header says; send all of its bytes",
+                code="truncated_image",
+            )
 
     def count(self, pieces: int) -> None:
         """Raises InvalidMedia once ``pieces`` is more than any honest file has."""

@@ -43,6 +43,7 @@ from opticnerve.pb import encoder_pb2 as pb
 from opticnerve.rpc.channel import is_serving, open_channel
 from opticnerve.rpc.errors import from_rpc
 from opticnerve.rpc.server import Server
+from tests import hostile
 from tests.encoders import WAIT_S, FakeBackend, Running, picture, running
 
 
@@ -208,6 +209,7 @@ BAD: list[tuple[str, bytes, dict[str, object], type[OpticNerveError]]] = [
     ("truncated", picture(1, (336, 336), "JPEG")[:3000], {}, InvalidMedia),
     ("a bomb", bomb(), {"plan": PLAN}, InvalidMedia),
     ("an animation", animation(), {"plan": PLAN}, InvalidMedia),
+    ("too many scans", hostile.many_scans(1000, (2000, 1500)), {"plan": PLAN}, InvalidMedia),
     ("another size", picture(), {"plan": changed(width=85)}, PlanMismatch),
     ("another grid", picture(), {"plan": changed(num_patches=48)}, PlanMismatch),
     ("another format", picture(), {"plan": changed(format="jpeg")}, PlanMismatch),

@@ -3,12 +3,14 @@
 import asyncio
 import base64
 import contextlib
+import time
 
 import pytest
 
 from opticnerve.errors import EmbeddingCorrupt, InvalidMedia, Overloaded, PayloadTooLarge
 from opticnerve.media.keys import content_key
 from opticnerve.media.plan import Overrides
+from tests import hostile
 from tests.fakes import until
 from tests.gateways import END, data_url, events, ids, stack, user
 
@@ -72,6 +74,24 @@ async def test_without_a_background_items_are_named_as_ever():
         data = base64.b64decode(data_url().partition(",")[2])
         none = Overrides(background=None)
         assert header.key == content_key(data, settings, none, "enc-1") != white.key
+
+
+def url_of(data):
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+
+async def test_a_picture_of_too_much_work_is_refused_and_reaches_no_encoder():
+    costly = url_of(hostile.many_scans(1000))
+    async with stack() as s:
+        started = time.process_time()
+        answer = await s.chat(user("What?", data_url(), costly))
+        assert time.process_time() - started < 2  # Decoding would take a minute.
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["code"] == "image_too_costly"
+        assert error["param"] == "messages[0].content[1].image_url.url"
+        assert "baseline JPEG" in error["message"] and not s.encoder.calls
+    async with stack(max_decode_passes=2**40) as s:
+        assert (await s.chat(user("What?", costly))).status_code == 200
 
 
 async def test_an_encoder_that_dies_does_not_fail_the_request():

@@ -70,7 +70,7 @@ def pillow(data: bytes) -> tuple[str, tuple[int, int], tuple[int, int], bool] | 
 
 
 def ours(data: bytes) -> tuple[str, tuple[int, int], tuple[int, int], bool]:
-    found = parse_structure(data, 10**12, allow_animation=True)
+    found = parse_structure(data, 10**12, 10**15, allow_animation=True)
     size = (found.width, found.height)
     return found.format.upper(), size, found.displayed_size, found.frames > 1
 
@@ -279,7 +279,8 @@ def test_damaged_files_are_read_as_pillow_reads_them() -> None:
         try:
             found = ours(data)
         except InvalidMedia as error:
-            assert expected is None, (error.message, expected)
+            lies = error.code == "truncated_image"  # Pillow notices when it decodes.
+            assert expected is None or lies, (error.message, expected)
             continue
         if expected is not None:
             assert found == expected
@@ -328,11 +329,12 @@ def test_other_formats_are_named_with_what_is_supported(data: bytes, said: str) 
 
 def test_a_bomb_is_told_by_its_header() -> None:
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    pixels = chunk(b"IDAT", bytes(1_200_000))
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
     with pytest.raises(InvalidMedia, match="20000x20000") as caught:
         parse_structure(data)
     assert caught.value.code == "image_too_large"
-    assert parse_structure(data, 400_000_000).width == 20_000
+    assert parse_structure(data, 400_000_000, 2**32).width == 20_000
 
 
 def test_no_pixels() -> None:
