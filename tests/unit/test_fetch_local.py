@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from gateway import dataurl
+from gateway.dataurl import read_data_url
 from opticnerve.errors import InvalidRequest, MediaFetchFailed, PayloadTooLarge
 from tests.media_server import BODY, fetch_only
 
@@ -44,6 +49,12 @@ def test_data_urls(url: str) -> None:
         "data:image/png;base64,AA=AA",
         "data:image/png;base64,ÄÖ",
         "data:image/png;base64,%zz",
+        "data:image/png;base64,AAA=%0Asecret",
+        "data:,secret%",
+        "data:,secret%4",
+        "data:,secret%\n",
+        "data:,secret%=41",
+        "data:" + ";base64" * 1000 + ",AAAA",
     ],
 )
 def test_data_urls_that_do_not_decode(url: str) -> None:
@@ -70,6 +81,75 @@ def test_data_urls_have_a_size_cap(make: Callable[[bytes], str], over: int) -> N
             fetch_only(url, max_media_bytes=1000)
     else:
         assert len(fetch_only(url, max_media_bytes=1000)) == 1000
+
+
+@pytest.mark.parametrize("characters", [3, 4, 5, 7, 64])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "data:;base64," + ENCODED,
+        "data:;base64," + ENCODED.replace("+", "%2B").replace("=", "%3D"),
+        "data:;base64," + " \n".join(ENCODED),
+        "data:;base64," + "".join(f"%{ord(char):02X}%20" for char in ENCODED),
+        "data:," + "".join(f"%{byte:02x}" for byte in range(256)),
+    ],
+)
+def test_pieces_lose_nothing_where_they_meet(
+    url: str, characters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataurl, "PIECE_CHARACTERS", characters)
+    assert fetch_only(url) == bytes(range(256))
+
+
+LONG = 2**21
+NASTY = {
+    "percent signs": "%",
+    "percent-encoding": "%41",
+    "spaced": "A ",
+    "line breaks": "A\r\n",
+    "white space": " ",
+    "padding": "=",
+    "other alphabets": "é",
+}
+
+
+def spent(work: Callable[[], object]) -> float:
+    """Seconds of this thread's CPU that ``work`` takes, at best of three."""
+    took = []
+    for _ in range(3):
+        before = time.thread_time()
+        with contextlib.suppress(InvalidRequest, PayloadTooLarge):
+            work()
+        took.append(time.thread_time() - before)
+    return min(took)
+
+
+@pytest.mark.parametrize("head", ["data:,", "data:;base64,"])
+@pytest.mark.parametrize("unit", NASTY.values(), ids=NASTY)
+def test_a_long_data_url_takes_little_more_than_its_bytes(head: str, unit: str) -> None:
+    """Whatever it is made of: memory for the bytes, twice, and a piece; time as base64 takes."""
+    url = head + unit * (LONG // len(unit))
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(InvalidRequest, PayloadTooLarge):
+            read_data_url(url, 2 * LONG)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * len(url.encode()) + 2**20
+    plain = spent(lambda: read_data_url("data:;base64," + "A" * LONG, 2 * LONG))
+    assert spent(lambda: read_data_url(url, 2 * LONG)) < 12 * plain
+
+
+def test_the_head_of_a_data_url_is_bounded() -> None:
+    url = "data:" + ";" * LONG + ";base64,AAAA"
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest, match="comma"):
+            read_data_url(url, LONG)
+        assert tracemalloc.get_traced_memory()[1] < LONG
+    finally:
+        tracemalloc.stop()
 
 
 # ---- file:
