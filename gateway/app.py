@@ -26,11 +26,12 @@ from gateway.http import WARNINGS, BodyLimits, ErrorResponse, JSONResponse, read
 from gateway.middleware import Authentication, Disconnect, Drain, Errors, RequestScope
 from gateway.names import ServedNames
 from gateway.openapi import Operation
+from gateway.pageguard import PageGuard
 from gateway.pipeline import Pipeline
-from opticnerve import __version__
+from opticnerve import __version__, addresses
 from opticnerve.config import GatewayConfig
 from opticnerve.drain import Running
-from opticnerve.errors import MethodNotAllowed, NotFound
+from opticnerve.errors import MethodNotAllowed, NotFound, Unauthenticated
 
 Handler = Callable[["Gateway", Request, Send], Awaitable[Response | None]]
 
@@ -46,6 +47,14 @@ class Gateway:
     pipeline: Pipeline
     running: Running = field(default_factory=lambda: Running("the gateway"))
     draining: bool = False
+
+    def knows(self, request: Request) -> bool:
+        """Whether a request for an open path has a key, where keys are asked for."""
+        try:
+            self.keys.identify(request.headers.get("authorization"))
+        except Unauthenticated:
+            return False
+        return True
 
     @property
     def limits(self) -> BodyLimits:
@@ -94,13 +103,16 @@ class Routes(APIRouter):
 
 
 def make_app(gateway: Gateway) -> ASGIApp:
-    """The application, outermost layer first: scope, CORS, errors, keys, drain,
+    """The application, outermost layer first: scope, CORS, errors, pages, keys, drain,
     disconnects, routes."""
     config = gateway.config
     app: ASGIApp = Routes(routes=make_routes(gateway), redirect_slashes=False, default=_unknown)
     app = Disconnect(app)
     app = Drain(app, gateway.running)
     app = Authentication(app, gateway.keys, public_models=config.public_models)
+    host = config.listen_host
+    if not gateway.keys.required and addresses.is_loopback(host):
+        app = PageGuard(app, {host, *config.allowed_hosts}, config.cors_origins)
     app = Errors(app)
     if config.cors_origins:
         app = CORSMiddleware(
@@ -154,7 +166,7 @@ async def get_health(gateway: Gateway, request: Request, send: Send) -> Response
         len(pipeline.encoders.references),
         draining=gateway.draining,
     )
-    return JSONResponse(body, status)
+    return JSONResponse(body if gateway.knows(request) else health.public(body), status)
 
 
 async def get_live(gateway: Gateway, request: Request, send: Send) -> Response:
@@ -167,7 +179,7 @@ async def get_ready(gateway: Gateway, request: Request, send: Send) -> Response:
         pictures=read_switch(request, "pictures"),
         draining=gateway.draining,
     )
-    return JSONResponse(body, status)
+    return JSONResponse(body if gateway.knows(request) else health.public(body), status)
 
 
 async def get_version(gateway: Gateway, request: Request, send: Send) -> Response:

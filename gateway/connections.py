@@ -15,7 +15,10 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from opticnerve.errors import ConfigError
+from gateway import metrics
+from gateway.http import JSONResponse, reason
+from gateway.parser import StrictParser
+from opticnerve.errors import ConfigError, InvalidRequest
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +85,12 @@ class Connections:
 
 
 class Connection(H11Protocol):
+    conn: StrictParser
+
     def __init__(self, owner: Connections, *given: Any) -> None:
         super().__init__(*given)
         self.owner = owner
+        self.conn = StrictParser()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -101,6 +107,17 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._settle()
+
+    def send_400_response(self, msg: str) -> None:
+        """For what is no HTTP, and the connection's end. ``msg`` is uvicorn's, without a reason."""
+        error = InvalidRequest(f"this is no HTTP/1.1 request: {self.conn.fault}", code="not_http")
+        log.info("400: %s", reason(error))
+        metrics.REQUESTS.labels("other", "400").inc()
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            answer = JSONResponse(error.to_openai(), 400, {"connection": "close"})
+            lines = [b"HTTP/1.1 400 Bad Request", *map(b": ".join, answer.raw_headers), b"", b""]
+            self.transport.write(b"\r\n".join(lines) + bytes(answer.body))
+        self.transport.close()
 
     def close(self) -> None:
         """What the client has not read of an answer is given up."""

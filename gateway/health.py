@@ -1,7 +1,9 @@
-"""What /health and /ready say: every pool's workers, and the settings in effect."""
+"""What /health and /ready say: every pool's workers, and the settings in effect. Where keys are
+asked for, who has none is told the status alone."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +16,7 @@ from opticnerve.config import GatewayConfig
 from opticnerve.options import public_view
 
 HIDDEN = frozenset({"cost", "cost_per_s", "window"})
+PUBLIC = frozenset({"status", "pictures"})  # Of a body, for who has no key.
 
 
 def readiness(pairing: Pairing, *, pictures: bool, draining: bool) -> tuple[int, dict[str, Any]]:
@@ -58,6 +61,11 @@ def health(
         },
         "config": public_view(config),
     }
+
+
+def public(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a body anyone may know: no addresses, limits or settings."""
+    return {name: value for name, value in body.items() if name in PUBLIC}
 
 
 def _missing(pairing: Pairing, draining: bool, pictures: bool | None = None) -> list[str]:

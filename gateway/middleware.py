@@ -1,7 +1,7 @@
 """What surrounds every request: its id, its metrics, its last resort, its key, its end.
 
-Plain ASGI, outermost first: ``RequestScope``, (CORS), ``Errors``, ``Authentication``, ``Drain``,
-``Disconnect``.
+Plain ASGI, outermost first: ``RequestScope``, (CORS), ``Errors``, (``PageGuard``),
+``Authentication``, ``Drain``, ``Disconnect``.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_workers(settings)
     workers = len(settings.encoder_addresses) + len(settings.llm_addresses)
     allow_files(settings.max_connections, workers)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # Its warnings are clients' faults.
     use_one_arena()
     follow_parent(settings.parent_pid)
     asyncio.run(serve(settings))

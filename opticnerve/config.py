@@ -271,7 +271,16 @@ class GatewayConfig:
     )
     public_models: bool = _api(False, "/v1/models needs no key")
     cors_origins: tuple[str, ...] = _api(
-        (), "origins that browsers may call from, * for any", metavar="ORIGIN,..."
+        (),
+        "origins that browsers may call from, * for any; where no key is asked for on a loopback "
+        "address, requests from others are refused",
+        metavar="ORIGIN,...",
+    )
+    allowed_hosts: tuple[str, ...] = _api(
+        (),
+        "names that requests may call this server by where no key is asked for on a loopback "
+        "address, besides localhost, such addresses and --host; * for any",
+        metavar="NAME,...",
     )
     chat_template: str | None = _api(
         None, "file or text that replaces the model's chat template", metavar="FILE"

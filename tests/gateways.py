@@ -128,6 +128,28 @@ async def stack(encoders=1, llms=1, tokens=None, keys=None, ready=True, **settin
             await serving
 
 
+@contextlib.asynccontextmanager
+async def connected(s, address="127.0.0.1"):
+    """(reader, writer) of a connection of one's own, from an address of this machine."""
+    url = s.client.base_url
+    reader, writer = await asyncio.open_connection(url.host, url.port, local_addr=(address, 0))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def rest(reader):
+    """What comes until the connection is closed, from either side."""
+    told = b""
+    with contextlib.suppress(OSError):
+        while piece := await reader.read(2**16):
+            told += piece
+    return told
+
+
 def events(text):
     """The JSON of every event; the last is "[DONE]" where it was sent."""
     lines = [block.removeprefix("data: ") for block in text.split("\n\n") if block]

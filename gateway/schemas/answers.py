@@ -12,6 +12,9 @@ from pydantic import BaseModel, Field
 
 from opticnerve.media.plan import Modality, SpanAttention
 
+KEYED = "Not for callers without a key, where keys are asked for."
+MISSING = "What a request would wait for."
+
 
 class ErrorDetail(BaseModel):
     message: str = Field(description="What happened, and what to do.")
@@ -161,7 +164,7 @@ class Live(BaseModel):
 class Ready(BaseModel):
     status: Literal["ready"]
     pictures: bool = Field(description="Whether a picture request would be served now.")
-    missing: list[str] = Field(description="What a request would wait for.")
+    missing: list[str] = Field(default_factory=list, description=f"{MISSING} {KEYED}")
 
 
 class NotReady(Ready):
@@ -170,13 +173,15 @@ class NotReady(Ready):
 
 class Health(BaseModel):
     status: Literal["ok", "degraded", "unavailable", "draining"]
-    missing: list[str] = Field(description="What a request would wait for.")
-    version: str
-    encoders: dict[str, Any]
-    llms: dict[str, Any]
-    store: dict[str, Any]
-    gateway: dict[str, Any]
-    config: dict[str, Any] = Field(description="The settings in effect, without secrets.")
+    missing: list[str] = Field(default_factory=list, description=f"{MISSING} {KEYED}")
+    version: str = Field(default="", description=KEYED)
+    encoders: dict[str, Any] = Field(default_factory=dict, description=KEYED)
+    llms: dict[str, Any] = Field(default_factory=dict, description=KEYED)
+    store: dict[str, Any] = Field(default_factory=dict, description=KEYED)
+    gateway: dict[str, Any] = Field(default_factory=dict, description=KEYED)
+    config: dict[str, Any] = Field(
+        default_factory=dict, description=f"The settings in effect, without secrets. {KEYED}"
+    )
 
 
 class Version(BaseModel):

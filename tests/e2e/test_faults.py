@@ -232,7 +232,7 @@ def test_a_client_that_leaves_frees_everything(stack):
         payload = body if stream else body.replace(b'"stream": true', b'"stream": false')
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
                 b"Content-Type: application/json\r\n"
                 + f"Content-Length: {len(payload)}\r\n\r\n".encode() + payload
             )  # fmt: skip

@@ -11,21 +11,9 @@ import pytest
 from gateway import connections
 from opticnerve.errors import ConfigError
 from tests.fakes import until
-from tests.gateways import stack
+from tests.gateways import connected, rest, stack
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
-
-
-@contextlib.asynccontextmanager
-async def connected(s):
-    url = s.client.base_url
-    reader, writer = await asyncio.open_connection(url.host, url.port)
-    try:
-        yield reader, writer
-    finally:
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
 
 
 async def drip(writer, text=b"x"):
@@ -47,15 +35,6 @@ async def dripping(writer, text=b"x"):
         await asyncio.wait({task})
 
 
-async def rest(reader):
-    """What comes until the connection is closed, from either side."""
-    told = b""
-    with contextlib.suppress(OSError):
-        while piece := await reader.read(2**16):
-            told += piece
-    return told
-
-
 @pytest.mark.parametrize("sent", [b"", b"GET /live HTTP/1.1\r\nx-long: "])
 async def test_a_connection_without_a_whole_head_is_closed(sent, monkeypatch):
     monkeypatch.setattr(connections, "FIRST_REST_S", 0.2)
@@ -68,7 +47,7 @@ async def test_a_connection_without_a_whole_head_is_closed(sent, monkeypatch):
 async def test_a_body_that_nobody_reads_keeps_no_connection(monkeypatch):
     monkeypatch.setattr(connections, "REST_S", 0.2)
     async with stack(encoders=0, llms=0, ready=False) as s, connected(s) as (reader, writer):
-        head = b"POST /v1/nothing HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n"
+        head = b"POST /v1/nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n"
         writer.write(head)
         async with dripping(writer):
             assert (await rest(reader)).startswith(b"HTTP/1.1 404 ")
@@ -101,7 +80,7 @@ async def test_beyond_the_limit_the_connection_longest_at_rest_is_closed():
         assert (await s.client.get("/live")).status_code == 200  # By a new connection.
         assert await rest(idle[0][0]) == b""
         await until(lambda: len(served) == 3)
-        idle[2][1].write(b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+        idle[2][1].write(b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert b" 200 OK" in await idle[2][0].readuntil(b"\r\n")
 
 

@@ -167,7 +167,8 @@ async def test_a_client_that_leaves_frees_everything(stage, stream):
             s.client.base_url.host, s.client.base_url.port
         )
         head = (
-            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+            "content-type: application/json\r\n"
             f"content-length: {len(payload)}\r\n\r\n"
         )
         half = len(payload) // 2 if stage == "body" else len(payload)
@@ -219,7 +220,7 @@ async def silent_client(s, payload):
         loop = asyncio.get_running_loop()
         await loop.sock_connect(client, (s.client.base_url.host, s.client.base_url.port))
         head = (
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
             f"Content-Length: {len(payload)}\r\n\r\n"
         )
         await loop.sock_sendall(client, head.encode() + payload)

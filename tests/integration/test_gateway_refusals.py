@@ -178,7 +178,7 @@ async def test_requests_for_a_whole_url(target, status):
     """As clients send them that know of a proxy."""
     raw = json.dumps(body()).encode()
     head = (
-        f"POST {target} HTTP/1.1\r\nhost: example.com\r\nconnection: close\r\n"
+        f"POST {target} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
         f"content-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
     )
     async with stack() as s:
@@ -370,7 +370,7 @@ async def stalled(s, sent=b"{"):
     """A client that sends the beginning of a chat, and nothing more."""
     url = s.client.base_url
     reader, writer = await asyncio.open_connection(url.host, url.port)
-    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n"
     writer.write(head.encode() + sent)
     await writer.drain()
     try:
