@@ -73,6 +73,7 @@ class Service:
         checkpoint = Checkpoint.open(
             source.model, source.revision, source.download_dir, side="encoder"
         )
+        checkpoint.read_ahead()
         layout = make_layout(checkpoint)
         tower = load_tower(checkpoint, source.dtype, source.device)
         backend = TorchBackend(tower, lambda plan, patches: shrink(layout, plan, patches))

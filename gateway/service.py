@@ -118,7 +118,8 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
             stack.push_async_callback(pool.close)
         metrics.PATCHES_WAITING.set_function(lambda: eyes.waiting_cost)
         wait = settings.worker_wait_s
-        pairing = Pairing(eyes, mouths, _own_pair_id(checkpoint), wait)
+        own_pair_id = await asyncio.to_thread(_own_pair_id, checkpoint)
+        pairing = Pairing(eyes, mouths, own_pair_id, wait)
         stack.callback(asyncio.create_task(pairing.watch_whole()).cancel)
         yield Gateway(
             config=settings,

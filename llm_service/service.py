@@ -63,6 +63,7 @@ class Service:
             where = shown.metrics_host or settings.rpc.host
             log.info("metrics at %s", metrics.serve(shown.metrics_port, where))
         checkpoint = await asyncio.to_thread(_open_checkpoint, settings)
+        checkpoint.read_ahead()
         layout = make_layout(checkpoint)
         store = await asyncio.to_thread(_open_store, settings)
         stack.callback(store.close)

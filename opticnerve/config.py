@@ -22,7 +22,7 @@ from opticnerve.options import PREFIX, is_service_link, option, options
 
 log = logging.getLogger(__name__)
 
-KNOWN_VARIABLES = {"OPTICNERVE_CACHE_DIR"}  # Read elsewhere: opticnerve.models.checkpoint.
+KNOWN_VARIABLES = {"OPTICNERVE_CACHE_DIR"}  # Read elsewhere: opticnerve.models.digests.
 
 # Titles in --help, in this order.
 GROUPS = (

@@ -7,10 +7,12 @@ that hold wanted keys, so that each side downloads its own. No torch here.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +22,7 @@ from typing import Any, Literal
 import opticnerve.demo
 from opticnerve.errors import CheckpointError
 from opticnerve.models import hub
+from opticnerve.models.digests import Digests
 from opticnerve.models.registry import family_of, make_layout
 from opticnerve.models.tensorfile import TensorEntry, read_header
 
@@ -29,8 +32,7 @@ KeyFilter = Callable[[str], bool]
 DEMO_NAME = "opticnerve-demo"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-PAIR_SCHEME = b"opticnerve-pair-1"
-SAMPLE_BYTES = 64  # Of every tensor, from its middle.
+PAIR_SCHEME = b"opticnerve-pair-2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,7 @@ class Checkpoint:
     revision: str | None = None  # Commit, when the hub's cache layout tells it.
     hub_id: str | None = None
     download_dir: str | None = field(default=None, repr=False)
+    _digests: Digests = field(default_factory=Digests, repr=False)
 
     @classmethod
     def open(
@@ -178,12 +181,12 @@ class Checkpoint:
     def pair_id(self) -> str:
         """Digest that workers of one checkpoint share, whichever side they serve; 64 hex digits.
 
-        From the hub, or from a directory in the hub's cache layout: the commit, which covers
-        every file. From any other directory, which every side sees whole: every safetensors
-        header (keys, types, shapes) and 64 bytes from the middle of every tensor, so that a
-        fine-tune, which keeps the headers, differs. Configuration and processor settings count
-        in both. A hub download and a plain copy of the same files do not pair: give all workers
-        the same kind of source. Costs one small read a tensor. Raises CheckpointError when a
+        From the hub, or from a directory in the hub's cache layout, of which a side may have its
+        own shards alone: the commit, which covers every file. From any other directory, which
+        every side sees whole: every tensor's key, type, shape and bytes. Configuration and
+        processor settings count in both. A hub download and a plain copy of the same files do not
+        pair: give all workers the same kind of source. Reads all weights unless their digests are
+        kept (``opticnerve.models.digests``): do it off an event loop. Raises CheckpointError when a
         directory's weights are not all there.
         """
         digest = hashlib.sha256(PAIR_SCHEME)
@@ -192,23 +195,29 @@ class Checkpoint:
         if self.revision is not None:
             _update(digest, b"commit:" + self.revision.encode())
         else:
-            self._sample_weights(digest)
+            _update(digest, self.weights_digest().encode())
         return digest.hexdigest()
 
-    def _sample_weights(self, digest: hashlib._Hash) -> None:
-        entries = sorted(self.tensor_index().items())
-        by_file: dict[Path, list[tuple[str, TensorEntry]]] = {}
-        for key, entry in entries:
-            by_file.setdefault(entry.file, []).append((key, entry))
-        samples: dict[str, bytes] = {}
-        for file, held in by_file.items():
-            with file.open("rb") as stream:
-                for key, entry in held:
-                    stream.seek(max(entry.start, (entry.start + entry.end - SAMPLE_BYTES) // 2))
-                    samples[key] = stream.read(min(SAMPLE_BYTES, entry.num_bytes))
-        for key, entry in entries:  # Not by file: the same tensors sharded otherwise are the same.
+    def read_ahead(self) -> None:
+        """Begins the reading that ``pair_id`` takes, on a thread, while others load the weights."""
+
+        def read() -> None:
+            with contextlib.suppress(CheckpointError):  # Whoever asks for the id hears of it.
+                _ = self.pair_id
+
+        threading.Thread(target=read, name="digests", daemon=True).start()
+
+    def weights_digest(self, wanted: KeyFilter | None = None) -> str:
+        """SHA-256 of every tensor whose key ``wanted`` accepts (None: all): key, type, shape and
+        every byte, however they are sharded; 64 hex digits. Downloads and raises like
+        ``tensor_index``."""
+        entries = self.tensor_index(wanted)
+        digests = self._digests.of(entries)
+        digest = hashlib.sha256()
+        for key, entry in sorted(entries.items()):
             _update(digest, f"{key} {entry.dtype} {entry.shape}".encode())
-            _update(digest, samples[key])
+            _update(digest, digests[key].encode())
+        return digest.hexdigest()
 
 
 def _update(digest: hashlib._Hash, part: bytes) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,18 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opticnerve.models import fingerprint as module
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.fingerprint import fingerprint, language_fingerprint
 from tests.checkpoints import FAMILIES, make_checkpoint, write_weights
-
-LONG_AGO = 1_600_000_000
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("OPTICNERVE_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -36,11 +25,6 @@ def encoder(path: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -
     tower: Any = SimpleNamespace(dtype=dtype)
     checkpoint = Checkpoint.open(str(path), side="encoder")
     return fingerprint(checkpoint, tower, options.pop("backend", "torch"), **options)
-
-
-def settle(path: Path) -> None:
-    for file in path.glob("*.safetensors"):
-        os.utime(file, (LONG_AGO, LONG_AGO))
 
 
 def change_weight(path: Path, key: str) -> None:
@@ -85,57 +69,6 @@ def test_settings_dtype_backend_and_precision_count(path: Path) -> None:
     seen.add(encoder(path))
     assert len(seen) == 6
     assert encoder(path, precision="float32") == encoder(path)
-
-
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows with every reading of the weights."""
-    made: list[int] = []
-    read: Callable[..., str] = module._read_digest
-
-    def counted(entries: Any) -> str:
-        made.append(len(entries))
-        return read(entries)
-
-    monkeypatch.setattr(module, "_read_digest", counted)
-    return made
-
-
-def test_weights_are_read_once(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settle(path)
-    read = reads(monkeypatch)
-    first = encoder(path)
-    assert len(list((cache / "digests").iterdir())) == 1
-    assert encoder(path) == first
-    assert encoder(path, dtype=torch.bfloat16) != first
-    assert len(read) == 1
-
-
-def test_a_changed_file_is_read_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settle(path)
-    before = encoder(path)
-    change_weight(path, "model.visual.blocks.0.mlp.fc1.weight")
-    settle(path)  # The same size and time as before; a rewritten file has another inode or not.
-    os.utime(path / "model.safetensors", (LONG_AGO, LONG_AGO + 1))
-    assert encoder(path) != before
-
-
-def test_a_file_that_just_changed_is_not_trusted_to_stay(path: Path, cache: Path) -> None:
-    encoder(path)
-    assert not (cache / "digests").exists()
-
-
-def test_a_damaged_cache_is_ignored(path: Path, cache: Path) -> None:
-    settle(path)
-    first = encoder(path)
-    for kept in (cache / "digests").iterdir():
-        kept.write_text("nonsense")
-    assert encoder(path) == first
-
-
-def test_a_cache_that_cannot_be_written_costs_time_only(path: Path, cache: Path) -> None:
-    settle(path)
-    cache.write_text("a file where the directory should be")
-    assert encoder(path) == encoder(path)
 
 
 def test_the_language_models_covers_checkpoint_and_dtype(path: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import shutil
 
 import pytest
 
@@ -11,6 +12,8 @@ from gateway.pairing import Pairing
 from gateway.pools import Changes, WorkerPool
 from gateway.worker import WorkerState
 from opticnerve.errors import DeadlineExceeded, Mispaired, Unavailable, UnsupportedFeature
+from opticnerve.models.checkpoint import Checkpoint
+from tests.checkpoints import make_checkpoint
 from tests.fakes import PAIR_ID, FakeEncoder, FakeLLM, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
@@ -242,6 +245,25 @@ async def test_workers_of_another_checkpoint_are_not_used():
         with pytest.raises(Mispaired):
             await pairing.choose(pictures=True, deadline=Deadline.after(60))
         assert pairing.missing()
+
+
+async def test_workers_whose_weights_differ_in_one_byte_are_not_paired(tmp_path):
+    one = make_checkpoint("qwen2_vl", tmp_path / "one")
+    other = shutil.copytree(one, tmp_path / "other")
+    entry = next(iter(Checkpoint.open(str(other)).tensor_index().values()))
+    with entry.file.open("r+b") as file:
+        file.seek(entry.start)
+        file.write(bytes([255 - entry.file.read_bytes()[entry.start]]))
+    mine, theirs = (Checkpoint.open(str(path)).pair_id for path in (one, other))
+    async with (
+        FakeEncoder(pair_id=mine) as encoder,
+        FakeLLM(pair_id=theirs) as llm,
+        pairing_of([encoder.address], [llm.address], own=None) as pairing,
+    ):
+        await until(lambda: pairing.encoders.serving() and pairing.llms.serving())
+        assert pairing.missing() == ["encoders and LLM workers serve different checkpoints"]
+        with pytest.raises(Mispaired):
+            await pairing.choose(pictures=True, deadline=Deadline.after(60))
 
 
 async def test_a_known_encoder_that_is_down_still_names_embeddings():
