@@ -208,7 +208,11 @@ class Encoder:
     def _verify(self, request: Request, data: bytes) -> None:
         """Key and plan belong to the bytes. Raises InvalidRequest, InvalidMedia, PlanMismatch."""
         key = content_key(
-            data, self.layout.settings(), request.overrides, self.identity.fingerprint
+            data,
+            self.layout.settings(),
+            request.overrides,
+            self.identity.fingerprint,
+            request.cache_salt,
         )
         if key != request.key:
             raise InvalidRequest("the key does not belong to these bytes", param="key")

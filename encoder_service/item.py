@@ -36,6 +36,7 @@ class Request:
     overrides: Overrides
     num_bytes: int
     lost: bool = False  # A consumer found no usable rows where it looked.
+    cache_salt: str = ""  # Part of the key.
 
 
 @dataclass(frozen=True, slots=True)

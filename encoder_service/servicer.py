@@ -140,6 +140,7 @@ def _request(header: pb.EncodeHeader) -> Request:
         overrides=convert.overrides_from_pb(header.overrides),
         num_bytes=header.num_bytes,
         lost=header.lost,
+        cache_salt=header.cache_salt,
     )
 
 

@@ -61,6 +61,7 @@ class Encodable:
     data: bytes = field(repr=False)
     param: str | None = None  # The request's field that brought it.
     lost: bool = False  # An LLM worker found no usable rows where the encoder said they are.
+    cache_salt: str = ""  # Part of the key.
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +327,7 @@ class _Upload:
             overrides=convert.overrides_to_pb(item.overrides),
             num_bytes=len(item.data),
             lost=item.lost,
+            cache_salt=item.cache_salt,
         )
 
     async def messages(self) -> AsyncIterator[pb.EncodeRequest]:

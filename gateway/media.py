@@ -65,11 +65,15 @@ class MediaReader:
         """Sizes of all pictures, from their structure. Raises InvalidMedia."""
         return [await _off_loop(item, self._plan, item) for item in items]
 
-    async def keys(self, items: Sequence[Fetched], fingerprint: str) -> list[str]:
+    async def keys(
+        self, items: Sequence[Fetched], fingerprint: str, cache_salt: str = ""
+    ) -> list[str]:
         """Content keys under an encoder's fingerprint."""
         settings = self.layout.settings()
         return [
-            await _off_loop(item, content_key, item.data, settings, item.overrides, fingerprint)
+            await _off_loop(
+                item, content_key, item.data, settings, item.overrides, fingerprint, cache_salt
+            )
             for item in items
         ]
 

@@ -31,6 +31,7 @@ from gateway.schemas.chat import ChatRequest, TemplateFields
 from gateway.schemas.messages import ImageSource
 from gateway.timings import Stopwatch
 from opticnerve.clients.generation import Finished, Sampling, Usage
+from opticnerve.media.keys import tenant_salt
 from opticnerve.media.plan import Plan
 
 OFF_LOOP_CHARACTERS = 20_000  # Longer chats are rendered and tokenized in a thread.
@@ -84,6 +85,7 @@ class Pipeline:
     defaults: Defaults
     max_logprobs: int
     worker_wait_s: float
+    share_cache: bool = False  # See --share-cache.
 
     async def prepare(
         self,
@@ -112,10 +114,11 @@ class Pipeline:
             pair = await self.pairing.choose(pictures=bool(prepared.items), deadline=call.deadline)
         call.system_fingerprint = pair.system_fingerprint
         sampling = self._sampling(call.request, prepared.prompt, pair)
+        salt = self._cache_salt(call)
         with call.watch.stage("name"):
-            keys = await self.media.keys(prepared.items, pair.fingerprint)
+            keys = await self.media.keys(prepared.items, pair.fingerprint, salt)
         embeddings = RequestEmbeddings.begin(
-            self.encoders, _encodables(prepared, keys, pair), call.request_id, call.deadline
+            self.encoders, _encodables(prepared, keys, pair, salt), call.request_id, call.deadline
         )
         spec = GenerateSpec(
             request_id=call.request_id,
@@ -124,7 +127,7 @@ class Pipeline:
             keys=tuple(keys),
             sampling=sampling,
             pair_id=pair.pair_id,
-            cache_salt=call.request.cache_salt or "",
+            cache_salt=salt,
             caller=call.caller,
             priority=priority,
         )
@@ -137,12 +140,7 @@ class Pipeline:
                     if isinstance(step, TextDelta):
                         yield step
                         continue
-                    had = embeddings.outcomes()
-                    timings = call.watch.report(
-                        [had.get(key) for key in keys], embeddings.bytes_sent
-                    )
-                    timings["preemptions"] = step.preemptions
-                    yield Ended(step.usage, timings)
+                    yield Ended(step.usage, _timings(call, step, embeddings, keys))
 
     async def _write(
         self, call: Call, generation: Generation
@@ -194,6 +192,12 @@ class Pipeline:
 
         return await asyncio.to_thread(render) if _is_long(request) else render()
 
+    def _cache_salt(self, call: Call) -> str:
+        """What callers share whose requests may tell them of each other's, by usage, timings or
+        time: prefixes and pictures alike."""
+        tenant = "" if self.share_cache else call.caller.tenant
+        return tenant_salt(tenant, call.request.cache_salt or "")
+
     def _sampling(self, request: ChatRequest, prompt: Prompt, pair: Pair) -> Sampling:
         limits = Limits(
             max_model_len=pair.max_model_len or self.renderer.layout.max_positions,
@@ -210,14 +214,33 @@ class Pipeline:
         )
 
 
+def _timings(
+    call: Call, finished: Finished, embeddings: RequestEmbeddings, keys: Sequence[str]
+) -> dict[str, Any]:
+    had = embeddings.outcomes()
+    timings = call.watch.report([had.get(key) for key in keys], embeddings.bytes_sent)
+    timings["preemptions"] = finished.preemptions
+    return timings
+
+
 def _counted(usage: Usage, choices: Choices) -> Usage:
     """With the tokens that count: those of a stop string's delta that follow it do not."""
     return replace(usage, completion_tokens=choices.num_tokens)
 
 
-def _encodables(prepared: Prepared, keys: Sequence[str], pair: Pair) -> list[Encodable]:
+def _encodables(
+    prepared: Prepared, keys: Sequence[str], pair: Pair, cache_salt: str
+) -> list[Encodable]:
     return [
-        Encodable(key, pair.fingerprint, plan, item.overrides, item.data, item.param)
+        Encodable(
+            key,
+            pair.fingerprint,
+            plan,
+            item.overrides,
+            item.data,
+            item.param,
+            cache_salt=cache_salt,
+        )
         for key, plan, item in zip(keys, prepared.plans, prepared.items, strict=True)
     ]
 

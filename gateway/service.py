@@ -142,6 +142,7 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
                 defaults=defaults,
                 max_logprobs=settings.max_logprobs,
                 worker_wait_s=wait,
+                share_cache=settings.share_cache,
             ),
         )
 

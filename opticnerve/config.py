@@ -269,6 +269,12 @@ class GatewayConfig:
         "of its requests (0; lower runs first); SIGHUP reads it again",
         metavar="FILE",
     )
+    share_cache: bool = _api(
+        False,
+        "share cached prefixes and pictures among tenants: less work where they send the same, but "
+        "time, usage and timings tell one of them what another sent; default: a tenant shares its "
+        "own",
+    )
     public_models: bool = _api(False, "/v1/models needs no key")
     cors_origins: tuple[str, ...] = _api(
         (),

@@ -150,6 +150,32 @@ async def rest(reader):
     return told
 
 
+@contextlib.asynccontextmanager
+async def over(encoder_address, llm_address, keys=None, **settings):
+    """A client of a gateway over these two workers, once it serves pictures."""
+    config = GatewayConfig(
+        port=0,
+        host="127.0.0.1",
+        encoder_addresses=(encoder_address,),
+        llm_addresses=(llm_address,),
+        **{"drain_timeout_s": 1.0, **settings},
+    )
+    keys = keys or Keys({})
+    with service.listen(config, keys) as listener:
+        async with service.open_gateway(config, keys) as opened:
+            server = service.HttpServer(opened, listener)
+            serving = asyncio.create_task(server.serve([listener]))
+            try:
+                await until(lambda: not opened.pipeline.pairing.missing())
+                async with httpx2.AsyncClient(
+                    base_url=server.address, timeout=60, trust_env=False
+                ) as client:
+                    yield client
+            finally:
+                server.stop()
+                await serving
+
+
 def events(text):
     """The JSON of every event; the last is "[DONE]" where it was sent."""
     lines = [block.removeprefix("data: ") for block in text.split("\n\n") if block]

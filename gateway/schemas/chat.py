@@ -27,6 +27,7 @@ def _some(length: int) -> int:
 
 
 Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1), INTEGRAL]
+CacheSalt = Annotated[str, Field(max_length=1024)]
 OutputLength = Annotated[
     int,
     Field(le=2**31 - 1, json_schema_extra={"anyOf": [{"minimum": 1}, {"const": UNLIMITED}]}),
@@ -121,8 +122,10 @@ class ChatRequest(TemplateFields, SamplingFields):
         description="Lower runs first. From 0 on, or from where the caller's key allows it; a "
         "request that says nothing has 0, or the lowest that its key allows where that is higher.",
     )
-    cache_salt: str | None = Field(
-        None, description="Requests share cached prefixes only with those of the same salt."
+    cache_salt: CacheSalt | None = Field(
+        None,
+        description="Requests share cached prefixes and pictures only with those of the same salt "
+        "and, unless the server shares its caches, of the same tenant.",
     )
     timings: bool = Field(
         False, description="Adds to the answer where its time went; a field of this server."

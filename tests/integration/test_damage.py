@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import grpc
@@ -15,9 +15,6 @@ import pytest
 from numpy.typing import NDArray
 
 from encoder_service.backends.base import Embedding
-from gateway import service
-from gateway.auth import Keys
-from opticnerve.config import GatewayConfig
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory import MemoryStore
 from opticnerve.embeddings.ref import Location
@@ -28,8 +25,7 @@ from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.rpc.errors import from_rpc
 from tests import encoders, llms
 from tests.encoders import FakeBackend, Running, picture
-from tests.fakes import until
-from tests.gateways import body, data_url, user
+from tests.gateways import body, data_url, over, user
 from tests.llms import Worker
 
 DAMAGE = bytes(range(1, 51))
@@ -165,29 +161,8 @@ def test_own_rows_that_are_not_finite_are_the_callers_error(tmp_path: Path) -> N
 # ---- all three services, encoder and LLM on tiers of their own
 
 
-@contextlib.asynccontextmanager
-async def gateway(encoder: Running, llm: Worker) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of a gateway over these workers."""
-    config = GatewayConfig(
-        port=0,
-        encoder_addresses=(encoder.server.address,),
-        llm_addresses=(llm.server.address,),
-        drain_timeout_s=1.0,
-    )
-    keys = Keys({})
-    with service.listen(config, keys) as listener:
-        async with service.open_gateway(config, keys) as opened:
-            server = service.HttpServer(opened, listener)
-            serving = asyncio.create_task(server.serve([listener]))
-            try:
-                await until(lambda: not opened.pipeline.pairing.missing())
-                async with httpx2.AsyncClient(
-                    base_url=server.address, timeout=60, trust_env=False
-                ) as client:
-                    yield client
-            finally:
-                server.stop()
-                await serving
+def gateway(encoder: Running, llm: Worker) -> AbstractAsyncContextManager[httpx2.AsyncClient]:
+    return over(encoder.server.address, llm.server.address)
 
 
 async def ask(client: httpx2.AsyncClient) -> str:

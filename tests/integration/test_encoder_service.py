@@ -37,14 +37,15 @@ from opticnerve.errors import (
     Unavailable,
     UnsupportedFeature,
 )
-from opticnerve.media.plan import Plan
+from opticnerve.media.keys import content_key
+from opticnerve.media.plan import Overrides, Plan
 from opticnerve.pb import embedding_pb2, encoder_pb2_grpc
 from opticnerve.pb import encoder_pb2 as pb
 from opticnerve.rpc.channel import is_serving, open_channel
 from opticnerve.rpc.errors import from_rpc
 from opticnerve.rpc.server import Server
 from tests import hostile
-from tests.encoders import WAIT_S, FakeBackend, Running, picture, running
+from tests.encoders import FINGERPRINT, WAIT_S, FakeBackend, Running, picture, running
 
 
 async def refusal(call: grpc.aio.StreamUnaryCall) -> OpticNerveError:
@@ -272,6 +273,32 @@ def test_probe_says_what_to_do_and_fetch_of_nothing_is_not_found(tmp_path: Path)
 
 
 # ---- sharing, waiting, leaving
+
+
+def test_a_salt_is_part_of_the_key(tmp_path: Path) -> None:
+    """Of one picture, callers of two salts share neither a look-up nor an encode."""
+
+    async def scenario() -> None:
+        async with running(tmp_path) as encoder:
+            data, layout = picture(1), encoder.encoder.layout
+            keys = {
+                salt: content_key(data, layout.settings(), Overrides(), FINGERPRINT, salt)
+                for salt in ("", "a", "b")
+            }
+            calls = [encoder.encode(data, key=key, cache_salt=salt) for salt, key in keys.items()]
+            answers = await asyncio.gather(*calls)
+            assert {answer.ref.key for answer in answers} == set(keys.values())
+            assert not any(answer.timings.hit for answer in answers)
+            assert sum(encoder.backend.batches) == 3
+            again = await encoder.encode(data, key=keys["a"], cache_salt="a")
+            assert again.timings.hit
+            other = picture(2)
+            key = content_key(other, layout.settings(), Overrides(), FINGERPRINT, "a")
+            for salt in ("", "b"):
+                error = await refusal(encoder.encode(other, key=key, cache_salt=salt))
+                assert isinstance(error, InvalidRequest) and error.param == "key"
+
+    asyncio.run(scenario())
 
 
 def test_calls_of_one_key_share_one_encode(tmp_path: Path) -> None:

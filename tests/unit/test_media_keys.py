@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 
-from opticnerve.media.keys import content_key
+from opticnerve.media.keys import content_key, tenant_salt
 from opticnerve.media.plan import WHITE, Overrides
 
 SETTINGS = {"family": "f", "min_pixels": 1, "mean": (0.5, 0.25)}
@@ -48,7 +48,24 @@ def test_every_part_counts() -> None:
         (b"picture", SETTINGS, Overrides(), "fp2"),
         (b"2picture", SETTINGS, Overrides(), "fp"),
         (b"", SETTINGS, Overrides(), "fppicture"),
+        (b"picture", SETTINGS, Overrides(), "fp", "salt"),
+        (b"picture", SETTINGS, Overrides(), "fp", "salt2"),
+        (b"picturesalt", SETTINGS, Overrides(), "fp"),
     ]
     keys = [content_key(*parts) for parts in inputs]
     for one, other in itertools.combinations(keys, 2):
         assert one != other
+
+
+def test_a_caller_makes_the_salt_of_no_other_tenant() -> None:
+    assert tenant_salt("", "") == ""
+    acme = tenant_salt("acme", "")
+    assert re.fullmatch("[0-9a-f]{64}", acme)
+    pairs = [
+        ("acme", ""), ("", "acme"), ("acm", "e"), ("acme", "x"), ("acmex", ""), ("acme", acme),
+        ("", acme), ("bob", acme), ("bob", "acme"), ("bob", "\x00acme"), ("bob", "\ud83d"),
+    ]  # fmt: skip
+    salts = [tenant_salt(*pair) for pair in pairs]
+    assert len(set(salts)) == len(pairs)
+    keys = [content_key(b"picture", SETTINGS, Overrides(), "fp", salt) for salt in salts]
+    assert len(set(keys)) == len(pairs)
