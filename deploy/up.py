@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
     ignore_hangup()
     given = vars(parser().parse_args(argv))
     config.check_environment()
+    flags.warn_of_passwords(config.StoreConfig, given)
     return asyncio.run(run(given))
 
 
@@ -63,7 +64,7 @@ async def run(given: dict[str, Any]) -> int:
     follow_parent(gateway.parent_pid, grace_s=STAGES * stop_timeout_s)
     _check_early(gateway, settings.encoders + settings.llms)
     with contextlib.ExitStack() as files:
-        store = files.enter_context(_store(build(config.StoreConfig, given).store))
+        store = files.enter_context(_store(build(config.StoreConfig, given)))
         secrets = _secrets(given, files.enter_context(_run_directory()))
         given = {**given, **secrets, "store": store, "parent_pid": os.getpid()}
         commands = Commands(settings, given)
@@ -129,13 +130,14 @@ def _check_early(gateway: config.GatewayConfig, workers: int) -> None:
 
 
 @contextlib.contextmanager
-def _store(url: str) -> Iterator[str]:
-    """The store's URL; for a bare ``shm://`` a directory of our own, removed at the end."""
-    sweep_dead_tiers()
-    scheme, _, rest = url.partition("://")
+def _store(settings: config.StoreConfig) -> Iterator[str]:
+    """``--store`` of the workers; for a bare ``shm://`` a directory of our own, removed at the
+    end. Raises ConfigError for a file that cannot be read."""
+    scheme, _, rest = settings.read_url().partition("://")
     directory, _, query = rest.partition("?")
+    sweep_dead_tiers()
     if scheme != "shm" or directory:
-        yield url
+        yield settings.store
         return
     tier = create_tier_directory()
     try:
@@ -209,12 +211,14 @@ class Commands:
         module = {"encoder": "encoder_service", "llm": "llm_service"}[name]
         threads = self._threads or share_of_cores(count)
         arguments = _arguments(cls, {**self._given, "threads": threads}, skip=GATEWAY_ONLY)
+        passwords = _passwords(cls, self._given)
         own = ["--host", "127.0.0.1", "--metrics-port", "0"]  # The port is in the child's log.
         base = [sys.executable, "-m", module, *arguments, *own]
         for index in range(count):
             environment = child_environment(threads, devices, index)
             for option in GATEWAY_ONLY:
                 environment.pop(PREFIX + option.upper(), None)
+            environment.update(passwords)
             label = name if count == 1 else f"{name}-{index}"
             yield Service(Child(label, [*base, "--port", "0"], environment), stage, base)
 
@@ -229,12 +233,20 @@ def share_of_cores(workers: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
+def _passwords(cls: type, given: dict[str, Any]) -> dict[str, str]:
+    """Those of the given flags that have a password, as variables: every user of the machine
+    reads command lines."""
+    values = {item.variable: (item, given.get(item.name)) for item in options(cls)}
+    return {name: value for name, (item, value) in values.items() if item.has_password(value)}
+
+
 def _arguments(cls: type, given: dict[str, Any], skip: set[str]) -> list[str]:
-    """Those of the given flags that a service knows, as its command line."""
+    """Those of the given flags that a service knows, as its command line; none with a
+    password."""
     arguments: list[str] = []
     for item in options(cls):
         value = given.get(item.name)
-        if value is None or item.name in skip:
+        if value is None or item.name in skip or item.has_password(value):
             continue
         if item.name == "model":
             arguments.insert(0, str(value))

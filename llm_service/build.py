@@ -28,7 +28,7 @@ def build_in_process(settings: LLMConfig, send: Send) -> Engine:
     """For an engine in a process of its own, which opens its own end of the local tier and sends
     what it notes of its rows."""
     logs.configure(settings.telemetry.log_level)
-    tier = open_local_tier(settings.store.store)
+    tier = open_local_tier(settings.store.read_url())
     return build(settings, StoreRows(tier, tell=send), send)
 
 

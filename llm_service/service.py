@@ -136,7 +136,7 @@ def _open_checkpoint(settings: LLMConfig) -> Checkpoint:
 
 def _open_store(settings: LLMConfig) -> Store:
     try:
-        return open_store(settings.store.store, ttl_s=settings.store.store_ttl_s)
+        return open_store(settings.store.read_url(), ttl_s=settings.store.store_ttl_s)
     except StoreError as error:
         raise StartupError(error.message) from error
 

@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from opticnerve import addresses
 from opticnerve.errors import ConfigError
@@ -127,11 +128,30 @@ class StoreConfig:
 
     store: str = _store(
         "shm://",
-        "shm://[DIR][?capacity=SIZE] (one machine), redis:// or rediss:// (many), memory://",
+        "shm://[DIR][?capacity=SIZE] (one machine), redis:// or rediss:// (many), memory://, or "
+        "file:///PATH of a file that holds one of these, for a URL with a password",
         metavar="URL",
         secret=True,
     )
     store_ttl_s: int = _store(3600, "how long Redis keeps an embedding", metavar="SECONDS", least=1)
+
+    def read_url(self) -> str:
+        """The store's URL: ``store``, or what the file holds that it names. Raises ConfigError."""
+        if not self.store.startswith("file:"):
+            return self.store
+        path = self.store.removeprefix("file://")
+        if not path.startswith("/"):
+            raise ConfigError("file:// takes an absolute path: file:///PATH", param="store")
+        try:
+            url = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read the store's URL from {path}", param="store") from error
+        if url.split() != [url] or url.startswith("file:"):
+            raise ConfigError(
+                f"{path} should hold one URL and nothing else, such as redis://:PASSWORD@HOST/0",
+                param="store",
+            )
+        return url
 
 
 @dataclass(frozen=True)

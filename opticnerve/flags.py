@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from opticnerve.config import GROUPS, check_environment
 from opticnerve.options import Option, Spec, build, options
+
+log = logging.getLogger(__name__)
 
 EPILOG = (
     "Every flag has an environment twin: --log-level is OPTICNERVE_LOG_LEVEL. A flag wins over "
@@ -32,7 +35,19 @@ def read(command: str, description: str, cls: type[C], argv: Sequence[str] | Non
     """
     given = vars(service_parser(command, description, [cls]).parse_args(argv))
     check_environment()
+    warn_of_passwords(cls, given)
     return build(cls, given)
+
+
+def warn_of_passwords(cls: type, given: Mapping[str, Any]) -> None:
+    """Warns of flags with a password in them: every user of the machine reads command lines."""
+    for item in options(cls):
+        if item.has_password(given.get(item.name)):
+            log.warning(
+                "the password in %s is seen by every user of this machine, in `ps`; set %s "
+                "instead, or write the URL to a file that only you read and give %s file:///PATH",
+                item.flag, item.variable, item.flag,
+            )  # fmt: skip
 
 
 def service_parser(

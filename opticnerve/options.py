@@ -24,6 +24,7 @@ TRUE = ("1", "true", "yes", "on")
 FALSE = ("0", "false", "no", "off")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([kmgt]?)(i?)(b?)", re.IGNORECASE)
+_PASSWORD = re.compile(r"://[^@]*:[^@]*@|[?&]password=")
 _IP, _PROTOCOL = r"[0-9A-Fa-f.:\[\]]+", "(?:tcp|udp|sctp)"
 _SERVICE_LINK = re.compile(
     rf"{PREFIX}(?:[A-Z0-9_]+_)?(?:"
@@ -85,6 +86,11 @@ class Option:
     def is_switch(self) -> bool:
         """``--no-x``: a flag without a value and without a negative."""
         return self.is_bool and self.name.startswith("no_")
+
+    def has_password(self, value: Any) -> bool:
+        """Whether ``value`` is a URL with a password, which no command line should show. It need
+        not be a URL that can be parsed."""
+        return self.spec.secret and bool(_PASSWORD.search(str(value)))
 
     def to_arguments(self, value: Any) -> list[str]:
         """The command-line arguments that give this option ``value``."""

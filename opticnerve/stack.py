@@ -24,6 +24,7 @@ import httpx2
 
 from opticnerve.cli import PREFIX
 from opticnerve.clients.pictures import Picture, is_picture, read_picture
+from opticnerve.config import StoreConfig
 from opticnerve.errors import (
     InvalidRequest,
     OpticNerveError,
@@ -31,6 +32,7 @@ from opticnerve.errors import (
     Unavailable,
     from_openai,
 )
+from opticnerve.options import options
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -169,10 +171,16 @@ def serve(model: str | Path | None = None, **flags: Any) -> Iterator[Stack]:
     ends with this process, however that ends.
     """
     flags = {**flags, "parent_pid": os.getpid()}
+    environment = {**os.environ, **_take_passwords(flags)}
     command = [sys.executable, "-m", "opticnerve", "up", *_arguments(model, flags)]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+            env=environment,
         )
         try:
             stack = Stack(_wait_ready(process, log), "model", process)
@@ -182,6 +190,16 @@ def serve(model: str | Path | None = None, **flags: Any) -> Iterator[Stack]:
                 stack.close()
         finally:
             _stop(process)
+
+
+def _take_passwords(flags: dict[str, Any]) -> dict[str, str]:
+    """Takes those with a password out of ``flags``, as variables: every user of the machine reads
+    command lines."""
+    return {
+        item.variable: flags.pop(item.name)
+        for item in options(StoreConfig)
+        if item.has_password(flags.get(item.name))
+    }
 
 
 def _arguments(model: str | Path | None, flags: dict[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
 
 from opticnerve import options
 from opticnerve.embeddings.memory import DEFAULT_CAPACITY, MemoryStore
@@ -12,6 +12,7 @@ from opticnerve.embeddings.shm import ShmStore
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import ConfigError
 
+FORMS = "the store is memory://, shm://[dir][?capacity=], redis:// or rediss://"
 REMOTE = ("redis", "rediss", "unix")
 
 
@@ -23,14 +24,12 @@ def open_store(url: str, *, ttl_s: int = 3600) -> Store:
     ``max_bytes=`` (of one embedding) besides. Sizes may have a unit: ``2GiB``, ``512M``.
     Raises ConfigError for a URL that is none of these, StoreError where the store cannot be had.
     """
-    scheme = urlsplit(url).scheme
+    scheme = _split(url).scheme
     if scheme in ("memory", "shm"):
         return _open_local(url)
     if scheme in REMOTE:
         return _open_redis(url, ttl_s)
-    raise ConfigError(
-        "the store is memory://, shm://[dir][?capacity=], redis:// or rediss://", param="store"
-    )
+    raise ConfigError(FORMS, param="store")
 
 
 def open_local_tier(url: str) -> ShmStore | MemoryStore:
@@ -38,9 +37,16 @@ def open_local_tier(url: str) -> ShmStore | MemoryStore:
 
     For a process beside one that has the whole store.
     """
-    if urlsplit(url).scheme in REMOTE:
+    if _split(url).scheme in REMOTE:
         url = _split_redis(url)[1]
     return _open_local(url)
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(FORMS, param="store") from error
 
 
 def _open_local(url: str) -> ShmStore | MemoryStore:

@@ -1,7 +1,12 @@
 """Flags, environment variables and dataclass fields are one thing under one name."""
 
+import contextlib
+
 import pytest
 
+import encoder_service.service
+import llm_service.service
+from deploy import up
 from deploy.supervisor import child_environment
 from opticnerve import config, flags
 from opticnerve.errors import ConfigError
@@ -177,6 +182,84 @@ def test_public_view_hides_the_stores_password():
     made = parse(config.EncoderConfig, "--store", "redis://user:secret@host/0")
     assert "secret" not in str(public_view(made))
     assert public_view(made)["max_batch_patches"] == made.max_batch_patches
+
+
+@pytest.mark.parametrize(
+    ("store", "told"),
+    [
+        ("redis://user:hush@host/0", True),
+        ("rediss://:hush@host", True),
+        ("unix://:hush@/run/redis", True),
+        ("redis://host/0?password=hush", True),
+        ("redis://:hu#sh/1@host/0", True),
+        ("redis://:hush@[bad", True),
+        ("redis://user@host:6379/0", False),
+        ("redis://[::1]:6379/0", False),
+        ("shm:///dir?capacity=1M", False),
+        ("file:///run/secrets/store", False),
+        ("redis://[bad", False),
+    ],
+)
+@pytest.mark.parametrize("command", ["encoder", "up"])
+def test_a_password_on_a_command_line_is_warned_of(command, store, told, caplog, monkeypatch):
+    def read(argv):
+        caplog.clear()
+        if command == "encoder":
+            flags.read(command, "", config.EncoderConfig, argv)
+        else:
+            up.main(argv)
+        return caplog.text
+
+    async def run(given):
+        return 0
+
+    monkeypatch.setattr(up, "run", run)
+    text = read(["--store", store])
+    assert bool(text) == told and "hush" not in text and "hu#sh" not in text
+    if told:
+        assert "OPTICNERVE_STORE" in text and "--store file:///PATH" in text
+    monkeypatch.setenv("OPTICNERVE_STORE", store)
+    assert not read([])
+
+
+def test_a_file_may_hold_the_stores_url(tmp_path):
+    file = tmp_path / "store"
+    settings = config.StoreConfig(store=f"file://{file}")
+    file.write_text("redis://:hush@host/0\n")
+    assert settings.read_url() == "redis://:hush@host/0"
+    assert config.StoreConfig(store="redis://host").read_url() == "redis://host"
+    for text in (
+        "",
+        " \n",
+        "redis://:hush@host a",
+        "redis://:hush@a\nshm://",
+        settings.store,
+        "\x80",
+    ):
+        file.write_text(text, encoding="latin-1")
+        with pytest.raises(ConfigError, match=str(file)) as refused:
+            settings.read_url()
+        assert "hush" not in refused.value.message and refused.value.param == "store"
+    file.unlink()
+    for store in (settings.store, "file://host/store", "file:///", "file:/store", "file://store"):
+        with pytest.raises(ConfigError):
+            config.StoreConfig(store=store).read_url()
+
+
+@pytest.mark.parametrize(
+    ("service", "settings"),
+    [
+        (encoder_service.service, config.EncoderConfig),
+        (llm_service.service, config.LLMConfig),
+    ],
+)
+def test_workers_open_the_store_that_a_file_names(tmp_path, service, settings):
+    file = tmp_path / "store"
+    file.write_text(f"shm://{tmp_path}/tier")
+    with contextlib.closing(
+        service._open_store(settings(store=config.StoreConfig(store=f"file://{file}")))
+    ) as store:
+        assert str(store.directory) == f"{tmp_path}/tier"
 
 
 def test_an_option_of_one_name_means_one_thing_everywhere():

@@ -1,6 +1,7 @@
 """``opticnerve.serve`` and ``opticnerve ask`` as clients, without a stack: flags and errors."""
 
 import json
+import os
 from pathlib import Path
 
 import httpx2
@@ -66,6 +67,22 @@ def test_an_error_within_a_stream_keeps_its_fields():
 )
 def test_flags_of_serve(given, flags):
     assert stack._arguments(None, given) == flags
+
+
+def test_serve_shows_no_password_on_a_command_line(monkeypatch):
+    class Caught(Exception):
+        pass
+
+    def popen(command, *, env, **_):
+        raise Caught(command, env)
+
+    monkeypatch.setattr(stack.subprocess, "Popen", popen)
+    with pytest.raises(Caught) as caught, stack.serve(store="redis://:secret@host", encoders=2):
+        pass
+    command, environment = caught.value.args
+    assert "secret" not in " ".join(command) and command[-4:-2] == ["--encoders", "2"]
+    assert environment["OPTICNERVE_STORE"] == "redis://:secret@host"
+    assert environment["PATH"] == os.environ["PATH"]
 
 
 def test_a_stack_that_is_asked_for_wrongly_says_why_in_one_line():

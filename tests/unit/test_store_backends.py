@@ -198,6 +198,7 @@ def test_urls(tmp_path: Path) -> None:
     "url",
     [
         "",
+        "redis://[bad",
         "file:///tmp/x",
         "shm://host/dir",
         "shm:///d?size=3",
