@@ -33,13 +33,13 @@ DESCRIPTION = (
     "listen on loopback, and have metrics at --metrics-host and ports that they print."
 )
 # What `up` itself decides for its children: no flags of its own.
-DECIDED = {"encoder_addresses", "llm_addresses", "advertise"}
+DECIDED = {"encoder_addresses", "llm_addresses", "advertise", "insecure"}
 CLOSE_S = 5.0  # That a child gets to end after its drain.
 STAGES = 3  # Gateway, LLM workers, encoders stop one after another.
 # Names that belong to the gateway when given to `up`; internal services listen on loopback.
 GATEWAY_ONLY = {"host", "port", "advertise", "metrics_port"}
 # Options that name files of secrets, which `up` makes where it is given none, and whose they are.
-SECRETS: dict[str, type] = {}
+SECRETS: dict[str, type] = {"rpc_token_file": config.GatewayConfig}
 
 
 def parser() -> flags.Parser:

@@ -46,7 +46,9 @@ def health(
     elif pairing.missing(pictures=False):
         status = "unavailable"
     else:
-        status = "degraded" if pairing.missing() or store["unreachable_from"] else "ok"
+        workers = [*pairing.encoders.workers, *pairing.llms.workers]
+        hurt = pairing.missing() or store["unreachable_from"] or any(w.fault for w in workers)
+        status = "degraded" if hurt else "ok"
     return 503 if status in ("draining", "unavailable") else 200, {
         "status": status,
         "missing": _missing(pairing, draining),
@@ -97,6 +99,7 @@ def _worker(worker: Worker) -> dict[str, Any]:
     return {
         "address": worker.address,
         "state": worker.state.value,
+        "fault": worker.fault.text if worker.fault else None,
         "pending": worker.pending,
         **{name: value for name, value in told.items() if name not in HIDDEN},
         **extra,

@@ -8,11 +8,16 @@ from gateway.deadline import expired
 from opticnerve.errors import DeviceLost, OpticNerveError, Unavailable
 from opticnerve.rpc.errors import METADATA_KEY, from_rpc
 
-_BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+_BROKEN = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNAUTHENTICATED,  # Of our token, since a moment ago: no fault of our caller's.
+)
 
 
 class WorkerLost(Unavailable):
-    """The call ended without an answer: the worker died, drains, or was never reached.
+    """The call ended without an answer: the worker died, drains, was never reached, or takes no
+    calls of ours.
 
     ``delivered``: it had our request when its connection broke, so the request may be the cause.
     """

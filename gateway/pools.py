@@ -19,7 +19,7 @@ import grpc
 
 from gateway.deadline import Deadline, expired
 from gateway.dispatch import Accepts, Dispatcher, Job
-from gateway.worker import POLL_SERVING_S, Describe, Worker, WorkerState
+from gateway.worker import POLL_SERVING_S, Describe, Fault, Worker, WorkerState
 from opticnerve.errors import Unavailable
 from opticnerve.rpc.channel import is_serving
 
@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 PROBE_TIMEOUT_S = 2.0
 RESOLVE_S = 5.0
 SHOWN = 8  # Addresses of one name in a message.
+REFUSED = Fault(
+    "takes no calls of this gateway: give both the same --rpc-token-file, and start again "
+    "whichever has read an older one"
+)
 FULL_S = (0.05, 5.0)  # Least and most that a worker which refused work is left alone.
 
 
@@ -56,11 +60,14 @@ class WorkerPool:
         addresses: Collection[str],
         describe: Describe,
         changes: Changes | None = None,
+        token: str | None = None,
     ) -> None:
+        """``token``: what calls to the workers carry."""
         self.kind = kind  # "encoder" or "LLM"; for messages.
         self._static = tuple(a for a in addresses if not a.startswith("dns:///"))
         self._names = tuple(a.removeprefix("dns:///") for a in addresses if a.startswith("dns:///"))
         self._describe = describe
+        self._token = token
         self._workers: dict[str, Worker] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.changes = changes or Changes()
@@ -197,7 +204,7 @@ class WorkerPool:
     # ---- watching
 
     def _add(self, address: str) -> None:
-        worker = Worker(address)
+        worker = Worker(address, self._token)
         self._workers[address] = worker
         self._tasks[address] = asyncio.create_task(self._watch(worker))
 
@@ -211,9 +218,11 @@ class WorkerPool:
 
     async def _watch(self, worker: Worker) -> None:
         while True:
-            before = worker.state, worker.description.fingerprint
+            before = worker.state, worker.description.fingerprint, worker.fault
             await self._probe(worker)
-            if (worker.state, worker.description.fingerprint) != before:
+            if worker.fault is not None and worker.fault != before[2]:
+                log.error("%s %s %s", self.kind, worker.address, worker.fault.text)
+            if (worker.state, worker.description.fingerprint, worker.fault) != before:
                 log.info("%s %s: %s", self.kind, worker.address, worker.state.value)
                 self._changed()
                 if worker.state is WorkerState.SERVING and worker.address in self._static:
@@ -249,8 +258,9 @@ class WorkerPool:
                 is_serving(worker.channel, PROBE_TIMEOUT_S),
                 self._describe(worker.channel, PROBE_TIMEOUT_S),
             )
-        except grpc.RpcError:
-            worker.observe(None, serving=False)
+        except grpc.RpcError as error:
+            refused = error.code() is grpc.StatusCode.UNAUTHENTICATED
+            worker.observe(None, serving=False, fault=REFUSED if refused else None)
         except Exception:
             log.exception("%s %s: cannot be described", self.kind, worker.address)
             worker.observe(None, serving=False)

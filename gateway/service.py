@@ -37,6 +37,7 @@ from opticnerve.lifecycle import follow_parent, ignore_hangup, on_hangup
 from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import make_layout
 from opticnerve.rpc.server import handle_signals
+from opticnerve.rpc.token import load_token
 from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ def listen(settings: GatewayConfig, keys: Keys) -> Iterator[socket.socket]:
 @contextlib.asynccontextmanager
 async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gateway]:
     """Everything that requests use; closed at the end. Raises StartupError."""
+    token = load_token(settings.rpc_token_file)
     source = settings.model
     checkpoint = Checkpoint.open(source.model, source.revision, source.download_dir)
     layout = make_layout(checkpoint)
@@ -111,8 +113,8 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
         fetcher = MediaFetcher(settings)
         stack.push_async_callback(fetcher.close)
         changes = Changes()
-        eyes = WorkerPool("encoder", settings.encoder_addresses, encoders.describe, changes)
-        mouths = WorkerPool("LLM", settings.llm_addresses, generation.describe, changes)
+        eyes = WorkerPool("encoder", settings.encoder_addresses, encoders.describe, changes, token)
+        mouths = WorkerPool("LLM", settings.llm_addresses, generation.describe, changes, token)
         for pool in (eyes, mouths):
             await pool.start()
             stack.push_async_callback(pool.close)

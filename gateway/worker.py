@@ -22,6 +22,7 @@ class WorkerState(Enum):
     SERVING = "serving"
     DRAINING = "draining"  # Finishes what it has and takes nothing new.
     DEAD = "dead"  # Was reached once, and is not now.
+    UNUSABLE = "unusable"  # Answers, and can be given no work; its fault says why.
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +50,26 @@ class Description:
     extra: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What somebody has to put right about a worker that answers, in words that say how."""
+
+    text: str
+    usable: bool = False  # Whether it is given work all the same.
+
+
 Describe = Callable[[grpc.aio.Channel, float], Awaitable[Description]]
 
 
 class Worker:
     """One address: its channel, its state, and the cost that we have with it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, token: str | None = None) -> None:
         self.address = address
-        self.channel = open_channel(address)
+        self.channel = open_channel(address, token)
         self.state = WorkerState.STARTING
         self.description = Description()
+        self.fault: Fault | None = None
         self.pending = 0
         self.foreign = 0  # Reported cost that is not ours, at the last report.
         self.last_picked = 0
@@ -93,16 +103,22 @@ class Worker:
         window = self.description.window
         return not window or not self.pending or self.pending + cost <= window
 
-    def observe(self, description: Description | None, *, serving: bool) -> None:
-        """Takes the outcome of one probe. None: not reached."""
+    def observe(
+        self, description: Description | None, *, serving: bool, fault: Fault | None = None
+    ) -> None:
+        """Takes the outcome of one probe. No description: not reached, or refused by it."""
+        self.fault = fault
         if description is not None:
             self.description = description
             self.foreign = max(0, description.cost - self.pending)
-        if serving and description is not None and not description.draining:
+        usable = fault is None or fault.usable
+        if serving and usable and description is not None and not description.draining:
             self.state, self.failures = WorkerState.SERVING, 0
             return
         self.failures += 1
-        if description is not None:
+        if not usable:
+            self.state = WorkerState.UNUSABLE
+        elif description is not None:
             self.state = WorkerState.DRAINING if description.draining else WorkerState.STARTING
         elif self.state is not WorkerState.STARTING:
             self.state = WorkerState.DEAD

@@ -55,13 +55,16 @@ class Fetcher:
         notes: Notes,
         *,
         levels: int = 0,
+        token: str | None = None,
     ) -> None:
+        """``token``: what calls to encoders carry."""
         self._store = store
         self._tier = local_tier(store)
         self._overflow = overflow
         self._hidden_size = hidden_size
         self._levels = levels
         self._notes = notes
+        self._token = token
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="rows")
         self._channels: dict[str, grpc.aio.Channel] = {}  # The one used last stands last.
         self._flights: dict[str, asyncio.Task[None]] = {}
@@ -165,7 +168,7 @@ class Fetcher:
 
     async def _channel(self, address: str) -> grpc.aio.Channel:
         """Encoders come and go under new addresses: those used longest ago are given up."""
-        channel = self._channels.pop(address, None) or open_channel(address)
+        channel = self._channels.pop(address, None) or open_channel(address, self._token)
         self._channels[address] = channel
         while len(self._channels) > MAX_CHANNELS:
             await self._channels.pop(next(iter(self._channels))).close()

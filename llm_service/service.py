@@ -28,6 +28,7 @@ from opticnerve.models.loader import resolve_device, resolve_dtype
 from opticnerve.models.registry import make_layout
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc.server import Server
+from opticnerve.rpc.token import load_token
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,12 @@ class Service:
         overflow = MemoryStore(OVERFLOW_BYTES) if settings.engine == "thread" else None
         notes = Notes()
         fetcher = Fetcher(
-            store, overflow, layout.hidden_size, notes, levels=layout.deepstack_levels
+            store,
+            overflow,
+            layout.hidden_size,
+            notes,
+            levels=layout.deepstack_levels,
+            token=load_token(settings.rpc.rpc_token_file),
         )
         stack.push_async_callback(fetcher.close)
         engine = self._client(store, overflow, notes, stack)

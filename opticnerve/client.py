@@ -28,7 +28,8 @@ picture's embeddings as a tensor that speaks DLPack; such tensors are contents t
 pictures themselves, in any number: ``{id: [picture, ref, tensor]}``. An answer ends where the
 checkpoint says, unless ``Sampling(eos_token_ids=...)`` says otherwise.
 
-``AsyncEncoderClient`` and ``AsyncLLMClient`` are the same with ``await``. Errors are those of
+``AsyncEncoderClient`` and ``AsyncLLMClient`` are the same with ``await``. Workers that were started
+with ``--rpc-token-file`` want it of their clients too: ``rpc_token_file=``. Errors are those of
 ``opticnerve.errors``.
 """
 
@@ -53,7 +54,7 @@ from opticnerve.clients.generation import (
 )
 from opticnerve.clients.llm import AsyncLLMClient, Contents
 from opticnerve.clients.pictures import NO_OVERRIDES, Picture
-from opticnerve.clients.portal import Portal
+from opticnerve.clients.portal import Portal, open_portal
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.embeddings.store import Store
 from opticnerve.media.plan import Overrides
@@ -89,14 +90,20 @@ class EncoderClient:
     """See ``AsyncEncoderClient``."""
 
     def __init__(
-        self, address: str, model: str | Path | Layout | None = None, *, timeout_s: float = 120.0
+        self,
+        address: str,
+        model: str | Path | Layout | None = None,
+        *,
+        timeout_s: float = 120.0,
+        rpc_token_file: str | Path | None = None,
     ) -> None:
         async def make() -> AsyncEncoderClient:  # gRPC's channels belong to the loop they see.
-            return AsyncEncoderClient(address, model, timeout_s=timeout_s)
+            return AsyncEncoderClient(
+                address, model, timeout_s=timeout_s, rpc_token_file=rpc_token_file
+            )
 
-        self._portal = Portal.acquire()
+        self._portal, self.asynchronous = open_portal(make)
         self._open = True
-        self.asynchronous = self._portal.call(make())
 
     def __enter__(self) -> Self:
         return self
@@ -140,6 +147,7 @@ class LLMClient:
         encoder: EncoderClient | None = None,
         store: Store | None = None,
         timeout_s: float = 600.0,
+        rpc_token_file: str | Path | None = None,
     ) -> None:
         async def make() -> AsyncLLMClient:
             return AsyncLLMClient(
@@ -147,11 +155,11 @@ class LLMClient:
                 encoder=encoder.asynchronous if encoder else None,
                 store=store,
                 timeout_s=timeout_s,
+                rpc_token_file=rpc_token_file,
             )
 
-        self._portal = Portal.acquire()
+        self._portal, self.asynchronous = open_portal(make)
         self._open = True
-        self.asynchronous = self._portal.call(make())
 
     def __enter__(self) -> Self:
         return self

@@ -60,6 +60,10 @@ _parent = partial(_address, metavar="PID", hidden=True)
 LEAST_IMAGE_PIXELS = 64 * 64  # As a limit: an encoder tries itself on such a picture at start.
 LEAST_DECODE_PASSES = 2**20  # Likewise; what the markers of an ordinary picture may take.
 STOP_HELP = "how long running requests may go on after SIGTERM or Ctrl-C; a second one ends them"
+TOKEN_HELP = (
+    "file of the token that the gateway's and its workers' calls to each other carry: one secret "
+    "for all of them, such as `openssl rand -hex 32` makes; `up` makes its own"
+)
 MANY_HELP = "HOST:PORT, or dns:///NAME:PORT for all behind a name, of which NAME:PORT is one"
 
 
@@ -118,8 +122,29 @@ class RpcConfig:
         "or IP and a port from 1 to 65535, no wildcard such as 0.0.0.0",
         check=addresses.check_advertised,
     )
+    rpc_token_file: str | None = _address(None, TOKEN_HELP, metavar="FILE")
+    insecure: bool = _address(
+        False,
+        "listen beyond this machine without --rpc-token-file: where the network keeps out whoever "
+        "may not use this worker",
+    )
+    reflection: bool = _address(
+        False, "answer gRPC's reflection, by which tools like grpcurl see what can be called"
+    )
     drain_timeout_s: float = _address(15.0, STOP_HELP, metavar="SECONDS")
     parent_pid: int = _parent(0, "end when this process is gone; set by whoever starts this one")
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where anybody on the network could use the worker and nobody said
+        that this is meant."""
+        if self.rpc_token_file or self.insecure or addresses.is_loopback(self.host):
+            return
+        raise ConfigError(
+            f"at --host {self.host} whoever reaches the port could use this worker: give it and "
+            "all that call it one --rpc-token-file FILE (`openssl rand -hex 32 > FILE`), or, where "
+            "the network keeps others out, --insecure",
+            param="rpc_token_file",
+        )
 
 
 @dataclass(frozen=True)
@@ -272,6 +297,7 @@ class GatewayConfig:
     llm_addresses: tuple[str, ...] = _workers(
         (), f"LLM workers: {MANY_HELP}", metavar="HOST:PORT,...", check=addresses.check_name
     )
+    rpc_token_file: str | None = _workers(None, TOKEN_HELP, metavar="FILE")
     worker_wait_s: float = _workers(
         120.0, "how long a request waits while no worker is up", metavar="SECONDS"
     )

@@ -165,10 +165,12 @@ async def running(
     workers: int = 2,
     drain_timeout_s: float = 10.0,
     pair_id: str = "pair",
+    rpc: RpcConfig | None = None,
 ) -> AsyncIterator[Running]:
     backend = backend or FakeBackend()
     store = store or MemoryStore()
-    async with Server(RpcConfig(drain_timeout_s=drain_timeout_s), SERVICE) as server:
+    rpc = rpc or RpcConfig(drain_timeout_s=drain_timeout_s)
+    async with Server(rpc, SERVICE) as server:
         servicer = EncoderServicer(server)
         encoder_pb2_grpc.add_EncoderServicer_to_server(servicer, server.grpc)
         await server.start()

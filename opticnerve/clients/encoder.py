@@ -29,6 +29,7 @@ from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import chunks, open_channel
 from opticnerve.rpc.errors import from_rpc
+from opticnerve.rpc.token import load_token
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +39,9 @@ class AsyncEncoderClient:
     """Pictures to embeddings, by one encoder at ``address`` (host:port).
 
     ``model`` is the encoder's checkpoint as it is given to services (a directory, a hub id, None:
-    the built-in demo) or its layout: pictures are planned and named on this side. Errors are
-    those of ``opticnerve.errors``. Close it, or use it as a context manager.
+    the built-in demo) or its layout: pictures are planned and named on this side.
+    ``rpc_token_file`` is the encoder's own. Errors are those of ``opticnerve.errors``. Close it, or
+    use it as a context manager.
     """
 
     def __init__(
@@ -48,13 +50,16 @@ class AsyncEncoderClient:
         model: str | Path | Layout | None = None,
         *,
         timeout_s: float = 120.0,
+        rpc_token_file: str | Path | None = None,
     ) -> None:
         self.address = address
         self.timeout_s = timeout_s
         self._model = model
         self._layout: Layout | None = None
         self._fingerprint = ""
-        self._channel = open_channel(address)
+        self._others: set[str] = set()  # Addresses that the encoder itself said to fetch from.
+        self._token = load_token(rpc_token_file)
+        self._channel = open_channel(address, self._token)
         self._stub = encoder_pb2_grpc.EncoderStub(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -130,6 +135,7 @@ class AsyncEncoderClient:
         except grpc.RpcError as error:
             raise from_rpc(error) from error
         ref = convert.ref_from_pb(answer.ref)
+        self._others.add(ref.location.fetch_address)
         return EncodedPicture(
             key=ref.key,
             fingerprint=ref.fingerprint,
@@ -141,10 +147,12 @@ class AsyncEncoderClient:
         )
 
     async def _fetch_bytes(self, ref: EmbeddingRef) -> bytes:
+        """The token goes to no address but the encoder's, and those that the encoder has named: a
+        reference may have come from anybody."""
         address = ref.location.fetch_address
         if address in ("", self.address):
             return await self._fetch_from(self._stub, ref.key)
-        channel = open_channel(address)
+        channel = open_channel(address, self._token if address in self._others else None)
         try:
             return await self._fetch_from(encoder_pb2_grpc.EncoderStub(channel), ref.key)
         finally:

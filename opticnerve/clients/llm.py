@@ -8,6 +8,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
@@ -46,6 +47,7 @@ from opticnerve.pb import llm_pb2, llm_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import open_channel
 from opticnerve.rpc.errors import from_rpc
+from opticnerve.rpc.token import load_token
 
 MAX_INLINE_BYTES = 7 * 2**20  # A message holds 8 MiB.
 START_INLINE_BYTES = 2**20  # Of tensors in the first message.
@@ -68,7 +70,8 @@ class AsyncLLMClient:
     ``encoder`` is used for contents that are pictures, and to encode them again when the worker
     has lost their rows. ``store`` (from ``opticnerve.embeddings.open.open_store``) carries the
     caller's own tensors when they are too large for a message; the worker must reach the same
-    one. Both are the caller's to close. Errors are those of ``opticnerve.errors``.
+    one. Both are the caller's to close. ``rpc_token_file`` is the worker's own. Errors are those of
+    ``opticnerve.errors``.
     """
 
     def __init__(
@@ -78,12 +81,13 @@ class AsyncLLMClient:
         encoder: AsyncEncoderClient | None = None,
         store: Store | None = None,
         timeout_s: float = 600.0,
+        rpc_token_file: str | Path | None = None,
     ) -> None:
         self.address = address
         self.timeout_s = timeout_s
         self._encoder = encoder
         self._store = store
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, load_token(rpc_token_file))
         self._stub = llm_pb2_grpc.LLMStub(self._channel)
 
     async def __aenter__(self) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from typing import Any, Final, TypeVar
 
 R = TypeVar("R")
@@ -81,6 +81,16 @@ class Portal:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
+
+
+def open_portal(make: Callable[[], Coroutine[Any, Any, R]]) -> tuple[Portal, R]:
+    """The portal, and what ``make`` makes on its loop; a failure releases the portal again."""
+    portal = Portal.acquire()
+    try:
+        return portal, portal.call(make())
+    except BaseException:
+        Portal.release()
+        raise
 
 
 async def _next(source: AsyncGenerator[R, None]) -> R | _End:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import grpc
 from grpc_health.v1 import health_pb2
 
+from opticnerve.rpc.token import TokenChannel
+
 CHUNK_BYTES = 2**20
 
 CHANNEL_OPTIONS = [
@@ -21,9 +23,10 @@ CHANNEL_OPTIONS = [
 ]
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A lazily connected channel to host:port; the caller closes it."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def open_channel(address: str, token: str | None = None) -> grpc.aio.Channel:
+    """A lazily connected channel to host:port; its calls carry ``token``. The caller closes it."""
+    channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return channel if token is None else TokenChannel(channel, token)
 
 
 def chunks(data: bytes, size: int = CHUNK_BYTES) -> Iterator[bytes]:

@@ -1,11 +1,11 @@
 """A gRPC server's life: start, serve, drain. The same for every internal service.
 
-Health (``grpc.health.v1``) is NOT_SERVING until ``ready()`` and again while draining; reflection
-is on. SIGTERM and SIGINT drain: health goes NOT_SERVING, new calls are refused, running calls get
-``drain_timeout_s`` and then end with Unavailable (``opticnerve.drain``); a second signal ends them
-now. Before ``ready()`` there is nothing to drain: what was opened is closed, and the process ends.
-In a process started by ``opticnerve up`` the parent's end is such a signal
-(``opticnerve.lifecycle``).
+Every call but the health check's carries the token of ``--rpc-token-file``, where there is one.
+Health (``grpc.health.v1``) is NOT_SERVING until ``ready()`` and again while draining. SIGTERM and
+SIGINT drain: health goes NOT_SERVING, new calls are refused, running calls get ``drain_timeout_s``
+and then end with Unavailable (``opticnerve.drain``); a second signal ends them now. Before
+``ready()`` there is nothing to drain: what was opened is closed, and the process ends. In a process
+started by ``opticnerve up`` the parent's end is such a signal (``opticnerve.lifecycle``).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from opticnerve import addresses
 from opticnerve.config import RpcConfig
 from opticnerve.drain import LAST_WORDS_S, Running
 from opticnerve.errors import ConfigError
+from opticnerve.rpc.token import TokenGuard, load_token
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,12 @@ class Server:
     """
 
     def __init__(self, config: RpcConfig, service: str) -> None:
+        """Raises ConfigError for a token that cannot be read."""
         self.config = config
         self.service = service
-        self.grpc = grpc.aio.server(options=SERVER_OPTIONS)
+        token = load_token(config.rpc_token_file)
+        guards = () if token is None else (TokenGuard(token),)
+        self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=guards)
         self.port = 0
         self.draining = False
         self.running = Running("the worker")
@@ -93,8 +97,9 @@ class Server:
     async def start(self) -> None:
         """Binds and listens, NOT_SERVING. Raises ConfigError where the address cannot be had."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
-        names = (self.service, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
-        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self.grpc)
+        if self.config.reflection:
+            names = (self.service, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self.grpc)
         await self._set_health(serving=False)
         addresses.check_free(self.config.host, self.config.port)  # gRPC would not say why.
         try:
@@ -106,7 +111,17 @@ class Server:
         self._starting = asyncio.current_task()
         self._signals.enter_context(handle_signals(self._on_signal, self._on_second))
         print(f"listening {self.address}", flush=True)  # `opticnerve up` reads this line.
-        if addresses.is_wildcard(self.config.host) and not self.config.advertise:
+        self._warn_of_exposure()
+
+    def _warn_of_exposure(self) -> None:
+        host = self.config.host
+        if self.config.rpc_token_file is None and not addresses.is_loopback(host):
+            log.warning(
+                "listening on %s without --rpc-token-file: whoever reaches the port may use this "
+                "worker (--insecure)",
+                host,
+            )
+        if addresses.is_wildcard(host) and not self.config.advertise:
             log.warning(
                 "listening on every interface, and known to others as %s, where only this machine "
                 "reaches it; where others are to, set --advertise HOST:PORT, such as %s",

@@ -4,6 +4,8 @@ import io
 import json
 import subprocess
 
+import grpc
+import httpx2
 import pytest
 from PIL import Image, ImageDraw
 
@@ -197,3 +199,17 @@ def test_serve_chats_as_a_batch(stack):
         [("What do you see?", PICTURES / "star.png"), "Spell OCEAN."], temperature=0
     )
     assert answers == [STAR, "O C E A N"]
+
+
+def test_the_stacks_workers_take_no_calls_of_strangers(stack):
+    told = httpx2.get(f"{stack.url}/health", trust_env=False).json()
+    for kind, service in (("encoders", "Encoder"), ("llms", "LLM")):
+        (worker,) = told[kind]["workers"]
+        assert worker["state"] == "serving" and worker["fault"] is None
+        with (
+            grpc.insecure_channel(worker["address"]) as channel,
+            pytest.raises(grpc.RpcError) as caught,
+        ):
+            channel.unary_unary(f"/opticnerve.v1.{service}/Describe")(b"", timeout=60)
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert "--rpc-token-file" in caught.value.details()

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,17 @@ def tier_of(stack):
     """The directory of the stack's own store, as its children were told."""
     line = next(line for line in processes(stack.process.pid).values() if "encoder_service" in line)
     return Path(re.search(r"--store shm://(\S+)", line)[1])
+
+
+def token_of(stack):
+    """The file of the token that its children's calls to each other carry."""
+    files = {
+        re.search(r"--rpc-token-file (\S+)", line)[1]
+        for line in processes(stack.process.pid).values()
+        if re.search("encoder_service|llm_service|gateway", line)
+    }
+    (file,) = files  # The same for all.
+    return Path(file)
 
 
 def children_of(up):
@@ -38,11 +50,12 @@ def nothing_is_left(**flags):
     """A stack whose end leaves no process, no port and no file."""
     port = free_port()
     with opticnerve.serve(port=port, **flags) as stack:
-        up, tier = stack.process.pid, tier_of(stack)
+        up, tier, token = stack.process.pid, tier_of(stack), token_of(stack)
         assert len(children_of(up)) == 3 and tier.is_dir()
+        assert stat.S_IMODE(token.stat().st_mode) == 0o600
         yield stack
     assert not children_of(up)
-    assert not tier.exists()
+    assert not tier.exists() and not token.parent.exists()
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", port))

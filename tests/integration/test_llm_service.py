@@ -762,7 +762,10 @@ def test_a_lost_engine_ends_the_process(demo: Demo, tmp_path: Path) -> None:
         (["--max-model-len", "99999999"], "exceeds the model's"),
         (["--engine", "process", "--store", "memory://"], "processes share"),
         (["--store", "file:///x"], "the store is"),
-        (["--kv-cache-tokens", "16", "--port", "1", "--host", "203.0.113.1"], "cannot listen"),
+        (
+            ["--kv-cache-tokens", "16", "--port", "1", "--host", "203.0.113.1", "--insecure"],
+            "cannot listen",
+        ),
     ],
 )
 def test_what_cannot_start_says_why(flags: list[str], text: str, tmp_path: Path) -> None:

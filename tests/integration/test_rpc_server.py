@@ -19,6 +19,7 @@ from opticnerve.rpc import errors as rpc_errors
 from opticnerve.rpc import server as rpc_server
 from opticnerve.rpc.channel import CHANNEL_OPTIONS, chunks, is_serving, open_channel
 from opticnerve.rpc.server import Server, handle_signals
+from opticnerve.secret import make_secret
 
 SERVICE = "opticnerve.v1.Encoder"
 
@@ -308,14 +309,16 @@ async def started(**config):
 
 
 def test_every_interface_without_an_address_for_others_is_warned_of(caplog):
-    address, port = asyncio.run(started(host="0.0.0.0"))
+    address, port = asyncio.run(started(host="0.0.0.0", insecure=True))
     assert address == f"127.0.0.1:{port}"  # One machine goes on working.
-    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert "--advertise HOST:PORT" in warning and address in warning
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "--advertise HOST:PORT" in warnings[1] and address in warnings[1]
+    assert "--rpc-token-file" in warnings[0] and len(warnings) == 2
 
 
 @pytest.mark.parametrize("config", [{}, {"host": "0.0.0.0", "advertise": "encoder-1:7001"}])
-def test_addresses_that_others_can_use_are_not_warned_of(config, caplog):
+def test_addresses_that_others_can_use_are_not_warned_of(config, caplog, tmp_path):
+    config = {**config, "rpc_token_file": str(make_secret(tmp_path, "token"))}
     address, port = asyncio.run(started(**config))
     assert address == config.get("advertise", f"127.0.0.1:{port}")
     assert not caplog.records
@@ -324,12 +327,12 @@ def test_addresses_that_others_can_use_are_not_warned_of(config, caplog):
 @pytest.mark.skipif(not has_ipv6(), reason="no IPv6 loopback here")
 @pytest.mark.parametrize("host", ["::1", "[::1]", "::"])
 def test_ipv6(host):
-    address, port = asyncio.run(started(host=host))
+    address, port = asyncio.run(started(host=host, insecure=True))
     assert address == (f"127.0.0.1:{port}" if host == "::" else f"[::1]:{port}")
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
 def test_a_host_that_is_not_here_is_named(host, capfd):
     with pytest.raises(ConfigError, match=rf"cannot listen on {host}:0: .*see --host"):
-        asyncio.run(started(host=host))
+        asyncio.run(started(host=host, insecure=True))
     assert capfd.readouterr().err == ""  # Nor does gRPC's library add anything.

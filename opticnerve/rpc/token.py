@@ -1,0 +1,124 @@
+"""The token that calls between our processes carry (``--rpc-token-file``): servers ask for it,
+channels send it, as ``authorization: Bearer TOKEN``. It is never logged.
+
+It says who may call, and hides nothing: calls are not encrypted.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
+
+import grpc
+
+from opticnerve.errors import Unauthenticated
+from opticnerve.rpc.errors import abort
+from opticnerve.secret import read_secret
+
+OPTION = "rpc_token_file"
+HEADER = "authorization"
+# Probes have no token: of the standard health check, and of nothing else.
+OPEN_METHODS = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
+
+if TYPE_CHECKING:
+    Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
+
+
+def load_token(path: str | Path | None) -> str | None:
+    """The token in the file that ``--rpc-token-file`` names; None for none. Raises ConfigError."""
+    return None if path is None else read_secret(str(path), OPTION)
+
+
+class TokenGuard(grpc.aio.ServerInterceptor):
+    """Refuses every call that does not carry ``token``, before it reads anything of it."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token.encode()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        if handler_call_details.method in OPEN_METHODS:
+            return await continuation(handler_call_details)
+        given = list(_tokens(handler_call_details.invocation_metadata))
+        if any(hmac.compare_digest(self._token, each) for each in given):
+            return await continuation(handler_call_details)
+        return _refusal("another one" if given else "none")
+
+
+class TokenChannel(grpc.aio.Channel):
+    """A channel whose calls carry ``token``; it owns ``channel``.
+
+    No interceptor: behind one, a write to a call returns before gRPC has taken the message, and
+    callers could not tell what was delivered when a connection breaks.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, token: str) -> None:
+        self._channel = channel
+        self._metadata = ((HEADER, f"Bearer {token}"),)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self, grace: float | None = None) -> None:
+        await self._channel.close(grace)
+
+    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
+        return self._channel.get_state(try_to_connect)
+
+    async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
+        await self._channel.wait_for_state_change(last_observed_state)
+
+    async def channel_ready(self) -> None:
+        await self._channel.channel_ready()
+
+    def unary_unary(self, *method: Any, **kind: Any) -> Any:
+        return partial(self._channel.unary_unary(*method, **kind), metadata=self._metadata)
+
+    def unary_stream(self, *method: Any, **kind: Any) -> Any:
+        return partial(self._channel.unary_stream(*method, **kind), metadata=self._metadata)
+
+    def stream_unary(self, *method: Any, **kind: Any) -> Any:
+        return partial(self._channel.stream_unary(*method, **kind), metadata=self._metadata)
+
+    def stream_stream(self, *method: Any, **kind: Any) -> Any:
+        return partial(self._channel.stream_stream(*method, **kind), metadata=self._metadata)
+
+
+def _tokens(metadata: Iterable[tuple[str, str | bytes]]) -> Iterable[bytes]:
+    """What a call brings as its token."""
+    for name, value in metadata:
+        if name == HEADER:
+            text = value if isinstance(value, str) else value.decode("latin-1")
+            scheme, _, token = text.partition(" ")
+            if scheme.lower() == "bearer":
+                yield token.strip().encode("utf-8", "replace")
+
+
+def _refusal(brought: str) -> Handler:
+    """A handler for any method. As one of streams it runs when the call begins, and waits for no
+    message of a caller that has no business here."""
+    error = Unauthenticated(
+        f"this process takes calls that carry the token of its --rpc-token-file, and this one "
+        f"carries {brought}; give the caller the same file",
+        code="invalid_rpc_token",
+    )
+
+    async def refuse(messages: AsyncIterator[bytes], context: Any) -> None:
+        await abort(context, error)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
