@@ -33,7 +33,7 @@ from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.redis_store import RedisStore
 from opticnerve.embeddings.shm import ShmStore
 from opticnerve.embeddings.tier import create_tier_directory, remove_tier
-from tests.redis import RedisServer, find_redis_server
+from tests.redis import PATIENT, RedisServer, find_redis_server
 
 ROWS, COLUMNS = 1369, 3584
 DISTINCT = 12  # Embeddings in turn: more than caches hold.
@@ -117,8 +117,8 @@ def measure_memory(bench: Bench, store: MemoryStore, rounds: int) -> None:
 
 def measure_redis(bench: Bench, rounds: int) -> None:
     with RedisServer() as server:
-        writer = open_store(server.url + "?local=memory://")
-        reader = open_store(server.url + "?local=memory://")
+        writer = open_store(f"{server.url}?local=memory://&{PATIENT}")
+        reader = open_store(f"{server.url}?local=memory://&{PATIENT}")
         assert isinstance(writer, RedisStore)
         assert isinstance(reader, RedisStore)
         for i in range(rounds):

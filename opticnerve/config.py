@@ -153,8 +153,9 @@ class StoreConfig:
 
     store: str = _store(
         "shm://",
-        "shm://[DIR][?capacity=SIZE] (one machine), redis:// or rediss:// (many), memory://, or "
-        "file:///PATH of a file that holds one of these, for a URL with a password",
+        "shm://[DIR][?capacity=SIZE] (one machine), redis:// or rediss:// (many), with "
+        "?socket_timeout=SECONDS where it is far away, memory://, or file:///PATH of a file that "
+        "holds one of these, for a URL with a password",
         metavar="URL",
         secret=True,
     )

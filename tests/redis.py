@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 
@@ -14,6 +16,7 @@ import redis
 from tests.system import free_port
 
 START_S = 60.0
+PATIENT = "socket_timeout=30&socket_connect_timeout=30"  # In a URL: a busy server is not down.
 PORTS_TRIED = 5
 
 
@@ -86,12 +89,28 @@ class RedisServer:
                 raise redis.ConnectionError("redis-server has ended")
             return
 
+    def hang(self) -> None:
+        """Stops the process without ending it: connections stay open, and nothing is answered."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
     def stop(self) -> None:
         """Kills the server; what it held is gone."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+def commands(client: redis.Redis) -> Counter[str]:
+    """How often a server has run each command that stores send."""
+    stats = client.info("commandstats")
+    names = ("get", "expire", "exists", "set", "del")
+    return Counter({name: stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in names})
 
 
 def find_redis_server() -> str | None:

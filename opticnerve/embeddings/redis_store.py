@@ -1,9 +1,11 @@
 """``redis://`` and ``rediss://``: the same bytes in Redis, with a local tier of what was fetched.
 
 What is put goes to the local tier and to Redis; what is fetched is kept in the local tier. Redis
-is a convenience, never a dependency: when it is down, slow or refuses us, that is a miss, said
-once in the log, and for ``PAUSE_S`` nobody asks it again. It is asked for a sign of life when the
-store is opened and every ``WATCH_S``, so that its state is known before it is needed.
+is a convenience, never a dependency: when it is down, hangs or refuses us, that is a miss, said
+once in the log. It is asked for a sign of life when the store is opened and every ``WATCH_S``, so
+that its state is known before it is needed; while it fails nobody else asks it, so that what it
+costs a request is ``ANSWER_TIMEOUT_S``, once. A server that answers and refuses writes (it is full,
+or a replica) is read from and not written to.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, TypeVar
 
 import redis
@@ -32,10 +35,12 @@ from opticnerve.embeddings.store import Entry, StoreState, check_key
 from opticnerve.errors import EmbeddingCorrupt, StoreError
 
 PREFIX = "on:v1:emb:"
-CONNECT_TIMEOUT_S = 0.5
-ANSWER_TIMEOUT_S = 2.0
-PAUSE_S = 2.0  # Without Redis after a failure.
-WATCH_S = 5.0
+PROBE = PREFIX + "probe"  # No embedding's, and never there.
+# Tens of milliseconds: a server that takes longer is not much quicker than encoding again.
+CONNECT_TIMEOUT_S = 0.08
+ANSWER_TIMEOUT_S = 0.08  # Until the next bytes of an answer.
+SEND_TIMEOUT_S = 2.0  # Until all bytes of an embedding are sent: MAX_BYTES over 1 Gbit/s.
+WATCH_S = 1.0
 WARN_EVERY_S = 30.0  # At most, where it comes and goes.
 MAX_BYTES = 128 * 2**20  # Of one embedding; larger ones travel by Fetch.
 
@@ -45,7 +50,8 @@ T = TypeVar("T")
 
 
 class RedisStore:
-    """``url`` as redis-py reads it, credentials included; they are never logged.
+    """``url`` as redis-py reads it, credentials included; they are never logged. With its
+    ``socket_timeout`` and ``socket_connect_timeout``, in seconds, a server far away gets longer.
 
     Says in the log whether the server fails already; that takes as long as connecting. Owns
     ``local``. ``ttl_s``: seconds that Redis keeps an embedding after its last use.
@@ -65,15 +71,28 @@ class RedisStore:
         self.tier_id = local.tier_id
         self.max_bytes = max_bytes
         self._ttl_s = ttl_s
-        self._client = redis.Redis.from_url(
-            url,
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            socket_timeout=ANSWER_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+        self._client = _client(url)
+        self._sender = _client(url)
+        timeouts = self._sender.connection_pool.connection_kwargs
+        timeouts["socket_timeout"] = max(SEND_TIMEOUT_S, timeouts["socket_timeout"])
+        name = _shown(url, self._client)
+        self._server = Breaker(
+            name,
+            (RedisError, OSError),
+            "fails (%s): until it answers, look-ups there are misses, and embeddings travel by "
+            "Fetch from the encoder that made them",
+            "answers again",
         )
-        self._breaker = Breaker(_shown(url, self._client))
+        self._writes = Breaker(  # Called within ``_server``.
+            name,
+            (ResponseError,),
+            "refuses writes (%s): it is full, a replica or forbids them. Until it takes them, new "
+            "embeddings travel by Fetch from the encoder that made them; where it is full, a "
+            "maxmemory-policy such as allkeys-lru makes room",
+            "takes writes again",
+        )
         self._closed = threading.Event()
-        self._greet()
+        self._look()
         threading.Thread(target=self._watch, name="redis-watch", daemon=True).start()
 
     def put(self, key: str, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, str]) -> None:
@@ -123,7 +142,7 @@ class RedisStore:
                     pipeline.exists(PREFIX + key)
                 return pipeline.execute()
 
-        there = self._breaker.call(ask) or [0] * len(missing)
+        there = self._server.call(ask) or [0] * len(missing)
         return found | {key for key, yes in zip(missing, there, strict=True) if yes}
 
     def lease(self, key: str, num_bytes: int) -> AbstractContextManager[None]:
@@ -134,7 +153,7 @@ class RedisStore:
 
     @property
     def state(self) -> StoreState:
-        return StoreState("redis", reachable=not self._breaker.failing)
+        return StoreState("redis", reachable=not self._server.failing)
 
     def stored_bytes(self) -> int:
         return self.local.stored_bytes()
@@ -143,20 +162,32 @@ class RedisStore:
         try:
             self.local.delete(key)
         finally:
-            self._breaker.call(lambda: self._client.delete(PREFIX + key))
+            delete = partial(self._client.delete, PREFIX + key)  # A full server does so, too.
+            self._server.call(lambda: self._writes.attempt(delete))
 
     def close(self) -> None:
         self._closed.set()
-        with contextlib.suppress(RedisError):
-            self._client.close()
+        for client in (self._client, self._sender):
+            with contextlib.suppress(RedisError):
+                client.close()
         self.local.close()
-
-    def _greet(self) -> None:
-        self._breaker.call(self._client.ping)
 
     def _watch(self) -> None:
         while not self._closed.wait(WATCH_S):
-            self._greet()
+            try:
+                self._look()
+            except Exception:  # Nobody else would notice that Redis answers again.
+                log.exception("asking Redis for a sign of life failed")
+
+    def _look(self) -> None:
+        """Asks for what embeddings need: an answer to a GET, and a SET that is not refused."""
+        self._server.probe(lambda: self._client.get(PROBE))
+        if self._writes.failing:
+            self._server.call(lambda: self._writes.probe(self._try_write))
+
+    def _try_write(self) -> object:
+        """Refused like any SET, and stores nothing: there is no such key."""
+        return self._client.set(PROBE, b"", xx=True)
 
     def _keep(self, write: Callable[[], None]) -> bool:
         """Writes to the local tier; a full one is no reason to fail while Redis has the bytes."""
@@ -172,10 +203,10 @@ class RedisStore:
 
         def write() -> bool:
             if not self._client.expire(PREFIX + key, self._ttl_s):
-                self._client.set(PREFIX + key, data(), ex=self._ttl_s, nx=True)
+                self._sender.set(PREFIX + key, data(), ex=self._ttl_s, nx=True)
             return True
 
-        return bool(self._breaker.call(write))
+        return bool(self._server.call(lambda: self._writes.call(write)))
 
     def _fetch(self, key: str) -> bytes | None:
         """Checked bytes in Redis. Raises EmbeddingCorrupt."""
@@ -185,14 +216,14 @@ class RedisStore:
                 pipeline.get(PREFIX + key)
                 pipeline.expire(PREFIX + key, self._ttl_s)
                 answers = pipeline.execute(raise_on_error=False)
-            if _is_wrong_type(answers[0]):
+            found = answers[0]  # What a replica says of EXPIRE does not matter.
+            if _is_wrong_type(found):
                 return b""  # No failure of the server, but a value that is no embedding.
-            for answer in answers:
-                if isinstance(answer, Exception):
-                    raise answer
-            return answers[0]
+            if isinstance(found, Exception):
+                raise found
+            return found
 
-        data = self._breaker.call(read)
+        data = self._server.call(read)
         if data is None:
             return None
         codec.parse(data, len(data))
@@ -210,49 +241,65 @@ class RedisStore:
 
 
 class Breaker:
-    """Calls Redis unless it failed just now; a failure is None, and a warning until it answers."""
+    """Asks Redis until it fails: from then on only ``probe`` does, and its success ends that.
 
-    def __init__(self, name: str) -> None:
+    ``errors`` are what failing is; others pass. ``lost``, with the error's class for its ``%s``,
+    is a warning when it begins to fail, ``again`` what is said when it no longer does.
+    """
+
+    def __init__(
+        self, name: str, errors: tuple[type[Exception], ...], lost: str, again: str
+    ) -> None:
         self.failing = False
         self._name = name
-        self._lock = threading.Lock()
-        self._closed_until = 0.0
+        self._errors = errors
+        self._lost = lost
+        self._again = again
+        self._lock = threading.Lock()  # Guards ``failing`` and those below.
         self._warned_at = -math.inf
         self._warned = False  # Of the failure that lasts.
 
     def call(self, operation: Callable[[], T]) -> T | None:
-        if time.monotonic() < self._closed_until:
-            return None
+        """What ``operation`` returns; None, and nobody is asked, while Redis fails."""
+        return None if self.failing else self.attempt(operation)
+
+    def attempt(self, operation: Callable[[], T]) -> T | None:
+        """The same, asking even while it fails: what is late is no sign that it no longer does."""
         try:
-            result = operation()
-        except (RedisError, OSError) as error:
+            return operation()
+        except self._errors as error:
             self._failed(error)
             return None
-        if self.failing:
+
+    def probe(self, operation: Callable[[], object]) -> None:
+        """For the watch alone: asks, and is the judge of it."""
+        if self.attempt(lambda: (operation(),)) is not None and self.failing:
             self._recovered()
-        return result
 
     def _failed(self, error: Exception) -> None:
         with self._lock:
             now = time.monotonic()
             self.failing = True
-            self._closed_until = now + PAUSE_S
             if self._warned or now - self._warned_at < WARN_EVERY_S:
                 return
             self._warned, self._warned_at = True, now
         # Only the error's class: what a server says of credentials is none of the log's business.
-        log.warning(
-            "Redis at %s fails (%s): until it answers, look-ups there are misses, and embeddings "
-            "travel by Fetch from the encoder that made them",
-            self._name,
-            type(error).__name__,
-        )
+        log.warning("Redis at %s " + self._lost, self._name, type(error).__name__)
 
     def _recovered(self) -> None:
         with self._lock:
             told, self._warned, self.failing = self._warned, False, False
         if told:
-            log.info("Redis at %s answers again", self._name)
+            log.info("Redis at %s %s", self._name, self._again)
+
+
+def _client(url: str) -> redis.Redis:
+    return redis.Redis.from_url(
+        url,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=ANSWER_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+    )
 
 
 def _is_wrong_type(answer: Any) -> bool:

@@ -6,7 +6,7 @@ import redis
 import opticnerve
 from tests.e2e.conftest import user
 from tests.e2e.faults import ask, picture
-from tests.redis import RedisServer, find_redis_server
+from tests.redis import PATIENT, RedisServer, find_redis_server
 
 pytestmark = pytest.mark.skipif(
     find_redis_server() is None, reason="redis-server is not installed: make redis"
@@ -16,7 +16,7 @@ STAR = "A large red star in the center."
 
 def store(server, directory):
     """The URL of Redis with a local tier that no other process of this user shares."""
-    return f"{server.url}?local=shm://{directory}"
+    return f"{server.url}?local=shm://{directory}&{PATIENT}"
 
 
 def test_requests_go_on_when_redis_stops_and_when_it_returns(tmp_path):

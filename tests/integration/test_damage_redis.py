@@ -23,7 +23,7 @@ from tests.damage import UNREADABLE
 from tests.encoders import FakeBackend, Running
 from tests.integration.test_damage import ask, gateway
 from tests.llms import Worker
-from tests.redis import RedisServer, find_redis_server
+from tests.redis import PATIENT, RedisServer, find_redis_server
 
 pytestmark = [
     pytest.mark.redis,
@@ -68,6 +68,11 @@ class Stack:
         (name,) = self.client.keys(PREFIX + "*")
         return name, self.client.get(name)
 
+    def empty_tiers(self) -> None:
+        for tier in self.tiers:
+            for path in tier.glob("*.safetensors"):
+                path.unlink()
+
     def plant(self, data: bytes, *, in_tiers: bool) -> None:
         """``data`` in place of the only embedding: in Redis, and in each tier or in none."""
         name, _ = self.stored()
@@ -80,10 +85,13 @@ class Stack:
 
 
 @contextlib.asynccontextmanager
-async def stack(directory: Path, server: RedisServer, *, together: bool) -> AsyncIterator[Stack]:
-    """``together``: encoder and LLM are on one machine, and share its tier."""
+async def stack(
+    directory: Path, server: RedisServer, *, together: bool, options: str = f"&{PATIENT}"
+) -> AsyncIterator[Stack]:
+    """``together``: encoder and LLM are on one machine, and share its tier. ``options``: of the
+    stores' URLs."""
     tiers = [directory / "tier" if together else directory / name / "tier" for name in "ab"]
-    urls = [f"{server.url}?local=shm://{tier}" for tier in tiers]
+    urls = [f"{server.url}?local=shm://{tier}{options}" for tier in tiers]
     store = open_store(urls[0])
     assert isinstance(store, RedisStore) and isinstance(store.local, ShmStore)
     async with (

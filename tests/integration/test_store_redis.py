@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from opticnerve.embeddings.redis_store import PREFIX, RedisStore
 from opticnerve.embeddings.store import StoreState
 from opticnerve.errors import ConfigError, EmbeddingCorrupt, StoreError
 from tests.damage import UNREADABLE
-from tests.redis import RedisServer, find_redis_server
+from tests.redis import RedisServer, commands, find_redis_server
 from tests.system import wait_for
 
 pytestmark = [
@@ -32,6 +33,9 @@ def key(number: int) -> str:
 
 def rows(number: int) -> dict[str, torch.Tensor]:
     return {"rows": torch.full((8, 512), float(number)).bfloat16()}
+
+
+TIMEOUTS = redis_store.CONNECT_TIMEOUT_S, redis_store.ANSWER_TIMEOUT_S  # As they are in use.
 
 
 def opened(url: str, ttl_s: int = 60) -> RedisStore:
@@ -52,6 +56,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that gets no core for a while is not one that is down."""
     monkeypatch.setattr(redis_store, "CONNECT_TIMEOUT_S", 30.0)
     monkeypatch.setattr(redis_store, "ANSWER_TIMEOUT_S", 30.0)
+    monkeypatch.setattr(redis_store, "SEND_TIMEOUT_S", 30.0)
     monkeypatch.setattr(redis_store, "WATCH_S", 600.0)  # Tests ask by themselves.
 
 
@@ -75,17 +80,27 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def count_calls(store: RedisStore, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for each time that a server is asked something."""
     asked: list[str] = []
-    for name in ("pipeline", "expire", "set", "delete"):
-        call = getattr(store._client, name)
+    for client in (store._client, store._sender):
+        for name in ("pipeline", "expire", "get", "set", "delete"):
+            call = getattr(client, name)
 
-        def counted(
-            *args: object, name: str = name, call: object = call, **kwargs: object
-        ) -> object:
-            asked.append(name)
-            return call(*args, **kwargs)  # type: ignore[operator]
+            def counted(
+                *args: object, name: str = name, call: object = call, **kwargs: object
+            ) -> object:
+                asked.append(name)
+                return call(*args, **kwargs)  # type: ignore[operator]
 
-        monkeypatch.setattr(store._client, name, counted)
+            monkeypatch.setattr(client, name, counted)
     return asked
+
+
+def use(store: RedisStore, number: int) -> None:
+    """What requests do with an embedding that nobody has."""
+    assert store.get(key(number)) is None
+    assert store.read_bytes(key(number)) is None
+    assert store.contains([key(number)]) == set()
+    store.put(key(number), rows(number), {})  # The local tier takes it.
+    store.delete(key(number))
 
 
 def test_what_one_machine_puts_another_gets_and_keeps(server: RedisServer) -> None:
@@ -193,20 +208,20 @@ def test_redis_down_is_a_miss_with_one_warning(
     asked = count_calls(store, monkeypatch)
     with caplog.at_level(logging.WARNING):
         for number in range(2, 30):
-            assert store.get(key(number)) is None
-            assert store.contains([key(number)]) == set()
-            store.put(key(number), rows(number), {})  # The local tier takes it.
-        assert len(asked) == 1  # Then nobody asks, for PAUSE_S.
-        clock.now += redis_store.PAUSE_S
-        assert store.contains([key(99)]) == set()
-        assert len(asked) == 2
-    assert store.get(key(5)) is not None
+            use(store, number)
+            clock.now += 60.0
+        assert asked == ["pipeline"]  # Then nobody asks but the watch.
+        store._look()
+        assert asked == ["pipeline", "get"]
+        use(store, 30)
+        assert asked == ["pipeline", "get"]
+    assert store.get(key(1)) is not None
     assert len([record for record in caplog.records if "Redis" in record.message]) == 1
     server.start()
     other = opened(server.url)
     store.put(key(50), rows(50), {})
     assert other.contains([key(50)]) == set()
-    clock.now += redis_store.PAUSE_S
+    store._look()
     store.put(key(51), rows(51), {})
     assert other.contains([key(51)]) == {key(51)}
     other.close()
@@ -216,14 +231,89 @@ def test_redis_down_is_a_miss_with_one_warning(
 def test_a_server_that_hangs_is_waited_for_once(
     server: RedisServer, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_store, "ANSWER_TIMEOUT_S", 0.3)
+    """By the server's own count: what it was sent while it hung it answers when it goes on."""
+    monkeypatch.setattr(redis_store, "ANSWER_TIMEOUT_S", 2.0)
     store = opened(server.url)
+    store.put(key(1), rows(1), {})
+    store.local.delete(key(1))
     client = redis.Redis(port=server.port)
-    client.execute_command("CLIENT", "PAUSE", "600000", "ALL")
-    asked = count_calls(store, monkeypatch)
-    for number in range(20):  # Each would wait for ten minutes.
-        assert store.get(key(100 + number)) is None
-    assert asked == ["pipeline"]
+    before = commands(client)
+    server.hang()
+    for number in range(100, 110):
+        use(store, number)
+        clock.now += 60.0  # However long it hangs.
+    assert store.state == StoreState("redis", reachable=False)
+    server.go_on()
+    wait_for("the first question's arrival", lambda: commands(client) != before)
+    assert commands(client) - before == Counter(get=1, expire=1)
+    assert store.get(key(1)) is None  # No request finds out that it goes on:
+    store._look()
+    assert store.get(key(1)) is not None
+    store.close()
+    client.close()
+
+
+def test_the_watch_sees_a_server_go_on(
+    server: RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_store, "WATCH_S", 0.01)
+    monkeypatch.setattr(redis_store, "ANSWER_TIMEOUT_S", 2.0)
+    with caplog.at_level(logging.INFO):
+        store = opened(server.url)
+        server.hang()
+        wait_for("the failure", lambda: not store.state.reachable)
+        assert "again" not in caplog.text
+        server.go_on()
+        wait_for("the recovery", lambda: store.state.reachable)
+        wait_for("its record", lambda: "answers again" in caplog.text)
+        store.close()
+
+
+def test_answers_are_waited_for_tens_of_milliseconds() -> None:
+    assert max(TIMEOUTS) < 0.1
+
+
+def test_a_full_server_is_read_from_and_not_written_to(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RedisServer("--maxmemory-policy", "noeviction") as server, caplog.at_level(logging.INFO):
+        writer, reader = opened(server.url), opened(server.url)
+        client = redis.Redis(port=server.port)
+        writer.put(key(1), rows(1), {})
+        client.config_set("maxmemory", 1)  # Less than the server has in use: OOM is its answer.
+        asked = count_calls(writer, monkeypatch)
+        for number in range(2, 30):
+            writer.put(key(number), rows(number), {})
+            writer._look()
+        assert asked == ["expire", "set", *["get", "set"] * 28]  # One by a request.
+        assert writer.state.reachable and reader.get(key(1)) is not None
+        assert caplog.text.count("refuses writes (OutOfMemoryError)") == 1
+        assert "again" not in caplog.text and " fails " not in caplog.text
+        assert client.keys(PREFIX + "*") == [(PREFIX + key(1)).encode()]
+        writer.delete(key(1))
+        assert client.exists(PREFIX + key(1)) == 0
+        client.config_set("maxmemory", 0)
+        writer._look()
+        writer.put(key(40), rows(40), {})
+        assert reader.get(key(40)) is not None
+        assert caplog.text.count("takes writes again") == 1
+        for each in (writer, reader, client):
+            each.close()
+
+
+def test_a_server_that_forbids_writes_is_read_from(
+    server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """EXPIRE, which a look-up sends as well, is one of them."""
+    store = opened(server.url)
+    store.put(key(1), rows(1), {})
+    store.local.delete(key(1))
+    client = redis.Redis(port=server.port)
+    client.execute_command("ACL", "SETUSER", "default", "-@write")
+    assert store.get(key(1)) is not None
+    store.put(key(2), rows(2), {})
+    assert store.state.reachable and " fails " not in caplog.text
+    assert caplog.text.count("refuses writes (NoPermissionError)") == 1
     store.close()
     client.close()
 
@@ -232,7 +322,6 @@ def test_its_end_and_its_return_are_noticed_without_use(
     server: RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_store, "WATCH_S", 0.01)
-    monkeypatch.setattr(redis_store, "PAUSE_S", 0.01)
     with caplog.at_level(logging.INFO):
         store = opened(server.url)
         assert store.state == StoreState("redis", reachable=True)

@@ -1,0 +1,55 @@
+"""A Redis that is stopped and not dead, under all three services."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from opticnerve.embeddings import redis_store
+from opticnerve.embeddings.redis_store import RedisStore
+from tests.fakes import until
+from tests.integration.test_damage import ask, gateway
+from tests.integration.test_damage_redis import stack
+from tests.redis import RedisServer, commands, find_redis_server
+
+pytestmark = [
+    pytest.mark.redis,
+    pytest.mark.skipif(find_redis_server() is None, reason="redis-server is not installed"),
+]
+
+
+def test_requests_go_on_and_do_not_ask_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_store, "CONNECT_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(redis_store, "ANSWER_TIMEOUT_S", 2.0)  # Busy is not hung.
+    monkeypatch.setattr(redis_store, "WATCH_S", 600.0)  # What is counted is the requests'.
+
+    async def scenario() -> None:
+        async with (
+            stack(tmp_path, server, together=False, options="") as running,
+            gateway(running.encoder, running.llm) as client,
+        ):
+            first = await ask(client)
+            store = running.encoder.encoder.shelf.store
+            assert isinstance(store, RedisStore)
+            before = commands(running.client)
+            server.hang()
+            try:
+                for _ in range(5):
+                    running.empty_tiers()
+                    assert await ask(client) == first
+                assert running.encoder.encoder.encoded_items == 6
+                assert not store.state.reachable
+            finally:
+                server.go_on()
+            await until(lambda: commands(running.client) != before)
+            sent = commands(running.client) - before
+            stores = 2  # One of each worker, which has asked once.
+            assert all(count <= stores for count in sent.values()), sent
+            store._look()
+            assert store.state.reachable
+            assert await ask(client) == first
+
+    with RedisServer() as server:
+        asyncio.run(scenario())
