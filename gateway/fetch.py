@@ -9,23 +9,25 @@ Errors say what to do; they never quote what was fetched, nor an address that a 
 from __future__ import annotations
 
 import asyncio
-import functools
+import contextlib
 import os
 import re
-import socket
 import ssl
 import stat
 import zlib
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from http.cookiejar import CookieJar, DefaultCookiePolicy
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import httpcore2
 import httpx2
 
 from gateway.dataurl import is_data_url, read_data_url, too_large
+from gateway.encodings import INFLATED, Decoder, name_of
 from gateway.netguard import in_domains, is_odd_number, is_public
+from gateway.resolver import Resolver
+from gateway.shares import Shares
+from gateway.transport import Network, Stream, TooMuch
 from opticnerve import __version__
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import InvalidRequest, MediaFetchFailed
@@ -34,23 +36,20 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 Hold = Callable[[int], None]
 
 MAX_URL_CHARS = 16_384
-# Names that do not answer hold a thread for many seconds; pictures are read on other threads.
-_RESOLVERS = ThreadPoolExecutor(16, thread_name_prefix="resolve")
+MAX_CONNECTIONS = 192  # To all media servers at once; more wait, within their time.
+MAX_TO_ONE_ADDRESS = 64
+FREE_CHUNKS = 1024  # Of one body. Each costs time, also where it is a byte.
+LEAST_CHUNK_BYTES = 512  # On average, of more than those.
+_HEADERS = (
+    (b"User-Agent", f"opticnerve/{__version__}".encode()),
+    (b"Accept", b"image/*,*/*;q=0.8"),
+    (b"Accept-Encoding", b"identity"),
+    (b"Connection", b"close"),
+)
+_FAULTS = (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException)
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _HOST = re.compile(r"[A-Za-z0-9._:-]+")  # No percent signs, so nothing is left to decode.
-INFLATED = ("gzip", "deflate")  # Encodings that are undone.
-PLAIN = frozenset({"", "identity"})
-PIECE_BYTES = 2**18
-MAX_MEMBERS = 1000  # Of a gzip body; each costs time, also where it is empty.
-_CODING = re.compile(r"[a-z0-9_, -]{0,40}")
 _INSTEAD = "send the picture's bytes as a data: URL"
-
-
-async def resolve(host: str, port: int) -> list[str]:
-    """The addresses of ``host``, in the system's order. Raises OSError."""
-    look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-    found = await asyncio.get_running_loop().run_in_executor(_RESOLVERS, look_up)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 class MediaFetcher:
@@ -60,31 +59,17 @@ class MediaFetcher:
         self,
         config: GatewayConfig,
         *,
-        resolve: Resolve = resolve,
+        resolve: Resolve | None = None,
         is_allowed: Callable[[str], bool] = is_public,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._config = config
-        self._resolve = resolve
+        self._resolve = resolve or Resolver()
         self._is_allowed = (lambda _: True) if config.allow_private_media else is_allowed
-        self._client = httpx2.AsyncClient(
-            trust_env=False,  # No proxy: it would resolve names by itself.
-            follow_redirects=False,
-            # The fetch has one time cap; an address that does not answer leaves some of it.
-            timeout=httpx2.Timeout(None, connect=config.media_timeout_s / 3),
-            verify=tls or httpx2.create_ssl_context(),
-            # A kept TLS connection would serve another name at the same address unchecked.
-            limits=httpx2.Limits(max_keepalive_connections=0),
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # None is kept or sent.
-            headers={
-                "User-Agent": f"opticnerve/{__version__}",
-                "Accept": "image/*,*/*;q=0.8",
-                "Accept-Encoding": "identity",
-            },
-        )
-
-    async def close(self) -> None:
-        await self._client.aclose()
+        self._tls = tls or httpx2.create_ssl_context()
+        # An encoding can make a picture larger than it is; TLS adds little.
+        self._network = Network(2 * config.max_media_bytes + 2**18)
+        self._places = Shares(MAX_CONNECTIONS, MAX_TO_ONE_ADDRESS)
 
     async def fetch(
         self, url: str, *, param: str | None = None, hold: Hold = lambda size: None
@@ -138,17 +123,17 @@ class MediaFetcher:
     ) -> bytes | httpx2.URL:
         """The body, or where the server sends us instead."""
         addresses = await self._addresses(target, first, param)
-        response = await self._open(target, addresses, first, param)
-        try:
-            if response.status_code in _REDIRECTS and "location" in response.headers:
-                return _redirected(target, response.headers["location"], first, param)
-            if response.status_code != 200:
-                raise self._failed(f"was answered with {response.status_code}", first, param)
-            return await self._read(response, first, param, hold)
-        except httpx2.HTTPError as error:
-            raise self._failed("broke off", first, param) from error
-        finally:
-            await response.aclose()
+        async with contextlib.AsyncExitStack() as held:
+            response = await self._open(target, addresses, held, first, param)
+            location = _header(response, b"location")
+            if response.status in _REDIRECTS and location:
+                return _redirected(target, location, first, param)
+            if response.status != 200:
+                raise self._failed(f"was answered with {response.status}", first, param)
+            try:
+                return await self._read(response, first, param, hold)
+            except _FAULTS as error:
+                raise self._failed(_told(error), first, param) from error
 
     async def _addresses(self, target: httpx2.URL, first: str, param: str | None) -> list[str]:
         """Where ``target`` may be reached: every one of them checked, or none."""
@@ -163,6 +148,8 @@ class MediaFetcher:
             raise InvalidRequest("write the URL's address in dotted decimal form", param=param)
         try:
             addresses = await self._resolve(host, _port(target))
+        except TimeoutError as error:
+            raise self._failed("got no answer for the host's name", first, param) from error
         except (OSError, UnicodeError) as error:
             raise self._failed("found no such host", first, param) from error
         if not addresses:
@@ -176,45 +163,80 @@ class MediaFetcher:
         return addresses
 
     async def _open(
-        self, target: httpx2.URL, addresses: list[str], first: str, param: str | None
-    ) -> httpx2.Response:
-        """A response whose body is unread, from the first address that takes a connection."""
-        cause: httpx2.HTTPError | None = None
+        self,
+        target: httpx2.URL,
+        addresses: list[str],
+        held: contextlib.AsyncExitStack,
+        first: str,
+        param: str | None,
+    ) -> httpcore2.Response:
+        """A response whose body is unread, from the first address that takes a connection, which
+        ``held`` closes."""
+        cause: Exception | None = None
         for address in addresses:
-            request = self._client.build_request(
-                "GET",
-                target.copy_with(host=address.partition("%")[0], fragment=None),
-                headers={"Host": target.netloc.decode("ascii")},
-                extensions={"sni_hostname": _host(target)},
-            )
             try:
-                return await self._client.send(request, stream=True)
-            except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+                return await held.enter_async_context(self._asked(target, address))
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 cause = error
-            except httpx2.HTTPError as error:
-                raise self._failed("broke off", first, param) from error
+            except _FAULTS as error:
+                raise self._failed(_told(error), first, param) from error
         raise self._failed("could not connect", first, param) from cause
 
+    @contextlib.asynccontextmanager
+    async def _asked(self, target: httpx2.URL, address: str) -> AsyncIterator[httpcore2.Response]:
+        """What the server at ``address`` answers, over a connection of its own: one that is kept
+        would serve another name at the same address unchecked."""
+        url = httpcore2.URL(
+            scheme=target.raw_scheme,
+            host=address.partition("%")[0].encode("ascii"),
+            port=_port(target),
+            target=target.raw_path,
+        )
+        # The fetch has one time cap; an address that does not answer leaves some of it.
+        extensions = {
+            "timeout": {"connect": self._config.media_timeout_s / 3},
+            "sni_hostname": _host(target),
+        }
+        request = httpcore2.Request(
+            "GET", url, headers=[(b"Host", target.netloc), *_HEADERS], extensions=extensions
+        )
+        await self._places.take(address)
+        try:
+            connection = httpcore2.AsyncHTTPConnection(
+                url.origin, ssl_context=self._tls, network_backend=self._network
+            )
+            async with contextlib.aclosing(connection):
+                response = await connection.handle_async_request(request)
+                stream = response.extensions["network_stream"]
+                if isinstance(stream, Stream):  # Not one of another protocol.
+                    stream.head_read = True
+                yield response
+        finally:
+            self._places.give(address)
+
     async def _read(
-        self, response: httpx2.Response, first: str, param: str | None, hold: Hold
+        self, response: httpcore2.Response, first: str, param: str | None, hold: Hold
     ) -> bytes:
         """The body, with its encoding undone. The limit holds for it as it is sent and as it is."""
         limit = self._config.max_media_bytes
-        coding = _coding(response.headers.get("content-encoding", ""))
+        coding = name_of(_header(response, b"content-encoding"))
         if coding not in ("", *INFLATED):
             read = " and ".join(INFLATED)
             what = f"got bytes in the encoding {coding}, unasked, and only {read} are read"
             raise self._failed(what, first, param)
-        announced = response.headers.get("content-length", "")
+        announced = _header(response, b"content-length")
         if announced.isdecimal() and int(announced[:20]) > limit:
             raise too_large(limit, param)
-        decoder = _Decoder(coding)
-        body, received = bytearray(), 0
+        decoder = Decoder(coding)
+        body, received, chunks = bytearray(), 0, 0
         try:
-            async for chunk in response.aiter_raw():
+            async for chunk in response.aiter_stream():
                 received += len(chunk)
+                chunks += 1
                 if received > limit:
                     raise too_large(limit, param)
+                if chunks > FREE_CHUNKS + received // LEAST_CHUNK_BYTES:
+                    raise TooMuch("was answered in chunks of a few bytes, and far too many")
                 for piece in decoder.pieces(chunk):
                     body += piece
                     if len(body) > limit:
@@ -267,62 +289,17 @@ class MediaFetcher:
         return data
 
 
-class _Decoder:
-    """Undoes gzip, of one member or several, and deflate, with zlib's frame or without. Piece by
-    piece: a few bytes that stand for gigabytes are never more than one piece in memory."""
-
-    def __init__(self, coding: str) -> None:
-        """``coding``: one of INFLATED, or "" for bytes that are sent as they are."""
-        self._coding = coding
-        self._zlib = zlib.decompressobj(zlib.MAX_WBITS | 32)  # Either frame, told by its head.
-        self._head = b""
-        self._members = 1
-
-    def pieces(self, chunk: bytes) -> Iterator[bytes]:
-        """What ``chunk`` adds, PIECE_BYTES at most at a time where it is decoded. Raises
-        zlib.error."""
-        if not self._coding:
-            yield chunk
-            return
-        if len(self._head) < 2:  # Which tell whether deflate has a frame.
-            chunk = self._head = self._head + chunk
-            if len(chunk) < 2:
-                return
-            if self._coding == "deflate" and not _is_framed(chunk):
-                self._zlib = zlib.decompressobj(-zlib.MAX_WBITS)
-            self._head = chunk[:2]
-        piece = b""
-        while chunk or len(piece) == PIECE_BYTES:  # Of a full piece, zlib may hold some more.
-            if self._zlib.eof:
-                chunk = chunk.lstrip(b"\0")  # Padding.
-                if not chunk:
-                    return
-                self._members += 1
-                if self._members > MAX_MEMBERS:
-                    raise zlib.error("too many members")
-                self._zlib = zlib.decompressobj(zlib.MAX_WBITS | 16)  # The next member.
-            piece = self._zlib.decompress(chunk, PIECE_BYTES)
-            yield piece
-            chunk = self._zlib.unconsumed_tail or self._zlib.unused_data
-
-    def check_end(self) -> None:
-        """Raises zlib.error where more was to come. Nothing at all is whole."""
-        if self._head and not self._zlib.eof:
-            raise zlib.error("cut short")
+def _header(response: httpcore2.Response, name: bytes) -> str:
+    """All that is said under ``name``; "" where nothing is."""
+    values = b", ".join(value for key, value in response.headers if key.lower() == name)
+    try:
+        return values.decode()
+    except UnicodeDecodeError:
+        return values.decode("latin-1")
 
 
-def _is_framed(chunk: bytes) -> bool:
-    """Whether the first two bytes are zlib's frame: its method, and their sum. One of 31 streams
-    without a frame has the sum by chance; none begins with the method, which would be a stored
-    block with a padding that is not zero."""
-    return chunk[0] & 15 == 8 and int.from_bytes(chunk[:2]) % 31 == 0
-
-
-def _coding(header: str) -> str:
-    """The Content-Encoding without what says nothing: "" for bytes that are sent as they are."""
-    names = [name.strip().lower() for name in header.split(",")]
-    coding = ", ".join({"x-gzip": "gzip"}.get(name, name) for name in names if name not in PLAIN)
-    return coding if _CODING.fullmatch(coding) else "unknown"
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, TooMuch) else "broke off"
 
 
 def _parse(url: str, param: str | None) -> httpx2.URL:

@@ -111,7 +111,6 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
     _serve_metrics(settings)
     async with contextlib.AsyncExitStack() as stack:
         fetcher = MediaFetcher(settings)
-        stack.push_async_callback(fetcher.close)
         changes = Changes()
         eyes = WorkerPool("encoder", settings.encoder_addresses, encoders.describe, changes, token)
         mouths = WorkerPool("LLM", settings.llm_addresses, generation.describe, changes, token)

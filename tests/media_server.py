@@ -184,11 +184,7 @@ def run(
 
     async def main() -> Any:
         async with serving(tls) as server:
-            fetch = MediaFetcher(config, **extra)
-            try:
-                return await work(server, fetch)
-            finally:
-                await fetch.close()
+            return await work(server, MediaFetcher(config, **extra))
 
     return asyncio.run(main())
 

@@ -9,7 +9,8 @@ from random import Random
 
 import pytest
 
-from gateway.fetch import MAX_MEMBERS, PIECE_BYTES, MediaFetcher, _Decoder
+from gateway.encodings import MAX_MEMBERS, PIECE_BYTES, Decoder
+from gateway.fetch import MediaFetcher
 from opticnerve.errors import MediaFetchFailed, Overloaded, PayloadTooLarge
 from tests.media_server import BODY, FakeResolver, Server, deflated, fails, run
 
@@ -160,7 +161,7 @@ def test_deflate_without_a_frame_is_told_by_more_than_its_sum() -> None:
         body = Random(seed).randbytes(300) + b"abc" * 100
         data = deflated(body, -15)
         found += int.from_bytes(data[:2]) % 31 == 0
-        assert b"".join(_Decoder("deflate").pieces(data)) == body
+        assert b"".join(Decoder("deflate").pieces(data)) == body
     assert found
 
 
@@ -170,14 +171,14 @@ def test_pieces_lose_nothing_where_they_meet(coding: str) -> None:
     wbits = 31 if coding == "gzip" else -15
     for size in (0, 1, *range(PIECE_BYTES - 300, PIECE_BYTES + 300, 7), 3 * PIECE_BYTES):
         body = bytes(size)
-        decoder = _Decoder(coding)
+        decoder = Decoder(coding)
         assert b"".join(decoder.pieces(deflated(body, wbits))) == body
         decoder.check_end()
 
 
 def test_members_are_bounded_since_empty_ones_cost_time_too() -> None:
     member = deflated(b"", 31)
-    decoder = _Decoder("gzip")
+    decoder = Decoder("gzip")
     assert not b"".join(decoder.pieces(member * MAX_MEMBERS))
     with pytest.raises(zlib.error, match="members"):
         list(decoder.pieces(member))

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-
 import pytest
 
-from gateway import fetch
 from gateway.netguard import in_domains, is_odd_number, is_public
 
 
@@ -61,27 +57,3 @@ def test_odd_numbers(host: str, odd: bool) -> None:
 )
 def test_domains(host: str, allowed: bool) -> None:
     assert in_domains(host, ("Good.Example", "", " .other.test ")) is allowed
-
-
-async def _names_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = threading.Event()
-
-    def slow(*args: object, **kwargs: object) -> list[object]:
-        answer.wait(60)
-        raise OSError
-
-    monkeypatch.setattr(fetch.socket, "getaddrinfo", slow)
-    lookups = [asyncio.create_task(fetch.resolve(f"slow{i}.example", 80)) for i in range(64)]
-    await asyncio.sleep(0)  # All of them are asked for.
-    try:
-        async with asyncio.timeout(30):  # Well before the names answer.
-            assert await asyncio.to_thread(lambda: 7) == 7
-    finally:
-        answer.set()
-        await asyncio.gather(*lookups, return_exceptions=True)
-
-
-def test_names_that_do_not_answer_leave_threads_for_pictures(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asyncio.run(_names_that_do_not_answer(monkeypatch))
