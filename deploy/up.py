@@ -236,8 +236,8 @@ def share_of_cores(workers: int) -> int:
 def _passwords(cls: type, given: dict[str, Any]) -> dict[str, str]:
     """Those of the given flags that have a password, as variables: every user of the machine
     reads command lines."""
-    values = {item.variable: (item, given.get(item.name)) for item in options(cls)}
-    return {name: value for name, (item, value) in values.items() if item.has_password(value)}
+    found = [item for item in options(cls) if item.has_password(given.get(item.name))]
+    return {item.variable: given[item.name] for item in found}
 
 
 def _arguments(cls: type, given: dict[str, Any], skip: set[str]) -> list[str]:
