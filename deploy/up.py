@@ -33,7 +33,7 @@ DESCRIPTION = (
     "listen on loopback, and have metrics at --metrics-host and ports that they print."
 )
 # What `up` itself decides for its children: no flags of its own.
-DECIDED = {"encoder_addresses", "llm_addresses", "advertise", "insecure"}
+DECIDED = {"encoder_addresses", "llm_addresses", "advertise", "insecure", "fetch_from"}
 CLOSE_S = 5.0  # That a child gets to end after its drain.
 STAGES = 3  # Gateway, LLM workers, encoders stop one after another.
 # Names that belong to the gateway when given to `up`; internal services listen on loopback.

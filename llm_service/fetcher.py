@@ -13,6 +13,8 @@ import grpc
 
 from llm_service import metrics
 from llm_service.embeddings import Notes, Tensors, checked_tensors, forget, local_tier
+from opticnerve import addresses
+from opticnerve.addresses import Hosts
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory import MemoryStore
 from opticnerve.embeddings.ref import EmbeddingRef, TensorSpec, check_shapes
@@ -56,8 +58,10 @@ class Fetcher:
         *,
         levels: int = 0,
         token: str | None = None,
+        encoders: Hosts | None = None,
     ) -> None:
-        """``token``: what calls to encoders carry."""
+        """``token``: what calls to encoders carry. ``encoders``: the only hosts that are called;
+        None: those that references name."""
         self._store = store
         self._tier = local_tier(store)
         self._overflow = overflow
@@ -65,6 +69,7 @@ class Fetcher:
         self._levels = levels
         self._notes = notes
         self._token = token
+        self._encoders = encoders
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="rows")
         self._channels: dict[str, grpc.aio.Channel] = {}  # The one used last stands last.
         self._flights: dict[str, asyncio.Task[None]] = {}
@@ -140,12 +145,16 @@ class Fetcher:
                 return None
             data = await self._on_thread(self._store.read_bytes, ref.key)
         else:
-            if not location.fetch_address:
+            if not location.fetch_address or not self._may_call(location.fetch_address):
                 return None
             data = await self._fetch(ref)
         result = "miss" if data is None else "hit"
         metrics.CACHE_LOOKUPS.labels(tier=source, result=result).inc()
         return data
+
+    def _may_call(self, address: str) -> bool:
+        """References may come from a stranger, who could have this host call any other."""
+        return self._encoders is None or addresses.host_of(address) in self._encoders
 
     async def _fetch(self, ref: EmbeddingRef) -> bytes | None:
         """From the encoder that made it. Its errors are misses: there may be another way."""
@@ -168,7 +177,9 @@ class Fetcher:
 
     async def _channel(self, address: str) -> grpc.aio.Channel:
         """Encoders come and go under new addresses: those used longest ago are given up."""
-        channel = self._channels.pop(address, None) or open_channel(address, self._token)
+        channel = self._channels.pop(address, None)
+        if channel is None:  # With a scheme, so that gRPC sees none in a host called "unix".
+            channel = open_channel(f"dns:///{address}", self._token)
         self._channels[address] = channel
         while len(self._channels) > MAX_CHANNELS:
             await self._channels.pop(next(iter(self._channels))).close()
@@ -215,6 +226,13 @@ class Fetcher:
         was_here = bool(location.shm_tier_id) and location.shm_tier_id == self._tier.tier_id
         if was_here or (location.redis and self._store.shared):
             return EmbeddingEvicted("the embedding is gone from where it was", param=ref.key)
+        if location.fetch_address and not self._may_call(location.fetch_address):
+            log.warning("not fetching from %s: --fetch-from", location.fetch_address)
+            return EmbeddingNotFound(
+                "the LLM worker may not fetch the embedding from where it is; give gateway and "
+                "workers one --rpc-token-file, or name the encoders in the worker's --fetch-from",
+                param=ref.key,
+            )
         return EmbeddingNotFound("no location has the embedding", param=ref.key)
 
 

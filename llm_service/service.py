@@ -16,6 +16,8 @@ from llm_service.fetcher import Fetcher
 from llm_service.sequence import FailedEvent, GenerateRequest, SamplingParams
 from llm_service.servicer import SERVICE, Identity, LLMServicer, Loaded
 from llm_service.wire import Bounds
+from opticnerve import addresses
+from opticnerve.addresses import Hosts
 from opticnerve.config import LLMConfig
 from opticnerve.embeddings.memory import MemoryStore
 from opticnerve.embeddings.open import open_store
@@ -77,6 +79,7 @@ class Service:
             notes,
             levels=layout.deepstack_levels,
             token=load_token(settings.rpc.rpc_token_file),
+            encoders=_callable_encoders(settings),
         )
         stack.push_async_callback(fetcher.close)
         engine = self._client(store, overflow, notes, stack)
@@ -138,6 +141,20 @@ async def _start(engine: EngineClient) -> None:
 def _open_checkpoint(settings: LLMConfig) -> Checkpoint:
     model = settings.model
     return Checkpoint.open(model.model, model.revision, model.download_dir, side="llm")
+
+
+def _callable_encoders(settings: LLMConfig) -> Hosts | None:
+    """See --fetch-from. None: those that callers name, who have shown the token."""
+    rpc, named = settings.rpc, settings.fetch_from
+    if rpc.rpc_token_file is not None and not named:
+        return None
+    local = addresses.LOOPBACK if addresses.is_loopback(rpc.host) else ()
+    if not (local or named):
+        log.warning(
+            "embeddings come from the store alone, and from no encoder directly: without "
+            "--rpc-token-file those have to be named in --fetch-from"
+        )
+    return Hosts((*local, *named))
 
 
 def _open_store(settings: LLMConfig) -> Store:

@@ -17,6 +17,7 @@ from llm_service.sequence import (
     SamplingParams,
     TokensEvent,
 )
+from opticnerve import addresses
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.embeddings.store import check_key
 from opticnerve.errors import InvalidRequest, OpticNerveError, UnsupportedFeature
@@ -101,9 +102,14 @@ def _refs(start: pb.Start) -> dict[str, EmbeddingRef | None]:
 
 
 def read_ref(message: embedding_pb2.EmbeddingRef) -> EmbeddingRef:
-    """Raises InvalidRequest for a reference that describes nothing."""
+    """Raises InvalidRequest for a reference that describes nothing, or names no address."""
     ref = convert.ref_from_pb(message)
     check_key(ref.key)
+    if ref.location.fetch_address:
+        try:
+            addresses.check(ref.location.fetch_address)
+        except ValueError as error:
+            raise InvalidRequest(f"a reference's fetch_address: {error}", param="ref") from error
     if not ref.tensors or ref.num_rows < 1:
         raise InvalidRequest("a reference describes its tensors and rows", param="ref")
     return ref

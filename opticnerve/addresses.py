@@ -7,10 +7,14 @@ import errno
 import ipaddress
 import re
 import socket
+from collections.abc import Iterable
 
 from opticnerve.errors import ConfigError
 
 BACKLOG = 2048
+_BRACKETS = str.maketrans("", "", "[]")
+LOOPBACK = ("localhost", "127.0.0.0/8", "::1")
+_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 
 
@@ -39,6 +43,58 @@ def check_advertised(text: str) -> str:
 def check_name(text: str) -> str:
     """``text``, if it is HOST:PORT or dns:///NAME:PORT. Raises ValueError."""
     check(text.removeprefix("dns:///"))
+    return text
+
+
+class Hosts:
+    """A set of hosts: names, ``*.NAME`` for all below one, IPs and networks such as 10.0.0.0/8.
+
+    A name is one by its spelling alone; nothing is resolved.
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        """Raises ValueError for what is none of these."""
+        self._names: set[str] = set()
+        self._above: list[str] = []  # ".NAME"
+        self._networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
+        for pattern in patterns:
+            self._add(pattern)
+
+    def _add(self, pattern: str) -> None:
+        try:
+            self._networks.append(ipaddress.ip_network(pattern.translate(_BRACKETS), strict=False))
+        except ValueError:
+            name = pattern.removeprefix("*.")
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{pattern!r} is no host and no network") from None
+            if name == pattern:
+                self._names.add(_normal(name))
+            else:
+                self._above.append("." + _normal(name))
+
+    def __contains__(self, host: str) -> bool:
+        try:
+            address = ipaddress.ip_address(host.strip("[]"))
+        except ValueError:
+            name = _normal(host)
+            below = any(name.endswith(suffix) for suffix in self._above)
+            return bool(_NAME.fullmatch(name)) and (below or name in self._names)
+        address = getattr(address, "ipv4_mapped", None) or address
+        return any(address in network for network in self._networks)
+
+
+def _normal(name: str) -> str:
+    return name.lower().removesuffix(".")
+
+
+def host_of(address: str) -> str:
+    """The host of HOST:PORT."""
+    return address.rpartition(":")[0].strip("[]")
+
+
+def check_host(text: str) -> str:
+    """``text``, if it is what ``Hosts`` takes. Raises ValueError."""
+    Hosts([text])
     return text
 
 

@@ -241,6 +241,15 @@ class LLMConfig:
     model: ModelConfig = ModelConfig()
     rpc: RpcConfig = RpcConfig()
     store: StoreConfig = StoreConfig()
+    fetch_from: tuple[str, ...] = _store(
+        (),
+        "hosts whose encoders embeddings may be fetched from, where the store has none; default: "
+        "with --rpc-token-file those that callers name, else this machine, where --host is "
+        "loopback, or none",
+        metavar="HOST,...",
+        wanted="a host: a name, *.NAME for all below one, an IP or a network such as 10.0.0.0/8",
+        check=addresses.check_host,
+    )
     max_model_len: int = _engine(
         0, "tokens of prompt and output together; 0: as many as the model knows", metavar="N"
     )

@@ -31,6 +31,7 @@ from opticnerve.rpc import convert
 from opticnerve.rpc.channel import open_channel
 from opticnerve.rpc.errors import from_rpc
 from opticnerve.rpc.server import Server
+from opticnerve.rpc.token import load_token
 from tests.checkpoints import DEMO, EOS
 from tests.reference import load_reference
 
@@ -183,7 +184,7 @@ class Worker:
         self.server = server
         self.servicer = servicer
         self.store = store  # This test's own end of the worker's store.
-        self.channel = open_channel(server.address)
+        self.channel = open_channel(server.address, load_token(server.config.rpc_token_file))
         self.stub = llm_pb2_grpc.LLMStub(self.channel)
 
     @property
@@ -260,7 +261,7 @@ async def running(directory: Path, capacity: str = "64MiB", **fields: Any) -> As
     url = fields.pop("store", f"shm://{directory}/tier?capacity={capacity}")
     settings = LLMConfig(
         model=ModelConfig(dtype="float32", device="cpu", threads=1),
-        rpc=RpcConfig(drain_timeout_s=0.5),
+        rpc=fields.pop("rpc", RpcConfig(drain_timeout_s=0.5)),
         store=StoreConfig(store=url),
         **{"kv_cache_tokens": 4096, "max_model_len": 1024, **fields},
     )

@@ -9,6 +9,7 @@ import llm_service.service
 from deploy import up
 from deploy.supervisor import child_environment
 from opticnerve import config, flags
+from opticnerve.addresses import LOOPBACK, Hosts
 from opticnerve.errors import ConfigError
 from opticnerve.media.plan import parse_background
 from opticnerve.options import build, options, public_view, show_size
@@ -388,3 +389,18 @@ def test_internal_flags_work_and_are_not_shown():
     assert parse(config.LLMConfig, "--parent-pid", "7").rpc.parent_pid == 7
     assert "--parent-pid" not in flags.service_parser("llm", "", [config.LLMConfig]).format_help()
     assert "parent_pid" not in public_view(config.LLMConfig())
+
+
+def test_hosts_are_names_all_below_a_name_addresses_and_networks():
+    hosts = Hosts(["encoder-1", "*.eyes.svc", "10.0.0.0/8", "192.0.2.7", "[2001:db8::]/32"])
+    for host in ("encoder-1", "Encoder-1.", "a.eyes.svc", "a.b.eyes.svc", "10.2.3.4", "192.0.2.7",
+                 "[2001:db8::5]", "2001:db8::5", "::ffff:10.0.0.1"):  # fmt: skip
+        assert host in hosts, host
+    for host in ("encoder-2", "eyes.svc", "evileyes.svc", "11.0.0.1", "192.0.2.8", "10.1", "",
+                 "a%2f.eyes.svc", "a/b.eyes.svc", "2001:db9::5", "127.0.0.1"):  # fmt: skip
+        assert host not in hosts, host
+    for host in ("127.0.0.1", "127.9.9.9", "localhost", "::1"):
+        assert host in Hosts(LOOPBACK)
+    for text in ("", "a b", "10.0.0.0/99", "http://x", "*", "a:1"):
+        with pytest.raises(ValueError):
+            Hosts([text])
