@@ -39,7 +39,10 @@ STAGES = 3  # Gateway, LLM workers, encoders stop one after another.
 # Names that belong to the gateway when given to `up`; internal services listen on loopback.
 GATEWAY_ONLY = {"host", "port", "advertise", "metrics_port"}
 # Options that name files of secrets, which `up` makes where it is given none, and whose they are.
-SECRETS: dict[str, type] = {"rpc_token_file": config.GatewayConfig}
+SECRETS: dict[str, type] = {
+    "rpc_token_file": config.GatewayConfig,
+    "store_key_file": config.StoreConfig,
+}
 
 
 def parser() -> flags.Parser:
@@ -171,6 +174,12 @@ def _secrets(given: dict[str, Any], directory: Path) -> dict[str, str]:
         if named is not None:
             read_secret(named, option)
         files[option] = named or str(make_secret(directory, option))
+    store = build(config.StoreConfig, given)
+    if store.store_key_file is None and not store.store.startswith(("shm:", "memory:")):
+        tell(
+            "embeddings in Redis are signed for this stack alone; stacks that share them are given "
+            "the same --store-key-file"
+        )
     return files
 
 

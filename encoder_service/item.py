@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opticnerve.embeddings.ref import EmbeddingRef
+from opticnerve.embeddings.seal import Seal
 from opticnerve.media.plan import Overrides, Plan
 from opticnerve.media.structure import DEFAULT_MAX_PASSES
 
@@ -15,6 +16,7 @@ class Identity:
 
     fingerprint: str
     fetch_address: str  # host:port of its own Fetch.
+    seal: Seal | None = None  # Signs what Fetch answers.
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from encoder_service.sizing import largest_plan, shrink
 from opticnerve.config import EncoderConfig
 from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.redis_store import RedisStore
+from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.shm import ShmStore
 from opticnerve.embeddings.store import Store
 from opticnerve.embeddings.tier import base_directory
@@ -67,7 +68,8 @@ class Service:
             where = shown.metrics_host or settings.rpc.host
             log.info("metrics at %s", metrics.serve(shown.metrics_port, where))
         torch.set_num_threads(self._threads)
-        store = stack.enter_context(contextlib.closing(_open_store(settings)))
+        seal = Seal.load(settings.store.store_key_file)
+        store = stack.enter_context(contextlib.closing(_open_store(settings, seal)))
         stack.enter_context(metrics.reading(lambda: metrics.of_store(store)))
         source = settings.model
         checkpoint = Checkpoint.open(
@@ -86,7 +88,7 @@ class Service:
             layout,
             store,
             poison,
-            Identity(fingerprint(checkpoint, tower, backend.name), server.address),
+            Identity(fingerprint(checkpoint, tower, backend.name), server.address, seal),
             Limits(
                 settings.max_item_bytes,
                 settings.max_image_pixels,
@@ -134,9 +136,9 @@ class Service:
         return lost
 
 
-def _open_store(settings: EncoderConfig) -> Store:
+def _open_store(settings: EncoderConfig, seal: Seal | None) -> Store:
     try:
-        return open_store(settings.store.read_url(), ttl_s=settings.store.store_ttl_s)
+        return open_store(settings.store.read_url(), ttl_s=settings.store.store_ttl_s, seal=seal)
     except StoreError as error:
         raise StartupError(error.message) from error
 

@@ -89,11 +89,11 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
     async def Fetch(
         self, request: pb.FetchRequest, context: Context
     ) -> AsyncIterator[pb.FetchResponse]:
-        data = await self._ready().encoder.shelf.read(request.key)
+        data, mac = await self._ready().encoder.shelf.read(request.key)
         size = len(data)
         for chunk in chunks(data, CHUNK_BYTES):
-            yield pb.FetchResponse(num_bytes=size, data=chunk)
-            size = 0
+            yield pb.FetchResponse(num_bytes=size, data=chunk, mac=mac)
+            size, mac = 0, b""
 
     @unary
     async def Describe(

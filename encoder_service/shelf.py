@@ -69,12 +69,10 @@ class Shelf:
         """
         return await self._run(self._put, key, embedding)
 
-    async def read(self, key: str) -> bytes:
-        """The safetensors bytes of an embedding. Raises NotFound, InvalidRequest for no key."""
-        data = await self._run(self._read, key)
-        if data is None:
-            raise NotFound("this encoder does not hold that embedding; encode the item again")
-        return data
+    async def read(self, key: str) -> tuple[bytes, bytes]:
+        """(safetensors bytes of an embedding, their MAC: b"" without a secret). Raises NotFound,
+        InvalidRequest for no key."""
+        return await self._run(self._read_signed, key)
 
     def close(self) -> None:
         self._threads.shutdown(wait=True)
@@ -150,6 +148,12 @@ class Shelf:
                 return data
         kept = self.kept.get(key)
         return None if kept is None else kept[1]
+
+    def _read_signed(self, key: str) -> tuple[bytes, bytes]:
+        data, seal = self._read(key), self.identity.seal
+        if data is None:
+            raise NotFound("this encoder does not hold that embedding; encode the item again")
+        return data, b"" if seal is None else seal.mac(key, [data])
 
     def _reference(self, key: str, specs: tuple[TensorSpec, ...]) -> EmbeddingRef:
         return EmbeddingRef(

@@ -18,6 +18,7 @@ from opticnerve.addresses import Hosts
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory import MemoryStore
 from opticnerve.embeddings.ref import EmbeddingRef, TensorSpec, check_shapes
+from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store, StoreState
 from opticnerve.errors import (
     EmbeddingCorrupt,
@@ -59,6 +60,7 @@ class Fetcher:
         levels: int = 0,
         token: str | None = None,
         encoders: Hosts | None = None,
+        seal: Seal | None = None,
     ) -> None:
         """``token``: what calls to encoders carry. ``encoders``: the only hosts that are called;
         None: those that references name."""
@@ -67,6 +69,7 @@ class Fetcher:
         self._overflow = overflow
         self._hidden_size = hidden_size
         self._levels = levels
+        self._seal = seal
         self._notes = notes
         self._token = token
         self._encoders = encoders
@@ -157,15 +160,17 @@ class Fetcher:
         return self._encoders is None or addresses.host_of(address) in self._encoders
 
     async def _fetch(self, ref: EmbeddingRef) -> bytes | None:
-        """From the encoder that made it. Its errors are misses: there may be another way."""
+        """From the encoder that made it. Its errors are misses: there may be another way. So is
+        what is not signed, where this worker has the secret: anybody may have named the address."""
         address = ref.location.fetch_address
         stub = encoder_pb2_grpc.EncoderStub(await self._channel(address))
         limit = ref.num_bytes + codec.MAX_HEADER_BYTES + codec.LENGTH.size
-        data = bytearray()
+        data, mac = bytearray(), b""
         call = stub.Fetch(encoder_pb2.FetchRequest(key=ref.key), timeout=FETCH_TIMEOUT_S)
         try:
             async for part in call:
                 data += part.data
+                mac = mac or part.mac
                 if max(len(data), part.num_bytes) > limit:
                     raise EmbeddingCorrupt("an encoder sent more than the reference describes")
         except grpc.RpcError as error:
@@ -173,7 +178,10 @@ class Fetcher:
             return None
         finally:
             call.cancel()
-        return bytes(data)
+        found, seal = bytes(data), self._seal
+        if seal is None or await self._on_thread(seal.fits, mac, ref.key, found, "fetch"):
+            return found
+        return None
 
     async def _channel(self, address: str) -> grpc.aio.Channel:
         """Encoders come and go under new addresses: those used longest ago are given up."""

@@ -21,6 +21,7 @@ from opticnerve.addresses import Hosts
 from opticnerve.config import LLMConfig
 from opticnerve.embeddings.memory import MemoryStore
 from opticnerve.embeddings.open import open_store
+from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import ConfigError, EngineFailure, StartupError, StoreError
 from opticnerve.models.checkpoint import Checkpoint
@@ -68,7 +69,8 @@ class Service:
         checkpoint = await asyncio.to_thread(_open_checkpoint, settings)
         checkpoint.read_ahead()
         layout = make_layout(checkpoint)
-        store = await asyncio.to_thread(_open_store, settings)
+        seal = Seal.load(settings.store.store_key_file)
+        store = await asyncio.to_thread(_open_store, settings, seal)
         stack.callback(store.close)
         overflow = MemoryStore(OVERFLOW_BYTES) if settings.engine == "thread" else None
         notes = Notes()
@@ -80,6 +82,7 @@ class Service:
             levels=layout.deepstack_levels,
             token=load_token(settings.rpc.rpc_token_file),
             encoders=_callable_encoders(settings),
+            seal=seal,
         )
         stack.push_async_callback(fetcher.close)
         engine = self._client(store, overflow, notes, stack)
@@ -157,9 +160,9 @@ def _callable_encoders(settings: LLMConfig) -> Hosts | None:
     return Hosts((*local, *named))
 
 
-def _open_store(settings: LLMConfig) -> Store:
+def _open_store(settings: LLMConfig, seal: Seal | None) -> Store:
     try:
-        return open_store(settings.store.read_url(), ttl_s=settings.store.store_ttl_s)
+        return open_store(settings.store.read_url(), ttl_s=settings.store.store_ttl_s, seal=seal)
     except StoreError as error:
         raise StartupError(error.message) from error
 

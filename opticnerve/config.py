@@ -159,6 +159,11 @@ class StoreConfig:
         metavar="URL",
         secret=True,
     )
+    store_key_file: str | None = _store(
+        None,
+        "file of the secret under which embeddings are signed that leave a machine; `up` makes one",
+        metavar="FILE",
+    )
     store_ttl_s: int = _store(3600, "how long Redis keeps an embedding", metavar="SECONDS", least=1)
 
     def read_url(self) -> str:

@@ -23,6 +23,7 @@ from encoder_service.servicer import SERVICE, EncoderServicer, Loaded
 from encoder_service.upload import Uploads
 from opticnerve.config import RpcConfig
 from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.media.keys import content_key
 from opticnerve.media.plan import Overrides, Plan
@@ -166,6 +167,7 @@ async def running(
     drain_timeout_s: float = 10.0,
     pair_id: str = "pair",
     rpc: RpcConfig | None = None,
+    seal: Seal | None = None,
 ) -> AsyncIterator[Running]:
     backend = backend or FakeBackend()
     store = store or MemoryStore()
@@ -180,7 +182,7 @@ async def running(
             demo_layout(),
             store,
             poison,
-            Identity(FINGERPRINT, server.address),
+            Identity(FINGERPRINT, server.address, seal),
             Limits(max_item_bytes, 10**7, max_queue_patches),
             Capacity(max_batch_patches, 4096),
             workers,

@@ -20,6 +20,7 @@ from llm_service.servicer import SERVICE, LLMServicer, Loaded
 from opticnerve.config import LLMConfig, ModelConfig, RpcConfig, StoreConfig
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.ref import EmbeddingRef, Location
+from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.media.plan import Modality, Overrides, Plan, Span, Structure
 from opticnerve.models.checkpoint import Checkpoint
@@ -259,13 +260,14 @@ async def running(directory: Path, capacity: str = "64MiB", **fields: Any) -> As
     from opticnerve.embeddings.open import open_store
 
     url = fields.pop("store", f"shm://{directory}/tier?capacity={capacity}")
+    key_file = fields.pop("store_key_file", None)
     settings = LLMConfig(
         model=ModelConfig(dtype="float32", device="cpu", threads=1),
         rpc=fields.pop("rpc", RpcConfig(drain_timeout_s=0.5)),
-        store=StoreConfig(store=url),
+        store=StoreConfig(store=url, store_key_file=key_file),
         **{"kv_cache_tokens": 4096, "max_model_len": 1024, **fields},
     )
-    store = open_store(url)
+    store = open_store(url, seal=Seal.load(key_file))
     async with Server(settings.rpc, SERVICE) as server, contextlib.AsyncExitStack() as stack:
         stack.callback(store.close)
         servicer = LLMServicer(server)

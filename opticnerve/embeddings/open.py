@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
 
-from opticnerve import options
+from opticnerve import addresses, options
 from opticnerve.embeddings.memory import DEFAULT_CAPACITY, MemoryStore
 from opticnerve.embeddings.redis_store import MAX_BYTES, RedisStore
+from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.shm import ShmStore
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import ConfigError
@@ -15,20 +17,24 @@ from opticnerve.errors import ConfigError
 FORMS = "the store is memory://, shm://[dir][?capacity=], redis:// or rediss://"
 REMOTE = ("redis", "rediss", "unix")
 
+log = logging.getLogger(__name__)
 
-def open_store(url: str, *, ttl_s: int = 3600) -> Store:
+
+def open_store(url: str, *, ttl_s: int = 3600, seal: Seal | None = None) -> Store:
     """The store that ``url`` names; the caller closes it.
 
     ``memory://[?capacity=]``; ``shm://[/dir][?capacity=]``; ``redis://`` and ``rediss://`` as
     redis-py reads them, with ``local=`` (the URL of the local tier, ``shm://`` by default) and
     ``max_bytes=`` (of one embedding) besides. Sizes may have a unit: ``2GiB``, ``512M``.
+    ``seal`` (``Seal.load("FILE")``) signs and checks what crosses Redis; without one a Redis on
+    another machine is warned of.
     Raises ConfigError for a URL that is none of these, StoreError where the store cannot be had.
     """
     scheme = _split(url).scheme
     if scheme in ("memory", "shm"):
         return _open_local(url)
     if scheme in REMOTE:
-        return _open_redis(url, ttl_s)
+        return _open_redis(url, ttl_s, seal)
     raise ConfigError(FORMS, param="store")
 
 
@@ -64,15 +70,27 @@ def _open_local(url: str) -> ShmStore | MemoryStore:
     return ShmStore(Path(parts.path) if parts.path.strip("/") else None, capacity)
 
 
-def _open_redis(url: str, ttl_s: int) -> RedisStore:
+def _open_redis(url: str, ttl_s: int, seal: Seal | None) -> RedisStore:
     server, local_url, max_bytes = _split_redis(url)
+    if seal is None and is_elsewhere(server):
+        log.warning(
+            "whoever can write to the Redis of --store can change what others' pictures look like "
+            "to the model: give encoders and LLM workers one --store-key-file, which signs values"
+        )
     local = _open_local(local_url)
     try:
-        return RedisStore(server, local, ttl_s=ttl_s, max_bytes=max_bytes)
+        return RedisStore(server, local, ttl_s=ttl_s, max_bytes=max_bytes, seal=seal)
     except (ValueError, TypeError) as error:
         local.close()
         # Not the cause's text: it may show the URL, which may hold a password.
         raise ConfigError("the Redis URL is not one that redis-py reads", param="store") from error
+
+
+def is_elsewhere(url: str) -> bool:
+    """Whether the store that ``url`` names may be on another machine."""
+    parts = urlsplit(url)
+    host = parts.hostname or "localhost"  # redis-py's default.
+    return parts.scheme in ("redis", "rediss") and not addresses.is_loopback(host)
 
 
 def _split_redis(url: str) -> tuple[str, str, int]:

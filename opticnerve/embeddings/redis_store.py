@@ -6,6 +6,9 @@ once in the log. It is asked for a sign of life when the store is opened and eve
 that its state is known before it is needed; while it fails nobody else asks it, so that what it
 costs a request is ``ANSWER_TIMEOUT_S``, once. A server that answers and refuses writes (it is full,
 or a replica) is read from and not written to.
+
+Under a secret (``Seal``) a value is its MAC and then the bytes, and its name has the secret's id:
+pools of different secrets share a server and never meet, and what others write is a miss.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeVar
@@ -30,11 +33,13 @@ from redis.retry import Retry
 from opticnerve.addresses import join
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.seal import MAC_BYTES, Seal
 from opticnerve.embeddings.shm import ShmStore
 from opticnerve.embeddings.store import Entry, StoreState, check_key
 from opticnerve.errors import EmbeddingCorrupt, StoreError
 
-PREFIX = "on:v1:emb:"
+PREFIX = "on:v1:emb:"  # Of names of values without a MAC.
+SIGNED_PREFIX = "on:v2:emb:"  # The secret's id follows.
 PROBE = PREFIX + "probe"  # No embedding's, and never there.
 # Tens of milliseconds: a server that takes longer is not much quicker than encoding again.
 CONNECT_TIMEOUT_S = 0.08
@@ -54,7 +59,8 @@ class RedisStore:
     ``socket_timeout`` and ``socket_connect_timeout``, in seconds, a server far away gets longer.
 
     Says in the log whether the server fails already; that takes as long as connecting. Owns
-    ``local``. ``ttl_s``: seconds that Redis keeps an embedding after its last use.
+    ``local``. ``ttl_s``: seconds that Redis keeps an embedding after its last use. ``seal`` signs
+    what is put, and tells what others wrote.
     """
 
     shared = True
@@ -66,11 +72,14 @@ class RedisStore:
         *,
         ttl_s: int = 3600,
         max_bytes: int = MAX_BYTES,
+        seal: Seal | None = None,
     ) -> None:
         self.local = local
         self.tier_id = local.tier_id
         self.max_bytes = max_bytes
         self._ttl_s = ttl_s
+        self._seal = seal
+        self._prefix = PREFIX if seal is None else f"{SIGNED_PREFIX}{seal.id}:"
         self._client = _client(url)
         self._sender = _client(url)
         timeouts = self._sender.connection_pool.connection_kwargs
@@ -100,7 +109,7 @@ class RedisStore:
         kept = self._keep(lambda: self.local.put(key, tensors, meta))
         size = sum(spec.num_bytes for spec in codec.specs_of(tensors))
         if size <= self.max_bytes:
-            kept = self._send(key, lambda: codec.to_bytes(tensors, meta)) or kept
+            kept = self._send(key, lambda: codec.encode(tensors, meta)) or kept
         if not kept:
             raise StoreError("neither the local tier nor Redis took the embedding")
 
@@ -108,7 +117,7 @@ class RedisStore:
         codec.parse(data, len(data))
         kept = self._keep(lambda: self.local.put_bytes(key, data))
         if len(data) <= self.max_bytes:
-            kept = self._send(key, lambda: data) or kept
+            kept = self._send(key, lambda: [data]) or kept
         if not kept:
             raise StoreError("neither the local tier nor Redis took the embedding")
 
@@ -139,7 +148,7 @@ class RedisStore:
         def ask() -> list[Any]:
             with self._client.pipeline(transaction=False) as pipeline:
                 for key in missing:
-                    pipeline.exists(PREFIX + key)
+                    pipeline.exists(self._prefix + key)
                 return pipeline.execute()
 
         there = self._server.call(ask) or [0] * len(missing)
@@ -162,8 +171,7 @@ class RedisStore:
         try:
             self.local.delete(key)
         finally:
-            delete = partial(self._client.delete, PREFIX + key)  # A full server does so, too.
-            self._server.call(lambda: self._writes.attempt(delete))
+            self._delete_there(key)
 
     def close(self) -> None:
         self._closed.set()
@@ -198,23 +206,33 @@ class RedisStore:
             return False
         return True
 
-    def _send(self, key: str, data: Callable[[], bytes]) -> bool:
-        """Whether Redis has ``key`` now; the first writer wins."""
+    def _send(self, key: str, pieces: Callable[[], Sequence[bytes | memoryview]]) -> bool:
+        """Whether Redis has ``key`` now. The first writer wins, but where values are signed: what
+        is there may be anybody's, and is replaced."""
+        name = self._prefix + key
 
         def write() -> bool:
-            if not self._client.expire(PREFIX + key, self._ttl_s):
-                self._sender.set(PREFIX + key, data(), ex=self._ttl_s, nx=True)
+            if self._seal is not None:
+                given = pieces()
+                signed = b"".join([self._seal.mac(key, given), *given])
+                self._sender.set(name, signed, ex=self._ttl_s)
+            elif not self._client.expire(name, self._ttl_s):
+                self._sender.set(name, b"".join(pieces()), ex=self._ttl_s, nx=True)
             return True
 
         return bool(self._server.call(lambda: self._writes.call(write)))
+
+    def _delete_there(self, key: str) -> None:
+        delete = partial(self._client.delete, self._prefix + key)  # A full server does so, too.
+        self._server.call(lambda: self._writes.attempt(delete))
 
     def _fetch(self, key: str) -> bytes | None:
         """Checked bytes in Redis. Raises EmbeddingCorrupt."""
 
         def read() -> Any:
             with self._client.pipeline(transaction=False) as pipeline:
-                pipeline.get(PREFIX + key)
-                pipeline.expire(PREFIX + key, self._ttl_s)
+                pipeline.get(self._prefix + key)
+                pipeline.expire(self._prefix + key, self._ttl_s)
                 answers = pipeline.execute(raise_on_error=False)
             found = answers[0]  # What a replica says of EXPIRE does not matter.
             if _is_wrong_type(found):
@@ -226,6 +244,11 @@ class RedisStore:
         data = self._server.call(read)
         if data is None:
             return None
+        if self._seal is not None:
+            mac, data = data[:MAC_BYTES], data[MAC_BYTES:]
+            if not self._seal.fits(mac, key, data, "redis"):
+                self._delete_there(key)
+                return None
         codec.parse(data, len(data))
         return bytes(data)
 

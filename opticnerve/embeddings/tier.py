@@ -22,6 +22,7 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import threading
 import time
@@ -55,7 +56,8 @@ def default_directory(base: Path | None = None) -> Path:
 
 
 def make_private(path: Path) -> None:
-    """Makes a 0700 directory, or checks that the one that is there is a directory of this user.
+    """Makes a 0700 directory, or checks that the one that is there is a directory of this user;
+    warns where others may write to it.
 
     Raises StoreError: in /dev/shm anyone could have put something else there.
     """
@@ -66,6 +68,12 @@ def make_private(path: Path) -> None:
         raise StoreError(f"cannot make the store's directory {path}: {error.strerror}") from error
     if path.is_symlink() or status.st_uid != os.geteuid():
         raise StoreError(f"the store's directory {path} belongs to someone else")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        log.warning(
+            "others may write to the store's directory %s, and change what pictures look like to "
+            "the model: `chmod 700` it",
+            path,
+        )
 
 
 def create_tier_directory(base: Path | None = None) -> Path:

@@ -33,6 +33,11 @@ CACHE_LOOKUPS = Counter(
     "Embedding look-ups by tier (reference, shm, redis, fetch, prefix) and result (hit, miss)",
     ["tier", "result"],
 )
+EMBEDDINGS_REFUSED = Counter(
+    "opticnerve_embeddings_refused_total",
+    "Embeddings by tier (redis, fetch) that were not signed with the secret of --store-key-file",
+    ["tier"],
+)
 
 
 class _Reader(Collector):

@@ -6,9 +6,12 @@ import logging
 import re
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from deploy import up
+from opticnerve import config
 from opticnerve.errors import ConfigError, StartupError
 from opticnerve.secret import LEAST_CHARACTERS, MAX_BYTES, make_secret, read_secret
 
@@ -77,3 +80,44 @@ def test_a_file_that_others_may_read_is_warned_of(
         read_secret(written(tmp_path, b"s" * 32, 0o644), OPTION)
     (record,) = caplog.records
     assert "every user" in record.getMessage() and "s" * 32 not in record.getMessage()
+
+
+# ---- `up`
+
+
+def commands(given: dict[str, Any]) -> list[list[str]]:
+    with up._run_directory() as directory:
+        secrets = up._secrets(given, directory)
+        for path in map(Path, secrets.values()):
+            assert not path.is_relative_to(directory) or len(read_secret(str(path), OPTION)) == 64
+        workers = up.Commands(config.UpConfig(), {"parent_pid": 1, **given, **secrets}).workers()
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert not directory.exists()
+    return [worker.child.command for worker in workers]
+
+
+def of_flag(command: list[str], flag: str = "--store-key-file") -> str:
+    assert command.count(flag) == 1
+    return command[command.index(flag) + 1]
+
+
+def test_up_makes_a_secret_of_its_own_for_every_stack(capsys: pytest.CaptureFixture[str]) -> None:
+    stacks = [{of_flag(command) for command in commands({})} for _ in range(2)]
+    assert all(len(files) == 1 for files in stacks) and stacks[0] != stacks[1]
+    assert not capsys.readouterr().err
+    commands({"store": "redis://cache:6379/0"})
+    assert "the same --store-key-file" in capsys.readouterr().err
+
+
+def test_up_hands_on_the_secret_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(make_secret(tmp_path, "mine"))
+    given = {"store": "redis://cache:6379/0"}
+    assert {of_flag(command) for command in commands({**given, OPTION: path})} == {path}
+    monkeypatch.setenv("OPTICNERVE_STORE_KEY_FILE", path)
+    assert {of_flag(command) for command in commands(given)} == {path}
+    assert not capsys.readouterr().err
+    monkeypatch.setenv("OPTICNERVE_STORE_KEY_FILE", str(tmp_path / "absent"))
+    with pytest.raises(ConfigError, match="--store-key-file: cannot read"):
+        commands(given)

@@ -183,3 +183,15 @@ def test_nobody_counts_a_file_while_it_becomes_an_entry(
     assert len(locked) == 3 and all(locked)
     assert ledger.stored_bytes() == Path(ledger.path("a" * 64)).stat().st_size == 200
     ledger.close()
+
+
+def test_a_directory_that_others_may_write_to_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "shared"
+    path.mkdir()
+    for mode, told in ((0o755, False), (0o770, True), (0o777, True)):
+        path.chmod(mode)
+        caplog.clear()
+        tier.make_private(path)
+        assert ("chmod 700" in caplog.text) is told

@@ -1,0 +1,71 @@
+"""What tells values that an encoder of ours made from all others: a MAC under the pools' secret.
+
+HMAC-SHA-256 (RFC 2104) of an embedding's content key and its safetensors bytes, header included,
+which says the encoder's fingerprint: a value fits under no other key. It goes with values that
+cross Redis or ``Fetch``. Files of a local tier have none: its directory is this user's alone, and
+whoever writes there can read the secret too.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterable
+
+from opticnerve.secret import read_secret
+from opticnerve.telemetry.metrics import EMBEDDINGS_REFUSED
+
+DIGEST = "sha256"  # With the processor's instructions for it twice as fast as keyed BLAKE2b.
+MAC_BYTES = 32
+WARN_EVERY_S = 30.0
+
+log = logging.getLogger(__name__)
+
+
+class Seal:
+    """Signs and checks under one secret. Thread-safe.
+
+    ``id``: names the secret and tells nothing of it; what has another id is another pool's.
+    """
+
+    def __init__(self, secret: str) -> None:
+        self._key = hmac.digest(secret.encode(), b"opticnerve-store-mac-1", DIGEST)
+        self.id = hmac.digest(secret.encode(), b"opticnerve-store-id-1", DIGEST).hex()[:16]
+        self._lock = threading.Lock()  # Guards the two below.
+        self._warned_at = -math.inf
+        self._refused = 0
+
+    @classmethod
+    def load(cls, path: str | None) -> Seal | None:
+        """Of the secret in ``--store-key-file``; None where there is none. Raises ConfigError."""
+        return None if path is None else cls(read_secret(path, "store_key_file"))
+
+    def mac(self, key: str, pieces: Iterable[bytes | memoryview]) -> bytes:
+        """Of the safetensors bytes that ``pieces`` are, as the value of ``key``."""
+        found = hmac.new(self._key, key.encode(), DIGEST)
+        for piece in pieces:
+            found.update(piece)
+        return found.digest()
+
+    def fits(self, mac: bytes, key: str, data: bytes | memoryview, tier: str) -> bool:
+        """Whether ``data``, which came by ``tier`` (redis, fetch), is what was signed for ``key``.
+        What is not is counted, and told of at times."""
+        if hmac.compare_digest(mac, self.mac(key, [data])):
+            return True
+        EMBEDDINGS_REFUSED.labels(tier=tier).inc()
+        with self._lock:
+            self._refused += 1
+            count, now = self._refused, time.monotonic()
+            if now - self._warned_at < WARN_EVERY_S:
+                return False
+            self._warned_at = now
+        log.warning(
+            "what %s had of %.12s was not signed with the secret of --store-key-file, and is not "
+            "used (%d such values so far): somebody else writes there, or an encoder has another "
+            "secret, or none",
+            tier, key, count,
+        )  # fmt: skip
+        return False
