@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway import chats, health, openapi
 from gateway.admission import Admission
 from gateway.auth import Keys, needs_key
+from gateway.connections import Connections
 from gateway.http import WARNINGS, BodyLimits, ErrorResponse, JSONResponse, read_switch
 from gateway.middleware import Authentication, Disconnect, Drain, Errors, RequestScope
 from gateway.names import ServedNames
@@ -42,6 +43,7 @@ class Gateway:
 
     config: GatewayConfig
     keys: Keys
+    connections: Connections
     admission: Admission
     names: ServedNames
     pipeline: Pipeline
@@ -63,6 +65,7 @@ class Gateway:
             config.max_request_bytes,
             config.max_request_values,
             config.body_timeout_s,
+            config.stall_timeout_s,
             config.ignore_unknown_fields,
         )
 

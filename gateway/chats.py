@@ -44,7 +44,7 @@ STREAM_HEADERS = {
 
 async def chat(gateway: Gateway, request: Request, send: Send) -> None:
     """Answers whole, or streams. Until the first token a stream can still fail with a status."""
-    with gateway.admission.arrive() as ticket:
+    with gateway.admission.arrive(request.state.holder) as ticket:
         deadline = Deadline.after(gateway.config.request_timeout_s)
         async with deadline.timeout():
             parsed, ignored = await read_json(request, ChatRequest, gateway.limits, ticket)
@@ -216,7 +216,7 @@ def _usage(told: Usage) -> sse.Usage:
 
 async def apply_template(gateway: Gateway, request: Request, send: Send) -> Response:
     """The prompt, ids and spans that a chat would become; nothing is encoded or generated."""
-    with gateway.admission.arrive() as ticket:
+    with gateway.admission.arrive(request.state.holder) as ticket:
         deadline = Deadline.after(gateway.config.request_timeout_s)
         async with deadline.timeout():
             parsed, ignored = await read_json(request, ApplyTemplateRequest, gateway.limits, ticket)

@@ -1,7 +1,9 @@
-"""Clients' connections: how many there may be, and how long one may be at rest.
+"""Clients' connections: how many there may be, who loses one where they run short, and how long
+one may wait for its client.
 
-A connection is at work from a request's whole head to the end of its answer, and otherwise at
-rest. Bytes that complete no head do not wake it, so that nobody keeps one by dripping.
+A connection waits for the whole head of a request, for more of its body, or for its client to take
+more of an answer; otherwise it is at work, and left alone. Bytes that complete no head are no
+progress, so that nobody keeps a connection by dripping.
 """
 
 from __future__ import annotations
@@ -9,33 +11,68 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from gateway import metrics
-from gateway.http import JSONResponse, reason
-from gateway.parser import StrictParser
-from opticnerve.errors import ConfigError, InvalidRequest
+from gateway.http import PROGRESS_BYTES
+from gateway.protocol import Connection, Wait
+from opticnerve.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 FIRST_REST_S = 30.0  # Until the first request.
 REST_S = 75.0  # Until the next one.
+CHECK_S = 1.0  # Between two looks at what a client has brought of a body, or taken of an answer.
+PATIENCE_S = 3.0  # Without progress; then another connection of the same holder may be worth more.
 OTHER_FILES = 256  # Open besides connections: libraries, logs, pictures on their way.
 
 
-class Connections:
-    """All of one server. Where a new one does not fit, the one longest at rest is closed, or, if
-    all are at work, the new one."""
+@dataclass(slots=True, eq=False)
+class Share:
+    """The connections of one holder. Of those that wait, the longest without progress is first."""
 
-    def __init__(self, most: int) -> None:
+    size: int = 0
+    resting: dict[Connection, None] = field(default_factory=dict)  # Between requests.
+    stalled: dict[Connection, None] = field(default_factory=dict)  # Amid one.
+
+    def waiting(self, wait: Wait) -> dict[Connection, None]:
+        return self.resting if wait is Wait.HEAD else self.stalled
+
+    def dispensable(self, patient_until: float, *, own: bool) -> Connection | None:
+        """The one to lose. ``own``: to another of the same holder; then none is lost amid a request
+        that made progress after ``patient_until``."""
+        resting, stalled = next(iter(self.resting), None), next(iter(self.stalled), None)
+        for connection in (resting, stalled):
+            if connection is not None and connection.since <= patient_until:
+                return connection
+        return resting or (None if own else stalled)
+
+
+class Connections:
+    """All of one server. Where a new one does not fit, the holder of most connections loses one
+    that waits for its client; where that is the new one's holder, and all are at work, the new one
+    is closed. So one holder may have all while nobody else wants any."""
+
+    def __init__(self, most: int, most_per_address: int = 0, stall_timeout_s: float = 30.0) -> None:
+        """``most_per_address``: 0 is no bound. ``stall_timeout_s``: in which a client must take
+        ``PROGRESS_BYTES`` of what is there for it."""
         self.most = most
+        self.most_per_address = most_per_address
+        self.stall_timeout_s = stall_timeout_s
         self._all: set[Connection] = set()
-        self._resting: dict[Connection, asyncio.TimerHandle] = {}  # Longest at rest first.
+        self._shares: dict[str, Share] = {}
+        self._by_address: Counter[str] = Counter()
         self._crowded = False
+        self._crowding: set[str] = set()  # Addresses that were refused more.
+
+    @property
+    def holders(self) -> int:
+        """How many keys and addresses have connections."""
+        return len(self._shares)
 
     def connect(
         self,
@@ -49,89 +86,111 @@ class Connections:
 
     def enter(self, connection: Connection) -> None:
         self._all.add(connection)
-        self.rest(connection)
+        self._by_address[connection.address] += 1
+        self._join(connection)
+        self.settle(connection)
+        if 0 < self.most_per_address < self._by_address[connection.address]:
+            self._refuse(connection)
+            return
         crowded = len(self._all) > self.most
         if crowded:
-            self._close_one(connection)
+            self._close_for(connection)
         if crowded and not self._crowded:
             log.warning(
-                "more than %d connections: those at rest are closed; see --max-connections",
+                "more than %d connections: those that wait for their clients are closed; see "
+                "--max-connections",
                 self.most,
             )
         self._crowded = crowded
 
     def leave(self, connection: Connection) -> None:
-        self._all.discard(connection)
-        self.wake(connection)
+        if connection not in self._all:
+            return
+        self._all.remove(connection)
+        self._wait(connection, None)
+        self._part(connection)
+        self._by_address[connection.address] -= 1
+        if not self._by_address[connection.address]:
+            del self._by_address[connection.address]
+            self._crowding.discard(connection.address)
 
-    def rest(self, connection: Connection) -> None:
-        if connection in self._all and connection not in self._resting:
+    def settle(self, connection: Connection) -> None:
+        """After anything that may have changed what a connection waits for, or whose it is."""
+        if connection not in self._all:
+            return
+        wait, holder = connection.expects(), connection.current_holder()
+        if holder != connection.holder:
+            self._part(connection)
+            connection.holder = holder
+            self._join(connection)
+        if wait is not connection.wait:
+            self._wait(connection, wait)
+
+    def _join(self, connection: Connection) -> None:
+        share = self._shares.setdefault(connection.holder, Share())
+        share.size += 1
+        if connection.wait is not None:
+            share.waiting(connection.wait)[connection] = None
+
+    def _part(self, connection: Connection) -> None:
+        share = self._shares[connection.holder]
+        share.size -= 1
+        if connection.wait is not None:
+            del share.waiting(connection.wait)[connection]
+        if not share.size:
+            del self._shares[connection.holder]
+
+    def _wait(self, connection: Connection, wait: Wait | None) -> None:
+        """From now on a connection waits for that; also again, after some progress."""
+        share, loop = self._shares[connection.holder], connection.loop
+        if connection.timer is not None:
+            connection.timer.cancel()
+        if connection.wait is not None:
+            del share.waiting(connection.wait)[connection]
+        connection.wait = wait
+        if wait is None:
+            return
+        share.waiting(wait)[connection] = None
+        connection.since, connection.mark = loop.time(), connection.moved()
+        if wait is Wait.HEAD:
             seconds = FIRST_REST_S if connection.cycle is None else REST_S
-            timer = connection.loop.call_later(seconds, connection.close)
-            self._resting[connection] = timer
-
-    def is_resting(self, connection: Connection) -> bool:
-        return connection in self._resting
-
-    def wake(self, connection: Connection) -> None:
-        timer = self._resting.pop(connection, None)
-        if timer is not None:
-            timer.cancel()
-
-    def _close_one(self, new: Connection) -> None:
-        # One that is closing already waits for a client that does not read.
-        closing = (c for c in self._all if c.transport.is_closing())
-        next(closing, next(iter(self._resting), new)).close()
-
-
-class Connection(H11Protocol):
-    conn: StrictParser
-
-    def __init__(self, owner: Connections, *given: Any) -> None:
-        super().__init__(*given)
-        self.owner = owner
-        self.conn = StrictParser()
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.owner.enter(self)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.owner.leave(self)
-        super().connection_lost(exc)
-
-    def handle_events(self) -> None:
-        super().handle_events()
-        self._settle()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._settle()
-
-    def send_400_response(self, msg: str) -> None:
-        """For what is no HTTP, and the connection's end. ``msg`` is uvicorn's, without a reason."""
-        error = InvalidRequest(f"this is no HTTP/1.1 request: {self.conn.fault}", code="not_http")
-        log.info("400: %s", reason(error))
-        metrics.REQUESTS.labels("other", "400").inc()
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-            answer = JSONResponse(error.to_openai(), 400, {"connection": "close"})
-            lines = [b"HTTP/1.1 400 Bad Request", *map(b": ".join, answer.raw_headers), b"", b""]
-            self.transport.write(b"\r\n".join(lines) + bytes(answer.body))
-        self.transport.close()
-
-    def close(self) -> None:
-        """What the client has not read of an answer is given up."""
-        self.owner.leave(self)
-        if self.transport.get_write_buffer_size() or self.transport.is_closing():
-            self.transport.abort()
+            connection.timer = loop.call_later(seconds, connection.close)
         else:
-            self.timeout_keep_alive_handler()
+            connection.timer = loop.call_later(CHECK_S, self._check, connection)
 
-    def _settle(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
-            self.owner.rest(self)
-        else:
-            self.owner.wake(self)
+    def _check(self, connection: Connection) -> None:
+        """Of one that waits amid a request. Of bodies that do not come, clients are told by
+        ``gateway.http``."""
+        if connection.moved() - connection.mark >= PROGRESS_BYTES:
+            self._wait(connection, connection.wait)
+            return
+        stalled_s = connection.loop.time() - connection.since
+        if connection.wait is Wait.READER and stalled_s >= self.stall_timeout_s:
+            log.info(
+                "%s took less than %d bytes of what it was answered in %g s: its connection is "
+                "closed; see --stall-timeout-s",
+                connection.holder, PROGRESS_BYTES, self.stall_timeout_s,
+            )  # fmt: skip
+            connection.close()
+            return
+        connection.timer = connection.loop.call_later(CHECK_S, self._check, connection)
+
+    def _close_for(self, new: Connection) -> None:
+        waiting = [share for share in self._shares.values() if share.resting or share.stalled]
+        heaviest = max(waiting, key=lambda share: share.size)  # ``new`` waits for its head.
+        patient_until = new.loop.time() - PATIENCE_S
+        own = heaviest is self._shares[new.holder]
+        (heaviest.dispensable(patient_until, own=own) or new).close()
+
+    def _refuse(self, new: Connection) -> None:
+        if new.address not in self._crowding:
+            self._crowding.add(new.address)
+            log.warning(
+                "more than %d connections of %s: others are closed; see "
+                "--max-connections-per-address",
+                self.most_per_address, new.address,
+            )  # fmt: skip
+        new.close()
 
 
 def allow_files(connections: int, workers: int) -> None:

@@ -57,8 +57,8 @@ def health(
         "llms": _pool(pairing.llms),
         "store": store,
         "gateway": {
-            "requests_in_flight": admission.requests,
-            "bytes_in_flight": admission.bytes,
+            "requests_in_flight": admission.requests.held,
+            "bytes_in_flight": admission.bytes.held,
             "known_references": known_references,
         },
         "config": public_view(config),

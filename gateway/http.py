@@ -37,17 +37,20 @@ WARNINGS = "x-opticnerve-warnings"
 MAX_WARNING = 500
 MAX_REASON = 160  # Characters of an error's message in the log.
 MAX_PARAM = 80
+PROGRESS_BYTES = 8 * 2**10  # Of a body or an answer within the stall timeout; or its end.
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 M = TypeVar("M", bound=Strict)
 
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """``max_values``: objects, lists and their entries. ``timeout_s``: from head to end."""
+    """``max_values``: objects, lists and their entries. ``timeout_s``: from head to end.
+    ``stall_timeout_s``: for each next ``PROGRESS_BYTES``, or the end."""
 
     max_bytes: int
     max_values: int
     timeout_s: float
+    stall_timeout_s: float
     ignore_unknown: bool = False
 
 
@@ -68,6 +71,8 @@ def error_headers(error: OpticNerveError) -> dict[str, str]:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
+    if error.http_status == 408:
+        headers["connection"] = "close"  # The rest of the body is not waited for.
     return headers
 
 
@@ -166,27 +171,39 @@ def _check_type(request: Request) -> None:
 
 async def _arrived(request: Request, limits: BodyLimits, hold: Callable[[int], None]) -> bytes:
     try:
-        async with asyncio.timeout(limits.timeout_s):
-            return await _read(request, limits.max_bytes, hold)
+        async with asyncio.timeout(limits.timeout_s), asyncio.timeout(None) as stall:
+            return await _read(request, limits, hold, stall)
     except TimeoutError as error:
+        if stall.expired():
+            raise BodyTimeout(
+                f"less than {PROGRESS_BYTES} bytes of the body came in "
+                f"{limits.stall_timeout_s:g} s; send it without pauses, or raise --stall-timeout-s"
+            ) from error
         raise BodyTimeout(
             f"the body was not there within {limits.timeout_s:g} s; send fewer or smaller "
             "pictures, or their URLs, or raise --body-timeout-s"
         ) from error
 
 
-async def _read(request: Request, limit: int, hold: Callable[[int], None]) -> bytes:
+async def _read(
+    request: Request, limits: BodyLimits, hold: Callable[[int], None], stall: asyncio.Timeout
+) -> bytes:
+    """``stall`` is put off as the body comes."""
     length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
-        raise _too_large(limit)
+    if length.isdigit() and int(length) > limits.max_bytes:
+        raise _too_large(limits.max_bytes)
     body = bytearray()
+    due, clock = 0, asyncio.get_running_loop().time
     while True:
+        if len(body) >= due:
+            due = len(body) + PROGRESS_BYTES
+            stall.reschedule(clock() + limits.stall_timeout_s)
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise Cancelled("the client went away")
         chunk = message.get("body", b"")
-        if len(body) + len(chunk) > limit:
-            raise _too_large(limit)
+        if len(body) + len(chunk) > limits.max_bytes:
+            raise _too_large(limits.max_bytes)
         hold(len(chunk))
         body += chunk
         if not message.get("more_body", False):

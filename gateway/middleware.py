@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway import metrics, sse
 from gateway.auth import ANONYMOUS, Keys, needs_key
 from gateway.http import ErrorResponse, note, reason, typed
+from gateway.protocol import holder_of
 from opticnerve.drain import LAST_WORDS_S, Running
 from opticnerve.errors import OpticNerveError, Unauthenticated
 from opticnerve.telemetry import logs
@@ -158,7 +159,8 @@ def _route(scope: Scope) -> str:
 
 
 class Authentication:
-    """Lets only known keys pass; puts the ``Caller`` into the request's state."""
+    """Lets only known keys pass. Into the request's state it puts the ``Caller`` as ``caller``, and
+    as ``holder`` whose share of the server's places the request counts in."""
 
     def __init__(self, app: ASGIApp, keys: Keys, *, public_models: bool) -> None:
         self.app = app
@@ -175,7 +177,9 @@ class Authentication:
                     await ErrorResponse(error)(scope, receive, send)
                     return
                 caller = ANONYMOUS
+            key = None if caller is ANONYMOUS else caller.name
             scope["state"]["caller"] = caller
+            scope["state"]["holder"] = holder_of(scope["client"], key)
         await self.app(scope, receive, send)
 
 

@@ -122,10 +122,21 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
         own_pair_id = await asyncio.to_thread(_own_pair_id, checkpoint)
         pairing = Pairing(eyes, mouths, own_pair_id, wait)
         stack.callback(asyncio.create_task(pairing.watch_whole()).cancel)
+        connections = Connections(
+            settings.max_connections,
+            settings.max_connections_per_address,
+            settings.stall_timeout_s,
+        )
         yield Gateway(
             config=settings,
             keys=keys,
-            admission=Admission(settings.max_concurrent_requests, settings.max_bytes_in_flight),
+            connections=connections,
+            admission=Admission(
+                settings.max_concurrent_requests,
+                settings.max_bytes_in_flight,
+                settings.max_requests_per_key,
+                holders=lambda: len(keys.by_name) or connections.holders,
+            ),
             names=ServedNames.of(settings.served_model_name, checkpoint.name, layout.max_positions),
             pipeline=Pipeline(
                 renderer=renderer,
@@ -170,11 +181,10 @@ class HttpServer(uvicorn.Server):
 
     def __init__(self, gateway: Gateway, listener: socket.socket) -> None:
         settings = gateway.config
-        connections = Connections(settings.max_connections)
         super().__init__(
             uvicorn.Config(
                 make_app(gateway),
-                http=cast("type[asyncio.Protocol]", connections.connect),
+                http=cast("type[asyncio.Protocol]", gateway.connections.connect),
                 ws="none",
                 lifespan="off",
                 log_config=None,

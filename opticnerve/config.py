@@ -405,13 +405,27 @@ class GatewayConfig:
     media_redirects: int = _urls(3, "redirects that are followed for one item", metavar="N")
     max_connections: int = _limits(
         4096,
-        "connections of clients before those longest at rest are closed; what ulimit -n must allow",
+        "connections of clients; where one more comes, the key or address that has most loses one "
+        "that waits for its client; what ulimit -n must allow",
         metavar="N",
         least=1,
+    )
+    max_connections_per_address: int = _limits(
+        0,
+        "connections of one address before its next ones are closed, also while others have none; "
+        "0: --max-connections. Not for a gateway behind a proxy, whose address is everybody's",
+        metavar="N",
     )
     max_concurrent_requests: int = _limits(
         512,
         "requests in flight before a 429; three quarters of them may have new pictures",
+        metavar="N",
+    )
+    max_requests_per_key: int = _limits(
+        0,
+        "requests in flight of one key, or without keys of one address, before a 429; 0: all, and "
+        "where there are several, the last quarter of places and bytes is for those that have less "
+        "than an equal share",
         metavar="N",
     )
     max_bytes_in_flight: int = _limits(
@@ -434,6 +448,12 @@ class GatewayConfig:
     )
     body_timeout_s: float = _limits(
         60.0, "how long a request body may take to arrive", metavar="SECONDS"
+    )
+    stall_timeout_s: float = _limits(
+        30.0,
+        "in which a client must send 8 KiB more of a body, or take 8 KiB more of its answers, or "
+        "all that is left",
+        metavar="SECONDS",
     )
     request_timeout_s: float = _limits(
         600.0, "deadline of one request, end to end", metavar="SECONDS"

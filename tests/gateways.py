@@ -81,7 +81,7 @@ class Stack:
             *self.gateway.pipeline.encoders.pool.workers,
         ]
         return (
-            admission.requests == admission.bytes == 0
+            admission.requests.held == admission.bytes.held == 0
             and not self.gateway.pipeline.encoders._flights
             and not self.gateway.pipeline.encoders._patches
             and all(worker.pending == 0 for worker in workers)

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from gateway import connections
+from gateway.protocol import Wait
 from opticnerve.errors import ConfigError
 from tests.fakes import until
 from tests.gateways import connected, rest, stack
@@ -60,10 +61,10 @@ async def test_a_connection_rests_before_and_after_its_requests_and_not_meanwhil
         asked = asyncio.create_task(s.chat())
         await until(lambda: s.llm.running)
         (connection,) = s.server.server_state.connections
-        assert not connection.owner.is_resting(connection)
+        assert connection.wait is None
         go.set()
         assert (await asked).status_code == 200
-        await until(lambda: connection.owner.is_resting(connection))
+        await until(lambda: connection.wait is Wait.HEAD)
 
 
 async def test_beyond_the_limit_the_connection_longest_at_rest_is_closed():

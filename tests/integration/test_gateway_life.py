@@ -174,7 +174,7 @@ async def test_a_client_that_leaves_frees_everything(stage, stream):
         half = len(payload) // 2 if stage == "body" else len(payload)
         writer.write(head.encode() + payload[:half])
         if stage == "body":
-            await until(lambda: s.gateway.admission.bytes)
+            await until(lambda: s.gateway.admission.bytes.held)
         elif stage == "encode":
             await s.encoder.started.wait()
         else:

@@ -217,7 +217,7 @@ async def test_a_request_that_waits_for_an_encoder_holds_its_pictures_and_no_bod
         url = data_url()
         task = asyncio.create_task(s.chat(user("?", url)))
         await until(lambda: s.encoder.running)
-        assert s.gateway.admission.bytes == len(base64.b64decode(url.partition(",")[2]))
+        assert s.gateway.admission.bytes.held == len(base64.b64decode(url.partition(",")[2]))
         go.set()
         assert (await task).status_code == 200
 

@@ -10,51 +10,128 @@ from opticnerve.errors import Overloaded
 
 def test_requests_are_bounded():
     admission = Admission(max_requests=2, max_bytes=100)
-    with admission.arrive() as late, admission.arrive() as first, admission.arrive() as second:
-        assert admission.requests == 0  # Their bodies are still to come.
+    with (
+        admission.arrive("ada") as late,
+        admission.arrive("ada") as first,
+        admission.arrive("ada") as second,
+    ):
+        assert admission.requests.held == 0  # Their bodies are still to come.
         first.enter()
         second.enter()
         with pytest.raises(Overloaded):
             late.enter()
-        with pytest.raises(Overloaded) as caught, admission.arrive():
+        with pytest.raises(Overloaded) as caught, admission.arrive("ada"):
             pass
         assert caught.value.retry_after_s
-    assert admission.requests == 0
-    with admission.arrive() as ticket:
+    assert admission.requests.held == 0
+    with admission.arrive("ada") as ticket:
         ticket.enter()
-        assert admission.requests == 1
+        assert admission.requests.held == 1
 
 
 def test_bytes_are_bounded_over_all_requests():
     admission = Admission(max_requests=9, max_bytes=100)
-    with admission.arrive() as first, admission.arrive() as second:
+    with admission.arrive("ada") as first, admission.arrive("ada") as second:
         first.hold(60)
         with pytest.raises(Overloaded):
             second.hold(41)
         second.hold(40)
         first.drop(30)
         second.hold(30)
-        assert admission.bytes == 100
-    assert admission.bytes == 0
+        assert admission.bytes.held == 100
+    assert admission.bytes.held == 0
 
 
 def test_a_request_that_fails_gives_everything_back():
     admission = Admission(max_requests=1, max_bytes=100)
-    with pytest.raises(RuntimeError), admission.arrive() as ticket:
+    with pytest.raises(RuntimeError), admission.arrive("ada") as ticket:
         ticket.enter()
         ticket.hold(100)
         raise RuntimeError
-    assert (admission.requests, admission.bytes) == (0, 0)
+    assert (admission.requests.held, admission.bytes.held) == (0, 0)
 
 
 def test_requests_with_new_pictures_leave_places_to_others():
     admission = Admission(max_requests=4, max_bytes=100)
     with contextlib.ExitStack() as exits:
-        tickets = [exits.enter_context(admission.arrive()) for _ in range(4)]
+        tickets = [exits.enter_context(admission.arrive("ada")) for _ in range(4)]
         for ticket in tickets:
             ticket.enter()
         for ticket in tickets[:3]:
             ticket.enter_with_pictures()
         with pytest.raises(Overloaded, match="new pictures"):
             tickets[3].enter_with_pictures()
-    assert admission.requests == admission.with_pictures == 0
+    assert admission.requests.held == admission.with_pictures.held == 0
+
+
+def shared(holders, **bounds):
+    return Admission(**{"max_requests": 8, "max_bytes": 800, **bounds}, holders=lambda: holders)
+
+
+@contextlib.contextmanager
+def served(admission, *holders, num_bytes=0):
+    """Requests of so many holders; the tickets that were given."""
+    with contextlib.ExitStack() as exits:
+        tickets = [exits.enter_context(admission.arrive(holder)) for holder in holders]
+        for ticket in tickets:
+            ticket.enter()
+            ticket.hold(num_bytes)
+        yield tickets
+
+
+def test_one_alone_may_have_all():
+    admission = shared(1)
+    with served(admission, *["ada"] * 8, num_bytes=100):
+        assert admission.requests.held == 8 and admission.bytes.held == 800
+
+
+def test_the_last_quarter_is_for_those_that_have_less_than_an_equal_share():
+    admission = shared(2)
+    with served(admission, *["ada"] * 6):
+        with pytest.raises(Overloaded, match="share"), admission.arrive("ada"):
+            pass
+        with (
+            served(admission, "bob", "bob"),
+            pytest.raises(Overloaded, match="as many"),
+            admission.arrive("bob"),
+        ):
+            pass
+    with served(admission, *["bob"] * 4, *["ada"] * 4):  # Both up to their equal shares.
+        assert admission.requests.held == 8
+
+
+def test_bytes_and_places_for_pictures_are_shared_too():
+    admission = shared(2)
+    with served(admission, "ada", "bob") as (first, other):
+        first.hold(600)
+        with pytest.raises(Overloaded, match="share"):
+            first.hold(1)
+        other.hold(200)
+    with served(admission, *["ada"] * 6, "bob") as tickets:
+        for ticket in tickets[:5]:
+            ticket.enter_with_pictures()
+        with pytest.raises(Overloaded, match="new pictures"):
+            tickets[5].enter_with_pictures()
+        tickets[6].enter_with_pictures()
+    assert admission.requests.held == admission.with_pictures.held == admission.bytes.held == 0
+    assert not admission.requests._by_holder and not admission.bytes._by_holder
+
+
+def test_what_one_may_have_at_most():
+    admission = shared(1, max_requests_each=2)
+    with (
+        served(admission, "ada", "ada", "bob"),
+        pytest.raises(Overloaded, match="share"),
+        admission.arrive("ada"),
+    ):
+        pass
+    with served(admission, "ada", "ada"):
+        assert admission.requests.held == 2
+
+
+def test_a_single_place_is_anybodys():
+    admission = shared(3, max_requests=1)
+    with served(admission, "ada"), pytest.raises(Overloaded), admission.arrive("bob"):
+        pass
+    with served(admission, "bob"):
+        assert admission.requests.held == 1

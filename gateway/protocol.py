@@ -1,0 +1,131 @@
+"""One client's connection: uvicorn's, with a strict parser, and told apart by what it waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gateway import metrics
+from gateway.http import JSONResponse, reason
+from gateway.parser import StrictParser
+from opticnerve.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from gateway.connections import Connections
+
+log = logging.getLogger(__name__)
+
+SITE_BITS = 64  # Of an IPv6 address: who has one has the whole network.
+
+
+class Wait(Enum):
+    """What a connection expects of its client."""
+
+    HEAD = "a request's head"
+    BODY = "more of its body"
+    READER = "to take more of an answer"
+
+
+def holder_of(client: tuple[str, int] | None, key_name: str | None = None) -> str:
+    """Whose share of the places something counts in: a key's, or else its address's."""
+    if key_name is not None:
+        return f"key {key_name}"
+    host = client[0].partition("%")[0] if client else ""
+    if ":" not in host:
+        return host
+    address = ipaddress.IPv6Address(host)
+    return str(address.ipv4_mapped or ipaddress.ip_network((address, SITE_BITS), strict=False))
+
+
+class Connection(H11Protocol):
+    """``owner`` is told whenever it may wait for something else. ``wait``, ``since``, ``mark`` and
+    ``timer`` are the owner's notes."""
+
+    conn: StrictParser
+
+    def __init__(self, owner: Connections, *given: Any) -> None:
+        super().__init__(*given)
+        self.owner = owner
+        self.conn = StrictParser()
+        self.address = self.holder = ""
+        self.wait: Wait | None = None
+        self.since = 0.0  # When it began to wait, or last made progress. On the loop's clock.
+        self.mark = 0  # ``moved`` by then.
+        self.timer: asyncio.TimerHandle | None = None
+        self._came = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.address = self.holder = holder_of(self.client)
+        self.owner.enter(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.owner.leave(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._came += len(data)
+        super().data_received(data)
+
+    def handle_events(self) -> None:
+        before = self.cycle
+        super().handle_events()
+        self.owner.settle(self)
+        if self.cycle is not before:
+            self.loop.call_soon(self.owner.settle, self)  # Once its key is known.
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.owner.settle(self)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.owner.settle(self)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.owner.settle(self)
+
+    def expects(self) -> Wait | None:
+        """What of its client it waits for; None while it is at work."""
+        if self.flow.write_paused:
+            return Wait.READER
+        if self.cycle is None or self.cycle.response_complete:
+            return Wait.HEAD
+        return Wait.BODY if self.cycle.more_body else None
+
+    def moved(self) -> int:
+        """Bytes that the client has brought, or while it should read, taken; from any number on."""
+        if self.wait is Wait.READER:
+            return -self.transport.get_write_buffer_size()
+        return self._came
+
+    def current_holder(self) -> str:
+        """That of its last request with a key, or its address."""
+        told = None if self.cycle is None else self.cycle.scope["state"].get("holder")
+        return told or self.holder
+
+    def send_400_response(self, msg: str) -> None:
+        """For what is no HTTP, and the connection's end. ``msg`` is uvicorn's, without a reason."""
+        error = InvalidRequest(f"this is no HTTP/1.1 request: {self.conn.fault}", code="not_http")
+        log.info("400: %s", reason(error))
+        metrics.REQUESTS.labels("other", "400").inc()
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            answer = JSONResponse(error.to_openai(), 400, {"connection": "close"})
+            lines = [b"HTTP/1.1 400 Bad Request", *map(b": ".join, answer.raw_headers), b"", b""]
+            self.transport.write(b"\r\n".join(lines) + bytes(answer.body))
+        self.transport.close()
+
+    def close(self) -> None:
+        """What the client has not sent of a request, or read of an answer, is given up."""
+        self.owner.leave(self)
+        unsent = self.transport.get_write_buffer_size()
+        if unsent or self.transport.is_closing() or self.expects() is not Wait.HEAD:
+            self.transport.abort()
+        else:
+            self.timeout_keep_alive_handler()
