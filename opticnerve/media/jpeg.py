@@ -50,7 +50,8 @@ class _Frame:
     @property
     def pixels(self) -> int:
         """Of the whole blocks in which the picture is stored."""
-        across, down = (8 * max(side) for side in zip(*self.samplings, strict=True))
+        across = 8 * max(h for h, _ in self.samplings)
+        down = 8 * max(v for _, v in self.samplings)
         return -(-self.width // across) * across * -(-self.height // down) * down
 
     @property
