@@ -16,18 +16,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from encoder_service import metrics
 from encoder_service.backends.base import Backend, Capacity, Embedding
 from encoder_service.backlog import Backlog
 from encoder_service.batcher import Batcher, Failure, Finished
+from encoder_service.decoder import Pixels, Work, prepare
 from encoder_service.flight import Flights
 from encoder_service.item import Answer, Identity, Limits, Request, Timings
 from encoder_service.poison import PoisonRecord
-from encoder_service.preprocess import PreprocessPool
+from encoder_service.preprocess import Job, PreprocessPool
 from encoder_service.shelf import Shelf
 from opticnerve.config import LEAST_IMAGE_PIXELS
 from opticnerve.embeddings.ref import EmbeddingRef, TensorSpec, tensor_names
@@ -41,9 +40,8 @@ from opticnerve.errors import (
     PlanMismatch,
     UnsupportedFeature,
 )
-from opticnerve.media.decode import decode
 from opticnerve.media.keys import content_key
-from opticnerve.media.plan import WHITE, Modality, Overrides, Plan
+from opticnerve.media.plan import WHITE, Modality, Overrides, Plan, Structure
 from opticnerve.media.structure import parse_structure
 from opticnerve.models.family import Layout
 
@@ -64,6 +62,7 @@ class _Arrived:
 
     request: Request
     data: bytes
+    structure: Structure
     deaths: int  # Of workers, in this item's name.
     landed: int  # Flights that had landed when the store did not have the item yet.
     replaces: bool  # What the store has under the key does not fit the plan.
@@ -74,8 +73,7 @@ class _Prepared:
     """What the batcher carries: one item, decoded."""
 
     request: Request
-    pixels: NDArray[np.float32]
-    seconds: float  # That decoding took.
+    pixels: Pixels
 
 
 class Encoder:
@@ -105,7 +103,14 @@ class Encoder:
         queue = limits.max_queue_patches or QUEUE_BATCHES * max(batch, capacity.max_item_patches)
         self.backlog = Backlog(queue, MAX_QUEUE_ITEMS, MAX_QUEUE_BYTES)
         self.shelf = Shelf(store, identity)
-        self.pool = PreprocessPool(preprocess_workers, STAGED_BATCHES * batch)
+        self.pool = PreprocessPool(
+            backend.preprocess,
+            poison,
+            preprocess_workers,
+            STAGED_BATCHES * batch,
+            limits.max_decode_bytes,
+            limits.decode_timeout_s,
+        )
         self._flights: Flights[Answer] = Flights()
         self._batcher: Batcher[_Prepared, Embedding] = Batcher(
             self._forward,
@@ -123,8 +128,8 @@ class Encoder:
         data = buffer.getvalue()
         plan = self.layout.plan(parse_structure(data), Overrides())
         request = Request("rehearsal", "", "", plan, Overrides(), len(data))
-        prepared = self._prepare(request, data)
-        self._batcher.submit(prepared, plan.num_patches).result()
+        pixels = prepare(self.backend.preprocess, self._work(request, data))
+        self._batcher.submit(_Prepared(request, pixels), plan.num_patches).result()
 
     async def encode(self, request: Request, read: Callable[[], Awaitable[bytes]]) -> Answer:
         """The embedding of one item, from the store or by encoding it.
@@ -148,13 +153,13 @@ class Encoder:
         slot = self.backlog.admit(*cost)  # From here on it keeps others waiting.
         try:
             if len(data) <= INLINE_BYTES:
-                self._verify(request, data)
+                structure = self._verify(request, data)
             else:
-                await self.pool.run(self._verify, request, data)
+                structure = await self.pool.run(self._verify, request, data)
         except BaseException:
             slot.release()
             raise
-        item = _Arrived(request, data, deaths, landed, replaces=known is not None)
+        item = _Arrived(request, data, structure, deaths, landed, replaces=known is not None)
         return await self._flights.run(request.key, lambda: self._fly(item), slot.release)
 
     @property
@@ -205,8 +210,11 @@ class Encoder:
         }
         return set(known.tensors) == made
 
-    def _verify(self, request: Request, data: bytes) -> None:
-        """Key and plan belong to the bytes. Raises InvalidRequest, InvalidMedia, PlanMismatch."""
+    def _verify(self, request: Request, data: bytes) -> Structure:
+        """The bytes' structure, once it is clear that key and plan belong to them.
+
+        Raises InvalidRequest, InvalidMedia, PlanMismatch.
+        """
         key = content_key(
             data,
             self.layout.settings(),
@@ -225,6 +233,7 @@ class Encoder:
                 "the item's plan is not what its bytes give here; gateway and encoder must serve "
                 "one release and one checkpoint"
             )
+        return structure
 
     # ---- the flight of one item
 
@@ -240,16 +249,16 @@ class Encoder:
                 await self.shelf.drop(key)
         started = time.monotonic()
         async with self._alone_if(item.deaths > 0):
-            prepared, finished = await self._encode(item)
+            pixels, finished = await self._encode(item)
         ref, put_s = await self.shelf.publish(key, finished.result)
         self._landed += 1
         self.backlog.record(item.request.plan.num_patches)
         if item.deaths:
             self.poison.absolve(key)
-        waited = finished.submitted - started - prepared.seconds
+        waited = finished.submitted - started - pixels.seconds
         timings = Timings(
             queue_s=waited + finished.queue_s,
-            preprocess_s=prepared.seconds,
+            preprocess_s=pixels.seconds,
             encode_s=finished.run_s,
             put_s=put_s,
             batch_items=finished.batch_items,
@@ -259,45 +268,44 @@ class Encoder:
         log.debug("encoded %s: %s", key, timings)
         return Answer(ref, timings)
 
-    async def _encode(self, item: _Arrived) -> tuple[_Prepared, Finished[Embedding]]:
+    async def _encode(self, item: _Arrived) -> tuple[Pixels, Finished[Embedding]]:
         """Through the preprocess pool and the device."""
-        patches = item.request.plan.num_patches
-        async with self.pool.staging.hold(patches):
-            prepared = await self.pool.run(self._prepare, item.request, item.data)
+        request, patches = item.request, item.request.plan.num_patches
+        async with self.pool.prepared(self._job(item)) as pixels:
+            prepared = _Prepared(request, pixels)
             future = self._batcher.submit(prepared, patches, alone=item.deaths > 0)
             try:
-                return prepared, await asyncio.wrap_future(future)
+                return pixels, await asyncio.wrap_future(future)
             except OpticNerveError:
                 raise
             except Exception as error:
-                raise self._failure(item.request, error) from error
+                raise self._failure(request, error) from error
+
+    def _job(self, item: _Arrived) -> Job:
+        request = item.request
+        return Job(
+            owner=request.request_id or request.key,
+            key=request.key,
+            work=self._work(request, item.data),
+            patches=request.plan.num_patches,
+            passes=item.structure.passes,
+            memory=item.structure.memory,
+            suspect=item.deaths > 0,
+        )
+
+    def _work(self, request: Request, data: bytes) -> Work:
+        limits = self.limits.max_image_pixels, self.limits.max_decode_passes
+        return Work(data, request.plan, request.overrides.background, *limits)
 
     def _alone_if(self, suspect: bool) -> AbstractAsyncContextManager[None]:
         """One suspect at a time: if this one kills the worker, the others are no party to it."""
         return self._suspects if suspect else contextlib.nullcontext()
 
-    def _prepare(self, request: Request, data: bytes) -> _Prepared:
-        """Decode, orient, resize, cut into patches. Runs in the pool. Raises InvalidMedia."""
-        started = time.monotonic()
-        try:
-            with self.poison.working_on([request.key]):
-                image = decode(
-                    data,
-                    request.plan,
-                    self.limits.max_image_pixels,
-                    request.overrides.background,
-                    self.limits.max_decode_passes,
-                )
-                pixels = self.backend.preprocess(image, request.plan)
-        except MemoryError as error:
-            raise EngineFailure("the encoder ran out of memory decoding this picture") from error
-        return _Prepared(request, pixels, time.monotonic() - started)
-
     def _forward(self, batch: Sequence[_Prepared]) -> list[Embedding]:
         """On the device's thread."""
         plans = [item.request.plan for item in batch]
         with self.poison.working_on([item.request.key for item in batch]):
-            outputs = self.backend.encode([item.pixels for item in batch], plans)
+            outputs = self.backend.encode([item.pixels.values for item in batch], plans)
         for plan, output in zip(plans, outputs, strict=True):
             rows = {tensor.shape[0] for tensor in output.values()}
             if rows != {plan.num_tokens}:

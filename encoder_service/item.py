@@ -25,6 +25,8 @@ class Limits:
     max_image_pixels: int
     max_queue_patches: int = 0  # 0: sized from the largest item.
     max_decode_passes: int = DEFAULT_MAX_PASSES  # See ``Structure.passes``.
+    max_decode_bytes: int = 0  # 0: sized from the number of workers.
+    decode_timeout_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)

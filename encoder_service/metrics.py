@@ -8,6 +8,7 @@ from opticnerve.telemetry.metrics import CACHE_LOOKUPS, STAGE_SECONDS, of_store,
 
 __all__ = [
     "CACHE_LOOKUPS",
+    "DECODES_ENDED",
     "ITEMS_ENCODED",
     "PATCHES_PENDING",
     "STAGE_SECONDS",
@@ -18,3 +19,8 @@ __all__ = [
 
 PATCHES_PENDING = Gauge("opticnerve_patches_pending", "Patches waiting for or in the encoder")
 ITEMS_ENCODED = Counter("opticnerve_items_encoded_total", "Media items encoded")
+DECODES_ENDED = Counter(
+    "opticnerve_decodes_ended_total",
+    "Heavy pictures whose decoding ended early, by why (cancelled, timeout, died)",
+    ["why"],
+)

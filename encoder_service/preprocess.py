@@ -1,81 +1,199 @@
-"""The CPU side of encoding: a pool of threads for Pillow and numpy, which release the GIL.
+"""The CPU side of encoding: which picture is decoded when, and where.
 
 Compressed items wait cheaply, decoded ones do not: ``staging`` bounds how many patches may be
-decoded ahead of the device, in order of arrival. Work that has not started can be cancelled.
+decoded ahead of the device, in order of arrival. What decoding takes is known from a picture's
+structure. Light pictures are decoded on threads, which Pillow and numpy use without the
+interpreter's lock; heavy ones in processes that can be ended, since a decoder on a thread cannot.
+Each kind has places and memory of its own, so that no light picture waits for a heavy one; within
+a kind, requests share the places.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
+
+from encoder_service import metrics
+from encoder_service.decoder import Decoder, DecoderDied, Pixels, Work, prepare
+from encoder_service.poison import PoisonRecord
+from encoder_service.turns import Gate, Turns
+from opticnerve.errors import EngineFailure, InvalidMedia
+from opticnerve.models.family import Preprocessor
+
+log = logging.getLogger(__name__)
+
+LIGHT_PASSES = 2**25  # About what starting a process takes, tenths of a second.
+LIGHT_MEMORY = 2**28
+LIGHT_SHARE = 4  # Light pictures have one part in so many of the memory.
+ITEM_PASSES = 2**20  # What an item takes beside its decoding: it is resized and cut.
+WORKER_MEMORY = 2**28  # For each worker, where no flag says how much.
+LEAST_MEMORY = 2**31
+IDLE_S = 30.0  # After which a process without work is ended.
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Gate:
-    """A first in, first out semaphore by cost. One holder always fits, however large it is."""
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One picture to be decoded. ``passes`` and ``memory`` are its structure's."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.held = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+    owner: str  # The request that brought it.
+    key: str
+    work: Work
+    patches: int
+    passes: int
+    memory: int
+    suspect: bool  # A worker has died in its name.
+
+    @property
+    def is_heavy(self) -> bool:
+        return self.suspect or self.passes > LIGHT_PASSES or self.memory > LIGHT_MEMORY
+
+
+class Lane:
+    """Places and memory of one kind of picture."""
+
+    def __init__(self, places: int, memory: int) -> None:
+        self.turns = Turns(places)
+        self.memory = Gate(memory)
 
     @contextlib.asynccontextmanager
-    async def hold(self, cost: int) -> AsyncIterator[None]:
-        await self._acquire(cost)
-        try:
+    async def hold(self, job: Job) -> AsyncIterator[None]:
+        """While this picture is decoded."""
+        cost = job.passes + ITEM_PASSES
+        async with self.turns.hold(job.owner, cost), self.memory.hold(job.memory):
             yield
-        finally:
-            self._release(cost)
-
-    def _fits(self, cost: int) -> bool:
-        return self.held == 0 or self.held + cost <= self.capacity
-
-    async def _acquire(self, cost: int) -> None:
-        if not self._waiting and self._fits(cost):
-            self.held += cost
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((cost, turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._release(cost)  # It was this one's turn already.
-            self._wake()
-            raise
-
-    def _release(self, cost: int) -> None:
-        self.held -= cost
-        self._wake()
-
-    def _wake(self) -> None:
-        while self._waiting:
-            cost, turn = self._waiting[0]
-            if not turn.done():
-                if not self._fits(cost):
-                    return
-                self.held += cost
-                turn.set_result(None)
-            self._waiting.popleft()
 
 
 class PreprocessPool:
-    """Owns the threads. ``close`` waits for what runs and drops what does not yet."""
+    """Owns threads and decoder processes. ``close`` waits for what runs on threads, ends the
+    processes, and drops what has not begun. Belongs to one event loop."""
 
-    def __init__(self, workers: int, max_staged_patches: int) -> None:
+    def __init__(
+        self,
+        preprocess: Preprocessor,
+        poison: PoisonRecord,
+        workers: int,
+        max_staged_patches: int,
+        max_decode_bytes: int = 0,
+        decode_timeout_s: float = 30.0,
+    ) -> None:
+        """``max_decode_bytes``: 0 sizes it from the number of workers."""
         self.workers = workers
         self.staging = Gate(max_staged_patches)
+        self.decode_timeout_s = decode_timeout_s
+        memory = max_decode_bytes or max(LEAST_MEMORY, workers * WORKER_MEMORY)
+        self.light = Lane(workers, memory // LIGHT_SHARE)
+        self.heavy = Lane(workers, memory - memory // LIGHT_SHARE)
+        self._preprocess = preprocess
+        self._poison = poison
+        self._idle: dict[Decoder, asyncio.TimerHandle] = {}
+        self._decoders: set[Decoder] = set()
+        self._closed = False
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="preprocess")
+        self._waits = ThreadPoolExecutor(workers, thread_name_prefix="decoder")
 
     async def run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs ``work`` on a thread; cancelling drops it if it has not started."""
         return await asyncio.wrap_future(self._threads.submit(work, *args, **kwargs))
 
+    @contextlib.asynccontextmanager
+    async def prepared(self, job: Job) -> AsyncIterator[Pixels]:
+        """The job's pixels, which hold their place ahead of the device while the context lasts.
+
+        Cancelling takes the job out of its queue, or ends its decoding, where it is heavy.
+        Raises InvalidMedia, EngineFailure.
+        """
+        async with contextlib.AsyncExitStack() as staged:
+            async with (self.heavy if job.is_heavy else self.light).hold(job):
+                decode = self._in_process if job.is_heavy else self._on_thread
+                pixels = await decode(job)
+                await staged.enter_async_context(self.staging.hold(job.patches))
+            yield pixels
+
     def close(self) -> None:
+        self._closed = True
+        for timer in self._idle.values():
+            timer.cancel()
+        for decoder in self._decoders:
+            decoder.kill()
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self._waits.shutdown(wait=True, cancel_futures=True)
+        for decoder in self._decoders:
+            decoder.close()
+
+    # ---- light pictures
+
+    async def _on_thread(self, job: Job) -> Pixels:
+        return await self.run(self._marked, job)
+
+    def _marked(self, job: Job) -> Pixels:
+        with self._poison.working_on([job.key]):
+            return prepare(self._preprocess, job.work)
+
+    # ---- heavy pictures
+
+    async def _in_process(self, job: Job) -> Pixels:
+        decoder = self._take()
+        try:
+            async with asyncio.timeout(self.decode_timeout_s):
+                pixels = await asyncio.wrap_future(self._waits.submit(decoder.run, job.work))
+        except TimeoutError as error:
+            metrics.DECODES_ENDED.labels(why="timeout").inc()
+            raise InvalidMedia(
+                f"decoding this picture took longer than {self.decode_timeout_s:g} s and was "
+                "ended; send a smaller one, a JPEG as baseline",
+                code="decode_timeout",
+            ) from error
+        except asyncio.CancelledError:
+            metrics.DECODES_ENDED.labels(why="cancelled").inc()
+            raise
+        except DecoderDied as died:
+            metrics.DECODES_ENDED.labels(why="died").inc()
+            log.error("while it decoded %s: %s", job.key, died)
+            if not died.at_work:
+                raise EngineFailure("the encoder could not start a process to decode in") from died
+            self._poison.blame(job.key)
+            raise EngineFailure(
+                "the process that decoded this picture ended, perhaps for lack of memory; send a "
+                "smaller one"
+            ) from died
+        except (InvalidMedia, EngineFailure):  # An answer: the process goes on.
+            self._give_back(decoder)
+            raise
+        else:
+            self._give_back(decoder)
+            return pixels
+        finally:
+            if decoder not in self._idle:
+                self._discard(decoder)
+
+    def _take(self) -> Decoder:
+        if self._idle:
+            decoder, timer = self._idle.popitem()
+            timer.cancel()
+            return decoder
+        decoder = Decoder(self._preprocess)
+        self._decoders.add(decoder)
+        return decoder
+
+    def _give_back(self, decoder: Decoder) -> None:
+        loop = asyncio.get_running_loop()
+        self._idle[decoder] = loop.call_later(IDLE_S, self._retire, decoder)
+
+    def _retire(self, decoder: Decoder) -> None:
+        del self._idle[decoder]
+        self._discard(decoder)
+
+    def _discard(self, decoder: Decoder) -> None:
+        """Ends a process at once; a thread waits for its end."""
+        decoder.kill()
+        if not self._closed:
+            self._decoders.discard(decoder)
+            self._waits.submit(decoder.close)

@@ -94,6 +94,8 @@ class Service:
                 settings.max_image_pixels,
                 settings.max_queue_patches,
                 settings.max_decode_passes,
+                settings.max_decode_bytes,
+                settings.decode_timeout_s,
             ),
             capacity,
             self._workers,

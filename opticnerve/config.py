@@ -236,6 +236,18 @@ class EncoderConfig:
         metavar="N",
         least=LEAST_DECODE_PASSES,
     )
+    max_decode_bytes: int = _pictures(
+        0,
+        "memory for pictures that are being decoded, a quarter of it for light ones; one always "
+        "fits. 0: 256MiB a preprocess worker, 2GiB at least",
+        metavar="BYTES",
+        size=True,
+    )
+    decode_timeout_s: float = _pictures(
+        30.0,
+        "how long decoding a heavy picture may take before it is ended",
+        metavar="SECONDS",
+    )
     telemetry: TelemetryConfig = TelemetryConfig()
 
 

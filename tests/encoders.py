@@ -36,10 +36,12 @@ from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import chunks, open_channel
 from opticnerve.rpc.server import Server
+from tests.preprocessors import mean_colour
 
 FINGERPRINT = "f" * 64
 WAIT_S = 60.0
 COLUMNS = 8
+ANY = 10**15  # As a limit.
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (84, 84), format: str = "PNG") -> bytes:
@@ -63,6 +65,7 @@ class FakeBackend:
         hidden_size: int = COLUMNS,
     ) -> None:
         self.hidden_size = hidden_size
+        self.preprocess = mean_colour
         self.batches: list[int] = []
         self.entered = threading.Semaphore(0)
         self._free = threading.Event()
@@ -78,9 +81,6 @@ class FakeBackend:
 
     def go(self) -> None:
         self._free.set()
-
-    def preprocess(self, image: Image.Image, plan: Plan) -> NDArray[np.float32]:
-        return np.asarray(image, np.float32).mean(axis=(0, 1))
 
     def encode(
         self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
@@ -134,7 +134,7 @@ class Running:
             "num_bytes": len(data),
         }
         if "plan" not in changes:
-            plan = self.encoder.layout.plan(parse_structure(data), overrides)
+            plan = self.encoder.layout.plan(parse_structure(data, ANY, ANY), overrides)
             header["plan"] = convert.plan_to_pb(plan)
         first = pb.EncodeRequest(header=pb.EncodeHeader(**{**header, **changes}))
         return [first, *(pb.EncodeRequest(data=part) for part in chunks(data, chunk))]
@@ -168,7 +168,9 @@ async def running(
     pair_id: str = "pair",
     rpc: RpcConfig | None = None,
     seal: Seal | None = None,
+    **limits: float,
 ) -> AsyncIterator[Running]:
+    """``limits``: others of ``Limits``."""
     backend = backend or FakeBackend()
     store = store or MemoryStore()
     rpc = rpc or RpcConfig(drain_timeout_s=drain_timeout_s)
@@ -183,7 +185,14 @@ async def running(
             store,
             poison,
             Identity(FINGERPRINT, server.address, seal),
-            Limits(max_item_bytes, 10**7, max_queue_patches),
+            Limits(
+                **{
+                    "max_item_bytes": max_item_bytes,
+                    "max_image_pixels": 10**7,
+                    "max_queue_patches": max_queue_patches,
+                    **limits,
+                }
+            ),
             Capacity(max_batch_patches, 4096),
             workers,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import zlib
@@ -20,9 +21,14 @@ def save(image: Image.Image, format: str, **options: object) -> bytes:
 def many_scans(count: int, size: tuple[int, int] = (4000, 3000), grey: int = 9) -> bytes:
     """A progressive JPEG of one colour, with ``count`` scans more than it needs: the last one
     again, of a few bytes, in which a decoder looks at every coefficient."""
-    data = save(Image.new("RGB", size, (grey,) * 3), "JPEG", progressive=True)
+    data = _progressive(size, grey)
     scan, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
     return data[:end] + data[scan:end] * count + data[end:]
+
+
+@functools.cache
+def _progressive(size: tuple[int, int], grey: int) -> bytes:
+    return save(Image.new("RGB", size, (grey,) * 3), "JPEG", progressive=True)
 
 
 def one_colour_webp(width: int, height: int, red: int = 0) -> bytes:

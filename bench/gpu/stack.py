@@ -11,9 +11,9 @@ import base64
 import importlib
 import io
 import json
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,7 @@ from bench.gpu.checks import Figures, Seen, Skipped
 from bench.gpu.figures import MODEL
 from bench.gpu.models import TEXT_IDS, Room, Split, picture_span
 from encoder_service.batcher import Batcher
-from encoder_service.preprocess import PreprocessPool
+from encoder_service.turns import Gate
 from llm_service.client import ThreadEngineClient
 from llm_service.engine import Emit, Engine
 from llm_service.sequence import FailedEvent, GenerateRequest, SamplingParams, TokensEvent
@@ -156,7 +156,7 @@ class _OneProcess:
             stack._local.engine._emit = emit
             return stack._local.engine
 
-        stack._pool = PreprocessPool(os.cpu_count() or 1, STAGED_PATCHES)
+        stack._threads, stack._staging = ThreadPoolExecutor(), Gate(STAGED_PATCHES)
         stack._batcher = Batcher(stack._encode_batch, BATCH_PATCHES)
         stack._client = ThreadEngineClient(build, None)
         try:
@@ -165,10 +165,11 @@ class _OneProcess:
         finally:
             await stack._client.close()
             stack._batcher.close()
-            stack._pool.close()
+            stack._threads.shutdown()
             stack._local.runner.close()
 
-    _pool: PreprocessPool
+    _threads: ThreadPoolExecutor
+    _staging: Gate
     _batcher: Batcher[tuple[Any, Plan], Any]
     _client: ThreadEngineClient
 
@@ -178,8 +179,9 @@ class _OneProcess:
 
     async def _encode(self, data: bytes) -> tuple[Plan, Any]:
         plan = self._split.layout.plan(parse_structure(data))
-        async with self._pool.staging.hold(plan.num_patches):
-            pixels = await self._pool.run(self._prepare, data, plan)
+        async with self._staging.hold(plan.num_patches):
+            prepared = self._threads.submit(self._prepare, data, plan)
+            pixels = await asyncio.wrap_future(prepared)
             job = self._batcher.submit((pixels, plan), plan.num_patches)
             finished = await asyncio.wrap_future(job)
         return plan, finished.result

@@ -14,7 +14,8 @@ from opticnerve.media.plan import Plan
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
+
+    from opticnerve.models.family import Preprocessor
 
 Embedding = Mapping[str, "torch.Tensor"]
 """Named tensors of one item, each [num_tokens, hidden_size], contiguous, on the CPU, in the
@@ -30,14 +31,14 @@ class Capacity:
 
 
 class Backend(Protocol):
-    """A tower on a device. ``encode`` is called by one thread at a time, ``preprocess`` by many."""
+    """A tower on a device. ``encode`` is called by one thread at a time, ``preprocess`` by many;
+    it is also pickled, for processes that decode."""
 
     name: str
     device: str
     dtype: str  # As safetensors writes it: "F32", "F16", "BF16".
     hidden_size: int
-
-    def preprocess(self, image: Image.Image, plan: Plan) -> NDArray[np.float32]: ...
+    preprocess: Preprocessor
 
     def encode(
         self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]

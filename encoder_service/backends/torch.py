@@ -39,14 +39,12 @@ class TorchBackend:
 
     def __init__(self, tower: Tower, shrink: Shrink) -> None:
         self._tower = tower
+        self.preprocess = tower.preprocess
         self._shrink = shrink
         self.device = str(tower.device)
         self.dtype = DTYPES[tower.dtype]
         self.hidden_size = tower.hidden_size
         self._on_cuda = tower.device.type == "cuda"
-
-    def preprocess(self, image: Image.Image, plan: Plan) -> NDArray[np.float32]:
-        return self._tower.preprocess(image, plan)
 
     def encode(
         self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]

@@ -11,7 +11,7 @@ _OS2_HEADER = 12
 _HEADERS = frozenset({40, 52, 56, 64, 108, 124})
 _RUN_LENGTH = (1, 2)  # Compressions that Pillow undoes pixel by pixel, in Python.
 _RUN_LENGTH_PASSES = 40
-_BYTES_PER_PIXEL = 12
+_BYTES_PER_PIXEL = 10
 
 
 def parse(data: bytes | memoryview) -> Structure:

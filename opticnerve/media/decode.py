@@ -46,12 +46,8 @@ def decode(
     plan's. Messages tell nothing of the decoder.
     """
     check_plan(data, plan, max_pixels, max_passes)
-    data = _BARE.get(plan.format, _as_it_is)(data)
     try:
-        with Image.open(io.BytesIO(data), formats=[plan.format.upper()]) as image:
-            if image.size != (plan.width, plan.height):
-                raise _mismatch(plan, *image.size)
-            picture = to_rgb(image) if background is None else _flatten(image, data, background)
+        picture = _decode(_BARE.get(plan.format, _as_it_is)(data), plan, background)
     except (InvalidMedia, MemoryError):
         raise
     except Exception as error:  # Decoders raise whatever their parsers raise.
@@ -61,6 +57,22 @@ def decode(
         ) from error
     turn = _TURNS.get(plan.orientation)
     return picture if turn is None else picture.transpose(turn)
+
+
+def _decode(data: bytes | memoryview, plan: Plan, background: int | None) -> Image.Image:
+    """The picture as RGB, as it is stored. What else it took is freed."""
+    with Image.open(io.BytesIO(data), formats=[plan.format.upper()]) as image:
+        if image.size != (plan.width, plan.height):
+            raise _mismatch(plan, *image.size)
+        return _opaque(image) if background is None else _flatten(image, data, background)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """As ``to_rgb``, without a copy of what may be hundreds of megabytes."""
+    if image.mode != "RGB":
+        return to_rgb(image)
+    image.load()
+    return image
 
 
 def _as_it_is(data: bytes | memoryview) -> bytes | memoryview:
@@ -98,7 +110,7 @@ def _flatten(image: ImageFile.ImageFile, data: bytes | memoryview, background: i
     if image.format == "GIF" and image.tile:
         box = image.tile[0][1] or box  # Its image may leave some of its screen empty.
     if box == screen and not image.has_transparency_data:
-        return to_rgb(image)
+        return _opaque(image)
     # No copy of what may be hundreds of megabytes, and is only read.
     layer = image if image.mode == "RGBA" else _with_exact_key(image, data)
     if image.format == "BMP" and layer.getchannel("A").getextrema() == (0, 0):

@@ -9,7 +9,7 @@ MAGIC = (b"GIF87a", b"GIF89a")
 
 _EXTENSION, _IMAGE, _TRAILER = 0x21, 0x2C, 0x3B
 _MOST_PIXELS_PER_BYTE = 2731  # 4096 pixels from a code of 12 bits.
-_BYTES_PER_PIXEL = 12
+_BYTES_PER_PIXEL = 13
 _PASSES = 2
 
 

@@ -34,7 +34,7 @@ _BLOCK_BYTES = 2**20
 _BYTE_PASSES = 2  # Of coded data, beside the pixels'.
 _TABLE_BYTE_PASSES = 16  # Pillow reads quantization tables in Python.
 _ARITHMETIC_PASSES = 2
-_BYTES_PER_PIXEL = 12  # Four of the picture, of its copy in RGB, and of that turned upright.
+_BYTES_PER_PIXEL = 8  # Four of the picture, and of it in RGB or turned upright.
 _BYTES_PER_SAMPLE = 2  # Of coefficients, kept where there are several scans.
 
 
@@ -50,15 +50,19 @@ class _Frame:
     @property
     def pixels(self) -> int:
         """Of the whole blocks in which the picture is stored."""
-        across = 8 * max(h for h, _ in self.samplings)
-        down = 8 * max(v for _, v in self.samplings)
-        return -(-self.width // across) * across * -(-self.height // down) * down
+        across, down = self._most
+        columns, rows = -(-self.width // (8 * across)), -(-self.height // (8 * down))
+        return columns * rows * 64 * across * down
 
     @property
     def samples(self) -> int:
         """Of all components, in whole blocks."""
-        most = max(h for h, _ in self.samplings) * max(v for _, v in self.samplings)
-        return self.pixels * sum(h * v for h, v in self.samplings) // most
+        across, down = self._most
+        return self.pixels * sum(h * v for h, v in self.samplings) // (across * down)
+
+    @property
+    def _most(self) -> tuple[int, int]:
+        return max(h for h, _ in self.samplings), max(v for _, v in self.samplings)
 
 
 def parse(data: bytes | memoryview) -> Structure:

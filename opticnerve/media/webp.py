@@ -14,7 +14,7 @@ _FRAME_HEADER = 16  # Bytes of a frame before its data.
 _ANIMATED, _HAS_XMP, _HAS_EXIF = 0x02, 0x04, 0x08
 _PASSES = 6
 _MOST_PIXELS_PER_BYTE = 2048  # Where lossy: each 256 have modes, of more than a bit in all.
-_BYTES_PER_PIXEL = 24  # The decoder has three canvases of its own.
+_BYTES_PER_PIXEL = 22  # The decoder has three canvases of its own.
 
 
 def matches(data: bytes) -> bool:

@@ -133,7 +133,7 @@ def on_cuda(tower: Tower, cuda: FakeCuda) -> TorchBackend:
     backend._on_cuda = True
     spy = _Spy(tower, [])
     spy.encode = cuda.encode  # type: ignore[method-assign]
-    spy.preprocess = lambda image, plan: None  # type: ignore[attr-defined]
+    backend.preprocess = lambda image, plan: None  # type: ignore[assignment, return-value]
     backend._tower = spy  # type: ignore[assignment]
     return backend
 

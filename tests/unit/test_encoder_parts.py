@@ -16,9 +16,11 @@ from encoder_service.backlog import MAX_RETRY_S, UNKNOWN_RETRY_S, Backlog
 from encoder_service.flight import Flights
 from encoder_service.kept import Kept
 from encoder_service.poison import FORGET_AFTER_S, PoisonRecord
-from encoder_service.preprocess import Gate, PreprocessPool
+from encoder_service.preprocess import PreprocessPool
+from encoder_service.turns import Gate
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import Overloaded, PoisonousItem
+from tests.preprocessors import mean_colour
 
 KEY, OTHER = "a" * 64, "b" * 64
 
@@ -271,9 +273,10 @@ def test_gate_gives_a_turn_back_that_came_with_the_cancellation() -> None:
     asyncio.run(scenario())
 
 
-def test_pool_drops_cancelled_work_that_has_not_started() -> None:
+def test_pool_drops_cancelled_work_that_has_not_started(tmp_path: Path) -> None:
     async def scenario() -> None:
-        pool, gate, ran = PreprocessPool(1, 10), threading.Event(), []
+        pool = PreprocessPool(mean_colour, PoisonRecord(tmp_path), 1, 10)
+        gate, ran = threading.Event(), []
         first = asyncio.create_task(pool.run(gate.wait, 20.0))
         await asyncio.sleep(0)
         second = asyncio.create_task(pool.run(ran.append, 2))
