@@ -125,6 +125,8 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
             ),
             pair_id=loaded.pair_id,
             store=convert.store_state_to_pb(encoder.shelf.store.state),
+            instance_id=self._server.instance_id,
+            fetch_address=encoder.identity.fetch_address,
         )
 
 

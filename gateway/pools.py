@@ -13,13 +13,13 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 
 import grpc
 
 from gateway.deadline import Deadline, expired
 from gateway.dispatch import Accepts, Dispatcher, Job
-from gateway.worker import POLL_SERVING_S, Describe, Fault, Worker, WorkerState
+from gateway.worker import POLL_SERVING_S, Describe, Description, Fault, Worker, WorkerState
 from opticnerve.errors import Unavailable
 from opticnerve.rpc.channel import is_serving
 
@@ -33,6 +33,8 @@ REFUSED = Fault(
     "whichever has read an older one"
 )
 FULL_S = (0.05, 5.0)  # Least and most that a worker which refused work is left alone.
+
+Check = Callable[[Worker, Description], Awaitable[Fault | None]]
 
 
 class Changes:
@@ -61,13 +63,16 @@ class WorkerPool:
         describe: Describe,
         changes: Changes | None = None,
         token: str | None = None,
+        check: Check | None = None,
     ) -> None:
-        """``token``: what calls to the workers carry."""
+        """``token``: what calls to the workers carry. ``check`` finds what is wrong with a worker
+        that describes itself."""
         self.kind = kind  # "encoder" or "LLM"; for messages.
         self._static = tuple(a for a in addresses if not a.startswith("dns:///"))
         self._names = tuple(a.removeprefix("dns:///") for a in addresses if a.startswith("dns:///"))
         self._describe = describe
         self._token = token
+        self._check = check
         self._workers: dict[str, Worker] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.changes = changes or Changes()
@@ -258,6 +263,7 @@ class WorkerPool:
                 is_serving(worker.channel, PROBE_TIMEOUT_S),
                 self._describe(worker.channel, PROBE_TIMEOUT_S),
             )
+            fault = await self._check(worker, description) if self._check else None
         except grpc.RpcError as error:
             refused = error.code() is grpc.StatusCode.UNAUTHENTICATED
             worker.observe(None, serving=False, fault=REFUSED if refused else None)
@@ -265,7 +271,7 @@ class WorkerPool:
             log.exception("%s %s: cannot be described", self.kind, worker.address)
             worker.observe(None, serving=False)
         else:
-            worker.observe(description, serving=serving)
+            worker.observe(description, serving=serving, fault=fault)
 
     async def _resolve_forever(self, name: str) -> None:
         removing: set[asyncio.Task[None]] = set()

@@ -14,6 +14,7 @@ import uvicorn
 
 from gateway import encoders, generation, metrics
 from gateway.admission import Admission
+from gateway.advertised import AdvertisedCheck
 from gateway.app import Gateway, make_app
 from gateway.auth import Keys
 from gateway.chat import ChatRenderer
@@ -112,8 +113,15 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
     async with contextlib.AsyncExitStack() as stack:
         fetcher = MediaFetcher(settings)
         changes = Changes()
-        eyes = WorkerPool("encoder", settings.encoder_addresses, encoders.describe, changes, token)
         mouths = WorkerPool("LLM", settings.llm_addresses, generation.describe, changes, token)
+        eyes = WorkerPool(
+            "encoder",
+            settings.encoder_addresses,
+            encoders.describe,
+            changes,
+            token,
+            AdvertisedCheck(mouths),
+        )
         for pool in (eyes, mouths):
             await pool.start()
             stack.push_async_callback(pool.close)

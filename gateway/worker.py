@@ -47,6 +47,8 @@ class Description:
     limits: dict[str, int] = field(default_factory=dict)
     load: dict[str, int] = field(default_factory=dict)
     store: StoreState | None = None
+    instance_id: str = ""  # Of the process; empty: it does not tell.
+    fetch_address: str = ""  # What an encoder's references name.
     extra: dict[str, str] = field(default_factory=dict)
 
 

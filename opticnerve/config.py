@@ -115,8 +115,8 @@ class RpcConfig:
     port: int = _port(0, "port to listen on; 0: a free one, which is printed")
     advertise: str | None = _address(
         None,
-        "the address that other services reach this one at; needed where --host is 0.0.0.0 and "
-        "they run on other machines",
+        "the address that other services, gateways too, reach this one at; needed where --host is "
+        "0.0.0.0 and they run on other machines",
         metavar="HOST:PORT",
         wanted="HOST:PORT that the other services call, such as 10.0.0.5:7001: one machine's name "
         "or IP and a port from 1 to 65535, no wildcard such as 0.0.0.0",

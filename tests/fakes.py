@@ -32,6 +32,7 @@ class FakeServer:
         self.server: grpc.aio.Server | None = None
         self.health = health_aio.HealthServicer()
         self.store: embedding_pb2.StoreState | None = None
+        self.instance_id = ""  # What it says of its process; nothing, as earlier releases do.
 
     @property
     def address(self) -> str:
@@ -59,7 +60,8 @@ class FakeServer:
 
     async def set_serving(self, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse
-        await self.health.set("", status.SERVING if serving else status.NOT_SERVING)
+        for name in {"", self.instance_id}:
+            await self.health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
     async def die(self) -> None:
         """Closes every connection at once; calls under way break as when a process is killed."""
@@ -89,6 +91,7 @@ class FakeEncoder(FakeServer, encoder_pb2_grpc.EncoderServicer):
         self.cancelled = asyncio.Event()  # A call was cancelled by its caller.
         self.script: Callable[[FakeEncoder], Awaitable[None]] | None = None
         self.hit = False
+        self.advertise = ""  # Where it says that it is, if that is not the truth.
         self.patches_per_s = 0.0  # What it says of its throughput.
         self.max_batch_patches = 4096
         self.running = 0
@@ -138,7 +141,10 @@ class FakeEncoder(FakeServer, encoder_pb2_grpc.EncoderServicer):
                 )
             ],
             num_rows=rows,
-            location=embedding_pb2.Location(fetch_address=self.address),
+            location=embedding_pb2.Location(
+                redis=bool(self.store and self.store.kind == "redis"),
+                fetch_address=self.advertise or self.address,
+            ),
         )
 
     async def Describe(self, request: Any, context: Any) -> encoder_pb2.DescribeEncoderResponse:
@@ -154,6 +160,8 @@ class FakeEncoder(FakeServer, encoder_pb2_grpc.EncoderServicer):
             ),
             load=encoder_pb2.EncoderLoad(patches_per_s=self.patches_per_s),
             store=self.store,
+            instance_id=self.instance_id,
+            fetch_address=self.advertise or self.address,
         )
 
 

@@ -90,20 +90,27 @@ class Stack:
 
 
 @contextlib.asynccontextmanager
-async def stack(encoders=1, llms=1, tokens=None, keys=None, ready=True, **settings):
+async def stack(
+    encoders=1, llms=1, tokens=None, keys=None, ready=True, encoders_serve=True, **settings
+):
     tokens = [*ids("Hello there."), END] if tokens is None else tokens
     async with contextlib.AsyncExitStack() as exits:
         eyes = [
             await exits.enter_async_context(FakeEncoder(pair_id=PAIR_ID)) for _ in range(encoders)
         ]
+        for eye in eyes:
+            await eye.set_serving(encoders_serve)
         mouths = [
             await exits.enter_async_context(FakeLLM(tokens, pair_id=PAIR_ID)) for _ in range(llms)
         ]
         config = GatewayConfig(
             port=0,
-            encoder_addresses=tuple(eye.address for eye in eyes),
             llm_addresses=tuple(mouth.address for mouth in mouths),
-            **{"drain_timeout_s": 1.0, **settings},
+            **{
+                "encoder_addresses": tuple(eye.address for eye in eyes),
+                "drain_timeout_s": 1.0,
+                **settings,
+            },
         )
         keys = keys or Keys({})
         listener = exits.enter_context(service.listen(config, keys))

@@ -38,13 +38,31 @@ def chunks(data: bytes, size: int = CHUNK_BYTES) -> Iterator[bytes]:
 
 async def is_serving(channel: grpc.aio.Channel, timeout_s: float = 2.0) -> bool:
     """Whether the service behind ``channel`` answers SERVING within ``timeout_s``."""
+    try:
+        answer = await _check(channel, "", timeout_s)
+    except grpc.RpcError:
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def is_instance(channel: grpc.aio.Channel, instance_id: str, timeout_s: float = 2.0) -> bool:
+    """Whether the process behind ``channel`` is the one that has this id (``Server.instance_id``).
+    Raises grpc.RpcError where nothing answers within ``timeout_s``."""
+    try:
+        await _check(channel, instance_id, timeout_s)
+    except grpc.RpcError as error:
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            raise
+        return False
+    return True
+
+
+async def _check(
+    channel: grpc.aio.Channel, service: str, timeout_s: float
+) -> health_pb2.HealthCheckResponse:
     check = channel.unary_unary(
         "/grpc.health.v1.Health/Check",
         request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
         response_deserializer=health_pb2.HealthCheckResponse.FromString,
     )
-    try:
-        answer = await check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
-    except grpc.RpcError:
-        return False
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+    return await check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)

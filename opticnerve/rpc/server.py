@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -67,6 +68,7 @@ class Server:
         token = load_token(config.rpc_token_file)
         guards = () if token is None else (TokenGuard(token),)
         self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=guards)
+        self.instance_id = secrets.token_hex(16)  # By which others tell this process from another.
         self.port = 0
         self.draining = False
         self.running = Running("the worker")
@@ -181,7 +183,7 @@ class Server:
             if serving
             else health_pb2.HealthCheckResponse.NOT_SERVING
         )
-        for name in ("", self.service):
+        for name in ("", self.service, self.instance_id):
             await self._health.set(name, status)
 
 

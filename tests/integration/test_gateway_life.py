@@ -35,9 +35,8 @@ BOTH = "/ready?pictures=true"
 
 async def test_ready_is_while_text_is_served_once_all_was():
     """Each step of the workers' lives: what /ready, the same with pictures, and /health say."""
-    async with stack(ready=False) as s:
+    async with stack(ready=False, encoders_serve=False) as s:
         eyes, mouths = s.gateway.pipeline.encoders.pool, s.gateway.pipeline.llms
-        await s.encoder.set_serving(False)
         await until(lambda: mouths.serving() and eyes.workers[0].description.fingerprint)
         await turn(s, s.encoder, eyes, False)
         assert not s.gateway.pipeline.pairing.been_whole
