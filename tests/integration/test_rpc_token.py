@@ -15,15 +15,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from encoder_service import servicer as encoder
 from gateway import encoders
-from gateway.health import health
 from gateway.lost import WorkerLost, lost_or_typed
-from gateway.pairing import Pairing
 from gateway.pools import WorkerPool
 from gateway.worker import WorkerState
 from llm_service import servicer as llm
 from opticnerve import flags
 from opticnerve.client import AsyncEncoderClient
-from opticnerve.config import EncoderConfig, GatewayConfig, LLMConfig, RpcConfig
+from opticnerve.config import EncoderConfig, LLMConfig, RpcConfig
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.errors import ConfigError, OpticNerveError, Unauthenticated, Unavailable
 from opticnerve.pb import encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
@@ -178,12 +176,8 @@ def test_a_gateway_says_that_a_worker_takes_no_calls_of_it(
                 async with pool_of(address, token) as pool:
                     (worker,) = pool.workers
                     await until(lambda worker=worker: worker.state is WorkerState.UNUSABLE)
-                    nobody = WorkerPool("LLM", [], encoders.describe)
-                    pairing = Pairing(pool, nobody, None, 1.0)
-                    _, told = health(GatewayConfig(), pairing, _Admission(), 0, draining=False)
-                    (shown,) = told["encoders"]["workers"]
-                    assert shown["address"] == address and shown["state"] == "unusable"
-                    assert "--rpc-token-file" in shown["fault"]
+                    assert worker.fault is not None and "--rpc-token-file" in worker.fault.text
+                    assert not pool.serving()
                     await _probed(worker, 3)  # And is told of once.
 
     with caplog.at_level(logging.INFO):
@@ -191,10 +185,6 @@ def test_a_gateway_says_that_a_worker_takes_no_calls_of_it(
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert len(errors) == 2 and all("--rpc-token-file" in text for text in errors)
     assert TOKEN not in caplog.text and OTHER not in caplog.text
-
-
-class _Admission:
-    requests = bytes = 0
 
 
 async def _probed(worker: Any, times: int) -> None:
