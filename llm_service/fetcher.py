@@ -28,6 +28,7 @@ from opticnerve.errors import (
     InvalidRequest,
     OpticNerveError,
     StoreError,
+    Unauthenticated,
 )
 from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
 from opticnerve.rpc.channel import open_channel
@@ -174,7 +175,9 @@ class Fetcher:
                 if max(len(data), part.num_bytes) > limit:
                     raise EmbeddingCorrupt("an encoder sent more than the reference describes")
         except grpc.RpcError as error:
-            log.info("Fetch from %s: %s", address, from_rpc(error).message)
+            told = from_rpc(error)
+            level = logging.WARNING if isinstance(told, Unauthenticated) else logging.INFO
+            log.log(level, "Fetch from %s: %s", address, told.message)
             return None
         finally:
             call.cancel()

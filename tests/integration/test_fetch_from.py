@@ -15,6 +15,7 @@ from opticnerve.embeddings.ref import Location
 from opticnerve.errors import EmbeddingNotFound, InvalidRequest
 from opticnerve.pb import encoder_pb2
 from opticnerve.secret import make_secret, read_secret
+from tests import encoders
 from tests.fakes import FakeEncoder
 from tests.llms import Demo, Picture, Worker, next_message, read, ready, running
 
@@ -121,6 +122,20 @@ def test_with_a_token_callers_name_the_encoder_which_is_shown_the_token(
             assert encoder.seen == [f"Bearer {token}"]
 
     asyncio.run(scenario())
+
+
+def test_a_worker_says_that_an_encoder_takes_no_calls_of_it(
+    demo: Demo, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rpc = RpcConfig(rpc_token_file=str(make_secret(tmp_path, "token")))
+
+    async def scenario() -> None:
+        async with running(tmp_path) as worker, encoders.running(tmp_path, rpc=rpc) as service:
+            await refused(worker, demo, service.server.address)
+
+    asyncio.run(scenario())
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("Fetch from" in text and "--rpc-token-file" in text for text in warned)
 
 
 def test_what_is_no_address_is_refused_before_anything_is_asked(demo: Demo, tmp_path: Path) -> None:
