@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -13,6 +14,7 @@ import grpc
 
 from llm_service import metrics
 from llm_service.embeddings import Notes, Tensors, checked_tensors, forget, local_tier
+from llm_service.own import OwnRows
 from opticnerve import addresses
 from opticnerve.addresses import Hosts
 from opticnerve.embeddings import codec
@@ -77,6 +79,7 @@ class Fetcher:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="rows")
         self._channels: dict[str, grpc.aio.Channel] = {}  # The one used last stands last.
         self._flights: dict[str, asyncio.Task[None]] = {}
+        self.own = OwnRows(self._drop_own)
 
     @property
     def store_state(self) -> StoreState:
@@ -101,6 +104,19 @@ class Fetcher:
             except (EmbeddingUnavailable, InvalidRequest):
                 if mine:
                     raise
+
+    async def names(self, own: Mapping[str, bytes]) -> dict[str, str]:
+        """This worker's names of what a caller brings itself; see ``OwnRows.names``."""
+        return await self._on_thread(self.own.names, own) if own else {}
+
+    async def check_own(self, ref: EmbeddingRef) -> None:
+        """Raises InvalidRequest for inline rows that are not those that their name is for."""
+        data = ref.location.inline
+        if data and not await self._on_thread(self.own.is_named, ref.key, data):
+            raise InvalidRequest(
+                "rows that come after Start are those of before, or their key is their SHA-256",
+                param="ref",
+            )
 
     async def close(self) -> None:
         flights = list(self._flights.values())
@@ -129,8 +145,9 @@ class Fetcher:
                 data = await self._read(source, ref)
                 if data is not None:
                     if source == "inline":
-                        await self._on_thread(_check_finite, data)
-                    await self._on_thread(self._keep, ref, data)
+                        await self._on_thread(self._keep_own, ref, data)
+                    else:
+                        await self._on_thread(self._keep, ref, data, self._local())
                     return
             except EmbeddingCorrupt as error:
                 log.warning("%.12s by %s is damaged: %s", ref.key, source, error.message)
@@ -196,6 +213,10 @@ class Fetcher:
             await self._channels.pop(next(iter(self._channels))).close()
         return channel
 
+    def _drop_own(self, name: str) -> None:
+        with contextlib.suppress(RuntimeError):  # The threads have ended, and the worker with them.
+            self._threads.submit(self._forget_own, name)
+
     async def _on_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.wrap_future(self._threads.submit(work, *args, **kwargs))
 
@@ -210,12 +231,27 @@ class Fetcher:
         metrics.CACHE_LOOKUPS.labels(tier="shm", result="miss").inc()
         return False
 
-    def _keep(self, ref: EmbeddingRef, data: bytes) -> None:
+    def _keep_own(self, ref: EmbeddingRef, data: bytes) -> None:
+        """What the caller brought, in the tier only where there is no other room. Raises
+        InvalidRequest for what is not finite: sent again it would be no better."""
+        if not codec.is_finite(codec.from_bytes(data)[0]):
+            raise InvalidRequest(
+                "embeddings have finite values, no NaN and no infinity", param="ref"
+            )
+        self._keep(ref, data, self._local()[::-1])
+        if not self.own.is_held(ref.key):  # The caller left meanwhile.
+            self._forget_own(ref.key)
+
+    def _forget_own(self, name: str) -> None:
+        for store in self._local():
+            forget(store, name)
+
+    def _keep(self, ref: EmbeddingRef, data: bytes, stores: Sequence[Store]) -> None:
         """Checks bytes that came from elsewhere, and puts them where the engine finds them."""
         tensors, meta = codec.from_bytes(data)
         self._check(ref, tensors)
         codec.verify(tensors, meta)
-        for store in self._local():
+        for store in stores:
             try:
                 store.put_bytes(ref.key, data)
                 return
@@ -245,12 +281,6 @@ class Fetcher:
                 param=ref.key,
             )
         return EmbeddingNotFound("no location has the embedding", param=ref.key)
-
-
-def _check_finite(data: bytes) -> None:
-    """Of a caller's own rows: sent again they would be no better. Raises InvalidRequest."""
-    if not codec.is_finite(codec.from_bytes(data)[0]):
-        raise InvalidRequest("embeddings have finite values, no NaN and no infinity", param="ref")
 
 
 def check_fit(

@@ -30,7 +30,7 @@ from llm_service.sequence import (
 from llm_service.stream import EventStream
 from llm_service.waits import Needed, Waits
 from llm_service.wire import Accepted, Bounds
-from opticnerve.errors import DeadlineExceeded, InvalidRequest, Unavailable
+from opticnerve.errors import DeadlineExceeded, InvalidRequest, OpticNerveError, Unavailable
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
@@ -107,7 +107,8 @@ class LLMServicer(llm_pb2_grpc.LLMServicer):
         if self._server.draining or not loaded.engine.alive:
             raise Unavailable("the LLM worker is stopping; use another", retry_after_s=1.0)
         request_id.set(first.start.request_id or "-")
-        accepted = wire.read_start(first.start, loaded.bounds)
+        own = await loaded.fetcher.names(wire.own_items(first.start))
+        accepted = wire.read_start(first.start, loaded.bounds, own)
         await Call(loaded, accepted, context).run(request_iterator)
 
     @unary
@@ -157,6 +158,8 @@ class Call:
         self._loaded = loaded
         self._context = context
         self._request = accepted.request
+        self._own = accepted.own
+        self._keys = {name: key for key, name in accepted.own.items()}
         self._started = time.perf_counter()
         self._broken: Exception | None = None  # What is wrong with a later message.
         self._stream: EventStream
@@ -172,6 +175,10 @@ class Call:
         )
 
     async def run(self, messages: AsyncIterator[pb.GenerateIn]) -> None:
+        with self._loaded.fetcher.own.hold(self._keys):
+            await self._run(messages)
+
+    async def _run(self, messages: AsyncIterator[pb.GenerateIn]) -> None:
         self._stream = self._loaded.engine.submit(self._request)
         reader = asyncio.create_task(self._read(messages))
         try:
@@ -200,7 +207,8 @@ class Call:
                 case Needed():
                     if out[-1].HasField("embedding_needed"):
                         out.append(pb.GenerateOut())
-                    out[-1].embedding_needed.keys.extend(event.keys)
+                    keys = (self._keys.get(key, key) for key in event.keys)
+                    out[-1].embedding_needed.keys.extend(keys)
                     out[-1].embedding_needed.reason = pb.NeededReason.Value(
                         f"NEEDED_REASON_{event.reason}"
                     )
@@ -213,8 +221,10 @@ class Call:
                     out += (pb.GenerateOut(prompt_logprobs=positions), pb.GenerateOut())
                 case FinishedEvent():
                     out[-1].done.CopyFrom(self._done(event))
-                case FailedEvent():
-                    raise event.error
+                case FailedEvent(error=error):
+                    if isinstance(error, OpticNerveError):
+                        error.param = self._keys.get(error.param or "", error.param)
+                    raise error
                 case AbortedEvent():
                     raise Unavailable("the LLM worker is stopping; use another", retry_after_s=1.0)
         return [message for message in out if message.ByteSize()]
@@ -232,10 +242,13 @@ class Call:
             async for message in messages:
                 match message.WhichOneof("message"):
                     case "embedding_ready":
-                        self._waits.ready(wire.read_ref(message.embedding_ready.ref))
+                        ref = wire.read_ref(message.embedding_ready.ref, self._own)
+                        await self._loaded.fetcher.check_own(ref)
+                        self._waits.ready(ref)
                     case "embedding_failed":
                         failure = message.embedding_failed
-                        self._waits.failed(failure.key, wire.read_failure(failure))
+                        key = self._own.get(failure.key, failure.key)
+                        self._waits.failed(key, wire.read_failure(failure))
                     case _:
                         raise InvalidRequest("a call has one Start, its first message")
         except grpc.RpcError:

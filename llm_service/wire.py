@@ -4,8 +4,8 @@ engine: what is wrong with a Start is said here, as InvalidRequest with the fiel
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from llm_service.limits import EngineConfig, check_request
 from llm_service.sequence import (
@@ -18,7 +18,7 @@ from llm_service.sequence import (
     TokensEvent,
 )
 from opticnerve import addresses
-from opticnerve.embeddings.ref import EmbeddingRef
+from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.embeddings.store import check_key
 from opticnerve.errors import InvalidRequest, OpticNerveError, UnsupportedFeature
 from opticnerve.media.plan import Modality
@@ -40,6 +40,8 @@ _FINISH = {
     FinishReason.ABORT: pb.FINISH_REASON_ABORT,
 }
 
+NO_NAMES: Mapping[str, str] = {}
+
 _numbers = itertools.count()
 
 
@@ -51,6 +53,7 @@ class Accepted:
     refs: dict[str, EmbeddingRef | None]
     rows: dict[str, int]  # Rows that the spans use, by key.
     embedding_wait_ms: int  # 0: the worker's default.
+    own: Mapping[str, str]  # Names here of items that the caller brings itself, by its keys.
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +65,18 @@ class Bounds:
     max_logprobs: int
 
 
-def read_start(start: pb.Start, bounds: Bounds) -> Accepted:
-    """Raises InvalidRequest, ContextLengthExceeded, UnsupportedFeature."""
+def own_items(start: pb.Start) -> dict[str, bytes]:
+    """Of items that the caller brings itself, the bytes by key; b"" of those that come later."""
+    own: dict[str, bytes] = {}
+    for item in start.items:
+        if item.own or item.ref.location.inline:
+            own[item.key] = item.ref.location.inline or own.get(item.key, b"")
+    return own
+
+
+def read_start(start: pb.Start, bounds: Bounds, own: Mapping[str, str] = NO_NAMES) -> Accepted:
+    """``own``: this worker's names of ``own_items``, which stand for the caller's keys from here
+    on. Raises InvalidRequest, ContextLengthExceeded, UnsupportedFeature."""
     if start.adapter:
         raise UnsupportedFeature("adapters are not served; leave adapter empty", param="adapter")
     spans = tuple(convert.span_from_pb(span) for span in start.spans)
@@ -74,7 +87,7 @@ def read_start(start: pb.Start, bounds: Bounds) -> Accepted:
         request_id=f"{start.request_id}/{next(_numbers)}",
         token_ids=tuple(start.token_ids),
         spans=spans,
-        items=tuple(check_key(item.key) for item in start.items),
+        items=tuple(own.get(check_key(item.key), item.key) for item in start.items),
         sampling=read_sampling(start.sampling, bounds),
         priority=start.priority,
         cache_salt=start.cache_salt,
@@ -88,21 +101,25 @@ def read_start(start: pb.Start, bounds: Bounds) -> Accepted:
     _check_prompt_logprobs(request)
     if spans:
         bounds.layout.positions(len(request.token_ids), spans)
-    return Accepted(request, _refs(start), _rows(request), start.embedding_wait_ms)
+    return Accepted(request, _refs(start, own), _rows(request), start.embedding_wait_ms, own)
 
 
-def _refs(start: pb.Start) -> dict[str, EmbeddingRef | None]:
+def _refs(start: pb.Start, own: Mapping[str, str]) -> dict[str, EmbeddingRef | None]:
     refs: dict[str, EmbeddingRef | None] = {}
     for item in start.items:
-        ref = read_ref(item.ref) if item.HasField("ref") else None
-        if ref is not None and ref.key != item.key:
+        if item.HasField("ref") and item.ref.key != item.key:
             raise InvalidRequest("a reference has another key than its item", param="items")
-        refs[item.key] = ref or refs.get(item.key)
+        ref = read_ref(item.ref, own) if item.HasField("ref") else None
+        key = own.get(item.key, item.key)
+        refs[key] = ref or refs.get(key)
     return refs
 
 
-def read_ref(message: embedding_pb2.EmbeddingRef) -> EmbeddingRef:
-    """Raises InvalidRequest for a reference that describes nothing, or names no address."""
+def read_ref(
+    message: embedding_pb2.EmbeddingRef, own: Mapping[str, str] = NO_NAMES
+) -> EmbeddingRef:
+    """Of the caller's own rows under their name here. Raises InvalidRequest for a reference that
+    describes nothing or names no address, and for inline rows under a key that others share."""
     ref = convert.ref_from_pb(message)
     check_key(ref.key)
     if ref.location.fetch_address:
@@ -112,7 +129,14 @@ def read_ref(message: embedding_pb2.EmbeddingRef) -> EmbeddingRef:
             raise InvalidRequest(f"a reference's fetch_address: {error}", param="ref") from error
     if not ref.tensors or ref.num_rows < 1:
         raise InvalidRequest("a reference describes its tensors and rows", param="ref")
-    return ref
+    name, inline = own.get(ref.key), ref.location.inline
+    if (name is None) != (not inline):
+        raise InvalidRequest(
+            "rows of the caller's own come inline, and Start says of which items (own): what comes "
+            "inline is used for no other item",
+            param="ref",
+        )
+    return ref if name is None else replace(ref, key=name, location=Location(inline=inline))
 
 
 def _rows(request: GenerateRequest) -> dict[str, int]:

@@ -7,7 +7,6 @@ caller has as tensors. No transport here.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -15,11 +14,9 @@ from typing import Any, TypeAlias
 from opticnerve.clients.checks import check_integer, check_number, read_token_ids
 from opticnerve.clients.pictures import Picture, is_picture
 from opticnerve.embeddings import codec
-from opticnerve.embeddings.ref import EmbeddingRef, Location
+from opticnerve.embeddings.ref import EmbeddingRef, Location, tensors_key
 from opticnerve.errors import InvalidRequest
 from opticnerve.media.plan import Grid, Modality, Plan, Span, SpanAttention
-
-KEY_SCHEME = b"opticnerve-tensors-1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +128,7 @@ def place_tensors(token_id: int, content: Tensors) -> Placed:
     for extent in (grid.t, grid.h, grid.w):
         check_integer("grid", extent)
     check_number("seconds_per_grid", content.seconds_per_grid)
-    ref = EmbeddingRef(_tensors_key(data), "", specs, rows, Location(inline=data))
+    ref = EmbeddingRef(tensors_key(data), "", specs, rows, Location(inline=data))
     return Placed(
         token_id,
         ref,
@@ -140,12 +137,6 @@ def place_tensors(token_id: int, content: Tensors) -> Placed:
         content.attention,
         content.seconds_per_grid,
     )
-
-
-def _tensors_key(data: bytes) -> str:
-    digest = hashlib.sha256(KEY_SCHEME)
-    digest.update(data)
-    return digest.hexdigest()
 
 
 def place_ref(token_id: int, ref: EmbeddingRef, picture: Picture | None = None) -> Placed:

@@ -233,9 +233,10 @@ def items_of(refs: Sequence[EmbeddingRef]) -> list[llm_pb2.Item]:
     make it large: these it only names, and each follows in a message of its own."""
     items, room = [], START_INLINE_BYTES
     for ref in refs:
+        own = bool(ref.location.inline)
         room -= len(ref.location.inline)
-        fits = room >= 0 or not ref.location.inline
-        items.append(llm_messages.item(ref.key, ref if fits else None))
+        fits = room >= 0 or not own
+        items.append(llm_messages.item(ref.key, ref if fits else None, own=own))
     return items
 
 

@@ -27,8 +27,8 @@ FINISH = {
 }
 
 
-def item(key: str, ref: EmbeddingRef | None) -> pb.Item:
-    return pb.Item(key=key, ref=convert.ref_to_pb(ref) if ref else None)
+def item(key: str, ref: EmbeddingRef | None, *, own: bool = False) -> pb.Item:
+    return pb.Item(key=key, ref=convert.ref_to_pb(ref) if ref else None, own=own)
 
 
 def output(choice: ChoiceOutput) -> pb.ChoiceOutput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -9,6 +10,7 @@ from opticnerve.errors import EmbeddingCorrupt
 
 ROWS = "rows"
 DEEPSTACK = "deepstack."  # Before the number of a level.
+TENSORS_SCHEME = b"opticnerve-tensors-1"
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -50,6 +52,14 @@ def check_shapes(
                 f"tensor {spec.name} of the embedding is {list(spec.shape)}, and the model takes "
                 f"[{num_rows}, {hidden_size}]"
             )
+
+
+def tensors_key(data: bytes) -> str:
+    """The key of rows that no encoder made, from their safetensors bytes: 64 hex digits, and no
+    content key of any picture."""
+    digest = hashlib.sha256(TENSORS_SCHEME)
+    digest.update(data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -326,7 +326,7 @@ def test_a_reference_to_nowhere_is_not_found(demo: Demo, serve: Callable[..., No
     async def body(worker: Worker) -> None:
         call = await worker.open(prompt.start([picture.ref(Location(shm_tier_id="another"))]))
         assert (await next_message(call)).needed == [(picture.key, "NOT_FOUND")]
-        await call.write(ready(picture.ref(Location(inline=picture.data()))))
+        await call.write(ready(worker.put(picture)))
         assert (await read(call)).tokens[0] == demo.reference(prompt, TOKENS)
 
     serve(body)
@@ -342,8 +342,8 @@ def test_rows_that_do_not_fit_their_reference_are_corrupt(
     )
 
     async def body(worker: Worker) -> None:
-        start = prompt.start([picture.ref(Location(inline=wrong.data()))])
-        call = await worker.open(start)
+        worker.store.put(picture.key, wrong.rows, {})
+        call = await worker.open(prompt.start([picture.ref(worker.here())]))
         assert (await next_message(call)).needed == [(picture.key, "CORRUPT")]
         await call.write(ready(worker.put(picture)))
         assert (await read(call)).tokens[0] == demo.reference(prompt, TOKENS)

@@ -92,13 +92,14 @@ def test_who_waits_with_another_for_rows_that_are_no_good_tries_its_own() -> Non
     async def main() -> None:
         fetcher = Fetcher(store, None, 8, Notes())
         try:
-            outcomes = await asyncio.gather(
-                fetcher.ensure(ref(Location(inline=bad))),
-                fetcher.ensure(ref(Location(inline=codec.to_bytes(ROWS, {})))),
-                return_exceptions=True,
-            )
-            assert isinstance(outcomes[0], InvalidRequest) and outcomes[1] is None
-            assert store.contains([KEY]) == {KEY}
+            with fetcher.own.hold([KEY]):
+                outcomes = await asyncio.gather(
+                    fetcher.ensure(ref(Location(inline=bad))),
+                    fetcher.ensure(ref(Location(inline=codec.to_bytes(ROWS, {})))),
+                    return_exceptions=True,
+                )
+                assert isinstance(outcomes[0], InvalidRequest) and outcomes[1] is None
+                assert store.contains([KEY]) == {KEY}
         finally:
             await fetcher.close()
 

@@ -103,19 +103,21 @@ def test_the_fetcher_brings_nothing_but_rows_that_fit(store: Local, data: bytes)
         try:
             plant(store, data)  # Good rows come beside it, and take its place.
             good = ref(Location(inline=codec.to_bytes(GOOD, {})))
-            await fetcher.ensure(good)
-            store.delete(key(1))
-            try:
-                await fetcher.ensure(ref(Location(inline=data or b"\0")))
-            except (EmbeddingCorrupt, InvalidRequest):
-                assert store.contains([key(1)]) == set()
+            with fetcher.own.hold([key(1)]):
                 await fetcher.ensure(good)
+                store.delete(key(1))
+                try:
+                    await fetcher.ensure(ref(Location(inline=data or b"\0")))
+                except (EmbeddingCorrupt, InvalidRequest):
+                    assert store.contains([key(1)]) == set()
+                    await fetcher.ensure(good)
+                entry = store.get(key(1))
+                assert entry is not None and entry.tensors["rows"].shape == (4, 8)
         finally:
             await fetcher.close()
+        assert store.contains([key(1)]) == set()
 
     asyncio.run(main())
-    entry = store.get(key(1))
-    assert entry is not None and entry.tensors["rows"].shape == (4, 8)
 
 
 @pytest.mark.parametrize("data", UNFIT.values(), ids=UNFIT.keys())
