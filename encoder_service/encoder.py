@@ -288,8 +288,7 @@ class Encoder:
             key=request.key,
             work=self._work(request, item.data),
             patches=request.plan.num_patches,
-            passes=item.structure.passes,
-            memory=item.structure.memory,
+            structure=item.structure,
             suspect=item.deaths > 0,
         )
 

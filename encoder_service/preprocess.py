@@ -23,12 +23,11 @@ from encoder_service.decoder import Decoder, DecoderDied, Pixels, Work, prepare
 from encoder_service.poison import PoisonRecord
 from encoder_service.turns import Gate, Turns
 from opticnerve.errors import EngineFailure, InvalidMedia
+from opticnerve.media.plan import Structure
 from opticnerve.models.family import Preprocessor
 
 log = logging.getLogger(__name__)
 
-LIGHT_PASSES = 2**25  # About what starting a process takes, tenths of a second.
-LIGHT_MEMORY = 2**28
 LIGHT_SHARE = 4  # Light pictures have one part in so many of the memory.
 ITEM_PASSES = 2**20  # What an item takes beside its decoding: it is resized and cut.
 WORKER_MEMORY = 2**28  # For each worker, where no flag says how much.
@@ -41,19 +40,18 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One picture to be decoded. ``passes`` and ``memory`` are its structure's."""
+    """One picture to be decoded."""
 
     owner: str  # The request that brought it.
     key: str
     work: Work
     patches: int
-    passes: int
-    memory: int
+    structure: Structure
     suspect: bool  # A worker has died in its name.
 
     @property
     def is_heavy(self) -> bool:
-        return self.suspect or self.passes > LIGHT_PASSES or self.memory > LIGHT_MEMORY
+        return self.suspect or self.structure.is_heavy
 
 
 class Lane:
@@ -66,8 +64,8 @@ class Lane:
     @contextlib.asynccontextmanager
     async def hold(self, job: Job) -> AsyncIterator[None]:
         """While this picture is decoded."""
-        cost = job.passes + ITEM_PASSES
-        async with self.turns.hold(job.owner, cost), self.memory.hold(job.memory):
+        cost, memory = job.structure.passes + ITEM_PASSES, job.structure.memory
+        async with self.turns.hold(job.owner, cost), self.memory.hold(memory):
             yield
 
 

@@ -2,7 +2,9 @@
 
 Work waits here and not at the workers. A worker is given only what keeps it busy, so that the
 order is kept, work whose client has left is never sent, and a slow worker hoards nothing. The
-earliest deadline goes first, which is the order of arrival, since all requests have the same time.
+earliest deadline goes first, which is the order of arrival, since all requests have the same time;
+but what is behind other work of its own request counts as so much later. Heavy work, which keeps a
+worker's device waiting, has room of its own at the workers, and other work passes it.
 
 A job goes to the worker that is expected to finish it first. Where that one has no room, a slower
 one takes the job only if it would finish it before the others had finished everything that waits:
@@ -31,10 +33,15 @@ class Job:
         deadline: Deadline,
         accepts: Accepts | None = None,
         avoid: Collection[str] = (),
+        heavy: bool = False,
+        behind_s: float = 0.0,
     ) -> None:
-        """``avoid``: addresses that are taken only where nothing else serves."""
+        """``avoid``: addresses that are taken only where nothing else serves. ``behind_s``: what
+        comes before it in its request will take so long."""
         self.cost = cost
         self.deadline = deadline
+        self.heavy = heavy
+        self.due = deadline.at + behind_s
         self.accepts = accepts
         self.avoid = avoid
         self.worker: Worker | None = None
@@ -45,13 +52,13 @@ class Dispatcher:
     """The jobs that wait for one pool's workers. ``workers`` tells who there is now."""
 
     def __init__(self, workers: Callable[[], Sequence[Worker]]) -> None:
-        self.waiting: list[Job] = []  # By deadline.
+        self.waiting: list[Job] = []  # By when they are due.
         self.waiting_cost = 0
         self._workers = workers
         self._ticket = itertools.count(1)
 
     def add(self, job: Job) -> None:
-        insort(self.waiting, job, key=lambda job: job.deadline.at)
+        insort(self.waiting, job, key=lambda job: job.due)
         self.waiting_cost += job.cost
         self.dispatch()
 
@@ -65,19 +72,21 @@ class Dispatcher:
     def dispatch(self) -> None:
         """Lends workers that have room to the jobs that come first.
 
-        A job without a worker keeps those behind it from every worker that it could use.
+        A job without a worker keeps those of its kind behind it from every worker that it could
+        use.
         """
-        kept: set[Worker] = set()
+        kept: dict[bool, set[Worker]] = {False: set(), True: set()}
         serving = self.serving()
         for job in tuple(self.waiting):
-            if len(kept) == len(serving):
+            if all(len(workers) == len(serving) for workers in kept.values()):
                 return
             able = self._able(job, serving)
-            if kept.issuperset(able):
+            taken = kept[job.heavy]
+            if taken.issuperset(able):
                 continue
-            worker = self._choose(job, [worker for worker in able if worker not in kept], able)
+            worker = self._choose(job, [worker for worker in able if worker not in taken], able)
             if worker is None:
-                kept.update(able)
+                taken.update(able)
             else:
                 self._lend(job, worker)
 
@@ -115,7 +124,7 @@ class Dispatcher:
             return cost / (worker.cost_per_s or usual), worker.last_picked
 
         best = min(able, key=finish_s)
-        with_room = [worker for worker in free if worker.has_room(job.cost)]
+        with_room = [worker for worker in free if worker.has_room(job.cost, job.heavy)]
         if not with_room:
             return None
         worker = min(with_room, key=finish_s)
@@ -131,7 +140,7 @@ class Dispatcher:
 
     def _lend(self, job: Job, worker: Worker) -> None:
         worker.last_picked = next(self._ticket)
-        worker.lend(job.cost)
+        worker.lend(job.cost, job.heavy)
         job.worker = worker
         job.changed.set()
         self._take_out(job)

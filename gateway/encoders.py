@@ -48,6 +48,8 @@ FORGIVE_S = 600.0  # After so long a suspect may be tried again.
 PAUSE_S = 0.02  # Between attempts, so that a pool that refuses everything is not hammered.
 WINDOW_BATCHES = 3  # With one encoder at a time: one runs, one is decoded, one is on its way.
 WINDOW_S = 30.0  # Of its work at most: well within the time of one call.
+HEAVY_SHARE = 0.5  # Of its queue, for pictures that are heavy to decode: they take turns there.
+PASS_S = 5e-9  # Of one core, to decode a pixel once.
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Encodable:
     param: str | None = None  # The request's field that brought it.
     lost: bool = False  # An LLM worker found no usable rows where the encoder said they are.
     cache_salt: str = ""  # Part of the key.
+    passes_before: int = 0  # Of the pictures of its request that come before it.
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ async def describe(channel: grpc.aio.Channel, timeout_s: float) -> Description:
         cost=load.queued_patches,
         cost_per_s=load.patches_per_s,
         window=_window(limits.max_batch_patches, load.patches_per_s),
+        heavy_window=int(limits.max_queue_patches * HEAVY_SHARE),
         limits={
             "max_batch_patches": limits.max_batch_patches,
             "max_item_patches": limits.max_item_patches,
@@ -240,6 +244,8 @@ class Encoders:
                 self.worker_wait_s,
                 _has_fingerprint(item),
                 avoid=tried,
+                heavy=item.plan.is_heavy,
+                behind_s=item.passes_before * PASS_S,
             ) as worker:
                 if refusal is not None and worker.address in tried:
                     raise refusal

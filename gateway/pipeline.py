@@ -231,6 +231,8 @@ def _counted(usage: Usage, choices: Choices) -> Usage:
 def _encodables(
     prepared: Prepared, keys: Sequence[str], pair: Pair, cache_salt: str
 ) -> list[Encodable]:
+    plans = prepared.plans
+    before = (sum(plan.passes for plan in plans[:number]) for number in range(len(plans)))
     return [
         Encodable(
             key,
@@ -240,8 +242,9 @@ def _encodables(
             item.data,
             item.param,
             cache_salt=cache_salt,
+            passes_before=passes,
         )
-        for key, plan, item in zip(keys, prepared.plans, prepared.items, strict=True)
+        for key, plan, item, passes in zip(keys, plans, prepared.items, before, strict=True)
     ]
 
 

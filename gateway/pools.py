@@ -132,17 +132,20 @@ class WorkerPool:
         absence_s: float,
         accepts: Accepts | None = None,
         avoid: Collection[str] = (),
+        heavy: bool = False,
+        behind_s: float = 0.0,
     ) -> AsyncIterator[Worker]:
         """Lends a worker, waiting until one that has room is this job's turn.
 
-        ``absence_s``: how long it waits while none serves. ``avoid``: addresses that are taken
-        only where nothing else serves. Raises Unavailable, DeadlineExceeded.
+        ``absence_s``: how long it waits while none serves; the rest is a Job's. Raises Unavailable,
+        DeadlineExceeded.
         """
-        worker = await self._turn(Job(cost, deadline, accepts, avoid), absence_s)
+        job = Job(cost, deadline, accepts, avoid, heavy, behind_s)
+        worker = await self._turn(job, absence_s)
         try:
             yield worker
         finally:
-            self._take_back(worker, cost)
+            self._take_back(worker, job)
 
     async def _turn(self, job: Job, absence_s: float) -> Worker:
         self._dispatcher.add(job)
@@ -151,7 +154,7 @@ class WorkerPool:
         except BaseException:
             self._dispatcher.remove(job)
             if job.worker is not None:  # Lent and cancelled in one turn of the loop.
-                self._take_back(job.worker, job.cost)
+                self._take_back(job.worker, job)
             raise
         assert job.worker is not None
         return job.worker
@@ -172,8 +175,8 @@ class WorkerPool:
                 raise (self._unavailable() if absence else expired()) from error
             job.changed.clear()
 
-    def _take_back(self, worker: Worker, cost: int) -> None:
-        worker.take_back(cost)
+    def _take_back(self, worker: Worker, job: Job) -> None:
+        worker.take_back(job.cost, job.heavy)
         self._dispatcher.dispatch()
 
     def _changed(self) -> None:

@@ -44,6 +44,7 @@ class Description:
     cost: int = 0  # Pending cost by the worker's own count.
     cost_per_s: float = 0.0  # Its throughput while it has work, as it measured it; 0: not known.
     window: int = 0  # Cost that one gateway keeps with it at a time; 0: any.
+    heavy_window: int = 0  # The same of heavy work, beside the other.
     limits: dict[str, int] = field(default_factory=dict)
     load: dict[str, int] = field(default_factory=dict)
     store: StoreState | None = None
@@ -73,6 +74,7 @@ class Worker:
         self.description = Description()
         self.fault: Fault | None = None
         self.pending = 0
+        self.heavy = 0  # Of that: what keeps its device waiting, see ``Job.heavy``.
         self.foreign = 0  # Reported cost that is not ours, at the last report.
         self.last_picked = 0
         self.failures = 0
@@ -82,14 +84,16 @@ class Worker:
         self.idle.set()
         self._loans = 0
 
-    def lend(self, cost: int) -> None:
+    def lend(self, cost: int, heavy: bool = False) -> None:
         self._loans += 1
         self.pending += cost
+        self.heavy += cost if heavy else 0
         self.idle.clear()
 
-    def take_back(self, cost: int) -> None:
+    def take_back(self, cost: int, heavy: bool = False) -> None:
         self._loans -= 1
         self.pending -= cost
+        self.heavy -= cost if heavy else 0
         if not self._loans:
             self.idle.set()
 
@@ -97,13 +101,14 @@ class Worker:
     def cost_per_s(self) -> float:
         return self.description.cost_per_s
 
-    def has_room(self, cost: int) -> bool:
+    def has_room(self, cost: int, heavy: bool = False) -> bool:
         """Whether it takes work of ``cost`` now. One piece fits, however large, where we have
-        nothing else with it."""
+        nothing else of its kind with it."""
         if time.monotonic() < self.full_until:
             return False
-        window = self.description.window
-        return not window or not self.pending or self.pending + cost <= window
+        window = self.description.heavy_window if heavy else self.description.window
+        pending = self.heavy if heavy else self.pending - self.heavy
+        return not window or not pending or pending + cost <= window
 
     def observe(
         self, description: Description | None, *, serving: bool, fault: Fault | None = None

@@ -84,7 +84,7 @@ class Stack:
             admission.requests.held == admission.bytes.held == 0
             and not self.gateway.pipeline.encoders._flights
             and not self.gateway.pipeline.encoders._patches
-            and all(worker.pending == 0 for worker in workers)
+            and all(worker.pending == worker.heavy == 0 for worker in workers)
             and all(llm.running == 0 for llm in self.llms)
         )
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 WHITE = 0xFFFFFF
+LIGHT_PASSES = 2**25  # What a picture may take to decode that is not heavy: tenths of a second,
+LIGHT_MEMORY = 2**28  # and so many bytes.
 
 
 class Modality(Enum):
@@ -61,6 +63,11 @@ class Structure:
             return self.height, self.width
         return self.width, self.height
 
+    @property
+    def is_heavy(self) -> bool:
+        """Whether decoding takes so long or so much that others should not wait for it."""
+        return self.passes > LIGHT_PASSES or self.memory > LIGHT_MEMORY
+
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
@@ -102,7 +109,11 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How one item will be decoded, resized, cut and counted. See ``embedding.proto``."""
+    """How one item will be decoded, resized, cut and counted. See ``embedding.proto``.
+
+    ``passes`` and ``is_heavy`` are the structure's; they do not travel, and make no difference
+    between plans.
+    """
 
     modality: Modality
     format: str
@@ -117,6 +128,8 @@ class Plan:
     tiles: tuple[Tile, ...] = ()
     frames: int = 1
     seconds_per_grid: float = 0.0
+    passes: int = field(default=0, compare=False)
+    is_heavy: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

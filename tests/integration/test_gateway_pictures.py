@@ -94,6 +94,31 @@ async def test_a_picture_of_too_much_work_is_refused_and_reaches_no_encoder():
         assert (await s.chat(user("What?", costly))).status_code == 200
 
 
+async def test_a_small_picture_passes_heavy_ones_that_fill_the_encoder():
+    """Three of one request, of which the encoder finishes none."""
+    heavy = [data_url((shade, 0, 0), (3000, 2000)) for shade in range(3)]
+    may_go = asyncio.Event()
+
+    async def hold_heavy(encoder):
+        if encoder.calls[-1].plan.width > 1000:
+            await may_go.wait()
+
+    async with stack() as s:
+        (worker,) = s.gateway.pipeline.encoders.pool.workers
+        s.encoder.max_batch_patches = 16  # Nothing fits beside a picture.
+        await until(lambda: worker.description.window == 16)
+        s.encoder.script = hold_heavy
+        attack = asyncio.create_task(s.chat(user("What?", *heavy)))
+        await until(lambda: s.encoder.running)
+        for side in (56, 60, 84):
+            answer = await s.chat(user("What?", data_url("blue", (side, side))))
+            assert answer.status_code == 200
+        assert s.encoder.running and not attack.done()
+        may_go.set()
+        assert (await attack).status_code == 200
+        await until(s.idle)
+
+
 async def test_an_encoder_that_dies_does_not_fail_the_request():
     async with stack(encoders=2) as s:
         died = []

@@ -21,15 +21,17 @@ class Machine:
         self.rate = rate
         self.window = window
         self.cost_per_s = rate if known else 0.0
-        self.pending = self.foreign = self.last_picked = 0
+        self.pending = self.heavy = self.foreign = self.last_picked = 0
         self.free_at = 0.0
         self.done = 0
 
-    def has_room(self, cost):
-        return not self.pending or self.pending + cost <= self.window
+    def has_room(self, cost, heavy):
+        pending = self.heavy if heavy else self.pending - self.heavy
+        return not pending or pending + cost <= self.window
 
-    def lend(self, cost):
+    def lend(self, cost, heavy):
         self.pending += cost
+        self.heavy += cost if heavy else 0
 
 
 def simulate(machines, costs, learn_after=0):
@@ -106,6 +108,34 @@ def test_nobody_overtakes_a_job_that_waits_for_room():
     dispatcher.dispatch()
     assert large.worker is small.worker is machine
     assert dispatcher.waiting == [other]
+
+
+def test_heavy_jobs_keep_no_others_waiting_and_not_the_other_way_round():
+    machine = Machine("a", 1.0, 10)
+    dispatcher = Dispatcher(lambda: [machine])
+    heavy = [Job(9, Deadline(1.0), heavy=True) for _ in range(3)]
+    light = [Job(9, Deadline(2.0)) for _ in range(3)]
+    for job in (*heavy, *light):
+        dispatcher.add(job)
+    assert [job.worker for job in heavy] == [machine, None, None]
+    assert [job.worker for job in light] == [machine, None, None]
+    machine.pending -= 9
+    machine.heavy -= 9
+    dispatcher.dispatch()
+    assert heavy[1].worker is machine and heavy[2].worker is light[1].worker is None
+
+
+def test_requests_share_what_there_is_by_what_their_jobs_take():
+    """Ten of one request, of a second each, and one of another that comes a little later."""
+    machine = Machine("a", 1.0, 1)
+    dispatcher = Dispatcher(lambda: [machine])
+    many = [Job(1, Deadline(100.0), behind_s=float(number)) for number in range(10)]
+    for job in many:
+        dispatcher.add(job)
+    one = Job(1, Deadline(100.5))
+    dispatcher.add(one)
+    assert many[0].worker is machine
+    assert dispatcher.waiting == [one, *many[1:]]
 
 
 def test_a_job_that_leaves_makes_way_for_those_behind_it():

@@ -117,6 +117,8 @@ class LlavaLayout:
             grid=Grid(1, side, side),
             num_tokens=side * side + (self.strategy == "full"),
             num_patches=side * side,
+            passes=structure.passes,
+            is_heavy=structure.is_heavy,
         )
 
     def expand(self, plan: Plan) -> Expansion:

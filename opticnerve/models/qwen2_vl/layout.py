@@ -112,6 +112,8 @@ class Qwen2VLLayout:
             grid=grid,
             num_tokens=self.num_tokens(grid),
             num_patches=grid.num_patches,
+            passes=structure.passes,
+            is_heavy=structure.is_heavy,
         )
 
     def _bounds(self, overrides: Overrides) -> tuple[int, int]:
