@@ -57,10 +57,18 @@ class BlockManager:
 
     def can_allocate(self, seq: Sequence, reserve: int = 0) -> bool:
         """Whether pages for all of the sequence's tokens can be had, and ``reserve`` stay free."""
+        return self.lacking(seq, reserve) <= 0
+
+    def lacking(self, seq: Sequence, reserve: int = 0) -> int:
+        """How many pages would have to be free besides for ``can_allocate``; less than 0: spare."""
         hit = self._match(seq)
         idle_hits = sum(1 for block in hit if not self._references[block])
         needed = self.pages_for(seq.num_tokens) - len(hit)
-        return needed + reserve <= self.num_free - idle_hits
+        return needed + reserve - (self.num_free - idle_hits)
+
+    def held_alone(self, seq: Sequence) -> int:
+        """Pages that are free once ``seq`` lets them go."""
+        return sum(1 for block in seq.block_table if self._references[block] == 1)
 
     def allocate(self, seq: Sequence) -> int:
         """Takes pages for all tokens, the cached prefix included; returns its length in tokens."""

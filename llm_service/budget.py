@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llm_service.plan import Work
-from llm_service.sequence import Sequence
+from llm_service.sequence import Sequence, Status
 from opticnerve.media.plan import SpanAttention
 
 
@@ -19,12 +19,13 @@ class Budget:
     timed: bool  # Time bounds ``prefill``: chunks are cut at pages.
     block_size: int
     for_text: int = 0  # Of ``prefill``, kept for prompts without pictures.
+    for_decoding: int = 0  # Of ``tokens``, kept for sequences that decode.
     begun: bool = False  # A sequence prefills in this step.
 
     def chunk(self, seq: Sequence) -> int:
         """The longest chunk that is left for prefill of ``seq``."""
         kept = self.for_text if seq.request.spans else 0
-        return min(self.tokens, max(0, self.prefill - kept))
+        return max(0, min(self.tokens - self.for_decoding, self.prefill - kept))
 
     def spend(self, work: Work) -> None:
         self.tokens -= work.num_tokens
@@ -45,7 +46,10 @@ class Budget:
             page_end = end - end % self.block_size
             if page_end > start or self.begun:
                 end = max(page_end, start)
-        if not self.begun and start < (span_end := _span_end(seq, start)) <= start + self.tokens:
+        span_end = _span_end(seq, start)
+        # Of sequences that wait there may be a stream, which would leave decoding nothing.
+        kept = 0 if seq.status is Status.RUNNING else self.for_decoding
+        if not self.begun and start < span_end <= start + self.tokens - kept:
             end = max(end, span_end)
         return end
 

@@ -144,7 +144,7 @@ class Engine:
             log.error("request %s is already open", request.request_id)
             return
         try:
-            if len(self.scheduler.waiting) >= self.config.max_waiting:
+            if self.scheduler.num_unbegun >= self.config.max_waiting:
                 raise Overloaded("too many requests are waiting; retry later", retry_after_s=1.0)
             check_request(request, self.config)
         except Exception as error:
@@ -366,7 +366,7 @@ class Engine:
         scheduler = self.scheduler
         return EngineStats(
             len(scheduler.running),
-            len(scheduler.waiting),
+            scheduler.num_waiting,
             self.blocks.num_free,
             scheduler.num_preemptions,
             self._steps,
@@ -380,7 +380,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises RuntimeError where the engine's books do not balance."""
         self.scheduler.check_integrity()
-        queued = {seq.request_id for seq in [*self.scheduler.running, *self.scheduler.waiting]}
+        queued = {seq.request_id for seq in self.scheduler.sequences()}
         if queued != set(self._open):
             raise RuntimeError(f"open requests {set(self._open)} are not those queued {queued}")
 

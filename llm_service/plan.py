@@ -22,6 +22,21 @@ class Segment:
     num_rows: int
 
 
+def segments(seq: Sequence, start: int, end: int) -> tuple[Segment, ...]:
+    """What of the sequence's spans falls into the chunk [start, end)."""
+    found = []
+    spans = seq.request.spans
+    for index in range(seq.generation.span_at(start), len(spans)):
+        span = spans[index]
+        if span.token_offset >= end:
+            break
+        first = max(start, span.token_offset)
+        last = min(end, span.token_offset + span.num_tokens)
+        row = span.row_start + first - span.token_offset
+        found.append(Segment(seq.request.items[span.item], first - start, row, last - first))
+    return tuple(found)
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What one sequence computes in this step."""

@@ -1,10 +1,11 @@
 """Policy: which sequences compute how many tokens in the next step. No tensors, no events.
 
 There is no prefill phase and no decode phase. Every step has one budget of tokens; every
-sequence asks for those of its tokens that are not computed. Running sequences come first, then
-waiting ones, both by (priority, arrival, choice). That order is total and fixed for life, a
-sequence only ever preempts those behind it, and whoever is first fits the cache alone: so the
-first always gets on, and nobody waits for ever.
+sequence asks for those of its tokens that are not computed. Whose turn it is to prefill, and who
+makes room for whom, is for ``Shares`` to say; the sequences of one sharer are in order of
+(priority, arrival, choice), those that run before those that wait. That order is total and fixed
+for life, the first in it of all that run is never preempted, and it fits the cache alone: so it
+always gets on, and nobody waits for ever.
 
 While any sequence decodes, the step's prefill tokens are bounded by the time that they are
 expected to take, since every decoding sequence waits for the step's end. The first sequence that
@@ -15,53 +16,76 @@ of pictures to be computed.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import insort
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from itertools import chain
 
 from llm_service.block_manager import BlockManager, whole_spans
 from llm_service.budget import Budget
 from llm_service.cost_model import CostModel
+from llm_service.leases import Leases
 from llm_service.limits import EngineConfig
-from llm_service.plan import Segment, StepPlan, Work
+from llm_service.plan import StepPlan, Work, segments
 from llm_service.rows import RowSource
 from llm_service.sequence import Generation, Sequence, Status
+from llm_service.shares import Sharer, Shares, Turns, decodes, order, remove
 from opticnerve.media.plan import SpanAttention
 
 TEXT_SHARE = 4  # One of so many prefill tokens is for prompts without pictures.
+MAX_REFUSALS = 32  # Sharers that are looked at in vain before a step admits nobody more.
 
 
 class Scheduler:
-    """Owns the queues, the slots, the leases and, through ``blocks``, the pages."""
+    """Owns the sequences, the slots, the leases and, through ``blocks``, the pages."""
 
     def __init__(self, config: EngineConfig, blocks: BlockManager, rows: RowSource) -> None:
         self.config = config
         self.blocks = blocks
         self.rows = rows
         self.costs = CostModel()  # Whoever runs the plans teaches it how long they took.
-        self.waiting: list[Sequence] = []  # Both by ``order``.
-        self.running: list[Sequence] = []
+        self.shares = Shares()  # Knows who waits.
+        self.running: list[Sequence] = []  # By ``order``.
         # Pictures that are slow to come leave room for text.
         self._max_parked = max(1, config.max_num_seqs // 2)
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # Of prompts, taken from the prefix cache.
         self._step = 0
-        self._free_slots = list(range(config.max_num_seqs))[::-1]
+        # All that decode have a token in every step, and leave a page of tokens to prefill.
+        most = max(1, config.max_num_batched_tokens - blocks.block_size)
+        self._num_slots = min(config.max_num_seqs, most)
+        self._free_slots = list(range(self._num_slots))[::-1]
         self._freed_slots: list[int] = []  # For the next plan to tell.
         self._copies: list[tuple[Sequence, int, int]] = []  # Of forks, for the next plan to make.
         self.copied: list[Sequence] = []  # Forks whose pages the last plan copied.
-        self._leases: dict[str, int] = {}  # Holders of each key.
+        self._leases = Leases(rows, config.row_bytes)
         self._needs: list[tuple[Sequence, tuple[str, ...]]] = []
 
     # ---- the queue
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait."""
+        return self.shares.num_waiting
+
+    @property
+    def num_unbegun(self) -> int:
+        """Requests of which nothing was computed yet."""
+        return sum(1 for seq in self.shares.waiting() if seq.generation.first_chunk_at is None)
+
+    def sequences(self) -> Iterator[Sequence]:
+        """All that run or wait."""
+        return chain(self.running, self.shares.waiting())
+
     def add(self, seq: Sequence) -> None:
-        insort(self.waiting, seq, key=_order)
+        self.shares.wait(seq)
 
     def remove(self, seq: Sequence) -> None:
         """Ends a sequence in whatever state it is; everything that it held is free."""
         if seq.status is Status.RUNNING:
             self._give_up(seq)
         elif seq.status is Status.WAITING:
-            _delete(self.waiting, seq)
+            self.shares.wait_no_more(seq)
         seq.status = Status.FINISHED
 
     def preempt(self, seq: Sequence) -> None:
@@ -74,24 +98,23 @@ class Scheduler:
         self.add(seq)
 
     def _give_up(self, seq: Sequence) -> None:
-        _delete(self.running, seq)
+        remove(self.running, seq)
+        self.shares.leave(seq)
         self.blocks.release(seq)
         self._free_slots.append(seq.slot)
         self._freed_slots.append(seq.slot)
         self._copies = [copy for copy in self._copies if copy[0] is not seq]
-        for key in tuple(seq.leases):
-            self._release(seq, key)
+        self._leases.release(seq)
 
     # ---- one step
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None when no sequence can compute anything."""
-        works: list[Work] = []
-        preemptions = self.num_preemptions
         budget = self._budget()
-        self._schedule_running(works, budget, now)
-        if self.waiting and self.num_preemptions == preemptions:
-            self._schedule_waiting(works, budget, now)
+        preempted = self._grow()
+        decoding = [seq for seq in self.running if decodes(seq)]
+        prefills = self._schedule_prefill(budget, now, preempted)
+        works = [*self._schedule_decoding(decoding, budget, prefills), *prefills.values()]
         if not works:
             return None
         self._step += 1
@@ -109,75 +132,128 @@ class Scheduler:
     def _budget(self) -> Budget:
         """A token for each sequence that decodes, and the rest for prefill, as far as the step's
         time goes."""
+        decoding = sum(map(decodes, self.running))
         tokens, block_size = self.config.max_num_batched_tokens, self.blocks.block_size
-        decodes = sum(map(_decodes, self.running))
-        prefill = max(tokens - decodes, block_size)
-        timed = decodes > 0 and self.config.max_step_s > 0
+        prefill = max(tokens - decoding, block_size)
+        timed = decoding > 0 and self.config.max_step_s > 0
         if timed:
-            fitting = self.costs.prefill_tokens(decodes, self.config.max_step_s)
+            fitting = self.costs.prefill_tokens(decoding, self.config.max_step_s)
             prefill = min(prefill, max(fitting, block_size))
-        text = any(_prefills_text(seq) for seq in (*self.running, *self.waiting))
+        text = any(map(_prefills_text, self.sequences()))
         kept = min(max(prefill // TEXT_SHARE, block_size), prefill - block_size) if text else 0
-        return Budget(tokens, prefill, timed, block_size, for_text=kept)
+        return Budget(tokens, prefill, timed, block_size, for_text=kept, for_decoding=decoding)
 
-    def _schedule_running(self, works: list[Work], budget: Budget, now: float) -> None:
-        block_size = self.blocks.block_size
+    # ---- decoding
+
+    def _grow(self) -> set[Sharer]:
+        """Makes room for the next token of all that decode; returns who lost a place by that."""
+        preempted: set[Sharer] = set()
         for seq in tuple(self.running):
-            if not budget.tokens:
+            while seq.status is Status.RUNNING and decodes(seq):
+                if self.blocks.can_grow(seq, seq.num_tokens):
+                    self.blocks.grow(seq, seq.num_tokens)
+                    break
+                victim = self.shares.furthest(self.running)
+                preempted.add(self.shares.of(victim))
+                self.preempt(victim)
+        return preempted
+
+    def _schedule_decoding(
+        self, decoding: list[Sequence], budget: Budget, prefills: Collection[Sequence]
+    ) -> list[Work]:
+        """A token each for those that decoded before others were admitted and do so still."""
+        decoding = [
+            seq
+            for seq in decoding
+            if seq.status is Status.RUNNING and decodes(seq) and seq not in prefills
+        ]
+        works = [self._work(seq, 1) for seq in decoding[: budget.tokens]]
+        for work in works:
+            budget.spend(work)
+        return works
+
+    # ---- prefill
+
+    def _schedule_prefill(
+        self, budget: Budget, now: float, preempted: set[Sharer]
+    ) -> dict[Sequence, Work]:
+        """Gives prefill tokens to sequences in their turn, and admits those that wait."""
+        works: dict[Sequence, Work] = {}
+        prefilling = [seq for seq in self.running if not decodes(seq)]
+        admits = bool(self._free_slots) or self.shares.crowded
+        turns = self.shares.turns(prefilling, admits)
+        admission = _Admission(turns, preempted)
+        for seq in turns:
+            if not budget.prefill or not budget.tokens:
                 break
-            if seq.status is not Status.RUNNING:
-                continue  # Preempted by one ahead of it, in this very loop.
-            start = seq.num_computed
-            if _decodes(seq):
-                tokens = 1
+            if seq.status is Status.RUNNING:
+                end = budget.chunk_end(seq, seq.num_computed)
             else:
-                tokens = self._chunk(seq, budget, now)
-                if not tokens:
-                    continue
-            if start + tokens > len(seq.block_table) * block_size and not self._make_room(
-                seq, start + tokens
-            ):
-                continue
-            works.append(self._work(seq, tokens))
-            budget.spend(works[-1])
-
-    def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
-        """Grows the sequence's pages, at the cost of those behind it; False: at its own."""
-        while not self.blocks.can_grow(seq, num_tokens):
-            victim = self.running[-1]
-            self.preempt(victim)
-            if victim is seq:
-                return False
-        self.blocks.grow(seq, num_tokens)
-        return True
-
-    def _schedule_waiting(self, works: list[Work], budget: Budget, now: float) -> None:
-        """Admits in order. Where there is no room for more pictures, sequences without any go
-        ahead; once there is, whoever was overtaken is the first in line again."""
-        no_pictures = False
-        for seq in tuple(self.waiting):
-            if not budget.prefill or not budget.tokens or not self._free_slots:
-                return
-            if seq.request.spans and (no_pictures or not self._has_room_for_pictures(seq)):
-                no_pictures = True
-                continue
-            if not self.blocks.can_allocate(seq, reserve=len(self.running) // 4):
-                return
-            start = self.blocks.cached_tokens(seq)
-            end = budget.chunk_end(seq, start)
-            if end == start and seq.request.spans and budget.for_text:
-                no_pictures = True  # What is left is for text, which may be behind it.
-                continue
-            if whole_spans(seq, end) == start:
-                return  # Not worth a chunk, or shorter than a bidirectional span that comes first.
-            self._admit(seq)
-            tokens = self._chunk(seq, budget, now)
+                end = self._try_to_admit(seq, budget, admission, works)
+            tokens = self._chunk(seq, end, now) if seq.status is Status.RUNNING else 0
             if tokens:
-                works.append(self._work(seq, tokens))
-                budget.spend(works[-1])
+                works[seq] = self._work(seq, tokens)
+                budget.spend(works[seq])
+                self.shares.charge(seq, tokens)
+        return works
+
+    def _try_to_admit(
+        self, seq: Sequence, budget: Budget, admission: _Admission, works: Collection[Sequence]
+    ) -> int:
+        """Lets a sequence run whose turn it is; returns where its first chunk may end.
+
+        Where there is no room for more pictures, those without any go ahead; once there is,
+        whoever was overtaken is the first in line again.
+        """
+        pictures = bool(seq.request.spans)
+        if pictures and (admission.no_pictures or not self._has_room_for_pictures(seq)):
+            admission.no_pictures = True
+            return 0
+        victims = self._claim(seq, admission, works)
+        if victims is None:
+            admission.turns.pass_on()
+            return 0
+        start = self.blocks.cached_tokens(seq)
+        end = budget.chunk_end(seq, start)
+        if end == start and pictures and budget.for_text:
+            admission.no_pictures = True  # What is left is for text, which may be behind it.
+        elif whole_spans(seq, end) == start:
+            # Not worth a chunk, or shorter than a bidirectional span that comes first.
+            admission.refusals = MAX_REFUSALS
+            admission.turns.pass_on()
+        else:
+            for victim in victims:
+                self.preempt(victim)
+            self._admit(seq)
+        return end
+
+    def _claim(
+        self, seq: Sequence, admission: _Admission, works: Collection[Sequence]
+    ) -> list[Sequence] | None:
+        """Whom to preempt for a sequence that waits; None: it has to wait on.
+
+        Pages that are free stay so while one waits that they do not suffice for: others may only
+        have what is theirs by share.
+        """
+        if admission.refusals >= MAX_REFUSALS:
+            return None
+        place = not self._free_slots
+        reserve = max(admission.reserve, len(self.running) // 4)
+        lacking = self.blocks.lacking(seq, reserve)
+        victims: list[Sequence] | None = None
+        if self.shares.of(seq) not in admission.preempted:  # Else it would be so again.
+            if not place and lacking <= 0:
+                return []
+            wanted = self.blocks.pages_for(seq.num_tokens)
+            victims = self.shares.claim(seq, place, lacking, wanted, self.blocks.held_alone, works)
+        if victims is None:
+            admission.refusals += 1
+            if not place:
+                admission.reserve = max(reserve, self.blocks.num_free)
+        return victims
 
     def _admit(self, seq: Sequence) -> None:
-        _delete(self.waiting, seq)
+        self.shares.wait_no_more(seq)
         self.blocks.allocate(seq)
         if seq.generation.first_token_at is None and not seq.preemptions:  # The first choice.
             seq.generation.cached_tokens = min(seq.num_computed, seq.num_prompt)
@@ -188,12 +264,9 @@ class Scheduler:
         """Slot, leases and the question for rows that are not here."""
         seq.slot = self._free_slots.pop()
         seq.status = Status.RUNNING
-        insort(self.running, seq, key=_order)
-        for key, (end, num_bytes) in self._items(seq, seq.num_computed).items():
-            seq.leases[key] = end
-            self._leases[key] = self._leases.get(key, 0) + 1
-            if self._leases[key] == 1:
-                self.rows.acquire(key, num_bytes)
+        insort(self.running, seq, key=order)
+        self.shares.enter(seq)
+        self._leases.take(seq)
         self.ask(seq, tuple(key for key in seq.leases if not self.rows.ready(key)))
 
     def _work(self, seq: Sequence, tokens: int) -> Work:
@@ -209,32 +282,19 @@ class Scheduler:
             start,
             tokens,
             table,
-            self._segments(seq, start, end) if start < seq.num_prompt else (),
+            segments(seq, start, end) if start < seq.num_prompt else (),
             1 if end == len(seq.token_ids) else 0,
             start < seq.num_prompt and generation.wants_prompt_logprobs,
             seq.reads_slot,
         )
 
-    def _segments(self, seq: Sequence, start: int, end: int) -> tuple[Segment, ...]:
-        segments = []
-        spans = seq.request.spans
-        for index in range(seq.generation.span_at(start), len(spans)):
-            span = spans[index]
-            if span.token_offset >= end:
-                break
-            first = max(start, span.token_offset)
-            last = min(end, span.token_offset + span.num_tokens)
-            row = span.row_start + first - span.token_offset
-            segments.append(Segment(seq.request.items[span.item], first - start, row, last - first))
-        return tuple(segments)
-
     # ---- chunks and rows
 
-    def _chunk(self, seq: Sequence, budget: Budget, now: float) -> int:
-        """Tokens that can be computed next: up to the budget, up to the first span whose rows
-        are not here, and no part of a bidirectional span."""
+    def _chunk(self, seq: Sequence, end: int, now: float) -> int:
+        """Tokens that can be computed next: up to ``end``, up to the first span whose rows are
+        not here, and no part of a bidirectional span."""
         start = seq.num_computed
-        end = self._ready_end(seq, start, budget.chunk_end(seq, start))
+        end = self._ready_end(seq, start, end)
         generation = seq.generation
         if end > start and generation.first_chunk_at is None:
             generation.first_chunk_at = now
@@ -285,42 +345,17 @@ class Scheduler:
     def needs(self, generation: Generation, key: str) -> bool:
         """Whether a choice still has tokens to compute from rows of ``key``."""
         return any(
-            seq.status is not Status.FINISHED and key in self._items(seq, seq.num_computed)
+            seq.status is not Status.FINISHED and key in self._leases.items(seq, seq.num_computed)
             for seq in generation.sequences
         )
 
-    # ---- leases
-
-    def _items(self, seq: Sequence, computed: int) -> dict[str, tuple[int, int]]:
-        """Of each item with tokens past ``computed``: the end of its last span, its bytes."""
-        request = seq.request
-        items: dict[str, tuple[int, int]] = {}
-        for index in range(seq.generation.span_at(computed), len(request.spans)):
-            span = request.spans[index]
-            key = request.items[span.item]
-            size = (span.row_start + span.num_tokens) * self.config.row_bytes
-            known = items.get(key, (0, 0))[1]
-            items[key] = (span.token_offset + span.num_tokens, max(known, size))
-        return items
-
     def _has_room_for_pictures(self, seq: Sequence) -> bool:
-        """Whether the sequence's items fit the tier, and one more may wait for its rows. One that
-        would hold the only lease may always try."""
-        if not self._leases:
-            return True
-        items = self._items(seq, self.blocks.cached_tokens(seq))
-        fresh = {key: size for key, (_, size) in items.items() if key not in self._leases}
-        if fresh and not self.rows.can_acquire(sum(fresh.values())):
+        """Whether the sequence's items fit the tier, and one more may wait for its rows."""
+        items = self._leases.items(seq, self.blocks.cached_tokens(seq))
+        if not self._leases.fit(items):
             return False
         parked = sum(1 for other in self.running if other.missing)
         return parked < self._max_parked or all(self.rows.ready(key) for key in items)
-
-    def _release(self, seq: Sequence, key: str) -> None:
-        del seq.leases[key]
-        self._leases[key] -= 1
-        if not self._leases[key]:
-            del self._leases[key]
-            self.rows.release(key)
 
     # ---- after a step
 
@@ -330,8 +365,7 @@ class Scheduler:
         if num_computed // self.blocks.block_size > seq.num_shared:
             self.blocks.commit(seq)
         if seq.leases:
-            for key in [key for key, end in seq.leases.items() if end <= num_computed]:
-                self._release(seq, key)
+            self._leases.release(seq, num_computed)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Starts another choice on what its parent has computed of their prompt.
@@ -349,37 +383,30 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises RuntimeError where queues, slots, pages or leases do not agree."""
-        self.blocks.check_integrity([*self.running, *self.waiting])
-        for queue, status in ((self.running, Status.RUNNING), (self.waiting, Status.WAITING)):
+        waiting = list(self.shares.waiting())
+        self.blocks.check_integrity([*self.running, *waiting])
+        for queue, status in ((self.running, Status.RUNNING), (waiting, Status.WAITING)):
             if any(seq.status is not status for seq in queue):
                 raise RuntimeError(f"a sequence that is not {status.value} is in that queue")
-            if [seq.order for seq in queue] != sorted({seq.order for seq in queue}):
-                raise RuntimeError(f"the {status.value} queue is out of order")
+        if [seq.order for seq in self.running] != sorted({seq.order for seq in self.running}):
+            raise RuntimeError("sequences run out of order")
+        self.shares.check_integrity(self.running)
         slots = [*self._free_slots, *(seq.slot for seq in self.running)]
-        if sorted(slots) != list(range(self.config.max_num_seqs)):
+        if sorted(slots) != list(range(self._num_slots)):
             raise RuntimeError(f"slots are lost or doubled: {sorted(slots)}")
-        held: dict[str, int] = {}
-        for seq in self.running:
-            for key in seq.leases:
-                held[key] = held.get(key, 0) + 1
-        if held != self._leases:
-            raise RuntimeError(f"leases held {held}, counted {self._leases}")
+        self._leases.check_integrity(self.running)
 
 
-def _order(seq: Sequence) -> tuple[int, int, int]:
-    return seq.order
+@dataclass(slots=True)
+class _Admission:
+    """What the sequences that wait have met in this step so far."""
 
-
-def _decodes(seq: Sequence) -> bool:
-    """Whether the sequence's next step is one token, the next of its output."""
-    return seq.num_computed + 1 == len(seq.token_ids) and seq.num_computed >= seq.num_prompt
+    turns: Turns
+    preempted: set[Sharer]  # They lost a place in this step.
+    no_pictures: bool = False
+    refusals: int = 0  # For want of places or pages.
+    reserve: int = 0  # Pages that the first in line saves up.
 
 
 def _prefills_text(seq: Sequence) -> bool:
-    return not seq.request.spans and not _decodes(seq)
-
-
-def _delete(queue: list[Sequence], seq: Sequence) -> None:
-    index = bisect_left(queue, seq.order, key=_order)
-    assert queue[index] is seq
-    del queue[index]
+    return not seq.request.spans and not decodes(seq)

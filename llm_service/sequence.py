@@ -89,6 +89,8 @@ class GenerateRequest:
     cache_salt: str = ""
     outputs: tuple[ChoiceOutput, ...] = ()  # At most one a choice.
     skip_prefix_cache: bool = False  # Neither read the prefix cache nor share with it.
+    share: str = ""  # Whose part of the decoder it uses; empty: its own, see ``shares``.
+    weight: float = 1.0  # Of that part, beside those of others.
 
 
 # ---- servicer -> engine: GenerateRequest, and

@@ -645,8 +645,8 @@ def test_a_failed_step_takes_the_forks_whose_pages_it_copied() -> None:
 def test_a_fork_whose_copy_was_in_the_broken_step_fails_with_it() -> None:
     """Its parent stopped at once, and the step's budget went to another request."""
     bench = Bench(max_num_batched_tokens=20)
-    greedy = request("b", 200, spans=(span(0, 4),), items=("red",))
-    picture = {"spans": (span(0, 4),), "items": ("blue",)}
+    greedy = request("b", 200, spans=(span(0, 4),), items=("red",), share="ada")
+    picture = {"spans": (span(0, 4),), "items": ("blue",), "share": "ada"}
     bench.rows.present.add("blue")
     stop = tuple(oracle(request("a", 20, **picture))[:1])
     ask = request("a", 20, **picture, sampling={"n": 2, "stop_token_ids": stop})

@@ -104,6 +104,8 @@ def request(chance: Random, parts: list[Part]) -> GenerateRequest:
         cache_salt=chance.choice(("",) * 9 + ("salt",)),
         adapter=chance.choice(("",) * 9 + ("lora",)),
         skip_prefix_cache=chance.random() < 0.1,
+        share=chance.choice(("", "", "ada", "bob")),
+        weight=chance.choice((0.5, 1.0, 4.0)),
     )
     if continues:
         choices = [c for c in range(sampling.n) if chance.random() < 0.8]
@@ -223,7 +225,7 @@ class World:
         else:
             raise AssertionError("the engine does not come to rest")
         assert not self.engine.scheduler.running
-        assert not self.engine.scheduler.waiting
+        assert not self.engine.scheduler.num_waiting
 
     def check(self) -> None:
         self.engine.check_integrity()
