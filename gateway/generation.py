@@ -242,6 +242,8 @@ class Generation:
                 items=[llm_messages.item(key, known(key)) for key in spec.keys],
                 sampling=llm_messages.sampling_to_pb(spec.sampling),
                 priority=spec.priority,
+                share=spec.caller.name if spec.caller.tenant else "",
+                weight=spec.caller.weight,
                 cache_salt=spec.cache_salt,
                 embedding_wait_ms=max(1, int(self.deadline.remaining() * 1000)),
                 outputs=map(llm_messages.output, self._progress.outputs()),

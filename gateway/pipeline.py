@@ -26,7 +26,7 @@ from gateway.media import Fetched, MediaReader
 from gateway.pairing import Pair, Pairing
 from gateway.placeholders import Prompt
 from gateway.pools import WorkerPool
-from gateway.sampling import Defaults, Limits, resolve
+from gateway.sampling import Defaults, Limits, check_choices, resolve
 from gateway.schemas.chat import ChatRequest, TemplateFields
 from gateway.schemas.messages import ImageSource
 from gateway.timings import Stopwatch
@@ -84,6 +84,7 @@ class Pipeline:
     llms: WorkerPool
     defaults: Defaults
     max_logprobs: int
+    max_n: int
     worker_wait_s: float
     share_cache: bool = False  # See --share-cache.
 
@@ -107,6 +108,7 @@ class Pipeline:
     async def chat(self, call: Call) -> AsyncGenerator[Step, None]:
         """Runs a chat to its end: text as it comes, then Ended. Raises typed errors."""
         priority = call.caller.priority(call.request.priority)
+        check_choices(call.request, self.max_n)
         prepared = await self.prepare(call.request, call.ticket.hold, call.deadline, call.watch)
         call.request = _without_messages(call.request)
         call.ticket.drop(call.body_bytes)

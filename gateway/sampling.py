@@ -147,6 +147,16 @@ def resolve(
     )
 
 
+def check_choices(request: ChatRequest, max_n: int) -> None:
+    """Raises InvalidRequest for more choices than the server allows."""
+    if (request.n or 1) > max_n:
+        raise InvalidRequest(
+            f"n: at most {max_n} on this server, which --max-n says; ask for fewer choices, or "
+            "send several requests",
+            param="n",
+        )
+
+
 def output_limit(
     request: ChatRequest,
     prompt_tokens: int,

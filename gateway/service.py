@@ -161,6 +161,7 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
                 llms=mouths,
                 defaults=defaults,
                 max_logprobs=settings.max_logprobs,
+                max_n=settings.max_n,
                 worker_wait_s=wait,
                 share_cache=settings.share_cache,
             ),

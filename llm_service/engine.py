@@ -366,7 +366,7 @@ class Engine:
         scheduler = self.scheduler
         return EngineStats(
             len(scheduler.running),
-            scheduler.num_waiting,
+            scheduler.shares.num_waiting,
             self.blocks.num_free,
             scheduler.num_preemptions,
             self._steps,

@@ -64,11 +64,6 @@ class Scheduler:
     # ---- the queue
 
     @property
-    def num_waiting(self) -> int:
-        """Sequences that wait."""
-        return self.shares.num_waiting
-
-    @property
     def num_unbegun(self) -> int:
         """Requests of which nothing was computed yet."""
         return sum(1 for seq in self.shares.waiting() if seq.generation.first_chunk_at is None)
@@ -344,10 +339,8 @@ class Scheduler:
 
     def needs(self, generation: Generation, key: str) -> bool:
         """Whether a choice still has tokens to compute from rows of ``key``."""
-        return any(
-            seq.status is not Status.FINISHED and key in self._leases.items(seq, seq.num_computed)
-            for seq in generation.sequences
-        )
+        unfinished = (seq for seq in generation.sequences if seq.status is not Status.FINISHED)
+        return any(key in self._leases.items(seq, seq.num_computed) for seq in unfinished)
 
     def _has_room_for_pictures(self, seq: Sequence) -> bool:
         """Whether the sequence's items fit the tier, and one more may wait for its rows."""
@@ -388,8 +381,6 @@ class Scheduler:
         for queue, status in ((self.running, Status.RUNNING), (waiting, Status.WAITING)):
             if any(seq.status is not status for seq in queue):
                 raise RuntimeError(f"a sequence that is not {status.value} is in that queue")
-        if [seq.order for seq in self.running] != sorted({seq.order for seq in self.running}):
-            raise RuntimeError("sequences run out of order")
         self.shares.check_integrity(self.running)
         slots = [*self._free_slots, *(seq.slot for seq in self.running)]
         if sorted(slots) != list(range(self._num_slots)):

@@ -33,6 +33,7 @@ PIECE_BYTES = 2**20  # Of deltas in one message: those of a slow reader pile up.
 MAX_BIAS = 1e30  # Far enough from what fp32 holds to be divided by any temperature.
 MIN_REPETITION_PENALTY = 1e-3
 LOGPROB_BYTES = 14
+LEAST_WEIGHT, MOST_WEIGHT = 0.01, 1000.0  # Of one share beside another.
 
 _FINISH = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -96,7 +97,13 @@ def read_start(start: pb.Start, bounds: Bounds, own: Mapping[str, str] = NO_NAME
             for output in start.outputs
         ),
         skip_prefix_cache=start.skip_prefix_cache,
+        share=start.share,
+        weight=start.weight or 1.0,
     )
+    if not LEAST_WEIGHT <= request.weight <= MOST_WEIGHT:  # Not a number is in no range.
+        raise InvalidRequest(
+            f"weight must be between {LEAST_WEIGHT:g} and {MOST_WEIGHT:g}", param="weight"
+        )
     check_request(request, bounds.engine)
     _check_prompt_logprobs(request)
     if spans:

@@ -471,6 +471,9 @@ class GatewayConfig:
         600.0, "deadline of one request, end to end", metavar="SECONDS"
     )
     max_logprobs: int = _limits(20, "largest `top_logprobs` of a request", metavar="N")
+    max_n: int = _limits(
+        128, "largest `n` of a request; its choices have one share", metavar="N", least=1, most=128
+    )
     telemetry: TelemetryConfig = TelemetryConfig()
 
     @property

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 KEY_FILE = """\
 ada: sk-ada tenant=acme
 eve: sk-eve tenant=acme priority=-10
-bob: sk-bob priority=5
+bob: sk-bob priority=5 weight=2.5
 """
 
 
@@ -53,6 +53,30 @@ async def test_without_keys_nobody_goes_before_others():
         assert (await s.chat(priority=-1)).status_code == 400
         assert (await s.chat(priority=2)).status_code == 200
         assert [start.priority for start in s.llm.starts] == [2]
+
+
+async def test_requests_of_a_key_share_the_decoder_under_its_name_and_weight(keys):
+    async with stack(keys=keys, host="127.0.0.1") as s:
+        for name, weight in (("ada", 1.0), ("eve", 1.0), ("bob", 2.5)):
+            assert (await s.chat(headers=of(name))).status_code == 200
+            start = s.llm.starts[-1]
+            assert (start.share, start.weight) == (name, weight)
+
+
+async def test_without_keys_each_request_has_a_share_of_its_own():
+    async with stack() as s:
+        assert (await s.chat()).status_code == 200
+        assert (s.llm.starts[-1].share, s.llm.starts[-1].weight) == ("", 1.0)
+
+
+async def test_more_choices_than_allowed_are_refused_before_anything_is_done():
+    async with stack(max_n=2) as s:
+        assert (await s.chat(n=2)).status_code == 200
+        answer = await s.chat(n=3)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "n"
+        assert "--max-n" in answer.json()["error"]["message"]
+        assert len(s.llm.starts) == 1
 
 
 # ---- what is told of others

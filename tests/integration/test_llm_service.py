@@ -603,6 +603,7 @@ def test_bad_requests_are_refused_and_harm_nobody(demo: Demo, serve: Callable[..
         (text.start(sampling={"temperature": -1.0}), InvalidRequest, "temperature"),
         (text.start(sampling={"top_p": 1.5}), InvalidRequest, "top_p"),
         (text.start(sampling={"n": 1000}), InvalidRequest, "n"),
+        *((text.start(weight=each), InvalidRequest, "weight") for each in (nan, -1.0, 1e4)),
         (text.start(sampling={"logprobs": 21}), InvalidRequest, "logprobs"),
         (text.start(sampling={"logit_bias": {10**6: 1.0}}), InvalidRequest, "logit_bias"),
         (text.start(sampling={"logit_bias": {1: nan}}), InvalidRequest, "logit_bias"),
@@ -642,6 +643,28 @@ def test_bad_requests_are_refused_and_harm_nobody(demo: Demo, serve: Callable[..
                 await worker.generate(demo.prompt(3, picture, 3).start(), later)
 
     serve(body)
+
+
+def test_many_choices_of_one_share_leave_another_a_place(
+    demo: Demo, serve: Callable[..., None]
+) -> None:
+    """By requests on the wire: the victim's answer is whole while most of the other is to come."""
+    many = {"n": 8, "max_tokens": 400, "ignore_eos": True}
+
+    async def test(worker: Worker) -> None:
+        attack = await worker.open(demo.prompt(20).start(share="mallory", sampling=many))
+        answer = await next_message(attack)
+        while len(answer.tokens) < 2:  # All places are taken.
+            answer.take(await attack.read())
+        got = await worker.generate(demo.prompt(30, seed=1).start(share="ada", weight=2.0))
+        assert got.tokens == await alone(worker)
+        assert worker.loaded.engine.stats.waiting >= 5  # Choices that have not begun.
+        attack.cancel()
+
+    async def alone(worker: Worker) -> dict[int, list[int]]:
+        return (await worker.generate(demo.prompt(30, seed=1).start())).tokens
+
+    serve(test, max_num_seqs=2)
 
 
 def test_too_many_are_refused_with_a_hint(demo: Demo, serve: Callable[..., None]) -> None:

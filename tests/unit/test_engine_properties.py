@@ -225,7 +225,7 @@ class World:
         else:
             raise AssertionError("the engine does not come to rest")
         assert not self.engine.scheduler.running
-        assert not self.engine.scheduler.num_waiting
+        assert not self.engine.scheduler.shares.num_waiting
 
     def check(self) -> None:
         self.engine.check_integrity()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.sampling import Defaults, Limits, load_defaults, resolve
+from gateway.sampling import Defaults, Limits, check_choices, load_defaults, resolve
 from gateway.schemas import ChatRequest, parse
 from gateway.tokenizer import Tokenizer
 from opticnerve.clients.generation import Sampling
@@ -52,6 +52,15 @@ def test_a_bare_request(tokenizer: Tokenizer) -> None:
     assert (first.n, first.logprobs, first.min_tokens) == (1, None, 0)
     assert first.seed != second.seed
     assert 0 <= first.seed < 2**64
+
+
+def test_more_choices_than_the_server_allows_are_refused_by_the_flag() -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+    for n, max_n in ((None, 1), (4, 4), (128, 128)):
+        check_choices(parse(ChatRequest, {**body, "n": n})[0], max_n)
+    with pytest.raises(InvalidRequest, match=r"n: at most 4 .*--max-n") as caught:
+        check_choices(parse(ChatRequest, {**body, "n": 5})[0], 4)
+    assert caught.value.param == "n"
 
 
 def test_the_request_wins_over_the_model(tokenizer: Tokenizer) -> None:

@@ -306,7 +306,7 @@ def test_the_first_always_gets_on_and_nobody_waits_for_ever(
     steps = 0
     while steps < 150 or any(seq.status is not Status.FINISHED for seq in sequences[:30]):
         steps += 1
-        if desk.scheduler.num_waiting < 20:
+        if desk.scheduler.shares.num_waiting < 20:
             length, max_tokens = chance.randint(1, 60), chance.randint(1, 30)
             share = chance.choice(shares)
             sequences.append(desk.add(length, max_tokens=max_tokens, share=share))
