@@ -46,8 +46,6 @@ class Scheduler:
         self.costs = CostModel()  # Whoever runs the plans teaches it how long they took.
         self.shares = Shares()  # Knows who waits.
         self.running: list[Sequence] = []  # By ``order``.
-        # Pictures that are slow to come leave room for text.
-        self._max_parked = max(1, config.max_num_seqs // 2)
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # Of prompts, taken from the prefix cache.
         self._step = 0
@@ -55,6 +53,7 @@ class Scheduler:
         most = max(1, config.max_num_batched_tokens - blocks.block_size)
         self._num_slots = min(config.max_num_seqs, most)
         self._free_slots = list(range(self._num_slots))[::-1]
+        self._max_parked = max(1, self._num_slots // 2)  # The rest is for text, while rows come.
         self._freed_slots: list[int] = []  # For the next plan to tell.
         self._copies: list[tuple[Sequence, int, int]] = []  # Of forks, for the next plan to make.
         self.copied: list[Sequence] = []  # Forks whose pages the last plan copied.
@@ -113,12 +112,8 @@ class Scheduler:
         if not works:
             return None
         self._step += 1
-        plan = StepPlan(
-            self._step,
-            tuple(works),
-            tuple(self._freed_slots),
-            tuple((source, destination) for _, source, destination in self._copies),
-        )
+        copies = tuple((source, destination) for _, source, destination in self._copies)
+        plan = StepPlan(self._step, tuple(works), tuple(self._freed_slots), copies)
         self._freed_slots.clear()
         self.copied = [seq for seq, _, _ in self._copies]
         self._copies.clear()
@@ -134,7 +129,7 @@ class Scheduler:
         if timed:
             fitting = self.costs.prefill_tokens(decoding, self.config.max_step_s)
             prefill = min(prefill, max(fitting, block_size))
-        text = any(map(_prefills_text, self.sequences()))
+        text = any(not seq.request.spans and not decodes(seq) for seq in self.sequences())
         kept = min(max(prefill // TEXT_SHARE, block_size), prefill - block_size) if text else 0
         return Budget(tokens, prefill, timed, block_size, for_text=kept, for_decoding=decoding)
 
@@ -201,7 +196,7 @@ class Scheduler:
         whoever was overtaken is the first in line again.
         """
         pictures = bool(seq.request.spans)
-        if pictures and (admission.no_pictures or not self._has_room_for_pictures(seq)):
+        if pictures and not self._has_room_for_pictures(seq, admission.no_pictures):
             admission.no_pictures = True
             return 0
         victims = self._claim(seq, admission, works)
@@ -342,13 +337,19 @@ class Scheduler:
         unfinished = (seq for seq in generation.sequences if seq.status is not Status.FINISHED)
         return any(key in self._leases.items(seq, seq.num_computed) for seq in unfinished)
 
-    def _has_room_for_pictures(self, seq: Sequence) -> bool:
-        """Whether the sequence's items fit the tier, and one more may wait for its rows."""
+    def _has_room_for_pictures(self, seq: Sequence, behind: bool) -> bool:
+        """Whether the sequence's items fit the tier, and one more may wait for its rows. It does
+        so out of turn (``behind`` others) where its sharer has none that waits and another has
+        several."""
         items = self._leases.items(seq, self.blocks.cached_tokens(seq))
         if not self._leases.fit(items):
             return False
-        parked = sum(1 for other in self.running if other.missing)
-        return parked < self._max_parked or all(self.rows.ready(key) for key in items)
+        parked = [self.shares.of(other) for other in self.running if other.missing]
+        if not behind and len(parked) < self._max_parked:
+            return True
+        if self.shares.of(seq) not in parked and len(set(parked)) < len(parked):
+            return True
+        return not behind and all(self.rows.ready(key) for key in items)
 
     # ---- after a step
 
@@ -397,7 +398,3 @@ class _Admission:
     no_pictures: bool = False
     refusals: int = 0  # For want of places or pages.
     reserve: int = 0  # Pages that the first in line saves up.
-
-
-def _prefills_text(seq: Sequence) -> bool:
-    return not seq.request.spans and not decodes(seq)

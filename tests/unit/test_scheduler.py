@@ -248,6 +248,25 @@ def test_pictures_that_are_slow_to_come_leave_room_for_text() -> None:
     assert all(seq.status is Status.FINISHED for seq in pictures)
 
 
+def test_pictures_of_one_that_are_slow_to_come_leave_room_for_those_of_another() -> None:
+    span = Span(0, 4, 0, 0, Modality.IMAGE, Grid(1, 4, 4))
+    desk = Desk(max_num_seqs=6)
+    slow = [desk.add(20, spans=(span,), items=(f"k{i}",), share="ada") for i in range(6)]
+    while desk.step():
+        pass
+    assert [seq.status for seq in slow] == [Status.RUNNING] * 3 + [Status.WAITING] * 3
+    victim = desk.add(30, spans=(span,), items=("v",), share="bob")
+    another = desk.add(30, spans=(span,), items=("v",), share="bob")
+    while desk.step():
+        pass
+    assert (victim.status, another.status) == (Status.RUNNING, Status.WAITING)
+    desk.rows.present.add("v")
+    desk.scheduler.rows_ready("v")
+    while desk.step():
+        pass
+    assert victim.status is another.status is Status.FINISHED
+
+
 def test_segments_follow_the_chunk() -> None:
     spans = (
         Span(5, 20, 0, 0, Modality.IMAGE, Grid(1, 4, 20)),
