@@ -3,7 +3,8 @@ one may wait for its client.
 
 A connection waits for the whole head of a request, for more of its body, or for its client to take
 more of an answer; otherwise it is at work, and left alone. Bytes that complete no head are no
-progress, so that nobody keeps a connection by dripping.
+progress, so that nobody keeps a connection by dripping. One that sends requests ahead, before the
+last is answered, never rests, and counts among those that wait.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Share:
 
     size: int = 0
     resting: dict[Connection, None] = field(default_factory=dict)  # Between requests.
-    stalled: dict[Connection, None] = field(default_factory=dict)  # Amid one.
+    stalled: dict[Connection, None] = field(default_factory=dict)  # Amid one, or ahead.
 
     def waiting(self, wait: Wait) -> dict[Connection, None]:
         return self.resting if wait is Wait.HEAD else self.stalled

@@ -15,11 +15,13 @@ _QUOTED = re.compile(r"[:,]? (?:bytearray\()?b['\"].*", re.DOTALL)  # h11 quotes
 class StrictParser(h11.Connection):
     """h11's parser of requests, which by itself takes lines that end in LF alone, any version of
     one digit, and Content-Length beside Transfer-Encoding. ``fault``: why a request was refused; it
-    holds nothing that the client sent, which may be a key."""
+    holds nothing that the client sent, which may be a key. ``ahead``: more has come than the
+    request that is being answered."""
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER)
         self.fault = ""
+        self.ahead = False
         self._chunked = False
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
@@ -38,6 +40,7 @@ class StrictParser(h11.Connection):
         except h11.RemoteProtocolError as error:
             self.fault = _QUOTED.sub("", str(error))
             raise
+        self.ahead = event is h11.PAUSED
         return event
 
     def _check(self, request: h11.Request) -> None:

@@ -8,6 +8,8 @@ import logging
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+import h11
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gateway import metrics
@@ -29,6 +31,20 @@ class Wait(Enum):
     HEAD = "a request's head"
     BODY = "more of its body"
     READER = "to take more of an answer"
+    TURN = "nothing: requests that were sent ahead wait for their turn"
+
+
+class Flow(FlowControl):
+    """Does not read on while a request is answered after which more has come: uvicorn would with
+    every request, and keep whatever a client sends ahead."""
+
+    def __init__(self, transport: asyncio.Transport, parser: StrictParser) -> None:
+        super().__init__(transport)
+        self._parser = parser
+
+    def resume_reading(self) -> None:
+        if not self._parser.ahead or self._parser.our_state is h11.DONE:
+            super().resume_reading()
 
 
 def holder_of(client: tuple[str, int] | None, key_name: str | None = None) -> str:
@@ -61,6 +77,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = Flow(transport, self.conn)
         self.address = self.holder = holder_of(self.client)
         self.owner.enter(self)
 
@@ -97,13 +114,15 @@ class Connection(H11Protocol):
             return Wait.READER
         if self.cycle is None or self.cycle.response_complete:
             return Wait.HEAD
-        return Wait.BODY if self.cycle.more_body else None
+        if self.cycle.more_body:
+            return Wait.BODY
+        return Wait.TURN if self.conn.ahead else None
 
     def moved(self) -> int:
         """Bytes that the client has brought, or while it should read, taken; from any number on."""
         if self.wait is Wait.READER:
             return -self.transport.get_write_buffer_size()
-        return self._came
+        return self._came if self.wait is Wait.BODY else 0
 
     def current_holder(self) -> str:
         """That of its last request with a key, or its address."""

@@ -43,6 +43,7 @@ from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
 
+UNSENT_BYTES = 2**16  # That the kernel takes of an answer before its client has room for them.
 DESCRIPTION = "The HTTP front: OpenAI's API in front of encoders and LLM workers."
 
 
@@ -93,6 +94,8 @@ def listen(settings: GatewayConfig, keys: Keys) -> Iterator[socket.socket]:
     host = settings.listen_host
     with addresses.bind(host, settings.port) as listener:
         listener.setblocking(False)
+        # Connections inherit it: answers that nobody reads wait here, where that is seen.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         if not keys.required and not addresses.is_loopback(host):
             log.warning("listening on %s without API keys; see --api-key-file", host)
         yield listener

@@ -27,13 +27,6 @@ HEAD = (
 )
 
 
-def keep_little(s):
-    """The kernel keeps little of answers that nobody reads, so that few of them are enough."""
-    for server in s.server.servers:
-        for listener in server.sockets:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)
-
-
 @contextlib.asynccontextmanager
 async def crowd(s, sent, number=SOCKETS, address="127.0.0.1"):
     """Clients that send so much, and read nothing. Yields their sockets, some closed by the
@@ -68,26 +61,53 @@ async def test_sixty_sockets_that_pipeline_and_read_nothing_keep_no_place():
     """Of as many places: others are served as fast as they ask, and then all places are free."""
     async with stack(**BARE, max_connections=SOCKETS, stall_timeout_s=2.0) as s:
         await ask(s, "/openapi.json")  # Written when it is first asked for.
-        keep_little(s)
         async with crowd(s, GET * 400, address="127.0.0.2"):
             await until(lambda: len(waiting(s, Wait.READER)) == SOCKETS)
             for _ in range(20):
                 assert await ask(s, "/v1/models") == 200
             await until(lambda: not s.server.server_state.connections)
-        assert not s.gateway.running._limits  # No request is left behind.
+        await until(lambda: not s.gateway.running._limits)  # No request is left behind.
 
 
 async def test_whoever_reads_late_gets_the_whole_answer():
     last = GET.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
     async with stack(**BARE) as s:
         whole = (await s.client.get("/openapi.json")).content
-        keep_little(s)
         async with crowd(s, GET * 20 + last, 1) as (client,):
             await until(lambda: waiting(s, Wait.READER))
             told = b""
             while piece := await asyncio.get_running_loop().sock_recv(client, 2**16):
                 told += piece
         assert told.count(whole) == 21
+
+
+async def test_requests_that_are_sent_ahead_are_not_read_ahead():
+    """They wait at their client, however fast others before them are answered."""
+    head = b"POST /v1/apply_template HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n"
+    ahead = (head + b"{}") * 50_000
+    async with stack(**BARE) as s, connected(s) as (reader, writer):
+        writer.write(ahead)
+        kept = 0
+        for _ in range(200):
+            assert b" 400 Bad" in await reader.readuntil(b"}}")
+            (connection,) = s.server.server_state.connections
+            kept = max(kept, len(connection.conn.trailing_data[0]))
+        assert 0 < kept < len(ahead) / 8
+        assert connection.wait is Wait.TURN
+        writer.transport.abort()
+
+
+async def test_requests_that_are_sent_ahead_keep_no_place_from_another_key():
+    """While they are answered, and their client reads."""
+    ahead = HEAD.replace(b"1000", b"2") + b"{}"
+    async with stack(keys=KEYS, max_connections=4) as s, contextlib.AsyncExitStack() as exits:
+        for _ in range(4):
+            _, writer = await exits.enter_async_context(connected(s))
+            exits.callback(writer.transport.abort)
+            writer.write(ahead * 20_000)
+        await until(lambda: len(waiting(s, Wait.TURN)) >= 3)
+        for _ in range(3):
+            assert (await s.chat(headers={**ADA, "connection": "close"})).status_code == 200
 
 
 @pytest.mark.parametrize("sent", [HEAD, HEAD + b"{", HEAD.partition(b"content")[0]])
