@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import logging
 import math
@@ -16,8 +15,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gateway.admission import Ticket
+from gateway.lanes import off_loop
 from gateway.schemas.base import Strict
 from gateway.schemas.count import VALUE_BYTES, count_values
+from gateway.schemas.outline import Outline, draw
 from gateway.schemas.parsing import Ignored, parse
 from opticnerve.errors import (
     BodyTimeout,
@@ -31,7 +32,7 @@ from opticnerve.telemetry.logs import printable
 
 log = logging.getLogger(__name__)
 
-OFF_LOOP_BYTES = 2**20  # A larger body, and one of more values, is parsed in a thread.
+OFF_LOOP_BYTES = 2**19  # A larger body, and one of more values, is parsed in a thread.
 OFF_LOOP_VALUES = 2**12
 WARNINGS = "x-opticnerve-warnings"
 MAX_WARNING = 500
@@ -133,17 +134,20 @@ async def read_json(
     _check_type(request)
     body = await _arrived(request, limits, ticket.hold)
     ticket.enter()
-    if not body.strip():
-        raise InvalidRequest("the body is empty; send a JSON object", code="invalid_json")
     long = len(body) > OFF_LOOP_BYTES
-    count = functools.partial(count_values, body, limits.max_values)
-    values = await asyncio.to_thread(count) if long else count()
+    if not long and not body.strip():
+        raise InvalidRequest("the body is empty; send a JSON object", code="invalid_json")
+    text: bytearray | Outline = body
+    if long:
+        text = await off_loop(len(body), draw, body, limits.max_values)
+    values = text.values if isinstance(text, Outline) else count_values(text, limits.max_values)
     if values > limits.max_values:
         raise _too_many(limits.max_values)
     ticket.hold(values * VALUE_BYTES)
-    read = functools.partial(parse, model, body, ignore_unknown=limits.ignore_unknown)
-    long = long or values > OFF_LOOP_VALUES
-    return await asyncio.to_thread(read) if long else read()
+    if long or values > OFF_LOOP_VALUES:
+        ignore = limits.ignore_unknown
+        return await off_loop(len(body), parse, model, text, ignore_unknown=ignore)
+    return parse(model, text, ignore_unknown=limits.ignore_unknown)
 
 
 def warning_headers(ignored: Ignored, heeded: Collection[str] = ()) -> dict[str, str]:
@@ -169,7 +173,7 @@ def _check_type(request: Request) -> None:
         raise UnsupportedMediaType("send the body without a content-encoding")
 
 
-async def _arrived(request: Request, limits: BodyLimits, hold: Callable[[int], None]) -> bytes:
+async def _arrived(request: Request, limits: BodyLimits, hold: Callable[[int], None]) -> bytearray:
     try:
         async with asyncio.timeout(limits.timeout_s), asyncio.timeout(None) as stall:
             return await _read(request, limits, hold, stall)
@@ -187,7 +191,7 @@ async def _arrived(request: Request, limits: BodyLimits, hold: Callable[[int], N
 
 async def _read(
     request: Request, limits: BodyLimits, hold: Callable[[int], None], stall: asyncio.Timeout
-) -> bytes:
+) -> bytearray:
     """``stall`` is put off as the body comes."""
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limits.max_bytes:
@@ -207,7 +211,7 @@ async def _read(
         hold(len(chunk))
         body += chunk
         if not message.get("more_body", False):
-            return bytes(body)
+            return body
 
 
 def _too_large(limit: int) -> PayloadTooLarge:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from gateway.dataurl import is_data_url, read_data_url
 from gateway.deadline import Deadline
 from gateway.fetch import MediaFetcher
+from gateway.lanes import off_loop
 from gateway.schemas.messages import ImageSource
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import InvalidRequest, OpticNerveError
@@ -63,7 +64,7 @@ class MediaReader:
 
     async def plan(self, items: Sequence[Fetched]) -> list[Plan]:
         """Sizes of all pictures, from their structure. Raises InvalidMedia."""
-        return [await _off_loop(item, self._plan, item) for item in items]
+        return [await _where_it_belongs(item, self._plan, item) for item in items]
 
     async def keys(
         self, items: Sequence[Fetched], fingerprint: str, cache_salt: str = ""
@@ -71,7 +72,7 @@ class MediaReader:
         """Content keys under an encoder's fingerprint."""
         settings = self.layout.settings()
         return [
-            await _off_loop(
+            await _where_it_belongs(
                 item, content_key, item.data, settings, item.overrides, fingerprint, cache_salt
             )
             for item in items
@@ -81,7 +82,7 @@ class MediaReader:
         url, param = source.url, source.param
         if is_data_url(url) and len(url) > OFF_LOOP_BYTES:
             limit = self.config.max_media_bytes
-            data = await asyncio.to_thread(read_data_url, url, limit, param)
+            data = await off_loop(len(url), read_data_url, url, limit, param)
             hold(len(data))
         else:
             data = await self.fetcher.fetch(url, param=param, hold=hold)
@@ -118,9 +119,9 @@ def located(error: OpticNerveError, param: str | None) -> OpticNerveError:
     return found
 
 
-async def _off_loop(item: Fetched, work: Callable[..., T], *arguments: Any) -> T:
+async def _where_it_belongs(item: Fetched, work: Callable[..., T], *arguments: Any) -> T:
     if len(item.data) > OFF_LOOP_BYTES:
-        return await asyncio.to_thread(work, *arguments)
+        return await off_loop(len(item.data), work, *arguments)
     return work(*arguments)
 
 

@@ -6,7 +6,6 @@ closed, at whatever stage that happens.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,19 +21,20 @@ from gateway.detokenizer import Vocabulary
 from gateway.embeddings import RequestEmbeddings
 from gateway.encoders import Encodable, Encoders
 from gateway.generation import GenerateSpec, Generation
+from gateway.lanes import LONG_BYTES, off_loop
 from gateway.media import Fetched, MediaReader
 from gateway.pairing import Pair, Pairing
 from gateway.placeholders import Prompt
 from gateway.pools import WorkerPool
 from gateway.sampling import Defaults, Limits, check_choices, resolve
 from gateway.schemas.chat import ChatRequest, TemplateFields
-from gateway.schemas.messages import ImageSource
+from gateway.schemas.messages import ImageSource, Message
 from gateway.timings import Stopwatch
 from opticnerve.clients.generation import Finished, Sampling, Usage
 from opticnerve.media.keys import tenant_salt
 from opticnerve.media.plan import Plan
 
-OFF_LOOP_CHARACTERS = 20_000  # Longer chats are rendered and tokenized in a thread.
+OFF_LOOP_CHARACTERS = 8_000  # Longer chats are rendered and tokenized in a thread.
 PIECE_CHARACTERS = 200  # What a message or a part costs besides its text, in characters of text.
 
 
@@ -192,7 +192,8 @@ class Pipeline:
             self.media.check_count(request.images)
             return self.renderer.render(request), request.images
 
-        return await asyncio.to_thread(render) if _is_long(request) else render()
+        size = _characters(request)
+        return await off_loop(size, render) if size > OFF_LOOP_CHARACTERS else render()
 
     def _cache_salt(self, call: Call) -> str:
         """What callers share whose requests may tell them of each other's, by usage, timings or
@@ -250,20 +251,31 @@ def _encodables(
     ]
 
 
-def _is_long(request: TemplateFields) -> bool:
-    """Whether rendering may take longer than other requests should wait. Stops counting early."""
+def _characters(request: TemplateFields) -> int:
+    """What there is to render, in characters of text; of much, no more than that it is much."""
     total = len(str(request.chat_template_kwargs)) if request.chat_template_kwargs else 0
     for message in request.messages:
-        if total > OFF_LOOP_CHARACTERS or message.tool_calls:
-            return True
-        total += PIECE_CHARACTERS + len(message.reasoning_content or message.reasoning or "")
-        if isinstance(message.content, str):
-            total += len(message.content)
-            continue
-        content = message.content or ()
-        total += PIECE_CHARACTERS * len(content)
-        total += sum(len(getattr(part, "text", "")) for part in content)
-    return total > OFF_LOOP_CHARACTERS
+        total += _of_message(message)
+        if total > LONG_BYTES:
+            break
+    return total
+
+
+def _of_message(message: Message) -> int:
+    content, total = message.content, PIECE_CHARACTERS
+    for name in ("name", "tool_call_id", "refusal", "reasoning_content", "reasoning"):
+        total += len(getattr(message, name) or "")
+    if isinstance(content, str):
+        total += len(content)
+    for part in content if isinstance(content, list) else ():
+        text = getattr(part, "text", "") or getattr(part, "refusal", "")
+        total += PIECE_CHARACTERS + len(text)
+    for call in message.tool_calls or ():
+        arguments = call.function.arguments
+        total += OFF_LOOP_CHARACTERS  # Its arguments are parsed, and may be objects of any depth.
+        total += len(arguments) if isinstance(arguments, str) else 0
+        total += len(call.id or "") + len(call.function.name)
+    return total
 
 
 def _without_messages(request: ChatRequest) -> ChatRequest:

@@ -26,7 +26,9 @@ MAX_FIELDS = 256  # Of one object; no model here has a quarter of them.
 MAX_ENTRIES = 2**12  # Of one list of objects.
 
 MAX_NAME = 80  # Characters of a field's name that an answer repeats.
+BOM = b"\xef\xbb\xbf"  # What some editors and clients begin UTF-8 with.
 HALF = re.compile("[\ud800-\udfff]")
+HALVES = "holds half of a surrogate pair, which is no character; send UTF-8, or escape both halves"
 
 T = TypeVar("T")
 Many = Annotated[list[T], Field(max_length=MAX_ENTRIES, fail_fast=True)]
@@ -125,8 +127,7 @@ def check_strings(value: Any, path: str = "") -> None:
 def _half(path: str, where: str) -> InvalidRequest:
     at = f"{path}: " if path else ""
     return InvalidRequest(
-        f"{at}{where}holds half of a surrogate pair, which is no character; send UTF-8, or escape "
-        "both halves",
+        f"{at}{where}{HALVES}",
         param=path or None,
         code="invalid_json",
     )

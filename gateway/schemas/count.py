@@ -10,7 +10,7 @@ VALUE_BYTES = 400  # Memory that one value takes at most, as part of a validated
 CHUNK_BYTES = 2**18  # Looked at between two turns of other threads.
 
 
-def count_values(text: bytes, enough: int) -> int:
+def count_values(text: bytes | bytearray, enough: int) -> int:
     """The objects, lists and their entries in ``text``; no longer counted beyond ``enough``.
 
     A parser finds no more of them than this, also in text that is not valid JSON.
@@ -30,7 +30,7 @@ def count_values(text: bytes, enough: int) -> int:
     return total
 
 
-def _chunk(text: bytes, start: int) -> bytes:
+def _chunk(text: bytes | bytearray, start: int) -> bytes | bytearray:
     """Cuts no escape in two."""
     chunk = text[start : start + CHUNK_BYTES]
     backslashes = len(chunk) - len(chunk.rstrip(b"\\"))

@@ -15,14 +15,14 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from gateway.schemas import unsupported
-from gateway.schemas.base import Reading, Strict, check_strings, join
+from gateway.schemas.base import BOM, Reading, Strict, check_strings, join
+from gateway.schemas.outline import Outline
 from opticnerve.errors import InvalidRequest
 
 M = TypeVar("M", bound=Strict)
 
 MAX_NAMED = 5  # Problems told at once.
 MAX_LOOKED_AT = 100  # Of problems, and of fields that were ignored.
-BOM = b"\xef\xbb\xbf"  # What some editors and clients begin UTF-8 with.
 ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 UNKNOWN_FIELD = "unknown field"
 PLAINER = tuple(
@@ -46,7 +46,10 @@ class Ignored:
 
 
 def parse(
-    model: type[M], body: bytes | str | Mapping[str, Any], *, ignore_unknown: bool = False
+    model: type[M],
+    body: bytes | bytearray | str | Outline | Mapping[str, Any],
+    *,
+    ignore_unknown: bool = False,
 ) -> tuple[M, Ignored]:
     """A request, and what of it is ignored: unknown fields of nested objects always, those of the
     body itself where ``ignore_unknown`` says so.
@@ -69,14 +72,16 @@ def parse(
     raise _refusal(problems, raw, {*model.model_fields, *unsupported.FIELDS})
 
 
-def _decode(body: bytes | str) -> dict[str, Any]:
-    if isinstance(body, bytes):
+def _decode(body: bytes | bytearray | str | Outline) -> dict[str, Any]:
+    if isinstance(body, bytes | bytearray):
         body = body.removeprefix(BOM)
     try:
-        raw = from_json(body, allow_inf_nan=False)
+        raw = body.read() if isinstance(body, Outline) else from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        _check_halves(body.encode("utf-8", "replace") if isinstance(body, str) else body)
+        _check_halves(body)
         reason = str(error)[:200]
+        if isinstance(body, Outline):  # Whose lines and columns are not the body's.
+            reason = reason.partition(" at line ")[0]
         raise InvalidRequest(
             f"the body is not valid JSON: {reason}", code="invalid_json"
         ) from error
@@ -85,12 +90,14 @@ def _decode(body: bytes | str) -> dict[str, Any]:
     return raw
 
 
-def _check_halves(body: bytes) -> None:
+def _check_halves(body: bytes | bytearray | str | Outline) -> None:
     """Raises InvalidRequest where a string of JSON that does not parse holds half of a surrogate
     pair; any other fault is for the parser to tell."""
-    if ESCAPED_HALF.search(body):
+    text = body.text if isinstance(body, Outline) else body
+    text = text.encode("utf-8", "replace") if isinstance(text, str) else text
+    if ESCAPED_HALF.search(text):
         with contextlib.suppress(ValueError, RecursionError):
-            check_strings(json.loads(body))
+            check_strings(json.loads(text))
 
 
 def _refusal(
