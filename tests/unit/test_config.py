@@ -257,9 +257,8 @@ def test_a_file_may_hold_the_stores_url(tmp_path):
 def test_workers_open_the_store_that_a_file_names(tmp_path, service, settings):
     file = tmp_path / "store"
     file.write_text(f"shm://{tmp_path}/tier")
-    with contextlib.closing(
-        service._open_store(settings(store=config.StoreConfig(store=f"file://{file}")))
-    ) as store:
+    named = settings(store=config.StoreConfig(store=f"file://{file}"))
+    with contextlib.closing(service._open_store(named, None)) as store:
         assert str(store.directory) == f"{tmp_path}/tier"
 
 
