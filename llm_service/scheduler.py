@@ -104,11 +104,15 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None when no sequence can compute anything."""
-        budget = self._budget()
-        preempted = self._grow()
+        preemptions = self.num_preemptions
         decoding = [seq for seq in self.running if decodes(seq)]
+        budget = self._budget(len(decoding))
+        preempted = self._grow(decoding)
         prefills = self._schedule_prefill(budget, now, preempted)
-        works = [*self._schedule_decoding(decoding, budget, prefills), *prefills.values()]
+        if self.num_preemptions > preemptions:  # Some of them may have returned, to be prefilled.
+            stay = (seq for seq in decoding if seq.slot >= 0 and seq not in prefills)
+            decoding = [seq for seq in stay if decodes(seq)]
+        works = [*self._schedule_decoding(decoding, budget), *prefills.values()]
         if not works:
             return None
         self._step += 1
@@ -119,10 +123,9 @@ class Scheduler:
         self._copies.clear()
         return plan
 
-    def _budget(self) -> Budget:
+    def _budget(self, decoding: int) -> Budget:
         """A token for each sequence that decodes, and the rest for prefill, as far as the step's
         time goes."""
-        decoding = sum(map(decodes, self.running))
         tokens, block_size = self.config.max_num_batched_tokens, self.blocks.block_size
         prefill = max(tokens - decoding, block_size)
         timed = decoding > 0 and self.config.max_step_s > 0
@@ -135,28 +138,21 @@ class Scheduler:
 
     # ---- decoding
 
-    def _grow(self) -> set[Sharer]:
-        """Makes room for the next token of all that decode; returns who lost a place by that."""
+    def _grow(self, decoding: list[Sequence]) -> set[Sharer]:
+        """Makes room for the next token of each; returns who lost a place by that."""
         preempted: set[Sharer] = set()
-        for seq in tuple(self.running):
-            while seq.status is Status.RUNNING and decodes(seq):
-                if self.blocks.can_grow(seq, seq.num_tokens):
-                    self.blocks.grow(seq, seq.num_tokens)
-                    break
+        for seq in decoding:
+            if seq.num_tokens <= len(seq.block_table) * self.blocks.block_size:
+                continue
+            while seq.status is Status.RUNNING and not self.blocks.can_grow(seq, seq.num_tokens):
                 victim = self.shares.furthest(self.running)
                 preempted.add(self.shares.of(victim))
                 self.preempt(victim)
+            if seq.status is Status.RUNNING:
+                self.blocks.grow(seq, seq.num_tokens)
         return preempted
 
-    def _schedule_decoding(
-        self, decoding: list[Sequence], budget: Budget, prefills: Collection[Sequence]
-    ) -> list[Work]:
-        """A token each for those that decoded before others were admitted and do so still."""
-        decoding = [
-            seq
-            for seq in decoding
-            if seq.status is Status.RUNNING and decodes(seq) and seq not in prefills
-        ]
+    def _schedule_decoding(self, decoding: list[Sequence], budget: Budget) -> list[Work]:
         works = [self._work(seq, 1) for seq in decoding[: budget.tokens]]
         for work in works:
             budget.spend(work)
@@ -225,9 +221,12 @@ class Scheduler:
         Pages that are free stay so while one waits that they do not suffice for: others may only
         have what is theirs by share.
         """
+        place = not self._free_slots
         if admission.refusals >= MAX_REFUSALS:
             return None
-        place = not self._free_slots
+        if place and not self.shares.may_claim_a_place(seq):
+            admission.refusals += 1
+            return None
         reserve = max(admission.reserve, len(self.running) // 4)
         lacking = self.blocks.lacking(seq, reserve)
         victims: list[Sequence] | None = None

@@ -59,6 +59,7 @@ class Shares:
 
     def __init__(self) -> None:
         self.num_waiting = 0  # Sequences.
+        self._several: dict[Sharer, None] = {}  # Those that have more than one place.
         self._sharers: dict[tuple[str, str], Sharer] = {}
         self._number = 0
         self._now = 0.0  # Virtual time: what a sharer of weight 1 that always wanted more has had.
@@ -82,10 +83,16 @@ class Shares:
 
     def enter(self, seq: Sequence) -> None:
         """``seq`` runs from now on."""
-        insort(self.of(seq).running, seq, key=order)
+        sharer = self.of(seq)
+        insort(sharer.running, seq, key=order)
+        if len(sharer.running) > 1:
+            self._several[sharer] = None
 
     def leave(self, seq: Sequence) -> None:
-        remove(self.of(seq).running, seq)
+        sharer = self.of(seq)
+        remove(sharer.running, seq)
+        if len(sharer.running) < 2:
+            self._several.pop(sharer, None)
 
     def waiting(self) -> Iterator[Sequence]:
         """Every sequence that waits, each sharer's in their order."""
@@ -116,14 +123,16 @@ class Shares:
 
     # ---- prefill
 
-    def turns(self, prefilling: Iterable[Sequence], admits: bool) -> Turns:
+    def turns(self, prefilling: list[Sequence], admits: bool) -> Turns:
         """The sequences that prefill and, with ``admits``, those that wait, in fair order."""
+        if not prefilling and not admits:
+            return Turns({})
         queues: dict[Sharer, list[Sequence]] = {}
         for seq in prefilling:
             queues.setdefault(self.of(seq), []).append(seq)
         waiting = [sharer for sharer in self._sharers.values() if sharer.waiting]
-        able = {sharer for sharer, queue in queues.items() if not all(seq.missing for seq in queue)}
-        self._weight = sum(sharer.weight for sharer in able.union(waiting)) or 1.0
+        able = [sharer for sharer, queue in queues.items() if not all(seq.missing for seq in queue)]
+        self._weight = sum(sharer.weight for sharer in dict.fromkeys([*able, *waiting])) or 1.0
         for sharer in waiting if admits else ():
             queues[sharer] = [*queues.get(sharer, ()), *sharer.waiting]
         return Turns(queues)
@@ -139,7 +148,17 @@ class Shares:
     @property
     def crowded(self) -> bool:
         """Whether any sharer has more than one place."""
-        return any(len(sharer.running) > 1 for sharer in self._sharers.values())
+        return bool(self._several)
+
+    def may_claim_a_place(self, seq: Sequence) -> bool:
+        """Whether another sharer has a place too many for that of ``seq`` to have none more."""
+        mine = self.of(seq)
+        places = (len(mine.running) + 1) / mine.weight if mine.running else 0.0
+        return any(
+            len(sharer.running) / sharer.weight > places
+            for sharer in self._several
+            if sharer is not mine
+        )
 
     def claim(
         self,
@@ -156,22 +175,15 @@ class Shares:
         will hold. ``freed`` tells how many one sequence gives back; ``spared`` are not taken.
         """
         mine = self.of(seq)
-        holders = [
-            _Holder(sharer, seq, spared)
-            for sharer in self._sharers.values()
-            if sharer is not mine and len(sharer.running) > 1
-        ]
-        places, held = (len(mine.running) + 1) / mine.weight, (mine.pages + wanted) / mine.weight
+        holders = [_Holder(each, seq, spared) for each in self._several if each is not mine]
+        places = (len(mine.running) + 1) / mine.weight if mine.running else 0.0
+        held = (mine.pages + wanted) / mine.weight
         victims: list[Sequence] = []
         while place or pages > 0:
             able = [holder for holder in holders if holder.takeable]
-            if place:
-                richest = max(able, key=_Holder.places_by_weight, default=None)
-                owed = richest and (not mine.running or richest.places_by_weight() > places)
-            else:
-                richest = max(able, key=_Holder.pages_by_weight, default=None)
-                owed = richest and richest.pages_by_weight() > held
-            if not richest or not owed:
+            by_weight = _Holder.places_by_weight if place else _Holder.pages_by_weight
+            richest = max(able, key=by_weight, default=None)
+            if richest is None or by_weight(richest) <= (places if place else held):
                 return None
             victims.append(richest.take())
             pages -= freed(victims[-1])

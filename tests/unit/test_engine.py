@@ -733,6 +733,18 @@ def test_a_request_that_just_fits_the_cache_is_served() -> None:
     assert isinstance(bench.last("b").error, ContextLengthExceeded)  # type: ignore[union-attr]
 
 
+def test_choices_that_wait_take_no_places_of_the_queue() -> None:
+    bench = Bench(max_num_seqs=1, max_waiting=2)
+    bench.engine.submit(request("many", 20, sampling={"n": 40}))
+    bench.engine.step()
+    assert bench.engine.stats().waiting == 39
+    asks = [request(name, 20) for name in "ab"]
+    bench.run(*asks)
+    for ask in asks:
+        assert bench.tokens(ask.request_id) == oracle(ask)
+
+
+
 def test_too_many_waiting_requests_are_turned_away() -> None:
     bench = Bench(max_num_seqs=1, max_waiting=2)
     bench.run(*(request(name) for name in "abc"))
