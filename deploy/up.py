@@ -177,8 +177,8 @@ def _secrets(given: dict[str, Any], directory: Path) -> dict[str, str]:
     store = build(config.StoreConfig, given)
     if store.store_key_file is None and not store.store.startswith(("shm:", "memory:")):
         tell(
-            "embeddings in Redis are signed for this stack alone; stacks that share them are given "
-            "the same --store-key-file"
+            "embeddings in Redis are signed under a secret that ends with this stack: to find them "
+            "there again, or to share them, give stacks the same --store-key-file"
         )
     return files
 

@@ -17,21 +17,13 @@ from tests.e2e.faults import ask, picture, pids, processes
 from tests.system import alive, free_port, wait_for
 
 
-def tier_of(stack):
-    """The directory of the stack's own store, as its children were told."""
+def made_for(stack):
+    """The directories of the stack's own store and secrets, as its children were told."""
     line = next(line for line in processes(stack.process.pid).values() if "encoder_service" in line)
-    return Path(re.search(r"--store shm://(\S+)", line)[1])
-
-
-def token_of(stack):
-    """The file of the token that its children's calls to each other carry."""
-    files = {
-        re.search(r"--rpc-token-file (\S+)", line)[1]
-        for line in processes(stack.process.pid).values()
-        if re.search("encoder_service|llm_service|gateway", line)
-    }
-    (file,) = files  # The same for all.
-    return Path(file)
+    secrets = [Path(found) for found in re.findall(r"--(?:store-key|rpc-token)-file (\S+)", line)]
+    assert len(secrets) == 2
+    assert all(stat.S_IMODE(secret.stat().st_mode) == 0o600 for secret in secrets)
+    return Path(re.search(r"--store shm://(\S+)", line)[1]), *{each.parent for each in secrets}
 
 
 def children_of(up):
@@ -50,12 +42,12 @@ def nothing_is_left(**flags):
     """A stack whose end leaves no process, no port and no file."""
     port = free_port()
     with opticnerve.serve(port=port, **flags) as stack:
-        up, tier, token = stack.process.pid, tier_of(stack), token_of(stack)
-        assert len(children_of(up)) == 3 and tier.is_dir()
-        assert stat.S_IMODE(token.stat().st_mode) == 0o600
+        up, directories = stack.process.pid, made_for(stack)
+        assert len(children_of(up)) == 3
+        assert all(stat.S_IMODE(each.stat().st_mode) == 0o700 for each in directories)
         yield stack
     assert not children_of(up)
-    assert not tier.exists() and not token.parent.exists()
+    assert not any(each.exists() for each in directories)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", port))
@@ -85,25 +77,26 @@ def test_after_giving_up_on_a_child_nothing_is_left(module):
 
 
 def killed_stack():
-    """Kills a stack's supervisor and waits for its children's end: the tier that they had."""
+    """Kills a stack's supervisor and waits for its children's end: the directories they had."""
     with opticnerve.serve(dtype="float32") as stack:
         ask(stack, picture(700))
-        up, tier = stack.process.pid, tier_of(stack)
+        up, directories = stack.process.pid, made_for(stack)
         assert len(children_of(up)) == 3
         stack.process.kill()
         stack.process.wait()
         wait_for("the children's end", lambda: not children_of(up))
-    return tier
+    return directories
 
 
 def test_after_kill_9_children_end_and_the_next_start_sweeps():
     for _ in range(5):
-        tier = killed_stack()
-        if tier.is_dir():
-            break  # Else the start of some other stack on this machine has swept it already.
-    assert tier.is_dir(), "killed stacks take their stores along; the sweep would prove nothing"
+        directories = killed_stack()
+        if all(each.is_dir() for each in directories):
+            break  # Else the start of some other stack on this machine has swept them already.
+    else:
+        pytest.fail("killed stacks take their directories along; the sweep would prove nothing")
     with opticnerve.serve(dtype="float32"):
-        assert not tier.exists()
+        assert not any(each.exists() for each in directories)
 
 
 def test_up_gives_up_with_a_clear_message_on_a_bad_checkpoint(tmp_path):

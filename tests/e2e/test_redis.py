@@ -4,6 +4,7 @@ import pytest
 import redis
 
 import opticnerve
+from opticnerve.secret import make_secret
 from tests.e2e.conftest import user
 from tests.e2e.faults import ask, picture
 from tests.redis import PATIENT, RedisServer, find_redis_server
@@ -25,8 +26,8 @@ def test_requests_go_on_when_redis_stops_and_when_it_returns(tmp_path):
         opticnerve.serve(dtype="float32", store=store(server, tmp_path / "tier")) as stack,
     ):
         assert ask(stack, picture(800)) == STAR
-        keys = redis.Redis(port=server.port).keys("on:v1:emb:*")
-        assert len(keys) == 1
+        keys = redis.Redis(port=server.port).keys("*")
+        assert len(keys) == 1 and keys[0].startswith(b"on:v2:emb:")  # Signed.
         server.stop()
         assert ask(stack, picture(800)) == STAR
         assert [ask(stack, picture(seed)) for seed in range(801, 804)] == [STAR] * 3
@@ -34,11 +35,12 @@ def test_requests_go_on_when_redis_stops_and_when_it_returns(tmp_path):
         assert ask(stack, picture(804)) == STAR
 
 
-def test_embeddings_in_redis_outlive_the_stack(tmp_path):
+def test_embeddings_in_redis_outlive_the_stack_under_one_secret(tmp_path):
+    key_file = make_secret(tmp_path, "secret")
     with RedisServer() as server:
         for cached in ("no", "store"):
             url = store(server, tmp_path / cached)
-            with opticnerve.serve(dtype="float32", store=url) as stack:
+            with opticnerve.serve(dtype="float32", store=url, store_key_file=key_file) as stack:
                 body = {
                     "model": "model",
                     "messages": [user("What do you see?", picture(810))],

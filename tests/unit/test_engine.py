@@ -744,7 +744,6 @@ def test_choices_that_wait_take_no_places_of_the_queue() -> None:
         assert bench.tokens(ask.request_id) == oracle(ask)
 
 
-
 def test_too_many_waiting_requests_are_turned_away() -> None:
     bench = Bench(max_num_seqs=1, max_waiting=2)
     bench.run(*(request(name) for name in "abc"))
