@@ -9,8 +9,10 @@ has no name, so that nothing is left behind whoever ends first.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -60,12 +62,13 @@ class Pixels:
 
 
 class DecoderDied(Exception):
-    """The process ended before its work was done. ``at_work``: it had begun, and was not ended by
-    us; otherwise it did not start, or was killed."""
+    """The process ended before its work was done. ``at_work``: it had begun, and was not killed by
+    us; otherwise it did not start, or was. ``out_of_time``: the work took longer than it may."""
 
     def __init__(self, status: int, at_work: bool) -> None:
         super().__init__(f"the decoder's process ended with status {status}")
         self.at_work = at_work
+        self.out_of_time = status == -signal.SIGXCPU
 
 
 def prepare(preprocess: Preprocessor, work: Work) -> Pixels:
@@ -80,11 +83,13 @@ def prepare(preprocess: Preprocessor, work: Work) -> Pixels:
 
 
 class Decoder:
-    """Owns one process, which ``run`` starts; it does one piece of work at a time. After
-    DecoderDied, ``kill`` or ``close`` it is of no more use."""
+    """Owns one process, which ``run`` starts; it does one piece of work at a time, each in at most
+    ``timeout_s`` of a core's time. After DecoderDied, ``kill`` or ``close`` it is of no more use.
+    """
 
-    def __init__(self, preprocess: Preprocessor) -> None:
+    def __init__(self, preprocess: Preprocessor, timeout_s: float) -> None:
         self._preprocess = preprocess
+        self._timeout_s = timeout_s
         self._lock = threading.Lock()  # Around the process's start and its end.
         self._busy = threading.RLock()  # Around all that uses the pipe.
         self._process: subprocess.Popen[bytes] | None = None
@@ -130,12 +135,13 @@ class Decoder:
     def _start(self) -> Connection:
         """Returns when the process is ready for work. Raises OSError, EOFError."""
         ours, theirs = socket.socketpair()
+        arguments = theirs.fileno(), os.getpid(), self._timeout_s
         with theirs, self._lock:
             self._pipe = Connection(ours.detach())
             if self._killed:
                 raise EOFError
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-m", "encoder_service.decoder", *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, **MALLOC},
@@ -157,24 +163,28 @@ def _map(handle: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
 # ---- in the process
 
 
-def main(handle: int, parent_pid: int) -> None:
+def main(handle: int, parent_pid: int, timeout_s: float) -> None:
     """Does work until the other end of the socket is closed, or its process gone."""
     follow_parent(parent_pid, grace_s=0)
     ignore_hangup()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the group; the parent decides.
     os.nice(NICE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError):  # Where memory runs out, this process is the one to go.
         Path("/proc/self/oom_score_adj").write_text("500")
     with Connection(handle) as pipe, contextlib.suppress(EOFError, ConnectionError):
         preprocess = pipe.recv()
         pipe.send(None)
         while True:
-            _serve(pipe, preprocess, parent_pid)
+            _serve(pipe, preprocess, parent_pid, timeout_s)
 
 
-def _serve(pipe: Connection, preprocess: Preprocessor, parent_pid: int) -> None:
-    """One piece of work."""
+def _serve(pipe: Connection, preprocess: Preprocessor, parent_pid: int, timeout_s: float) -> None:
+    """One piece of work. The system ends the process where it takes too long: by the core's time
+    and not the clock's, since this process yields to others."""
     work = pipe.recv()
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + timeout_s), most))
     try:
         pixels = prepare(preprocess, work)
     except OpticNerveError as error:
@@ -199,4 +209,4 @@ def _share(values: NDArray[np.float32]) -> int:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

@@ -22,7 +22,7 @@ from encoder_service import metrics
 from encoder_service.decoder import Decoder, DecoderDied, Pixels, Work, prepare
 from encoder_service.poison import PoisonRecord
 from encoder_service.turns import Gate, Turns
-from opticnerve.errors import EngineFailure, InvalidMedia
+from opticnerve.errors import EngineFailure, InvalidMedia, OpticNerveError
 from opticnerve.media.plan import Structure
 from opticnerve.models.family import Preprocessor
 
@@ -82,7 +82,8 @@ class PreprocessPool:
         max_decode_bytes: int = 0,
         decode_timeout_s: float = 30.0,
     ) -> None:
-        """``max_decode_bytes``: 0 sizes it from the number of workers."""
+        """``max_decode_bytes``: 0 sizes it from the number of workers. ``decode_timeout_s``: of a
+        core's time, for a heavy picture."""
         self.workers = workers
         self.staging = Gate(max_staged_patches)
         self.decode_timeout_s = decode_timeout_s
@@ -140,28 +141,12 @@ class PreprocessPool:
     async def _in_process(self, job: Job) -> Pixels:
         decoder = self._take()
         try:
-            async with asyncio.timeout(self.decode_timeout_s):
-                pixels = await asyncio.wrap_future(self._waits.submit(decoder.run, job.work))
-        except TimeoutError as error:
-            metrics.DECODES_ENDED.labels(why="timeout").inc()
-            raise InvalidMedia(
-                f"decoding this picture took longer than {self.decode_timeout_s:g} s and was "
-                "ended; send a smaller one, a JPEG as baseline",
-                code="decode_timeout",
-            ) from error
+            pixels = await asyncio.wrap_future(self._waits.submit(decoder.run, job.work))
         except asyncio.CancelledError:
             metrics.DECODES_ENDED.labels(why="cancelled").inc()
             raise
         except DecoderDied as died:
-            metrics.DECODES_ENDED.labels(why="died").inc()
-            log.error("while it decoded %s: %s", job.key, died)
-            if not died.at_work:
-                raise EngineFailure("the encoder could not start a process to decode in") from died
-            self._poison.blame(job.key)
-            raise EngineFailure(
-                "the process that decoded this picture ended, perhaps for lack of memory; send a "
-                "smaller one"
-            ) from died
+            raise self._failure(job, died) from died
         except (InvalidMedia, EngineFailure):  # An answer: the process goes on.
             self._give_back(decoder)
             raise
@@ -172,12 +157,32 @@ class PreprocessPool:
             if decoder not in self._idle:
                 self._discard(decoder)
 
+    def _failure(self, job: Job, died: DecoderDied) -> OpticNerveError:
+        """What the caller hears of a process's end, which counts against the item where it is its
+        doing."""
+        if died.out_of_time:
+            metrics.DECODES_ENDED.labels(why="timeout").inc()
+            return InvalidMedia(
+                f"decoding this picture took longer than {self.decode_timeout_s:g} s and was "
+                "ended; send a smaller one, a JPEG as baseline",
+                code="decode_timeout",
+            )
+        metrics.DECODES_ENDED.labels(why="died").inc()
+        log.error("while it decoded %s: %s", job.key, died)
+        if not died.at_work:
+            return EngineFailure("the encoder could not start a process to decode in")
+        self._poison.blame(job.key)
+        return EngineFailure(
+            "the process that decoded this picture ended, perhaps for lack of memory; send a "
+            "smaller one"
+        )
+
     def _take(self) -> Decoder:
         if self._idle:
             decoder, timer = self._idle.popitem()
             timer.cancel()
             return decoder
-        decoder = Decoder(self._preprocess)
+        decoder = Decoder(self._preprocess, self.decode_timeout_s)
         self._decoders.add(decoder)
         return decoder
 

@@ -245,7 +245,7 @@ class EncoderConfig:
     )
     decode_timeout_s: float = _pictures(
         30.0,
-        "how long decoding a heavy picture may take before it is ended",
+        "how much of a core's time decoding a heavy picture may take before it is ended",
         metavar="SECONDS",
     )
     telemetry: TelemetryConfig = TelemetryConfig()

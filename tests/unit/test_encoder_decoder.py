@@ -40,7 +40,7 @@ from tests.unit.test_media_cost import PICTURES
 
 @pytest.fixture
 def decoder() -> Iterator[Decoder]:
-    found = Decoder(mean_colour)
+    found = Decoder(mean_colour, 600)
     yield found
     found.close()
 
@@ -68,7 +68,7 @@ def test_what_a_tower_is_fed_is_the_same_from_a_process(
     tower = registry.load_tower(checkpoint, "float32", "cpu")
     data = save(Image.effect_noise((300, 200), 60).convert("RGB"), "JPEG")
     plan = registry.make_layout(checkpoint).plan(parse_structure(data))
-    found = Decoder(tower.preprocess)
+    found = Decoder(tower.preprocess, 600)
     try:
         there = found.run(Work(data, plan, None, ANY, ANY))
         here = prepare(tower.preprocess, Work(data, plan, None, ANY, ANY))
@@ -92,7 +92,7 @@ def test_killed_it_ends_at_once_and_costs_nothing_more(decoder: Decoder) -> None
 
 
 def test_killed_before_it_starts_it_never_starts() -> None:
-    decoder = Decoder(mean_colour)
+    decoder = Decoder(mean_colour, 600)
     decoder.kill()
     with pytest.raises(DecoderDied):
         decoder.run(work(save(Image.new("RGB", (8, 8)), "PNG")))
@@ -105,6 +105,18 @@ def test_a_process_that_something_else_ends_is_told(decoder: Decoder) -> None:
     os.kill(decoder.pid, signal.SIGKILL)
     thread.join(WAIT_S)
     assert isinstance(outcome[0], DecoderDied) and outcome[0].at_work
+
+
+def test_its_time_is_a_core_s() -> None:
+    """What it has used before does not count."""
+    quick, slow = Decoder(mean_colour, 1), work(hostile.many_scans(HOPELESS))
+    before = children_cpu_s()
+    for _ in range(3):
+        quick.run(work(hostile.many_scans(20)))
+    with pytest.raises(DecoderDied) as caught:
+        quick.run(slow)
+    assert caught.value.out_of_time and caught.value.at_work
+    assert children_cpu_s() - before < 10
 
 
 SIZE = (2400, 1800)
@@ -157,7 +169,7 @@ from encoder_service.decoder import Decoder
 from tests import hostile
 from tests.preprocessors import mean_colour
 from tests.decoders import HOPELESS, at_work
-decoder = Decoder(mean_colour)
+decoder = Decoder(mean_colour, 600)
 at_work(decoder, hostile.many_scans(HOPELESS))
 print(decoder.pid, flush=True)
 """
