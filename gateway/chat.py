@@ -16,7 +16,7 @@ from gateway.placeholders import Prompt
 from gateway.provenance import Marks
 from gateway.schemas.chat import REASONING_EFFORT, TemplateFields
 from gateway.schemas.messages import Message, RefusalPart, TextPart, call_arguments
-from gateway.template import ChatTemplate, clock, load_template
+from gateway.template import MAX_CHARACTERS, ChatTemplate, clock, load_template
 from gateway.tokenizer import Tokenizer
 from opticnerve.errors import ContextLengthExceeded, InvalidRequest
 from opticnerve.media.plan import Plan
@@ -69,19 +69,31 @@ class ChatRenderer:
     def render(self, request: TemplateFields) -> RenderedChat:
         """Raises InvalidRequest, and ContextLengthExceeded for what could never fit."""
         messages = self.normalise(request.messages)
+        if characters(messages) > MAX_CHARACTERS:
+            raise self._too_long()
         variables = self._variables(request)
         num_images = _count_images(messages)
         rendering = Rendering(self, messages, variables, request.continue_final_message)
         prompt, hidden = rendering.run()
-        if self.tokenizer.exceeds(hidden, self.layout.max_positions):
-            raise ContextLengthExceeded(
-                f"{ContextLengthExceeded.lead}: this model takes {self.layout.max_positions} "
-                "tokens, and the messages need many more; send shorter messages",
-                param="messages",
-            )
         ids = self.tokenizer.encode(hidden, add_special_tokens=not self._starts_with_bos(hidden))
         placeholders.check_count(ids.count(self.layout.image_token_id), num_images)
         return RenderedChat(prompt, tuple(ids), num_images)
+
+    def check_length(self, prompt: str) -> None:
+        """Raises ContextLengthExceeded for what certainly is too long. ``prompt`` has special
+        tokens under their own names: those of the template are one token each, those of users
+        several."""
+        limit = self.layout.max_positions
+        rest, count = self._aliases.without(prompt, limit)
+        if count > limit or self.tokenizer.exceeds(rest, limit + count):
+            raise self._too_long()
+
+    def _too_long(self) -> ContextLengthExceeded:
+        return ContextLengthExceeded(
+            f"{ContextLengthExceeded.lead}: this model takes {self.layout.max_positions} tokens, "
+            "and the messages need many more; send shorter messages",
+            param="messages",
+        )
 
     def build(self, rendered: RenderedChat, plans: Sequence[Plan]) -> Prompt:
         """The prompt with every picture's run in place; ``plans`` in the order of the pictures.
@@ -226,6 +238,7 @@ class Rendering:
         prompt = self._render(self._template.plain, self._messages, self._variables, hidden=False)
         if self._aliases.head in prompt:
             raise InvalidRequest("the messages hold reserved characters", param="messages")
+        self._renderer.check_length(prompt)  # What follows takes several times as much.
         template, hidden = self._aliased(prompt)
         if hidden is not None and not self._aliases.bare(hidden):
             return prompt, hidden
@@ -315,6 +328,15 @@ def _part(part: Any) -> dict[str, str]:
     if isinstance(part, RefusalPart):
         return {"type": "text", "text": part.refusal}
     return {"type": "image"}
+
+
+def characters(value: Any) -> int:
+    """Of all strings in plain messages."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(characters, value.values()))
+    return sum(map(characters, value)) if isinstance(value, list) else 0
 
 
 def _count_images(messages: Iterable[Mapping[str, Any]]) -> int:

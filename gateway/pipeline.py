@@ -7,6 +7,7 @@ closed, at whatever stage that happens.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +36,7 @@ from opticnerve.media.keys import tenant_salt
 from opticnerve.media.plan import Plan
 
 OFF_LOOP_CHARACTERS = 8_000  # Longer chats are rendered and tokenized in a thread.
+OFF_LOOP_SAMPLING = 2_000  # Likewise what a request says of sampling: characters and entries.
 PIECE_CHARACTERS = 200  # What a message or a part costs besides its text, in characters of text.
 
 
@@ -115,7 +117,7 @@ class Pipeline:
         with call.watch.stage("pair"):
             pair = await self.pairing.choose(pictures=bool(prepared.items), deadline=call.deadline)
         call.system_fingerprint = pair.system_fingerprint
-        sampling = self._sampling(call.request, prepared.prompt, pair)
+        sampling = await self._sampling(call.request, prepared.prompt, pair)
         salt = self._cache_salt(call)
         with call.watch.stage("name"):
             keys = await self.media.keys(prepared.items, pair.fingerprint, salt)
@@ -201,13 +203,14 @@ class Pipeline:
         tenant = "" if self.share_cache else call.caller.tenant
         return tenant_salt(tenant, call.request.cache_salt or "")
 
-    def _sampling(self, request: ChatRequest, prompt: Prompt, pair: Pair) -> Sampling:
+    async def _sampling(self, request: ChatRequest, prompt: Prompt, pair: Pair) -> Sampling:
         limits = Limits(
             max_model_len=pair.max_model_len or self.renderer.layout.max_positions,
             max_logprobs=self.max_logprobs,
             vocab_size=pair.vocab_size,
         )
-        return resolve(
+        resolved = functools.partial(
+            resolve,
             request,
             prompt_tokens=len(prompt.token_ids),
             image_tokens=prompt.num_image_tokens,
@@ -215,6 +218,8 @@ class Pipeline:
             limits=limits,
             tokenizer=self.renderer.tokenizer,
         )
+        size = request.sampling_size
+        return await off_loop(size, resolved) if size > OFF_LOOP_SAMPLING else resolved()
 
 
 def _timings(

@@ -59,6 +59,16 @@ class Aliases:
             return False
         return any(match.group() in self.of for match in self._names.finditer(text))
 
+    def without(self, text: str, enough: int) -> tuple[str, int]:
+        """``text`` without special tokens under their own names, and how many there were; where
+        they are more than ``enough``, as it is."""
+        counts = {name: text.count(name) for name in self.of}
+        total = sum(counts.values())
+        if total <= enough:
+            for name in filter(counts.get, counts):
+                text = text.replace(name, "")
+        return text, total
+
     def redact(self, text: str) -> str:
         """``text`` for an error message: whole aliases revealed, pieces of one removed."""
         return self.reveal(text).replace(self.head, "").replace(OPEN, "").replace(CLOSE, "")
@@ -70,8 +80,7 @@ class Marks:
     def __init__(self, specials: Iterable[str], taken: str) -> None:
         """``taken``: text that the mark must not occur in. Raises ValueError when all do."""
         self.mark = free_character(taken)
-        first = {text[0] for text in specials if text}
-        self._first = re.compile("[" + "".join(map(re.escape, sorted(first))) + "]")
+        self._beginnings = sorted({text[0] for text in specials if text})
         self._start = re.compile(r"\A(\s*)(?=\S)")
 
     def put(self, value: Any, key: str | None = None) -> Any:
@@ -81,7 +90,9 @@ class Marks:
         if isinstance(value, str):
             if key in STRUCTURE:
                 return value
-            opened = self._first.sub(lambda m: self.mark + m.group() + self.mark, value)
+            opened = value
+            for char in self._beginnings:  # Whole text at a time: a match is an object.
+                opened = opened.replace(char, self.mark + char + self.mark)
             return self._start.sub(lambda match: match.group(1) + self.mark, opened)
         if isinstance(value, Mapping):
             return {name: self.put(item, name) for name, item in value.items()}
@@ -93,8 +104,9 @@ class Marks:
         """The template's keyword arguments: switches, mostly, which templates compare. Marked only
         where a special token could begin."""
         return {
-            name: self.put(value) if self._first.search(str(value)) else value
+            name: self.put(value) if any(char in shown for char in self._beginnings) else value
             for name, value in values.items()
+            for shown in (str(value),)
         }
 
     def remove(self, text: str) -> str:

@@ -234,10 +234,7 @@ def _bias(bias: Mapping[str, float], limits: Limits) -> dict[int, float]:
 
 def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """Each word as it is encoded at the start of a text and after a space."""
-    sequences: dict[tuple[int, ...], None] = {}
-    for word in filter(None, words):
-        for text in (word, " " + word.lstrip(" ")):
-            ids = tuple(tokenizer.encode(text))
-            if ids:
-                sequences[ids] = None
-    return tuple(sequences)
+    texts = [text for word in filter(None, words) for text in (word, " " + word.lstrip(" "))]
+    if not texts:
+        return ()
+    return tuple(dict.fromkeys(tuple(ids) for ids in tokenizer.encode_all(texts) if ids))

@@ -11,7 +11,13 @@ from pydantic_core import PydanticCustomError
 
 from gateway.schemas.base import INTEGRAL, Body, Many, Strict, Unused, fault, no_larger
 from gateway.schemas.count import count_values
-from gateway.schemas.messages import ImageSource, Message, Pixels, image_sources
+from gateway.schemas.messages import (
+    MAX_ARGUMENT_VALUES,
+    ImageSource,
+    Message,
+    Pixels,
+    image_sources,
+)
 from gateway.schemas.sampling import SamplingFields
 
 REASONING_EFFORT = "reasoning_effort"  # As a field, and as a template's variable.
@@ -37,7 +43,6 @@ OutputLength = Annotated[
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 MAX_TEMPLATE_KWARGS = 2**14  # Values, and characters of strings.
-MAX_ARGUMENT_VALUES = 2**16  # Of all earlier tool calls of a request, as templates see them.
 
 
 class StreamOptions(Strict):

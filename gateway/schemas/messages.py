@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from gateway.dataurl import is_data_url
 from gateway.schemas.base import INTEGRAL, Many, Strict, Unused, check_strings, fault
+from gateway.schemas.outline import draw
 from opticnerve.errors import InvalidRequest
 from opticnerve.media.plan import Overrides
 
@@ -24,6 +25,8 @@ LOW_DETAIL_PIXELS = 512 * 512  # What OpenAI's ``detail: low`` shows a model.
 URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
 DIGITS = re.compile(r"[0-9]{1,10}")
+LONG_ARGUMENTS = 2**18  # Characters of a call's arguments that are parsed in one step.
+MAX_ARGUMENT_VALUES = 2**16  # Of all earlier tool calls of a request, as templates see them.
 LOOKED_AT = 256  # Characters of a source that decide what it is.
 
 
@@ -219,9 +222,10 @@ def _as_url(part: ImagePart, path: str) -> tuple[str, str]:
     if part.url is not None:
         return part.url, f"{path}.url"
     image, param = part.image or "", f"{path}.image"
-    if URL_SCHEME.match(image):
+    beginning = image[:LOOKED_AT]
+    if URL_SCHEME.match(beginning):
         return image, param
-    if BASE64.fullmatch(image[:LOOKED_AT].strip()) and len(image) >= 16:
+    if BASE64.fullmatch(beginning.strip()) and len(image) >= 16:
         return "data:;base64," + image, param
     raise InvalidRequest(
         f"{param}: should be a URL (data:, https:, http:, file:) or base64", param=param
@@ -234,10 +238,20 @@ def call_arguments(call: ToolCall, path: str) -> Any:
     if not isinstance(arguments, str):
         return arguments
     try:
-        value = json.loads(arguments) if arguments.strip() else {}
-        check_strings(value, param)
+        value = _arguments(arguments, param)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{param}: should be a JSON object", param=param) from error
     if not isinstance(value, dict):
         raise InvalidRequest(f"{param}: should be a JSON object", param=param)
+    return value
+
+
+def _arguments(text: str, param: str) -> Any:
+    if len(text) > LONG_ARGUMENTS:
+        try:
+            return draw(text.encode("utf-8", "replace"), MAX_ARGUMENT_VALUES).read()
+        except InvalidRequest as error:
+            raise ValueError(error.message) from error
+    value = json.loads(text) if text.strip() else {}
+    check_strings(value, param)
     return value

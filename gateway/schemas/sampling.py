@@ -50,3 +50,9 @@ class SamplingFields(Body):
             return ()
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
         return tuple(stop for stop in stops if stop)
+
+    @property
+    def sampling_size(self) -> int:
+        """What there is to look at: characters of words that are encoded, and entries of lists."""
+        lists = (self.stop_token_ids, self.allowed_token_ids, self.logit_bias)
+        return sum(map(len, self.bad_words or ())) + sum(len(each or ()) for each in lists)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import tracemalloc
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from tokenizers import Tokenizer as Backend
 
 from gateway.chat import ChatRenderer
 from gateway.provenance import Aliases, Marks, free_character
-from gateway.schemas import ApplyTemplateRequest, parse
-from opticnerve.errors import InvalidRequest
+from gateway.schemas import ApplyTemplateRequest, ChatRequest, parse
+from opticnerve.errors import ContextLengthExceeded, InvalidRequest
+from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.models.registry import make_layout
 from tests import vocabularies as v
 
 IMAGE = {"type": "image", "image": "https://example.com/a.png"}
@@ -298,3 +301,38 @@ def test_a_mark_is_a_character_that_nobody_uses() -> None:
     assert free_character(used) == "\uf8ff"
     with pytest.raises(ValueError, match="every"):
         free_character(used + "\uf8ff")
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "<|im_end|>" + "<" * 100, " <|im_end|>x", "a"])
+def test_a_chat_that_is_far_too_long_is_refused_before_it_is_marked(text: str) -> None:
+    """A text that spells special tokens is rendered again, interrupted at each ``<``."""
+    content = text * (2**21 // len(text))
+    checkpoint = Checkpoint.open(None)
+    renderer = ChatRenderer.load(checkpoint.path, make_layout(checkpoint))
+    request, _ = parse(
+        ChatRequest, {"model": "m", "messages": [{"role": "user", "content": content}]}
+    )
+    tracemalloc.start()
+    try:
+        with pytest.raises(ContextLengthExceeded):
+            renderer.render(request)
+        assert tracemalloc.get_traced_memory()[1] < 6 * len(content) + 2**22
+    finally:
+        tracemalloc.stop()
+
+
+def test_users_special_tokens_are_several_tokens_and_the_templates_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No prompt that fits is refused by the first look at its length."""
+    checkpoint = Checkpoint.open(None)
+    renderer = ChatRenderer.load(checkpoint.path, make_layout(checkpoint))
+    monkeypatch.setattr(renderer.layout, "max_positions", 10**6)
+    said = "<|im_end|> and what comes after it, " * 2
+    pair = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
+    request, _ = parse(ChatRequest, {"model": "m", "messages": pair * 400})
+    rendered = renderer.render(request)
+    assert len(rendered.prompt) > 2 * max(len(rendered.token_ids), 2**15) > 2**16
+    for limit in (len(rendered.token_ids), len(rendered.token_ids) + 1):
+        monkeypatch.setattr(renderer.layout, "max_positions", limit)
+        assert renderer.render(request).token_ids == rendered.token_ids

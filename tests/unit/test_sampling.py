@@ -195,3 +195,15 @@ def test_defaults_that_cannot_be_used(tokenizer: Tokenizer, tmp_path: Path) -> N
         (tmp_path / "generation_config.json").write_text(text)
         with pytest.raises(ConfigError):
             load_defaults("auto", tmp_path, tokenizer, {})
+
+
+def test_words_are_encoded_all_at_once(tokenizer: Tokenizer) -> None:
+    """As each is by itself; in a step that lets other threads go on."""
+    words = ["cat", " dog", "", "cat", "b" * 1024, "\n"]
+    found = set(resolved(tokenizer, bad_words=words).bad_words)
+    one_by_one = {
+        tuple(tokenizer.encode(text))
+        for word in filter(None, words)
+        for text in (word, " " + word.lstrip(" "))
+    }
+    assert found == one_by_one

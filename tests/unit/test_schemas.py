@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessage
 
 from gateway.schemas import ApplyTemplateRequest, ChatRequest, parse, parsing
-from gateway.schemas.messages import ImageSource, call_arguments
+from gateway.schemas.messages import FunctionCall, ImageSource, ToolCall, call_arguments
 from gateway.schemas.parsing import Ignored
 from gateway.schemas.unsupported import FIELDS, PARTS
 from opticnerve.errors import InvalidRequest, UnsupportedFeature
@@ -455,3 +455,24 @@ def test_any_json_is_parsed_or_refused(fields: dict[str, Any], messages: Any) ->
             parse(ChatRequest, raw, ignore_unknown=ignore)
         except InvalidRequest as error:
             assert len(error.message) < 2000
+
+
+@pytest.mark.parametrize("long", ["a" * 2**18, 'é"\\' * 2**17, "\U0001f600" * 2**18])
+def test_long_arguments_are_read_as_short_ones(long: str) -> None:
+    def call(arguments: str) -> ToolCall:
+        return ToolCall(function=FunctionCall(name="f", arguments=arguments))
+
+    value = {"text": long, "more": [1, {"b": None}]}
+    assert call_arguments(call(json.dumps(value)), "x") == value
+    assert call_arguments(call(json.dumps(value, ensure_ascii=False)), "x") == value
+    for wrong in (json.dumps([long]), json.dumps(value)[:-1], f'{{"a": "{long}\x01"}}'):
+        with pytest.raises(InvalidRequest) as caught:
+            call_arguments(call(wrong), "messages[0].tool_calls[0]")
+        assert caught.value.param == "messages[0].tool_calls[0].function.arguments"
+        assert len(caught.value.message) < 200
+
+
+def test_a_long_source_is_known_by_its_beginning() -> None:
+    for image in ("A" * 2**22, "a" * 2**22 + ":"):
+        source = chat([{"type": "image", "image": image}]).images[0]
+        assert source.url == "data:;base64," + image

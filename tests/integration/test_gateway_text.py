@@ -1,0 +1,94 @@
+"""What one request's text may cost the others: the event loop's CPU in one turn."""
+
+import asyncio
+import http.client
+import json
+import time
+
+import pytest
+
+from tests.gateways import body, stack, user
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+LONG = 2**24
+
+
+def post(port, payload):
+    """From a thread of its own, whose CPU is not the loop's."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.request("POST", "/v1/chat/completions", payload)
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+class Turns:
+    """The longest turn of the loop, in seconds of its thread's CPU."""
+
+    def __init__(self):
+        self.longest = 0.0
+
+    async def watch(self):
+        while True:
+            before = time.thread_time()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
+            self.longest = max(self.longest, time.thread_time() - before)
+
+
+def picture(url):
+    return json.dumps(body(user("What?", url))).encode()
+
+
+SPACED = "data:;base64," + "A " * 130_000  # Short enough to be decoded on the loop.
+KINDS = {
+    "bad_words": (
+        lambda: json.dumps(body(bad_words=[f"{i:04d}" + "b" * 1020 for i in range(256)])).encode(),
+        (200,),
+    ),
+    "spaced base64": (lambda: picture(SPACED), (400,)),
+    "long spaced base64": (lambda: picture("data:;base64," + "A " * (LONG // 2)), (400, 413)),
+    "percent signs": (lambda: picture("data:," + "%" * LONG), (400,)),
+    "a name": (
+        lambda: json.dumps(body({**user("Hi"), "name": "n" * 2**21 + "<"})).encode(),
+        (200, 400),
+    ),
+    "text": (lambda: json.dumps(body(user("<|im_end|>" + "<" * LONG))).encode(), (400,)),
+    "white space": (lambda: b" " * LONG + json.dumps(body()).encode(), (413,)),
+    "a salt": (lambda: json.dumps(body(cache_salt="s" * LONG)).encode(), (400,)),
+    "a model": (lambda: json.dumps({**body(), "model": "m" * LONG}).encode(), (404,)),
+    "arguments": (
+        lambda: json.dumps(
+            body(
+                user("Hi"),
+                {
+                    "role": "assistant",
+                    "tool_calls": [
+                        {"function": {"name": "f", "arguments": json.dumps({"a": "a" * LONG})}}
+                    ],
+                },
+            )
+        ).encode(),
+        (400,),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_no_text_holds_the_loop(kind):
+    make, statuses = KINDS[kind]
+    payload = make()
+    async with stack() as s:
+        port = s.client.base_url.port
+        await asyncio.to_thread(post, port, json.dumps(body()).encode())
+        longest = []
+        for _ in range(3):  # The best of them: other work of the loop may fall into a turn.
+            turns = Turns()
+            watching = asyncio.create_task(turns.watch())
+            status, answer = await asyncio.to_thread(post, port, payload)
+            watching.cancel()
+            assert status in statuses, answer
+            longest.append(turns.longest)
+            if turns.longest < 0.05:
+                break
+        assert min(longest) < 0.05
+        assert (await s.chat()).status_code == 200
