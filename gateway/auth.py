@@ -55,6 +55,12 @@ class Caller:
         """As logs tell it."""
         return self.name
 
+    @property
+    def share(self) -> str:
+        """The name under which its requests share workers with those of others; empty without a
+        key."""
+        return self.name if self.tenant else ""
+
     def priority(self, asked: int | None) -> int:
         """What a request runs at that asked for so much, or (None) for nothing.
 

@@ -3,8 +3,11 @@
 Work waits here and not at the workers. A worker is given only what keeps it busy, so that the
 order is kept, work whose client has left is never sent, and a slow worker hoards nothing. The
 earliest deadline goes first, which is the order of arrival, since all requests have the same time;
-but what is behind other work of its own request counts as so much later. Heavy work, which keeps a
-worker's device waiting, has room of its own at the workers, and other work passes it.
+but what is behind other work of its own request counts as so much later. Between keys the order is
+that of start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): first comes the work of who
+was lent least so far, by cost and weight; who had nothing waiting earns nothing by that. Work
+without a key is that of one sharer, in order of arrival. Heavy work, which keeps a worker's device
+waiting, has room of its own at the workers, and other work passes it.
 
 A job goes to the worker that is expected to finish it first. Where that one has no room, a slower
 one takes the job only if it would finish it before the others had finished everything that waits:
@@ -16,7 +19,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 from bisect import insort
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
 from gateway.deadline import Deadline
 from gateway.worker import Worker, WorkerState
@@ -35,13 +40,17 @@ class Job:
         avoid: Collection[str] = (),
         heavy: bool = False,
         behind_s: float = 0.0,
+        share: str = "",
+        weight: float = 1.0,
     ) -> None:
         """``avoid``: addresses that are taken only where nothing else serves. ``behind_s``: what
-        comes before it in its request will take so long."""
+        comes before it in its request will take so long. ``share``: whose it is."""
         self.cost = cost
         self.deadline = deadline
         self.heavy = heavy
         self.due = deadline.at + behind_s
+        self.share = share
+        self.weight = weight
         self.accepts = accepts
         self.avoid = avoid
         self.worker: Worker | None = None
@@ -52,13 +61,22 @@ class Dispatcher:
     """The jobs that wait for one pool's workers. ``workers`` tells who there is now."""
 
     def __init__(self, workers: Callable[[], Sequence[Worker]]) -> None:
-        self.waiting: list[Job] = []  # By when they are due.
         self.waiting_cost = 0
+        self._sharers: dict[str, _Sharer] = {}
+        self._now = 0.0  # Virtual time: what the last that was lent to had before.
         self._workers = workers
         self._ticket = itertools.count(1)
 
+    @property
+    def waiting(self) -> list[Job]:
+        """Each sharer's by when they are due."""
+        return [job for sharer in self._sharers.values() for job in sharer.waiting]
+
     def add(self, job: Job) -> None:
-        insort(self.waiting, job, key=lambda job: job.due)
+        sharer = self._sharers.setdefault(job.share, _Sharer())
+        if not sharer.waiting:
+            sharer.lent = max(sharer.lent, self._now)
+        insort(sharer.waiting, job, key=lambda job: job.due)
         self.waiting_cost += job.cost
         self.dispatch()
 
@@ -77,7 +95,7 @@ class Dispatcher:
         """
         kept: dict[bool, set[Worker]] = {False: set(), True: set()}
         serving = self.serving()
-        for job in tuple(self.waiting):
+        for job in self._in_turn():
             if all(len(workers) == len(serving) for workers in kept.values()):
                 return
             able = self._able(job, serving)
@@ -89,6 +107,21 @@ class Dispatcher:
                 taken.update(able)
             else:
                 self._lend(job, worker)
+
+    def _in_turn(self) -> Iterator[Job]:
+        """The jobs that wait in fair order, as if those before had been lent already."""
+        turns = [
+            (sharer.lent, sharer.waiting[0].due, name, iter(tuple(sharer.waiting)))
+            for name, sharer in self._sharers.items()
+            if sharer.waiting
+        ]
+        heapify(turns)
+        while turns:
+            lent, _, name, jobs = heappop(turns)
+            job = next(jobs, None)
+            if job is not None:
+                yield job
+                heappush(turns, (lent + job.cost / job.weight, job.due, name, jobs))
 
     def serving(self, accepts: Accepts | None = None) -> list[Worker]:
         """Workers that take work now, those that ``accepts`` agrees to."""
@@ -143,11 +176,25 @@ class Dispatcher:
         worker.lend(job.cost, job.heavy)
         job.worker = worker
         job.changed.set()
+        sharer = self._sharers[job.share]
+        self._now = max(self._now, sharer.lent)
+        sharer.lent += job.cost / job.weight
         self._take_out(job)
 
     def _take_out(self, job: Job) -> None:
-        self.waiting.remove(job)
+        self._sharers[job.share].waiting.remove(job)
         self.waiting_cost -= job.cost
+        for name, sharer in tuple(self._sharers.items()):
+            if not sharer.waiting and (sharer.lent <= self._now or not self.waiting_cost):
+                del self._sharers[name]
+
+
+@dataclass(slots=True)
+class _Sharer:
+    """Those whose work waits in one queue."""
+
+    waiting: list[Job] = field(default_factory=list)  # By when they are due.
+    lent: float = 0.0  # Cost by weight, in virtual time.
 
 
 def _usual_rate(workers: Sequence[Worker]) -> float:

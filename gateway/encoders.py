@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 import grpc
@@ -65,6 +65,8 @@ class Encodable:
     lost: bool = False  # An LLM worker found no usable rows where the encoder said they are.
     cache_salt: str = ""  # Part of the key.
     passes_before: int = 0  # Of the pictures of its request that come before it.
+    share: str = ""  # Whose it is: encoders are shared by these, by weight.
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,19 @@ class _Flight:
     waiters: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """What an item that is admitted takes of the encoders."""
+
+    share: str
+    weight: float
+    patches: int
+
+    @classmethod
+    def of(cls, item: Encodable) -> _Claim:
+        return cls(item.share, item.weight, item.plan.num_patches)
+
+
 class Encoders:
     """Encodes items on a pool; keeps the references of what was encoded."""
 
@@ -149,7 +164,7 @@ class Encoders:
         self.worker_wait_s = worker_wait_s
         self.max_wait_s = max_wait_s
         self._flights: dict[str, _Flight] = {}
-        self._patches: dict[str, int] = {}  # Of what is admitted and not encoded yet, by key.
+        self._admitted: dict[str, _Claim] = {}  # What is not encoded yet, by key.
         self._deaths: OrderedDict[str, tuple[int, float]] = OrderedDict()  # Number, last.
 
     def admit(self, items: Iterable[Encodable], deadline: Deadline) -> None:
@@ -162,22 +177,37 @@ class Encoders:
         fresh = {
             item.key: item
             for item in items
-            if item.key not in self._patches and self.references.get(item.key) is None
+            if item.key not in self._admitted and self.references.get(item.key) is None
         }
+        ahead = self._ahead_of(fresh.values())
         for item in fresh.values():
-            wait = self.pool.clear_s(sum(self._patches.values()), _has_fingerprint(item))
+            wait = self.pool.clear_s(ahead, _has_fingerprint(item))
             if wait > limit:
                 raise Overloaded(
                     f"new pictures wait about {wait:.1f} s for an encoder, and may here wait "
                     f"{limit:.1f} s; retry later",
                     retry_after_s=max(1.0, wait - limit),
                 )
-        self._patches.update({key: item.plan.num_patches for key, item in fresh.items()})
+        self._admitted.update({key: _Claim.of(item) for key, item in fresh.items()})
+
+    def _ahead_of(self, items: Collection[Encodable]) -> int:
+        """Patches that are encoded before one of a request's ``items``: its sharer's, and of each
+        other's as many, by weight, as those and the largest of these."""
+        patches: dict[str, float] = {}  # By weight.
+        weights: dict[str, float] = {}
+        for claim in self._admitted.values():
+            patches[claim.share] = patches.get(claim.share, 0.0) + claim.patches / claim.weight
+            weights[claim.share] = claim.weight
+        most = max((item.plan.num_patches / item.weight for item in items), default=0.0)
+        mine = next((item.share for item in items), "")
+        until = patches.get(mine, 0.0) + most
+        patches = {share: min(each, until) for share, each in patches.items()}
+        return round(sum(weights[share] * each for share, each in patches.items()))
 
     def leave(self, key: str) -> None:
         """A request that was admitted with this item ends."""
         if key not in self._flights:
-            self._patches.pop(key, None)
+            self._admitted.pop(key, None)
 
     async def encode(self, item: Encodable, deadline: Deadline, request_id: str) -> Encoded:
         """The item's embedding: by reference, by joining a call under way, or encoded now.
@@ -205,7 +235,7 @@ class Encoders:
         if flight is None:
             task = asyncio.create_task(self._encode_on_some(item, deadline, request_id))
             flight = self._flights[item.key] = _Flight(task)
-            self._patches[item.key] = item.plan.num_patches
+            self._admitted[item.key] = _Claim.of(item)
             task.add_done_callback(lambda _: self._land(item.key, flight))
         flight.waiters += 1
         return flight
@@ -224,7 +254,7 @@ class Encoders:
     def _land(self, key: str, flight: _Flight) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
-            self._patches.pop(key, None)
+            self._admitted.pop(key, None)
         if flight.task.done() and not flight.task.cancelled():
             flight.task.exception()  # Retrieved: whoever waited has it.
 
@@ -246,6 +276,8 @@ class Encoders:
                 avoid=tried,
                 heavy=item.plan.is_heavy,
                 behind_s=item.passes_before * PASS_S,
+                share=item.share,
+                weight=item.weight,
             ) as worker:
                 if refusal is not None and worker.address in tried:
                     raise refusal

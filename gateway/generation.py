@@ -242,7 +242,7 @@ class Generation:
                 items=[llm_messages.item(key, known(key)) for key in spec.keys],
                 sampling=llm_messages.sampling_to_pb(spec.sampling),
                 priority=spec.priority,
-                share=spec.caller.name if spec.caller.tenant else "",
+                share=spec.caller.share,
                 weight=spec.caller.weight,
                 cache_salt=spec.cache_salt,
                 embedding_wait_ms=max(1, int(self.deadline.remaining() * 1000)),

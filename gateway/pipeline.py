@@ -122,7 +122,10 @@ class Pipeline:
         with call.watch.stage("name"):
             keys = await self.media.keys(prepared.items, pair.fingerprint, salt)
         embeddings = RequestEmbeddings.begin(
-            self.encoders, _encodables(prepared, keys, pair, salt), call.request_id, call.deadline
+            self.encoders,
+            _encodables(prepared, keys, pair, salt, call.caller),
+            call.request_id,
+            call.deadline,
         )
         spec = GenerateSpec(
             request_id=call.request_id,
@@ -237,7 +240,7 @@ def _counted(usage: Usage, choices: Choices) -> Usage:
 
 
 def _encodables(
-    prepared: Prepared, keys: Sequence[str], pair: Pair, cache_salt: str
+    prepared: Prepared, keys: Sequence[str], pair: Pair, cache_salt: str, caller: Caller
 ) -> list[Encodable]:
     plans = prepared.plans
     before = (sum(plan.passes for plan in plans[:number]) for number in range(len(plans)))
@@ -251,6 +254,8 @@ def _encodables(
             item.param,
             cache_salt=cache_salt,
             passes_before=passes,
+            share=caller.share,
+            weight=caller.weight,
         )
         for key, plan, item, passes in zip(keys, plans, prepared.items, before, strict=True)
     ]

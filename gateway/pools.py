@@ -134,13 +134,15 @@ class WorkerPool:
         avoid: Collection[str] = (),
         heavy: bool = False,
         behind_s: float = 0.0,
+        share: str = "",
+        weight: float = 1.0,
     ) -> AsyncIterator[Worker]:
         """Lends a worker, waiting until one that has room is this job's turn.
 
         ``absence_s``: how long it waits while none serves; the rest is a Job's. Raises Unavailable,
         DeadlineExceeded.
         """
-        job = Job(cost, deadline, accepts, avoid, heavy, behind_s)
+        job = Job(cost, deadline, accepts, avoid, heavy, behind_s, share, weight)
         worker = await self._turn(job, absence_s)
         try:
             yield worker

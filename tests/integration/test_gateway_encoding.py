@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 import pytest
 
@@ -206,6 +207,29 @@ async def test_what_would_wait_too_long_is_refused_when_it_comes():
             go.set()
             await asyncio.gather(*running)
             encoders.admit(items, Deadline.after(0))  # Known by reference.
+
+
+async def test_a_key_does_not_wait_for_all_pictures_of_another():
+    """Its picture is among the next that are encoded, and is not refused for the others' sake."""
+    go = asyncio.Event()
+    async with FakeEncoder() as fake:
+        fake.patches_per_s, fake.max_batch_patches = 16.0, 6  # One item a second, one at a time.
+        async with over(fake) as encoders:
+            encoders.max_wait_s = 5.0
+            fake.script = lambda _: go.wait()
+            flood = [replace(item(f"{i:064d}"), share="mallory") for i in range(30)]
+            running = [asyncio.create_task(encoders.encode(each, soon(), "r")) for each in flood]
+            await fake.started.wait()
+            assert encoders.pool.waiting == 29
+            victim = replace(item("a" * 64), share="ada")
+            with pytest.raises(Overloaded):
+                encoders.admit([replace(item("b" * 64), share="mallory")], soon())
+            encoders.admit([victim], soon())
+            running.append(asyncio.create_task(encoders.encode(victim, soon(), "r")))
+            await until(lambda: encoders.pool.waiting == 30)
+            go.set()
+            await asyncio.gather(*running)
+            assert [call.key for call in fake.calls].index(victim.key) <= 2
 
 
 async def test_an_encoder_that_has_another_fingerprint_by_now_is_left():

@@ -161,3 +161,73 @@ def test_the_time_for_a_cost_is_that_of_all_workers_at_measured_speed():
     assert dispatcher.clear_s(60) == pytest.approx(60 / 20)  # Their queues died with them.
     machines[0].cost_per_s = 0.0
     assert dispatcher.clear_s(60) == 0.0
+
+
+def lent_order(jobs, window=1):
+    """Names of the shares of ``jobs`` in the order in which one worker gets them, all there from
+    the start."""
+    machine = Machine("a", 1.0, window)
+    machine.pending = window  # Busy until all are there.
+    dispatcher = Dispatcher(lambda: [machine])
+    for job in jobs:
+        dispatcher.add(job)
+    order = []
+    while dispatcher.waiting:
+        machine.pending = machine.heavy = 0
+        dispatcher.dispatch()
+        (lent,) = [job for job in jobs if job.worker is not None and job not in order]
+        order.append(lent)
+    assert dispatcher.waiting_cost == 0
+    return order
+
+
+def job(share, number=0, cost=1, weight=1.0):
+    return Job(cost, Deadline(float(number)), share=share, weight=weight)
+
+
+def test_one_picture_of_a_key_does_not_wait_for_the_hundreds_of_another():
+    flood = [job("mallory", number) for number in range(192)]
+    order = lent_order([*flood, job("ada", 192)])
+    assert [each.share for each in order].index("ada") <= 1
+    assert [each for each in order if each.share == "mallory"] == flood  # In their own order.
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9)), min_size=60, max_size=90))
+def test_keys_that_always_want_more_get_cost_by_weight(wanted):
+    weights = {"a": 1.0, "b": 2.0, "c": 0.5}
+    jobs = [job(share, n, cost, weights[share]) for n, (share, cost) in enumerate(wanted)]
+    left = {share: [each for each in jobs if each.share == share] for share in weights}
+    given = dict.fromkeys(weights, 0.0)
+    for each in lent_order(jobs):
+        given[each.share] += each.cost / each.weight
+        left[each.share].remove(each)
+        if not all(left.values()):
+            break
+        assert max(given.values()) - min(given.values()) <= 2 * 9 / 0.5
+
+
+def test_a_key_that_comes_late_is_owed_nothing_for_the_time_before():
+    machine = Machine("a", 1.0, 1)
+    dispatcher = Dispatcher(lambda: [machine])
+    jobs = [job("mallory", number) for number in range(40)]
+    for each in jobs:
+        dispatcher.add(each)
+
+    def lend(count):
+        for _ in range(count):
+            machine.pending = machine.heavy = 0
+            dispatcher.dispatch()
+
+    lend(19)
+    jobs += [job("ada", number) for number in range(40)]
+    before = [each for each in jobs if each.worker]
+    for each in jobs[40:]:
+        dispatcher.add(each)
+    lend(10)
+    after = [each.share for each in jobs if each.worker and each not in before]
+    assert abs(after.count("ada") - after.count("mallory")) <= 2
+
+
+def test_without_keys_the_order_is_that_of_arrival():
+    jobs = [job("", number, cost) for number, cost in enumerate((5, 1, 9, 2))]
+    assert lent_order([jobs[2], jobs[0], jobs[3], jobs[1]]) == jobs
