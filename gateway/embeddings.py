@@ -100,7 +100,7 @@ class RequestEmbeddings:
             if entry.losses > MAX_AGAIN:
                 raise EmbeddingNotFound(
                     "a picture's embedding was lost again and again between encoder and LLM "
-                    "worker; check that both reach the same store",
+                    "worker; check that both reach the same store and have one --store-key-file",
                 )
             self.encoders.references.forget(key)
             self._encode(entry)

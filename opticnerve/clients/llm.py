@@ -70,7 +70,9 @@ class AsyncLLMClient:
     ``encoder`` is used for contents that are pictures, and to encode them again when the worker
     has lost their rows. ``store`` (from ``opticnerve.embeddings.open.open_store``) carries the
     caller's own tensors when they are too large for a message; the worker must reach the same
-    one. Both are the caller's to close. ``rpc_token_file`` is the worker's own. Errors are those of
+    one, which is opened with ``seal=Seal.load(FILE)`` (``opticnerve.embeddings.seal``) where it has
+    a ``--store-key-file``. Both are the caller's to close. ``rpc_token_file`` is the worker's own.
+    Errors are those of
     ``opticnerve.errors``.
     """
 

@@ -48,6 +48,7 @@ SEND_TIMEOUT_S = 2.0  # Until all bytes of an embedding are sent: MAX_BYTES over
 WATCH_S = 1.0
 WARN_EVERY_S = 30.0  # At most, where it comes and goes.
 MAX_BYTES = 128 * 2**20  # Of one embedding; larger ones travel by Fetch.
+OVERHEAD = MAC_BYTES + codec.LENGTH.size + codec.MAX_HEADER_BYTES  # Beside it, in a value.
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class RedisStore:
         self.max_bytes = max_bytes
         self._ttl_s = ttl_s
         self._seal = seal
+        self._longest = max_bytes + OVERHEAD  # Whatever is there, no more of it is read.
         self._prefix = PREFIX if seal is None else f"{SIGNED_PREFIX}{seal.id}:"
         self._client = _client(url)
         self._sender = _client(url)
@@ -231,15 +233,17 @@ class RedisStore:
 
         def read() -> Any:
             with self._client.pipeline(transaction=False) as pipeline:
-                pipeline.get(self._prefix + key)
                 pipeline.expire(self._prefix + key, self._ttl_s)
+                pipeline.getrange(self._prefix + key, 0, self._longest)
                 answers = pipeline.execute(raise_on_error=False)
-            found = answers[0]  # What a replica says of EXPIRE does not matter.
+            is_there, found = answers
             if _is_wrong_type(found):
                 return b""  # No failure of the server, but a value that is no embedding.
             if isinstance(found, Exception):
                 raise found
-            return found
+            if isinstance(is_there, Exception):  # A replica refuses EXPIRE, which does not matter.
+                return found or None
+            return found if is_there else None
 
         data = self._server.call(read)
         if data is None:

@@ -196,6 +196,19 @@ def test_a_value_of_another_kind_is_corrupt_and_no_failure_of_the_server(
     client.close()
 
 
+def test_of_a_value_no_more_is_read_than_an_embedding_may_have(server: RedisServer) -> None:
+    store = opened(server.url + "?max_bytes=1000")
+    with redis.Redis(port=server.port) as client:
+        for read in (store.get, store.read_bytes):
+            client.set(PREFIX + key(1), bytes(20 * 2**20))
+            before = client.info("stats")["total_net_output_bytes"]
+            with pytest.raises(EmbeddingCorrupt):
+                read(key(1))
+            assert client.info("stats")["total_net_output_bytes"] - before < 2**20
+            assert client.exists(PREFIX + key(1)) == 0
+    store.close()
+
+
 def test_redis_down_is_a_miss_with_one_warning(
     server: RedisServer,
     clock: Clock,
