@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -11,15 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from opticnerve.drain import LAST_WORDS_S
+from opticnerve.telemetry import logs
+
+log = logging.getLogger(__name__)
 
 HURRY_S = LAST_WORDS_S + 2.0  # That a child gets whose work was ended by a second signal.
 LISTENING = re.compile(r"^listening (\S+)$")
-
-
-def tell(text: str) -> None:
-    """A line on stderr, where there is somebody to read it: a terminal may have been closed."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
 
 
 class Child:
@@ -94,7 +92,7 @@ class Child:
             await asyncio.wait({ended}, timeout=grace_s)
         hurried.cancel()
         if not ended.done():
-            tell(f"{self.name} did not stop within {grace_s:g} s; killing it")
+            log.warning("%s did not stop within %g s; killing it", self.name, grace_s)
             self.kill()
         await ended
 
@@ -128,7 +126,8 @@ class Child:
                     self.hang_up()
             elif text:
                 self.last_words = text
-                tell(f"{self.name:<10} | {text}")
+                with contextlib.suppress(OSError):  # The terminal may have been closed.
+                    print(logs.relayed(self.name, text), file=sys.stderr, flush=True)
 
     async def _next_line(self, stream: asyncio.StreamReader) -> bytes:
         """A line, b"" at the end; a line past the limit is cut, not an error."""

@@ -9,6 +9,7 @@ letting it end. Whatever ends it, no process, port or file is left.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections import deque
@@ -17,10 +18,12 @@ from dataclasses import dataclass, field
 
 import httpx2
 
-from deploy.child import Child, tell
+from deploy.child import Child
 from opticnerve.errors import StartupError
 from opticnerve.options import is_service_link
 from opticnerve.rpc.channel import is_serving, open_channel
+
+log = logging.getLogger(__name__)
 
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 CRASH_WINDOW_S = 60.0
@@ -160,9 +163,9 @@ class Supervisor:
             await self._after_crash(service, status)
             try:
                 await self._start(service)
-                tell(f"{service.child.name} is back")
+                log.info("%s is back", service.child.name)
             except StartupError as error:
-                tell(error.message)
+                log.error("%s", error.message)
                 await service.child.stop(self._stop_timeout_s, self._hurry)
 
     async def _after_crash(self, service: Service, status: int) -> None:
@@ -177,7 +180,7 @@ class Supervisor:
                 f"with status {status}. Its last words: {service.child.last_words or 'none'}"
             )
         pause = BACKOFF_S[min(len(crashes), len(BACKOFF_S)) - 1]
-        tell(f"{name} ended with status {status}; starting it again in {pause:g} s")
+        log.warning("%s ended with status %d; starting it again in %g s", name, status, pause)
         await asyncio.sleep(pause)
 
     async def _stop_all(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.child import Child, tell
+from deploy.child import Child
 from deploy.supervisor import Service, Supervisor, child_environment
 from gateway.auth import Keys
 from opticnerve import addresses, config, flags
@@ -26,6 +27,8 @@ from opticnerve.models.registry import make_layout
 from opticnerve.options import PREFIX, build, options
 from opticnerve.rpc.server import handle_signals
 from opticnerve.secret import make_secret, read_secret
+
+log = logging.getLogger(__name__)
 
 DESCRIPTION = (
     "Starts encoders, LLM workers and the gateway on this machine; every other flag is handed to "
@@ -63,6 +66,7 @@ async def run(given: dict[str, Any]) -> int:
     Raises StartupError when it must give up."""
     settings = build(config.UpConfig, given)
     gateway = build(config.GatewayConfig, given)
+    config.begin_logs(gateway.telemetry)
     stop_timeout_s = gateway.shutdown_delay_s + gateway.drain_timeout_s + CLOSE_S
     follow_parent(gateway.parent_pid, grace_s=STAGES * stop_timeout_s)
     _check_early(gateway, settings.encoders + settings.llms)
@@ -81,11 +85,11 @@ async def run(given: dict[str, Any]) -> int:
 
         def stop() -> None:
             supervisor.stop()
-            tell(_farewell(gateway, ready=bool(supervisor.url)))
+            log.info(_farewell(gateway, ready=bool(supervisor.url)))
 
         def cut() -> None:
             supervisor.hurry()
-            tell("ending what still runs")
+            log.info("ending what still runs")
 
         def at_once() -> None:
             supervisor.kill()
@@ -175,8 +179,8 @@ def _secrets(given: dict[str, Any], directory: Path) -> dict[str, str]:
             read_secret(named, option)
         files[option] = named or str(make_secret(directory, option))
     store = build(config.StoreConfig, given)
-    if store.store_key_file is None and not store.store.startswith(("shm:", "memory:")):
-        tell(
+    if store.store_key_file is None and not store.read_url().startswith(("shm:", "memory:")):
+        log.info(
             "embeddings in Redis are signed under a secret that ends with this stack: to find them "
             "there again, or to share them, give stacks the same --store-key-file"
         )

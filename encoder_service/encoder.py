@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from PIL import Image
 
@@ -44,8 +43,6 @@ from opticnerve.media.keys import content_key
 from opticnerve.media.plan import WHITE, Modality, Overrides, Plan, Structure
 from opticnerve.media.structure import parse_structure
 from opticnerve.models.family import Layout
-
-log = logging.getLogger(__name__)
 
 STAGED_BATCHES = 2  # Decoded ahead of the device: one that runs, one that waits.
 QUEUE_BATCHES = 16
@@ -228,10 +225,10 @@ class Encoder:
         structure = parse_structure(data, *limits)
         plan = self.layout.plan(structure, request.overrides)
         if plan != request.plan:
-            log.warning("the bytes are planned as %s, the call says %s", plan, request.plan)
             raise PlanMismatch(
                 "the item's plan is not what its bytes give here; gateway and encoder must serve "
-                "one release and one checkpoint"
+                "one release and one checkpoint",
+                logged=f"the plan that the call brings differs: {_difference(request.plan, plan)}",
             )
         return structure
 
@@ -265,7 +262,6 @@ class Encoder:
             batch_patches=finished.batch_cost,
         )
         _observe(timings)
-        log.debug("encoded %s: %s", key, timings)
         return Answer(ref, timings)
 
     async def _encode(self, item: _Arrived) -> tuple[Pixels, Finished[Embedding]]:
@@ -320,6 +316,14 @@ class Encoder:
                 "lower max_pixels"
             )
         return EngineFailure("the encoder failed on this picture; its log has the details")
+
+
+def _difference(told: Plan, made: Plan) -> str:
+    names = [field.name for field in fields(Plan)]
+    pairs = [(name, getattr(told, name), getattr(made, name)) for name in names]
+    return ", ".join(
+        f"{name} {ours} for {theirs}" for name, ours, theirs in pairs if ours != theirs
+    )
 
 
 def _observe(timings: Timings) -> None:

@@ -25,11 +25,12 @@ from opticnerve.rpc import convert
 from opticnerve.rpc.channel import CHUNK_BYTES, chunks
 from opticnerve.rpc.errors import streaming, unary
 from opticnerve.rpc.server import Server
-from opticnerve.telemetry.logs import request_id
+from opticnerve.telemetry import events
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 SERVICE = "opticnerve.v1.Encoder"
+SHOWN_KEY = 12  # Characters of a content key in the log.
 DEFAULT_DEADLINE_S = 600.0  # A caller that sets none must not hold its place for ever.
 
 
@@ -70,11 +71,15 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
         encoder = self._ready().encoder
         try:
             async with asyncio.timeout(DEFAULT_DEADLINE_S if remaining_s is None else remaining_s):
-                request = _request(await upload.header())
-                request_id.set(request.request_id or "-")
-                return await encoder.encode(request, upload.read)
+                header = await upload.header()
+                events.identify(header.request_id)
+                request = _request(header)
+                _note(request)
+                answer = await encoder.encode(request, upload.read)
         except TimeoutError as error:
             raise DeadlineExceeded("the item's deadline passed before it was encoded") from error
+        _note_timings(answer.timings)
+        return answer
 
     @unary
     async def Probe(
@@ -143,6 +148,31 @@ def _request(header: pb.EncodeHeader) -> Request:
         num_bytes=header.num_bytes,
         lost=header.lost,
         cache_salt=header.cache_salt,
+    )
+
+
+def _note(request: Request) -> None:
+    """What the call's line in the log says of its item."""
+    plan = request.plan
+    events.note(
+        item=request.key[:SHOWN_KEY],
+        size=f"{plan.width}x{plan.height}",
+        bytes=request.num_bytes,
+        patches=plan.num_patches,
+        tokens=plan.num_tokens,
+    )
+
+
+def _note_timings(timings: Timings) -> None:
+    if timings.hit:
+        events.note(hit=True)
+        return
+    events.note(
+        queue_ms=timings.queue_s * 1e3,
+        preprocess_ms=timings.preprocess_s * 1e3,
+        encode_ms=timings.encode_s * 1e3,
+        put_ms=timings.put_s * 1e3,
+        batch_items=timings.batch_items,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
@@ -17,7 +16,7 @@ from starlette.types import Send
 from gateway import sse
 from gateway.choices import TextDelta
 from gateway.deadline import Deadline
-from gateway.http import JSONResponse, note, read_json, typed, warning_headers
+from gateway.http import JSONResponse, read_json, typed, warning_headers
 from gateway.pipeline import Call, Ended, Step
 from gateway.schemas.apply import ApplyTemplateRequest
 from gateway.schemas.chat import REASONING_EFFORT, ChatRequest
@@ -26,13 +25,13 @@ from gateway.timings import Stopwatch
 from opticnerve.clients.generation import Usage
 from opticnerve.errors import AnswerTooLarge, EngineFailure
 from opticnerve.media.plan import Span
+from opticnerve.telemetry import events
 
 if TYPE_CHECKING:
     from gateway.app import Gateway
 
-log = logging.getLogger(__name__)
-
 LAST_WORDS_S = 5.0  # After the deadline, for a client to take what tells it so.
+UNREAD = "left: the client did not read its answer by the deadline"
 PIECE_BYTES = 2**16  # Of an answer, given to the connection at once.
 
 STREAM_HEADERS = {
@@ -48,6 +47,7 @@ async def chat(gateway: Gateway, request: Request, send: Send) -> None:
         deadline = Deadline.after(gateway.config.request_timeout_s)
         async with deadline.timeout():
             parsed, ignored = await read_json(request, ChatRequest, gateway.limits, ticket)
+        events.note(model=parsed.model)
         gateway.names.check(parsed.model)
         state = request.state
         call = Call(parsed, state.request_id, state.caller, deadline, ticket, ticket.bytes)
@@ -59,12 +59,12 @@ async def chat(gateway: Gateway, request: Request, send: Send) -> None:
             answer = reply.answer(call.system_fingerprint)
             if reply.stream:
                 data = _events(reply, answer, first, steps)
-                await _send(request, send, data, {**STREAM_HEADERS, **headers}, deadline)
+                await _send(send, data, {**STREAM_HEADERS, **headers}, deadline)
                 return
             whole = Whole(ticket.hold, gateway.config.max_answer_bytes)
             body = await whole.read(reply, answer, first, steps)
         headers |= {"content-type": "application/json", "content-length": str(len(body))}
-        await _send(request, send, _pieces(body), headers, deadline)
+        await _send(send, _pieces(body), headers, deadline)
 
 
 class Reply:
@@ -154,7 +154,6 @@ async def _pieces(body: bytes) -> AsyncGenerator[bytes, None]:
 
 
 async def _send(
-    request: Request,
     send: Send,
     pieces: AsyncGenerator[bytes, None],
     headers: dict[str, str],
@@ -166,20 +165,19 @@ async def _send(
     try:
         async with asyncio.timeout(deadline.remaining() + LAST_WORDS_S):
             await send({"type": "http.response.start", "status": 200, "headers": raw})
-            await _send_all(request, send, pieces)
+            await _send_all(send, pieces)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
     except TimeoutError:
-        log.warning("the client did not read its answer by the deadline; it is left")
+        events.note(ended=UNREAD)
 
 
-async def _send_all(request: Request, send: Send, events: AsyncGenerator[bytes, None]) -> None:
+async def _send_all(send: Send, pieces: AsyncGenerator[bytes, None]) -> None:
     """A failure from here on is an event, after which the stream ends."""
     try:
-        async for data in events:
+        async for data in pieces:
             await send({"type": "http.response.body", "body": data, "more_body": True})
     except Exception as error:
         shown = typed(error)
-        note(request.scope, shown)
         await send({"type": "http.response.body", "body": sse.failure(shown), "more_body": True})
 
 
@@ -220,6 +218,7 @@ async def apply_template(gateway: Gateway, request: Request, send: Send) -> Resp
         deadline = Deadline.after(gateway.config.request_timeout_s)
         async with deadline.timeout():
             parsed, ignored = await read_json(request, ApplyTemplateRequest, gateway.limits, ticket)
+        events.note(model=parsed.model)
         gateway.names.check(parsed.model)
         prepared = await gateway.pipeline.prepare(parsed, ticket.hold, deadline, Stopwatch())
     prompt = prepared.prompt

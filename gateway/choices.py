@@ -45,15 +45,15 @@ class Choices:
             )
             for _ in range(request.n or 1)
         ]
-        self._ended = [False] * len(self._outputs)
+        self.finish_reasons: list[str | None] = [None] * len(self._outputs)
 
     @property
     def ended(self) -> bool:
         """Whether every choice is at its end; then the generation can be left."""
-        return all(self._ended)
+        return None not in self.finish_reasons
 
     def has_ended(self, choice: int) -> bool:
-        return self._ended[choice]
+        return self.finish_reasons[choice] is not None
 
     @property
     def num_tokens(self) -> int:
@@ -65,7 +65,7 @@ class Choices:
 
         Raises EngineFailure when the worker gave the sequence up.
         """
-        if self._ended[delta.choice]:
+        if self.has_ended(delta.choice):
             return None
         if delta.finish_reason is FinishReason.ABORT:
             raise EngineFailure("the LLM worker gave the answer up; send the request again")
@@ -80,7 +80,7 @@ class Choices:
                 output.skip(delta.token_ids[-1])
             text += output.finish().text
         reason, stop = self._ending(delta, output)
-        self._ended[delta.choice] = reason is not None
+        self.finish_reasons[delta.choice] = reason
         if not text and not logprobs and reason is None:
             return None
         return TextDelta(delta.choice, text, logprobs, reason, stop)

@@ -39,6 +39,7 @@ from opticnerve.pb import encoder_pb2 as pb
 from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import chunks
+from opticnerve.telemetry import events
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +130,10 @@ def _window(max_batch_patches: int, patches_per_s: float) -> int:
 class _Flight:
     """One encode call under way, and how many requests wait for it."""
 
-    task: asyncio.Task[Encoded]
+    request_id: str  # Of the request that began it, by which encoders know it.
+    task: asyncio.Task[Encoded] = field(init=False)
     waiters: int = 0
+    called: list[str] = field(default_factory=list)  # Addresses of encoders.
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,16 +230,17 @@ class Encoders:
                     raise
                 continue  # Only the request that we had joined is out of time.
             finally:
+                _note(flight, request_id)
                 self._leave(item.key, flight)
             return Encoded(done.ref, done.cached, 0 if joined else done.bytes_sent, done.timings)
 
     def _board(self, item: Encodable, deadline: Deadline, request_id: str) -> _Flight:
         flight = self._flights.get(item.key)
         if flight is None:
-            task = asyncio.create_task(self._encode_on_some(item, deadline, request_id))
-            flight = self._flights[item.key] = _Flight(task)
+            flight = self._flights[item.key] = _Flight(request_id)
+            flight.task = asyncio.create_task(self._encode_on_some(item, deadline, flight))
             self._admitted[item.key] = _Claim.of(item)
-            task.add_done_callback(lambda _: self._land(item.key, flight))
+            flight.task.add_done_callback(lambda _: self._land(item.key, flight))
         flight.waiters += 1
         return flight
 
@@ -261,7 +265,7 @@ class Encoders:
     # ---- attempts
 
     async def _encode_on_some(
-        self, item: Encodable, deadline: Deadline, request_id: str
+        self, item: Encodable, deadline: Deadline, flight: _Flight
     ) -> Encoded:
         """Tries workers until one answers; see the module's words on what is tried again."""
         tried: set[str] = set()
@@ -281,8 +285,9 @@ class Encoders:
             ) as worker:
                 if refusal is not None and worker.address in tried:
                     raise refusal
+                flight.called.append(worker.address)
                 try:
-                    encoded = await self._call(worker, item, deadline, request_id)
+                    encoded = await self._call(worker, item, deadline, flight.request_id)
                 except WorkerLost as lost:
                     self.pool.report_down(worker)
                     if lost.delivered:
@@ -352,6 +357,14 @@ class Encoders:
 def _vouched(ref: EmbeddingRef, worker: Worker) -> EmbeddingRef:
     """``ref`` without an address that is not known to be the encoder's: LLM workers believe it."""
     return ref if worker.fault is None else ref.at(replace(ref.location, fetch_address=""))
+
+
+def _note(flight: _Flight, request_id: str) -> None:
+    """Where the item of the request under way was encoded, and under whose id."""
+    for address in flight.called:
+        events.also(encoder=address)
+    if flight.request_id != request_id:
+        events.also(encoded_as=flight.request_id)
 
 
 def _has_fingerprint(item: Encodable) -> Accepts:

@@ -30,6 +30,7 @@ from opticnerve.media.plan import Span
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
+from opticnerve.telemetry import events
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ class Generation:
         """Raises where the generation has taken too many workers with it."""
         if self.complete:
             return
-        log.warning("%s: worker %s was lost", self.spec.request_id, self.worker)
+        events.also(lost=self.worker)
         if deaths > MAX_DEATHS:
             raise Unavailable(
                 "the workers that served this request were lost one after another; "
@@ -206,6 +207,7 @@ class Generation:
     async def _attempt(self, worker: Worker) -> AsyncGenerator[Delta | Finished, None]:
         self.deadline.check()
         self.worker = worker.address
+        events.also(llm=worker.address)
         call = llm_pb2_grpc.LLMStub(worker.channel).Generate(timeout=self.deadline.remaining())
         feeder = _Feeder(call, self.embeddings)
         try:

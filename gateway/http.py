@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -28,16 +27,13 @@ from opticnerve.errors import (
     PayloadTooLarge,
     UnsupportedMediaType,
 )
+from opticnerve.telemetry import events
 from opticnerve.telemetry.logs import printable
-
-log = logging.getLogger(__name__)
 
 OFF_LOOP_BYTES = 2**19  # A larger body, and one of more values, is parsed in a thread.
 OFF_LOOP_VALUES = 2**12
 WARNINGS = "x-opticnerve-warnings"
 MAX_WARNING = 500
-MAX_REASON = 160  # Characters of an error's message in the log.
-MAX_PARAM = 80
 PROGRESS_BYTES = 8 * 2**10  # Of a body or an answer within the stall timeout; or its end.
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 M = TypeVar("M", bound=Strict)
@@ -86,31 +82,21 @@ class ErrorResponse(JSONResponse):
         super().__init__(error.to_openai(), error.http_status, all_headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        note(scope, self.error)
+        events.failed(self.error)
         await super().__call__(scope, receive, send)
 
 
-def note(scope: Scope, error: OpticNerveError) -> None:
-    """Keeps what a client is told for the request's line in the log."""
-    scope["state"]["error"] = error
-
-
-def reason(error: OpticNerveError) -> str:
-    """What a client is told, as the log shows it."""
-    words = printable(error.message, MAX_REASON)
-    param = printable(error.param or "-", MAX_PARAM)
-    return f"code={error.code or error.type} param={param} {words}"
-
-
 def typed(error: Exception) -> OpticNerveError:
-    """``error`` as a client may see it; the unexpected goes to the log with the request's id."""
+    """``error`` as a client may see it; the request's line in the log says what it was."""
     if isinstance(error, OpticNerveError):
+        events.failed(error)
         return error
-    log.error("unexpected error", exc_info=error)
-    return OpticNerveError(
+    shown = OpticNerveError(
         "internal error; the server's log has the details under this request's id",
         code="internal_error",
     )
+    events.failed(shown, cause=error)
+    return shown
 
 
 def read_switch(request: Request, name: str) -> bool:
@@ -159,7 +145,7 @@ def warning_headers(ignored: Ignored, heeded: Collection[str] = ()) -> dict[str,
     if not told:
         return {}
     told = printable(told, MAX_WARNING).rstrip()  # A header that ends in a space is none.
-    log.info("%s", told)
+    events.note(ignored=told)
     return {WARNINGS: told}
 
 

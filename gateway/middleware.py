@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import re
-import time
 import uuid
 from typing import Any
 
@@ -19,29 +18,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import metrics, sse
 from gateway.auth import ANONYMOUS, Keys, needs_key
-from gateway.http import ErrorResponse, note, reason, typed
+from gateway.http import ErrorResponse, typed
 from gateway.protocol import holder_of
 from opticnerve.drain import LAST_WORDS_S, Running
 from opticnerve.errors import OpticNerveError, Unauthenticated
-from opticnerve.telemetry import logs
+from opticnerve.telemetry import events, logs
 
 log = logging.getLogger(__name__)
 
-_UNSAFE = re.compile(r"[^A-Za-z0-9._:@/+=-]")
 _WHOLE_URL = re.compile(r"https?://[^/]+(/.*)?", re.IGNORECASE | re.DOTALL)
 MAX_METHOD = 20  # Characters in the log, as of a path that is no route's.
 MAX_PATH = 100
+CUT = "cut by the client"
 QUIET = frozenset({"/live", "/ready", "/health", "/metrics"})  # Probes: no line for each.
 
 
 def request_id(scope: Scope) -> str:
     """The caller's x-request-id with anything unsafe removed, or one of ours."""
     given = Headers(scope=scope).get("x-request-id", "")
-    return _UNSAFE.sub("", given)[: logs.MAX_ID] or f"req-{uuid.uuid4().hex}"
+    return logs.safe_id(given) or f"req-{uuid.uuid4().hex}"
 
 
 class RequestScope:
-    """Gives a request its id, brings its path to one form, and counts it."""
+    """Gives a request its id and its line in the log, brings its path to one form, counts it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -52,32 +51,26 @@ class RequestScope:
             return
         scope = _without_slash(_without_host(scope))
         identity = scope.setdefault("state", {})["request_id"] = request_id(scope)
-        token = logs.request_id.set(identity)
+        event = events.begin(identity)
         answer = _Answer(send, identity)
-        began = time.monotonic()
         metrics.REQUESTS_IN_FLIGHT.inc()
         try:
             await self.app(scope, receive, answer)
+        except Exception as error:
+            typed(error)  # For the line: whoever called us closes the connection.
+            raise
         finally:
             metrics.REQUESTS_IN_FLIGHT.dec()
             metrics.REQUESTS.labels(_route(scope), str(answer.status or 499)).inc()
-            _log(scope, answer.status, time.monotonic() - began)
-            logs.request_id.reset(token)
-
-
-def _log(scope: Scope, status: int, seconds: float) -> None:
-    """The request's line: what was asked for, how it ended and, of an error, why."""
-    error: OpticNerveError | None = scope["state"].get("error")
-    level = logging.INFO if error is None or error.http_status < 500 else logging.WARNING
-    log.log(
-        logging.DEBUG if scope["path"] in QUIET else level,
-        "%s %s %s in %.0f ms%s",
-        logs.printable(scope["method"], MAX_METHOD),
-        scope["state"].get("route") or logs.printable(scope["path"], MAX_PATH),
-        status or "unanswered",
-        seconds * 1000,
-        f": {reason(error)}" if error else "",
-    )
+            event.write(
+                log,
+                logging.DEBUG if scope["path"] in QUIET else logging.INFO,
+                "request",
+                method=scope["method"][:MAX_METHOD],
+                path=scope["state"].get("route") or scope["path"][:MAX_PATH],
+                status=answer.status or 499,
+                key=str(scope["state"].get("caller", "")),
+            )
 
 
 class _Answer:
@@ -123,7 +116,6 @@ class Errors:
             if not begun:
                 await ErrorResponse(shown)(scope, receive, send)
             elif streaming:
-                note(scope, shown)
                 await _end_stream(send, shown)
             else:
                 raise
@@ -134,9 +126,11 @@ def _is_event_stream(start: Message) -> bool:
 
 
 async def _end_stream(send: Send, error: OpticNerveError) -> None:
-    """For a client that reads; another one's connection is closed."""
-    async with asyncio.timeout(LAST_WORDS_S):
-        await send({"type": "http.response.body", "body": sse.failure(error)})
+    """For a client that reads; another one's connection is closed, as that of any answer that has
+    no end."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LAST_WORDS_S):
+            await send({"type": "http.response.body", "body": sse.failure(error)})
 
 
 def _without_host(scope: Scope) -> Scope:
@@ -217,7 +211,7 @@ class Disconnect:
             if work.done() or client.answered:
                 await work
             else:
-                log.info("the client went away")
+                events.note(ended=CUT)
         finally:
             await _end(watch)
             await _end(work)

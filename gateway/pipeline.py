@@ -34,6 +34,7 @@ from gateway.timings import Stopwatch
 from opticnerve.clients.generation import Finished, Sampling, Usage
 from opticnerve.media.keys import tenant_salt
 from opticnerve.media.plan import Plan
+from opticnerve.telemetry import events
 
 OFF_LOOP_CHARACTERS = 8_000  # Longer chats are rendered and tokenized in a thread.
 OFF_LOOP_SAMPLING = 2_000  # Likewise what a request says of sampling: characters and entries.
@@ -112,6 +113,9 @@ class Pipeline:
         priority = call.caller.priority(call.request.priority)
         check_choices(call.request, self.max_n)
         prepared = await self.prepare(call.request, call.ticket.hold, call.deadline, call.watch)
+        events.note(
+            prompt_tokens=len(prepared.prompt.token_ids), images=len(prepared.items) or None
+        )
         call.request = _without_messages(call.request)
         call.ticket.drop(call.body_bytes)
         with call.watch.stage("pair"):
@@ -142,21 +146,36 @@ class Pipeline:
             if embeddings.encoding:
                 call.ticket.enter_with_pictures()
             generation = Generation(spec, self.llms, embeddings, call.deadline, self.worker_wait_s)
-            async with contextlib.aclosing(self._write(call, generation)) as steps:
+            async with contextlib.aclosing(self._told(call, generation, embeddings)) as steps:
                 async for step in steps:
                     if isinstance(step, TextDelta):
                         yield step
                         continue
                     yield Ended(step.usage, _timings(call, step, embeddings, keys))
 
+    async def _told(
+        self, call: Call, generation: Generation, embeddings: RequestEmbeddings
+    ) -> AsyncGenerator[TextDelta | Finished, None]:
+        """What ``_write`` yields; however it ends, the request's line in the log says how far."""
+        choices = Choices(call.request, self.vocabulary)
+        try:
+            async with contextlib.aclosing(self._write(call, generation, choices)) as steps:
+                async for step in steps:
+                    yield step
+        finally:
+            events.note(
+                completion_tokens=choices.num_tokens,
+                finish=[reason for reason in choices.finish_reasons if reason],
+                **call.watch.told(embeddings.outcomes().values()),
+            )
+
     async def _write(
-        self, call: Call, generation: Generation
+        self, call: Call, generation: Generation, choices: Choices
     ) -> AsyncGenerator[TextDelta | Finished, None]:
         """Text deltas, then Finished; a generation whose choices have all ended is left."""
-        choices = Choices(call.request, self.vocabulary)
         finished: Finished | None = None
-        async with contextlib.aclosing(generation.events()) as events:
-            async for event in events:
+        async with contextlib.aclosing(generation.events()) as deltas:
+            async for event in deltas:
                 if isinstance(event, Finished):
                     finished = event
                     break

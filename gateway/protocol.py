@@ -13,9 +13,10 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gateway import metrics
-from gateway.http import JSONResponse, reason
+from gateway.http import JSONResponse
 from gateway.parser import StrictParser
 from opticnerve.errors import InvalidRequest
+from opticnerve.telemetry import events
 
 if TYPE_CHECKING:
     from gateway.connections import Connections
@@ -132,7 +133,9 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """For what is no HTTP, and the connection's end. ``msg`` is uvicorn's, without a reason."""
         error = InvalidRequest(f"this is no HTTP/1.1 request: {self.conn.fault}", code="not_http")
-        log.info("400: %s", reason(error))
+        event = events.Event()
+        event.error = error
+        event.write(log, logging.INFO, "request", status=400)
         metrics.REQUESTS.labels("other", "400").inc()
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             answer = JSONResponse(error.to_openai(), 400, {"connection": "close"})

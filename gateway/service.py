@@ -31,7 +31,7 @@ from gateway.pools import Changes, WorkerPool
 from gateway.references import References
 from gateway.sampling import load_defaults
 from opticnerve import addresses, flags
-from opticnerve.config import GatewayConfig
+from opticnerve.config import GatewayConfig, begin_logs
 from opticnerve.drain import LAST_WORDS_S
 from opticnerve.errors import CheckpointError, ConfigError
 from opticnerve.lifecycle import follow_parent, ignore_hangup, on_hangup
@@ -39,7 +39,6 @@ from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import make_layout
 from opticnerve.rpc.server import handle_signals
 from opticnerve.rpc.token import load_token
-from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +50,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a gateway until it is stopped; its exit status. Raises StartupError."""
     ignore_hangup()
     settings = flags.read("gateway", DESCRIPTION, GatewayConfig, argv)
-    logs.configure(settings.telemetry.log_level)
+    begin_logs(settings.telemetry)
     check_workers(settings)
     workers = len(settings.encoder_addresses) + len(settings.llm_addresses)
     allow_files(settings.max_connections, workers)
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # Its warnings are clients' faults.
+    quiet_uvicorn()
     use_one_arena()
     follow_parent(settings.parent_pid)
     asyncio.run(serve(settings))
     return 0
+
+
+def quiet_uvicorn() -> None:
+    """Its warnings are clients' faults, and of requests their own line in the log tells."""
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    logging.getLogger("uvicorn.error").addFilter(
+        lambda record: not str(record.msg).startswith(("Exception in ASGI", "ASGI callable"))
+    )
 
 
 def check_workers(settings: GatewayConfig) -> None:

@@ -154,17 +154,22 @@ class ChatTemplate:
         except InvalidRequest:
             raise
         except Exception as error:  # A template can raise whatever Python can.
-            raise InvalidRequest(self._explain(error), param="messages") from error
+            raise self._refusal(error) from error
         return "".join(pieces)
 
-    def _explain(self, error: Exception) -> str:
+    def _refusal(self, error: Exception) -> InvalidRequest:
         if isinstance(error, jinja2.TemplateError):
             said = self._aliases.redact(error.message or type(error).__name__)[:MAX_MESSAGE]
-            return f"the model's chat template refuses these messages: {said}"
-        return (
+            refuses = "the model's chat template refuses these messages"
+            # A template may quote a message in its own.
+            return InvalidRequest(
+                f"{refuses}: {said}", param="messages", code="template_refusal", logged=refuses
+            )
+        return InvalidRequest(
             "the model's chat template cannot render these messages "
             f"({type(error).__name__}); check roles, their order, each message's fields, and "
-            "chat_template_kwargs"
+            "chat_template_kwargs",
+            param="messages",
         )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gateway import metrics
 from gateway.encoders import Encoded
+
+LOGGED = ("ttft", "fetch", "queue", "encoder_queue", "preprocess", "encode", "prefill", "decode")
 
 
 class Stopwatch:
@@ -44,13 +46,7 @@ class Stopwatch:
     def report(self, items: Sequence[Encoded | None], bytes_sent: int) -> dict[str, Any]:
         """What a client that asks for timings gets. ``items``: in the order of the request."""
         now = time.monotonic()
-        encoding: dict[str, float] = {}
-        for item in items:
-            for name, value in (item.timings if item else {}).items():
-                encoding[f"encoder_{name}" if name == "queue" else name] = max(
-                    value, encoding.get(name, 0.0)
-                )
-        stages = {**self.stages, **encoding}
+        stages = self._with_encoding(item for item in items if item)
         shown: dict[str, Any] = {f"{name}_ms": round(ms, 3) for name, ms in stages.items()}
         if self.first_token is not None:
             shown["ttft_ms"] = round((self.first_token - self.began) * 1000, 3)
@@ -58,6 +54,22 @@ class Stopwatch:
         shown["items"] = [_item(item) for item in items]
         shown["bytes_to_encoders"] = bytes_sent
         return shown
+
+    def told(self, items: Iterable[Encoded]) -> dict[str, float]:
+        """What the request's line in the log says, of what is known so far."""
+        stages = self._with_encoding(items)
+        if self.first_token is not None:
+            stages["ttft"] = (self.first_token - self.began) * 1000
+        return {f"{name}_ms": stages[name] for name in LOGGED if name in stages}
+
+    def _with_encoding(self, items: Iterable[Encoded]) -> dict[str, float]:
+        """All stages; of several pictures' the longest."""
+        encoding: dict[str, float] = {}
+        for item in items:
+            for stage, value in item.timings.items():
+                name = f"encoder_{stage}" if stage == "queue" else stage
+                encoding[name] = max(value, encoding.get(name, 0.0))
+        return {**self.stages, **encoding}
 
     def observe(self) -> None:
         """Hands the gateway's own stages to the metrics, once, at the end."""

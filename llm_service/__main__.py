@@ -11,10 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from opticnerve import cli, flags
-from opticnerve.config import LLMConfig
+from opticnerve.config import LLMConfig, begin_logs
 from opticnerve.lifecycle import follow_parent, ignore_hangup
 from opticnerve.models.checkpoint import Checkpoint
-from opticnerve.telemetry import logs
 
 DESCRIPTION = "An LLM decoder: token ids and embeddings in, token ids out."
 
@@ -23,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs an LLM worker until it is stopped; its exit status. Raises StartupError."""
     ignore_hangup()
     settings = flags.read("llm", DESCRIPTION, LLMConfig, argv)
-    logs.configure(settings.telemetry.log_level)
+    begin_logs(settings.telemetry)
     follow_parent(settings.rpc.parent_pid)
     source = settings.model
     Checkpoint.open(source.model, source.revision, source.download_dir, side="llm").check()

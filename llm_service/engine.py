@@ -49,7 +49,6 @@ from opticnerve.errors import (
     OpticNerveError,
     Overloaded,
 )
-from opticnerve.telemetry.logs import printable
 
 log = logging.getLogger(__name__)
 
@@ -241,9 +240,7 @@ class Engine:
             self._ask_for_rows()
             return
         failure = _typed(error)
-        if failure.http_status < 500:  # What it asks for cannot be: not an error of ours.
-            log.info("request %s is refused: %s", seq.request_id, printable(failure.message, 160))
-        else:
+        if failure.http_status >= 500:  # Else what it asks for cannot be: no error of ours.
             log.error("request %s failed in a step", seq.request_id, exc_info=error)
         if isinstance(failure, EngineFailure):
             self.blocks.distrust(seq)

@@ -35,6 +35,7 @@ from opticnerve.errors import (
 from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
 from opticnerve.rpc.channel import open_channel
 from opticnerve.rpc.errors import from_rpc
+from opticnerve.telemetry import events
 
 FETCH_TIMEOUT_S = 30.0
 THREADS = 4
@@ -193,8 +194,9 @@ class Fetcher:
                     raise EmbeddingCorrupt("an encoder sent more than the reference describes")
         except grpc.RpcError as error:
             told = from_rpc(error)
-            level = logging.WARNING if isinstance(told, Unauthenticated) else logging.INFO
-            log.log(level, "Fetch from %s: %s", address, told.message)
+            events.also(fetch_failed=f"{address} {told.code or told.type}")
+            if isinstance(told, Unauthenticated):
+                log.warning("Fetch from %s: %s", address, told.message)
             return None
         finally:
             call.cancel()

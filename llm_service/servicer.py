@@ -34,9 +34,10 @@ from opticnerve.errors import DeadlineExceeded, InvalidRequest, OpticNerveError,
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
+from opticnerve.rpc.calls import FINISHED
 from opticnerve.rpc.errors import unary
 from opticnerve.rpc.server import Server
-from opticnerve.telemetry.logs import request_id
+from opticnerve.telemetry import events
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -106,7 +107,8 @@ class LLMServicer(llm_pb2_grpc.LLMServicer):
             raise InvalidRequest("the first message of Generate is Start", param="start")
         if self._server.draining or not loaded.engine.alive:
             raise Unavailable("the LLM worker is stopping; use another", retry_after_s=1.0)
-        request_id.set(first.start.request_id or "-")
+        events.identify(first.start.request_id)
+        events.note(prompt_tokens=len(first.start.token_ids), items=len(first.start.items) or None)
         own = await loaded.fetcher.names(wire.own_items(first.start))
         accepted = wire.read_start(first.start, loaded.bounds, own)
         await Call(loaded, accepted, context).run(request_iterator)
@@ -162,6 +164,7 @@ class Call:
         self._keys = {name: key for key, name in accepted.own.items()}
         self._started = time.perf_counter()
         self._broken: Exception | None = None  # What is wrong with a later message.
+        self._tokens = 0  # Written so far, of all choices.
         self._stream: EventStream
         self._waits = Waits(
             accepted.request.request_id,
@@ -182,22 +185,24 @@ class Call:
         self._stream = self._loaded.engine.submit(self._request)
         reader = asyncio.create_task(self._read(messages))
         try:
-            while events := await self._stream.read():
+            while batch := await self._stream.read():
                 if self._broken is not None:
                     raise self._broken
-                for message in self._messages(events):
+                for message in self._messages(batch):
                     await self._context.write(message)
         finally:
+            events.note(completion_tokens=self._tokens)
             reader.cancel()
             self._waits.close()
             await asyncio.shield(asyncio.create_task(release(self._loaded.engine, self._stream)))
 
-    def _messages(self, events: Iterable[Event]) -> list[pb.GenerateOut]:
-        """What to write for events; raises the error of a request that failed."""
+    def _messages(self, batch: Iterable[Event]) -> list[pb.GenerateOut]:
+        """What to write for events of the engine; raises the error of a request that failed."""
         out = [pb.GenerateOut()]
-        for event in events:
+        for event in batch:
             match event:
                 case TokensEvent():
+                    self._note(event)
                     for delta in wire.deltas(event):
                         if out[-1].ByteSize() >= wire.PIECE_BYTES:
                             out.append(pb.GenerateOut())
@@ -215,6 +220,10 @@ class Call:
                 case NeedRowsEvent():
                     self._waits.wanted(event.keys, event.preempted)
                 case PrefilledEvent():
+                    events.note(
+                        cached_tokens=event.cached_tokens,
+                        ttft_ms=(time.perf_counter() - self._started) * 1e3,
+                    )
                     out[-1].prefilled.CopyFrom(pb.Prefilled(cached_tokens=event.cached_tokens))
                 case PromptLogprobsEvent():
                     positions = pb.PromptLogprobs(positions=map(wire.position, event.positions))
@@ -234,7 +243,22 @@ class Call:
             self._loaded.notes.seconds(key, self._started) for key in self._request.items
         )
         observe(event, get_s)
+        timings = event.timings
+        events.note(
+            ended=FINISHED,
+            queue_ms=timings.queue_ms,
+            embedding_wait_ms=timings.embedding_wait_ms or None,
+            get_ms=get_s * 1e3 if event.embedding_tokens else None,
+            prefill_ms=timings.prefill_ms,
+            decode_ms=timings.decode_ms,
+            preemptions=timings.preemptions or None,
+        )
         return wire.done(event, get_s)
+
+    def _note(self, event: TokensEvent) -> None:
+        self._tokens += len(event.token_ids)
+        if event.finish is not None:
+            events.also(finish=event.finish.value)
 
     async def _read(self, messages: AsyncIterator[pb.GenerateIn]) -> None:
         """Takes what the caller sends after Start."""

@@ -27,6 +27,7 @@ from opticnerve.pb import embedding_pb2
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.rpc import convert
 from opticnerve.rpc.errors import CLASS_BY_STATUS, STATUS_BY_NUMBER, from_detail
+from opticnerve.telemetry.logs import safe_id
 
 MAX_MESSAGE_BYTES = 7 * 2**20  # Of PromptLogprobs, which travel in one piece.
 PIECE_BYTES = 2**20  # Of deltas in one message: those of a slow reader pile up.
@@ -85,7 +86,7 @@ def read_start(start: pb.Start, bounds: Bounds, own: Mapping[str, str] = NO_NAME
         raise UnsupportedFeature("audio is not served; send pictures", param="spans")
     request = GenerateRequest(
         # Unique: a caller may try again before the first try has left the engine.
-        request_id=f"{start.request_id}/{next(_numbers)}",
+        request_id=f"{safe_id(start.request_id)}/{next(_numbers)}",
         token_ids=tuple(start.token_ids),
         spans=spans,
         items=tuple(own.get(check_key(item.key), item.key) for item in start.items),

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from opticnerve import __version__
 from opticnerve.errors import StartupError
+from opticnerve.telemetry import logs
 
 COMMANDS = {
     "up": ("deploy.up", "encoders, LLM workers and a gateway on this machine"),
@@ -98,7 +99,7 @@ def run(module: str, argv: Sequence[str]) -> int:
     try:
         return int(importlib.import_module(module).main(argv) or 0)
     except StartupError as error:
-        print(PREFIX + error.message, file=sys.stderr)
+        logs.say(PREFIX + error.message)
         return 2
     except KeyboardInterrupt:
         return 130

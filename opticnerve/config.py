@@ -20,6 +20,7 @@ from opticnerve import addresses
 from opticnerve.errors import ConfigError
 from opticnerve.media.plan import parse_background
 from opticnerve.options import PREFIX, is_service_link, option, options
+from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +190,9 @@ class StoreConfig:
 class TelemetryConfig:
     log_level: str = _telemetry(
         "info", "the least that is logged", choices=("debug", "info", "warning", "error")
+    )
+    log_format: str = _telemetry(
+        "text", "lines for people, or one JSON object a line", choices=("text", "json")
     )
     metrics_port: int = _telemetry(
         -1,
@@ -503,18 +507,25 @@ class UpConfig:
 
 
 def check_environment(environment: Mapping[str, str] | None = None) -> None:
-    """Raises ConfigError for an ``OPTICNERVE_`` variable that no service knows. Kubernetes' service
-    links are told of in one line instead."""
+    """Raises ConfigError for an ``OPTICNERVE_`` variable that no service knows and that is no
+    service link of Kubernetes."""
     environment = os.environ if environment is None else environment
     known = set(KNOWN_VARIABLES)
     for cls in (EncoderConfig, LLMConfig, GatewayConfig, UpConfig):
         known.update(item.variable for item in options(cls))
-    links = sorted(name for name, value in environment.items() if is_service_link(name, value))
     for name in sorted(environment):
-        if name.startswith(PREFIX) and name not in known and name not in links:
+        link = is_service_link(name, environment[name])
+        if name.startswith(PREFIX) and name not in known and not link:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"unknown environment variable {name}{hint}", param=name)
+
+
+def begin_logs(settings: TelemetryConfig, environment: Mapping[str, str] | None = None) -> None:
+    """Sets the process's logs up; their first line names the service links that are ignored."""
+    logs.configure(settings.log_level, settings.log_format)
+    environment = os.environ if environment is None else environment
+    links = sorted(name for name, value in environment.items() if is_service_link(name, value))
     if links:
         log.warning(
             "ignoring Kubernetes' service links (%s); `enableServiceLinks: false` in the pod's "

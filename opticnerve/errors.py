@@ -47,7 +47,10 @@ from typing import Any, ClassVar
 
 
 class OpticNerveError(Exception):
-    """Base of all. ``message`` says what happened and what to do, and is safe to show a client."""
+    """Base of all. ``message`` says what happened and what to do, and is safe to show a client.
+
+    ``logged`` stands for it in logs, where it repeats text of the request.
+    """
 
     http_status: ClassVar[int] = 500
     grpc_status: ClassVar[int] = 13
@@ -61,9 +64,11 @@ class OpticNerveError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: float | None = None,
+        logged: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
+        self.logged = message if logged is None else logged
         self.param = param
         self.code = code if code is not None else self.default_code
         self.retry_after_s = retry_after_s

@@ -51,10 +51,13 @@ STOP_S = 40.0
 class Stack:
     """A running stack. ``url`` is the gateway's address, ``http://127.0.0.1:<port>``."""
 
-    def __init__(self, url: str, model: str, process: subprocess.Popen[str]) -> None:
+    def __init__(
+        self, url: str, model: str, process: subprocess.Popen[str], log: IO[str] | None = None
+    ) -> None:
         self.url = url
         self.model = model
         self.process = process
+        self._log = log
         self._http = httpx2.Client(base_url=url, timeout=600.0, trust_env=False)
 
     @property
@@ -97,6 +100,13 @@ class Stack:
         if answer.status_code != 200:
             raise error_of(answer)
         return str(answer.json()["choices"][0]["message"]["content"])
+
+    def log(self) -> str:
+        """What the stack's processes have logged so far."""
+        if self._log is None:
+            return ""
+        number = self._log.fileno()  # Its position is that of those who write.
+        return os.pread(number, os.fstat(number).st_size, 0).decode("utf-8", "replace")
 
     def close(self) -> None:
         self._http.close()
@@ -183,7 +193,7 @@ def serve(model: str | Path | None = None, **flags: Any) -> Iterator[Stack]:
             env=environment,
         )
         try:
-            stack = Stack(_wait_ready(process, log), "model", process)
+            stack = Stack(_wait_ready(process, log), "model", process, log)
             try:
                 yield stack
             finally:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import logging
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,19 @@ from hypothesis import HealthCheck, settings
 # A machine that is busy with other work is not a slow test.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command's main that runs in a test sets the whole process's logging up."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    for where in (sys, threading):
+        monkeypatch.setattr(where, "excepthook", where.excepthook)
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="session")

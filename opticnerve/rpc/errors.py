@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -17,11 +16,11 @@ import grpc
 from opticnerve import errors
 from opticnerve.errors import OpticNerveError
 from opticnerve.pb import embedding_pb2
+from opticnerve.telemetry.events import failed
 
 METADATA_KEY = "opticnerve-error-bin"
+PASSED = (asyncio.CancelledError, grpc.aio.AbortError, grpc.aio.InternalError)  # The call's end.
 MAX_MESSAGE = 1000  # Characters: metadata that are too large end a call without any status.
-
-log = logging.getLogger(__name__)
 
 STATUS_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -77,9 +76,10 @@ def from_rpc(error: grpc.RpcError) -> OpticNerveError:
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
     """Ends a call with ``error``; what is no OpticNerveError is logged and shown as internal."""
+    cause = None if isinstance(error, OpticNerveError) else error
     if not isinstance(error, OpticNerveError):
-        log.exception("unexpected error in a call", exc_info=error)
         error = OpticNerveError("internal error; the service's log has the details")
+    failed(error, cause)
     metadata = ((METADATA_KEY, to_detail(error).SerializeToString()),)
     status = STATUS_BY_NUMBER[error.grpc_status]
     await context.abort(status, error.message[:MAX_MESSAGE], metadata)
@@ -96,7 +96,7 @@ def unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]
     async def call(self: Any, request: Any, context: Any) -> Any:
         try:
             return await method(self, request, context)
-        except (asyncio.CancelledError, grpc.aio.AbortError):
+        except PASSED:
             raise
         except Exception as error:
             return await abort(context, error)
@@ -112,7 +112,7 @@ def streaming(method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncI
         try:
             async for message in method(self, request, context):
                 yield message
-        except (asyncio.CancelledError, grpc.aio.AbortError):
+        except PASSED:
             raise
         except Exception as error:
             await abort(context, error)

@@ -31,6 +31,7 @@ from opticnerve import addresses
 from opticnerve.config import RpcConfig
 from opticnerve.drain import LAST_WORDS_S, Running
 from opticnerve.errors import ConfigError
+from opticnerve.rpc.calls import Calls
 from opticnerve.rpc.token import TokenGuard, load_token
 
 log = logging.getLogger(__name__)
@@ -66,8 +67,9 @@ class Server:
         self.config = config
         self.service = service
         token = load_token(config.rpc_token_file)
-        guards = () if token is None else (TokenGuard(token),)
-        self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=guards)
+        guards = () if token is None else (TokenGuard(token),)  # First: strangers leave no line.
+        self._calls = Calls()
+        self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[*guards, self._calls])
         self.instance_id = secrets.token_hex(16)  # By which others tell this process from another.
         self.port = 0
         self.draining = False
@@ -109,6 +111,7 @@ class Server:
             self.port = self.grpc.add_insecure_port(where)
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {where}: see --host, --port") from error
+        self._calls.worker = self.address
         await self.grpc.start()
         self._starting = asyncio.current_task()
         self._signals.enter_context(handle_signals(self._on_signal, self._on_second))

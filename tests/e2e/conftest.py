@@ -12,7 +12,7 @@ from opticnerve.demo.chats import PICTURES
 
 @pytest.fixture(scope="session")
 def stack():
-    with opticnerve.serve(dtype="float32") as running:
+    with opticnerve.serve(dtype="float32", log_format="json") as running:
         yield running
 
 

@@ -53,8 +53,9 @@ def test_constraints_that_cannot_be_met_are_no_error_of_ours(
     with caplog.at_level(logging.INFO):
         asyncio.run(scenario())
     assert [record for record in caplog.records if record.levelno > logging.INFO] == []
-    (told,) = [record for record in caplog.records if record.name == "llm_service.engine"]
-    assert "no token to choose" in told.getMessage() and told.exc_info is None
+    (told,) = [record for record in caplog.records if record.name == "opticnerve.rpc.calls"]
+    assert "no token to choose" in told.fields["reason"] and told.exc_info is None
+    assert told.fields["code"] == "invalid_request_error"
 
 
 def test_a_caller_that_leaves_early_knows_what_was_cached(demo: Demo, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import grpc
 import pytest
@@ -14,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from opticnerve.config import RpcConfig
 from opticnerve.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
-from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
+from opticnerve.pb import encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
 from opticnerve.rpc import errors as rpc_errors
 from opticnerve.rpc import server as rpc_server
 from opticnerve.rpc.channel import CHANNEL_OPTIONS, chunks, is_serving, open_channel
@@ -299,6 +301,85 @@ def test_a_start_that_fails_while_health_is_asked_leaves_no_traceback(caplog):
     asyncio.run(failed_starts())
     told = [record for record in caplog.records if record.name.startswith("grpc")]
     assert [record for record in told if record.levelname == "ERROR"] == []
+
+
+class Reader(llm_pb2_grpc.LLMServicer):
+    @rpc_errors.unary
+    async def Generate(self, request_iterator, context):
+        async for _ in request_iterator:
+            pass
+
+
+class Writer(llm_pb2_grpc.LLMServicer):
+    """Holds the event loop up until its caller has left, and writes then."""
+
+    def __init__(self):
+        self.entered, self.left = threading.Event(), threading.Event()
+
+    @rpc_errors.unary
+    async def Generate(self, request_iterator, context):
+        self.entered.set()
+        assert self.left.wait(60)
+        while True:
+            await context.write(llm_pb2.GenerateOut())
+
+
+def the_only_line(caplog):
+    """The fields of a call's line, where nobody else has said anything."""
+    # asyncio may tell of the loop of an earlier test, which gRPC's poller still knows.
+    (record,) = [record for record in caplog.records if record.name != "asyncio"]
+    assert record.name == "opticnerve.rpc.calls" and record.exc_info is None
+    return record.fields
+
+
+def test_a_call_that_its_caller_cuts_while_it_is_written_to_is_one_line(caplog):
+    """What is written fails before the handler is told that it is cancelled."""
+    caplog.set_level(logging.INFO)
+    servicer = Writer()
+
+    def call_and_leave(address):
+        with grpc.insecure_channel(address) as channel:
+            call = llm_pb2_grpc.LLMStub(channel).Generate(iter([llm_pb2.GenerateIn()]))
+            assert servicer.entered.wait(60)
+            call.cancel()
+        servicer.left.set()
+
+    async def scenario():
+        async with Server(RpcConfig(), SERVICE) as server:
+            llm_pb2_grpc.add_LLMServicer_to_server(servicer, server.grpc)
+            await server.start()
+            await asyncio.to_thread(call_and_leave, server.address)
+            while not any(record.name.startswith("opticnerve") for record in caplog.records):
+                await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())
+    told = the_only_line(caplog)
+    assert told["status"] == "CANCELLED" and told["ended"] == "cut by its caller"
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["opticnerve.v1.Encoder/Describe", "opticnerve.v1.LLM/Generate", "grpc.health.v1.Health/Check"],
+)
+def test_a_message_that_does_not_parse_is_one_line_and_an_invalid_request(method, caplog):
+    caplog.set_level(logging.INFO)
+
+    async def scenario():
+        async with Server(RpcConfig(), SERVICE) as server:
+            encoder_pb2_grpc.add_EncoderServicer_to_server(Slow(), server.grpc)
+            llm_pb2_grpc.add_LLMServicer_to_server(Reader(), server.grpc)
+            await server.start()
+            async with open_channel(server.address) as channel:
+                call = channel.stream_stream(f"/{method}")(iter([b"\xff\xff\xff"]))
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await call.read()
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert isinstance(rpc_errors.from_rpc(refused.value), InvalidRequest)
+
+    asyncio.run(scenario())
+    told = the_only_line(caplog)
+    assert told["status"] == "INVALID_ARGUMENT" and told["method"] == method.partition("/")[2]
+    assert "not what this method takes" in told["reason"]
 
 
 async def started(**config):

@@ -13,6 +13,7 @@ from opticnerve.addresses import LOOPBACK, Hosts
 from opticnerve.errors import ConfigError
 from opticnerve.media.plan import parse_background
 from opticnerve.options import build, options, public_view, show_size
+from opticnerve.telemetry import logs
 
 SERVICES = [config.EncoderConfig, config.LLMConfig, config.GatewayConfig, config.UpConfig]
 
@@ -119,8 +120,10 @@ SERVICE_LINKS = {
 
 
 @pytest.mark.parametrize("cls", SERVICES)
-def test_service_links_of_kubernetes_are_ignored_with_one_line(cls, caplog):
+def test_service_links_of_kubernetes_are_ignored_with_one_line(cls, caplog, monkeypatch):
     config.check_environment(SERVICE_LINKS)
+    monkeypatch.setattr(logs, "configure", lambda level, form: None)
+    config.begin_logs(config.TelemetryConfig(), SERVICE_LINKS)
     (line,) = caplog.messages
     assert all(name in line for name in SERVICE_LINKS)
     assert parse(cls, environment=SERVICE_LINKS) == cls()

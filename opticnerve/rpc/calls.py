@@ -1,0 +1,147 @@
+"""What surrounds every call of an internal service: its line in the log, and what is no message.
+
+Bytes that do not parse are an InvalidRequest like any other, where gRPC's answer is UNKNOWN and a
+traceback in the log; and what cannot be sent, since the caller has left, is a cancelled call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from opticnerve.errors import InvalidRequest
+from opticnerve.rpc.errors import STATUS_BY_NUMBER, abort
+from opticnerve.telemetry import events
+
+log = logging.getLogger(__name__)
+
+# Asked again and again, or part of another request: no line for each that goes well.
+QUIET = frozenset({"Check", "List", "Watch", "Describe", "Fetch", "ServerReflectionInfo"})
+CUT = "cut by its caller"
+FINISHED = "finished"  # What a service notes as ``ended`` where callers may be quicker to leave.
+
+UNPARSABLE = object()  # Stands for a message that does not parse.
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Behavior = Callable[[Any, Context], Any]
+
+_HANDLERS: dict[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
+    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
+    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+}
+
+
+class Calls(grpc.aio.ServerInterceptor):
+    """``worker``: the address that others know this service by."""
+
+    def __init__(self) -> None:
+        self.worker = ""
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: Any
+    ) -> Any:
+        handler = await continuation(details)
+        if handler is None:  # No method of that name: UNIMPLEMENTED.
+            return None
+        name, make = _HANDLERS[handler.request_streaming, handler.response_streaming]
+        return make(
+            self._surrounded(getattr(handler, name), str(details.method).rpartition("/")[2]),
+            _lenient(handler.request_deserializer),
+            handler.response_serializer,
+        )
+
+    def _surrounded(self, behavior: Behavior, method: str) -> Behavior:
+        run = _written if inspect.isasyncgenfunction(behavior) else _awaited
+
+        async def call(request: Any, context: Context) -> Any:
+            with self._line(method, context):
+                try:
+                    return await run(behavior, _parsed(request), context)
+                except InvalidRequest as error:
+                    return await abort(context, error)
+                except grpc.aio.InternalError as error:  # It cannot be sent: nobody is there.
+                    raise asyncio.CancelledError from error
+
+        return call
+
+    @contextlib.contextmanager
+    def _line(self, method: str, context: Context) -> Iterator[None]:
+        event = events.begin()
+        left = False
+        try:
+            yield
+        except asyncio.CancelledError:
+            left = event.fields.setdefault("ended", CUT) == CUT
+            raise
+        finally:
+            quiet = method in QUIET and not isinstance(event.error, InvalidRequest)
+            event.write(
+                log,
+                logging.DEBUG if quiet else logging.INFO,
+                "call",
+                method=method,
+                status="CANCELLED" if left else _status(event),
+                worker=self.worker,
+                caller=context.peer(),
+            )
+
+
+async def _awaited(behavior: Behavior, request: Any, context: Context) -> Any:
+    return await behavior(request, context)
+
+
+async def _written(behavior: Behavior, request: Any, context: Context) -> None:
+    async with contextlib.aclosing(behavior(request, context)) as messages:
+        async for message in messages:
+            await context.write(message)
+
+
+def _status(event: events.Event) -> str:
+    return "OK" if event.error is None else STATUS_BY_NUMBER[event.error.grpc_status].name
+
+
+def _lenient(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if deserialize is None:
+        return None
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return UNPARSABLE
+
+    return read
+
+
+def _parsed(request: Any) -> Any:
+    """The caller's message, or its messages. Raises InvalidRequest where one is none."""
+    if request is UNPARSABLE:
+        raise InvalidRequest(
+            "the message is not what this method takes; caller and service must be of one release"
+        )
+    return _Messages(request) if hasattr(request, "__aiter__") else request
+
+
+class _Messages:
+    """A caller's messages, as gRPC brings them: a wait for the next one may be cancelled."""
+
+    def __init__(self, messages: AsyncIterable[Any]) -> None:
+        self._messages = messages
+        self._iterator: AsyncIterator[Any] | None = None  # None until it is wanted: gRPC minds.
+
+    def __aiter__(self) -> _Messages:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._iterator is None:
+            self._iterator = aiter(self._messages)
+        return _parsed(await anext(self._iterator))
