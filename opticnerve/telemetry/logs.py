@@ -124,7 +124,8 @@ def configure(level: str, form: str = "text") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for noisy in ("httpx", "httpcore", "grpc", "urllib3", "filelock"):
+    # Those of HTTP tell whole URLs, which may hold keys.
+    for noisy in ("httpx", "httpx2", "httpcore", "httpcore2", "grpc", "urllib3", "filelock"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
     logging.captureWarnings(True)
     if form == "json":

@@ -97,6 +97,14 @@ def test_what_repeats_a_request_is_not_logged(caplog):
     assert caplog.records[0].fields["reason"] == "busy"
 
 
+def test_urls_that_are_fetched_are_not_logged(capsys):
+    """Their queries may hold keys."""
+    logs.configure("info")
+    for name in ("httpx2", "httpcore2.http11", "x"):
+        logging.getLogger(name).info("GET https://pictures.example/?signature=secret")
+    assert capsys.readouterr().err.count("secret") == 1
+
+
 ENDS = """
 import sys, threading, warnings
 from opticnerve import cli
