@@ -297,8 +297,8 @@ def _of_message(message: Message) -> int:
     if isinstance(content, str):
         total += len(content)
     for part in content if isinstance(content, list) else ():
-        text = getattr(part, "text", "") or getattr(part, "refusal", "")
-        total += PIECE_CHARACTERS + len(text)
+        said = vars(part)  # A part that is a picture has neither.
+        total += PIECE_CHARACTERS + len(said.get("text") or said.get("refusal") or "")
     for call in message.tool_calls or ():
         arguments = call.function.arguments
         total += OFF_LOOP_CHARACTERS  # Its arguments are parsed, and may be objects of any depth.
