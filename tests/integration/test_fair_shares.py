@@ -7,8 +7,10 @@ who got them.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 from llm_service.sequence import GenerateRequest, SamplingParams, TokensEvent
 from tests.local_engine import LocalEngine
@@ -17,6 +19,14 @@ from tests.runners import load_demo, tokens
 CHOICES = 32
 PLACES = 4
 FIRST = 3  # Steps to the first token of a prompt that fits one.
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def ask(name: str, length: int, max_tokens: int, n: int = 1, **fields: object) -> GenerateRequest:

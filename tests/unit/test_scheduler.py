@@ -339,3 +339,32 @@ def test_the_first_always_gets_on_and_nobody_waits_for_ever(
         pass
     assert all(seq.status is Status.FINISHED for seq in sequences)
     assert desk.blocks.num_free == desk.config.num_blocks
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_whatever_one_sharer_has_asked_for_another_has_a_token_within_a_few_steps(
+    seed: int,
+) -> None:
+    chance = Random(seed)
+    desk = Desk(
+        num_blocks=chance.choice((16, 24, 48)),
+        max_num_seqs=chance.randint(2, 6),
+        max_num_batched_tokens=chance.choice((48, 64, 100)),
+    )
+    for _ in range(chance.randint(1, 30)):
+        desk.add(chance.randint(1, 90), max_tokens=chance.randint(1, 90), share="mallory")
+        for _ in range(chance.choice((0, 0, 1, 5, 20))):
+            desk.step()
+    victim = desk.add(chance.randint(1, 32), max_tokens=20, share="ada")
+    steps = 0
+    while not victim.num_output:
+        desk.step()
+        steps += 1
+        if chance.random() < 0.5:
+            desk.add(chance.randint(1, 90), max_tokens=90, share="mallory")
+    assert steps <= 6  # The longest prompt of the other, in steps of 32 tokens, and its own.
+    while victim.status is not Status.FINISHED:
+        before = victim.num_output
+        desk.step()
+        assert victim.num_output == before + 1
