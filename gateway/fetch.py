@@ -24,6 +24,7 @@ import httpx2
 
 from gateway.dataurl import is_data_url, read_data_url, too_large
 from gateway.encodings import INFLATED, Decoder, name_of
+from gateway.lanes import off_loop
 from gateway.netguard import in_domains, is_odd_number, is_public
 from gateway.resolver import Resolver
 from gateway.shares import Shares
@@ -36,6 +37,7 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 Hold = Callable[[int], None]
 
 MAX_URL_CHARS = 16_384
+OFF_LOOP_CHARACTERS = 2048  # Of a URL; a longer one takes milliseconds to parse.
 MAX_CONNECTIONS = 192  # To all media servers at once; more wait, within their time.
 MAX_TO_ONE_ADDRESS = 64
 FREE_CHUNKS = 1024  # Of one body. Each costs time, also where it is a byte.
@@ -101,7 +103,8 @@ class MediaFetcher:
             raise InvalidRequest(
                 f"this server fetches no URLs; {_INSTEAD}", param=param, code="remote_media_off"
             )
-        target = _parse(url, param)
+        long = len(url) > OFF_LOOP_CHARACTERS
+        target = await off_loop(len(url), _parse, url, param) if long else _parse(url, param)
         first = _host(target)[:100]
         try:
             async with asyncio.timeout(self._config.media_timeout_s):

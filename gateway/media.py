@@ -20,7 +20,7 @@ from opticnerve.media.plan import Overrides, Plan, parse_background
 from opticnerve.media.structure import parse_structure
 from opticnerve.models.family import Layout
 
-OFF_LOOP_BYTES = 2**18  # Larger items are decoded, parsed and hashed in a thread.
+OFF_LOOP_BYTES = 2**13  # Larger items are decoded, parsed and hashed in a thread.
 T = TypeVar("T")
 
 

@@ -1,6 +1,7 @@
 """What one request's text may cost the others: the event loop's CPU in one turn."""
 
 import asyncio
+import base64
 import http.client
 import json
 import time
@@ -35,10 +36,11 @@ class Turns:
             self.longest = max(self.longest, time.thread_time() - before)
 
 
-def picture(url):
-    return json.dumps(body(user("What?", url))).encode()
+def picture(*urls):
+    return json.dumps(body(user("What?", *urls))).encode()
 
 
+PIECES = b"\xff\xd8" + b"\xff\xe1\x00\x02" * 2**15  # A JPEG of empty segments.
 SPACED = "data:;base64," + "A " * 130_000  # Short enough to be decoded on the loop.
 KINDS = {
     "bad_words": (
@@ -48,6 +50,11 @@ KINDS = {
     "spaced base64": (lambda: picture(SPACED), (400,)),
     "long spaced base64": (lambda: picture("data:;base64," + "A " * (LONG // 2)), (400, 413)),
     "percent signs": (lambda: picture("data:," + "%" * LONG), (400,)),
+    "pictures of pieces": (
+        lambda: picture(*["data:;base64," + base64.b64encode(PIECES).decode()] * 10),
+        (400, 422),
+    ),
+    "URLs": (lambda: picture(*["http://" + "@" * 16_000] * 10), (400,)),
     "a name": (
         lambda: json.dumps(body({**user("Hi"), "name": "n" * 2**21 + "<"})).encode(),
         (200, 400),
