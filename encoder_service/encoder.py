@@ -47,7 +47,7 @@ from opticnerve.models.family import Layout
 STAGED_BATCHES = 2  # Decoded ahead of the device: one that runs, one that waits.
 QUEUE_BATCHES = 16
 MAX_QUEUE_ITEMS = 4096
-INLINE_BYTES = 2**16  # Hashed on the event loop: that is quicker than a trip to a thread.
+INLINE_BYTES = 2**14  # Hashed and parsed on the event loop: quicker than a trip to a thread.
 MAX_QUEUE_BYTES = 2**30  # Compressed.
 
 HIT = Timings(hit=True)

@@ -26,9 +26,10 @@ _BARE = frozenset({0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)})  # Markers wit
 _METADATA = frozenset({*range(0xE0, 0xF0), _COMMENT}) - {_APP0, _APP14}  # Which decide no pixel.
 _FILL = re.compile(rb"\xff+")
 
-# What ends coded data: a marker that is neither a stuffed byte, a restart, nor a fill byte.
+# What ends coded data: a marker that is neither a stuffed byte, a restart, nor a fill byte; nor one
+# of the reserved ones, which decoders pass over where they look for a restart.
 _ENDS = np.ones(256, dtype=np.bool_)
-_ENDS[[0x00, 0x01, *range(0xD0, 0xD8), 0xFF]] = False
+_ENDS[[*range(0xC0), *range(0xD0, 0xD8), 0xFF]] = False
 _BLOCK_BYTES = 2**20
 
 _BYTE_PASSES = 2  # Of coded data, beside the pixels'.

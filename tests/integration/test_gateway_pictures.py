@@ -3,10 +3,12 @@
 import asyncio
 import base64
 import contextlib
+import threading
 import time
 
 import pytest
 
+from gateway import media
 from opticnerve.errors import EmbeddingCorrupt, InvalidMedia, Overloaded, PayloadTooLarge
 from opticnerve.media.keys import content_key
 from opticnerve.media.plan import Overrides
@@ -326,3 +328,21 @@ async def test_apply_template_needs_no_worker():
         assert span["num_tokens"] == 15 and span["grid_thw"] == [1, 6, 10]
         pads = told["token_ids"][span["token_offset"] : span["token_offset"] + 15]
         assert len(set(pads)) == 1 and told["prompt"].count("<|image_pad|>") == 1
+
+
+async def test_a_picture_of_many_pieces_keeps_no_other_request_waiting(monkeypatch):
+    """A quarter of a second each to walk, of which the event loop spends none."""
+    plain = hostile.many_scans(0, (64, 64))
+    end = plain.rindex(b"\xff\xd9")
+    pieces = plain[:end] + b"\xff\xe1\x00\x02" * 50_000 + plain[end:]
+    threads = []
+    parse = media.parse_structure
+
+    def spy(data, *limits):
+        threads.append(threading.current_thread())
+        return parse(data, *limits)
+
+    monkeypatch.setattr(media, "parse_structure", spy)
+    async with stack() as s:
+        assert (await s.chat(user("What?", url_of(pieces)))).status_code == 200
+    assert threads and threading.main_thread() not in threads

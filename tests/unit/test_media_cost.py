@@ -148,9 +148,11 @@ def test_scans_are_counted_wherever_they_hide() -> None:
     usual = structure(plain).passes
     comment = b"\xff\xfe\x00\x06\xff\xd9\xff\xda"  # What it says is no end, and no scan.
     hidden = plain[:end] + (comment + b"\xff\xff" + scan) * 50 + b"\xff\xd9"
+    reserved = plain[:end] + b"\xff\x02\xff\xff" + scan * 50 + b"\xff\xd9"
     behind = plain + scan * 50
     big = plain[:end] + b"\xff\x00\xff\xd0" * 600_000 + scan * 50 + b"\xff\xd9"
     assert structure(hidden).passes > usual + 50 * 640 * 480
+    assert structure(reserved).passes > usual + 50 * 640 * 480
     assert structure(big).passes > usual + 50 * 640 * 480
     assert structure(behind).passes < usual + 640 * 480
 
