@@ -32,6 +32,7 @@ MAX_NAME = 2**16  # Characters of a field's name.
 MAX_TEXT = 2**24  # Characters of a string that is not ASCII alone.
 WINDOW = 32  # Bytes before a cut that are looked at; a pair of escapes is twelve.
 _INSIDE = re.compile(rb'(?:[^"\\\x00-\x1f]++|\\.)*+', re.DOTALL)  # Of a string, up to its end.
+_CONTROL = bytes(range(32))
 _TOKEN = re.compile(rb"\\u[0-9a-fA-F]{4}|\\[^u]|[^\\]", re.DOTALL)
 _FIRST_HALF = re.compile(rb"\\u[dD][89abAB]..")
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -117,17 +118,28 @@ def draw(text: bytes | bytearray, enough: int) -> Outline:
 
 def _end(text: bytes | bytearray, start: int) -> tuple[int, bool]:
     """Where the string that begins at ``start`` ends, and whether it is ASCII without escapes."""
-    place, plain = start, True
+    place, plain, size = start, True, 2 * LONG
     while True:
-        match = _INSIDE.match(text, place, place + PIECE_BYTES)
-        stop = match.end() if match else place
-        piece = text[place:stop]
-        plain = plain and piece.isascii() and b"\\" not in piece
-        if text[stop : stop + 1] == b'"':
-            return stop, plain
-        if stop == place:
+        piece = text[place : place + size]
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2 and len(piece) > 1:
+            piece = piece[:-1]  # No escape is cut in two.
+        bare = piece
+        if b"\\" in piece:  # Many times quicker than a regular expression.
+            bare = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
+        if b'"' in bare:
+            match = _INSIDE.match(piece)
+            piece = piece[: match.end() if match else 0]
+            bare = b""
+            ended = text[place + len(piece)] == ord('"')
+        else:
+            ended = False
+        if not (ended or piece) or len(bare.translate(None, _CONTROL)) < len(bare):
             raise _invalid("a string has no end, or holds a control character")
-        place = stop
+        plain = plain and piece.isascii() and b"\\" not in piece
+        place += len(piece)
+        if ended:
+            return place, plain
+        size = min(4 * size, PIECE_BYTES)
 
 
 def _decoded(raw: memoryview) -> Iterator[str]:

@@ -4,10 +4,14 @@ import asyncio
 import base64
 import http.client
 import json
+import threading
 import time
 
 import pytest
 
+from gateway.http import OFF_LOOP_BYTES
+from gateway.lanes import LONG_BYTES
+from gateway.schemas.outline import draw
 from tests.gateways import body, stack, user
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
@@ -99,3 +103,30 @@ async def test_no_text_holds_the_loop(kind):
                 break
         assert min(longest) < 0.05
         assert (await s.chat()).status_code == 200
+
+
+async def test_others_go_on_while_long_bodies_are_read(monkeypatch):
+    """Any number of them, and whether the others' bodies are short or middling."""
+    begun, end = threading.Event(), threading.Event()
+
+    def slow(text, enough):
+        if len(text) > LONG_BYTES:
+            begun.set()
+            end.wait(60)
+        return draw(text, enough)
+
+    monkeypatch.setattr("gateway.http.draw", slow)
+    long = picture("data:;base64," + "A" * LONG_BYTES)
+    middling = json.dumps(body(metadata={"a": "b" * (2 * OFF_LOOP_BYTES)})).encode()
+    async with stack() as s:
+        port = s.client.base_url.port
+        posts = [asyncio.create_task(asyncio.to_thread(post, port, long)) for _ in range(3)]
+        try:
+            await asyncio.to_thread(begun.wait, 60)
+            for payload in [json.dumps(body()).encode(), middling] * 3:
+                answer = await s.client.post("/v1/chat/completions", content=payload)
+                assert answer.status_code == 200
+            assert not any(task.done() for task in posts)
+        finally:
+            end.set()
+        assert {status for status, _ in await asyncio.gather(*posts)} == {400}
