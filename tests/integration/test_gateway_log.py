@@ -129,11 +129,10 @@ async def test_a_bug_is_one_record_with_its_traceback_and_its_request(caplog, mo
 @contextlib.asynccontextmanager
 async def streaming(s, payload):
     """A stream that has begun, on a connection of its own."""
-    reader, writer = await asyncio.open_connection(s.client.base_url.host, s.client.base_url.port)
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(payload)}\r\n\r\n"
-    )
-    writer.write(head.encode() + payload)
+    host, port = s.client.base_url.host, s.client.base_url.port
+    reader, writer = await asyncio.open_connection(host, port)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}:{port}\r\n"
+    writer.write(f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload)
     await reader.readuntil(b"data: ")
     try:
         yield writer
