@@ -26,8 +26,8 @@ from gateway.dataurl import is_data_url, read_data_url, too_large
 from gateway.encodings import INFLATED, Decoder, name_of
 from gateway.lanes import off_loop
 from gateway.netguard import in_domains, is_odd_number, is_public
+from gateway.places import Places
 from gateway.resolver import Resolver
-from gateway.shares import Shares
 from gateway.transport import Network, Stream, TooMuch
 from opticnerve import __version__
 from opticnerve.config import GatewayConfig
@@ -71,7 +71,7 @@ class MediaFetcher:
         self._tls = tls or httpx2.create_ssl_context()
         # An encoding can make a picture larger than it is; TLS adds little.
         self._network = Network(2 * config.max_media_bytes + 2**18)
-        self._places = Shares(MAX_CONNECTIONS, MAX_TO_ONE_ADDRESS)
+        self._places = Places(MAX_CONNECTIONS, MAX_TO_ONE_ADDRESS)
 
     async def fetch(
         self, url: str, *, param: str | None = None, hold: Hold = lambda size: None

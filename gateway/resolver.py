@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from gateway.shares import Shares
+from gateway.places import Places
 
 PATIENCE_S = 4.0  # For one name, from when it is asked for.
 SILENCE_S = 15.0  # How long a name that did not answer is not asked for again.
@@ -39,8 +39,8 @@ class Resolver:
 
     def __init__(self, look_up: LookUp = socket.getaddrinfo) -> None:
         self._look_up = look_up
-        self._strangers = Shares(STRANGERS, STRANGERS_OF_A_SITE)
-        self._friends = Shares(FRIENDS, FRIENDS_OF_A_SITE)
+        self._strangers = Places(STRANGERS, STRANGERS_OF_A_SITE)
+        self._friends = Places(FRIENDS, FRIENDS_OF_A_SITE)
         self._asked: dict[str, asyncio.Future[list[str] | OSError]] = {}
         self._silent: OrderedDict[str, float] = OrderedDict()  # Until when.
         self._known: OrderedDict[str, None] = OrderedDict()

@@ -15,7 +15,7 @@ import pytest
 
 from gateway import fetch as fetching
 from gateway.fetch import MediaFetcher
-from gateway.shares import Shares
+from gateway.places import Places
 from gateway.transport import FREE_SMALL_READS, PAUSE_S, Socket
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import MediaFetchFailed, OpticNerveError
@@ -200,7 +200,7 @@ def test_one_slow_server_leaves_connections_to_others(monkeypatch: pytest.Monkey
 
 
 async def _shares() -> None:
-    shares = Shares(3, 2)
+    shares = Places(3, 2)
     order: list[str] = []
 
     async def want(name: str) -> None:

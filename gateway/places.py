@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 
 
-class Shares:
+class Places:
     """So many places. They are given in the order of asking, but past those whose name holds its
     share already: who asks for much waits for himself."""
 
