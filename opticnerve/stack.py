@@ -81,10 +81,16 @@ class Stack:
         are asked at once, so that they run as a batch; the answers are in their order.
         ``parameters`` are those of a chat completion (max_tokens, temperature...).
 
-        Nothing is asked unless all are questions: raises TypeError for what is none, and
+        Nothing is asked unless all are questions: raises TypeError for what is none or for a
+        ``stream``, which ``openai`` gives, and
         InvalidRequest for the path of a picture that is not there. Then raises the typed error of
         the first question that fails, with its ``param`` and ``code``.
         """
+        if parameters.get("stream"):
+            raise TypeError(
+                "chat() returns whole answers; for a stream use "
+                "server.openai.chat.completions.create(..., stream=True)"
+            )
         several = questions if isinstance(questions, list) else [questions]
         read = [read_question(question) for question in several]
         with ThreadPoolExecutor(max_workers=min(64, max(1, len(read)))) as pool:

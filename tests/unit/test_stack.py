@@ -47,6 +47,11 @@ def test_an_answer_that_is_no_json_and_none_at_all():
         answering(refuse).chat(["Hello"])
 
 
+def test_a_stream_is_not_what_chat_gives():
+    with pytest.raises(TypeError, match="server.openai"):
+        answering(failing(500)).chat("Hello", stream=True)
+
+
 def test_an_error_within_a_stream_keeps_its_fields():
     told = {"message": "gone", "type": "t", "param": "messages[1]", "code": "unavailable"}
     lines = [f"data: {json.dumps({'error': told})}", "data: [DONE]"]
