@@ -81,10 +81,10 @@ class Stack:
         are asked at once, so that they run as a batch; the answers are in their order.
         ``parameters`` are those of a chat completion (max_tokens, temperature...).
 
-        Nothing is asked unless all are questions: raises TypeError for what is none or for a
-        ``stream``, which ``openai`` gives, and
+        Nothing is asked unless all are questions: raises TypeError for what is none, and
         InvalidRequest for the path of a picture that is not there. Then raises the typed error of
-        the first question that fails, with its ``param`` and ``code``.
+        the first question that fails, with its ``param`` and ``code``. For a ``stream`` there is
+        ``openai``.
         """
         if parameters.get("stream"):
             raise TypeError(
