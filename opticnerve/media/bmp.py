@@ -10,7 +10,7 @@ MAGIC = b"BM"
 _OS2_HEADER = 12
 _HEADERS = frozenset({40, 52, 56, 64, 108, 124})
 _RUN_LENGTH = (1, 2)  # Compressions that Pillow undoes pixel by pixel, in Python.
-_RUN_LENGTH_PASSES = 40
+_RUN_LENGTH_PASSES = 64
 _BYTES_PER_PIXEL = 10
 
 

@@ -12,7 +12,7 @@ from opticnerve.media.window import PIECE_PASSES, Window
 _IMAGES = frozenset({b"VP8 ", b"VP8L"})
 _FRAME_HEADER = 16  # Bytes of a frame before its data.
 _ANIMATED, _HAS_XMP, _HAS_EXIF = 0x02, 0x04, 0x08
-_PASSES = 6
+_PASSES = 8
 _MOST_PIXELS_PER_BYTE = 2048  # Where lossy: each 256 have modes, of more than a bit in all.
 _BYTES_PER_PIXEL = 22  # The decoder has three canvases of its own.
 

@@ -8,7 +8,7 @@ MAX_PIECES = 100_000
 """Chunks, segments or blocks walked in one file. Honest files have thousands; a file of millions
 of empty ones would keep a core busy for seconds."""
 
-PIECE_PASSES = 1024
+PIECE_PASSES = 2048
 """What walking one piece costs, in pixels decoded once."""
 
 SMALL_PIXELS = 2**18
