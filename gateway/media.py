@@ -41,7 +41,6 @@ class MediaReader:
         self.layout = layout
         self.fetcher = fetcher
         self._background = parse_background(config.image_background)
-        self._settings = layout.settings()
 
     def check_count(self, sources: Sequence[ImageSource]) -> None:
         """Raises InvalidRequest where there are too many."""
@@ -71,12 +70,13 @@ class MediaReader:
         self, items: Sequence[Fetched], fingerprint: str, cache_salt: str = ""
     ) -> list[str]:
         """Content keys under an encoder's fingerprint."""
+        settings = self.layout.settings()
         return [
             await _where_it_belongs(
                 item,
                 content_key,
                 item.data,
-                self._settings,
+                settings,
                 item.overrides,
                 fingerprint,
                 cache_salt,
@@ -97,7 +97,7 @@ class MediaReader:
     def _overrides(self, source: ImageSource) -> Overrides:
         """The item's own bounds within the server's, and the server's background."""
         least, most = self.config.min_pixels or None, self.config.max_pixels or None
-        models_own: int | None = self._settings.get("max_pixels")
+        models_own: int | None = self.layout.settings().get("max_pixels")
         asked = source.overrides(models_own)
         low = asked.min_pixels if asked.min_pixels is not None else least
         high = asked.max_pixels if asked.max_pixels is not None else most
