@@ -80,12 +80,8 @@ class ChatRenderer:
         return RenderedChat(prompt, tuple(ids), num_images)
 
     def check_length(self, prompt: str) -> None:
-        """Raises ContextLengthExceeded for what certainly is too long. ``prompt`` has special
-        tokens under their own names: those of the template are one token each, those of users
-        several."""
-        limit = self.layout.max_positions
-        rest, count = self._aliases.without(prompt, limit)
-        if count > limit or self.tokenizer.exceeds(rest, limit + count):
+        """Raises ContextLengthExceeded for what certainly is too long."""
+        if self.tokenizer.exceeds(prompt, self.layout.max_positions):
             raise self._too_long()
 
     def _too_long(self) -> ContextLengthExceeded:

@@ -37,6 +37,7 @@ from opticnerve.media.plan import Plan
 from opticnerve.telemetry import events
 
 OFF_LOOP_CHARACTERS = 8_000  # Longer chats are rendered and tokenized in a thread.
+OFF_LOOP_TOKENS = 20_000  # Likewise prompts whose pictures are put in.
 OFF_LOOP_SAMPLING = 2_000  # Likewise what a request says of sampling: characters and entries.
 PIECE_CHARACTERS = 200  # What a message or a part costs besides its text, in characters of text.
 
@@ -105,7 +106,9 @@ class Pipeline:
             items = await self.media.fetch(sources, hold, deadline)
         with watch.stage("plan"):
             plans = await self.media.plan(items)
-            prompt = self.renderer.build(rendered, plans)
+            build = functools.partial(self.renderer.build, rendered, plans)
+            size = len(rendered.token_ids)
+            prompt = await off_loop(size, build) if size > OFF_LOOP_TOKENS else build()
         return Prepared(prompt, tuple(items), tuple(plans))
 
     async def chat(self, call: Call) -> AsyncGenerator[Step, None]:

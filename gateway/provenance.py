@@ -59,14 +59,13 @@ class Aliases:
             return False
         return any(match.group() in self.of for match in self._names.finditer(text))
 
-    def without(self, text: str, enough: int) -> tuple[str, int]:
-        """``text`` without special tokens under their own names, and how many there were; where
-        they are more than ``enough``, as it is."""
-        counts = {name: text.count(name) for name in self.of}
-        total = sum(counts.values())
-        if total <= enough:
-            for name in filter(counts.get, counts):
-                text = text.replace(name, "")
+    def without(self, text: str) -> tuple[str, int]:
+        """``text`` without special tokens under their own names, and how many there were."""
+        total = 0
+        for name in self.of:
+            count = text.count(name)
+            if count:
+                text, total = text.replace(name, ""), total + count
         return text, total
 
     def redact(self, text: str) -> str:

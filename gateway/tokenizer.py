@@ -175,19 +175,22 @@ class Tokenizer:
         found = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in found]
 
-    def exceeds(self, hidden: str, limit: int) -> bool:
+    def exceeds(self, text: str, limit: int) -> bool:
         """Whether text certainly has more than ``limit`` tokens, at the price of about so many.
+        Special tokens may stand in it as aliases or under their own names, which count as one token
+        each: a template's are one, and a user's several.
 
         Encoding megabytes takes seconds. A cut between two pieces adds a few tokens at most, which
         are taken off again.
         """
-        if len(hidden) <= max(limit, SURE_CHARACTERS):
+        if len(text) <= max(limit, SURE_CHARACTERS):
             return False
-        count = 0
-        for start in range(0, len(hidden), SURE_CHARACTERS):
-            piece = hidden[start : start + SURE_CHARACTERS]
-            count += len(self.encode(piece)) - CUT_TOKENS
-            if count > limit:
+        tokens = specials = 0
+        for start in range(0, len(text), SURE_CHARACTERS):
+            piece, count = self.aliases.without(text[start : start + SURE_CHARACTERS])
+            specials += count
+            tokens += len(self.encode(piece)) - CUT_TOKENS
+            if max(tokens, specials) > limit:
                 return True
         return False
 
