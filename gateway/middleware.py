@@ -173,7 +173,7 @@ class Authentication:
                 caller = ANONYMOUS
             key = None if caller is ANONYMOUS else caller.name
             scope["state"]["caller"] = caller
-            scope["state"]["holder"] = holder_of(scope["client"], key)
+            scope["state"]["holder"] = holder_of(scope.get("client"), key)
         await self.app(scope, receive, send)
 
 
