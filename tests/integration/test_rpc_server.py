@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 
 import grpc
 import pytest
@@ -311,17 +310,23 @@ class Reader(llm_pb2_grpc.LLMServicer):
 
 
 class Writer(llm_pb2_grpc.LLMServicer):
-    """Holds the event loop up until its caller has left, and writes then."""
+    """Writes more than a caller takes that does not read."""
 
     def __init__(self):
-        self.entered, self.left = threading.Event(), threading.Event()
+        self.begun = 0
 
     @rpc_errors.unary
     async def Generate(self, request_iterator, context):
-        self.entered.set()
-        assert self.left.wait(60)
+        piece = llm_pb2.GenerateOut(deltas=[llm_pb2.TokenDelta(token_ids=range(2**20))])
         while True:
-            await context.write(llm_pb2.GenerateOut())
+            self.begun += 1
+            await context.write(piece)
+
+    async def until_stuck(self):
+        seen = 0
+        while self.begun == 0 or self.begun != seen:
+            seen = self.begun
+            await asyncio.sleep(0.2)
 
 
 def the_only_line(caplog):
@@ -333,24 +338,19 @@ def the_only_line(caplog):
 
 
 def test_a_call_that_its_caller_cuts_while_it_is_written_to_is_one_line(caplog):
-    """What is written fails before the handler is told that it is cancelled."""
+    """What is being written fails before the handler is told that it is cancelled."""
     caplog.set_level(logging.INFO)
-    servicer = Writer()
-
-    def call_and_leave(address):
-        with grpc.insecure_channel(address) as channel:
-            call = llm_pb2_grpc.LLMStub(channel).Generate(iter([llm_pb2.GenerateIn()]))
-            assert servicer.entered.wait(60)
-            call.cancel()
-        servicer.left.set()
 
     async def scenario():
         async with Server(RpcConfig(), SERVICE) as server:
+            servicer = Writer()
             llm_pb2_grpc.add_LLMServicer_to_server(servicer, server.grpc)
             await server.start()
-            await asyncio.to_thread(call_and_leave, server.address)
-            while not any(record.name.startswith("opticnerve") for record in caplog.records):
-                await asyncio.sleep(0.01)
+            async with open_channel(server.address) as channel:
+                call = llm_pb2_grpc.LLMStub(channel).Generate()
+                await call.write(llm_pb2.GenerateIn())
+                await servicer.until_stuck()
+                call.cancel()
 
     asyncio.run(scenario())
     told = the_only_line(caplog)
