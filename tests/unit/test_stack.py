@@ -48,7 +48,7 @@ def test_an_answer_that_is_no_json_and_none_at_all():
 
 
 def test_a_stream_is_not_what_chat_gives():
-    with pytest.raises(TypeError, match="server.openai"):
+    with pytest.raises(TypeError, match=r"server\.openai"):
         answering(failing(500)).chat("Hello", stream=True)
 
 
