@@ -109,7 +109,7 @@ class RedisServer:
 def commands(client: redis.Redis) -> Counter[str]:
     """How often a server has run each command that stores send."""
     stats = client.info("commandstats")
-    names = ("get", "expire", "exists", "set", "del")
+    names = ("get", "getrange", "expire", "exists", "set", "del")
     return Counter({name: stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in names})
 
 
