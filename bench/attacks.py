@@ -4,7 +4,7 @@
 
 The stack is that of ``bench.load``, with a key for each of the two. The victim asks short texts for
 a few tokens, one after the other (``scans`` and ``hollow``: each with a small new picture), first
-alone and then beside the attack, and gives each up after half a minute. Attacks:
+alone and then beside the attack, and gives each up after 20 seconds. Attacks:
 
 * ``scans``: progressive JPEGs with 1,000 scans over 16 megapixels, in 0.3 MB each;
 * ``hollow``: WebP files of 28 bytes that are 89 megapixels of one colour, eight in a request;
@@ -47,7 +47,7 @@ from bench.http_client import PATH, Answer, Figures, encode, figures, open_clien
 from bench.http_client import ask as ask_to_its_end
 
 KEYS = {"victim": "victim-0123456789abcdef", "attacker": "attacker-0123456789abcdef"}
-GIVE_UP_S = 30.0  # The victim, of one request.
+GIVE_UP_S = 20.0  # The victim, of one request.
 GIVEN_UP = "given_up"
 LEAD_S = 2.0  # How long an attack has gone on when the victim begins.
 SCANS, SCANS_SIDE = 1000, 4096
@@ -296,7 +296,7 @@ def compare(
 ) -> dict[str, Figures]:
     attack = ATTACKS[name]
     flags = {"max_connections": PLACES} if attack.crowd else {}
-    asks, tokens = (1, 4) if args.quick else (6, 24)
+    asks, tokens = (1, 4) if args.quick else (4, 24)
     found = {}
     for side, tree in trees.items():
         print(f"\r{f'{name} {side}':70}", end="", file=sys.stderr, flush=True)
