@@ -5,6 +5,9 @@ A connection waits for the whole head of a request, for more of its body, or for
 more of an answer; otherwise it is at work, and left alone. Bytes that complete no head are no
 progress, so that nobody keeps a connection by dripping. One that sends requests ahead, before the
 last is answered, never rests, and counts among those that wait.
+
+Bodies in crumbs, thousands of chunks of a byte or so, are read as fast as their holder's share of
+the event loop allows.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ FIRST_REST_S = 30.0  # Until the first request.
 REST_S = 75.0  # Until the next one.
 CHECK_S = 1.0  # Between two looks at what a client has brought of a body, or taken of an answer.
 PATIENCE_S = 3.0  # Without progress; then another connection of the same holder may be worth more.
+FREE_CHUNKS = 256  # Of a body, in one read of READ_BYTES.
+CHUNKS_PER_S = 10_000  # Of all bodies of one holder, where they are more: a tenth of a core.
 OTHER_FILES = 256  # Open besides connections: libraries, logs, pictures on their way.
 
 
@@ -39,6 +44,7 @@ class Share:
     size: int = 0
     resting: dict[Connection, None] = field(default_factory=dict)  # Between requests.
     stalled: dict[Connection, None] = field(default_factory=dict)  # Amid one, or ahead.
+    paid_until: float = 0.0  # Rest for its chunks. On the loop's clock.
 
     def waiting(self, wait: Wait) -> dict[Connection, None]:
         return self.resting if wait is Wait.HEAD else self.stalled
@@ -126,6 +132,15 @@ class Connections:
             self._join(connection)
         if wait is not connection.wait:
             self._wait(connection, wait)
+
+    def rest_s(self, connection: Connection, chunks: int) -> float:
+        """How long a connection reads nothing that has just brought so many chunks of a body. What
+        parsing them takes does not depend on their bytes, so small ones are paid for in time."""
+        if chunks <= FREE_CHUNKS or connection not in self._all:
+            return 0.0
+        share, now = self._shares[connection.holder], connection.loop.time()
+        share.paid_until = max(now, share.paid_until) + chunks / CHUNKS_PER_S
+        return share.paid_until - now
 
     def _join(self, connection: Connection) -> None:
         share = self._shares.setdefault(connection.holder, Share())

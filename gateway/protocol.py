@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SITE_BITS = 64  # Of an IPv6 address: who has one has the whole network.
+READ_BYTES = 2**14  # At once, and parsed in one step; more of a body of known length.
+MOST_READ_BYTES = 2**18
 
 
 class Wait(Enum):
@@ -37,15 +39,27 @@ class Wait(Enum):
 
 class Flow(FlowControl):
     """Does not read on while a request is answered after which more has come: uvicorn would with
-    every request, and keep whatever a client sends ahead."""
+    every request, and keep whatever a client sends ahead. Nor while it rests."""
 
     def __init__(self, transport: asyncio.Transport, parser: StrictParser) -> None:
         super().__init__(transport)
         self._parser = parser
+        self._rests = False
 
     def resume_reading(self) -> None:
-        if not self._parser.ahead or self._parser.our_state is h11.DONE:
+        answers_first = self._parser.ahead and self._parser.our_state is not h11.DONE
+        if not self._rests and not answers_first:
             super().resume_reading()
+
+    def rest(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        """Reads nothing for so long."""
+        self._rests = True
+        self.pause_reading()
+        loop.call_later(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        self._rests = False
+        self.resume_reading()
 
 
 def holder_of(client: tuple[str, int] | None, key_name: str | None = None) -> str:
@@ -78,7 +92,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.flow = Flow(transport, self.conn)
+        self.flow: Flow = Flow(transport, self.conn)
+        self._read_in_steps()
         self.address = self.holder = holder_of(self.client)
         self.owner.enter(self)
 
@@ -88,7 +103,17 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._came += len(data)
+        before = self.conn.chunks
         super().data_received(data)
+        self._read_in_steps()
+        rest_s = self.owner.rest_s(self, self.conn.chunks - before)
+        if rest_s > 0:
+            self.flow.rest(self.loop, rest_s)
+
+    def _read_in_steps(self) -> None:
+        """What one read brings may be thousands of chunks, each with a cost of its own."""
+        size = min(max(READ_BYTES, self.conn.left), MOST_READ_BYTES)
+        self.transport.max_size = size  # type: ignore[attr-defined]  # asyncio's, of one recv.
 
     def handle_events(self) -> None:
         before = self.cycle

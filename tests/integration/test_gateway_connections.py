@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import resource
 import subprocess
 import sys
@@ -9,10 +10,10 @@ import sys
 import pytest
 
 from gateway import connections
-from gateway.protocol import Wait
+from gateway.protocol import READ_BYTES, Connection, Wait
 from opticnerve.errors import ConfigError
 from tests.fakes import until
-from tests.gateways import connected, rest, stack
+from tests.gateways import body, connected, rest, stack
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
@@ -139,3 +140,41 @@ def test_a_process_with_too_few_files_does_not_start(command):
     ended = subprocess.run(limited, capture_output=True, text=True, timeout=200)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert "needs 4354 open files" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+async def test_a_body_in_crumbs_is_read_in_short_steps_with_rests(monkeypatch):
+    monkeypatch.setattr(connections, "CHUNKS_PER_S", 100_000)
+    steps, rests, rest_s = [], [], connections.Connections.rest_s
+
+    def counted(owner, connection, chunks):
+        steps.append(chunks)
+        rests.append(rest_s(owner, connection, chunks))
+        return rests[-1]
+
+    monkeypatch.setattr(connections.Connections, "rest_s", counted)
+    sent = json.dumps(body()).encode().ljust(30_000)
+    crumbs = b"".join(b"1\r\n%c\r\n" % byte for byte in sent) + b"0\r\n\r\n"
+    async with stack() as s, connected(s) as (reader, writer):
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+            b"transfer-encoding: chunked\r\n\r\n" + crumbs
+        )
+        assert (await rest(reader)).startswith(b"HTTP/1.1 200 ")
+    assert sum(steps) == len(sent)
+    assert max(steps) <= READ_BYTES // 6 + 1
+    assert sum(rests) > 0.2
+
+
+async def test_a_large_body_of_known_length_is_read_in_large_steps(monkeypatch):
+    reads, data_received = [], Connection.data_received
+
+    def counted(connection, data):
+        reads.append(len(data))
+        data_received(connection, data)
+
+    monkeypatch.setattr(Connection, "data_received", counted)
+    async with stack() as s:
+        padded = json.dumps(body()).encode().ljust(2**21)
+        answer = await s.client.post("/v1/chat/completions", content=padded)
+    assert answer.status_code == 200
+    assert max(reads) > READ_BYTES

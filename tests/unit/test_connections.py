@@ -6,7 +6,15 @@ import itertools
 
 import pytest
 
-from gateway.connections import CHECK_S, FIRST_REST_S, PATIENCE_S, REST_S, Connections
+from gateway.connections import (
+    CHECK_S,
+    CHUNKS_PER_S,
+    FIRST_REST_S,
+    FREE_CHUNKS,
+    PATIENCE_S,
+    REST_S,
+    Connections,
+)
 from gateway.http import PROGRESS_BYTES
 from gateway.protocol import Wait, holder_of
 
@@ -196,3 +204,17 @@ def test_an_ipv6_network_is_one_address():
     assert holder("fe80::1%eth0", 1) == "fe80::/64"
     assert holder_of(None) == ""
     assert holder_of(("10.0.0.1", 1), "10.0.0.1") != "10.0.0.1"
+
+
+def test_connections_of_one_holder_rest_in_turn_for_their_crumbs():
+    clock, owner = Clock(), Connections(10)
+    one, two = Line(owner, clock, "1"), Line(owner, clock, "1")
+    other = Line(owner, clock, "2")
+    assert owner.rest_s(one, CHUNKS_PER_S) == 1
+    assert owner.rest_s(two, CHUNKS_PER_S) == 2
+    assert owner.rest_s(other, CHUNKS_PER_S) == 1
+    assert owner.rest_s(other, FREE_CHUNKS) == 0
+    clock.pass_by(10)
+    assert owner.rest_s(one, CHUNKS_PER_S) == 1
+    one.close()
+    assert owner.rest_s(one, CHUNKS_PER_S) == 0
