@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from opticnerve.errors import InvalidRequest
+from opticnerve.errors import InvalidRequest, Unavailable
 from opticnerve.rpc.errors import STATUS_BY_NUMBER, abort
 from opticnerve.telemetry import events
 
@@ -88,6 +88,8 @@ class Calls(grpc.aio.ServerInterceptor):
                 log,
                 logging.DEBUG if quiet else logging.INFO,
                 "call",
+                # Gateways ask every second, also one that loads for minutes.
+                expected=method == "Describe" and isinstance(event.error, Unavailable),
                 method=method,
                 status="CANCELLED" if left else _status(event),
                 worker=self.worker,

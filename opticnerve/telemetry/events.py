@@ -27,15 +27,25 @@ class Event:
         self.cause: BaseException | None = None  # Of an error that nobody expected.
         self._began = time.monotonic()
 
-    def write(self, logger: logging.Logger, level: int, message: str, **first: Any) -> None:
+    def write(
+        self,
+        logger: logging.Logger,
+        level: int,
+        message: str,
+        *,
+        expected: bool = False,
+        **first: Any,
+    ) -> None:
         """Logs the event with its fields after ``first``; empty ones are left out.
 
-        An error that is the service's raises ``level`` to a warning, a cause to an error.
+        An error that is the service's raises ``level`` to a warning, unless it is ``expected``; a
+        cause raises it to an error.
         """
         fields = {**first, "ms": (time.monotonic() - self._began) * 1000, **self.fields}
         if self.error is not None:
             error = self.error
-            level = max(level, logging.WARNING) if error.http_status >= 500 else level
+            if error.http_status >= 500 and not expected:
+                level = max(level, logging.WARNING)
             fields |= {
                 "code": error.code or error.type,
                 "param": error.param,

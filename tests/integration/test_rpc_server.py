@@ -417,3 +417,25 @@ def test_a_host_that_is_not_here_is_named(host, capfd):
     with pytest.raises(ConfigError, match=rf"cannot listen on {host}:0: .*see --host"):
         asyncio.run(started(host=host, insecure=True))
     assert capfd.readouterr().err == ""  # Nor does gRPC's library add anything.
+
+
+class Loading(encoder_pb2_grpc.EncoderServicer):
+    @rpc_errors.unary
+    async def Describe(self, request, context):
+        raise Unavailable("the encoder is loading its checkpoint")
+
+
+def test_gateways_that_ask_a_worker_while_it_loads_fill_no_log(caplog):
+    async def run():
+        async with Server(RpcConfig(), SERVICE) as server:
+            encoder_pb2_grpc.add_EncoderServicer_to_server(Loading(), server.grpc)
+            await server.start()
+            async with open_channel(server.address) as channel:
+                stub = encoder_pb2_grpc.EncoderStub(channel)
+                for _ in range(3):
+                    with pytest.raises(grpc.aio.AioRpcError):
+                        await stub.Describe(encoder_pb2.DescribeEncoderRequest())
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(run())
+    assert not [record for record in caplog.records if record.name == "opticnerve.rpc.calls"]
