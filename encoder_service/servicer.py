@@ -129,7 +129,7 @@ class EncoderServicer(encoder_pb2_grpc.EncoderServicer):
                 patches_per_s=backlog.patches_per_s,
             ),
             pair_id=loaded.pair_id,
-            store=convert.store_state_to_pb(encoder.shelf.store.state),
+            store=convert.store_state_to_pb(encoder.shelf.store.state, encoder.identity.seal),
             instance_id=self._server.instance_id,
             fetch_address=encoder.identity.fetch_address,
         )

@@ -1,8 +1,11 @@
-"""Whether the address that an encoder advertises is that encoder.
+"""Whether LLM workers can have what an encoder makes: its advertised address, and its store key.
 
-LLM workers fetch embeddings from there which they find in no store. Each process makes an id when
-it starts, which its health check knows as a service: whoever answers for the id at the address is
-the process that told it. That needs no token, so none is sent to where a typing error leads.
+LLM workers fetch embeddings from the address which they find in no store. Each process makes an id
+when it starts, which its health check knows as a service: whoever answers for the id at the address
+is the process that told it. That needs no token, so none is sent to where a typing error leads.
+
+What leaves a machine is signed with the secret of --store-key-file. LLM workers that have another
+one refuse it, so every picture would fail.
 """
 
 from __future__ import annotations
@@ -38,10 +41,11 @@ class AdvertisedCheck:
         self._seen: WeakKeyDictionary[Worker, _Seen] = WeakKeyDictionary()
 
     async def __call__(self, encoder: Worker, told: Description) -> Fault | None:
-        """What is wrong with the address that the encoder told; None for nothing, and for encoders
-        of earlier releases, which tell none."""
-        if not told.instance_id or not told.fetch_address:
-            return None
+        """What is wrong with the encoder's store key, or with the address that it told; None for
+        nothing, and for encoders of earlier releases, which tell none."""
+        fault = self._foreign_key(told)
+        if fault is not None or not told.instance_id or not told.fetch_address:
+            return fault
         who = await self._who_answers(encoder, told)
         if not who:
             return None
@@ -55,6 +59,21 @@ class AdvertisedCheck:
             f"{wrong}: LLM workers have its embeddings from the store alone; start it with "
             "--advertise HOST:PORT at which gateway and LLM workers reach it",
             usable=True,
+        )
+
+    def _foreign_key(self, told: Description) -> Fault | None:
+        """Of LLM workers that do not have the encoder's store key, those on its machine aside."""
+        llms = self._llms.serving()
+        foreign = [llm for llm in llms if _is_foreign(told, llm.description)]
+        if not foreign:
+            return None
+        refusing = [llm for llm in foreign if _key_id(llm.description)]
+        what = "refuse its embeddings" if refusing else "find none of its embeddings in Redis"
+        return Fault(
+            f"has not the --store-key-file of LLM {', '.join(llm.address for llm in foreign)}, "
+            f"which {what}: give all encoders and LLM workers the same one, and start again "
+            "whichever has read an older one",
+            usable=len(refusing) < len(llms),
         )
 
     async def _who_answers(self, encoder: Worker, told: Description) -> str:
@@ -76,7 +95,20 @@ def _share_a_store(one: Description, other: Description) -> bool:
     if one.shm_tier_id and one.shm_tier_id == other.shm_tier_id:
         return True
     stores = one.store, other.store
-    return all(store is not None and store.kind == "redis" and store.reachable for store in stores)
+    return _key_id(one) == _key_id(other) and all(
+        store is not None and store.kind == "redis" and store.reachable for store in stores
+    )
+
+
+def _is_foreign(encoder: Description, llm: Description) -> bool:
+    if encoder.store is None or llm.store is None:
+        return False  # Of earlier releases, which do not tell.
+    same_machine = bool(encoder.shm_tier_id) and encoder.shm_tier_id == llm.shm_tier_id
+    return not same_machine and _key_id(encoder) != _key_id(llm)
+
+
+def _key_id(told: Description) -> str:
+    return told.store.key_id if told.store else ""
 
 
 async def _ask(address: str, instance_id: str) -> str:

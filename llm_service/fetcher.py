@@ -73,7 +73,7 @@ class Fetcher:
         self._overflow = overflow
         self._hidden_size = hidden_size
         self._levels = levels
-        self._seal = seal
+        self.seal = seal
         self._notes = notes
         self._token = token
         self._encoders = encoders
@@ -200,7 +200,7 @@ class Fetcher:
             return None
         finally:
             call.cancel()
-        found, seal = bytes(data), self._seal
+        found, seal = bytes(data), self.seal
         if seal is None or await self._on_thread(seal.fits, mac, ref.key, found, "fetch"):
             return found
         return None

@@ -146,7 +146,7 @@ class LLMServicer(llm_pb2_grpc.LLMServicer):
             ),
             pair_id=identity.pair_id,
             eos_token_ids=identity.eos_token_ids,
-            store=convert.store_state_to_pb(loaded.fetcher.store_state),
+            store=convert.store_state_to_pb(loaded.fetcher.store_state, loaded.fetcher.seal),
         )
 
 

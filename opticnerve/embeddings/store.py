@@ -76,6 +76,7 @@ class StoreState:
 
     kind: str  # "memory", "shm" or "redis".
     reachable: bool = True
+    key_id: str = ""  # Of the secret of --store-key-file; empty: none.
 
 
 class Store(Protocol):

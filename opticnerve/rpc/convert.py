@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
+from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import StoreState
 from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, SpanAttention, Tile
 from opticnerve.pb import embedding_pb2 as pb
@@ -142,10 +143,14 @@ def ref_from_pb(message: pb.EmbeddingRef) -> EmbeddingRef:
     )
 
 
-def store_state_to_pb(state: StoreState) -> pb.StoreState:
-    return pb.StoreState(kind=state.kind, reachable=state.reachable)
+def store_state_to_pb(state: StoreState, seal: Seal | None) -> pb.StoreState:
+    """``seal``: what signs values that leave the machine."""
+    key_id = "" if seal is None else seal.id
+    return pb.StoreState(kind=state.kind, reachable=state.reachable, key_id=key_id)
 
 
 def store_state_from_pb(message: pb.StoreState) -> StoreState | None:
     """None for a worker that does not tell."""
-    return StoreState(message.kind, message.reachable) if message.kind else None
+    if not message.kind:
+        return None
+    return StoreState(message.kind, message.reachable, message.key_id)

@@ -129,3 +129,54 @@ async def test_with_a_shared_store_a_wrong_address_is_used_and_told_to_nobody() 
         encoder.store = embedding_pb2.StoreState(kind="redis", reachable=False)
         pool = s.gateway.pipeline.encoders.pool
         await until(lambda: not pool.serving())  # From here on it would have to be fetched.
+
+
+def keyed(key_id: str) -> embedding_pb2.StoreState:
+    return embedding_pb2.StoreState(kind="redis", reachable=True, key_id=key_id)
+
+
+async def test_an_encoder_whose_embeddings_llm_workers_refuse_gets_no_pictures(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with (
+        Advertising() as encoder,
+        stack(
+            encoders=0, encoder_addresses=(encoder.address,), ready=False, worker_wait_s=0.2
+        ) as s,
+    ):
+        encoder.store, s.llm.store = keyed("one"), keyed("other")
+        pool = s.gateway.pipeline.encoders.pool
+        await until(lambda: pool.workers[0].fault is not None)
+        told = (await s.client.get("/health")).json()
+        assert told["status"] == "degraded"
+        assert f"--store-key-file of LLM {s.llm.address}" in workers(told)[encoder.address]["fault"]
+        assert (await s.client.get("/ready", params={"pictures": "true"})).status_code == 503
+        assert (await s.chat(user("What?", data_url()))).status_code == 503
+        assert encoder.calls == []  # No picture is encoded in vain.
+        encoder.store = keyed("other")
+        await until(lambda: not s.gateway.pipeline.pairing.missing())
+        assert (await s.chat(user("What?", data_url()))).status_code == 200
+        assert (await s.client.get("/health")).json()["status"] == "ok"
+    assert any("--store-key-file" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "usable", "words"),
+    [
+        ("one", "", True, "find none of its embeddings in Redis"),  # It takes what it fetches.
+        ("", "one", False, "refuse its embeddings"),
+        ("one", "one", True, ""),
+    ],
+)
+async def test_who_has_no_store_key_checks_nothing_and_who_has_one_refuses_unsigned(
+    ours: str, theirs: str, usable: bool, words: str
+) -> None:
+    async with (
+        Advertising() as encoder,
+        stack(encoders=0, encoder_addresses=(encoder.address,), ready=False) as s,
+    ):
+        encoder.store, s.llm.store = keyed(ours), keyed(theirs)
+        (worker,) = s.gateway.pipeline.encoders.pool.workers
+        await until(lambda: worker.fault is not None if words else bool(worker.description.store))
+        assert words in (worker.fault.text if worker.fault else "")
+        await until(lambda: bool(s.gateway.pipeline.encoders.pool.serving()) is usable)
