@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     ignore_hangup()
     given = vars(parser().parse_args(argv))
     config.check_environment()
+    config.begin_logs(build(config.GatewayConfig, given).telemetry)
     flags.warn_of_passwords(config.StoreConfig, given)
     return asyncio.run(run(given))
 
@@ -66,7 +67,6 @@ async def run(given: dict[str, Any]) -> int:
     Raises StartupError when it must give up."""
     settings = build(config.UpConfig, given)
     gateway = build(config.GatewayConfig, given)
-    config.begin_logs(gateway.telemetry)
     stop_timeout_s = gateway.shutdown_delay_s + gateway.drain_timeout_s + CLOSE_S
     follow_parent(gateway.parent_pid, grace_s=STAGES * stop_timeout_s)
     _check_early(gateway, settings.encoders + settings.llms)

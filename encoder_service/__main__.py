@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from opticnerve import cli, flags
-from opticnerve.config import EncoderConfig, begin_logs
+from opticnerve.config import EncoderConfig
 from opticnerve.lifecycle import follow_parent, ignore_hangup
 from opticnerve.models.checkpoint import Checkpoint
 
@@ -22,7 +22,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs an encoder until it is stopped; its exit status. Raises StartupError."""
     ignore_hangup()
     settings = flags.read("encoder", DESCRIPTION, EncoderConfig, argv)
-    begin_logs(settings.telemetry)
     follow_parent(settings.rpc.parent_pid)
     source = settings.model
     Checkpoint.open(source.model, source.revision, source.download_dir, side="encoder").check()

@@ -31,7 +31,7 @@ from gateway.pools import Changes, WorkerPool
 from gateway.references import References
 from gateway.sampling import load_defaults
 from opticnerve import addresses, flags
-from opticnerve.config import GatewayConfig, begin_logs
+from opticnerve.config import GatewayConfig
 from opticnerve.drain import LAST_WORDS_S
 from opticnerve.errors import CheckpointError, ConfigError
 from opticnerve.lifecycle import follow_parent, ignore_hangup, on_hangup
@@ -50,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a gateway until it is stopped; its exit status. Raises StartupError."""
     ignore_hangup()
     settings = flags.read("gateway", DESCRIPTION, GatewayConfig, argv)
-    begin_logs(settings.telemetry)
     check_workers(settings)
     workers = len(settings.encoder_addresses) + len(settings.llm_addresses)
     allow_files(settings.max_connections, workers)

@@ -11,7 +11,14 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from opticnerve.config import GROUPS, check_environment
+from opticnerve.config import (
+    GROUPS,
+    EncoderConfig,
+    GatewayConfig,
+    LLMConfig,
+    begin_logs,
+    check_environment,
+)
 from opticnerve.options import Option, Spec, build, options
 
 log = logging.getLogger(__name__)
@@ -24,19 +31,21 @@ EPILOG = (
 MAX_WIDTH = 100
 MODEL_FLAGS = {"--model", "--model-path", "--model-name", "-m"}  # As other servers have them.
 
-C = TypeVar("C")
+C = TypeVar("C", EncoderConfig, LLMConfig, GatewayConfig)
 
 
 def read(command: str, description: str, cls: type[C], argv: Sequence[str] | None) -> C:
-    """A service's configuration, from its command line and the environment.
+    """A service's configuration, from its command line and the environment; its logs begin.
 
     Ends the process with status 2 for flags that are wrong, with 0 for --help. Raises ConfigError
     for variables that are.
     """
     given = vars(service_parser(command, description, [cls]).parse_args(argv))
     check_environment()
+    settings = build(cls, given)
+    begin_logs(settings.telemetry)
     warn_of_passwords(cls, given)
-    return build(cls, given)
+    return settings
 
 
 def warn_of_passwords(cls: type, given: Mapping[str, Any]) -> None:

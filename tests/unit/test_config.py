@@ -1,6 +1,7 @@
 """Flags, environment variables and dataclass fields are one thing under one name."""
 
 import contextlib
+import json
 
 import pytest
 
@@ -205,14 +206,15 @@ def test_public_view_hides_the_stores_password():
     ],
 )
 @pytest.mark.parametrize("command", ["encoder", "up"])
-def test_a_password_on_a_command_line_is_warned_of(command, store, told, caplog, monkeypatch):
+def test_a_password_on_a_command_line_is_warned_of(command, store, told, capsys, monkeypatch):
     def read(argv):
-        caplog.clear()
+        argv = [*argv, "--log-format", "json"]
         if command == "encoder":
             flags.read(command, "", config.EncoderConfig, argv)
         else:
             up.main(argv)
-        return caplog.text
+        lines = capsys.readouterr().err.splitlines()
+        return "".join(json.loads(line)["message"] for line in lines)
 
     async def run(given):
         return 0
