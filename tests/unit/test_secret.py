@@ -101,12 +101,13 @@ def of_flag(command: list[str], flag: str = "--store-key-file") -> str:
     return command[command.index(flag) + 1]
 
 
-def test_up_makes_a_secret_of_its_own_for_every_stack(capsys: pytest.CaptureFixture[str]) -> None:
+def test_up_makes_a_secret_of_its_own_for_every_stack(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     stacks = [{of_flag(command) for command in commands({})} for _ in range(2)]
     assert all(len(files) == 1 for files in stacks) and stacks[0] != stacks[1]
-    assert not capsys.readouterr().err
+    assert not caplog.records
     commands({"store": "redis://cache:6379/0"})
-    assert "the same --store-key-file" in capsys.readouterr().err
+    assert "the same --store-key-file" in caplog.text
 
 
 def test_up_hands_on_the_secret_that_it_is_given(
