@@ -96,8 +96,12 @@ class Keys:
             return cls({})
         try:
             text = Path(path).read_text(encoding="utf-8-sig")  # Some editors begin with a mark.
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the key file {path}", param="api_key_file") from error
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read the key file {path}: {error.strerror}", param="api_key_file"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the key file {path} is no text", param="api_key_file") from error
         lines = _parse(text, path)
         return cls(
             {line.caller.name: line.key for line in lines},

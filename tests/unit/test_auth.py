@@ -174,3 +174,11 @@ def test_a_file_that_an_editor_began_with_a_byte_order_mark(tmp_path):
     path = tmp_path / "keys"
     path.write_text("\ufeffada: sk-ada\n", encoding="utf-8")
     assert Keys.load(str(path)).identify("Bearer sk-ada").name == "ada"
+
+
+def test_a_key_file_that_cannot_be_read_says_why(tmp_path):
+    with pytest.raises(ConfigError, match="absent: No such file"):
+        Keys.load(str(tmp_path / "absent"))
+    (tmp_path / "binary").write_bytes(b"ada: sk-\xff\xfe")
+    with pytest.raises(ConfigError, match="binary is no text"):
+        Keys.load(str(tmp_path / "binary"))
