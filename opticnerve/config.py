@@ -142,8 +142,8 @@ class RpcConfig:
             return
         raise ConfigError(
             f"at --host {self.host} whoever reaches the port could use this worker: give it and "
-            "all that call it one --rpc-token-file FILE (`openssl rand -hex 32 > FILE`), or, where "
-            "the network keeps others out, --insecure",
+            "all that call it one --rpc-token-file FILE (`umask 077; openssl rand -hex 32 > FILE`),"
+            " or, where the network keeps others out, --insecure",
             param="rpc_token_file",
         )
 
