@@ -12,7 +12,7 @@ import contextlib
 from dataclasses import dataclass
 
 from gateway.deadline import Deadline
-from gateway.pools import WorkerPool
+from gateway.pools import UNUSABLE_WAIT_S, WorkerPool
 from gateway.worker import Worker, WorkerState
 from opticnerve.errors import Mispaired, Unavailable, UnsupportedFeature
 
@@ -74,6 +74,8 @@ class Pairing:
                 return found
             if not self.llms.configured:
                 raise self._unavailable()
+            if self.llms.unusable or (pictures and self.encoders.unusable):
+                waiting = waiting.within(UNUSABLE_WAIT_S)
             try:
                 await self.llms.changes.wait(waiting.remaining())
             except TimeoutError as error:
@@ -86,12 +88,12 @@ class Pairing:
         """
         llms = {w.description.pair_id for w in self.llms.serving(self._is_ours)}
         if not (self.encoders.configured if pictures is None else pictures):
-            return [] if llms else [f"no {self.llms.kind} is serving ({_states(self.llms)})"]
+            return [] if llms else [f"no {self.llms.kind} is serving ({self.llms.states})"]
         encoders = {w.description.pair_id for w in self.encoders.serving(self._is_ours)}
         if llms & encoders:
             return []
         lacking = [
-            f"no {pool.kind} is serving ({_states(pool)})"
+            f"no {pool.kind} is serving ({pool.states})"
             for pool, ids in ((self.encoders, encoders), (self.llms, llms))
             if not ids
         ]
@@ -134,10 +136,6 @@ class Pairing:
 
 def _serving(workers: list[Worker]) -> int:
     return sum(worker.state is WorkerState.SERVING for worker in workers)
-
-
-def _states(pool: WorkerPool) -> str:
-    return ", ".join(f"{w.address} is {w.state.value}" for w in pool.workers) or "none is known"
 
 
 def _least(workers: list[Worker], limit: str) -> int:

@@ -26,6 +26,7 @@ from opticnerve.rpc.channel import is_serving
 log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 2.0
+UNUSABLE_WAIT_S = 5.0  # Of a request, while somebody has to mend a flag.
 RESOLVE_S = 5.0
 SHOWN = 8  # Addresses of one name in a message.
 REFUSED = Fault(
@@ -86,6 +87,20 @@ class WorkerPool:
     def configured(self) -> bool:
         """Whether any address was given at all."""
         return bool(self._static or self._names)
+
+    @property
+    def unusable(self) -> bool:
+        """Whether all workers answer and can be given no work: waiting for one is of little use."""
+        return bool(self._workers) and all(
+            worker.state is WorkerState.UNUSABLE for worker in self._workers.values()
+        )
+
+    @property
+    def states(self) -> str:
+        """How every worker is, in words."""
+        told = ", ".join(f"{w.address} is {w.state.value}" for w in self.workers)
+        blamed = any(worker.fault for worker in self.workers)
+        return (told or "none is known") + ("; /health says why" if blamed else "")
 
     def serving(self, accepts: Accepts | None = None) -> list[Worker]:
         """Workers that take work now, those that ``accepts`` agrees to."""
@@ -170,6 +185,8 @@ class WorkerPool:
                 raise self._unavailable()
             else:
                 absence = absence or job.deadline.within(absence_s)
+                if self.unusable:
+                    absence = absence.within(UNUSABLE_WAIT_S)
             try:
                 async with asyncio.timeout((absence or job.deadline).remaining()):
                     await job.changed.wait()
@@ -204,10 +221,8 @@ class WorkerPool:
         worker.wake.set()
 
     def _unavailable(self) -> Unavailable:
-        states = ", ".join(f"{w.address} is {w.state.value}" for w in self.workers)
         return Unavailable(
-            f"no {self.kind} worker can take the request ({states or 'none is known'}); "
-            "retry later",
+            f"no {self.kind} worker can take the request ({self.states}); retry later",
             retry_after_s=5.0,
         )
 

@@ -3,6 +3,7 @@ begun that would fail, and what is wrong is told."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gateway import advertised
+from gateway import advertised, pools
 from opticnerve.config import RpcConfig
 from opticnerve.pb import embedding_pb2
 from tests import encoders
@@ -41,11 +42,13 @@ def workers(told: Any) -> dict[str, dict[str, Any]]:
 
 
 async def test_encoders_with_crossed_addresses_get_no_pictures_and_health_says_why(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pools, "UNUSABLE_WAIT_S", 0.2)
     async with (
+        asyncio.timeout(100),  # Less than a request waits for workers that may come.
         two_encoders(tmp_path, crossed=True) as (one, two),
-        stack(encoders=0, encoder_addresses=(one, two), ready=False, worker_wait_s=0.2) as s,
+        stack(encoders=0, encoder_addresses=(one, two), ready=False) as s,
     ):
         pool = s.gateway.pipeline.encoders.pool
         await until(lambda: all(worker.fault for worker in pool.workers))
@@ -58,7 +61,8 @@ async def test_encoders_with_crossed_addresses_get_no_pictures_and_health_says_w
             assert f"advertises {other} (--advertise), where another process" in shown["fault"]
         assert (await s.client.get("/ready", params={"pictures": "true"})).status_code == 503
         refused = await s.chat(user("What?", data_url()))
-        assert refused.status_code == 503 and "unusable" in refused.json()["error"]["message"]
+        message = refused.json()["error"]["message"]
+        assert refused.status_code == 503 and "unusable; /health says why" in message
         assert (await s.chat(user("Hello"))).status_code == 200
         assert s.llm.refs == []  # No LLM worker heard of a wrong address.
     logged = [record for record in caplog.records if record.levelno == logging.ERROR]
