@@ -18,6 +18,7 @@ from deploy.supervisor import Service, Supervisor
 from opticnerve.config import UpConfig
 from opticnerve.errors import StartupError
 from opticnerve.rpc.server import ECHO_S
+from tests.e2e.faults import processes
 from tests.system import alive, wait_for
 
 # A worker that speaks gRPC health, and a gateway that answers /ready; both log their end.
@@ -223,8 +224,11 @@ class Up:
 def deaf(tmp_path):
     made = Up(tmp_path / "ends")
     yield made
+    left = processes(made.process.pid) if made.process.poll() is None else ()
     made.process.kill()
     made.process.communicate()
+    for pid in left:  # Those of a stack that the test did not end.
+        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
