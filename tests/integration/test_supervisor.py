@@ -173,6 +173,7 @@ def test_children_end_when_the_parent_is_killed(tmp_path):
 UP = """
 import asyncio, sys
 from deploy import up
+from opticnerve import config
 from tests.integration.test_supervisor import GATEWAY, STUBBORN, service
 class Commands:
     def __init__(self, settings, given):
@@ -182,6 +183,7 @@ class Commands:
     def gateway(self, encoders, llms):
         return service("gateway", 2, GATEWAY, sys.argv[1])
 up.Commands = Commands
+config.begin_logs(config.TelemetryConfig())
 asyncio.run(up.run({"port": 0}))
 """
 STUBBORN = "import functools, os" + WORKER.replace(
