@@ -2,10 +2,10 @@
 
 There is no prefill phase and no decode phase. Every step has one budget of tokens; every
 sequence asks for those of its tokens that are not computed. Whose turn it is to prefill, and who
-makes room for whom, is for ``Shares`` to say; the sequences of one sharer are in order of
-(priority, arrival, choice), those that run before those that wait. That order is total and fixed
-for life, the first in it of all that run is never preempted, and it fits the cache alone: so it
-always gets on, and nobody waits for ever.
+makes room for whom, is for ``Shares`` to say; of one sharer, those that run come before those that
+wait. Among them, the order is that of (priority, arrival, choice), total and fixed for life. The
+first in it of all that run is never preempted, and it fits the cache alone: so it always gets on,
+and nobody waits for ever.
 
 While any sequence decodes, the step's prefill tokens are bounded by the time that they are
 expected to take, since every decoding sequence waits for the step's end. The first sequence that

@@ -15,6 +15,12 @@ leaves the rest to the others, so that one alone may have everything.
   those that still have more, by weight, after they have lost them, so that nothing is taken back.
   Each running sequence has a token in each step: who has a place has its share of decoding.
 
+What a sharer has is shared among its requests, so that one of many choices does not keep the others
+of its key waiting. Of those that wait, a request that runs nothing comes before further choices of
+one that runs; else they go by priority, then in the order in which they came. A request that runs
+nothing may also take a place and pages from one of the same sharer that runs several sequences,
+which keeps one. Whatever a sharer has to give up is the last of its request that runs most.
+
 Lower priorities come first, and nothing is taken from them; who may ask for which is for callers to
 know.
 """
@@ -22,11 +28,13 @@ know.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import chain
 
-from llm_service.sequence import GenerateRequest, Sequence
+from llm_service.sequence import GenerateRequest, Generation, Sequence
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +46,12 @@ class Sharer:
     served: float = 0.0  # Prefill tokens by weight, in virtual time.
     waiting: list[Sequence] = field(default_factory=list)  # Both by ``order``.
     running: list[Sequence] = field(default_factory=list)
+    places: dict[Generation, int] = field(default_factory=dict)  # Of each request that runs.
+
+    @property
+    def crowded(self) -> bool:
+        """Whether any of its requests has more than one place."""
+        return len(self.running) > len(self.places)
 
     @property
     def prefills(self) -> bool:
@@ -48,6 +62,18 @@ class Sharer:
     def pages(self) -> int:
         """KV pages that it holds; one that its sequences share counts for each of them."""
         return sum(len(seq.block_table) for seq in self.running)
+
+    def standing(self) -> list[tuple[int, Sequence]]:
+        """What runs, each with its number in its request, from 0; the last is given up first."""
+        if not self.crowded:
+            return [(0, seq) for seq in self.running]
+        seen: dict[Generation, int] = {}
+        numbered = []
+        for seq in self.running:
+            number = seen.get(seq.generation, 0)
+            seen[seq.generation] = number + 1
+            numbered.append((number, seq))
+        return sorted(numbered, key=lambda each: (each[1].request.priority, each[0]))
 
     def tag(self, seq: Sequence) -> float:
         """The virtual time at which ``seq`` would be computed if it were next."""
@@ -85,12 +111,16 @@ class Shares:
         """``seq`` runs from now on."""
         sharer = self.of(seq)
         insort(sharer.running, seq, key=order)
+        sharer.places[seq.generation] = sharer.places.get(seq.generation, 0) + 1
         if len(sharer.running) > 1:
             self._several[sharer] = None
 
     def leave(self, seq: Sequence) -> None:
         sharer = self.of(seq)
         remove(sharer.running, seq)
+        sharer.places[seq.generation] -= 1
+        if not sharer.places[seq.generation]:
+            del sharer.places[seq.generation]
         if len(sharer.running) < 2:
             self._several.pop(sharer, None)
 
@@ -127,14 +157,15 @@ class Shares:
         """The sequences that prefill and, with ``admits``, those that wait, in fair order."""
         if not prefilling and not admits:
             return Turns({})
-        queues: dict[Sharer, list[Sequence]] = {}
+        begun: dict[Sharer, list[Sequence]] = {}
         for seq in prefilling:
-            queues.setdefault(self.of(seq), []).append(seq)
+            begun.setdefault(self.of(seq), []).append(seq)
         waiting = [sharer for sharer in self._sharers.values() if sharer.waiting]
-        able = [sharer for sharer, queue in queues.items() if not all(seq.missing for seq in queue)]
+        able = [sharer for sharer, queue in begun.items() if not all(seq.missing for seq in queue)]
         self._weight = sum(sharer.weight for sharer in dict.fromkeys([*able, *waiting])) or 1.0
+        queues: dict[Sharer, Iterable[Sequence]] = {**begun}
         for sharer in waiting if admits else ():
-            queues[sharer] = [*queues.get(sharer, ()), *sharer.waiting]
+            queues[sharer] = chain(queues.get(sharer, ()), _line([*sharer.waiting], sharer.places))
         return Turns(queues)
 
     def charge(self, seq: Sequence, tokens: int) -> None:
@@ -151,8 +182,11 @@ class Shares:
         return bool(self._several)
 
     def may_claim_a_place(self, seq: Sequence) -> bool:
-        """Whether another sharer has a place too many for that of ``seq`` to have none more."""
+        """Whether another sharer has a place too many for that of ``seq`` to have none more, or a
+        request of the same sharer has several while that of ``seq`` runs nothing."""
         mine = self.of(seq)
+        if mine.crowded and seq.generation not in mine.places:
+            return True
         places = (len(mine.running) + 1) / mine.weight if mine.running else 0.0
         return any(
             len(sharer.running) / sharer.weight > places
@@ -172,10 +206,12 @@ class Shares:
         """Whom to preempt for ``seq``, or None where it has no claim to so much.
 
         ``place``: it lacks a place; ``pages``: it lacks so many pages of the ``wanted`` that it
-        will hold. ``freed`` tells how many one sequence gives back; ``spared`` are not taken.
+        will hold. ``freed`` tells how many one sequence gives back; ``spared`` are not taken. What
+        no other sharer has too much of may come from other requests of its own.
         """
         mine = self.of(seq)
         holders = [_Holder(each, seq, spared) for each in self._several if each is not mine]
+        own = _Holder(mine, seq, spared, own=True)
         places = (len(mine.running) + 1) / mine.weight if mine.running else 0.0
         held = (mine.pages + wanted) / mine.weight
         victims: list[Sequence] = []
@@ -184,6 +220,8 @@ class Shares:
             by_weight = _Holder.places_by_weight if place else _Holder.pages_by_weight
             richest = max(able, key=by_weight, default=None)
             if richest is None or by_weight(richest) <= (places if place else held):
+                richest = own
+            if not richest.takeable:
                 return None
             victims.append(richest.take())
             pages -= freed(victims[-1])
@@ -192,12 +230,13 @@ class Shares:
 
     def furthest(self, running: list[Sequence]) -> Sequence:
         """Who gives its pages up where one that runs cannot grow: of those with the highest
-        priority, the last of the sharer that holds most by weight.
+        priority, the last of the sharer that holds most by weight, as it stands.
 
         ``running`` is in order, and its first is kept, so that the first of all always gets on.
         """
         highest = running[-1].request.priority
-        lasts = {sharer.running[-1]: sharer for sharer in map(self.of, running)}
+        sharers = dict.fromkeys(map(self.of, running))
+        lasts = {sharer.standing()[-1][1]: sharer for sharer in sharers}
         most, victim = 0.0, running[-1]
         for seq, sharer in lasts.items():
             held = sharer.pages / sharer.weight
@@ -214,6 +253,8 @@ class Shares:
             map(order, running)
         ):
             raise RuntimeError("sharers do not have the places that are taken")
+        if any(each.places != Counter(seq.generation for seq in each.running) for each in everyone):
+            raise RuntimeError("requests do not have the places that are taken")
         for queue in (each.waiting for each in everyone):
             if [seq.order for seq in queue] != sorted({seq.order for seq in queue}):
                 raise RuntimeError("sequences wait out of order")
@@ -251,15 +292,27 @@ class Turns:
 
 
 class _Holder:
-    """What a sharer would have left, and what of it others may take; its first place is its own."""
+    """What a sharer would have left, and what of it ``seq`` may take.
 
-    def __init__(self, sharer: Sharer, seq: Sequence, spared: Collection[Sequence]) -> None:
+    One of another sharer leaves it its first place. One of its ``own`` leaves each of its requests
+    the first, and takes nothing where its request runs.
+    """
+
+    def __init__(
+        self, sharer: Sharer, seq: Sequence, spared: Collection[Sequence], own: bool = False
+    ) -> None:
         self._weight = sharer.weight
         self._places = len(sharer.running)
         self._pages = sharer.pages
+        if not own:
+            places = [each for _, each in sharer.standing()[1:]]
+        elif sharer.crowded and seq.generation not in sharer.places:
+            places = [each for number, each in sharer.standing() if number]
+        else:
+            places = []
         self.takeable = [
             each
-            for each in sharer.running[1:]
+            for each in places
             if each.request.priority >= seq.request.priority and each not in spared
         ]
 
@@ -270,11 +323,26 @@ class _Holder:
         return self._pages / self._weight
 
     def take(self) -> Sequence:
-        """The last in its order."""
+        """The last, as they stand."""
         seq = self.takeable.pop()
         self._places -= 1
         self._pages -= len(seq.block_table)
         return seq
+
+
+def _line(waiting: list[Sequence], places: Collection[Generation]) -> Iterator[Sequence]:
+    """Those of a sharer that wait, as they come when they come: of one priority, first those whose
+    request has none of ``places``."""
+    further: list[Sequence] = []
+    for seq in waiting:
+        if further and further[0].request.priority < seq.request.priority:
+            yield from further
+            further = []
+        if seq.generation in places:
+            further.append(seq)
+        else:
+            yield seq
+    yield from further
 
 
 def _name(request: GenerateRequest) -> tuple[str, str]:

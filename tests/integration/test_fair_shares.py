@@ -1,4 +1,5 @@
-"""One request with many choices, or many of one key, leave the others their share of the decoder.
+"""One request with many choices, or many of one key, leave the others their share of the decoder:
+others of the same key too.
 
 The real engine on the demo checkpoint. Time is counted in steps, and the tokens of each step by
 who got them.
@@ -111,6 +112,27 @@ def test_a_key_that_fills_the_cache_gives_pages_back() -> None:
     assert first <= FIRST
     assert last <= first + 12
     assert watched.texts["ada"] == watched.alone(victim)
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv_cache_tokens": 320}], ids=["places", "pages"])
+def test_a_request_with_many_choices_leaves_others_of_its_key_their_part(
+    settings: dict[str, int],
+) -> None:
+    """Users behind one key: the victim lacks a place, or pages as well."""
+    watched = Watched(**settings)
+    watched.submit(ask("mallory", 20, 280, CHOICES, share="app"))
+    watched.fill()
+    while settings and not watched.engine.scheduler.num_preemptions:
+        watched.step()
+    before = watched.engine.scheduler.num_preemptions
+    first, last = watched.watch(ask("ada", 80, 12, share="app"))
+    assert first <= FIRST
+    assert last == first + 11  # A token in each step.
+    assert watched.texts["ada"] == watched.alone(ask("ada", 80, 12))
+    assert min(given["mallory"] for given in watched.steps[-last:]) >= 1
+    if not settings:
+        assert watched.engine.scheduler.num_preemptions == before + 1
+        assert min(given["mallory"] for given in watched.steps[-last:]) >= PLACES - 2
 
 
 def test_a_key_with_long_prompts_leaves_others_their_part_of_prefill() -> None:

@@ -41,7 +41,7 @@ class Desk:
     def add(self, length: int = 20, priority: int = 0, **fields: Any) -> Sequence:
         """Prompts share nothing: each begins with its own number."""
         self.arrivals += 1
-        sampling = SamplingParams(max_tokens=fields.pop("max_tokens", 8))
+        sampling = SamplingParams(max_tokens=fields.pop("max_tokens", 8), n=fields.pop("n", 1))
         tokens = (1000 + self.arrivals, *range(length - 1))
         request = GenerateRequest(
             f"r{self.arrivals}", tokens, sampling=sampling, priority=priority, **fields
@@ -93,6 +93,8 @@ class Desk:
         for work in plan.works:
             self.scheduler.advance(work.seq, work.start + work.num_tokens)
             if work.num_logits:
+                for child in iter(work.seq.generation.begin, None):
+                    self.scheduler.fork(work.seq, child)
                 work.seq.token_ids.append(7)
                 work.seq.reads_slot = True
                 if work.seq.num_output == work.seq.request.sampling.max_tokens:
@@ -368,3 +370,78 @@ def test_whatever_one_sharer_has_asked_for_another_has_a_token_within_a_few_step
         before = victim.num_output
         desk.step()
         assert victim.num_output == before + 1
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_many_choices_of_one_request_leave_others_of_its_sharer_a_place(count: int) -> None:
+    """They come while all places are taken; as many as can have one get on at once."""
+    desk = Desk(num_blocks=64, max_num_batched_tokens=128)
+    many = desk.add(max_tokens=60, n=24, share="app")
+    for _ in range(3):
+        desk.step()
+    assert len(desk.scheduler.running) == 4
+    late = [desk.add(10, max_tokens=5, share="app") for _ in range(count)]
+    desk.step()
+    assert [seq.num_output for seq in late] == ([1] * 3 + [0] * 3)[:count]
+    steps = 1
+    while any(seq.status is not Status.FINISHED for seq in late):
+        before = many.num_output
+        desk.step()
+        assert many.num_output == before + 1  # The first of the choices gets on all the same.
+        steps += 1
+    assert steps <= 5 * -(-count // 3)
+    while desk.step():
+        pass
+    assert all(seq.status is Status.FINISHED for seq in many.generation.sequences)
+    assert desk.scheduler.num_preemptions == min(count, 3)  # Nothing was taken back.
+
+
+def test_requests_of_one_sharer_that_come_one_by_one_take_a_place_each_and_no_more() -> None:
+    desk = Desk(num_blocks=64, max_num_batched_tokens=128)
+    many = desk.add(max_tokens=60, n=24, share="app")
+    late: list[Sequence] = []
+    while desk.step():
+        if not desk.scheduler._step % 10 and len(late) < 20:
+            assert all(seq.status is Status.FINISHED for seq in late)
+            late.append(desk.add(10, max_tokens=5, share="app"))
+    assert len(late) == 20
+    assert all(seq.status is Status.FINISHED for seq in many.generation.sequences)
+    assert desk.scheduler.num_preemptions <= len(late)
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_whatever_choices_a_sharer_has_a_request_of_it_has_a_token_within_a_few_steps(
+    seed: int,
+) -> None:
+    """There is room for one choice of each request, and too little for all."""
+    chance = Random(seed)
+    count = chance.randint(1, 3)
+    desk = Desk(
+        num_blocks=12 * count + 6,
+        max_num_seqs=count + chance.randint(1, 8),
+        max_num_batched_tokens=chance.choice((48, 64, 100)),
+    )
+    many = []
+    for _ in range(count):
+        length, n = chance.randint(1, 90), chance.randint(1, 12)
+        many.append(desk.add(length, max_tokens=chance.randint(1, 90), n=n, share="app"))
+        for _ in range(chance.choice((0, 5, 20, 60))):
+            desk.step()
+    victim = desk.add(chance.randint(1, 32), max_tokens=20, share="app")
+    steps = 0
+    while not victim.num_output:
+        desk.step()
+        steps += 1
+    assert steps <= 12  # What of the others was begun, in steps of 32 tokens, and its own.
+    while victim.status is not Status.FINISHED:
+        before = victim.num_output
+        desk.step()
+        assert victim.num_output == before + 1
+    while desk.step():
+        steps += 1
+        assert steps < 3000
+    finished = [seq.status is Status.FINISHED for each in many for seq in each.generation.sequences]
+    assert all(finished)
+    assert desk.scheduler.num_preemptions <= 4 * len(finished)
+    assert not victim.preemptions

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_service.sequence import GenerateRequest, Generation, Sequence, Status
+from llm_service.sequence import GenerateRequest, Generation, SamplingParams, Sequence, Status
 from llm_service.shares import Shares
 
 PAGE = 16
@@ -21,14 +21,31 @@ _arrivals = itertools.count()
 def sequence(
     share: str = "", length: int = 20, weight: float = 1.0, priority: int = 0, pages: int = 1
 ) -> Sequence:
+    return choices(1, share, length, weight, priority, pages)[0]
+
+
+def choices(
+    count: int,
+    share: str = "",
+    length: int = 20,
+    weight: float = 1.0,
+    priority: int = 0,
+    pages: int = 1,
+) -> list[Sequence]:
+    """All those of one request."""
     arrival = next(_arrivals)
     request = GenerateRequest(
-        f"r{arrival}", tuple(range(length)), priority=priority, share=share, weight=weight
+        f"r{arrival}",
+        tuple(range(length)),
+        sampling=SamplingParams(n=count),
+        priority=priority,
+        share=share,
+        weight=weight,
     )
-    seq = Generation(request, arrival, 0.0).begin()
-    assert seq is not None
-    seq.block_table = tuple(range(pages))
-    return seq
+    made = list(iter(Generation(request, arrival, 0.0).begin, None))
+    for seq in made:
+        seq.block_table = tuple(range(pages))
+    return made
 
 
 class Hall:
@@ -156,6 +173,81 @@ def test_who_holds_most_pages_gives_them_up_but_never_the_first_of_all() -> None
     assert hall.shares.furthest([first]) is first
 
 
+def test_a_request_that_runs_nothing_comes_before_further_choices_of_its_sharer() -> None:
+    hall = Hall(3)
+    many = choices(5, "app")
+    for seq in many:
+        hall.shares.wait(seq)
+    hall.settle()
+    few = [sequence("app"), *choices(2, "app")]
+    urgent, patient = sequence("app", priority=-1), sequence("app", priority=1)
+    for seq in (*few, urgent, patient):
+        hall.shares.wait(seq)
+    turns = list(hall.shares.turns([], admits=True))
+    assert turns == [urgent, *few, many[3], many[4], patient]
+
+
+def test_a_request_that_runs_nothing_takes_a_place_from_one_of_its_sharer_that_runs_most() -> None:
+    hall = Hall(5)
+    most, two = choices(3, "app"), choices(2, "app")
+    for seq in (*most, *two):
+        hall.shares.wait(seq)
+    hall.settle()
+    late = [sequence("app") for _ in range(5)]
+    for seq in late:
+        hall.shares.wait(seq)
+    assert hall.shares.claim(late[0], True, 0, 1, lambda _: 1) == [most[2]]
+    assert hall.shares.claim(late[0], True, 0, 1, lambda _: 1, spared=[most[2]]) == [two[1]]
+    assert hall.settle() == 3
+    assert set(hall.running) == {most[0], two[0], *late[:3]}  # Each has one, and keeps it.
+    assert not any(map(hall.shares.may_claim_a_place, hall.shares.waiting()))
+    hall.shares.check_integrity(hall.running)
+
+
+def test_a_sharer_takes_nothing_from_its_own_that_may_go_first_or_for_further_choices() -> None:
+    hall = Hall(3)
+    many = choices(4, "app", priority=-1)
+    for seq in many:
+        hall.shares.wait(seq)
+    hall.settle()
+    for priority, found in ((0, False), (-1, True)):
+        late = sequence("app", priority=priority)
+        hall.shares.wait(late)
+        assert bool(hall.shares.claim(late, True, 0, 1, lambda _: 1)) is found
+    assert not hall.shares.may_claim_a_place(many[3])
+    assert hall.shares.claim(many[3], True, 0, 1, lambda _: 1) is None
+
+
+def test_what_a_sharer_gives_up_is_the_last_of_its_request_that_runs_most() -> None:
+    hall = Hall(5)
+    many, single = choices(3, "app", pages=2), sequence("app", pages=9)
+    other = sequence("other")
+    for seq in (*many, single, other):
+        hall.shares.wait(seq)
+    hall.settle()
+    late = sequence("late")
+    hall.shares.wait(late)
+    assert hall.shares.claim(late, True, 0, 1, lambda _: 1) == [many[2]]
+    assert hall.shares.claim(late, True, 2, 1, lambda _: 1) == [many[2], many[1]]
+    assert hall.shares.furthest(hall.running) is many[2]
+
+
+def test_pages_come_from_further_choices_of_its_sharer_as_far_as_they_go() -> None:
+    hall = Hall(8)
+    for seq in (many := choices(4, "app", pages=4)):
+        hall.shares.wait(seq)
+    hall.settle()
+    late = sequence("app")
+    hall.shares.wait(late)
+
+    def claim(pages: int) -> list[Sequence] | None:
+        return hall.shares.claim(late, False, pages, pages, lambda seq: len(seq.block_table))
+
+    assert claim(5) == [many[3], many[2]]
+    assert claim(12) == [many[3], many[2], many[1]]
+    assert claim(13) is None  # Its first is its own.
+
+
 def serve(shares: Shares, prompts: dict[str, list[Sequence]], tokens: int) -> Counter[str]:
     """Hands out ``tokens`` in steps, to who always wants more; what each was given."""
     given: Counter[str] = Counter()
@@ -270,7 +362,7 @@ def test_names_that_are_gone_are_forgotten() -> None:
     assert len(shares._sharers) <= 2
 
 
-@pytest.mark.parametrize("field", ["num_waiting", "running"])
+@pytest.mark.parametrize("field", ["num_waiting", "running", "places"])
 def test_integrity_checks_see_harm(field: str) -> None:
     hall = Hall(4)
     hall.shares.wait(sequence("a"))
@@ -278,6 +370,8 @@ def test_integrity_checks_see_harm(field: str) -> None:
     hall.shares.check_integrity(hall.running)
     if field == "running":
         hall.running.clear()
+    elif field == "places":
+        hall.shares.of(hall.running[0]).places.clear()
     else:
         hall.shares.num_waiting = 3
     with pytest.raises(RuntimeError):
