@@ -1,7 +1,6 @@
 """What each process of a stack exports: its own metrics alone, with true values."""
 
-import re
-from pathlib import Path
+import json
 
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
@@ -9,13 +8,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.e2e.conftest import bundled, user
 from tests.system import wait_for
 
-SHARED = {"stage_seconds", "embedding_lookups"}
+SHARED = {"stage_seconds", "embedding_lookups", "embeddings_refused"}
 OWN = {
     "gateway": {
         "requests", "requests_in_flight", "tokens", "time_to_first_token_seconds",
         "inter_token_seconds", "patches_waiting",
     },
-    "encoder": {"patches_pending", "items_encoded", "store_bytes"},
+    "encoder": {"patches_pending", "items_encoded", "decodes_ended", "store_bytes"},
     "llm": {
         "kv_blocks_free", "sequences", "preemptions", "llm_tokens", "store_bytes", "step_seconds",
         "prefill_tokens_per_second",
@@ -30,9 +29,13 @@ STAGES = {
 
 def addresses(stack):
     """Where each process says its metrics are, by its name."""
-    log = Path(f"/proc/{stack.process.pid}/fd/2").read_text()  # A file that has no name any more.
-    workers = dict(re.findall(r"^(\w+) +\| .*metrics at (\S+)$", log, re.M))
-    return {"gateway": f"{stack.url}/metrics", **workers}
+    told = [json.loads(line) for line in stack.log().splitlines()]
+    found = {
+        line["process"]: line["message"].removeprefix("metrics at ")
+        for line in told
+        if line["message"].startswith("metrics at ")
+    }
+    return {"gateway": f"{stack.url}/metrics", **found}
 
 
 def scrape(url):

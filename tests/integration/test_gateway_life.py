@@ -129,7 +129,7 @@ async def test_health_tells_who_does_not_reach_the_store():
                 "kinds": ["redis"],
                 "unreachable_from": [] if reachable else [s.llm.address],
             }
-            state = {"kind": "redis", "reachable": reachable}
+            state = {"kind": "redis", "reachable": reachable, "key_id": ""}
             assert told["llms"]["workers"][0]["store"] == state
         assert (await s.chat()).status_code == 200  # Requests go on.
         assert (await s.client.get("/ready")).status_code == 200
