@@ -55,7 +55,7 @@ _INSTEAD = "send the picture's bytes as a data: URL"
 
 
 class MediaFetcher:
-    """Fetches items by URL. One a gateway; ``close`` it at the end."""
+    """Fetches items by URL. One a gateway."""
 
     def __init__(
         self,

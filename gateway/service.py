@@ -120,61 +120,66 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
     )
     _serve_metrics(settings)
     async with contextlib.AsyncExitStack() as stack:
-        fetcher = MediaFetcher(settings)
-        changes = Changes()
-        mouths = WorkerPool("LLM", settings.llm_addresses, generation.describe, changes, token)
-        eyes = WorkerPool(
-            "encoder",
-            settings.encoder_addresses,
-            encoders.describe,
-            changes,
-            token,
-            AdvertisedCheck(mouths),
-        )
-        for pool in (eyes, mouths):
+        encoder_pool, llm_pool = _pools(settings, token)
+        for pool in (encoder_pool, llm_pool):
             await pool.start()
             stack.push_async_callback(pool.close)
-        metrics.PATCHES_WAITING.set_function(lambda: eyes.waiting_cost)
-        wait = settings.worker_wait_s
+        metrics.PATCHES_WAITING.set_function(lambda: encoder_pool.waiting_cost)
         own_pair_id = await asyncio.to_thread(_own_pair_id, checkpoint)
-        pairing = Pairing(eyes, mouths, own_pair_id, wait)
+        pairing = Pairing(encoder_pool, llm_pool, own_pair_id, settings.worker_wait_s)
         stack.callback(asyncio.create_task(pairing.watch_whole()).cancel)
-        connections = Connections(
-            settings.max_connections,
-            settings.max_connections_per_address,
-            settings.stall_timeout_s,
+        names = ServedNames.of(settings.served_model_name, checkpoint.name, layout.max_positions)
+        pipeline = Pipeline(
+            renderer=renderer,
+            vocabulary=Vocabulary(renderer.tokenizer),
+            media=MediaReader(settings, layout, MediaFetcher(settings)),
+            pairing=pairing,
+            encoders=_encoders(settings, encoder_pool),
+            llms=llm_pool,
+            defaults=defaults,
+            max_logprobs=settings.max_logprobs,
+            max_n=settings.max_n,
+            worker_wait_s=settings.worker_wait_s,
+            share_cache=settings.share_cache,
         )
-        yield Gateway(
-            config=settings,
-            keys=keys,
-            connections=connections,
-            admission=Admission(
-                settings.max_concurrent_requests,
-                settings.max_bytes_in_flight,
-                settings.max_requests_per_key,
-                holders=lambda: len(keys.by_name) or connections.holders,
-            ),
-            names=ServedNames.of(settings.served_model_name, checkpoint.name, layout.max_positions),
-            pipeline=Pipeline(
-                renderer=renderer,
-                vocabulary=Vocabulary(renderer.tokenizer),
-                media=MediaReader(settings, layout, fetcher),
-                pairing=pairing,
-                encoders=Encoders(
-                    eyes,
-                    References(),
-                    settings.encode_timeout_s,
-                    wait,
-                    settings.max_encode_wait_s,
-                ),
-                llms=mouths,
-                defaults=defaults,
-                max_logprobs=settings.max_logprobs,
-                max_n=settings.max_n,
-                worker_wait_s=wait,
-                share_cache=settings.share_cache,
-            ),
-        )
+        yield _gateway(settings, keys, names, pipeline)
+
+
+def _pools(settings: GatewayConfig, token: str | None) -> tuple[WorkerPool, WorkerPool]:
+    """The pools of encoders and of LLM workers."""
+    changes = Changes()
+    llms = WorkerPool("LLM", settings.llm_addresses, generation.describe, changes, token)
+    check = AdvertisedCheck(llms)
+    encoder_pool = WorkerPool(
+        "encoder", settings.encoder_addresses, encoders.describe, changes, token, check
+    )
+    return encoder_pool, llms
+
+
+def _encoders(settings: GatewayConfig, pool: WorkerPool) -> Encoders:
+    return Encoders(
+        pool,
+        References(),
+        settings.encode_timeout_s,
+        settings.worker_wait_s,
+        settings.max_encode_wait_s,
+    )
+
+
+def _gateway(
+    settings: GatewayConfig, keys: Keys, names: ServedNames, pipeline: Pipeline
+) -> Gateway:
+    """With the limits of what clients may hold."""
+    connections = Connections(
+        settings.max_connections, settings.max_connections_per_address, settings.stall_timeout_s
+    )
+    admission = Admission(
+        settings.max_concurrent_requests,
+        settings.max_bytes_in_flight,
+        settings.max_requests_per_key,
+        holders=lambda: len(keys.by_name) or connections.holders,
+    )
+    return Gateway(settings, keys, connections, admission, names, pipeline)
 
 
 def _serve_metrics(settings: GatewayConfig) -> None:

@@ -20,9 +20,10 @@ WAIT_S = 60.0
 HOPELESS = 8_000  # Scans, of twelve megapixels: minutes.
 
 
-def work(data: bytes) -> Work:
+def plan_of(data: bytes) -> Plan:
+    """A plan under which a picture is decoded, however much work that is; its size then is any."""
     found = parse_structure(data, ANY, ANY)
-    plan = Plan(
+    return Plan(
         modality=Modality.IMAGE,
         format=found.format,
         width=found.width,
@@ -34,7 +35,10 @@ def work(data: bytes) -> Work:
         num_tokens=1,
         num_patches=4,
     )
-    return Work(data, plan, 0xFFFFFF, ANY, ANY)
+
+
+def work(data: bytes) -> Work:
+    return Work(data, plan_of(data), 0xFFFFFF, ANY, ANY)
 
 
 def resident(pid: int | None, what: str = "VmRSS") -> int:

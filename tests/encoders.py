@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -25,6 +26,7 @@ from opticnerve.config import RpcConfig
 from opticnerve.embeddings.memory import MemoryStore
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
+from opticnerve.errors import OpticNerveError
 from opticnerve.media.keys import content_key
 from opticnerve.media.plan import Overrides, Plan
 from opticnerve.media.structure import parse_structure
@@ -35,6 +37,7 @@ from opticnerve.pb import encoder_pb2 as pb
 from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import chunks, open_channel
+from opticnerve.rpc.errors import from_rpc
 from opticnerve.rpc.server import Server
 from tests.preprocessors import mean_colour
 
@@ -152,6 +155,13 @@ class Running:
 
 def demo_layout() -> Layout:
     return make_layout(Checkpoint.open(None))
+
+
+async def refusal(call: grpc.aio.StreamUnaryCall) -> OpticNerveError:
+    """The typed error that a call ends in."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return from_rpc(caught.value)
 
 
 @contextlib.asynccontextmanager

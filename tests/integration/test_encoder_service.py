@@ -7,7 +7,7 @@ import io
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -45,20 +45,8 @@ from opticnerve.rpc.channel import is_serving, open_channel
 from opticnerve.rpc.errors import from_rpc
 from opticnerve.rpc.server import Server
 from tests import hostile
-from tests.encoders import FINGERPRINT, WAIT_S, FakeBackend, Running, picture, running
-
-
-async def refusal(call: grpc.aio.StreamUnaryCall) -> OpticNerveError:
-    """The typed error that a call ends in."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return from_rpc(caught.value)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():
-            await asyncio.sleep(0.002)
+from tests.encoders import FINGERPRINT, WAIT_S, FakeBackend, Running, picture, refusal, running
+from tests.fakes import until
 
 
 async def entered(service: Running) -> None:

@@ -6,20 +6,18 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from encoder_service import preprocess
-from opticnerve.errors import EngineFailure, InvalidMedia, OpticNerveError, PoisonousItem
+from opticnerve.errors import EngineFailure, InvalidMedia, PoisonousItem
 from opticnerve.media.structure import parse_structure
-from opticnerve.rpc.errors import from_rpc
 from tests import hostile
 from tests.decoders import ANY, HOPELESS, children_cpu_s, cpu_s, resident
-from tests.encoders import WAIT_S, Running, picture, running
+from tests.encoders import Running, picture, refusal, running
+from tests.fakes import until
 from tests.system import alive
 
 LIMITS: dict[str, Any] = {
@@ -32,18 +30,6 @@ LIMITS: dict[str, Any] = {
 def hopeless(grey: int = 0) -> bytes:
     """Minutes of work."""
     return hostile.many_scans(HOPELESS, grey=grey)
-
-
-async def refusal(call: grpc.aio.StreamUnaryCall) -> OpticNerveError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return from_rpc(caught.value)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 def pids(service: Running) -> list[int]:

@@ -4,7 +4,7 @@ out. Real gRPC in this process, a backend without a model."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,15 +22,10 @@ from opticnerve.rpc.channel import open_channel
 from opticnerve.rpc.errors import from_rpc
 from opticnerve.rpc.server import Server
 from tests.encoders import WAIT_S, Running, picture, running
+from tests.fakes import until
 
 PATCHES = 36  # Of each picture here.
 MANY = 64
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 async def ended(call: grpc.aio.Call) -> OpticNerveError:

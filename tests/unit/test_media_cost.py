@@ -14,9 +14,10 @@ from PIL import Image
 
 from opticnerve.errors import InvalidMedia
 from opticnerve.media.decode import decode
-from opticnerve.media.plan import Grid, Modality, Plan, Structure
+from opticnerve.media.plan import Structure
 from opticnerve.media.structure import DEFAULT_MAX_PASSES, DEFAULT_MAX_PIXELS, parse_structure
 from tests import hostile
+from tests.decoders import plan_of
 from tests.hostile import save
 
 ANY = 10**15
@@ -28,19 +29,7 @@ def structure(data: bytes) -> Structure:
 
 def cpu_s(data: bytes) -> float:
     """Of decoding; the least of three."""
-    found = structure(data)
-    plan = Plan(
-        modality=Modality.IMAGE,
-        format=found.format,
-        width=found.width,
-        height=found.height,
-        orientation=found.orientation,
-        resized_width=28,
-        resized_height=28,
-        grid=Grid(1, 2, 2),
-        num_tokens=1,
-        num_patches=4,
-    )
+    plan = plan_of(data)
     seconds = []
     for _ in range(3):
         started = time.process_time()
