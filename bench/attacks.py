@@ -348,7 +348,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--before", metavar="COMMIT", help="compare with this commit")
     parser.add_argument(
         "--attack",
-        type=attacks,
+        type=commits.some_of(ATTACKS),
         default=list(ATTACKS),
         metavar="NAME,...",
         help=f"of {', '.join(ATTACKS)}; default: all",
@@ -356,14 +356,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one request each, not kept")
     parser.add_argument("--out", default="attacks", metavar="NAME", help="of the JSON file")
     return parser.parse_args()
-
-
-def attacks(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in ATTACKS:
-            raise argparse.ArgumentTypeError(f"there is no attack {name!r}")
-    return names
 
 
 if __name__ == "__main__":

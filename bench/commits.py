@@ -1,13 +1,15 @@
-"""Two commits of the product side by side: the code that processes import, and what they use."""
+"""Two commits of the product side by side: which scenarios run, the code that processes import, and
+what they use."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from bench import memory
@@ -78,6 +80,19 @@ def describe(before: str | None) -> dict[str, str | None]:
         "before": git("describe", "--always", before) if before else None,
         "present": git("describe", "--always", "--dirty") if (ROOT / ".git").exists() else None,
     }
+
+
+def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """What argparse calls for a flag that names some of what there is, with commas."""
+
+    def read(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+        return names
+
+    return read
 
 
 def cpu_seconds(parent: int) -> dict[str, float]:

@@ -330,7 +330,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--before", metavar="COMMIT", help="compare with this commit")
     parser.add_argument(
         "--scenario",
-        type=scenarios,
+        type=commits.some_of(FULL),
         default=list(FULL),
         metavar="NAME,...",
         help=f"of {', '.join(FULL)}; default: all",
@@ -343,14 +343,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a small load, not kept")
     parser.add_argument("--out", default="load", metavar="NAME", help="of the JSON file")
     return parser.parse_args()
-
-
-def scenarios(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in FULL:
-            raise argparse.ArgumentTypeError(f"there is no scenario {name!r}")
-    return names
 
 
 if __name__ == "__main__":
