@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from llm_service.client import ThreadEngineClient
-from llm_service.engine import Emit, Engine
-from llm_service.sequence import FailedEvent, GenerateRequest, SamplingParams, TokensEvent
+from llm_service.engine.client import ThreadEngineClient
+from llm_service.engine.engine import Emit, Engine
+from llm_service.policy.sequence import FailedEvent, GenerateRequest, SamplingParams, TokensEvent
 from opticnerve.media.plan import Plan, Span
 from tests.local_engine import LocalEngine
 

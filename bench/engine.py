@@ -40,8 +40,8 @@ import torch
 import opticnerve.demo
 from bench import report, sampler
 from bench.contestants import Ask, Continuous, Ours, Outputs, Picture, ThroughClient, Whole
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.media.plan import Modality, Overrides, Span, Structure
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import load_tower
 
 MAX_GAP = 1e-3

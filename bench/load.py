@@ -55,8 +55,8 @@ from bench.http_client import (
     order,
     spread,
 )
+from opticnerve.cli.stack import Stack
 from opticnerve.demo import scenes
-from opticnerve.stack import Stack
 
 TEXT: dict[str, Any] = {
     "hidden_size": 768,

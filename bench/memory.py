@@ -177,7 +177,7 @@ def measure(side: str, model: str) -> dict[str, float]:
 
 def gateway(model: str) -> dict[str, float]:
     import gateway.service as service
-    from gateway.auth import Keys
+    from gateway.edge.auth import Keys
     from opticnerve.config import GatewayConfig, ModelConfig
 
     nowhere = ("127.0.0.1:9",)
@@ -196,8 +196,8 @@ def gateway(model: str) -> dict[str, float]:
 
 
 def half(side: str, model: str) -> dict[str, float]:
+    from opticnerve.checkpoints.checkpoint import Checkpoint
     from opticnerve.models import registry
-    from opticnerve.models.checkpoint import Checkpoint
 
     if side == "encoder":
         import encoder_service.service  # noqa: F401
@@ -210,7 +210,7 @@ def half(side: str, model: str) -> dict[str, float]:
         touch(tensors)
         return figures(before, sum(storages.values()))
     import opticnerve.models.qwen2_vl.language  # noqa: F401
-    from llm_service.attention import ATTENTION_NAME
+    from llm_service.device.attention import ATTENTION_NAME
 
     before = resident()
     checkpoint = Checkpoint.open(model, side="llm")

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from bench import report
-from llm_service.sampler import Sampler
-from llm_service.sequence import SamplingParams
+from llm_service.device.sampler import Sampler
+from llm_service.policy.sequence import SamplingParams
 
-# As many as gateway.schemas.sampling lets pass.
+# As many as gateway.api.schemas.sampling lets pass.
 MAX_ALLOWED = 2**16
 MAX_BIASES = 1024
 MAX_WORDS = 512  # 256, each at the start of a text and after a space.

@@ -31,23 +31,23 @@ from grpc_health.v1 import health_pb2
 
 import opticnerve
 from bench import report
-from gateway.chat import ChatRenderer
-from gateway.dataurl import read_data_url
-from gateway.detokenizer import Vocabulary
+from gateway.api.schemas.chat import ChatRequest
+from gateway.api.schemas.parsing import parse
+from gateway.media.dataurl import read_data_url
+from gateway.output.detokenizer import Vocabulary
+from gateway.prompt.renderer import ChatRenderer
 from gateway.sampling import Defaults, Limits, resolve
-from gateway.schemas.chat import ChatRequest
-from gateway.schemas.parsing import parse
-from llm_service.attention import ATTENTION_NAME, make_backend
-from llm_service.engine import Engine
-from llm_service.limits import EngineConfig
-from llm_service.model_runner import ModelRunner, RunnerLimits
-from llm_service.sequence import GenerateRequest, SamplingParams, TokensEvent
+from llm_service.device.attention import ATTENTION_NAME, make_backend
+from llm_service.device.model_runner import ModelRunner, RunnerLimits
+from llm_service.engine.engine import Engine
+from llm_service.engine.limits import EngineConfig
+from llm_service.policy.sequence import GenerateRequest, SamplingParams, TokensEvent
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
 from opticnerve.demo import scenes
 from opticnerve.media.decode import decode
 from opticnerve.media.keys import content_key
 from opticnerve.media.structure import parse_structure
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import load_language, load_tower, make_layout
 from opticnerve.rpc.channel import open_channel
 

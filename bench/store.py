@@ -28,10 +28,10 @@ from pathlib import Path
 import torch
 
 from bench import report
-from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.redis_store import RedisStore
-from opticnerve.embeddings.shm import ShmStore
+from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.embeddings.tier import create_tier_directory, remove_tier
 from tests.redis import PATIENT, RedisServer, find_redis_server
 

@@ -10,10 +10,11 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from opticnerve import cli, flags
+from opticnerve import flags
+from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.cli import commands as cli
 from opticnerve.config import EncoderConfig
 from opticnerve.lifecycle import follow_parent, ignore_hangup
-from opticnerve.models.checkpoint import Checkpoint
 
 DESCRIPTION = "A vision encoder: pictures in, embeddings out."
 

@@ -21,11 +21,10 @@ from encoder_service import metrics
 from encoder_service.backends.base import Backend, Capacity, Embedding
 from encoder_service.backlog import Backlog
 from encoder_service.batcher import Batcher, Failure, Finished
-from encoder_service.decoder import Pixels, Work, prepare
-from encoder_service.flight import Flights
 from encoder_service.item import Answer, Identity, Limits, Request, Timings
+from encoder_service.pictures.decode_process import Pixels, Work, prepare
+from encoder_service.pictures.preprocess import Job, PreprocessPool
 from encoder_service.poison import PoisonRecord
-from encoder_service.preprocess import Job, PreprocessPool
 from encoder_service.shelf import Shelf
 from opticnerve.config import LEAST_IMAGE_PIXELS
 from opticnerve.embeddings.ref import EmbeddingRef, TensorSpec, tensor_names
@@ -43,6 +42,7 @@ from opticnerve.media.keys import content_key
 from opticnerve.media.plan import WHITE, Modality, Overrides, Plan, Structure
 from opticnerve.media.structure import parse_structure
 from opticnerve.models.family import Layout
+from opticnerve.single_flight import Flights
 
 STAGED_BATCHES = 2  # Decoded ahead of the device: one that runs, one that waits.
 QUEUE_BATCHES = 16

@@ -15,19 +15,19 @@ from encoder_service import metrics
 from encoder_service.backends.torch import TorchBackend
 from encoder_service.encoder import Encoder
 from encoder_service.item import Identity, Limits
+from encoder_service.pictures.sizing import largest_plan, shrink
 from encoder_service.poison import PoisonRecord
 from encoder_service.servicer import SERVICE, EncoderServicer, Loaded
-from encoder_service.sizing import largest_plan, shrink
+from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.checkpoints.fingerprint import fingerprint
 from opticnerve.config import EncoderConfig
 from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.redis_store import RedisStore
 from opticnerve.embeddings.seal import Seal
-from opticnerve.embeddings.shm import ShmStore
+from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.embeddings.store import Store
 from opticnerve.embeddings.tier import base_directory
 from opticnerve.errors import StartupError, StoreError
-from opticnerve.models.checkpoint import Checkpoint
-from opticnerve.models.fingerprint import fingerprint
 from opticnerve.models.registry import load_tower, make_layout
 from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc.server import Server

@@ -1,7 +1,7 @@
 """The gateway's HTTP face: routes, and the middleware around them.
 
 FastAPI matches requests to routes and describes the routes. Requests are read, and answers and
-errors are written, by ``gateway.http`` and the handlers alone.
+errors are written, by ``gateway.api.http`` and the handlers alone.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway import chats, health, openapi
-from gateway.admission import Admission
-from gateway.auth import Keys, needs_key
-from gateway.connections import Connections
-from gateway.http import WARNINGS, BodyLimits, ErrorResponse, JSONResponse, read_switch
-from gateway.middleware import Authentication, Disconnect, Drain, Errors, RequestScope
-from gateway.names import ServedNames
-from gateway.openapi import Operation
-from gateway.pageguard import PageGuard
+from gateway.api import chat as chats
+from gateway.api import health, openapi
+from gateway.api.http import WARNINGS, BodyLimits, ErrorResponse, JSONResponse, read_switch
+from gateway.api.models import ServedNames
+from gateway.api.openapi import Operation
+from gateway.edge.admission import Admission
+from gateway.edge.auth import Keys, needs_key
+from gateway.edge.connections import Connections
+from gateway.edge.middleware import Authentication, Disconnect, Drain, Errors, RequestScope
+from gateway.edge.pageguard import PageGuard
 from gateway.pipeline import Pipeline
 from opticnerve import __version__, addresses
 from opticnerve.config import GatewayConfig

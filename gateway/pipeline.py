@@ -13,25 +13,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gateway import metrics
-from gateway.admission import Ticket
-from gateway.auth import Caller
-from gateway.chat import ChatRenderer, RenderedChat
-from gateway.choices import Choices, TextDelta
-from gateway.deadline import Deadline
-from gateway.detokenizer import Vocabulary
-from gateway.embeddings import RequestEmbeddings
-from gateway.encoders import Encodable, Encoders
-from gateway.generation import GenerateSpec, Generation
-from gateway.lanes import LONG_BYTES, off_loop
-from gateway.media import Fetched, MediaReader
-from gateway.pairing import Pair, Pairing
-from gateway.placeholders import Prompt
-from gateway.pools import WorkerPool
+from gateway.api.schemas.chat import ChatRequest, TemplateFields
+from gateway.api.schemas.messages import ImageSource, Message
+from gateway.edge.admission import Ticket
+from gateway.edge.auth import Caller
+from gateway.edge.deadline import Deadline
+from gateway.edge.lanes import LONG_BYTES, off_loop
+from gateway.media.reader import Fetched, MediaReader
+from gateway.output.choices import Choices, TextDelta
+from gateway.output.detokenizer import Vocabulary
+from gateway.output.timings import Stopwatch
+from gateway.prompt.placeholders import Prompt
+from gateway.prompt.renderer import ChatRenderer, RenderedChat
 from gateway.sampling import Defaults, Limits, check_choices, resolve
-from gateway.schemas.chat import ChatRequest, TemplateFields
-from gateway.schemas.messages import ImageSource, Message
-from gateway.timings import Stopwatch
-from opticnerve.clients.generation import Finished, Sampling, Usage
+from gateway.workers.embeddings import RequestEmbeddings
+from gateway.workers.encode import Encodable, Encoders
+from gateway.workers.generate import GenerateSpec, Generation
+from gateway.workers.pairing import Pair, Pairing
+from gateway.workers.pool import WorkerPool
+from opticnerve.generation.values import Finished, Sampling, Usage
 from opticnerve.media.keys import tenant_salt
 from opticnerve.media.plan import Plan
 from opticnerve.telemetry import events

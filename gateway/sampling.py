@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gateway.schemas.chat import UNLIMITED, ChatRequest
-from gateway.schemas.sampling import SamplingFields
-from gateway.tokenizer import Tokenizer
-from opticnerve.clients.generation import Sampling
+from gateway.api.schemas.chat import UNLIMITED, ChatRequest
+from gateway.api.schemas.sampling import SamplingFields
+from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.errors import ConfigError, ContextLengthExceeded, InvalidRequest
+from opticnerve.generation.values import Sampling
 
 LARGEST_MAX_TOKENS = 2**31 - 1
 

@@ -12,30 +12,32 @@ from typing import cast
 
 import uvicorn
 
-from gateway import encoders, generation, metrics
-from gateway.admission import Admission
-from gateway.advertised import AdvertisedCheck
+from gateway import metrics
+from gateway.api.models import ServedNames
 from gateway.app import Gateway, make_app
-from gateway.auth import Keys
-from gateway.chat import ChatRenderer
-from gateway.connections import REST_S, Connections, allow_files
-from gateway.detokenizer import Vocabulary
-from gateway.encoders import Encoders
-from gateway.fetch import MediaFetcher
-from gateway.media import MediaReader
-from gateway.memory import use_one_arena
-from gateway.names import ServedNames
-from gateway.pairing import Pairing
+from gateway.edge.admission import Admission
+from gateway.edge.auth import Keys
+from gateway.edge.connections import REST_S, Connections, allow_files
+from gateway.edge.memory import use_one_arena
+from gateway.media.fetch import MediaFetcher
+from gateway.media.reader import MediaReader
+from gateway.output.detokenizer import Vocabulary
 from gateway.pipeline import Pipeline
-from gateway.pools import Changes, WorkerPool
-from gateway.references import References
+from gateway.prompt.renderer import ChatRenderer
 from gateway.sampling import load_defaults
+from gateway.workers import encode as encoders
+from gateway.workers import generate as generation
+from gateway.workers.advertised import AdvertisedCheck
+from gateway.workers.encode import Encoders
+from gateway.workers.pairing import Pairing
+from gateway.workers.pool import Changes, WorkerPool
+from gateway.workers.references import References
 from opticnerve import addresses, flags
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
 from opticnerve.drain import LAST_WORDS_S
 from opticnerve.errors import CheckpointError, ConfigError
 from opticnerve.lifecycle import follow_parent, ignore_hangup, on_hangup
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import make_layout
 from opticnerve.rpc.server import handle_signals
 from opticnerve.rpc.token import load_token

@@ -8,26 +8,27 @@ import logging
 from types import SimpleNamespace
 from typing import cast
 
-from llm_service import build, metrics
-from llm_service.attention import make_backend
-from llm_service.client import EngineClient, ProcessEngineClient, ThreadEngineClient
-from llm_service.embeddings import OVERFLOW_BYTES, Notes, StoreRows, local_tier
-from llm_service.fetcher import Fetcher
-from llm_service.sequence import FailedEvent, GenerateRequest, SamplingParams
-from llm_service.servicer import SERVICE, Identity, LLMServicer, Loaded
-from llm_service.wire import Bounds
+from llm_service import metrics
+from llm_service.device.attention import make_backend
+from llm_service.engine import build
+from llm_service.engine.client import EngineClient, ProcessEngineClient, ThreadEngineClient
+from llm_service.policy.sequence import FailedEvent, GenerateRequest, SamplingParams
+from llm_service.rows.fetcher import Fetcher
+from llm_service.rows.store_rows import OVERFLOW_BYTES, Notes, StoreRows, local_tier
+from llm_service.wire.messages import Bounds
+from llm_service.wire.servicer import SERVICE, Identity, LLMServicer, Loaded
 from opticnerve import addresses
 from opticnerve.addresses import Hosts
+from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.checkpoints.fingerprint import language_fingerprint
+from opticnerve.checkpoints.loader import resolve_device, resolve_dtype
 from opticnerve.config import LLMConfig
-from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import ConfigError, EngineFailure, StartupError, StoreError
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.family import Language, Layout
-from opticnerve.models.fingerprint import language_fingerprint
-from opticnerve.models.loader import resolve_device, resolve_dtype
 from opticnerve.models.registry import make_layout
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc.server import Server
@@ -108,7 +109,9 @@ class Service:
                     "--engine process needs a store that processes share: shm:// or redis://",
                     param="store",
                 )
-            return ProcessEngineClient("llm_service.build:build_in_process", settings, notes.add)
+            return ProcessEngineClient(
+                "llm_service.engine.build:build_in_process", settings, notes.add
+            )
         rows = StoreRows(local_tier(store), overflow, notes.add)
         stack.callback(rows.close)
         return ThreadEngineClient(lambda given, emit: build.build(given, rows, emit), settings)

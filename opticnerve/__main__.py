@@ -2,7 +2,7 @@
 
 import sys
 
-from opticnerve.cli import main
+from opticnerve.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

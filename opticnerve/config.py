@@ -24,7 +24,7 @@ from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
 
-KNOWN_VARIABLES = {"OPTICNERVE_CACHE_DIR"}  # Read elsewhere: opticnerve.models.digests.
+KNOWN_VARIABLES = {"OPTICNERVE_CACHE_DIR"}  # Read elsewhere: opticnerve.checkpoints.digests.
 
 # Titles in --help, in this order.
 GROUPS = (

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from gateway.schemas import ApplyTemplateRequest, ChatRequest, parse
-from gateway.schemas.base import Strict
-from gateway.schemas.parsing import Ignored
+from gateway.api.schemas import ApplyTemplateRequest, ChatRequest, parse
+from gateway.api.schemas.base import Strict
+from gateway.api.schemas.parsing import Ignored
 from opticnerve.errors import InvalidRequest
 
 URL = "https://example.com/a.png"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from encoder_service.decoder import Decoder, Work
+from encoder_service.pictures.decode_process import Decoder, Work
 from opticnerve.media.plan import Grid, Modality, Plan
 from opticnerve.media.structure import parse_structure
 from tests.hostile import save

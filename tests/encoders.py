@@ -22,15 +22,15 @@ from encoder_service.item import Identity, Limits
 from encoder_service.poison import PoisonRecord
 from encoder_service.servicer import SERVICE, EncoderServicer, Loaded
 from encoder_service.upload import Uploads
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import RpcConfig
-from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import OpticNerveError
 from opticnerve.media.keys import content_key
 from opticnerve.media.plan import Overrides, Plan
 from opticnerve.media.structure import parse_structure
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.family import Layout
 from opticnerve.models.registry import make_layout
 from opticnerve.pb import encoder_pb2 as pb

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llm_service.engine import Emit, Engine
-from llm_service.limits import EngineConfig
-from llm_service.plan import Sampled, StepPlan, StepResult, Work
-from llm_service.sequence import ChoiceOutput, GenerateRequest, Logprobs
+from llm_service.engine.engine import Emit, Engine
+from llm_service.engine.limits import EngineConfig
+from llm_service.policy.plan import Sampled, StepPlan, StepResult, Work
+from llm_service.policy.sequence import ChoiceOutput, GenerateRequest, Logprobs
 from opticnerve.errors import EmbeddingEvicted, EmbeddingUnavailable
 from opticnerve.media.plan import Span, SpanAttention
 

@@ -13,10 +13,10 @@ import httpx2
 from PIL import Image
 
 from gateway import service
-from gateway.auth import Keys
-from gateway.tokenizer import Tokenizer
+from gateway.edge.auth import Keys
+from gateway.prompt.tokenizer import Tokenizer
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
-from opticnerve.models.checkpoint import Checkpoint
 from tests.fakes import FakeEncoder, FakeLLM, until
 
 PAIR_ID = Checkpoint.open(None).pair_id

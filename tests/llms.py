@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from llm_service.service import Service
-from llm_service.servicer import SERVICE, LLMServicer, Loaded
+from llm_service.wire.servicer import SERVICE, LLMServicer, Loaded
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import LLMConfig, ModelConfig, RpcConfig, StoreConfig
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.media.plan import Modality, Overrides, Plan, Span, Structure
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.family import Layout, Tower
 from opticnerve.models.registry import load_tower, make_layout
 from opticnerve.pb import embedding_pb2, llm_pb2_grpc

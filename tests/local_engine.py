@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from llm_service.attention import ATTENTION_NAME, make_backend
-from llm_service.engine import Engine, EngineConfig, Message
-from llm_service.model_runner import ModelRunner, RunnerLimits
-from llm_service.sequence import (
+from llm_service.device.attention import ATTENTION_NAME, make_backend
+from llm_service.device.model_runner import ModelRunner, RunnerLimits
+from llm_service.engine.engine import Engine, EngineConfig, Message
+from llm_service.policy.sequence import (
     FailedEvent,
     GenerateRequest,
     Logprobs,
     PromptLogprobsEvent,
     TokensEvent,
 )
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import EmbeddingNotFound
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import load_language, make_layout
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gateway.fetch import MediaFetcher
+from gateway.media.fetch import MediaFetcher
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import OpticNerveError
 

@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_service.attention import ATTENTION_NAME
-from llm_service.sequence import (
-    GenerateRequest,
-    SamplingParams,
-)
+from llm_service.device.attention import ATTENTION_NAME
+from llm_service.policy.sequence import GenerateRequest, SamplingParams
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.media.plan import Grid, Modality, Span
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import load_language, make_layout
 from tests.checkpoints import DEMO
 from tests.local_engine import LocalEngine

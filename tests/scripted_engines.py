@@ -10,17 +10,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from llm_service.client import EngineClient, ProcessEngineClient, ThreadEngineClient
-from llm_service.engine import Emit, Engine
-from llm_service.limits import EngineConfig
-from llm_service.plan import StepPlan, StepResult
-from llm_service.sequence import (
-    Event,
-    GenerateRequest,
-    SamplingParams,
-    TokensEvent,
-)
-from llm_service.stream import EventStream
+from llm_service.engine.client import EngineClient, ProcessEngineClient, ThreadEngineClient
+from llm_service.engine.engine import Emit, Engine
+from llm_service.engine.limits import EngineConfig
+from llm_service.engine.stream import EventStream
+from llm_service.policy.plan import StepPlan, StepResult
+from llm_service.policy.sequence import Event, GenerateRequest, SamplingParams, TokensEvent
 from opticnerve.errors import (
     ConfigError,
     DeviceLost,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from opticnerve.embeddings.memory import MemoryStore
-from opticnerve.embeddings.shm import ShmStore
+from opticnerve.embeddings.memory_store import MemoryStore
+from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.embeddings.store import Entry
 
 KIB = 1024

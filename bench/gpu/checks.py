@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from bench.gpu.models import Picture, Prompt, Room, Said, Split
-from llm_service.attention import AttentionStep, Chunk, PageShape, make_backend
-from opticnerve.models import varlen
+from llm_service.device.attention import AttentionStep, Chunk, PageShape, make_backend
+from opticnerve.models.towers import varlen
 from tests.reference import image_rows
 
 EXACT, HALF = torch.float32, torch.bfloat16

@@ -28,8 +28,8 @@ from bench.gpu.checks import (
     tower_case,
 )
 from bench.gpu.models import TEXT_IDS, Room, Split, wall_ms
-from llm_service.plan import StepPlan, StepResult
-from llm_service.sequence import GenerateRequest, PrefilledEvent, SamplingParams
+from llm_service.policy.plan import StepPlan, StepResult
+from llm_service.policy.sequence import GenerateRequest, PrefilledEvent, SamplingParams
 from opticnerve.media.plan import Grid
 from tests.local_engine import LocalEngine
 

@@ -26,10 +26,10 @@ from bench.gpu.checks import Figures, Seen, Skipped
 from bench.gpu.figures import MODEL
 from bench.gpu.models import TEXT_IDS, Room, Split, picture_span
 from encoder_service.batcher import Batcher
-from encoder_service.turns import Gate
-from llm_service.client import ThreadEngineClient
-from llm_service.engine import Emit, Engine
-from llm_service.sequence import FailedEvent, GenerateRequest, SamplingParams, TokensEvent
+from encoder_service.pictures.turns import Gate
+from llm_service.engine.client import ThreadEngineClient
+from llm_service.engine.engine import Emit, Engine
+from llm_service.policy.sequence import FailedEvent, GenerateRequest, SamplingParams, TokensEvent
 from opticnerve.media.decode import decode
 from opticnerve.media.plan import Plan, Span
 from opticnerve.media.structure import parse_structure

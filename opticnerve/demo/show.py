@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opticnerve.ask import gateway_url, stream_chat
+from opticnerve.cli.ask import gateway_url, stream_chat
+from opticnerve.cli.stack import serve, user_message
 from opticnerve.demo.chats import TURNS, Turn
 from opticnerve.errors import OpticNerveError, StartupError
 from opticnerve.flags import Parser, typed
-from opticnerve.stack import serve, user_message
 
 DESCRIPTION = (
     "The built-in checkpoint answers questions about bundled pictures: each answer is streamed as "

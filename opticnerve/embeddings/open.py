@@ -7,10 +7,10 @@ from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
 
 from opticnerve import addresses, options
-from opticnerve.embeddings.memory import DEFAULT_CAPACITY, MemoryStore
+from opticnerve.embeddings.memory_store import DEFAULT_CAPACITY, MemoryStore
 from opticnerve.embeddings.redis_store import MAX_BYTES, RedisStore
 from opticnerve.embeddings.seal import Seal
-from opticnerve.embeddings.shm import ShmStore
+from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import ConfigError
 

@@ -32,9 +32,9 @@ from redis.retry import Retry
 
 from opticnerve.addresses import join
 from opticnerve.embeddings import codec
-from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.seal import MAC_BYTES, Seal
-from opticnerve.embeddings.shm import ShmStore
+from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.embeddings.store import Entry, StoreState, check_key
 from opticnerve.errors import EmbeddingCorrupt, StoreError
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from opticnerve.errors import InvalidMedia, PlanMismatch
-from opticnerve.media import jpeg, png, webp
+from opticnerve.media.formats import jpeg, png, webp
 from opticnerve.media.plan import WHITE, Plan
 from opticnerve.media.structure import DEFAULT_MAX_PASSES, DEFAULT_MAX_PIXELS, parse_structure
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from opticnerve.errors import InvalidMedia
-from opticnerve.media import bmp, gif, jpeg, png, webp
+from opticnerve.media.formats import bmp, gif, jpeg, png, webp
 from opticnerve.media.plan import Structure
 
 SUPPORTED = "PNG, JPEG, WebP, GIF and BMP are supported"

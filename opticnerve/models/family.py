@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from opticnerve.models.checkpoint import Checkpoint
+    from opticnerve.checkpoints.checkpoint import Checkpoint
 
 KeyMap = Sequence[tuple[str, str]]
 """Ordered (regular expression, replacement) pairs; the first that matches at the start renames

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from opticnerve.errors import UnsupportedCheckpoint
 
 if TYPE_CHECKING:
-    from opticnerve.models.checkpoint import Checkpoint
+    from opticnerve.checkpoints.checkpoint import Checkpoint
     from opticnerve.models.family import FamilyModule, Language, Layout, Tower
 
 FAMILIES = {  # model_type of config.json -> folder of opticnerve/models.

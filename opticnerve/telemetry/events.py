@@ -1,7 +1,7 @@
 """The one line that a request leaves in the log of each process that touched it.
 
 Whoever serves the request adds what is worth knowing, at whatever depth (``note``, ``also``,
-``failed``); whoever surrounds it (``gateway.middleware``, ``opticnerve.rpc.calls``) begins the
+``failed``); whoever surrounds it (``gateway.edge.middleware``, ``opticnerve.rpc.calls``) begins the
 event and writes it at the end, however that comes.
 """
 

@@ -1,7 +1,7 @@
 """Logs of every service: one line a record on stderr, as text for people or JSON for machines.
 
 A record is a message and, where it tells of an event, fields. ``Formatter`` alone writes both
-forms: ``2026-11-25T16:02:43.123+00:00 I gateway.middleware [req-1] request status=200 ms=12.3``,
+forms: ``2026-11-25T16:02:43.123+00:00 I gateway.service [req-1] request status=200 ms=12.3``,
 with what belongs to the line before on indented lines after it, or one JSON object a line. What
 others wrote is bounded, and can end no line and drive no terminal.
 

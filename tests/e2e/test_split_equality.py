@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import opticnerve
-from gateway.chat import ChatRenderer
-from gateway.detokenizer import Vocabulary
-from opticnerve.models.checkpoint import Checkpoint
+from gateway.output.detokenizer import Vocabulary
+from gateway.prompt.renderer import ChatRenderer
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.models.registry import make_layout
 from tests.checkpoints import DEMO, FAMILIES, make_checkpoint
 from tests.e2e.conftest import data_url, png

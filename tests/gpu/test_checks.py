@@ -21,8 +21,8 @@ from bench.gpu.checks import (
     tower_attention,
 )
 from bench.gpu.models import Room
-from llm_service.attention import SdpaBackend
-from opticnerve.models import varlen
+from llm_service.device.attention import SdpaBackend
+from opticnerve.models.towers import varlen
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
 ON_CUDA = pytest.param(False, id="cuda", marks=[pytest.mark.gpu, NO_CUDA])

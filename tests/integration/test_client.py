@@ -24,8 +24,8 @@ from opticnerve.client import (
     Sampling,
     Tensors,
 )
-from opticnerve.clients.portal import Portal
-from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.client.portal import Portal
+from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,

@@ -15,13 +15,13 @@ import pytest
 from numpy.typing import NDArray
 
 from encoder_service.backends.base import Embedding
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.embeddings import codec
-from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.ref import Location
-from opticnerve.embeddings.shm import ShmStore
+from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.errors import EngineFailure, InvalidRequest
 from opticnerve.media.plan import Plan
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.rpc.errors import from_rpc
 from tests import encoders, llms
 from tests.encoders import FakeBackend, Running, picture

@@ -13,11 +13,11 @@ import pytest
 import redis
 import torch
 
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.redis_store import PREFIX, RedisStore
-from opticnerve.embeddings.shm import ShmStore
-from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.embeddings.shm_store import ShmStore
 from tests import encoders, llms
 from tests.damage import UNREADABLE
 from tests.encoders import FakeBackend, Running

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from encoder_service.item import Limits
-from opticnerve import cli
+from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.cli import commands as cli
 from opticnerve.client import EncoderClient
 from opticnerve.config import LEAST_IMAGE_PIXELS
 from opticnerve.errors import OpticNerveError, Unavailable
 from opticnerve.media.decode import decode
 from opticnerve.media.plan import Overrides
 from opticnerve.media.structure import parse_structure
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import load_tower, make_layout
 from opticnerve.telemetry import logs
 from tests import encoders

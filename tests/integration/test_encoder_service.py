@@ -20,7 +20,7 @@ from encoder_service.service import Service
 from encoder_service.servicer import SERVICE, EncoderServicer
 from opticnerve.config import EncoderConfig, RpcConfig
 from opticnerve.embeddings import codec
-from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.errors import (
     DeadlineExceeded,
     EngineFailure,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from llm_service.sequence import GenerateRequest, SamplingParams, TokensEvent
+from llm_service.policy.sequence import GenerateRequest, SamplingParams, TokensEvent
 from tests.local_engine import LocalEngine
 from tests.runners import load_demo, tokens
 

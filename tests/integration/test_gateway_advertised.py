@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from gateway import advertised, pools
+from gateway.workers import advertised
+from gateway.workers import pool as pools
 from opticnerve.config import RpcConfig
 from opticnerve.pb import embedding_pb2
 from tests import encoders

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from gateway import sse
-from gateway.choices import Choices
+from gateway.api import sse
+from gateway.output.choices import Choices
 from tests.fakes import until
 from tests.gateways import END, PAIR_ID, body, events, ids, stack, user
 

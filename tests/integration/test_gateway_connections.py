@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from gateway import connections
-from gateway.protocol import READ_BYTES, Connection, Wait
+from gateway.edge import connections
+from gateway.edge.protocol import READ_BYTES, Connection, Wait
 from opticnerve.errors import ConfigError
 from tests.fakes import until
 from tests.gateways import body, connected, rest, stack

@@ -6,9 +6,9 @@ import re
 import jsonschema
 import pytest
 
+from gateway.api.schemas import unsupported
 from gateway.app import Routes
-from gateway.auth import Keys
-from gateway.schemas import unsupported
+from gateway.edge.auth import Keys
 from opticnerve.config import TelemetryConfig
 from tests.gateways import body, data_url, events, stack, user
 

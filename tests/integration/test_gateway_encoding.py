@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from gateway import encoders as encoding
-from gateway.deadline import Deadline
-from gateway.embeddings import RequestEmbeddings
-from gateway.encoders import Encodable, Encoders
-from gateway.pools import WorkerPool
-from gateway.references import References
+from gateway.edge.deadline import Deadline
+from gateway.workers import encode as encoding
+from gateway.workers.embeddings import RequestEmbeddings
+from gateway.workers.encode import Encodable, Encoders
+from gateway.workers.pool import WorkerPool
+from gateway.workers.references import References
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.errors import (
     DeadlineExceeded,

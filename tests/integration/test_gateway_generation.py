@@ -5,11 +5,10 @@ import contextlib
 
 import pytest
 
-from gateway import generation
-from gateway.deadline import Deadline
-from gateway.generation import GenerateSpec, Generation
-from gateway.pools import WorkerPool
-from opticnerve.clients.generation import Delta, Finished, FinishReason, Sampling
+from gateway.edge.deadline import Deadline
+from gateway.workers import generate as generation
+from gateway.workers.generate import GenerateSpec, Generation
+from gateway.workers.pool import WorkerPool
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.errors import (
     ContextLengthExceeded,
@@ -20,6 +19,7 @@ from opticnerve.errors import (
     Overloaded,
     Unavailable,
 )
+from opticnerve.generation.values import Delta, Finished, FinishReason, Sampling
 from opticnerve.media.plan import Grid, Modality, Span
 from opticnerve.pb import llm_pb2
 from tests.fakes import PAIR_ID, FakeLLM, until

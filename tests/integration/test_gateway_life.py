@@ -9,7 +9,8 @@ import threading
 
 import pytest
 
-from gateway import chats, service
+from gateway import service
+from gateway.api import chat as chats
 from opticnerve.config import TelemetryConfig
 from opticnerve.embeddings.store import StoreState
 from opticnerve.pb import embedding_pb2
@@ -229,7 +230,7 @@ async def silent_client(s, payload):
 
 def told(caplog, name):
     """One field of each request's line in the log."""
-    return [r.fields.get(name) for r in caplog.records if r.name == "gateway.middleware"]
+    return [r.fields.get(name) for r in caplog.records if r.name == "gateway.edge.middleware"]
 
 
 async def test_a_client_that_does_not_read_is_left_after_the_deadline(monkeypatch, caplog):

@@ -22,7 +22,7 @@ def lines(caplog):
     return [
         (record.levelname, Formatter("text").format(record).partition("] ")[2])
         for record in caplog.records
-        if record.name == "gateway.middleware" or record.levelno > logging.INFO
+        if record.name == "gateway.edge.middleware" or record.levelno > logging.INFO
     ]
 
 
@@ -61,7 +61,9 @@ async def test_a_whole_answer_tells_workers_tokens_and_stages(caplog):
     async with stack() as s:
         await s.chat(user("What?", data_url("red")))
         worker, encoder = s.llm.address, s.encoder.address
-    (told,) = [record.fields for record in caplog.records if record.name == "gateway.middleware"]
+    (told,) = [
+        record.fields for record in caplog.records if record.name == "gateway.edge.middleware"
+    ]
     assert told["llm"] == [worker] and told["encoder"] == [encoder]
     assert told["model"] == "model" and told["finish"] == ["stop"] and told["images"] == 1
     assert told["prompt_tokens"] > 20 and told["completion_tokens"] == len(ids("Hello there.")) + 1
@@ -88,7 +90,7 @@ async def test_requests_that_share_an_encoding_say_so(caplog):
         gate.set()
         assert [(await each).status_code for each in (first, second)] == [400, 400]
         encoder = s.encoder.address
-    told = [record.fields for record in caplog.records if record.name == "gateway.middleware"]
+    told = [record.fields for record in caplog.records if record.name == "gateway.edge.middleware"]
     assert all(each["encoder"] == [encoder] for each in told)
     assert sorted(str(each.get("encoded_as")) for each in told) == ["None", "['first']"]
     assert {each["code"] for each in told} == {"invalid_media"}

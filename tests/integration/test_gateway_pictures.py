@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from gateway import media
+from gateway.media import reader as media
 from opticnerve.errors import EmbeddingCorrupt, InvalidMedia, Overloaded, PayloadTooLarge
 from opticnerve.media.keys import content_key
 from opticnerve.media.plan import Overrides

@@ -8,9 +8,9 @@ import socket
 
 import pytest
 
-from gateway.auth import Keys
-from gateway.http import PROGRESS_BYTES
-from gateway.protocol import Wait
+from gateway.api.http import PROGRESS_BYTES
+from gateway.edge.auth import Keys
+from gateway.edge.protocol import Wait
 from tests.fakes import until
 from tests.gateways import body, connected, rest, stack
 

@@ -15,7 +15,7 @@ import httpx2
 import pytest
 from PIL import Image
 
-from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.rpc.server import ECHO_S
 from tests.fakes import FakeEncoder, FakeLLM, until
 from tests.gateways import body, data_url, events, user

@@ -7,7 +7,7 @@ import json
 import httpx2
 import pytest
 
-from gateway.auth import Keys
+from gateway.edge.auth import Keys
 from tests.fakes import until
 from tests.gateways import DEADLINES_S, body, data_url, events, stack, user
 
@@ -340,7 +340,7 @@ async def test_pictures_blown_up_beyond_the_model_are_refused_before_they_are_ex
 @pytest.mark.parametrize("bomb", ["{{}}", "[]", "0", '{{"type": "text", "text": "[,{{"}}'])
 async def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(route, bomb, monkeypatch):
     payload = '{"messages": [' + ",".join([bomb.format()] * 120_000) + "]}"
-    monkeypatch.setattr("gateway.http.parse", lambda *_, **__: pytest.fail("it was parsed"))
+    monkeypatch.setattr("gateway.api.http.parse", lambda *_, **__: pytest.fail("it was parsed"))
     async with stack(encoders=0, llms=0, ready=False) as s:
         answer = await s.client.post(route, content=payload)
         assert answer.status_code == 413

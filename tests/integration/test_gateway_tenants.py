@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from gateway.auth import Keys
+from gateway.edge.auth import Keys
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.media.keys import tenant_salt
-from opticnerve.models.checkpoint import Checkpoint
 from tests import encoders, llms
 from tests.encoders import FakeBackend
 from tests.gateways import body, data_url, over, stack, user

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from gateway.http import OFF_LOOP_BYTES
-from gateway.lanes import LONG_BYTES
-from gateway.schemas.outline import draw
+from gateway.api.http import OFF_LOOP_BYTES
+from gateway.api.schemas.outline import draw
+from gateway.edge.lanes import LONG_BYTES
 from tests.gateways import body, stack, user
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
@@ -115,7 +115,7 @@ async def test_others_go_on_while_long_bodies_are_read(monkeypatch):
             end.wait(60)
         return draw(text, enough)
 
-    monkeypatch.setattr("gateway.http.draw", slow)
+    monkeypatch.setattr("gateway.api.http.draw", slow)
     long = picture("data:;base64," + "A" * LONG_BYTES)
     middling = json.dumps(body(metadata={"a": "b" * (2 * OFF_LOOP_BYTES)})).encode()
     async with stack() as s:

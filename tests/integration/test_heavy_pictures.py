@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from encoder_service import preprocess
+from encoder_service.pictures import preprocess
 from opticnerve.errors import EngineFailure, InvalidMedia, PoisonousItem
 from opticnerve.media.structure import parse_structure
 from tests import hostile

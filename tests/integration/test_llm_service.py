@@ -16,10 +16,10 @@ import grpc
 import pytest
 import torch
 
-from llm_service import wire
 from llm_service.__main__ import main
+from llm_service.wire import messages as wire
 from opticnerve.embeddings.ref import Location
-from opticnerve.embeddings.shm import ShmStore
+from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.errors import (
     ContextLengthExceeded,
     EmbeddingCorrupt,

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.ref import Location, tensors_key
-from opticnerve.embeddings.shm import ShmStore
+from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.errors import InvalidRequest
 from opticnerve.media.plan import Overrides, Structure
-from opticnerve.models.checkpoint import Checkpoint
 from tests import encoders, llms
 from tests.encoders import FakeBackend
 from tests.fakes import until

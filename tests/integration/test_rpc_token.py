@@ -14,11 +14,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from encoder_service import servicer as encoder
-from gateway import encoders
-from gateway.lost import WorkerLost, lost_or_typed
-from gateway.pools import WorkerPool
-from gateway.worker import WorkerState
-from llm_service import servicer as llm
+from gateway.workers import encode as encoders
+from gateway.workers.lost import WorkerLost, lost_or_typed
+from gateway.workers.pool import WorkerPool
+from gateway.workers.worker import WorkerState
+from llm_service.wire import servicer as llm
 from opticnerve import flags
 from opticnerve.client import AsyncEncoderClient
 from opticnerve.config import EncoderConfig, LLMConfig, RpcConfig

@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from llm_service.attention import ATTENTION_NAME
-from llm_service.sequence import FinishedEvent, GenerateRequest, SamplingParams
+from llm_service.device.attention import ATTENTION_NAME
+from llm_service.policy.sequence import FinishedEvent, GenerateRequest, SamplingParams
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.media.plan import Modality, Overrides, Plan, Span, Structure
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import load_language, load_tower, make_layout
 from tests.checkpoints import DEMO, EOS, FAMILIES, make_checkpoint
 from tests.local_engine import LocalEngine

@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from encoder_service import upload
-from llm_service import servicer as llm
+from llm_service.wire import servicer as llm
 from opticnerve.config import RpcConfig
 from opticnerve.errors import DeadlineExceeded, OpticNerveError, Overloaded
 from opticnerve.pb import encoder_pb2 as pb

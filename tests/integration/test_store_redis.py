@@ -12,7 +12,7 @@ import redis
 import torch
 
 from opticnerve.embeddings import redis_store
-from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.redis_store import PREFIX, RedisStore
 from opticnerve.embeddings.store import StoreState

@@ -13,16 +13,16 @@ import pytest
 import redis
 import torch
 
-from llm_service.embeddings import Notes
-from llm_service.fetcher import Fetcher
+from llm_service.rows.fetcher import Fetcher
+from llm_service.rows.store_rows import Notes
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.embeddings import codec
-from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.redis_store import PREFIX, SIGNED_PREFIX, RedisStore
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.embeddings.seal import MAC_BYTES, Seal
 from opticnerve.errors import EmbeddingNotFound
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.rpc import convert
 from opticnerve.secret import make_secret, read_secret
 from tests import encoders, llms

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from opticnerve.embeddings.open import open_local_tier, open_store
-from opticnerve.embeddings.shm import ShmStore
+from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.embeddings.store import StoreState
 from opticnerve.pb import encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
 from tests.services import Process

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from deploy import up
-from deploy.child import HURRY_S, Child
-from deploy.supervisor import Service, Supervisor
+from opticnerve.cli import up
+from opticnerve.cli.child import HURRY_S, Child
+from opticnerve.cli.supervisor import Service, Supervisor
 from opticnerve.config import UpConfig
 from opticnerve.errors import StartupError
 from opticnerve.rpc.server import ECHO_S

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from gateway.admission import Admission
+from gateway.edge.admission import Admission
 from opticnerve.errors import Overloaded
 
 

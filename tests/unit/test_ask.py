@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import pytest
 from PIL import Image
 
-from opticnerve import ask, cli
+from opticnerve.cli import ask
+from opticnerve.cli import commands as cli
 from tests.system import free_port
 
 QUESTION = "What is this?"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_service.attention import (
+from llm_service.device.attention import (
     AttentionStep,
     Chunk,
     PageShape,
@@ -17,8 +17,8 @@ from llm_service.attention import (
     active,
     make_backend,
 )
-from llm_service.attention import sdpa as sdpa_module
-from llm_service.attention.interface import paged_attention
+from llm_service.device.attention import sdpa as sdpa_module
+from llm_service.device.attention.interface import paged_attention
 from opticnerve.errors import ConfigError, EngineFailure
 
 HEADS, KV_HEADS, DIM, LAYERS, BLOCK = 6, 2, 8, 2, 4

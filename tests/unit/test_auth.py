@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.auth import ANONYMOUS, Caller, Keys, needs_key
+from gateway.edge.auth import ANONYMOUS, Caller, Keys, needs_key
 from opticnerve.errors import ConfigError, InvalidRequest, Unauthenticated
 
 

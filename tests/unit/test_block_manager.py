@@ -9,8 +9,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from llm_service.block_manager import BlockManager, extend_hashes
-from llm_service.sequence import GenerateRequest, Generation, SamplingParams, Sequence, Status
+from llm_service.policy.block_manager import BlockManager, extend_hashes
+from llm_service.policy.sequence import (
+    GenerateRequest,
+    Generation,
+    SamplingParams,
+    Sequence,
+    Status,
+)
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from gateway.prompt.tokenizer import Tokenizer
 from gateway.sampling import load_defaults
-from gateway.tokenizer import Tokenizer
+from opticnerve.checkpoints import hub
+from opticnerve.checkpoints.checkpoint import DEMO_NAME, INDEX_FILE, SINGLE_FILE, Checkpoint
+from opticnerve.checkpoints.tensorfile import read_header
 from opticnerve.errors import CheckpointError, UnsupportedCheckpoint
-from opticnerve.models import hub
-from opticnerve.models.checkpoint import DEMO_NAME, INDEX_FILE, SINGLE_FILE, Checkpoint
 from opticnerve.models.registry import FAMILIES, make_layout
-from opticnerve.models.tensorfile import read_header
 from tests.checkpoints import DEMO
 
 CONFIG: dict[str, Any] = {
@@ -371,7 +371,7 @@ def test_an_unreachable_hub_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_nothing_here_imports_torch_or_transformers() -> None:
     code = (
         "import sys\n"
-        "from opticnerve.models.checkpoint import Checkpoint\n"
+        "from opticnerve.checkpoints.checkpoint import Checkpoint\n"
         "from opticnerve.models.registry import make_layout\n"
         "import opticnerve.media.structure, opticnerve.media.decode, opticnerve.media.keys\n"
         "import opticnerve.models.qwen2_5_vl.layout, opticnerve.models.llava.layout\n"

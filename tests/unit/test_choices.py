@@ -2,13 +2,13 @@
 
 import pytest
 
-from gateway.choices import Choices
-from gateway.detokenizer import Vocabulary
-from gateway.schemas.chat import ChatRequest
-from gateway.tokenizer import Tokenizer
-from opticnerve.clients.generation import Delta, FinishReason, Logprob, PositionLogprobs
+from gateway.api.schemas.chat import ChatRequest
+from gateway.output.choices import Choices
+from gateway.output.detokenizer import Vocabulary
+from gateway.prompt.tokenizer import Tokenizer
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import EngineFailure
-from opticnerve.models.checkpoint import Checkpoint
+from opticnerve.generation.values import Delta, FinishReason, Logprob, PositionLogprobs
 
 END = 629  # <|im_end|> of the demo checkpoint.
 

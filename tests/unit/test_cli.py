@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from deploy import up
-from opticnerve import cli
-from opticnerve.models import hub
+from opticnerve.checkpoints import hub
+from opticnerve.cli import commands as cli
+from opticnerve.cli import up
 from tests.checkpoints import DEMO
 
 
@@ -103,7 +103,7 @@ import logging, os
 before = dict(os.environ), logging.root.level, list(logging.root.handlers)
 names = ("opticnerve", "grpc", "httpx2", "asyncio")
 levels = {name: logging.getLogger(name).level for name in names}
-import opticnerve, opticnerve.client, opticnerve.stack
+import opticnerve, opticnerve.client, opticnerve.cli.stack
 opticnerve.serve
 after = dict(os.environ), logging.root.level, list(logging.root.handlers)
 assert before == after

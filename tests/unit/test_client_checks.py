@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from opticnerve.client import AsyncLLMClient, MultiMediaInfo, Sampling, Tensors
-from opticnerve.clients.checks import read_token_ids
-from opticnerve.clients.contents import place_tensors
-from opticnerve.clients.llm_messages import sampling_to_pb
-from opticnerve.clients.pictures import plan_picture
+from opticnerve.client.contents import place_tensors
+from opticnerve.client.pictures import plan_picture
 from opticnerve.errors import InvalidRequest
+from opticnerve.generation.checks import read_token_ids
+from opticnerve.generation.messages import sampling_to_pb
 from opticnerve.media.plan import Grid, Overrides
 from tests.encoders import demo_layout, picture
 

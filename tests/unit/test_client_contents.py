@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from opticnerve.clients.contents import (
+from opticnerve.client.contents import (
     EncodedPicture,
     MultiMediaInfo,
     Placed,
@@ -21,11 +21,12 @@ from opticnerve.clients.contents import (
     place_ref,
     place_tensors,
 )
-from opticnerve.clients.pictures import plan_picture, read_picture
+from opticnerve.client.pictures import plan_picture
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.errors import InvalidMedia, InvalidRequest
 from opticnerve.media.decode import decode
+from opticnerve.media.pictures import read_picture
 from opticnerve.media.plan import Grid, Span
 from tests.encoders import demo_layout, picture
 

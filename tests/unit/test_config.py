@@ -7,10 +7,10 @@ import pytest
 
 import encoder_service.service
 import llm_service.service
-from deploy import up
-from deploy.supervisor import child_environment
 from opticnerve import config, flags
 from opticnerve.addresses import LOOPBACK, Hosts
+from opticnerve.cli import up
+from opticnerve.cli.supervisor import child_environment
 from opticnerve.errors import ConfigError
 from opticnerve.media.plan import parse_background
 from opticnerve.options import build, options, public_view, show_size

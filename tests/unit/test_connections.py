@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-from gateway.connections import (
+from gateway.api.http import PROGRESS_BYTES
+from gateway.edge.connections import (
     CHECK_S,
     CHUNKS_PER_S,
     FIRST_REST_S,
@@ -15,8 +16,7 @@ from gateway.connections import (
     REST_S,
     Connections,
 )
-from gateway.http import PROGRESS_BYTES
-from gateway.protocol import Wait, holder_of
+from gateway.edge.protocol import Wait, holder_of
 
 
 class Clock:

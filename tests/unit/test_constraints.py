@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_service.constraints import Constraints, constrains
-from llm_service.sampler import Sampler
-from llm_service.sequence import SamplingParams
+from llm_service.device.constraints import Constraints, constrains
+from llm_service.device.sampler import Sampler
+from llm_service.policy.sequence import SamplingParams
 
 VOCAB = 12
 CPU = torch.device("cpu")

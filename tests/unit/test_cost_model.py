@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_service.cost_model import CostModel
-from llm_service.plan import StepPlan, Work
-from llm_service.sequence import GenerateRequest, Generation, Sequence
+from llm_service.policy.cost_model import CostModel
+from llm_service.policy.plan import StepPlan, Work
+from llm_service.policy.sequence import GenerateRequest, Generation, Sequence
 from tests.fake_runner import Machine
 
 TARGET_S = 0.2

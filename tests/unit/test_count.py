@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.schemas import count
-from gateway.schemas.count import count_values
+from gateway.api.schemas import count
+from gateway.api.schemas.count import count_values
 
 PLENTY = 10**9
 TEXT = st.text(st.sampled_from('ab,[{}]:"\\\n\u00e9'), max_size=12)

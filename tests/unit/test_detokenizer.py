@@ -14,8 +14,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 from transformers import AutoTokenizer
 
-from gateway.detokenizer import ALPHABET, ByteLevel, Pieces, Vocabulary, Windowed, spell
-from gateway.tokenizer import Tokenizer
+from gateway.output.detokenizer import ALPHABET, ByteLevel, Pieces, Vocabulary, Windowed, spell
+from gateway.prompt.tokenizer import Tokenizer
 from tests import vocabularies as v
 
 KINDS = {"demo": ByteLevel, "byte level": ByteLevel, "sentencepiece": Pieces, "other": Windowed}

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from opticnerve.checkpoints import digests as module
+from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.checkpoints.digests import KEPT
+from opticnerve.checkpoints.tensorfile import TensorEntry
 from opticnerve.errors import CheckpointError
-from opticnerve.models import digests as module
-from opticnerve.models.checkpoint import Checkpoint
-from opticnerve.models.digests import KEPT
-from opticnerve.models.tensorfile import TensorEntry
 from tests.checkpoints import make_checkpoint
 
 LONG_AGO = 1_600_000_000

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.deadline import Deadline
-from gateway.dispatch import Dispatcher, Job
-from gateway.worker import WorkerState
+from gateway.edge.deadline import Deadline
+from gateway.workers.dispatch import Dispatcher, Job
+from gateway.workers.worker import WorkerState
 
 
 class Machine:

@@ -9,10 +9,10 @@ from PIL import Image
 from encoder_service.backends.base import Capacity
 from encoder_service.backends.torch import CPU_BATCH_PATCHES, CPU_WARM_PATCHES, TorchBackend
 from encoder_service.batcher import Failure
-from encoder_service.sizing import largest_plan, permitted_patches, shrink
+from encoder_service.pictures.sizing import largest_plan, permitted_patches, shrink
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import StartupError
 from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Structure
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.family import Tower
 from opticnerve.models.registry import load_tower, make_layout
 from tests.encoders import demo_layout

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from encoder_service.decoder import Decoder, DecoderDied, Pixels, Work, prepare
+from encoder_service.pictures.decode_process import Decoder, DecoderDied, Pixels, Work, prepare
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import InvalidMedia
 from opticnerve.media.structure import parse_structure
 from opticnerve.models import registry
-from opticnerve.models.checkpoint import Checkpoint
 from tests import hostile
 from tests.checkpoints import FAMILIES
 from tests.decoders import (
@@ -165,7 +165,7 @@ def test_memory_is_foreseen_and_given_back(name: str, decoder: Decoder) -> None:
 
 PARENT = """
 import sys
-from encoder_service.decoder import Decoder
+from encoder_service.pictures.decode_process import Decoder
 from tests import hostile
 from tests.preprocessors import mean_colour
 from tests.decoders import HOPELESS, at_work

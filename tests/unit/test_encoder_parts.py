@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from encoder_service.backlog import MAX_RETRY_S, UNKNOWN_RETRY_S, Backlog
-from encoder_service.flight import Flights
 from encoder_service.kept import Kept
+from encoder_service.pictures.preprocess import PreprocessPool
+from encoder_service.pictures.turns import Gate
 from encoder_service.poison import FORGET_AFTER_S, PoisonRecord
-from encoder_service.preprocess import PreprocessPool
-from encoder_service.turns import Gate
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import Overloaded, PoisonousItem
+from opticnerve.single_flight import Flights
 from tests.preprocessors import mean_colour
 
 KEY, OTHER = "a" * 64, "b" * 64

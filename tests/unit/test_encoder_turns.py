@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder_service.turns import Turns
+from encoder_service.pictures.turns import Turns
 
 
 class Line:

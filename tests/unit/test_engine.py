@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from llm_service.engine import Engine, Message
-from llm_service.limits import EngineConfig
-from llm_service.sequence import (
+from llm_service.engine.engine import Engine, Message
+from llm_service.engine.limits import EngineConfig
+from llm_service.policy.sequence import (
     AbortedEvent,
     ChoiceOutput,
     EngineStats,

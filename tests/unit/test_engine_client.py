@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_service.sequence import (
+from llm_service.engine.stream import coalesce
+from llm_service.policy.sequence import (
     AbortedEvent,
     Event,
     FailedEvent,
@@ -18,7 +19,6 @@ from llm_service.sequence import (
     PromptLogprobsEvent,
     TokensEvent,
 )
-from llm_service.stream import coalesce
 from opticnerve.errors import (
     ContextLengthExceeded,
     EmbeddingNotFound,

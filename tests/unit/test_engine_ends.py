@@ -11,11 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_service.client import EngineClient, ProcessEngineClient, ThreadEngineClient
-from llm_service.sequence import (
-    AbortedEvent,
-    FailedEvent,
-)
+from llm_service.engine.client import EngineClient, ProcessEngineClient, ThreadEngineClient
+from llm_service.policy.sequence import AbortedEvent, FailedEvent
 from opticnerve.errors import (
     ConfigError,
     DeviceLost,
@@ -122,7 +119,7 @@ def test_a_killed_process_fails_everything() -> None:
 
 ORPHAN = """
 import asyncio, os, signal
-from llm_service.client import ProcessEngineClient
+from llm_service.engine.client import ProcessEngineClient
 from tests.scripted_engines import CONFIG
 
 async def main():

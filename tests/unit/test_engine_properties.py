@@ -14,9 +14,10 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_service.engine import Engine, Message
-from llm_service.limits import EngineConfig
-from llm_service.sequence import (
+from llm_service.engine.engine import Engine, Message
+from llm_service.engine.limits import EngineConfig
+from llm_service.engine.stream import coalesce
+from llm_service.policy.sequence import (
     AbortedEvent,
     ChoiceOutput,
     EngineStats,
@@ -29,7 +30,6 @@ from llm_service.sequence import (
     SamplingParams,
     TokensEvent,
 )
-from llm_service.stream import coalesce
 from opticnerve.errors import EmbeddingNotFound, EngineFailure
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
 from tests.fake_runner import FakeRows, FakeRunner, Machine, oracle

@@ -9,8 +9,8 @@ from random import Random
 
 import pytest
 
-from gateway.encodings import MAX_MEMBERS, PIECE_BYTES, Decoder
-from gateway.fetch import MediaFetcher
+from gateway.media.encodings import MAX_MEMBERS, PIECE_BYTES, Decoder
+from gateway.media.fetch import MediaFetcher
 from opticnerve.errors import MediaFetchFailed, Overloaded, PayloadTooLarge
 from tests.media_server import BODY, FakeResolver, Server, deflated, fails, run
 

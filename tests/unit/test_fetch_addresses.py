@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.netguard import in_domains, is_odd_number, is_public
+from gateway.media.netguard import in_domains, is_odd_number, is_public
 
 
 @pytest.mark.parametrize(

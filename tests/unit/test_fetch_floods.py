@@ -13,10 +13,10 @@ from itertools import chain, repeat
 
 import pytest
 
-from gateway import fetch as fetching
-from gateway.fetch import MediaFetcher
-from gateway.places import Places
-from gateway.transport import FREE_SMALL_READS, PAUSE_S, Socket
+from gateway.media import fetch as fetching
+from gateway.media.fetch import MediaFetcher
+from gateway.media.places import Places
+from gateway.media.transport import FREE_SMALL_READS, PAUSE_S, Socket
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import MediaFetchFailed, OpticNerveError
 from tests.media_server import Server, run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.fetch import MediaFetcher
+from gateway.media.fetch import MediaFetcher
 from opticnerve.errors import InvalidRequest, MediaFetchFailed
 from tests.media_server import BODY, FakeResolver, Server, fails, run
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway import dataurl
-from gateway.dataurl import read_data_url
+from gateway.media import dataurl
+from gateway.media.dataurl import read_data_url
 from opticnerve.errors import InvalidRequest, MediaFetchFailed, PayloadTooLarge
 from tests.media_server import BODY, fetch_only
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from llm_service import fetcher as fetcher_module
-from llm_service.embeddings import Notes
-from llm_service.fetcher import Fetcher
+from llm_service.rows import fetcher as fetcher_module
+from llm_service.rows.fetcher import Fetcher
+from llm_service.rows.store_rows import Notes
 from opticnerve.embeddings import codec
-from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.redis_store import RedisStore
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.errors import EmbeddingCorrupt, EmbeddingNotFound, InvalidRequest

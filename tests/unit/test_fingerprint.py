@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opticnerve.models.checkpoint import Checkpoint
-from opticnerve.models.fingerprint import fingerprint, language_fingerprint
+from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.checkpoints.fingerprint import fingerprint, language_fingerprint
 from tests.checkpoints import FAMILIES, make_checkpoint, write_weights
 
 

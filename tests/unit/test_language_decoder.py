@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
 from opticnerve.media.plan import Span, Structure
-from opticnerve.models import decoder, registry
-from opticnerve.models.checkpoint import Checkpoint
-from opticnerve.models.decoder import PackedLanguage
-from opticnerve.models.linear import can_halve
-from opticnerve.models.passthrough import PassThroughCache
+from opticnerve.models import registry
+from opticnerve.models.decoders import decoder
+from opticnerve.models.decoders.decoder import PackedLanguage
+from opticnerve.models.decoders.linear import can_halve
+from opticnerve.models.decoders.passthrough import PassThroughCache
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.reference import CAUSAL, image_processor, load_reference, picture
 

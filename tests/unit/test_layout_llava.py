@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import CheckpointError, InvalidMedia, InvalidRequest, UnsupportedCheckpoint
 from opticnerve.media.plan import Grid, Modality, Overrides, Span, Structure
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import make_layout
 
 # As llava-1.5-7b is published: what equals the text model's defaults is left out.

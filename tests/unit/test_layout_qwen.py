@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import CheckpointError, InvalidMedia, InvalidRequest, UnsupportedCheckpoint
 from opticnerve.media.plan import Grid, Modality, Overrides, Span, Structure
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.qwen2_vl.layout import Qwen2VLLayout, smart_resize
 from opticnerve.models.registry import make_layout
 

@@ -8,8 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opticnerve.models import linear
-from opticnerve.models.linear import ROWS, Linear, can_halve, can_pack, narrowed, scale_to_halve
+from opticnerve.models.decoders import linear
+from opticnerve.models.decoders.linear import (
+    ROWS,
+    Linear,
+    can_halve,
+    can_pack,
+    narrowed,
+    scale_to_halve,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

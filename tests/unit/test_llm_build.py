@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_service.build import build
+from llm_service.engine.build import build
 from opticnerve.config import LLMConfig, ModelConfig
 from opticnerve.models.qwen2_vl.layout import Qwen2VLLayout
 from tests.local_engine import DictRows

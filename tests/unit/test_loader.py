@@ -12,16 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from opticnerve.errors import CheckpointError, ConfigError
-from opticnerve.models import decoder, linear, loader, registry
-from opticnerve.models.checkpoint import Checkpoint
-from opticnerve.models.loader import (
+from opticnerve.checkpoints import loader
+from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.checkpoints.loader import (
     load_module,
     rename,
     resolve_device,
     resolve_dtype,
     rotary_buffers,
 )
+from opticnerve.errors import CheckpointError, ConfigError
+from opticnerve.models import registry
+from opticnerve.models.decoders import decoder, linear
 from tests.checkpoints import FAMILIES, make_checkpoint, write_weights
 from tests.reference import CAUSAL, load_reference
 

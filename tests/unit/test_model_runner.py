@@ -10,19 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from llm_service.attention import SdpaBackend
-from llm_service.batch import pack
-from llm_service.memory import available_memory
-from llm_service.model_runner import ModelRunner, RunnerLimits
-from llm_service.plan import StepPlan, Work
-from llm_service.sequence import (
-    FailedEvent,
-    GenerateRequest,
-    Generation,
-    TokensEvent,
-)
-from llm_service.sequence import Sequence as Choice
-from llm_service.slots import SlotTable
+from llm_service.device.attention import SdpaBackend
+from llm_service.device.batch import pack
+from llm_service.device.memory import available_memory
+from llm_service.device.model_runner import ModelRunner, RunnerLimits
+from llm_service.device.slots import SlotTable
+from llm_service.policy.plan import StepPlan, Work
+from llm_service.policy.sequence import FailedEvent, GenerateRequest, Generation, TokensEvent
+from llm_service.policy.sequence import Sequence as Choice
 from opticnerve.errors import (
     ConfigError,
     DeviceLost,
@@ -75,7 +70,7 @@ def execute_prefill(demo: tuple[Any, Any], embeddings: dict[str, Any]) -> tuple[
 
 
 def work_of(ask: GenerateRequest, slot: int, table: tuple[int, ...], **changes: Any) -> Work:
-    from llm_service.plan import Segment
+    from llm_service.policy.plan import Segment
 
     seq = Choice(Generation(ask, 0, 0.0), 0)
     span = ask.spans[0] if ask.spans else None
@@ -315,7 +310,7 @@ def test_kv_cache_is_sized_as_asked_or_from_memory(demo: tuple[Any, Any]) -> Non
 def test_too_little_memory_is_said_at_start(
     demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm_service.model_runner.cache_budget", lambda device: 1000)
+    monkeypatch.setattr("llm_service.device.model_runner.cache_budget", lambda device: 1000)
     with pytest.raises(ConfigError, match="memory"):
         ModelRunner(*demo, SdpaBackend(), RunnerLimits(max_model_len=100), DictRows())
 

@@ -9,11 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_service.sequence import (
-    ChoiceOutput,
-    FinishedEvent,
-    Logprobs,
-)
+from llm_service.policy.sequence import ChoiceOutput, FinishedEvent, Logprobs
 from tests.checkpoints import DEMO
 from tests.local_engine import LocalEngine
 from tests.runners import ids_of, load_demo, request, rows, tokens, with_picture

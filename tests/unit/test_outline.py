@@ -14,9 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic_core import from_json
 
-from gateway.schemas import ChatRequest, outline, parse
-from gateway.schemas.count import count_values
-from gateway.schemas.outline import MAX_NAME, MAX_OUTLINE_BYTES, draw
+from gateway.api.schemas import ChatRequest, outline, parse
+from gateway.api.schemas.count import count_values
+from gateway.api.schemas.outline import MAX_NAME, MAX_OUTLINE_BYTES, draw
 from opticnerve.errors import InvalidRequest, OpticNerveError, PayloadTooLarge
 
 PLENTY = 10**9

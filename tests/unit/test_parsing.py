@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from gateway.schemas import ChatRequest, parse
-from gateway.schemas.base import Body, Strict
-from gateway.schemas.messages import call_arguments
+from gateway.api.schemas import ChatRequest, parse
+from gateway.api.schemas.base import Body, Strict
+from gateway.api.schemas.messages import call_arguments
 from opticnerve.errors import InvalidRequest
 from tests.bodies import BASES, MODELS, TEXT, URL, body, chat, read, refused, user
 

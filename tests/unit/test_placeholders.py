@@ -14,12 +14,12 @@ from PIL import Image
 from transformers import AutoTokenizer, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from gateway import placeholders
-from gateway.chat import ChatRenderer
-from gateway.schemas import ApplyTemplateRequest, parse
+from gateway.api.schemas import ApplyTemplateRequest, parse
+from gateway.prompt import placeholders
+from gateway.prompt.renderer import ChatRenderer
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
 from opticnerve.media.plan import Grid, Modality, Plan, Structure
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.family import Expansion, Run
 from opticnerve.models.registry import make_layout
 from tests.checkpoints import make_checkpoint

@@ -6,13 +6,15 @@ import shutil
 
 import pytest
 
-from gateway import encoders, generation, pools
-from gateway.deadline import Deadline
-from gateway.pairing import Pairing
-from gateway.pools import Changes, WorkerPool
-from gateway.worker import WorkerState
+from gateway.edge.deadline import Deadline
+from gateway.workers import encode as encoders
+from gateway.workers import generate as generation
+from gateway.workers import pool as pools
+from gateway.workers.pairing import Pairing
+from gateway.workers.pool import Changes, WorkerPool
+from gateway.workers.worker import WorkerState
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import DeadlineExceeded, Mispaired, Unavailable, UnsupportedFeature
-from opticnerve.models.checkpoint import Checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.fakes import PAIR_ID, FakeEncoder, FakeLLM, until
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
-from gateway.chat import ChatRenderer
-from gateway.provenance import Aliases, Marks, free_character
-from gateway.schemas import ApplyTemplateRequest, ChatRequest, parse
+from gateway.api.schemas import ApplyTemplateRequest, ChatRequest, parse
+from gateway.prompt.provenance import Aliases, Marks, free_character
+from gateway.prompt.renderer import ChatRenderer
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import ContextLengthExceeded, InvalidRequest
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.registry import make_layout
 from tests import vocabularies as v
 

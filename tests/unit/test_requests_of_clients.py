@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
-from gateway.chat import ChatRenderer
-from gateway.schemas import ChatRequest, parse
-from gateway.schemas.base import INTEGRAL, Strict
-from gateway.schemas.parsing import Ignored
-from gateway.schemas.unsupported import FIELDS
+from gateway.api.schemas import ChatRequest, parse
+from gateway.api.schemas.base import INTEGRAL, Strict
+from gateway.api.schemas.parsing import Ignored
+from gateway.api.schemas.unsupported import FIELDS
+from gateway.prompt.renderer import ChatRenderer
 from opticnerve.errors import UnsupportedFeature
 from tests import vocabularies as v
 from tests.bodies import BASES, DATA, MODELS, TEXT, URL, body, chat, read, refused, user

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from gateway import resolver
-from gateway.fetch import MediaFetcher
-from gateway.resolver import STRANGERS_OF_A_SITE, Resolver, site
+from gateway.media import resolver
+from gateway.media.fetch import MediaFetcher
+from gateway.media.resolver import STRANGERS_OF_A_SITE, Resolver, site
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import MediaFetchFailed
 

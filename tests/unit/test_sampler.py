@@ -17,11 +17,11 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from llm_service import sampler as sampler_module
-from llm_service.logprobs import describe
-from llm_service.randomness import UniformCache, philox4x32, uniforms
-from llm_service.sampler import Sampler, invert, keep_top_k, nucleus_border
-from llm_service.sequence import SamplingParams
+from llm_service.device import sampler as sampler_module
+from llm_service.device.logprobs import describe
+from llm_service.device.randomness import UniformCache, philox4x32, uniforms
+from llm_service.device.sampler import Sampler, invert, keep_top_k, nucleus_border
+from llm_service.policy.sequence import SamplingParams
 
 VOCAB = 50
 CPU = torch.device("cpu")

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from gateway.api.schemas import ChatRequest, parse
+from gateway.prompt.tokenizer import Tokenizer
 from gateway.sampling import Defaults, Limits, check_choices, load_defaults, resolve
-from gateway.schemas import ChatRequest, parse
-from gateway.tokenizer import Tokenizer
-from opticnerve.clients.generation import Sampling
 from opticnerve.errors import ConfigError, ContextLengthExceeded, InvalidRequest
+from opticnerve.generation.values import Sampling
 from opticnerve.pb import llm_pb2
 from tests import vocabularies as v
 

@@ -9,11 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_service.block_manager import BlockManager
-from llm_service.limits import EngineConfig
-from llm_service.plan import StepPlan
-from llm_service.scheduler import Scheduler
-from llm_service.sequence import GenerateRequest, Generation, SamplingParams, Sequence, Status
+from llm_service.engine.limits import EngineConfig
+from llm_service.policy.block_manager import BlockManager
+from llm_service.policy.plan import StepPlan
+from llm_service.policy.scheduler import Scheduler
+from llm_service.policy.sequence import (
+    GenerateRequest,
+    Generation,
+    SamplingParams,
+    Sequence,
+    Status,
+)
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
 from tests.fake_runner import FakeRows, Machine
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessage
 
-from gateway.schemas import ApplyTemplateRequest, ChatRequest, parse, parsing
-from gateway.schemas.messages import FunctionCall, ImageSource, ToolCall, call_arguments
-from gateway.schemas.parsing import Ignored
-from gateway.schemas.unsupported import FIELDS, PARTS
+from gateway.api.schemas import ApplyTemplateRequest, ChatRequest, parse, parsing
+from gateway.api.schemas.messages import FunctionCall, ImageSource, ToolCall, call_arguments
+from gateway.api.schemas.parsing import Ignored
+from gateway.api.schemas.unsupported import FIELDS, PARTS
 from opticnerve.errors import InvalidRequest, UnsupportedFeature
 from opticnerve.media.plan import Overrides
 

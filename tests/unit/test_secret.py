@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from deploy import up
 from opticnerve import config
+from opticnerve.cli import up
 from opticnerve.errors import ConfigError, StartupError
 from opticnerve.secret import LEAST_CHARACTERS, MAX_BYTES, make_secret, read_secret
 

@@ -11,8 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_service.sequence import GenerateRequest, Generation, SamplingParams, Sequence, Status
-from llm_service.shares import Shares
+from llm_service.policy.sequence import (
+    GenerateRequest,
+    Generation,
+    SamplingParams,
+    Sequence,
+    Status,
+)
+from llm_service.policy.shares import Shares
 
 PAGE = 16
 _arrivals = itertools.count()

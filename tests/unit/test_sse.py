@@ -7,8 +7,8 @@ from typing import Any
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from gateway import sse
-from gateway.sse import ChatAnswer, Choice, ContentLogprob, TokenText, Usage
+from gateway.api import sse
+from gateway.api.sse import ChatAnswer, Choice, ContentLogprob, TokenText, Usage
 from opticnerve.errors import EngineFailure
 
 ANSWER = ChatAnswer("chatcmpl-1", "model", "fp_1", created=7)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opticnerve import ask, stack
+from opticnerve.cli import ask, stack
 from opticnerve.errors import InvalidRequest, OpticNerveError, Overloaded, StartupError, Unavailable
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from llm_service.engine import Engine, Message
-from llm_service.limits import EngineConfig
-from llm_service.sequence import FinishedEvent, GenerateRequest, SamplingParams, TokensEvent
+from llm_service.engine.engine import Engine, Message
+from llm_service.engine.limits import EngineConfig
+from llm_service.policy.sequence import FinishedEvent, GenerateRequest, SamplingParams, TokensEvent
 from opticnerve.errors import EngineFailure
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
 from tests.fake_runner import FakeRows, FakeRunner, Machine

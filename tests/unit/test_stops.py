@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.detokenizer import Vocabulary
-from gateway.stops import OutputText, StopMatcher
-from gateway.tokenizer import Tokenizer
+from gateway.output.detokenizer import Vocabulary
+from gateway.output.stops import OutputText, StopMatcher
+from gateway.prompt.tokenizer import Tokenizer
 from tests import vocabularies as v
 
 

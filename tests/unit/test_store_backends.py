@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.open import open_store, parse_size
-from opticnerve.embeddings.shm import ShmStore
+from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.errors import ConfigError, EmbeddingCorrupt, InvalidRequest, StoreFull
 from tests.stores import KIB, MIB, Local, fetched, key, rows
 

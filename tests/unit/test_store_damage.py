@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 
-from llm_service.embeddings import Notes, StoreRows
-from llm_service.fetcher import Fetcher
+from llm_service.rows.fetcher import Fetcher
+from llm_service.rows.store_rows import Notes, StoreRows
 from opticnerve.embeddings import codec
-from opticnerve.embeddings.memory import MemoryStore
+from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.ref import EmbeddingRef, Location
-from opticnerve.embeddings.shm import ShmStore
+from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.errors import EmbeddingCorrupt, InvalidRequest
 from tests.damage import UNFIT, UNREADABLE, values
 from tests.stores import MIB, Local, key

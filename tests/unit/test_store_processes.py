@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from opticnerve.embeddings import codec
-from opticnerve.embeddings.shm import ShmStore
+from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.errors import StoreFull
 
 MIB = 2**20
@@ -81,7 +81,7 @@ def test_writers_and_readers_under_eviction(tmp_path: Path) -> None:
 
 def write_half(directory: Path, answer: Connection) -> None:
     """Stops for ever in the middle of a write."""
-    from opticnerve.embeddings import shm
+    from opticnerve.embeddings import shm_store as shm
 
     def half(temporary: object, pieces: list[memoryview]) -> None:
         os.write(temporary.fd, pieces[0])  # type: ignore[attr-defined]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_service.embeddings import Notes, StoreRows
-from llm_service.rows import RowsNote
-from opticnerve.embeddings.memory import MemoryStore
-from opticnerve.embeddings.shm import ShmStore
+from llm_service.policy.rows import RowsNote
+from llm_service.rows.store_rows import Notes, StoreRows
+from opticnerve.embeddings.memory_store import MemoryStore
+from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.errors import EmbeddingEvicted
 
 KEY, OTHER = "a" * 64, "b" * 64
@@ -101,7 +101,7 @@ def test_rows_that_cannot_be_mapped_are_not_ready(
     store.put(KEY, {"rows": VALUE}, {})
     rows.acquire(KEY, 128)
     with monkeypatch.context() as patch:
-        patch.setattr("opticnerve.embeddings.shm.mmap.mmap", exhausted)
+        patch.setattr("opticnerve.embeddings.shm_store.mmap.mmap", exhausted)
         assert not rows.ready(KEY)
     assert rows.ready(KEY)
     rows.release(KEY)

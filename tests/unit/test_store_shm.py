@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from opticnerve.embeddings import ledger, shm, tier
-from opticnerve.embeddings.shm import ShmStore
+from opticnerve.embeddings import ledger, tier
+from opticnerve.embeddings import shm_store as shm
+from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.embeddings.tier import is_locked
 from opticnerve.errors import EmbeddingCorrupt, StoreError, StoreFull
 from tests.stores import KIB, MIB, fetched, key, rows

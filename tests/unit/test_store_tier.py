@@ -15,7 +15,7 @@ import pytest
 
 from opticnerve.embeddings import tier
 from opticnerve.embeddings.ledger import Ledger
-from opticnerve.embeddings.shm import ShmStore
+from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.errors import StoreError
 
 OWNER = """
@@ -121,7 +121,7 @@ def test_foreign_directories_are_refused(tmp_path: Path) -> None:
 def test_a_process_that_was_killed_pins_nothing(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from opticnerve.embeddings.shm import ShmStore\n"
+        "from opticnerve.embeddings.shm_store import ShmStore\n"
         "store = ShmStore(Path(sys.argv[1]), 10**6)\n"
         "lease = store.lease('a' * 64, 900_000); lease.__enter__()\n"
         "print('pinned', flush=True); time.sleep(600)\n"

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from gateway.chat import ChatRenderer
-from gateway.schemas import ApplyTemplateRequest, parse
-from gateway.template import ChatTemplate, load_template
-from gateway.tokenizer import Tokenizer
+from gateway.api.schemas import ApplyTemplateRequest, parse
+from gateway.prompt.renderer import ChatRenderer
+from gateway.prompt.template import ChatTemplate, load_template
+from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.errors import (
     CheckpointError,
     ConfigError,
@@ -217,7 +217,7 @@ def test_the_sandbox_holds(template: str, tmp_path: Path) -> None:
 
 
 def test_a_template_without_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.template.MAX_CHARACTERS", 2**16)
+    monkeypatch.setattr("gateway.prompt.template.MAX_CHARACTERS", 2**16)
     template = "{% for i in range(99999) %}{{ messages[0].content * 1000 }}{% endfor %}"
     renderer = placed(v.byte_level(tmp_path, template), "<|image_pad|>")
     with pytest.raises(InvalidRequest, match="too much"):
@@ -238,7 +238,7 @@ def test_messages_that_could_never_fit() -> None:
 
 def test_a_template_that_writes_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     renderer = ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT)
-    monkeypatch.setattr("gateway.template.MAX_CHARACTERS", 100)
+    monkeypatch.setattr("gateway.prompt.template.MAX_CHARACTERS", 100)
     with pytest.raises(ContextLengthExceeded, match="wrote too much") as caught:
         renderer.render(request(user("hello " * 100)))
     assert caught.value.param == "messages"
@@ -259,7 +259,7 @@ def test_a_prompt_that_is_too_long_with_aliases_alone_is_too_long(
         nonlocal count
         count += 1
         if count == (2 if way == "written" else 4):
-            monkeypatch.setattr(f"gateway.template.{limit}", -1)
+            monkeypatch.setattr(f"gateway.prompt.template.{limit}", -1)
         return render(self, used, variables)
 
     monkeypatch.setattr(ChatTemplate, "render", cut_later)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from gateway.tokenizer import Tokenizer, read_config
+from gateway.prompt.tokenizer import Tokenizer, read_config
 from opticnerve.errors import CheckpointError
 from tests import vocabularies as v
 
@@ -212,7 +212,8 @@ def test_the_configuration_of_older_checkpoints(tmp_path: Path) -> None:
 
 def test_text_needs_neither_torch_nor_transformers_nor_grpc() -> None:
     code = (
-        "import sys, gateway.chat, gateway.sampling, gateway.stops, gateway.sse;"
+        "import sys, gateway.prompt.renderer, gateway.sampling;"
+        "import gateway.output.stops, gateway.api.sse;"
         "print([m for m in ('torch', 'transformers', 'grpc') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

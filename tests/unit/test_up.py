@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy import up
+from opticnerve.cli import up
 from opticnerve.config import StoreConfig, UpConfig
 from opticnerve.errors import ConfigError
 

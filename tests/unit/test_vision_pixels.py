@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import PlanMismatch
 from opticnerve.media.plan import Structure
 from opticnerve.models import registry
-from opticnerve.models.checkpoint import Checkpoint
 from opticnerve.models.family import Layout, Preprocessor
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.reference import image_processor, picture

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import CheckpointError, PlanMismatch
 from opticnerve.media.plan import Grid, Modality, Plan, Structure
-from opticnerve.models import registry, varlen
-from opticnerve.models.checkpoint import Checkpoint
-from opticnerve.models.patch_tower import position_ids
+from opticnerve.models import registry
 from opticnerve.models.qwen2_5_vl.vision import window_order
+from opticnerve.models.towers import varlen
+from opticnerve.models.towers.patch_tower import position_ids
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.reference import image_processor, image_rows, load_reference, picture
 

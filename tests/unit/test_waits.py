@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from llm_service.waits import MAX_REPEATS, Needed, Waits
+from llm_service.wire.waits import MAX_REPEATS, Needed, Waits
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.errors import (
     EmbeddingCorrupt,

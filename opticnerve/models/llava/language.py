@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LlamaModel, LlavaConfig, MistralModel, Qwen2Model
 
+from opticnerve.checkpoints.loader import read_config
 from opticnerve.errors import UnsupportedCheckpoint
-from opticnerve.models.decoder import PackedLanguage, load_decoder
-from opticnerve.models.loader import read_config
+from opticnerve.models.decoders.decoder import PackedLanguage, load_decoder
 
 if TYPE_CHECKING:
-    from opticnerve.models.checkpoint import Checkpoint
+    from opticnerve.checkpoints.checkpoint import Checkpoint
 
 MODELS: dict[str, Any] = {"llama": LlamaModel, "mistral": MistralModel, "qwen2": Qwen2Model}
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opticnerve.checkpoints.settings import PixelSettings, integer, positive
 from opticnerve.errors import CheckpointError, InvalidMedia, InvalidRequest, UnsupportedCheckpoint
 from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, Structure
 from opticnerve.models.family import Expansion, Run
-from opticnerve.models.settings import PixelSettings, integer, positive
 
 if TYPE_CHECKING:
-    from opticnerve.models.checkpoint import Checkpoint
+    from opticnerve.checkpoints.checkpoint import Checkpoint
 
 MAX_ASPECT = 200  # Beyond it the resized picture, before the crop, would be enormous.
 NO_OVERRIDES = Overrides()

@@ -12,15 +12,15 @@ from torch import nn
 from transformers import CLIPVisionModel, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from opticnerve.checkpoints.loader import load_module, read_config, resolve_device, resolve_dtype
 from opticnerve.errors import CheckpointError, PlanMismatch, UnsupportedCheckpoint
 from opticnerve.models.llava.layout import make_layout
-from opticnerve.models.loader import load_module, read_config, resolve_device, resolve_dtype
-from opticnerve.models.patch_tower import own
-from opticnerve.models.pixels import CenterCrop
+from opticnerve.models.towers.patch_tower import own
+from opticnerve.models.towers.pixels import CenterCrop
 
 if TYPE_CHECKING:
+    from opticnerve.checkpoints.checkpoint import Checkpoint
     from opticnerve.media.plan import Plan
-    from opticnerve.models.checkpoint import Checkpoint
     from opticnerve.models.family import Preprocessor
 
 KEY_MAP = (

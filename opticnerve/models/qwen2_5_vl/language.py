@@ -8,11 +8,11 @@ import torch
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from opticnerve.models.decoder import PackedLanguage, load_decoder
-from opticnerve.models.loader import read_config
+from opticnerve.checkpoints.loader import read_config
+from opticnerve.models.decoders.decoder import PackedLanguage, load_decoder
 
 if TYPE_CHECKING:
-    from opticnerve.models.checkpoint import Checkpoint
+    from opticnerve.checkpoints.checkpoint import Checkpoint
 
 
 def load_language(

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opticnerve.checkpoints.settings import number
 from opticnerve.media.plan import Modality, Span
 from opticnerve.models.qwen2_vl.layout import Qwen2VLLayout
-from opticnerve.models.settings import number
 
 if TYPE_CHECKING:
-    from opticnerve.models.checkpoint import Checkpoint
+    from opticnerve.checkpoints.checkpoint import Checkpoint
 
 
 class Qwen25VLLayout(Qwen2VLLayout):

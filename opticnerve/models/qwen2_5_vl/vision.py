@@ -14,21 +14,21 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
 )
 
-from opticnerve.models import varlen
-from opticnerve.models.loader import (
+from opticnerve.checkpoints.loader import (
     load_module,
     read_config,
     resolve_device,
     resolve_dtype,
     rotary_buffers,
 )
-from opticnerve.models.patch_tower import PatchTower
-from opticnerve.models.pixels import Patchify
 from opticnerve.models.qwen2_5_vl.layout import make_layout
+from opticnerve.models.towers import varlen
+from opticnerve.models.towers.patch_tower import PatchTower
+from opticnerve.models.towers.pixels import Patchify
 
 if TYPE_CHECKING:
+    from opticnerve.checkpoints.checkpoint import Checkpoint
     from opticnerve.media.plan import Grid
-    from opticnerve.models.checkpoint import Checkpoint
     from opticnerve.models.family import Preprocessor
 
 KEY_MAP = ((r"(?:model\.)?visual\.", ""),)

@@ -8,11 +8,11 @@ import torch
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
-from opticnerve.models.decoder import PackedLanguage, load_decoder
-from opticnerve.models.loader import read_config
+from opticnerve.checkpoints.loader import read_config
+from opticnerve.models.decoders.decoder import PackedLanguage, load_decoder
 
 if TYPE_CHECKING:
-    from opticnerve.models.checkpoint import Checkpoint
+    from opticnerve.checkpoints.checkpoint import Checkpoint
 
 
 def load_language(

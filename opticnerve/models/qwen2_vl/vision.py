@@ -8,20 +8,20 @@ import torch
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from opticnerve.models import varlen
-from opticnerve.models.loader import (
+from opticnerve.checkpoints.loader import (
     load_module,
     read_config,
     resolve_device,
     resolve_dtype,
     rotary_buffers,
 )
-from opticnerve.models.patch_tower import PatchTower
-from opticnerve.models.pixels import Patchify
 from opticnerve.models.qwen2_vl.layout import make_layout
+from opticnerve.models.towers import varlen
+from opticnerve.models.towers.patch_tower import PatchTower
+from opticnerve.models.towers.pixels import Patchify
 
 if TYPE_CHECKING:
-    from opticnerve.models.checkpoint import Checkpoint
+    from opticnerve.checkpoints.checkpoint import Checkpoint
 
 KEY_MAP = ((r"(?:model\.)?visual\.", ""),)
 """Published as ``visual.*``, since transformers 5 ``model.visual.*``."""

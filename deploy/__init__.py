@@ -1,1 +1,0 @@
-"""Running the services together: the local supervisor behind ``opticnerve up``."""

@@ -1,0 +1,217 @@
+"""Decoding in a process of its own, which can be ended while it decodes. Threads cannot.
+
+The process holds Python, Pillow and numpy: no torch, no gRPC, no model. It is started when there
+is work for it, takes one piece after the other, and ends with the process that started it. Work
+and errors go over a socket pair that the two of them hold; pixels come back in shared memory that
+has no name, so that nothing is left behind whoever ends first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opticnerve.errors import EngineFailure, OpticNerveError
+from opticnerve.lifecycle import follow_parent, ignore_hangup
+from opticnerve.media.decode import decode
+from opticnerve.media.plan import Plan
+
+if TYPE_CHECKING:
+    from opticnerve.models.family import Preprocessor
+
+NICE = 10  # It yields to whoever has smaller pictures to decode.
+# Of glibc, for the process: pictures are memory of their own, given back as soon as they are freed.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One picture to be decoded, and within which limits."""
+
+    data: bytes
+    plan: Plan
+    background: int | None
+    max_pixels: int
+    max_passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """What became of it: the tower's input, and the seconds that it took."""
+
+    values: NDArray[np.float32]
+    seconds: float
+
+
+class DecoderDied(Exception):
+    """The process ended before its work was done. ``at_work``: it had begun, and was not killed by
+    us; otherwise it did not start, or was. ``out_of_time``: the work took longer than it may."""
+
+    def __init__(self, status: int, at_work: bool) -> None:
+        super().__init__(f"the decoder's process ended with status {status}")
+        self.at_work = at_work
+        self.out_of_time = status == -signal.SIGXCPU
+
+
+def prepare(preprocess: Preprocessor, work: Work) -> Pixels:
+    """Decode, orient, resize, cut into patches. Raises InvalidMedia, EngineFailure."""
+    started = time.monotonic()
+    try:
+        image = decode(work.data, work.plan, work.max_pixels, work.background, work.max_passes)
+        values = preprocess(image, work.plan)
+    except MemoryError as error:
+        raise EngineFailure("the encoder ran out of memory decoding this picture") from error
+    return Pixels(values, time.monotonic() - started)
+
+
+class Decoder:
+    """Owns one process, which ``run`` starts; it does one piece of work at a time, each in at most
+    ``timeout_s`` of a core's time. After DecoderDied, ``kill`` or ``close`` it is of no more use.
+    """
+
+    def __init__(self, preprocess: Preprocessor, timeout_s: float) -> None:
+        self._preprocess = preprocess
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()  # Around the process's start and its end.
+        self._busy = threading.RLock()  # Around all that uses the pipe.
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+        self._killed = False
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def run(self, work: Work) -> Pixels:
+        """Blocks until the work is done. Raises what ``prepare`` raises; DecoderDied."""
+        at_work = False
+        with self._busy:
+            try:
+                pipe = self._pipe or self._start()
+                at_work = True
+                pipe.send(work)
+                answer = pipe.recv()
+                if isinstance(answer, OpticNerveError):
+                    raise answer
+                shape, seconds = answer
+                return Pixels(_map(recv_handle(pipe), shape), seconds)
+            except (EOFError, OSError) as error:
+                at_work = at_work and not self._killed
+                raise DecoderDied(self.close(), at_work) from error
+
+    def kill(self) -> None:
+        """Ends the process at once, from any thread; a ``run`` under way raises DecoderDied."""
+        with self._lock:
+            self._killed = True
+            if self._process is not None:
+                self._process.kill()
+
+    def close(self) -> int:
+        """Ends the process and waits for its end; its exit status."""
+        self.kill()
+        with self._busy:
+            if self._pipe is not None:
+                self._pipe.close()
+            return -signal.SIGKILL if self._process is None else self._process.wait()
+
+    def _start(self) -> Connection:
+        """Returns when the process is ready for work. Raises OSError, EOFError."""
+        ours, theirs = socket.socketpair()
+        arguments = theirs.fileno(), os.getpid(), self._timeout_s
+        with theirs, self._lock:
+            self._pipe = Connection(ours.detach())
+            if self._killed:
+                raise EOFError
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "encoder_service.pictures.decode_process",
+                    *map(str, arguments),
+                ],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **MALLOC},
+            )
+        self._pipe.send(self._preprocess)
+        self._pipe.recv()
+        return self._pipe
+
+
+def _map(handle: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The floats in a file of shared memory, which lives as long as they do."""
+    try:
+        memory = mmap.mmap(handle, 0)
+    finally:
+        os.close(handle)
+    return np.frombuffer(memory, dtype=np.float32).reshape(shape)
+
+
+# ---- in the process
+
+
+def main(handle: int, parent_pid: int, timeout_s: float) -> None:
+    """Does work until the other end of the socket is closed, or its process gone."""
+    follow_parent(parent_pid, grace_s=0)
+    ignore_hangup()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the group; the parent decides.
+    os.nice(NICE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):  # Where memory runs out, this process is the one to go.
+        Path("/proc/self/oom_score_adj").write_text("500")
+    with Connection(handle) as pipe, contextlib.suppress(EOFError, ConnectionError):
+        preprocess = pipe.recv()
+        pipe.send(None)
+        while True:
+            _serve(pipe, preprocess, parent_pid, timeout_s)
+
+
+def _serve(pipe: Connection, preprocess: Preprocessor, parent_pid: int, timeout_s: float) -> None:
+    """One piece of work. The system ends the process where it takes too long: by the core's time
+    and not the clock's, since this process yields to others."""
+    work = pipe.recv()
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + timeout_s), most))
+    try:
+        pixels = prepare(preprocess, work)
+    except OpticNerveError as error:
+        pipe.send(error)
+    except Exception:
+        traceback.print_exc()
+        pipe.send(EngineFailure("the encoder failed on this picture; its log has the details"))
+    else:
+        handle = _share(pixels.values)
+        pipe.send((pixels.values.shape, pixels.seconds))
+        send_handle(pipe, handle, parent_pid)
+        os.close(handle)
+
+
+def _share(values: NDArray[np.float32]) -> int:
+    """A file of shared memory without a name that holds ``values``."""
+    handle = os.memfd_create("pixels")
+    os.ftruncate(handle, values.nbytes)
+    with mmap.mmap(handle, values.nbytes) as memory:
+        memory.write(np.ascontiguousarray(values).data.cast("B"))
+    return handle
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

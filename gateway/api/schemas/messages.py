@@ -1,0 +1,257 @@
+"""Messages and their content parts, and the pictures that stand in them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic.functional_validators import AfterValidator
+from pydantic_core import PydanticCustomError
+
+from gateway.api.schemas.base import INTEGRAL, Many, Strict, Unused, check_strings, fault
+from gateway.api.schemas.outline import draw
+from gateway.media.dataurl import is_data_url
+from opticnerve.errors import InvalidRequest
+from opticnerve.media.plan import Overrides
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+Detail = Literal["auto", "low", "high", "original"]
+
+LOW_DETAIL_PIXELS = 512 * 512  # What OpenAI's ``detail: low`` shows a model.
+URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
+DIGITS = re.compile(r"[0-9]{1,10}")
+LONG_ARGUMENTS = 2**18  # Characters of a call's arguments that are parsed in one step.
+MAX_ARGUMENT_VALUES = 2**16  # Of all earlier tool calls of a request, as templates see them.
+LOOKED_AT = 256  # Characters of a source that decide what it is.
+
+
+def _trimmed(value: str) -> str:
+    """Without white space around it, as browsers read URLs."""
+    value = value.strip()
+    if not value:
+        raise PydanticCustomError("blank", "should not be empty")
+    return value
+
+
+def _number(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and DIGITS.fullmatch(value) else value
+
+
+Source = Annotated[str, AfterValidator(_trimmed)]
+Area = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Pixels = Annotated[
+    Area,
+    INTEGRAL,
+    BeforeValidator(
+        _number, json_schema_input_type=Area | Annotated[str, Field(pattern="^[1-9][0-9]{0,8}$")]
+    ),
+]
+"""Sent as a number, or in digits: bounds of pixels are often read from the environment."""
+
+
+class Part(Strict):
+    """What parts of every type may have."""
+
+    cache_control: Unused = Field(None, description="Of no effect: every prefix is cached.")
+
+
+class TextPart(Part):
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(Part):
+    """What a model once declined with; it reads as text."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+class PictureSettings(Strict):
+    """How a picture is shown to the model."""
+
+    detail: Detail | None = None
+    min_pixels: Pixels | None = None
+    max_pixels: Pixels | None = None
+
+
+class ImageUrl(PictureSettings):
+    url: Source
+    format: Unused = Field(None, description="Of no effect: pictures tell their format.")
+
+
+class ImageUrlPart(Part, PictureSettings):
+    """OpenAI's form. ``image_url`` may be the URL itself."""
+
+    type: Literal["image_url"]
+    image_url: Source | ImageUrl
+
+
+class ImagePart(Part, PictureSettings):
+    """Hugging Face's form: exactly one of ``image`` (URL or base64), ``url``, ``base64`` (which
+    may be a ``data:`` URL as well)."""
+
+    type: Literal["image"]
+    image: Source | None = None
+    url: Source | None = None
+    base64: Source | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ImagePart:
+        if sum(source is not None for source in (self.image, self.url, self.base64)) != 1:
+            raise PydanticCustomError(
+                "source", "should name its picture by exactly one of image, url, base64"
+            )
+        return self
+
+
+def _tag(value: Any) -> str | None:
+    """Which part model reads ``value``. Tags wear brackets because errors name them among the
+    fields that lead to a problem, where ``text`` would look like a field."""
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"<{kind}>" if isinstance(kind, str) else None
+
+
+AnyPart = Annotated[
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[RefusalPart, Tag("<refusal>")]
+    | Annotated[ImageUrlPart, Tag("<image_url>")]
+    | Annotated[ImagePart, Tag("<image>")],
+    Discriminator(_tag),
+]
+
+
+class FunctionCall(Strict):
+    name: str
+    arguments: str | dict[str, Any] = "{}"
+
+
+class ToolCall(Strict):
+    """A call that the assistant made in an earlier turn."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    index: Annotated[int, INTEGRAL] | None = None
+    function: FunctionCall
+
+
+class Message(Strict):
+    role: Role
+    content: str | Many[AnyPart] | None = None
+    name: str | None = None
+    tool_calls: Many[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = None
+    cache_control: Unused = Field(None, description="Of no effect: every prefix is cached.")
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise fault("content", "should be a string or a list of parts")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """One picture of a request, before it is fetched. ``param`` is its path in the body."""
+
+    url: str
+    param: str
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    low_detail: bool = False
+
+    def overrides(self, own_max_pixels: int | None) -> Overrides:
+        """The processor settings that the request changes. ``detail: low`` is a hint: it lowers
+        the model's own bound (None: the family's pictures have one size) where no bound was
+        given, and never raises it."""
+        if not self.low_detail or own_max_pixels is None or self.max_pixels is not None:
+            return Overrides(self.min_pixels, self.max_pixels)
+        low = max(min(own_max_pixels, LOW_DETAIL_PIXELS), self.min_pixels or 1)
+        return Overrides(self.min_pixels, None if low >= own_max_pixels else low)
+
+
+def image_sources(
+    messages: Sequence[Message], min_pixels: int | None = None, max_pixels: int | None = None
+) -> Iterator[ImageSource]:
+    """Every picture in the order of messages and parts; the arguments are the request's own
+    bounds, which an item's bounds override. Raises InvalidRequest for a source that is neither a
+    URL nor base64, and for bounds that cross."""
+    for i, message in enumerate(messages):
+        if not isinstance(message.content, list):
+            continue
+        for j, part in enumerate(message.content):
+            if isinstance(part, ImageUrlPart | ImagePart):
+                yield _source(part, f"messages[{i}].content[{j}]", min_pixels, max_pixels)
+
+
+def _source(
+    part: ImageUrlPart | ImagePart, path: str, min_pixels: int | None, max_pixels: int | None
+) -> ImageSource:
+    bounds: list[ImageUrlPart | ImagePart | ImageUrl] = [part]
+    if isinstance(part, ImageUrlPart):
+        if isinstance(part.image_url, ImageUrl):
+            bounds.insert(0, part.image_url)
+            url, param = part.image_url.url, f"{path}.image_url.url"
+        else:
+            url, param = part.image_url, f"{path}.image_url"
+    elif part.base64 is not None:
+        whole = is_data_url(part.base64)
+        url, param = part.base64 if whole else "data:;base64," + part.base64, f"{path}.base64"
+    else:
+        url, param = _as_url(part, path)
+    low = next((b.min_pixels for b in bounds if b.min_pixels is not None), min_pixels)
+    high = next((b.max_pixels for b in bounds if b.max_pixels is not None), max_pixels)
+    if low is not None and high is not None and low > high:
+        raise InvalidRequest(f"{path}: min_pixels {low} exceeds max_pixels {high}", param=path)
+    return ImageSource(url, param, low, high, any(b.detail == "low" for b in bounds))
+
+
+def _as_url(part: ImagePart, path: str) -> tuple[str, str]:
+    """Hugging Face's ``image`` may be bare base64; whatever has a scheme is a URL."""
+    if part.url is not None:
+        return part.url, f"{path}.url"
+    image, param = part.image or "", f"{path}.image"
+    beginning = image[:LOOKED_AT]
+    if URL_SCHEME.match(beginning):
+        return image, param
+    if BASE64.fullmatch(beginning.strip()) and len(image) >= 16:
+        return "data:;base64," + image, param
+    raise InvalidRequest(
+        f"{param}: should be a URL (data:, https:, http:, file:) or base64", param=param
+    )
+
+
+def call_arguments(call: ToolCall, path: str) -> Any:
+    """A call's arguments as templates want them: an object. Raises InvalidRequest."""
+    arguments, param = call.function.arguments, f"{path}.function.arguments"
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        value = _arguments(arguments, param)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{param}: should be a JSON object", param=param) from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{param}: should be a JSON object", param=param)
+    return value
+
+
+def _arguments(text: str, param: str) -> Any:
+    if len(text) > LONG_ARGUMENTS:
+        try:
+            return draw(text.encode("utf-8", "replace"), MAX_ARGUMENT_VALUES).read()
+        except InvalidRequest as error:
+            raise ValueError(error.message) from error
+    value = json.loads(text) if text.strip() else {}
+    check_strings(value, param)
+    return value

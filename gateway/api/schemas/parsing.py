@@ -1,0 +1,195 @@
+"""Bytes to a request model, and what is wrong with them to one clear InvalidRequest."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails, from_json
+
+from gateway.api.schemas import unsupported
+from gateway.api.schemas.base import BOM, Reading, Strict, check_strings, join
+from gateway.api.schemas.outline import Outline
+from opticnerve.errors import InvalidRequest
+
+M = TypeVar("M", bound=Strict)
+
+MAX_NAMED = 5  # Problems told at once.
+MAX_LOOKED_AT = 100  # Of problems, and of fields that were ignored.
+ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+UNKNOWN_FIELD = "unknown field"
+PLAINER = tuple(
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        (r"^(Input|String|List|Dictionary|Value error,) ", ""),
+        (r" after validation, not \d+$", ""),
+        (r"a valid dictionary( or instance of \w+)?", "an object"),
+        (r"a valid ", "a "),
+        (r"\ba integer", "an integer"),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """What a request says in vain, as paths in its body; the first of many."""
+
+    unknown: tuple[str, ...] = ()  # Fields that nobody here knows.
+    unheeded: tuple[str, ...] = ()  # Known ones that ask for what this server does not do.
+
+
+def parse(
+    model: type[M],
+    body: bytes | bytearray | str | Outline | Mapping[str, Any],
+    *,
+    ignore_unknown: bool = False,
+) -> tuple[M, Ignored]:
+    """A request, and what of it is ignored: unknown fields of nested objects always, those of the
+    body itself where ``ignore_unknown`` says so.
+
+    Raises InvalidRequest, whose ``param`` is the path of the first field at fault, such as
+    ``messages[0].content[1].image_url.url``, and UnsupportedFeature. Values are never repeated.
+    """
+    raw = dict(body) if isinstance(body, Mapping) else _decode(body)
+    unheeded: list[str] = []
+    raw = unsupported.take_out(raw, unheeded)
+    reading = Reading(ignore_unknown)
+    try:
+        parsed = model.model_validate(raw, context=reading)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False)
+    else:
+        named = _unknown(raw, reading, "") if reading.unknown else ()
+        unheeded += parsed.unheeded
+        return parsed, Ignored(*(tuple(islice(each, MAX_LOOKED_AT)) for each in (named, unheeded)))
+    raise _refusal(problems, raw, {*model.model_fields, *unsupported.FIELDS})
+
+
+def _decode(body: bytes | bytearray | str | Outline) -> dict[str, Any]:
+    if isinstance(body, bytes | bytearray):
+        body = body.removeprefix(BOM)
+    try:
+        raw = body.read() if isinstance(body, Outline) else from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        _check_halves(body)
+        reason = str(error)[:200]
+        if isinstance(body, Outline):  # Whose lines and columns are not the body's.
+            reason = reason.partition(" at line ")[0]
+        raise InvalidRequest(
+            f"the body is not valid JSON: {reason}", code="invalid_json"
+        ) from error
+    if not isinstance(raw, dict):
+        raise InvalidRequest("the body should be a JSON object")
+    return raw
+
+
+def _check_halves(body: bytes | bytearray | str | Outline) -> None:
+    """Raises InvalidRequest where a string of JSON that does not parse holds half of a surrogate
+    pair; any other fault is for the parser to tell."""
+    text = body.text if isinstance(body, Outline) else body
+    text = text.encode("utf-8", "replace") if isinstance(text, str) else text
+    if ESCAPED_HALF.search(text):
+        with contextlib.suppress(ValueError, RecursionError):
+            check_strings(json.loads(text))
+
+
+def _refusal(
+    problems: Sequence[ErrorDetails], raw: Mapping[str, Any], known: Collection[str]
+) -> InvalidRequest:
+    """One error for all problems: those of a union's branches at one place are told together.
+    ``known``: the names that a field of the body may have."""
+    found: dict[str, tuple[int, list[str]]] = {}
+    for problem in problems[:MAX_LOOKED_AT]:
+        path, depth = _path(problem, raw)
+        texts = found.setdefault(path, (depth, []))[1]
+        text = _text(problem)
+        if text not in texts:
+            texts.append(text)
+    kept = [path for path in found if not _explained(path, found)]
+    lines = [_line(path, found[path][1], known) for path in kept[:MAX_NAMED]]
+    if len(kept) > MAX_NAMED:
+        more = "many" if len(problems) > MAX_LOOKED_AT else str(len(kept) - MAX_NAMED)
+        lines.append(f"and {more} more")
+    code = "unknown_field" if all(p["type"] == "extra_forbidden" for p in problems) else None
+    return InvalidRequest("; ".join(lines), param=kept[0] or None, code=code)
+
+
+def _line(path: str, texts: Sequence[str], known: Collection[str]) -> str:
+    """A problem with its path; an unknown field with the known one whose name is nearest."""
+    if not path:
+        return texts[0]
+    line = f"{path}: {_either(texts)}"
+    near = difflib.get_close_matches(path.lower(), known, 1) if texts == [UNKNOWN_FIELD] else ()
+    return f"{line} (did you mean {near[0]}?)" if near else line
+
+
+def _explained(path: str, found: Mapping[str, Any]) -> bool:
+    """Whether a deeper problem says it better: of ``str | list``, the branch that went in."""
+    return any(other != path and other.startswith((path + ".", path + "[")) for other in found)
+
+
+def _text(problem: ErrorDetails) -> str:
+    kind, message = problem["type"], problem["msg"]
+    if kind == "extra_forbidden":
+        return UNKNOWN_FIELD
+    if kind == "missing":
+        return "required"
+    if kind == "union_tag_not_found":
+        return "should have a type: text, image_url or image"
+    if kind == "union_tag_invalid":
+        return "should be of type text, image_url or image"
+    for pattern, plain in PLAINER:
+        message = pattern.sub(plain, message)
+    return message
+
+
+def _either(texts: Sequence[str]) -> str:
+    """``should be a string or a list``"""
+    same = "should be "
+    if not all(text.startswith(same) for text in texts):
+        return " or ".join(texts)
+    return same + " or ".join(text.removeprefix(same) for text in texts)
+
+
+def _path(problem: ErrorDetails, raw: Any) -> tuple[str, int]:
+    """Where a problem is, as a path in the body, and its depth. pydantic names union branches in
+    ``loc`` too: what the body does not hold there is no field of it, unless just that is the
+    problem."""
+    loc = problem["loc"]
+    if problem["type"] == "fault":
+        loc = (*loc, problem["ctx"]["field"])
+    absent = problem["type"] in ("missing", "fault")
+    path, depth = "", 0
+    for place, step in enumerate(loc):
+        last = place == len(loc) - 1
+        if isinstance(step, int) and isinstance(raw, list) and 0 <= step < len(raw):
+            path, raw = f"{path}[{step}]", raw[step]
+        elif isinstance(step, str) and isinstance(raw, Mapping) and step in raw:
+            path, raw = join(path, step), raw[step]
+        elif last and absent and isinstance(step, str) and isinstance(raw, Mapping):
+            path = join(path, step)
+        else:
+            continue
+        depth += 1
+    return path, depth
+
+
+def _unknown(raw: Any, reading: Reading, path: str) -> Iterator[str]:
+    """The paths of the unknown fields that were left out."""
+    if isinstance(raw, dict):
+        unknown = reading.unknown.get(id(raw), ())
+        for name, value in raw.items():
+            if name in unknown:
+                yield join(path, name)
+            else:
+                yield from _unknown(value, reading, join(path, name))
+    elif isinstance(raw, list):
+        for place, value in enumerate(raw):
+            yield from _unknown(value, reading, f"{path}[{place}]")

@@ -1,0 +1,58 @@
+"""The fields that decide tokens; shared by every request that generates."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from gateway.api.schemas.base import INTEGRAL, Body, at_most
+
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1), INTEGRAL]
+Word = Annotated[str, Field(max_length=1024)]  # An empty one asks for nothing.
+MAX_STOPS = 16
+MAX_ALLOWED = 2**16
+
+
+class SamplingFields(Body):
+    """None everywhere: the model's own default, or the neutral value where it has none."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="0: the most likely token, as with temperature 0."
+    )
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), INTEGRAL] | None = Field(
+        None, description="-1 and 0: off."
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64), INTEGRAL] | None = None
+    n: Annotated[int, Field(ge=1, le=128), INTEGRAL] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1), INTEGRAL] | None = None
+    stop: Word | Annotated[list[Word], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], at_most(1024)] | None
+    ) = None
+    bad_words: Annotated[list[Word], Field(max_length=256)] | None = None
+    allowed_token_ids: (
+        Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED, fail_fast=True)] | None
+    ) = None
+    skip_special_tokens: bool = True
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
+        return tuple(stop for stop in stops if stop)
+
+    @property
+    def sampling_size(self) -> int:
+        """What there is to look at: characters of words that are encoded, and entries of lists."""
+        lists = (self.stop_token_ids, self.allowed_token_ids, self.logit_bias)
+        return sum(map(len, self.bad_words or ())) + sum(len(each or ()) for each in lists)

@@ -1,0 +1,118 @@
+"""Stop strings in streamed text, and one choice's output from ids to what a client may see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from gateway.output.detokenizer import Vocabulary
+
+
+class StopMatcher:
+    """Finds the first of several strings in text that comes in pieces.
+
+    Holds back only a suffix that one of the strings could still begin with.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.strings = tuple(strings)
+        self._held = ""
+
+    @property
+    def held(self) -> int:
+        """Characters held back."""
+        return len(self._held)
+
+    def push(self, text: str) -> tuple[str, str | None, str]:
+        """(text to show, stop string found or None, text after the start of the stop string).
+
+        Of several matches the one that ends first wins, then the longer one.
+        """
+        text = self._held + text
+        found = [(at + len(s), -len(s), s) for s in self.strings if (at := text.find(s)) >= 0]
+        if found:
+            end, _, string = min(found)
+            self._held = ""
+            return text[: end - len(string)], string, text[end - len(string) :]
+        keep = self._suffix(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], None, ""
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+    def _suffix(self, text: str) -> int:
+        """Length of the longest suffix of ``text`` that a stop string begins with."""
+        longest = max((len(string) for string in self.strings), default=0)
+        for size in range(min(longest - 1, len(text)), 0, -1):
+            tail = text[-size:]
+            if any(string.startswith(tail) for string in self.strings):
+                return size
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What some tokens added. ``num_tokens`` of them count: all, or those up to a stop string."""
+
+    text: str
+    num_tokens: int
+    stop: str | None = None
+
+
+class OutputText:
+    """One choice: ids in, text out. ``stopped`` names the stop string that ended it."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
+    ) -> None:
+        """``min_tokens``: text of so many first tokens is not searched for stop strings."""
+        self._detokenizer = vocabulary.detokenizer(skip_special_tokens=skip_special_tokens)
+        self._matcher = StopMatcher(stop)
+        self._include_stop = include_stop
+        self._min_tokens = min_tokens
+        self.num_tokens = 0
+        self.stopped: str | None = None
+
+    def push(self, token_ids: Iterable[int]) -> Piece:
+        """Takes tokens in order. After a stop string the rest of them are not counted."""
+        shown: list[str] = []
+        count = 0
+        for token_id in token_ids:
+            if self.stopped is not None:
+                break
+            count += 1
+            shown.append(self._take(self._detokenizer.push(token_id)))
+        return Piece("".join(shown), count, self.stopped)
+
+    def skip(self, token_id: int) -> None:
+        """Counts a token whose text is not shown: the stop token that ended the choice."""
+        self.num_tokens += 1
+
+    def finish(self) -> Piece:
+        """The end of the choice: what was held back."""
+        if self.stopped is not None:
+            return Piece("", 0, self.stopped)
+        text = self._detokenizer.flush()
+        self.num_tokens -= 1  # _take counts a token; this text belongs to earlier ones.
+        shown = self._take(text)
+        if self.stopped is None:
+            shown += self._matcher.flush()
+        return Piece(shown, 0, self.stopped)
+
+    def _take(self, text: str) -> str:
+        self.num_tokens += 1
+        if self.num_tokens <= self._min_tokens:
+            return text
+        shown, stop, rest = self._matcher.push(text)
+        if stop is None:
+            return shown
+        self.stopped = stop
+        return shown + (rest[: len(stop)] if self._include_stop else "")

@@ -1,0 +1,160 @@
+"""The tokens that stand for pictures: how a checkpoint spells them, and how the one that a template
+writes for a picture becomes the run that its rows need."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from gateway.prompt.tokenizer import (
+    Tokenizer,
+    added_tokens,
+    build,
+    merge_added,
+    named_tokens,
+    read_config,
+    read_object,
+    read_source,
+)
+from opticnerve.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
+from opticnerve.media.plan import Plan, Span
+from opticnerve.models.family import Expansion
+
+_BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # As placeholders are written.
+
+
+class Expander(Protocol):
+    """The part of a layout that this needs."""
+
+    image_token_id: int
+
+    def expand(self, plan: Plan) -> Expansion: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as the decoder gets it. A span's ``item`` is the picture's index in the request."""
+
+    prompt: str  # As Hugging Face's template renders it: one placeholder a picture.
+    token_ids: tuple[int, ...]
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def num_image_tokens(self) -> int:
+        return sum(span.num_tokens for span in self.spans)
+
+
+def spellings(path: Path, ids: Mapping[str, int]) -> dict[str, str]:
+    """How the checkpoint in ``path`` spells its placeholders, by name; ``ids`` are a layout's.
+
+    As Hugging Face's processors find it: what the tokenizer's files or processor_config.json call
+    by that name; else the added token that has the id; for pictures, else the token of the
+    vocabulary, if it is written as a placeholder is and not as text. What no file knows is left
+    out. Raises CheckpointError for files that cannot be read.
+    """
+    config, source = read_config(path), read_source(path)
+    named = named_tokens(config)
+    told = {**named_tokens(read_object(path / "processor_config.json")), **named}
+    try:
+        added = merge_added(added_tokens(source), config, named)
+        by_id = {token.id: text for text, token in added.items()}
+        found = {name: told.get(name) or by_id.get(token_id) for name, token_id in ids.items()}
+        if found["image_token"] is None:
+            token = build(source, {}).id_to_token(ids["image_token"]) or ""
+            found["image_token"] = token if _BRACKETED.fullmatch(token) else None
+    except Exception as error:  # The library raises bare Exception for what it cannot read.
+        raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def check_spellings(
+    spelled: Mapping[str, str], ids: Mapping[str, int], tokenizer: Tokenizer
+) -> None:
+    """Raises CheckpointError where the configuration's ``ids`` are not the tokenizer's."""
+    for name, token_id in ids.items():
+        if name not in spelled:
+            if name == "image_token":
+                raise CheckpointError(
+                    f"config.json says that token {token_id} stands for a picture, and neither the "
+                    "tokenizer nor processor_config.json says how it is written; fetch the "
+                    'tokenizer\'s files again, or name it as "image_token" in '
+                    "processor_config.json"
+                )
+            continue
+        found = tokenizer.id_of(spelled[name])
+        if found != token_id:
+            raise CheckpointError(
+                f"the {name} is {spelled[name]!r} by the files of processor and tokenizer, which "
+                f"the tokenizer gives the id {found}, and {token_id} by config.json; the files are "
+                "not of one checkpoint"
+            )
+
+
+def expand(
+    layout: Expander,
+    prompt: str,
+    token_ids: Sequence[int],
+    plans: Sequence[Plan],
+    max_tokens: int,
+) -> Prompt:
+    """Gives the i-th placeholder to the i-th picture.
+
+    Raises InvalidRequest when they do not match in number, and, before anything of that size is
+    built, ContextLengthExceeded for a prompt of more than ``max_tokens``.
+    """
+    check_count(list(token_ids).count(layout.image_token_id), len(plans))
+    check_length(len(token_ids), plans, max_tokens)
+    ids: list[int] = []
+    spans: list[Span] = []
+    item = 0
+    for token_id in token_ids:
+        if token_id != layout.image_token_id:
+            ids.append(token_id)
+            continue
+        plan = plans[item]
+        expansion = layout.expand(plan)
+        spans += [
+            Span(
+                token_offset=len(ids) + run.offset,
+                num_tokens=run.num_tokens,
+                item=item,
+                row_start=run.row_start,
+                modality=plan.modality,
+                grid_thw=plan.grid,
+                seconds_per_grid=plan.seconds_per_grid,
+            )
+            for run in expansion.runs
+        ]
+        ids += expansion.token_ids
+        item += 1
+    return Prompt(prompt, tuple(ids), tuple(spans))
+
+
+def check_count(places: int, pictures: int) -> None:
+    if places == pictures:
+        return
+    wrote = f"{places} place{'' if places == 1 else 's'} for pictures"
+    brought = f"{pictures} picture{'' if pictures == 1 else 's'}"
+    raise InvalidRequest(
+        f"the model's chat template wrote {wrote}, and the messages bring {brought}; put each "
+        "picture in a message whose role the template lets bring pictures, such as user",
+        param="messages",
+    )
+
+
+def check_length(num_ids: int, plans: Sequence[Plan], max_tokens: int) -> None:
+    """``num_ids`` counts one placeholder a picture."""
+    of_pictures = sum(plan.num_tokens for plan in plans)
+    needed = num_ids - len(plans) + of_pictures
+    if needed <= max_tokens:
+        return
+    pictures = f" ({of_pictures} of them for pictures)" if plans else ""
+    remedy = ", fewer pictures, or pictures with lower min_pixels and max_pixels" if plans else ""
+    raise ContextLengthExceeded(
+        f"{ContextLengthExceeded.lead}: this model takes {max_tokens} tokens; the messages need "
+        f"{needed}{pictures}; send shorter messages{remedy}",
+        param="messages",
+    )

@@ -1,0 +1,387 @@
+"""Messages to a prompt: content in the form that the template wants, rendering, provenance,
+tokenization. Knows nothing of HTTP, media bytes or workers."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from gateway.api.schemas.chat import REASONING_EFFORT, TemplateFields
+from gateway.api.schemas.messages import Message, RefusalPart, TextPart, call_arguments
+from gateway.prompt import placeholders
+from gateway.prompt.placeholders import Prompt
+from gateway.prompt.provenance import Marks
+from gateway.prompt.template import MAX_CHARACTERS, ChatTemplate, clock, load_template
+from gateway.prompt.tokenizer import Tokenizer
+from opticnerve.errors import ContextLengthExceeded, InvalidRequest
+from opticnerve.media.plan import Plan
+from opticnerve.models.family import Layout
+
+RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now"})
+CONTINUE = "\ue0fd"  # Opens the tag that finds the end of a message to be continued.
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A rendered chat before its pictures are sized."""
+
+    prompt: str  # Equal to Hugging Face's apply_chat_template(tokenize=False).
+    token_ids: tuple[int, ...]  # One placeholder a picture.
+    num_images: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forms:
+    """Which forms of content a template takes, for one role."""
+
+    string: bool
+    parts: bool
+
+
+class ChatRenderer:
+    """Renders and tokenizes chats for one checkpoint. Thread-safe: rendering keeps no state."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, layout: Layout) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.layout = layout
+        self._aliases = tokenizer.aliases
+        names = tokenizer.named
+        self._named = dict(names)
+        self._named_hidden = {name: self._aliases.hide(text) for name, text in names.items()}
+        self._forms = {role: self._probe(role) for role in ("system", "user", "assistant", "tool")}
+        self._builds_pieces = self._probe_pieces()
+
+    @classmethod
+    def load(cls, path: Path, layout: Layout, chat_template: str | None = None) -> ChatRenderer:
+        """From a checkpoint directory. Raises CheckpointError and ConfigError."""
+        spelled = placeholders.spellings(path, layout.placeholder_ids)
+        tokenizer = Tokenizer.load(path, spelled.values())
+        placeholders.check_spellings(spelled, layout.placeholder_ids, tokenizer)
+        source = load_template(path, tokenizer.config, chat_template)
+        return cls(tokenizer, ChatTemplate(source, tokenizer.aliases), layout)
+
+    def render(self, request: TemplateFields) -> RenderedChat:
+        """Raises InvalidRequest, and ContextLengthExceeded for what could never fit."""
+        messages = self.normalise(request.messages)
+        if characters(messages) > MAX_CHARACTERS:
+            raise self._too_long()
+        variables = self._variables(request)
+        num_images = _count_images(messages)
+        rendering = Rendering(self, messages, variables, request.continue_final_message)
+        prompt, hidden = rendering.run()
+        ids = self.tokenizer.encode(hidden, add_special_tokens=not self._starts_with_bos(hidden))
+        placeholders.check_count(ids.count(self.layout.image_token_id), num_images)
+        return RenderedChat(prompt, tuple(ids), num_images)
+
+    def check_length(self, prompt: str) -> None:
+        """Raises ContextLengthExceeded for what certainly is too long."""
+        if self.tokenizer.exceeds(prompt, self.layout.max_positions):
+            raise self._too_long()
+
+    def _too_long(self) -> ContextLengthExceeded:
+        return ContextLengthExceeded(
+            f"{ContextLengthExceeded.lead}: this model takes {self.layout.max_positions} tokens, "
+            "and the messages need many more; send shorter messages",
+            param="messages",
+        )
+
+    def build(self, rendered: RenderedChat, plans: Sequence[Plan]) -> Prompt:
+        """The prompt with every picture's run in place; ``plans`` in the order of the pictures.
+        Raises ContextLengthExceeded for what no worker could take."""
+        return placeholders.expand(
+            self.layout, rendered.prompt, rendered.token_ids, plans, self.layout.max_positions
+        )
+
+    def _starts_with_bos(self, hidden: str) -> bool:
+        """Hugging Face's processors add special tokens unless the template wrote the first."""
+        bos = self._named_hidden.get("bos_token")
+        return bos is not None and hidden.startswith(bos)
+
+    # ---- content as the template wants it
+
+    def normalise(self, messages: Iterable[Message]) -> list[dict[str, Any]]:
+        """Messages as the template gets them: plain values, no None, pictures as
+        ``{"type": "image"}``. Raises InvalidRequest."""
+        return [self._message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+    def _message(self, message: Message, path: str) -> dict[str, Any]:
+        role = "system" if message.role == "developer" else message.role
+        plain: dict[str, Any] = {"role": role}
+        content = message.content
+        if content is None and not message.tool_calls:
+            content = ""  # Templates take it for granted that a message says something.
+        if content is not None:
+            plain["content"] = self._content(content, role)
+        for name in ("name", "tool_call_id", "refusal"):
+            value = getattr(message, name)
+            if value is not None:
+                plain[name] = value
+        reasoning = message.reasoning_content or message.reasoning
+        if reasoning is not None:
+            plain |= {"thinking": reasoning, "reasoning_content": reasoning}
+        if message.tool_calls:
+            plain["tool_calls"] = [
+                {
+                    "type": "function",
+                    **({} if call.id is None else {"id": call.id}),
+                    "function": {
+                        "name": call.function.name,
+                        "arguments": call_arguments(call, f"{path}.tool_calls[{i}]"),
+                    },
+                }
+                for i, call in enumerate(message.tool_calls)
+            ]
+        return plain
+
+    def _content(self, content: str | Sequence[Any], role: str) -> Any:
+        forms = self._forms.get(role, Forms(True, True))
+        if isinstance(content, str):
+            if forms.parts and not forms.string:
+                return [{"type": "text", "text": content}]
+            return content
+        parts = [_part(part) for part in content]
+        if forms.string and not forms.parts and all(part["type"] == "text" for part in parts):
+            return "\n".join(part["text"] for part in parts)
+        return parts
+
+    def _variables(self, request: TemplateFields) -> dict[str, Any]:
+        given = request.chat_template_kwargs or {}
+        for name in given:
+            taken = RESERVED | self._named.keys() | self.template.own_names
+            if name in taken or not name.isidentifier():
+                param = "chat_template_kwargs"
+                raise InvalidRequest(
+                    f"{param}: {name[:80]} cannot be set by a request", param=param
+                )
+        effort = {}
+        if request.reasoning_effort is not None and REASONING_EFFORT in self.template.variables:
+            effort[REASONING_EFFORT] = request.reasoning_effort
+        return {**effort, **given, "add_generation_prompt": _wants_prompt(request)}
+
+    # ---- what the template is like
+
+    def _probe(self, role: str) -> Forms:
+        """Whether a text given as string, and as parts, comes out of the template as it went in."""
+        text = f"probe{secrets.token_hex(8)}"
+        parts = [{"type": "text", "text": text}]
+        return Forms(self._shows(role, text, text), self._shows(role, parts, text))
+
+    def _shows(self, role: str, content: Any, text: str) -> bool:
+        shown = False
+        for messages in _probes(role, content):
+            try:
+                out = self._plain(messages, {"add_generation_prompt": True})
+            except InvalidRequest:
+                continue
+            shown = shown or (text in out and "'type'" not in out and '"type"' not in out)
+        return shown
+
+    def _probe_pieces(self) -> bool:
+        """Whether the template builds special tokens from pieces, so that they have no alias."""
+        for role in ("user", "system", "assistant"):
+            for messages in _probes(role, self._content("x", role)):
+                try:
+                    values = {"add_generation_prompt": True, **self._shared(hidden=True)}
+                    out = self.template.render(
+                        self.template.written, {"messages": messages, **values}
+                    )
+                except InvalidRequest:
+                    continue
+                if self._aliases.bare(out):
+                    return True
+        return False
+
+    def _shared(self, *, hidden: bool) -> dict[str, Any]:
+        names = self._named_hidden if hidden else self._named
+        return {**names, "tools": None, "documents": None, "strftime_now": clock(datetime.now())}
+
+    def _plain(self, messages: Any, variables: Mapping[str, Any]) -> str:
+        values = {**self._shared(hidden=False), **variables, "messages": messages}
+        return self.template.render(self.template.plain, values)
+
+
+class Rendering:
+    """One chat on its way through the template: the same messages, rendered two or three times."""
+
+    def __init__(
+        self,
+        renderer: ChatRenderer,
+        messages: list[dict[str, Any]],
+        variables: Mapping[str, Any],
+        continue_final: bool,
+    ) -> None:
+        self._renderer = renderer
+        self._template = renderer.template
+        self._aliases = renderer._aliases
+        self._messages = messages
+        self._variables = variables
+        self._tag = f"{CONTINUE}{secrets.randbelow(10**18):018d}{CONTINUE} "
+        self._final = _final_text(messages) if continue_final else None
+        self._now = clock(datetime.now())
+
+    def run(self) -> tuple[str, str]:
+        """(the prompt as Hugging Face renders it, the same with aliases for what is special).
+
+        Raises InvalidRequest, also when the template mixes user text and special tokens in a way
+        that leaves open who wrote what.
+        """
+        prompt = self._render(self._template.plain, self._messages, self._variables, hidden=False)
+        if self._aliases.head in prompt:
+            raise InvalidRequest("the messages hold reserved characters", param="messages")
+        self._renderer.check_length(prompt)  # What follows takes several times as much.
+        template, hidden = self._aliased(prompt)
+        if hidden is not None and not self._aliases.bare(hidden):
+            return prompt, hidden
+        marked = self._marked(template, prompt)
+        if marked is not None:
+            return prompt, marked
+        if hidden is not None and not self._renderer._builds_pieces:
+            return prompt, hidden  # Whole tokens only come as aliases; the rest is text.
+        raise InvalidRequest(
+            "the messages hold text that spells this model's special tokens, and its chat template "
+            "changes text in a way that cannot tell them apart; spell them differently",
+            param="messages",
+        )
+
+    def _aliased(self, prompt: str) -> tuple[Any, str | None]:
+        """The first way to write aliases that leaves the prompt what it is, and its outcome."""
+        for template in (self._template.written, self._template.everywhere):
+            try:
+                hidden = self._render(template, self._messages, self._variables, hidden=True)
+            except ContextLengthExceeded:
+                raise
+            except InvalidRequest:
+                continue
+            if self._aliases.reveal(hidden) == prompt:
+                return template, hidden
+        return self._template.plain, None
+
+    def _marked(self, template: Any, prompt: str) -> str | None:
+        """Aliases for every special token that stays whole when user text is interrupted; None
+        when the template does something else with interrupted text."""
+        specials = self._aliases.of
+        given = json.dumps([self._messages, self._variables], ensure_ascii=False, default=str)
+        marks = Marks(specials, prompt + self._template.source + given)
+        hidden_names = template is not self._template.plain
+        try:
+            out = self._render(
+                template,
+                marks.put(self._messages),
+                marks.put_values(self._variables),
+                hidden=hidden_names,
+            )
+        except ContextLengthExceeded:
+            raise
+        except InvalidRequest:
+            return None
+        hidden = marks.remove(self._aliases.hide(out))
+        return hidden if self._aliases.reveal(hidden) == prompt else None
+
+    def _render(
+        self,
+        template: Any,
+        messages: list[dict[str, Any]],
+        variables: Mapping[str, Any],
+        *,
+        hidden: bool,
+    ) -> str:
+        if self._final is not None:
+            messages = _tagged(messages, self._tag)
+        values = {
+            **self._renderer._shared(hidden=hidden),
+            "strftime_now": self._now,
+            **variables,
+            "messages": messages,
+        }
+        out = self._template.render(template, values)
+        return out if self._final is None else self._cut(out)
+
+    def _cut(self, out: str) -> str:
+        """What stands before the end of the message to be continued. White space at its end stays
+        only if the template keeps it."""
+        at = out.rfind(self._tag.strip())
+        if at < 0:
+            raise InvalidRequest(
+                "continue_final_message: the model's chat template does not show the last message",
+                param="continue_final_message",
+            )
+        return out[:at] if out[at : at + len(self._tag)] == self._tag else out[:at].rstrip()
+
+
+def _wants_prompt(request: TemplateFields) -> bool:
+    return request.add_generation_prompt and not request.continue_final_message
+
+
+def _part(part: Any) -> dict[str, str]:
+    if isinstance(part, TextPart):
+        return {"type": "text", "text": part.text}
+    if isinstance(part, RefusalPart):
+        return {"type": "text", "text": part.refusal}
+    return {"type": "image"}
+
+
+def characters(value: Any) -> int:
+    """Of all strings in plain messages."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(characters, value.values()))
+    return sum(map(characters, value)) if isinstance(value, list) else 0
+
+
+def _count_images(messages: Iterable[Mapping[str, Any]]) -> int:
+    contents = (message.get("content") for message in messages)
+    return sum(
+        part["type"] == "image"
+        for content in contents
+        if isinstance(content, list)
+        for part in content
+    )
+
+
+def _final_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text that continue_final_message continues. Raises InvalidRequest when there is none."""
+    content = messages[-1].get("content")
+    if isinstance(content, list):
+        content = next((p["text"] for p in reversed(content) if p["type"] == "text"), None)
+    if not content:
+        raise InvalidRequest(
+            "continue_final_message: the last message has no text to continue",
+            param="continue_final_message",
+        )
+    return str(content)
+
+
+def _tagged(messages: list[dict[str, Any]], tag: str) -> list[dict[str, Any]]:
+    """The messages with ``tag`` at the end of the last one's text."""
+    last = dict(messages[-1])
+    content = last["content"]
+    if isinstance(content, str):
+        last["content"] = content + tag
+    else:
+        at = max(i for i, part in enumerate(content) if part["type"] == "text")
+        part = {**content[at], "text": content[at]["text"] + tag}
+        last["content"] = [*content[:at], part, *content[at + 1 :]]
+    return [*messages[:-1], last]
+
+
+def _probes(role: str, content: Any) -> list[list[dict[str, Any]]]:
+    """Chats in which ``content`` stands in a message of ``role``; the others' text is in both
+    forms, as a template may take only one."""
+    chats = []
+    for form in ("x", [{"type": "text", "text": "x"}]):
+        user = {"role": "user", "content": form}
+        probe = {"role": role, "content": content}
+        if role == "user":
+            chats.append([probe])
+        elif role == "system":
+            chats += [[probe, user], [probe]]
+        else:
+            chats += [[user, probe], [user, probe, user]]
+    return chats

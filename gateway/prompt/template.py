@@ -1,0 +1,272 @@
+"""The model's own chat template, rendered as Hugging Face renders it, in a sandbox.
+
+A template is compiled three times: as it stands, and twice with its special tokens written as
+aliases (see ``gateway.prompt.provenance``). The plain one says what the prompt is; the others say
+who wrote what in it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from gateway.prompt.provenance import Aliases
+from opticnerve.errors import CheckpointError, ConfigError, ContextLengthExceeded, InvalidRequest
+
+MAX_CHARACTERS = 2**24
+MAX_SECONDS = 10.0
+MAX_MESSAGE = 500  # Characters of a template's own message that an error repeats.
+LOOKING_METHODS = frozenset(
+    {"split", "rsplit", "partition", "rpartition", "startswith", "endswith", "strip", "lstrip"}
+    | {"rstrip", "find", "rfind", "index", "rindex", "count", "removeprefix", "removesuffix"}
+)
+LOOKING_FILTERS = frozenset({"replace", "selectattr", "rejectattr", "select", "reject", "trim"})
+
+
+class Generation(Extension):
+    """``{% generation %}``, which marks the assistant's words for training: its body, here."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+class TemplateNamespace(jinja2.utils.Namespace):
+    """``namespace()`` without private names."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # ``self=`` may be a name.
+        self, given = args[0], dict(*args[1:], **kwargs)
+        for name in given:
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(self, given)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} begins with _")
+
+
+def _raise_exception(message: Any) -> None:
+    raise jinja2.exceptions.TemplateError(str(message))
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without Jinja's escapes for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def make_environment() -> ImmutableSandboxedEnvironment:
+    """As Hugging Face configures it. ``strftime_now`` comes with each rendering, so that all
+    renderings of one request see one time."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["namespace"] = TemplateNamespace
+    return environment
+
+
+class ChatTemplate:
+    """One template, three ways: ``plain``, ``written``, ``everywhere``."""
+
+    def __init__(self, source: str, aliases: Aliases) -> None:
+        """Raises CheckpointError for a template that does not parse."""
+        self.source = source
+        self._aliases = aliases
+        self._environment = make_environment()
+        try:
+            self.plain = self._environment.from_string(source)
+            self.written = self._compile(looked_at=False)
+            self.everywhere = self._compile(looked_at=True)
+        except jinja2.TemplateSyntaxError as error:
+            raise CheckpointError(
+                f"the chat template does not parse: line {error.lineno}: {error.message}"
+            ) from error
+
+    @property
+    def own_names(self) -> frozenset[str]:
+        """What no variable may be called: Jinja's ``self``, and the functions of templates."""
+        return frozenset({"self", *self._environment.globals})
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template takes values by."""
+        return frozenset(meta.find_undeclared_variables(self._environment.parse(self.source)))
+
+    def _compile(self, *, looked_at: bool) -> jinja2.Template:
+        """The template with aliases for special tokens in what it writes, and, with
+        ``looked_at``, also in what it compares, splits and replaces by."""
+        environment = self._environment
+        tree = environment.parse(self.source)
+        kept = set() if looked_at else {id(node) for node in _looked_at(tree)}
+        for text in tree.find_all(nodes.TemplateData):
+            text.data = self._aliases.hide(text.data)
+        for constant in tree.find_all(nodes.Const):
+            if isinstance(constant.value, str) and id(constant) not in kept:
+                constant.value = self._aliases.hide(constant.value)
+        code = environment.compile(tree)
+        return environment.template_class.from_code(environment, code, environment.make_globals({}))
+
+    def render(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+        """Raises InvalidRequest with the template's own message, and ContextLengthExceeded for
+        text that is too long to be a prompt or has no end."""
+        deadline = time.monotonic() + MAX_SECONDS
+        pieces: list[str] = []
+        size = 0
+        try:
+            for piece in template.generate(**variables):
+                pieces.append(piece)
+                size += len(piece)
+                if size > MAX_CHARACTERS or time.monotonic() > deadline:
+                    raise ContextLengthExceeded(
+                        f"{ContextLengthExceeded.lead}: the chat template wrote too much; send "
+                        "shorter messages",
+                        param="messages",
+                    )
+        except InvalidRequest:
+            raise
+        except Exception as error:  # A template can raise whatever Python can.
+            raise self._refusal(error) from error
+        return "".join(pieces)
+
+    def _refusal(self, error: Exception) -> InvalidRequest:
+        if isinstance(error, jinja2.TemplateError):
+            said = self._aliases.redact(error.message or type(error).__name__)[:MAX_MESSAGE]
+            refuses = "the model's chat template refuses these messages"
+            # A template may quote a message in its own.
+            return InvalidRequest(
+                f"{refuses}: {said}", param="messages", code="template_refusal", logged=refuses
+            )
+        return InvalidRequest(
+            "the model's chat template cannot render these messages "
+            f"({type(error).__name__}); check roles, their order, each message's fields, and "
+            "chat_template_kwargs",
+            param="messages",
+        )
+
+
+def clock(now: datetime) -> Any:
+    """``strftime_now`` for one request."""
+    return now.strftime
+
+
+def _looked_at(tree: nodes.Template) -> Iterator[nodes.Const]:
+    """String constants that a template holds against text instead of writing them."""
+    for compare in tree.find_all(nodes.Compare):
+        yield from _constants(compare.expr)
+        for operand in compare.ops:
+            yield from _constants(operand.expr)
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Getattr) and call.node.attr in LOOKING_METHODS:
+            for argument in call.args:
+                yield from _constants(argument)
+        elif isinstance(call.node, nodes.Getattr) and call.node.attr == "replace" and call.args:
+            yield from _constants(call.args[0])
+    for used in tree.find_all(nodes.Filter):
+        if used.name in LOOKING_FILTERS and used.args:
+            args = used.args[:1] if used.name == "replace" else used.args
+            for argument in args:
+                yield from _constants(argument)
+    for test in tree.find_all(nodes.Test):
+        for argument in test.args or ():
+            yield from _constants(argument)
+
+
+def _constants(node: nodes.Node) -> Iterator[nodes.Const]:
+    if isinstance(node, nodes.Const):
+        yield node
+    yield from node.find_all(nodes.Const)
+
+
+# ---- where a template is found
+
+
+def load_template(path: Path, config: Mapping[str, Any], override: str | None = None) -> str:
+    """The template's source: ``--chat-template`` (a file, or the text itself), then the
+    directory's chat_template.jinja, chat_template.json, processor_config.json and
+    ``chat_template`` of tokenizer_config.json, as Hugging Face's processors look for it.
+
+    Raises ConfigError for an override that is neither file nor template, CheckpointError for a
+    checkpoint without a template.
+    """
+    if override is not None:
+        return _override(override)
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return _read(file)
+    for name in ("chat_template.json", "processor_config.json"):
+        found = _from_json(path / name)
+        if found is not None:
+            return found
+    found = _default(config.get("chat_template"))
+    if found is not None:
+        return found
+    raise CheckpointError(
+        f"{path} has no chat template; give one with --chat-template, a file or the text itself"
+    )
+
+
+def _override(override: str) -> str:
+    if re.search(r"\{[{%#]", override):
+        return override
+    file = Path(override)
+    if not file.is_file():
+        raise ConfigError(
+            f"--chat-template: {override[:200]!r} is no file, and no template either",
+            param="chat_template",
+        )
+    return _read(file)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def _from_json(file: Path) -> str | None:
+    if not file.is_file():
+        return None
+    try:
+        value = json.loads(_read(file))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    return _default(value.get("chat_template") if isinstance(value, dict) else None)
+
+
+def _default(entry: Any) -> str | None:
+    """Of named templates (a list of name and template, or a mapping) the one named default."""
+    if isinstance(entry, list):
+        entry = {item["name"]: item["template"] for item in entry if isinstance(item, dict)}
+    if isinstance(entry, Mapping):
+        entry = entry.get("default")
+    return entry if isinstance(entry, str) else None

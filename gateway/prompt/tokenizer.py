@@ -1,0 +1,352 @@
+"""A checkpoint's tokenizer: text to ids and back, on the ``tokenizers`` library alone.
+
+tokenizer.json is taken at its word, as Hugging Face takes it for the families that are served,
+with the tokens that tokenizer_config.json adds. Ids equal Hugging Face's, with one difference that
+is the point of ``gateway.prompt.provenance``: the tokenizer in here knows its special tokens by
+alias, so only ``Aliases.hide`` makes them special.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from gateway.prompt.provenance import Aliases
+from opticnerve.errors import CheckpointError
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
+SURE_CHARACTERS = 2**15  # Text as short as this is encoded without a second thought.
+CUT_TOKENS = 64  # More than the tokens that a cut through an alias or a long word can add.
+PLAIN_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """An added token as the checkpoint's files describe it together."""
+
+    content: str
+    special: bool
+    id: int | None = None
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+
+    @classmethod
+    def read(cls, entry: Any, *, special: bool, id: int | None = None) -> Added:
+        """From a string, or a dictionary as tokenizer files hold it."""
+        if isinstance(entry, str):
+            return cls(entry, special, id)
+        flags = {n: bool(entry.get(n, False)) for n in ("single_word", "lstrip", "rstrip")}
+        normalized = bool(entry.get("normalized", not special))
+        return cls(entry["content"], special, id, **flags, normalized=normalized)
+
+    @property
+    def flags(self) -> tuple[bool, ...]:
+        return (self.single_word, self.lstrip, self.rstrip, self.normalized)
+
+    def as_backend(self, name: str) -> AddedToken:
+        return AddedToken(
+            name,
+            single_word=self.single_word,
+            lstrip=self.lstrip,
+            rstrip=self.rstrip,
+            normalized=self.normalized,
+            special=self.special,
+        )
+
+
+class Tokenizer:
+    """Encodes, decodes, and knows which ids are special. Thread-safe after construction."""
+
+    def __init__(
+        self, source: str, config: Mapping[str, Any], placeholders: Iterable[str] = ()
+    ) -> None:
+        """``source``: the text of tokenizer.json; ``config``: tokenizer_config.json, merged with
+        special_tokens_map.json where there is one. ``placeholders`` are kept from users like
+        special tokens. Raises CheckpointError."""
+        self.config = config
+        self.named = named_tokens(config)
+        try:
+            listed = added_tokens(source)
+            self._added = merge_added(listed, config, self.named)
+            specials = [a.content for a in self._added.values() if a.special]
+            for text in placeholders:
+                known = text in self._added or occurs(source, text)
+                if known and text not in specials:
+                    specials.append(text)
+                    self._added.setdefault(text, Added(text, special=True))
+            self.aliases = Aliases(specials, self._added)
+            self._backend = build(source, self.aliases.of)
+        except CheckpointError:
+            raise
+        except Exception as error:  # The library raises bare Exception for what it cannot read.
+            raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
+        self._settle(listed)
+
+    @classmethod
+    def load(cls, path: Path, placeholders: Iterable[str] = ()) -> Tokenizer:
+        """The tokenizer of a checkpoint directory. Raises CheckpointError."""
+        tokenizer = cls(read_source(path), read_config(path), placeholders)
+        give_back_memory()
+        return tokenizer
+
+    def _settle(self, listed: Mapping[str, Added]) -> None:
+        """What Hugging Face changes after it has read tokenizer.json."""
+        backend = self._backend
+        backend.no_truncation()
+        backend.no_padding()
+        for token in self._added.values():
+            name = self.aliases.of.get(token.content, token.content)
+            before = listed.get(token.content)
+            if before is None or before.flags != token.flags:
+                add = backend.add_special_tokens if token.special else backend.add_tokens
+                add([token.as_backend(name)])
+        self._special_ids: dict[int, str] = {}
+        for text, alias in self.aliases.of.items():
+            token_id = backend.token_to_id(alias)
+            if token_id is None:
+                raise CheckpointError(f"the tokenizer has no token {text!r}")
+            self._special_ids[token_id] = text
+        known = backend.get_added_tokens_decoder()
+        self._skipped_ids = frozenset(i for i, token in known.items() if token.special)
+
+    # ---- what it holds
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def special_ids(self) -> Mapping[int, str]:
+        """Special tokens and placeholders: id -> text. No user text becomes one."""
+        return self._special_ids
+
+    @property
+    def skipped_ids(self) -> frozenset[int]:
+        """What ``skip_special_tokens`` leaves out: as in Hugging Face, not a token that
+        tokenizer.json calls ordinary and only the configuration special."""
+        return self._skipped_ids
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self.id_of(self.named.get("eos_token", ""))
+
+    @cached_property
+    def decoder_spec(self) -> Mapping[str, Any] | None:
+        """The decoder's description, as tokenizer.json writes it."""
+        decoder = self._backend.decoder
+        if decoder is None:
+            return None
+        state = decoder.__getstate__()
+        spec: Mapping[str, Any] = json.loads(state)
+        return spec
+
+    def id_of(self, token: str) -> int | None:
+        found = self._backend.token_to_id(self.aliases.of.get(token, token))
+        return None if found is None else int(found)
+
+    def token_of(self, token_id: int) -> str | None:
+        """A token as the vocabulary spells it (``Ġthe``, ``▁the``); None for an id without one."""
+        text = self._special_ids.get(token_id)
+        return text if text is not None else self._backend.id_to_token(token_id)
+
+    # ---- text to ids
+
+    def encode(self, hidden: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Ids of text in which special tokens are written as aliases."""
+        return self.encode_all([hidden], add_special_tokens=add_special_tokens)[0]
+
+    def encode_all(
+        self, texts: Sequence[str], *, add_special_tokens: bool = False
+    ) -> list[list[int]]:
+        """Ids of each text. Of the library's ways to encode, this one lets the interpreter's lock
+        go, so that a thread which encodes much stops no other."""
+        found = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in found]
+
+    def exceeds(self, text: str, limit: int) -> bool:
+        """Whether text certainly has more than ``limit`` tokens, at the price of about so many.
+        Special tokens may stand in it as aliases or under their own names, which count as one token
+        each: a template's are one, and a user's several.
+
+        Encoding megabytes takes seconds. A cut between two pieces adds a few tokens at most, which
+        are taken off again.
+        """
+        if len(text) <= max(limit, SURE_CHARACTERS):
+            return False
+        tokens = specials = 0
+        for start in range(0, len(text), SURE_CHARACTERS):
+            piece, count = self.aliases.without(text[start : start + SURE_CHARACTERS])
+            specials += count
+            tokens += len(self.encode(piece)) - CUT_TOKENS
+            if max(tokens, specials) > limit:
+                return True
+        return False
+
+    def encode_prompt(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        plain: frozenset[str] = frozenset(),
+    ) -> list[int]:
+        """Ids of a string prompt: special tokens are special, except those in ``plain``."""
+        return self.encode(self.aliases.hide(text, plain), add_special_tokens=add_special_tokens)
+
+    # ---- ids to text
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The library's own decoding; ``gateway.output.detokenizer`` does the same bit by bit."""
+        special = self._special_ids
+        if skip_special_tokens:
+            ids = [i for i in ids if i not in self._skipped_ids]
+        if not any(i in special for i in ids):
+            return str(self._backend.decode(list(ids), skip_special_tokens=False))
+        decoder = self._backend.decoder
+        tokens = [token for token in map(self.token_of, ids) if token is not None]
+        return str(decoder.decode(tokens)) if decoder is not None else " ".join(tokens)
+
+
+def read_source(path: Path) -> str:
+    """The text of the directory's tokenizer.json. Raises CheckpointError, which names the way out
+    for a checkpoint that only has a slow tokenizer."""
+    file = path / "tokenizer.json"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+    slow = [name for name in SLOW_FILES if (path / name).is_file()]
+    found = f"only {', '.join(slow)}" if slow else "no tokenizer at all"
+    raise CheckpointError(
+        f"{path} has {found}, and the gateway reads tokenizer.json; write it once with "
+        f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json; where that lists no added tokens, special_tokens_map.json too."""
+    config = read_object(path / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config.update(read_object(path / "special_tokens_map.json"))
+    return config
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} without the file. Raises CheckpointError."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} should hold a JSON object")
+    return value
+
+
+def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """``bos_token`` and its like: what templates may use by name."""
+    extra = config.get("extra_special_tokens")
+    entries = {**(extra if isinstance(extra, Mapping) else {}), **config}
+    found: dict[str, str] = {}
+    for name, entry in entries.items():
+        if name not in NAMED and not name.endswith("_token"):
+            continue
+        content = entry.get("content") if isinstance(entry, Mapping) else entry
+        if isinstance(content, str) and content:
+            found[name] = content
+    return found
+
+
+def added_tokens(source: str) -> dict[str, Added]:
+    """The ``added_tokens`` of a tokenizer.json, without parsing the vocabulary after it."""
+    place = re.search(r'"added_tokens"\s*:\s*', source)
+    if place is None:
+        return {}
+    entries, _ = json.JSONDecoder().raw_decode(source, place.end())
+    return {e["content"]: Added.read(e, special=bool(e["special"]), id=e["id"]) for e in entries}
+
+
+def merge_added(
+    listed: Mapping[str, Added], config: Mapping[str, Any], named: Mapping[str, str]
+) -> dict[str, Added]:
+    """All added tokens by content, those of tokenizer.json first. What the configuration lists
+    wins in its flags; what it names (``bos_token``, extra special tokens) is special."""
+    merged = dict(listed)
+    for number, entry in (config.get("added_tokens_decoder") or {}).items():
+        token = Added.read(entry, special=bool(entry.get("special", False)), id=int(number))
+        if token.content not in listed or not listed[token.content].special or token.special:
+            merged[token.content] = token
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    entries = list(extra.values()) if isinstance(extra, Mapping) else list(extra)
+    for entry in [*named.values(), *entries]:
+        content = entry if isinstance(entry, str) else entry["content"]
+        before = merged.get(content)
+        if before is None:
+            merged[content] = Added.read(entry, special=True)
+        elif not before.special:
+            merged[content] = replace(before, special=True)
+    return merged
+
+
+def build(source: str, names: Mapping[str, str]) -> Backend:
+    """The library's tokenizer with special tokens renamed. Where merges of ordinary tokens would
+    spell a special one, they are dropped: ordinary text is never to become it."""
+    try:
+        return Backend.from_str(rename(source, names))
+    except Exception:  # Bare, and its text is no interface; what else is wrong is raised below.
+        spec = json.loads(source)
+        model = spec.get("model", {})
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
+        kept = [m for m in merges if not names.keys() & {*m, "".join(m)}]
+        if len(kept) == len(merges):
+            raise
+        model["merges"] = kept
+        return Backend.from_str(rename(json.dumps(spec), names))
+
+
+def give_back_memory() -> None:
+    """Returns freed memory to the system, where the C library can: reading a vocabulary of 150,000
+    tokens leaves more than 100 MB behind."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def occurs(source: str, name: str) -> bool:
+    """Whether ``name`` is a string of the JSON text ``source``."""
+    return any(json.dumps(name, ensure_ascii=ascii) in source for ascii in (True, False))
+
+
+def rename(source: str, names: Mapping[str, str]) -> str:
+    """tokenizer.json with special tokens renamed wherever a JSON string is one of ``names``:
+    among the added tokens, in the vocabulary, as ``unk_token``.
+
+    The text is edited, not parsed: a vocabulary of 150,000 tokens as Python objects would cost
+    the gateway more memory than everything else.
+    """
+    awkward = [name for name in names if PLAIN_WORD.fullmatch(name)]
+    if awkward:
+        raise CheckpointError(f"special token {awkward[0]!r} is an ordinary word")
+    literals = {
+        json.dumps(name, ensure_ascii=ascii): json.dumps(alias)
+        for name, alias in names.items()
+        for ascii in (True, False)
+    }
+    if not literals:
+        return source
+    longest = sorted(literals, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest)))
+    return pattern.sub(lambda match: literals[match.group()], source)

@@ -1,0 +1,396 @@
+"""Encoding one item on some encoder: the compressed bytes go out once, a reference comes back.
+
+An item waits for an encoder with room until its request's deadline, in the order of the requests;
+a request that would wait too long is refused when it comes. Encoding is idempotent. A call whose
+encoder dies goes to another worker, or to the same one after its restart, at once and within the
+deadline; an item during which two workers died is given up, and refused for a while. Requests that
+want the same key at the same time share one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Collection, Iterable
+from dataclasses import dataclass, field, replace
+
+import grpc
+
+from gateway.edge.deadline import Deadline
+from gateway.workers.dispatch import Accepts
+from gateway.workers.lost import WorkerLost, lost_or_typed
+from gateway.workers.pool import WorkerPool
+from gateway.workers.references import References
+from gateway.workers.worker import Description, Worker
+from opticnerve.embeddings.ref import EmbeddingRef
+from opticnerve.errors import (
+    DeadlineExceeded,
+    Mispaired,
+    OpticNerveError,
+    Overloaded,
+    PoisonousItem,
+    Unavailable,
+)
+from opticnerve.media.plan import Overrides, Plan
+from opticnerve.pb import encoder_pb2 as pb
+from opticnerve.pb import encoder_pb2_grpc
+from opticnerve.rpc import convert
+from opticnerve.rpc.channel import chunks
+from opticnerve.telemetry import events
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS = 2  # Workers that one item may take with it.
+MAX_SUSPECTS = 1_000
+FORGIVE_S = 600.0  # After so long a suspect may be tried again.
+PAUSE_S = 0.02  # Between attempts, so that a pool that refuses everything is not hammered.
+WINDOW_BATCHES = 3  # With one encoder at a time: one runs, one is decoded, one is on its way.
+WINDOW_S = 30.0  # Of its work at most: well within the time of one call.
+HEAVY_SHARE = 0.5  # Of its queue, for pictures that are heavy to decode: they take turns there.
+PASS_S = 5e-9  # Of one core, to decode a pixel once.
+
+
+@dataclass(frozen=True, slots=True)
+class Encodable:
+    """One item, ready for an encoder that has ``fingerprint``."""
+
+    key: str
+    fingerprint: str
+    plan: Plan
+    overrides: Overrides
+    data: bytes = field(repr=False)
+    param: str | None = None  # The request's field that brought it.
+    lost: bool = False  # An LLM worker found no usable rows where the encoder said they are.
+    cache_salt: str = ""  # Part of the key.
+    passes_before: int = 0  # Of the pictures of its request that come before it.
+    share: str = ""  # Whose it is: encoders are shared by these, by weight.
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Where the embedding is, and what it took. ``cached``: "ref", "store" or "no"."""
+
+    ref: EmbeddingRef
+    cached: str
+    bytes_sent: int = 0
+    timings: dict[str, float] = field(default_factory=dict)  # Milliseconds by stage.
+
+
+async def describe(channel: grpc.aio.Channel, timeout_s: float) -> Description:
+    answer = await encoder_pb2_grpc.EncoderStub(channel).Describe(
+        pb.DescribeEncoderRequest(), timeout=timeout_s
+    )
+    limits, load = answer.limits, answer.load
+    return Description(
+        fingerprint=answer.fingerprint,
+        pair_id=answer.pair_id,
+        family=answer.family,
+        device=answer.device,
+        dtype=answer.dtype,
+        version=answer.version,
+        shm_tier_id=answer.shm_tier_id,
+        hidden_size=answer.hidden_size,
+        draining=load.draining,
+        cost=load.queued_patches,
+        cost_per_s=load.patches_per_s,
+        window=_window(limits.max_batch_patches, load.patches_per_s),
+        heavy_window=int(limits.max_queue_patches * HEAVY_SHARE),
+        limits={
+            "max_batch_patches": limits.max_batch_patches,
+            "max_item_patches": limits.max_item_patches,
+            "max_queue_patches": limits.max_queue_patches,
+            "max_item_bytes": limits.max_item_bytes,
+        },
+        load={
+            "queued_items": load.queued_items,
+            "queued_patches": load.queued_patches,
+            "encoded_items": load.encoded_items,
+            "patches_per_s": round(load.patches_per_s),
+        },
+        store=convert.store_state_from_pb(answer.store),
+        instance_id=answer.instance_id,
+        fetch_address=answer.fetch_address,
+        extra={"backend": answer.backend},
+    )
+
+
+def _window(max_batch_patches: int, patches_per_s: float) -> int:
+    """Patches that one gateway keeps with an encoder: what keeps it busy, and no more of it than
+    it encodes before calls run out of time. A single batch while its speed is not known."""
+    if not patches_per_s:
+        return max_batch_patches
+    return max(1, min(WINDOW_BATCHES * max_batch_patches, int(patches_per_s * WINDOW_S)))
+
+
+@dataclass
+class _Flight:
+    """One encode call under way, and how many requests wait for it."""
+
+    request_id: str  # Of the request that began it, by which encoders know it.
+    task: asyncio.Task[Encoded] = field(init=False)
+    waiters: int = 0
+    called: list[str] = field(default_factory=list)  # Addresses of encoders.
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """What an item that is admitted takes of the encoders."""
+
+    share: str
+    weight: float
+    patches: int
+
+    @classmethod
+    def of(cls, item: Encodable) -> _Claim:
+        return cls(item.share, item.weight, item.plan.num_patches)
+
+
+class Encoders:
+    """Encodes items on a pool; keeps the references of what was encoded."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        references: References,
+        encode_timeout_s: float,
+        worker_wait_s: float,
+        max_wait_s: float = 0.0,
+    ) -> None:
+        """``max_wait_s``: see ``--max-encode-wait-s``."""
+        self.pool = pool
+        self.references = references
+        self.encode_timeout_s = encode_timeout_s
+        self.worker_wait_s = worker_wait_s
+        self.max_wait_s = max_wait_s
+        self._flights: dict[str, _Flight] = {}
+        self._admitted: dict[str, _Claim] = {}  # What is not encoded yet, by key.
+        self._deaths: OrderedDict[str, tuple[int, float]] = OrderedDict()  # Number, last.
+
+    def admit(self, items: Iterable[Encodable], deadline: Deadline) -> None:
+        """Counts a request's items among those that others have to wait for; ``leave`` ends it.
+
+        Raises Overloaded where one that has to be encoded would begin too late: after the
+        request's deadline, or after ``max_wait_s``. What is known or under way does not wait.
+        """
+        limit = min(self.max_wait_s or math.inf, deadline.remaining())
+        fresh = {
+            item.key: item
+            for item in items
+            if item.key not in self._admitted and self.references.get(item.key) is None
+        }
+        ahead = self._ahead_of(fresh.values())
+        for item in fresh.values():
+            wait = self.pool.clear_s(ahead, _has_fingerprint(item))
+            if wait > limit:
+                raise Overloaded(
+                    f"new pictures wait about {wait:.1f} s for an encoder, and may here wait "
+                    f"{limit:.1f} s; retry later",
+                    retry_after_s=max(1.0, wait - limit),
+                )
+        self._admitted.update({key: _Claim.of(item) for key, item in fresh.items()})
+
+    def _ahead_of(self, items: Collection[Encodable]) -> int:
+        """Patches that are encoded before one of a request's ``items``: its sharer's, and of each
+        other's as many, by weight, as those and the largest of these."""
+        patches: dict[str, float] = {}  # By weight.
+        weights: dict[str, float] = {}
+        for claim in self._admitted.values():
+            patches[claim.share] = patches.get(claim.share, 0.0) + claim.patches / claim.weight
+            weights[claim.share] = claim.weight
+        most = max((item.plan.num_patches / item.weight for item in items), default=0.0)
+        mine = next((item.share for item in items), "")
+        until = patches.get(mine, 0.0) + most
+        patches = {share: min(each, until) for share, each in patches.items()}
+        return round(sum(weights[share] * each for share, each in patches.items()))
+
+    def leave(self, key: str) -> None:
+        """A request that was admitted with this item ends."""
+        if key not in self._flights:
+            self._admitted.pop(key, None)
+
+    async def encode(self, item: Encodable, deadline: Deadline, request_id: str) -> Encoded:
+        """The item's embedding: by reference, by joining a call under way, or encoded now.
+
+        Raises InvalidMedia, Overloaded, PoisonousItem, Unavailable, DeadlineExceeded.
+        """
+        known = self.references.get(item.key)
+        if known is not None:
+            return Encoded(known, "ref")
+        while True:
+            joined = item.key in self._flights
+            flight = self._board(item, deadline, request_id)
+            try:
+                done = await self._wait(flight, deadline)
+            except DeadlineExceeded:
+                if not joined or deadline.remaining() == 0:
+                    raise
+                continue  # Only the request that we had joined is out of time.
+            finally:
+                _note(flight, request_id)
+                self._leave(item.key, flight)
+            return Encoded(done.ref, done.cached, 0 if joined else done.bytes_sent, done.timings)
+
+    def _board(self, item: Encodable, deadline: Deadline, request_id: str) -> _Flight:
+        flight = self._flights.get(item.key)
+        if flight is None:
+            flight = self._flights[item.key] = _Flight(request_id)
+            flight.task = asyncio.create_task(self._encode_on_some(item, deadline, flight))
+            self._admitted[item.key] = _Claim.of(item)
+            flight.task.add_done_callback(lambda _: self._land(item.key, flight))
+        flight.waiters += 1
+        return flight
+
+    async def _wait(self, flight: _Flight, deadline: Deadline) -> Encoded:
+        async with deadline.timeout():
+            return await asyncio.shield(flight.task)
+
+    def _leave(self, key: str, flight: _Flight) -> None:
+        """The last one to leave cancels the call: nobody wants its answer."""
+        flight.waiters -= 1
+        if flight.waiters == 0 and not flight.task.done():
+            flight.task.cancel()
+            self._land(key, flight)
+
+    def _land(self, key: str, flight: _Flight) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+            self._admitted.pop(key, None)
+        if flight.task.done() and not flight.task.cancelled():
+            flight.task.exception()  # Retrieved: whoever waited has it.
+
+    # ---- attempts
+
+    async def _encode_on_some(
+        self, item: Encodable, deadline: Deadline, flight: _Flight
+    ) -> Encoded:
+        """Tries workers until one answers; see the module's words on what is tried again."""
+        tried: set[str] = set()
+        refusal: OpticNerveError | None = None
+        while True:
+            self._refuse_poison(item.key)
+            async with self.pool.lease(
+                item.plan.num_patches,
+                deadline,
+                self.worker_wait_s,
+                _has_fingerprint(item),
+                avoid=tried,
+                heavy=item.plan.is_heavy,
+                behind_s=item.passes_before * PASS_S,
+                share=item.share,
+                weight=item.weight,
+            ) as worker:
+                if refusal is not None and worker.address in tried:
+                    raise refusal
+                flight.called.append(worker.address)
+                try:
+                    encoded = await self._call(worker, item, deadline, flight.request_id)
+                except WorkerLost as lost:
+                    self.pool.report_down(worker)
+                    if lost.delivered:
+                        self._blame(item.key, worker)
+                        tried.add(worker.address)
+                except Overloaded as error:  # By work that is not ours: it waits on, here.
+                    self.pool.report_full(worker, error.retry_after_s)
+                except Mispaired as error:
+                    refusal = error
+                    tried.add(worker.address)
+                    worker.wake.set()  # Its description is out of date.
+                else:
+                    self.references.put(encoded.ref)
+                    self._deaths.pop(item.key, None)
+                    return encoded
+            await asyncio.sleep(PAUSE_S)
+
+    def _blame(self, key: str, worker: Worker) -> None:
+        deaths = self._deaths.pop(key, (0, 0.0))[0] + 1
+        self._deaths[key] = deaths, time.monotonic()
+        while len(self._deaths) > MAX_SUSPECTS:
+            self._deaths.popitem(last=False)
+        log.warning("encoder %s was lost while it had item %.12s", worker.address, key)
+        if deaths >= MAX_DEATHS:
+            raise Unavailable(
+                "two encoders were lost while they had this picture; it is not tried again"
+            )
+
+    def _refuse_poison(self, key: str) -> None:
+        deaths, last = self._deaths.get(key, (0, 0.0))
+        if time.monotonic() - last > FORGIVE_S:
+            self._deaths.pop(key, None)
+        elif deaths >= MAX_DEATHS:
+            raise PoisonousItem(
+                "two encoders were lost while they had this picture; send another picture"
+            )
+
+    async def _call(
+        self, worker: Worker, item: Encodable, deadline: Deadline, request_id: str
+    ) -> Encoded:
+        """One Encode call. Raises WorkerLost, and what the encoder answers as a typed error."""
+        deadline.check()
+        upload = _Upload(item, request_id)
+        call = encoder_pb2_grpc.EncoderStub(worker.channel).Encode(
+            upload.messages(), timeout=deadline.within(self.encode_timeout_s).remaining()
+        )
+        try:
+            answer = await call
+        except grpc.RpcError as error:
+            raise lost_or_typed(error, delivered=upload.delivered) from error
+        finally:
+            call.cancel()
+        timings = answer.timings
+        return Encoded(
+            ref=_vouched(convert.ref_from_pb(answer.ref), worker),
+            cached="store" if timings.hit else "no",
+            bytes_sent=len(item.data),
+            timings={
+                "queue": timings.queue_ms,
+                "preprocess": timings.preprocess_ms,
+                "encode": timings.encode_ms,
+                "put": timings.put_ms,
+            },
+        )
+
+
+def _vouched(ref: EmbeddingRef, worker: Worker) -> EmbeddingRef:
+    """``ref`` without an address that is not known to be the encoder's: LLM workers believe it."""
+    return ref if worker.fault is None else ref.at(replace(ref.location, fetch_address=""))
+
+
+def _note(flight: _Flight, request_id: str) -> None:
+    """Where the item of the request under way was encoded, and under whose id."""
+    for address in flight.called:
+        events.also(encoder=address)
+    if flight.request_id != request_id:
+        events.also(encoded_as=flight.request_id)
+
+
+def _has_fingerprint(item: Encodable) -> Accepts:
+    return lambda worker: worker.description.fingerprint == item.fingerprint
+
+
+class _Upload:
+    """The messages of one Encode call. ``delivered``: the encoder's host has all of them."""
+
+    def __init__(self, item: Encodable, request_id: str) -> None:
+        self.delivered = False
+        self._item = item
+        self._header = pb.EncodeHeader(
+            request_id=request_id,
+            key=item.key,
+            fingerprint=item.fingerprint,
+            plan=convert.plan_to_pb(item.plan),
+            overrides=convert.overrides_to_pb(item.overrides),
+            num_bytes=len(item.data),
+            lost=item.lost,
+            cache_salt=item.cache_salt,
+        )
+
+    async def messages(self) -> AsyncIterator[pb.EncodeRequest]:
+        header: pb.EncodeHeader | None = self._header
+        for chunk in chunks(self._item.data):
+            yield pb.EncodeRequest(header=header, data=chunk)
+            header = None
+        self.delivered = True

@@ -1,0 +1,144 @@
+"""Which encoders and LLM workers work together on a request.
+
+Workers tell a ``pair_id``, equal on those of one checkpoint; an encoder also tells the fingerprint
+that names its embeddings. Two revisions can be up side by side: a request is served by one of them
+from end to end. A gateway that knows its own checkpoint's ``pair_id`` uses no other workers, since
+its tokenizer and template belong to that checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+from gateway.edge.deadline import Deadline
+from gateway.workers.pool import UNUSABLE_WAIT_S, WorkerPool
+from gateway.workers.worker import Worker, WorkerState
+from opticnerve.errors import Mispaired, Unavailable, UnsupportedFeature
+
+WATCH_S = 60.0  # Between two looks while no worker changes.
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What one request uses. ``fingerprint`` is the encoders'; empty where no picture is sent."""
+
+    pair_id: str
+    fingerprint: str
+    max_model_len: int = 0  # 0: the workers do not say.
+    vocab_size: int = 0  # The same.
+
+    @property
+    def system_fingerprint(self) -> str:
+        return "fp_" + self.pair_id[:12]
+
+
+class Pairing:
+    def __init__(
+        self,
+        encoders: WorkerPool,
+        llms: WorkerPool,
+        own_pair_id: str | None,
+        worker_wait_s: float,
+    ) -> None:
+        self.encoders = encoders
+        self.llms = llms
+        self.own_pair_id = own_pair_id
+        self.worker_wait_s = worker_wait_s
+        self.been_whole = False  # Whether every kind of request has once been served.
+
+    async def watch_whole(self) -> None:
+        """Returns when, for the first time, every kind of request would be served."""
+        while self.missing():
+            with contextlib.suppress(TimeoutError):
+                await self.llms.changes.wait(WATCH_S)
+        self.been_whole = True
+
+    async def choose(self, *, pictures: bool, deadline: Deadline) -> Pair:
+        """The pair that serves best now; waits while no worker has ever described itself.
+
+        Workers that are down but known count too, last: an embedding that is still in the store
+        needs no encoder. Raises Unavailable, Mispaired where workers do not belong together, or
+        UnsupportedFeature for pictures where no encoder was ever asked for.
+        """
+        if pictures and not self.encoders.configured:
+            raise UnsupportedFeature(
+                "this server answers text alone: it was started without encoders "
+                "(--encoder-addresses); send messages without pictures",
+                param="messages",
+            )
+        waiting = deadline.within(self.worker_wait_s)
+        while True:
+            found = self._best(pictures)
+            if found is not None:
+                return found
+            if not self.llms.configured:
+                raise self._unavailable()
+            if self.llms.unusable or (pictures and self.encoders.unusable):
+                waiting = waiting.within(UNUSABLE_WAIT_S)
+            try:
+                await self.llms.changes.wait(waiting.remaining())
+            except TimeoutError as error:
+                raise self._unavailable() from error
+
+    def missing(self, pictures: bool | None = None) -> list[str]:
+        """What a request would lack now, in words; nothing when it would be served.
+
+        ``pictures``: whether it brings any; None: whatever this gateway was set up to serve.
+        """
+        llms = {w.description.pair_id for w in self.llms.serving(self._is_ours)}
+        if not (self.encoders.configured if pictures is None else pictures):
+            return [] if llms else [f"no {self.llms.kind} is serving ({self.llms.states})"]
+        encoders = {w.description.pair_id for w in self.encoders.serving(self._is_ours)}
+        if llms & encoders:
+            return []
+        lacking = [
+            f"no {pool.kind} is serving ({pool.states})"
+            for pool, ids in ((self.encoders, encoders), (self.llms, llms))
+            if not ids
+        ]
+        return lacking or ["encoders and LLM workers serve different checkpoints"]
+
+    def _best(self, pictures: bool) -> Pair | None:
+        best: tuple[tuple[int, ...], Pair] | None = None
+        for pair_id in {w.description.pair_id for w in self._described(self.llms)}:
+            llms = [w for w in self._described(self.llms) if w.description.pair_id == pair_id]
+            length, vocabulary = _least(llms, "max_model_len"), _least(llms, "vocab_size")
+            for fingerprint, serving in self._fingerprints(pair_id, pictures):
+                rank = (min(_serving(llms), 1), min(serving, 1), serving, _serving(llms))
+                if best is None or rank > best[0]:
+                    best = rank, Pair(pair_id, fingerprint, length, vocabulary)
+        return best[1] if best else None
+
+    def _fingerprints(self, pair_id: str, pictures: bool) -> list[tuple[str, int]]:
+        """(fingerprint, serving encoders) of a pair; one empty fingerprint for text alone."""
+        if not pictures:
+            return [("", 0)]
+        groups: dict[str, int] = {}
+        for worker in self._described(self.encoders):
+            if worker.description.pair_id == pair_id:
+                fingerprint = worker.description.fingerprint
+                groups[fingerprint] = groups.get(fingerprint, 0) + _serving([worker])
+        return sorted(groups.items())
+
+    def _described(self, pool: WorkerPool) -> list[Worker]:
+        return [w for w in pool.workers if w.description.fingerprint and self._is_ours(w)]
+
+    def _is_ours(self, worker: Worker) -> bool:
+        return self.own_pair_id is None or worker.description.pair_id == self.own_pair_id
+
+    def _unavailable(self) -> Unavailable:
+        words = "; ".join(self.missing()) or "workers are starting"
+        both = self.encoders.serving() and self.llms.serving()
+        cls = Mispaired if both else Unavailable
+        return cls(f"{words}; retry later", retry_after_s=5.0)
+
+
+def _serving(workers: list[Worker]) -> int:
+    return sum(worker.state is WorkerState.SERVING for worker in workers)
+
+
+def _least(workers: list[Worker], limit: str) -> int:
+    """The least value of a limit over workers that tell it; 0 when none does."""
+    told = [w.description.limits.get(limit, 0) for w in workers]
+    return min((value for value in told if value), default=0)

@@ -1,0 +1,31 @@
+"""Attention backends behind one interface; ``make_backend`` picks one by name."""
+
+from __future__ import annotations
+
+from llm_service.device.attention.backend import AttentionBackend, AttentionStep, Chunk, PageShape
+from llm_service.device.attention.interface import ATTENTION_NAME, active
+from llm_service.device.attention.sdpa import SdpaBackend
+from opticnerve.errors import ConfigError
+
+__all__ = [
+    "ATTENTION_NAME",
+    "AttentionBackend",
+    "AttentionStep",
+    "Chunk",
+    "PageShape",
+    "SdpaBackend",
+    "active",
+    "make_backend",
+]
+
+_BACKENDS: dict[str, type[AttentionBackend]] = {"sdpa": SdpaBackend}
+
+
+def make_backend(name: str) -> AttentionBackend:
+    """The backend of that name; "auto" takes the best one for this machine."""
+    if name == "auto":
+        name = "sdpa"
+    if name not in _BACKENDS:
+        known = ", ".join(sorted(_BACKENDS))
+        raise ConfigError(f"no attention backend is called {name!r}; there are: {known}")
+    return _BACKENDS[name]()

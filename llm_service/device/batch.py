@@ -1,0 +1,168 @@
+"""One step's tokens, packed: arrays on the host, made from a plan and the slots. numpy, no torch.
+
+Decoding sequences come first, one token each, longest first, then chunks: a backend then needs
+no index to tell them, or the long from the short, apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm_service.device.attention import AttentionStep, Chunk
+from llm_service.device.slots import SlotTable
+from llm_service.policy.plan import Work
+from llm_service.policy.sequence import Sequence
+from opticnerve.media.plan import SpanAttention
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """T packed tokens of W works."""
+
+    works: tuple[Work, ...]  # In packed order.
+    first_rows: list[int]  # Of each work, its first packed token.
+    token_ids: Ints  # [T]; 0 where the device knows better.
+    read_rows: Ints  # Packed tokens that a slot sampled last, ...
+    read_slots: Ints  # ... and those slots.
+    positions: Ints  # [position_dims, T]
+    attention: AttentionStep
+    logit_works: list[int]  # Indices of works that want a token.
+    logit_rows: Ints  # Their packed rows.
+    logit_slots: Ints
+    output_positions: Ints  # Of the tokens to be drawn.
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+def pack(works: Many[Work], slots: SlotTable, block_size: int) -> Batch:
+    """Packs ``works``; their slots are admitted and have their pages."""
+    decodes = [work for work in works if work.num_tokens == 1]
+    decodes.sort(key=_start, reverse=True)
+    if len(decodes) == len(works):
+        return _pack_decodes(decodes, slots, block_size)
+    chunks = [work for work in works if work.num_tokens > 1]
+    head = _pack_decodes(decodes, slots, block_size) if decodes else None
+    parts = [_chunk_arrays(work, slots, block_size) for work in chunks]
+    ids, positions, token_slots = (list(column) for column in zip(*parts, strict=True))
+    if head is not None:
+        ids.insert(0, head.token_ids)
+        positions.insert(0, head.positions)
+        token_slots.insert(0, head.attention.token_slots)
+    counts = [1] * len(decodes) + [work.num_tokens for work in chunks]
+    ends = np.cumsum(counts)
+    ordered = (*decodes, *chunks)
+    reading = [i for i, work in enumerate(ordered) if work.reads_slot]
+    wanting = [i for i, work in enumerate(ordered) if work.num_logits]
+    all_slots = np.array([work.slot for work in ordered], dtype=np.int64)
+    firsts = (ends - counts).tolist()
+    return Batch(
+        works=ordered,
+        first_rows=firsts,
+        token_ids=np.concatenate(ids),
+        read_rows=ends[reading] - 1,
+        read_slots=all_slots[reading],
+        positions=np.concatenate(positions, axis=1),
+        attention=AttentionStep(
+            token_slots=np.concatenate(token_slots),
+            decode_pages=head.attention.decode_pages if head else np.zeros((0, 0), np.int64),
+            decode_lengths=head.attention.decode_lengths if head else np.zeros(0, np.int64),
+            chunks=tuple(
+                _chunk(work, row, slots)
+                for work, row in zip(chunks, firsts[len(decodes) :], strict=True)
+            ),
+        ),
+        logit_works=wanting,
+        logit_rows=ends[wanting] - 1,
+        logit_slots=all_slots[wanting],
+        output_positions=np.array([_output_position(ordered[i]) for i in wanting], dtype=np.int64),
+    )
+
+
+def _pack_decodes(works: list[Work], slots: SlotTable, block_size: int) -> Batch:
+    """Every work computes one token: no loop but those that read the plan."""
+    of = np.array([work.slot for work in works], dtype=np.int64)
+    starts = np.array([work.start for work in works], dtype=np.int64)
+    reading = [i for i, work in enumerate(works) if work.reads_slot]
+    wanting = [i for i, work in enumerate(works) if work.num_logits]
+    rows = np.arange(len(works))
+    if len(reading) == len(works):
+        token_ids = np.zeros(len(works), dtype=np.int64)
+        read_rows, read_slots = rows, of
+    else:
+        known = [0 if work.reads_slot else work.seq.token_ids[work.start] for work in works]
+        token_ids = np.array(known, dtype=np.int64)
+        read_rows, read_slots = rows[reading], of[reading]
+    dims = slots.position_dims
+    positions = np.empty((dims, len(works)), dtype=np.int64)
+    positions[:] = starts + slots.delta[of]
+    for i, work in enumerate(works):
+        if work.start < work.seq.num_prompt:
+            positions[:, i : i + 1] = slots.positions(work.slot, work.start, 1)
+    block, offset = np.divmod(starts, block_size)
+    width = int(block.max()) + 1
+    everyone = len(wanting) == len(works)
+    return Batch(
+        works=tuple(works),
+        first_rows=rows.tolist(),
+        token_ids=token_ids,
+        read_rows=read_rows,
+        read_slots=read_slots,
+        positions=positions,
+        attention=AttentionStep(
+            token_slots=slots.pages[of, block] * block_size + offset,
+            decode_pages=slots.pages[of, :width],
+            decode_lengths=starts + 1,
+        ),
+        logit_works=wanting,
+        logit_rows=rows if everyone else rows[wanting],
+        logit_slots=of if everyone else of[wanting],
+        output_positions=np.array([_output_position(works[i]) for i in wanting], dtype=np.int64),
+    )
+
+
+def _chunk_arrays(work: Work, slots: SlotTable, block_size: int) -> tuple[Ints, Ints, Ints]:
+    """Token ids, positions and cache slots of one chunk."""
+    end = work.start + work.num_tokens
+    ids = np.zeros(work.num_tokens, dtype=np.int64)
+    known = work.seq.token_ids[work.start : end]
+    ids[: len(known)] = known
+    block, offset = np.divmod(np.arange(work.start, end), block_size)
+    token_slots = slots.pages[work.slot, block] * block_size + offset
+    return ids, slots.positions(work.slot, work.start, work.num_tokens), token_slots
+
+
+def _chunk(work: Work, row: int, slots: SlotTable) -> Chunk:
+    return Chunk(
+        row=row,
+        num_tokens=work.num_tokens,
+        start=work.start,
+        pages=slots.pages[work.slot, : len(work.block_table)].copy(),
+        bidirectional=_bidirectional(work.seq, work.start, work.start + work.num_tokens),
+    )
+
+
+def _bidirectional(seq: Sequence, start: int, end: int) -> tuple[tuple[int, int], ...]:
+    """Ranges of the chunk [start, end) whose tokens see one another both ways."""
+    return tuple(
+        (span.token_offset - start, span.token_offset + span.num_tokens - start)
+        for span in seq.request.spans
+        if span.attention is SpanAttention.BIDIRECTIONAL
+        and span.token_offset >= start
+        and span.token_offset + span.num_tokens <= end
+    )
+
+
+def _start(work: Work) -> int:
+    return work.start
+
+
+def _output_position(work: Work) -> int:
+    return work.start + work.num_tokens - work.seq.num_prompt

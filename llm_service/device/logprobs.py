@@ -1,0 +1,40 @@
+"""Log-probabilities: the fp32 log-softmax of raw logits, before anything that sampling does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from llm_service.policy.sequence import Logprobs
+
+ABSENT = Logprobs(absent=True)
+
+
+def describe(
+    logits: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int]
+) -> list[Logprobs]:
+    """``logits`` fp32 [rows, vocab], ``token_ids`` int64 [rows]: the tokens that stand there.
+
+    ``counts``: for each row how many of the best to name. Equal logits share a rank.
+    """
+    best = min(max(counts, default=0), logits.shape[-1])
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    chosen = logits.gather(1, token_ids.unsqueeze(1))
+    ranks = (logits > chosen).sum(dim=-1).tolist()
+    values = (chosen - normaliser).squeeze(1).tolist()
+    ids = token_ids.tolist()
+    top_values: list[list[float]] = []
+    top_ids: list[list[int]] = []
+    if best:
+        found = logits.topk(best, dim=-1)
+        top_values = (found.values - normaliser).tolist()
+        top_ids = found.indices.tolist()
+    described = []
+    for row, count in enumerate(counts):
+        top: tuple[tuple[int, float, int], ...] = ()
+        if count:
+            pairs = zip(top_ids[row][:count], top_values[row], strict=False)
+            top = tuple((token, value, rank) for rank, (token, value) in enumerate(pairs, 1))
+        described.append(Logprobs(sampled=(ids[row], values[row], ranks[row] + 1), top=top))
+    return described

@@ -1,0 +1,279 @@
+"""From logits to tokens, for a whole batch at once.
+
+What a request asks for is kept by slot; a step touches only what some sequence of its batch asks
+for, and a batch of plain greedy sequences is one ``max``. The order, for each row:
+
+    1. repetition penalty over prompt and output (divides what is positive, multiplies the rest),
+       frequency and presence penalties over output alone
+    2. logit_bias
+    3. masks: allowed_token_ids, bad_words, and until min_tokens are out the ids that would end it
+    4. temperature; 0 takes the best here
+    5. top_k, then top_p over what is left, then min_p
+    6. one uniform number, a function of (seed, choice, output position), against the cumulative
+       probabilities in the order of the vocabulary
+
+Equal values at the border of top_k or top_p all stay, so that what is kept depends on the row
+alone and not on the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntFlag
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llm_service.device.constraints import Constraints, constrains
+from llm_service.device.memory import to_device
+from llm_service.device.randomness import UniformCache
+from llm_service.policy.sequence import SamplingParams
+
+# Temperatures below this are greedy: dividing by them overflows, and nothing else is likely.
+MIN_TEMPERATURE = 1e-5
+# Candidates that nearly always hold the top_p mass of a large vocabulary.
+NUCLEUS_CANDIDATES = 1024
+
+
+class Feature(IntFlag):
+    """What a slot asks of the sampler beyond the best token."""
+
+    NONE = 0
+    RANDOM = 1
+    TOP_K = 2
+    TOP_P = 4
+    MIN_P = 8
+    PENALTIES = 16
+    CONSTRAINTS = 32  # logit_bias, allowed_token_ids, bad_words or min_tokens.
+
+
+REWRITES = Feature.PENALTIES | Feature.CONSTRAINTS
+
+
+def features_of(params: SamplingParams) -> Feature:
+    """The features that ``params`` needs."""
+    asked = Feature.NONE
+    if params.temperature >= MIN_TEMPERATURE:
+        asked |= Feature.RANDOM
+        asked |= Feature.TOP_K if params.top_k > 0 else Feature.NONE
+        asked |= Feature.TOP_P if params.top_p < 1.0 else Feature.NONE
+        asked |= Feature.MIN_P if params.min_p > 0.0 else Feature.NONE
+    if params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
+        asked |= Feature.PENALTIES
+    asked |= Feature.CONSTRAINTS if constrains(params) else Feature.NONE
+    return asked
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One row each. The best logit tells whether the row was finite, and whether masks left any
+    token: the host reads both with the token, in its one wait for the device."""
+
+    token_ids: torch.Tensor  # int64
+    best: torch.Tensor  # fp32, raw; not finite where any logit is NaN or +inf.
+    best_left: torch.Tensor | None  # fp32, after masks, -inf: nothing; None: no row had a mask.
+
+
+class Sampler:
+    """Owns the per-slot state of sampling, on the host and on the device."""
+
+    def __init__(self, vocab_size: int, num_slots: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._num_slots = num_slots
+        self._device = device
+        self._features = np.zeros(num_slots, dtype=np.int64)
+        self._numbers = np.zeros((num_slots, 7), dtype=np.float32)
+        self._uniforms = UniformCache(num_slots)
+        self._constraints = Constraints(vocab_size, device)
+        self._prompt_seen: torch.Tensor | None = None  # bool [slots, vocab]
+        self._output_counts: torch.Tensor | None = None  # fp32 [slots, vocab]
+        self._rewritten: torch.Tensor | None = None  # fp32 [rows of the largest batch yet, vocab]
+
+    # ---- slots
+
+    def admit(
+        self, slot: int, params: SamplingParams, choice: int, token_ids: list[int], num_prompt: int
+    ) -> None:
+        """The slot is this sequence's from now on; ``token_ids`` is its prompt, then its output."""
+        self.release(slot)
+        asked = features_of(params)
+        self._features[slot] = asked
+        if asked == Feature.NONE:
+            return
+        self._numbers[slot] = (
+            params.temperature if asked & Feature.RANDOM else 1.0,
+            params.top_k if params.top_k > 0 else self._vocab_size,
+            params.top_p,
+            params.min_p,
+            params.repetition_penalty,
+            params.frequency_penalty,
+            params.presence_penalty,
+        )
+        if asked & Feature.RANDOM:
+            self._uniforms.admit(slot, params.seed, choice)
+        if asked & Feature.CONSTRAINTS:
+            self._constraints.admit(slot, params, token_ids)
+        if asked & Feature.PENALTIES:
+            self._count(slot, token_ids, num_prompt)
+
+    def release(self, slot: int) -> None:
+        """The slot's sequence is gone."""
+        self._features[slot] = Feature.NONE
+        self._constraints.release(slot)
+
+    def _count(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
+        if self._prompt_seen is None or self._output_counts is None:
+            size = (self._num_slots, self._vocab_size)
+            self._prompt_seen = torch.zeros(size, dtype=torch.bool, device=self._device)
+            self._output_counts = torch.zeros(size, dtype=torch.float32, device=self._device)
+        prompt = self._to_device(np.unique(np.array(token_ids[:num_prompt], dtype=np.int64)))
+        counted = np.bincount(
+            np.array(token_ids[num_prompt:], dtype=np.int64), minlength=self._vocab_size
+        )
+        self._prompt_seen[slot] = False
+        self._prompt_seen[slot, prompt] = True
+        self._output_counts[slot] = self._to_device(counted.astype(np.float32))
+
+    def _to_device(self, array: NDArray[np.generic]) -> torch.Tensor:
+        return to_device(array, self._device)
+
+    # ---- one step
+
+    def sample(
+        self, logits: torch.Tensor, slots: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> Drawn:
+        """``logits`` fp32 [rows, vocab], left as they are; ``positions``: output position of each.
+
+        A slot has at most one row.
+        """
+        best, greedy = logits.max(dim=-1)
+        asked = Feature(int(np.bitwise_or.reduce(self._features[slots], initial=0)))
+        if asked == Feature.NONE:
+            return Drawn(greedy, best, None)
+        best_left = None
+        if asked & REWRITES:
+            logits = self._copied(logits)
+            if asked & Feature.PENALTIES:
+                logits = self._penalise(logits, slots)
+            if asked & Feature.CONSTRAINTS:
+                self._constraints.apply(logits, slots, positions)
+            best_left, greedy = logits.max(dim=-1)
+        tokens = greedy
+        if asked & Feature.RANDOM:
+            tokens = self._draw(logits, greedy, slots, positions, asked)
+        if asked & Feature.PENALTIES:
+            self._count_drawn(tokens, slots)
+        return Drawn(tokens, best, best_left)
+
+    def observe(self, slots: NDArray[np.int64], token_ids: list[int]) -> None:
+        """What was drawn, once it is on the host: bad words of several tokens look back."""
+        self._constraints.observe(slots, token_ids)
+
+    def _copied(self, logits: torch.Tensor) -> torch.Tensor:
+        """One buffer takes what a step rewrites: memory of this size, allocated anew each time,
+        would go back to the system and be faulted in again."""
+        if self._rewritten is None or len(self._rewritten) < len(logits):
+            self._rewritten = torch.empty_like(logits)
+        return self._rewritten[: len(logits)].copy_(logits)
+
+    def _with(self, slots: NDArray[np.int64], feature: Feature) -> list[int]:
+        """Rows whose slots ask for ``feature``."""
+        rows: list[int] = np.flatnonzero(self._features[slots] & feature).tolist()
+        return rows
+
+    def _penalise(self, logits: torch.Tensor, slots: NDArray[np.int64]) -> torch.Tensor:
+        assert self._prompt_seen is not None and self._output_counts is not None
+        rows = np.array(self._with(slots, Feature.PENALTIES), dtype=np.int64)
+        where, of = self._to_device(rows), self._to_device(slots[rows])
+        numbers = self._to_device(self._numbers[slots[rows], 4:])
+        repetition, frequency, presence = (column.unsqueeze(1) for column in numbers.unbind(1))
+        counts = self._output_counts[of]
+        seen = self._prompt_seen[of] | (counts > 0)
+        part = logits[where]
+        repeated = torch.where(part > 0, part / repetition, part * repetition)
+        part = torch.where(seen, repeated, part)
+        part -= frequency * counts + presence * (counts > 0)
+        logits[where] = part
+        return logits
+
+    def _draw(
+        self,
+        logits: torch.Tensor,
+        greedy: torch.Tensor,
+        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        asked: Feature,
+    ) -> torch.Tensor:
+        rows = np.array(self._with(slots, Feature.RANDOM), dtype=np.int64)
+        if len(rows) < len(slots):
+            where = self._to_device(rows)
+            part = self._draw(logits[where], greedy[where], slots[rows], positions[rows], asked)
+            return greedy.index_copy(0, where, part)
+        numbers = self._to_device(self._numbers[slots, :4])
+        temperature, top_k, top_p, min_p = (column.unsqueeze(1) for column in numbers.unbind(1))
+        scaled = logits / temperature
+        if asked & Feature.TOP_K:
+            limits = self._numbers[slots, 1]
+            most = int(limits[limits < self._vocab_size].max(initial=1))
+            scaled = keep_top_k(scaled, top_k.long(), most)
+        probs = scaled.softmax(dim=-1)
+        if asked & Feature.TOP_P:
+            probs = probs.masked_fill(probs < nucleus_border(probs, top_p), 0.0)
+        if asked & Feature.MIN_P:
+            border = min_p * probs.amax(dim=-1, keepdim=True)
+            probs = probs.masked_fill(probs < border, 0.0)
+        return invert(probs, self._to_device(self._uniforms.take(slots, positions)))
+
+    def _count_drawn(self, tokens: torch.Tensor, slots: NDArray[np.int64]) -> None:
+        assert self._output_counts is not None
+        rows = np.array(self._with(slots, Feature.PENALTIES), dtype=np.int64)
+        where, of = self._to_device(rows), self._to_device(slots[rows])
+        one = torch.ones(len(rows), device=self._device)
+        self._output_counts.index_put_((of, tokens[where]), one, accumulate=True)
+
+
+def keep_top_k(logits: torch.Tensor, top_k: torch.Tensor, most: int) -> torch.Tensor:
+    """Everything below each row's ``top_k``-th best becomes minus infinity.
+
+    ``top_k`` int64 [rows, 1], the whole vocabulary where a row keeps everything; ``most``: the
+    largest of the others, known on the host.
+    """
+    best = logits.topk(most, dim=-1).values
+    border = best.gather(1, top_k.clamp(max=most) - 1)
+    border = border.masked_fill(top_k > most, -torch.inf)
+    return logits.masked_fill(logits < border, -torch.inf)
+
+
+def nucleus_border(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """The smallest probability that top_p keeps, [rows, 1]: the best until ``top_p`` is reached.
+
+    A row whose top_p is 1 keeps everything, whatever its neighbours ask for.
+    """
+    off = top_p >= 1.0
+    return _border(probs, top_p.masked_fill(off, 0.0)).masked_fill(off, 0.0)
+
+
+def _border(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    vocab = probs.shape[-1]
+    if vocab > 4 * NUCLEUS_CANDIDATES:
+        best = probs.topk(NUCLEUS_CANDIDATES, dim=-1).values
+        reached = best.cumsum(dim=-1)
+        # One look at the host costs less than sorting a whole vocabulary.
+        if bool((reached[:, -1:] >= top_p).all()):
+            return _last_needed(best, reached, top_p)
+    best = probs.sort(dim=-1, descending=True).values
+    return _last_needed(best, best.cumsum(dim=-1), top_p)
+
+
+def _last_needed(best: torch.Tensor, reached: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    needed = (reached - best < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+    return best.gather(1, needed - 1)
+
+
+def invert(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The token at which the cumulative probability passes ``uniform`` (fp64 [rows], below 1)."""
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
+    target = uniform.unsqueeze(1) * cumulative[:, -1:]
+    passed = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return passed.clamp_(max=probs.shape[-1] - 1)

@@ -1,0 +1,100 @@
+"""Builds an engine from an LLMConfig, on the thread or in the process that will run it."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from llm_service.device.attention import ATTENTION_NAME, make_backend
+from llm_service.device.model_runner import ModelRunner, RunnerLimits
+from llm_service.engine.engine import Emit, Engine
+from llm_service.engine.host import Send
+from llm_service.engine.limits import EngineConfig
+from llm_service.policy.rows import RowSource
+from llm_service.rows.store_rows import StoreRows
+from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.config import LLMConfig
+from opticnerve.embeddings.open import open_local_tier
+from opticnerve.errors import ConfigError
+from opticnerve.models.family import Language, Layout
+from opticnerve.models.registry import load_language, make_layout
+from opticnerve.telemetry import logs
+
+log = logging.getLogger(__name__)
+
+
+def build_in_process(settings: LLMConfig, send: Send) -> Engine:
+    """For an engine in a process of its own, which opens its own end of the local tier and sends
+    what it notes of its rows."""
+    logs.configure(settings.telemetry.log_level)
+    tier = open_local_tier(settings.store.read_url())
+    return build(settings, StoreRows(tier, tell=send), send)
+
+
+def build(settings: LLMConfig, rows: RowSource, emit: Emit) -> Engine:
+    """Loads the language model and makes room for its keys and values. Raises StartupError."""
+    torch.set_num_threads(settings.model.num_threads)
+    model = settings.model
+    checkpoint = Checkpoint.open(model.model, model.revision, model.download_dir, side="llm")
+    layout = make_layout(checkpoint)
+    backend = make_backend(settings.attention)
+    language = load_language(checkpoint, model.dtype, model.device, ATTENTION_NAME)
+    limits = RunnerLimits(
+        max_model_len=model_length(settings, layout),
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        kv_cache_tokens=settings.kv_cache_tokens,
+    )
+    runner = ModelRunner(language, layout, backend, limits, rows)
+    config = EngineConfig(
+        num_blocks=runner.num_blocks,
+        block_size=runner.block_size,
+        max_model_len=limits.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_step_s=settings.max_step_ms / 1000,
+        max_waiting=settings.max_waiting,
+        prefix_caching=not settings.no_prefix_caching,
+        vocab_size=language.vocab_size,
+        row_bytes=(1 + layout.deepstack_levels) * language.hidden_size * language.dtype.itemsize,
+    )
+    _announce(checkpoint, language, runner, config, settings.model.num_threads)
+    return Engine(config, runner, rows, emit)
+
+
+def model_length(settings: LLMConfig, layout: Layout) -> int:
+    """Prompt and output tokens of one sequence. Raises ConfigError beyond the model's."""
+    wanted = settings.max_model_len or layout.max_positions
+    if wanted > layout.max_positions:
+        raise ConfigError(
+            f"--max-model-len {wanted} exceeds the model's {layout.max_positions} positions",
+            param="max_model_len",
+        )
+    return wanted
+
+
+def _announce(
+    checkpoint: Checkpoint,
+    language: Language,
+    runner: ModelRunner,
+    config: EngineConfig,
+    num_threads: int,
+) -> None:
+    """What this worker took, in one line."""
+    log.info(
+        "%s on %s in %s: %d threads, attention %s, max_model_len %d, %d KV pages of %d tokens "
+        "(%d MiB), max_num_seqs %d, max_num_batched_tokens %d, max_step_ms %g",
+        checkpoint.name,
+        language.device,
+        str(language.dtype).removeprefix("torch."),
+        num_threads,
+        runner.backend_name,
+        config.max_tokens,
+        config.num_blocks,
+        config.block_size,
+        runner.kv_cache_bytes // 2**20,
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        config.max_step_s * 1000,
+    )

@@ -1,0 +1,369 @@
+"""How the servicer reaches the engine: an EngineClient, whatever thread or process it lives in.
+
+Commands go one way, events the other; all of them are frozen values without tensors. The event
+loop never waits for a forward pass: commands are queued, events arrive by
+``call_soon_threadsafe``, one call for everything that came since the last.
+
+``ThreadEngineClient`` runs the engine in a thread of this process, ``ProcessEngineClient`` in a
+spawned process, with pickles over a pipe that only our own parent and child hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import queue
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from llm_service.engine import host
+from llm_service.engine.engine import Message
+from llm_service.engine.host import STOP_TIMEOUT_S, Ended, EngineFactory, Ready, Upward
+from llm_service.engine.limits import EngineConfig
+from llm_service.engine.stream import EventStream
+from llm_service.policy.rows import RowsNote
+from llm_service.policy.sequence import (
+    Abort,
+    CheckIntegrity,
+    Command,
+    EngineStats,
+    Event,
+    FailedEvent,
+    GenerateRequest,
+    IntegrityReport,
+    RowsFailed,
+    RowsReady,
+    Stop,
+)
+from opticnerve.errors import EngineFailure, InvalidRequest, OpticNerveError
+
+log = logging.getLogger(__name__)
+
+
+class EngineClient(Protocol):
+    """The servicer's view of the engine. Methods belong to one event loop and never block it."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine takes requests: started, and neither dead nor closed."""
+        ...
+
+    @property
+    def config(self) -> EngineConfig:
+        """What the engine is bounded by; known from ``start`` on."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """As of the engine's last events."""
+        ...
+
+    async def start(self) -> None:
+        """Returns when the engine is built. Raises what the factory raised, as OpticNerveError."""
+        ...
+
+    def submit(self, request: GenerateRequest) -> EventStream:
+        """Raises InvalidRequest for an id that is open, EngineFailure when there is no engine.
+
+        Everything else that is wrong with a request arrives as its FailedEvent.
+        """
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Its stream ends with an AbortedEvent, unless it ends otherwise before."""
+        ...
+
+    def rows_ready(self, key: str) -> None:
+        """The RowSource has the rows of ``key``."""
+        ...
+
+    def rows_failed(self, request_id: str, key: str, error: Exception) -> None:
+        """The rows of ``key`` will not come for this request: it fails with ``error``."""
+        ...
+
+    async def check_integrity(self) -> None:
+        """Raises EngineFailure where the engine's invariants do not hold, or it is dead."""
+        ...
+
+    async def wait_dead(self) -> OpticNerveError:
+        """Returns why when the engine dies by itself; never for one that is closed."""
+        ...
+
+    async def close(self) -> None:
+        """Aborts what is open, stops the engine and frees its thread or process."""
+        ...
+
+
+class _Client:
+    """What both clients share: streams, tickets, and how messages reach the event loop.
+
+    Subclasses start an engine that calls ``_receive`` from any one thread, pass ``_post`` on to
+    it, and free what they started in ``_join``.
+    """
+
+    def __init__(
+        self,
+        factory: str | EngineFactory,
+        config: Any,
+        on_note: Callable[[RowsNote], object] = lambda note: None,
+    ) -> None:
+        self._factory = factory
+        self._on_note = on_note  # For what an engine in a process of its own notes of its rows.
+        self._factory_config = config
+        self._config: EngineConfig | None = None
+        self._stats = EngineStats()
+        self._streams: dict[str, EventStream] = {}
+        self._tickets: dict[int, asyncio.Future[str]] = {}
+        self._arrived: deque[Upward] = deque()
+        self._drain_is_due = False
+        self._launched = False
+        self._closing = False
+        self._loop: asyncio.AbstractEventLoop
+        self._ready: asyncio.Future[None]
+        self._ended: asyncio.Future[OpticNerveError | None]
+
+    # ---- what subclasses do
+
+    def _launch(self) -> None:
+        raise NotImplementedError
+
+    def _post(self, command: Command) -> None:
+        raise NotImplementedError
+
+    def _join(self) -> None:
+        """Blocks until the thread or process is gone; called off the event loop."""
+        raise NotImplementedError
+
+    def _leave(self) -> None:
+        """Lets go of an engine that is still being built: it ends once it is, which may take as
+        long as weights take to load."""
+
+    # ---- life
+
+    @property
+    def alive(self) -> bool:
+        return self._config is not None and not self._ended.done() and not self._closing
+
+    @property
+    def config(self) -> EngineConfig:
+        if self._config is None:
+            raise RuntimeError("the engine is not started")
+        return self._config
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ready = self._loop.create_future()
+        self._ended = self._loop.create_future()
+        self._launch()
+        self._launched = True
+        try:
+            await self._ready
+        except BaseException:
+            await self.close()
+            raise
+
+    async def wait_dead(self) -> OpticNerveError:
+        error = await asyncio.shield(self._ended)
+        if error is None or self._closing:
+            await self._loop.create_future()  # Closed, not dead.
+        assert error is not None
+        return error
+
+    async def close(self) -> None:
+        self._closing = True
+        if not self._launched:
+            return
+        self._launched = False
+        self._post(Stop())
+        if self._config is None and not self._ended.done():
+            self._leave()
+        else:
+            await asyncio.to_thread(self._join)
+        self._drain()
+        self._end(EngineFailure("the engine was stopped"))
+
+    # ---- commands
+
+    def submit(self, request: GenerateRequest) -> EventStream:
+        if not self.alive:
+            raise EngineFailure("the engine is not running")
+        if request.request_id in self._streams:
+            raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
+        stream = EventStream(request.request_id, self.abort)
+        self._streams[request.request_id] = stream
+        self._post(request)
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        self._post(Abort(request_id))
+
+    def rows_ready(self, key: str) -> None:
+        self._post(RowsReady(key))
+
+    def rows_failed(self, request_id: str, key: str, error: Exception) -> None:
+        self._post(RowsFailed(request_id, key, error))
+
+    async def check_integrity(self) -> None:
+        if not self.alive:
+            raise EngineFailure("the engine is not running")
+        ticket = len(self._tickets)
+        while ticket in self._tickets:
+            ticket += 1
+        answer = self._tickets[ticket] = self._loop.create_future()
+        self._post(CheckIntegrity(ticket))
+        try:
+            problem = await answer
+        finally:
+            del self._tickets[ticket]
+        if problem:
+            raise EngineFailure(problem)
+
+    # ---- what the engine says
+
+    def _receive(self, message: Upward) -> None:
+        """Takes a message over to the event loop; called from the engine's side."""
+        self._arrived.append(message)
+        if not self._drain_is_due:
+            self._drain_is_due = True
+            with contextlib.suppress(RuntimeError):  # The loop is closed: nobody listens.
+                self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        self._drain_is_due = False  # Before the queue is read: what comes later asks again.
+        while self._arrived:
+            message = self._arrived.popleft()
+            if isinstance(message, list):
+                self._dispatch(message)
+            elif isinstance(message, RowsNote):
+                self._on_note(message)
+            elif isinstance(message, Ready):
+                self._config = message.config
+                self._stats = EngineStats(free_blocks=message.config.num_blocks)
+                if not self._ready.done():
+                    self._ready.set_result(None)
+            else:
+                self._end(message.error)
+
+    def _dispatch(self, messages: list[Message]) -> None:
+        for message in messages:
+            if isinstance(message, EngineStats):
+                self._stats = message
+            elif isinstance(message, IntegrityReport):
+                answer = self._tickets.get(message.ticket)
+                if answer is not None and not answer.done():
+                    answer.set_result(message.problem)
+            else:
+                self._deliver(message)
+
+    def _deliver(self, event: Event) -> None:
+        stream = self._streams.get(event.request_id)
+        if stream is None:
+            return  # It failed already, with the engine.
+        stream.push(event)
+        if stream.ended:
+            del self._streams[event.request_id]
+
+    def _end(self, error: OpticNerveError | None) -> None:
+        """Nothing comes any more: whatever is still open fails."""
+        if self._ended.done():
+            return
+        self._ended.set_result(error)
+        failure = error or EngineFailure("the engine was stopped")
+        if not self._ready.done():
+            self._ready.set_exception(failure)
+        for answer in self._tickets.values():
+            if not answer.done():
+                answer.set_exception(failure)
+        for request_id in tuple(self._streams):
+            self._streams.pop(request_id).push(FailedEvent(request_id, failure))
+
+
+class ThreadEngineClient(_Client):
+    """The engine in a thread of this process."""
+
+    def _launch(self) -> None:
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        factory = host.resolve(self._factory)
+        self._thread = threading.Thread(
+            target=host.serve,
+            args=(factory, self._factory_config, self._inbox, self._receive),
+            name="engine",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def _post(self, command: Command) -> None:
+        self._inbox.put(command)
+
+    def _join(self) -> None:
+        self._thread.join()
+
+
+class ProcessEngineClient(_Client):
+    """The engine in a spawned process. ``factory`` is "module:function", ``config`` a value that
+    pickles; two threads keep the pipe's ends away from the event loop."""
+
+    def _launch(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._process = context.Process(
+            target=host.child, args=(theirs, self._factory, self._factory_config), daemon=True
+        )
+        # A Ctrl-C goes to the whole process group, and it is for the parent to decide.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()  # Inherits the mask.
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()  # So that the child's end is the last, and its death is seen.
+        self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="engine-writer", daemon=True)
+        self._reader.start()
+        self._writer.start()
+
+    def _post(self, command: Command) -> None:
+        self._outbox.put(command)
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._receive(self._pipe.recv())
+        except (EOFError, OSError):
+            pass  # The child has closed its end.
+        except Exception:
+            log.exception("the engine's process sent what cannot be read")
+            self._process.kill()
+        self._process.join(STOP_TIMEOUT_S)
+        self._process.kill()  # No effect on one that has ended.
+        self._process.join()
+        code = self._process.exitcode
+        self._receive(Ended(EngineFailure(f"the engine's process ended with status {code}")))
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):  # The child is gone; the reader tells.
+            while (command := self._outbox.get()) is not None:
+                self._pipe.send(command)
+
+    def _leave(self) -> None:
+        self._process.kill()
+
+    def _join(self) -> None:
+        self._reader.join(STOP_TIMEOUT_S)
+        if self._reader.is_alive():
+            log.warning("the engine's process does not stop; killing it")
+            self._process.kill()
+            self._reader.join()
+        self._outbox.put(None)
+        self._writer.join()
+        self._pipe.close()
+        self._process.close()

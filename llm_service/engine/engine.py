@@ -1,0 +1,397 @@
+"""The engine: schedule, run, commit. Knows token ids and keys, nothing of text or the wire.
+
+One thread owns an Engine and all that it refers to. Commands come in, lists of events go out
+through ``emit``, once a step. Every accepted request ends in exactly one of FinishedEvent,
+FailedEvent and AbortedEvent.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from typing import TypeAlias
+
+from llm_service.engine.limits import EngineConfig, check_request
+from llm_service.policy.block_manager import BlockManager
+from llm_service.policy.plan import Runner, Sampled, StepPlan, StepResult, Work
+from llm_service.policy.rows import RowSource
+from llm_service.policy.scheduler import Scheduler
+from llm_service.policy.sequence import (
+    Abort,
+    AbortedEvent,
+    CheckIntegrity,
+    Command,
+    EngineStats,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    FinishReason,
+    GenerateRequest,
+    Generation,
+    IntegrityReport,
+    Logprobs,
+    NeedRowsEvent,
+    PrefilledEvent,
+    PromptLogprobsEvent,
+    RowsFailed,
+    RowsReady,
+    Sequence,
+    Status,
+    Stop,
+    TokensEvent,
+)
+from opticnerve.errors import (
+    DeviceLost,
+    EmbeddingUnavailable,
+    EngineFailure,
+    OpticNerveError,
+    Overloaded,
+)
+
+log = logging.getLogger(__name__)
+
+Message: TypeAlias = Event | IntegrityReport | EngineStats
+Emit: TypeAlias = Callable[[list[Message]], None]
+Terminal: TypeAlias = FinishedEvent | FailedEvent | AbortedEvent
+
+
+class Engine:
+    """Drives one runner. ``runner`` owns the device, ``rows`` the embeddings.
+
+    An exception in one request fails that request. One that ``runner.execute`` raises fails the
+    sequences of that step, none of whose pages anybody shares, and the engine goes on; DeviceLost
+    and errors of the engine itself leave ``run``.
+    """
+
+    clock: Callable[[], float] = staticmethod(time.perf_counter)
+
+    def __init__(self, config: EngineConfig, runner: Runner, rows: RowSource, emit: Emit) -> None:
+        self.config = config
+        self.runner = runner
+        self.blocks = BlockManager(config.num_blocks, config.block_size, config.prefix_caching)
+        self.scheduler = Scheduler(config, self.blocks, rows)
+        self._emit = emit
+        self._open: dict[str, Generation] = {}
+        self._events: list[Message] = []
+        self._arrivals = 0
+        self._steps = 0
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
+
+    # ---- the loop
+
+    def run(self, inbox: queue.SimpleQueue[Command]) -> None:
+        """Works until Stop. Sleeps on the inbox while nothing can be computed."""
+        while True:
+            idle = not self.step()
+            if idle and self.config.check_integrity:
+                self.check_integrity()
+            while idle or not inbox.empty():
+                idle = False
+                command = inbox.get()
+                if isinstance(command, Stop):
+                    self.abort_all()
+                    return
+                self.handle(command)
+
+    def step(self) -> bool:
+        """Schedules, runs and commits one step; False when nothing can be computed now."""
+        plan = self.scheduler.schedule(self.clock())
+        self._ask_for_rows()
+        if plan is None:
+            self._flush()
+            return False
+        self._steps += 1
+        began = self.clock()
+        try:
+            result = self.runner.execute(plan)
+            seconds = self.clock() - began
+            self.scheduler.costs.learn(plan, seconds, whole=not result.errors)
+            self._commit(plan, result)
+        except DeviceLost as error:
+            self.fail_all(error)
+            raise
+        except Exception as error:
+            log.exception("step %d failed", plan.step)
+            self._fail_step(plan, error)
+        self._flush()
+        return True
+
+    def handle(self, command: Command) -> None:
+        match command:
+            case GenerateRequest():
+                self.submit(command)
+            case Abort():
+                self.abort(command.request_id)
+            case RowsReady():
+                self.rows_ready(command.key)
+            case RowsFailed():
+                self.rows_failed(command.request_id, command.key, command.error)
+            case CheckIntegrity():
+                self._report(command.ticket)
+
+    # ---- commands
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Queues a request; one that can never be served fails at once, with a typed error.
+
+        Ids of open requests are the caller's to keep apart: a second one is dropped.
+        """
+        if request.request_id in self._open:
+            log.error("request %s is already open", request.request_id)
+            return
+        try:
+            if self.scheduler.num_unbegun >= self.config.max_waiting:
+                raise Overloaded("too many requests are waiting; retry later", retry_after_s=1.0)
+            check_request(request, self.config)
+        except Exception as error:
+            self._events.append(FailedEvent(request.request_id, _typed(error)))
+            return
+        generation = Generation(request, self._arrivals, self.clock())
+        self._arrivals += 1
+        self._open[request.request_id] = generation
+        self._prompt_tokens += len(request.token_ids)
+        self._lead(generation)
+
+    def _lead(self, generation: Generation) -> None:
+        """Queues the first choice that has anything left to write: the others fork from it."""
+        if not generation.open_choices:
+            self._end(generation, self._finished(generation))
+        while (seq := generation.begin()) is not None:
+            self.scheduler.add(seq)
+            if not self._had_ended(seq):
+                return
+
+    def _had_ended(self, seq: Sequence) -> bool:
+        """Whether the choice continues what had ended already; then it ends again."""
+        finish = self._finish_reason(seq) if seq.num_output else None
+        if finish is None:
+            return False
+        self._events.append(self._tokens_event(seq, (), (), finish))
+        self._close_choice(seq)
+        return True
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request that the client gave up; unknown and ended ones are ignored."""
+        generation = self._open.get(request_id)
+        if generation is not None:
+            self._end(generation, AbortedEvent(request_id))
+
+    def abort_all(self) -> None:
+        for request_id in tuple(self._open):
+            self.abort(request_id)
+        self._flush()
+
+    def fail_all(self, error: OpticNerveError) -> None:
+        for generation in tuple(self._open.values()):
+            self._fail(generation, error)
+        self._flush()
+
+    def rows_ready(self, key: str) -> None:
+        self.scheduler.rows_ready(key)
+
+    def rows_failed(self, request_id: str, key: str, error: Exception) -> None:
+        """Fails the request, unless it needs the rows of ``key`` no more."""
+        generation = self._open.get(request_id)
+        if generation is not None and self.scheduler.needs(generation, key):
+            self._fail(generation, _typed(error))
+
+    # ---- running
+
+    def _ask_for_rows(self) -> None:
+        for seq, keys in self.scheduler.take_needs():
+            self._events.append(NeedRowsEvent(seq.request_id, keys, seq.preemptions > 0))
+
+    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
+        failure = _typed(error)
+        for seq in [*(work.seq for work in plan.works), *self.scheduler.copied]:
+            if seq.status is not Status.FINISHED:
+                self._fail(seq.generation, failure)
+
+    # ---- committing
+
+    def _commit(self, plan: StepPlan, result: StepResult) -> None:
+        """Books a step's tokens. What belongs to sequences that ended meanwhile is dropped."""
+        now = self.clock()
+        errors = result.errors
+        for work, sampled in zip(plan.works, result.sampled, strict=True):
+            seq = work.seq
+            if seq.status is not Status.RUNNING or seq.slot != work.slot:
+                continue
+            if errors and work.slot in errors:
+                self._fail_work(work, errors[work.slot])
+                continue
+            self.scheduler.advance(seq, work.start + work.num_tokens)
+            if work.prompt_logprobs:
+                self._collect_prompt_logprobs(work, sampled)
+            if sampled.token_ids:
+                seq.generation.last_token_at = now
+                self._append(seq, sampled)
+
+    def _fail_work(self, work: Work, error: Exception) -> None:
+        """Ends the request, or asks again for rows that were gone when they were wanted."""
+        seq = work.seq
+        keys = {segment.item_key for segment in work.segments}
+        if isinstance(error, EmbeddingUnavailable) and keys:
+            missing = keys & {error.param} or keys
+            self.scheduler.ask(seq, tuple(sorted(missing)))
+            self._ask_for_rows()
+            return
+        failure = _typed(error)
+        if failure.http_status >= 500:  # Else what it asks for cannot be: no error of ours.
+            log.error("request %s failed in a step", seq.request_id, exc_info=error)
+        if isinstance(failure, EngineFailure):
+            self.blocks.distrust(seq)
+        self._fail(seq.generation, failure)
+
+    def _append(self, seq: Sequence, sampled: Sampled) -> None:
+        """Adds new tokens up to the one that ends the choice."""
+        generation = seq.generation
+        if generation.first_token_at is None:
+            self._first_token(seq)
+        seq.reads_slot = True
+        count = 0
+        finish = None
+        for token in sampled.token_ids:
+            seq.token_ids.append(token)
+            count += 1
+            finish = self._finish_reason(seq)
+            if finish is not None:
+                break
+        self._completion_tokens += count
+        tokens, logprobs = sampled.token_ids, sampled.logprobs
+        if count < len(tokens):
+            tokens, logprobs = tokens[:count], logprobs[:count]
+        self._events.append(self._tokens_event(seq, tokens, logprobs, finish))
+        if finish is not None:
+            self._close_choice(seq)
+
+    def _tokens_event(
+        self,
+        seq: Sequence,
+        tokens: tuple[int, ...],
+        logprobs: tuple[Logprobs, ...],
+        finish: FinishReason | None,
+    ) -> TokensEvent:
+        first = seq.num_output - len(tokens)
+        stop = seq.token_ids[-1] if finish is FinishReason.STOP else None
+        return TokensEvent(
+            seq.request.request_id, seq.choice, first, tokens, logprobs, finish, stop
+        )
+
+    def _finish_reason(self, seq: Sequence) -> FinishReason | None:
+        generation = seq.generation
+        sampling = generation.request.sampling
+        output = len(seq.token_ids) - seq.num_prompt
+        if seq.token_ids[-1] in generation.stop_ids and output > sampling.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if output >= sampling.max_tokens else None
+
+    def _first_token(self, leader: Sequence) -> None:
+        """Prefill is over: prompt log-probabilities go out, the other choices begin."""
+        generation = leader.generation
+        generation.first_token_at = generation.last_token_at
+        request = generation.request
+        self._events.append(PrefilledEvent(request.request_id, generation.cached_tokens))
+        if request.sampling.prompt_logprobs is not None:
+            positions = tuple(generation.prompt_logprobs)
+            self._events.append(PromptLogprobsEvent(request.request_id, positions))
+        while (child := generation.begin()) is not None:
+            self.scheduler.fork(leader, child)
+            self._had_ended(child)
+
+    def _collect_prompt_logprobs(self, work: Work, sampled: Sampled) -> None:
+        """Appends positions start+1 .. of this chunk, without what an earlier run collected."""
+        generation = work.seq.generation
+        known = generation.prompt_logprobs
+        if not known:
+            known.append(Logprobs(absent=True))
+        spans = generation.request.spans
+        for position in range(
+            len(known), min(work.start + work.num_tokens + 1, work.seq.num_prompt)
+        ):
+            index = generation.span_at(position)
+            if index < len(spans) and spans[index].token_offset <= position:
+                known.append(Logprobs(absent=True))
+            else:
+                known.append(sampled.prompt_logprobs[position - work.start - 1])
+
+    # ---- ending
+
+    def _close_choice(self, seq: Sequence) -> None:
+        self.scheduler.remove(seq)
+        generation = seq.generation
+        generation.open_choices -= 1
+        if generation.open_choices == 0:
+            self._end(generation, self._finished(generation))
+
+    def _finished(self, generation: Generation) -> FinishedEvent:
+        request = generation.request
+        return FinishedEvent(
+            request.request_id,
+            prompt_tokens=len(request.token_ids),
+            completion_tokens=generation.ended_tokens
+            + sum(seq.num_output for seq in generation.sequences),
+            cached_tokens=generation.cached_tokens,
+            embedding_tokens=sum(span.num_tokens for span in request.spans),
+            timings=generation.timings(),
+        )
+
+    def _fail(self, generation: Generation, error: Exception) -> None:
+        if generation.request.request_id in self._open:
+            self._end(generation, FailedEvent(generation.request.request_id, error))
+
+    def _end(self, generation: Generation, event: Terminal) -> None:
+        """The one place where a request ends: everything that it held is free."""
+        del self._open[generation.request.request_id]
+        for seq in generation.sequences:
+            if seq.status is not Status.FINISHED:
+                self.scheduler.remove(seq)
+        self._events.append(event)
+
+    # ---- telling
+
+    def _flush(self) -> None:
+        if self._events:
+            events, self._events = self._events, []
+            events.append(self.stats())
+            self._emit(events)
+
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        return EngineStats(
+            len(scheduler.running),
+            scheduler.shares.num_waiting,
+            self.blocks.num_free,
+            scheduler.num_preemptions,
+            self._steps,
+            self._prompt_tokens,
+            scheduler.num_cached_tokens,
+            self._completion_tokens,
+            scheduler.costs.total_s,
+            scheduler.costs.prefill_tokens_per_s,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError where the engine's books do not balance."""
+        self.scheduler.check_integrity()
+        queued = {seq.request_id for seq in self.scheduler.sequences()}
+        if queued != set(self._open):
+            raise RuntimeError(f"open requests {set(self._open)} are not those queued {queued}")
+
+    def _report(self, ticket: int) -> None:
+        try:
+            self.check_integrity()
+        except RuntimeError as error:
+            self._events.append(IntegrityReport(ticket, str(error)))
+        else:
+            self._events.append(IntegrityReport(ticket))
+
+
+def _typed(error: Exception) -> OpticNerveError:
+    """What a client may see of ``error``; the log has the rest."""
+    if isinstance(error, OpticNerveError):
+        return error
+    return EngineFailure("the engine failed on this request; the service's log has the details")

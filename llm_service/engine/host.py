@@ -1,0 +1,96 @@
+"""Where an engine lives: the thread or process that builds it, runs it and says how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, TypeAlias
+
+from llm_service.engine.engine import Engine, Message
+from llm_service.engine.limits import EngineConfig
+from llm_service.policy.rows import RowsNote
+from llm_service.policy.sequence import Command, Stop
+from opticnerve.errors import EngineFailure, OpticNerveError
+
+log = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 10.0  # What an engine's process gets to leave before it is killed.
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The engine is built; its first message."""
+
+    config: EngineConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The engine's last message: why it died, or None after Stop."""
+
+    error: OpticNerveError | None
+
+
+Upward: TypeAlias = list[Message] | RowsNote | Ready | Ended
+Send: TypeAlias = Callable[[Upward], None]
+
+EngineFactory: TypeAlias = Callable[[Any, Send], Engine]
+"""Builds an engine from a configuration, on the thread that will run it. What the engine emits,
+and notes of its rows, go to the Send, from that thread alone."""
+
+
+def resolve(factory: str | EngineFactory) -> EngineFactory:
+    """The factory that "module:function" names."""
+    if not isinstance(factory, str):
+        return factory
+    module, _, name = factory.partition(":")
+    found: EngineFactory = getattr(importlib.import_module(module), name)
+    return found
+
+
+def serve(
+    factory: EngineFactory,
+    config: Any,
+    inbox: queue.SimpleQueue[Command],
+    send: Send,
+) -> None:
+    """An engine's whole life, on the thread that it lives in: build, run, say how it ended."""
+    error: OpticNerveError | None = EngineFailure("the engine died; the service's log says why")
+    try:
+        engine = factory(config, send)
+        send(Ready(engine.config))
+        engine.run(inbox)
+        error = None
+    except OpticNerveError as failure:
+        log.error("the engine ended: %s", failure)
+        error = failure
+    except Exception:
+        log.exception("the engine died")
+    finally:
+        send(Ended(error))
+
+
+def child(pipe: Connection, factory: str | EngineFactory, config: Any) -> None:
+    """Main of the engine's process. It ends with its parent: the pipe tells."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the group; the parent decides.
+    inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    threading.Thread(target=_read_commands, args=(pipe, inbox), daemon=True).start()
+    with contextlib.suppress(BrokenPipeError):
+        serve(resolve(factory), config, inbox, pipe.send)
+
+
+def _read_commands(pipe: Connection, inbox: queue.SimpleQueue[Command]) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            inbox.put(pipe.recv())
+    inbox.put(Stop())
+    threading.Event().wait(STOP_TIMEOUT_S / 2)
+    os._exit(1)  # The parent is gone and the engine is stuck: in a step, or still loading.

@@ -1,0 +1,106 @@
+"""The events of one request on their way to one reader."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+
+from llm_service.policy.sequence import AbortedEvent, Event, FailedEvent, FinishedEvent, TokensEvent
+
+TERMINAL = (FinishedEvent, FailedEvent, AbortedEvent)
+
+
+class EventStream:
+    """Events of one request, in order, up to and with the terminal one.
+
+    ``async for event in stream`` or ``read()``, by one reader. Tokens that pile up while it is
+    away are merged into one TokensEvent a choice. As a context (``with client.submit(...) as
+    stream``) it aborts the request when left before the end.
+    """
+
+    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self.ended = False  # The terminal event is here, perhaps unread.
+        self._abort = abort
+        self._closed = False
+        self._pending: deque[Event] = deque()
+        self._wake: asyncio.Future[None] | None = None
+
+    async def read(self) -> list[Event]:
+        """Everything that is pending, at least one event; empty after the terminal one."""
+        while not self._pending:
+            if self.ended or self._closed:
+                return []
+            self._wake = asyncio.get_running_loop().create_future()
+            try:
+                await self._wake
+            finally:
+                self._wake = None
+        if len(self._pending) == 1:
+            return [self._pending.popleft()]
+        events = coalesce(self._pending)
+        self._pending.clear()
+        return events
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while events := await self.read():
+            for event in events:
+                yield event
+
+    def __enter__(self) -> EventStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nobody reads any more: aborts the request if it has not ended."""
+        if not self._closed and not self.ended:
+            self._abort(self.request_id)
+        self._closed = True
+        self._pending.clear()
+        self._wake_reader()
+
+    def push(self, event: Event) -> None:
+        """For the client alone."""
+        if isinstance(event, TERMINAL):
+            self.ended = True
+        if not self._closed:
+            self._pending.append(event)
+            self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+
+def coalesce(events: Iterable[Event]) -> list[Event]:
+    """The same events, with the TokensEvents of one choice between two others merged."""
+    merged: list[Event] = []
+    runs: dict[int, list[TokensEvent]] = {}
+    for event in events:
+        if isinstance(event, TokensEvent):
+            runs.setdefault(event.choice, []).append(event)
+            continue
+        merged += map(_merge, runs.values())
+        runs.clear()
+        merged.append(event)
+    merged += map(_merge, runs.values())
+    return merged
+
+
+def _merge(events: list[TokensEvent]) -> TokensEvent:
+    if len(events) == 1:
+        return events[0]
+    first, last = events[0], events[-1]
+    return TokensEvent(
+        first.request_id,
+        first.choice,
+        first.first_index,
+        tuple(itertools.chain.from_iterable(event.token_ids for event in events)),
+        tuple(itertools.chain.from_iterable(event.logprobs for event in events)),
+        last.finish,
+        last.stop_token_id,
+    )

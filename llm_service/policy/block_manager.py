@@ -1,0 +1,304 @@
+"""Accounting of KV pages: who holds which, and which may be shared. No tensors.
+
+A page is free, or held by one or more sequences (reference count), or held by none and kept for
+its contents until somebody needs the room (least recently used first). The prefix cache knows
+pages by the hash of everything that decides their contents: the tokens before and in the page,
+the identity of every picture that overlaps it, the adapter and the salt of the request. Only
+whole pages that are computed get in.
+
+Hashes are chained over units of 16 tokens, whatever the page size, so that two workers with
+different attention backends name the same prefix alike; a page goes by the hash of its last unit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from array import array
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable
+
+from llm_service.policy.sequence import GenerateRequest, Sequence, Status
+from opticnerve.media.plan import Span, SpanAttention
+
+UNIT = 16  # Tokens of one link of the hash chain.
+_DIGEST_BYTES = 16
+_SCHEME = b"opticnerve prefix 1"
+
+
+class BlockManager:
+    """Pages of ``block_size`` tokens (a multiple of 16), numbered from 0."""
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
+        if num_blocks < 1 or block_size < UNIT or block_size % UNIT:
+            raise ValueError(f"{num_blocks} pages of {block_size} tokens; want multiples of {UNIT}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self._references = [0] * num_blocks
+        self._free: deque[int] = deque(range(num_blocks))
+        self._idle: OrderedDict[int, None] = OrderedDict()  # Cached, held by none; oldest first.
+        self._cached: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Pages that no sequence holds."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    # ---- a sequence's life: allocate, grow, commit, release
+
+    def can_allocate(self, seq: Sequence, reserve: int = 0) -> bool:
+        """Whether pages for all of the sequence's tokens can be had, and ``reserve`` stay free."""
+        return self.lacking(seq, reserve) <= 0
+
+    def lacking(self, seq: Sequence, reserve: int = 0) -> int:
+        """How many pages would have to be free besides for ``can_allocate``; less than 0: spare."""
+        hit = self._match(seq)
+        idle_hits = sum(1 for block in hit if not self._references[block])
+        needed = self.pages_for(seq.num_tokens) - len(hit)
+        return needed + reserve - (self.num_free - idle_hits)
+
+    def held_alone(self, seq: Sequence) -> int:
+        """Pages that are free once ``seq`` lets them go."""
+        return sum(1 for block in seq.block_table if self._references[block] == 1)
+
+    def allocate(self, seq: Sequence) -> int:
+        """Takes pages for all tokens, the cached prefix included; returns its length in tokens."""
+        hit = self._match(seq)
+        for block in hit:
+            self._share(block)
+        fresh = [self._take() for _ in range(self.pages_for(seq.num_tokens) - len(hit))]
+        seq.block_table = (*hit, *fresh)
+        seq.num_shared = len(hit)
+        seq.num_computed = len(hit) * self.block_size
+        return seq.num_computed
+
+    def can_grow(self, seq: Sequence, num_tokens: int) -> bool:
+        """Whether the sequence's pages can be made to hold ``num_tokens``."""
+        return self.pages_for(num_tokens) - len(seq.block_table) <= self.num_free
+
+    def grow(self, seq: Sequence, num_tokens: int) -> None:
+        fresh = self.pages_for(num_tokens) - len(seq.block_table)
+        if fresh > 0:
+            seq.block_table += tuple(self._take() for _ in range(fresh))
+
+    def commit(self, seq: Sequence) -> None:
+        """Lets others share the whole pages that are computed now."""
+        whole = seq.num_computed // self.block_size
+        if not self.prefix_caching or seq.request.skip_prefix_cache:
+            return
+        extend_hashes(seq, whole, self.block_size)
+        for index in range(seq.num_shared, whole):
+            block, name = seq.block_table[index], seq.hashes[index]
+            if name not in self._cached and block not in self._hash_of:
+                self._cached[name] = block
+                self._hash_of[block] = name
+        seq.num_shared = max(seq.num_shared, whole)
+
+    def release(self, seq: Sequence) -> None:
+        """Gives the sequence's pages back; the last ones are the first to be reused."""
+        for block in reversed(seq.block_table):
+            self._references[block] -= 1
+            if self._references[block]:
+                continue
+            if block in self._hash_of:
+                self._idle[block] = None
+            else:
+                self._free.append(block)
+        seq.block_table = ()
+
+    # ---- forks
+
+    def can_fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> bool:
+        """Whether ``child`` can share what ``parent`` computed of its first ``num_tokens``."""
+        own = self.pages_for(child.num_tokens) - num_tokens // self.block_size
+        return num_tokens <= parent.num_computed and own <= self.num_free
+
+    def fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> list[tuple[int, int]]:
+        """Shares whole pages and returns (source, destination) of the partial one to copy."""
+        whole = num_tokens // self.block_size
+        shared = parent.block_table[:whole]
+        for block in shared:
+            self._share(block)
+        fresh = [self._take() for _ in range(self.pages_for(child.num_tokens) - whole)]
+        child.block_table = (*shared, *fresh)
+        child.num_shared = min(parent.num_shared, whole)
+        child.hashes = parent.hashes[:whole]
+        child.num_computed = num_tokens
+        return [(parent.block_table[whole], fresh[0])] if num_tokens % self.block_size else []
+
+    # ---- prefix cache
+
+    def cached_tokens(self, seq: Sequence) -> int:
+        """Tokens at the start of the sequence that ``allocate`` would not compute again."""
+        return len(self._match(seq)) * self.block_size
+
+    def distrust(self, seq: Sequence) -> None:
+        """Lets nobody find the pages of a running sequence any more: their contents may be bad."""
+        for block in seq.block_table:
+            name = self._hash_of.pop(block, None)
+            if name is not None:
+                del self._cached[name]
+
+    def clear_cache(self) -> None:
+        """Forgets every cached page; those that sequences hold stay theirs."""
+        self._free.extend(self._idle)
+        self._idle.clear()
+        self._cached.clear()
+        self._hash_of.clear()
+
+    def _match(self, seq: Sequence) -> list[int]:
+        """Cached pages that ``seq`` may start with: at least one token stays to be computed, and
+        no bidirectional span is cut, since all of its tokens see each other."""
+        request = seq.request
+        if not self.prefix_caching or request.skip_prefix_cache:
+            return []
+        if seq.generation.wants_prompt_logprobs:
+            return []
+        limit = (seq.num_tokens - 1) // self.block_size
+        hit: list[int] = []
+        for index in range(limit):
+            extend_hashes(seq, index + 1, self.block_size)
+            block = self._cached.get(seq.hashes[index])
+            if block is None:
+                break
+            hit.append(block)
+        while (cut := whole_spans(seq, len(hit) * self.block_size)) < len(hit) * self.block_size:
+            del hit[cut // self.block_size :]
+        return hit
+
+    # ---- single pages
+
+    def _take(self) -> int:
+        """A page for one holder; callers have made sure that there is one."""
+        if self._free:
+            block = self._free.popleft()
+        else:
+            block, _ = self._idle.popitem(last=False)
+            del self._cached[self._hash_of.pop(block)]
+        self._references[block] = 1
+        return block
+
+    def _share(self, block: int) -> None:
+        if not self._references[block]:
+            del self._idle[block]
+        self._references[block] += 1
+
+    def check_integrity(self, sequences: Iterable[Sequence] = ()) -> None:
+        """Raises RuntimeError where the books do not balance with what ``sequences`` hold."""
+        held: Counter[int] = Counter()
+        for seq in sequences:
+            self._check_sequence(seq)
+            held.update(seq.block_table)
+        for block, references in enumerate(self._references):
+            _require(references == held[block], f"page {block}: {references} != {held[block]}")
+        free = [*self._free, *self._idle]
+        _require(len(free) == len(set(free)), "a page is free twice")
+        _require(
+            set(free) == {block for block in range(self.num_blocks) if not held[block]},
+            "free pages are not those that nobody holds",
+        )
+        _require(
+            {block: name for name, block in self._cached.items()} == self._hash_of,
+            "cache and hashes differ",
+        )
+        _require(set(self._idle) <= set(self._hash_of), "an idle page is not cached")
+        _require(not set(self._free) & set(self._hash_of), "a free page is cached")
+
+    def _check_sequence(self, seq: Sequence) -> None:
+        table = seq.block_table
+        _require(len(table) == len(set(table)), f"{seq}: a page twice")
+        _require(seq.num_computed <= len(table) * self.block_size, f"{seq}: too few pages")
+        _require(seq.num_computed <= seq.num_tokens, f"{seq}: computed more than there is")
+        _require(seq.num_shared <= len(table), f"{seq}: shares pages that it does not hold")
+        if seq.status is not Status.RUNNING:
+            _require(not table, f"{seq}: pages without running")
+        cut = whole_spans(seq, seq.num_computed)
+        _require(cut == seq.num_computed, f"{seq}: half a bidirectional span")
+
+
+def _require(holds: bool, problem: str) -> None:
+    if not holds:
+        raise RuntimeError(problem)
+
+
+def whole_spans(seq: Sequence, end: int) -> int:
+    """``end``, or the start of the bidirectional span that it would cut."""
+    spans = seq.request.spans
+    index = seq.generation.span_at(end)
+    if index == len(spans):
+        return end
+    span = spans[index]
+    if span.attention is SpanAttention.BIDIRECTIONAL and span.token_offset < end:
+        return span.token_offset
+    return end
+
+
+# ---- hashes
+
+
+def extend_hashes(seq: Sequence, num_pages: int, block_size: int) -> None:
+    """Makes ``seq.hashes`` cover the first ``num_pages`` pages, all of whose tokens are known."""
+    hashes = seq.hashes
+    while len(hashes) < num_pages:
+        parent = hashes[-1] if hashes else _root(seq.request)
+        start = len(hashes) * block_size
+        for unit in range(start, start + block_size, UNIT):
+            parent = _unit_hash(parent, seq, unit)
+        hashes.append(parent)
+
+
+def _unit_hash(parent: bytes, seq: Sequence, start: int) -> bytes:
+    tokens = array("q", seq.token_ids[start : start + UNIT])
+    digest = hashlib.blake2b(parent, digest_size=_DIGEST_BYTES)
+    digest.update(tokens.tobytes())
+    request = seq.request
+    for index in range(seq.generation.span_at(start), len(request.spans)):
+        span = request.spans[index]
+        if span.token_offset >= start + UNIT:
+            break
+        digest.update(_identity(span, request.items[span.item], start))
+    return digest.digest()
+
+
+def _identity(span: Span, key: str, start: int) -> bytes:
+    """What of a span decides the contents of the unit at ``start``.
+
+    The span's length is part of it: tokens of a bidirectional span depend on all of its rows.
+    """
+    grid = span.grid_thw
+    name = key.encode()
+    fields = struct.pack(
+        "<8qd?",
+        span.token_offset - start,  # Negative where the span began in an earlier unit.
+        span.num_tokens,
+        span.row_start,
+        grid.t,
+        grid.h,
+        grid.w,
+        _MODALITY_NUMBER[span.modality.value],
+        len(name),
+        span.seconds_per_grid,
+        span.attention is SpanAttention.BIDIRECTIONAL,
+    )
+    return fields + name
+
+
+_MODALITY_NUMBER = {"image": 1, "video": 2, "audio": 3}
+
+
+def _root(request: GenerateRequest) -> bytes:
+    """The first parent: what a request never shares across."""
+    digest = hashlib.blake2b(_SCHEME, digest_size=_DIGEST_BYTES)
+    for text in (request.adapter, request.cache_salt):
+        raw = text.encode()
+        digest.update(struct.pack("<q", len(raw)) + raw)
+    return digest.digest()

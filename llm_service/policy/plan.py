@@ -1,0 +1,119 @@
+"""What crosses from policy to execution, and back: one frozen value each way.
+
+No tensors, no torch: the scheduler writes a StepPlan, the model runner executes it on a device
+that only it knows, and answers with a StepResult.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from llm_service.policy.sequence import Logprobs, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A slice of one item's rows that overwrites input embeddings in this chunk."""
+
+    item_key: str
+    chunk_offset: int  # First row of the chunk's tokens that is overwritten.
+    row_start: int  # First row of the item's embedding.
+    num_rows: int
+
+
+def segments(seq: Sequence, start: int, end: int) -> tuple[Segment, ...]:
+    """What of the sequence's spans falls into the chunk [start, end)."""
+    found = []
+    spans = seq.request.spans
+    for index in range(seq.generation.span_at(start), len(spans)):
+        span = spans[index]
+        if span.token_offset >= end:
+            break
+        first = max(start, span.token_offset)
+        last = min(end, span.token_offset + span.num_tokens)
+        row = span.row_start + first - span.token_offset
+        found.append(Segment(seq.request.items[span.item], first - start, row, last - first))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one sequence computes in this step."""
+
+    seq: Sequence  # Identity, token ids, sampling; the runner never writes to it.
+    slot: int  # Row of the device's per-sequence state, stable while the sequence runs.
+    start: int  # First token to compute: tokens before it are in the KV cache.
+    num_tokens: int
+    block_table: tuple[int, ...]  # KV pages of tokens [0, start + num_tokens).
+    segments: tuple[Segment, ...]
+    num_logits: int  # Logit rows wanted, from the end of the chunk; 0: prefill goes on.
+    prompt_logprobs: bool = False  # Log-probabilities of every prompt token of this chunk.
+    reads_slot: bool = False  # The chunk's last token is the one that the slot sampled last.
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it computes the next token of an output, and nothing before it."""
+        return self.num_tokens == self.num_logits == 1 and self.start >= self.seq.num_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward pass. ``works`` are in the order in which their tokens are packed.
+
+    The runner first forgets ``freed_slots`` (one of them may belong to a new sequence in this
+    very plan; a preempted sequence's slot is freed too), then makes ``copies``, whole pages, all
+    read before any is written, then computes. A sequence that returns after preemption has its
+    output in ``seq.token_ids`` and ``reads_slot`` false.
+    """
+
+    step: int
+    works: tuple[Work, ...]
+    freed_slots: tuple[int, ...] = ()  # Slots given up since the last plan.
+    copies: tuple[tuple[int, int], ...] = ()  # KV pages (source, destination) of forked choices.
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(work.num_tokens for work in self.works)
+
+    @property
+    def num_decodes(self) -> int:
+        return sum(1 for work in self.works if work.decodes)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Tokens that one sequence gained in this step; 0..k of them.
+
+    ``prompt_logprobs``: where the work asked, for tokens start+1 .. start+num_tokens; what lies
+    past the prompt is ignored.
+    """
+
+    slot: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...] = ()  # As many as token_ids, or none asked.
+    prompt_logprobs: tuple[Logprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the runner answers; one Sampled for every Work of the plan, in its order.
+
+    ``errors`` by slot: that sequence alone failed, and its Sampled is ignored. With an
+    EmbeddingUnavailable whose ``param`` is the item's key it asks for the rows and tries again.
+    """
+
+    step: int
+    sampled: tuple[Sampled, ...]
+    errors: dict[int, Exception] = field(default_factory=dict)
+
+
+class Runner(Protocol):
+    """The room that owns the device."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """One forward pass, on the engine's thread.
+
+        An exception fails every sequence of the plan, DeviceLost ends the engine.
+        """
+        ...

@@ -1,0 +1,399 @@
+"""Policy: which sequences compute how many tokens in the next step. No tensors, no events.
+
+There is no prefill phase and no decode phase. Every step has one budget of tokens; every
+sequence asks for those of its tokens that are not computed. Whose turn it is to prefill, and who
+makes room for whom, is for ``Shares`` to say; of one sharer, those that run come before those that
+wait. Among them, the order is that of (priority, arrival, choice), total and fixed for life. The
+first in it of all that run is never preempted, and it fits the cache alone: so it always gets on,
+and nobody waits for ever.
+
+While any sequence decodes, the step's prefill tokens are bounded by the time that they are
+expected to take, since every decoding sequence waits for the step's end. The first sequence that
+prefills gets a page of tokens all the same, or the whole of a bidirectional span. A quarter of a
+step's prefill is for prompts without pictures, where there are any: text does not wait for a burst
+of pictures to be computed.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from llm_service.engine.limits import EngineConfig
+from llm_service.policy.block_manager import BlockManager, whole_spans
+from llm_service.policy.budget import Budget
+from llm_service.policy.cost_model import CostModel
+from llm_service.policy.leases import Leases
+from llm_service.policy.plan import StepPlan, Work, segments
+from llm_service.policy.rows import RowSource
+from llm_service.policy.sequence import Generation, Sequence, Status
+from llm_service.policy.shares import Sharer, Shares, Turns, decodes, order, remove
+from opticnerve.media.plan import SpanAttention
+
+TEXT_SHARE = 4  # One of so many prefill tokens is for prompts without pictures.
+MAX_REFUSALS = 32  # Sharers that are looked at in vain before a step admits nobody more.
+
+
+class Scheduler:
+    """Owns the sequences, the slots, the leases and, through ``blocks``, the pages."""
+
+    def __init__(self, config: EngineConfig, blocks: BlockManager, rows: RowSource) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.rows = rows
+        self.costs = CostModel()  # Whoever runs the plans teaches it how long they took.
+        self.shares = Shares()  # Knows who waits.
+        self.running: list[Sequence] = []  # By ``order``.
+        self.num_preemptions = 0
+        self.num_cached_tokens = 0  # Of prompts, taken from the prefix cache.
+        self._step = 0
+        # All that decode have a token in every step, and leave a page of tokens to prefill.
+        most = max(1, config.max_num_batched_tokens - blocks.block_size)
+        self._num_slots = min(config.max_num_seqs, most)
+        self._free_slots = list(range(self._num_slots))[::-1]
+        self._max_parked = max(1, self._num_slots // 2)  # The rest is for text, while rows come.
+        self._freed_slots: list[int] = []  # For the next plan to tell.
+        self._copies: list[tuple[Sequence, int, int]] = []  # Of forks, for the next plan to make.
+        self.copied: list[Sequence] = []  # Forks whose pages the last plan copied.
+        self._leases = Leases(rows, config.row_bytes)
+        self._needs: list[tuple[Sequence, tuple[str, ...]]] = []
+
+    # ---- the queue
+
+    @property
+    def num_unbegun(self) -> int:
+        """Requests of which nothing was computed yet."""
+        return sum(1 for seq in self.shares.waiting() if seq.generation.first_chunk_at is None)
+
+    def sequences(self) -> Iterator[Sequence]:
+        """All that run or wait."""
+        return chain(self.running, self.shares.waiting())
+
+    def add(self, seq: Sequence) -> None:
+        self.shares.wait(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """Ends a sequence in whatever state it is; everything that it held is free."""
+        if seq.status is Status.RUNNING:
+            self._give_up(seq)
+        elif seq.status is Status.WAITING:
+            self.shares.wait_no_more(seq)
+        seq.status = Status.FINISHED
+
+    def preempt(self, seq: Sequence) -> None:
+        """Back to the queue, to be computed again; it keeps its tokens and its keys."""
+        self._give_up(seq)
+        seq.suspend()
+        seq.preemptions += 1
+        self.num_preemptions += 1
+        seq.status = Status.WAITING
+        self.add(seq)
+
+    def _give_up(self, seq: Sequence) -> None:
+        remove(self.running, seq)
+        self.shares.leave(seq)
+        self.blocks.release(seq)
+        self._free_slots.append(seq.slot)
+        self._freed_slots.append(seq.slot)
+        self._copies = [copy for copy in self._copies if copy[0] is not seq]
+        self._leases.release(seq)
+
+    # ---- one step
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step, or None when no sequence can compute anything."""
+        preemptions = self.num_preemptions
+        decoding = [seq for seq in self.running if decodes(seq)]
+        budget = self._budget(len(decoding))
+        preempted = self._grow(decoding)
+        prefills = self._schedule_prefill(budget, now, preempted)
+        if self.num_preemptions > preemptions:  # Some of them may have returned, to be prefilled.
+            stay = (seq for seq in decoding if seq.slot >= 0 and seq not in prefills)
+            decoding = [seq for seq in stay if decodes(seq)]
+        works = [*self._schedule_decoding(decoding, budget), *prefills.values()]
+        if not works:
+            return None
+        self._step += 1
+        copies = tuple((source, destination) for _, source, destination in self._copies)
+        plan = StepPlan(self._step, tuple(works), tuple(self._freed_slots), copies)
+        self._freed_slots.clear()
+        self.copied = [seq for seq, _, _ in self._copies]
+        self._copies.clear()
+        return plan
+
+    def _budget(self, decoding: int) -> Budget:
+        """A token for each sequence that decodes, and the rest for prefill, as far as the step's
+        time goes."""
+        tokens, block_size = self.config.max_num_batched_tokens, self.blocks.block_size
+        prefill = max(tokens - decoding, block_size)
+        timed = decoding > 0 and self.config.max_step_s > 0
+        if timed:
+            fitting = self.costs.prefill_tokens(decoding, self.config.max_step_s)
+            prefill = min(prefill, max(fitting, block_size))
+        text = any(not seq.request.spans and not decodes(seq) for seq in self.sequences())
+        kept = min(max(prefill // TEXT_SHARE, block_size), prefill - block_size) if text else 0
+        return Budget(tokens, prefill, timed, block_size, for_text=kept, for_decoding=decoding)
+
+    # ---- decoding
+
+    def _grow(self, decoding: list[Sequence]) -> set[Sharer]:
+        """Makes room for the next token of each; returns who lost a place by that."""
+        preempted: set[Sharer] = set()
+        for seq in decoding:
+            if seq.num_tokens <= len(seq.block_table) * self.blocks.block_size:
+                continue
+            while seq.status is Status.RUNNING and not self.blocks.can_grow(seq, seq.num_tokens):
+                victim = self.shares.furthest(self.running)
+                preempted.add(self.shares.of(victim))
+                self.preempt(victim)
+            if seq.status is Status.RUNNING:
+                self.blocks.grow(seq, seq.num_tokens)
+        return preempted
+
+    def _schedule_decoding(self, decoding: list[Sequence], budget: Budget) -> list[Work]:
+        works = [self._work(seq, 1) for seq in decoding[: budget.tokens]]
+        for work in works:
+            budget.spend(work)
+        return works
+
+    # ---- prefill
+
+    def _schedule_prefill(
+        self, budget: Budget, now: float, preempted: set[Sharer]
+    ) -> dict[Sequence, Work]:
+        """Gives prefill tokens to sequences in their turn, and admits those that wait."""
+        works: dict[Sequence, Work] = {}
+        prefilling = [seq for seq in self.running if not decodes(seq)]
+        admits = bool(self._free_slots) or self.shares.crowded
+        turns = self.shares.turns(prefilling, admits)
+        admission = _Admission(turns, preempted)
+        for seq in turns:
+            if not budget.prefill or not budget.tokens:
+                break
+            if seq.status is Status.RUNNING:
+                end = budget.chunk_end(seq, seq.num_computed)
+            else:
+                end = self._try_to_admit(seq, budget, admission, works)
+            tokens = self._chunk(seq, end, now) if seq.status is Status.RUNNING else 0
+            if tokens:
+                works[seq] = self._work(seq, tokens)
+                budget.spend(works[seq])
+                self.shares.charge(seq, tokens)
+        return works
+
+    def _try_to_admit(
+        self, seq: Sequence, budget: Budget, admission: _Admission, works: Collection[Sequence]
+    ) -> int:
+        """Lets a sequence run whose turn it is; returns where its first chunk may end.
+
+        Where there is no room for more pictures, those without any go ahead; once there is,
+        whoever was overtaken is the first in line again.
+        """
+        pictures = bool(seq.request.spans)
+        if pictures and not self._has_room_for_pictures(seq, admission.no_pictures):
+            admission.no_pictures = True
+            return 0
+        victims = self._claim(seq, admission, works)
+        if victims is None:
+            admission.turns.pass_on()
+            return 0
+        start = self.blocks.cached_tokens(seq)
+        end = budget.chunk_end(seq, start)
+        if end == start and pictures and budget.for_text:
+            admission.no_pictures = True  # What is left is for text, which may be behind it.
+        elif whole_spans(seq, end) == start:
+            # Not worth a chunk, or shorter than a bidirectional span that comes first.
+            admission.refusals = MAX_REFUSALS
+            admission.turns.pass_on()
+        else:
+            for victim in victims:
+                self.preempt(victim)
+            self._admit(seq)
+        return end
+
+    def _claim(
+        self, seq: Sequence, admission: _Admission, works: Collection[Sequence]
+    ) -> list[Sequence] | None:
+        """Whom to preempt for a sequence that waits; None: it has to wait on.
+
+        Pages that are free stay so while one waits that they do not suffice for: others may only
+        have what is theirs by share.
+        """
+        place = not self._free_slots
+        if admission.refusals >= MAX_REFUSALS:
+            return None
+        if place and not self.shares.may_claim_a_place(seq):
+            admission.refusals += 1
+            return None
+        reserve = max(admission.reserve, len(self.running) // 4)
+        lacking = self.blocks.lacking(seq, reserve)
+        victims: list[Sequence] | None = None
+        if self.shares.of(seq) not in admission.preempted:  # Else it would be so again.
+            if not place and lacking <= 0:
+                return []
+            wanted = self.blocks.pages_for(seq.num_tokens)
+            victims = self.shares.claim(seq, place, lacking, wanted, self.blocks.held_alone, works)
+        if victims is None:
+            admission.refusals += 1
+            if not place:
+                admission.reserve = max(reserve, self.blocks.num_free)
+        return victims
+
+    def _admit(self, seq: Sequence) -> None:
+        self.shares.wait_no_more(seq)
+        self.blocks.allocate(seq)
+        if seq.generation.first_token_at is None and not seq.preemptions:  # The first choice.
+            seq.generation.cached_tokens = min(seq.num_computed, seq.num_prompt)
+            self.num_cached_tokens += seq.generation.cached_tokens
+        self._enter(seq)
+
+    def _enter(self, seq: Sequence) -> None:
+        """Slot, leases and the question for rows that are not here."""
+        seq.slot = self._free_slots.pop()
+        seq.status = Status.RUNNING
+        insort(self.running, seq, key=order)
+        self.shares.enter(seq)
+        self._leases.take(seq)
+        self.ask(seq, tuple(key for key in seq.leases if not self.rows.ready(key)))
+
+    def _work(self, seq: Sequence, tokens: int) -> Work:
+        start = seq.num_computed
+        end = start + tokens
+        table = seq.block_table
+        if end < len(seq.token_ids):
+            table = table[: self.blocks.pages_for(end)]
+        generation = seq.generation
+        return Work(
+            seq,
+            seq.slot,
+            start,
+            tokens,
+            table,
+            segments(seq, start, end) if start < seq.num_prompt else (),
+            1 if end == len(seq.token_ids) else 0,
+            start < seq.num_prompt and generation.wants_prompt_logprobs,
+            seq.reads_slot,
+        )
+
+    # ---- chunks and rows
+
+    def _chunk(self, seq: Sequence, end: int, now: float) -> int:
+        """Tokens that can be computed next: up to ``end``, up to the first span whose rows are
+        not here, and no part of a bidirectional span."""
+        start = seq.num_computed
+        end = self._ready_end(seq, start, end)
+        generation = seq.generation
+        if end > start and generation.first_chunk_at is None:
+            generation.first_chunk_at = now
+        if end == start and seq.missing:
+            if seq.blocked_since is None:
+                seq.blocked_since = now
+        elif seq.blocked_since is not None:
+            generation.embedding_wait_s += now - seq.blocked_since
+            seq.blocked_since = None
+        return end - start
+
+    def _ready_end(self, seq: Sequence, start: int, end: int) -> int:
+        spans = seq.request.spans
+        for index in range(seq.generation.span_at(start), len(spans)):
+            span = spans[index]
+            if span.token_offset >= end:
+                break
+            if not self._rows_ready(seq, seq.request.items[span.item]):
+                return max(start, span.token_offset)
+            atomic = span.attention is SpanAttention.BIDIRECTIONAL
+            if atomic and end < span.token_offset + span.num_tokens:
+                return span.token_offset
+        return end
+
+    def _rows_ready(self, seq: Sequence, key: str) -> bool:
+        if key in seq.missing:
+            return False
+        if self.rows.ready(key):
+            return True
+        self.ask(seq, (key,))
+        return False
+
+    def ask(self, seq: Sequence, keys: tuple[str, ...]) -> None:
+        """Parks the sequence before the first span of ``keys`` until ``rows_ready``."""
+        if keys:
+            seq.missing.update(keys)
+            self._needs.append((seq, keys))
+
+    def take_needs(self) -> list[tuple[Sequence, tuple[str, ...]]]:
+        """Keys that sequences wait for and that nobody was asked for yet."""
+        needs, self._needs = self._needs, []
+        return needs
+
+    def rows_ready(self, key: str) -> None:
+        for seq in self.running:
+            seq.missing.discard(key)
+
+    def needs(self, generation: Generation, key: str) -> bool:
+        """Whether a choice still has tokens to compute from rows of ``key``."""
+        unfinished = (seq for seq in generation.sequences if seq.status is not Status.FINISHED)
+        return any(key in self._leases.items(seq, seq.num_computed) for seq in unfinished)
+
+    def _has_room_for_pictures(self, seq: Sequence, behind: bool) -> bool:
+        """Whether the sequence's items fit the tier, and one more may wait for its rows. It does
+        so out of turn (``behind`` others) where its sharer has none that waits and another has
+        several."""
+        items = self._leases.items(seq, self.blocks.cached_tokens(seq))
+        if not self._leases.fit(items):
+            return False
+        parked = [self.shares.of(other) for other in self.running if other.missing]
+        if not behind and len(parked) < self._max_parked:
+            return True
+        if self.shares.of(seq) not in parked and len(set(parked)) < len(parked):
+            return True
+        return not behind and all(self.rows.ready(key) for key in items)
+
+    # ---- after a step
+
+    def advance(self, seq: Sequence, num_computed: int) -> None:
+        """The keys and values of the first ``num_computed`` tokens are in pages now."""
+        seq.num_computed = num_computed
+        if num_computed // self.blocks.block_size > seq.num_shared:
+            self.blocks.commit(seq)
+        if seq.leases:
+            self._leases.release(seq, num_computed)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Starts another choice on what its parent has computed of their prompt.
+
+        It computes its own output, if it continues one, else the prompt's last token again, to
+        sample from it on its own. Without room it waits like a new sequence.
+        """
+        start = whole_spans(child, min(child.num_prompt, child.num_tokens - 1))
+        if not self._free_slots or not self.blocks.can_fork(parent, child, start):
+            self.add(child)
+            return
+        copies = self.blocks.fork(parent, child, start)
+        self._copies += [(child, source, destination) for source, destination in copies]
+        self._enter(child)
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError where queues, slots, pages or leases do not agree."""
+        waiting = list(self.shares.waiting())
+        self.blocks.check_integrity([*self.running, *waiting])
+        for queue, status in ((self.running, Status.RUNNING), (waiting, Status.WAITING)):
+            if any(seq.status is not status for seq in queue):
+                raise RuntimeError(f"a sequence that is not {status.value} is in that queue")
+        self.shares.check_integrity(self.running)
+        slots = [*self._free_slots, *(seq.slot for seq in self.running)]
+        if sorted(slots) != list(range(self._num_slots)):
+            raise RuntimeError(f"slots are lost or doubled: {sorted(slots)}")
+        self._leases.check_integrity(self.running)
+
+
+@dataclass(slots=True)
+class _Admission:
+    """What the sequences that wait have met in this step so far."""
+
+    turns: Turns
+    preempted: set[Sharer]  # They lost a place in this step.
+    no_pictures: bool = False
+    refusals: int = 0  # For want of places or pages.
+    reserve: int = 0  # Pages that the first in line saves up.

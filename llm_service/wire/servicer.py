@@ -1,0 +1,312 @@
+"""The LLM service on the wire: one Generate call is one request of the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+import opticnerve
+from llm_service import metrics
+from llm_service.engine.client import EngineClient
+from llm_service.engine.stream import EventStream
+from llm_service.policy.sequence import (
+    AbortedEvent,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    NeedRowsEvent,
+    PrefilledEvent,
+    PromptLogprobsEvent,
+    TokensEvent,
+)
+from llm_service.rows.fetcher import Fetcher
+from llm_service.rows.store_rows import Notes
+from llm_service.wire import messages as wire
+from llm_service.wire.messages import Accepted, Bounds
+from llm_service.wire.waits import Needed, Waits
+from opticnerve.errors import DeadlineExceeded, InvalidRequest, OpticNerveError, Unavailable
+from opticnerve.pb import llm_pb2 as pb
+from opticnerve.pb import llm_pb2_grpc
+from opticnerve.rpc import convert
+from opticnerve.rpc.calls import FINISHED
+from opticnerve.rpc.errors import unary
+from opticnerve.rpc.server import Server
+from opticnerve.telemetry import events
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+SERVICE = "opticnerve.v1.LLM"
+RELEASE_TIMEOUT_S = 30.0  # For the engine to end its step and let an aborted request go.
+START_S = 10.0  # For Start to come.
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What Describe says that does not change."""
+
+    fingerprint: str
+    pair_id: str
+    family: str
+    attention: str
+    device: str
+    dtype: str
+    hidden_size: int
+    shm_tier_id: str
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What there is once the checkpoint is loaded."""
+
+    engine: EngineClient
+    fetcher: Fetcher
+    notes: Notes
+    bounds: Bounds
+    identity: Identity
+    embedding_wait_ms: int
+
+
+class LLMServicer(llm_pb2_grpc.LLMServicer):
+    """Answers Unavailable until ``loaded`` is set, and again while the server drains."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self.loaded: Loaded | None = None
+
+    def _ready(self) -> Loaded:
+        if self.loaded is None:
+            raise Unavailable("the LLM worker is loading its checkpoint", retry_after_s=1.0)
+        return self.loaded
+
+    @unary
+    async def Generate(  # type: ignore[override]  # It writes to its context.
+        self, request_iterator: AsyncIterator[pb.GenerateIn], context: Context
+    ) -> None:
+        async with self._server.running.work():
+            await self._generate(request_iterator, context)
+
+    async def _generate(
+        self, request_iterator: AsyncIterator[pb.GenerateIn], context: Context
+    ) -> None:
+        loaded = self._ready()
+        try:
+            async with asyncio.timeout(START_S):
+                first = await anext(aiter(request_iterator), None)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"no Start came within {START_S:g} s") from error
+        if first is None or not first.HasField("start"):
+            raise InvalidRequest("the first message of Generate is Start", param="start")
+        if self._server.draining or not loaded.engine.alive:
+            raise Unavailable("the LLM worker is stopping; use another", retry_after_s=1.0)
+        events.identify(first.start.request_id)
+        events.note(prompt_tokens=len(first.start.token_ids), items=len(first.start.items) or None)
+        own = await loaded.fetcher.names(wire.own_items(first.start))
+        accepted = wire.read_start(first.start, loaded.bounds, own)
+        await Call(loaded, accepted, context).run(request_iterator)
+
+    @unary
+    async def Describe(
+        self, request: pb.DescribeLLMRequest, context: Context
+    ) -> pb.DescribeLLMResponse:
+        loaded = self._ready()
+        engine, identity, stats = loaded.bounds.engine, loaded.identity, loaded.engine.stats
+        return pb.DescribeLLMResponse(
+            fingerprint=identity.fingerprint,
+            family=identity.family,
+            attention=identity.attention,
+            device=identity.device,
+            dtype=identity.dtype,
+            hidden_size=identity.hidden_size,
+            vocab_size=engine.vocab_size,
+            shm_tier_id=identity.shm_tier_id,
+            version=opticnerve.__version__,
+            limits=pb.LLMLimits(
+                max_model_len=engine.max_tokens,
+                max_num_seqs=engine.max_num_seqs,
+                max_num_batched_tokens=engine.max_num_batched_tokens,
+                max_logprobs=loaded.bounds.max_logprobs,
+                num_kv_blocks=engine.num_blocks,
+                block_size=engine.block_size,
+                max_waiting=engine.max_waiting,
+            ),
+            load=pb.LLMLoad(
+                running=stats.running,
+                waiting=stats.waiting,
+                free_kv_blocks=stats.free_blocks if stats.steps else engine.num_blocks,
+                draining=self._server.draining,
+            ),
+            pair_id=identity.pair_id,
+            eos_token_ids=identity.eos_token_ids,
+            store=convert.store_state_to_pb(loaded.fetcher.store_state, loaded.fetcher.seal),
+        )
+
+
+class Call:
+    """One Generate call: the engine's events go out, references come in.
+
+    Whichever way it ends, the engine holds nothing of it any more.
+    """
+
+    def __init__(self, loaded: Loaded, accepted: Accepted, context: Context) -> None:
+        self._loaded = loaded
+        self._context = context
+        self._request = accepted.request
+        self._own = accepted.own
+        self._keys = {name: key for key, name in accepted.own.items()}
+        self._started = time.perf_counter()
+        self._broken: Exception | None = None  # What is wrong with a later message.
+        self._tokens = 0  # Written so far, of all choices.
+        self._stream: EventStream
+        self._waits = Waits(
+            accepted.request.request_id,
+            accepted.refs,
+            accepted.rows,
+            (accepted.embedding_wait_ms or loaded.embedding_wait_ms) / 1e3,
+            loaded.engine,
+            loaded.fetcher,
+            lambda needed: self._stream.push(needed),
+            accepted.request.sampling.n,
+        )
+
+    async def run(self, messages: AsyncIterator[pb.GenerateIn]) -> None:
+        with self._loaded.fetcher.own.hold(self._keys):
+            await self._run(messages)
+
+    async def _run(self, messages: AsyncIterator[pb.GenerateIn]) -> None:
+        self._stream = self._loaded.engine.submit(self._request)
+        reader = asyncio.create_task(self._read(messages))
+        try:
+            while batch := await self._stream.read():
+                if self._broken is not None:
+                    raise self._broken
+                for message in self._messages(batch):
+                    await self._context.write(message)
+        finally:
+            events.note(completion_tokens=self._tokens)
+            reader.cancel()
+            self._waits.close()
+            await asyncio.shield(asyncio.create_task(release(self._loaded.engine, self._stream)))
+
+    def _messages(self, batch: Iterable[Event]) -> list[pb.GenerateOut]:
+        """What to write for events of the engine; raises the error of a request that failed."""
+        out = [pb.GenerateOut()]
+        for event in batch:
+            match event:
+                case TokensEvent():
+                    self._note(event)
+                    for delta in wire.deltas(event):
+                        if out[-1].ByteSize() >= wire.PIECE_BYTES:
+                            out.append(pb.GenerateOut())
+                        out[-1].deltas.append(delta)
+                case Needed(keys=()):
+                    pass  # A later message was wrong: ``run`` sees.
+                case Needed():
+                    if out[-1].HasField("embedding_needed"):
+                        out.append(pb.GenerateOut())
+                    keys = (self._keys.get(key, key) for key in event.keys)
+                    out[-1].embedding_needed.keys.extend(keys)
+                    out[-1].embedding_needed.reason = pb.NeededReason.Value(
+                        f"NEEDED_REASON_{event.reason}"
+                    )
+                case NeedRowsEvent():
+                    self._waits.wanted(event.keys, event.preempted)
+                case PrefilledEvent():
+                    events.note(
+                        cached_tokens=event.cached_tokens,
+                        ttft_ms=(time.perf_counter() - self._started) * 1e3,
+                    )
+                    out[-1].prefilled.CopyFrom(pb.Prefilled(cached_tokens=event.cached_tokens))
+                case PromptLogprobsEvent():
+                    positions = pb.PromptLogprobs(positions=map(wire.position, event.positions))
+                    out += (pb.GenerateOut(prompt_logprobs=positions), pb.GenerateOut())
+                case FinishedEvent():
+                    out[-1].done.CopyFrom(self._done(event))
+                case FailedEvent(error=error):
+                    if isinstance(error, OpticNerveError):
+                        error.param = self._keys.get(error.param or "", error.param)
+                    raise error
+                case AbortedEvent():
+                    raise Unavailable("the LLM worker is stopping; use another", retry_after_s=1.0)
+        return [message for message in out if message.ByteSize()]
+
+    def _done(self, event: FinishedEvent) -> pb.Done:
+        get_s = self._waits.get_s + sum(
+            self._loaded.notes.seconds(key, self._started) for key in self._request.items
+        )
+        observe(event, get_s)
+        timings = event.timings
+        events.note(
+            ended=FINISHED,
+            queue_ms=timings.queue_ms,
+            embedding_wait_ms=timings.embedding_wait_ms or None,
+            get_ms=get_s * 1e3 if event.embedding_tokens else None,
+            prefill_ms=timings.prefill_ms,
+            decode_ms=timings.decode_ms,
+            preemptions=timings.preemptions or None,
+        )
+        return wire.done(event, get_s)
+
+    def _note(self, event: TokensEvent) -> None:
+        self._tokens += len(event.token_ids)
+        if event.finish is not None:
+            events.also(finish=event.finish.value)
+
+    async def _read(self, messages: AsyncIterator[pb.GenerateIn]) -> None:
+        """Takes what the caller sends after Start."""
+        try:
+            async for message in messages:
+                match message.WhichOneof("message"):
+                    case "embedding_ready":
+                        ref = wire.read_ref(message.embedding_ready.ref, self._own)
+                        await self._loaded.fetcher.check_own(ref)
+                        self._waits.ready(ref)
+                    case "embedding_failed":
+                        failure = message.embedding_failed
+                        key = self._own.get(failure.key, failure.key)
+                        self._waits.failed(key, wire.read_failure(failure))
+                    case _:
+                        raise InvalidRequest("a call has one Start, its first message")
+        except grpc.RpcError:
+            pass  # The call has ended; its writing side knows.
+        except Exception as error:
+            self._broken = error
+            self._stream.push(Needed(self._request.request_id, ()))
+
+
+async def release(engine: EngineClient, stream: EventStream) -> None:
+    """Ends a request that may still run, and waits until the engine has let it go."""
+    if not stream.ended:
+        engine.abort(stream.request_id)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RELEASE_TIMEOUT_S):
+                while await stream.read():
+                    pass
+        if not stream.ended:
+            log.error("the engine does not let go of an aborted request")
+    stream.close()
+
+
+def observe(event: FinishedEvent, get_s: float) -> None:
+    """Counts a finished request."""
+    tokens = metrics.TOKENS
+    tokens.labels(kind="prompt").inc(event.prompt_tokens)
+    tokens.labels(kind="cached").inc(event.cached_tokens)
+    tokens.labels(kind="image").inc(event.embedding_tokens)
+    tokens.labels(kind="completion").inc(event.completion_tokens)
+    prefix = "hit" if event.cached_tokens else "miss"
+    metrics.CACHE_LOOKUPS.labels(tier="prefix", result=prefix).inc()
+    stages = metrics.STAGE_SECONDS
+    stages.labels(stage="prefill").observe(event.timings.prefill_ms / 1e3)
+    stages.labels(stage="decode").observe(event.timings.decode_ms / 1e3)
+    if event.embedding_tokens:
+        stages.labels(stage="get").observe(get_s)

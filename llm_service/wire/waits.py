@@ -1,0 +1,208 @@
+"""Which rows one request waits for, what has been asked of the caller, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from llm_service.policy.sequence import NeedRowsEvent
+from opticnerve.embeddings.ref import EmbeddingRef
+from opticnerve.errors import (
+    EmbeddingCorrupt,
+    EmbeddingNotFound,
+    EmbeddingUnavailable,
+    InvalidRequest,
+    OpticNerveError,
+)
+
+MAX_REENCODES = 2  # How often the caller is asked for one key before the request fails.
+MAX_REPEATS = 8  # How often a choice may ask again for rows that the engine was told of.
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Needed(NeedRowsEvent):
+    """For the caller: no usable rows for these keys. ``reason`` names llm.proto's enum value."""
+
+    reason: str = "NOT_FOUND"
+
+
+class Engine(Protocol):
+    """What of the engine's client is used here."""
+
+    def rows_ready(self, key: str) -> None: ...
+
+    def rows_failed(self, request_id: str, key: str, error: Exception) -> None: ...
+
+
+class Source(Protocol):
+    async def ensure(self, ref: EmbeddingRef) -> None: ...
+
+
+@dataclass(slots=True)
+class _Wait:
+    """One item of the request."""
+
+    min_rows: int  # What its spans use.
+    ref: EmbeddingRef | None
+    wanted: bool = False  # The engine holds chunks back for it.
+    preempted: bool = False
+    asked: int = 0
+    repeats: int = 0
+    error: OpticNerveError | None = None  # Why the last reference did not do.
+    task: asyncio.Task[None] | None = None
+    timer: asyncio.TimerHandle | None = None
+
+
+class Waits:
+    """Answers the engine's NeedRowsEvents from references, and asks the caller where they fail.
+
+    ``refs``: by key, None where EmbeddingReady is to bring it; ``rows``: rows that spans use, by
+    key; ``choices``: how many of them need the rows, perhaps one after the other. A key that stays
+    away for ``wait_s``, or that the caller has sent ``MAX_REENCODES`` times over in vain, fails
+    the request. Belongs to one event loop; ``close`` ends its tasks.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        refs: Mapping[str, EmbeddingRef | None],
+        rows: Mapping[str, int],
+        wait_s: float,
+        engine: Engine,
+        source: Source,
+        tell: Callable[[Needed], None],
+        choices: int = 1,
+    ) -> None:
+        self.get_s = 0.0  # Spent on bringing rows here.
+        self._request_id = request_id
+        self._wait_s = wait_s
+        self._engine = engine
+        self._source = source
+        self._tell = tell
+        self._max_repeats = MAX_REPEATS * choices
+        self._items = {key: _Wait(rows.get(key, 0), None) for key in refs}
+        for ref in refs.values():
+            if ref is not None:
+                self.ready(ref)
+
+    # ---- from the engine
+
+    def wanted(self, keys: Iterable[str], preempted: bool) -> None:
+        """The engine holds chunks back until ``rows_ready`` or ``rows_failed`` for each key."""
+        for key in keys:
+            item = self._items[key]
+            item.wanted = True
+            item.preempted = preempted
+            item.repeats += not preempted
+            if item.repeats > self._max_repeats:
+                error = EmbeddingNotFound("the embedding does not stay on this host", param=key)
+                self._fail(key, error)
+            elif item.ref is not None:
+                self._start(key)
+            else:
+                self._start_timer(key)
+
+    # ---- from the caller
+
+    def ready(self, ref: EmbeddingRef) -> None:
+        """A reference came. Raises InvalidRequest where it cannot be one of this request's."""
+        item = self._items.get(ref.key)
+        if item is None:
+            raise InvalidRequest("a reference names no item of the request", param="ref")
+        if ref.num_rows < item.min_rows:
+            raise InvalidRequest(
+                f"spans use {item.min_rows} rows of an embedding that has {ref.num_rows}",
+                param="spans",
+            )
+        item.ref = ref
+        if item.wanted:
+            self._start(ref.key)
+
+    def failed(self, key: str, error: OpticNerveError) -> None:
+        """The caller cannot have the item: the request fails, unless it needs it no more."""
+        if key not in self._items:
+            raise InvalidRequest("a failure names no item of the request", param="key")
+        self._fail(key, error)
+
+    def close(self) -> None:
+        for item in self._items.values():
+            if item.timer is not None:
+                item.timer.cancel()
+            if item.task is not None:
+                item.task.cancel()
+
+    # ---- one key
+
+    def _start(self, key: str) -> None:
+        item = self._items[key]
+        if item.task is None or item.task.done():
+            item.task = asyncio.create_task(self._bring(key))
+
+    async def _bring(self, key: str) -> None:
+        """Tries references until one does, or none is left to try."""
+        item = self._items[key]
+        while (ref := item.ref) is not None:
+            started = time.perf_counter()
+            try:
+                await self._source.ensure(ref)
+            except EmbeddingUnavailable as error:
+                item.error = error
+            except InvalidRequest as error:  # The caller's own rows are at fault.
+                self._fail(key, error)
+                return
+            except Exception:
+                log.exception("bringing rows of a request failed")
+                item.error = EmbeddingNotFound("reading the embedding failed", param=key)
+            else:
+                self._have(key)
+                return
+            finally:
+                self.get_s += time.perf_counter() - started
+            if item.ref is ref:  # Else a newer one came meanwhile.
+                item.ref = None
+        self._ask(key)
+
+    def _have(self, key: str) -> None:
+        item = self._items[key]
+        item.wanted = False
+        self._stop_timer(item)
+        self._engine.rows_ready(key)
+
+    def _ask(self, key: str) -> None:
+        item = self._items[key]
+        error = item.error or EmbeddingNotFound("the embedding is missing", param=key)
+        item.asked += 1
+        if item.asked > MAX_REENCODES:
+            self._fail(key, error)
+            return
+        reason = error.needed_reason if isinstance(error, EmbeddingUnavailable) else "NOT_FOUND"
+        if item.preempted and not isinstance(error, EmbeddingCorrupt):
+            reason = "PREEMPTED"
+        self._start_timer(key)
+        self._tell(Needed(self._request_id, (key,), item.preempted, reason))
+
+    def _fail(self, key: str, error: OpticNerveError) -> None:
+        self._stop_timer(self._items[key])
+        self._engine.rows_failed(self._request_id, key, error)
+
+    def _start_timer(self, key: str) -> None:
+        item = self._items[key]
+        if item.timer is None:
+            loop = asyncio.get_running_loop()
+            item.timer = loop.call_later(self._wait_s, self._expire, key)
+
+    def _stop_timer(self, item: _Wait) -> None:
+        if item.timer is not None:
+            item.timer.cancel()
+            item.timer = None
+
+    def _expire(self, key: str) -> None:
+        cls = type(self._items[key].error or EmbeddingNotFound(""))
+        text = f"a picture's embedding did not come within {self._wait_s:g} s; retry later"
+        self._fail(key, cls(text, param=key, retry_after_s=1.0))

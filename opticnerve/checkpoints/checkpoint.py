@@ -1,0 +1,327 @@
+"""A checkpoint as every service opens it: configuration at once, weights by key when asked.
+
+Sources: nothing (the built-in demo), a directory, or a hub id. Of a hub checkpoint ``open`` brings
+configuration, tokenizer and weight index only; ``tensor_index(wanted)`` then brings the shards
+that hold wanted keys, so that each side downloads its own. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import opticnerve.demo
+from opticnerve.checkpoints import hub
+from opticnerve.checkpoints.digests import Digests
+from opticnerve.checkpoints.tensorfile import TensorEntry, read_header
+from opticnerve.errors import CheckpointError
+from opticnerve.models.registry import family_of, make_layout
+
+Side = Literal["gateway", "encoder", "llm"]
+KeyFilter = Callable[[str], bool]
+
+DEMO_NAME = "opticnerve-demo"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+PAIR_SCHEME = b"opticnerve-pair-2"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """One published checkpoint directory. Make it with ``Checkpoint.open``."""
+
+    path: Path
+    name: str  # What requests call it by default: the directory's name, or the hub id.
+    side: Side
+    config: Mapping[str, Any]  # config.json as it stands; see text_config for nested and flat ones.
+    processor_config: Mapping[str, Any]  # The image processor's settings; {} when there are none.
+    generation_config: Mapping[str, Any]
+    revision: str | None = None  # Commit, when the hub's cache layout tells it.
+    hub_id: str | None = None
+    download_dir: str | None = field(default=None, repr=False)
+    _digests: Digests = field(default_factory=Digests, repr=False)
+
+    @classmethod
+    def open(
+        cls,
+        model: str | None,
+        revision: str | None = None,
+        download_dir: str | None = None,
+        *,
+        side: Side = "gateway",
+        key_filter: KeyFilter | None = None,
+    ) -> Checkpoint:
+        """Opens a checkpoint for one side.
+
+        With ``key_filter``, the shards that hold keys it accepts are downloaded and checked at
+        once; without, on the first ``tensor_index``. The gateway takes no weights.
+        Raises CheckpointError, or UnsupportedCheckpoint for a model that no family serves.
+        """
+        path, name, hub_id = _locate(model, revision, download_dir)
+        config = _read_json(path / "config.json")
+        if config is None:
+            raise CheckpointError(_no_config(path))
+        checkpoint = cls(
+            path=path,
+            name=name,
+            side=side,
+            config=config,
+            processor_config=_image_processor(path),
+            generation_config=_read_json(path / "generation_config.json") or {},
+            revision=hub.commit_of(path),
+            hub_id=hub_id,
+            download_dir=download_dir,
+        )
+        family_of(config)
+        if key_filter is not None and side != "gateway":
+            checkpoint.tensor_index(key_filter)
+        return checkpoint
+
+    @property
+    def family(self) -> str:
+        return family_of(self.config)
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The language model's part of ``config``: nested, or (older Qwen) the top level itself."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, Mapping) else self.config
+
+    @property
+    def vision_config(self) -> Mapping[str, Any]:
+        nested = self.config.get("vision_config")
+        return nested if isinstance(nested, Mapping) else {}
+
+    def check(self) -> None:
+        """Raises CheckpointError for what the files say would fail at load, before torch is
+        imported and anything is started: a layout that is not served, weights that are missing
+        or cut short.
+
+        Costs a read of every weight file's header. Fetches nothing: weights of a hub checkpoint,
+        and shards in the hub's cache layout, of which a side may have its own alone, are looked
+        at when they are loaded.
+        """
+        make_layout(self)
+        if self.side == "llm":
+            _ = self.eos_token_ids
+        if self.revision is None:
+            self.tensor_index()
+
+    # ---- weights
+
+    def tensor_index(self, wanted: KeyFilter | None = None) -> dict[str, TensorEntry]:
+        """Every tensor whose key ``wanted`` accepts (None: all), from the files' own headers.
+
+        Downloads the shards that hold them first, if need be. Raises CheckpointError for weights
+        that are missing, cut short, pickled only, or not where the index says.
+        """
+        weight_map = self._weight_map
+        if weight_map is None:
+            self._ensure([SINGLE_FILE])
+            entries = read_header(self.path / SINGLE_FILE)
+            return {key: entry for key, entry in entries.items() if wanted is None or wanted(key)}
+        keys = [key for key in weight_map if wanted is None or wanted(key)]
+        files = sorted({weight_map[key] for key in keys})
+        self._ensure(files)
+        headers = {name: read_header(self.path / name) for name in files}
+        for key in keys:
+            if key not in headers[weight_map[key]]:
+                raise CheckpointError(
+                    f"{self.path / INDEX_FILE} places {key} in {weight_map[key]}, which does not "
+                    "hold it; index and shards are not of one download, fetch both again"
+                )
+        return {key: headers[weight_map[key]][key] for key in keys}
+
+    @cached_property
+    def _weight_map(self) -> dict[str, str] | None:
+        """Key -> shard file name; None for a checkpoint of a single file."""
+        index = _read_json(self.path / INDEX_FILE)
+        if index is None:
+            return None
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) and name and Path(name).name == name
+            for name in weight_map.values()
+        ):
+            raise CheckpointError(f"{self.path / INDEX_FILE} has no usable weight_map")
+        return {str(key): name for key, name in weight_map.items()}
+
+    def _ensure(self, files: Iterable[str]) -> None:
+        """Makes weight files present. Raises CheckpointError naming what cannot be had."""
+        missing = [name for name in files if not (self.path / name).is_file()]
+        if missing and self.hub_id is not None:
+            hub.download(self.hub_id, self.revision, self.download_dir, missing)
+            missing = [name for name in missing if not (self.path / name).is_file()]
+        if missing:
+            raise CheckpointError(_missing_weights(self.path, missing))
+
+    # ---- ends
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer: those of generation_config.json, or else of config.json, and
+        the tokenizer's own. Raises CheckpointError for files that cannot be read."""
+        ends = self.generation_config.get("eos_token_id", self.text_config.get("eos_token_id"))
+        ids = ends if isinstance(ends, list) else [ends]
+        found = [*ids, _tokenizer_eos(self.path)]
+        return tuple(dict.fromkeys(n for n in found if type(n) is int and n >= 0))
+
+    # ---- identity
+
+    @cached_property
+    def pair_id(self) -> str:
+        """Digest that workers of one checkpoint share, whichever side they serve; 64 hex digits.
+
+        From the hub, or from a directory in the hub's cache layout, of which a side may have its
+        own shards alone: the commit, which covers every file. From any other directory, which
+        every side sees whole: every tensor's key, type, shape and bytes. Configuration and
+        processor settings count in both. A hub download and a plain copy of the same files do not
+        pair: give all workers the same kind of source. Reads all weights unless their digests are
+        kept (``opticnerve.checkpoints.digests``): do it off an event loop. Raises CheckpointError
+        when a directory's weights are not all there.
+        """
+        digest = hashlib.sha256(PAIR_SCHEME)
+        for part in (self.config, self.processor_config):
+            _update(digest, json.dumps(part, sort_keys=True).encode())
+        if self.revision is not None:
+            _update(digest, b"commit:" + self.revision.encode())
+        else:
+            _update(digest, self.weights_digest().encode())
+        return digest.hexdigest()
+
+    def read_ahead(self) -> None:
+        """Begins the reading that ``pair_id`` takes, on a thread, while others load the weights."""
+
+        def read() -> None:
+            with contextlib.suppress(CheckpointError):  # Whoever asks for the id hears of it.
+                _ = self.pair_id
+
+        threading.Thread(target=read, name="digests", daemon=True).start()
+
+    def weights_digest(self, wanted: KeyFilter | None = None) -> str:
+        """SHA-256 of every tensor whose key ``wanted`` accepts (None: all): key, type, shape and
+        every byte, however they are sharded; 64 hex digits. Downloads and raises like
+        ``tensor_index``."""
+        entries = self.tensor_index(wanted)
+        digests = self._digests.of(entries)
+        digest = hashlib.sha256()
+        for key, entry in sorted(entries.items()):
+            _update(digest, f"{key} {entry.dtype} {entry.shape}".encode())
+            _update(digest, digests[key].encode())
+        return digest.hexdigest()
+
+
+def _update(digest: hashlib._Hash, part: bytes) -> None:
+    """Length before content: no two sequences of parts look alike."""
+    digest.update(len(part).to_bytes(8, "little"))
+    digest.update(part)
+
+
+def _locate(
+    model: str | None, revision: str | None, download_dir: str | None
+) -> tuple[Path, str, str | None]:
+    """(directory, served name, hub id or None) of what ``--model`` says."""
+    if model is None:
+        return Path(opticnerve.demo.__file__).parent / "checkpoint", DEMO_NAME, None
+    path = Path(os.path.expanduser(model))  # Path's own raises for an unknown user.
+    if path.is_dir():
+        path = path.resolve() if path.name in ("", ".", "..") else path.absolute()
+        return path, path.name, None
+    if path.exists():
+        raise CheckpointError(f"{model} is a file; give the directory that holds config.json")
+    if not hub.looks_like_hub_id(model):
+        raise CheckpointError(
+            f"there is no directory {model}; give the checkpoint's directory or a hub id "
+            "(owner/name), or no model at all for the built-in demo"
+        )
+    return hub.download(model, revision, download_dir, hub.METADATA_FILES), model, model
+
+
+def _image_processor(path: Path) -> dict[str, Any]:
+    """Image processor settings: in processor_config.json (newer), or in a file of their own."""
+    nested = (_read_json(path / "processor_config.json") or {}).get("image_processor")
+    if isinstance(nested, dict):
+        return nested
+    return _read_json(path / "preprocessor_config.json") or {}
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    """The JSON object in ``file``; None when there is no such file. Raises CheckpointError."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON; fetch it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds no JSON object; fetch it again")
+    return value
+
+
+def _tokenizer_eos(path: Path) -> int | None:
+    """The id of the tokenizer's ``eos_token``; None where the files do not tell it.
+
+    The vocabulary is not parsed: an end of sequence is among the added tokens.
+    """
+    config = _read_json(path / "tokenizer_config.json") or {}
+    if "added_tokens_decoder" not in config:
+        config.update(_read_json(path / "special_tokens_map.json") or {})
+    name = _content(config.get("eos_token"))
+    if name is None:
+        return None
+    listed = config.get("added_tokens_decoder")
+    for number, entry in listed.items() if isinstance(listed, dict) else ():
+        if _content(entry) == name and number.isdecimal():
+            return int(number)
+    try:
+        source = (path / "tokenizer.json").read_text(encoding="utf-8")
+        place = re.search(r'"added_tokens"\s*:\s*', source)
+        added, _ = json.JSONDecoder().raw_decode(source, place.end()) if place else ([], 0)
+        return next((int(entry["id"]) for entry in added if _content(entry) == name), None)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path / 'tokenizer.json'} cannot be read; fetch it again"
+        ) from error
+
+
+def _content(token: Any) -> str | None:
+    """A token as tokenizer files hold it: its text, or a dictionary with it."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _no_config(path: Path) -> str:
+    if (path / "params.json").is_file():
+        return (
+            f"{path} holds params.json, a vendor's own format; use the checkpoint's Hugging Face "
+            "conversion, which has a config.json"
+        )
+    if any(path.glob("*.gguf")):
+        return f"{path} holds GGUF files; use the safetensors checkpoint that they were made from"
+    return f"{path} holds no config.json; give the directory of a Hugging Face checkpoint"
+
+
+def _missing_weights(path: Path, missing: list[str]) -> str:
+    names = ", ".join(missing)
+    if missing == [SINGLE_FILE]:
+        pickles = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
+        if pickles:
+            return (
+                f"{path} holds weights as pickles only ({pickles[0].name}), which are never "
+                "loaded; convert the checkpoint to safetensors"
+            )
+        return f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}; fetch the weights"
+    return f"{path} lacks {names}, which {INDEX_FILE} names; fetch the missing shards"

@@ -1,0 +1,73 @@
+"""What a worker's results depend on, in 64 hex digits.
+
+An encoder's fingerprint covers everything that decides a row: configuration, processor settings,
+every byte of the tower's and projector's tensors, output dtype, backend and precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from opticnerve.checkpoints.loader import wanted
+from opticnerve.models.registry import make_layout
+
+if TYPE_CHECKING:
+    from opticnerve.checkpoints.checkpoint import Checkpoint
+    from opticnerve.models.family import Language, Tower
+
+SCHEME = "opticnerve-fingerprint-2"
+
+
+def fingerprint(
+    checkpoint: Checkpoint, tower: Tower, backend: str, precision: str | None = None
+) -> str:
+    """The encoder's: equal fingerprints give equal rows, to tolerance.
+
+    ``precision`` is the backend's, where it differs from the output dtype.
+    """
+    dtype = str(tower.dtype).removeprefix("torch.")
+    vision = importlib.import_module(f"opticnerve.models.{checkpoint.family}.vision")
+    settings = make_layout(checkpoint).settings()
+    return _hash(
+        SCHEME,
+        "encoder",
+        _canonical(checkpoint.config),
+        _canonical(checkpoint.processor_config),
+        _canonical(settings),
+        checkpoint.weights_digest(wanted(vision.KEY_MAP)),
+        dtype,
+        backend,
+        precision or dtype,
+    )
+
+
+def language_fingerprint(checkpoint: Checkpoint, language: Language) -> str:
+    """The LLM worker's: of the weights it covers what ``Checkpoint.pair_id`` does."""
+    dtype = str(language.dtype).removeprefix("torch.")
+    return _hash(SCHEME, "llm", _canonical(checkpoint.config), checkpoint.pair_id, dtype)
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, default=_plain)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Iterable):
+        return list(value)
+    raise TypeError(f"{value!r} cannot be part of a fingerprint")
+
+
+def _hash(*parts: str) -> str:
+    """Length before content: no two lists of parts look alike."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()

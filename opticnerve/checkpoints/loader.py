@@ -1,0 +1,282 @@
+"""Loads one half of a checkpoint into a module, whole or not at all.
+
+Calling ``from_pretrained`` of a tower's or decoder's class on the whole checkpoint leaves dozens
+of weights random without an exception. Here a family declares which keys are its half's and what
+they are called in its module; every parameter and buffer is then loaded, tied, recomputed, or
+reported in a CheckpointError.
+
+Tensors are read one by one into memory of their own: no page of the other half is ever touched,
+and a checkpoint that is replaced or cut short on disk later takes nothing away.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from io import BufferedReader
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from opticnerve.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from opticnerve.checkpoints.checkpoint import Checkpoint
+    from opticnerve.checkpoints.tensorfile import TensorEntry
+    from opticnerve.models.family import KeyMap
+
+log = logging.getLogger(__name__)
+
+Recompute = Callable[[nn.Module], torch.Tensor]
+"""Makes a buffer that no checkpoint holds; gets the module that owns it, still on meta."""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FLOATING = {  # Element types of safetensors that can be weights.
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+SHOWN = 6  # Keys that an error message lists.
+
+
+def load_module(
+    make_module: Callable[[], nn.Module],
+    checkpoint: Checkpoint,
+    key_map: KeyMap,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tied: Mapping[str, str] | None = None,
+    recomputed: Mapping[str, Recompute] | None = None,
+    ignored: Sequence[str] = (),
+) -> nn.Module:
+    """``make_module()`` with every weight from ``checkpoint``, in ``dtype`` on ``device``.
+
+    ``key_map`` renames the keys of this half, see ``family.KeyMap``. ``tied`` maps a parameter to
+    the one that it shares where the checkpoint does not hold it. ``recomputed`` maps a
+    non-persistent buffer to the function that makes it; it keeps that function's dtype.
+    ``ignored``: patterns (matched at the start) of keys of this half that the module has no use
+    for. The module comes back in eval mode, without gradients.
+
+    Raises CheckpointError for weights that are missing, of another shape, not floating point,
+    doubled, without a place in the module, or left uninitialised.
+    """
+    with torch.device("meta"):
+        module = make_module()
+    sources = _sources(checkpoint, key_map, ignored)
+    expected = module.state_dict()
+    tied = {target: source for target, source in (tied or {}).items() if target not in sources}
+    _check(checkpoint, expected, sources, tied)
+    weights = _read(sources, dtype, device)
+    module.load_state_dict(weights, strict=False, assign=True)
+    for target, source in tied.items():
+        _set_parameter(module, target, module.get_parameter(source))
+    for name, make in (recomputed or {}).items():
+        _set_buffer(module, name, make, device)
+    _check_nothing_left(checkpoint, module)
+    return module.requires_grad_(False).eval()
+
+
+def wanted(key_map: KeyMap, ignored: Sequence[str] = ()) -> Callable[[str], bool]:
+    """Whether a checkpoint's key belongs to the half that ``key_map`` describes, and is of use."""
+    mine = [re.compile(pattern) for pattern, _ in key_map]
+    unused = [re.compile(pattern) for pattern in ignored]
+
+    def is_wanted(key: str) -> bool:
+        return any(p.match(key) for p in mine) and not any(p.match(key) for p in unused)
+
+    return is_wanted
+
+
+def rename(key_map: KeyMap, key: str) -> str:
+    """The module's name of a checkpoint's ``key``, by the first pattern that matches its start."""
+    for pattern, replacement in key_map:
+        match = re.match(pattern, key)
+        if match:
+            return match.expand(replacement) + key[match.end() :]
+    raise KeyError(key)
+
+
+def rotary_buffers(module: str) -> dict[str, Recompute]:
+    """``recomputed`` entries of a transformers rotary embedding at ``module``."""
+
+    def fresh(owner: nn.Module, name: str) -> torch.Tensor:
+        with torch.device("cpu"):
+            buffer: torch.Tensor = getattr(type(owner)(owner.config), name)
+        return buffer
+
+    return {
+        f"{module}.inv_freq": lambda owner: fresh(owner, "inv_freq"),
+        f"{module}.original_inv_freq": lambda owner: fresh(owner, "original_inv_freq"),
+    }
+
+
+def read_config(config_class: Any, checkpoint: Checkpoint) -> Any:
+    """The transformers configuration of ``checkpoint``. Raises CheckpointError."""
+    try:
+        return config_class.from_pretrained(checkpoint.path)
+    except Exception as error:  # Validation errors of several kinds, none with a common base.
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'} is no usable {config_class.__name__}: {error}"
+        ) from error
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A device from ``--device``. Raises ConfigError for one that is not there."""
+    if isinstance(device, torch.device):
+        return device
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"unknown device {device!r}; use cpu, cuda or cuda:N", param="device"
+        ) from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {device!r} is not there: {torch.cuda.device_count()} CUDA devices are visible",
+            param="device",
+        )
+    return resolved
+
+
+def resolve_dtype(
+    dtype: str | torch.dtype, checkpoint: Checkpoint, device: torch.device
+) -> torch.dtype:
+    """A dtype from ``--dtype``. "auto" is the checkpoint's own (float32 where it names none), and
+    float32 where ``device`` is a CPU without arithmetic in that one. Raises ConfigError."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    automatic = dtype == "auto"
+    if automatic:
+        config, text = checkpoint.config, checkpoint.text_config
+        named = (section.get(key) for section in (config, text) for key in ("dtype", "torch_dtype"))
+        dtype = next((str(name) for name in named if name), "float32")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}", param="dtype")
+    if automatic and device.type == "cpu" and not computes(DTYPES[dtype]):
+        _say_slow(dtype)
+        return torch.float32
+    return DTYPES[dtype]
+
+
+@cache
+def computes(dtype: torch.dtype) -> bool:
+    """Whether this CPU has arithmetic in ``dtype``. Without it products of many rows were seen
+    to take eight to twelve times as long as in float32."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    try:
+        return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+    except (AttributeError, RuntimeError):  # A build without oneDNN.
+        return False
+
+
+@cache
+def _say_slow(dtype: str) -> None:
+    log.info(
+        "this CPU has no %s arithmetic: computing in float32 (--dtype %s keeps to it)",
+        dtype,
+        dtype,
+    )
+
+
+def _sources(
+    checkpoint: Checkpoint, key_map: KeyMap, ignored: Sequence[str]
+) -> dict[str, tuple[str, TensorEntry]]:
+    """Module name -> (checkpoint key, entry) of every tensor of this half."""
+    sources: dict[str, tuple[str, TensorEntry]] = {}
+    for key, entry in checkpoint.tensor_index(wanted(key_map, ignored)).items():
+        name = rename(key_map, key)
+        if name in sources:
+            raise CheckpointError(
+                f"{checkpoint.path} holds {name} twice, as {sources[name][0]} and as {key}"
+            )
+        sources[name] = (key, entry)
+    return sources
+
+
+def _check(
+    checkpoint: Checkpoint,
+    expected: Mapping[str, torch.Tensor],
+    sources: Mapping[str, tuple[str, TensorEntry]],
+    tied: Mapping[str, str],
+) -> None:
+    """Raises CheckpointError unless tensors and module fit each other exactly."""
+    missing = [name for name in expected if name not in sources and name not in tied]
+    unknown = [key for name, (key, _) in sources.items() if name not in expected]
+    misfits = [
+        f"{key} (shape {list(entry.shape)}, the model's is {list(expected[name].shape)})"
+        for name, (key, entry) in sources.items()
+        if name in expected and tuple(entry.shape) != tuple(expected[name].shape)
+    ]
+    quantized = [f"{key} ({e.dtype})" for key, e in sources.values() if e.dtype not in FLOATING]
+    for names, what in (
+        (missing, "lacks"),
+        (unknown, "holds tensors that have no place in the model:"),
+        (misfits, "holds tensors that do not fit config.json:"),
+        (quantized, "holds tensors that are not floating point:"),
+    ):
+        if names:
+            raise CheckpointError(f"{checkpoint.path} {what} {_list(names)}")
+
+
+def _read(
+    sources: Mapping[str, tuple[str, TensorEntry]], dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Every tensor, file by file, in memory of its own."""
+    by_file: dict[Path, list[tuple[str, TensorEntry]]] = {}
+    for name, (_, entry) in sources.items():
+        by_file.setdefault(entry.file, []).append((name, entry))
+    tensors: dict[str, torch.Tensor] = {}
+    for file, entries in by_file.items():
+        with file.open("rb") as stream:
+            for name, entry in sorted(entries, key=lambda item: item[1].start):
+                tensors[name] = _read_one(stream, entry).to(device=device, dtype=dtype)
+    return tensors
+
+
+def _read_one(stream: BufferedReader, entry: TensorEntry) -> torch.Tensor:
+    data = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    stream.seek(entry.start)
+    if stream.readinto(data.numpy()) != entry.num_bytes:
+        raise CheckpointError(f"{entry.file} was cut short while it was read")
+    return data.view(FLOATING[entry.dtype]).reshape(entry.shape)
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, leaf = _owner(module, name)
+    setattr(owner, leaf, parameter)
+
+
+def _set_buffer(module: nn.Module, name: str, make: Recompute, device: torch.device) -> None:
+    owner, leaf = _owner(module, name)
+    buffer = make(owner)
+    if buffer.shape != owner.get_buffer(leaf).shape:
+        raise CheckpointError(f"the recomputed {name} has shape {list(buffer.shape)}")
+    owner.register_buffer(leaf, buffer.to(device), persistent=False)
+
+
+def _check_nothing_left(checkpoint: Checkpoint, module: nn.Module) -> None:
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    left = [name for name, tensor in tensors if tensor.is_meta]
+    if left:
+        raise CheckpointError(f"{checkpoint.path} leaves uninitialised: {_list(left)}")
+
+
+def _list(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

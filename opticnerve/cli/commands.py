@@ -1,0 +1,108 @@
+"""The command line. Thin: every command is a module's ``main``, found by name.
+
+opticnerve up        all services on this machine
+opticnerve gateway   the HTTP front
+opticnerve encoder   a vision encoder
+opticnerve llm       an LLM decoder
+opticnerve ask       a question about pictures, the answer streamed
+opticnerve demo      the built-in checkpoint answers questions about bundled pictures
+"""
+
+from __future__ import annotations
+
+import atexit
+import difflib
+import gc
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from opticnerve import __version__
+from opticnerve.errors import StartupError
+from opticnerve.telemetry import logs
+
+COMMANDS = {
+    "up": ("opticnerve.cli.up", "encoders, LLM workers and a gateway on this machine"),
+    "gateway": ("gateway.service", "the HTTP front: OpenAI's API, templates, routing"),
+    "encoder": ("encoder_service.__main__", "a vision encoder: pictures to embeddings"),
+    "llm": ("llm_service.__main__", "an LLM decoder: tokens and embeddings to tokens"),
+    "ask": ("opticnerve.cli.ask", "ask about pictures; the answer is streamed"),
+    "demo": ("opticnerve.demo.show", "the built-in checkpoint answers about bundled pictures"),
+}
+PREFIX = "opticnerve: "  # Of the line that says why a command could not start.
+
+
+def usage() -> str:
+    lines = [f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: opticnerve COMMAND [MODEL] [flags]",
+            "",
+            "Serves vision-language models: encoders, LLM workers, a gateway in front.",
+            "",
+            *lines,
+            "",
+            "Begin with:  opticnerve demo",
+            "then:        opticnerve up MODEL",
+            "",
+            "`opticnerve COMMAND --help` lists a command's flags. Every flag has an environment",
+            "twin: --max-num-seqs is OPTICNERVE_MAX_NUM_SEQS.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status. 2: it could not start, and said why."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name in ("-V", "--version", "version"):
+        print(f"opticnerve {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"opticnerve: there is no command {name!r}{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    quiet_grpc()
+    wait_briefly()
+    return run(COMMANDS[name][0], rest)
+
+
+def quiet_grpc() -> None:
+    """Keeps notes of gRPC's C library off our stderr, here and in the processes that we start.
+
+    Before gRPC is imported, which reads the variable once. A value of the user's counts.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
+def wait_briefly() -> None:
+    """Lets tensor threads that wait for work spin for less than 0.1 ms, here and in the processes
+    that we start, not for milliseconds as GNU's OpenMP does: they would take the cores of whoever
+    has work.
+
+    Before torch is imported, which reads the variables once. A value of the user's counts.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+        os.environ.setdefault("KMP_BLOCKTIME", "0")  # The same for LLVM's, which counts in ms.
+
+
+def run(module: str, argv: Sequence[str]) -> int:
+    """Calls ``main(argv)`` of a module; a StartupError becomes its message and status 2."""
+    # Taking torch's objects apart one by one at the end would cost seconds, and free nothing that
+    # the process's end does not free.
+    atexit.register(gc.freeze)
+    try:
+        return int(importlib.import_module(module).main(argv) or 0)
+    except StartupError as error:
+        logs.say(PREFIX + error.message)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # The reader of our output left: `opticnerve ask ... | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

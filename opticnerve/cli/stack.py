@@ -1,0 +1,272 @@
+"""A whole stack for one program: ``with opticnerve.serve(MODEL) as server``.
+
+Starts ``opticnerve up`` on a free port of loopback, waits until it is ready, and stops it at the
+end. For scripts, notebooks and tests; a service that others use is started with the CLI.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, overload
+
+import httpx2
+
+from opticnerve.cli.commands import PREFIX
+from opticnerve.config import StoreConfig
+from opticnerve.errors import (
+    InvalidRequest,
+    OpticNerveError,
+    StartupError,
+    Unavailable,
+    from_openai,
+)
+from opticnerve.media.pictures import Picture, is_picture, read_picture
+from opticnerve.options import options
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+Question: TypeAlias = str | tuple[str, *tuple[Picture | list[Any] | tuple[Any, ...], ...]]
+"""A text, or (text, picture, ...). Strings among the pictures are paths or URLs."""
+
+FORM = (
+    'a question is "text", or a tuple ("text", picture, ...) whose pictures are paths, URLs, bytes '
+    "or Pillow images; several questions are a list of these"
+)
+READY = "OpticNerve is ready at "
+STOP_S = 40.0
+
+
+class Stack:
+    """A running stack. ``url`` is the gateway's address, ``http://127.0.0.1:<port>``."""
+
+    def __init__(
+        self, url: str, model: str, process: subprocess.Popen[str], log: IO[str] | None = None
+    ) -> None:
+        self.url = url
+        self.model = model
+        self.process = process
+        self._log = log
+        self._http = httpx2.Client(base_url=url, timeout=600.0, trust_env=False)
+
+    @property
+    def openai(self) -> OpenAI:
+        """A client of the openai package, ready to use. Needs ``opticnerve[openai]``."""
+        from openai import OpenAI
+
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    @overload
+    def chat(self, questions: Question, **parameters: Any) -> str: ...
+
+    @overload
+    def chat(self, questions: list[Any], **parameters: Any) -> list[str]: ...
+
+    def chat(self, questions: Question | list[Any], **parameters: Any) -> str | list[str]:
+        """The answer to one question, or the answers to a list of them.
+
+        A question is a text, or a tuple (text, picture, ...); a picture is a path, a URL, bytes
+        or a Pillow image, and a list of pictures in its place is several. The questions of a list
+        are asked at once, so that they run as a batch; the answers are in their order.
+        ``parameters`` are those of a chat completion (max_tokens, temperature...).
+
+        Nothing is asked unless all are questions: raises TypeError for what is none, and
+        InvalidRequest for the path of a picture that is not there. Then raises the typed error of
+        the first question that fails, with its ``param`` and ``code``. For a ``stream`` there is
+        ``openai``.
+        """
+        if parameters.get("stream"):
+            raise TypeError(
+                "chat() returns whole answers; for a stream use "
+                "server.openai.chat.completions.create(..., stream=True)"
+            )
+        several = questions if isinstance(questions, list) else [questions]
+        read = [read_question(question) for question in several]
+        with ThreadPoolExecutor(max_workers=min(64, max(1, len(read)))) as pool:
+            answers = list(pool.map(lambda question: self._ask(question, parameters), read))
+        return answers if isinstance(questions, list) else answers[0]
+
+    def _ask(self, question: tuple[str, list[Picture]], parameters: dict[str, Any]) -> str:
+        body = {"model": self.model, "messages": [user_message(*question)], **parameters}
+        try:
+            answer = self._http.post("/v1/chat/completions", json=body)
+        except httpx2.HTTPError as error:
+            raise Unavailable(f"no answer from {self.url}: {error!r}") from error
+        if answer.status_code != 200:
+            raise error_of(answer)
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    def log(self) -> str:
+        """What the stack's processes have logged so far."""
+        if self._log is None:
+            return ""
+        number = self._log.fileno()  # Its position is that of those who write.
+        return os.pread(number, os.fstat(number).st_size, 0).decode("utf-8", "replace")
+
+    def close(self) -> None:
+        self._http.close()
+
+
+def error_of(answer: httpx2.Response) -> OpticNerveError:
+    """The typed error that a gateway's answer, read whole, tells of."""
+    try:
+        body = answer.json()
+    except ValueError:  # Of something between the gateway and us.
+        body = None
+    after = answer.headers.get("retry-after", "")
+    return from_openai(body, answer.status_code, float(after) if after.isdecimal() else None)
+
+
+def read_question(question: object) -> tuple[str, list[Picture]]:
+    """(text, pictures) of one question of ``Stack.chat``, none of them read yet.
+
+    Raises TypeError, which shows the form, and InvalidRequest for a picture that is not there.
+    """
+    parts = question if isinstance(question, tuple) and question else (question,)
+    text, *given = parts
+    if not isinstance(text, str):
+        raise TypeError(f"{FORM}; {type(text).__name__} is no text")
+    pictures = [
+        one for part in given for one in (part if isinstance(part, list | tuple) else [part])
+    ]
+    for picture in pictures:
+        if not is_picture(picture):
+            raise TypeError(f"{FORM}; {type(picture).__name__} is no picture")
+        if is_url(picture) or not isinstance(picture, str | Path):
+            continue
+        if not os.path.exists(os.path.expanduser(picture)):
+            if os.path.isfile(text):
+                raise TypeError(f"the text comes before its pictures: {FORM}")
+            raise InvalidRequest(f"there is no picture {picture}: {FORM}")
+    return text, pictures
+
+
+def is_url(picture: object) -> bool:
+    """Whether the gateway reads the picture itself."""
+    if not isinstance(picture, str):
+        return False
+    return picture.split(":", 1)[0].lower() in ("http", "https", "data")
+
+
+def user_message(text: str, pictures: Iterable[Picture]) -> dict[str, Any]:
+    """A user's message in OpenAI's form, pictures first."""
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": picture_url(picture)}} for picture in pictures
+    ]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def picture_url(picture: Picture) -> str:
+    """A URL as it is; a path, bytes or a Pillow image as a data: URL. Raises InvalidRequest for a
+    file that cannot be read."""
+    if is_url(picture):
+        return str(picture)
+    data = base64.b64encode(read_picture(picture)).decode()
+    return f"data:application/octet-stream;base64,{data}"
+
+
+@contextmanager
+def serve(model: str | Path | None = None, **flags: Any) -> Iterator[Stack]:
+    """Runs the whole stack while the context lasts.
+
+    ``model``: a checkpoint directory or hub id; None serves the built-in demo checkpoint.
+    ``flags``: those of ``opticnerve up``, with underscores: ``encoders=2``, ``dtype="float32"``.
+    Raises StartupError when it does not come up: with the one line that says why where that is
+    known before anything starts, as of a wrong path, else with the stack's last words. The stack
+    ends with this process, however that ends.
+    """
+    flags = {**flags, "parent_pid": os.getpid()}
+    environment = {**os.environ, **_take_passwords(flags)}
+    command = [sys.executable, "-m", "opticnerve", "up", *_arguments(model, flags)]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+            env=environment,
+        )
+        try:
+            stack = Stack(_wait_ready(process, log), "model", process, log)
+            try:
+                yield stack
+            finally:
+                stack.close()
+        finally:
+            _stop(process)
+
+
+def _take_passwords(flags: dict[str, Any]) -> dict[str, str]:
+    """Takes those with a password out of ``flags``, as variables: every user of the machine reads
+    command lines."""
+    return {
+        item.variable: flags.pop(item.name)
+        for item in options(StoreConfig)
+        if item.has_password(flags.get(item.name))
+    }
+
+
+def _arguments(model: str | Path | None, flags: dict[str, Any]) -> list[str]:
+    """Flags of ``up``; None is the default, as if the flag were not given."""
+    arguments = [str(model)] if model is not None else []
+    for name, value in {"port": 0, **flags}.items():
+        flag = "--" + name.replace("_", "-")
+        if value is None or (value is False and name.startswith("no_")):
+            continue
+        if isinstance(value, bool):
+            arguments.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, list | tuple):
+            arguments += [flag, ",".join(str(part) for part in value)]
+        else:
+            arguments += [flag, str(value)]
+    return arguments
+
+
+def _wait_ready(process: subprocess.Popen[str], log: IO[str]) -> str:
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith(READY):
+            drain = threading.Thread(target=process.stdout.read, daemon=True)
+            drain.start()
+            return line.removeprefix(READY).strip()
+    status = process.wait()
+    log.seek(0)
+    lines = log.readlines()
+    if len(lines) == 1 and lines[0].startswith(PREFIX):  # Said before anything was started.
+        raise StartupError(lines[0].removeprefix(PREFIX).strip())
+    tail = "".join(lines[-15:])
+    raise StartupError(f"the stack did not start (status {status}):\n{tail}")
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Stops the stack. A Ctrl-C meanwhile is passed on to it, where it ends what still runs, and
+    raised afterwards."""
+    interrupted = False
+    if process.poll() is None:
+        process.terminate()
+    deadline = time.monotonic() + STOP_S
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            time.sleep(0.02)
+        except KeyboardInterrupt:
+            interrupted = True
+            process.send_signal(signal.SIGINT)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.stdout:
+        process.stdout.close()
+    if interrupted:
+        raise KeyboardInterrupt

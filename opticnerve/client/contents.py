@@ -1,0 +1,202 @@
+"""What stands at a prompt's placeholders: the contents of one request, and their spans.
+
+A prompt's token ids hold runs of a placeholder id. ``MultiMediaInfo`` says, for each such id,
+what the placeholders mean, in order: pictures, references to embeddings, or embeddings that the
+caller has as tensors. No transport here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from opticnerve.embeddings import codec
+from opticnerve.embeddings.ref import EmbeddingRef, Location, tensors_key
+from opticnerve.errors import InvalidRequest
+from opticnerve.generation.checks import check_integer, check_number, read_token_ids
+from opticnerve.media.pictures import Picture, is_picture
+from opticnerve.media.plan import Grid, Modality, Plan, Span, SpanAttention
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPicture(EmbeddingRef):
+    """A reference that an encoder answered, with what positions need to know of the picture."""
+
+    plan: Plan | None = None
+    hit: bool = False  # It was in the store; nothing was encoded.
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Embeddings that the caller has: anything that speaks DLPack (torch, numpy, CuPy, JAX).
+
+    ``rows`` is [num_rows, hidden_size]; ``deepstack`` has more such levels, for families that use
+    them. ``grid`` is in patches before merging, which models with 3D positions need; without, the
+    rows are one line of text-like positions, which those models refuse.
+    """
+
+    rows: Any
+    grid: Grid | None = None
+    deepstack: Sequence[Any] = ()
+    modality: Modality = Modality.IMAGE
+    attention: SpanAttention = SpanAttention.CAUSAL
+    seconds_per_grid: float = 0.0
+
+    def named(self) -> dict[str, Any]:
+        """The tensors by their names in an embedding."""
+        levels = {f"deepstack.{index}": level for index, level in enumerate(self.deepstack)}
+        return {"rows": self.rows, **levels}
+
+
+Content: TypeAlias = EmbeddingRef | Tensors | Picture | Any
+"""Any: a tensor itself, [num_rows, hidden_size], which stands for ``Tensors(rows=...)``."""
+
+
+class MultiMediaInfo:
+    """Contents by placeholder id: ``MultiMediaInfo({151655: [picture, tensor]})``.
+
+    The n-th content of an id takes the next placeholders of that id, as many as it has rows. A
+    content that stands alone, ``{151655: picture}``, is one. Raises InvalidRequest, which shows
+    the form, for what is none.
+    """
+
+    def __init__(self, contents: Mapping[int, Iterable[Content] | Content] | None = None) -> None:
+        self._contents: dict[int, list[Content]] = {}
+        if contents is not None and not isinstance(contents, Mapping):
+            raise InvalidRequest(
+                "contents are given by placeholder id, {id: [content, ...]}, not as "
+                f"{type(contents).__name__}",
+                param="contents",
+            )
+        for token_id, items in (contents or {}).items():
+            for item in items if _is_several(items) else [items]:
+                self.add(token_id, item)
+
+    def add(self, token_id: int, content: Content) -> None:
+        """One more content of this placeholder. Raises InvalidRequest for what is none."""
+        if not is_picture(content) and not isinstance(content, (EmbeddingRef, Tensors)):
+            content = Tensors(codec.as_tensor(content))
+        read_token_ids("contents", [token_id])
+        self._contents.setdefault(int(token_id), []).append(content)
+
+    def __iter__(self) -> Iterator[tuple[int, Content]]:
+        """(placeholder id, content), in order of ids and then of contents."""
+        for token_id, items in self._contents.items():
+            for item in items:
+                yield token_id, item
+
+    def __len__(self) -> int:
+        return sum(map(len, self._contents.values()))
+
+
+def _is_several(contents: object) -> bool:
+    """Whether these are contents, and not one: a path and a tensor can be iterated over too."""
+    if is_picture(contents) or isinstance(contents, Mapping) or hasattr(contents, "__dlpack__"):
+        return False
+    return isinstance(contents, Iterable)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One content, ready for the wire: a reference, and where its bytes come from again."""
+
+    token_id: int
+    ref: EmbeddingRef
+    grid: Grid
+    modality: Modality = Modality.IMAGE
+    attention: SpanAttention = SpanAttention.CAUSAL
+    seconds_per_grid: float = 0.0
+    picture: Picture | None = field(default=None, repr=False)  # Encoded again when it is lost.
+
+
+def place_tensors(token_id: int, content: Tensors) -> Placed:
+    """The caller's own tensors as inline bytes, keyed by their hash. Raises InvalidRequest."""
+    named = content.named()
+    specs = codec.specs_of(named)
+    for spec in specs:
+        if len(spec.shape) != 2 or spec.shape != specs[0].shape or 0 in spec.shape:
+            raise InvalidRequest(
+                f"embeddings are [rows, hidden_size], the same for every level; {spec.name} is "
+                f"{list(spec.shape)}"
+            )
+    if not codec.is_finite(named):
+        raise InvalidRequest("embeddings have finite values, no NaN and no infinity")
+    data = codec.to_bytes(named, {})
+    rows = specs[0].shape[0]
+    grid = content.grid or Grid(1, 1, rows)
+    for extent in (grid.t, grid.h, grid.w):
+        check_integer("grid", extent)
+    check_number("seconds_per_grid", content.seconds_per_grid)
+    ref = EmbeddingRef(tensors_key(data), "", specs, rows, Location(inline=data))
+    return Placed(
+        token_id,
+        ref,
+        grid,
+        content.modality,
+        content.attention,
+        content.seconds_per_grid,
+    )
+
+
+def place_ref(token_id: int, ref: EmbeddingRef, picture: Picture | None = None) -> Placed:
+    """A reference that an encoder answered."""
+    plan = ref.plan if isinstance(ref, EncodedPicture) else None
+    if plan is None:
+        return Placed(token_id, ref, Grid(1, 1, ref.num_rows), picture=picture)
+    return Placed(
+        token_id,
+        ref,
+        plan.grid,
+        plan.modality,
+        seconds_per_grid=plan.seconds_per_grid,
+        picture=picture,
+    )
+
+
+def lay_out(
+    token_ids: Sequence[int], contents: Sequence[Placed]
+) -> tuple[list[EmbeddingRef], list[Span]]:
+    """(distinct references, spans in order of the prompt) of a request.
+
+    Raises InvalidRequest unless every id's placeholders are as many as its contents' rows.
+    """
+    places = {placed.token_id: [] for placed in contents}  # type: dict[int, list[int]]
+    for position, token_id in enumerate(token_ids):
+        if token_id in places:
+            places[token_id].append(position)
+    refs: dict[str, EmbeddingRef] = {}
+    spans: list[Span] = []
+    taken = dict.fromkeys(places, 0)
+    for placed in contents:
+        start = taken[placed.token_id]
+        taken[placed.token_id] = end = start + placed.ref.num_rows
+        refs.setdefault(placed.ref.key, placed.ref)
+        item = list(refs).index(placed.ref.key)
+        spans.extend(_spans(placed, item, places[placed.token_id][start:end]))
+    for token_id, rows in taken.items():
+        if rows != len(places[token_id]):
+            raise InvalidRequest(
+                f"the prompt has {len(places[token_id])} placeholders of id {token_id}, but its "
+                f"contents have {rows} rows"
+            )
+    return list(refs.values()), sorted(spans, key=lambda span: span.token_offset)
+
+
+def _spans(placed: Placed, item: int, positions: Sequence[int]) -> Iterator[Span]:
+    """One span for each run of neighbouring positions."""
+    start = 0
+    for index in range(1, len(positions) + 1):
+        if index < len(positions) and positions[index] == positions[index - 1] + 1:
+            continue
+        yield Span(
+            token_offset=positions[start],
+            num_tokens=index - start,
+            item=item,
+            row_start=start,
+            modality=placed.modality,
+            grid_thw=placed.grid,
+            seconds_per_grid=placed.seconds_per_grid,
+            attention=placed.attention,
+        )
+        start = index

@@ -1,0 +1,184 @@
+"""The asynchronous client of one encoder."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import grpc
+
+from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.client.contents import EncodedPicture
+from opticnerve.client.pictures import (
+    NO_OVERRIDES,
+    Picture,
+    PlannedPicture,
+    plan_picture,
+    read_picture,
+)
+from opticnerve.embeddings import codec
+from opticnerve.embeddings.ref import EmbeddingRef
+from opticnerve.errors import EmbeddingCorrupt, Mispaired
+from opticnerve.media.plan import Overrides
+from opticnerve.models.family import Layout
+from opticnerve.models.registry import make_layout
+from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
+from opticnerve.rpc import convert
+from opticnerve.rpc.channel import chunks, open_channel
+from opticnerve.rpc.errors import from_rpc
+from opticnerve.rpc.token import load_token
+
+if TYPE_CHECKING:
+    import torch
+
+
+class AsyncEncoderClient:
+    """Pictures to embeddings, by one encoder at ``address`` (host:port).
+
+    ``model`` is the encoder's checkpoint as it is given to services (a directory, a hub id, None:
+    the built-in demo) or its layout: pictures are planned and named on this side.
+    ``rpc_token_file`` is the encoder's own. Errors are those of ``opticnerve.errors``. Close it, or
+    use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        model: str | Path | Layout | None = None,
+        *,
+        timeout_s: float = 120.0,
+        rpc_token_file: str | Path | None = None,
+    ) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+        self._model = model
+        self._layout: Layout | None = None
+        self._fingerprint = ""
+        self._others: set[str] = set()  # Addresses that the encoder itself said to fetch from.
+        self._token = load_token(rpc_token_file)
+        self._channel = open_channel(address, self._token)
+        self._stub = encoder_pb2_grpc.EncoderStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def describe(self) -> encoder_pb2.DescribeEncoderResponse:
+        """What the encoder is, what it accepts, and how busy it is."""
+        request = encoder_pb2.DescribeEncoderRequest()
+        try:
+            return await self._stub.Describe(request, timeout=self.timeout_s)
+        except grpc.RpcError as error:
+            raise from_rpc(error) from error
+
+    async def layout(self) -> Layout:
+        """How pictures become patches and placeholders for this model."""
+        if self._layout is None:
+            model = self._model
+            if model is None or isinstance(model, str | Path):
+                source = None if model is None else str(model)
+                self._layout = await asyncio.to_thread(lambda: make_layout(Checkpoint.open(source)))
+            else:
+                self._layout = model
+        return self._layout
+
+    async def encode(
+        self, picture: Picture, overrides: Overrides = NO_OVERRIDES, *, lost: bool = False
+    ) -> EncodedPicture:
+        """A reference to the picture's embedding, encoded unless the store had it.
+
+        ``lost``: the rows of an earlier reference were of no use, so that what is stored is
+        checked before it is an answer.
+        Raises InvalidMedia, InvalidRequest, Overloaded, Unavailable, DeadlineExceeded...
+        """
+        data = await asyncio.to_thread(read_picture, picture)
+        try:
+            return await self._send(await self._plan(data, overrides), lost)
+        except Mispaired:  # Another encoder answers at this address by now: name it for that one.
+            self._fingerprint = ""
+            return await self._send(await self._plan(data, overrides), lost)
+
+    async def fetch(self, ref: EmbeddingRef) -> dict[str, torch.Tensor]:
+        """The embedding's tensors by name, on the CPU; each speaks DLPack.
+
+        From the reference itself, or by Fetch of the encoder that it names. Raises NotFound when
+        that encoder holds it no more, EmbeddingCorrupt when it is not what the reference says.
+        """
+        data = ref.location.inline or await self._fetch_bytes(ref)
+        tensors, _ = await asyncio.to_thread(codec.from_bytes, data)
+        if set(codec.specs_of(tensors)) != set(ref.tensors):
+            raise EmbeddingCorrupt("the embedding is not what its reference says")
+        return tensors
+
+    async def _plan(self, data: bytes, overrides: Overrides) -> PlannedPicture:
+        layout = await self.layout()
+        if not self._fingerprint:
+            self._fingerprint = (await self.describe()).fingerprint
+        return await asyncio.to_thread(plan_picture, data, layout, self._fingerprint, overrides)
+
+    async def _send(self, planned: PlannedPicture, lost: bool) -> EncodedPicture:
+        try:
+            answer = await self._stub.Encode(_messages(planned, lost), timeout=self.timeout_s)
+        except grpc.RpcError as error:
+            raise from_rpc(error) from error
+        ref = convert.ref_from_pb(answer.ref)
+        self._others.add(ref.location.fetch_address)
+        return EncodedPicture(
+            key=ref.key,
+            fingerprint=ref.fingerprint,
+            tensors=ref.tensors,
+            num_rows=ref.num_rows,
+            location=ref.location,
+            plan=planned.plan,
+            hit=answer.timings.hit,
+        )
+
+    async def _fetch_bytes(self, ref: EmbeddingRef) -> bytes:
+        """The token goes to no address but the encoder's, and those that the encoder has named: a
+        reference may have come from anybody."""
+        address = ref.location.fetch_address
+        if address in ("", self.address):
+            return await self._fetch_from(self._stub, ref.key)
+        channel = open_channel(address, self._token if address in self._others else None)
+        try:
+            return await self._fetch_from(encoder_pb2_grpc.EncoderStub(channel), ref.key)
+        finally:
+            await channel.close()
+
+    async def _fetch_from(self, stub: encoder_pb2_grpc.EncoderAsyncStub, key: str) -> bytes:
+        request = encoder_pb2.FetchRequest(key=key)
+        parts: list[bytes] = []
+        try:
+            async for message in stub.Fetch(request, timeout=self.timeout_s):
+                parts.append(message.data)
+        except grpc.RpcError as error:
+            raise from_rpc(error) from error
+        return b"".join(parts)
+
+
+def _messages(planned: PlannedPicture, lost: bool) -> Iterator[encoder_pb2.EncodeRequest]:
+    header = encoder_pb2.EncodeHeader(
+        key=planned.key,
+        fingerprint=planned.fingerprint,
+        plan=convert.plan_to_pb(planned.plan),
+        overrides=convert.overrides_to_pb(planned.overrides),
+        num_bytes=len(planned.data),
+        lost=lost,
+    )
+    first, *rest = chunks(planned.data)
+    yield encoder_pb2.EncodeRequest(header=header, data=first)
+    for part in rest:
+        yield encoder_pb2.EncodeRequest(data=part)

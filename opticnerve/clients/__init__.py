@@ -1,1 +1,0 @@
-"""What ``opticnerve.client`` is made of: pictures and contents know no wire, the rest does."""

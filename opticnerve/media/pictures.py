@@ -1,0 +1,54 @@
+"""Pictures as a program holds them, read into compressed bytes."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import TypeAlias
+
+from PIL import Image
+
+from opticnerve.errors import InvalidRequest
+from opticnerve.media.decode import to_rgb, to_rgba
+
+Picture: TypeAlias = bytes | bytearray | memoryview | str | Path | Image.Image
+"""Compressed bytes, the path of a file, or a Pillow image."""
+
+
+def is_picture(value: object) -> bool:
+    return isinstance(value, (bytes, bytearray, memoryview, str, Path, Image.Image))
+
+
+def read_picture(picture: Picture) -> bytes:
+    """The compressed bytes. A Pillow image becomes a PNG, upright as it stands, without loss.
+
+    Raises InvalidRequest for a path that cannot be read and for what is no picture at all.
+    """
+    if isinstance(picture, (bytes, bytearray, memoryview)):
+        return bytes(picture)
+    if isinstance(picture, Image.Image):
+        return _png(picture)
+    if isinstance(picture, (str, Path)):
+        if str(picture).startswith(("http:", "https:", "data:")):
+            raise InvalidRequest(
+                "URLs are read by a gateway alone: give a path, or the bytes that you read"
+            )
+        try:
+            return Path(os.path.expanduser(picture)).read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: a zero in the path.
+            why = getattr(error, "strerror", None) or str(error)
+            raise InvalidRequest(f"cannot read the picture {picture!s:.200}: {why}") from error
+    raise InvalidRequest(
+        "a picture is bytes, a path or a Pillow image (Image.fromarray makes one of an array), "
+        f"not {type(picture).__name__}"
+    )
+
+
+def _png(image: Image.Image) -> bytes:
+    """What shows and what is transparent, and no EXIF, whose turn a PNG reader would apply."""
+    plain = to_rgba(image) if image.has_transparency_data else to_rgb(image)
+    plain.info = {}
+    buffer = io.BytesIO()
+    plain.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
