@@ -40,7 +40,7 @@ from gateway.sampling import Defaults, Limits, resolve
 from llm_service.device.attention import ATTENTION_NAME, make_backend
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
 from llm_service.engine.engine import Engine
-from llm_service.engine.limits import EngineConfig
+from llm_service.policy.limits import EngineConfig
 from llm_service.policy.sequence import GenerateRequest, SamplingParams, TokensEvent
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig

@@ -22,10 +22,10 @@ from gateway.edge.lanes import LONG_BYTES, off_loop
 from gateway.media.reader import Fetched, MediaReader
 from gateway.output.choices import Choices, TextDelta
 from gateway.output.detokenizer import Vocabulary
-from gateway.output.timings import Stopwatch
 from gateway.prompt.placeholders import Prompt
 from gateway.prompt.renderer import ChatRenderer, RenderedChat
 from gateway.sampling import Defaults, Limits, check_choices, resolve
+from gateway.timings import Stopwatch
 from gateway.workers.embeddings import RequestEmbeddings
 from gateway.workers.encode import Encodable, Encoders
 from gateway.workers.generate import GenerateSpec, Generation

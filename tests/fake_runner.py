@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_service.engine.engine import Emit, Engine
-from llm_service.engine.limits import EngineConfig
+from llm_service.policy.limits import EngineConfig
 from llm_service.policy.plan import Sampled, StepPlan, StepResult, Work
 from llm_service.policy.sequence import ChoiceOutput, GenerateRequest, Logprobs
 from opticnerve.errors import EmbeddingEvicted, EmbeddingUnavailable

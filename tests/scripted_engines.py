@@ -12,8 +12,8 @@ from typing import Any
 
 from llm_service.engine.client import EngineClient, ProcessEngineClient, ThreadEngineClient
 from llm_service.engine.engine import Emit, Engine
-from llm_service.engine.limits import EngineConfig
 from llm_service.engine.stream import EventStream
+from llm_service.policy.limits import EngineConfig
 from llm_service.policy.plan import StepPlan, StepResult
 from llm_service.policy.sequence import Event, GenerateRequest, SamplingParams, TokensEvent
 from opticnerve.errors import (

@@ -20,8 +20,8 @@ from gateway.api.schemas.chat import REASONING_EFFORT, ChatRequest
 from gateway.api.schemas.parsing import Ignored
 from gateway.edge.deadline import Deadline
 from gateway.output.choices import TextDelta
-from gateway.output.timings import Stopwatch
 from gateway.pipeline import Call, Ended, Step
+from gateway.timings import Stopwatch
 from opticnerve.errors import AnswerTooLarge, EngineFailure
 from opticnerve.generation.values import Usage
 from opticnerve.media.plan import Span

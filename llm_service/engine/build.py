@@ -10,7 +10,7 @@ from llm_service.device.attention import ATTENTION_NAME, make_backend
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
 from llm_service.engine.engine import Emit, Engine
 from llm_service.engine.host import Send
-from llm_service.engine.limits import EngineConfig
+from llm_service.policy.limits import EngineConfig
 from llm_service.policy.rows import RowSource
 from llm_service.rows.store_rows import StoreRows
 from opticnerve.checkpoints.checkpoint import Checkpoint

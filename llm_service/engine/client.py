@@ -24,8 +24,8 @@ from typing import Any, Protocol
 from llm_service.engine import host
 from llm_service.engine.engine import Message
 from llm_service.engine.host import STOP_TIMEOUT_S, Ended, EngineFactory, Ready, Upward
-from llm_service.engine.limits import EngineConfig
 from llm_service.engine.stream import EventStream
+from llm_service.policy.limits import EngineConfig
 from llm_service.policy.rows import RowsNote
 from llm_service.policy.sequence import (
     Abort,

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from typing import TypeAlias
 
-from llm_service.engine.limits import EngineConfig, check_request
 from llm_service.policy.block_manager import BlockManager
+from llm_service.policy.limits import EngineConfig, check_request
 from llm_service.policy.plan import Runner, Sampled, StepPlan, StepResult, Work
 from llm_service.policy.rows import RowSource
 from llm_service.policy.scheduler import Scheduler

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
 
 from llm_service.engine.engine import Engine, Message
-from llm_service.engine.limits import EngineConfig
+from llm_service.policy.limits import EngineConfig
 from llm_service.policy.rows import RowsNote
 from llm_service.policy.sequence import Command, Stop
 from opticnerve.errors import EngineFailure, OpticNerveError

@@ -21,11 +21,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from llm_service.engine.limits import EngineConfig
 from llm_service.policy.block_manager import BlockManager, whole_spans
 from llm_service.policy.budget import Budget
 from llm_service.policy.cost_model import CostModel
 from llm_service.policy.leases import Leases
+from llm_service.policy.limits import EngineConfig
 from llm_service.policy.plan import StepPlan, Work, segments
 from llm_service.policy.rows import RowSource
 from llm_service.policy.sequence import Generation, Sequence, Status

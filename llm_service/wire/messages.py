@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from llm_service.engine.limits import EngineConfig, check_request
+from llm_service.policy.limits import EngineConfig, check_request
 from llm_service.policy.sequence import (
     ChoiceOutput,
     FinishedEvent,

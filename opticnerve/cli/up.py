@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import os
 import sys
@@ -15,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gateway.edge.auth import Keys
 from opticnerve import addresses, config, flags
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.cli.child import Child
@@ -23,7 +23,6 @@ from opticnerve.cli.supervisor import Service, Supervisor, child_environment
 from opticnerve.embeddings.tier import create_tier_directory, remove_tier, sweep_dead_tiers
 from opticnerve.errors import StartupError, StoreError
 from opticnerve.lifecycle import follow_parent, ignore_hangup, on_hangup
-from opticnerve.models.registry import make_layout
 from opticnerve.options import PREFIX, build, options
 from opticnerve.rpc.server import handle_signals
 from opticnerve.secret import make_secret, read_secret
@@ -115,7 +114,6 @@ def _farewell(gateway: config.GatewayConfig, *, ready: bool) -> str:
 def _check_early(gateway: config.GatewayConfig, workers: int) -> None:
     """What would fail in every worker once it has loaded torch, or in the gateway, which starts
     last: told once, and before anything starts. Raises ConfigError, CheckpointError."""
-    Keys.load(gateway.api_key_file)
     host, shown = gateway.listen_host, gateway.telemetry
     addresses.check_free(host, gateway.port)
     if shown.metrics_host or shown.metrics_port >= 0:  # Workers have metrics in any case.
@@ -124,16 +122,7 @@ def _check_early(gateway: config.GatewayConfig, workers: int) -> None:
     source = gateway.model
     checkpoint = Checkpoint.open(source.model, source.revision, source.download_dir)
     checkpoint.check()
-
-    # Half a second, which --help need not wait for.
-    from gateway.edge.connections import allow_files
-    from gateway.prompt.renderer import ChatRenderer
-    from gateway.sampling import load_defaults
-
-    allow_files(gateway.max_connections, workers)
-    path, layout = checkpoint.path, make_layout(checkpoint)
-    tokenizer = ChatRenderer.load(path, layout, gateway.chat_template).tokenizer
-    load_defaults(gateway.generation_config, path, tokenizer, checkpoint.text_config)
+    importlib.import_module("gateway.preflight").check(gateway, checkpoint, workers)
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_service.engine.engine import Engine, Message
-from llm_service.engine.limits import EngineConfig
 from llm_service.engine.stream import coalesce
+from llm_service.policy.limits import EngineConfig
 from llm_service.policy.sequence import (
     AbortedEvent,
     ChoiceOutput,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_service.engine.limits import EngineConfig
 from llm_service.policy.block_manager import BlockManager
+from llm_service.policy.limits import EngineConfig
 from llm_service.policy.plan import StepPlan
 from llm_service.policy.scheduler import Scheduler
 from llm_service.policy.sequence import (

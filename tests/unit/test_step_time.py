@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llm_service.engine.engine import Engine, Message
-from llm_service.engine.limits import EngineConfig
+from llm_service.policy.limits import EngineConfig
 from llm_service.policy.sequence import FinishedEvent, GenerateRequest, SamplingParams, TokensEvent
 from opticnerve.errors import EngineFailure
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
