@@ -58,7 +58,7 @@ def test_grpc_is_quiet_unless_the_user_says_otherwise(given, seen, monkeypatch):
         monkeypatch.setenv("GRPC_VERBOSITY", given)
     code = (
         "import os, sys, types\n"
-        "from opticnerve import cli\n"
+        "from opticnerve.cli import commands as cli\n"
         "assert 'grpc' not in sys.modules\n"
         "fake = types.ModuleType('fake')\n"
         "fake.main = lambda argv: print(os.environ.get('GRPC_VERBOSITY'))\n"
@@ -87,7 +87,7 @@ def test_threads_that_wait_do_not_spin_for_long(given, seen, monkeypatch):
         monkeypatch.setenv(name, value)
     code = (
         "import os, sys, types\n"
-        "from opticnerve import cli\n"
+        "from opticnerve.cli import commands as cli\n"
         "assert 'torch' not in sys.modules\n"
         "fake = types.ModuleType('fake')\n"
         f"fake.main = lambda argv: print(*map(os.environ.get, {OPENMP}))\n"

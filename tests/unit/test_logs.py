@@ -107,7 +107,7 @@ def test_urls_that_are_fetched_are_not_logged(capsys):
 
 ENDS = """
 import sys, threading, warnings
-from opticnerve import cli
+from opticnerve.cli import commands as cli
 from opticnerve.config import TelemetryConfig, begin_logs
 from opticnerve.errors import StartupError
 class module:
