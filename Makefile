@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint serve bench gpu protos clean redis
+.PHONY: demo test lint serve bench measure gpu protos clean redis
 
 demo: $(INSTALLED)
 	$(BIN)/opticnerve demo
@@ -23,6 +23,9 @@ serve: $(INSTALLED)
 bench: $(INSTALLED) redis
 	for name in store split engine memory; do $(BIN)/python -m bench.$$name || exit 1; done
 	$(BIN)/python -m bench.load --quick
+
+measure: $(INSTALLED)  # ARGS="--before COMMIT" adds that commit's figures.
+	$(BIN)/python -m bench.measure $(ARGS)
 
 gpu:  # With the machine's own Python where that has torch; else with ours.
 	@for python in $(PYTHON) python3; do \
