@@ -13,10 +13,10 @@ import grpc
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.client.contents import EncodedPicture
 from opticnerve.client.pictures import NO_OVERRIDES, PlannedPicture, plan_picture
-from opticnerve.media.pictures import Picture, read_picture
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import EmbeddingCorrupt, Mispaired
+from opticnerve.media.pictures import Picture, read_picture
 from opticnerve.media.plan import Overrides
 from opticnerve.models.family import Layout
 from opticnerve.models.registry import make_layout
