@@ -91,10 +91,10 @@ def test_a_picture_a_reference_and_own_tensors_give_one_answer(
 
 
 def examples() -> list[str]:
-    """The example of ``opticnerve.client``, and those that the README shows of it."""
+    """The example of ``opticnerve.client``, and those that docs/clients.md shows of it."""
     document = opticnerve.client.__doc__ or ""
     indented = [line for line in document.splitlines() if not line or line.startswith("    ")]
-    shown = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    shown = re.findall(r"```python\n(.*?)```", (ROOT / "docs/clients.md").read_text(), re.DOTALL)
     return [
         textwrap.dedent("\n".join(indented)),
         *(text for text in shown if "from opticnerve.client import" in text),
