@@ -12,9 +12,15 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.halves import ProcessGuard
+
 # A machine that is busy with other work is not a slow test.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(ProcessGuard(), ProcessGuard.NAME)
 
 
 @pytest.fixture(autouse=True)

@@ -368,6 +368,7 @@ def test_an_unreachable_hub_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # ---- no torch
 
 
+@pytest.mark.process
 def test_nothing_here_imports_torch_or_transformers() -> None:
     code = (
         "import sys\n"

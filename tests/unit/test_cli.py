@@ -51,6 +51,7 @@ def test_a_command_that_is_misspelt(capsys):
     assert "did you mean gateway?" in capsys.readouterr().err
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("given", "seen"), [(None, "ERROR"), ("info", "info")])
 def test_grpc_is_quiet_unless_the_user_says_otherwise(given, seen, monkeypatch):
     monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
@@ -72,6 +73,7 @@ def test_grpc_is_quiet_unless_the_user_says_otherwise(given, seen, monkeypatch):
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("given", "seen"),
     [
@@ -114,6 +116,7 @@ for name, logger in logging.root.manager.loggerDict.items():
 """
 
 
+@pytest.mark.process
 def test_importing_the_library_prints_nothing_and_configures_nothing(monkeypatch):
     monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
     ended = run(IMPORTS)
@@ -183,6 +186,7 @@ def test_up_tells_early_what_the_gateway_would_tell_late(tmp_path, monkeypatch, 
         assert told.count("\n") == 1 and text in told
 
 
+@pytest.mark.process
 def test_a_gateway_tells_a_wrong_checkpoint_once():
     workers = ["--llm-addresses", "127.0.0.1:9", "--encoder-addresses", "127.0.0.1:9"]
     command = [sys.executable, "-m", "opticnerve", "gateway", "/no/such/model", *workers]

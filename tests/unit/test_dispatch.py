@@ -192,6 +192,7 @@ def test_one_picture_of_a_key_does_not_wait_for_the_hundreds_of_another():
     assert [each for each in order if each.share == "mallory"] == flood  # In their own order.
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9)), min_size=60, max_size=90))
 def test_keys_that_always_want_more_get_cost_by_weight(wanted):
     weights = {"a": 1.0, "b": 2.0, "c": 0.5}

@@ -45,6 +45,7 @@ def decoder() -> Iterator[Decoder]:
     found.close()
 
 
+@pytest.mark.process
 def test_pixels_are_those_of_a_thread(decoder: Decoder) -> None:
     """One process makes them all, and answers what is wrong with some."""
     for name, make in PICTURES.items():
@@ -60,6 +61,7 @@ def test_pixels_are_those_of_a_thread(decoder: Decoder) -> None:
     assert decoder.pid == pid
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_tower_is_fed_is_the_same_from_a_process(
     family: str, random_checkpoint: Callable[..., Path]
@@ -79,6 +81,7 @@ def test_what_a_tower_is_fed_is_the_same_from_a_process(
         found.close()
 
 
+@pytest.mark.process
 def test_killed_it_ends_at_once_and_costs_nothing_more(decoder: Decoder) -> None:
     before = children_cpu_s()
     thread, outcome = at_work(decoder, hostile.many_scans(HOPELESS))
@@ -99,6 +102,7 @@ def test_killed_before_it_starts_it_never_starts() -> None:
     assert decoder.pid is None
 
 
+@pytest.mark.process
 def test_a_process_that_something_else_ends_is_told(decoder: Decoder) -> None:
     thread, outcome = at_work(decoder, hostile.many_scans(HOPELESS))
     assert decoder.pid is not None
@@ -107,6 +111,7 @@ def test_a_process_that_something_else_ends_is_told(decoder: Decoder) -> None:
     assert isinstance(outcome[0], DecoderDied) and outcome[0].at_work
 
 
+@pytest.mark.process
 def test_its_time_is_a_core_s() -> None:
     """What it has used before does not count."""
     quick, slow = Decoder(mean_colour, 1), work(hostile.many_scans(HOPELESS))
@@ -151,6 +156,7 @@ def png_16(width: int, height: int) -> bytes:
     return plain[:12] + bytes(header) + zlib.crc32(header).to_bytes(4) + plain[33:]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_is_foreseen_and_given_back(name: str, decoder: Decoder) -> None:
     data = MEMORY[name]()
@@ -175,6 +181,7 @@ print(decoder.pid, flush=True)
 """
 
 
+@pytest.mark.process
 def test_it_ends_with_the_process_that_started_it() -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None

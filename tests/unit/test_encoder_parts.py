@@ -333,6 +333,7 @@ def kill_a_worker(directory: Path, *keys: str) -> None:
     assert done.returncode == -9
 
 
+@pytest.mark.process
 def test_an_item_that_killed_two_workers_is_refused_the_third_time(tmp_path: Path) -> None:
     kill_a_worker(tmp_path, KEY, OTHER)
     record = PoisonRecord(tmp_path)
@@ -360,6 +361,7 @@ def test_living_workers_are_no_suspects_and_leave_nothing(tmp_path: Path) -> Non
     assert not directory.exists()
 
 
+@pytest.mark.process
 def test_old_deaths_are_forgotten_and_swept(tmp_path: Path) -> None:
     kill_a_worker(tmp_path, KEY)
     old = time.time() - FORGET_AFTER_S - 60

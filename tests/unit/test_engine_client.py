@@ -41,7 +41,7 @@ from tests.scripted_engines import (
 )
 
 
-@pytest.fixture(params=["thread", "process"])
+@pytest.fixture(params=["thread", pytest.param("process", marks=pytest.mark.process)])
 def open_client(request: pytest.FixtureRequest) -> Open:
     return opener(request.param)
 

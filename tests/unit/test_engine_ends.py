@@ -32,7 +32,7 @@ from tests.scripted_engines import (
 )
 
 
-@pytest.fixture(params=["thread", "process"])
+@pytest.fixture(params=["thread", pytest.param("process", marks=pytest.mark.process)])
 def open_client(request: pytest.FixtureRequest) -> Open:
     return opener(request.param)
 
@@ -100,6 +100,7 @@ def test_closing_ends_what_is_open(open_client: Open) -> None:
     run(test)
 
 
+@pytest.mark.process
 def test_a_killed_process_fails_everything() -> None:
     async def test() -> None:
         client = ProcessEngineClient("tests.scripted_engines:build", CONFIG)
@@ -133,6 +134,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.process
 def test_the_engine_ends_with_its_parent(tmp_path: Path) -> None:
     script = tmp_path / "orphan.py"
     script.write_text(ORPHAN)
@@ -158,6 +160,7 @@ def is_gone(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] in "ZX"
 
 
+@pytest.mark.process
 def test_a_process_that_talks_nonsense_is_ended() -> None:
     async def test() -> None:
         client = ProcessEngineClient("tests.scripted_engines:garble", CONFIG)

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -275,6 +276,7 @@ class World:
             assert not scores
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32))
 @settings(max_examples=400, deadline=None)
 def test_every_request_gets_what_it_would_get_alone(seed: int) -> None:

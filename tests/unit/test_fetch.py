@@ -25,6 +25,7 @@ def test_a_body_comes_whole() -> None:
     run(work)
 
 
+@pytest.mark.slow
 def test_bytes_are_counted_while_they_come() -> None:
     held = 0
 

@@ -170,6 +170,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return where / "cert.pem", where / "key.pem"
 
 
+@pytest.mark.process
 def test_tls_is_checked_against_the_name_not_the_address(certificate: tuple[Path, Path]) -> None:
     serving_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     serving_tls.load_cert_chain(*certificate)
@@ -188,6 +189,7 @@ def test_tls_is_checked_against_the_name_not_the_address(certificate: tuple[Path
     run(work, tls=serving_tls, resolve=resolver, fetcher={"tls": trusting})
 
 
+@pytest.mark.process
 def test_unknown_certificates_are_refused(certificate: tuple[Path, Path]) -> None:
     serving_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     serving_tls.load_cert_chain(*certificate)

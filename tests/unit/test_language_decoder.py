@@ -57,6 +57,7 @@ def test_text_equals_the_unsplit_model(
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_halve(), reason="this CPU keeps no weights in 16 bits")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)

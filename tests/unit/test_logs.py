@@ -126,6 +126,7 @@ sys.exit(cli.run("fake", sys.argv[1:]))
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("how", ["bug", "refused"])
 def test_whatever_ends_a_process_is_json_too(how):
     """Warnings, threads that fail and the last words of a process come from Python itself."""

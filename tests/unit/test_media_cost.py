@@ -106,6 +106,7 @@ def pass_s() -> float:
     return cpu_s(data) / structure(data).passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 def test_work_is_foreseen(name: str, pass_s: float) -> None:
     """Within a wide margin, for CPUs differ and are busy: without what is counted here, hostile

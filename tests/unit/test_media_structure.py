@@ -272,6 +272,7 @@ def mutations(count: int) -> Iterator[bytes]:
         yield bytes(data)
 
 
+@pytest.mark.slow
 def test_damaged_files_are_read_as_pillow_reads_them() -> None:
     agreed = 0
     for data in mutations(4_000):

@@ -46,6 +46,7 @@ def by_outline(text: bytes | bytearray, enough: int = PLENTY) -> Any:
         return OpticNerveError
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(
     value=JSON,
@@ -125,6 +126,7 @@ def read(text: bytearray) -> None:
         parse(ChatRequest, drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NASTY)
 def test_a_long_body_takes_three_times_its_bytes_at_most(kind: str) -> None:
     """Besides itself: its strings, and pieces of one; an object's names again; 400 bytes a value;
@@ -177,6 +179,7 @@ def _longest_step(work: Callable[[], object]) -> float:
 SLOW = ("escaped slashes", "escapes", "quotes", "backslashes", "an emoji", "halves", "integers")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SLOW)
 def test_a_long_body_is_read_in_short_steps(kind: str) -> None:
     """In one step of a parser these took 80 to 400 ms."""

@@ -6,6 +6,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import opticnerve
 from opticnerve.pb import embedding_pb2, llm_pb2_grpc
 
@@ -56,6 +58,7 @@ def test_the_demo_checkpoint_is_in_the_package():
     assert (demo / "pictures" / "star.png").is_file()
 
 
+@pytest.mark.process
 def test_stubs_are_not_in_git():
     tracked = subprocess.run(
         ["git", "ls-files", "opticnerve/pb"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -64,6 +67,7 @@ def test_stubs_are_not_in_git():
         assert "_pb2" not in tracked.stdout
 
 
+@pytest.mark.process
 def test_the_command_prints_its_version():
     done = subprocess.run(
         [sys.executable, "-m", "opticnerve", "--version"],

@@ -158,6 +158,7 @@ def test_ordinary_text_has_the_ids_of_the_tokenizer_alone(style: str, text: str)
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["demo", "chatml", "pieces", "llava"])
 @settings(max_examples=60, deadline=None)
 @given(parts=st.lists(MIXED, min_size=1, max_size=4))

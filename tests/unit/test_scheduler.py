@@ -312,6 +312,7 @@ def test_integrity_checks_see_harm(field: str) -> None:
         scheduler.check_integrity()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shares", [("ada",), ("",), ("ada", "bob", "")])
 @given(st.integers(0, 2**32))
 @settings(max_examples=12, deadline=None)
@@ -349,6 +350,7 @@ def test_the_first_always_gets_on_and_nobody_waits_for_ever(
     assert desk.blocks.num_free == desk.config.num_blocks
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
 def test_whatever_one_sharer_has_asked_for_another_has_a_token_within_a_few_steps(
@@ -415,6 +417,7 @@ def test_requests_of_one_sharer_that_come_one_by_one_take_a_place_each_and_no_mo
     assert desk.scheduler.num_preemptions <= len(late)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
 def test_whatever_choices_a_sharer_has_a_request_of_it_has_a_token_within_a_few_steps(

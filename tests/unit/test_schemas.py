@@ -446,6 +446,7 @@ JSON = st.recursive(
 NAMES = st.sampled_from(sorted({*ChatRequest.model_fields, *FIELDS, "role", "content", "type"}))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(fields=st.dictionaries(NAMES, JSON, max_size=5), messages=JSON)
 def test_any_json_is_parsed_or_refused(fields: dict[str, Any], messages: Any) -> None:

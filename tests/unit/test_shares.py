@@ -286,6 +286,7 @@ def prefilling(shares: Shares, lengths: Many[int], share: str, weight: float) ->
     return made
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(st.sampled_from((0.5, 1.0, 2.0)), st.integers(1, 400)), min_size=2, max_size=5

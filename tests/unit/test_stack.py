@@ -90,6 +90,7 @@ def test_serve_shows_no_password_on_a_command_line(monkeypatch):
     assert environment["PATH"] == os.environ["PATH"]
 
 
+@pytest.mark.process
 def test_a_stack_that_is_asked_for_wrongly_says_why_in_one_line():
     with pytest.raises(StartupError) as caught, stack.serve("/no/such/model"):
         pass

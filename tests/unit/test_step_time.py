@@ -183,6 +183,7 @@ def test_the_engine_tells_its_speed() -> None:
     assert stats.prefill_tokens_per_s == pytest.approx(600, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_step_s", [TARGET_S, 0.0])
 def test_text_does_not_wait_behind_a_burst_of_pictures(max_step_s: float) -> None:
     bench = Bench(slow_machine(), max_step_s=max_step_s, max_num_batched_tokens=512)

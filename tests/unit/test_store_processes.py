@@ -16,6 +16,7 @@ from opticnerve.embeddings import codec
 from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.errors import StoreFull
 
+pytestmark = pytest.mark.process
 MIB = 2**20
 spawn = multiprocessing.get_context("spawn")
 

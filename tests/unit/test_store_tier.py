@@ -48,6 +48,7 @@ def test_an_owned_directory_lives_and_goes_with_its_owner(tmp_path: Path) -> Non
     tier.remove_tier(path)
 
 
+@pytest.mark.process
 def test_a_killed_owners_directory_is_swept(tmp_path: Path) -> None:
     process, path = start_owner(tmp_path)
     try:
@@ -118,6 +119,7 @@ def test_foreign_directories_are_refused(tmp_path: Path) -> None:
         ShmStore(tmp_path / "file", 10**6)
 
 
+@pytest.mark.process
 def test_a_process_that_was_killed_pins_nothing(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path\n"

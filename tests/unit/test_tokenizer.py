@@ -159,6 +159,7 @@ def test_a_vocabulary_that_can_spell_its_special_tokens(tmp_path: Path) -> None:
     assert 2 in tokenizer.encode_prompt("a</s>b")
 
 
+@pytest.mark.slow
 def test_endless_text_is_noticed_early(pair: Any) -> None:
     ours, theirs = pair
     for unit in ("hello the quick ", "\n", "你好", "<|im_end|>", " "):
@@ -210,6 +211,7 @@ def test_the_configuration_of_older_checkpoints(tmp_path: Path) -> None:
     assert Tokenizer.load(directory).named["bos_token"] == "<s>"
 
 
+@pytest.mark.process
 def test_text_needs_neither_torch_nor_transformers_nor_grpc() -> None:
     code = (
         "import sys, gateway.prompt.renderer, gateway.sampling;"
