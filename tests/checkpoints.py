@@ -12,12 +12,12 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any
 
 import opticnerve.demo
+
+if TYPE_CHECKING:  # Tests that need the demo alone wait for no torch.
+    import torch
 
 DEMO = Path(opticnerve.demo.__file__).parent / "checkpoint"
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "llava")
@@ -45,7 +45,7 @@ def make_checkpoint(
     seed: int = 0,
     layout: str = "new",
     shards: int = 1,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     tied: bool = False,
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
@@ -57,7 +57,8 @@ def make_checkpoint(
 
     ``layout``: "old" names tensors and configuration fields as the first published checkpoints
     do, "new" as transformers 5 does. ``text`` and ``vision`` override sizes of the two halves,
-    ``config`` top-level fields, ``settings`` the image processor's. ``device`` draws the weights.
+    ``config`` top-level fields, ``settings`` the image processor's. ``device`` draws the weights,
+    which are float32 without a ``dtype``.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -83,13 +84,16 @@ def make_config(
     family: str,
     *,
     tied: bool = False,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
 ) -> Any:
     """The transformers configuration of a small model; ``text`` and ``vision`` override sizes."""
+    import torch
+
     config = _CONFIGS[family](text or {}, vision or {}, tied)
-    config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype or torch.float32
     return config
 
 
@@ -188,14 +192,16 @@ _CONFIGS: dict[str, Callable[[dict[str, Any], dict[str, Any], bool], Any]] = {
 
 
 def random_weights(
-    config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    config: Any, *, seed: int = 0, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """Tensors of the whole model by transformers' own names; the head only where it is not tied.
     Drawn on ``device``, which decides what a seed gives, and kept on the CPU."""
+    import torch
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
+    dtype = dtype or torch.float32
     generator = torch.Generator(device).manual_seed(seed)
     weights = {}
     for name, parameter in model.state_dict().items():
@@ -206,6 +212,8 @@ def random_weights(
 
 
 def _random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    import torch
+
     noise = torch.randn(shape, generator=generator, device=generator.device)
     if len(shape) == 1 and name.endswith("weight"):  # A norm.
         return 1 + 0.1 * noise
@@ -221,6 +229,8 @@ def _random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> 
 
 def write_weights(weights: dict[str, torch.Tensor], directory: Path, shards: int = 1) -> None:
     """Writes safetensors: one file, or ``shards`` files with an index."""
+    from safetensors.torch import save_file
+
     if shards == 1:
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gzip
 import random
 import ssl
@@ -26,29 +27,34 @@ def deflated(body: bytes, wbits: int) -> bytes:
     return made.compress(body) + made.flush()
 
 
-CODED = {  # Content-Encoding, and what is sent for BODY.
-    "gzip": ("gzip", gzip.compress(BODY)),
-    "x-gzip": ("X-GZip", gzip.compress(BODY)),
-    "members": ("gzip", gzip.compress(BODY[:100]) + gzip.compress(BODY[100:]) + bytes(100)),
-    "deflate": ("deflate", deflated(BODY, 15)),
-    "deflate-raw": ("deflate", deflated(BODY, -15)),
-    "identity": ("identity", BODY),
-    "empty": ("", BODY),
-    "identity-gzip": ("identity, gzip,", gzip.compress(BODY)),
-    "br": ("br", BODY),
-    "zstd": ("zstd", BODY),
-    "twice": ("gzip, gzip", gzip.compress(gzip.compress(BODY))),
-    "odd": ("<b>secret</b>", BODY),
-    "no-gzip": ("gzip", BODY),
-    "half": ("gzip", gzip.compress(BODY)[:-9]),
-    "one-byte": ("deflate", b"x"),
-    "wrong-sum": ("gzip", gzip.compress(BODY)[:-8] + bytes(8)),
-    "nothing": ("gzip", b""),
-    "large": ("gzip", gzip.compress(bytes(100_001))),
-    "large-as-sent": ("gzip", gzip.compress(random.Random(1).randbytes(110_000))),
-    "padding": ("gzip", gzip.compress(BODY) + bytes(2**20)),
-    "huge": ("gzip", gzip.compress(bytes(2**27))),
-}
+@functools.cache
+def coded() -> dict[str, tuple[str, bytes]]:
+    """By name: a Content-Encoding, and what is sent for BODY."""
+    return {
+        "gzip": ("gzip", gzip.compress(BODY)),
+        "x-gzip": ("X-GZip", gzip.compress(BODY)),
+        "members": ("gzip", gzip.compress(BODY[:100]) + gzip.compress(BODY[100:]) + bytes(100)),
+        "deflate": ("deflate", deflated(BODY, 15)),
+        "deflate-raw": ("deflate", deflated(BODY, -15)),
+        "identity": ("identity", BODY),
+        "empty": ("", BODY),
+        "identity-gzip": ("identity, gzip,", gzip.compress(BODY)),
+        "br": ("br", BODY),
+        "zstd": ("zstd", BODY),
+        "twice": ("gzip, gzip", gzip.compress(gzip.compress(BODY))),
+        "odd": ("<b>secret</b>", BODY),
+        "no-gzip": ("gzip", BODY),
+        "half": ("gzip", gzip.compress(BODY)[:-9]),
+        "one-byte": ("deflate", b"x"),
+        "wrong-sum": ("gzip", gzip.compress(BODY)[:-8] + bytes(8)),
+        "nothing": ("gzip", b""),
+        "large": ("gzip", gzip.compress(bytes(100_001))),
+        "large-as-sent": ("gzip", gzip.compress(random.Random(1).randbytes(110_000))),
+        "padding": ("gzip", gzip.compress(BODY) + bytes(2**20)),
+        "huge": ("gzip", gzip.compress(bytes(2**27))),
+    }
+
+
 Handler = Callable[["Server", str, asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -104,12 +110,12 @@ async def answer(server: Server, path: str, writer: asyncio.StreamWriter) -> Non
                 await writer.drain()
     elif path == "/short":
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
-    elif path.startswith("/coded/"):  # /coded/<name of an entry of CODED>
-        coding, body = CODED[path[7:]]
+    elif path.startswith("/coded/"):  # /coded/<name of an entry of ``coded``>
+        coding, body = coded()[path[7:]]
         writer.write(response("200 OK", body, length=False, Content_Encoding=coding))
     elif path == "/trickle":  # A byte at a time.
         writer.write(response("200 OK", length=False, Content_Encoding="gzip"))
-        for byte in CODED["gzip"][1]:
+        for byte in coded()["gzip"][1]:
             writer.write(bytes([byte]))
             await writer.drain()
     elif path == "/rubbish":
@@ -120,6 +126,7 @@ async def answer(server: Server, path: str, writer: asyncio.StreamWriter) -> Non
 
 @contextlib.asynccontextmanager
 async def serving(tls: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
+    coded()  # Before anything is timed or its memory measured.
     server = Server()
     tasks: set[asyncio.Task[None]] = set()
 

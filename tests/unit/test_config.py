@@ -2,11 +2,10 @@
 
 import contextlib
 import json
+from importlib import import_module
 
 import pytest
 
-import encoder_service.service
-import llm_service.service
 from opticnerve import config, flags
 from opticnerve.addresses import LOOPBACK, Hosts
 from opticnerve.cli import up
@@ -255,15 +254,15 @@ def test_a_file_may_hold_the_stores_url(tmp_path):
 @pytest.mark.parametrize(
     ("service", "settings"),
     [
-        (encoder_service.service, config.EncoderConfig),
-        (llm_service.service, config.LLMConfig),
+        ("encoder_service.service", config.EncoderConfig),
+        ("llm_service.service", config.LLMConfig),
     ],
 )
 def test_workers_open_the_store_that_a_file_names(tmp_path, service, settings):
     file = tmp_path / "store"
     file.write_text(f"shm://{tmp_path}/tier")
     named = settings(store=config.StoreConfig(store=f"file://{file}"))
-    with contextlib.closing(service._open_store(named, None)) as store:
+    with contextlib.closing(import_module(service)._open_store(named, None)) as store:
         assert str(store.directory) == f"{tmp_path}/tier"
 
 
