@@ -5,7 +5,6 @@ The decoder gets every field explicitly: it knows neither the model's defaults n
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,13 @@ from typing import Any
 from gateway.api.schemas.chat import UNLIMITED, ChatRequest
 from gateway.api.schemas.sampling import SamplingFields
 from gateway.prompt.tokenizer import Tokenizer
-from opticnerve.errors import ConfigError, ContextLengthExceeded, InvalidRequest
+from opticnerve.checkpoints.settings import read_object
+from opticnerve.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextLengthExceeded,
+    InvalidRequest,
+)
 from opticnerve.generation.values import Sampling
 
 LARGEST_MAX_TOKENS = 2**31 - 1
@@ -88,15 +93,11 @@ def _sampling_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
+    """The JSON object in ``file``; empty without the file. Raises ConfigError."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file} should hold a JSON object")
-    return value
+        return read_object(file) or {}
+    except CheckpointError as error:
+        raise ConfigError(error.message) from error
 
 
 def _ids(value: Any) -> list[int]:

@@ -33,6 +33,7 @@ from opticnerve.models.registry import make_layout
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc.server import Server
 from opticnerve.rpc.token import load_token
+from opticnerve.tensors.dtypes import dtype_name
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ def _identity(
         family=checkpoint.family,
         attention=make_backend(settings.attention).name,
         device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         hidden_size=layout.hidden_size,
         shm_tier_id=store.tier_id,
         eos_token_ids=checkpoint.eos_token_ids,

@@ -17,10 +17,9 @@ from encoder_service.pictures.sizing import permitted_patches
 from opticnerve.errors import StartupError, device_is_lost
 from opticnerve.media.plan import Plan
 from opticnerve.models.family import Tower
+from opticnerve.tensors.dtypes import ELEMENT_TYPES
 
 log = logging.getLogger(__name__)
-
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 CPU_BATCH_PATCHES = 2048  # A CPU gains nothing from larger batches; smaller ones answer sooner.
 CPU_WARM_PATCHES = 1024  # A larger item would hold a CPU's start up for minutes.
@@ -42,7 +41,7 @@ class TorchBackend:
         self.preprocess = tower.preprocess
         self._shrink = shrink
         self.device = str(tower.device)
-        self.dtype = DTYPES[tower.dtype]
+        self.dtype = ELEMENT_TYPES[tower.dtype]
         self.hidden_size = tower.hidden_size
         self._on_cuda = tower.device.type == "cuda"
 

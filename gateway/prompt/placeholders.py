@@ -14,11 +14,10 @@ from gateway.prompt.tokenizer import (
     added_tokens,
     build,
     merge_added,
-    named_tokens,
-    read_config,
-    read_object,
     read_source,
 )
+from opticnerve.checkpoints.settings import read_object
+from opticnerve.checkpoints.tokenizer_files import named_tokens, read_tokenizer_config
 from opticnerve.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
 from opticnerve.media.plan import Plan, Span
 from opticnerve.models.family import Expansion
@@ -55,9 +54,9 @@ def spellings(path: Path, ids: Mapping[str, int]) -> dict[str, str]:
     vocabulary, if it is written as a placeholder is and not as text. What no file knows is left
     out. Raises CheckpointError for files that cannot be read.
     """
-    config, source = read_config(path), read_source(path)
+    config, source = read_tokenizer_config(path), read_source(path)
     named = named_tokens(config)
-    told = {**named_tokens(read_object(path / "processor_config.json")), **named}
+    told = {**named_tokens(read_object(path / "processor_config.json") or {}), **named}
     try:
         added = merge_added(added_tokens(source), config, named)
         by_id = {token.id: text for text, token in added.items()}

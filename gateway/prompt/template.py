@@ -23,6 +23,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gateway.prompt.provenance import Aliases
+from opticnerve.checkpoints.settings import read_object
 from opticnerve.errors import CheckpointError, ConfigError, ContextLengthExceeded, InvalidRequest
 
 MAX_CHARACTERS = 2**24
@@ -223,7 +224,7 @@ def load_template(path: Path, config: Mapping[str, Any], override: str | None = 
     if file.is_file():
         return _read(file)
     for name in ("chat_template.json", "processor_config.json"):
-        found = _from_json(path / name)
+        found = _default((read_object(path / name) or {}).get("chat_template"))
         if found is not None:
             return found
     found = _default(config.get("chat_template"))
@@ -251,16 +252,6 @@ def _read(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-
-
-def _from_json(file: Path) -> str | None:
-    if not file.is_file():
-        return None
-    try:
-        value = json.loads(_read(file))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    return _default(value.get("chat_template") if isinstance(value, dict) else None)
 
 
 def _default(entry: Any) -> str | None:

@@ -21,9 +21,13 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from gateway.prompt.provenance import Aliases
+from opticnerve.checkpoints.tokenizer_files import (
+    added_entries,
+    named_tokens,
+    read_tokenizer_config,
+)
 from opticnerve.errors import CheckpointError
 
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
 SURE_CHARACTERS = 2**15  # Text as short as this is encoded without a second thought.
 CUT_TOKENS = 64  # More than the tokens that a cut through an alias or a long word can add.
@@ -97,7 +101,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path, placeholders: Iterable[str] = ()) -> Tokenizer:
         """The tokenizer of a checkpoint directory. Raises CheckpointError."""
-        tokenizer = cls(read_source(path), read_config(path), placeholders)
+        tokenizer = cls(read_source(path), read_tokenizer_config(path), placeholders)
         give_back_memory()
         return tokenizer
 
@@ -235,48 +239,12 @@ def read_source(path: Path) -> str:
     )
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """tokenizer_config.json; where that lists no added tokens, special_tokens_map.json too."""
-    config = read_object(path / "tokenizer_config.json")
-    if "added_tokens_decoder" not in config:
-        config.update(read_object(path / "special_tokens_map.json"))
-    return config
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} without the file. Raises CheckpointError."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} should hold a JSON object")
-    return value
-
-
-def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """``bos_token`` and its like: what templates may use by name."""
-    extra = config.get("extra_special_tokens")
-    entries = {**(extra if isinstance(extra, Mapping) else {}), **config}
-    found: dict[str, str] = {}
-    for name, entry in entries.items():
-        if name not in NAMED and not name.endswith("_token"):
-            continue
-        content = entry.get("content") if isinstance(entry, Mapping) else entry
-        if isinstance(content, str) and content:
-            found[name] = content
-    return found
-
-
 def added_tokens(source: str) -> dict[str, Added]:
     """The ``added_tokens`` of a tokenizer.json, without parsing the vocabulary after it."""
-    place = re.search(r'"added_tokens"\s*:\s*', source)
-    if place is None:
-        return {}
-    entries, _ = json.JSONDecoder().raw_decode(source, place.end())
-    return {e["content"]: Added.read(e, special=bool(e["special"]), id=e["id"]) for e in entries}
+    return {
+        entry["content"]: Added.read(entry, special=bool(entry["special"]), id=entry["id"])
+        for entry in added_entries(source)
+    }
 
 
 def merge_added(

@@ -20,6 +20,7 @@ from opticnerve.errors import ConfigError
 from opticnerve.models.family import Language, Layout
 from opticnerve.models.registry import load_language, make_layout
 from opticnerve.telemetry import logs
+from opticnerve.tensors.dtypes import dtype_name
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def _announce(
         "(%d MiB), max_num_seqs %d, max_num_batched_tokens %d, max_step_ms %g",
         checkpoint.name,
         language.device,
-        str(language.dtype).removeprefix("torch."),
+        dtype_name(language.dtype),
         num_threads,
         runner.backend_name,
         config.max_tokens,

@@ -19,11 +19,12 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 
 from llm_service.policy.sequence import GenerateRequest, Sequence, Status
+from opticnerve.hashing import hash_parts
 from opticnerve.media.plan import Span, SpanAttention
 
 UNIT = 16  # Tokens of one link of the hash chain.
 _DIGEST_BYTES = 16
-_SCHEME = b"opticnerve prefix 1"
+_SCHEME = "opticnerve-prefix-2"
 
 
 class BlockManager:
@@ -296,9 +297,5 @@ _MODALITY_NUMBER = {"image": 1, "video": 2, "audio": 3}
 
 
 def _root(request: GenerateRequest) -> bytes:
-    """The first parent: what a request never shares across."""
-    digest = hashlib.blake2b(_SCHEME, digest_size=_DIGEST_BYTES)
-    for text in (request.adapter, request.cache_salt):
-        raw = text.encode()
-        digest.update(struct.pack("<q", len(raw)) + raw)
-    return digest.digest()
+    """The parent of the first unit: requests that differ in it share no prefix."""
+    return bytes.fromhex(hash_parts(_SCHEME, request.adapter, request.cache_salt))

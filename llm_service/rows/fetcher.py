@@ -36,6 +36,7 @@ from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
 from opticnerve.rpc.channel import open_channel
 from opticnerve.rpc.errors import from_rpc
 from opticnerve.telemetry import events
+from opticnerve.tensors.header import LENGTH
 
 FETCH_TIMEOUT_S = 30.0
 THREADS = 4
@@ -183,7 +184,7 @@ class Fetcher:
         what is not signed, where this worker has the secret: anybody may have named the address."""
         address = ref.location.fetch_address
         stub = encoder_pb2_grpc.EncoderStub(await self._channel(address))
-        limit = ref.num_bytes + codec.MAX_HEADER_BYTES + codec.LENGTH.size
+        limit = ref.num_bytes + codec.MAX_HEADER_BYTES + LENGTH.size
         data, mac = bytearray(), b""
         call = stub.Fetch(encoder_pb2.FetchRequest(key=ref.key), timeout=FETCH_TIMEOUT_S)
         try:

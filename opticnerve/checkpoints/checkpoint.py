@@ -8,10 +8,8 @@ that hold wanted keys, so that each side downloads its own. No torch here.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,8 +20,11 @@ from typing import Any, Literal
 import opticnerve.demo
 from opticnerve.checkpoints import hub
 from opticnerve.checkpoints.digests import Digests
+from opticnerve.checkpoints.settings import read_object
 from opticnerve.checkpoints.tensorfile import TensorEntry, read_header
+from opticnerve.checkpoints.tokenizer_files import eos_token_id
 from opticnerve.errors import CheckpointError
+from opticnerve.hashing import hash_parts
 from opticnerve.models.registry import family_of, make_layout
 
 Side = Literal["gateway", "encoder", "llm"]
@@ -32,7 +33,7 @@ KeyFilter = Callable[[str], bool]
 DEMO_NAME = "opticnerve-demo"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-PAIR_SCHEME = b"opticnerve-pair-2"
+PAIR_SCHEME = "opticnerve-pair-3"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ class Checkpoint:
         Raises CheckpointError, or UnsupportedCheckpoint for a model that no family serves.
         """
         path, name, hub_id = _locate(model, revision, download_dir)
-        config = _read_json(path / "config.json")
+        config = read_object(path / "config.json")
         if config is None:
             raise CheckpointError(_no_config(path))
         checkpoint = cls(
@@ -76,7 +77,7 @@ class Checkpoint:
             side=side,
             config=config,
             processor_config=_image_processor(path),
-            generation_config=_read_json(path / "generation_config.json") or {},
+            generation_config=read_object(path / "generation_config.json") or {},
             revision=hub.commit_of(path),
             hub_id=hub_id,
             download_dir=download_dir,
@@ -144,7 +145,7 @@ class Checkpoint:
     @cached_property
     def _weight_map(self) -> dict[str, str] | None:
         """Key -> shard file name; None for a checkpoint of a single file."""
-        index = _read_json(self.path / INDEX_FILE)
+        index = read_object(self.path / INDEX_FILE)
         if index is None:
             return None
         weight_map = index.get("weight_map")
@@ -172,7 +173,7 @@ class Checkpoint:
         the tokenizer's own. Raises CheckpointError for files that cannot be read."""
         ends = self.generation_config.get("eos_token_id", self.text_config.get("eos_token_id"))
         ids = ends if isinstance(ends, list) else [ends]
-        found = [*ids, _tokenizer_eos(self.path)]
+        found = [*ids, eos_token_id(self.path)]
         return tuple(dict.fromkeys(n for n in found if type(n) is int and n >= 0))
 
     # ---- identity
@@ -189,14 +190,11 @@ class Checkpoint:
         kept (``opticnerve.checkpoints.digests``): do it off an event loop. Raises CheckpointError
         when a directory's weights are not all there.
         """
-        digest = hashlib.sha256(PAIR_SCHEME)
-        for part in (self.config, self.processor_config):
-            _update(digest, json.dumps(part, sort_keys=True).encode())
-        if self.revision is not None:
-            _update(digest, b"commit:" + self.revision.encode())
-        else:
-            _update(digest, self.weights_digest().encode())
-        return digest.hexdigest()
+        weights = self.weights_digest() if self.revision is None else f"commit:{self.revision}"
+        settings = (self.config, self.processor_config)
+        return hash_parts(
+            PAIR_SCHEME, *(json.dumps(part, sort_keys=True) for part in settings), weights
+        )
 
     def read_ahead(self) -> None:
         """Begins the reading that ``pair_id`` takes, on a thread, while others load the weights."""
@@ -213,17 +211,13 @@ class Checkpoint:
         ``tensor_index``."""
         entries = self.tensor_index(wanted)
         digests = self._digests.of(entries)
-        digest = hashlib.sha256()
-        for key, entry in sorted(entries.items()):
-            _update(digest, f"{key} {entry.dtype} {entry.shape}".encode())
-            _update(digest, digests[key].encode())
-        return digest.hexdigest()
-
-
-def _update(digest: hashlib._Hash, part: bytes) -> None:
-    """Length before content: no two sequences of parts look alike."""
-    digest.update(len(part).to_bytes(8, "little"))
-    digest.update(part)
+        return hash_parts(
+            *(
+                part
+                for key, entry in sorted(entries.items())
+                for part in (f"{key} {entry.dtype} {entry.shape}", digests[key])
+            )
+        )
 
 
 def _locate(
@@ -248,59 +242,10 @@ def _locate(
 
 def _image_processor(path: Path) -> dict[str, Any]:
     """Image processor settings: in processor_config.json (newer), or in a file of their own."""
-    nested = (_read_json(path / "processor_config.json") or {}).get("image_processor")
+    nested = (read_object(path / "processor_config.json") or {}).get("image_processor")
     if isinstance(nested, dict):
         return nested
-    return _read_json(path / "preprocessor_config.json") or {}
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    """The JSON object in ``file``; None when there is no such file. Raises CheckpointError."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON; fetch it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds no JSON object; fetch it again")
-    return value
-
-
-def _tokenizer_eos(path: Path) -> int | None:
-    """The id of the tokenizer's ``eos_token``; None where the files do not tell it.
-
-    The vocabulary is not parsed: an end of sequence is among the added tokens.
-    """
-    config = _read_json(path / "tokenizer_config.json") or {}
-    if "added_tokens_decoder" not in config:
-        config.update(_read_json(path / "special_tokens_map.json") or {})
-    name = _content(config.get("eos_token"))
-    if name is None:
-        return None
-    listed = config.get("added_tokens_decoder")
-    for number, entry in listed.items() if isinstance(listed, dict) else ():
-        if _content(entry) == name and number.isdecimal():
-            return int(number)
-    try:
-        source = (path / "tokenizer.json").read_text(encoding="utf-8")
-        place = re.search(r'"added_tokens"\s*:\s*', source)
-        added, _ = json.JSONDecoder().raw_decode(source, place.end()) if place else ([], 0)
-        return next((int(entry["id"]) for entry in added if _content(entry) == name), None)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{path / 'tokenizer.json'} cannot be read; fetch it again"
-        ) from error
-
-
-def _content(token: Any) -> str | None:
-    """A token as tokenizer files hold it: its text, or a dictionary with it."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
+    return read_object(path / "preprocessor_config.json") or {}
 
 
 def _no_config(path: Path) -> str:

@@ -6,14 +6,15 @@ every byte of the tower's and projector's tensors, output dtype, backend and pre
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from opticnerve.checkpoints.loader import wanted
+from opticnerve.hashing import hash_parts
 from opticnerve.models.registry import make_layout
+from opticnerve.tensors.dtypes import dtype_name
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
@@ -29,10 +30,10 @@ def fingerprint(
 
     ``precision`` is the backend's, where it differs from the output dtype.
     """
-    dtype = str(tower.dtype).removeprefix("torch.")
+    dtype = dtype_name(tower.dtype)
     vision = importlib.import_module(f"opticnerve.models.{checkpoint.family}.vision")
     settings = make_layout(checkpoint).settings()
-    return _hash(
+    return hash_parts(
         SCHEME,
         "encoder",
         _canonical(checkpoint.config),
@@ -47,8 +48,8 @@ def fingerprint(
 
 def language_fingerprint(checkpoint: Checkpoint, language: Language) -> str:
     """The LLM worker's: of the weights it covers what ``Checkpoint.pair_id`` does."""
-    dtype = str(language.dtype).removeprefix("torch.")
-    return _hash(SCHEME, "llm", _canonical(checkpoint.config), checkpoint.pair_id, dtype)
+    dtype = dtype_name(language.dtype)
+    return hash_parts(SCHEME, "llm", _canonical(checkpoint.config), checkpoint.pair_id, dtype)
 
 
 def _canonical(value: object) -> str:
@@ -61,13 +62,3 @@ def _plain(value: object) -> object:
     if isinstance(value, Iterable):
         return list(value)
     raise TypeError(f"{value!r} cannot be part of a fingerprint")
-
-
-def _hash(*parts: str) -> str:
-    """Length before content: no two lists of parts look alike."""
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part.encode()
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return digest.hexdigest()

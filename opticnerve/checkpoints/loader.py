@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from opticnerve.errors import CheckpointError, ConfigError
+from opticnerve.tensors.dtypes import FLOATING, dtype_name
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
@@ -34,13 +35,7 @@ log = logging.getLogger(__name__)
 Recompute = Callable[[nn.Module], torch.Tensor]
 """Makes a buffer that no checkpoint holds; gets the module that owns it, still on meta."""
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-FLOATING = {  # Element types of safetensors that can be weights.
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+DTYPES = {dtype_name(FLOATING[name]): FLOATING[name] for name in ("F32", "F16", "BF16")}
 SHOWN = 6  # Keys that an error message lists.
 
 

@@ -1,9 +1,11 @@
-"""Reading numbers out of a checkpoint's JSON, with one clear error when they are not there."""
+"""A checkpoint's JSON files and the numbers in them, with one clear error for what is wrong."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from opticnerve.errors import CheckpointError, UnsupportedCheckpoint
@@ -40,6 +42,23 @@ class PixelSettings:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def read_object(file: Path) -> dict[str, Any] | None:
+    """The JSON object in ``file``; None when there is no such file. Raises CheckpointError."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read: it is not valid JSON; fetch it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} cannot be read: it holds no JSON object; fetch it again")
+    return value
 
 
 def integer(config: Mapping[str, Any], name: str, default: int | None = None) -> int:

@@ -1,38 +1,14 @@
-"""Headers of safetensors files, read without torch and without mapping a tensor.
-
-Format: 8 bytes little-endian header length, a JSON header, the tensors' bytes. Offsets in the
-header count from the end of the header.
-"""
+"""Where the tensors of a checkpoint lie in its files, from the files' headers. No torch."""
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from opticnerve.errors import CheckpointError
+from opticnerve.tensors.header import LENGTH, header_end, parse_header
 
 MAX_HEADER_BYTES = 100_000_000  # The format's own limit.
-
-DTYPE_BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "I64": 64,
-    "U64": 64,
-    "F64": 64,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,37 +31,19 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     try:
         with file.open("rb") as stream:
             size = file.stat().st_size
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
-                raise _damaged(file, "it ends within its header")
-            header = json.loads(stream.read(length))
+            base = header_end(stream.read(LENGTH.size), MAX_HEADER_BYTES)
+            if base > size:
+                raise ValueError("it ends within its header")
+            entries, _ = parse_header(stream.read(base - LENGTH.size), size - base)
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # Not JSON, or not UTF-8.
-        raise _damaged(file, "its header is not JSON") from error
-    if not isinstance(header, dict):
-        raise _damaged(file, "its header is not a JSON object")
-    header.pop("__metadata__", None)
-    entries = {key: _entry(file, key, value, 8 + length) for key, value in header.items()}
-    if max((entry.end for entry in entries.values()), default=0) > size:
-        raise _damaged(file, "it ends before its last tensor")
-    return entries
-
-
-def _entry(file: Path, key: str, value: Any, base: int) -> TensorEntry:
-    try:
-        dtype = value["dtype"]
-        shape = tuple(int(extent) for extent in value["shape"])
-        start, end = (int(offset) for offset in value["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(file, f"the header's entry of {key} is malformed") from error
-    if dtype not in DTYPE_BITS:
-        raise _damaged(file, f"{key} has the unknown element type {dtype}")
-    expected = math.prod(shape) * DTYPE_BITS[dtype] // 8
-    if start < 0 or end - start != expected or any(extent < 0 for extent in shape):
-        raise _damaged(file, f"{key} has {end - start} bytes where its shape needs {expected}")
-    return TensorEntry(file, dtype, shape, base + start, base + end)
-
-
-def _damaged(file: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{file} is damaged or was not downloaded whole: {what}; fetch it again")
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is damaged or was not downloaded whole: {error}; fetch it again"
+        ) from error
+    return {
+        entry.name: TensorEntry(
+            file, entry.dtype, entry.shape, base + entry.start, base + entry.end
+        )
+        for entry in entries
+    }

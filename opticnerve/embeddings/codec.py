@@ -1,10 +1,8 @@
 """Named tensors to safetensors bytes and back, without copying them.
 
-A file is eight bytes (the header's length, little-endian), the header (JSON: for each tensor its
-dtype, shape and data_offsets; ``__metadata__``: strings), then the tensors' bytes back to back in
-the header's order. What comes from elsewhere is checked as a whole before one byte of it becomes
-a tensor: every failure is an EmbeddingCorrupt, those that no check foresaw included (``reading``).
-Pickle is never read.
+The format is described in ``opticnerve.tensors.header``; tensors stand back to back in the header's
+order. A file from elsewhere is checked as a whole before any byte of it becomes a tensor. Every
+failure is an EmbeddingCorrupt, also one that no check foresaw (``reading``). Pickle is never read.
 
 What is written here is aligned to 64 bytes and carries ``opticnerve.sum`` in its metadata: the
 wrapping sum of the data read as 64-bit words (see ``checksum``), which ``verify`` compares.
@@ -15,22 +13,23 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from opticnerve.embeddings.ref import DTYPE_BYTES, TensorSpec
+from opticnerve.embeddings.ref import DTYPES, TensorSpec
 from opticnerve.errors import EmbeddingCorrupt, InvalidRequest, OpticNerveError
-
-DTYPES: dict[str, torch.dtype] = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from opticnerve.tensors.dtypes import ELEMENT_TYPES, FLOATING
+from opticnerve.tensors.header import (
+    ELEMENT_BYTES,
+    LENGTH,
+    METADATA,
+    HeaderEntry,
+    header_end,
+    parse_header,
+)
 
 ALIGNMENT = 64  # Of the first tensor's bytes, and by their sizes often of the others'.
 MAX_HEADER_BYTES = 2**18
@@ -39,8 +38,6 @@ MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 2**48  # Of a shape whose zeros are ones: torch reckons strides without them.
 MAX_NAME = 64  # Characters of a tensor's name.
 SUM = "opticnerve.sum"  # Metadata key of the checksum.
-
-LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +76,12 @@ def specs_of(tensors: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
     found = []
     for name, value in tensors.items():
         tensor = as_tensor(value)
-        if tensor.dtype not in NAMES:
+        dtype = ELEMENT_TYPES.get(tensor.dtype)
+        if dtype not in DTYPES:
             raise InvalidRequest(
                 f"tensor {name!r} is {tensor.dtype}; embeddings are float32, float16 or bfloat16"
             )
-        found.append(TensorSpec(name, NAMES[tensor.dtype], tuple(tensor.shape)))
+        found.append(TensorSpec(name, dtype, tuple(tensor.shape)))
     return tuple(found)
 
 
@@ -116,7 +114,7 @@ def to_bytes(tensors: Mapping[str, Any], meta: Mapping[str, str]) -> bytes:
 
 
 def _header(specs: Sequence[TensorSpec], meta: Mapping[str, str]) -> bytes:
-    fields: dict[str, Any] = {"__metadata__": dict(meta)}
+    fields: dict[str, Any] = {METADATA: dict(meta)}
     start = 0
     for spec in specs:
         end = start + spec.num_bytes
@@ -148,98 +146,51 @@ def reading() -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise EmbeddingCorrupt(f"the embedding is damaged: {error}") from error
+
+
 def header_span(start: bytes | memoryview) -> int:
     """Bytes up to the first tensor's, from a file's first eight. Raises EmbeddingCorrupt."""
-    if len(start) < LENGTH.size:
-        raise EmbeddingCorrupt("the embedding's bytes end within its header")
-    (length,) = LENGTH.unpack_from(start)
-    if not 2 <= length <= MAX_HEADER_BYTES:
-        raise EmbeddingCorrupt("the embedding's header has an absurd length")
-    return LENGTH.size + int(length)
+    with _damage():
+        return header_end(start, MAX_HEADER_BYTES)
 
 
 def parse(start: bytes | memoryview, size: int) -> Header:
     """Checks a file's header. ``start`` holds at least the header, ``size`` is the file's.
 
-    Raises EmbeddingCorrupt unless the tensors fill the file exactly, without overlap or hole.
+    Raises EmbeddingCorrupt unless the tensors fill the file exactly, without overlap or gap, and
+    are such as embeddings have.
     """
     span = header_span(start)
     if span > size or span > len(start):
         raise EmbeddingCorrupt("the embedding's bytes end within its header")
-    fields = _load_json(bytes(start[LENGTH.size : span]))
-    meta = fields.pop("__metadata__", {})
-    if not isinstance(meta, dict) or not all(map(_is_text, (*meta.keys(), *meta.values()))):
-        raise EmbeddingCorrupt("the embedding's metadata are not strings")
-    if not 1 <= len(fields) <= MAX_TENSORS:
+    with _damage():
+        entries, meta = parse_header(bytes(start[LENGTH.size : span]), size - span)
+    if not 1 <= len(entries) <= MAX_TENSORS:
         raise EmbeddingCorrupt("the embedding holds no tensors, or too many")
-    found = sorted((_tensor(name, value) for name, value in fields.items()), key=lambda x: x[1:])
-    end = 0
-    for _, first, last in found:
-        if first != end:
-            raise EmbeddingCorrupt("the embedding's tensors overlap or leave a hole")
-        end = last
-    if span + end != size:
-        raise EmbeddingCorrupt("the embedding's size is not what its header says")
     return Header(
-        tensors=tuple(spec for spec, _, _ in found),
-        offsets=tuple(span + first for _, first, _ in found),
+        tensors=tuple(map(_spec, entries)),
+        offsets=tuple(span + entry.start for entry in entries),
         meta=meta,
         num_bytes=size,
     )
 
 
-def _is_text(value: Any) -> bool:
-    """Whether ``value`` is a string that UTF-8 can write: JSON's escapes can make others."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    loaded = dict(pairs)
-    if len(loaded) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return loaded
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
-
-
-def _load_json(text: bytes) -> dict[str, Any]:
-    try:
-        fields = _DECODER.decode(text.decode())
-    except (ValueError, RecursionError) as error:
-        raise EmbeddingCorrupt("the embedding's header is not JSON with unique names") from error
-    if not isinstance(fields, dict):
-        raise EmbeddingCorrupt("the embedding's header is not a JSON object")
-    return fields
-
-
-def _tensor(name: str, value: Any) -> tuple[TensorSpec, int, int]:
-    """One tensor of the header: specification, first and last byte in the data."""
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise EmbeddingCorrupt("a tensor of the embedding is described by other fields than known")
+def _spec(entry: HeaderEntry) -> TensorSpec:
+    """Raises EmbeddingCorrupt for a tensor that no embedding has."""
+    name, shape = entry.name, entry.shape
     if len(name) > MAX_NAME or not (name.isascii() and name.isprintable()):
         raise EmbeddingCorrupt("a tensor of the embedding has no sensible name")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+    if entry.dtype not in DTYPES:
         raise EmbeddingCorrupt("a tensor of the embedding is neither F32, F16 nor BF16")
-    if (
-        not _naturals(shape)
-        or len(shape) > MAX_DIMENSIONS
-        or math.prod(extent or 1 for extent in shape) > MAX_ELEMENTS
-    ):
+    if len(shape) > MAX_DIMENSIONS or math.prod(extent or 1 for extent in shape) > MAX_ELEMENTS:
         raise EmbeddingCorrupt("a tensor of the embedding has no sensible shape")
-    if not _naturals(offsets) or len(offsets) != 2:
-        raise EmbeddingCorrupt("a tensor of the embedding has no sensible offsets")
-    spec = TensorSpec(name, dtype, tuple(shape))
-    if offsets[1] - offsets[0] != spec.num_bytes:
-        raise EmbeddingCorrupt("a tensor of the embedding has other bytes than its shape needs")
-    return spec, offsets[0], offsets[1]
-
-
-def _naturals(value: Any) -> bool:
-    if not isinstance(value, list):
-        return False
-    return all(type(number) is int and number >= 0 for number in value)
+    return TensorSpec(name, entry.dtype, shape)
 
 
 @reading()
@@ -251,15 +202,15 @@ def views(buffer: Any, header: Header) -> dict[str, torch.Tensor]:
     """
     tensors = {}
     for spec, offset in zip(header.tensors, header.offsets, strict=True):
-        dtype = DTYPES[spec.dtype]
+        dtype = FLOATING[spec.dtype]
         if spec.num_bytes == 0:
             tensors[spec.name] = torch.empty(spec.shape, dtype=dtype)
             continue
         source = buffer
-        if offset % DTYPE_BYTES[spec.dtype]:
+        if offset % ELEMENT_BYTES[spec.dtype]:
             source = bytearray(memoryview(buffer)[offset : offset + spec.num_bytes])
             offset = 0
-        count = spec.num_bytes // DTYPE_BYTES[spec.dtype]
+        count = spec.num_bytes // ELEMENT_BYTES[spec.dtype]
         flat = torch.frombuffer(source, dtype=dtype, count=count, offset=offset)
         tensors[spec.name] = flat.view(spec.shape)
     return tensors

@@ -37,6 +37,7 @@ from opticnerve.embeddings.seal import MAC_BYTES, Seal
 from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.embeddings.store import Entry, StoreState, check_key
 from opticnerve.errors import EmbeddingCorrupt, StoreError
+from opticnerve.tensors.header import LENGTH
 
 PREFIX = "on:v1:emb:"  # Of names of values without a MAC.
 SIGNED_PREFIX = "on:v2:emb:"  # The secret's id follows.
@@ -48,7 +49,7 @@ SEND_TIMEOUT_S = 2.0  # Until all bytes of an embedding are sent: MAX_BYTES over
 WATCH_S = 1.0
 WARN_EVERY_S = 30.0  # At most, where it comes and goes.
 MAX_BYTES = 128 * 2**20  # Of one embedding; larger ones travel by Fetch.
-OVERHEAD = MAC_BYTES + codec.LENGTH.size + codec.MAX_HEADER_BYTES  # Beside it, in a value.
+OVERHEAD = MAC_BYTES + LENGTH.size + codec.MAX_HEADER_BYTES  # Beside it, in a value.
 
 log = logging.getLogger(__name__)
 

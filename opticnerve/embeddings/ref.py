@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from opticnerve.errors import EmbeddingCorrupt
+from opticnerve.tensors.header import num_bytes
 
 ROWS = "rows"
 DEEPSTACK = "deepstack."  # Before the number of a level.
 TENSORS_SCHEME = b"opticnerve-tensors-1"
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+DTYPES = ("F32", "F16", "BF16")  # Element types that an embedding may have.
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +25,7 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
-        size = DTYPE_BYTES[self.dtype]
-        for extent in self.shape:
-            size *= extent
-        return size
+        return num_bytes(self.dtype, self.shape)
 
 
 def tensor_names(levels: int) -> list[str]:

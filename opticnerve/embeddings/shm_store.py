@@ -24,6 +24,7 @@ from opticnerve.embeddings.spare import SpareKeeper
 from opticnerve.embeddings.store import Entry, StoreState, check_key, check_rows
 from opticnerve.embeddings.tier import default_directory
 from opticnerve.errors import EmbeddingCorrupt, StoreError, StoreFull
+from opticnerve.tensors.dtypes import FLOATING
 
 MAX_CAPACITY = 2 * 2**30
 SMALL_CAPACITY = 256 * 2**20
@@ -210,7 +211,7 @@ class MappedEntry(Entry):
         spec, offset = self._header.find(name)
         check_rows(spec.shape, tuple(out.shape), row_start)
         plain = out.device.type == "cpu" and out.is_contiguous() and out.numel() > 0
-        if not plain or out.dim() == 0 or out.dtype != codec.DTYPES[spec.dtype] or self._fd < 0:
+        if not plain or out.dim() == 0 or out.dtype != FLOATING[spec.dtype] or self._fd < 0:
             super().copy_rows(name, out, row_start)
             return
         row_bytes = spec.num_bytes // spec.shape[0]

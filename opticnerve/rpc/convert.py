@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
+from opticnerve.embeddings.ref import DTYPES, EmbeddingRef, Location, TensorSpec
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import StoreState
 from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, SpanAttention, Tile
@@ -15,7 +15,7 @@ _MODALITY = {
     Modality.AUDIO: pb.MODALITY_AUDIO,
 }
 _MODALITY_BACK = {number: modality for modality, number in _MODALITY.items()}
-_DTYPE = {"F32": pb.DTYPE_F32, "F16": pb.DTYPE_F16, "BF16": pb.DTYPE_BF16}
+_DTYPE = {name: pb.DType.Value(f"DTYPE_{name}") for name in DTYPES}
 _DTYPE_BACK = {number: name for name, number in _DTYPE.items()}
 
 

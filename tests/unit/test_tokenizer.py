@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from gateway.prompt.tokenizer import Tokenizer, read_config
+from gateway.prompt.tokenizer import Tokenizer
+from opticnerve.checkpoints.tokenizer_files import read_tokenizer_config
 from opticnerve.errors import CheckpointError
 from tests import vocabularies as v
 
@@ -207,7 +208,7 @@ def test_files_that_are_no_tokenizer(files: dict[str, str], text: str, tmp_path:
 
 def test_the_configuration_of_older_checkpoints(tmp_path: Path) -> None:
     directory = mapped(tmp_path)
-    assert read_config(directory)["eos_token"] == "</s>"
+    assert read_tokenizer_config(directory)["eos_token"] == "</s>"
     assert Tokenizer.load(directory).named["bos_token"] == "<s>"
 
 

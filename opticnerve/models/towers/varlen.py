@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from opticnerve.tensors.dtypes import dtype_name
+
 NAME = "opticnerve_flash_varlen"
 
 log = logging.getLogger(__name__)
@@ -113,7 +115,7 @@ def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -
         log.warning(
             "torch's variable-length attention is not used for %s heads of %d, and pictures of "
             "different sizes attend one after the other: %s",
-            str(dtype).removeprefix("torch."),
+            dtype_name(dtype),
             head_dim,
             why,
         )

@@ -1,0 +1,76 @@
+"""What a checkpoint's files say of its special tokens, read without a tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opticnerve.checkpoints.settings import read_object
+from opticnerve.errors import CheckpointError
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def read_tokenizer_config(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json of the directory ``path``; where that lists no added tokens, with
+    special_tokens_map.json over it. Raises CheckpointError."""
+    config = read_object(path / "tokenizer_config.json") or {}
+    if "added_tokens_decoder" not in config:
+        config.update(read_object(path / "special_tokens_map.json") or {})
+    return config
+
+
+def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """``bos_token`` and its like, by name: what templates may use."""
+    extra = config.get("extra_special_tokens")
+    entries = {**(extra if isinstance(extra, Mapping) else {}), **config}
+    found: dict[str, str] = {}
+    for name, entry in entries.items():
+        if name not in NAMED and not name.endswith("_token"):
+            continue
+        content = token_text(entry)
+        if content:
+            found[name] = content
+    return found
+
+
+def token_text(entry: Any) -> str | None:
+    """A token as tokenizer files hold it: its text, or a mapping with it."""
+    text = entry.get("content") if isinstance(entry, Mapping) else entry
+    return text if isinstance(text, str) else None
+
+
+def added_entries(source: str) -> list[Any]:
+    """``added_tokens`` of a tokenizer.json's text, without parsing the vocabulary after it. Raises
+    ValueError, or RecursionError."""
+    place = re.search(r'"added_tokens"\s*:\s*', source)
+    if place is None:
+        return []
+    entries, _ = json.JSONDecoder().raw_decode(source, place.end())
+    return list(entries)
+
+
+def eos_token_id(path: Path) -> int | None:
+    """The id of the tokenizer's ``eos_token``; None where the files do not say. Raises
+    CheckpointError."""
+    config = read_tokenizer_config(path)
+    name = named_tokens(config).get("eos_token")
+    if name is None:
+        return None
+    listed = config.get("added_tokens_decoder")
+    for number, entry in listed.items() if isinstance(listed, dict) else ():
+        if token_text(entry) == name and number.isdecimal():
+            return int(number)
+    try:
+        source = (path / "tokenizer.json").read_text(encoding="utf-8")
+        added = added_entries(source)
+        return next((int(entry["id"]) for entry in added if token_text(entry) == name), None)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path / 'tokenizer.json'} cannot be read; fetch it again"
+        ) from error

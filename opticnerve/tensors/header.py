@@ -1,0 +1,131 @@
+"""The header of a safetensors file, and the element types that the format names. No torch.
+
+A file is eight bytes (the header's length, little-endian), the header (JSON: for each tensor its
+``dtype``, ``shape`` and ``data_offsets``; under ``__metadata__`` a mapping of strings), then the
+tensors' bytes. Offsets count from the end of the header. The safetensors library reads whole
+tensors only; weights are digested and embeddings are mapped by these offsets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LENGTH = struct.Struct("<Q")
+METADATA = "__metadata__"
+
+ELEMENT_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "I64": 8,
+    "U64": 8,
+    "F64": 8,
+}
+"""Bytes of one element, by the name that safetensors has for its type."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderEntry:
+    """One tensor as a header describes it. Its bytes are [start, end), from the header's end."""
+
+    name: str
+    dtype: str  # A key of ELEMENT_BYTES.
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * ELEMENT_BYTES[dtype]
+
+
+def header_end(start: bytes | memoryview, limit: int) -> int:
+    """The offset of the first tensor's bytes, from a file's first eight. Raises ValueError for a
+    header of more than ``limit`` bytes."""
+    if len(start) < LENGTH.size:
+        raise ValueError("it ends within its header")
+    length = int(LENGTH.unpack_from(start)[0])
+    if not len(b"{}") <= length <= limit:
+        raise ValueError("its header has an absurd length")
+    return LENGTH.size + length
+
+
+def parse_header(text: bytes, data_bytes: int) -> tuple[list[HeaderEntry], Mapping[str, str]]:
+    """The tensors of a file, in the order of their bytes, and its metadata.
+
+    ``text`` is the header's JSON, ``data_bytes`` what follows it in the file. Raises ValueError,
+    which says what is wrong, unless the tensors fill those bytes without overlap or gap.
+    """
+    fields = _read_object(text)
+    metadata = fields.pop(METADATA, {})
+    if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
+        raise ValueError("its metadata are not strings")
+    entries = [_read_entry(name, value) for name, value in fields.items()]
+    entries.sort(key=lambda entry: (entry.start, entry.end))
+    end = 0
+    for entry in entries:
+        if entry.start != end:
+            raise ValueError("its tensors overlap or leave a gap")
+        end = entry.end
+    if end != data_bytes:
+        raise ValueError("its size is not what its header says")
+    return entries, metadata
+
+
+def _read_object(text: bytes) -> dict[str, Any]:
+    try:
+        fields = _DECODER.decode(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError("its header is not JSON with unique names") from error
+    if not isinstance(fields, dict):
+        raise ValueError("its header is not a JSON object")
+    return fields
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    loaded = dict(pairs)
+    if len(loaded) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return loaded
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _read_entry(name: str, value: Any) -> HeaderEntry:
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError("its header describes a tensor by other fields than the format has")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ELEMENT_BYTES:
+        raise ValueError("a tensor has an unknown element type")
+    if not _are_naturals(shape) or not _are_naturals(offsets) or len(offsets) != 2:
+        raise ValueError("a tensor has a malformed shape or malformed offsets")
+    entry = HeaderEntry(name, dtype, tuple(shape), *offsets)
+    if entry.end - entry.start != num_bytes(dtype, entry.shape):
+        raise ValueError("a tensor has a different number of bytes than its shape needs")
+    return entry
+
+
+def _is_text(value: Any) -> bool:
+    """Whether ``value`` is a string that UTF-8 can write: JSON's escapes can make others."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _are_naturals(value: Any) -> bool:
+    if not isinstance(value, list):
+        return False
+    return all(type(number) is int and number >= 0 for number in value)
