@@ -1,8 +1,9 @@
-"""What the encoder has accepted and not finished: one ledger of patches, items and bytes.
+"""The items that the encoder has accepted and not finished, counted in patches, items and bytes.
 
-It bounds memory and waiting, and measures how fast items get through. What does not fit is refused
-with a retry hint, before its bytes are read and once they are here: an item counts from then on, so
-that a caller which sends no bytes keeps nobody out. It belongs to the event loop.
+The backlog bounds memory and waiting, and measures the throughput. An item that does not fit is
+refused with a retry hint, before its bytes are read and again once they have arrived. It counts
+only from then on, so that a caller that sends no bytes keeps no other out. Belongs to one event
+loop.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from opticnerve.errors import Overloaded
 
 MIN_RETRY_S = 0.1
 MAX_RETRY_S = 60.0
-UNKNOWN_RETRY_S = 1.0  # Before the first item nothing is known of the throughput.
-MEMORY_S = 10.0  # Of work, after which a measurement counts a third (1/e).
+UNKNOWN_RETRY_S = 1.0  # Before the first item, while the throughput is unknown.
+DECAY_S = 10.0  # Seconds of work after which a measurement counts 1/e.
 
 
-class Slot:
+class BacklogPlace:
     """One accepted item's place in the backlog. ``release`` is idempotent."""
 
     def __init__(self, backlog: Backlog, patches: int, num_bytes: int) -> None:
@@ -31,12 +32,12 @@ class Slot:
     def release(self) -> None:
         backlog, self._backlog = self._backlog, None
         if backlog is not None:
-            backlog._give_back(self)
+            backlog._add(-1, -self.patches, -self.num_bytes)
 
 
 class Backlog:
     """Bounds: ``max_patches``, ``max_items`` and ``max_bytes`` (compressed). One item always
-    fits an empty backlog, however large it is. ``clock`` tells seconds."""
+    fits an empty backlog, however large it is. ``clock`` returns seconds."""
 
     def __init__(
         self,
@@ -53,8 +54,8 @@ class Backlog:
         self.num_bytes = 0
         self._clock = clock
         self._since = 0.0  # When the backlog stopped being empty, or an item was last encoded.
-        self._work = 0.0  # Patches encoded, and seconds that it took; the newest count most.
-        self._seconds = 0.0
+        self._recent_patches = 0.0  # Encoded, in ``_recent_seconds``; the newest count most.
+        self._recent_seconds = 0.0
 
     def can_admit(self, patches: int, num_bytes: int) -> bool:
         return self.items == 0 or (
@@ -64,23 +65,20 @@ class Backlog:
         )
 
     def check_room(self, patches: int, num_bytes: int) -> None:
-        """Raises Overloaded where an item could not be admitted now."""
+        """Raises Overloaded if an item could not be admitted now."""
         if not self.can_admit(patches, num_bytes):
             raise Overloaded(
                 f"the encoder's queue is full: {self.items} items, {self.patches} patches wait",
                 retry_after_s=self.retry_after_s,
             )
 
-    def admit(self, patches: int, num_bytes: int) -> Slot:
-        """Takes a place; the caller releases it. Raises Overloaded when there is none."""
+    def admit(self, patches: int, num_bytes: int) -> BacklogPlace:
+        """Takes a place, which the caller releases. Raises Overloaded if there is none."""
         self.check_room(patches, num_bytes)
         if self.items == 0:
             self._since = self._clock()
         self._add(1, patches, num_bytes)
-        return Slot(self, patches, num_bytes)
-
-    def _give_back(self, slot: Slot) -> None:
-        self._add(-1, -slot.patches, -slot.num_bytes)
+        return BacklogPlace(self, patches, num_bytes)
 
     def _add(self, items: int, patches: int, num_bytes: int) -> None:
         self.items += items
@@ -92,18 +90,18 @@ class Backlog:
         """An item of ``patches`` has been encoded; its place is still taken."""
         now = self._clock()
         passed, self._since = now - self._since, now
-        decay = math.exp(-passed / MEMORY_S)
-        self._work = self._work * decay + patches
-        self._seconds = self._seconds * decay + passed
+        decay = math.exp(-passed / DECAY_S)
+        self._recent_patches = self._recent_patches * decay + patches
+        self._recent_seconds = self._recent_seconds * decay + passed
 
     @property
     def patches_per_s(self) -> float:
         """Throughput from arrival to embedding while there is work; 0 before the first item."""
-        return self._work / max(self._seconds, 1e-6)
+        return self._recent_patches / max(self._recent_seconds, 1e-6)
 
     @property
     def retry_after_s(self) -> float:
-        """When about half of what waits will be done, by the throughput so far."""
+        """Seconds until about half of the backlog will be done, by the throughput so far."""
         if self.patches_per_s == 0:
             return UNKNOWN_RETRY_S
         wait = self.patches / 2 / self.patches_per_s

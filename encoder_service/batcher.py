@@ -1,9 +1,9 @@
 """Batches work for one device by cost, not by count; knows neither tensors nor pictures.
 
-As soon as the device is free it takes what waits, strictly first in first out, up to
+As soon as the device is free it takes the items that wait, strictly first in first out, up to
 ``max_cost``. An item that does not fit waits for the next batch, one larger than the budget
-runs alone, and no timer holds anything back. The device has a thread of its own, so that neither
-a forward pass nor a busy event loop keeps the other waiting.
+runs alone, and no timer delays a batch. The device has a thread of its own, so that neither a
+forward pass nor a busy event loop keeps the other waiting.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ R = TypeVar("R")
 
 
 class Failure(Enum):
-    """What an exception of ``run`` means for the batch that raised it."""
+    """The consequence of an exception of ``run`` for the batch that raised it."""
 
     MEMORY = auto()  # Halve the batch and try again; one item alone fails.
     ITEM = auto()  # Some item is bad: run each alone, so that it fails alone.
@@ -38,31 +38,31 @@ class Failure(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Finished(Generic[R]):
-    """One item's result, and what its batch was like."""
+class BatchResult(Generic[R]):
+    """One item's result, and figures of the batch that it was part of."""
 
     result: R
-    submitted: float  # Of time.monotonic.
+    submitted: float  # time.monotonic() at submit.
     queue_s: float  # From submit to launch.
-    run_s: float  # Of the batch that held it.
+    run_s: float
     batch_items: int
     batch_cost: int
 
 
 @dataclass(slots=True)
-class _Job(Generic[T, R]):
+class _Entry(Generic[T, R]):
     payload: T
     cost: int
     alone: bool
-    future: Future[Finished[R]] = field(default_factory=Future)
+    future: Future[BatchResult[R]] = field(default_factory=Future)
     submitted: float = field(default_factory=time.monotonic)
 
 
 class Batcher(Generic[T, R]):
-    """Owns the device's thread. ``close`` ends it; what still waits then fails as Unavailable.
+    """Owns the device's thread. ``close`` ends it; items that still wait then fail as Unavailable.
 
     ``run`` gets a batch of payloads and returns their results in order; ``classify`` says what
-    an exception of it means and may free memory.
+    an exception of ``run`` means, and may free memory.
     """
 
     def __init__(
@@ -77,21 +77,21 @@ class Batcher(Generic[T, R]):
         self._run = run
         self._classify = classify
         self._on_lost = on_lost
-        self._queue: deque[_Job[T, R]] = deque()
+        self._queue: deque[_Entry[T, R]] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="device", daemon=True)
         self._thread.start()
 
-    def submit(self, payload: T, cost: int, *, alone: bool = False) -> Future[Finished[R]]:
+    def submit(self, payload: T, cost: int, *, alone: bool = False) -> Future[BatchResult[R]]:
         """Queues one item. Cancelling the future drops the item if it has not been launched."""
-        job: _Job[T, R] = _Job(payload, cost, alone)
+        entry: _Entry[T, R] = _Entry(payload, cost, alone)
         with self._changed:
             if self._closed:
                 raise Unavailable("the encoder is shutting down; try another")
-            self._queue.append(job)
+            self._queue.append(entry)
             self._changed.notify()
-        return job.future
+        return entry.future
 
     @property
     def waiting(self) -> int:
@@ -99,15 +99,15 @@ class Batcher(Generic[T, R]):
         return len(self._queue)
 
     def close(self) -> None:
-        """Fails what waits and gives the batch on the device ``CLOSE_S`` to end."""
+        """Fails the items that wait, and gives the batch on the device ``CLOSE_S`` to end."""
         with self._changed:
             self._closed = True
             left = list(self._queue)
             self._queue.clear()
             self._changed.notify()
-        for job in left:
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(Unavailable("the encoder is shutting down; try another"))
+        for entry in left:
+            if entry.future.set_running_or_notify_cancel():
+                entry.future.set_exception(Unavailable("the encoder is shutting down; try another"))
         self._thread.join(CLOSE_S)
         if self._thread.is_alive():
             log.warning("a batch is still on the device; leaving it")
@@ -116,11 +116,11 @@ class Batcher(Generic[T, R]):
         while batch := self._take():
             try:
                 self._launch(batch)
-            except Exception as error:  # Of what is called when something has failed.
+            except Exception as error:  # Raised by ``classify`` or another step of recovery.
                 log.exception("recovering from a failed batch failed")
                 self._lose(batch, error)
 
-    def _take(self) -> list[_Job[T, R]]:
+    def _take(self) -> list[_Entry[T, R]]:
         """Waits for work and removes one batch from the queue; empty once closed."""
         with self._changed:
             while True:
@@ -129,8 +129,8 @@ class Batcher(Generic[T, R]):
                     return batch
                 self._changed.wait()
 
-    def _fill(self) -> list[_Job[T, R]]:
-        batch: list[_Job[T, R]] = []
+    def _fill(self) -> list[_Entry[T, R]]:
+        batch: list[_Entry[T, R]] = []
         cost = 0
         while self._queue:
             head = self._queue[0]
@@ -146,10 +146,10 @@ class Batcher(Generic[T, R]):
                 break
         return batch
 
-    def _launch(self, batch: list[_Job[T, R]]) -> None:
+    def _launch(self, batch: list[_Entry[T, R]]) -> None:
         started = time.monotonic()
         try:
-            results = self._run([job.payload for job in batch])
+            results = self._run([entry.payload for entry in batch])
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results for {len(batch)} items")
         except Exception as caught:
@@ -164,15 +164,15 @@ class Batcher(Generic[T, R]):
             log.error("a batch of %d failed\n%s", len(batch), trace)
         self._recover(batch, error, failure)
 
-    def _resolve(self, batch: list[_Job[T, R]], results: Sequence[R], started: float) -> None:
+    def _resolve(self, batch: list[_Entry[T, R]], results: Sequence[R], started: float) -> None:
         seconds = time.monotonic() - started
-        cost = sum(job.cost for job in batch)
-        for job, result in zip(batch, results, strict=True):
-            waited = started - job.submitted
-            finished = Finished(result, job.submitted, waited, seconds, len(batch), cost)
-            job.future.set_result(finished)
+        cost = sum(entry.cost for entry in batch)
+        for entry, result in zip(batch, results, strict=True):
+            waited = started - entry.submitted
+            done = BatchResult(result, entry.submitted, waited, seconds, len(batch), cost)
+            entry.future.set_result(done)
 
-    def _recover(self, batch: list[_Job[T, R]], error: Exception, failure: Failure) -> None:
+    def _recover(self, batch: list[_Entry[T, R]], error: Exception, failure: Failure) -> None:
         if failure is Failure.DEVICE:
             self._lose(batch, error)
             return
@@ -184,9 +184,9 @@ class Batcher(Generic[T, R]):
         for start in range(0, len(batch), size):
             self._launch(batch[start : start + size])
 
-    def _lose(self, batch: list[_Job[T, R]], error: Exception) -> None:
-        """The device can do no more: its batch fails, and so will what follows."""
-        for job in batch:
-            if not job.future.done():
-                job.future.set_exception(error)
+    def _lose(self, batch: list[_Entry[T, R]], error: Exception) -> None:
+        """The device can do no more: its batch fails, and so will all that follow."""
+        for entry in batch:
+            if not entry.future.done():
+                entry.future.set_exception(error)
         self._on_lost(error)

@@ -1,7 +1,7 @@
 """One item's way through the encoder: look up, check, decode, encode, publish. Knows no wire.
 
 Everything that an item holds on its way (a place in the backlog, decoded pixels, its mark in the
-poison record) is released when its flight ends, however it ends.
+crash record) is released when its run ends, however it ends.
 """
 
 from __future__ import annotations
@@ -12,23 +12,22 @@ import io
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, fields
 
 from PIL import Image
 
 from encoder_service import metrics
-from encoder_service.backends.base import Backend, Capacity, Embedding
+from encoder_service.backends.base import Capacity, Embedding, VisionModel
 from encoder_service.backlog import Backlog
-from encoder_service.batcher import Batcher, Failure, Finished
-from encoder_service.item import Answer, Identity, Limits, Request, Timings
-from encoder_service.pictures.decode_process import Pixels, Work, prepare
-from encoder_service.pictures.preprocess import Job, PreprocessPool
-from encoder_service.poison import PoisonRecord
-from encoder_service.shelf import Shelf
-from opticnerve.config import LEAST_IMAGE_PIXELS
-from opticnerve.embeddings.ref import EmbeddingRef, TensorSpec, tensor_names
-from opticnerve.embeddings.store import Store, check_key
+from encoder_service.batcher import Batcher, BatchResult, Failure
+from encoder_service.crash_record import CrashRecord
+from encoder_service.item import EncodedItem, ItemRequest, StageTimings
+from encoder_service.pictures.decode_process import DecodeTask, Pixels, decode_and_cut
+from encoder_service.pictures.preprocess import DecodeJob, PreprocessPool
+from encoder_service.results import Results
+from opticnerve.config import LEAST_IMAGE_PIXELS, EncoderConfig
+from opticnerve.embeddings.ref import TensorSpec, tensor_names
+from opticnerve.embeddings.store import check_key
 from opticnerve.errors import (
     EngineFailure,
     InvalidRequest,
@@ -41,79 +40,71 @@ from opticnerve.errors import (
 from opticnerve.media.keys import content_key
 from opticnerve.media.plan import WHITE, Modality, Overrides, Plan, Structure
 from opticnerve.media.structure import parse_structure
-from opticnerve.models.family import Layout
 from opticnerve.single_flight import Flights
 
 STAGED_BATCHES = 2  # Decoded ahead of the device: one that runs, one that waits.
 QUEUE_BATCHES = 16
 MAX_QUEUE_ITEMS = 4096
-INLINE_BYTES = 2**14  # Hashed and parsed on the event loop: quicker than a trip to a thread.
 MAX_QUEUE_BYTES = 2**30  # Compressed.
-
-HIT = Timings(hit=True)
+INLINE_BYTES = 2**14  # Hashed and parsed on the event loop: quicker than a trip to a thread.
 
 
 @dataclass(frozen=True, slots=True)
-class _Arrived:
-    """One item whose bytes are here and belong to its key and plan."""
+class _Verified:
+    """One item whose bytes have arrived and belong to its key and plan."""
 
-    request: Request
+    request: ItemRequest
     data: bytes
     structure: Structure
-    deaths: int  # Of workers, in this item's name.
-    landed: int  # Flights that had landed when the store did not have the item yet.
-    replaces: bool  # What the store has under the key does not fit the plan.
+    crashes: int  # Of workers, while they had this item.
+    encoded_before: int  # ``encoded_items`` when the store was asked; if it has grown, ask again.
+    is_misfit: bool  # The store has something under the key that does not fit the plan.
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
-    """What the batcher carries: one item, decoded."""
+class _Decoded:
+    """One item of a batch."""
 
-    request: Request
+    request: ItemRequest
     pixels: Pixels
 
 
 class Encoder:
-    """Owns the threads: preprocess pool, device, shelf. Borrows backend, store and record."""
+    """Owns the device's thread, the preprocess pool and ``results``; borrows model and record."""
 
     def __init__(
         self,
-        backend: Backend,
-        layout: Layout,
-        store: Store,
-        poison: PoisonRecord,
-        identity: Identity,
-        limits: Limits,
+        model: VisionModel,
+        results: Results,
+        record: CrashRecord,
+        settings: EncoderConfig,
         capacity: Capacity,
-        preprocess_workers: int,
         on_lost: Callable[[Exception], None] = lambda error: None,
     ) -> None:
-        self.backend = backend
-        self.layout = layout
-        self.poison = poison
-        self.identity = identity
-        self.limits = limits
+        self.model = model
+        self.results = results
+        self.record = record
+        self.settings = settings
         self.capacity = capacity
-        self._landed = 0
-        self._suspects = asyncio.Lock()
+        self.encoded_items = 0  # Since start.
         batch = capacity.max_batch_patches
-        queue = limits.max_queue_patches or QUEUE_BATCHES * max(batch, capacity.max_item_patches)
-        self.backlog = Backlog(queue, MAX_QUEUE_ITEMS, MAX_QUEUE_BYTES)
-        self.shelf = Shelf(store, identity)
-        self.pool = PreprocessPool(
-            backend.preprocess,
-            poison,
-            preprocess_workers,
-            STAGED_BATCHES * batch,
-            limits.max_decode_bytes,
-            limits.decode_timeout_s,
+        self.backlog = Backlog(
+            settings.max_queue_patches or QUEUE_BATCHES * max(batch, capacity.max_item_patches),
+            MAX_QUEUE_ITEMS,
+            MAX_QUEUE_BYTES,
         )
-        self._flights: Flights[Answer] = Flights()
-        self._batcher: Batcher[_Prepared, Embedding] = Batcher(
-            self._forward,
-            batch,
-            classify=backend.classify,
-            on_lost=on_lost,
+        self.pool = PreprocessPool(
+            model.backend.preprocess,
+            record,
+            settings.preprocess_workers or settings.model.num_threads,
+            STAGED_BATCHES * batch,
+            settings.max_decode_bytes,
+            settings.decode_timeout_s,
+        )
+        self._suspects = asyncio.Lock()
+        self._flights: Flights[EncodedItem] = Flights()
+        self._batcher: Batcher[_Decoded, Embedding] = Batcher(
+            self._forward, batch, classify=model.backend.classify, on_lost=on_lost
         )
 
     def rehearse(self) -> None:
@@ -123,12 +114,14 @@ class Encoder:
         side = math.isqrt(LEAST_IMAGE_PIXELS)
         Image.new("RGB", (side, side), (127, 127, 127)).save(buffer, "JPEG")
         data = buffer.getvalue()
-        plan = self.layout.plan(parse_structure(data), Overrides())
-        request = Request("rehearsal", "", "", plan, Overrides(), len(data))
-        pixels = prepare(self.backend.preprocess, self._work(request, data))
-        self._batcher.submit(_Prepared(request, pixels), plan.num_patches).result()
+        plan = self.model.layout.plan(parse_structure(data), Overrides())
+        request = ItemRequest("rehearsal", "", "", plan, Overrides(), len(data))
+        pixels = decode_and_cut(self.model.backend.preprocess, self._decode_task(request, data))
+        self._batcher.submit(_Decoded(request, pixels), plan.num_patches).result()
 
-    async def encode(self, request: Request, read: Callable[[], Awaitable[bytes]]) -> Answer:
+    async def encode(
+        self, request: ItemRequest, read: Callable[[], Awaitable[bytes]]
+    ) -> EncodedItem:
         """The embedding of one item, from the store or by encoding it.
 
         ``read`` brings the item's bytes and is called only when they are needed. Cancelling
@@ -138,43 +131,37 @@ class Encoder:
         self._check(request)
         if request.key in self._flights:
             return await self._flights.join(request.key)
-        landed = self._landed
-        look_up = self.shelf.renew if request.lost else self.shelf.look_up
-        known = await look_up(request.key)
-        if known is not None and self._fits(known, request.plan):
-            return Answer(known, HIT)
-        deaths = self.poison.check(request.key)
+        encoded_before = self.encoded_items
+        hit, is_misfit = await self._stored(request)
+        if hit is not None:
+            return hit
+        crashes = self.record.check(request.key)
         cost = request.plan.num_patches, request.num_bytes
         self.backlog.check_room(*cost)
         data = await read()
-        slot = self.backlog.admit(*cost)  # From here on it keeps others waiting.
+        place = self.backlog.admit(*cost)  # From here on it keeps others waiting.
         try:
             if len(data) <= INLINE_BYTES:
                 structure = self._verify(request, data)
             else:
                 structure = await self.pool.run(self._verify, request, data)
         except BaseException:
-            slot.release()
+            place.release()
             raise
-        item = _Arrived(request, data, structure, deaths, landed, replaces=known is not None)
-        return await self._flights.run(request.key, lambda: self._fly(item), slot.release)
-
-    @property
-    def encoded_items(self) -> int:
-        """Since start."""
-        return self._landed
+        item = _Verified(request, data, structure, crashes, encoded_before, is_misfit)
+        return await self._flights.run(request.key, lambda: self._run(item), place.release)
 
     def close(self) -> None:
         """Ends the threads. Blocks until what runs on them has ended."""
         self._batcher.close()
         self.pool.close()
-        self.shelf.close()
+        self.results.close()
 
     # ---- checks, cheapest first
 
-    def _check(self, request: Request) -> None:
+    def _check(self, request: ItemRequest) -> None:
         check_key(request.key)
-        mine, plan = self.identity.fingerprint, request.plan
+        mine, plan = self.model.fingerprint, request.plan
         if request.fingerprint != mine:
             raise Mispaired(
                 f"this encoder's fingerprint is {mine[:12]}…, the item was named for "
@@ -186,10 +173,10 @@ class Encoder:
             )
         if (request.overrides.background or 0) > WHITE:
             raise InvalidRequest("the background should be 0xRRGGBB", param="background")
-        if request.num_bytes > self.limits.max_item_bytes:
+        if request.num_bytes > self.settings.max_item_bytes:
             raise PayloadTooLarge(
                 f"the item has {request.num_bytes} bytes; this encoder takes up to "
-                f"{self.limits.max_item_bytes}"
+                f"{self.settings.max_item_bytes}"
             )
         if plan.num_patches > self.capacity.max_item_patches:
             raise InvalidRequest(
@@ -198,32 +185,36 @@ class Encoder:
                 param="max_pixels",
             )
 
-    def _fits(self, known: EmbeddingRef, plan: Plan) -> bool:
-        """Whether what is stored is what this encoder would make of an item of that plan."""
-        backend, levels = self.backend, self.layout.deepstack_levels
-        made = {
-            TensorSpec(name, backend.dtype, (plan.num_tokens, backend.hidden_size))
-            for name in tensor_names(levels)
-        }
-        return set(known.tensors) == made
+    async def _stored(self, request: ItemRequest) -> tuple[EncodedItem | None, bool]:
+        """(the item as the store has it, whether the store has something else under its key)"""
+        look_up = self.results.renew if request.lost else self.results.look_up
+        ref = await look_up(request.key)
+        if ref is None:
+            return None, False
+        backend, levels = self.model.backend, self.model.layout.deepstack_levels
+        shape = (request.plan.num_tokens, backend.hidden_size)
+        fitting = {TensorSpec(name, backend.dtype, shape) for name in tensor_names(levels)}
+        if set(ref.tensors) != fitting:
+            return None, True
+        return EncodedItem(ref, StageTimings(hit=True)), False
 
-    def _verify(self, request: Request, data: bytes) -> Structure:
+    def _verify(self, request: ItemRequest, data: bytes) -> Structure:
         """The bytes' structure, once it is clear that key and plan belong to them.
 
         Raises InvalidRequest, InvalidMedia, PlanMismatch.
         """
+        layout, settings = self.model.layout, self.settings
         key = content_key(
             data,
-            self.layout.settings(),
+            layout.settings(),
             request.overrides,
-            self.identity.fingerprint,
+            self.model.fingerprint,
             request.cache_salt,
         )
         if key != request.key:
             raise InvalidRequest("the key does not belong to these bytes", param="key")
-        limits = self.limits.max_image_pixels, self.limits.max_decode_passes
-        structure = parse_structure(data, *limits)
-        plan = self.layout.plan(structure, request.overrides)
+        structure = parse_structure(data, settings.max_image_pixels, settings.max_decode_passes)
+        plan = layout.plan(structure, request.overrides)
         if plan != request.plan:
             raise PlanMismatch(
                 "the item's plan is not what its bytes give here; gateway and encoder must serve "
@@ -232,44 +223,49 @@ class Encoder:
             )
         return structure
 
-    # ---- the flight of one item
+    # ---- the run of one item
 
-    async def _fly(self, item: _Arrived) -> Answer:
-        key = item.request.key
-        if item.replaces:
-            await self.shelf.drop(key)
-        elif self._landed != item.landed:  # Perhaps this key, while this call's bytes came in.
-            known = await self.shelf.look_up(key)
-            if known is not None:
-                if self._fits(known, item.request.plan):
-                    return Answer(known, HIT)
-                await self.shelf.drop(key)
+    async def _run(self, item: _Verified) -> EncodedItem:
+        request, is_misfit = item.request, item.is_misfit
+        if not is_misfit and self.encoded_items != item.encoded_before:
+            hit, is_misfit = await self._stored(request)  # Perhaps another call has encoded it.
+            if hit is not None:
+                return hit
+        if is_misfit:
+            await self.results.delete(request.key)
         started = time.monotonic()
-        async with self._alone_if(item.deaths > 0):
-            pixels, finished = await self._encode(item)
-        ref, put_s = await self.shelf.publish(key, finished.result)
-        self._landed += 1
-        self.backlog.record(item.request.plan.num_patches)
-        if item.deaths:
-            self.poison.absolve(key)
-        waited = finished.submitted - started - pixels.seconds
-        timings = Timings(
-            queue_s=waited + finished.queue_s,
+        # One suspect at a time: if it kills the worker, no other suspect is blamed for it.
+        async with self._suspects if item.crashes else contextlib.nullcontext():
+            pixels, done = await self._encode(item)
+        ref, put_s = await self.results.publish(request.key, done.result)
+        self.encoded_items += 1
+        self.backlog.record(request.plan.num_patches)
+        if item.crashes:
+            self.record.clear(request.key)
+        timings = StageTimings(
+            queue_s=done.submitted - started - pixels.seconds + done.queue_s,
             preprocess_s=pixels.seconds,
-            encode_s=finished.run_s,
+            encode_s=done.run_s,
             put_s=put_s,
-            batch_items=finished.batch_items,
-            batch_patches=finished.batch_cost,
+            batch_items=done.batch_items,
+            batch_patches=done.batch_cost,
         )
         _observe(timings)
-        return Answer(ref, timings)
+        return EncodedItem(ref, timings)
 
-    async def _encode(self, item: _Arrived) -> tuple[Pixels, Finished[Embedding]]:
-        """Through the preprocess pool and the device."""
-        request, patches = item.request, item.request.plan.num_patches
-        async with self.pool.prepared(self._job(item)) as pixels:
-            prepared = _Prepared(request, pixels)
-            future = self._batcher.submit(prepared, patches, alone=item.deaths > 0)
+    async def _encode(self, item: _Verified) -> tuple[Pixels, BatchResult[Embedding]]:
+        """Decodes the item in the preprocess pool and encodes it on the device."""
+        request, is_suspect = item.request, item.crashes > 0
+        job = DecodeJob(
+            owner=request.request_id or request.key,
+            key=request.key,
+            task=self._decode_task(request, item.data),
+            structure=item.structure,
+            is_suspect=is_suspect,
+        )
+        async with self.pool.prepared(job) as pixels:
+            decoded = _Decoded(request, pixels)
+            future = self._batcher.submit(decoded, request.plan.num_patches, alone=is_suspect)
             try:
                 return pixels, await asyncio.wrap_future(future)
             except OpticNerveError:
@@ -277,56 +273,46 @@ class Encoder:
             except Exception as error:
                 raise self._failure(request, error) from error
 
-    def _job(self, item: _Arrived) -> Job:
-        request = item.request
-        return Job(
-            owner=request.request_id or request.key,
-            key=request.key,
-            work=self._work(request, item.data),
-            patches=request.plan.num_patches,
-            structure=item.structure,
-            suspect=item.deaths > 0,
+    def _decode_task(self, request: ItemRequest, data: bytes) -> DecodeTask:
+        return DecodeTask(
+            data,
+            request.plan,
+            request.overrides.background,
+            self.settings.max_image_pixels,
+            self.settings.max_decode_passes,
         )
 
-    def _work(self, request: Request, data: bytes) -> Work:
-        limits = self.limits.max_image_pixels, self.limits.max_decode_passes
-        return Work(data, request.plan, request.overrides.background, *limits)
-
-    def _alone_if(self, suspect: bool) -> AbstractAsyncContextManager[None]:
-        """One suspect at a time: if this one kills the worker, the others are no party to it."""
-        return self._suspects if suspect else contextlib.nullcontext()
-
-    def _forward(self, batch: Sequence[_Prepared]) -> list[Embedding]:
-        """On the device's thread."""
+    def _forward(self, batch: Sequence[_Decoded]) -> list[Embedding]:
+        """Encodes one batch; called on the device's thread."""
         plans = [item.request.plan for item in batch]
-        with self.poison.working_on([item.request.key for item in batch]):
-            outputs = self.backend.encode([item.pixels.values for item in batch], plans)
+        with self.record.working_on([item.request.key for item in batch]):
+            outputs = self.model.backend.encode([item.pixels.values for item in batch], plans)
         for plan, output in zip(plans, outputs, strict=True):
             rows = {tensor.shape[0] for tensor in output.values()}
             if rows != {plan.num_tokens}:
                 raise EngineFailure(f"the tower made {rows} rows for {plan.num_tokens} tokens")
         return outputs
 
-    def _failure(self, request: Request, error: Exception) -> OpticNerveError:
-        """What the caller hears of an exception on the device's thread."""
-        patches = request.plan.num_patches
-        if self.backend.classify(error) is Failure.MEMORY:
+    def _failure(self, request: ItemRequest, error: Exception) -> OpticNerveError:
+        """The caller's error for an exception on the device's thread."""
+        if self.model.backend.classify(error) is Failure.MEMORY:
             return EngineFailure(
-                f"the encoder ran out of memory for a picture of {patches} patches; "
-                "lower max_pixels"
+                f"the encoder ran out of memory for a picture of {request.plan.num_patches} "
+                "patches; lower max_pixels"
             )
         return EngineFailure("the encoder failed on this picture; its log has the details")
 
 
-def _difference(told: Plan, made: Plan) -> str:
+def _difference(given: Plan, made: Plan) -> str:
+    """The fields in which two plans differ, for the log."""
     names = [field.name for field in fields(Plan)]
-    pairs = [(name, getattr(told, name), getattr(made, name)) for name in names]
+    pairs = [(name, getattr(given, name), getattr(made, name)) for name in names]
     return ", ".join(
-        f"{name} {ours} for {theirs}" for name, ours, theirs in pairs if ours != theirs
+        f"{name} {theirs} for {ours}" for name, theirs, ours in pairs if theirs != ours
     )
 
 
-def _observe(timings: Timings) -> None:
+def _observe(timings: StageTimings) -> None:
     metrics.ITEMS_ENCODED.inc()
     for stage, seconds in (
         ("queue", timings.queue_s),

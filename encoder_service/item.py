@@ -1,37 +1,16 @@
-"""What crosses between the wire and the encoder: plain values of one item. No tensors."""
+"""One item between the wire and the encoder, as plain values without tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from opticnerve.embeddings.ref import EmbeddingRef
-from opticnerve.embeddings.seal import Seal
 from opticnerve.media.plan import Overrides, Plan
-from opticnerve.media.structure import DEFAULT_MAX_PASSES
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """What this encoder is, and what its references say of it."""
-
-    fingerprint: str
-    fetch_address: str  # host:port of its own Fetch.
-    seal: Seal | None = None  # Signs what Fetch answers.
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    max_item_bytes: int
-    max_image_pixels: int
-    max_queue_patches: int = 0  # 0: sized from the largest item.
-    max_decode_passes: int = DEFAULT_MAX_PASSES  # See ``Structure.passes``.
-    max_decode_bytes: int = 0  # 0: sized from the number of workers.
-    decode_timeout_s: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What an Encode call says before its bytes come."""
+class ItemRequest:
+    """What the header of an Encode call says; see ``EncodeHeader`` in ``encoder.proto``."""
 
     request_id: str
     key: str
@@ -44,7 +23,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Timings:
+class StageTimings:
     """Seconds in each stage; a hit has none. See ``EncodeTimings`` in ``encoder.proto``."""
 
     queue_s: float = 0.0
@@ -57,6 +36,6 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class EncodedItem:
     ref: EmbeddingRef
-    timings: Timings
+    timings: StageTimings

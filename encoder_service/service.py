@@ -1,154 +1,122 @@
-"""The encoder process: start, serve, drain."""
+"""The encoder process: what it loads, and which calls it answers."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from encoder_service import metrics
+from encoder_service.backends.base import VisionModel
 from encoder_service.backends.torch import TorchBackend
+from encoder_service.crash_record import CrashRecord
 from encoder_service.encoder import Encoder
-from encoder_service.item import Identity, Limits
 from encoder_service.pictures.sizing import largest_plan, shrink
-from encoder_service.poison import PoisonRecord
-from encoder_service.servicer import SERVICE, EncoderServicer, Loaded
+from encoder_service.results import Results
+from encoder_service.servicer import SERVICE, EncoderServicer
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.checkpoints.fingerprint import fingerprint
-from opticnerve.config import EncoderConfig
-from opticnerve.embeddings.open import open_store
+from opticnerve.config import EncoderConfig, ModelConfig
 from opticnerve.embeddings.redis_store import RedisStore
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.embeddings.store import Store
 from opticnerve.embeddings.tier import base_directory
-from opticnerve.errors import StartupError, StoreError
 from opticnerve.models.registry import load_tower, make_layout
 from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc.server import Server
+from opticnerve.worker import OpenStore, open_worker_store, serving
 
 log = logging.getLogger(__name__)
 
-OnLost = Callable[[Exception], None]
+OpenModel = Callable[[ModelConfig], VisionModel]
 
 
-class Service:
-    """One encoder process."""
+def open_torch_model(config: ModelConfig) -> VisionModel:
+    """The vision half of a checkpoint, with torch. Raises StartupError."""
+    torch.set_num_threads(config.num_threads)
+    checkpoint = Checkpoint.open(config.model, config.revision, config.download_dir, side="encoder")
+    checkpoint.read_ahead()
+    layout = make_layout(checkpoint)
+    tower = load_tower(checkpoint, config.dtype, config.device)
+    backend = TorchBackend(tower, partial(shrink, layout))
+    return VisionModel(
+        checkpoint.name,
+        checkpoint.family,
+        checkpoint.pair_id,
+        fingerprint(checkpoint, tower, backend.name),
+        layout,
+        backend,
+    )
 
-    def __init__(self, settings: EncoderConfig) -> None:
-        self._settings = settings
-        self._status = 0
-        self._threads = settings.model.num_threads
-        cores = settings.model.threads or len(os.sched_getaffinity(0))
-        self._workers = settings.preprocess_workers or cores
 
-    async def run(self) -> int:
-        """Startup, serve, shutdown; the exit status. 1: the device was lost."""
-        async with Server(self._settings.rpc, SERVICE) as server:
-            servicer = EncoderServicer(server)
-            encoder_pb2_grpc.add_EncoderServicer_to_server(servicer, server.grpc)
-            await server.start()
-            with contextlib.ExitStack() as stack:
-                on_lost = self._when_lost(server)
-                servicer.loaded = await asyncio.to_thread(self._load, stack, server, on_lost)
-                await server.ready()
-                await server.serve()
-        return self._status
+def open_worker(
+    settings: EncoderConfig,
+    open_model: OpenModel = open_torch_model,
+    open_store: OpenStore = open_worker_store,
+) -> AbstractAsyncContextManager[EncoderServicer]:
+    """An encoder that serves, closed at the end. Raises StartupError."""
 
-    def _load(self, stack: contextlib.ExitStack, server: Server, on_lost: OnLost) -> Loaded:
-        """All that takes long; ``stack`` closes what it opens. Raises StartupError."""
-        settings = self._settings
-        shown = settings.telemetry
-        if shown.metrics_port >= 0:
-            where = shown.metrics_host or settings.rpc.host
-            log.info("metrics at %s", metrics.serve(shown.metrics_port, where))
-        torch.set_num_threads(self._threads)
-        seal = Seal.load(settings.store.store_key_file)
-        store = stack.enter_context(contextlib.closing(_open_store(settings, seal)))
-        stack.enter_context(metrics.reading(lambda: metrics.of_store(store)))
-        source = settings.model
-        checkpoint = Checkpoint.open(
-            source.model, source.revision, source.download_dir, side="encoder"
-        )
-        checkpoint.read_ahead()
-        layout = make_layout(checkpoint)
-        tower = load_tower(checkpoint, source.dtype, source.device)
-        backend = TorchBackend(tower, lambda plan, patches: shrink(layout, plan, patches))
-        stack.callback(backend.close)
-        largest = largest_plan(layout, settings.max_image_pixels)
-        capacity = backend.warm(largest, settings.max_batch_patches)
-        poison = stack.enter_context(contextlib.closing(PoisonRecord(_record_directory(store))))
-        encoder = Encoder(
-            backend,
-            layout,
-            store,
-            poison,
-            Identity(fingerprint(checkpoint, tower, backend.name), server.address, seal),
-            Limits(
-                settings.max_item_bytes,
-                settings.max_image_pixels,
-                settings.max_queue_patches,
-                settings.max_decode_passes,
-                settings.max_decode_bytes,
-                settings.decode_timeout_s,
-            ),
-            capacity,
-            self._workers,
-            on_lost,
-        )
-        stack.callback(encoder.close)
-        encoder.rehearse()
-        self._announce(checkpoint, encoder)
-        return Loaded(encoder, checkpoint.family, checkpoint.pair_id)
+    async def load(servicer: EncoderServicer, stack: AsyncExitStack) -> None:
+        server, loop = servicer.server, asyncio.get_running_loop()
 
-    def _announce(self, checkpoint: Checkpoint, encoder: Encoder) -> None:
-        """What this process took, in one line."""
-        log.info(
-            "%s on %s in %s: %d threads, %d preprocess workers, max_batch_patches %d, "
-            "max_item_patches %d, max_queue_patches %d, fingerprint %s",
-            checkpoint.name,
-            encoder.backend.device,
-            encoder.backend.dtype,
-            self._threads,
-            self._workers,
-            encoder.capacity.max_batch_patches,
-            encoder.capacity.max_item_patches,
-            encoder.backlog.max_patches,
-            encoder.identity.fingerprint[:12],
-        )
-
-    def _when_lost(self, server: Server) -> OnLost:
-        """For the device's thread: no more work, and an exit for the supervisor to restart."""
-        loop = asyncio.get_running_loop()
-
-        async def leave() -> None:
-            await server.not_ready()
-            server.stop()
-
-        def lost(error: Exception) -> None:
+        def on_lost(error: Exception) -> None:
             log.critical("the device is lost; stopping: %s", error)
-            self._status = 1
-            asyncio.run_coroutine_threadsafe(leave(), loop)
+            asyncio.run_coroutine_threadsafe(server.give_up(), loop)
 
-        return lost
+        def load_encoder() -> Encoder:
+            seal = Seal.load(settings.store.store_key_file)
+            store = open_store(settings.store, seal, stack)
+            model = open_model(settings.model)
+            stack.callback(model.backend.close)
+            record = stack.enter_context(closing(CrashRecord(_record_directory(store))))
+            results = Results(store, model.fingerprint, server.address, seal)
+            largest = largest_plan(model.layout, settings.max_image_pixels)
+            capacity = model.backend.warm(largest, settings.max_batch_patches)
+            encoder = Encoder(model, results, record, settings, capacity, on_lost)
+            stack.callback(encoder.close)
+            encoder.rehearse()
+            return encoder
+
+        servicer.loaded = await asyncio.to_thread(load_encoder)
+        _announce(servicer.loaded)
+
+    return serving(settings, SERVICE, _register, load)
 
 
-def _open_store(settings: EncoderConfig, seal: Seal | None) -> Store:
-    try:
-        return open_store(settings.store.read_url(), ttl_s=settings.store.store_ttl_s, seal=seal)
-    except StoreError as error:
-        raise StartupError(error.message) from error
+def _register(server: Server) -> EncoderServicer:
+    servicer = EncoderServicer(server)
+    encoder_pb2_grpc.add_EncoderServicer_to_server(servicer, server.grpc)
+    return servicer
 
 
 def _record_directory(store: Store) -> Path:
-    """Beside the embeddings where they are files, so that what removes them removes the record;
-    else a directory for this user of the machine."""
+    """Beside the embeddings if they are files, so that removing them removes the record too; else
+    a directory for this user of the machine."""
     tier = store.local if isinstance(store, RedisStore) else store
     if isinstance(tier, ShmStore):
         return tier.directory / "encoding"
     return base_directory() / f"opticnerve-encoding-{os.getuid()}"
+
+
+def _announce(encoder: Encoder) -> None:
+    """Logs what this process serves, in one line."""
+    backend, capacity = encoder.model.backend, encoder.capacity
+    log.info(
+        "%s on %s in %s: %d threads, %d preprocess workers, max_batch_patches %d, "
+        "max_item_patches %d, max_queue_patches %d, fingerprint %s",
+        encoder.model.name,
+        backend.device,
+        backend.dtype,
+        encoder.settings.model.num_threads,
+        encoder.pool.workers,
+        capacity.max_batch_patches,
+        capacity.max_item_patches,
+        encoder.backlog.max_patches,
+        encoder.model.fingerprint[:12],
+    )

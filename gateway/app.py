@@ -32,8 +32,8 @@ from gateway.edge.pageguard import PageGuard
 from gateway.pipeline import Pipeline
 from opticnerve import __version__, addresses
 from opticnerve.config import GatewayConfig
-from opticnerve.drain import Running
 from opticnerve.errors import MethodNotAllowed, NotFound, Unauthenticated
+from opticnerve.process import Running
 
 Handler = Callable[["Gateway", Request, Send], Awaitable[Response | None]]
 

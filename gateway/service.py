@@ -35,11 +35,15 @@ from gateway.workers.references import References
 from opticnerve import addresses, flags
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
-from opticnerve.drain import LAST_WORDS_S
 from opticnerve.errors import CheckpointError, ConfigError
-from opticnerve.lifecycle import follow_parent, ignore_hangup, on_hangup
 from opticnerve.models.registry import make_layout
-from opticnerve.rpc.server import handle_signals
+from opticnerve.process import (
+    LAST_WORDS_S,
+    follow_parent,
+    handle_signals,
+    ignore_hangup,
+    on_hangup,
+)
 from opticnerve.rpc.token import load_token
 
 log = logging.getLogger(__name__)

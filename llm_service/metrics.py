@@ -9,9 +9,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Summa
 from prometheus_client.metrics_core import Metric
 
 from llm_service.policy.sequence import EngineStats
-from opticnerve.telemetry.metrics import CACHE_LOOKUPS, STAGE_SECONDS, of_store, reading, serve
+from opticnerve.telemetry.metrics import CACHE_LOOKUPS, STAGE_SECONDS, reading
 
-__all__ = ["CACHE_LOOKUPS", "STAGE_SECONDS", "TOKENS", "of_engine", "of_store", "reading", "serve"]
+__all__ = ["CACHE_LOOKUPS", "STAGE_SECONDS", "TOKENS", "of_engine", "reading"]
 
 TOKENS = Counter(
     "opticnerve_llm_tokens_total",

@@ -1,10 +1,10 @@
-"""The LLM process: start, serve, drain."""
+"""The LLM process: what it loads, and which calls it answers."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import SimpleNamespace
 from typing import cast
 
@@ -24,56 +24,31 @@ from opticnerve.checkpoints.fingerprint import language_fingerprint
 from opticnerve.checkpoints.loader import resolve_device, resolve_dtype
 from opticnerve.config import LLMConfig
 from opticnerve.embeddings.memory_store import MemoryStore
-from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
-from opticnerve.errors import ConfigError, EngineFailure, StartupError, StoreError
+from opticnerve.errors import ConfigError, EngineFailure, StartupError
 from opticnerve.models.family import Language, Layout
 from opticnerve.models.registry import make_layout
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc.server import Server
 from opticnerve.rpc.token import load_token
 from opticnerve.tensors.dtypes import dtype_name
+from opticnerve.worker import open_worker_store, serving
 
 log = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 32
 
 
-class Service:
-    """One LLM process."""
+def open_worker(settings: LLMConfig) -> AbstractAsyncContextManager[LLMServicer]:
+    """An LLM worker that serves, closed at the end. Raises StartupError."""
 
-    def __init__(self, settings: LLMConfig) -> None:
-        self._settings = settings
-        self._status = 0
-
-    async def run(self) -> int:
-        """Startup, serve, shutdown; the exit status. 1: the device or the engine was lost."""
-        async with Server(self._settings.rpc, SERVICE) as server:
-            servicer = LLMServicer(server)
-            llm_pb2_grpc.add_LLMServicer_to_server(servicer, server.grpc)
-            await server.start()
-            async with contextlib.AsyncExitStack() as stack:
-                servicer.loaded = await self.load(stack)
-                watcher = asyncio.create_task(self._watch(servicer.loaded.engine, server))
-                stack.callback(watcher.cancel)
-                await server.ready()
-                await server.serve()
-        return self._status
-
-    async def load(self, stack: contextlib.AsyncExitStack) -> Loaded:
-        """All that takes long; ``stack`` closes what it opens. Raises StartupError."""
-        settings = self._settings
-        shown = settings.telemetry
-        if shown.metrics_port >= 0:
-            where = shown.metrics_host or settings.rpc.host
-            log.info("metrics at %s", metrics.serve(shown.metrics_port, where))
+    async def load(servicer: LLMServicer, stack: AsyncExitStack) -> None:
         checkpoint = await asyncio.to_thread(_open_checkpoint, settings)
         checkpoint.read_ahead()
         layout = make_layout(checkpoint)
         seal = Seal.load(settings.store.store_key_file)
-        store = await asyncio.to_thread(_open_store, settings, seal)
-        stack.callback(store.close)
+        store = await asyncio.to_thread(open_worker_store, settings.store, seal, stack)
         overflow = MemoryStore(OVERFLOW_BYTES) if settings.engine == "thread" else None
         notes = Notes()
         fetcher = Fetcher(
@@ -87,43 +62,52 @@ class Service:
             seal=seal,
         )
         stack.push_async_callback(fetcher.close)
-        engine = self._client(store, overflow, notes, stack)
+        engine = _open_engine(settings, store, overflow, notes, stack)
         stack.push_async_callback(engine.close)
         await _start(engine)
         stack.enter_context(metrics.reading(lambda: metrics.of_engine(engine.stats)))
-        stack.enter_context(metrics.reading(lambda: metrics.of_store(store)))
         bounds = Bounds(engine.config, layout, settings.max_logprobs)
         identity = await asyncio.to_thread(_identity, settings, checkpoint, layout, store)
-        return Loaded(engine, fetcher, notes, bounds, identity, settings.embedding_wait_ms)
+        servicer.loaded = Loaded(
+            engine, fetcher, notes, bounds, identity, settings.embedding_wait_ms
+        )
+        watcher = asyncio.create_task(_watch(engine, servicer.server))
+        stack.callback(watcher.cancel)
 
-    def _client(
-        self,
-        store: Store,
-        overflow: MemoryStore | None,
-        notes: Notes,
-        stack: contextlib.AsyncExitStack,
-    ) -> EngineClient:
-        settings = self._settings
-        if settings.engine == "process":
-            if not store.tier_id:
-                raise ConfigError(
-                    "--engine process needs a store that processes share: shm:// or redis://",
-                    param="store",
-                )
-            return ProcessEngineClient(
-                "llm_service.engine.build:build_in_process", settings, notes.add
+    return serving(settings, SERVICE, _register, load)
+
+
+def _register(server: Server) -> LLMServicer:
+    servicer = LLMServicer(server)
+    llm_pb2_grpc.add_LLMServicer_to_server(servicer, server.grpc)
+    return servicer
+
+
+def _open_engine(
+    settings: LLMConfig,
+    store: Store,
+    overflow: MemoryStore | None,
+    notes: Notes,
+    stack: AsyncExitStack,
+) -> EngineClient:
+    """The engine, in a thread or a process, not started."""
+    if settings.engine == "process":
+        if not store.tier_id:
+            raise ConfigError(
+                "--engine process needs a store that processes share: shm:// or redis://",
+                param="store",
             )
-        rows = StoreRows(local_tier(store), overflow, notes.add)
-        stack.callback(rows.close)
-        return ThreadEngineClient(lambda given, emit: build.build(given, rows, emit), settings)
+        return ProcessEngineClient("llm_service.engine.build:build_in_process", settings, notes.add)
+    rows = StoreRows(local_tier(store), overflow, notes.add)
+    stack.callback(rows.close)
+    return ThreadEngineClient(lambda given, emit: build.build(given, rows, emit), settings)
 
-    async def _watch(self, engine: EngineClient, server: Server) -> None:
-        """When the engine dies: no more work, and an exit for the supervisor to restart."""
-        error = await engine.wait_dead()
-        log.critical("the engine is lost; stopping: %s", error.message)
-        self._status = 1
-        await server.not_ready()
-        server.stop()
+
+async def _watch(engine: EngineClient, server: Server) -> None:
+    """Stops the worker when its engine dies."""
+    error = await engine.wait_dead()
+    log.critical("the engine is lost; stopping: %s", error.message)
+    await server.give_up()
 
 
 async def _start(engine: EngineClient) -> None:
@@ -151,7 +135,7 @@ def _open_checkpoint(settings: LLMConfig) -> Checkpoint:
 
 
 def _callable_encoders(settings: LLMConfig) -> Hosts | None:
-    """See --fetch-from. None: those that callers name, who have shown the token."""
+    """The hosts of --fetch-from. None: any that callers name, since these have shown the token."""
     rpc, named = settings.rpc, settings.fetch_from
     if rpc.rpc_token_file is not None and not named:
         return None
@@ -162,13 +146,6 @@ def _callable_encoders(settings: LLMConfig) -> Hosts | None:
             "--rpc-token-file those have to be named in --fetch-from"
         )
     return Hosts((*local, *named))
-
-
-def _open_store(settings: LLMConfig, seal: Seal | None) -> Store:
-    try:
-        return open_store(settings.store.read_url(), ttl_s=settings.store.store_ttl_s, seal=seal)
-    except StoreError as error:
-        raise StartupError(error.message) from error
 
 
 def _identity(

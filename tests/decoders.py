@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from encoder_service.pictures.decode_process import Decoder, Work
+from encoder_service.pictures.decode_process import DecoderProcess, DecodeTask
 from opticnerve.media.plan import Grid, Modality, Plan
 from opticnerve.media.structure import parse_structure
 from tests.hostile import save
@@ -37,8 +37,8 @@ def plan_of(data: bytes) -> Plan:
     )
 
 
-def work(data: bytes) -> Work:
-    return Work(data, plan_of(data), 0xFFFFFF, ANY, ANY)
+def work(data: bytes) -> DecodeTask:
+    return DecodeTask(data, plan_of(data), 0xFFFFFF, ANY, ANY)
 
 
 def resident(pid: int | None, what: str = "VmRSS") -> int:
@@ -58,7 +58,7 @@ def cpu_s(pid: int | None) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def at_work(decoder: Decoder, data: bytes) -> tuple[threading.Thread, list[object]]:
+def at_work(decoder: DecoderProcess, data: bytes) -> tuple[threading.Thread, list[object]]:
     """A thread that waits for the decoder, once that is decoding, and what it gets."""
     outcome: list[object] = []
 

@@ -7,6 +7,8 @@ import io
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import grpc
 import numpy as np
@@ -15,17 +17,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from encoder_service.backends.base import Capacity, Embedding
+from encoder_service import service
+from encoder_service.backends.base import Capacity, Embedding, VisionModel
 from encoder_service.batcher import Failure
-from encoder_service.encoder import Encoder
-from encoder_service.item import Identity, Limits
-from encoder_service.poison import PoisonRecord
-from encoder_service.servicer import SERVICE, EncoderServicer, Loaded
-from encoder_service.upload import Uploads
+from encoder_service.servicer import EncoderServicer
 from opticnerve.checkpoints.checkpoint import Checkpoint
-from opticnerve.config import RpcConfig
+from opticnerve.config import EncoderConfig, RpcConfig, StoreConfig
 from opticnerve.embeddings.memory_store import MemoryStore
-from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import OpticNerveError
 from opticnerve.media.keys import content_key
@@ -38,13 +36,13 @@ from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import chunks, open_channel
 from opticnerve.rpc.errors import from_rpc
-from opticnerve.rpc.server import Server
 from tests.preprocessors import mean_colour
 
 FINGERPRINT = "f" * 64
 WAIT_S = 60.0
 COLUMNS = 8
 ANY = 10**15  # As a limit.
+MAX_ITEM_PATCHES = 4096
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (84, 84), format: str = "PNG") -> bytes:
@@ -58,7 +56,8 @@ def picture(seed: int = 0, size: tuple[int, int] = (84, 84), format: str = "PNG"
 
 
 class FakeBackend:
-    """Rows are the picture's mean colour. ``hold`` makes batches wait for ``go``."""
+    """Rows are the picture's mean colour. ``hold`` makes batches wait for ``go``. The batches
+    before ``begin``, those of the service's start, are not recorded and do not fail."""
 
     name, device, dtype = "fake", "none", "F32"
 
@@ -71,10 +70,14 @@ class FakeBackend:
         self.preprocess = mean_colour
         self.batches: list[int] = []
         self.entered = threading.Semaphore(0)
+        self._begun = False
         self._free = threading.Event()
         self._free.set()
         self.fail = fail
         self.lost = False  # Every failure is the device's.
+
+    def begin(self) -> None:
+        self._begun = True
 
     def hold(self) -> None:
         """From here on ``entered`` counts batches that wait for ``go``."""
@@ -88,10 +91,11 @@ class FakeBackend:
     def encode(
         self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
     ) -> list[Embedding]:
-        self.batches.append(len(plans))
-        self.entered.release()
-        assert self._free.wait(WAIT_S)
-        self.fail(plans)
+        if self._begun:
+            self.batches.append(len(plans))
+            self.entered.release()
+            assert self._free.wait(WAIT_S)
+            self.fail(plans)
         return [
             {"rows": torch.full((plan.num_tokens, self.hidden_size), float(pixel.sum()))}
             for pixel, plan in zip(pixels, plans, strict=True)
@@ -103,7 +107,7 @@ class FakeBackend:
         return Failure.MEMORY if isinstance(error, MemoryError) else Failure.ITEM
 
     def warm(self, largest: Plan, max_batch_patches: int) -> Capacity:
-        return Capacity(max_batch_patches, largest.num_patches)
+        return Capacity(max_batch_patches, MAX_ITEM_PATCHES)
 
     def close(self) -> None:
         self.go()
@@ -112,14 +116,12 @@ class FakeBackend:
 class Running:
     """A service in this process, with a fake backend, and calls to it."""
 
-    def __init__(
-        self, encoder: Encoder, backend: FakeBackend, server: Server, uploads: Uploads
-    ) -> None:
-        self.encoder = encoder
-        self.uploads = uploads
+    def __init__(self, servicer: EncoderServicer, backend: FakeBackend) -> None:
+        self.encoder = servicer.require_loaded()
+        self.uploads = servicer.uploads
         self.backend = backend
-        self.server = server
-        self.channel = open_channel(server.address)
+        self.server = servicer.server
+        self.channel = open_channel(self.server.address)
         self.stub = encoder_pb2_grpc.EncoderStub(self.channel)
 
     def messages(
@@ -131,13 +133,13 @@ class Running:
         overrides = convert.overrides_from_pb(message)
         header = {
             "request_id": "test",
-            "key": content_key(data, self.encoder.layout.settings(), overrides, FINGERPRINT),
+            "key": content_key(data, self.encoder.model.layout.settings(), overrides, FINGERPRINT),
             "fingerprint": FINGERPRINT,
             "overrides": message,
             "num_bytes": len(data),
         }
         if "plan" not in changes:
-            plan = self.encoder.layout.plan(parse_structure(data, ANY, ANY), overrides)
+            plan = self.encoder.model.layout.plan(parse_structure(data, ANY, ANY), overrides)
             header["plan"] = convert.plan_to_pb(plan)
         first = pb.EncodeRequest(header=pb.EncodeHeader(**{**header, **changes}))
         return [first, *(pb.EncodeRequest(data=part) for part in chunks(data, chunk))]
@@ -164,60 +166,55 @@ async def refusal(call: grpc.aio.StreamUnaryCall) -> OpticNerveError:
     return from_rpc(caught.value)
 
 
+def key_file(directory: Path, secret: str) -> str:
+    directory.mkdir(exist_ok=True)
+    path = directory / "store-key"
+    path.touch(0o600)
+    path.write_text(secret)
+    return str(path)
+
+
 @contextlib.asynccontextmanager
 async def running(
     tmp_path: Path,
     *,
     backend: FakeBackend | None = None,
     store: Store | None = None,
-    max_batch_patches: int = 1024,
-    max_queue_patches: int = 0,
-    max_item_bytes: int = 2**20,
-    workers: int = 2,
+    secret: str | None = None,
     drain_timeout_s: float = 10.0,
     pair_id: str = "pair",
     rpc: RpcConfig | None = None,
-    seal: Seal | None = None,
-    **limits: float,
+    **settings: Any,
 ) -> AsyncIterator[Running]:
-    """``limits``: others of ``Limits``."""
+    """The service on a fake backend. ``secret``: of its --store-key-file. ``settings``: other
+    fields of ``EncoderConfig``."""
     backend = backend or FakeBackend()
     store = store or MemoryStore()
-    rpc = rpc or RpcConfig(drain_timeout_s=drain_timeout_s)
-    async with Server(rpc, SERVICE) as server:
-        servicer = EncoderServicer(server)
-        encoder_pb2_grpc.add_EncoderServicer_to_server(servicer, server.grpc)
-        await server.start()
-        poison = PoisonRecord(tmp_path / "record")
-        encoder = Encoder(
-            backend,
-            demo_layout(),
-            store,
-            poison,
-            Identity(FINGERPRINT, server.address, seal),
-            Limits(
-                **{
-                    "max_item_bytes": max_item_bytes,
-                    "max_image_pixels": 10**7,
-                    "max_queue_patches": max_queue_patches,
-                    **limits,
-                }
-            ),
-            Capacity(max_batch_patches, 4096),
-            workers,
-        )
-        servicer.loaded = Loaded(encoder, "qwen2_vl", pair_id)
-        await server.ready()
-        service = Running(encoder, backend, server, servicer.uploads)
-        try:
-            yield service
-        finally:
-            backend.close()
-            await service.channel.close()
-            await server.grpc.stop(grace=0)
-            encoder.close()
-            poison.close()
-            store.close()
-    encoder.backlog.check_integrity()
-    assert encoder.backlog.items == 0 and encoder.pool.staging.held == 0
-    assert len(service.uploads) == 0 and service.uploads.num_bytes == 0
+    model = VisionModel("fake", "qwen2_vl", pair_id, FINGERPRINT, demo_layout(), backend)
+    config = EncoderConfig(
+        rpc=rpc or RpcConfig(drain_timeout_s=drain_timeout_s),
+        store=StoreConfig(store_key_file=secret and key_file(tmp_path, secret)),
+        **{
+            "max_batch_patches": 1024,
+            "max_item_bytes": 2**20,
+            "max_image_pixels": 10**7,
+            "preprocess_workers": 2,
+            **settings,
+        },
+    )
+    with (
+        contextlib.closing(store),
+        mock.patch.object(service, "base_directory", lambda: tmp_path),
+    ):
+        async with service.open_worker(config, lambda _: model, lambda *_: store) as servicer:
+            backend.begin()
+            live = Running(servicer, backend)
+            try:
+                yield live
+            finally:
+                backend.close()
+                await live.channel.close()
+                await live.server.grpc.stop(grace=0)
+    live.encoder.backlog.check_integrity()
+    assert live.encoder.backlog.items == 0 and live.encoder.pool.staging.held == 0
+    assert len(live.uploads) == 0 and live.uploads.num_bytes == 0

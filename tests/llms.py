@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from llm_service.service import Service
-from llm_service.wire.servicer import SERVICE, LLMServicer, Loaded
+from llm_service.service import open_worker
+from llm_service.wire.servicer import LLMServicer, Loaded
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import LLMConfig, ModelConfig, RpcConfig, StoreConfig
 from opticnerve.embeddings import codec
+from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
@@ -31,7 +32,6 @@ from opticnerve.pb import llm_pb2 as pb
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import open_channel
 from opticnerve.rpc.errors import from_rpc
-from opticnerve.rpc.server import Server
 from opticnerve.rpc.token import load_token
 from tests.checkpoints import DEMO, EOS
 from tests.reference import load_reference
@@ -181,17 +181,14 @@ class Answer:
 class Worker:
     """A running service and calls to it."""
 
-    def __init__(self, server: Server, servicer: LLMServicer, store: Store) -> None:
-        self.server = server
-        self.servicer = servicer
+    def __init__(self, servicer: LLMServicer, store: Store) -> None:
+        self.server = servicer.server
+        self.loaded: Loaded = servicer.require_loaded()
         self.store = store  # This test's own end of the worker's store.
-        self.channel = open_channel(server.address, load_token(server.config.rpc_token_file))
+        self.channel = open_channel(
+            self.server.address, load_token(self.server.config.rpc_token_file)
+        )
         self.stub = llm_pb2_grpc.LLMStub(self.channel)
-
-    @property
-    def loaded(self) -> Loaded:
-        assert self.servicer.loaded is not None
-        return self.servicer.loaded
 
     def here(self) -> Location:
         """This worker's own tier."""
@@ -257,8 +254,6 @@ async def next_message(call: grpc.aio.StreamStreamCall) -> Answer:
 @contextlib.asynccontextmanager
 async def running(directory: Path, capacity: str = "64MiB", **fields: Any) -> AsyncIterator[Worker]:
     """The service on the demo checkpoint in fp32, with a tier in ``directory``."""
-    from opticnerve.embeddings.open import open_store
-
     url = fields.pop("store", f"shm://{directory}/tier?capacity={capacity}")
     key_file = fields.pop("store_key_file", None)
     settings = LLMConfig(
@@ -268,17 +263,12 @@ async def running(directory: Path, capacity: str = "64MiB", **fields: Any) -> As
         **{"kv_cache_tokens": 4096, "max_model_len": 1024, **fields},
     )
     store = open_store(url, seal=Seal.load(key_file))
-    async with Server(settings.rpc, SERVICE) as server, contextlib.AsyncExitStack() as stack:
-        stack.callback(store.close)
-        servicer = LLMServicer(server)
-        llm_pb2_grpc.add_LLMServicer_to_server(servicer, server.grpc)
-        await server.start()
-        servicer.loaded = await Service(settings).load(stack)
-        await server.ready()
-        worker = Worker(server, servicer, store)
-        try:
-            yield worker
-            await worker.idle()
-        finally:
-            await worker.channel.close()
-            await server.grpc.stop(grace=0)
+    with contextlib.closing(store):
+        async with open_worker(settings) as servicer:
+            worker = Worker(servicer, store)
+            try:
+                yield worker
+                await worker.idle()
+            finally:
+                await worker.channel.close()
+                await servicer.server.grpc.stop(grace=0)

@@ -1,4 +1,4 @@
-"""What the encoder asks of the device side. One implementation a file: torch, later TensorRT."""
+"""The device side's interface to the encoder. One implementation a file: torch, later TensorRT."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opticnerve.media.plan import Plan
 if TYPE_CHECKING:
     import torch
 
-    from opticnerve.models.family import Preprocessor
+    from opticnerve.models.family import Layout, Preprocessor
 
 Embedding = Mapping[str, "torch.Tensor"]
 """Named tensors of one item, each [num_tokens, hidden_size], contiguous, on the CPU, in the
@@ -24,15 +24,15 @@ model's dtype; "rows", and "deepstack.<i>" where the family has such levels."""
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What one forward pass takes, found by running the largest permitted item."""
+    """The largest batch and the largest item, found by running the largest permitted item."""
 
     max_batch_patches: int
     max_item_patches: int
 
 
 class Backend(Protocol):
-    """A tower on a device. ``encode`` is called by one thread at a time, ``preprocess`` by many;
-    it is also pickled, for processes that decode."""
+    """A tower on a device. ``encode`` is called by one thread at a time. ``preprocess`` is called
+    by many, and pickled for processes that decode."""
 
     name: str
     device: str
@@ -59,3 +59,15 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class VisionModel:
+    """A checkpoint's vision half, on its device."""
+
+    name: str
+    family: str
+    pair_id: str  # Names the checkpoint; encoders and LLM workers with equal ones belong together.
+    fingerprint: str  # Names everything that decides a row; part of content keys.
+    layout: Layout
+    backend: Backend

@@ -1,9 +1,9 @@
-"""Decoding in a process of its own, which can be ended while it decodes. Threads cannot.
+"""Decoding in a process of its own, which can be ended while it decodes; a thread cannot.
 
-The process holds Python, Pillow and numpy: no torch, no gRPC, no model. It is started when there
-is work for it, takes one piece after the other, and ends with the process that started it. Work
-and errors go over a socket pair that the two of them hold; pixels come back in shared memory that
-has no name, so that nothing is left behind whoever ends first.
+The process holds Python, Pillow and numpy: no torch, no gRPC, no model. It is started for its first
+task, takes one task after the other, and ends with the process that started it. Tasks and errors
+cross a socket pair; pixels come back in shared memory without a name, so that nothing is left
+behind whichever process ends first.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opticnerve.errors import EngineFailure, OpticNerveError
-from opticnerve.lifecycle import follow_parent, ignore_hangup
 from opticnerve.media.decode import decode
 from opticnerve.media.plan import Plan
+from opticnerve.process import follow_parent, ignore_hangup
 
 if TYPE_CHECKING:
     from opticnerve.models.family import Preprocessor
 
-NICE = 10  # It yields to whoever has smaller pictures to decode.
-# Of glibc, for the process: pictures are memory of their own, given back as soon as they are freed.
+NICE = 10  # The threads that decode light pictures go first.
+# For glibc: a picture is a mapping of its own, returned to the system as soon as it is freed.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "1"}
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """One picture to be decoded, and within which limits."""
+class DecodeTask:
+    """One picture to be decoded, and the limits of decoding it."""
 
     data: bytes
     plan: Plan
@@ -55,43 +55,43 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """What became of it: the tower's input, and the seconds that it took."""
+    """A decoded picture."""
 
-    values: NDArray[np.float32]
-    seconds: float
+    values: NDArray[np.float32]  # The tower's input, as the family's preprocessor returns it.
+    seconds: float  # Decode time.
 
 
 class DecoderDied(Exception):
-    """The process ended before its work was done. ``at_work``: it had begun, and was not killed by
-    us; otherwise it did not start, or was. ``out_of_time``: the work took longer than it may."""
+    """The process ended before its task was done. ``by_task``: it ended while it worked on the
+    task, and not because we killed it. ``out_of_time``: the task exceeded its time limit."""
 
-    def __init__(self, status: int, at_work: bool) -> None:
+    def __init__(self, status: int, by_task: bool) -> None:
         super().__init__(f"the decoder's process ended with status {status}")
-        self.at_work = at_work
+        self.by_task = by_task
         self.out_of_time = status == -signal.SIGXCPU
 
 
-def prepare(preprocess: Preprocessor, work: Work) -> Pixels:
+def decode_and_cut(preprocess: Preprocessor, task: DecodeTask) -> Pixels:
     """Decode, orient, resize, cut into patches. Raises InvalidMedia, EngineFailure."""
     started = time.monotonic()
     try:
-        image = decode(work.data, work.plan, work.max_pixels, work.background, work.max_passes)
-        values = preprocess(image, work.plan)
+        image = decode(task.data, task.plan, task.max_pixels, task.background, task.max_passes)
+        values = preprocess(image, task.plan)
     except MemoryError as error:
         raise EngineFailure("the encoder ran out of memory decoding this picture") from error
     return Pixels(values, time.monotonic() - started)
 
 
-class Decoder:
-    """Owns one process, which ``run`` starts; it does one piece of work at a time, each in at most
-    ``timeout_s`` of a core's time. After DecoderDied, ``kill`` or ``close`` it is of no more use.
+class DecoderProcess:
+    """Owns one process, which the first ``run`` starts; it does one task at a time, each in at most
+    ``timeout_s`` of CPU time. After DecoderDied, ``kill`` or ``close`` it cannot be used again.
     """
 
     def __init__(self, preprocess: Preprocessor, timeout_s: float) -> None:
         self._preprocess = preprocess
         self._timeout_s = timeout_s
-        self._lock = threading.Lock()  # Around the process's start and its end.
-        self._busy = threading.RLock()  # Around all that uses the pipe.
+        self._lock = threading.Lock()  # Guards the process's start and its end.
+        self._busy = threading.RLock()  # Guards the pipe.
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._killed = False
@@ -100,22 +100,22 @@ class Decoder:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def run(self, work: Work) -> Pixels:
-        """Blocks until the work is done. Raises what ``prepare`` raises; DecoderDied."""
-        at_work = False
+    def run(self, task: DecodeTask) -> Pixels:
+        """Blocks until the task is done. Raises what ``decode_and_cut`` raises; DecoderDied."""
+        sent = False
         with self._busy:
             try:
                 pipe = self._pipe or self._start()
-                at_work = True
-                pipe.send(work)
+                sent = True
+                pipe.send(task)
                 answer = pipe.recv()
                 if isinstance(answer, OpticNerveError):
                     raise answer
                 shape, seconds = answer
                 return Pixels(_map(recv_handle(pipe), shape), seconds)
             except (EOFError, OSError) as error:
-                at_work = at_work and not self._killed
-                raise DecoderDied(self.close(), at_work) from error
+                by_task = sent and not self._killed
+                raise DecoderDied(self.close(), by_task) from error
 
     def kill(self) -> None:
         """Ends the process at once, from any thread; a ``run`` under way raises DecoderDied."""
@@ -133,7 +133,7 @@ class Decoder:
             return -signal.SIGKILL if self._process is None else self._process.wait()
 
     def _start(self) -> Connection:
-        """Returns when the process is ready for work. Raises OSError, EOFError."""
+        """Returns when the process is ready for a task. Raises OSError, EOFError."""
         ours, theirs = socket.socketpair()
         arguments = theirs.fileno(), os.getpid(), self._timeout_s
         with theirs, self._lock:
@@ -157,7 +157,7 @@ class Decoder:
 
 
 def _map(handle: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The floats in a file of shared memory, which lives as long as they do."""
+    """The floats in a file of shared memory, which exists as long as the array does."""
     try:
         memory = mmap.mmap(handle, 0)
     finally:
@@ -169,13 +169,13 @@ def _map(handle: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 
 def main(handle: int, parent_pid: int, timeout_s: float) -> None:
-    """Does work until the other end of the socket is closed, or its process gone."""
+    """Does tasks until the other end of the socket is closed, or its process is gone."""
     follow_parent(parent_pid, grace_s=0)
     ignore_hangup()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the group; the parent decides.
     os.nice(NICE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError):  # Where memory runs out, this process is the one to go.
+    with contextlib.suppress(OSError):  # If memory runs out, this process is killed first.
         Path("/proc/self/oom_score_adj").write_text("500")
     with Connection(handle) as pipe, contextlib.suppress(EOFError, ConnectionError):
         preprocess = pipe.recv()
@@ -185,13 +185,13 @@ def main(handle: int, parent_pid: int, timeout_s: float) -> None:
 
 
 def _serve(pipe: Connection, preprocess: Preprocessor, parent_pid: int, timeout_s: float) -> None:
-    """One piece of work. The system ends the process where it takes too long: by the core's time
-    and not the clock's, since this process yields to others."""
-    work = pipe.recv()
+    """Does one task. The system ends the process if it takes too much CPU time. Wall time would be
+    unfair to a process that yields to others."""
+    task = pipe.recv()
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + timeout_s), most))
     try:
-        pixels = prepare(preprocess, work)
+        pixels = decode_and_cut(preprocess, task)
     except OpticNerveError as error:
         pipe.send(error)
     except Exception:
@@ -205,7 +205,7 @@ def _serve(pipe: Connection, preprocess: Preprocessor, parent_pid: int, timeout_
 
 
 def _share(values: NDArray[np.float32]) -> int:
-    """A file of shared memory without a name that holds ``values``."""
+    """The handle of a file of shared memory, without a name, that holds ``values``."""
     handle = os.memfd_create("pixels")
     os.ftruncate(handle, values.nbytes)
     with mmap.mmap(handle, values.nbytes) as memory:

@@ -8,15 +8,15 @@ from opticnerve.errors import InvalidMedia, StartupError
 from opticnerve.media.plan import Overrides, Plan, Structure
 from opticnerve.models.family import Layout
 
-ASPECTS = 32  # Steps from square to ASPECT_LIMIT, both ways.
+ASPECTS = 32  # Steps from square to ASPECT_LIMIT, in both directions.
 ASPECT_LIMIT = 199.0  # Long strips may need more patches than squares: a side has at least one.
-SLACK = 1.05  # Some aspect that was not tried may round to a few more patches.
+SLACK = 1.05  # An aspect that was not tried may round to a few more patches.
 
 
 def largest_plan(layout: Layout, max_image_pixels: int) -> Plan:
     """The plan with the most patches, over pictures of many aspects and the most pixels.
 
-    Raises StartupError where the family refuses them all.
+    Raises StartupError if the family refuses them all.
     """
     best: Plan | None = None
     for step in range(-ASPECTS, ASPECTS + 1):
@@ -46,9 +46,9 @@ def permitted_patches(largest: Plan) -> int:
 
 
 def shrink(layout: Layout, largest: Plan, patches: int) -> Plan:
-    """A plan of at most about ``patches``; the smallest there is where the family cannot go lower.
+    """A plan of at most about ``patches``, or the smallest that the family can make.
 
-    Shrinks the stored picture, so a family that resizes everything to one size stays there.
+    Shrinks the stored picture: for a family that resizes everything to one size, nothing changes.
     """
     pixels = largest.resized_width * largest.resized_height
     wanted = max(int(pixels * patches / largest.num_patches), 1)

@@ -21,8 +21,8 @@ from gateway.api import sse
 from gateway.api.http import ErrorResponse, typed
 from gateway.edge.auth import ANONYMOUS, Keys, needs_key
 from gateway.edge.protocol import holder_of
-from opticnerve.drain import LAST_WORDS_S, Running
 from opticnerve.errors import OpticNerveError, Unauthenticated
+from opticnerve.process import LAST_WORDS_S, Running
 from opticnerve.telemetry import events, logs
 
 log = logging.getLogger(__name__)

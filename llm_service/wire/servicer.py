@@ -37,8 +37,8 @@ from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.calls import FINISHED
 from opticnerve.rpc.errors import unary
-from opticnerve.rpc.server import Server
 from opticnerve.telemetry import events
+from opticnerve.worker import WorkerServicer
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -66,7 +66,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What there is once the checkpoint is loaded."""
+    """Everything that calls need, once the checkpoint is loaded."""
 
     engine: EngineClient
     fetcher: Fetcher
@@ -76,29 +76,22 @@ class Loaded:
     embedding_wait_ms: int
 
 
-class LLMServicer(llm_pb2_grpc.LLMServicer):
-    """Answers Unavailable until ``loaded`` is set, and again while the server drains."""
+class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
+    """See ``llm.proto``. Generate raises Unavailable while the server drains."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self.loaded: Loaded | None = None
-
-    def _ready(self) -> Loaded:
-        if self.loaded is None:
-            raise Unavailable("the LLM worker is loading its checkpoint", retry_after_s=1.0)
-        return self.loaded
+    worker = "the LLM worker"
 
     @unary
     async def Generate(  # type: ignore[override]  # It writes to its context.
         self, request_iterator: AsyncIterator[pb.GenerateIn], context: Context
     ) -> None:
-        async with self._server.running.work():
+        async with self.server.running.work():
             await self._generate(request_iterator, context)
 
     async def _generate(
         self, request_iterator: AsyncIterator[pb.GenerateIn], context: Context
     ) -> None:
-        loaded = self._ready()
+        loaded = self.require_loaded()
         try:
             async with asyncio.timeout(START_S):
                 first = await anext(aiter(request_iterator), None)
@@ -106,7 +99,7 @@ class LLMServicer(llm_pb2_grpc.LLMServicer):
             raise DeadlineExceeded(f"no Start came within {START_S:g} s") from error
         if first is None or not first.HasField("start"):
             raise InvalidRequest("the first message of Generate is Start", param="start")
-        if self._server.draining or not loaded.engine.alive:
+        if self.server.draining or not loaded.engine.alive:
             raise Unavailable("the LLM worker is stopping; use another", retry_after_s=1.0)
         events.identify(first.start.request_id)
         events.note(prompt_tokens=len(first.start.token_ids), items=len(first.start.items) or None)
@@ -118,7 +111,7 @@ class LLMServicer(llm_pb2_grpc.LLMServicer):
     async def Describe(
         self, request: pb.DescribeLLMRequest, context: Context
     ) -> pb.DescribeLLMResponse:
-        loaded = self._ready()
+        loaded = self.require_loaded()
         engine, identity, stats = loaded.bounds.engine, loaded.identity, loaded.engine.stats
         return pb.DescribeLLMResponse(
             fingerprint=identity.fingerprint,
@@ -143,7 +136,7 @@ class LLMServicer(llm_pb2_grpc.LLMServicer):
                 running=stats.running,
                 waiting=stats.waiting,
                 free_kv_blocks=stats.free_blocks if stats.steps else engine.num_blocks,
-                draining=self._server.draining,
+                draining=self.server.draining,
             ),
             pair_id=identity.pair_id,
             eos_token_ids=identity.eos_token_ids,

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from opticnerve.drain import LAST_WORDS_S
+from opticnerve.process import LAST_WORDS_S
 from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)

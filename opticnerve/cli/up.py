@@ -22,9 +22,8 @@ from opticnerve.cli.child import Child
 from opticnerve.cli.supervisor import Service, Supervisor, child_environment
 from opticnerve.embeddings.tier import create_tier_directory, remove_tier, sweep_dead_tiers
 from opticnerve.errors import StartupError, StoreError
-from opticnerve.lifecycle import follow_parent, ignore_hangup, on_hangup
 from opticnerve.options import PREFIX, build, options
-from opticnerve.rpc.server import handle_signals
+from opticnerve.process import follow_parent, handle_signals, ignore_hangup, on_hangup
 from opticnerve.secret import make_secret, read_secret
 
 log = logging.getLogger(__name__)

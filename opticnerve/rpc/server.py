@@ -1,11 +1,10 @@
-"""A gRPC server's life: start, serve, drain. The same for every internal service.
+"""A gRPC server's life: start, serve, drain. The same for encoders and LLM workers.
 
 Every call but the health check's carries the token of ``--rpc-token-file``, where there is one.
 Health (``grpc.health.v1``) is NOT_SERVING until ``ready()`` and again while draining. SIGTERM and
 SIGINT drain: health goes NOT_SERVING, new calls are refused, running calls get ``drain_timeout_s``
-and then end with Unavailable (``opticnerve.drain``); a second signal ends them now. Before
-``ready()`` there is nothing to drain: what was opened is closed, and the process ends. In a process
-started by ``opticnerve up`` the parent's end is such a signal (``opticnerve.lifecycle``).
+and then end with Unavailable; a second signal ends them now (``opticnerve.process``). Before
+``ready()`` there is nothing to drain: what was opened is closed, and the process ends.
 """
 
 from __future__ import annotations
@@ -15,11 +14,8 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
 import socket
 import sys
-import time
-from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import grpc
@@ -29,8 +25,8 @@ from grpc_reflection.v1alpha import reflection
 
 from opticnerve import addresses
 from opticnerve.config import RpcConfig
-from opticnerve.drain import LAST_WORDS_S, Running
 from opticnerve.errors import ConfigError
+from opticnerve.process import LAST_WORDS_S, Running, handle_signals
 from opticnerve.rpc.calls import Calls
 from opticnerve.rpc.token import TokenGuard, load_token
 
@@ -44,17 +40,13 @@ SERVER_OPTIONS = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 ]
 
-# A call that is cancelled before its handler has begun leaves a traceback in gRPC's log. A start
-# that fails while somebody asks for health waits this long for such calls; at most, not always.
+# A call that is cancelled before its handler has begun leaves a traceback in gRPC's log: a start
+# that fails while health is being checked waits for such calls, at most this long.
 CLOSE_GRACE_S = 0.5
-
-# The same signal twice within so short a time is one: a terminal sends Ctrl-C to a whole process
-# group, and a wrapper in it may pass it on; a service manager may signal `up` and its children.
-ECHO_S = 0.3
 
 
 class Server:
-    """One service on one port.
+    """One service on one port; ``opticnerve.worker`` takes it through its life.
 
     ``async with Server(config, "opticnerve.v1.LLM") as server:`` add the servicer to
     ``server.grpc``, then ``await server.start()``, load, ``await server.ready()`` and
@@ -70,8 +62,9 @@ class Server:
         guards = () if token is None else (TokenGuard(token),)  # First: strangers leave no line.
         self._calls = Calls()
         self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[*guards, self._calls])
-        self.instance_id = secrets.token_hex(16)  # By which others tell this process from another.
+        self.instance_id = secrets.token_hex(16)  # Tells this process from any other.
         self.port = 0
+        self.status = 0  # The process's exit status.
         self.draining = False
         self.running = Running("the worker")
         self._health = health_aio.HealthServicer()
@@ -141,12 +134,15 @@ class Server:
             await self._set_health(serving=True)
         log.info("ready at %s", self.address)
 
-    async def not_ready(self) -> None:
-        """The service cannot work any more (a lost device, say): NOT_SERVING."""
+    async def give_up(self) -> None:
+        """The service cannot work any more (its device is lost, say): NOT_SERVING, and exit status
+        1, upon which a supervisor starts it again."""
+        self.status = 1
         await self._set_health(serving=False)
+        self.stop()
 
-    async def serve(self) -> None:
-        """Serves until a signal or ``stop()``; returns when drained."""
+    async def serve(self) -> int:
+        """Serves until a signal or ``stop()``; returns the exit status when drained."""
         await self._stop.wait()
         self.draining = True
         patience = self.config.drain_timeout_s
@@ -155,6 +151,7 @@ class Server:
         cut = asyncio.get_running_loop().call_later(patience, self.cut)
         await self.grpc.stop(grace=patience + LAST_WORDS_S)
         cut.cancel()
+        return self.status
 
     def stop(self) -> None:
         self._stop.set()
@@ -195,49 +192,3 @@ def _exit() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-@contextlib.contextmanager
-def handle_signals(
-    stop: Callable[[], None],
-    cut: Callable[[], None],
-    at_once: Callable[[], None] = lambda: None,
-) -> Iterator[None]:
-    """While the context lasts, SIGTERM or SIGINT calls ``stop``, a second one ``cut``.
-
-    A third calls ``at_once`` and ends the process there. The echo of a signal does not count. Once
-    one has come the count goes on after the context: a process that stops is not torn from its
-    clean-up by a second signal, but ended by a third.
-    """
-    loop = asyncio.get_running_loop()
-    steps = [cut, stop]
-    last, at = 0, 0.0
-
-    def on_signal(number: int, _: object = None) -> None:
-        nonlocal last, at
-        now = time.monotonic()
-        if number == last and now - at < ECHO_S:
-            return
-        last, at = number, now
-        if not steps:
-            at_once()
-            os._exit(128 + number)
-        steps.pop()()
-
-    installed = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(ValueError, RuntimeError):  # Not the main thread.
-            loop.add_signal_handler(number, on_signal, number)
-            installed.append(number)
-    try:
-        yield
-    finally:
-        for number in installed:
-            loop.remove_signal_handler(number)
-            if last:
-                signal.signal(number, on_signal)
-        steps[:] = [_nothing] * len(steps)
-
-
-def _nothing() -> None:
-    """What a signal does that comes while a process cleans up anyway."""

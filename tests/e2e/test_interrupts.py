@@ -16,7 +16,7 @@ import time
 import httpx2
 import pytest
 
-from opticnerve.rpc.server import ECHO_S
+from opticnerve.process import ECHO_S
 from tests.e2e.conftest import user
 from tests.e2e.faults import processes
 from tests.e2e.test_ends import children_of

@@ -6,7 +6,8 @@ import asyncio
 import io
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
+from dataclasses import contextmanager, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from encoder_service.item import Limits
 from opticnerve.client import (
     AsyncEncoderClient,
     AsyncLLMClient,
@@ -86,10 +86,10 @@ def test_encoder_errors_are_typed(tmp_path: Path) -> None:
         with pytest.raises(InvalidMedia):
             await client.encode(b"no picture")
         ref = await client.encode(picture(1))
-        service.encoder.shelf.store.delete(ref.key)
+        service.encoder.results.store.delete(ref.key)
         with pytest.raises(NotFound):
             await client.fetch(ref)
-        service.encoder.shelf.store.put(ref.key, {"rows": torch.zeros(9, 4)}, {})
+        service.encoder.results.store.put(ref.key, {"rows": torch.zeros(9, 4)}, {})
         with pytest.raises(EmbeddingCorrupt):
             await client.fetch(ref)
         service.backend.hold()
@@ -114,7 +114,7 @@ def test_a_refusal_or_a_hit_is_heard_in_the_middle_of_a_large_upload(tmp_path: P
         await client.encode(buffer.getvalue())
         for _ in range(10):
             assert (await client.encode(buffer.getvalue())).hit
-        service.encoder.limits = Limits(max_item_bytes=100, max_image_pixels=10**7)
+        service.encoder.settings = replace(service.encoder.settings, max_item_bytes=100)
         for _ in range(10):
             with pytest.raises(PayloadTooLarge):
                 await client.encode(buffer.getvalue())

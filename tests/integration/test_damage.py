@@ -134,7 +134,7 @@ def test_values_that_are_not_finite_fail_their_item_alone_and_are_not_stored(
             error = from_rpc(caught.value)
             assert isinstance(error, EngineFailure) and "finite" in error.message
             assert store.contains([(await good).ref.key]) and len(store._files) == 1
-            assert not encoder.encoder.shelf.kept.num_bytes
+            assert not encoder.encoder.results.fallback.stored_bytes()
 
     asyncio.run(scenario())
 

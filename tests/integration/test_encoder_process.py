@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from encoder_service.item import Limits
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.cli import commands as cli
 from opticnerve.client import EncoderClient
@@ -108,8 +107,7 @@ def test_other_families_are_served(family: str, tmp_path: Path) -> None:
 
 def test_the_least_limit_on_pictures_lets_an_encoder_rehearse(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with encoders.running(tmp_path) as service:
-            service.encoder.limits = Limits(2**20, LEAST_IMAGE_PIXELS)
+        async with encoders.running(tmp_path, max_image_pixels=LEAST_IMAGE_PIXELS) as service:
             service.encoder.rehearse()
             assert service.backend.batches == [1]
 

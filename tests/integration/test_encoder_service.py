@@ -16,9 +16,8 @@ import pytest
 from PIL import Image
 from prometheus_client import REGISTRY
 
-from encoder_service.service import Service
 from encoder_service.servicer import SERVICE, EncoderServicer
-from opticnerve.config import EncoderConfig, RpcConfig
+from opticnerve.config import RpcConfig
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.errors import (
@@ -121,7 +120,7 @@ def test_a_large_embedding_is_fetched_in_chunks(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as service:
             rows = {"rows": codec.torch.zeros(70_000, 8)}
-            service.encoder.shelf.store.put("a" * 64, rows, {})
+            service.encoder.results.store.put("a" * 64, rows, {})
             request = pb.FetchRequest(key="a" * 64)
             parts = [part async for part in service.stub.Fetch(request, timeout=WAIT_S)]
             assert len(parts) == 3 and max(len(part.data) for part in parts) == 2**20
@@ -268,7 +267,7 @@ def test_a_salt_is_part_of_the_key(tmp_path: Path) -> None:
 
     async def scenario() -> None:
         async with running(tmp_path) as encoder:
-            data, layout = picture(1), encoder.encoder.layout
+            data, layout = picture(1), encoder.encoder.model.layout
             keys = {
                 salt: content_key(data, layout.settings(), Overrides(), FINGERPRINT, salt)
                 for salt in ("", "a", "b")
@@ -451,11 +450,25 @@ def test_a_store_that_refuses_still_answers_and_fetch_serves(tmp_path: Path) -> 
     asyncio.run(scenario())
 
 
+def test_what_a_store_refused_is_put_there_once_it_has_room(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = FullStore()
+        async with running(tmp_path, store=store) as service:
+            key = (await service.encode(picture(1))).ref.key
+            assert not store.contains([key])
+            again = await service.encode(picture(1), lost=True)  # ``put_bytes`` is not refused.
+            assert again.timings.hit and store.contains([key])
+            assert service.encoder.results.fallback.stored_bytes() == 0
+            assert service.backend.batches == [1]
+
+    asyncio.run(scenario())
+
+
 def test_a_stored_embedding_of_other_rows_is_encoded_again(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as service:
             key = service.messages(picture(1))[0].header.key
-            service.encoder.shelf.store.put(key, {"rows": codec.torch.zeros(5, 8)}, {})
+            service.encoder.results.store.put(key, {"rows": codec.torch.zeros(5, 8)}, {})
             answer = await service.encode(picture(1))
             assert not answer.timings.hit and answer.ref.num_rows == 9
 
@@ -465,7 +478,7 @@ def test_a_stored_embedding_of_other_rows_is_encoded_again(tmp_path: Path) -> No
 def leave_mark(service: Running, data: bytes, worker: str) -> str:
     """As a worker that died with this item in work leaves it."""
     name = f"{worker}-{service.messages(data)[0].header.key}"
-    (service.encoder.poison.directory / name).touch()
+    (service.encoder.record.directory / name).touch()
     return name
 
 
@@ -484,7 +497,7 @@ def test_a_poisonous_item_is_refused_and_a_suspect_runs_alone(tmp_path: Path) ->
             service.backend.go()
             await asyncio.gather(blocker, *calls)
             assert service.backend.batches == [1, 1, 1]
-            record = service.encoder.poison.directory
+            record = service.encoder.record.directory
             left = sorted(path.name for path in record.glob("dead*"))
             assert left == marks  # The suspect's name is clear.
 
@@ -501,7 +514,7 @@ def test_suspects_are_in_work_one_at_a_time(tmp_path: Path) -> None:
             calls = [service.encode(data) for data in suspects]
             await entered(service)
             await until(lambda: service.encoder.backlog.items == 3)
-            own = list(service.encoder.poison.directory.glob(f"{service.encoder.poison.worker}-*"))
+            own = list(service.encoder.record.directory.glob(f"{service.encoder.record.worker}-*"))
             assert len(own) == 1 and service.encoder._batcher.waiting == 0
             service.backend.go()
             await asyncio.gather(*calls)
@@ -574,16 +587,14 @@ def test_a_lost_device_fails_its_items_and_stops_the_process(tmp_path: Path) -> 
         raise RuntimeError("the device is gone")
 
     async def scenario() -> None:
-        service = Service(EncoderConfig())
         backend = FakeBackend(fail)
         backend.lost = True
         async with running(tmp_path, backend=backend) as live:
-            live.encoder._batcher._on_lost = service._when_lost(live.server)
             serving = asyncio.create_task(live.server.serve())
             assert await is_serving(live.channel)
             assert isinstance(await refusal(live.encode(picture(1))), EngineFailure)
-            await asyncio.wait_for(serving, WAIT_S)
-            assert service._status == 1 and live.server.draining
+            assert await asyncio.wait_for(serving, WAIT_S) == 1
+            assert live.server.draining
 
     asyncio.run(scenario())
 
@@ -663,12 +674,12 @@ def test_callers_that_come_and_go_leave_nothing_behind(
                 outcomes.update(await asyncio.gather(*(call(service) for _ in range(30))))
                 for data in pictures:  # So that there is something to encode again.
                     key = service.messages(data)[0].header.key
-                    service.encoder.shelf.store.delete(key)
+                    service.encoder.results.store.delete(key)
             await until(lambda: service.encoder.backlog.items == 0)
             assert outcomes["encoded"] and outcomes["InvalidMedia"] and outcomes["cancelled"]
             assert not {"OpticNerveError", "EngineFailure", "Unavailable"} & outcomes.keys()
             assert not service.encoder._flights._flights
-            assert not list(service.encoder.poison.directory.glob("*-*"))
+            assert not list(service.encoder.record.directory.glob("*-*"))
             assert (await service.encode(picture(99))).ref.num_rows == 9
 
     asyncio.run(scenario())

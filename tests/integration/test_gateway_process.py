@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from opticnerve.checkpoints.checkpoint import Checkpoint
-from opticnerve.rpc.server import ECHO_S
+from opticnerve.process import ECHO_S
 from tests.fakes import FakeEncoder, FakeLLM, until
 from tests.gateways import body, data_url, events, user
 

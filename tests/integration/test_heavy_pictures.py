@@ -47,7 +47,7 @@ def test_a_small_picture_waits_for_no_heavy_one(tmp_path: Path) -> None:
     """One worker, and eight requests that would take it half an hour."""
 
     async def scenario() -> None:
-        async with running(tmp_path, workers=1, **LIMITS) as service:
+        async with running(tmp_path, preprocess_workers=1, **LIMITS) as service:
             calls = [service.encode(hopeless(n), request_id=f"bad {n}") for n in range(8)]
             await decoding(service)
             for seed in range(5):
@@ -67,14 +67,14 @@ def test_a_heavy_picture_passes_the_many_of_another_request(tmp_path: Path) -> N
     assert parse_structure(heavy).is_heavy
 
     async def scenario() -> None:
-        async with running(tmp_path, workers=1, **LIMITS) as service:
+        async with running(tmp_path, preprocess_workers=1, **LIMITS) as service:
             done: list[str] = []
 
             async def ask(name: str, data: bytes, owner: str) -> None:
                 await service.encode(data, request_id=owner)
                 done.append(name)
 
-            turns = service.encoder.pool.heavy.turns
+            turns = service.encoder.pool.heavy.places
             many = [picture(seed, (3000, 2000), "PNG") for seed in range(2, 8)]
             tasks = [asyncio.create_task(ask(f"many {i}", d, "many")) for i, d in enumerate(many)]
             await until(lambda: turns.waiting == len(many) - 1 or len(done) > 1)
@@ -87,7 +87,7 @@ def test_a_heavy_picture_passes_the_many_of_another_request(tmp_path: Path) -> N
 
 def test_who_leaves_ends_the_decoding_and_it_costs_nothing_more(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with running(tmp_path, workers=1, **LIMITS) as service:
+        async with running(tmp_path, preprocess_workers=1, **LIMITS) as service:
             before = children_cpu_s()
             waiting = [service.encode(hopeless(n), request_id=f"{n}") for n in range(3)]
             (pid,) = await decoding(service)
@@ -96,7 +96,7 @@ def test_who_leaves_ends_the_decoding_and_it_costs_nothing_more(tmp_path: Path) 
             await until(lambda: service.encoder.backlog.items == 0 and not alive(pid))
             await until(lambda: not pids(service))  # Those that waited never began.
             lane = service.encoder.pool.heavy
-            assert lane.turns.free == 1 and not lane.turns.waiting and lane.memory.held == 0
+            assert lane.places.free == 1 and not lane.places.waiting and lane.memory.held == 0
             assert children_cpu_s() - before < 20  # Of many minutes.
             assert (await service.encode(picture(9, (3000, 2000)))).ref.num_rows
 
@@ -151,7 +151,7 @@ def test_memory_of_pictures_in_decoding_is_bounded(tmp_path: Path) -> None:
 
     async def scenario() -> None:
         limits = {**LIMITS, "max_decode_bytes": budget}
-        async with running(tmp_path, workers=4, **limits) as service:
+        async with running(tmp_path, preprocess_workers=4, **limits) as service:
             bombs = [hostile.one_colour_webp(4000, 2600, red) for red in range(8)]
             assert sum(map(len, bombs)) < 400
             calls = [service.encode(data, request_id="bombs") for data in bombs]

@@ -191,7 +191,7 @@ def test_another_users_picture_keeps_its_own_rows_through_all_services(tmp_path:
             good = path.read_bytes()
             path.unlink()
 
-            plan = encoder.encoder.layout.plan(Structure("png", 56, 56), Overrides())
+            plan = encoder.encoder.model.layout.plan(Structure("png", 56, 56), Overrides())
             tensors, _ = codec.from_bytes(good)
             rows = {each: torch.full_like(tensor, 7.0) for each, tensor in tensors.items()}
             planted = Picture(name.partition(".")[0], plan, None, rows)  # type: ignore[arg-type]

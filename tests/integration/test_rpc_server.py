@@ -16,10 +16,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opticnerve.config import RpcConfig
 from opticnerve.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
 from opticnerve.pb import encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
+from opticnerve.process import handle_signals
 from opticnerve.rpc import errors as rpc_errors
-from opticnerve.rpc import server as rpc_server
 from opticnerve.rpc.channel import CHANNEL_OPTIONS, chunks, is_serving, open_channel
-from opticnerve.rpc.server import Server, handle_signals
+from opticnerve.rpc.server import Server
 from opticnerve.secret import make_secret
 
 SERVICE = "opticnerve.v1.Encoder"
@@ -188,11 +188,11 @@ def test_the_echo_of_a_signal_does_not_count(monkeypatch):
                 await asyncio.sleep(0.01)
         return seen
 
-    monkeypatch.setattr(rpc_server, "ECHO_S", 1000.0)
+    monkeypatch.setattr("opticnerve.process.ECHO_S", 1000.0)
     assert asyncio.run(run([signal.SIGINT] * 3)) == ["stop"]
     assert asyncio.run(run([signal.SIGTERM] * 3)) == ["stop"]
     assert asyncio.run(run([signal.SIGTERM, signal.SIGINT])) == ["stop", "cut"]
-    monkeypatch.setattr(rpc_server, "ECHO_S", 0.0)
+    monkeypatch.setattr("opticnerve.process.ECHO_S", 0.0)
     assert asyncio.run(run([signal.SIGINT] * 2)) == ["stop", "cut"]
 
 

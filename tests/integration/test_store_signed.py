@@ -134,8 +134,7 @@ def test_rows_of_an_address_that_anyone_may_name_are_signed(
         tier, plain = MemoryStore(), MemoryStore()
         fetcher = Fetcher(tier, None, COLUMNS, Notes(), seal=Seal(SECRET))
         without = Fetcher(plain, None, COLUMNS, Notes())
-        seal = None if encoders_secret is None else Seal(encoders_secret)
-        async with encoders.running(tmp_path, seal=seal) as encoder:
+        async with encoders.running(tmp_path, secret=encoders_secret) as encoder:
             ref = fetch_ref(convert.ref_from_pb((await encoder.encode(picture(1))).ref))
             before = refused("fetch")
             with contextlib.nullcontext() if used else pytest.raises(EmbeddingNotFound):
@@ -161,7 +160,7 @@ def test_rows_that_another_address_answers_are_not_shared(tmp_path: Path) -> Non
         tier = MemoryStore()
         fetcher = Fetcher(tier, None, COLUMNS, Notes(), seal=Seal(SECRET))
         async with (
-            encoders.running(tmp_path / "ours", seal=Seal(SECRET)) as ours,
+            encoders.running(tmp_path / "ours", secret=SECRET) as ours,
             encoders.running(tmp_path / "theirs", store=Theirs()) as theirs,
         ):
             good = convert.ref_from_pb((await ours.encode(picture(1))).ref)
@@ -211,7 +210,7 @@ async def stack(directory: Path, server: RedisServer) -> AsyncIterator[Stack]:
             backend=FakeBackend(hidden_size=WIDTH),
             store=open_store(urls[0], seal=Seal(secret)),
             pair_id=Checkpoint.open(None).pair_id,
-            seal=Seal(secret),
+            secret=secret,
         ) as encoder,
         llms.running(
             directory / "llm", store=urls[1], store_key_file=key_file, no_prefix_caching=True

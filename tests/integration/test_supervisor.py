@@ -17,7 +17,7 @@ from opticnerve.cli.child import HURRY_S, Child
 from opticnerve.cli.supervisor import Service, Supervisor
 from opticnerve.config import UpConfig
 from opticnerve.errors import StartupError
-from opticnerve.rpc.server import ECHO_S
+from opticnerve.process import ECHO_S
 from tests.e2e.faults import processes
 from tests.system import alive, wait_for
 
@@ -25,7 +25,7 @@ from tests.system import alive, wait_for
 WORKER = """
 import asyncio, sys
 from opticnerve.config import RpcConfig
-from opticnerve.lifecycle import follow_parent
+from opticnerve.process import follow_parent
 from opticnerve.rpc.server import Server
 name, log, parent, port = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[5])
 follow_parent(parent)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from importlib import import_module
 
 import pytest
 
@@ -14,6 +13,7 @@ from opticnerve.errors import ConfigError
 from opticnerve.media.plan import parse_background
 from opticnerve.options import build, options, public_view, show_size
 from opticnerve.telemetry import logs
+from opticnerve.worker import open_worker_store
 
 SERVICES = [config.EncoderConfig, config.LLMConfig, config.GatewayConfig, config.UpConfig]
 
@@ -251,18 +251,13 @@ def test_a_file_may_hold_the_stores_url(tmp_path):
             config.StoreConfig(store=store).read_url()
 
 
-@pytest.mark.parametrize(
-    ("service", "settings"),
-    [
-        ("encoder_service.service", config.EncoderConfig),
-        ("llm_service.service", config.LLMConfig),
-    ],
-)
-def test_workers_open_the_store_that_a_file_names(tmp_path, service, settings):
+@pytest.mark.parametrize("settings", [config.EncoderConfig, config.LLMConfig])
+def test_workers_open_the_store_that_a_file_names(tmp_path, settings):
     file = tmp_path / "store"
     file.write_text(f"shm://{tmp_path}/tier")
     named = settings(store=config.StoreConfig(store=f"file://{file}"))
-    with contextlib.closing(import_module(service)._open_store(named, None)) as store:
+    with contextlib.ExitStack() as stack:
+        store = open_worker_store(named.store, None, stack)
         assert str(store.directory) == f"{tmp_path}/tier"
 
 

@@ -16,7 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from encoder_service.pictures.decode_process import Decoder, DecoderDied, Pixels, Work, prepare
+from encoder_service.pictures.decode_process import (
+    DecoderDied,
+    DecoderProcess,
+    DecodeTask,
+    Pixels,
+    decode_and_cut,
+)
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import InvalidMedia
 from opticnerve.media.structure import parse_structure
@@ -39,18 +45,18 @@ from tests.unit.test_media_cost import PICTURES
 
 
 @pytest.fixture
-def decoder() -> Iterator[Decoder]:
-    found = Decoder(mean_colour, 600)
+def decoder() -> Iterator[DecoderProcess]:
+    found = DecoderProcess(mean_colour, 600)
     yield found
     found.close()
 
 
 @pytest.mark.process
-def test_pixels_are_those_of_a_thread(decoder: Decoder) -> None:
+def test_pixels_are_those_of_a_thread(decoder: DecoderProcess) -> None:
     """One process makes them all, and answers what is wrong with some."""
     for name, make in PICTURES.items():
         data = make()
-        here = prepare(mean_colour, work(data))
+        here = decode_and_cut(mean_colour, work(data))
         there = decoder.run(work(data))
         assert np.array_equal(here.values, there.values), name
         assert there.seconds > 0
@@ -70,10 +76,10 @@ def test_what_a_tower_is_fed_is_the_same_from_a_process(
     tower = registry.load_tower(checkpoint, "float32", "cpu")
     data = save(Image.effect_noise((300, 200), 60).convert("RGB"), "JPEG")
     plan = registry.make_layout(checkpoint).plan(parse_structure(data))
-    found = Decoder(tower.preprocess, 600)
+    found = DecoderProcess(tower.preprocess, 600)
     try:
-        there = found.run(Work(data, plan, None, ANY, ANY))
-        here = prepare(tower.preprocess, Work(data, plan, None, ANY, ANY))
+        there = found.run(DecodeTask(data, plan, None, ANY, ANY))
+        here = decode_and_cut(tower.preprocess, DecodeTask(data, plan, None, ANY, ANY))
         assert np.array_equal(here.values, there.values)
         maps = Path(f"/proc/{found.pid}/maps").read_text()
         assert "libtorch" not in maps and "cygrpc" not in maps and "_imaging" in maps
@@ -82,20 +88,20 @@ def test_what_a_tower_is_fed_is_the_same_from_a_process(
 
 
 @pytest.mark.process
-def test_killed_it_ends_at_once_and_costs_nothing_more(decoder: Decoder) -> None:
+def test_killed_it_ends_at_once_and_costs_nothing_more(decoder: DecoderProcess) -> None:
     before = children_cpu_s()
     thread, outcome = at_work(decoder, hostile.many_scans(HOPELESS))
     pid = decoder.pid
     assert pid is not None
     decoder.kill()
     thread.join(WAIT_S)
-    assert isinstance(outcome[0], DecoderDied) and not outcome[0].at_work
+    assert isinstance(outcome[0], DecoderDied) and not outcome[0].by_task
     assert not alive(pid)
     assert children_cpu_s() - before < 20
 
 
 def test_killed_before_it_starts_it_never_starts() -> None:
-    decoder = Decoder(mean_colour, 600)
+    decoder = DecoderProcess(mean_colour, 600)
     decoder.kill()
     with pytest.raises(DecoderDied):
         decoder.run(work(save(Image.new("RGB", (8, 8)), "PNG")))
@@ -103,24 +109,24 @@ def test_killed_before_it_starts_it_never_starts() -> None:
 
 
 @pytest.mark.process
-def test_a_process_that_something_else_ends_is_told(decoder: Decoder) -> None:
+def test_a_process_that_something_else_ends_is_told(decoder: DecoderProcess) -> None:
     thread, outcome = at_work(decoder, hostile.many_scans(HOPELESS))
     assert decoder.pid is not None
     os.kill(decoder.pid, signal.SIGKILL)
     thread.join(WAIT_S)
-    assert isinstance(outcome[0], DecoderDied) and outcome[0].at_work
+    assert isinstance(outcome[0], DecoderDied) and outcome[0].by_task
 
 
 @pytest.mark.process
 def test_its_time_is_a_core_s() -> None:
     """What it has used before does not count."""
-    quick, slow = Decoder(mean_colour, 1), work(hostile.many_scans(HOPELESS))
+    quick, slow = DecoderProcess(mean_colour, 1), work(hostile.many_scans(HOPELESS))
     before = children_cpu_s()
     for _ in range(3):
         quick.run(work(hostile.many_scans(20)))
     with pytest.raises(DecoderDied) as caught:
         quick.run(slow)
-    assert caught.value.out_of_time and caught.value.at_work
+    assert caught.value.out_of_time and caught.value.by_task
     assert children_cpu_s() - before < 10
 
 
@@ -158,7 +164,7 @@ def png_16(width: int, height: int) -> bytes:
 
 @pytest.mark.process
 @pytest.mark.parametrize("name", MEMORY)
-def test_memory_is_foreseen_and_given_back(name: str, decoder: Decoder) -> None:
+def test_memory_is_foreseen_and_given_back(name: str, decoder: DecoderProcess) -> None:
     data = MEMORY[name]()
     decoder.run(work(save(Image.new("RGB", (8, 8)), "PNG")))
     idle = resident(decoder.pid)
@@ -171,11 +177,11 @@ def test_memory_is_foreseen_and_given_back(name: str, decoder: Decoder) -> None:
 
 PARENT = """
 import sys
-from encoder_service.pictures.decode_process import Decoder
+from encoder_service.pictures.decode_process import DecoderProcess
 from tests import hostile
 from tests.preprocessors import mean_colour
 from tests.decoders import HOPELESS, at_work
-decoder = Decoder(mean_colour, 600)
+decoder = DecoderProcess(mean_colour, 600)
 at_work(decoder, hostile.many_scans(HOPELESS))
 print(decoder.pid, flush=True)
 """
@@ -195,4 +201,4 @@ def test_it_ends_with_the_process_that_started_it() -> None:
 def test_a_picture_travels_as_a_few_bytes_more_than_it_has() -> None:
     data = save(Image.effect_noise((500, 500), 60), "JPEG")
     assert len(pickle.dumps(work(data))) < len(data) + 2000
-    assert isinstance(prepare(mean_colour, work(data)), Pixels)
+    assert isinstance(decode_and_cut(mean_colour, work(data)), Pixels)

@@ -1,4 +1,4 @@
-"""The encoder's smaller rooms: backlog, single flight, the staging gate, kept bytes, poison."""
+"""The encoder's smaller parts: backlog, single flight, the staging gate, the crash record."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 
 from encoder_service.backlog import MAX_RETRY_S, UNKNOWN_RETRY_S, Backlog
-from encoder_service.kept import Kept
+from encoder_service.crash_record import FORGET_AFTER_S, CrashRecord
+from encoder_service.pictures.fair_queue import Gate
 from encoder_service.pictures.preprocess import PreprocessPool
-from encoder_service.pictures.turns import Gate
-from encoder_service.poison import FORGET_AFTER_S, PoisonRecord
-from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import Overloaded, PoisonousItem
 from opticnerve.single_flight import Flights
 from tests.preprocessors import mean_colour
@@ -275,7 +273,7 @@ def test_gate_gives_a_turn_back_that_came_with_the_cancellation() -> None:
 
 def test_pool_drops_cancelled_work_that_has_not_started(tmp_path: Path) -> None:
     async def scenario() -> None:
-        pool = PreprocessPool(mean_colour, PoisonRecord(tmp_path), 1, 10)
+        pool = PreprocessPool(mean_colour, CrashRecord(tmp_path), 1, 10)
         gate, ran = threading.Event(), []
         first = asyncio.create_task(pool.run(gate.wait, 20.0))
         await asyncio.sleep(0)
@@ -291,38 +289,13 @@ def test_pool_drops_cancelled_work_that_has_not_started(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-# ---- kept bytes
-
-
-def ref(key: str) -> EmbeddingRef:
-    return EmbeddingRef(key, "f", (), 1)
-
-
-def test_kept_bytes_are_bounded_and_least_recently_used_goes() -> None:
-    kept = Kept(max_bytes=10)
-    kept.add(ref("a"), b"12345")
-    kept.add(ref("b"), b"12345")
-    assert kept.get("a") is not None
-    kept.add(ref("c"), b"1")
-    assert kept.get("b") is None
-    assert (kept.num_bytes, kept.get("a"), kept.get("c")) == (
-        6,
-        (ref("a"), b"12345"),
-        (ref("c"), b"1"),
-    )
-    kept.add(ref("big"), b"x" * 99)
-    assert kept.get("big") is not None and kept.num_bytes == 99
-    kept.add(ref("big"), b"x")
-    assert kept.num_bytes == 1
-
-
-# ---- poison
+# ---- crash record
 
 DIE = """
 import os, signal, sys
 from pathlib import Path
-from encoder_service.poison import PoisonRecord
-record = PoisonRecord(Path(sys.argv[1]))
+from encoder_service.crash_record import CrashRecord
+record = CrashRecord(Path(sys.argv[1]))
 with record.working_on(sys.argv[2:]):
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -336,27 +309,27 @@ def kill_a_worker(directory: Path, *keys: str) -> None:
 @pytest.mark.process
 def test_an_item_that_killed_two_workers_is_refused_the_third_time(tmp_path: Path) -> None:
     kill_a_worker(tmp_path, KEY, OTHER)
-    record = PoisonRecord(tmp_path)
+    record = CrashRecord(tmp_path)
     assert record.check(KEY) == 1 and record.check(OTHER) == 1
-    record.absolve(OTHER)
+    record.clear(OTHER)
     assert record.check(OTHER) == 0
     kill_a_worker(tmp_path, KEY)
     with pytest.raises(PoisonousItem):
         record.check(KEY)
     record.close()
-    again = PoisonRecord(tmp_path)
-    assert again.deaths(KEY) == 2 and again.deaths(OTHER) == 0
+    again = CrashRecord(tmp_path)
+    assert again.crashes(KEY) == 2 and again.crashes(OTHER) == 0
     again.close()
 
 
 def test_living_workers_are_no_suspects_and_leave_nothing(tmp_path: Path) -> None:
     directory = tmp_path / "record"
-    one, two = PoisonRecord(directory), PoisonRecord(directory)
+    one, two = CrashRecord(directory), CrashRecord(directory)
     with one.working_on([KEY]):
-        assert one.deaths(KEY) == two.deaths(KEY) == 0
+        assert one.crashes(KEY) == two.crashes(KEY) == 0
         assert len(list(directory.iterdir())) == 3
     one.close()
-    assert two.deaths(KEY) == 0
+    assert two.crashes(KEY) == 0
     two.close()
     assert not directory.exists()
 
@@ -367,8 +340,8 @@ def test_old_deaths_are_forgotten_and_swept(tmp_path: Path) -> None:
     old = time.time() - FORGET_AFTER_S - 60
     for path in tmp_path.glob("*-*"):
         os.utime(path, (old, old))
-    record = PoisonRecord(tmp_path)
-    assert record.deaths(KEY) == 0
+    record = CrashRecord(tmp_path)
+    assert record.crashes(KEY) == 0
     assert [path.name for path in tmp_path.iterdir()] == [f"{record.worker}.lock"]
     record.close()
 
@@ -377,9 +350,9 @@ def test_without_a_directory_nothing_is_remembered_and_work_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    record = PoisonRecord(tmp_path / "file" / "below")
+    record = CrashRecord(tmp_path / "file" / "below")
     assert "cannot be remembered" in caplog.text and not record.active
     with record.working_on([KEY]):
         assert record.check(KEY) == 0
-    record.absolve(KEY)
+    record.clear(KEY)
     record.close()

@@ -1,12 +1,13 @@
-"""Remembers, over the death of processes, which items were in work when a worker died.
+"""Remembers, across the crashes of processes, which items were in work when a worker died.
 
-A picture that crashes a decoder or a driver kills its worker; the retry kills the next one. So
-each worker leaves an empty file ``<worker>-<key>`` while it decodes or encodes an item, and holds
-a lock on its file ``<worker>.lock`` as long as it lives. A file whose worker's lock is free is a
-death in that item's name. After one death the item runs alone, so that no bystander of its batch
-is suspected with it; after two it is refused; a success clears its name, and so does an hour.
+A picture that crashes a decoder or a driver kills its worker, and the retry kills the next one.
+So each worker leaves an empty file ``<worker>-<key>``, a mark, while it decodes or encodes an
+item, and holds a lock on its file ``<worker>.lock`` as long as it lives. A mark whose worker's
+lock is free counts as one crash of that item. After one crash the item runs alone, so that no
+other item of its batch is suspected with it; after two it is refused. A success clears its
+crashes, and so does an hour.
 
-The directory is shared by the workers of one machine. Where it cannot be written, nothing is
+The directory is shared by the workers of one machine. If it cannot be written, nothing is
 remembered and the log says so.
 """
 
@@ -26,12 +27,12 @@ from opticnerve.errors import PoisonousItem, StoreError
 
 log = logging.getLogger(__name__)
 
-MAX_DEATHS = 2
+MAX_CRASHES = 2
 FORGET_AFTER_S = 3600.0
 
 
-class PoisonRecord:
-    """One worker's view of the record. ``close`` takes its own traces away."""
+class CrashRecord:
+    """One worker's view of the record. ``close`` removes its own files."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -46,26 +47,26 @@ class PoisonRecord:
         self._sweep()
 
     def _take_lock(self) -> int:
-        """Makes the lock's file appear locked, so that no sweep takes it for a dead worker's."""
+        """Creates the lock file under another name, so that it never exists unlocked: a sweep
+        would take it for a dead worker's."""
         new = self.directory / f"{self.worker}.new"
         handle = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         new.rename(self._lock_path(self.worker))
         return handle
 
-    def deaths(self, key: str) -> int:
+    def crashes(self, key: str) -> int:
         """How many workers died while this item was in work."""
-        dead: dict[str, bool] = {}
-        return sum(1 for _ in self._dead_marks(key, dead))
+        return sum(1 for _ in self._dead_marks(key, {}))
 
     def check(self, key: str) -> int:
-        """The item's deaths. Raises PoisonousItem when they are too many."""
-        deaths = self.deaths(key)
-        if deaths >= MAX_DEATHS:
+        """The item's crashes. Raises PoisonousItem if they are too many."""
+        crashes = self.crashes(key)
+        if crashes >= MAX_CRASHES:
             raise PoisonousItem(
-                f"encoding this item ended {deaths} workers; it is refused. Send another file"
+                f"encoding this item ended {crashes} workers; it is refused. Send another file"
             )
-        return deaths
+        return crashes
 
     @contextlib.contextmanager
     def working_on(self, keys: Iterable[str]) -> Iterator[None]:
@@ -82,16 +83,16 @@ class PoisonRecord:
                 with contextlib.suppress(OSError):
                     os.unlink(mark)
 
-    def blame(self, key: str) -> None:
-        """Records a death in this item's name of a process that worked for this worker."""
+    def add(self, key: str) -> None:
+        """Records the crash of a process that worked on this item for this worker."""
         if self.active:
-            nobody = secrets.token_hex(8)  # Whose lock is free.
+            dead_worker = secrets.token_hex(8)  # Its lock is free, since it has none.
             with contextlib.suppress(OSError):
-                mark = self.directory / f"{nobody}-{key}"
+                mark = self.directory / f"{dead_worker}-{key}"
                 os.close(os.open(mark, os.O_CREAT | os.O_WRONLY, 0o600))
 
-    def absolve(self, key: str) -> None:
-        """The item was encoded after all: forgets the deaths in its name."""
+    def clear(self, key: str) -> None:
+        """Forgets the item's crashes: it was encoded after all."""
         for path in list(self._dead_marks(key, {})):
             path.unlink(missing_ok=True)
 
@@ -106,14 +107,15 @@ class PoisonRecord:
         self._lock_path(self.worker).unlink(missing_ok=True)
         os.close(lock)
         self._sweep()
-        with contextlib.suppress(OSError):  # Not empty: others live here, or deaths are recorded.
+        with contextlib.suppress(OSError):  # Not empty: other workers, or crashes that count.
             self.directory.rmdir()
 
     def _lock_path(self, worker: str) -> Path:
         return self.directory / f"{worker}.lock"
 
     def _dead_marks(self, key: str | None, dead: dict[str, bool]) -> Iterator[Path]:
-        """Marks of ``key`` (None: of any) left by workers that are no more, young enough."""
+        """Marks of ``key`` (None: of any) that dead workers left and that are young enough to
+        count. Fills ``dead``: worker to whether it is dead."""
         with contextlib.suppress(OSError), os.scandir(self.directory) as entries:
             for entry in entries:
                 worker, dash, marked = entry.name.partition("-")
@@ -132,14 +134,14 @@ class PoisonRecord:
             return True
 
     def _sweep(self) -> None:
-        """Removes what dead workers left, except deaths that still count."""
+        """Removes what dead workers left, except the crashes that still count."""
         dead: dict[str, bool] = {}
-        keep = {path.name.partition("-")[0] for path in self._dead_marks(None, dead)}
+        counting = {path.name.partition("-")[0] for path in self._dead_marks(None, dead)}
         for path in list(self.directory.glob("*-*")):
             worker = path.name.partition("-")[0]
             if dead.get(worker) and self._is_old(path):
                 path.unlink(missing_ok=True)
         for path in list(self.directory.glob("*.lock")):
             worker = path.stem
-            if worker != self.worker and worker not in keep and not is_locked(path):
+            if worker != self.worker and worker not in counting and not is_locked(path):
                 path.unlink(missing_ok=True)

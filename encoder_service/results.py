@@ -1,6 +1,6 @@
-"""Where finished embeddings go: the store, or this process when the store will not take them.
+"""Where finished embeddings go: the store, or this process's memory if the store refuses them.
 
-Store calls that move data or cross a network run on threads of the shelf's own.
+Store calls that move data or cross a network run on threads of their own.
 """
 
 from __future__ import annotations
@@ -15,70 +15,75 @@ from typing import ParamSpec, TypeVar
 
 from encoder_service import metrics
 from encoder_service.backends.base import Embedding
-from encoder_service.item import Identity
-from encoder_service.kept import Kept
 from opticnerve.embeddings import codec
+from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
+from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import EmbeddingCorrupt, EngineFailure, NotFound, StoreError
 
 log = logging.getLogger(__name__)
 
 THREADS = 2
+FALLBACK_BYTES = 2**29
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Shelf:
-    """Borrows the store; owns its threads and what it keeps. ``close`` ends the threads."""
+class Results:
+    """Borrows the store; owns its threads, and ``fallback``, from which Fetch serves what the store
+    refused. ``close`` ends the threads."""
 
-    def __init__(self, store: Store, identity: Identity) -> None:
+    def __init__(
+        self, store: Store, fingerprint: str, fetch_address: str, seal: Seal | None = None
+    ) -> None:
+        """``fetch_address``: host:port of this encoder's Fetch. ``seal`` signs what Fetch sends."""
         self.store = store
-        self.identity = identity
-        self.kept = Kept()
-        self.tier = "shm" if store.tier_id else "redis" if store.shared else "memory"
+        self.seal = seal
+        self.fetch_address = fetch_address
+        self.fallback = MemoryStore(FALLBACK_BYTES)
+        self._fingerprint = fingerprint
+        self._tier = "shm" if store.tier_id else "redis" if store.shared else "memory"
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
 
     async def look_up(self, key: str) -> EmbeddingRef | None:
         """A reference to what is stored under ``key``."""
-        kept = self.kept.get(key)
-        if kept is not None:
-            ref: EmbeddingRef | None = kept[0]
-        elif self.store.shared:
+        if self.store.shared:
             ref = await self._run(self._stored, key)
         else:  # Opening a file on tmpfs is quicker than a trip to a thread.
             ref = self._stored(key)
         return self._counted(ref)
 
     async def renew(self, key: str) -> EmbeddingRef | None:
-        """Like ``look_up`` for what a consumer could not use: what is stored is checked as a
-        whole, deleted where it is damaged, and else put again where consumers look."""
+        """Like ``look_up``, for an embedding that a consumer could not use: every byte of it is
+        checked, it is deleted if damaged, and otherwise put again where consumers look."""
         return self._counted(await self._run(self._renew, key))
 
-    async def drop(self, key: str) -> None:
-        """Deletes what is stored under ``key``: it is not what it should be."""
+    async def delete(self, key: str) -> None:
+        """Deletes an embedding that does not fit its item."""
         log.warning("the stored %s does not fit its item and is deleted", key)
-        self.kept.drop(key)
+        self.fallback.delete(key)
         await self._run(self.store.delete, key)
 
     async def publish(self, key: str, embedding: Embedding) -> tuple[EmbeddingRef, float]:
         """Puts an embedding where others find it; returns its reference and the seconds taken.
 
-        Raises EngineFailure, and stores nothing, where values are NaN or infinite.
+        Raises EngineFailure, and stores nothing, if values are NaN or infinite; StoreFull if
+        neither the store nor ``fallback`` has room for it.
         """
         return await self._run(self._put, key, embedding)
 
     async def read(self, key: str) -> tuple[bytes, bytes]:
-        """(safetensors bytes of an embedding, their MAC: b"" without a secret). Raises NotFound,
-        InvalidRequest for no key."""
+        """(an embedding's safetensors bytes, their MAC: b"" without a secret). Raises NotFound, and
+        InvalidRequest for a ``key`` that is no content key."""
         return await self._run(self._read_signed, key)
 
     def close(self) -> None:
         self._threads.shutdown(wait=True)
 
     def _counted(self, ref: EmbeddingRef | None) -> EmbeddingRef | None:
-        metrics.CACHE_LOOKUPS.labels(tier=self.tier, result="hit" if ref else "miss").inc()
+        metrics.CACHE_LOOKUPS.labels(tier=self._tier, result="hit" if ref else "miss").inc()
         return ref
 
     async def _run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -87,6 +92,9 @@ class Shelf:
     # ---- on a store thread
 
     def _stored(self, key: str) -> EmbeddingRef | None:
+        data = self.fallback.read_bytes(key)
+        if data is not None:
+            return self._fallback_reference(key, data)
         with self._damage_is_a_miss(key), codec.reading():
             entry = self.store.get(key)
             if entry is not None:
@@ -95,7 +103,7 @@ class Shelf:
 
     @contextlib.contextmanager
     def _damage_is_a_miss(self, key: str) -> Iterator[None]:
-        """Around all that reads what is stored: what is damaged is deleted, and encoded anew."""
+        """Around reads of the store: a damaged embedding is deleted, so that it is encoded anew."""
         try:
             yield
         except EmbeddingCorrupt as error:
@@ -114,56 +122,57 @@ class Shelf:
                 "too large for float16 (--dtype)"
             )
         ref = self._reference(key, codec.specs_of(embedding))
-        meta = {"key": key, "fingerprint": self.identity.fingerprint}
+        meta = {"key": key, "fingerprint": self._fingerprint}
         try:
             self.store.put(key, embedding, meta)
         except StoreError as error:
-            ref = self._keep(ref, codec.to_bytes(embedding, meta), error)
+            ref = self._fall_back(key, codec.to_bytes(embedding, meta), error)
         return ref, time.monotonic() - started
 
     def _renew(self, key: str) -> EmbeddingRef | None:
         data = self._read(key)
         if data is None:
             return None
-        ref = self._reference(key, codec.parse(data, len(data)).tensors)
         try:
             self.store.put_bytes(key, data)  # Redis may have lost what the local tier has.
         except StoreError as error:
-            ref = self._keep(ref, data, error)
-        return ref
+            return self._fall_back(key, data, error)
+        self.fallback.delete(key)
+        return self._reference(key, codec.parse(data, len(data)).tensors)
 
-    def _keep(self, ref: EmbeddingRef, data: bytes, error: StoreError) -> EmbeddingRef:
-        """What the store would not take, for Fetch."""
+    def _fall_back(self, key: str, data: bytes, error: StoreError) -> EmbeddingRef:
         log.warning("the store did not take an embedding: %s", error.message)
-        ref = ref.at(Location(fetch_address=self.identity.fetch_address))
-        self.kept.add(ref, data)
-        return ref
+        self.fallback.put_bytes(key, data)
+        return self._fallback_reference(key, data)
 
     def _read(self, key: str) -> bytes | None:
-        """What is stored or kept, checked to the last byte; what is damaged is deleted."""
+        """The bytes in the store, every one of them checked, or those in ``fallback``."""
         with self._damage_is_a_miss(key), codec.reading():
             data = self.store.read_bytes(key)
             if data is not None:
                 codec.verify(*codec.from_bytes(data))
                 return data
-        kept = self.kept.get(key)
-        return None if kept is None else kept[1]
+        return self.fallback.read_bytes(key)
 
     def _read_signed(self, key: str) -> tuple[bytes, bytes]:
-        data, seal = self._read(key), self.identity.seal
+        data = self._read(key)
         if data is None:
             raise NotFound("this encoder does not hold that embedding; encode the item again")
-        return data, b"" if seal is None else seal.mac(key, [data])
+        return data, b"" if self.seal is None else self.seal.mac(key, [data])
 
     def _reference(self, key: str, specs: tuple[TensorSpec, ...]) -> EmbeddingRef:
         return EmbeddingRef(
             key=key,
-            fingerprint=self.identity.fingerprint,
+            fingerprint=self._fingerprint,
             tensors=specs,
             num_rows=min((spec.shape[0] for spec in specs if spec.shape), default=0),
             location=Location(
                 shm_tier_id=self.store.tier_id,
                 redis=self.store.shared,
-                fetch_address=self.identity.fetch_address,
+                fetch_address=self.fetch_address,
             ),
         )
+
+    def _fallback_reference(self, key: str, data: bytes) -> EmbeddingRef:
+        ref = self._reference(key, codec.parse(data, len(data)).tensors)
+        return ref.at(Location(fetch_address=self.fetch_address))

@@ -1,6 +1,6 @@
-"""Who goes next: a gate that keeps order of arrival, and turns that are shared between requests.
+"""Two queues for places: first in first out by cost, and fair between requests.
 
-Both belong to one event loop, and forget who is cancelled while it waits.
+Both belong to one event loop. An item that is cancelled while it waits leaves its queue.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Gate:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self._release(cost)  # It was this one's turn already.
+                self._release(cost)  # The turn came together with the cancellation.
             self._wake()
             raise
 
@@ -61,19 +61,20 @@ class Gate:
             self._waiting.popleft()
 
 
-class Turns:
-    """So many places at once, shared fairly between owners by the cost of what they bring.
+class FairQueue:
+    """A number of places, shared fairly between owners by the cost of their items.
 
-    Self-clocked fair queueing (Golestani, 1994): an item is due at its cost after the owner's item
-    before it, or after the one that was let in last; what is due first goes first. So a small item
-    passes large ones, an owner of many waits behind an owner of one, and nobody waits for ever.
+    Self-clocked fair queueing (Golestani, 1994): an item's due time is its cost plus the due time
+    of its owner's item before it, or of the item that was admitted last, whichever is later; the
+    earliest due time is admitted first. So a small item passes large ones, the owner of many items
+    waits behind the owner of one, and no item waits for ever.
     """
 
     def __init__(self, places: int) -> None:
         self.free = places
-        self._now = 0  # When the item that was let in last was due.
-        self._due: dict[str, int] = {}  # The last item of each owner that has items waiting.
-        self._items: Counter[str] = Counter()  # Waiting, by owner.
+        self._now = 0  # Due time of the item that was admitted last.
+        self._due: dict[str, int] = {}  # Of the last item of each owner that has items waiting.
+        self._items: Counter[str] = Counter()  # Waiting items by owner.
         self._queue: list[tuple[int, int, str, asyncio.Future[None]]] = []
         self._ticket = itertools.count()
 
@@ -83,7 +84,7 @@ class Turns:
 
     @contextlib.asynccontextmanager
     async def hold(self, owner: str, cost: int) -> AsyncIterator[None]:
-        """A place, once it is this item's turn."""
+        """Holds a place while the context lasts; entering waits for the item's turn."""
         due = self._due[owner] = max(self._now, self._due.get(owner, 0)) + cost
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._items[owner] += 1
@@ -95,7 +96,7 @@ class Turns:
             if turn.cancelled():
                 self._forget(owner)
             else:
-                self._leave()  # It was this one's turn already.
+                self._leave()  # The turn came together with the cancellation.
             raise
         try:
             yield
@@ -109,7 +110,7 @@ class Turns:
     def _wake(self) -> None:
         while self._queue and (self.free or self._queue[0][3].done()):
             due, _, owner, turn = heapq.heappop(self._queue)
-            if turn.done():  # Cancelled, and forgotten where it waited.
+            if turn.done():  # Cancelled, and removed from the counts by its own task.
                 continue
             self.free -= 1
             self._now = due
@@ -117,7 +118,7 @@ class Turns:
             turn.set_result(None)
 
     def _forget(self, owner: str) -> None:
-        """One item of ``owner`` waits no more."""
+        """Removes one waiting item of ``owner`` from the counts."""
         self._items[owner] -= 1
         if not self._items[owner]:
             del self._items[owner], self._due[owner]

@@ -1,0 +1,41 @@
+"""The command of an encoder and of an LLM worker.
+
+A wrong command line or checkpoint is reported before the service is imported: importing torch takes
+seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+from opticnerve import flags
+from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.config import EncoderConfig, LLMConfig
+from opticnerve.process import follow_parent, ignore_hangup
+
+C = TypeVar("C", EncoderConfig, LLMConfig)
+
+
+def run_worker(
+    command: Literal["encoder", "llm"],
+    description: str,
+    config: type[C],
+    module: str,
+    argv: Sequence[str] | None,
+) -> int:
+    """Runs the worker that ``open_worker(settings)`` of a module opens, until it is stopped; its
+    exit status: 1 if its device or engine was lost. Raises StartupError."""
+    ignore_hangup()
+    settings = flags.read(command, description, config, argv)
+    follow_parent(settings.rpc.parent_pid)
+    source = settings.model
+    Checkpoint.open(source.model, source.revision, source.download_dir, side=command).check()
+    return asyncio.run(_serve(importlib.import_module(module).open_worker, settings))
+
+
+async def _serve(open_worker: Any, settings: EncoderConfig | LLMConfig) -> int:
+    async with open_worker(settings) as servicer:
+        return int(await servicer.server.serve())

@@ -1,0 +1,169 @@
+"""A service's process: the parent that it follows, the signals that it takes, the work that it
+ends before it stops.
+
+SIGTERM and SIGINT stop a service (``handle_signals``): work under way gets the service's drain
+timeout; what still runs then, or when a second signal comes, fails with a typed error, so that its
+caller gets an answer instead of a broken connection (``Running``). SIGHUP stops no service: it asks
+for files to be read again, the gateway's keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from opticnerve.errors import Unavailable
+
+POLL_S = 0.5  # How often the parent's process id is looked at.
+GRACE_S = 5.0  # For an orderly stop once the parent is gone.
+LAST_WORDS_S = 3.0  # For work that was cut, to free what it holds and to send its error.
+
+# The same signal twice within this time is one: a terminal sends Ctrl-C to a whole process group,
+# and a wrapper in it may pass it on; a service manager may signal `up` and its children.
+ECHO_S = 0.3
+
+
+def follow_parent(parent_pid: int, grace_s: float = GRACE_S) -> None:
+    """Ends this process within seconds of its parent's end. 0: there is no parent to follow.
+
+    A thread, not a task: it also works while weights load and while the event loop is busy.
+    It sends SIGTERM to this process for an orderly stop, and ends it after ``grace_s``.
+    """
+    if parent_pid == 0:
+        return
+    threading.Thread(
+        target=_follow, args=(parent_pid, grace_s), name="follow-parent", daemon=True
+    ).start()
+
+
+def _follow(parent_pid: int, grace_s: float) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(POLL_S)
+    with contextlib.suppress(OSError):  # The reader of our stderr may be gone too.
+        print("the parent process is gone; stopping", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(grace_s)
+    os._exit(1)
+
+
+def ignore_hangup() -> None:
+    """From here on SIGHUP does nothing to this process, nor to the processes that it starts."""
+    with contextlib.suppress(ValueError):  # Not the main thread.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def on_hangup(call: Callable[[], None]) -> Iterator[None]:
+    """While the context lasts, SIGHUP calls ``call`` on the running event loop; afterwards it does
+    nothing."""
+    loop = asyncio.get_running_loop()
+    installed = False
+    with contextlib.suppress(ValueError, RuntimeError):  # Not the main thread.
+        loop.add_signal_handler(signal.SIGHUP, call)
+        installed = True
+    try:
+        yield
+    finally:
+        if installed:
+            loop.remove_signal_handler(signal.SIGHUP)
+            ignore_hangup()
+
+
+@contextlib.contextmanager
+def handle_signals(
+    stop: Callable[[], None],
+    cut: Callable[[], None],
+    at_once: Callable[[], None] = lambda: None,
+) -> Iterator[None]:
+    """While the context lasts, SIGTERM or SIGINT calls ``stop``, and a second one ``cut``.
+
+    A third calls ``at_once`` and ends the process there. The echo of a signal does not count. Once
+    a signal has come the count goes on after the context: a second signal does not interrupt the
+    clean-up of a process that stops, and a third ends it.
+    """
+    loop = asyncio.get_running_loop()
+    steps = [cut, stop]
+    last, at = 0, 0.0
+
+    def on_signal(number: int, _: object = None) -> None:
+        nonlocal last, at
+        now = time.monotonic()
+        if number == last and now - at < ECHO_S:
+            return
+        last, at = number, now
+        if not steps:
+            at_once()
+            os._exit(128 + number)
+        steps.pop()()
+
+    installed = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(ValueError, RuntimeError):  # Not the main thread.
+            loop.add_signal_handler(number, on_signal, number)
+            installed.append(number)
+    try:
+        yield
+    finally:
+        for number in installed:
+            loop.remove_signal_handler(number)
+            if last:
+                signal.signal(number, on_signal)
+        steps[:] = [lambda: None] * len(steps)
+
+
+class Running:
+    """The work of one service, on one event loop."""
+
+    def __init__(self, service: str) -> None:
+        """``service``: its name in the error's text, such as "the LLM worker"."""
+        self._service = service
+        self._limits: set[asyncio.Timeout] = set()
+        self._cut = False
+
+    @contextlib.asynccontextmanager
+    async def work(self) -> AsyncIterator[None]:
+        """Around one piece of work; such contexts do not nest. Raises Unavailable when ``cut``
+        ends the work, or was called before it began."""
+        if self._cut:
+            raise self._stopped()
+        limit = asyncio.timeout(None)
+        try:
+            async with limit:
+                self._limits.add(limit)
+                try:
+                    yield
+                finally:
+                    self._limits.discard(limit)
+        except TimeoutError as error:
+            if limit.expired():
+                raise self._stopped() from error
+            raise
+
+    def farewell(self, drain_timeout_s: float) -> str:
+        """What a service logs when it is asked to stop."""
+        number = len(self._limits)
+        if not number:
+            return "stopping: no request runs"
+        runs = "1 request runs" if number == 1 else f"{number} requests run"
+        return f"stopping: {runs}, for at most {drain_timeout_s:g} s; a second signal ends it now"
+
+    def cut(self) -> None:
+        """Ends all work that is under way, and refuses what would still begin."""
+        if self._cut:
+            return
+        self._cut = True
+        now = asyncio.get_running_loop().time()
+        for limit in self._limits:
+            limit.reschedule(now)
+
+    def _stopped(self) -> Unavailable:
+        return Unavailable(
+            f"{self._service} is stopping and could not finish in time; send the request again",
+            retry_after_s=1.0,
+        )
