@@ -44,5 +44,5 @@ clean:
 
 $(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard protos/*.proto)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,openai]'
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[all,dev]'
 	touch $@

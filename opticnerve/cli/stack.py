@@ -31,6 +31,7 @@ from opticnerve.errors import (
     Unavailable,
     from_openai,
 )
+from opticnerve.extras import require_extra
 from opticnerve.media.pictures import Picture, is_picture, read_picture
 from opticnerve.options import options
 
@@ -62,7 +63,8 @@ class Stack:
 
     @property
     def openai(self) -> OpenAI:
-        """A client of the openai package, ready to use. Needs ``opticnerve[openai]``."""
+        """A client of the openai package, ready to use. Raises StartupError without it."""
+        require_extra("openai", "server.openai")
         from openai import OpenAI
 
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)

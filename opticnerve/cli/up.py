@@ -22,6 +22,7 @@ from opticnerve.cli.child import Child
 from opticnerve.cli.supervisor import Service, Supervisor, child_environment
 from opticnerve.embeddings.tier import create_tier_directory, remove_tier, sweep_dead_tiers
 from opticnerve.errors import StartupError, StoreError
+from opticnerve.extras import require_extra
 from opticnerve.options import PREFIX, build, options
 from opticnerve.process import follow_parent, handle_signals, ignore_hangup, on_hangup
 from opticnerve.secret import make_secret, read_secret
@@ -112,7 +113,8 @@ def _farewell(gateway: config.GatewayConfig, *, ready: bool) -> str:
 
 def _check_early(gateway: config.GatewayConfig, workers: int) -> None:
     """What would fail in every worker once it has loaded torch, or in the gateway, which starts
-    last: told once, and before anything starts. Raises ConfigError, CheckpointError."""
+    last: told once, and before anything starts. Raises StartupError."""
+    require_extra("worker", "up")
     host, shown = gateway.listen_host, gateway.telemetry
     addresses.check_free(host, gateway.port)
     if shown.metrics_host or shown.metrics_port >= 0:  # Workers have metrics in any case.

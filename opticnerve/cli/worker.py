@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from opticnerve import flags
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import EncoderConfig, LLMConfig
+from opticnerve.extras import require_extra
 from opticnerve.process import follow_parent, ignore_hangup
 
 C = TypeVar("C", EncoderConfig, LLMConfig)
@@ -30,6 +31,7 @@ def run_worker(
     exit status: 1 if its device or engine was lost. Raises StartupError."""
     ignore_hangup()
     settings = flags.read(command, description, config, argv)
+    require_extra("worker", f"opticnerve {command}")
     follow_parent(settings.rpc.parent_pid)
     source = settings.model
     Checkpoint.open(source.model, source.revision, source.download_dir, side=command).check()

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from opticnerve.embeddings import codec
 from opticnerve.embeddings.ref import EmbeddingRef, Location, tensors_key
 from opticnerve.errors import InvalidRequest
+from opticnerve.extras import require_extra
 from opticnerve.generation.checks import check_integer, check_number, read_token_ids
 from opticnerve.media.pictures import Picture, is_picture
 from opticnerve.media.plan import Grid, Modality, Plan, Span, SpanAttention
@@ -76,7 +76,7 @@ class MultiMediaInfo:
     def add(self, token_id: int, content: Content) -> None:
         """One more content of this placeholder. Raises InvalidRequest for what is none."""
         if not is_picture(content) and not isinstance(content, (EmbeddingRef, Tensors)):
-            content = Tensors(codec.as_tensor(content))
+            content = Tensors(_as_tensor(content))
         read_token_ids("contents", [token_id])
         self._contents.setdefault(int(token_id), []).append(content)
 
@@ -88,6 +88,14 @@ class MultiMediaInfo:
 
     def __len__(self) -> int:
         return sum(map(len, self._contents.values()))
+
+
+def _as_tensor(content: object) -> Any:
+    """Raises InvalidRequest for what does not speak DLPack, StartupError without torch."""
+    require_extra("worker", "a content that is a tensor")
+    from opticnerve.embeddings import codec
+
+    return codec.as_tensor(content)
 
 
 def _is_several(contents: object) -> bool:
@@ -111,7 +119,13 @@ class Placed:
 
 
 def place_tensors(token_id: int, content: Tensors) -> Placed:
-    """The caller's own tensors as inline bytes, keyed by their hash. Raises InvalidRequest."""
+    """The caller's own tensors as inline bytes, keyed by their hash.
+
+    Raises InvalidRequest, and StartupError without torch.
+    """
+    require_extra("worker", "a content that is a tensor")
+    from opticnerve.embeddings import codec
+
     named = content.named()
     specs = codec.specs_of(named)
     for spec in specs:

@@ -13,9 +13,9 @@ import grpc
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.client.contents import EncodedPicture
 from opticnerve.client.pictures import NO_OVERRIDES, PlannedPicture, plan_picture
-from opticnerve.embeddings import codec
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import EmbeddingCorrupt, Mispaired
+from opticnerve.extras import require_extra
 from opticnerve.media.pictures import Picture, read_picture
 from opticnerve.media.plan import Overrides
 from opticnerve.models.family import Layout
@@ -110,8 +110,12 @@ class AsyncEncoderClient:
         """The embedding's tensors by name, on the CPU; each speaks DLPack.
 
         From the reference itself, or by Fetch of the encoder that it names. Raises NotFound when
-        that encoder holds it no more, EmbeddingCorrupt when it is not what the reference says.
+        that encoder holds it no more, EmbeddingCorrupt when it is not what the reference says,
+        StartupError without torch.
         """
+        require_extra("worker", "fetch()")
+        from opticnerve.embeddings import codec
+
         data = ref.location.inline or await self._fetch_bytes(ref)
         tensors, _ = await asyncio.to_thread(codec.from_bytes, data)
         if set(codec.specs_of(tensors)) != set(ref.tensors):

@@ -129,6 +129,18 @@ def run(code):
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "who"), [("up", "up"), ("encoder", "an encoder"), ("llm", "an LLM worker")]
+)
+def test_a_command_that_lacks_its_extra_says_so_in_one_line(command, who, monkeypatch, capsys):
+    monkeypatch.setattr(up, "Supervisor", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert cli.main([command, "--port", "0"]) == 2
+    assert capsys.readouterr().err == (
+        f"opticnerve: {who} needs torch: pip install 'opticnerve[worker]'\n"
+    )
+
+
 # ---- a wrong checkpoint
 
 

@@ -1,18 +1,39 @@
 """Versions that must agree, and files that must be in the package."""
 
+import ast
+import importlib.metadata
 import re
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import opticnerve
+from opticnerve import extras
+from opticnerve.errors import StartupError
 from opticnerve.pb import embedding_pb2, llm_pb2_grpc
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+PRODUCT = ("encoder_service", "gateway", "llm_service", "opticnerve")
+
+# The product's modules that may import what an extra brings, beside the base dependencies.
+PLACES = {
+    "worker": (
+        "encoder_service/",
+        "llm_service/",
+        "opticnerve/checkpoints/loader.py",
+        "opticnerve/embeddings/",
+        "opticnerve/models/",
+    ),
+    "openai": ("opticnerve/cli/stack.py",),
+}
 
 
 def floor(name):
@@ -37,19 +58,87 @@ def test_build_and_dev_generate_with_the_same_compiler():
 
 
 def test_constraints_satisfy_every_floor():
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
     pinned = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         if "==" in line and not line.startswith("#"):
             name, version = line.split("==")
             pinned[canonicalize_name(name)] = version
-    extras = PROJECT["project"]["optional-dependencies"]
-    for text in [*PROJECT["project"]["dependencies"], *extras["dev"], *extras["openai"]]:
+    groups = [PROJECT["project"]["dependencies"], *(EXTRAS[name] for name in (*PLACES, "dev"))]
+    for text in (text for group in groups for text in group):
         requirement = Requirement(text)
         version = pinned[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), text
+
+
+# ---- what is imported is declared, and the other way round
+
+
+def names(requirements):
+    return {canonicalize_name(Requirement(text).name) for text in requirements}
+
+
+def imported_packages(path):
+    """Top-level names that a module imports at run time, wherever in it."""
+
+    def visit(node):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child)
+
+    return {name.partition(".")[0] for name in visit(ast.parse(path.read_text()))}
+
+
+def imports():
+    """Modules of the product by the distributions that they import; one of several names that
+    bring the same package counts (``google``)."""
+    brought_by = importlib.metadata.packages_distributions()
+    declared = names(PROJECT["project"]["dependencies"]).union(*(map(names, EXTRAS.values())))
+    found = defaultdict(set)
+    for path in (path for package in PRODUCT for path in (ROOT / package).rglob("*.py")):
+        if path.parent.name == "pb":
+            continue
+        for name in imported_packages(path) - set(PRODUCT) - sys.stdlib_module_names:
+            bring = {canonicalize_name(each) for each in brought_by[name]}
+            for distribution in (bring & declared) or bring:
+                found[distribution].add(str(path.relative_to(ROOT)))
+    return found
+
+
+def test_every_import_is_declared_where_it_is_needed_and_every_declaration_is_imported():
+    base = names(PROJECT["project"]["dependencies"])
+    found = imports()
+    for distribution, modules in found.items():
+        extra = next((name for name in PLACES if distribution in names(EXTRAS[name])), None)
+        places = PLACES.get(extra, ())
+        outside = {module for module in modules if not module.startswith(places)}
+        assert distribution in base or not outside, f"{distribution}: {sorted(outside)}"
+        assert distribution not in base or extra is None, f"{distribution} is declared twice"
+    assert base | names(EXTRAS["worker"]) | names(EXTRAS["openai"]) <= found.keys()
+    for distribution in base:
+        outside = {m for m in found[distribution] if not m.startswith(PLACES["worker"])}
+        assert outside, f"{distribution} is needed by workers alone"
+
+
+def test_no_extra_is_without_a_place():
+    assert set(EXTRAS) == {*PLACES, "all", "dev"}
+    (everything,) = EXTRAS["all"]
+    assert Requirement(everything).extras == set(PLACES)
+    assert {extra: set(packages) for extra, packages in extras.PACKAGES.items()} == {
+        extra: names(EXTRAS[extra]) for extra in PLACES
+    }
+
+
+def test_what_needs_an_extra_names_it(monkeypatch):
+    extras.require_extra("worker", "an encoder")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(StartupError) as caught:
+        extras.require_extra("worker", "an encoder")
+    assert caught.value.message == "an encoder needs torch: pip install 'opticnerve[worker]'"
 
 
 def test_the_demo_checkpoint_is_in_the_package():

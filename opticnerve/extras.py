@@ -1,0 +1,20 @@
+"""Optional packages: what needs one that is not installed says which extra brings it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from opticnerve.errors import StartupError
+
+# Packages by extra, as pyproject.toml declares them and as they are imported.
+PACKAGES = {"worker": ("torch", "transformers", "redis"), "openai": ("openai",)}
+
+
+def require_extra(extra: str, user: str) -> None:
+    """Raises StartupError unless every package of ``extra`` is installed; imports none of them.
+
+    ``user`` is what needs them, as the message's subject.
+    """
+    for package in PACKAGES[extra]:
+        if find_spec(package) is None:
+            raise StartupError(f"{user} needs {package}: pip install 'opticnerve[{extra}]'")
