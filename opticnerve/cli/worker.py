@@ -31,7 +31,7 @@ def run_worker(
     exit status: 1 if its device or engine was lost. Raises StartupError."""
     ignore_hangup()
     settings = flags.read(command, description, config, argv)
-    require_extra("worker", f"opticnerve {command}")
+    require_extra("worker", "an encoder" if command == "encoder" else "an LLM worker")
     follow_parent(settings.rpc.parent_pid)
     source = settings.model
     Checkpoint.open(source.model, source.revision, source.download_dir, side=command).check()

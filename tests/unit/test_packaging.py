@@ -31,6 +31,7 @@ PLACES = {
         "opticnerve/checkpoints/loader.py",
         "opticnerve/embeddings/",
         "opticnerve/models/",
+        "opticnerve/tensors/dtypes.py",
     ),
     "openai": ("opticnerve/cli/stack.py",),
 }
