@@ -13,7 +13,8 @@ import torch
 
 from llm_service.engine.client import ThreadEngineClient
 from llm_service.engine.engine import Emit, Engine
-from llm_service.policy.sequence import FailedEvent, GenerateRequest, SamplingParams, TokensEvent
+from llm_service.policy.sequence import FailedEvent, GenerateRequest, TokensEvent
+from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Plan, Span
 from tests.local_engine import LocalEngine
 
@@ -205,7 +206,7 @@ def requests(asks: Sequence[Ask], engine: LocalEngine) -> list[GenerateRequest]:
             ask.token_ids,
             () if ask.span is None else (ask.span,),
             () if ask.picture < 0 else (keys[ask.picture],),
-            SamplingParams(max_tokens=ask.num_output, ignore_eos=True),
+            Sampling(max_tokens=ask.num_output, ignore_eos=True),
         )
         for ask in asks
     ]
@@ -238,7 +239,7 @@ class ThroughClient:
             with self._client.submit(request) as stream:
                 async for event in stream:
                     if isinstance(event, TokensEvent):
-                        token_ids += event.token_ids
+                        token_ids += event.delta.token_ids
                     elif isinstance(event, FailedEvent):
                         raise event.error
             return token_ids

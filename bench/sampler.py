@@ -21,7 +21,7 @@ import torch
 
 from bench import report
 from llm_service.device.sampler import Sampler
-from llm_service.policy.sequence import SamplingParams
+from opticnerve.generation.values import Sampling
 
 # As many as gateway.api.schemas.sampling lets pass.
 MAX_ALLOWED = 2**16
@@ -39,34 +39,32 @@ class StepCost:
     admit_ms: float  # Of one row.
 
 
-Ask = Callable[[random.Random, int], SamplingParams]
+Ask = Callable[[random.Random, int], Sampling]
 
 
-def nothing(_: random.Random, vocab: int) -> SamplingParams:
-    return SamplingParams()
+def nothing(_: random.Random, vocab: int) -> Sampling:
+    return Sampling()
 
 
-def allowed(source: random.Random, vocab: int) -> SamplingParams:
+def allowed(source: random.Random, vocab: int) -> Sampling:
     count = min(MAX_ALLOWED, vocab)
-    return SamplingParams(allowed_token_ids=tuple(source.sample(range(vocab), count)))
+    return Sampling(allowed_token_ids=tuple(source.sample(range(vocab), count)))
 
 
-def biased(source: random.Random, vocab: int) -> SamplingParams:
+def biased(source: random.Random, vocab: int) -> Sampling:
     ids = source.sample(range(vocab), min(MAX_BIASES, vocab))
-    return SamplingParams(logit_bias=tuple((token, source.uniform(-5, 5)) for token in ids))
+    return Sampling(logit_bias={token: source.uniform(-5, 5) for token in ids})
 
 
-def short_words(source: random.Random, vocab: int) -> SamplingParams:
+def short_words(source: random.Random, vocab: int) -> Sampling:
     words = (source.choices(range(vocab), k=1 + index % 4) for index in range(MAX_WORDS))
-    return SamplingParams(bad_words=tuple(map(tuple, words)))
+    return Sampling(bad_words=tuple(map(tuple, words)))
 
 
-def nested_words(source: random.Random, vocab: int) -> SamplingParams:
+def nested_words(source: random.Random, vocab: int) -> Sampling:
     """The beginning of every word stands at the end of the text."""
     ends = source.choices(range(vocab), k=MAX_WORDS)
-    return SamplingParams(
-        bad_words=tuple((*[REPEATED] * length, end) for length, end in enumerate(ends))
-    )
+    return Sampling(bad_words=tuple((*[REPEATED] * length, end) for length, end in enumerate(ends)))
 
 
 ASKS: dict[str, Ask] = {

@@ -36,15 +36,16 @@ from gateway.api.schemas.parsing import parse
 from gateway.media.dataurl import read_data_url
 from gateway.output.detokenizer import Vocabulary
 from gateway.prompt.renderer import ChatRenderer
-from gateway.sampling import Defaults, Limits, resolve
+from gateway.sampling import Defaults, SamplingLimits, resolve_sampling
 from llm_service.device.attention import ATTENTION_NAME, make_backend
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
 from llm_service.engine.engine import Engine
 from llm_service.policy.limits import EngineConfig
-from llm_service.policy.sequence import GenerateRequest, SamplingParams, TokensEvent
+from llm_service.policy.sequence import GenerateRequest, TokensEvent
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
 from opticnerve.demo import scenes
+from opticnerve.generation.values import Sampling
 from opticnerve.media.decode import decode
 from opticnerve.media.keys import content_key
 from opticnerve.media.structure import parse_structure
@@ -102,7 +103,7 @@ class Whole:
         self.first: float | None = None
         self.engine = Engine(config, runner, self.rows, self._on_events)
         self.text = ""
-        self.limits = Limits(self.layout.max_positions, vocab_size=language.vocab_size)
+        self.limits = SamplingLimits(self.layout.max_positions, vocab_size=language.vocab_size)
         self.parts: dict[str, float] = {}
 
     def ask(self, body: bytes) -> float:
@@ -127,7 +128,7 @@ class Whole:
         part("preprocess")
         self.rows.items = {key: self.tower.encode([pixels], [plan])[0]}
         part("encode")
-        sampling = resolve(
+        sampling = resolve_sampling(
             request,
             prompt_tokens=len(prompt.token_ids),
             image_tokens=prompt.num_image_tokens,
@@ -139,7 +140,7 @@ class Whole:
         self.engine.submit(
             GenerateRequest(
                 key, prompt.token_ids, prompt.spans, (key,),
-                SamplingParams(max_tokens=sampling.max_tokens, temperature=0.0),
+                Sampling(max_tokens=sampling.max_tokens, temperature=0.0),
             )
         )  # fmt: skip
         while self.first is None:
@@ -153,7 +154,7 @@ class Whole:
     def _on_events(self, events: list[Any]) -> None:
         for event in events:
             if isinstance(event, TokensEvent) and self.first is None:
-                self.text = self.vocabulary.detokenizer().push(event.token_ids[0])
+                self.text = self.vocabulary.detokenizer().push(event.delta.token_ids[0])
                 self.first = time.perf_counter()
 
 

@@ -24,14 +24,14 @@ from gateway.output.choices import Choices, TextDelta
 from gateway.output.detokenizer import Vocabulary
 from gateway.prompt.placeholders import Prompt
 from gateway.prompt.renderer import ChatRenderer, RenderedChat
-from gateway.sampling import Defaults, Limits, check_choices, resolve
+from gateway.sampling import Defaults, SamplingLimits, check_choices, resolve_sampling
 from gateway.timings import Stopwatch
 from gateway.workers.embeddings import RequestEmbeddings
 from gateway.workers.encode import Encodable, Encoders
 from gateway.workers.generate import GenerateSpec, Generation
 from gateway.workers.pairing import Pair, Pairing
 from gateway.workers.pool import WorkerPool
-from opticnerve.generation.values import Finished, Sampling, Usage
+from opticnerve.generation.values import Done, Sampling, Usage
 from opticnerve.media.keys import tenant_salt
 from opticnerve.media.plan import Plan
 from opticnerve.telemetry import events
@@ -158,7 +158,7 @@ class Pipeline:
 
     async def _told(
         self, call: Call, generation: Generation, embeddings: RequestEmbeddings
-    ) -> AsyncGenerator[TextDelta | Finished, None]:
+    ) -> AsyncGenerator[TextDelta | Done, None]:
         """What ``_write`` yields; however it ends, the request's line in the log says how far."""
         choices = Choices(call.request, self.vocabulary)
         try:
@@ -174,12 +174,12 @@ class Pipeline:
 
     async def _write(
         self, call: Call, generation: Generation, choices: Choices
-    ) -> AsyncGenerator[TextDelta | Finished, None]:
-        """Text deltas, then Finished; a generation whose choices have all ended is left."""
-        finished: Finished | None = None
+    ) -> AsyncGenerator[TextDelta | Done, None]:
+        """Text deltas, then Done; a generation whose choices have all ended is left."""
+        finished: Done | None = None
         async with contextlib.aclosing(generation.events()) as deltas:
             async for event in deltas:
-                if isinstance(event, Finished):
+                if isinstance(event, Done):
                     finished = event
                     break
                 call.watch.token()
@@ -195,12 +195,12 @@ class Pipeline:
         yield self._account(call, generation, choices, finished)
 
     def _account(
-        self, call: Call, generation: Generation, choices: Choices, finished: Finished | None
-    ) -> Finished:
+        self, call: Call, generation: Generation, choices: Choices, finished: Done | None
+    ) -> Done:
         """Usage by our own count of tokens, with what the worker told where it came to its end."""
-        told = finished or Finished(generation.usage())
+        told = finished or Done(generation.usage())
         usage = _counted(told.usage, choices)
-        for name, milliseconds in told.timings.items():
+        for name, milliseconds in told.timings.stages.items():
             call.watch.add(name, milliseconds)
         call.watch.observe()
         for kind, count in (
@@ -210,7 +210,7 @@ class Pipeline:
             ("completion", usage.completion_tokens),
         ):
             metrics.TOKENS.labels(kind).inc(count)
-        return Finished(usage, told.timings, told.preemptions)
+        return Done(usage, told.timings)
 
     # ---- steps
 
@@ -229,13 +229,13 @@ class Pipeline:
         return tenant_salt(tenant, call.request.cache_salt or "")
 
     async def _sampling(self, request: ChatRequest, prompt: Prompt, pair: Pair) -> Sampling:
-        limits = Limits(
+        limits = SamplingLimits(
             max_model_len=pair.max_model_len or self.renderer.layout.max_positions,
             max_logprobs=self.max_logprobs,
             vocab_size=pair.vocab_size,
         )
         resolved = functools.partial(
-            resolve,
+            resolve_sampling,
             request,
             prompt_tokens=len(prompt.token_ids),
             image_tokens=prompt.num_image_tokens,
@@ -248,11 +248,11 @@ class Pipeline:
 
 
 def _timings(
-    call: Call, finished: Finished, embeddings: RequestEmbeddings, keys: Sequence[str]
+    call: Call, finished: Done, embeddings: RequestEmbeddings, keys: Sequence[str]
 ) -> dict[str, Any]:
     had = embeddings.outcomes()
     timings = call.watch.report([had.get(key) for key in keys], embeddings.bytes_sent)
-    timings["preemptions"] = finished.preemptions
+    timings["preemptions"] = finished.timings.preemptions
     return timings
 
 

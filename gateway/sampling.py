@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from gateway.api.schemas.chat import UNLIMITED, ChatRequest
 from gateway.api.schemas.sampling import SamplingFields
@@ -25,22 +25,22 @@ from opticnerve.generation.values import Sampling
 
 LARGEST_MAX_TOKENS = 2**31 - 1
 
+# What a request says in the words of Sampling; resolve_sampling reads the rest of it.
+SHARED_FIELDS = tuple(
+    each.name for each in fields(Sampling) if each.name in SamplingFields.model_fields
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What applies where a request says nothing."""
+    """What applies where a request says nothing. ``max_tokens`` None: what the context leaves."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=1.0))
     max_tokens: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SamplingLimits:
     """``max_model_len``: prompt and output tokens together, the least of all LLM workers'."""
 
     max_model_len: int
@@ -70,26 +70,36 @@ def load_defaults(
             )
         chosen = _read(file)
     ends = chosen.get("eos_token_id", own.get("eos_token_id", text_config.get("eos_token_id")))
-    eos = dict.fromkeys([*_ids(ends), *_ids(tokenizer.eos_token_id)])
-    return Defaults(**_sampling_defaults(chosen), eos_token_ids=tuple(eos))
+    eos = tuple(dict.fromkeys([*_ids(ends), *_ids(tokenizer.eos_token_id)]))
+    limit = chosen.get("max_new_tokens")
+    return Defaults(
+        replace(_model_sampling(chosen), eos_token_ids=eos),
+        limit if _is_integer(limit) and limit > 0 else None,
+    )
 
 
-def _sampling_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+def _model_sampling(config: Mapping[str, Any]) -> Sampling:
     """The usable part of a generation_config.json. ``do_sample`` absent or false means greedy in
     Hugging Face; servers take temperature as it stands, and 1 without one."""
-    found: dict[str, Any] = {}
-    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-        value = config.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            found[name] = float(value)
-    if found.get("temperature", 1.0) < 0 or not 0 < found.get("top_p", 1.0) <= 1:
-        raise ConfigError("generation_config.json: temperature or top_p is out of range")
-    top_k, limit = config.get("top_k"), config.get("max_new_tokens")
-    if isinstance(top_k, int) and not isinstance(top_k, bool):
-        found["top_k"] = max(top_k, 0)
-    if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
-        found["max_tokens"] = limit
-    return found
+    found: dict[str, Any] = {"temperature": 1.0}
+    for each in fields(Sampling):
+        value = config.get(each.name)
+        if not each.metadata.get("model_default"):
+            continue
+        if isinstance(each.default, float) and (_is_integer(value) or isinstance(value, float)):
+            found[each.name] = float(value)
+        elif isinstance(each.default, int) and _is_integer(value):
+            found[each.name] = max(value, 0)
+    if found.get("top_p") == 0:
+        raise ConfigError("generation_config.json: top_p is out of range")
+    try:
+        return Sampling(**found)
+    except InvalidRequest as error:
+        raise ConfigError(f"generation_config.json: {error.message}") from error
+
+
+def _is_integer(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -103,49 +113,42 @@ def _read(file: Path) -> dict[str, Any]:
 def _ids(value: Any) -> list[int]:
     """``eos_token_id`` as files hold it: an id, a list of ids, or null."""
     values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+    return [each for each in values if _is_integer(each)]
 
 
-def resolve(
+def resolve_sampling(
     request: ChatRequest,
     *,
     prompt_tokens: int,
     image_tokens: int,
     defaults: Defaults,
-    limits: Limits,
+    limits: SamplingLimits,
     tokenizer: Tokenizer,
 ) -> Sampling:
     """Raises ContextLengthExceeded for a prompt (with the output that was asked for) that does not
     fit, and InvalidRequest for values that contradict each other or the model."""
-    fields: SamplingFields = request
-    max_tokens = output_limit(request, prompt_tokens, image_tokens, defaults, limits)
-    min_tokens = fields.min_tokens or 0
-    if min_tokens > max_tokens:
+    said = {name: getattr(request, name) for name in SHARED_FIELDS}
+    values = {name: value for name, value in said.items() if value is not None}
+    values |= {
+        "max_tokens": output_limit(request, prompt_tokens, image_tokens, defaults, limits),
+        "seed": secrets.randbits(64) if request.seed is None else request.seed % 2**64,
+        "logprobs": num_logprobs(request, limits),
+        "logit_bias": _bias(request.logit_bias or {}, limits),
+        "bad_words": _bad_words(request.bad_words or (), tokenizer),
+    }
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        values[name] = _known(said[name] or (), limits, name)
+    if request.top_k is not None:
+        values["top_k"] = max(request.top_k, 0)
+    if values.get("top_p") == 0:  # The likeliest token alone; a worker reads 0 as no bound.
+        values |= {"temperature": 0.0, "top_p": 1.0}
+    sampling = replace(defaults.sampling, **values)
+    if sampling.min_tokens > sampling.max_tokens:
         raise InvalidRequest(
-            f"min_tokens: {min_tokens} exceeds max_tokens, {max_tokens}", param="min_tokens"
+            f"min_tokens: {sampling.min_tokens} exceeds max_tokens, {sampling.max_tokens}",
+            param="min_tokens",
         )
-    top_k = defaults.top_k if fields.top_k is None else max(fields.top_k, 0)
-    temperature, top_p = _nucleus(fields, defaults)
-    return Sampling(
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        seed=secrets.randbits(64) if fields.seed is None else fields.seed % 2**64,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=_or(fields.min_p, defaults.min_p),
-        frequency_penalty=_or(fields.frequency_penalty, 0.0),
-        presence_penalty=_or(fields.presence_penalty, 0.0),
-        repetition_penalty=_or(fields.repetition_penalty, defaults.repetition_penalty),
-        n=fields.n or 1,
-        stop_token_ids=_known(fields.stop_token_ids or (), limits, "stop_token_ids"),
-        ignore_eos=fields.ignore_eos,
-        eos_token_ids=defaults.eos_token_ids,
-        logprobs=num_logprobs(request, limits),
-        logit_bias=_bias(fields.logit_bias or {}, limits),
-        bad_words=_bad_words(fields.bad_words or (), tokenizer),
-        allowed_token_ids=_known(fields.allowed_token_ids or (), limits, "allowed_token_ids"),
-    )
+    return sampling
 
 
 def check_choices(request: ChatRequest, max_n: int) -> None:
@@ -163,7 +166,7 @@ def output_limit(
     prompt_tokens: int,
     image_tokens: int,
     defaults: Defaults,
-    limits: Limits,
+    limits: SamplingLimits,
 ) -> int:
     """How many tokens a choice may have: what was asked for, the model's default, or all that the
     context leaves. Raises ContextLengthExceeded."""
@@ -190,7 +193,7 @@ def _limit_name(request: ChatRequest) -> str:
     return "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
 
 
-def num_logprobs(request: ChatRequest, limits: Limits) -> int | None:
+def num_logprobs(request: ChatRequest, limits: SamplingLimits) -> int | None:
     """None without log-probabilities. Raises InvalidRequest beyond the server's limit."""
     if not request.logprobs:
         return None
@@ -202,18 +205,7 @@ def num_logprobs(request: ChatRequest, limits: Limits) -> int | None:
     return wanted
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else float(value)
-
-
-def _nucleus(fields: SamplingFields, defaults: Defaults) -> tuple[float, float]:
-    """(temperature, top_p). A top_p of 0 leaves the likeliest token alone; to the worker it would
-    be no bound."""
-    top_p = _or(fields.top_p, defaults.top_p)
-    return (0.0, 1.0) if top_p == 0.0 else (_or(fields.temperature, defaults.temperature), top_p)
-
-
-def _known(ids: Sequence[int], limits: Limits, param: str) -> tuple[int, ...]:
+def _known(ids: Sequence[int], limits: SamplingLimits, param: str) -> tuple[int, ...]:
     unknown = next((i for i in ids if limits.vocab_size and i >= limits.vocab_size), None)
     if unknown is not None:
         raise InvalidRequest(
@@ -222,7 +214,7 @@ def _known(ids: Sequence[int], limits: Limits, param: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _bias(bias: Mapping[str, float], limits: Limits) -> dict[int, float]:
+def _bias(bias: Mapping[str, float], limits: SamplingLimits) -> dict[int, float]:
     """Keys are token ids, written as JSON writes keys: as strings."""
     values: dict[int, float] = {}
     for key, value in bias.items():

@@ -12,7 +12,7 @@ from llm_service import metrics
 from llm_service.device.attention import make_backend
 from llm_service.engine import build
 from llm_service.engine.client import EngineClient, ProcessEngineClient, ThreadEngineClient
-from llm_service.policy.sequence import FailedEvent, GenerateRequest, SamplingParams
+from llm_service.policy.sequence import FailedEvent, GenerateRequest
 from llm_service.rows.fetcher import Fetcher
 from llm_service.rows.store_rows import OVERFLOW_BYTES, Notes, StoreRows, local_tier
 from llm_service.wire.messages import Bounds
@@ -27,6 +27,7 @@ from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import ConfigError, EngineFailure, StartupError
+from opticnerve.generation.values import Sampling
 from opticnerve.models.family import Language, Layout
 from opticnerve.models.registry import make_layout
 from opticnerve.pb import llm_pb2_grpc
@@ -120,7 +121,7 @@ async def _start(engine: EngineClient) -> None:
     request = GenerateRequest(
         "warm-up",
         tuple(index % max(1, engine.config.vocab_size) for index in range(length)),
-        sampling=SamplingParams(max_tokens=2),
+        sampling=Sampling(max_tokens=2),
         skip_prefix_cache=True,
     )
     with engine.submit(request) as stream:

@@ -16,8 +16,9 @@ from typing import Any
 from llm_service.engine.engine import Emit, Engine
 from llm_service.policy.limits import EngineConfig
 from llm_service.policy.plan import Sampled, StepPlan, StepResult, Work
-from llm_service.policy.sequence import ChoiceOutput, GenerateRequest, Logprobs
+from llm_service.policy.sequence import GenerateRequest
 from opticnerve.errors import EmbeddingEvicted, EmbeddingUnavailable
+from opticnerve.generation.values import ChoiceOutput, Logprob, PositionLogprobs
 from opticnerve.media.plan import Span, SpanAttention
 
 VOCABULARY = 50
@@ -69,7 +70,8 @@ def oracle(request: GenerateRequest, choice: int = 0) -> list[int]:
         return list(given.output_ids)
     tokens = [*request.token_ids, *given.output_ids]
     prompt = len(request.token_ids)
-    stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else sampling.eos_token_ids)}
+    eos = () if sampling.ignore_eos else sampling.eos_token_ids or ()
+    stops = {*sampling.stop_token_ids, *eos}
     cells: list[bytes] = []
     before = digest(request.adapter)
     while len(tokens) - prompt < sampling.max_tokens:
@@ -199,7 +201,7 @@ class FakeRunner:
         token = next_token(seq.request, cells, seq.choice, position)
         self.last[work.slot] = token
         wanted = seq.request.sampling.logprobs is not None
-        logprobs = (Logprobs((token, -0.5, 1)),) if wanted else ()
+        logprobs = (PositionLogprobs(Logprob(token, -0.5, 1)),) if wanted else ()
         return Sampled(work.slot, (token,), logprobs, prompt_logprobs)
 
     def _rows(self, work: Work) -> dict[int, tuple[str, int]]:
@@ -239,10 +241,12 @@ class FakeRunner:
             assert work.start <= span.token_offset
             assert span.token_offset + span.num_tokens <= work.start + work.num_tokens
 
-    def _prompt_logprobs(self, work: Work, cells: list[bytes]) -> tuple[Logprobs, ...]:
+    def _prompt_logprobs(self, work: Work, cells: list[bytes]) -> tuple[PositionLogprobs, ...]:
         tokens = work.seq.token_ids
         return tuple(
-            Logprobs((tokens[position] if position < len(tokens) else -1, float(position), 1))
+            PositionLogprobs(
+                Logprob(tokens[position] if position < len(tokens) else -1, float(position), 1)
+            )
             for position in range(work.start + 1, work.start + work.num_tokens + 1)
         )
 

@@ -15,12 +15,12 @@ from llm_service.engine.engine import Engine, EngineConfig, Message
 from llm_service.policy.sequence import (
     FailedEvent,
     GenerateRequest,
-    Logprobs,
     PromptLogprobsEvent,
     TokensEvent,
 )
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import EmbeddingNotFound
+from opticnerve.generation.values import PositionLogprobs
 from opticnerve.models.registry import load_language, make_layout
 
 
@@ -56,7 +56,7 @@ class Answer:
     """What one choice said."""
 
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[Logprobs] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
 
 
 class LocalEngine:
@@ -116,12 +116,13 @@ class LocalEngine:
             if isinstance(message, FailedEvent):
                 raise message.error
             if isinstance(message, TokensEvent):
-                answer = answers.setdefault((message.request_id, message.choice), Answer())
-                answer.token_ids += message.token_ids
-                answer.logprobs += message.logprobs
+                delta = message.delta
+                answer = answers.setdefault((message.request_id, delta.choice), Answer())
+                answer.token_ids += delta.token_ids
+                answer.logprobs += delta.logprobs
         return answers
 
-    def prompt_logprobs(self) -> dict[str, tuple[Logprobs, ...]]:
+    def prompt_logprobs(self) -> dict[str, tuple[PositionLogprobs, ...]]:
         return {
             message.request_id: message.positions
             for message in self.messages

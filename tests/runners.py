@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from llm_service.device.attention import ATTENTION_NAME
-from llm_service.policy.sequence import GenerateRequest, SamplingParams
+from llm_service.policy.sequence import GenerateRequest
 from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Grid, Modality, Span
 from opticnerve.models.registry import load_language, make_layout
 from tests.checkpoints import DEMO
@@ -48,7 +49,7 @@ def request(
     name: str, fields: dict[str, Any] | tuple[int, ...], **sampling: Any
 ) -> GenerateRequest:
     fields = fields if isinstance(fields, dict) else {"token_ids": fields}
-    params = SamplingParams(**{"max_tokens": 12, **sampling})
+    params = Sampling(**{"max_tokens": 12, **sampling})
     return GenerateRequest(name, sampling=params, **fields)
 
 

@@ -15,11 +15,12 @@ from llm_service.engine.engine import Emit, Engine
 from llm_service.engine.stream import EventStream
 from llm_service.policy.limits import EngineConfig
 from llm_service.policy.plan import StepPlan, StepResult
-from llm_service.policy.sequence import Event, GenerateRequest, SamplingParams, TokensEvent
+from llm_service.policy.sequence import Event, GenerateRequest, TokensEvent
 from opticnerve.errors import (
     ConfigError,
     DeviceLost,
 )
+from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Grid, Modality, Span
 from tests.fake_runner import FakeRows, FakeRunner
 from tests.system import wait_for
@@ -127,7 +128,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 def request(name: str, length: int = 20, **fields: Any) -> GenerateRequest:
     first = fields.pop("first", 1)
-    sampling = SamplingParams(**{"max_tokens": 10, **fields.pop("sampling", {})})
+    sampling = Sampling(**{"max_tokens": 10, **fields.pop("sampling", {})})
     return GenerateRequest(name, (first, *[3] * (length - 1)), sampling=sampling, **fields)
 
 
@@ -139,6 +140,6 @@ def tokens(events: list[Event], choice: int = 0) -> list[int]:
     return [
         token
         for event in events
-        if isinstance(event, TokensEvent) and event.choice == choice
-        for token in event.token_ids
+        if isinstance(event, TokensEvent) and event.delta.choice == choice
+        for token in event.delta.token_ids
     ]

@@ -329,7 +329,7 @@ def _told(prompt: Prompt, said: Said) -> tuple[torch.Tensor, torch.Tensor, torch
     told = [
         (position - 1, each.sampled[0], each.sampled[1])
         for position, each in enumerate(said.prompt)
-        if not each.absent
+        if each.sampled is not None
     ]
     expect(len(told) >= count // 50, "the engine told nothing of its prompt")
     told += [(count - 1 + i, *each.sampled[:2]) for i, each in enumerate(said.logprobs)]

@@ -29,7 +29,8 @@ from bench.gpu.checks import (
 )
 from bench.gpu.models import TEXT_IDS, Room, Split, wall_ms
 from llm_service.policy.plan import StepPlan, StepResult
-from llm_service.policy.sequence import GenerateRequest, PrefilledEvent, SamplingParams
+from llm_service.policy.sequence import GenerateRequest, PrefilledEvent
+from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Grid
 from tests.local_engine import LocalEngine
 
@@ -174,7 +175,7 @@ def _decoder_flops(split: Split, tokens: int) -> float:
 
 def _request(tokens: int, seed: int, max_tokens: int) -> GenerateRequest:
     ids = np.random.default_rng(seed).integers(*TEXT_IDS, tokens).tolist()
-    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    sampling = Sampling(max_tokens=max_tokens, ignore_eos=True)
     return GenerateRequest(f"figure-{next(_ids)}", tuple(ids), sampling=sampling)
 
 

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from encoder_service.backends.torch import TorchBackend
 from llm_service.device.attention import ATTENTION_NAME
-from llm_service.policy.sequence import FinishedEvent, GenerateRequest, Logprobs, SamplingParams
+from llm_service.policy.sequence import FinishedEvent, GenerateRequest
 from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.generation.values import PositionLogprobs, Sampling
 from opticnerve.media.plan import Modality, Overrides, Plan, Span, Structure
 from opticnerve.models.registry import load_language, load_tower, make_layout
 from tests.checkpoints import DEMO, make_checkpoint
@@ -125,8 +126,8 @@ class Said:
     """What the engine answered to one prompt."""
 
     token_ids: list[int]
-    logprobs: list[Logprobs]
-    prompt: tuple[Logprobs, ...]  # Of the prompt's own tokens, where they were asked for.
+    logprobs: list[PositionLogprobs]
+    prompt: tuple[PositionLogprobs, ...]  # Of the prompt's own tokens, where they were asked for.
     cached: int  # Tokens of the prompt that were in pages already.
 
 
@@ -178,9 +179,7 @@ class Split:
                 if each.key not in engine.rows.items:
                     [rows] = self.backend.encode([each.pixels], [each.plan])
                     engine.rows.items[each.key] = rows
-            sampling = SamplingParams(
-                max_tokens=max_tokens, logprobs=2, prompt_logprobs=prompt_logprobs
-            )
+            sampling = Sampling(max_tokens=max_tokens, logprobs=2, prompt_logprobs=prompt_logprobs)
             keys = tuple(each.key for each in prompt.pictures)
             requests.append(
                 GenerateRequest(f"{tag}{index}", prompt.token_ids, prompt.spans, keys, sampling)
@@ -188,7 +187,7 @@ class Split:
         answers = engine.generate(requests)
         prompts_said = engine.prompt_logprobs()
         cached = {
-            each.request_id: each.cached_tokens
+            each.request_id: each.usage.cached_tokens
             for each in engine.messages
             if isinstance(each, FinishedEvent)
         }

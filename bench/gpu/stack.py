@@ -29,7 +29,8 @@ from encoder_service.batcher import Batcher
 from encoder_service.pictures.fair_queue import Gate
 from llm_service.engine.client import ThreadEngineClient
 from llm_service.engine.engine import Emit, Engine
-from llm_service.policy.sequence import FailedEvent, GenerateRequest, SamplingParams, TokensEvent
+from llm_service.policy.sequence import FailedEvent, GenerateRequest, TokensEvent
+from opticnerve.generation.values import Sampling
 from opticnerve.media.decode import decode
 from opticnerve.media.plan import Plan, Span
 from opticnerve.media.structure import parse_structure
@@ -199,8 +200,8 @@ class _OneProcess:
         request = self._request(number, [plan for plan, _ in encoded], keys)
         with self._client.submit(request) as stream:
             async for event in stream:
-                if isinstance(event, TokensEvent) and event.token_ids:
-                    told.heard(len(event.token_ids))
+                if isinstance(event, TokensEvent) and event.delta.token_ids:
+                    told.heard(len(event.delta.token_ids))
                 elif isinstance(event, FailedEvent):
                     raise event.error
         for key in keys:
@@ -217,7 +218,7 @@ class _OneProcess:
             span, more = picture_span(self._split.layout, plan, len(ids), item)
             spans.append(span)
             ids += [*more, *random.integers(*TEXT_IDS, TEXT).tolist()]
-        sampling = SamplingParams(max_tokens=self._output, ignore_eos=True)
+        sampling = Sampling(max_tokens=self._output, ignore_eos=True)
         return GenerateRequest(f"stack-{number}", tuple(ids), tuple(spans), keys, sampling)
 
 

@@ -25,7 +25,7 @@ from gateway.workers.worker import Description, Worker
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import EngineFailure, OpticNerveError, Overloaded, Unavailable
 from opticnerve.generation import messages as llm_messages
-from opticnerve.generation.values import ChoiceOutput, Delta, Finished, Sampling, Usage
+from opticnerve.generation.values import ChoiceOutput, Delta, Done, Sampling, Usage
 from opticnerve.media.plan import Span
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
@@ -143,8 +143,8 @@ class Generation:
         self.worker = ""  # Address of the one at work.
         self._progress = _Progress()
 
-    async def events(self) -> AsyncGenerator[Delta | Finished, None]:
-        """Deltas, then Finished. Raises typed errors; see the module on what is tried again."""
+    async def events(self) -> AsyncGenerator[Delta | Done, None]:
+        """Deltas, then Done. Raises typed errors; see the module on what is tried again."""
         deaths = 0
         refusal: OpticNerveError | None = None
         tried: set[str] = set()
@@ -172,7 +172,7 @@ class Generation:
                     refusal = error
                     tried.add(worker.address)
             if self.complete:
-                yield Finished(self.usage())
+                yield Done(self.usage())
                 return
             await asyncio.sleep(PAUSE_S)
 
@@ -204,7 +204,7 @@ class Generation:
 
     # ---- one attempt
 
-    async def _attempt(self, worker: Worker) -> AsyncGenerator[Delta | Finished, None]:
+    async def _attempt(self, worker: Worker) -> AsyncGenerator[Delta | Done, None]:
         self.deadline.check()
         self.worker = worker.address
         events.also(llm=worker.address)
@@ -220,7 +220,7 @@ class Generation:
                 for delta in message.deltas:
                     yield self._take(llm_messages.delta_from_pb(delta))
                 if message.HasField("done"):
-                    yield llm_messages.finished_from_pb(message.done)
+                    yield llm_messages.done_from_pb(message.done)
                     return
         except grpc.RpcError as error:
             raise feeder.failure or lost_or_typed(error, delivered=feeder.delivered) from error
@@ -248,7 +248,7 @@ class Generation:
                 weight=spec.caller.weight,
                 cache_salt=spec.cache_salt,
                 embedding_wait_ms=max(1, int(self.deadline.remaining() * 1000)),
-                outputs=map(llm_messages.output, self._progress.outputs()),
+                outputs=map(llm_messages.output_to_pb, self._progress.outputs()),
             )
         )
 

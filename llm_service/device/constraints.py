@@ -10,7 +10,7 @@ where the request allows only some, and otherwise no more than its lists.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from weakref import WeakValueDictionary
@@ -20,13 +20,13 @@ import torch
 from numpy.typing import NDArray
 
 from llm_service.device.memory import to_device
-from llm_service.policy.sequence import SamplingParams
+from opticnerve.generation.values import Sampling
 
 Ints = NDArray[np.int64]
 TOKEN = np.dtype(np.uint32)  # One token of a text that is kept as bytes.
 
 
-def constrains(params: SamplingParams) -> bool:
+def constrains(params: Sampling) -> bool:
     """Whether ``params`` forbid or shift any token."""
     return bool(
         params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens > 0
@@ -93,7 +93,7 @@ def _longest_prefixes(ordered: list[bytes]) -> list[int]:
 class Prepared:
     """What one request's lists became; on the device, but for ``words``."""
 
-    params: SamplingParams  # Kept, so that no other ones get its identity.
+    params: Sampling  # Kept, so that no other ones get its identity.
     bias: tuple[torch.Tensor, torch.Tensor] | None  # int64 ids and fp32 values, of one length.
     ceiling: torch.Tensor | None  # fp32 [vocab]: -inf for all but allowed_token_ids, else +inf.
     banned: torch.Tensor | None  # int64: the bad words of one token.
@@ -114,7 +114,7 @@ class Constraints:
 
     # ---- slots
 
-    def admit(self, slot: int, params: SamplingParams, token_ids: list[int]) -> None:
+    def admit(self, slot: int, params: Sampling, token_ids: list[int]) -> None:
         """The slot is that of a sequence with these parameters and this text from now on."""
         prepared = self._shared.get(id(params))
         if prepared is None:
@@ -128,8 +128,7 @@ class Constraints:
         self._by_slot.pop(slot, None)
         self._tails.pop(slot, None)
 
-    def _prepare(self, params: SamplingParams) -> Prepared:
-        ending = (*params.stop_token_ids, *(() if params.ignore_eos else params.eos_token_ids))
+    def _prepare(self, params: Sampling) -> Prepared:
         # A word with a token that the vocabulary lacks never comes up.
         last = self._vocab_size - 1
         words = [word for word in params.bad_words if word and 0 <= min(word) <= max(word) <= last]
@@ -141,7 +140,7 @@ class Constraints:
             self._ceiling(params.allowed_token_ids) if params.allowed_token_ids else None,
             self._ids(single) if single else None,
             BadWords(several) if several else None,
-            self._ids(ending) if params.min_tokens > 0 else None,
+            self._ids(params.ending_ids) if params.min_tokens > 0 else None,
         )
 
     def _known(self, ids: Ints) -> Ints:
@@ -155,8 +154,8 @@ class Constraints:
         ceiling[self._known(np.array(allowed, dtype=np.int64))] = np.inf
         return to_device(ceiling, self._device)
 
-    def _bias(self, bias: tuple[tuple[int, float], ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, values = (np.array(column) for column in zip(*bias, strict=True))
+    def _bias(self, bias: Mapping[int, float]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, values = np.array([*bias]), np.array([*bias.values()])
         known = (ids >= 0) & (ids < self._vocab_size)
         return (
             to_device(ids[known].astype(np.int64), self._device),

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from llm_service.policy.sequence import Logprobs
+from opticnerve.generation.values import Logprob, PositionLogprobs
 
-ABSENT = Logprobs(absent=True)
+ABSENT = PositionLogprobs()
 
 
 def describe(
     logits: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int]
-) -> list[Logprobs]:
+) -> list[PositionLogprobs]:
     """``logits`` fp32 [rows, vocab], ``token_ids`` int64 [rows]: the tokens that stand there.
 
     ``counts``: for each row how many of the best to name. Equal logits share a rank.
@@ -32,9 +32,10 @@ def describe(
         top_ids = found.indices.tolist()
     described = []
     for row, count in enumerate(counts):
-        top: tuple[tuple[int, float, int], ...] = ()
+        top: tuple[Logprob, ...] = ()
         if count:
             pairs = zip(top_ids[row][:count], top_values[row], strict=False)
-            top = tuple((token, value, rank) for rank, (token, value) in enumerate(pairs, 1))
-        described.append(Logprobs(sampled=(ids[row], values[row], ranks[row] + 1), top=top))
+            top = tuple(Logprob(token, value, rank) for rank, (token, value) in enumerate(pairs, 1))
+        sampled = Logprob(ids[row], values[row], ranks[row] + 1)
+        described.append(PositionLogprobs(sampled, top))
     return described

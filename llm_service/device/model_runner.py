@@ -23,7 +23,6 @@ from llm_service.device.sampler import Drawn, Sampler
 from llm_service.device.slots import SlotTable
 from llm_service.policy.plan import Sampled, Segment, StepPlan, StepResult, Work
 from llm_service.policy.rows import RowSource
-from llm_service.policy.sequence import Logprobs
 from opticnerve.embeddings.ref import tensor_names
 from opticnerve.errors import (
     ConfigError,
@@ -34,6 +33,7 @@ from opticnerve.errors import (
     OpticNerveError,
     device_is_lost,
 )
+from opticnerve.generation.values import PositionLogprobs
 from opticnerve.models.decoders.passthrough import PassThroughCache
 from opticnerve.models.family import Language, Layout
 
@@ -69,7 +69,7 @@ class _Drawn:
 
     token_ids: list[int]
     failed: dict[int, Exception]  # By index in the batch's logit_works.
-    logprobs: dict[int, Logprobs]
+    logprobs: dict[int, PositionLogprobs]
 
 
 class ModelRunner:
@@ -298,7 +298,7 @@ class ModelRunner:
 
     def _token_logprobs(
         self, batch: Batch, logits: torch.Tensor, token_ids: torch.Tensor
-    ) -> dict[int, Logprobs]:
+    ) -> dict[int, PositionLogprobs]:
         counts: dict[int, int] = {}
         for i, index in enumerate(batch.logit_works):
             wanted = batch.works[index].seq.request.sampling.logprobs
@@ -312,7 +312,7 @@ class ModelRunner:
 
     def _prompt_logprobs(
         self, batch: Batch, hidden: torch.Tensor
-    ) -> dict[int, tuple[Logprobs, ...]]:
+    ) -> dict[int, tuple[PositionLogprobs, ...]]:
         """By slot. A placeholder has none: nobody predicts it."""
         return {
             work.slot: tuple(self._chunk_logprobs(work, hidden[first:]))
@@ -320,7 +320,7 @@ class ModelRunner:
             if work.prompt_logprobs
         }
 
-    def _chunk_logprobs(self, work: Work, hidden: torch.Tensor) -> Iterable[Logprobs]:
+    def _chunk_logprobs(self, work: Work, hidden: torch.Tensor) -> Iterable[PositionLogprobs]:
         """Of the prompt's tokens start + 1 to start + num_tokens."""
         seq = work.seq
         targets = seq.token_ids[: seq.num_prompt][work.start + 1 : work.start + work.num_tokens + 1]
@@ -340,7 +340,7 @@ class ModelRunner:
         self,
         batch: Batch,
         drawn: _Drawn,
-        prompts: dict[int, tuple[Logprobs, ...]],
+        prompts: dict[int, tuple[PositionLogprobs, ...]],
         errors: dict[int, Exception],
     ) -> dict[int, Sampled]:
         """One Sampled a work, by slot; what failed goes to ``errors``."""

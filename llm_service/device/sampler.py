@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from llm_service.device.constraints import Constraints, constrains
 from llm_service.device.memory import to_device
 from llm_service.device.randomness import UniformCache
-from llm_service.policy.sequence import SamplingParams
+from opticnerve.generation.values import Sampling
 
 # Temperatures below this are greedy: dividing by them overflows, and nothing else is likely.
 MIN_TEMPERATURE = 1e-5
@@ -51,7 +51,7 @@ class Feature(IntFlag):
 REWRITES = Feature.PENALTIES | Feature.CONSTRAINTS
 
 
-def features_of(params: SamplingParams) -> Feature:
+def features_of(params: Sampling) -> Feature:
     """The features that ``params`` needs."""
     asked = Feature.NONE
     if params.temperature >= MIN_TEMPERATURE:
@@ -93,7 +93,7 @@ class Sampler:
     # ---- slots
 
     def admit(
-        self, slot: int, params: SamplingParams, choice: int, token_ids: list[int], num_prompt: int
+        self, slot: int, params: Sampling, choice: int, token_ids: list[int], num_prompt: int
     ) -> None:
         """The slot is this sequence's from now on; ``token_ids`` is its prompt, then its output."""
         self.release(slot)

@@ -27,11 +27,9 @@ from llm_service.policy.sequence import (
     Event,
     FailedEvent,
     FinishedEvent,
-    FinishReason,
     GenerateRequest,
-    Generation,
+    GenerationState,
     IntegrityReport,
-    Logprobs,
     NeedRowsEvent,
     PrefilledEvent,
     PromptLogprobsEvent,
@@ -49,6 +47,7 @@ from opticnerve.errors import (
     OpticNerveError,
     Overloaded,
 )
+from opticnerve.generation.values import Delta, FinishReason, PositionLogprobs, Usage
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ class Engine:
         self.blocks = BlockManager(config.num_blocks, config.block_size, config.prefix_caching)
         self.scheduler = Scheduler(config, self.blocks, rows)
         self._emit = emit
-        self._open: dict[str, Generation] = {}
+        self._open: dict[str, GenerationState] = {}
         self._events: list[Message] = []
         self._arrivals = 0
         self._steps = 0
@@ -149,13 +148,13 @@ class Engine:
         except Exception as error:
             self._events.append(FailedEvent(request.request_id, _typed(error)))
             return
-        generation = Generation(request, self._arrivals, self.clock())
+        generation = GenerationState(request, self._arrivals, self.clock())
         self._arrivals += 1
         self._open[request.request_id] = generation
         self._prompt_tokens += len(request.token_ids)
         self._lead(generation)
 
-    def _lead(self, generation: Generation) -> None:
+    def _lead(self, generation: GenerationState) -> None:
         """Queues the first choice that has anything left to write: the others fork from it."""
         if not generation.open_choices:
             self._end(generation, self._finished(generation))
@@ -272,20 +271,19 @@ class Engine:
         self,
         seq: Sequence,
         tokens: tuple[int, ...],
-        logprobs: tuple[Logprobs, ...],
+        logprobs: tuple[PositionLogprobs, ...],
         finish: FinishReason | None,
     ) -> TokensEvent:
         first = seq.num_output - len(tokens)
         stop = seq.token_ids[-1] if finish is FinishReason.STOP else None
-        return TokensEvent(
-            seq.request.request_id, seq.choice, first, tokens, logprobs, finish, stop
-        )
+        delta = Delta(seq.choice, first, tokens, logprobs, finish, stop)
+        return TokensEvent(seq.request.request_id, delta)
 
     def _finish_reason(self, seq: Sequence) -> FinishReason | None:
         generation = seq.generation
         sampling = generation.request.sampling
         output = len(seq.token_ids) - seq.num_prompt
-        if seq.token_ids[-1] in generation.stop_ids and output > sampling.min_tokens:
+        if seq.token_ids[-1] in generation.ending_ids and output > sampling.min_tokens:
             return FinishReason.STOP
         return FinishReason.LENGTH if output >= sampling.max_tokens else None
 
@@ -307,14 +305,14 @@ class Engine:
         generation = work.seq.generation
         known = generation.prompt_logprobs
         if not known:
-            known.append(Logprobs(absent=True))
+            known.append(PositionLogprobs())
         spans = generation.request.spans
         for position in range(
             len(known), min(work.start + work.num_tokens + 1, work.seq.num_prompt)
         ):
             index = generation.span_at(position)
             if index < len(spans) and spans[index].token_offset <= position:
-                known.append(Logprobs(absent=True))
+                known.append(PositionLogprobs())
             else:
                 known.append(sampled.prompt_logprobs[position - work.start - 1])
 
@@ -327,23 +325,22 @@ class Engine:
         if generation.open_choices == 0:
             self._end(generation, self._finished(generation))
 
-    def _finished(self, generation: Generation) -> FinishedEvent:
+    def _finished(self, generation: GenerationState) -> FinishedEvent:
         request = generation.request
-        return FinishedEvent(
-            request.request_id,
+        usage = Usage(
             prompt_tokens=len(request.token_ids),
             completion_tokens=generation.ended_tokens
             + sum(seq.num_output for seq in generation.sequences),
             cached_tokens=generation.cached_tokens,
             embedding_tokens=sum(span.num_tokens for span in request.spans),
-            timings=generation.timings(),
         )
+        return FinishedEvent(request.request_id, usage, generation.timings())
 
-    def _fail(self, generation: Generation, error: Exception) -> None:
+    def _fail(self, generation: GenerationState, error: Exception) -> None:
         if generation.request.request_id in self._open:
             self._end(generation, FailedEvent(generation.request.request_id, error))
 
-    def _end(self, generation: Generation, event: Terminal) -> None:
+    def _end(self, generation: GenerationState, event: Terminal) -> None:
         """The one place where a request ends: everything that it held is free."""
         del self._open[generation.request.request_id]
         for seq in generation.sequences:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import replace
 
 from llm_service.policy.sequence import AbortedEvent, Event, FailedEvent, FinishedEvent, TokensEvent
 
@@ -82,7 +83,7 @@ def coalesce(events: Iterable[Event]) -> list[Event]:
     runs: dict[int, list[TokensEvent]] = {}
     for event in events:
         if isinstance(event, TokensEvent):
-            runs.setdefault(event.choice, []).append(event)
+            runs.setdefault(event.delta.choice, []).append(event)
             continue
         merged += map(_merge, runs.values())
         runs.clear()
@@ -94,13 +95,11 @@ def coalesce(events: Iterable[Event]) -> list[Event]:
 def _merge(events: list[TokensEvent]) -> TokensEvent:
     if len(events) == 1:
         return events[0]
-    first, last = events[0], events[-1]
-    return TokensEvent(
-        first.request_id,
-        first.choice,
-        first.first_index,
-        tuple(itertools.chain.from_iterable(event.token_ids for event in events)),
-        tuple(itertools.chain.from_iterable(event.logprobs for event in events)),
-        last.finish,
-        last.stop_token_id,
+    deltas = [event.delta for event in events]
+    whole = replace(
+        deltas[-1],
+        first_index=deltas[0].first_index,
+        token_ids=tuple(itertools.chain.from_iterable(delta.token_ids for delta in deltas)),
+        logprobs=tuple(itertools.chain.from_iterable(delta.logprobs for delta in deltas)),
     )
+    return TokensEvent(events[0].request_id, whole)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from llm_service.policy.sequence import Logprobs, Sequence
+from llm_service.policy.sequence import Sequence
+from opticnerve.generation.values import PositionLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +92,8 @@ class Sampled:
 
     slot: int
     token_ids: tuple[int, ...]
-    logprobs: tuple[Logprobs, ...] = ()  # As many as token_ids, or none asked.
-    prompt_logprobs: tuple[Logprobs, ...] = ()
+    logprobs: tuple[PositionLogprobs, ...] = ()  # As many as token_ids, or none asked.
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from llm_service.policy.leases import Leases
 from llm_service.policy.limits import EngineConfig
 from llm_service.policy.plan import StepPlan, Work, segments
 from llm_service.policy.rows import RowSource
-from llm_service.policy.sequence import Generation, Sequence, Status
+from llm_service.policy.sequence import GenerationState, Sequence, Status
 from llm_service.policy.shares import Sharer, Shares, Turns, decodes, order, remove
 from opticnerve.media.plan import SpanAttention
 
@@ -331,7 +331,7 @@ class Scheduler:
         for seq in self.running:
             seq.missing.discard(key)
 
-    def needs(self, generation: Generation, key: str) -> bool:
+    def needs(self, generation: GenerationState, key: str) -> bool:
         """Whether a choice still has tokens to compute from rows of ``key``."""
         unfinished = (seq for seq in generation.sequences if seq.status is not Status.FINISHED)
         return any(key in self._leases.items(seq, seq.num_computed) for seq in unfinished)

@@ -12,63 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from opticnerve.generation.values import (
+    ChoiceOutput,
+    Delta,
+    PositionLogprobs,
+    Sampling,
+    Timings,
+    Usage,
+)
 from opticnerve.media.plan import Span
-
-
-class FinishReason(Enum):
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """Everything that decides a token; neutral defaults. See ``llm.proto`` for each field."""
-
-    max_tokens: int = 16
-    min_tokens: int = 0
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    n: int = 1
-    stop_token_ids: tuple[int, ...] = ()  # Any of these ends the choice; the id itself is sent.
-    ignore_eos: bool = False
-    eos_token_ids: tuple[int, ...] = ()
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    bad_words: tuple[tuple[int, ...], ...] = ()
-    allowed_token_ids: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Logprobs:
-    """At one position; ``absent`` where there is no prediction (first token, placeholder).
-
-    ``sampled``: (token id, log-probability, rank from 1) of the token that stands there;
-    ``top``: the k best, best first.
-    """
-
-    sampled: tuple[int, float, int] = (0, 0.0, 0)
-    top: tuple[tuple[int, float, int], ...] = ()
-    absent: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ChoiceOutput:
-    """What was already sent of one choice: it counts as output and is not sent again.
-
-    Of a ``finished`` choice nothing more is written.
-    """
-
-    choice: int
-    output_ids: tuple[int, ...] = ()
-    finished: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +35,7 @@ class GenerateRequest:
     token_ids: tuple[int, ...]
     spans: tuple[Span, ...] = ()
     items: tuple[str, ...] = ()
-    sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampling: Sampling = field(default_factory=Sampling)
     priority: int = 0
     adapter: str = ""
     cache_salt: str = ""
@@ -139,19 +91,10 @@ Command = GenerateRequest | Abort | RowsReady | RowsFailed | CheckIntegrity | St
 
 @dataclass(frozen=True, slots=True)
 class TokensEvent:
-    """New tokens of one choice, the one that ended it included.
-
-    ``first_index`` is the output position of ``token_ids[0]``. ``finish`` is set on the choice's
-    last event, which may have no tokens (a continuation that had ended already).
-    """
+    """New tokens of one choice."""
 
     request_id: str
-    choice: int
-    first_index: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[Logprobs, ...] = ()
-    finish: FinishReason | None = None
-    stop_token_id: int | None = None
+    delta: Delta
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +110,7 @@ class PromptLogprobsEvent:
     """One entry for every prompt token, once, before the first token of any choice."""
 
     request_id: str
-    positions: tuple[Logprobs, ...]
+    positions: tuple[PositionLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,24 +128,12 @@ class NeedRowsEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class Timings:
-    queue_ms: float = 0.0
-    embedding_wait_ms: float = 0.0
-    prefill_ms: float = 0.0
-    decode_ms: float = 0.0
-    preemptions: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class FinishedEvent:
     """Terminal: every choice is finished."""
 
     request_id: str
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    embedding_tokens: int
-    timings: Timings
+    usage: Usage
+    timings: Timings  # Without get_ms: the engine reads no rows.
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +195,7 @@ class Status(Enum):
     FINISHED = "finished"
 
 
-class Generation:
+class GenerationState:
     """One accepted request: its choices, and what is counted over all of them."""
 
     def __init__(self, request: GenerateRequest, arrival: int, now: float) -> None:
@@ -278,10 +209,8 @@ class Generation:
         self._given = {choice: given[choice].output_ids for choice in given.keys() - ended}
         self._unbegun = deque(choice for choice in range(request.sampling.n) if choice not in ended)
         self.span_ends = [span.token_offset + span.num_tokens for span in request.spans]
-        sampling = request.sampling
-        eos = () if sampling.ignore_eos else sampling.eos_token_ids
-        self.stop_ids = frozenset(eos) | frozenset(sampling.stop_token_ids)
-        self.prompt_logprobs: list[Logprobs] = []  # Collected so far, from token 0.
+        self.ending_ids = frozenset(request.sampling.ending_ids)
+        self.prompt_logprobs: list[PositionLogprobs] = []  # Collected so far, from token 0.
         self.cached_tokens = 0
         self.submitted_at = now
         self.first_chunk_at: float | None = None
@@ -350,7 +279,9 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, generation: Generation, choice: int, output_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self, generation: GenerationState, choice: int, output_ids: Iterable[int] = ()
+    ) -> None:
         request = generation.request
         self.generation = generation
         self.request = request

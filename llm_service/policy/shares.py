@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import chain
 
-from llm_service.policy.sequence import GenerateRequest, Generation, Sequence
+from llm_service.policy.sequence import GenerateRequest, GenerationState, Sequence
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +46,7 @@ class Sharer:
     served: float = 0.0  # Prefill tokens by weight, in virtual time.
     waiting: list[Sequence] = field(default_factory=list)  # Both by ``order``.
     running: list[Sequence] = field(default_factory=list)
-    places: dict[Generation, int] = field(default_factory=dict)  # Of each request that runs.
+    places: dict[GenerationState, int] = field(default_factory=dict)  # Of each request that runs.
 
     @property
     def crowded(self) -> bool:
@@ -67,7 +67,7 @@ class Sharer:
         """What runs, each with its number in its request, from 0; the last is given up first."""
         if not self.crowded:
             return [(0, seq) for seq in self.running]
-        seen: dict[Generation, int] = {}
+        seen: dict[GenerationState, int] = {}
         numbered = []
         for seq in self.running:
             number = seen.get(seq.generation, 0)
@@ -330,7 +330,7 @@ class _Holder:
         return seq
 
 
-def _line(waiting: list[Sequence], places: Collection[Generation]) -> Iterator[Sequence]:
+def _line(waiting: list[Sequence], places: Collection[GenerationState]) -> Iterator[Sequence]:
     """Those of a sharer that wait, as they come when they come: of one priority, first those whose
     request has none of ``places``."""
     further: list[Sequence] = []

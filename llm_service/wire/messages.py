@@ -4,23 +4,17 @@ engine: what is wrong with a Start is said here, as InvalidRequest with the fiel
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from llm_service.policy.limits import EngineConfig, check_request
-from llm_service.policy.sequence import (
-    ChoiceOutput,
-    FinishedEvent,
-    FinishReason,
-    GenerateRequest,
-    Logprobs,
-    SamplingParams,
-    TokensEvent,
-)
+from llm_service.policy.sequence import GenerateRequest
 from opticnerve import addresses
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.embeddings.store import check_key
 from opticnerve.errors import InvalidRequest, OpticNerveError, UnsupportedFeature
+from opticnerve.generation.messages import delta_to_pb, output_from_pb, sampling_from_pb
+from opticnerve.generation.values import Delta, Sampling
 from opticnerve.media.plan import Modality
 from opticnerve.models.family import Layout
 from opticnerve.pb import embedding_pb2
@@ -31,16 +25,8 @@ from opticnerve.telemetry.logs import safe_id
 
 MAX_MESSAGE_BYTES = 7 * 2**20  # Of PromptLogprobs, which travel in one piece.
 PIECE_BYTES = 2**20  # Of deltas in one message: those of a slow reader pile up.
-MAX_BIAS = 1e30  # Far enough from what fp32 holds to be divided by any temperature.
-MIN_REPETITION_PENALTY = 1e-3
 LOGPROB_BYTES = 14
 LEAST_WEIGHT, MOST_WEIGHT = 0.01, 1000.0  # Of one share beside another.
-
-_FINISH = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-    FinishReason.ABORT: pb.FINISH_REASON_ABORT,
-}
 
 NO_NAMES: Mapping[str, str] = {}
 
@@ -90,13 +76,10 @@ def read_start(start: pb.Start, bounds: Bounds, own: Mapping[str, str] = NO_NAME
         token_ids=tuple(start.token_ids),
         spans=spans,
         items=tuple(own.get(check_key(item.key), item.key) for item in start.items),
-        sampling=read_sampling(start.sampling, bounds),
+        sampling=_sampling(start.sampling, bounds),
         priority=start.priority,
         cache_salt=start.cache_salt,
-        outputs=tuple(
-            ChoiceOutput(output.choice, tuple(output.output_ids), output.finished)
-            for output in start.outputs
-        ),
+        outputs=tuple(map(output_from_pb, start.outputs)),
         skip_prefix_cache=start.skip_prefix_cache,
         share=start.share,
         weight=start.weight or 1.0,
@@ -166,66 +149,23 @@ def _check_prompt_logprobs(request: GenerateRequest) -> None:
         )
 
 
-def read_sampling(message: pb.SamplingParams, bounds: Bounds) -> SamplingParams:
-    """Raises InvalidRequest or UnsupportedFeature. Zeros that mean "off" become neutral values."""
+def _sampling(message: pb.SamplingParams, bounds: Bounds) -> Sampling:
+    """Raises InvalidRequest or UnsupportedFeature."""
     if message.grammar:
         raise UnsupportedFeature("structured output is not served yet", param="grammar")
-    _check_range(message, "temperature", 0.0, 100.0)
-    _check_range(message, "top_p", 0.0, 1.0)
-    _check_range(message, "min_p", 0.0, 1.0)
-    _check_range(message, "frequency_penalty", -100.0, 100.0)
-    _check_range(message, "presence_penalty", -100.0, 100.0)
-    if message.repetition_penalty:
-        _check_range(message, "repetition_penalty", MIN_REPETITION_PENALTY, 100.0)
+    sampling = sampling_from_pb(message)
     vocabulary = bounds.engine.vocab_size
-    words = tuple(tuple(word.token_ids) for word in message.bad_words)
-    _check_ids("logit_bias", message.logit_bias, vocabulary)
-    _check_ids("allowed_token_ids", message.allowed_token_ids, vocabulary)
-    _check_ids("bad_words", (token for word in words for token in word), vocabulary)
-    if not all(abs(bias) <= MAX_BIAS for bias in message.logit_bias.values()):
-        raise InvalidRequest(f"biases are within {MAX_BIAS:g} of 0", param="logit_bias")
-    if not all(words):
-        raise InvalidRequest("a bad word has at least one token", param="bad_words")
-    return SamplingParams(
-        max_tokens=message.max_tokens,
-        min_tokens=message.min_tokens,
-        temperature=message.temperature,
-        top_p=message.top_p or 1.0,
-        top_k=message.top_k,
-        min_p=message.min_p,
-        frequency_penalty=message.frequency_penalty,
-        presence_penalty=message.presence_penalty,
-        repetition_penalty=message.repetition_penalty or 1.0,
-        seed=message.seed,
-        n=message.n or 1,
-        stop_token_ids=tuple(message.stop_token_ids),
-        ignore_eos=message.ignore_eos,
-        eos_token_ids=tuple(message.eos_token_ids),
-        logprobs=_logprobs(message, "logprobs", bounds),
-        prompt_logprobs=_logprobs(message, "prompt_logprobs", bounds),
-        logit_bias=tuple(message.logit_bias.items()),
-        bad_words=words,
-        allowed_token_ids=tuple(message.allowed_token_ids),
-    )
-
-
-def _check_range(message: pb.SamplingParams, name: str, low: float, high: float) -> None:
-    if not low <= getattr(message, name) <= high:  # Not a number is in no range.
-        raise InvalidRequest(f"{name} must be between {low:g} and {high:g}", param=name)
-
-
-def _check_ids(name: str, ids: Iterable[int], vocabulary: int) -> None:
-    if vocabulary and any(token >= vocabulary for token in ids):
-        raise InvalidRequest(f"token ids of {name} must be below {vocabulary}", param=name)
-
-
-def _logprobs(message: pb.SamplingParams, name: str, bounds: Bounds) -> int | None:
-    if not message.HasField(name):  # type: ignore[arg-type]
-        return None
-    count = int(getattr(message, name))
-    if count > bounds.max_logprobs:
-        raise InvalidRequest(f"{name} is at most {bounds.max_logprobs} here", param=name)
-    return count
+    for name, ids in (
+        ("logit_bias", sampling.logit_bias),
+        ("allowed_token_ids", sampling.allowed_token_ids),
+        ("bad_words", itertools.chain.from_iterable(sampling.bad_words)),
+    ):
+        if vocabulary and max(ids, default=0) >= vocabulary:
+            raise InvalidRequest(f"token ids of {name} must be below {vocabulary}", param=name)
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(sampling, name) or 0) > bounds.max_logprobs:
+            raise InvalidRequest(f"{name} is at most {bounds.max_logprobs} here", param=name)
+    return sampling
 
 
 def read_failure(message: pb.EmbeddingFailed) -> OpticNerveError:
@@ -240,51 +180,21 @@ def read_failure(message: pb.EmbeddingFailed) -> OpticNerveError:
 # ---- outwards
 
 
-def deltas(event: TokensEvent) -> Iterator[pb.TokenDelta]:
-    """The event, in pieces of about PIECE_BYTES; what ends the choice is on the last."""
-    width = len(event.logprobs[0].top) + 1 if event.logprobs else 0
+def deltas(delta: Delta) -> Iterator[pb.TokenDelta]:
+    """The delta in pieces of about PIECE_BYTES; what ends the choice is on the last."""
+    width = len(delta.logprobs[0].top) + 1 if delta.logprobs else 0
     size = max(PIECE_BYTES // (4 + width * LOGPROB_BYTES), 1)
-    count = len(event.token_ids)
-    for begin in range(0, max(count, 1), size):
-        piece = slice(begin, begin + size)
-        finish = event.finish if begin + size >= count else None
-        yield pb.TokenDelta(
-            choice=event.choice,
-            first_index=event.first_index + begin,
-            token_ids=event.token_ids[piece],
-            logprobs=map(position, event.logprobs[piece]),
-            finish_reason=_FINISH[finish] if finish else pb.FINISH_REASON_UNSPECIFIED,
-            stop_token_id=(event.stop_token_id or 0) if finish else 0,
+    count = len(delta.token_ids)
+    if count <= size:
+        yield delta_to_pb(delta)
+        return
+    for begin in range(0, count, size):
+        piece = replace(
+            delta,
+            first_index=delta.first_index + begin,
+            token_ids=delta.token_ids[begin : begin + size],
+            logprobs=delta.logprobs[begin : begin + size],
         )
-
-
-def position(logprobs: Logprobs) -> pb.PositionLogprobs:
-    if logprobs.absent:
-        return pb.PositionLogprobs(absent=True)
-    return pb.PositionLogprobs(
-        sampled=_token(logprobs.sampled), top=[_token(entry) for entry in logprobs.top]
-    )
-
-
-def _token(entry: tuple[int, float, int]) -> pb.TokenLogprob:
-    return pb.TokenLogprob(token_id=entry[0], logprob=entry[1], rank=entry[2])
-
-
-def done(event: FinishedEvent, get_s: float) -> pb.Done:
-    timings = event.timings
-    return pb.Done(
-        usage=pb.Usage(
-            prompt_tokens=event.prompt_tokens,
-            completion_tokens=event.completion_tokens,
-            cached_tokens=event.cached_tokens,
-            embedding_tokens=event.embedding_tokens,
-        ),
-        timings=pb.GenerateTimings(
-            queue_ms=timings.queue_ms,
-            embedding_wait_ms=timings.embedding_wait_ms,
-            get_ms=get_s * 1e3,
-            prefill_ms=timings.prefill_ms,
-            decode_ms=timings.decode_ms,
-            preemptions=timings.preemptions,
-        ),
-    )
+        if begin + size < count:
+            piece = replace(piece, finish_reason=None, stop_token_id=None)
+        yield delta_to_pb(piece)

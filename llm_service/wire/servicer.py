@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -32,6 +32,8 @@ from llm_service.wire import messages as wire
 from llm_service.wire.messages import Accepted, Bounds
 from llm_service.wire.waits import Needed, Waits
 from opticnerve.errors import DeadlineExceeded, InvalidRequest, OpticNerveError, Unavailable
+from opticnerve.generation.messages import done_to_pb, position_to_pb
+from opticnerve.generation.values import Delta, Done
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
@@ -195,12 +197,12 @@ class Call:
         out = [pb.GenerateOut()]
         for event in batch:
             match event:
-                case TokensEvent():
-                    self._note(event)
-                    for delta in wire.deltas(event):
+                case TokensEvent(delta=delta):
+                    self._note(delta)
+                    for piece in wire.deltas(delta):
                         if out[-1].ByteSize() >= wire.PIECE_BYTES:
                             out.append(pb.GenerateOut())
-                        out[-1].deltas.append(delta)
+                        out[-1].deltas.append(piece)
                 case Needed(keys=()):
                     pass  # A later message was wrong: ``run`` sees.
                 case Needed():
@@ -220,7 +222,7 @@ class Call:
                     )
                     out[-1].prefilled.CopyFrom(pb.Prefilled(cached_tokens=event.cached_tokens))
                 case PromptLogprobsEvent():
-                    positions = pb.PromptLogprobs(positions=map(wire.position, event.positions))
+                    positions = pb.PromptLogprobs(positions=map(position_to_pb, event.positions))
                     out += (pb.GenerateOut(prompt_logprobs=positions), pb.GenerateOut())
                 case FinishedEvent():
                     out[-1].done.CopyFrom(self._done(event))
@@ -236,23 +238,24 @@ class Call:
         get_s = self._waits.get_s + sum(
             self._loaded.notes.seconds(key, self._started) for key in self._request.items
         )
-        observe(event, get_s)
-        timings = event.timings
+        done = Done(event.usage, replace(event.timings, get_ms=get_s * 1e3))
+        observe(done)
+        timings = done.timings
         events.note(
             ended=FINISHED,
             queue_ms=timings.queue_ms,
             embedding_wait_ms=timings.embedding_wait_ms or None,
-            get_ms=get_s * 1e3 if event.embedding_tokens else None,
+            get_ms=timings.get_ms if event.usage.embedding_tokens else None,
             prefill_ms=timings.prefill_ms,
             decode_ms=timings.decode_ms,
             preemptions=timings.preemptions or None,
         )
-        return wire.done(event, get_s)
+        return done_to_pb(done)
 
-    def _note(self, event: TokensEvent) -> None:
-        self._tokens += len(event.token_ids)
-        if event.finish is not None:
-            events.also(finish=event.finish.value)
+    def _note(self, delta: Delta) -> None:
+        self._tokens += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            events.also(finish=delta.finish_reason.value)
 
     async def _read(self, messages: AsyncIterator[pb.GenerateIn]) -> None:
         """Takes what the caller sends after Start."""
@@ -289,17 +292,18 @@ async def release(engine: EngineClient, stream: EventStream) -> None:
     stream.close()
 
 
-def observe(event: FinishedEvent, get_s: float) -> None:
+def observe(done: Done) -> None:
     """Counts a finished request."""
+    usage, timings = done.usage, done.timings
     tokens = metrics.TOKENS
-    tokens.labels(kind="prompt").inc(event.prompt_tokens)
-    tokens.labels(kind="cached").inc(event.cached_tokens)
-    tokens.labels(kind="image").inc(event.embedding_tokens)
-    tokens.labels(kind="completion").inc(event.completion_tokens)
-    prefix = "hit" if event.cached_tokens else "miss"
+    tokens.labels(kind="prompt").inc(usage.prompt_tokens)
+    tokens.labels(kind="cached").inc(usage.cached_tokens)
+    tokens.labels(kind="image").inc(usage.embedding_tokens)
+    tokens.labels(kind="completion").inc(usage.completion_tokens)
+    prefix = "hit" if usage.cached_tokens else "miss"
     metrics.CACHE_LOOKUPS.labels(tier="prefix", result=prefix).inc()
     stages = metrics.STAGE_SECONDS
-    stages.labels(stage="prefill").observe(event.timings.prefill_ms / 1e3)
-    stages.labels(stage="decode").observe(event.timings.decode_ms / 1e3)
-    if event.embedding_tokens:
-        stages.labels(stage="get").observe(get_s)
+    stages.labels(stage="prefill").observe(timings.prefill_ms / 1e3)
+    stages.labels(stage="decode").observe(timings.decode_ms / 1e3)
+    if usage.embedding_tokens:
+        stages.labels(stage="get").observe(timings.get_ms / 1e3)

@@ -281,7 +281,7 @@ class Run:
             for delta in message.deltas:
                 yield llm_messages.delta_from_pb(delta)
             if message.HasField("done"):
-                self.usage = llm_messages.finished_from_pb(message.done).usage
+                self.usage = llm_messages.done_from_pb(message.done).usage
                 done = True
         if not done:
             raise Unavailable("the LLM worker ended the stream before the generation was done")

@@ -1,18 +1,18 @@
-"""Numbers that a program gives, checked before a message is made of them.
-
-What a message can carry is checked here; what a worker makes of it is the worker's to say.
-"""
+"""Checks of the numbers and token ids that a program gives, before a message is made of them."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Mapping
 from numbers import Real
+from typing import Any
 
 from opticnerve.errors import InvalidRequest
 
 UINT32 = 2**32 - 1
 UINT64 = 2**64 - 1
+MAX_BIAS = 1e30  # Dividing it by any temperature stays within fp32.
 
 
 def check_integer(name: str, value: object, most: int = UINT32) -> None:
@@ -21,10 +21,42 @@ def check_integer(name: str, value: object, most: int = UINT32) -> None:
         raise InvalidRequest(f"{name} is from 0 to {most}, not {value}", param=name)
 
 
-def check_number(name: str, value: object) -> None:
-    """Raises InvalidRequest for what is no real number."""
-    if not isinstance(value, Real):
+def check_number(
+    name: str,
+    value: object,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    or_zero: bool = False,
+) -> None:
+    """Raises InvalidRequest unless ``value`` is a real number from ``low`` to ``high``; NaN is in
+    no range."""
+    if not isinstance(value, (int, float, Real)):
         raise InvalidRequest(f"{name} is a number, not {type(value).__name__}", param=name)
+    number: Any = value
+    if not (low <= number <= high or (or_zero and number == 0)):
+        raise InvalidRequest(f"{name} must be between {low:g} and {high:g}", param=name)
+
+
+def check_biases(name: str, biases: object) -> None:
+    """Raises InvalidRequest unless ``biases`` are numbers within MAX_BIAS of 0, by token id."""
+    if not isinstance(biases, Mapping):
+        raise InvalidRequest(f"{name} is {{id: bias}}, not {type(biases).__name__}", param=name)
+    check_token_ids(name, list(biases))
+    for bias in biases.values():
+        check_number(name, bias, -MAX_BIAS, MAX_BIAS)
+
+
+def check_words(name: str, words: Iterable[object]) -> None:
+    """Raises InvalidRequest unless each of ``words`` is a sequence of one token id or more."""
+    for word in words:
+        if not _token_ids(name, word):
+            raise InvalidRequest(f"a word of {name} has at least one token", param=name)
+
+
+def check_token_ids(name: str, ids: object) -> None:
+    """Raises InvalidRequest like ``read_token_ids``."""
+    _token_ids(name, ids)
 
 
 def read_token_ids(name: str, ids: object) -> tuple[int, ...]:
@@ -33,13 +65,17 @@ def read_token_ids(name: str, ids: object) -> tuple[int, ...]:
     Raises InvalidRequest unless all are integers that a message carries, and for one integer,
     text, bytes and mappings, which are no sequences of token ids.
     """
+    return tuple(_token_ids(name, ids))
+
+
+def _token_ids(name: str, ids: object) -> list[int]:
     if isinstance(ids, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(
         ids, Iterable
     ):
         kind = type(ids).__name__
         raise InvalidRequest(f"{name} is a sequence of token ids, not {kind}", param=name)
     try:
-        found = tuple(map(operator.index, ids))
+        found = list(map(operator.index, ids))
     except TypeError as error:
         raise InvalidRequest(f"{name} holds token ids, which are integers", param=name) from error
     for extreme in (min(found, default=0), max(found, default=0)):

@@ -1,40 +1,70 @@
-"""Generation values to ``llm.proto`` messages and back, for whoever calls an LLM worker."""
+"""The values of ``opticnerve.generation.values`` as messages of ``llm.proto``, and back.
+
+A message has the fields of its class, by name, so that most conversions name none of them: a field
+that is added to both travels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping, MutableSequence
+from dataclasses import fields
+from typing import Any
 
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import OpticNerveError
 from opticnerve.generation.values import (
     ChoiceOutput,
     Delta,
-    Finished,
+    Done,
     FinishReason,
     Logprob,
     PositionLogprobs,
     Sampling,
+    Timings,
     Usage,
 )
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.rpc import convert
 from opticnerve.rpc.errors import to_detail
 
-FINISH = {
-    pb.FINISH_REASON_STOP: FinishReason.STOP,
-    pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
-    pb.FINISH_REASON_ABORT: FinishReason.ABORT,
-}
+_FINISH = {reason: pb.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason}
+_FINISH_BACK = {number: reason for reason, number in _FINISH.items()}
+_OPTIONAL = {each.name for each in pb.SamplingParams.DESCRIPTOR.fields if each.has_presence}
+
+
+# ---- requests
+
+
+def sampling_to_pb(sampling: Sampling) -> pb.SamplingParams:
+    """Every field explicitly: a worker knows no defaults of a model or a gateway."""
+    values = _values(sampling)
+    values["bad_words"] = [pb.TokenSequence(token_ids=word) for word in sampling.bad_words]
+    return pb.SamplingParams(**values)
+
+
+def sampling_from_pb(message: pb.SamplingParams) -> Sampling:
+    """Zeros that mean "off" become neutral values. Raises InvalidRequest for a value out of its
+    range."""
+    values: dict[str, Any] = {}
+    for each in fields(Sampling):
+        name, value = each.name, _plain(getattr(message, each.name))
+        unset = name in _OPTIONAL and not message.HasField(name)  # type: ignore[arg-type]
+        off = not value and each.metadata.get("zero_is_off")
+        values[name] = each.default if unset or off else value
+    values["bad_words"] = tuple(tuple(word.token_ids) for word in message.bad_words)
+    return Sampling(**values)
+
+
+def output_to_pb(output: ChoiceOutput) -> pb.ChoiceOutput:
+    return pb.ChoiceOutput(**_values(output))
+
+
+def output_from_pb(message: pb.ChoiceOutput) -> ChoiceOutput:
+    return ChoiceOutput(**_fields_of(message, ChoiceOutput))
 
 
 def item(key: str, ref: EmbeddingRef | None, *, own: bool = False) -> pb.Item:
     return pb.Item(key=key, ref=convert.ref_to_pb(ref) if ref else None, own=own)
-
-
-def output(choice: ChoiceOutput) -> pb.ChoiceOutput:
-    return pb.ChoiceOutput(
-        choice=choice.choice, output_ids=choice.token_ids, finished=choice.finished
-    )
 
 
 def ready(ref: EmbeddingRef) -> pb.GenerateIn:
@@ -49,33 +79,18 @@ def failed(key: str, error: OpticNerveError) -> pb.GenerateIn:
     )
 
 
-def sampling_to_pb(sampling: Sampling) -> pb.SamplingParams:
-    """Field by field: the decoder knows no defaults. ``eos_token_ids`` that are None are none."""
-    return pb.SamplingParams(
-        max_tokens=sampling.max_tokens,
-        min_tokens=sampling.min_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        frequency_penalty=sampling.frequency_penalty,
-        presence_penalty=sampling.presence_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        seed=sampling.seed,
-        n=sampling.n,
-        stop_token_ids=sampling.stop_token_ids,
-        ignore_eos=sampling.ignore_eos,
-        eos_token_ids=sampling.eos_token_ids or (),
-        logprobs=sampling.logprobs,
-        prompt_logprobs=sampling.prompt_logprobs,
-        logit_bias=dict(sampling.logit_bias),
-        bad_words=[pb.TokenSequence(token_ids=word) for word in sampling.bad_words],
-        allowed_token_ids=sampling.allowed_token_ids,
-    )
+# ---- answers
+
+
+def delta_to_pb(delta: Delta) -> pb.TokenDelta:
+    values = _values(delta)
+    values["logprobs"] = map(position_to_pb, delta.logprobs)
+    values["finish_reason"] = _FINISH[delta.finish_reason] if delta.finish_reason else None
+    return pb.TokenDelta(**values)
 
 
 def delta_from_pb(message: pb.TokenDelta) -> Delta:
-    reason = FINISH.get(message.finish_reason)
+    reason = _FINISH_BACK.get(message.finish_reason)
     return Delta(
         choice=message.choice,
         first_index=message.first_index,
@@ -86,35 +101,59 @@ def delta_from_pb(message: pb.TokenDelta) -> Delta:
     )
 
 
+def position_to_pb(position: PositionLogprobs) -> pb.PositionLogprobs:
+    sampled = position.sampled
+    return pb.PositionLogprobs(
+        sampled=None if sampled is None else _logprob_to_pb(sampled),
+        top=map(_logprob_to_pb, position.top),
+    )
+
+
 def positions_from_pb(messages: Iterable[pb.PositionLogprobs]) -> tuple[PositionLogprobs, ...]:
     return tuple(
         PositionLogprobs(
-            None if message.absent else _logprob(message.sampled),
-            tuple(_logprob(token) for token in message.top),
+            _logprob_from_pb(message.sampled) if message.HasField("sampled") else None,
+            tuple(map(_logprob_from_pb, message.top)),
         )
         for message in messages
     )
 
 
-def _logprob(message: pb.TokenLogprob) -> Logprob:
+def _logprob_to_pb(logprob: Logprob) -> pb.TokenLogprob:
+    return pb.TokenLogprob(token_id=logprob[0], logprob=logprob[1], rank=logprob[2])
+
+
+def _logprob_from_pb(message: pb.TokenLogprob) -> Logprob:
     return Logprob(message.token_id, message.logprob, message.rank)
 
 
-def finished_from_pb(message: pb.Done) -> Finished:
-    usage, timings = message.usage, message.timings
-    return Finished(
-        Usage(
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            cached_tokens=usage.cached_tokens,
-            embedding_tokens=usage.embedding_tokens,
-        ),
-        {
-            "queue": timings.queue_ms,
-            "embedding_wait": timings.embedding_wait_ms,
-            "get": timings.get_ms,
-            "prefill": timings.prefill_ms,
-            "decode": timings.decode_ms,
-        },
-        timings.preemptions,
+def done_to_pb(done: Done) -> pb.Done:
+    return pb.Done(
+        usage=pb.Usage(**_values(done.usage)), timings=pb.GenerateTimings(**_values(done.timings))
     )
+
+
+def done_from_pb(message: pb.Done) -> Done:
+    return Done(
+        Usage(**_fields_of(message.usage, Usage)), Timings(**_fields_of(message.timings, Timings))
+    )
+
+
+# ---- field by field
+
+
+def _values(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass; protobuf takes None for a field that is not set."""
+    return {each.name: getattr(value, each.name) for each in fields(value)}
+
+
+def _fields_of(message: Any, cls: type[Any]) -> dict[str, Any]:
+    """What ``message`` holds for the fields of a dataclass."""
+    return {each.name: _plain(getattr(message, each.name)) for each in fields(cls)}
+
+
+def _plain(value: Any) -> Any:
+    """A message's value without protobuf's containers."""
+    if isinstance(value, MutableMapping):
+        return dict(value)
+    return tuple(value) if isinstance(value, MutableSequence) else value

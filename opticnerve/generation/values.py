@@ -1,82 +1,105 @@
-"""What one generation asks for and answers: plain values, no transport. The gateway's too."""
+"""The vocabulary of generation, shared by gateway, clients and engine: plain values.
+
+Knows no transport and no tensors; ``opticnerve.generation.messages`` turns these values into the
+messages of ``llm.proto`` and back. Everything here is frozen and can be pickled.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from typing import Any, NamedTuple
 
-from opticnerve.errors import InvalidRequest
-from opticnerve.generation.checks import UINT64, check_integer, check_number, read_token_ids
+from opticnerve.generation import checks
 
-_NUMBERS = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "frequency_penalty",
-    "presence_penalty",
-    "repetition_penalty",
-)
+# How a field of Sampling is declared: its default, and in its metadata
+#   "check": raises InvalidRequest for a value that is not allowed, given the field's name
+#   "zero_is_off": 0 in a message stands for the neutral default
+#   "model_default": a checkpoint's generation_config.json may give another default
+
+
+def _checked(default: Any, check: Callable[[str, Any], object], **metadata: bool) -> Any:
+    return field(default=default, metadata={"check": check, **metadata})
+
+
+def _integer(default: int, most: int = checks.UINT32, **metadata: bool) -> Any:
+    def check(name: str, value: object) -> None:
+        checks.check_integer(name, value, most)
+
+    return _checked(default, check, **metadata)
+
+
+def _number(default: float, low: float, high: float, **metadata: bool) -> Any:
+    def check(name: str, value: object) -> None:
+        checks.check_number(name, value, low, high, or_zero="zero_is_off" in metadata)
+
+    return _checked(default, check, **metadata)
+
+
+def _optional(check: Callable[[str, Any], object]) -> Any:
+    return _checked(None, lambda name, value: value is None or check(name, value))
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Everything that decides a token; neutral defaults. See ``SamplingParams`` in ``llm.proto``.
+    """Everything that decides a token; neutral defaults. ``SamplingParams`` in ``llm.proto`` says
+    what each field means.
 
     ``eos_token_ids``: the ids that end an answer; None: those of the worker's checkpoint, which
-    ``LLMClient`` asks it for; (): none. Raises InvalidRequest for values that no message carries.
+    ``LLMClient`` asks the worker for; (): none. Raises InvalidRequest for a value out of its range,
+    with the field's name.
     """
 
-    max_tokens: int = 16
-    min_tokens: int = 0
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    n: int = 1
-    stop_token_ids: tuple[int, ...] = ()
+    max_tokens: int = _integer(16)
+    min_tokens: int = _integer(0)
+    temperature: float = _number(0.0, 0.0, 100.0, model_default=True)
+    top_p: float = _number(1.0, 0.0, 1.0, model_default=True, zero_is_off=True)
+    top_k: int = _integer(0, model_default=True)
+    min_p: float = _number(0.0, 0.0, 1.0, model_default=True)
+    frequency_penalty: float = _number(0.0, -100.0, 100.0)
+    presence_penalty: float = _number(0.0, -100.0, 100.0)
+    repetition_penalty: float = _number(1.0, 1e-3, 100.0, model_default=True, zero_is_off=True)
+    seed: int = _integer(0, checks.UINT64)
+    n: int = _integer(1, zero_is_off=True)
+    stop_token_ids: tuple[int, ...] = _checked((), checks.check_token_ids)
     ignore_eos: bool = False
-    eos_token_ids: tuple[int, ...] | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    bad_words: tuple[tuple[int, ...], ...] = ()
-    allowed_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] | None = _optional(checks.check_token_ids)
+    logprobs: int | None = _optional(checks.check_integer)
+    prompt_logprobs: int | None = _optional(checks.check_integer)
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict, metadata={"check": checks.check_biases}
+    )
+    bad_words: tuple[tuple[int, ...], ...] = _checked((), checks.check_words)
+    allowed_token_ids: tuple[int, ...] = _checked((), checks.check_token_ids)
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "min_tokens", "top_k", "n"):
-            check_integer(name, getattr(self, name))
-        check_integer("seed", self.seed, UINT64)
-        for name in ("logprobs", "prompt_logprobs"):
-            if (count := getattr(self, name)) is not None:
-                check_integer(name, count)
-        for name in _NUMBERS:
-            check_number(name, getattr(self, name))
-        for name in ("stop_token_ids", "allowed_token_ids"):
-            read_token_ids(name, getattr(self, name))
-        if self.eos_token_ids is not None:
-            read_token_ids("eos_token_ids", self.eos_token_ids)
-        if not isinstance(self.logit_bias, Mapping):
-            kind = type(self.logit_bias).__name__
-            raise InvalidRequest(f"logit_bias is {{id: bias}}, not {kind}", param="logit_bias")
-        read_token_ids("logit_bias", list(self.logit_bias))
-        for bias in self.logit_bias.values():
-            check_number("logit_bias", bias)
-        for word in self.bad_words:
-            read_token_ids("bad_words", word)
+        for name, check in _CHECKS:
+            check(name, getattr(self, name))
+
+    @property
+    def ending_ids(self) -> tuple[int, ...]:
+        """The token ids that end a choice once it has ``min_tokens``."""
+        eos = () if self.ignore_eos else self.eos_token_ids or ()
+        return (*self.stop_token_ids, *eos)
+
+
+_CHECKS = tuple(
+    (each.name, each.metadata["check"]) for each in fields(Sampling) if "check" in each.metadata
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceOutput:
-    """What was already sent of one choice of a generation that goes on elsewhere."""
+    """What was already sent of one choice of a generation that goes on elsewhere.
+
+    It counts as output and is not sent again. ``finished``: the choice has ended, or nobody wants
+    more of it; nothing more is written.
+    """
 
     choice: int
-    token_ids: tuple[int, ...]
-    finished: bool  # It has ended, or nobody wants more of it.
+    output_ids: tuple[int, ...] = ()
+    finished: bool = False
 
 
 class FinishReason(StrEnum):
@@ -85,29 +108,38 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
-@dataclass(frozen=True, slots=True)
-class Logprob:
+class Logprob(NamedTuple):
+    """A tuple, because an answer may hold twenty of them a token."""
+
     token_id: int
-    logprob: float  # Natural log, of the raw logits.
+    logprob: float  # Natural log of the probability under the raw logits.
     rank: int  # 1 for the most likely.
 
 
 @dataclass(frozen=True, slots=True)
 class PositionLogprobs:
-    """At one position; ``sampled`` is None where there is no prediction."""
+    """Log-probabilities at one position.
 
-    sampled: Logprob | None
+    ``sampled``: of the token that stands there; None where there is no prediction (the first
+    prompt token, or a placeholder). ``top``: the k best, best first.
+    """
+
+    sampled: Logprob | None = None
     top: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New tokens of one choice, in order and never twice. ``finish_reason`` is on its last one."""
+    """New tokens of one choice, in order and never twice, the one that ended it included.
+
+    ``first_index``: output position of ``token_ids[0]``. ``finish_reason`` is set on the choice's
+    last delta, which may have no tokens; ``stop_token_id`` with STOP.
+    """
 
     choice: int
     first_index: int
     token_ids: tuple[int, ...]
-    logprobs: tuple[PositionLogprobs, ...] = ()
+    logprobs: tuple[PositionLogprobs, ...] = ()  # As many as token_ids, or none.
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
 
@@ -115,19 +147,39 @@ class Delta:
 @dataclass(frozen=True, slots=True)
 class Usage:
     prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    embedding_tokens: int = 0
+    completion_tokens: int = 0  # Of all choices.
+    cached_tokens: int = 0  # Prompt tokens taken from the prefix cache.
+    embedding_tokens: int = 0  # Placeholder tokens of the prompt.
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
-    """The end. ``timings``: milliseconds by stage, as the worker measured them; ``preemptions``:
-    how often one of its choices gave its KV pages up and was computed again."""
+class Timings:
+    """Milliseconds by stage, as the worker measured them; ``preemptions``: how often a choice gave
+    its KV pages up and was computed again."""
+
+    queue_ms: float = 0.0
+    embedding_wait_ms: float = 0.0
+    get_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    preemptions: int = 0
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Milliseconds by the name of the stage."""
+        return {
+            each.name.removesuffix("_ms"): getattr(self, each.name)
+            for each in fields(self)
+            if each.name.endswith("_ms")
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The last event of a generation that succeeded."""
 
     usage: Usage
-    timings: Mapping[str, float] = field(default_factory=dict)
-    preemptions: int = 0
+    timings: Timings = Timings()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from llm_service.policy.sequence import GenerateRequest, SamplingParams, TokensEvent
+from llm_service.policy.sequence import GenerateRequest, TokensEvent
+from opticnerve.generation.values import Sampling
 from tests.local_engine import LocalEngine
 from tests.runners import load_demo, tokens
 
@@ -31,7 +32,7 @@ def one_thread() -> Iterator[None]:
 
 
 def ask(name: str, length: int, max_tokens: int, n: int = 1, **fields: object) -> GenerateRequest:
-    sampling = SamplingParams(max_tokens=max_tokens, n=n, temperature=1.0, seed=len(name))
+    sampling = Sampling(max_tokens=max_tokens, n=n, temperature=1.0, seed=len(name))
     prompt = tokens(length, seed=sum(name.encode()))
     return GenerateRequest(name, prompt, sampling=sampling, **fields)  # type: ignore[arg-type]
 
@@ -57,8 +58,8 @@ class Watched:
             given: Counter[str] = Counter()
             for event in self.local.messages:
                 if isinstance(event, TokensEvent):
-                    given[event.request_id] += len(event.token_ids)
-                    self.texts.setdefault(event.request_id, []).extend(event.token_ids)
+                    given[event.request_id] += len(event.delta.token_ids)
+                    self.texts.setdefault(event.request_id, []).extend(event.delta.token_ids)
             self.steps.append(given)
         self.engine.check_integrity()
 

@@ -19,7 +19,7 @@ from opticnerve.errors import (
     Overloaded,
     Unavailable,
 )
-from opticnerve.generation.values import Delta, Finished, FinishReason, Sampling
+from opticnerve.generation.values import Delta, Done, FinishReason, Sampling
 from opticnerve.media.plan import Grid, Modality, Span
 from opticnerve.pb import llm_pb2
 from tests.fakes import PAIR_ID, FakeLLM, until
@@ -87,9 +87,9 @@ async def test_tokens_usage_and_timings():
     async with FakeLLM([5, 6, 7]) as llm, over(llm) as pool:
         tokens, last = await collect(pool, spec())
         assert tokens == {0: [5, 6, 7]}
-        assert isinstance(last, Finished)
+        assert isinstance(last, Done)
         assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (12, 3)
-        assert last.timings["prefill"] == 2
+        assert last.timings.prefill_ms == 2
         assert pool.workers[0].pending == 0
 
 

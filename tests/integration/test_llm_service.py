@@ -187,8 +187,8 @@ def check_prompt_logprobs(expected: torch.Tensor, prompt: Prompt, answer: Answer
     span = prompt.spans[0]
     for index, position in enumerate(answer.prompt_logprobs):
         inside = span.token_offset <= index < span.token_offset + span.num_tokens
-        assert position.absent == (index == 0 or inside)
-        if not position.absent:
+        assert position.HasField("sampled") != (index == 0 or inside)
+        if position.HasField("sampled"):
             token = prompt.token_ids[index]
             want = expected[index - 1, token].item()
             assert position.sampled.logprob == pytest.approx(want, abs=1e-4)

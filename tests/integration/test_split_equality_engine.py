@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 from llm_service.device.attention import ATTENTION_NAME
-from llm_service.policy.sequence import FinishedEvent, GenerateRequest, SamplingParams
+from llm_service.policy.sequence import FinishedEvent, GenerateRequest
 from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Modality, Overrides, Plan, Span, Structure
 from opticnerve.models.registry import load_language, load_tower, make_layout
 from tests.checkpoints import DEMO, EOS, FAMILIES, make_checkpoint
@@ -151,7 +152,7 @@ class Model:
                     prompt.token_ids,
                     prompt.spans,
                     tuple(picture.key for picture in prompt.pictures),
-                    SamplingParams(max_tokens=MAX_TOKENS, eos_token_ids=(EOS,)),
+                    Sampling(max_tokens=MAX_TOKENS, eos_token_ids=(EOS,)),
                 )
             )
         return made
@@ -211,7 +212,7 @@ def test_warm_prefix_cache(model: Model) -> None:
     for tag in ("cold", "warm"):
         model.check_all(engine, prompts, tag)
     cached = {
-        m.request_id: m.cached_tokens for m in engine.messages if isinstance(m, FinishedEvent)
+        m.request_id: m.usage.cached_tokens for m in engine.messages if isinstance(m, FinishedEvent)
     }
     assert cached["warm7"] >= 64 and cached["warm8"] >= 48
 

@@ -10,20 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from llm_service.policy.block_manager import BlockManager, extend_hashes
-from llm_service.policy.sequence import (
-    GenerateRequest,
-    Generation,
-    SamplingParams,
-    Sequence,
-    Status,
-)
+from llm_service.policy.sequence import GenerateRequest, GenerationState, Sequence, Status
+from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
 
 
 def sequence(length: int, first: int = 0, **fields: Any) -> Sequence:
     tokens = tuple(range(first, first + length))
-    request = GenerateRequest("r", tokens, sampling=SamplingParams(), **fields)
-    seq = Generation(request, 0, 0.0).begin()
+    request = GenerateRequest("r", tokens, sampling=Sampling(), **fields)
+    seq = GenerationState(request, 0, 0.0).begin()
     assert seq is not None
     return seq
 

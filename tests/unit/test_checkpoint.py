@@ -289,7 +289,7 @@ def test_what_ends_an_answer_is_what_ends_it_at_the_gateway(tmp_path: Path) -> N
         checkpoint = Checkpoint.open(str(path))
         assert checkpoint.eos_token_ids == expected
         at_gateway = load_defaults("auto", path, Tokenizer.load(path), checkpoint.text_config)
-        assert at_gateway.eos_token_ids == expected
+        assert at_gateway.sampling.eos_token_ids == expected
 
 
 def test_a_checkpoint_without_a_tokenizer_ends_where_its_configuration_says(tmp_path: Path) -> None:

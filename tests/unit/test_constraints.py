@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llm_service.device.constraints import Constraints, constrains
 from llm_service.device.sampler import Sampler
-from llm_service.policy.sequence import SamplingParams
+from opticnerve.generation.values import Sampling
 
 VOCAB = 12
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 class Running:
     """One sequence, as the reference sees it."""
 
-    params: SamplingParams
+    params: Sampling
     text: list[int]
     position: int = 0
 
@@ -35,7 +35,7 @@ class Running:
 def expected(logits: torch.Tensor, seq: Running) -> torch.Tensor:
     """One row, as llm.proto states it."""
     row, params = logits.clone(), seq.params
-    for token, value in params.logit_bias:
+    for token, value in params.logit_bias.items():
         if token < VOCAB:
             row[token] += value
     forbidden = set()
@@ -46,7 +46,7 @@ def expected(logits: torch.Tensor, seq: Running) -> torch.Tensor:
             forbidden.add(end)
     if seq.position < params.min_tokens:
         forbidden.update(params.stop_token_ids)
-        forbidden.update(() if params.ignore_eos else params.eos_token_ids)
+        forbidden.update(() if params.ignore_eos else params.eos_token_ids or ())
     row[[token for token in forbidden if token < VOCAB]] = -torch.inf
     return row
 
@@ -55,10 +55,8 @@ def expected(logits: torch.Tensor, seq: Running) -> torch.Tensor:
 FEW = st.sampled_from([0, 1, 1, 1, 2, VOCAB, VOCAB + 7])
 ANY = st.integers(0, VOCAB + 2)
 PARAMS = st.builds(
-    SamplingParams,
-    logit_bias=st.dictionaries(ANY, st.sampled_from([-2.0, 0.5, 3.0])).map(
-        lambda bias: tuple(bias.items())
-    ),
+    Sampling,
+    logit_bias=st.dictionaries(ANY, st.sampled_from([-2.0, 0.5, 3.0])),
     allowed_token_ids=st.lists(ANY, max_size=6).map(tuple),
     bad_words=st.lists(st.lists(FEW, min_size=1, max_size=5).map(tuple), max_size=9).map(tuple),
     min_tokens=st.integers(0, 3),
@@ -86,7 +84,7 @@ def check_step(
 
 @given(st.lists(st.tuples(PARAMS, TEXT), min_size=1, max_size=3), st.data())
 def test_steps_equal_the_reference_whatever_comes_and_goes(
-    starts: list[tuple[SamplingParams, list[int]]], data: st.DataObject
+    starts: list[tuple[Sampling, list[int]]], data: st.DataObject
 ) -> None:
     """Sequences begin, fork, move to another slot and end, between steps of any of them."""
     constraints = Constraints(VOCAB, CPU)
@@ -125,7 +123,7 @@ def test_steps_equal_the_reference_whatever_comes_and_goes(
 def test_nested_words_are_found_however_long_the_text() -> None:
     words = tuple((*[1] * length, 2 + length) for length in range(1, 9))
     constraints = Constraints(VOCAB, CPU)
-    running = {0: Running(SamplingParams(bad_words=words), [0])}
+    running = {0: Running(Sampling(bad_words=words), [0])}
     constraints.admit(0, running[0].params, running[0].text)
     for token in [1] * 12 + [0] + [1] * 3:
         check_step(constraints, running, [0], [token])
@@ -152,17 +150,36 @@ class Read(tuple[Any, ...]):
         return super().__contains__(item)
 
 
+class ReadMapping(dict[int, float]):
+    """A dict that counts how often it is gone through."""
+
+    count = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.count += 1
+        return super().__iter__()
+
+    def values(self) -> Any:
+        self.count += 1
+        return super().values()
+
+    def items(self) -> Any:
+        self.count += 1
+        return super().items()
+
+
 def test_lists_are_read_once_for_all_choices_and_never_by_a_step() -> None:
-    params = SamplingParams(
+    params = Sampling(
         temperature=1.0,
-        logit_bias=Read([(3, 1.0), (4, -1.0)]),
+        logit_bias=ReadMapping({3: 1.0, 4: -1.0}),
         bad_words=Read([(5,), (6, 7), (1, 1, 8)]),
         allowed_token_ids=Read(range(10)),
         min_tokens=3,
         stop_token_ids=Read([9]),
         eos_token_ids=Read([2]),
     )
-    lists = [each for each in map(params.__getattribute__, params.__slots__) if type(each) is Read]
+    values = map(params.__getattribute__, params.__slots__)
+    lists = [each for each in values if isinstance(each, Read | ReadMapping)]
     assert len(lists) == 5
     sampler = Sampler(VOCAB, 3, CPU)
     sampler.admit(0, params, 0, [1, 2], 2)
@@ -179,9 +196,9 @@ def test_lists_are_read_once_for_all_choices_and_never_by_a_step() -> None:
 LARGE = 100_000
 
 
-def large() -> SamplingParams:
-    return SamplingParams(
-        logit_bias=tuple((token, 1.0) for token in range(1000)),
+def large() -> Sampling:
+    return Sampling(
+        logit_bias=dict.fromkeys(range(1000), 1.0),
         bad_words=tuple((token, token + 1, token + 2) for token in range(1000)),
         allowed_token_ids=tuple(range(0, LARGE, 2)),
         min_tokens=1,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llm_service.policy.cost_model import CostModel
 from llm_service.policy.plan import StepPlan, Work
-from llm_service.policy.sequence import GenerateRequest, Generation, Sequence
+from llm_service.policy.sequence import GenerateRequest, GenerationState, Sequence
 from tests.fake_runner import Machine
 
 TARGET_S = 0.2
@@ -19,7 +19,7 @@ CPU = Machine(0.015, 0.003, 0.0017)
 
 
 def sequence() -> Sequence:
-    seq = Generation(GenerateRequest("a", (1, 2)), 0, 0.0).begin()
+    seq = GenerationState(GenerateRequest("a", (1, 2)), 0, 0.0).begin()
     assert seq is not None
     return seq
 

@@ -11,18 +11,14 @@ from llm_service.engine.engine import Engine, Message
 from llm_service.policy.limits import EngineConfig
 from llm_service.policy.sequence import (
     AbortedEvent,
-    ChoiceOutput,
     EngineStats,
     Event,
     FailedEvent,
     FinishedEvent,
-    FinishReason,
     GenerateRequest,
-    Logprobs,
     NeedRowsEvent,
     PrefilledEvent,
     PromptLogprobsEvent,
-    SamplingParams,
     TokensEvent,
 )
 from opticnerve.errors import (
@@ -32,6 +28,14 @@ from opticnerve.errors import (
     EngineFailure,
     InvalidRequest,
     Overloaded,
+)
+from opticnerve.generation.values import (
+    ChoiceOutput,
+    Delta,
+    FinishReason,
+    Logprob,
+    PositionLogprobs,
+    Sampling,
 )
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
 from tests.fake_runner import FakeRows, FakeRunner, oracle
@@ -80,8 +84,8 @@ class Bench:
     def tokens(self, request_id: str, choice: int = 0) -> list[int]:
         tokens: list[int] = []
         for event in self.of(request_id, TokensEvent):
-            if event.choice == choice:
-                tokens += event.token_ids
+            if event.delta.choice == choice:
+                tokens += event.delta.token_ids
         return tokens
 
     def last(self, request_id: str) -> Event:
@@ -97,7 +101,7 @@ def request(name: str, length: int = 20, **fields: Any) -> GenerateRequest:
     sampling = fields.pop("sampling", {})
     tokens = fields.pop("token_ids", tuple(i % 7 + 1 for i in range(length)))
     return GenerateRequest(
-        name, tokens, sampling=SamplingParams(**{"max_tokens": 8, **sampling}), **fields
+        name, tokens, sampling=Sampling(**{"max_tokens": 8, **sampling}), **fields
     )
 
 
@@ -115,9 +119,9 @@ def test_a_request_becomes_tokens_and_ends_once() -> None:
     assert bench.tokens("a") == oracle(ask)
     finished = bench.last("a")
     assert isinstance(finished, FinishedEvent)
-    assert (finished.prompt_tokens, finished.completion_tokens) == (40, 8)
-    assert [event.first_index for event in bench.of("a", TokensEvent)] == list(range(8))
-    assert bench.of("a", TokensEvent)[-1].finish is FinishReason.LENGTH
+    assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (40, 8)
+    assert [event.delta.first_index for event in bench.of("a", TokensEvent)] == list(range(8))
+    assert bench.of("a", TokensEvent)[-1].delta.finish_reason is FinishReason.LENGTH
     assert len(bench.of("a", FinishedEvent)) == 1
     bench.assert_clean()
 
@@ -138,7 +142,7 @@ def test_a_prefix_is_computed_once() -> None:
     bench.run(first)
     bench.run(second)
     assert bench.tokens("b") == oracle(second)
-    assert bench.last("b").cached_tokens == 48  # type: ignore[union-attr]
+    assert bench.last("b").usage.cached_tokens == 48  # type: ignore[union-attr]
 
 
 def test_what_is_cached_of_a_prompt_is_told_before_its_first_token() -> None:
@@ -156,14 +160,14 @@ def test_output_is_cached_for_the_next_turn() -> None:
     again = request("b", token_ids=(*first.token_ids, *bench.tokens("a"), 1, 2, 3))
     bench.run(again)
     assert bench.tokens("b") == oracle(again)
-    assert bench.last("b").cached_tokens == 48  # type: ignore[union-attr]
+    assert bench.last("b").usage.cached_tokens == 48  # type: ignore[union-attr]
 
 
 def test_a_prompt_that_is_cached_whole_computes_its_last_page_again() -> None:
     bench = Bench()
     bench.run(request("a", 32))
     bench.run(request("b", 32))
-    assert bench.last("b").cached_tokens == 16  # type: ignore[union-attr]
+    assert bench.last("b").usage.cached_tokens == 16  # type: ignore[union-attr]
     assert bench.tokens("b") == bench.tokens("a")
 
 
@@ -177,14 +181,14 @@ def test_salt_adapter_and_skip_keep_prefixes_apart() -> None:
         "scored": {"sampling": {"prompt_logprobs": 0}},
     }.items():
         bench.run(request(name, 60, **fields))
-        assert bench.last(name).cached_tokens == 0, name  # type: ignore[union-attr]
+        assert bench.last(name).usage.cached_tokens == 0, name  # type: ignore[union-attr]
 
 
 def test_what_skips_the_prefix_cache_is_not_shared_either() -> None:
     bench = Bench()
     bench.run(request("a", 60, skip_prefix_cache=True))
     bench.run(request("b", 60))
-    assert bench.last("b").cached_tokens == 0  # type: ignore[union-attr]
+    assert bench.last("b").usage.cached_tokens == 0  # type: ignore[union-attr]
 
 
 def test_two_pictures_of_one_size_have_their_own_answers() -> None:
@@ -194,8 +198,8 @@ def test_two_pictures_of_one_size_have_their_own_answers() -> None:
         bench.run(request(name, 60, spans=spans, items=(key,)))
     assert bench.tokens("a") != bench.tokens("b")
     assert bench.tokens("a") == bench.tokens("c")
-    assert bench.last("b").cached_tokens == 0  # type: ignore[union-attr]
-    assert bench.last("c").cached_tokens == 48  # type: ignore[union-attr]
+    assert bench.last("b").usage.cached_tokens == 0  # type: ignore[union-attr]
+    assert bench.last("c").usage.cached_tokens == 48  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +228,7 @@ def test_one_key_under_another_span_is_another_prefix(change: dict[str, Any]) ->
     bench.run(request("a", 60, spans=(Span(**fields),), items=("red",)))
     other = request("b", 60, spans=(Span(**{**fields, **change}),), items=("red",))
     bench.run(other)
-    assert bench.last("b").cached_tokens == 0  # type: ignore[union-attr]
+    assert bench.last("b").usage.cached_tokens == 0  # type: ignore[union-attr]
     assert bench.tokens("b") == oracle(other)
 
 
@@ -239,7 +243,7 @@ def test_text_before_a_picture_is_computed_while_the_picture_is_encoded() -> Non
     bench.engine.rows_ready("red")
     bench.run()
     assert bench.tokens("a") == oracle(ask)
-    assert bench.last("a").embedding_tokens == 10  # type: ignore[union-attr]
+    assert bench.last("a").usage.embedding_tokens == 10  # type: ignore[union-attr]
     bench.assert_clean()
 
 
@@ -273,7 +277,7 @@ def test_a_hit_that_ends_in_a_picture_needs_its_rows() -> None:
     bench.engine.rows_ready("red")
     bench.run()
     assert bench.tokens("b") == oracle(ask)
-    assert bench.last("b").cached_tokens == 16  # type: ignore[union-attr]
+    assert bench.last("b").usage.cached_tokens == 16  # type: ignore[union-attr]
 
 
 def test_rows_that_are_gone_when_they_are_wanted_are_asked_for_again() -> None:
@@ -348,7 +352,7 @@ def test_a_bidirectional_span_is_one_chunk_and_never_half_a_hit() -> None:
     )  # Hits 32 tokens, in the middle of the span.
     bench.run(shorter)
     assert bench.tokens("b") == oracle(shorter)
-    assert bench.last("b").cached_tokens == 0  # type: ignore[union-attr]
+    assert bench.last("b").usage.cached_tokens == 0  # type: ignore[union-attr]
 
 
 def test_preemption_recomputes_and_changes_nothing() -> None:
@@ -397,7 +401,7 @@ def test_choices_fork_after_prefill_and_share_its_pages() -> None:
     bench.run(ask)
     for choice in range(3):
         assert bench.tokens("a", choice) == oracle(ask, choice)
-    assert bench.last("a").completion_tokens == 60  # type: ignore[union-attr]
+    assert bench.last("a").usage.completion_tokens == 60  # type: ignore[union-attr]
     computed = sum(plan.num_tokens for plan in bench.runner.plans)
     assert computed == 40 + 2 + 3 * 19  # The forks compute one token of the prompt again.
     assert sum(len(plan.copies) for plan in bench.runner.plans) == 2
@@ -446,8 +450,8 @@ def test_stop_rules() -> None:
         ask = request(name, sampling={"max_tokens": 40, **sampling})
         bench.run(ask)
         assert bench.tokens(name) == oracle(ask) == free[:length]
-        end = bench.of(name, TokensEvent)[-1]
-        assert (end.finish, end.stop_token_id) == (
+        end = bench.of(name, TokensEvent)[-1].delta
+        assert (end.finish_reason, end.stop_token_id) == (
             (FinishReason.LENGTH, None) if name == "ignored" else (FinishReason.STOP, stop)
         )
 
@@ -468,8 +472,8 @@ def test_a_continuation_is_counted_and_not_sent_again() -> None:
     ask = request("b", sampling={"max_tokens": 30, "seed": 4}, outputs=sent)
     bench.run(ask)
     assert bench.tokens("b") == expected[11:]
-    assert bench.of("b", TokensEvent)[0].first_index == 11
-    assert bench.last("b").completion_tokens == 30  # type: ignore[union-attr]
+    assert bench.of("b", TokensEvent)[0].delta.first_index == 11
+    assert bench.last("b").usage.completion_tokens == 30  # type: ignore[union-attr]
 
 
 def test_a_continuation_of_what_had_ended_ends_at_once() -> None:
@@ -478,12 +482,14 @@ def test_a_continuation_of_what_had_ended_ends_at_once() -> None:
     stopped = request("b", sampling={"stop_token_ids": (2,)}, outputs=(ChoiceOutput(0, (1, 2)),))
     known = request("c", sampling={"n": 2}, outputs=tuple(ended(i, (1, 2)) for i in range(2)))
     bench.run(done, stopped, known)
-    assert bench.of("a", TokensEvent) == [TokensEvent("a", 0, 3, (), (), FinishReason.LENGTH)]
-    assert bench.of("b", TokensEvent)[0].finish is FinishReason.STOP
-    assert bench.of("b", TokensEvent)[0].stop_token_id == 2
+    assert bench.of("a", TokensEvent) == [
+        TokensEvent("a", Delta(0, 3, (), (), FinishReason.LENGTH))
+    ]
+    assert bench.of("b", TokensEvent)[0].delta.finish_reason is FinishReason.STOP
+    assert bench.of("b", TokensEvent)[0].delta.stop_token_id == 2
     assert not bench.runner.plans
     for name, count in (("a", 3), ("b", 2), ("c", 4)):
-        assert bench.last(name).completion_tokens == count  # type: ignore[union-attr]
+        assert bench.last(name).usage.completion_tokens == count  # type: ignore[union-attr]
     assert bench.of("c", TokensEvent) == []
     bench.assert_clean()
 
@@ -511,11 +517,14 @@ def test_choices_continue_with_outputs_of_their_own(prefix_caching: bool) -> Non
     bench.run(ask)
     for choice in range(1, 5):
         assert list(sent[choice]) + bench.tokens("b", choice) == whole[choice]
-        events = [event for event in bench.of("b", TokensEvent) if event.choice == choice]
+        deltas = [event.delta for event in bench.of("b", TokensEvent)]
+        events = [delta for delta in deltas if delta.choice == choice]
         assert events[0].first_index == len(sent[choice])
-        assert [event.finish for event in events if event.finish] == [FinishReason.LENGTH]
+        assert [each.finish_reason for each in events if each.finish_reason] == [
+            FinishReason.LENGTH
+        ]
     assert bench.tokens("b", 0) == []
-    assert bench.last("b").completion_tokens == 9 + 4 * 30  # type: ignore[union-attr]
+    assert bench.last("b").usage.completion_tokens == 9 + 4 * 30  # type: ignore[union-attr]
     computed = sum(plan.num_tokens for plan in bench.runner.plans)
     decoded = sum(len(whole[choice]) - len(sent[choice]) for choice in range(1, 5))
     leader, own = len(ask.token_ids) + 17, 0 + 2
@@ -548,8 +557,8 @@ def test_prompt_logprobs_come_once_before_the_first_token() -> None:
     assert len(positions) == 50
     absent = {0, 33, 34, 35, 36}
     for index, entry in enumerate(positions):
-        expected = Logprobs((ask.token_ids[index], float(index), 1))
-        assert entry == (Logprobs(absent=True) if index in absent else expected)
+        expected = PositionLogprobs(Logprob(ask.token_ids[index], float(index), 1))
+        assert entry == (PositionLogprobs() if index in absent else expected)
 
 
 def test_prompt_logprobs_survive_preemption() -> None:
@@ -608,11 +617,11 @@ def test_pages_of_what_the_engine_failed_on_are_shared_no_more() -> None:
     bench.run(request("b", 60))
     assert isinstance(bench.last("b"), FailedEvent)
     bench.run(request("c", 60))
-    assert bench.last("c").cached_tokens == 0  # type: ignore[union-attr]
+    assert bench.last("c").usage.cached_tokens == 0  # type: ignore[union-attr]
     bench.runner.slot_errors.append(InvalidRequest("no token is allowed"))
     bench.run(request("d", 60))
     bench.run(request("e", 60))
-    assert bench.last("e").cached_tokens == 48  # type: ignore[union-attr]
+    assert bench.last("e").usage.cached_tokens == 48  # type: ignore[union-attr]
     bench.assert_clean()
 
 

@@ -14,7 +14,6 @@ from llm_service.policy.sequence import (
     Event,
     FailedEvent,
     FinishedEvent,
-    FinishReason,
     NeedRowsEvent,
     PromptLogprobsEvent,
     TokensEvent,
@@ -25,6 +24,7 @@ from opticnerve.errors import (
     EngineFailure,
     InvalidRequest,
 )
+from opticnerve.generation.values import Delta, FinishReason
 from tests.fake_runner import oracle
 from tests.scripted_engines import (
     BROKEN,
@@ -170,18 +170,18 @@ def test_the_event_loop_never_waits_for_a_step(
 
 def test_slow_readers_get_tokens_merged() -> None:
     events: list[Event] = [
-        TokensEvent("a", 0, 0, (1,)),
-        TokensEvent("a", 1, 0, (7,)),
-        TokensEvent("a", 0, 1, (2, 3)),
-        TokensEvent("a", 1, 1, (8,), (), FinishReason.STOP, 8),
+        TokensEvent("a", Delta(0, 0, (1,))),
+        TokensEvent("a", Delta(1, 0, (7,))),
+        TokensEvent("a", Delta(0, 1, (2, 3))),
+        TokensEvent("a", Delta(1, 1, (8,), (), FinishReason.STOP, 8)),
         NeedRowsEvent("a", ("k",)),
-        TokensEvent("a", 0, 3, (4,)),
+        TokensEvent("a", Delta(0, 3, (4,))),
     ]
     assert coalesce(events) == [
-        TokensEvent("a", 0, 0, (1, 2, 3)),
-        TokensEvent("a", 1, 0, (7, 8), (), FinishReason.STOP, 8),
+        TokensEvent("a", Delta(0, 0, (1, 2, 3))),
+        TokensEvent("a", Delta(1, 0, (7, 8), (), FinishReason.STOP, 8)),
         NeedRowsEvent("a", ("k",)),
-        TokensEvent("a", 0, 3, (4,)),
+        TokensEvent("a", Delta(0, 3, (4,))),
     ]
 
 
@@ -191,7 +191,7 @@ def test_messages_cross_processes() -> None:
     assert vars(copy.error) == vars(failed.error)
     for message in (
         request("a", spans=(PICTURE,), items=("k",)),
-        TokensEvent("a", 0, 0, (1,)),
+        TokensEvent("a", Delta(0, 0, (1,))),
         PromptLogprobsEvent("a", ()),
     ):
         assert pickle.loads(pickle.dumps(message)) == message

@@ -20,7 +20,6 @@ from llm_service.engine.stream import coalesce
 from llm_service.policy.limits import EngineConfig
 from llm_service.policy.sequence import (
     AbortedEvent,
-    ChoiceOutput,
     EngineStats,
     Event,
     FailedEvent,
@@ -28,10 +27,10 @@ from llm_service.policy.sequence import (
     GenerateRequest,
     NeedRowsEvent,
     PromptLogprobsEvent,
-    SamplingParams,
     TokensEvent,
 )
 from opticnerve.errors import EmbeddingNotFound, EngineFailure
+from opticnerve.generation.values import ChoiceOutput, Sampling
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
 from tests.fake_runner import FakeRows, FakeRunner, Machine, oracle
 
@@ -87,7 +86,7 @@ def request(chance: Random, parts: list[Part]) -> GenerateRequest:
     tokens, spans = layout(parts)
     max_tokens = chance.randint(1, 40)
     continues = chance.random() < 0.2
-    sampling = SamplingParams(
+    sampling = Sampling(
         max_tokens=max_tokens,
         min_tokens=chance.randrange(5),
         seed=chance.randrange(2),
@@ -243,10 +242,11 @@ class World:
         finishes: Counter[int] = Counter()
         for event in coalesce(events):
             if isinstance(event, TokensEvent):
-                assert event.first_index == len(tokens[event.choice])
-                assert not finishes[event.choice]
-                tokens[event.choice] += event.token_ids
-                finishes[event.choice] += event.finish is not None
+                delta = event.delta
+                assert delta.first_index == len(tokens[delta.choice])
+                assert not finishes[delta.choice]
+                tokens[delta.choice] += delta.token_ids
+                finishes[delta.choice] += delta.finish_reason is not None
         if isinstance(events[-1], FinishedEvent):
             self._check_finished(request, events, tokens)
             ended = {output.choice for output in request.outputs if output.finished}
@@ -263,8 +263,8 @@ class World:
         assert isinstance(finished, FinishedEvent)
         for choice in range(request.sampling.n):
             assert tokens[choice] == oracle(request, choice)
-        assert finished.completion_tokens == sum(len(each) for each in tokens.values())
-        assert finished.cached_tokens <= len(request.token_ids)
+        assert finished.usage.completion_tokens == sum(len(each) for each in tokens.values())
+        assert finished.usage.cached_tokens <= len(request.token_ids)
         scores = [event for event in events if isinstance(event, PromptLogprobsEvent)]
         given = dict.fromkeys(tokens, 0)
         given |= {output.choice: len(output.output_ids) for output in request.outputs}

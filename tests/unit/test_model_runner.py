@@ -16,7 +16,7 @@ from llm_service.device.memory import available_memory
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
 from llm_service.device.slots import SlotTable
 from llm_service.policy.plan import StepPlan, Work
-from llm_service.policy.sequence import FailedEvent, GenerateRequest, Generation, TokensEvent
+from llm_service.policy.sequence import FailedEvent, GenerateRequest, GenerationState, TokensEvent
 from llm_service.policy.sequence import Sequence as Choice
 from opticnerve.errors import (
     ConfigError,
@@ -51,7 +51,7 @@ def tokens_said(engine: LocalEngine, name: str) -> list[int]:
         token
         for message in engine.messages
         if isinstance(message, TokensEvent) and message.request_id == name
-        for token in message.token_ids
+        for token in message.delta.token_ids
     ]
 
 
@@ -72,7 +72,7 @@ def execute_prefill(demo: tuple[Any, Any], embeddings: dict[str, Any]) -> tuple[
 def work_of(ask: GenerateRequest, slot: int, table: tuple[int, ...], **changes: Any) -> Work:
     from llm_service.policy.plan import Segment
 
-    seq = Choice(Generation(ask, 0, 0.0), 0)
+    seq = Choice(GenerationState(ask, 0, 0.0), 0)
     span = ask.spans[0] if ask.spans else None
     segments = (
         () if span is None else (Segment(ask.items[0], span.token_offset, 0, span.num_tokens),)

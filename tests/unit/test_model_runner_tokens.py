@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from llm_service.policy.sequence import ChoiceOutput, FinishedEvent, Logprobs
+from llm_service.policy.sequence import FinishedEvent
+from opticnerve.generation.values import ChoiceOutput, PositionLogprobs
 from tests.checkpoints import DEMO
 from tests.local_engine import LocalEngine
 from tests.runners import ids_of, load_demo, request, rows, tokens, with_picture
@@ -31,7 +32,7 @@ def whole() -> Any:
 
 CONSTRAINED = {
     "allowed_token_ids": tuple(range(50, 90)),
-    "logit_bias": tuple((token, 2.0) for token in range(60, 70)),
+    "logit_bias": dict.fromkeys(range(60, 70), 2.0),
     "bad_words": ((61,), (62, 63), *((token, 64) for token in range(60, 70))),
 }
 
@@ -115,20 +116,26 @@ def test_choices_continue_as_if_nothing_had_happened(
                 [each.sampled[1] for each in expected], abs=1e-4
             )
         finished = [m for m in engine.messages if isinstance(m, FinishedEvent)]
-        assert [event.completion_tokens for event in finished] == [90]
+        assert [event.usage.completion_tokens for event in finished] == [90]
 
 
 # ---- log-probabilities
 
 
-def values_of(entries: Sequence[Logprobs]) -> list[tuple[bool, float, list[float]]]:
+def values_of(entries: Sequence[PositionLogprobs]) -> list[tuple[bool, float, list[float]]]:
     return [
-        (each.absent, 0.0 if each.absent else each.sampled[1], [value for _, value, _ in each.top])
+        (
+            each.sampled is None,
+            0.0 if each.sampled is None else each.sampled.logprob,
+            [token.logprob for token in each.top],
+        )
         for each in entries
     ]
 
 
-def close(one: Sequence[Logprobs], two: Sequence[Logprobs], tolerance: float = 1e-4) -> None:
+def close(
+    one: Sequence[PositionLogprobs], two: Sequence[PositionLogprobs], tolerance: float = 1e-4
+) -> None:
     assert len(one) == len(two)
     for (gone, first, top), (also, second, others) in zip(
         values_of(one), values_of(two), strict=True
@@ -149,7 +156,7 @@ def test_log_probabilities_are_transformers_own(demo: tuple[Any, Any], whole: An
         temperature=1.4,
         seed=1,
         repetition_penalty=1.3,
-        logit_bias=((50, 3.0),),
+        logit_bias={50: 3.0},
         top_k=40,
     )
     engine = LocalEngine(*demo)
@@ -158,7 +165,9 @@ def test_log_probabilities_are_transformers_own(demo: tuple[Any, Any], whole: An
         text = torch.tensor([[*prompt, *answer.token_ids]])
         want = whole(input_ids=text).logits[0].float().log_softmax(-1)
     found = engine.prompt_logprobs()["x"]
-    assert len(found) == len(prompt) and found[0].absent and not any(e.absent for e in found[1:])
+    assert (
+        len(found) == len(prompt) and found[0].sampled is None and all(e.sampled for e in found[1:])
+    )
     whole_text = [*prompt, *answer.token_ids]
     for position, entry in enumerate([*found[1:], *answer.logprobs], start=1):
         predicted = want[position - 1]
@@ -193,7 +202,7 @@ def test_log_probabilities_do_not_depend_on_company_or_chunks(demo: tuple[Any, A
         for ask in asks:
             close(prompts[ask.request_id], prompts[f"cold-{ask.request_id}"])
         results.append([(answers[name, 0].logprobs, prompts[name]) for name in ("p", "q")])
-        absent = [i for i, each in enumerate(prompts["p"]) if each.absent]
+        absent = [i for i, each in enumerate(prompts["p"]) if each.sampled is None]
         assert absent == [0, *range(14, 23)]
     for other in results[1:]:
         for (output, prompt), (output_also, prompt_also) in zip(results[0], other, strict=True):

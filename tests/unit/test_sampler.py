@@ -21,14 +21,14 @@ from llm_service.device import sampler as sampler_module
 from llm_service.device.logprobs import describe
 from llm_service.device.randomness import UniformCache, philox4x32, uniforms
 from llm_service.device.sampler import Sampler, invert, keep_top_k, nucleus_border
-from llm_service.policy.sequence import SamplingParams
+from opticnerve.generation.values import Sampling
 
 VOCAB = 50
 CPU = torch.device("cpu")
 
 
 def make(
-    *params: SamplingParams,
+    *params: Sampling,
     prompt: list[int] | None = None,
     output: list[int] | None = None,
     vocab: int = VOCAB,
@@ -114,13 +114,13 @@ def test_cached_uniforms_are_the_same_in_any_order() -> None:
 
 
 def test_greedy_batches_take_the_best() -> None:
-    sampler = make(SamplingParams(), SamplingParams(temperature=1e-9))
+    sampler = make(Sampling(), Sampling(temperature=1e-9))
     assert run(sampler, logits_of({4: 2.0}, {9: 1.0})) == [4, 9]
 
 
 def test_not_finite_rows_are_reported() -> None:
     logits = logits_of({4: 2.0}, {9: float("nan")}, {3: float("inf")})
-    drawn = make(SamplingParams(), SamplingParams(), SamplingParams()).sample(
+    drawn = make(Sampling(), Sampling(), Sampling()).sample(
         logits, np.arange(3), np.zeros(3, dtype=np.int64)
     )
     assert drawn.best.isfinite().tolist() == [True, False, False]
@@ -128,16 +128,16 @@ def test_not_finite_rows_are_reported() -> None:
 
 def test_logit_bias_and_masks_touch_their_row_alone() -> None:
     sampler = make(
-        SamplingParams(logit_bias=((7, 5.0), (4, -3.0), (10_000, 9.0))),
-        SamplingParams(allowed_token_ids=(11, 12)),
-        SamplingParams(),
+        Sampling(logit_bias={7: 5.0, 4: -3.0, 10_000: 9.0}),
+        Sampling(allowed_token_ids=(11, 12)),
+        Sampling(),
     )
     row = {4: 2.0, 11: -1.0, 12: -0.5}
     assert run(sampler, logits_of(row, row, row)) == [7, 12, 4]
 
 
 def test_bad_words_of_one_and_of_several_tokens() -> None:
-    params = SamplingParams(bad_words=((4,), (5, 6, 7), (3, 8)))
+    params = Sampling(bad_words=((4,), (5, 6, 7), (3, 8)))
     sampler = make(params, prompt=[1, 2, 3])
     assert run(sampler, logits_of({4: 9.0, 8: 5.0, 5: 4.0})) == [5]  # 8 would complete (3, 8).
     assert run(sampler, logits_of({8: 9.0})) == [8]
@@ -156,28 +156,26 @@ def test_bad_words_agree_with_transformers() -> None:
         logits = torch.randn(1, VOCAB)
         logits[0, 3:9] += 5.0
         sampler = make(
-            SamplingParams(bad_words=tuple(map(tuple, words))), prompt=text[:3], output=text[3:]
+            Sampling(bad_words=tuple(map(tuple, words))), prompt=text[:3], output=text[3:]
         )
         want = theirs(torch.tensor([text]), logits.clone()).argmax().item()
         assert run(sampler, logits) == [want]
 
 
 def test_min_tokens_masks_what_would_end_it() -> None:
-    ends = SamplingParams(min_tokens=2, eos_token_ids=(9,), stop_token_ids=(8,))
+    ends = Sampling(min_tokens=2, eos_token_ids=(9,), stop_token_ids=(8,))
     row = {9: 5.0, 8: 4.0, 3: 1.0}
     assert run(make(ends), logits_of(row), [0]) == [3]
     assert run(make(ends), logits_of(row), [1]) == [3]
     assert run(make(ends), logits_of(row), [2]) == [9]
-    ignoring = SamplingParams(
-        min_tokens=2, ignore_eos=True, eos_token_ids=(9,), stop_token_ids=(8,)
-    )
+    ignoring = Sampling(min_tokens=2, ignore_eos=True, eos_token_ids=(9,), stop_token_ids=(8,))
     assert run(make(ignoring), logits_of(row), [0]) == [9]
 
 
 def test_masks_that_leave_nothing_are_reported() -> None:
-    params = SamplingParams(min_tokens=1, eos_token_ids=(9,), allowed_token_ids=(9,))
+    params = Sampling(min_tokens=1, eos_token_ids=(9,), allowed_token_ids=(9,))
     for each in (params, replace(params, temperature=1.0)):
-        drawn = make(each, SamplingParams()).sample(
+        drawn = make(each, Sampling()).sample(
             torch.zeros(2, VOCAB), np.arange(2), np.zeros(2, dtype=np.int64)
         )
         assert drawn.best_left is not None
@@ -193,22 +191,22 @@ def test_repetition_penalty_agrees_with_transformers() -> None:
     theirs = RepetitionPenaltyLogitsProcessor(1.7)
     torch.manual_seed(0)
     logits = torch.randn(1, VOCAB)
-    sampler = make(SamplingParams(repetition_penalty=1.7), prompt=prompt, output=output)
+    sampler = make(Sampling(repetition_penalty=1.7), prompt=prompt, output=output)
     want = theirs(torch.tensor([prompt + output]), logits.clone())
     got = sampler._penalise(logits.clone(), np.array([0]))
     torch.testing.assert_close(got, want)
 
 
 def test_frequency_and_presence_count_output_alone() -> None:
-    params = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25)
-    sampler = make(params, SamplingParams(), prompt=[7, 7, 7], output=[4, 4, 5])
+    params = Sampling(frequency_penalty=0.5, presence_penalty=0.25)
+    sampler = make(params, Sampling(), prompt=[7, 7, 7], output=[4, 4, 5])
     got = sampler._penalise(torch.zeros(2, VOCAB), np.array([0, 1]))
     assert got[0, 7] == 0.0 and got[0, 4] == -1.25 and got[0, 5] == -0.75
     assert got[1].abs().sum() == 0
 
 
 def test_drawn_tokens_count_and_a_readmitted_slot_forgets() -> None:
-    params = SamplingParams(frequency_penalty=1.0)
+    params = Sampling(frequency_penalty=1.0)
     sampler = make(params)
     row = {4: 1.5, 5: 1.0}
     assert [run(sampler, logits_of(row))[0] for _ in range(3)] == [4, 5, 4]
@@ -216,12 +214,12 @@ def test_drawn_tokens_count_and_a_readmitted_slot_forgets() -> None:
     sampler.admit(0, params, 0, [1, 2], 2)
     assert run(sampler, logits_of(row)) == [4]
     sampler.release(0)
-    sampler.admit(0, SamplingParams(), 0, [1, 2], 2)
+    sampler.admit(0, Sampling(), 0, [1, 2], 2)
     assert run(sampler, logits_of(row)) == [4]
 
 
 def test_counts_continue_with_given_output() -> None:
-    params = SamplingParams(frequency_penalty=0.4, repetition_penalty=1.2)
+    params = Sampling(frequency_penalty=0.4, repetition_penalty=1.2)
     torch.manual_seed(0)
     rows = torch.randn(12, 1, VOCAB)
     whole = make(params)
@@ -290,7 +288,7 @@ def test_draws_follow_the_distribution() -> None:
     wanted = torch.tensor([0.5, 0.25, 0.15, 0.1])
     logits = torch.full((1, VOCAB), -1e9)
     logits[0, :4] = wanted.log() * 0.7  # The temperature undoes it.
-    sampler = make(SamplingParams(temperature=0.7, seed=99))
+    sampler = make(Sampling(temperature=0.7, seed=99))
     drawn = [run(sampler, logits, [position])[0] for position in range(4000)]
     observed = np.bincount(drawn, minlength=4)
     expected = wanted.numpy() * 4000
@@ -299,14 +297,14 @@ def test_draws_follow_the_distribution() -> None:
 
 
 MIXED = (
-    SamplingParams(),
-    SamplingParams(temperature=1.0, seed=1),
-    SamplingParams(temperature=0.8, seed=1, top_k=7),
-    SamplingParams(temperature=1.2, seed=2, top_p=0.8, repetition_penalty=1.3),
-    SamplingParams(temperature=0.9, seed=3, min_p=0.05, frequency_penalty=0.4),
-    SamplingParams(temperature=1.5, seed=4, logit_bias=((3, 1.0),), bad_words=((1,), (2, 3))),
-    SamplingParams(temperature=1.0, seed=5, top_k=20, top_p=0.9, allowed_token_ids=tuple(range(9))),
-    SamplingParams(temperature=1.0, seed=6, min_tokens=8, eos_token_ids=(0, 1, 2)),
+    Sampling(),
+    Sampling(temperature=1.0, seed=1),
+    Sampling(temperature=0.8, seed=1, top_k=7),
+    Sampling(temperature=1.2, seed=2, top_p=0.8, repetition_penalty=1.3),
+    Sampling(temperature=0.9, seed=3, min_p=0.05, frequency_penalty=0.4),
+    Sampling(temperature=1.5, seed=4, logit_bias={3: 1.0}, bad_words=((1,), (2, 3))),
+    Sampling(temperature=1.0, seed=5, top_k=20, top_p=0.9, allowed_token_ids=tuple(range(9))),
+    Sampling(temperature=1.0, seed=6, min_tokens=8, eos_token_ids=(0, 1, 2)),
 )
 
 
@@ -335,7 +333,7 @@ def test_a_request_draws_the_same_alone_in_a_batch_and_continued() -> None:
 
 
 def test_choices_of_one_seed_differ() -> None:
-    params = SamplingParams(temperature=1.0, seed=4)
+    params = Sampling(temperature=1.0, seed=4)
     sampler = Sampler(VOCAB, 2, CPU)
     for choice in (0, 1):
         sampler.admit(choice, params, choice, [1], 1)

@@ -10,14 +10,25 @@ import pytest
 
 from gateway.api.schemas import ChatRequest, parse
 from gateway.prompt.tokenizer import Tokenizer
-from gateway.sampling import Defaults, Limits, check_choices, load_defaults, resolve
+from gateway.sampling import (
+    Defaults,
+    SamplingLimits,
+    check_choices,
+    load_defaults,
+    resolve_sampling,
+)
 from opticnerve.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 from opticnerve.generation.values import Sampling
-from opticnerve.pb import llm_pb2
 from tests import vocabularies as v
 
-LIMITS = Limits(max_model_len=100, max_logprobs=5, vocab_size=640)
-EOS = Defaults(eos_token_ids=(629,))
+LIMITS = SamplingLimits(max_model_len=100, max_logprobs=5, vocab_size=640)
+
+
+def defaults_of(max_tokens: int | None = None, **fields: Any) -> Defaults:
+    return Defaults(Sampling(**{"temperature": 1.0, **fields}), max_tokens)
+
+
+EOS = defaults_of(eos_token_ids=(629,))
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +40,7 @@ def resolved(
     tokenizer: Tokenizer, defaults: Defaults = EOS, prompt: int = 40, images: int = 0, **fields: Any
 ) -> Sampling:
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
-    return resolve(
+    return resolve_sampling(
         parse(ChatRequest, body)[0],
         prompt_tokens=prompt,
         image_tokens=images,
@@ -37,11 +48,6 @@ def resolved(
         limits=LIMITS,
         tokenizer=tokenizer,
     )
-
-
-def test_the_fields_are_those_of_the_wire() -> None:
-    wire = {field.name for field in llm_pb2.SamplingParams.DESCRIPTOR.fields} - {"grammar"}
-    assert set(Sampling.__dataclass_fields__) == wire
 
 
 def test_a_bare_request(tokenizer: Tokenizer) -> None:
@@ -64,7 +70,7 @@ def test_more_choices_than_the_server_allows_are_refused_by_the_flag() -> None:
 
 
 def test_the_request_wins_over_the_model(tokenizer: Tokenizer) -> None:
-    defaults = Defaults(
+    defaults = defaults_of(
         temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05, max_tokens=30
     )
     silent = resolved(tokenizer, defaults)
@@ -79,9 +85,9 @@ def test_the_request_wins_over_the_model(tokenizer: Tokenizer) -> None:
 
 
 def test_a_nucleus_of_nothing_is_greedy(tokenizer: Tokenizer) -> None:
-    value = resolved(tokenizer, Defaults(temperature=0.7), top_p=0, temperature=1.5)
+    value = resolved(tokenizer, defaults_of(temperature=0.7), top_p=0, temperature=1.5)
     assert (value.temperature, value.top_p) == (0, 1)  # A worker reads top_p 0 as no bound.
-    assert resolved(tokenizer, Defaults(temperature=0.7), top_p=0.0).temperature == 0
+    assert resolved(tokenizer, defaults_of(temperature=0.7), top_p=0.0).temperature == 0
     assert resolved(tokenizer, temperature=1.5, top_p=1e-9).temperature == 1.5
 
 
@@ -92,7 +98,7 @@ def test_no_limit_is_what_the_context_leaves(
 ) -> None:
     fields = {field: value}
     assert resolved(tokenizer, prompt=40, **fields).max_tokens == 60
-    assert resolved(tokenizer, Defaults(max_tokens=30), prompt=40, **fields).max_tokens == 60
+    assert resolved(tokenizer, defaults_of(max_tokens=30), prompt=40, **fields).max_tokens == 60
     with pytest.raises(ContextLengthExceeded) as caught:
         resolved(tokenizer, prompt=100, **fields)
     assert caught.value.param == "messages" and "-1" not in caught.value.message
@@ -169,7 +175,7 @@ def test_ids_and_words(tokenizer: Tokenizer) -> None:
 def test_defaults_of_the_demo(tokenizer: Tokenizer) -> None:
     config = json.loads((v.DEMO / "config.json").read_text())["text_config"]
     defaults = load_defaults("auto", v.DEMO, tokenizer, config)
-    assert defaults == Defaults(eos_token_ids=(629,))
+    assert defaults == defaults_of(eos_token_ids=(629,))
 
 
 def test_where_defaults_come_from(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -179,13 +185,13 @@ def test_where_defaults_come_from(tokenizer: Tokenizer, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "generation_config.json").write_text(json.dumps(config))
     auto = load_defaults("auto", tmp_path / "own", tokenizer, {})
-    assert auto == Defaults(temperature=0.6, top_k=20, max_tokens=9, eos_token_ids=(1, 2, 629))
+    assert auto == defaults_of(temperature=0.6, top_k=20, max_tokens=9, eos_token_ids=(1, 2, 629))
     neutral = load_defaults("neutral", tmp_path / "own", tokenizer, {})
-    assert neutral == Defaults(eos_token_ids=(1, 2, 629))
+    assert neutral == defaults_of(eos_token_ids=(1, 2, 629))
     elsewhere = load_defaults(str(tmp_path / "other"), tmp_path / "own", tokenizer, {})
-    assert elsewhere == Defaults(top_p=0.5, eos_token_ids=(1, 2, 629))
+    assert elsewhere == defaults_of(top_p=0.5, eos_token_ids=(1, 2, 629))
     configured = load_defaults("auto", tmp_path, tokenizer, {"eos_token_id": 3})
-    assert configured == Defaults(eos_token_ids=(3, 629))
+    assert configured == defaults_of(eos_token_ids=(3, 629))
 
 
 def test_defaults_that_cannot_be_used(tokenizer: Tokenizer, tmp_path: Path) -> None:

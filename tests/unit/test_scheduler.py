@@ -13,13 +13,8 @@ from llm_service.policy.block_manager import BlockManager
 from llm_service.policy.limits import EngineConfig
 from llm_service.policy.plan import StepPlan
 from llm_service.policy.scheduler import Scheduler
-from llm_service.policy.sequence import (
-    GenerateRequest,
-    Generation,
-    SamplingParams,
-    Sequence,
-    Status,
-)
+from llm_service.policy.sequence import GenerateRequest, GenerationState, Sequence, Status
+from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
 from tests.fake_runner import FakeRows, Machine
 
@@ -47,12 +42,12 @@ class Desk:
     def add(self, length: int = 20, priority: int = 0, **fields: Any) -> Sequence:
         """Prompts share nothing: each begins with its own number."""
         self.arrivals += 1
-        sampling = SamplingParams(max_tokens=fields.pop("max_tokens", 8), n=fields.pop("n", 1))
+        sampling = Sampling(max_tokens=fields.pop("max_tokens", 8), n=fields.pop("n", 1))
         tokens = (1000 + self.arrivals, *range(length - 1))
         request = GenerateRequest(
             f"r{self.arrivals}", tokens, sampling=sampling, priority=priority, **fields
         )
-        seq = Generation(request, self.arrivals, 0.0).begin()
+        seq = GenerationState(request, self.arrivals, 0.0).begin()
         assert seq is not None
         self.scheduler.add(seq)
         return seq

@@ -11,14 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_service.policy.sequence import (
-    GenerateRequest,
-    Generation,
-    SamplingParams,
-    Sequence,
-    Status,
-)
+from llm_service.policy.sequence import GenerateRequest, GenerationState, Sequence, Status
 from llm_service.policy.shares import Shares
+from opticnerve.generation.values import Sampling
 
 PAGE = 16
 _arrivals = itertools.count()
@@ -43,12 +38,12 @@ def choices(
     request = GenerateRequest(
         f"r{arrival}",
         tuple(range(length)),
-        sampling=SamplingParams(n=count),
+        sampling=Sampling(n=count),
         priority=priority,
         share=share,
         weight=weight,
     )
-    made = list(iter(Generation(request, arrival, 0.0).begin, None))
+    made = list(iter(GenerationState(request, arrival, 0.0).begin, None))
     for seq in made:
         seq.block_table = tuple(range(pages))
     return made

@@ -9,8 +9,9 @@ import pytest
 
 from llm_service.engine.engine import Engine, Message
 from llm_service.policy.limits import EngineConfig
-from llm_service.policy.sequence import FinishedEvent, GenerateRequest, SamplingParams, TokensEvent
+from llm_service.policy.sequence import FinishedEvent, GenerateRequest, TokensEvent
 from opticnerve.errors import EngineFailure
+from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
 from tests.fake_runner import FakeRows, FakeRunner, Machine
 
@@ -46,7 +47,7 @@ class Bench:
 
     def submit(self, name: str, length: int, max_tokens: int = 20, **fields: Any) -> None:
         tokens = tuple((len(name) + ord(name[0]) + i) % 40 for i in range(length))
-        sampling = SamplingParams(max_tokens=max_tokens)
+        sampling = Sampling(max_tokens=max_tokens)
         self.engine.submit(GenerateRequest(name, tokens, sampling=sampling, **fields))
 
     def decode(self, name: str = "a", max_tokens: int = 20) -> None:
