@@ -28,7 +28,7 @@ from gateway.sampling import Defaults, SamplingLimits, check_choices, resolve_sa
 from gateway.timings import Stopwatch
 from gateway.workers.embeddings import RequestEmbeddings
 from gateway.workers.encode import Encodable, Encoders
-from gateway.workers.generate import GenerateSpec, Generation
+from gateway.workers.generate import FailoverGeneration, GenerateSpec
 from gateway.workers.pairing import Pair, Pairing
 from gateway.workers.pool import WorkerPool
 from opticnerve.generation.values import Done, Sampling, Usage
@@ -148,7 +148,9 @@ class Pipeline:
         async with embeddings:
             if embeddings.encoding:
                 call.ticket.enter_with_pictures()
-            generation = Generation(spec, self.llms, embeddings, call.deadline, self.worker_wait_s)
+            generation = FailoverGeneration(
+                spec, self.llms, embeddings, call.deadline, self.worker_wait_s
+            )
             async with contextlib.aclosing(self._told(call, generation, embeddings)) as steps:
                 async for step in steps:
                     if isinstance(step, TextDelta):
@@ -157,7 +159,7 @@ class Pipeline:
                     yield Ended(step.usage, _timings(call, step, embeddings, keys))
 
     async def _told(
-        self, call: Call, generation: Generation, embeddings: RequestEmbeddings
+        self, call: Call, generation: FailoverGeneration, embeddings: RequestEmbeddings
     ) -> AsyncGenerator[TextDelta | Done, None]:
         """What ``_write`` yields; however it ends, the request's line in the log says how far."""
         choices = Choices(call.request, self.vocabulary)
@@ -173,7 +175,7 @@ class Pipeline:
             )
 
     async def _write(
-        self, call: Call, generation: Generation, choices: Choices
+        self, call: Call, generation: FailoverGeneration, choices: Choices
     ) -> AsyncGenerator[TextDelta | Done, None]:
         """Text deltas, then Done; a generation whose choices have all ended is left."""
         finished: Done | None = None
@@ -195,7 +197,7 @@ class Pipeline:
         yield self._account(call, generation, choices, finished)
 
     def _account(
-        self, call: Call, generation: Generation, choices: Choices, finished: Done | None
+        self, call: Call, generation: FailoverGeneration, choices: Choices, finished: Done | None
     ) -> Done:
         """Usage by our own count of tokens, with what the worker told where it came to its end."""
         told = finished or Done(generation.usage())

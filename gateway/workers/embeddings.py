@@ -76,7 +76,7 @@ class RequestEmbeddings:
             self.encoders.leave(key)
         self._items.clear()  # The bytes go with them.
 
-    # ---- what a Generation asks
+    # ---- what a FailoverGeneration asks
 
     def known(self, key: str) -> EmbeddingRef | None:
         return self._items[key].ref

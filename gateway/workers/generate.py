@@ -1,19 +1,16 @@
 """One generation, which may outlive the worker that began it.
 
 A call that breaks before its first token is sent again; one that breaks later goes on elsewhere
-with the output of every choice so far, so that no token is lost or comes twice. References to
-embeddings travel in the Start message where they are known, as EmbeddingReady when they come, and
-again when the worker says EmbeddingNeeded.
+with the output of every choice so far, so that no token is lost or comes twice.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import grpc
 
@@ -24,7 +21,8 @@ from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import Description, Worker
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import EngineFailure, OpticNerveError, Overloaded, Unavailable
-from opticnerve.generation import messages as llm_messages
+from opticnerve.generation import messages
+from opticnerve.generation.stream import GenerateStream, ReferenceSource, StreamPolicy
 from opticnerve.generation.values import ChoiceOutput, Delta, Done, Sampling, Usage
 from opticnerve.media.plan import Span
 from opticnerve.pb import llm_pb2 as pb
@@ -32,14 +30,9 @@ from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.telemetry import events
 
-log = logging.getLogger(__name__)
-
 MAX_DEATHS = 2  # Workers that one generation may take with it before it is given up.
-PAUSE_S = 0.02
-FAIL_GRACE_S = 1.0  # That a worker gets to fail a sequence whose item will not come.
-
-if TYPE_CHECKING:
-    Call = grpc.aio.StreamStreamCall[pb.GenerateIn, pb.GenerateOut]
+PAUSE_S = 0.02  # Between attempts.
+POLICY = StreamPolicy()
 
 
 async def describe(channel: grpc.aio.Channel, timeout_s: float) -> Description:
@@ -73,19 +66,11 @@ async def describe(channel: grpc.aio.Channel, timeout_s: float) -> Description:
     )
 
 
-class Embeddings(Protocol):
-    """Where a generation gets the references that it needs; one request's own."""
+class RequestReferences(ReferenceSource, Protocol):
+    """Where a generation gets the references of one request."""
 
     def known(self, key: str) -> EmbeddingRef | None:
         """The reference, if it is here without waiting."""
-        ...
-
-    async def ready(self, key: str) -> EmbeddingRef:
-        """Waits for the reference. Raises what encoding raised."""
-        ...
-
-    async def again(self, key: str, reason: str) -> EmbeddingRef:
-        """A new reference for rows that a worker could not find."""
         ...
 
 
@@ -123,14 +108,14 @@ class _Progress:
         return [ChoiceOutput(i, tuple(ids), i in ended) for i, ids in self.tokens.items()]
 
 
-class Generation:
+class FailoverGeneration:
     """Runs one ``GenerateSpec`` to its end. Closing ``events()`` aborts the sequence."""
 
     def __init__(
         self,
         spec: GenerateSpec,
         pool: WorkerPool,
-        embeddings: Embeddings,
+        embeddings: RequestReferences,
         deadline: Deadline,
         worker_wait_s: float,
     ) -> None:
@@ -208,48 +193,36 @@ class Generation:
         self.deadline.check()
         self.worker = worker.address
         events.also(llm=worker.address)
-        call = llm_pb2_grpc.LLMStub(worker.channel).Generate(timeout=self.deadline.remaining())
-        feeder = _Feeder(call, self.embeddings)
+        stream = GenerateStream(
+            llm_pb2_grpc.LLMStub(worker.channel),
+            self._start(),
+            self.embeddings,
+            self.deadline.remaining(),
+            POLICY,
+        )
         try:
-            await feeder.start(self._start())
-            async for message in call:
-                if message.HasField("embedding_needed"):
-                    feeder.needed(message.embedding_needed)
-                if message.HasField("prefilled"):
-                    self._progress.cached_tokens = message.prefilled.cached_tokens
-                for delta in message.deltas:
-                    yield self._take(llm_messages.delta_from_pb(delta))
-                if message.HasField("done"):
-                    yield llm_messages.done_from_pb(message.done)
-                    return
+            async with contextlib.aclosing(stream.events()) as received:
+                async for event in received:
+                    self._progress.cached_tokens = stream.cached_tokens
+                    yield self._take(event) if isinstance(event, Delta) else event
         except grpc.RpcError as error:
-            raise feeder.failure or lost_or_typed(error, delivered=feeder.delivered) from error
-        except asyncio.CancelledError:
-            if feeder.failure is None or _cancelled_from_outside():
-                raise
-            raise feeder.failure from None
-        finally:
-            await feeder.close()
-            call.cancel()
-        raise EngineFailure("the LLM worker ended the answer before its end")
+            raise lost_or_typed(error, delivered=stream.delivered) from error
 
-    def _start(self) -> pb.GenerateIn:
+    def _start(self) -> pb.Start:
         spec = self.spec
         known = self.embeddings.known
-        return pb.GenerateIn(
-            start=pb.Start(
-                request_id=spec.request_id,
-                token_ids=spec.token_ids,
-                spans=[convert.span_to_pb(span) for span in spec.spans],
-                items=[llm_messages.item(key, known(key)) for key in spec.keys],
-                sampling=llm_messages.sampling_to_pb(spec.sampling),
-                priority=spec.priority,
-                share=spec.caller.share,
-                weight=spec.caller.weight,
-                cache_salt=spec.cache_salt,
-                embedding_wait_ms=max(1, int(self.deadline.remaining() * 1000)),
-                outputs=map(llm_messages.output_to_pb, self._progress.outputs()),
-            )
+        return pb.Start(
+            request_id=spec.request_id,
+            token_ids=spec.token_ids,
+            spans=[convert.span_to_pb(span) for span in spec.spans],
+            items=[messages.item(key, known(key)) for key in spec.keys],
+            sampling=messages.sampling_to_pb(spec.sampling),
+            priority=spec.priority,
+            share=spec.caller.share,
+            weight=spec.caller.weight,
+            cache_salt=spec.cache_salt,
+            embedding_wait_ms=max(1, int(self.deadline.remaining() * 1000)),
+            outputs=map(messages.output_to_pb, self._progress.outputs()),
         )
 
     def _take(self, delta: Delta) -> Delta:
@@ -262,72 +235,3 @@ class Generation:
         if delta.finish_reason is not None:
             self._progress.finished.add(delta.choice)
         return delta
-
-
-class _Feeder:
-    """The writing side of a Generate call: Start, then references as they come.
-
-    An item that cannot be had is told to the worker, which fails the sequence; the call is
-    cancelled where it does not. ``failure`` is then what the request failed with.
-    """
-
-    def __init__(self, call: Call, embeddings: Embeddings) -> None:
-        self.delivered = False
-        self.failure: OpticNerveError | None = None
-        self._call = call
-        self._embeddings = embeddings
-        self._writing = asyncio.Lock()
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-
-    async def start(self, message: pb.GenerateIn) -> None:
-        """Writes Start, and goes on to feed what it carries no reference for."""
-        with contextlib.suppress(asyncio.InvalidStateError):  # Ended: the reading side knows why.
-            await self._call.write(message)
-            self.delivered = True
-        for item in message.start.items:
-            if not item.HasField("ref"):
-                self._feed(item.key, self._embeddings.ready)
-
-    def needed(self, message: pb.EmbeddingNeeded) -> None:
-        """Answers EmbeddingNeeded; a key that is on its way already is not asked for twice."""
-        reason = pb.NeededReason.Name(message.reason).removeprefix("NEEDED_REASON_")
-        for key in message.keys:
-            self._feed(key, lambda key: self._embeddings.again(key, reason))
-
-    async def close(self) -> None:
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _feed(self, key: str, source: Callable[[str], Awaitable[EmbeddingRef]]) -> None:
-        if key not in self._tasks or self._tasks[key].done():
-            self._tasks[key] = asyncio.create_task(self._feed_one(key, source))
-
-    async def _feed_one(self, key: str, source: Callable[[str], Awaitable[EmbeddingRef]]) -> None:
-        try:
-            ref = await source(key)
-        except OpticNerveError as error:
-            await self._fail(key, error)
-        except Exception:
-            log.exception("encoding %.12s failed", key)
-            await self._fail(key, OpticNerveError("internal error; the log has the details"))
-        else:
-            await self._write(llm_messages.ready(ref))
-
-    async def _fail(self, key: str, error: OpticNerveError) -> None:
-        self.failure = self.failure or error
-        await self._write(llm_messages.failed(key, error))
-        await asyncio.sleep(FAIL_GRACE_S)
-        self._call.cancel()
-
-    async def _write(self, message: pb.GenerateIn) -> None:
-        """Writes to a call that may have ended: then the reading side knows why."""
-        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-            async with self._writing:
-                await self._call.write(message)
-
-
-def _cancelled_from_outside() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -7,7 +7,7 @@ import pytest
 
 from gateway.edge.deadline import Deadline
 from gateway.workers import generate as generation
-from gateway.workers.generate import GenerateSpec, Generation
+from gateway.workers.generate import FailoverGeneration, GenerateSpec
 from gateway.workers.pool import WorkerPool
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.errors import (
@@ -19,6 +19,7 @@ from opticnerve.errors import (
     Overloaded,
     Unavailable,
 )
+from opticnerve.generation.stream import StreamPolicy
 from opticnerve.generation.values import Delta, Done, FinishReason, Sampling
 from opticnerve.media.plan import Grid, Modality, Span
 from opticnerve.pb import llm_pb2
@@ -71,7 +72,7 @@ async def over(*fakes):
 
 async def collect(pool, what, refs=None, deadline=20.0, wait=20.0, tokens=None):
     """(token ids by choice, the last event); ``tokens`` fills as they come, where it is given."""
-    made = Generation(what, pool, refs or Refs(), Deadline.after(deadline), wait)
+    made = FailoverGeneration(what, pool, refs or Refs(), Deadline.after(deadline), wait)
     tokens, last = {} if tokens is None else tokens, None
     async with contextlib.aclosing(made.events()) as events:
         async for event in events:
@@ -126,7 +127,8 @@ async def test_rows_that_the_worker_misses_are_had_again():
 async def test_an_item_that_will_not_come_fails_the_request_as_it_failed(
     worker_reacts, monkeypatch
 ):
-    monkeypatch.setattr(generation, "FAIL_GRACE_S", 20 if worker_reacts else 0.01)
+    policy = StreamPolicy(fail_grace_s=20 if worker_reacts else 0.01)
+    monkeypatch.setattr(generation, "POLICY", policy)
     async with FakeLLM() as llm, over(llm) as pool:
         refs = Refs()
         if not worker_reacts:
@@ -232,7 +234,7 @@ async def test_every_choice_goes_on_elsewhere_where_it_stood():
                 await fake.die()
 
         a.step = b.step = die
-        made = Generation(spec(n=4), pool, Refs(), Deadline.after(20), 20)
+        made = FailoverGeneration(spec(n=4), pool, Refs(), Deadline.after(20), 20)
         async with contextlib.aclosing(made.events()) as events:
             async for event in events:
                 if isinstance(event, Delta):
@@ -323,7 +325,7 @@ async def test_closing_aborts_the_sequence():
                 await asyncio.Event().wait()
 
         llm.step = hold
-        made = Generation(spec(), pool, Refs(), Deadline.after(20), 20)
+        made = FailoverGeneration(spec(), pool, Refs(), Deadline.after(20), 20)
         async with contextlib.aclosing(made.events()) as events:
             assert (await anext(events)).token_ids == (1,)
         await until(lambda: llm.running == 0)
@@ -388,6 +390,6 @@ async def test_a_worker_that_does_not_go_on_where_the_answer_stood_is_an_error(d
 async def test_finish_reasons():
     async with FakeLLM([1, 2, 3]) as llm, over(llm) as pool:
         for limit, finish, stop in ((2, FinishReason.LENGTH, None), (3, FinishReason.STOP, 3)):
-            made = Generation(spec(max_tokens=limit), pool, Refs(), Deadline.after(20), 20)
+            made = FailoverGeneration(spec(max_tokens=limit), pool, Refs(), Deadline.after(20), 20)
             deltas = [event async for event in made.events() if isinstance(event, Delta)]
             assert (deltas[-1].finish_reason, deltas[-1].stop_token_id) == (finish, stop)

@@ -1,0 +1,210 @@
+"""One Generate call of an LLM worker: opened, fed with references, read to its end.
+
+Gateway and clients share it. References to embeddings travel in the Start message where they are
+known, as EmbeddingReady when they come, and again when the worker says EmbeddingNeeded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import grpc
+
+from opticnerve.embeddings.ref import EmbeddingRef
+from opticnerve.errors import EngineFailure, OpticNerveError, Unavailable
+from opticnerve.generation import messages
+from opticnerve.generation.values import Delta, Done, PositionLogprobs
+from opticnerve.pb import llm_pb2 as pb
+from opticnerve.pb import llm_pb2_grpc
+
+if TYPE_CHECKING:
+    GenerateCall = grpc.aio.StreamStreamCall[pb.GenerateIn, pb.GenerateOut]
+    FindReference = Callable[[str], Awaitable[EmbeddingRef]]
+
+log = logging.getLogger(__name__)
+
+# gRPC's words where a write met the end of its call: they hide the status that the worker sent.
+HIDDEN_STATUS = "Internal error from Core"
+
+
+class ReferenceSource(Protocol):
+    """Where a generation gets the references to its embeddings, by content key.
+
+    An OpticNerveError that it raises fails the generation.
+    """
+
+    async def ready(self, key: str) -> EmbeddingRef:
+        """The reference to an item that Start carries none for."""
+        ...
+
+    async def again(self, key: str, reason: str) -> EmbeddingRef:
+        """A new reference for rows that the worker could not find. ``reason``: NeededReason's."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPolicy:
+    """How patient a caller is with a worker.
+
+    ``write_delays_s``: one try for each; how long a try holds back what follows Start, so that the
+    worker can refuse Start first. The next try is made where a write hid the worker's status and
+    no event had come.
+    ``fail_grace_s``: what a worker gets to fail a request whose embedding will not come, before the
+    call is cancelled.
+    """
+
+    write_delays_s: tuple[float, ...] = (0.0, 0.25)
+    fail_grace_s: float = 1.0
+
+
+class GenerateStream:
+    """``events()`` yields deltas, then Done; closing it aborts the generation."""
+
+    def __init__(
+        self,
+        stub: llm_pb2_grpc.LLMAsyncStub,
+        start: pb.Start,
+        source: ReferenceSource,
+        timeout_s: float,
+        policy: StreamPolicy,
+    ) -> None:
+        self.delivered = False  # The worker's host has the request.
+        self.cached_tokens = 0  # Of the prompt; known from the first delta on.
+        self.prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+        self._stub = stub
+        self._start = start
+        self._source = source
+        self._timeout_s = timeout_s
+        self._policy = policy
+
+    async def events(self) -> AsyncGenerator[Delta | Done, None]:
+        """Raises the error of an embedding that could not be had, grpc.RpcError for a call that
+        fails, EngineFailure for one that ends before its end, and Unavailable where gRPC hides
+        what became of it."""
+        for delay_s in self._policy.write_delays_s:
+            begun = False
+            try:
+                async with contextlib.aclosing(self._attempt(delay_s)) as events:
+                    async for event in events:
+                        begun = True
+                        yield event
+                return
+            except grpc.aio.AioRpcError as error:
+                if error.details() != HIDDEN_STATUS:
+                    raise
+                if begun or delay_s == self._policy.write_delays_s[-1]:
+                    raise Unavailable("the LLM worker ended the call") from error
+
+    async def _attempt(self, delay_s: float) -> AsyncGenerator[Delta | Done, None]:
+        call = self._stub.Generate(timeout=self._timeout_s)
+        feeder = _Feeder(call, self._source, self._policy.fail_grace_s)
+        try:
+            self.delivered = await feeder.start(self._start, delay_s)
+            async for message in call:
+                if message.HasField("embedding_needed"):
+                    feeder.answer(message.embedding_needed)
+                if message.HasField("prefilled"):
+                    self.cached_tokens = message.prefilled.cached_tokens
+                if message.HasField("prompt_logprobs"):
+                    positions = message.prompt_logprobs.positions
+                    self.prompt_logprobs = messages.positions_from_pb(positions)
+                for delta in message.deltas:
+                    yield messages.delta_from_pb(delta)
+                if message.HasField("done"):
+                    yield messages.done_from_pb(message.done)
+                    return
+        except grpc.RpcError as error:
+            if feeder.failure is None:
+                raise
+            raise feeder.failure from error
+        except asyncio.CancelledError:
+            if feeder.failure is None or _cancelled_from_outside():
+                raise
+            raise feeder.failure from None
+        finally:
+            await feeder.close()
+            call.cancel()
+        raise EngineFailure("the LLM worker ended the answer before its end")
+
+
+class _Feeder:
+    """The writing side of a call: Start, then references as they come.
+
+    An embedding that cannot be had is reported to the worker, which fails the request; the call is
+    cancelled where it does not. ``failure`` is then what the request failed with.
+    """
+
+    def __init__(self, call: GenerateCall, source: ReferenceSource, fail_grace_s: float) -> None:
+        self.failure: OpticNerveError | None = None
+        self._call = call
+        self._source = source
+        self._fail_grace_s = fail_grace_s
+        self._writing = asyncio.Lock()
+        self._looking: set[str] = set()  # Keys whose references are not here yet.
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, start: pb.Start, delay_s: float) -> bool:
+        """Writes Start, and begins to feed what it carries no reference for. False for a call that
+        had ended: the reading side knows why."""
+        delivered = False
+        with contextlib.suppress(asyncio.InvalidStateError):
+            await self._call.write(pb.GenerateIn(start=start))
+            delivered = True
+        for item in start.items:
+            if not item.HasField("ref"):
+                self._feed(item.key, self._source.ready, delay_s)
+        return delivered
+
+    def answer(self, message: pb.EmbeddingNeeded) -> None:
+        """Answers EmbeddingNeeded, except for a key that is being looked for already."""
+        reason = pb.NeededReason.Name(message.reason).removeprefix("NEEDED_REASON_")
+        for key in message.keys:
+            self._feed(key, lambda key: self._source.again(key, reason))
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _feed(self, key: str, find: FindReference, delay_s: float = 0.0) -> None:
+        if key in self._looking:
+            return
+        self._looking.add(key)
+        task = asyncio.create_task(self._feed_one(key, find, delay_s))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _feed_one(self, key: str, find: FindReference, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        try:
+            ref = await find(key)
+        except OpticNerveError as error:
+            await self._fail(key, error)
+        except Exception:
+            log.exception("encoding %.12s failed", key)
+            await self._fail(key, OpticNerveError("internal error; the log has the details"))
+        else:
+            self._looking.discard(key)  # The worker may answer before the write returns.
+            await self._write(messages.ready(ref))
+
+    async def _fail(self, key: str, error: OpticNerveError) -> None:
+        self.failure = self.failure or error
+        await self._write(messages.failed(key, error))
+        await asyncio.sleep(self._fail_grace_s)
+        self._call.cancel()
+
+    async def _write(self, message: pb.GenerateIn) -> None:
+        """Writes to a call that may have ended: then the reading side knows why."""
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+            async with self._writing:
+                await self._call.write(message)
+
+
+def _cancelled_from_outside() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
