@@ -26,11 +26,11 @@ from gateway.prompt.placeholders import Prompt
 from gateway.prompt.renderer import ChatRenderer, RenderedChat
 from gateway.sampling import Defaults, SamplingLimits, check_choices, resolve_sampling
 from gateway.timings import Stopwatch
-from gateway.workers.embeddings import RequestEmbeddings
 from gateway.workers.encode import Encodable, Encoders
 from gateway.workers.generate import FailoverGeneration, GenerateSpec
 from gateway.workers.pairing import Pair, Pairing
 from gateway.workers.pool import WorkerPool
+from gateway.workers.request_embeddings import RequestEmbeddings
 from opticnerve.generation.values import Done, Sampling, Usage
 from opticnerve.media.keys import tenant_salt
 from opticnerve.media.plan import Plan

@@ -31,7 +31,6 @@ from gateway.workers.advertised import AdvertisedCheck
 from gateway.workers.encode import Encoders
 from gateway.workers.pairing import Pairing
 from gateway.workers.pool import Changes, WorkerPool
-from gateway.workers.references import References
 from opticnerve import addresses, flags
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
@@ -165,7 +164,6 @@ def _pools(settings: GatewayConfig, token: str | None) -> tuple[WorkerPool, Work
 def _encoders(settings: GatewayConfig, pool: WorkerPool) -> Encoders:
     return Encoders(
         pool,
-        References(),
         settings.encode_timeout_s,
         settings.worker_wait_s,
         settings.max_encode_wait_s,

@@ -13,18 +13,15 @@ import asyncio
 import logging
 import math
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 import grpc
 
 from gateway.edge.deadline import Deadline
 from gateway.workers.dispatch import Accepts
-from gateway.workers.lost import WorkerLost, lost_or_typed
 from gateway.workers.pool import WorkerPool
-from gateway.workers.references import References
-from gateway.workers.worker import Description, Worker
+from gateway.workers.worker import Description, Worker, WorkerLost, call_error
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import (
     DeadlineExceeded,
@@ -34,11 +31,13 @@ from opticnerve.errors import (
     PoisonousItem,
     Unavailable,
 )
+from opticnerve.lru import LRU
 from opticnerve.media.plan import Overrides, Plan
 from opticnerve.pb import encoder_pb2 as pb
 from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc import convert
-from opticnerve.rpc.channel import chunks
+from opticnerve.rpc.encode_upload import EncodeUpload
+from opticnerve.single_flight import Flights
 from opticnerve.telemetry import events
 
 log = logging.getLogger(__name__)
@@ -126,13 +125,28 @@ def _window(max_batch_patches: int, patches_per_s: float) -> int:
     return max(1, min(WINDOW_BATCHES * max_batch_patches, int(patches_per_s * WINDOW_S)))
 
 
-@dataclass
-class _Flight:
-    """One encode call under way, and how many requests wait for it."""
+class References(LRU[str, EmbeddingRef]):
+    """References to embeddings that were made lately, about 1 KiB each; never tensors.
+
+    What it says may be out of date: an LLM worker that finds nothing behind a reference asks for
+    the item (``EmbeddingNeeded``), and the entry is forgotten.
+    """
+
+    def __init__(self, capacity: int = 10_000) -> None:
+        super().__init__(capacity)
+
+    def remember(self, ref: EmbeddingRef) -> None:
+        """Without rows that travel inline, and only if it names a place besides."""
+        location = replace(ref.location, inline=b"")
+        if location.shm_tier_id or location.redis or location.fetch_address:
+            self.put(ref.key, ref.at(location))
+
+
+@dataclass(frozen=True, slots=True)
+class _EncodeRun:
+    """One run of attempts at an item, for all requests that want it."""
 
     request_id: str  # Of the request that began it, by which encoders know it.
-    task: asyncio.Task[Encoded] = field(init=False)
-    waiters: int = 0
     called: list[str] = field(default_factory=list)  # Addresses of encoders.
 
 
@@ -155,20 +169,21 @@ class Encoders:
     def __init__(
         self,
         pool: WorkerPool,
-        references: References,
         encode_timeout_s: float,
         worker_wait_s: float,
         max_wait_s: float = 0.0,
     ) -> None:
         """``max_wait_s``: see ``--max-encode-wait-s``."""
         self.pool = pool
-        self.references = references
+        self.references = References()
         self.encode_timeout_s = encode_timeout_s
         self.worker_wait_s = worker_wait_s
         self.max_wait_s = max_wait_s
-        self._flights: dict[str, _Flight] = {}
+        self._flights: Flights[Encoded] = Flights()
+        self._runs: dict[str, _EncodeRun] = {}  # Of the flights, by key.
         self._admitted: dict[str, _Claim] = {}  # What is not encoded yet, by key.
-        self._deaths: OrderedDict[str, tuple[int, float]] = OrderedDict()  # Number, last.
+        # By key: how many workers died while they had the item, and when the last one did.
+        self._deaths: LRU[str, tuple[int, float]] = LRU(MAX_SUSPECTS)
 
     def admit(self, items: Iterable[Encodable], deadline: Deadline) -> None:
         """Counts a request's items among those that others have to wait for; ``leave`` ends it.
@@ -222,50 +237,40 @@ class Encoders:
             return Encoded(known, "ref")
         while True:
             joined = item.key in self._flights
-            flight = self._board(item, deadline, request_id)
             try:
-                done = await self._wait(flight, deadline)
+                done = await self._join(item, deadline, request_id)
             except DeadlineExceeded:
                 if not joined or deadline.remaining() == 0:
                     raise
                 continue  # Only the request that we had joined is out of time.
-            finally:
-                _note(flight, request_id)
-                self._leave(item.key, flight)
             return Encoded(done.ref, done.cached, 0 if joined else done.bytes_sent, done.timings)
 
-    def _board(self, item: Encodable, deadline: Deadline, request_id: str) -> _Flight:
-        flight = self._flights.get(item.key)
-        if flight is None:
-            flight = self._flights[item.key] = _Flight(request_id)
-            flight.task = asyncio.create_task(self._encode_on_some(item, deadline, flight))
+    async def _join(self, item: Encodable, deadline: Deadline, request_id: str) -> Encoded:
+        """What the run under way for the item answers, or one that is begun now."""
+        begins = item.key not in self._flights
+        if begins:
+            self._runs[item.key] = _EncodeRun(request_id)
             self._admitted[item.key] = _Claim.of(item)
-            flight.task.add_done_callback(lambda _: self._land(item.key, flight))
-        flight.waiters += 1
-        return flight
+        run = self._runs[item.key]
+        try:
+            async with deadline.timeout():
+                return await self._flights.run(
+                    item.key,
+                    lambda: self._encode_on_some(item, deadline, run),
+                    lambda: self._forget_run(item.key, run) if begins else None,
+                )
+        finally:
+            _note(run, request_id)
 
-    async def _wait(self, flight: _Flight, deadline: Deadline) -> Encoded:
-        async with deadline.timeout():
-            return await asyncio.shield(flight.task)
-
-    def _leave(self, key: str, flight: _Flight) -> None:
-        """The last one to leave cancels the call: nobody wants its answer."""
-        flight.waiters -= 1
-        if flight.waiters == 0 and not flight.task.done():
-            flight.task.cancel()
-            self._land(key, flight)
-
-    def _land(self, key: str, flight: _Flight) -> None:
-        if self._flights.get(key) is flight:
-            del self._flights[key]
+    def _forget_run(self, key: str, run: _EncodeRun) -> None:
+        if self._runs.get(key) is run:
+            del self._runs[key]
             self._admitted.pop(key, None)
-        if flight.task.done() and not flight.task.cancelled():
-            flight.task.exception()  # Retrieved: whoever waited has it.
 
     # ---- attempts
 
     async def _encode_on_some(
-        self, item: Encodable, deadline: Deadline, flight: _Flight
+        self, item: Encodable, deadline: Deadline, run: _EncodeRun
     ) -> Encoded:
         """Tries workers until one answers; see the module's words on what is tried again."""
         tried: set[str] = set()
@@ -285,9 +290,9 @@ class Encoders:
             ) as worker:
                 if refusal is not None and worker.address in tried:
                     raise refusal
-                flight.called.append(worker.address)
+                run.called.append(worker.address)
                 try:
-                    encoded = await self._call(worker, item, deadline, flight.request_id)
+                    encoded = await self._call(worker, item, deadline, run.request_id)
                 except WorkerLost as lost:
                     self.pool.report_down(worker)
                     if lost.delivered:
@@ -300,16 +305,14 @@ class Encoders:
                     tried.add(worker.address)
                     worker.wake.set()  # Its description is out of date.
                 else:
-                    self.references.put(encoded.ref)
-                    self._deaths.pop(item.key, None)
+                    self.references.remember(encoded.ref)
+                    self._deaths.forget(item.key)
                     return encoded
             await asyncio.sleep(PAUSE_S)
 
     def _blame(self, key: str, worker: Worker) -> None:
-        deaths = self._deaths.pop(key, (0, 0.0))[0] + 1
-        self._deaths[key] = deaths, time.monotonic()
-        while len(self._deaths) > MAX_SUSPECTS:
-            self._deaths.popitem(last=False)
+        deaths = (self._deaths.get(key) or (0, 0.0))[0] + 1
+        self._deaths.put(key, (deaths, time.monotonic()))
         log.warning("encoder %s was lost while it had item %.12s", worker.address, key)
         if deaths >= MAX_DEATHS:
             raise Unavailable(
@@ -317,9 +320,9 @@ class Encoders:
             )
 
     def _refuse_poison(self, key: str) -> None:
-        deaths, last = self._deaths.get(key, (0, 0.0))
+        deaths, last = self._deaths.get(key) or (0, 0.0)
         if time.monotonic() - last > FORGIVE_S:
-            self._deaths.pop(key, None)
+            self._deaths.forget(key)
         elif deaths >= MAX_DEATHS:
             raise PoisonousItem(
                 "two encoders were lost while they had this picture; send another picture"
@@ -330,14 +333,23 @@ class Encoders:
     ) -> Encoded:
         """One Encode call. Raises WorkerLost, and what the encoder answers as a typed error."""
         deadline.check()
-        upload = _Upload(item, request_id)
+        upload = EncodeUpload(
+            item.data,
+            item.key,
+            item.fingerprint,
+            item.plan,
+            item.overrides,
+            request_id=request_id,
+            lost=item.lost,
+            cache_salt=item.cache_salt,
+        )
         call = encoder_pb2_grpc.EncoderStub(worker.channel).Encode(
             upload.messages(), timeout=deadline.within(self.encode_timeout_s).remaining()
         )
         try:
             answer = await call
         except grpc.RpcError as error:
-            raise lost_or_typed(error, delivered=upload.delivered) from error
+            raise call_error(error, delivered=upload.delivered) from error
         finally:
             call.cancel()
         timings = answer.timings
@@ -359,38 +371,13 @@ def _vouched(ref: EmbeddingRef, worker: Worker) -> EmbeddingRef:
     return ref if worker.fault is None else ref.at(replace(ref.location, fetch_address=""))
 
 
-def _note(flight: _Flight, request_id: str) -> None:
+def _note(run: _EncodeRun, request_id: str) -> None:
     """Where the item of the request under way was encoded, and under whose id."""
-    for address in flight.called:
+    for address in run.called:
         events.also(encoder=address)
-    if flight.request_id != request_id:
-        events.also(encoded_as=flight.request_id)
+    if run.request_id != request_id:
+        events.also(encoded_as=run.request_id)
 
 
 def _has_fingerprint(item: Encodable) -> Accepts:
     return lambda worker: worker.description.fingerprint == item.fingerprint
-
-
-class _Upload:
-    """The messages of one Encode call. ``delivered``: the encoder's host has all of them."""
-
-    def __init__(self, item: Encodable, request_id: str) -> None:
-        self.delivered = False
-        self._item = item
-        self._header = pb.EncodeHeader(
-            request_id=request_id,
-            key=item.key,
-            fingerprint=item.fingerprint,
-            plan=convert.plan_to_pb(item.plan),
-            overrides=convert.overrides_to_pb(item.overrides),
-            num_bytes=len(item.data),
-            lost=item.lost,
-            cache_salt=item.cache_salt,
-        )
-
-    async def messages(self) -> AsyncIterator[pb.EncodeRequest]:
-        header: pb.EncodeHeader | None = self._header
-        for chunk in chunks(self._item.data):
-            yield pb.EncodeRequest(header=header, data=chunk)
-            header = None
-        self.delivered = True

@@ -16,9 +16,8 @@ import grpc
 
 from gateway.edge.auth import ANONYMOUS, Caller
 from gateway.edge.deadline import Deadline
-from gateway.workers.lost import WorkerLost, lost_or_typed
 from gateway.workers.pool import WorkerPool
-from gateway.workers.worker import Description, Worker
+from gateway.workers.worker import Description, Worker, WorkerLost, call_error
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import EngineFailure, OpticNerveError, Overloaded, Unavailable
 from opticnerve.generation import messages
@@ -206,7 +205,7 @@ class FailoverGeneration:
                     self._progress.cached_tokens = stream.cached_tokens
                     yield self._take(event) if isinstance(event, Delta) else event
         except grpc.RpcError as error:
-            raise lost_or_typed(error, delivered=stream.delivered) from error
+            raise call_error(error, delivered=stream.delivered) from error
 
     def _start(self) -> pb.Start:
         spec = self.spec

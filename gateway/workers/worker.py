@@ -10,9 +10,17 @@ from enum import Enum
 
 import grpc
 
+from gateway.edge.deadline import expired
 from opticnerve.embeddings.store import StoreState
+from opticnerve.errors import DeviceLost, OpticNerveError, Unavailable
 from opticnerve.rpc.channel import open_channel
+from opticnerve.rpc.errors import METADATA_KEY, from_rpc
 
+_BROKEN = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNAUTHENTICATED,  # Our token is refused: not a fault of our caller.
+)
 POLL_SERVING_S = 1.0
 POLL_DOWN_S = (0.1, 0.1, 0.2, 0.2, 0.5, 1.0)  # After one failure, two, ...; the last goes on.
 
@@ -134,3 +142,34 @@ class Worker:
         if self.state is WorkerState.SERVING:
             return POLL_SERVING_S
         return POLL_DOWN_S[min(self.failures, len(POLL_DOWN_S) - 1)]
+
+
+class WorkerLost(Unavailable):
+    """A call ended without an answer: the worker died, drains, was never reached, or refuses our
+    token.
+
+    ``delivered``: it had our request when its connection broke, so the request may be the cause.
+    """
+
+    def __init__(self, message: str, *, delivered: bool) -> None:
+        super().__init__(message, retry_after_s=5.0)
+        self.delivered = delivered
+
+
+def call_error(error: grpc.RpcError, *, delivered: bool) -> OpticNerveError:
+    """What a failed call of a worker means: WorkerLost, or the worker's own typed error. Raise it
+    ``from`` the RpcError."""
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return from_rpc(error)
+    metadata = error.trailing_metadata() or ()
+    typed = any(key == METADATA_KEY for key, _ in metadata)
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not typed:
+        return expired()
+    if error.code() not in _BROKEN:
+        answer = from_rpc(error)
+        if isinstance(answer, DeviceLost):  # It will exit and be started again.
+            return WorkerLost(answer.message, delivered=True)
+        return answer
+    return WorkerLost(
+        "the connection to a worker was lost; retry later", delivered=delivered and not typed
+    )

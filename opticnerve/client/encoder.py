@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -22,7 +21,8 @@ from opticnerve.models.family import Layout
 from opticnerve.models.registry import make_layout
 from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
 from opticnerve.rpc import convert
-from opticnerve.rpc.channel import chunks, open_channel
+from opticnerve.rpc.channel import open_channel
+from opticnerve.rpc.encode_upload import EncodeUpload
 from opticnerve.rpc.errors import from_rpc
 from opticnerve.rpc.token import load_token
 
@@ -129,8 +129,16 @@ class AsyncEncoderClient:
         return await asyncio.to_thread(plan_picture, data, layout, self._fingerprint, overrides)
 
     async def _send(self, planned: PlannedPicture, lost: bool) -> EncodedPicture:
+        upload = EncodeUpload(
+            planned.data,
+            planned.key,
+            planned.fingerprint,
+            planned.plan,
+            planned.overrides,
+            lost=lost,
+        )
         try:
-            answer = await self._stub.Encode(_messages(planned, lost), timeout=self.timeout_s)
+            answer = await self._stub.Encode(upload.messages(), timeout=self.timeout_s)
         except grpc.RpcError as error:
             raise from_rpc(error) from error
         ref = convert.ref_from_pb(answer.ref)
@@ -166,18 +174,3 @@ class AsyncEncoderClient:
         except grpc.RpcError as error:
             raise from_rpc(error) from error
         return b"".join(parts)
-
-
-def _messages(planned: PlannedPicture, lost: bool) -> Iterator[encoder_pb2.EncodeRequest]:
-    header = encoder_pb2.EncodeHeader(
-        key=planned.key,
-        fingerprint=planned.fingerprint,
-        plan=convert.plan_to_pb(planned.plan),
-        overrides=convert.overrides_to_pb(planned.overrides),
-        num_bytes=len(planned.data),
-        lost=lost,
-    )
-    first, *rest = chunks(planned.data)
-    yield encoder_pb2.EncodeRequest(header=header, data=first)
-    for part in rest:
-        yield encoder_pb2.EncodeRequest(data=part)

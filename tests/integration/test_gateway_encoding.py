@@ -8,10 +8,9 @@ import pytest
 
 from gateway.edge.deadline import Deadline
 from gateway.workers import encode as encoding
-from gateway.workers.embeddings import RequestEmbeddings
-from gateway.workers.encode import Encodable, Encoders
+from gateway.workers.encode import Encodable, Encoders, References
 from gateway.workers.pool import WorkerPool
-from gateway.workers.references import References
+from gateway.workers.request_embeddings import RequestEmbeddings
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.errors import (
     DeadlineExceeded,
@@ -39,7 +38,7 @@ async def over(*fakes, wait=20.0, limit=20.0):
     await pool.start()
     try:
         await until(lambda: len(pool.serving()) == len(fakes))
-        yield Encoders(pool, References(), limit, wait)
+        yield Encoders(pool, limit, wait)
     finally:
         await pool.close()
 
@@ -81,7 +80,7 @@ async def test_the_last_one_to_leave_cancels_the_call():
         task.cancel()
         async with asyncio.timeout(60):
             await fake.cancelled.wait()
-        assert not encoders._flights
+        assert not encoders._runs
         assert encoders.pool.workers[0].pending == 0
 
 
@@ -312,9 +311,9 @@ def ref(key, **location):
 async def test_references_are_bounded_and_hold_no_rows():
     references = References(capacity=2)
     for key in "abc":
-        references.put(ref(key, redis=True, inline=b"rows"))
+        references.remember(ref(key, redis=True, inline=b"rows"))
         references.get("a")
     assert references.get("b") is None and len(references) == 2
     assert references.get("a").location.inline == b""
-    references.put(ref("d", inline=b"rows"))
+    references.remember(ref("d", inline=b"rows"))
     assert references.get("d") is None

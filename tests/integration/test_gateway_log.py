@@ -85,7 +85,7 @@ async def test_requests_that_share_an_encoding_say_so(caplog):
         first = asyncio.create_task(s.chat(picture, headers={"x-request-id": "first"}))
         await s.encoder.started.wait()
         second = asyncio.create_task(s.chat(picture, headers={"x-request-id": "second"}))
-        flights = s.gateway.pipeline.encoders._flights
+        flights = s.gateway.pipeline.encoders._flights._flights
         await until(lambda: [flight.waiters for flight in flights.values()] == [2])
         gate.set()
         assert [(await each).status_code for each in (first, second)] == [400, 400]

@@ -15,9 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from encoder_service import servicer as encoder
 from gateway.workers import encode as encoders
-from gateway.workers.lost import WorkerLost, lost_or_typed
 from gateway.workers.pool import WorkerPool
-from gateway.workers.worker import WorkerState
+from gateway.workers.worker import WorkerLost, WorkerState, call_error
 from llm_service.wire import servicer as llm
 from opticnerve import flags
 from opticnerve.client import AsyncEncoderClient
@@ -196,7 +195,7 @@ def test_a_worker_that_takes_our_calls_no_more_is_lost_and_no_clients_fault() ->
     """Else a client of the gateway would be told that its own API key is wrong."""
     none = grpc.aio.Metadata()
     refused = grpc.aio.AioRpcError(grpc.StatusCode.UNAUTHENTICATED, none, none, "no")
-    lost = lost_or_typed(refused, delivered=True)
+    lost = call_error(refused, delivered=True)
     assert isinstance(lost, WorkerLost) and lost.http_status == 503
 
 
