@@ -2,12 +2,21 @@
 
 import base64
 import io
+from pathlib import Path
 
 import pytest
 
 import opticnerve
 from opticnerve.demo import scenes
 from opticnerve.demo.chats import PICTURES
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """All tests of this folder need a stack, or start processes of their own."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.process)
 
 
 @pytest.fixture(scope="session")

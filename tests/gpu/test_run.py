@@ -161,6 +161,7 @@ for name in ("grpc", "grpc_health", "grpc_reflection", "redis", "fastapi", "star
 """
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_make_gpu_needs_only_torch_and_transformers(tmp_path):
     """A Python that has torch is taken as it is; what it lacks is told, not silently left out."""

@@ -67,6 +67,7 @@ def prompt(tokenizer: Tokenizer, rows: int) -> list[int]:
     return ids
 
 
+@pytest.mark.process
 def test_a_picture_a_reference_and_own_tensors_give_one_answer(
     clients: tuple[EncoderClient, LLMClient], tokenizer: Tokenizer
 ) -> None:

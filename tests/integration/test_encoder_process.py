@@ -39,6 +39,7 @@ def tower_rows(model: Path | None, data: bytes) -> torch.Tensor:
     return tower.encode([pixels], [plan])[0]["rows"]
 
 
+@pytest.mark.process
 def test_life_of_a_process(tmp_path: Path) -> None:
     """Serves the tower's rows, dies by kill -9, serves again on the same port, drains."""
     store = f"shm://{tmp_path / 'tier'}"
@@ -90,6 +91,7 @@ def _encode_while_stopping(client: EncoderClient, process: Process) -> list[bool
         return [call.result(100) for call in calls]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
 def test_other_families_are_served(family: str, tmp_path: Path) -> None:
     model = make_checkpoint(family, tmp_path / family)
@@ -138,6 +140,7 @@ def test_what_cannot_start_says_why_and_exits_with_two(
     assert "OPTICNERVE_NONSENSE" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_a_process_that_cannot_start_exits_with_two(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "encoder_service", str(tmp_path)],

@@ -482,6 +482,7 @@ def leave_mark(service: Running, data: bytes, worker: str) -> str:
     return name
 
 
+@pytest.mark.process
 def test_a_poisonous_item_is_refused_and_a_suspect_runs_alone(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as service:
@@ -504,6 +505,7 @@ def test_a_poisonous_item_is_refused_and_a_suspect_runs_alone(tmp_path: Path) ->
     asyncio.run(scenario())
 
 
+@pytest.mark.process
 def test_suspects_are_in_work_one_at_a_time(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as service:

@@ -130,6 +130,7 @@ def test_a_limit_of_files_that_is_too_low_for_the_connections_is_refused(limits)
         connections.allow_files(1, workers=3)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "command",
     [("up",), ("gateway", "--llm-addresses", "127.0.0.1:9", "--encoder-addresses", "127.0.0.1:9")],

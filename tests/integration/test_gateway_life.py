@@ -151,6 +151,7 @@ async def test_metrics_count_what_happened():
         assert 'opticnerve_tokens_total{kind="image"}' in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("stage", ["body", "encode", "prefill", "decode"])
 async def test_a_client_that_leaves_frees_everything(stage, stream):

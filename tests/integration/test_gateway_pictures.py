@@ -207,6 +207,7 @@ def pictures_of(client, count=3):
     return [data_url((client, number, 7)) for number in range(count)]
 
 
+@pytest.mark.slow
 async def test_a_burst_of_pictures_waits_in_order_and_none_is_refused():
     async def small_queue(fake):
         if fake.running > 8:
@@ -271,6 +272,7 @@ async def test_pictures_that_wait_leave_places_to_text():
         await until(s.idle)
 
 
+@pytest.mark.slow
 async def test_what_would_wait_too_long_is_refused_and_who_leaves_encodes_nothing():
     go = asyncio.Event()
     async with stack(max_encode_wait_s=20.0, max_concurrent_requests=300) as s:

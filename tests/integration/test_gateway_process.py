@@ -20,7 +20,11 @@ from opticnerve.process import ECHO_S
 from tests.fakes import FakeEncoder, FakeLLM, until
 from tests.gateways import body, data_url, events, user
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.process,
+    pytest.mark.usefixtures("one_loop"),
+]
 MIB = 2**20
 NOBODY = ("--encoder-addresses", "127.0.0.1:9", "--llm-addresses", "127.0.0.1:9")
 

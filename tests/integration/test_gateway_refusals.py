@@ -14,6 +14,7 @@ from tests.gateways import DEADLINES_S, body, data_url, events, stack, user
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "status", "code"),
     [
@@ -36,6 +37,7 @@ async def test_refusals(change, status, code):
         assert not s.llm.starts and s.idle()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "kind", "status"),
     [
@@ -159,6 +161,7 @@ async def test_bodies_in_no_encoding(encoding):
         assert answer.status_code == 415
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "status"),
     [
@@ -203,6 +206,7 @@ async def test_a_whole_url_needs_its_key():
                 writer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/apply_template"])
 @pytest.mark.parametrize("characters", [40_000, 2**20, 17 * 2**20])
 async def test_text_that_is_too_long_is_told_alike_whatever_its_length(route, characters):
@@ -336,6 +340,7 @@ async def test_pictures_blown_up_beyond_the_model_are_refused_before_they_are_ex
         assert error["code"] == "context_length_exceeded" and "min_pixels" in error["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/apply_template"])
 @pytest.mark.parametrize("bomb", ["{{}}", "[]", "0", '{{"type": "text", "text": "[,{{"}}'])
 async def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(route, bomb, monkeypatch):

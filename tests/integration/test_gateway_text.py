@@ -84,6 +84,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 async def test_no_text_holds_the_loop(kind):
     make, statuses = KINDS[kind]

@@ -11,6 +11,7 @@ from opticnerve.client import EncoderClient, LLMClient
 from tests.services import process
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("module", "client"), [("encoder_service", EncoderClient), ("llm_service", LLMClient)]
 )

@@ -43,6 +43,7 @@ async def decoding(service: Running, count: int = 1) -> list[int]:
     return pids(service)
 
 
+@pytest.mark.process
 def test_a_small_picture_waits_for_no_heavy_one(tmp_path: Path) -> None:
     """One worker, and eight requests that would take it half an hour."""
 
@@ -62,6 +63,7 @@ def test_a_small_picture_waits_for_no_heavy_one(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.process
 def test_a_heavy_picture_passes_the_many_of_another_request(tmp_path: Path) -> None:
     heavy = picture(1, (3000, 2000), "PNG")
     assert parse_structure(heavy).is_heavy
@@ -85,6 +87,7 @@ def test_a_heavy_picture_passes_the_many_of_another_request(tmp_path: Path) -> N
     asyncio.run(scenario())
 
 
+@pytest.mark.process
 def test_who_leaves_ends_the_decoding_and_it_costs_nothing_more(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path, preprocess_workers=1, **LIMITS) as service:
@@ -103,6 +106,7 @@ def test_who_leaves_ends_the_decoding_and_it_costs_nothing_more(tmp_path: Path) 
     asyncio.run(scenario())
 
 
+@pytest.mark.process
 def test_decoding_ends_with_the_call_s_deadline(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path, **LIMITS) as service:
@@ -114,6 +118,7 @@ def test_decoding_ends_with_the_call_s_deadline(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.process
 def test_decoding_has_a_time_limit(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path, decode_timeout_s=1.5, **LIMITS) as service:
@@ -126,6 +131,7 @@ def test_decoding_has_a_time_limit(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.process
 def test_a_process_that_dies_costs_its_item_and_no_other(tmp_path: Path) -> None:
     """After two deaths the item is refused, though the encoder lives."""
 
@@ -145,6 +151,7 @@ def test_a_process_that_dies_costs_its_item_and_no_other(tmp_path: Path) -> None
     asyncio.run(scenario())
 
 
+@pytest.mark.process
 def test_memory_of_pictures_in_decoding_is_bounded(tmp_path: Path) -> None:
     """Eight pictures of 40 bytes, each of which takes a quarter of a gigabyte to decode."""
     budget = 400 * 2**20
@@ -170,6 +177,7 @@ def test_memory_of_pictures_in_decoding_is_bounded(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.process
 def test_idle_processes_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess, "IDLE_S", 0.05)
 

@@ -73,6 +73,7 @@ def test_a_caller_that_leaves_early_knows_what_was_cached(demo: Demo, tmp_path: 
     asyncio.run(scenario())
 
 
+@pytest.mark.process
 def test_an_engine_in_a_process_tells_of_the_rows_it_loads(demo: Demo, tmp_path: Path) -> None:
     """How long it took, and that they were damaged: only that process reads them here."""
     prompt = demo.prompt(4, demo.picture(31), 3)

@@ -53,6 +53,7 @@ from tests.llms import (
     running,
 )
 
+pytestmark = pytest.mark.slow
 TOKENS = 12
 
 Body = Callable[[Worker], Coroutine[Any, Any, None]]
@@ -722,6 +723,7 @@ async def serving(address: str) -> None:
         await channel.close()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("engine", ["thread", "process"])
 def test_a_process_serves_drains_and_leaves(demo: Demo, tmp_path: Path, engine: str) -> None:
     from opticnerve.pb import llm_pb2_grpc
@@ -761,6 +763,7 @@ def test_a_process_serves_drains_and_leaves(demo: Demo, tmp_path: Path, engine: 
         process.wait()
 
 
+@pytest.mark.process
 def test_a_lost_engine_ends_the_process(demo: Demo, tmp_path: Path) -> None:
     process, address = start_service("--engine", "process", "--store", f"shm://{tmp_path}/tier")
     try:
@@ -797,6 +800,7 @@ def test_what_cannot_start_says_why(flags: list[str], text: str, tmp_path: Path)
         main([*(["--store", f"shm://{tmp_path}/t"] if "--store" not in flags else []), *flags])
 
 
+@pytest.mark.process
 def test_a_start_that_fails_exits_with_status_2() -> None:
     command = [sys.executable, "-m", "llm_service", "/no/such/model"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)

@@ -12,6 +12,7 @@ from tests.services import process
 from tests.system import wait_for
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("module", ["encoder_service", "llm_service"])
 @pytest.mark.parametrize(
     ("flags", "host"),

@@ -129,6 +129,7 @@ def test_equal_rows_share_their_prefix_and_others_under_the_same_key_do_not(
     serve(body)
 
 
+@pytest.mark.process
 def test_an_engine_elsewhere_finds_them_in_the_tier_under_no_key_of_the_callers(
     demo: Demo, serve: Callable[..., None]
 ) -> None:

@@ -263,6 +263,7 @@ async def watch_a_process_that_hangs(process, options):
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
+@pytest.mark.process
 def test_a_call_to_a_process_that_hangs_breaks():
     pings = {"grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms"}
     quicker = [(name, v // 3 if name in pings else v) for name, v in CHANNEL_OPTIONS]

@@ -25,6 +25,7 @@ from opticnerve.models.registry import load_language, load_tower, make_layout
 from tests.checkpoints import DEMO, EOS, FAMILIES, make_checkpoint
 from tests.local_engine import LocalEngine
 
+pytestmark = pytest.mark.slow
 MAX_GAP = 1e-3
 MAX_TOKENS = 20
 VISION_START, VISION_END = 630, 631

@@ -45,6 +45,7 @@ def test_the_local_tier_alone_asks_no_server(
     tier.close()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("flags", [["encoder_service"], ["llm_service", "--engine", "process"]])
 def test_a_worker_says_it_once_and_tells_the_gateway(flags: list[str], tmp_path: Path) -> None:
     started = Process(*flags, "--store", f"{NOWHERE}shm://{tmp_path}/tier")

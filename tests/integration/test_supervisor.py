@@ -81,6 +81,7 @@ async def until_ready(made, task):
         await asyncio.sleep(0.02)
 
 
+@pytest.mark.process
 def test_stops_gateway_then_llm_then_encoder(tmp_path):
     log = tmp_path / "ends"
 
@@ -98,6 +99,7 @@ def test_stops_gateway_then_llm_then_encoder(tmp_path):
     assert len(pids) == 3 and not any(alive(pid) for pid in pids)
 
 
+@pytest.mark.process
 def test_a_killed_child_comes_back_at_its_port(tmp_path):
     async def run():
         async with supervisor(tmp_path / "ends") as made:
@@ -115,6 +117,7 @@ def test_a_killed_child_comes_back_at_its_port(tmp_path):
     asyncio.run(run())
 
 
+@pytest.mark.process
 def test_gives_up_after_repeated_crashes_and_stops_the_rest(tmp_path, caplog):
     log = tmp_path / "ends"
     # Longer than the pause before a restart: what is stopped must not be taken for a crash.
@@ -138,6 +141,7 @@ def test_gives_up_after_repeated_crashes_and_stops_the_rest(tmp_path, caplog):
     assert len(restarted) == 1 and restarted[0].startswith("encoder ended")
 
 
+@pytest.mark.process
 def test_a_child_that_cannot_start_is_quoted(tmp_path):
     async def run():
         workers = [service("encoder", 0, FAILS, tmp_path / "ends")]
@@ -148,6 +152,7 @@ def test_a_child_that_cannot_start_is_quoted(tmp_path):
     asyncio.run(run())
 
 
+@pytest.mark.process
 def test_children_end_when_the_parent_is_killed(tmp_path):
     code = (
         "import os, subprocess, sys, time\n"
@@ -233,6 +238,7 @@ def deaf(tmp_path):
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_answered_and_a_second_one_hurries(deaf, number):
     deaf.signal(number)
@@ -246,6 +252,7 @@ def test_a_signal_is_answered_and_a_second_one_hurries(deaf, number):
     deaf.check_nothing_is_left()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_third_signal_ends_everything_at_once_and_leaves_no_file(deaf, number):
     deaf.signal(number)
@@ -257,6 +264,7 @@ def test_a_third_signal_ends_everything_at_once_and_leaves_no_file(deaf, number)
     deaf.check_nothing_is_left()
 
 
+@pytest.mark.process
 def test_sighup_is_passed_to_the_gateway_and_ends_nothing(deaf):
     for _ in range(2):
         deaf.process.send_signal(signal.SIGHUP)
@@ -264,6 +272,7 @@ def test_sighup_is_passed_to_the_gateway_and_ends_nothing(deaf):
     assert deaf.process.poll() is None and alive(deaf.worker)
 
 
+@pytest.mark.process
 def test_a_child_that_starts_hears_of_a_sighup_once_it_listens(capfd):
     slow = (
         "import signal, sys, time\n"
@@ -293,6 +302,7 @@ class Closed(io.TextIOBase):
         raise OSError(errno.EIO, "Input/output error")
 
 
+@pytest.mark.process
 def test_a_closed_terminal_stops_no_child(monkeypatch):
     """Its lines are read all the same: a full pipe would hold it up for ever."""
     monkeypatch.setattr(sys, "stderr", Closed())
