@@ -1,15 +1,19 @@
 # make demo: the whole stack answers questions about bundled pictures.  make test: everything tested.
+# make test-fast: the half of the tests that needs no other process, in two minutes.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint serve bench measure gpu protos clean redis
+.PHONY: demo test test-fast lint serve bench measure gpu protos clean redis
 
 demo: $(INSTALLED)
 	$(BIN)/opticnerve demo
 
 test: $(INSTALLED) redis
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not process" $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
-"""The tests are two halves: those that are marked in ``NOT_FAST``, and the fast half.
+"""The fast half of the tests: those that are marked neither ``slow`` nor ``process``.
 
-`make test-fast` runs the fast half, for every change. It needs nothing but this process, and a
-test of it that starts another one fails, however it is run.
+`make test-fast` runs them. They need no other process, and one that starts a process fails, also
+in a run of all tests.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-NOT_FAST = ("slow", "process", "redis", "gpu")
-FAST = " and ".join(f"not {mark}" for mark in NOT_FAST)  # As `make test-fast` gives it to -m.
+NOT_FAST = ("slow", "process")
 STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}
 
 
@@ -25,17 +24,17 @@ class ProcessStarted(AssertionError):
 class ProcessGuard:
     """A pytest plugin that lets no test of the fast half start a process.
 
-    The call that would start one raises ProcessStarted. Where the test hides that, its teardown
-    raises it once more.
+    The call that would start one raises ProcessStarted, and so does the end of the test, in case
+    the test has caught the first.
     """
 
     NAME = "process-guard"
 
     def __init__(self) -> None:
-        self._test = ""  # The test of the fast half that runs now.
-        self.refused: list[str] = []  # The calls of this test that would have started a process.
+        self._test = ""  # The id of the test that runs, if it is one of the fast half.
+        self.refused: list[str] = []  # Its calls that would have started a process.
         sys.addaudithook(lambda event, _: self._refuse(event) if event in STARTS else None)
-        self._spawn = multiprocessing.util.spawnv_passfds  # The one start that is not audited.
+        self._spawn = multiprocessing.util.spawnv_passfds  # Python raises no audit event for it.
         multiprocessing.util.spawnv_passfds = self._guarded_spawn
 
     def _guarded_spawn(self, *args: Any) -> Any:

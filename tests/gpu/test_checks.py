@@ -24,9 +24,9 @@ from bench.gpu.models import Room
 from llm_service.device.attention import SdpaBackend
 from opticnerve.models.towers import varlen
 
+pytestmark = pytest.mark.slow
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
 ON_CUDA = pytest.param(False, id="cuda", marks=[pytest.mark.gpu, NO_CUDA])
-SERVICES = "stack over services"
 
 
 @pytest.fixture(scope="module", params=[pytest.param(True, id="cpu-twin"), ON_CUDA])
@@ -40,15 +40,7 @@ def room(
     torch.set_num_threads(threads)
 
 
-def params() -> list[Any]:
-    slow = pytest.mark.slow
-    return [
-        pytest.param(check, id=check.name, marks=[slow] if check.name == SERVICES else [])
-        for check in all_checks()
-    ]
-
-
-@pytest.mark.parametrize("check", params())
+@pytest.mark.parametrize("check", all_checks(), ids=lambda check: check.name)
 def test_check(room: Room, check: Check) -> None:
     torch.manual_seed(0)
     try:

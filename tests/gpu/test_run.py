@@ -88,6 +88,7 @@ def test_results_are_kept_after_every_check(room):
     assert [len(each) for each in kept] == [1, 2]
 
 
+@pytest.mark.process
 def test_the_command_tells_and_keeps(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "all_checks", lambda: checks(first=fine, second=wrong))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -105,6 +106,7 @@ def test_the_command_tells_and_keeps(tmp_path, monkeypatch, capsys):
     assert gpu.main(["--dry", "--only", "third"]) == 2
 
 
+@pytest.mark.process
 def test_a_dry_run_keeps_nothing_unless_told_where(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "all_checks", lambda: checks(first=fine))
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")

@@ -20,6 +20,7 @@ from opticnerve.errors import EmbeddingUnavailable, InvalidMedia, InvalidRequest
 from tests.services import Process, process
 from tests.system import wait_for
 
+pytestmark = pytest.mark.process
 DEMO = Path(opticnerve.demo.__file__).parent / "checkpoint"
 PAD = 632
 ROOT = Path(__file__).parents[2]
@@ -67,7 +68,6 @@ def prompt(tokenizer: Tokenizer, rows: int) -> list[int]:
     return ids
 
 
-@pytest.mark.process
 def test_a_picture_a_reference_and_own_tensors_give_one_answer(
     clients: tuple[EncoderClient, LLMClient], tokenizer: Tokenizer
 ) -> None:

@@ -26,6 +26,7 @@ from tests.llms import Worker
 from tests.redis import PATIENT, RedisServer, find_redis_server
 
 pytestmark = [
+    pytest.mark.process,
     pytest.mark.redis,
     pytest.mark.skipif(find_redis_server() is None, reason="redis-server is not installed"),
 ]

@@ -15,6 +15,7 @@ from tests.integration.test_store_redis import count_calls
 from tests.redis import RedisServer, find_redis_server
 
 pytestmark = [
+    pytest.mark.process,
     pytest.mark.redis,
     pytest.mark.skipif(find_redis_server() is None, reason="redis-server is not installed"),
 ]

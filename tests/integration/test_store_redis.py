@@ -22,6 +22,7 @@ from tests.redis import RedisServer, commands, find_redis_server
 from tests.system import wait_for
 
 pytestmark = [
+    pytest.mark.process,
     pytest.mark.redis,
     pytest.mark.skipif(find_redis_server() is None, reason="redis-server is not installed"),
 ]

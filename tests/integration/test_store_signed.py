@@ -39,7 +39,11 @@ Test = TypeVar("Test", bound=Callable[..., None])
 
 
 def needs_redis(test: Test) -> Test:
-    marks = pytest.mark.redis, pytest.mark.skipif(find_redis_server() is None, reason="no redis")
+    marks = (
+        pytest.mark.process,
+        pytest.mark.redis,
+        pytest.mark.skipif(find_redis_server() is None, reason="no redis"),
+    )
     for mark in marks:
         test = mark(test)
     return test
