@@ -1,7 +1,8 @@
-"""Single flight: calls that ask for one key at the same time share one run.
+"""Single flight: calls for one key at the same time share one run.
 
-Whoever comes first starts it, the others wait with it. A caller that leaves takes nothing from
-the others; when the last one leaves, the run is cancelled. Belongs to one event loop.
+The first call starts the run, and the others wait for it too. A call that leaves (is cancelled, or
+out of time) does not disturb the others; when the last one leaves, the run is cancelled. Belongs to
+one event loop.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ class Flights(Generic[R]):
         self._flights: dict[str, _Flight[R]] = {}
 
     def __contains__(self, key: str) -> bool:
-        return key in self._flights
+        """Whether a run for ``key`` is under way, which ``run`` would join."""
+        flight = self._flights.get(key)
+        # Callbacks of a task that is done run later: until then it is still in the dictionary.
+        return flight is not None and not flight.task.done()
 
     async def join(self, key: str) -> R:
-        """The result of the run under way for ``key``. Raises KeyError when there is none."""
+        """The result of the run under way for ``key``. Raises KeyError if there is none."""
         return await self._wait(key, self._flights[key])
 
     async def run(
@@ -36,17 +40,16 @@ class Flights(Generic[R]):
         start: Callable[[], Coroutine[Any, Any, R]],
         release: Callable[[], None] = lambda: None,
     ) -> R:
-        """Joins the run of ``key``, or starts one.
+        """The result of the run under way for ``key``, or of one that is started now.
 
         ``release`` is called exactly once: when the run that was started has ended, or at once
-        when another's was joined.
+        if another's was joined.
         """
-        flight = self._flights.get(key)
-        if flight is None:
-            flight = self._flights[key] = _Flight(asyncio.create_task(start()))
-            flight.task.add_done_callback(lambda task: self._land(key, task, release))
-        else:
+        if key in self:
             release()
+            return await self.join(key)
+        flight = self._flights[key] = _Flight(asyncio.create_task(start()))
+        flight.task.add_done_callback(lambda task: self._ended(key, task, release))
         return await self._wait(key, flight)
 
     async def _wait(self, key: str, flight: _Flight[R]) -> R:
@@ -57,12 +60,12 @@ class Flights(Generic[R]):
             flight.waiters -= 1
             if flight.waiters == 0 and not flight.task.done():
                 flight.task.cancel()
-                self._forget(key, flight.task)  # A newcomer must not join what is being cancelled.
+                self._forget(key, flight.task)  # A new call must not join what is being cancelled.
 
-    def _land(self, key: str, task: asyncio.Task[R], release: Callable[[], None]) -> None:
+    def _ended(self, key: str, task: asyncio.Task[R], release: Callable[[], None]) -> None:
         self._forget(key, task)
         if not task.cancelled():
-            task.exception()  # Seen, also when every caller has left.
+            task.exception()  # Retrieved even if every call has left, or asyncio would log it.
         release()
 
     def _forget(self, key: str, task: asyncio.Task[R]) -> None:

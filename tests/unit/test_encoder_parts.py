@@ -187,6 +187,34 @@ def test_all_callers_hear_of_a_failure_and_the_next_call_starts_anew() -> None:
     asyncio.run(scenario())
 
 
+def test_a_call_between_a_runs_end_and_its_callbacks_starts_anew() -> None:
+    """It would join the failed run, again and again, without the loop ever getting on."""
+
+    async def scenario() -> None:
+        flights: Flights[int] = Flights()
+        ending, runs = asyncio.Event(), []
+
+        async def work() -> int:
+            runs.append(1)
+            if len(runs) == 1:
+                ending.set()
+                raise ValueError("bad")
+            return 7
+
+        async def late() -> int:
+            await ending.wait()
+            return await flights.run("k", work)
+
+        later = asyncio.create_task(late())
+        await asyncio.sleep(0)
+        with pytest.raises(ValueError, match="bad"):
+            await flights.run("k", work)
+        assert await later == 7
+        assert len(runs) == 2 and "k" not in flights
+
+    asyncio.run(scenario())
+
+
 # ---- staging and the pool
 
 
