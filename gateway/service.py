@@ -1,4 +1,4 @@
-"""The gateway process: startup, serve, shutdown."""
+"""The gateway process: start, serve, drain, close."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from opticnerve.rpc.token import load_token
 
 log = logging.getLogger(__name__)
 
-UNSENT_BYTES = 2**16  # That the kernel takes of an answer before its client has room for them.
+UNSENT_BYTES = 2**16  # Of an answer, that the kernel buffers before its client has room for them.
 DESCRIPTION = "The HTTP front: OpenAI's API in front of encoders and LLM workers."
 
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def quiet_uvicorn() -> None:
-    """Its warnings are clients' faults, and of requests their own line in the log tells."""
+    """Its warnings are about clients' faults, and each request has its own line in the log."""
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     logging.getLogger("uvicorn.error").addFilter(
         lambda record: not str(record.msg).startswith(("Exception in ASGI", "ASGI callable"))
@@ -74,7 +74,7 @@ def quiet_uvicorn() -> None:
 
 
 def check_workers(settings: GatewayConfig) -> None:
-    """Warns where there are no encoders. Raises ConfigError where nothing could ever be served."""
+    """Warns if there are no encoders. Raises ConfigError if there are no LLM workers."""
     if not settings.llm_addresses:
         raise ConfigError(
             "a gateway needs the addresses of its workers, such as --llm-addresses 127.0.0.1:7002 "
@@ -87,25 +87,34 @@ def check_workers(settings: GatewayConfig) -> None:
 
 
 async def serve(settings: GatewayConfig) -> None:
-    """Startup, serve, shutdown. SIGHUP reads the keys again. Raises StartupError."""
+    """Serves until a signal has drained the gateway. SIGHUP reads the keys again. Raises
+    StartupError."""
     keys = Keys.load(settings.api_key_file)
-    with on_hangup(keys.reread), listen(settings, keys) as listener:
-        async with open_gateway(settings, keys) as gateway:
-            server = HttpServer(gateway, listener)
+    with on_hangup(keys.reread):
+        async with open_server(settings, keys) as server:
             with handle_signals(server.stop, server.cut):
-                await server.serve([listener])
+                await server.serve()
+
+
+@contextlib.asynccontextmanager
+async def open_server(settings: GatewayConfig, keys: Keys) -> AsyncIterator[HttpServer]:
+    """A gateway on a bound socket, ready to ``serve``; closed at the end. Raises StartupError."""
+    with listen(settings, keys) as listener:
+        async with open_gateway(settings, keys) as gateway:
+            yield HttpServer(gateway, listener)
 
 
 @contextlib.contextmanager
 def listen(settings: GatewayConfig, keys: Keys) -> Iterator[socket.socket]:
     """The bound socket. Without keys only this machine may call, unless --host says otherwise.
 
-    Raises ConfigError where the address cannot be had.
+    Raises ConfigError if the address cannot be bound.
     """
     host = settings.listen_host
     with addresses.bind(host, settings.port) as listener:
         listener.setblocking(False)
-        # Connections inherit it: answers that nobody reads wait here, where that is seen.
+        # Connections inherit it: an answer that its client does not read waits in this process,
+        # which can then see that the client has stalled.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         if not keys.required and not addresses.is_loopback(host):
             log.warning("listening on %s without API keys; see --api-key-file", host)
@@ -173,7 +182,7 @@ def _encoders(settings: GatewayConfig, pool: WorkerPool) -> Encoders:
 def _gateway(
     settings: GatewayConfig, keys: Keys, names: ServedNames, pipeline: Pipeline
 ) -> Gateway:
-    """With the limits of what clients may hold."""
+    """The gateway, with the limits on what clients may hold."""
     connections = Connections(
         settings.max_connections, settings.max_connections_per_address, settings.stall_timeout_s
     )
@@ -187,7 +196,7 @@ def _gateway(
 
 
 def _serve_metrics(settings: GatewayConfig) -> None:
-    """/metrics on a port of its own, where one is asked for. Raises ConfigError."""
+    """Serves /metrics on a port of its own, if one is set. Raises ConfigError."""
     shown = settings.telemetry
     if shown.metrics_port >= 0:
         where = shown.metrics_host or settings.listen_host
@@ -195,7 +204,7 @@ def _serve_metrics(settings: GatewayConfig) -> None:
 
 
 def _own_pair_id(checkpoint: Checkpoint) -> str | None:
-    """The checkpoint's pair id; None where its weights, which count in it, are not here."""
+    """The checkpoint's pair id; None if its weights, on which it depends, are not on this host."""
     try:
         return checkpoint.pair_id
     except CheckpointError:
@@ -204,7 +213,7 @@ def _own_pair_id(checkpoint: Checkpoint) -> str | None:
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn on a socket of ours, stopped by ``stop`` instead of its own signal handlers."""
+    """uvicorn on ``listener``, stopped by ``stop`` and ``cut`` instead of its own signals."""
 
     def __init__(self, gateway: Gateway, listener: socket.socket) -> None:
         settings = gateway.config
@@ -225,11 +234,16 @@ class HttpServer(uvicorn.Server):
         )
         self.gateway = gateway
         self.address = _address(listener)
+        self._listener = listener
         self._closing: asyncio.TimerHandle | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serves until ``stop``; returns when drained."""
+        await super().serve([self._listener])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -260,12 +274,12 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
 
     def cut(self) -> None:
-        """Ends requests under way, each with its error. Clients that do not take it are left."""
+        """Ends requests under way, each with an error. Clients that do not read it are cut off."""
         self._close()
         self.gateway.running.cut()
-        asyncio.get_running_loop().call_later(LAST_WORDS_S, self._leave_clients)
+        asyncio.get_running_loop().call_later(LAST_WORDS_S, self._abort_connections)
 
-    def _leave_clients(self) -> None:
+    def _abort_connections(self) -> None:
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 

@@ -90,49 +90,52 @@ class Stack:
 
 
 @contextlib.asynccontextmanager
+async def serving(config, keys=None):
+    """A gateway's server, which serves, and a client of it."""
+    limits = httpx2.Limits(max_connections=None)
+    async with (
+        service.open_server(config, keys or Keys({})) as server,
+        httpx2.AsyncClient(
+            base_url=server.address, timeout=60, trust_env=False, limits=limits
+        ) as client,
+    ):
+        running = asyncio.create_task(server.serve())
+        try:
+            yield server, client
+        finally:
+            server.stop()
+            await running
+
+
+@contextlib.asynccontextmanager
 async def stack(
     encoders=1, llms=1, tokens=None, keys=None, ready=True, encoders_serve=True, **settings
 ):
     tokens = [*ids("Hello there."), END] if tokens is None else tokens
     async with contextlib.AsyncExitStack() as exits:
-        eyes = [
+        fake_encoders = [
             await exits.enter_async_context(FakeEncoder(pair_id=PAIR_ID)) for _ in range(encoders)
         ]
-        for eye in eyes:
-            await eye.set_serving(encoders_serve)
-        mouths = [
+        for fake in fake_encoders:
+            await fake.set_serving(encoders_serve)
+        fake_llms = [
             await exits.enter_async_context(FakeLLM(tokens, pair_id=PAIR_ID)) for _ in range(llms)
         ]
         config = GatewayConfig(
             port=0,
-            llm_addresses=tuple(mouth.address for mouth in mouths),
+            llm_addresses=tuple(fake.address for fake in fake_llms),
             **{
-                "encoder_addresses": tuple(eye.address for eye in eyes),
+                "encoder_addresses": tuple(fake.address for fake in fake_encoders),
                 "drain_timeout_s": 1.0,
                 **settings,
             },
         )
-        keys = keys or Keys({})
-        listener = exits.enter_context(service.listen(config, keys))
-        gateway = await exits.enter_async_context(service.open_gateway(config, keys))
-        server = service.HttpServer(gateway, listener)
-        serving = asyncio.create_task(server.serve([listener]))
-        client = await exits.enter_async_context(
-            httpx2.AsyncClient(
-                base_url=server.address,
-                timeout=60,
-                trust_env=False,
-                limits=httpx2.Limits(max_connections=None),
-            )
-        )
-        try:
-            if ready:
-                await until(lambda: not gateway.pipeline.pairing.missing())
-                await until(lambda: len(gateway.pipeline.llms.serving()) == llms)
-            yield Stack(gateway, server, client, eyes, mouths)
-        finally:
-            server.stop()
-            await serving
+        server, client = await exits.enter_async_context(serving(config, keys))
+        gateway = server.gateway
+        if ready:
+            await until(lambda: not gateway.pipeline.pairing.missing())
+            await until(lambda: len(gateway.pipeline.llms.serving()) == llms)
+        yield Stack(gateway, server, client, fake_encoders, fake_llms)
 
 
 @contextlib.asynccontextmanager
@@ -167,20 +170,9 @@ async def over(encoder_address, llm_address, keys=None, **settings):
         llm_addresses=(llm_address,),
         **{"drain_timeout_s": 1.0, **settings},
     )
-    keys = keys or Keys({})
-    with service.listen(config, keys) as listener:
-        async with service.open_gateway(config, keys) as opened:
-            server = service.HttpServer(opened, listener)
-            serving = asyncio.create_task(server.serve([listener]))
-            try:
-                await until(lambda: not opened.pipeline.pairing.missing())
-                async with httpx2.AsyncClient(
-                    base_url=server.address, timeout=60, trust_env=False
-                ) as client:
-                    yield client
-            finally:
-                server.stop()
-                await serving
+    async with serving(config, keys) as (server, client):
+        await until(lambda: not server.gateway.pipeline.pairing.missing())
+        yield client
 
 
 def events(text):
