@@ -24,6 +24,10 @@ class Flights(Generic[R]):
     def __init__(self) -> None:
         self._flights: dict[str, _Flight[R]] = {}
 
+    def __len__(self) -> int:
+        """Runs under way."""
+        return len(self._flights)
+
     def __contains__(self, key: str) -> bool:
         """Whether a run for ``key`` is under way, which ``run`` would join."""
         flight = self._flights.get(key)

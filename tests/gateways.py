@@ -82,6 +82,7 @@ class Stack:
         ]
         return (
             admission.requests.held == admission.bytes.held == 0
+            and not self.gateway.pipeline.encoders._flights
             and not self.gateway.pipeline.encoders._runs
             and not self.gateway.pipeline.encoders._admitted
             and all(worker.pending == worker.heavy == 0 for worker in workers)
