@@ -26,7 +26,7 @@ from bench.gpu.checks import Figures, Seen, Skipped
 from bench.gpu.figures import MODEL
 from bench.gpu.models import TEXT_IDS, Room, Split, picture_span
 from encoder_service.batcher import Batcher
-from encoder_service.pictures.fair_queue import Gate
+from encoder_service.pictures.fair_queue import FairQueue
 from llm_service.engine.client import ThreadEngineClient
 from llm_service.engine.engine import Emit, Engine
 from llm_service.policy.sequence import FailedEvent, GenerateRequest, TokensEvent
@@ -157,7 +157,7 @@ class _OneProcess:
             stack._local.engine._emit = emit
             return stack._local.engine
 
-        stack._threads, stack._staging = ThreadPoolExecutor(), Gate(STAGED_PATCHES)
+        stack._threads, stack._staging = ThreadPoolExecutor(), FairQueue(STAGED_PATCHES)
         stack._batcher = Batcher(stack._encode_batch, BATCH_PATCHES)
         stack._client = ThreadEngineClient(build, None)
         try:
@@ -170,7 +170,7 @@ class _OneProcess:
             stack._local.runner.close()
 
     _threads: ThreadPoolExecutor
-    _staging: Gate
+    _staging: FairQueue
     _batcher: Batcher[tuple[Any, Plan], Any]
     _client: ThreadEngineClient
 

@@ -27,7 +27,7 @@ from encoder_service.pictures.decode_process import (
     Pixels,
     decode_and_cut,
 )
-from encoder_service.pictures.fair_queue import FairQueue, Gate
+from encoder_service.pictures.fair_queue import FairQueue
 from opticnerve.errors import EngineFailure, InvalidMedia, OpticNerveError
 from opticnerve.media.plan import Structure
 from opticnerve.models.family import Preprocessor
@@ -64,13 +64,13 @@ class Lane:
 
     def __init__(self, places: int, memory: int) -> None:
         self.places = FairQueue(places)
-        self.memory = Gate(memory)
+        self.memory = FairQueue(memory)
 
     @contextlib.asynccontextmanager
     async def hold(self, job: DecodeJob) -> AsyncIterator[None]:
         """Holds a place and the picture's memory while the context lasts."""
         cost, memory = job.structure.passes + ITEM_PASSES, job.structure.memory
-        async with self.places.hold(job.owner, cost), self.memory.hold(memory):
+        async with self.places.hold(1, job.owner, cost), self.memory.hold(memory):
             yield
 
 
@@ -90,7 +90,7 @@ class PreprocessPool:
         """``max_decode_bytes``: 0 sizes it from the number of workers. ``decode_timeout_s``: CPU
         time for a heavy picture."""
         self.workers = workers
-        self.staging = Gate(max_staged_patches)
+        self.staging = FairQueue(max_staged_patches)
         self.decode_timeout_s = decode_timeout_s
         memory = max_decode_bytes or max(LEAST_MEMORY, workers * WORKER_MEMORY)
         self.light = Lane(workers, memory // LIGHT_SHARE)

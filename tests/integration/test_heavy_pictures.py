@@ -99,7 +99,7 @@ def test_who_leaves_ends_the_decoding_and_it_costs_nothing_more(tmp_path: Path) 
             await until(lambda: service.encoder.backlog.items == 0 and not alive(pid))
             await until(lambda: not pids(service))  # Those that waited never began.
             lane = service.encoder.pool.heavy
-            assert lane.places.free == 1 and not lane.places.waiting and lane.memory.held == 0
+            assert lane.places.held == 0 and not lane.places.waiting and lane.memory.held == 0
             assert children_cpu_s() - before < 20  # Of many minutes.
             assert (await service.encode(picture(9, (3000, 2000)))).ref.num_rows
 

@@ -27,7 +27,7 @@ class Line:
         await settle()
 
     async def _pass(self, name: str, owner: str, cost: int) -> None:
-        async with self.turns.hold(owner, cost):
+        async with self.turns.hold(1, owner, cost):
             self.order.append(name)
             await self._leave[name].wait()
 
@@ -106,7 +106,7 @@ def test_who_leaves_gives_its_place_to_the_next_and_is_forgotten() -> None:
         await settle()
         assert line.order == ["a", "c"]
         await line.drain()
-        assert line.turns.free == 1 and line.turns.waiting == 0
+        assert line.turns.held == 0 and line.turns.waiting == 0
         assert not line.turns._due and not line.turns._queue
 
     play(scenario)
@@ -121,7 +121,7 @@ def test_a_turn_that_came_with_the_cancellation_is_given_back() -> None:
         await asyncio.sleep(0)  # The holder leaves: it is b's turn now.
         line.tasks["b"].cancel()
         await settle()
-        assert line.order == ["a"] and line.turns.free == 1
+        assert line.order == ["a"] and line.turns.held == 0
         await line.come("c", "c", 10)
         assert line.order == ["a", "c"]
         await line.drain()
@@ -152,7 +152,7 @@ def test_everybody_gets_a_turn_and_no_place_is_lost(
         stay = set(line.tasks)
         await asyncio.wait_for(line.drain(), 60)
         assert set(line.order) == stay
-        assert line.turns.free == places and not line.turns._due and not line.turns._queue
+        assert line.turns.held == 0 and not line.turns._due and not line.turns._queue
 
     play(scenario)
 

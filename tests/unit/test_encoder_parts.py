@@ -14,7 +14,7 @@ import pytest
 
 from encoder_service.backlog import MAX_RETRY_S, UNKNOWN_RETRY_S, Backlog
 from encoder_service.crash_record import FORGET_AFTER_S, CrashRecord
-from encoder_service.pictures.fair_queue import Gate
+from encoder_service.pictures.fair_queue import FairQueue
 from encoder_service.pictures.preprocess import PreprocessPool
 from opticnerve.errors import Overloaded, PoisonousItem
 from opticnerve.single_flight import Flights
@@ -220,7 +220,7 @@ def test_a_call_between_a_runs_end_and_its_callbacks_starts_anew() -> None:
 
 def test_gate_is_first_in_first_out_and_lets_one_of_any_size_in() -> None:
     async def scenario() -> None:
-        gate, order = Gate(10), []
+        gate, order = FairQueue(10), []
         leave = {name: asyncio.Event() for name in "abcd"}
 
         async def pass_through(name: str, cost: int) -> None:
@@ -251,7 +251,7 @@ def test_gate_is_first_in_first_out_and_lets_one_of_any_size_in() -> None:
 
 def test_gate_forgets_who_left_while_waiting() -> None:
     async def scenario() -> None:
-        gate, done = Gate(10), []
+        gate, done = FairQueue(10), []
 
         async def pass_through(name: str, cost: int) -> None:
             async with gate.hold(cost):
@@ -274,7 +274,7 @@ def test_gate_forgets_who_left_while_waiting() -> None:
 
 def test_gate_gives_a_turn_back_that_came_with_the_cancellation() -> None:
     async def scenario() -> None:
-        gate = Gate(10)
+        gate = FairQueue(10)
         leave = asyncio.Event()
 
         async def holder() -> None:
