@@ -42,7 +42,7 @@ from bench import report, sampler
 from bench.contestants import Ask, Continuous, Ours, Outputs, Picture, ThroughClient, Whole
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.media.plan import Modality, Overrides, Span, Structure
-from opticnerve.models.registry import load_tower
+from opticnerve.models.registry import load_tower, make_preprocessor
 
 MAX_GAP = 1e-3
 TARGETS = {(1, "generate"): 1.0, (16, "generate"): 8.0}
@@ -132,13 +132,15 @@ def picture_workload(ours: Ours, path: str, count: int) -> tuple[list[Picture], 
     from PIL import Image
 
     random = np.random.default_rng(1)
-    tower = load_tower(Checkpoint.open(path), torch.float32, "cpu")
+    checkpoint = Checkpoint.open(path)
+    tower = load_tower(checkpoint, torch.float32, "cpu")
+    preprocess = make_preprocessor(checkpoint, ours.layout)
     pictures, asks = [], []
     for index, size in enumerate(((84, 84), (112, 84), (84, 112), (168, 168))):
         blocks = random.integers(0, 255, (5, 5, 3), dtype=np.uint8)
         image = Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
         plan = ours.layout.plan(Structure("png", *size), Overrides())
-        pixels = tower.preprocess(image, plan)
+        pixels = preprocess(image, plan)
         (rows,) = tower.encode([pixels], [plan])
         pictures.append(Picture(f"picture-{index}", plan, pixels, rows))
     for index in range(count):

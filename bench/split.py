@@ -49,7 +49,12 @@ from opticnerve.generation.values import Sampling
 from opticnerve.media.decode import decode
 from opticnerve.media.keys import content_key
 from opticnerve.media.structure import parse_structure
-from opticnerve.models.registry import load_language, load_tower, make_layout
+from opticnerve.models.registry import (
+    load_language,
+    load_tower,
+    make_layout,
+    make_preprocessor,
+)
 from opticnerve.rpc.channel import open_channel
 
 BUDGET_ROUND_TRIPS = 15
@@ -88,6 +93,7 @@ class Whole:
         self.layout = make_layout(checkpoint)
         self.renderer = ChatRenderer.load(checkpoint.path, self.layout)
         self.vocabulary = Vocabulary(self.renderer.tokenizer)
+        self.preprocess = make_preprocessor(checkpoint, self.layout)
         self.tower = load_tower(checkpoint, dtype, "cpu")
         language = load_language(checkpoint, dtype, "cpu", ATTENTION_NAME)
         self.rows = Rows()
@@ -124,7 +130,7 @@ class Whole:
         key = content_key(data, self.layout.settings(), source.overrides(None), "whole")
         prompt = self.renderer.build(self.renderer.render(request), [plan])
         part("plan and template")
-        pixels = self.tower.preprocess(decode(data, plan, self.max_pixels), plan)
+        pixels = self.preprocess(decode(data, plan, self.max_pixels), plan)
         part("preprocess")
         self.rows.items = {key: self.tower.encode([pixels], [plan])[0]}
         part("encode")

@@ -27,7 +27,7 @@ from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.embeddings.store import Store
 from opticnerve.embeddings.tier import base_directory
-from opticnerve.models.registry import load_tower, make_layout
+from opticnerve.models.registry import load_tower, make_layout, make_preprocessor
 from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc.server import Server
 from opticnerve.worker import OpenStore, open_worker_store, serving
@@ -44,7 +44,8 @@ def open_torch_model(config: ModelConfig) -> VisionModel:
     checkpoint.read_ahead()
     layout = make_layout(checkpoint)
     tower = load_tower(checkpoint, config.dtype, config.device)
-    backend = TorchBackend(tower, partial(shrink, layout))
+    preprocess = make_preprocessor(checkpoint, layout)
+    backend = TorchBackend(tower, preprocess, partial(shrink, layout))
     return VisionModel(
         checkpoint.name,
         checkpoint.family,

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import opticnerve.demo
+from opticnerve.models.registry import families
 
 if TYPE_CHECKING:  # Tests that need the demo alone wait for no torch.
     import torch
 
 DEMO = Path(opticnerve.demo.__file__).parent / "checkpoint"
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "llava")
+FAMILIES = tuple(sorted({family.name for family in families().values()}))
 LAYOUTS = ("new", "old")
 
 VOCAB_SIZE = 640

@@ -26,7 +26,7 @@ from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.media.plan import Modality, Overrides, Plan, Span, Structure
 from opticnerve.models.family import Layout, Tower
-from opticnerve.models.registry import load_tower, make_layout
+from opticnerve.models.registry import load_tower, make_layout, make_preprocessor
 from opticnerve.pb import embedding_pb2, llm_pb2_grpc
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.rpc import convert
@@ -64,6 +64,7 @@ class Demo:
     def __init__(self) -> None:
         checkpoint = Checkpoint.open(None)
         self.layout: Layout = make_layout(checkpoint)
+        self.preprocess = make_preprocessor(checkpoint, self.layout)
         self.tower: Tower = load_tower(checkpoint, torch.float32, "cpu")
         self.whole = load_reference(DEMO)
         self.whole.generation_config.eos_token_id = EOS
@@ -74,7 +75,7 @@ class Demo:
         blocks = random.integers(0, 255, (5, 5, 3), dtype=np.uint8)
         image = Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
         plan = self.layout.plan(Structure("png", *size), Overrides())
-        pixels = self.tower.preprocess(image, plan)
+        pixels = self.preprocess(image, plan)
         (rows,) = self.tower.encode([pixels], [plan])
         key = random.bytes(32).hex()
         return Picture(key, plan, pixels, rows)

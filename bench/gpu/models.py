@@ -20,7 +20,12 @@ from llm_service.policy.sequence import FinishedEvent, GenerateRequest
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.generation.values import PositionLogprobs, Sampling
 from opticnerve.media.plan import Modality, Overrides, Plan, Span, Structure
-from opticnerve.models.registry import load_language, load_tower, make_layout
+from opticnerve.models.registry import (
+    load_language,
+    load_tower,
+    make_layout,
+    make_preprocessor,
+)
 from tests.checkpoints import DEMO, make_checkpoint
 from tests.local_engine import LocalEngine
 from tests.reference import load_reference, picture
@@ -138,12 +143,13 @@ class Split:
         checkpoint = Checkpoint.open(str(path))
         self.layout = make_layout(checkpoint)
         self.tower = load_tower(checkpoint, dtype, device)
-        self.backend = TorchBackend(self.tower, lambda plan, patches: plan)
+        self.preprocess = make_preprocessor(checkpoint, self.layout)
+        self.backend = TorchBackend(self.tower, self.preprocess, lambda plan, patches: plan)
         self.language: Any = load_language(checkpoint, dtype, device, ATTENTION_NAME)
 
     def picture(self, size: tuple[int, int], seed: int) -> Picture:
         plan = self.layout.plan(Structure("png", *size), Overrides())
-        pixels = self.tower.preprocess(picture(*size, seed=seed), plan)
+        pixels = self.preprocess(picture(*size, seed=seed), plan)
         return Picture(f"{seed}-{size}", plan, pixels)
 
     def prompt(self, *parts: int | Picture, seed: int = 0) -> Prompt:

@@ -16,7 +16,7 @@ from encoder_service.batcher import Failure
 from encoder_service.pictures.sizing import permitted_patches
 from opticnerve.errors import StartupError, device_is_lost
 from opticnerve.media.plan import Plan
-from opticnerve.models.family import Tower
+from opticnerve.models.family import Preprocessor, Tower
 from opticnerve.tensors.dtypes import ELEMENT_TYPES
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,9 @@ class TorchBackend:
 
     name = "torch"
 
-    def __init__(self, tower: Tower, shrink: Shrink) -> None:
+    def __init__(self, tower: Tower, preprocess: Preprocessor, shrink: Shrink) -> None:
         self._tower = tower
-        self.preprocess = tower.preprocess
+        self.preprocess = preprocess
         self._shrink = shrink
         self.device = str(tower.device)
         self.dtype = ELEMENT_TYPES[tower.dtype]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 
-from gateway.prompt.tokenizer import give_back_memory
+from opticnerve.heap import return_freed_memory
 
 LARGE_BYTES = 4 * 2**20  # Requests that held less leave little behind.
 QUIET_S = 1.0
@@ -40,4 +40,4 @@ class Trimmer:
         loop = asyncio.get_running_loop()
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = loop.call_later(self.quiet_s, loop.run_in_executor, None, give_back_memory)
+        self._timer = loop.call_later(self.quiet_s, loop.run_in_executor, None, return_freed_memory)

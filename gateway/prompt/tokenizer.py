@@ -8,7 +8,6 @@ alias, so only ``Aliases.hide`` makes them special.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from opticnerve.checkpoints.tokenizer_files import (
     read_tokenizer_config,
 )
 from opticnerve.errors import CheckpointError
+from opticnerve.heap import return_freed_memory
 
 SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
 SURE_CHARACTERS = 2**15  # Text as short as this is encoded without a second thought.
@@ -102,7 +102,7 @@ class Tokenizer:
     def load(cls, path: Path, placeholders: Iterable[str] = ()) -> Tokenizer:
         """The tokenizer of a checkpoint directory. Raises CheckpointError."""
         tokenizer = cls(read_source(path), read_tokenizer_config(path), placeholders)
-        give_back_memory()
+        return_freed_memory()
         return tokenizer
 
     def _settle(self, listed: Mapping[str, Added]) -> None:
@@ -283,14 +283,6 @@ def build(source: str, names: Mapping[str, str]) -> Backend:
             raise
         model["merges"] = kept
         return Backend.from_str(rename(json.dumps(spec), names))
-
-
-def give_back_memory() -> None:
-    """Returns freed memory to the system, where the C library can: reading a vocabulary of 150,000
-    tokens leaves more than 100 MB behind."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def occurs(source: str, name: str) -> bool:

@@ -34,7 +34,6 @@ from opticnerve.errors import (
     device_is_lost,
 )
 from opticnerve.generation.values import PositionLogprobs
-from opticnerve.models.decoders.passthrough import PassThroughCache
 from opticnerve.models.family import Language, Layout
 
 log = logging.getLogger(__name__)
@@ -88,7 +87,6 @@ class ModelRunner:
         self._rows = rows
         self._tensor_names = tensor_names(layout.deepstack_levels)  # Of an embedding.
         self._device = torch.device(language.device)
-        self._cache = PassThroughCache()
         self.block_size = _block_size(backend, limits.block_size)
         shape = PageShape(
             language.num_layers, language.num_kv_heads, language.head_dim, self.block_size
@@ -258,7 +256,7 @@ class ModelRunner:
         whole = any(work.prompt_logprobs for work in batch.works)
         asked = None if whole else rows
         with active(self._backend):
-            hidden = self._language.forward(embeds, positions, self._cache, deepstack, asked)
+            hidden = self._language.forward(embeds, positions, deepstack, asked)
         return hidden, hidden[rows] if whole and rows is not None else hidden
 
     def _to_device(self, array: NDArray[np.int64]) -> torch.Tensor:

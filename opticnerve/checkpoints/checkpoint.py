@@ -25,7 +25,7 @@ from opticnerve.checkpoints.tensorfile import TensorEntry, read_header
 from opticnerve.checkpoints.tokenizer_files import eos_token_id
 from opticnerve.errors import CheckpointError
 from opticnerve.hashing import hash_parts
-from opticnerve.models.registry import family_of, make_layout
+from opticnerve.models.registry import find_family, make_layout
 
 Side = Literal["gateway", "encoder", "llm"]
 KeyFilter = Callable[[str], bool]
@@ -82,14 +82,15 @@ class Checkpoint:
             hub_id=hub_id,
             download_dir=download_dir,
         )
-        family_of(config)
+        find_family(config)
         if key_filter is not None and side != "gateway":
             checkpoint.tensor_index(key_filter)
         return checkpoint
 
     @property
     def family(self) -> str:
-        return family_of(self.config)
+        """The family's name."""
+        return find_family(self.config).name
 
     @property
     def text_config(self) -> Mapping[str, Any]:

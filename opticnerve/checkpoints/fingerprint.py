@@ -1,19 +1,18 @@
-"""What a worker's results depend on, in 64 hex digits.
+"""Fingerprints: what a worker's results depend on, in 64 hex digits.
 
-An encoder's fingerprint covers everything that decides a row: configuration, processor settings,
-every byte of the tower's and projector's tensors, output dtype, backend and precision.
+An encoder's covers everything that decides a row: configuration, processor settings, every byte of
+the tower's and projector's tensors, output dtype, backend and precision.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from opticnerve.checkpoints.loader import wanted
 from opticnerve.hashing import hash_parts
-from opticnerve.models.registry import make_layout
+from opticnerve.models.registry import find_family, make_layout
 from opticnerve.tensors.dtypes import dtype_name
 
 if TYPE_CHECKING:
@@ -26,12 +25,11 @@ SCHEME = "opticnerve-fingerprint-2"
 def fingerprint(
     checkpoint: Checkpoint, tower: Tower, backend: str, precision: str | None = None
 ) -> str:
-    """The encoder's: equal fingerprints give equal rows, to tolerance.
+    """An encoder's. Encoders with equal fingerprints give equal rows, within rounding.
 
-    ``precision`` is the backend's, where it differs from the output dtype.
+    ``precision``: the backend's, where it differs from the output dtype.
     """
     dtype = dtype_name(tower.dtype)
-    vision = importlib.import_module(f"opticnerve.models.{checkpoint.family}.vision")
     settings = make_layout(checkpoint).settings()
     return hash_parts(
         SCHEME,
@@ -39,7 +37,7 @@ def fingerprint(
         _canonical(checkpoint.config),
         _canonical(checkpoint.processor_config),
         _canonical(settings),
-        checkpoint.weights_digest(wanted(vision.KEY_MAP)),
+        checkpoint.weights_digest(wanted(find_family(checkpoint.config).vision_keys)),
         dtype,
         backend,
         precision or dtype,
@@ -47,7 +45,7 @@ def fingerprint(
 
 
 def language_fingerprint(checkpoint: Checkpoint, language: Language) -> str:
-    """The LLM worker's: of the weights it covers what ``Checkpoint.pair_id`` does."""
+    """An LLM worker's. Of the weights it covers what ``Checkpoint.pair_id`` covers."""
     dtype = dtype_name(language.dtype)
     return hash_parts(SCHEME, "llm", _canonical(checkpoint.config), checkpoint.pair_id, dtype)
 

@@ -1,19 +1,15 @@
-"""The interface that a model family implements, and nothing else.
+"""What a model family is: one declaration, and the interfaces of its parts.
 
-A family is a folder ``opticnerve/models/<family>/`` with three files:
-
-* ``layout.py``: sizing, placeholders and positions. numpy only; the gateway imports it.
-* ``vision.py``: the tower and projector, on torch. The encoder imports it.
-* ``language.py``: the language model and its head, on torch. The LLM service imports it.
-
-``opticnerve.models.registry`` finds a family by the ``model_type`` of ``config.json``. A new
-family adds a folder and one registry entry; no service changes.
+A family is a folder of ``opticnerve/models`` whose ``__init__.py`` declares ``FAMILY``, a
+``Family``. ``opticnerve.models.registry`` finds it there by the ``model_type`` of a checkpoint's
+config.json: a new family adds a folder, and edits no other file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -25,16 +21,44 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from opticnerve.checkpoints.checkpoint import Checkpoint
-
 KeyMap = Sequence[tuple[str, str]]
-"""Ordered (regular expression, replacement) pairs; the first that matches at the start renames
-a checkpoint's key to a module's. A key that no pattern matches is not of this side."""
+"""Ordered (regular expression, replacement) pairs. The first that matches the start of a
+checkpoint's key renames it to the module's; a key that none matches belongs to the other half."""
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Consecutive placeholders of one expansion that take consecutive rows."""
+class Family:
+    """One family's declaration.
+
+    A part is named "module:attribute", the module relative to ``package`` where it begins with a
+    dot. Parts are imported when they are needed: declarations, layouts and preprocessing without
+    torch, towers in encoders, decoders in LLM workers.
+    """
+
+    package: str  # The declaring package: its __name__.
+    title: str  # As its users call it: "Qwen2-VL".
+    model_types: tuple[str, ...]  # Of config.json.
+    layout: str  # (Checkpoint) -> Layout
+    preprocess: str  # (Layout) -> Preprocessor
+    tower: str  # (Checkpoint) -> TowerSpec, see ``towers.tower``.
+    decoder: str  # (Checkpoint) -> DecoderSpec, see ``decoders.spec``.
+    vision_keys: KeyMap  # Tower and projector.
+    language_keys: KeyMap  # Decoder and head: ``model.*`` and ``lm_head.*`` of the module.
+
+    @property
+    def name(self) -> str:
+        """The folder's name, which is part of content keys."""
+        return self.package.rpartition(".")[2]
+
+    def load_part(self, part: str) -> Any:
+        """What ``part``, one of the strings above, names."""
+        module, _, attribute = part.partition(":")
+        return getattr(import_module(module, self.package), attribute)
+
+
+@dataclass(frozen=True, slots=True)
+class RowRun:
+    """Consecutive placeholders of one expansion that consecutive rows of the item overwrite."""
 
     offset: int  # In Expansion.token_ids.
     num_tokens: int
@@ -45,21 +69,21 @@ class Run:
 class Expansion:
     """What replaces the one placeholder token that the chat template wrote for an item.
 
-    ``token_ids`` may hold other tokens than placeholders (row breaks, tile markers); ``runs``
-    says which of them are overwritten by rows.
+    ``token_ids`` may hold other tokens than placeholders (row breaks, tile markers); ``runs`` are
+    the placeholders among them.
     """
 
     token_ids: tuple[int, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[RowRun, ...]
 
 
 class Layout(Protocol):
     """Sizing, placeholders and positions of one checkpoint. Holds no tensors, decodes nothing."""
 
-    family: str
-    image_token_id: int  # Of the one that the chat template writes for a picture.
-    # Every token that stands for media, by the name that processors have for it ("image_token"):
-    # text may not become one. How they are spelled, the tokenizer knows.
+    family: str  # The family's name.
+    image_token_id: int  # The placeholder that the chat template writes for a picture.
+    # Every token that stands for media, by its name in processors ("image_token"). No text may
+    # become one. Their spelling is the tokenizer's.
     placeholder_ids: Mapping[str, int]
     hidden_size: int  # Columns of an embedding: the language model's width.
     deepstack_levels: int  # "deepstack.<i>" tensors that an embedding has beside its rows.
@@ -70,12 +94,15 @@ class Layout(Protocol):
         """Sizes a picture. Raises InvalidMedia for one that the family cannot take."""
         ...
 
-    def expand(self, plan: Plan) -> Expansion: ...
+    def expand(self, plan: Plan) -> Expansion:
+        """The tokens of an item: ``plan.num_tokens`` placeholders among them."""
+        ...
 
     def positions(self, num_tokens: int, spans: Sequence[Span]) -> tuple[NDArray[np.int64], int]:
-        """Positions of a prompt: int64 [position_dims, num_tokens], and the delta of what follows.
+        """Positions of a prompt, int64 [position_dims, num_tokens], and the delta of its output.
 
-        Token ``i >= num_tokens`` (output) has position ``i + delta`` in every dimension.
+        Token ``i >= num_tokens`` (output) has position ``i + delta`` in every dimension. Raises
+        InvalidRequest for spans that do not fit the prompt.
         """
         ...
 
@@ -85,8 +112,10 @@ class Layout(Protocol):
 
 
 class Preprocessor(Protocol):
-    """Turns one decoded picture into the tower's input. numpy and Pillow only: it runs in the
-    encoder's CPU pool, several at once, outside the event loop."""
+    """Turns one decoded picture into the tower's input, with numpy and Pillow only.
+
+    It runs in the encoder's CPU pool, several at once, and is pickled for processes that decode.
+    """
 
     def __call__(self, image: Image.Image, plan: Plan) -> NDArray[np.float32]:
         """``image``: RGB, already oriented, of the plan's displayed size.
@@ -102,7 +131,6 @@ class Tower(Protocol):
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
-    preprocess: Preprocessor
 
     def encode(
         self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
@@ -135,34 +163,19 @@ class Language(Protocol):
         self,
         inputs_embeds: torch.Tensor,
         positions: torch.Tensor,
-        cache: Any,
         deepstack: Sequence[tuple[torch.Tensor, torch.Tensor]] = ...,
         rows: torch.Tensor | None = ...,
     ) -> torch.Tensor:
         """One packed step.
 
-        ``inputs_embeds`` [tokens, hidden_size]; ``positions`` int64 [position_dims, tokens];
-        ``cache`` (see ``passthrough``) is handed to layers that run as transformers has them and
-        returns k and v untouched; fused layers need none. The attention function that the model
-        was loaded with (see ``decoder`` for how it is called) writes pages and attends.
-        ``deepstack``: for layer i, (indices [m], rows [m, hidden_size]) added after that layer.
-        ``rows``: int64 [n], the tokens whose hidden states are wanted; None: all. Returns the last
-        hidden states [n, hidden_size], normalised.
+        ``inputs_embeds`` [tokens, hidden_size]; ``positions`` int64 [position_dims, tokens].
+        Keys and values are the attention function's: it writes them to pages and attends (see
+        ``decoders.decoder`` for how it is called). ``deepstack``: for layer i, (indices [m], rows
+        [m, hidden_size]) added after that layer. ``rows``: int64 [n], the tokens whose hidden
+        states are wanted; None: all. Returns the last hidden states [n, hidden_size], normalised.
         """
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden_size] -> fp32 [rows, vocab_size]."""
         ...
-
-
-class FamilyModule(Protocol):
-    """What the registry finds by name in the three files."""
-
-    def make_layout(self, checkpoint: Checkpoint) -> Layout: ...  # layout.py
-
-    def load_tower(self, checkpoint: Checkpoint, dtype: Any, device: Any) -> Tower: ...  # vision.py
-
-    def load_language(
-        self, checkpoint: Checkpoint, dtype: Any, device: Any, attention: str
-    ) -> Language: ...  # language.py

@@ -1,39 +1,79 @@
-"""Which family serves a checkpoint, found by the ``model_type`` of its ``config.json``.
+"""Finds the family that serves a checkpoint, and makes its parts.
 
-A family's files are imported when they are used: ``layout`` everywhere, ``vision`` in encoders,
-``language`` in LLM workers. This module and every layout import no torch.
+Every folder of ``opticnerve/models`` that declares a ``FAMILY`` is one. Nothing here imports torch
+until a tower or a language model is loaded.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
 
+from opticnerve import models
 from opticnerve.errors import UnsupportedCheckpoint
+from opticnerve.models.family import Family
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
-    from opticnerve.models.family import FamilyModule, Language, Layout, Tower
-
-FAMILIES = {  # model_type of config.json -> folder of opticnerve/models.
-    "qwen2_vl": "qwen2_vl",
-    "qwen2_5_vl": "qwen2_5_vl",
-    "llava": "llava",
-}
-FAMILY_NAMES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "llava": "LLaVA-1.5"}
-
-_SUPPORTED = "supported are " + ", ".join(
-    f"{name} (model_type {kind})" for kind, name in FAMILY_NAMES.items()
-)
+    from opticnerve.models.family import Language, Layout, Preprocessor, Tower
 
 
-def family_of(config: Mapping[str, Any]) -> str:
-    """The family's folder name. Raises UnsupportedCheckpoint: what was found, what is served."""
-    _refuse_by_kind(config)
-    family = FAMILIES.get(str(config.get("model_type")))
+@cache
+def families() -> Mapping[str, Family]:
+    """Every declared family, by each ``model_type`` of config.json that it serves."""
+    found: dict[str, Family] = {}
+    for module in iter_modules(models.__path__):
+        if not module.ispkg:
+            continue
+        family: Any = getattr(import_module(f"{models.__name__}.{module.name}"), "FAMILY", None)
+        for model_type in family.model_types if isinstance(family, Family) else ():
+            if model_type in found:
+                raise RuntimeError(f"two families declare the model_type {model_type!r}")
+            found[model_type] = family
+    return found
+
+
+def make_layout(checkpoint: Checkpoint) -> Layout:
+    """Sizing, placeholders and positions of ``checkpoint``. Raises CheckpointError."""
+    family = find_family(checkpoint.config)
+    layout: Layout = family.load_part(family.layout)(checkpoint)
+    return layout
+
+
+def make_preprocessor(checkpoint: Checkpoint, layout: Layout) -> Preprocessor:
+    """From a decoded picture to the tower's input; ``layout`` is the checkpoint's."""
+    family = find_family(checkpoint.config)
+    preprocessor: Preprocessor = family.load_part(family.preprocess)(layout)
+    return preprocessor
+
+
+def load_tower(checkpoint: Checkpoint, dtype: Any, device: Any) -> Tower:
+    """Vision tower and projector of ``checkpoint`` on ``device``; ``dtype`` and ``device`` as
+    ``--dtype`` and ``--device`` have them, or torch's. Raises CheckpointError, ConfigError."""
+    family = find_family(checkpoint.config)
+    spec = family.load_part(family.tower)(checkpoint)
+    tower: Tower = spec.load(checkpoint, family.vision_keys, dtype, device)
+    return tower
+
+
+def load_language(checkpoint: Checkpoint, dtype: Any, device: Any, attention: str) -> Language:
+    """Language model and head of ``checkpoint`` on ``device``. ``attention`` names a function in
+    transformers' attention interface. Raises CheckpointError, ConfigError."""
+    family = find_family(checkpoint.config)
+    spec = family.load_part(family.decoder)(checkpoint)
+    language: Language = spec.load(checkpoint, family.language_keys, dtype, device, attention)
+    return language
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The family that serves ``config``, a checkpoint's config.json. Raises UnsupportedCheckpoint,
+    which says what was found and what is served."""
+    family = families().get(str(config.get("model_type")))
     if family is None:
-        raise UnsupportedCheckpoint(f"this checkpoint has {_found(config)}; {_SUPPORTED}")
+        raise UnsupportedCheckpoint(f"this checkpoint {_obstacle(config)}; {_supported()}")
     if "quantization_config" in config:
         method = _mapping(config["quantization_config"]).get("quant_method", "unknown")
         raise UnsupportedCheckpoint(
@@ -43,30 +83,21 @@ def family_of(config: Mapping[str, Any]) -> str:
     return family
 
 
-def _refuse_by_kind(config: Mapping[str, Any]) -> None:
-    """Raises for whole classes of models that are out of scope, each with its reason."""
-    kind = str(config.get("model_type"))
-    text = _mapping(config.get("text_config"))
-    if kind in FAMILIES:
-        return
+def _obstacle(config: Mapping[str, Any]) -> str:
+    """Why no family serves ``config``; whole classes of models are out of scope."""
+    kind, found = str(config.get("model_type")), _found(config)
     if "auto_map" in config:
-        raise UnsupportedCheckpoint(
-            f"this checkpoint brings its own model code (auto_map; {_found(config)}), and remote "
-            f"code is never run; {_SUPPORTED}"
-        )
-    if kind.startswith("mllama") or "cross_attention_layers" in text:
-        raise UnsupportedCheckpoint(
-            f"this checkpoint's decoder reads pictures by cross-attention ({_found(config)}), not "
-            f"as embeddings among its tokens, which cannot be served here; {_SUPPORTED}"
+        return f"brings its own model code (auto_map; {found}), and remote code is never run"
+    if kind.startswith("mllama") or "cross_attention_layers" in _mapping(config.get("text_config")):
+        return (
+            f"has a decoder that reads pictures by cross-attention ({found}), not as embeddings "
+            "among its tokens, which cannot be served here"
         )
     if any(key in config for key in ("audio_config", "audio_encoder_config", "thinker_config")):
-        raise UnsupportedCheckpoint(
-            f"this checkpoint takes audio ({_found(config)}), which is not supported; {_SUPPORTED}"
-        )
+        return f"takes audio ({found}), which is not supported"
     if "vision_config" not in config and kind != "None":
-        raise UnsupportedCheckpoint(
-            f"this checkpoint has no vision tower ({_found(config)}); {_SUPPORTED}"
-        )
+        return f"has no vision tower ({found})"
+    return f"has {found}"
 
 
 def _found(config: Mapping[str, Any]) -> str:
@@ -75,25 +106,11 @@ def _found(config: Mapping[str, Any]) -> str:
     return f"model_type {config.get('model_type')!r}, architectures: {listed}"
 
 
+def _supported() -> str:
+    return "supported are " + ", ".join(
+        f"{family.title} (model_type {model_type})" for model_type, family in families().items()
+    )
+
+
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _module(checkpoint: Checkpoint, part: str) -> FamilyModule:
-    name = f"opticnerve.models.{family_of(checkpoint.config)}.{part}"
-    return cast("FamilyModule", importlib.import_module(name))
-
-
-def make_layout(checkpoint: Checkpoint) -> Layout:
-    """Sizing, placeholders and positions of ``checkpoint``. No torch."""
-    return _module(checkpoint, "layout").make_layout(checkpoint)
-
-
-def load_tower(checkpoint: Checkpoint, dtype: Any, device: Any) -> Tower:
-    """Vision tower and projector of ``checkpoint``, loaded and on ``device``."""
-    return _module(checkpoint, "vision").load_tower(checkpoint, dtype, device)
-
-
-def load_language(checkpoint: Checkpoint, dtype: Any, device: Any, attention: str) -> Language:
-    """Language model and head of ``checkpoint``, loaded and on ``device``."""
-    return _module(checkpoint, "language").load_language(checkpoint, dtype, device, attention)

@@ -22,7 +22,7 @@ from opticnerve.errors import OpticNerveError, Unavailable
 from opticnerve.media.decode import decode
 from opticnerve.media.plan import Overrides
 from opticnerve.media.structure import parse_structure
-from opticnerve.models.registry import load_tower, make_layout
+from opticnerve.models.registry import load_tower, make_layout, make_preprocessor
 from opticnerve.telemetry import logs
 from tests import encoders
 from tests.checkpoints import make_checkpoint
@@ -34,8 +34,9 @@ def tower_rows(model: Path | None, data: bytes) -> torch.Tensor:
     """What the tower makes of a picture, without a service."""
     checkpoint = Checkpoint.open(None if model is None else str(model), side="encoder")
     tower = load_tower(checkpoint, "float32", "cpu")
-    plan = make_layout(checkpoint).plan(parse_structure(data), Overrides())
-    pixels = tower.preprocess(decode(data, plan), plan)
+    layout = make_layout(checkpoint)
+    plan = layout.plan(parse_structure(data), Overrides())
+    pixels = make_preprocessor(checkpoint, layout)(decode(data, plan), plan)
     return tower.encode([pixels], [plan])[0]["rows"]
 
 

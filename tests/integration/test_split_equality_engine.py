@@ -21,7 +21,12 @@ from llm_service.policy.sequence import FinishedEvent, GenerateRequest
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Modality, Overrides, Plan, Span, Structure
-from opticnerve.models.registry import load_language, load_tower, make_layout
+from opticnerve.models.registry import (
+    load_language,
+    load_tower,
+    make_layout,
+    make_preprocessor,
+)
 from tests.checkpoints import DEMO, EOS, FAMILIES, make_checkpoint
 from tests.local_engine import LocalEngine
 
@@ -59,6 +64,7 @@ class Model:
         self.whole.generation_config.pad_token_id = EOS
         checkpoint = Checkpoint.open(str(path))
         self.layout = make_layout(checkpoint)
+        self.preprocess = make_preprocessor(checkpoint, self.layout)
         self.tower = load_tower(checkpoint, torch.float32, "cpu")
         self.language = load_language(checkpoint, torch.float32, "cpu", ATTENTION_NAME)
         self.close_calls = 0
@@ -71,7 +77,7 @@ class Model:
         blocks = random.integers(0, 255, (5, 5, 3), dtype=np.uint8)
         image = Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
         plan = self.layout.plan(Structure("png", *size), Overrides())
-        return Picture(f"{seed}-{size}", plan, self.tower.preprocess(image, plan))
+        return Picture(f"{seed}-{size}", plan, self.preprocess(image, plan))
 
     def prompt(self, *parts: int | Picture | tuple[int, ...], seed: int = 0) -> Prompt:
         random = np.random.default_rng(seed)

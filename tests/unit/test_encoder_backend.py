@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from encoder_service.backends.base import Capacity
@@ -14,7 +16,7 @@ from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import StartupError
 from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Structure
 from opticnerve.models.family import Tower
-from opticnerve.models.registry import load_tower, make_layout
+from opticnerve.models.registry import load_tower, make_layout, make_preprocessor
 from tests.encoders import demo_layout
 
 MANY_PIXELS = 89_478_485
@@ -27,8 +29,13 @@ def tower() -> Tower:
 
 
 def backend_of(tower: Tower) -> TorchBackend:
-    layout = make_layout(Checkpoint.open(None))
-    return TorchBackend(tower, lambda plan, patches: shrink(layout, plan, patches))
+    checkpoint = Checkpoint.open(None)
+    layout = make_layout(checkpoint)
+    return TorchBackend(
+        tower,
+        make_preprocessor(checkpoint, layout),
+        lambda plan, patches: shrink(layout, plan, patches),
+    )
 
 
 def test_no_picture_has_more_patches_than_the_largest() -> None:
@@ -129,11 +136,13 @@ def large_plan(patches: int) -> Plan:
 
 
 def on_cuda(tower: Tower, cuda: FakeCuda) -> TorchBackend:
-    backend = TorchBackend(tower, lambda plan, patches: large_plan(max(patches, 16)))
+    def preprocess(image: Image.Image, plan: Plan) -> NDArray[np.float32]:
+        return np.empty(0, np.float32)
+
+    backend = TorchBackend(tower, preprocess, lambda plan, patches: large_plan(max(patches, 16)))
     backend._on_cuda = True
     spy = _Spy(tower, [])
     spy.encode = cuda.encode  # type: ignore[method-assign]
-    backend.preprocess = lambda image, plan: None  # type: ignore[assignment, return-value]
     backend._tower = spy  # type: ignore[assignment]
     return backend
 

@@ -73,13 +73,14 @@ def test_what_a_tower_is_fed_is_the_same_from_a_process(
     family: str, random_checkpoint: Callable[..., Path]
 ) -> None:
     checkpoint = Checkpoint.open(str(random_checkpoint(family)), side="encoder")
-    tower = registry.load_tower(checkpoint, "float32", "cpu")
+    layout = registry.make_layout(checkpoint)
+    preprocess = registry.make_preprocessor(checkpoint, layout)
     data = save(Image.effect_noise((300, 200), 60).convert("RGB"), "JPEG")
-    plan = registry.make_layout(checkpoint).plan(parse_structure(data))
-    found = DecoderProcess(tower.preprocess, 600)
+    plan = layout.plan(parse_structure(data))
+    found = DecoderProcess(preprocess, 600)
     try:
         there = found.run(DecodeTask(data, plan, None, ANY, ANY))
-        here = decode_and_cut(tower.preprocess, DecodeTask(data, plan, None, ANY, ANY))
+        here = decode_and_cut(preprocess, DecodeTask(data, plan, None, ANY, ANY))
         assert np.array_equal(here.values, there.values)
         maps = Path(f"/proc/{found.pid}/maps").read_text()
         assert "libtorch" not in maps and "cygrpc" not in maps and "_imaging" in maps

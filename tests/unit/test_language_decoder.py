@@ -18,7 +18,6 @@ from opticnerve.models import registry
 from opticnerve.models.decoders import decoder
 from opticnerve.models.decoders.decoder import PackedLanguage
 from opticnerve.models.decoders.linear import can_halve
-from opticnerve.models.decoders.passthrough import PassThroughCache
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.reference import CAUSAL, image_processor, load_reference, picture
 
@@ -39,7 +38,7 @@ def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
 def text_logits(language: PackedLanguage, ids: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         positions = torch.arange(len(ids)).expand(language.position_dims, -1)
-        hidden = language.forward(language.embed(ids), positions, PassThroughCache())
+        hidden = language.forward(language.embed(ids), positions)
         return language.logits(hidden)
 
 
@@ -104,6 +103,7 @@ def test_rows_overwrite_placeholders_as_in_the_unsplit_model(
     path = random_checkpoint(family)
     checkpoint = Checkpoint.open(str(path), side="llm")
     layout = registry.make_layout(checkpoint)
+    preprocess = registry.make_preprocessor(checkpoint, layout)
     tower = registry.load_tower(Checkpoint.open(str(path), side="encoder"), "float32", "cpu")
     images = [picture(120, 80), picture(60, 140)]
     plans = [layout.plan(Structure("png", *image.size)) for image in images]
@@ -113,9 +113,7 @@ def test_rows_overwrite_placeholders_as_in_the_unsplit_model(
         tokens = layout.expand(plan).token_ids
         spans.append(Span(len(ids), len(tokens), i, 0, plan.modality, plan.grid))
         ids += [*tokens, 20 + i, 30 + i]
-    encoded = tower.encode(
-        [tower.preprocess(*pair) for pair in zip(images, plans, strict=True)], plans
-    )
+    encoded = tower.encode([preprocess(*pair) for pair in zip(images, plans, strict=True)], plans)
 
     language = load(path)
     token_ids = torch.tensor(ids)
@@ -124,7 +122,7 @@ def test_rows_overwrite_placeholders_as_in_the_unsplit_model(
         for span, item in zip(spans, encoded, strict=True):
             embeds[span.token_offset : span.token_offset + span.num_tokens] = item["rows"]
         positions, _ = layout.positions(len(ids), spans)
-        hidden = language.forward(embeds, torch.from_numpy(positions), PassThroughCache())
+        hidden = language.forward(embeds, torch.from_numpy(positions))
         logits = language.logits(hidden)
 
     inputs = image_processor(path, family)(images, return_tensors="pt")
@@ -198,9 +196,7 @@ def test_deepstack_rows_are_added_after_their_layers(
         positions = torch.arange(12).expand(3, -1)
         embeds = language.embed(ids)
         untouched = embeds.clone()
-        hidden = language.forward(
-            embeds, positions, PassThroughCache(), [(indices, level) for level in levels]
-        )
+        hidden = language.forward(embeds, positions, [(indices, level) for level in levels])
         torch.testing.assert_close(language.logits(hidden), expected, rtol=0, atol=1e-4)
         assert torch.equal(embeds, untouched)
     assert not torch.allclose(expected, text_logits(language, ids))
@@ -221,27 +217,11 @@ def test_only_the_rows_that_are_wanted_come_back(
     positions = torch.arange(12).expand(3, -1)
     with torch.inference_mode():
         embeds = language.embed(ids)
-        every = language.forward(embeds, positions, PassThroughCache(), deepstack)
+        every = language.forward(embeds, positions, deepstack)
         for wanted in ([11], [5, 0, 11], []):
             rows = torch.tensor(wanted, dtype=torch.int64)
-            some = language.forward(embeds, positions, PassThroughCache(), deepstack, rows)
+            some = language.forward(embeds, positions, deepstack, rows)
             torch.testing.assert_close(some, every[rows], rtol=0, atol=1e-5)
-
-
-def test_the_whole_transformers_model_takes_the_pass_through_cache(
-    random_checkpoint: MakeCheckpoint,
-) -> None:
-    """What keeps nothing is a cache in transformers' eyes too."""
-    for family in FAMILIES:
-        reference = load_reference(random_checkpoint(family))
-        ids = torch.randint(0, 600, (20,), generator=torch.Generator().manual_seed(8))
-        with torch.inference_mode():
-            expected = reference(ids[None]).logits
-            reference.model.language_model.config._attn_implementation = CAUSAL
-            cache = PassThroughCache()
-            logits = reference(ids[None], past_key_values=cache, use_cache=True).logits
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-        assert cache.get_seq_length() == 0
 
 
 def changed(path: Path, section: str, fields: dict[str, Any]) -> Path:

@@ -203,7 +203,7 @@ def test_a_file_cut_short_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_what_is_not_recomputed_is_reported(random_checkpoint: MakeCheckpoint) -> None:
     checkpoint = Checkpoint.open(str(random_checkpoint("qwen2_vl")), side="encoder")
-    from opticnerve.models.qwen2_vl import vision
+    from opticnerve.models.qwen2_vl import FAMILY, vision
 
     config = vision.read_config(vision.Qwen2VLConfig, checkpoint).vision_config
 
@@ -211,7 +211,7 @@ def test_what_is_not_recomputed_is_reported(random_checkpoint: MakeCheckpoint) -
         return load_module(
             lambda: vision.Qwen2VisionTransformerPretrainedModel(config),
             checkpoint,
-            vision.KEY_MAP,
+            FAMILY.vision_keys,
             dtype=torch.float32,
             device=torch.device("cpu"),
             recomputed=recomputed,
@@ -233,13 +233,18 @@ def test_loading_copies_so_that_a_replaced_file_changes_nothing(tmp_path: Path) 
 
 
 def test_the_first_pattern_renames() -> None:
-    assert rename(decoder.KEY_MAP, "model.language_model.norm.weight") == "model.norm.weight"
-    assert rename(decoder.KEY_MAP, "language_model.model.norm.weight") == "model.norm.weight"
-    assert rename(decoder.KEY_MAP, "language_model.lm_head.weight") == "lm_head.weight"
-    assert rename(decoder.KEY_MAP, "model.layers.0.x") == "model.layers.0.x"
-    for key in ("visual.x", "model.visual.x", "model.vision_tower.x", "multi_modal_projector.x"):
+    qwen, llava = (registry.families()[name].language_keys for name in ("qwen2_vl", "llava"))
+    assert rename(qwen, "model.language_model.norm.weight") == "model.norm.weight"
+    assert rename(llava, "model.language_model.norm.weight") == "model.norm.weight"
+    assert rename(llava, "language_model.model.norm.weight") == "model.norm.weight"
+    assert rename(llava, "language_model.lm_head.weight") == "lm_head.weight"
+    assert rename(qwen, "model.layers.0.x") == "model.layers.0.x"
+    for key in ("visual.x", "model.visual.x"):
         with pytest.raises(KeyError):
-            rename(decoder.KEY_MAP, key)
+            rename(qwen, key)
+    for key in ("model.vision_tower.x", "multi_modal_projector.x"):
+        with pytest.raises(KeyError):
+            rename(llava, key)
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -221,10 +221,10 @@ class Recorder(Poisoned):
         self.calls: list[tuple[torch.Tensor, Any]] = []
 
     def forward(
-        self, embeds: torch.Tensor, positions: torch.Tensor, cache: Any, deepstack: Any, rows: Any
+        self, embeds: torch.Tensor, positions: torch.Tensor, deepstack: Any, rows: Any
     ) -> Any:
         self.calls.append((embeds.clone(), list(deepstack)))
-        return self._language.forward(embeds, positions, cache, deepstack, rows)
+        return self._language.forward(embeds, positions, deepstack, rows)
 
 
 def test_deepstack_levels_go_where_their_rows_go(

@@ -20,7 +20,7 @@ from gateway.prompt.renderer import ChatRenderer
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
 from opticnerve.media.plan import Grid, Modality, Plan, Structure
-from opticnerve.models.family import Expansion, Run
+from opticnerve.models.family import Expansion, RowRun
 from opticnerve.models.registry import make_layout
 from tests.checkpoints import make_checkpoint
 
@@ -289,7 +289,7 @@ class Rows:
 
     def expand(self, plan: Plan) -> Expansion:
         rows = plan.num_tokens // 2
-        return Expansion((9, 9, 7) * rows, tuple(Run(3 * r, 2, 2 * r) for r in range(rows)))
+        return Expansion((9, 9, 7) * rows, tuple(RowRun(3 * r, 2, 2 * r) for r in range(rows)))
 
 
 def test_one_item_may_have_many_spans() -> None:

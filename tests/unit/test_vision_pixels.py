@@ -25,8 +25,8 @@ SIZES = [(56, 56), (100, 80), (300, 200), (57, 201), (120, 120), (28, 400), (102
 
 def open_side(path: Path) -> tuple[Layout, Preprocessor]:
     checkpoint = Checkpoint.open(str(path), side="encoder")
-    tower = registry.load_tower(checkpoint, "float32", "cpu")
-    return registry.make_layout(checkpoint), tower.preprocess
+    layout = registry.make_layout(checkpoint)
+    return layout, registry.make_preprocessor(checkpoint, layout)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -1,39 +1,30 @@
-"""A decoder in fewer, larger steps: the arithmetic of Hugging Face's layers, less of Python.
+"""A decoder in fewer, larger operations: the arithmetic of Hugging Face's layers, less Python.
 
-On a small model, or one token at a time, a layer costs what the number of its operations costs.
-Here q, k and v come from one matrix product, gate and up from another, and q and k are rotated
-together, as complex numbers and where they lie: about 12 operations a layer instead of 50. In
-float32 the results equal the layers' own; in half precision norms and rotations round once.
+On a small model, or for one token, a layer takes as long as its number of operations. Here q, k and
+v come from one matrix product, gate and up from another, and q and k are rotated together, in place
+and as complex numbers: about 12 operations a layer instead of 50. In float32 the results equal
+those of transformers' layers; in half precision norms and rotations round only once.
 
-A rotation turns column i of a head against column i + head_dim / 2. The rows of the q and k
-weights are interleaved here, so that such pairs are neighbours; attention scores are sums over
+A rotation turns column i of a head against column i + head_dim / 2. Rows of the q and k weights are
+interleaved at load, so that these two columns are neighbours. Attention scores are sums over
 columns and do not change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 
-from opticnerve.models.decoders.linear import Linear, num_bytes, return_freed_memory
+from opticnerve.heap import return_freed_memory
+from opticnerve.models.decoders.linear import Linear, num_bytes
 
-FUSABLE = (
-    LlamaDecoderLayer,
-    MistralDecoderLayer,
-    Qwen2DecoderLayer,
-    Qwen2VLDecoderLayer,
-    Qwen2_5_VLDecoderLayer,
-)
+if TYPE_CHECKING:
+    from opticnerve.models.decoders.spec import DecoderSpec
 
 PackedAttention = Callable[[torch.Tensor, torch.Tensor, int, float], torch.Tensor]
 """(query [tokens, heads, head_dim], keys then values [tokens, 2 * kv_heads, head_dim], index of
@@ -43,8 +34,8 @@ _packed_attention: dict[str, PackedAttention] = {}
 
 
 def register_packed(name: str, function: PackedAttention) -> None:
-    """Fused layers call ``function`` where ``name`` is their attention. What is registered with
-    transformers alone works too, at the price of a few more views and copies."""
+    """Fused layers call ``function`` where ``name`` is their attention. A function that is only
+    registered with transformers works too, and costs a few more views and copies."""
     _packed_attention[name] = function
 
 
@@ -84,8 +75,10 @@ class FusedLayer:
     def forward(
         self, hidden: torch.Tensor, turns: torch.Tensor, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[tokens, hidden_size] -> the same, or those of ``rows`` alone: keys and values of every
-        token are kept, what follows attention is computed for these. ``turns``: see RotaryTable.
+        """[tokens, hidden_size] -> the same shape, or [len(rows), hidden_size].
+
+        With ``rows``, keys and values of every token are stored, and only these tokens are computed
+        beyond attention. ``turns``: see RotaryTable.
         """
         normed = F.rms_norm(hidden, self.width, self.input_norm, self.eps)
         mixed = self._attend(normed, turns)
@@ -109,11 +102,11 @@ class FusedLayer:
 
 
 class RotaryTable:
-    """A step's positions as turns, complex64 [tokens, 1, head_dim / 2]: of each column only the
-    dimension that it follows.
+    """A step's rotary factors: complex64 [tokens, 1, head_dim / 2].
 
-    ``rotary``: transformers' rotary embedding, of which this takes the frequencies, and learns
-    by asking which of three position dimensions turns which column.
+    With three position dimensions, each column is rotated by one of them. Frequencies come from
+    ``rotary``, transformers' rotary embedding; which dimension rotates which column is found by
+    calling it with one dimension set at a time.
     """
 
     def __init__(self, rotary: Any, position_dims: int) -> None:
@@ -124,8 +117,8 @@ class RotaryTable:
             device = self.frequencies.device
             one_by_one = torch.eye(position_dims, dtype=torch.int64, device=device)
             _, sin = rotary(self.frequencies.new_zeros(1), one_by_one[:, None])
-            followed = sin[0].abs().argmax(0)  # [head_dim]; only its own dimension turns it.
-            self.columns = followed[: len(self.frequencies)]
+            dimensions = sin[0].abs().argmax(0)  # [head_dim]: the only one that is not zero.
+            self.columns = dimensions[: len(self.frequencies)]
 
     def __call__(self, positions: torch.Tensor) -> torch.Tensor:
         """``positions``: int64 [position_dims, tokens]."""
@@ -134,7 +127,7 @@ class RotaryTable:
 
 
 class FusedDecoder:
-    """Layers and last norm of a decoder; takes the weights of ``model`` over."""
+    """Layers and last norm of a decoder. Takes over the weights of ``model``."""
 
     def __init__(self, model: Any, attention: str, position_dims: int) -> None:
         self.layers = [FusedLayer(each, _packed(attention, each)) for each in model.layers]
@@ -144,7 +137,7 @@ class FusedDecoder:
         self.rotary = RotaryTable(model.rotary_emb, position_dims)
 
     def weight_bytes(self) -> int:
-        """What the weights take in memory."""
+        """Memory of the weights."""
         return num_bytes(self.norm) + sum(layer.weight_bytes() for layer in self.layers)
 
     def forward(
@@ -168,20 +161,14 @@ class FusedDecoder:
         return F.rms_norm(hidden, self.width, self.norm, self.eps)
 
 
-def fuse(model: Any, attention: str, position_dims: int) -> FusedDecoder | None:
-    """``model`` fused. None, and nothing done, where a layer is of a kind whose arithmetic is not
-    known here."""
-    if attention not in AttentionInterface() or not all(map(_fusable, model.layers)):
+def fuse(model: Any, attention: str, spec: DecoderSpec) -> FusedDecoder | None:
+    """``model`` fused; None, and nothing done, for layers whose arithmetic is another."""
+    if attention not in AttentionInterface() or not spec.fusable:
         return None
     with torch.no_grad():
-        fused = FusedDecoder(model, attention, position_dims)
+        fused = FusedDecoder(model, attention, spec.position_dims)
     return_freed_memory()
     return fused
-
-
-def _fusable(layer: Any) -> bool:
-    activation = getattr(layer.mlp, "act_fn", None)
-    return type(layer) in FUSABLE and activation.__class__.__name__ in ("SiLU", "SiLUActivation")
 
 
 def _packed(name: str, layer: Any) -> PackedAttention:
@@ -202,8 +189,8 @@ def _packed(name: str, layer: Any) -> PackedAttention:
 
 
 def _rotate_(heads: torch.Tensor, turns: torch.Tensor) -> None:
-    """Turns pairs of neighbours of [tokens, heads, head_dim], in place."""
-    wide = heads.float()  # The same memory where it is float32.
+    """Rotates pairs of neighbouring columns of [tokens, heads, head_dim], in place."""
+    wide = heads.float()  # A float32 tensor is returned as it is, not copied.
     torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turns)
     if wide is not heads:
         heads.copy_(wide)

@@ -1,15 +1,14 @@
-"""LLaVA-1.5's language model and head."""
+"""LLaVA-1.5's decoder, which is one of several text models."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import LlamaModel, LlavaConfig, MistralModel, Qwen2Model
 
 from opticnerve.checkpoints.loader import read_config
 from opticnerve.errors import UnsupportedCheckpoint
-from opticnerve.models.decoders.decoder import PackedLanguage, load_decoder
+from opticnerve.models.decoders.spec import DecoderSpec, llama_like
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
@@ -17,23 +16,12 @@ if TYPE_CHECKING:
 MODELS: dict[str, Any] = {"llama": LlamaModel, "mistral": MistralModel, "qwen2": Qwen2Model}
 
 
-def load_language(
-    checkpoint: Checkpoint, dtype: str | torch.dtype, device: str | torch.device, attention: str
-) -> PackedLanguage:
-    """Raises CheckpointError for a checkpoint without these weights, whole."""
+def describe_decoder(checkpoint: Checkpoint) -> DecoderSpec:
+    """Raises UnsupportedCheckpoint for a text model of another kind."""
     config = read_config(LlavaConfig, checkpoint)
     kind = config.text_config.model_type
     if kind not in MODELS:
         raise UnsupportedCheckpoint(
             f"this LLaVA checkpoint's language model is {kind!r}; supported are {', '.join(MODELS)}"
         )
-    return load_decoder(
-        checkpoint,
-        MODELS[kind],
-        config.text_config,
-        tied=config.tie_word_embeddings,
-        dtype=dtype,
-        device=device,
-        attention=attention,
-        position_dims=1,
-    )
+    return llama_like(config, MODELS[kind], position_dims=1)

@@ -1,7 +1,7 @@
-"""LLaVA-1.5: every picture is one square of fixed size and one fixed run of placeholders.
+"""LLaVA-1.5's layout: every picture is a square of one size and one run of placeholders.
 
-The shortest edge is resized, the centre is cut out; the tower's patches (and its class token where
-the strategy is "full") are the tokens. Positions are one-dimensional and simply count.
+The shortest edge is resized and the centre cut out. Tokens are the tower's patches, and its class
+token where the strategy is "full". Positions are one-dimensional and count up.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opticnerve.checkpoints.settings import PixelSettings, integer, positive
-from opticnerve.errors import CheckpointError, InvalidMedia, InvalidRequest, UnsupportedCheckpoint
-from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, Structure
-from opticnerve.models.family import Expansion, Run
+from opticnerve.errors import CheckpointError, InvalidRequest, UnsupportedCheckpoint
+from opticnerve.media.plan import Grid, Overrides, Plan, Span, Structure
+from opticnerve.models.family import Expansion, RowRun
+from opticnerve.models.sizing import check_aspect, picture_plan, processor_settings
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
 
-MAX_ASPECT = 200  # Beyond it the resized picture, before the crop, would be enormous.
 NO_OVERRIDES = Overrides()
 
 # Published configs leave out what equals the text model's own defaults:
@@ -31,8 +31,8 @@ TEXT_DEFAULTS = {"llama": (4096, 2048), "mistral": (4096, 4096 * 32), "qwen2": (
 class LlavaLayout:
     """Implements ``opticnerve.models.family.Layout``.
 
-    Also for the preprocessor: ``pixels`` (rescale, mean, std, resample), ``resized_size``,
-    ``crop_size`` (width, height; None: no crop), ``patch_size``.
+    The preprocessor also reads ``pixels`` and ``resized_size``. ``crop_size`` is (width, height);
+    None: no crop.
     """
 
     family = "llava"
@@ -59,12 +59,7 @@ class LlavaLayout:
         self._read_processor(checkpoint)
 
     def _read_processor(self, checkpoint: Checkpoint) -> None:
-        processor = checkpoint.processor_config
-        if not processor:
-            raise CheckpointError(
-                f"{checkpoint.path} has no preprocessor_config.json; fetch it from where the "
-                "checkpoint was published"
-            )
+        processor = processor_settings(checkpoint)
         if processor.get("do_pad"):
             raise UnsupportedCheckpoint(
                 "the image processor pads pictures to squares (do_pad), which is not supported; "
@@ -99,35 +94,20 @@ class LlavaLayout:
                 "this model sees every picture at one size: leave out min_pixels and max_pixels",
                 param="min_pixels" if overrides.min_pixels is not None else "max_pixels",
             )
-        width, height = structure.displayed_size
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise InvalidMedia(
-                f"the picture is {width}x{height}: one side is more than {MAX_ASPECT} times the "
-                "other; crop it or send it in pieces"
-            )
+        check_aspect(*structure.displayed_size)
         side = self.image_size // self.patch_size
-        return Plan(
-            modality=Modality.IMAGE,
-            format=structure.format,
-            width=structure.width,
-            height=structure.height,
-            orientation=structure.orientation,
-            resized_width=self.image_size,
-            resized_height=self.image_size,
-            grid=Grid(1, side, side),
-            num_tokens=side * side + (self.strategy == "full"),
-            num_patches=side * side,
-            passes=structure.passes,
-            is_heavy=structure.is_heavy,
+        tokens = side * side + (self.strategy == "full")
+        return picture_plan(
+            structure, (self.image_size, self.image_size), Grid(1, side, side), tokens
         )
 
     def expand(self, plan: Plan) -> Expansion:
-        return Expansion((self.image_token_id,) * plan.num_tokens, (Run(0, plan.num_tokens, 0),))
+        return Expansion((self.image_token_id,) * plan.num_tokens, (RowRun(0, plan.num_tokens, 0),))
 
     # ---- positions
 
     def positions(self, num_tokens: int, spans: Sequence[Span]) -> tuple[NDArray[np.int64], int]:
-        """int64 [1, num_tokens]; output simply goes on."""
+        """int64 [1, num_tokens]; output counts on."""
         if any(span.token_offset + span.num_tokens > num_tokens for span in spans):
             raise InvalidRequest("spans leave the prompt", param="spans")
         return np.arange(num_tokens, dtype=np.int64)[None], 0
@@ -176,7 +156,3 @@ def _size(value: Any, name: str) -> int | tuple[int, int]:
     if isinstance(value, Mapping):
         return positive(value, "width"), positive(value, "height")
     raise CheckpointError(f"the image processor's {name} is {value!r}, which has no known form")
-
-
-def make_layout(checkpoint: Checkpoint) -> LlavaLayout:
-    return LlavaLayout(checkpoint)

@@ -12,36 +12,27 @@ from torch import nn
 from transformers import CLIPVisionModel, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from opticnerve.checkpoints.loader import load_module, read_config, resolve_device, resolve_dtype
+from opticnerve.checkpoints.loader import read_config
 from opticnerve.errors import CheckpointError, PlanMismatch, UnsupportedCheckpoint
-from opticnerve.models.llava.layout import make_layout
-from opticnerve.models.towers.patch_tower import own
-from opticnerve.models.towers.pixels import CenterCrop
+from opticnerve.models.llava.layout import LlavaLayout
+from opticnerve.models.towers.tower import ModuleTower, TowerSpec, without_batch
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
     from opticnerve.media.plan import Plan
-    from opticnerve.models.family import Preprocessor
-
-KEY_MAP = (
-    (r"(?:model\.)?vision_tower\.(?:vision_model\.)?", "tower."),
-    (r"(?:model\.)?multi_modal_projector\.", "projector."),
-)
-"""Published as ``vision_tower.vision_model.*``; later with ``model.`` before it, then without
-``vision_model``."""
 
 
 class ClipProjector(nn.Module):  # type: ignore[misc]
-    """The tower's first layers, as many as the projector reads from, and the projector.
+    """The tower's first layers, up to the last that the projector reads, and the projector.
 
-    ``layers``: the hidden states that it reads, counted from the embeddings (0).
+    ``layers``: indices of the hidden states that the projector reads; 0 is the embeddings.
     """
 
     def __init__(self, config: Any, layers: Sequence[int], strategy: str) -> None:
         super().__init__()
         self.tower: Any = CLIPVisionModel(config.vision_config)
         del self.tower.encoder.layers[max(layers) :]
-        del self.tower.post_layernorm  # Pools what nobody asks for.
+        del self.tower.post_layernorm  # Pools rows, which the projector does not read.
         self.projector = LlavaMultiModalProjector(config)
         self.layers = tuple(layers)
         self.first_row = 1 if strategy == "default" else 0  # Row 0 is the class token.
@@ -58,16 +49,8 @@ class ClipProjector(nn.Module):  # type: ignore[misc]
         return rows
 
 
-class ClipTower:
-    """Implements ``opticnerve.models.family.Tower``: every picture is one square."""
-
-    def __init__(self, module: Any, hidden_size: int, preprocess: Preprocessor) -> None:
-        self.module = module
-        self.hidden_size = hidden_size
-        self.preprocess = preprocess
-        weight = next(module.parameters())
-        self.dtype: torch.dtype = weight.dtype
-        self.device: torch.device = weight.device
+class ClipTower(ModuleTower):
+    """Implements ``opticnerve.models.family.Tower``; every picture is one square."""
 
     def encode(
         self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
@@ -78,33 +61,26 @@ class ClipTower:
                 raise PlanMismatch(f"a picture of shape {picture.shape} does not fit its plan")
         with torch.inference_mode():
             batch = torch.from_numpy(np.concatenate(pixels)).to(self.device, self.dtype)
-            return [{"rows": own(item)} for item in self.module(batch)]
+            return [{"rows": without_batch(item)} for item in self.module(batch)]
 
 
-def load_tower(
-    checkpoint: Checkpoint, dtype: str | torch.dtype, device: str | torch.device
-) -> ClipTower:
-    """Raises CheckpointError for a checkpoint without this tower's weights, whole."""
-    layout = make_layout(checkpoint)  # Refuses towers that are not CLIP.
+def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
+    """Raises CheckpointError for a tower that is not CLIP's, or lacks a layer that is read."""
+    strategy = LlavaLayout(checkpoint).strategy  # The layout refuses other towers.
     config = read_config(LlavaConfig, checkpoint)
     depth = config.vision_config.num_hidden_layers
     layers = _feature_layers(config.vision_feature_layer, depth)
     unused = "|".join(str(i) for i in range(max(layers), depth)) or "none"
-    module = load_module(
-        lambda: ClipProjector(config, layers, layout.strategy),
-        checkpoint,
-        KEY_MAP,
-        dtype=resolve_dtype(dtype, checkpoint, resolve_device(device)),
-        device=resolve_device(device),
+    return TowerSpec(
+        make_module=lambda: ClipProjector(config, layers, strategy),
+        make_tower=lambda module: ClipTower(module, config.text_config.hidden_size),
         recomputed={"tower.embeddings.position_ids": _position_ids},
         ignored=(
             r".*vision_tower\..*post_layernorm\.",
             rf".*vision_tower\..*encoder\.layers\.(?:{unused})\.",
-            r".*vision_tower\..*embeddings\.position_ids$",  # Counted; old checkpoints carry it.
+            r".*vision_tower\..*embeddings\.position_ids$",  # Computed; old checkpoints carry it.
         ),
     )
-    preprocess = CenterCrop(layout.pixels, layout.resized_size)
-    return ClipTower(module, config.text_config.hidden_size, preprocess)
 
 
 def _feature_layers(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:

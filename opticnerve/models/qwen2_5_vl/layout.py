@@ -33,7 +33,3 @@ class Qwen25VLLayout(Qwen2VLLayout):
 
     def settings(self) -> Mapping[str, Any]:
         return {**super().settings(), "tokens_per_second": self.tokens_per_second}
-
-
-def make_layout(checkpoint: Checkpoint) -> Qwen25VLLayout:
-    return Qwen25VLLayout(checkpoint)

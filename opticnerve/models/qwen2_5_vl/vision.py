@@ -14,32 +14,21 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
 )
 
-from opticnerve.checkpoints.loader import (
-    load_module,
-    read_config,
-    resolve_device,
-    resolve_dtype,
-    rotary_buffers,
-)
-from opticnerve.models.qwen2_5_vl.layout import make_layout
+from opticnerve.checkpoints.loader import read_config
 from opticnerve.models.towers import varlen
-from opticnerve.models.towers.patch_tower import PatchTower
-from opticnerve.models.towers.pixels import Patchify
+from opticnerve.models.towers.patch_tower import PatchTower, patch_tower
+from opticnerve.models.towers.tower import TowerSpec
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
     from opticnerve.media.plan import Grid
-    from opticnerve.models.family import Preprocessor
-
-KEY_MAP = ((r"(?:model\.)?visual\.", ""),)
-"""Published as ``visual.*``, since transformers 5 ``model.visual.*``."""
 
 
 class WindowTower(PatchTower):
-    """Adds to PatchTower the order in which merge blocks fall into windows."""
+    """Adds to PatchTower the order of merge blocks by windows."""
 
-    def __init__(self, module: Any, hidden_size: int, preprocess: Preprocessor) -> None:
-        super().__init__(module, hidden_size, preprocess)
+    def __init__(self, module: Any, hidden_size: int) -> None:
+        super().__init__(module, hidden_size)
         config = module.config
         self.window = config.window_size // config.patch_size // config.spatial_merge_size
 
@@ -65,10 +54,10 @@ class WindowTower(PatchTower):
 
 @lru_cache(maxsize=256)
 def window_order(h: int, w: int, window: int) -> tuple[NDArray[np.int64], tuple[int, ...]]:
-    """Merge blocks of one frame of ``h`` x ``w``, window by window, and each window's size.
+    """The merge blocks of a frame of ``h`` x ``w``, window by window, and each window's size.
 
-    Windows of one size stand together (whole ones, those cut off at an edge, at both), so that
-    attention takes each kind in one batch. Within its frame their order changes nothing: the
+    Windows of one size are neighbours (whole ones, then those that an edge or a corner cuts), so
+    that attention takes each size in one batch. Their order within the frame does not matter: the
     tower undoes it, and its other layers attend to the whole frame.
     """
     blocks = np.arange(h * w, dtype=np.int64).reshape(h, w)
@@ -81,22 +70,8 @@ def window_order(h: int, w: int, window: int) -> tuple[NDArray[np.int64], tuple[
     return np.concatenate(windows), tuple(len(part) for part in windows)
 
 
-def load_tower(
-    checkpoint: Checkpoint, dtype: str | torch.dtype, device: str | torch.device
-) -> WindowTower:
-    """Raises CheckpointError for a checkpoint without this tower's weights, whole."""
+def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
     config = read_config(Qwen2_5_VLConfig, checkpoint).vision_config
-    module = load_module(
-        lambda: Qwen2_5_VisionTransformerPretrainedModel(config),
-        checkpoint,
-        KEY_MAP,
-        dtype=resolve_dtype(dtype, checkpoint, resolve_device(device)),
-        device=resolve_device(device),
-        recomputed=rotary_buffers("rotary_pos_emb"),
+    return patch_tower(
+        Qwen2_5_VisionTransformerPretrainedModel, config, config.out_hidden_size, WindowTower
     )
-    varlen.use(module)
-    layout = make_layout(checkpoint)
-    preprocess = Patchify(
-        layout.pixels, layout.patch_size, layout.merge_size, layout.temporal_patch_size
-    )
-    return WindowTower(module, config.out_hidden_size, preprocess)

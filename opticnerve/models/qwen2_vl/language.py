@@ -1,32 +1,18 @@
-"""Qwen2-VL's language model and head."""
+"""Qwen2-VL's decoder."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
 from opticnerve.checkpoints.loader import read_config
-from opticnerve.models.decoders.decoder import PackedLanguage, load_decoder
+from opticnerve.models.decoders.spec import DecoderSpec, llama_like
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
 
 
-def load_language(
-    checkpoint: Checkpoint, dtype: str | torch.dtype, device: str | torch.device, attention: str
-) -> PackedLanguage:
-    """Raises CheckpointError for a checkpoint without these weights, whole."""
-    config = read_config(Qwen2VLConfig, checkpoint)
-    return load_decoder(
-        checkpoint,
-        Qwen2VLTextModel,
-        config.text_config,
-        tied=config.tie_word_embeddings,
-        dtype=dtype,
-        device=device,
-        attention=attention,
-        position_dims=3,
-    )
+def describe_decoder(checkpoint: Checkpoint) -> DecoderSpec:
+    return llama_like(read_config(Qwen2VLConfig, checkpoint), Qwen2VLTextModel, position_dims=3)

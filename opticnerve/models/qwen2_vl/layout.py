@@ -1,4 +1,4 @@
-"""Qwen2-VL: pictures of any size, cut into patches and merged two by two; 3D positions.
+"""Qwen2-VL's layout: pictures of any size, in patches that are merged two by two; 3D positions.
 
 A picture of h x w patches becomes h * w / merge² placeholders between the template's vision
 markers. Positions are (t, h, w): text counts all three up together; a picture's tokens share
@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opticnerve.checkpoints.settings import PixelSettings, integer, positive
-from opticnerve.errors import CheckpointError, InvalidMedia, InvalidRequest
+from opticnerve.errors import CheckpointError, InvalidRequest
 from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, Structure
-from opticnerve.models.family import Expansion, Run
+from opticnerve.models.family import Expansion, RowRun
+from opticnerve.models.sizing import check_aspect, picture_plan, processor_settings
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
 
-MAX_ASPECT = 200  # The long side over the short one.
 MIN_PIXELS = 56 * 56
 MAX_PIXELS = 28 * 28 * 1280
 MAX_SECONDS_PER_GRID = 3600
@@ -39,11 +39,7 @@ def smart_resize(
 
     Raises InvalidMedia when one side is more than 200 times the other.
     """
-    if max(width, height) / min(width, height) > MAX_ASPECT:
-        raise InvalidMedia(
-            f"the picture is {width}x{height}: one side is more than {MAX_ASPECT} times the "
-            "other; crop it or send it in pieces"
-        )
+    check_aspect(width, height)
     new_width = round(width / factor) * factor
     new_height = round(height / factor) * factor
     if new_width * new_height > max_pixels:
@@ -60,8 +56,8 @@ def smart_resize(
 class Qwen2VLLayout:
     """Implements ``opticnerve.models.family.Layout``.
 
-    Also for the preprocessor: ``pixels`` (rescale, mean, std, resample), ``patch_size``,
-    ``merge_size``, ``temporal_patch_size``.
+    The preprocessor also reads ``pixels``, ``patch_size``, ``merge_size`` and
+    ``temporal_patch_size``.
     """
 
     family = "qwen2_vl"
@@ -70,12 +66,7 @@ class Qwen2VLLayout:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         config, vision = checkpoint.config, checkpoint.vision_config
-        processor, text = checkpoint.processor_config, checkpoint.text_config
-        if not processor:
-            raise CheckpointError(
-                f"{checkpoint.path} has no preprocessor_config.json; fetch it from where the "
-                "checkpoint was published"
-            )
+        processor, text = processor_settings(checkpoint), checkpoint.text_config
         self.image_token_id = integer(config, "image_token_id", 151655)
         self.video_token_id = integer(config, "video_token_id", 151656)
         self.placeholder_ids = {"image_token": self.image_token_id}
@@ -101,24 +92,11 @@ class Qwen2VLLayout:
             width, height, self.patch_size * self.merge_size, min_pixels, max_pixels
         )
         grid = Grid(1, resized[1] // self.patch_size, resized[0] // self.patch_size)
-        return Plan(
-            modality=Modality.IMAGE,
-            format=structure.format,
-            width=structure.width,
-            height=structure.height,
-            orientation=structure.orientation,
-            resized_width=resized[0],
-            resized_height=resized[1],
-            grid=grid,
-            num_tokens=self.num_tokens(grid),
-            num_patches=grid.num_patches,
-            passes=structure.passes,
-            is_heavy=structure.is_heavy,
-        )
+        return picture_plan(structure, resized, grid, self.num_tokens(grid))
 
     def _bounds(self, overrides: Overrides) -> tuple[int, int]:
-        """(min, max) pixels of one item. A bound that a request sets moves the model's other
-        one out of its way; two that it sets must be in order."""
+        """(min, max) pixels of one item. If a request sets one bound, the model's other bound moves
+        where it would contradict it; two bounds that a request sets must be in order."""
         low, high = overrides.min_pixels, overrides.max_pixels
         if (low is not None and low < 1) or (high is not None and high < 1):
             raise InvalidRequest("min_pixels and max_pixels must be at least 1", param="min_pixels")
@@ -139,7 +117,7 @@ class Qwen2VLLayout:
         """One run of placeholders; the markers around it are the template's."""
         video = plan.modality is Modality.VIDEO
         token = self.video_token_id if video else self.image_token_id
-        return Expansion((token,) * plan.num_tokens, (Run(0, plan.num_tokens, 0),))
+        return Expansion((token,) * plan.num_tokens, (RowRun(0, plan.num_tokens, 0),))
 
     # ---- positions
 
@@ -188,7 +166,7 @@ class Qwen2VLLayout:
         return positions
 
     def temporal_steps(self, span: Span) -> NDArray[np.int64] | None:
-        """int64 [grid.t], where temporal positions are not simply counted; else None."""
+        """int64 [grid.t], where temporal positions do not count up one by one; else None."""
         return None
 
     # ---- identity
@@ -226,7 +204,3 @@ def _pixel_bounds(processor: Mapping[str, Any]) -> tuple[int, int]:
     low = positive(size, "shortest_edge", positive(size, "min_pixels", MIN_PIXELS))
     high = positive(size, "longest_edge", positive(size, "max_pixels", MAX_PIXELS))
     return positive(processor, "min_pixels", low), positive(processor, "max_pixels", high)
-
-
-def make_layout(checkpoint: Checkpoint) -> Qwen2VLLayout:
-    return Qwen2VLLayout(checkpoint)

@@ -1,4 +1,4 @@
-"""A vision tower that takes patches of many pictures at once, packed; the torch side of it.
+"""A vision tower that takes the patches of many pictures at once, packed.
 
 Everything that depends on the grids (segment bounds, position ids) is computed on the host and
 handed to the tower, so that no layer synchronises the device.
@@ -14,29 +14,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from opticnerve.checkpoints.loader import rotary_buffers
 from opticnerve.errors import PlanMismatch
 from opticnerve.models.towers import varlen
+from opticnerve.models.towers.tower import ModuleTower, TowerSpec, without_batch
 
 if TYPE_CHECKING:
     from opticnerve.media.plan import Grid, Plan
-    from opticnerve.models.family import Preprocessor
 
 
-class PatchTower:
+class PatchTower(ModuleTower):
     """Implements ``opticnerve.models.family.Tower`` over a transformers tower such as Qwen2-VL's.
 
     ``module``: forward(patches, grid_thw=..., **precomputed), with merged rows as its
     ``pooler_output``.
     """
 
-    def __init__(self, module: Any, hidden_size: int, preprocess: Preprocessor) -> None:
-        self.module = module
-        self.hidden_size = hidden_size
-        self.preprocess = preprocess
+    def __init__(self, module: Any, hidden_size: int) -> None:
+        super().__init__(module, hidden_size)
         self.merge_size: int = module.config.spatial_merge_size
-        weight = next(module.parameters())
-        self.dtype: torch.dtype = weight.dtype
-        self.device: torch.device = weight.device
+        varlen.use(module)
 
     def encode(
         self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
@@ -50,7 +47,7 @@ class PatchTower:
             patches = torch.from_numpy(packed).to(self.device, self.dtype)
             rows = self.forward(patches, [plan.grid for plan in plans])
             items = rows.split([plan.num_tokens for plan in plans])
-            return [{"rows": own(item)} for item in items]
+            return [{"rows": without_batch(item)} for item in items]
 
     def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """[patches, patch_dim] of all pictures -> [tokens, hidden_size]."""
@@ -77,10 +74,15 @@ class PatchTower:
         return torch.from_numpy(np.concatenate(parts)).to(self.device, non_blocking=True)
 
 
-def own(rows: torch.Tensor) -> torch.Tensor:
-    """``rows`` in memory of their own: a view would keep the whole batch alive."""
-    whole = rows.untyped_storage().nbytes() == rows.numel() * rows.element_size()
-    return rows if whole else rows.clone()
+def patch_tower(
+    module_class: Any, config: Any, hidden_size: int, tower_class: type[PatchTower] = PatchTower
+) -> TowerSpec:
+    """A transformers tower of ``module_class``, made from ``config``, its vision configuration."""
+    return TowerSpec(
+        make_module=lambda: module_class(config),
+        make_tower=lambda module: tower_class(module, hidden_size),
+        recomputed=rotary_buffers("rotary_pos_emb"),
+    )
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,131 @@
+"""A decoder as a family declares it, and its loading.
+
+The declaration says what differs between decoders of this kind, layer by layer where layers
+differ. What the attention backends cannot compute yet is refused when the model is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from opticnerve.checkpoints.loader import load_module, resolve_device, resolve_dtype, rotary_buffers
+from opticnerve.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
+from opticnerve.models.decoders.decoder import PackedLanguage
+
+if TYPE_CHECKING:
+    from opticnerve.checkpoints.checkpoint import Checkpoint
+    from opticnerve.models.family import KeyMap
+
+ROTARY = "rotary_emb"
+IGNORED = (rf".*\.{ROTARY}\.inv_freq$",)  # Computed; some old checkpoints carry it.
+BATCH_ROPE_TYPES = ("dynamic", "longrope")  # Their frequencies depend on the whole packed batch.
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One layer's attention. Its scale is the transformers layer's own."""
+
+    window: int | None = None  # Tokens that a token attends to, itself included; None: all.
+    rotary: str = ROTARY  # Attribute of the model that holds this layer's rotary embedding.
+    soft_cap: float | None = None  # Of attention scores.
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """A transformers decoder and its head. ``load`` makes it a ``family.Language``."""
+
+    model_class: Any  # The decoder without its head; made from ``config``.
+    config: Any  # transformers' configuration of the text model.
+    tied: bool  # Whether the head is the embedding where the checkpoint holds no other.
+    position_dims: int
+    layers: tuple[LayerSpec, ...]
+    fusable: bool  # Every layer computes what ``fused.FusedLayer`` does.
+    embedding_scale: float = 1.0  # Multiplies input embeddings of tokens, not an item's rows.
+    logit_soft_cap: float | None = None
+
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        keys: KeyMap,
+        dtype: str | torch.dtype,
+        device: str | torch.device,
+        attention: str,
+    ) -> PackedLanguage:
+        """The language half of ``checkpoint``, whose keys ``keys`` renames. Raises CheckpointError,
+        see ``loader.load_module``, and ConfigError for an unknown ``attention``."""
+        self.check_supported(checkpoint)
+        if attention != "eager" and attention not in AttentionInterface():
+            raise ConfigError(f"no attention function is registered as {attention!r}")
+        module = load_module(
+            lambda: Decoder(self.model_class, self.config),
+            checkpoint,
+            keys,
+            dtype=resolve_dtype(dtype, checkpoint, resolve_device(device)),
+            device=resolve_device(device),
+            tied={"lm_head.weight": "model.embed_tokens.weight"} if self.tied else {},
+            recomputed=rotary_buffers(f"model.{ROTARY}"),
+            ignored=IGNORED,
+        )
+        self.config._attn_implementation = attention  # Once built: see varlen.use.
+        return PackedLanguage(module, self)
+
+    def check_supported(self, checkpoint: Checkpoint) -> None:
+        """Raises CheckpointError for a decoder that would not compute what the model means."""
+        rope = self.config.rope_parameters or {}
+        if rope.get("rope_type") in BATCH_ROPE_TYPES:
+            raise CheckpointError(
+                f"{checkpoint.path} has rotary embeddings of type {rope['rope_type']!r}, whose "
+                "frequencies depend on every sequence of a batch; it is not supported. Take the "
+                "scaling out of rope_scaling to serve the model at its original length"
+            )
+        if any(layer.window is not None for layer in self.layers):
+            raise UnsupportedCheckpoint(
+                f"{checkpoint.path} has layers with sliding-window attention, which are not "
+                "supported; set use_sliding_window to false in config.json if the window is longer "
+                "than you need"
+            )
+        if any(layer.rotary != ROTARY for layer in self.layers):
+            raise UnsupportedCheckpoint(
+                f"{checkpoint.path} has layers with rotary embeddings of their own, which are not "
+                "supported"
+            )
+        if any(layer.soft_cap is not None for layer in self.layers):
+            raise UnsupportedCheckpoint(
+                f"{checkpoint.path} caps attention scores, which is not supported"
+            )
+
+
+class Decoder(nn.Module):  # type: ignore[misc]
+    """The language half as one module: ``model`` and ``lm_head``."""
+
+    def __init__(self, model_class: Any, config: Any) -> None:
+        super().__init__()
+        self.model = model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+def llama_like(config: Any, model_class: Any, position_dims: int) -> DecoderSpec:
+    """A decoder of pre-norm layers with rotary attention and a gated feed-forward.
+
+    ``config``: transformers' configuration of the whole model; ``model_class``: its text model.
+    """
+    text = config.text_config
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:  # Mistral's window is every layer's.
+        windows = [text.sliding_window if text.model_type == "mistral" else None]
+        windows *= text.num_hidden_layers
+    else:
+        windows = [text.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+    return DecoderSpec(
+        model_class,
+        text,
+        tied=config.tie_word_embeddings,
+        position_dims=position_dims,
+        layers=tuple(map(LayerSpec, windows)),
+        fusable=text.hidden_act in ("silu", "swish"),
+    )

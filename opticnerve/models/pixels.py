@@ -1,0 +1,57 @@
+"""From a decoded picture to a tower's floats, with numpy and Pillow: what families share.
+
+The results equal those of the Pillow-backed Hugging Face image processors bit by bit. An 8-bit
+value has only 256 outcomes in each channel, so rescaling and normalising are one look-up. Pillow's
+resize and the look-up run without the interpreter's lock, several pictures at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from opticnerve.errors import PlanMismatch
+
+if TYPE_CHECKING:
+    from opticnerve.checkpoints.settings import PixelSettings
+    from opticnerve.media.plan import Plan
+
+
+def value_table(pixels: PixelSettings) -> NDArray[np.float32]:
+    """float32 [3, 256]: the outcome of each 8-bit value in each channel.
+
+    As in the reference, values are rescaled in float64, stored as float32 and normalised in
+    float32.
+    """
+    values = np.arange(256, dtype=np.float64)
+    if pixels.do_rescale:
+        values = values * pixels.rescale_factor
+    table = np.repeat(values.astype(np.float32)[None], 3, axis=0)
+    if pixels.do_normalize:
+        mean, std = (
+            np.array(part, dtype=np.float32)[:, None] for part in (pixels.mean, pixels.std)
+        )
+        table = (table - mean) / std
+    return table
+
+
+def resize(image: Image.Image, width: int, height: int, resample: int) -> Image.Image:
+    """``image`` at that size, in 8-bit RGB."""
+    if image.mode != "RGB":
+        raise PlanMismatch(f"the picture is in mode {image.mode}, not RGB")
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling(resample))
+
+
+def check_size(image: Image.Image, plan: Plan) -> None:
+    """Raises PlanMismatch unless ``image`` has the plan's displayed size."""
+    size = (plan.width, plan.height) if plan.orientation < 5 else (plan.height, plan.width)
+    if image.size != size:
+        raise PlanMismatch(
+            f"the decoded picture is {image.size[0]}x{image.size[1]}, "
+            f"its header said {size[0]}x{size[1]}"
+        )

@@ -1,0 +1,254 @@
+"""What every declared family promises. Families are discovered: a new one is tested unseen, once
+``tests.checkpoints`` can write a small checkpoint of it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from opticnerve import models
+from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.checkpoints.loader import wanted
+from opticnerve.errors import PlanMismatch, UnsupportedCheckpoint
+from opticnerve.media.plan import Span, Structure
+from opticnerve.models import registry
+from opticnerve.models.decoders.spec import LayerSpec
+from opticnerve.models.family import Family
+from tests.checkpoints import LAYOUTS
+from tests.reference import CAUSAL, picture
+
+DECLARED = sorted(set(registry.families().values()), key=lambda family: family.name)
+SIZES = [(56, 56), (100, 80), (57, 201), (300, 200)]
+
+
+@pytest.fixture(scope="module", params=DECLARED, ids=lambda family: family.name)
+def family(request: pytest.FixtureRequest) -> Family:
+    found: Family = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def checkpoint(family: Family, random_checkpoint: Callable[..., Path]) -> Checkpoint:
+    return Checkpoint.open(str(random_checkpoint(family.name)), side="encoder")
+
+
+@pytest.fixture(scope="module")
+def layout(checkpoint: Checkpoint) -> Any:
+    return registry.make_layout(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def tower(checkpoint: Checkpoint) -> Any:
+    return registry.load_tower(checkpoint, "float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def language(checkpoint: Checkpoint) -> Any:
+    return registry.load_language(checkpoint, "float32", "cpu", CAUSAL)
+
+
+# ---- the declaration
+
+
+def test_it_is_complete(family: Family) -> None:
+    assert family.title and family.model_types
+    folder = Path(next(iter(models.__path__))) / family.name
+    for part in (family.layout, family.preprocess, family.tower, family.decoder):
+        assert callable(family.load_part(part))
+    for part in (family.layout, family.tower, family.decoder):
+        module = part.partition(":")[0].removeprefix(".")
+        assert (folder / f"{module}.py").is_file(), "parts are in the family's own folder"
+
+
+def test_layouts_and_preprocessing_import_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from opticnerve.models.registry import families\n"
+        "for family in families().values():\n"
+        "    family.load_part(family.layout), family.load_part(family.preprocess)\n"
+        "loaded = {'torch', 'transformers', 'huggingface_hub', 'grpc'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {loaded}' if loaded else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("naming", LAYOUTS)
+def test_every_tensor_belongs_to_one_half(
+    naming: str, family: Family, random_checkpoint: Callable[..., Path]
+) -> None:
+    """That each half takes all of its own is what loading checks."""
+    path = random_checkpoint(family.name, layout=naming)
+    keys = Checkpoint.open(str(path)).tensor_index()
+    is_vision, is_language = wanted(family.vision_keys), wanted(family.language_keys)
+    assert {key for key in keys if is_vision(key) == is_language(key)} == set()
+    assert any(map(is_vision, keys)) and any(map(is_language, keys))
+
+
+# ---- the layout
+
+
+def test_a_layout_describes_its_family(family: Family, layout: Any) -> None:
+    assert layout.family == family.name
+    assert layout.placeholder_ids["image_token"] == layout.image_token_id
+    assert layout.position_dims in (1, 3)
+    assert layout.max_positions > 0 and layout.deepstack_levels >= 0
+    assert json.loads(json.dumps(layout.settings()))["family"] == family.name
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_expansion_has_the_tokens_that_were_planned(layout: Any, size: tuple[int, int]) -> None:
+    plan = layout.plan(Structure("png", *size))
+    expansion = layout.expand(plan)
+    places = [run.offset + i for run in expansion.runs for i in range(run.num_tokens)]
+    rows = [run.row_start + i for run in expansion.runs for i in range(run.num_tokens)]
+    assert rows == list(range(plan.num_tokens))
+    assert all(one < other for one, other in pairwise(places))
+    placeholders = {i for i, token in enumerate(expansion.token_ids) if _stands_in(layout, token)}
+    assert placeholders == set(places)
+
+
+def _stands_in(layout: Any, token: int) -> bool:
+    """Whether rows overwrite this token."""
+    return token in (layout.image_token_id, getattr(layout, "video_token_id", None))
+
+
+def test_positions_have_a_shape_and_go_on_after_the_prompt(layout: Any) -> None:
+    plan = layout.plan(Structure("png", 100, 80))
+    tokens = len(layout.expand(plan).token_ids)
+    spans = [Span(3, tokens, 0, 0, plan.modality, plan.grid)]
+    for length, given in ((0, []), (5, []), (tokens + 6, spans)):
+        positions, delta = layout.positions(length, given)
+        assert positions.shape == (layout.position_dims, length)
+        assert positions.dtype == np.int64 and isinstance(delta, int)
+        assert (positions >= 0).all()
+        assert length + delta == positions.max(initial=-1) + 1
+    assert (layout.positions(5, [])[0] == np.arange(5)).all()
+
+
+# ---- the vision half
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pixels_are_the_towers_input_and_rows_are_those_planned(
+    checkpoint: Checkpoint, layout: Any, tower: Any, size: tuple[int, int]
+) -> None:
+    preprocess = registry.make_preprocessor(checkpoint, layout)
+    plan, image = layout.plan(Structure("png", *size)), picture(*size)
+    pixels = preprocess(image, plan)
+    assert pixels.dtype == np.float32 and pixels.flags.c_contiguous
+    elsewhere = pickle.loads(pickle.dumps(preprocess))  # As for a process that decodes.
+    assert np.array_equal(elsewhere(image, plan), pixels)
+    [item] = tower.encode([pixels], [plan])
+    assert item["rows"].shape == (plan.num_tokens, tower.hidden_size)
+    assert tower.hidden_size == layout.hidden_size
+    with pytest.raises(PlanMismatch):
+        tower.encode([pixels[..., :-1, :]], [plan])
+
+
+# ---- the language half
+
+
+def test_a_decoder_is_declared_layer_by_layer(
+    family: Family, checkpoint: Checkpoint, layout: Any, language: Any
+) -> None:
+    spec = family.load_part(family.decoder)(checkpoint)
+    assert len(spec.layers) == language.num_layers
+    assert spec.position_dims == layout.position_dims
+    assert language.hidden_size == layout.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (LayerSpec(window=16), "sliding-window"),
+        (LayerSpec(rotary="rotary_emb_local"), "rotary embeddings of their own"),
+        (LayerSpec(soft_cap=50.0), "caps attention scores"),
+    ],
+)
+def test_layers_that_no_attention_computes_yet_are_refused(
+    layer: LayerSpec, said: str, family: Family, checkpoint: Checkpoint
+) -> None:
+    spec = family.load_part(family.decoder)(checkpoint)
+    spec = replace(spec, layers=(layer, *spec.layers[1:]))
+    with pytest.raises(UnsupportedCheckpoint, match=said):
+        spec.load(checkpoint, family.language_keys, "float32", "cpu", CAUSAL)
+
+
+def test_scales_and_caps_are_applied(family: Family, checkpoint: Checkpoint, language: Any) -> None:
+    spec = replace(
+        family.load_part(family.decoder)(checkpoint), embedding_scale=3.0, logit_soft_cap=2.0
+    )
+    scaled: Any = spec.load(checkpoint, family.language_keys, "float32", "cpu", CAUSAL)
+    ids = torch.arange(5)
+    with torch.inference_mode():
+        rows = language.embed(ids)
+        torch.testing.assert_close(scaled.embed(ids), rows * 3)
+        torch.testing.assert_close(scaled.logits(rows), 2 * torch.tanh(language.logits(rows) / 2))
+
+
+# ---- discovery
+
+
+DECLARATION = """
+from opticnerve.models.family import Family
+
+FAMILY = Family(
+    package=__name__,
+    title="Fake-VL",
+    model_types=({model_type!r},),
+    layout=".layout:read",
+    preprocess=".layout:read",
+    tower=".tower:describe",
+    decoder=".decoder:describe",
+    vision_keys=(),
+    language_keys=(),
+)
+"""
+
+
+@pytest.fixture
+def declare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Adds the folder of a family without towers or decoders."""
+
+    def add(model_type: str) -> None:
+        folder = tmp_path / "fake_vl"
+        folder.mkdir()
+        (folder / "__init__.py").write_text(DECLARATION.format(model_type=model_type))
+        (folder / "layout.py").write_text("def read(checkpoint): return checkpoint.config['a']\n")
+        monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
+        registry.families.cache_clear()
+
+    yield add
+    registry.families.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("opticnerve.models.fake_vl")]:
+        del sys.modules[name]
+
+
+def test_a_new_folder_is_a_family(declare: Callable[[str], None], tmp_path: Path) -> None:
+    before = set(registry.families())
+    declare("fake_vl_7")
+    assert set(registry.families()) == before | {"fake_vl_7"}
+    (tmp_path / "config.json").write_text('{"model_type": "fake_vl_7", "a": "made"}')
+    checkpoint = Checkpoint.open(str(tmp_path))
+    assert checkpoint.family == "fake_vl"
+    assert registry.make_layout(checkpoint) == "made"
+    with pytest.raises(UnsupportedCheckpoint, match=r"Fake-VL \(model_type fake_vl_7\)"):
+        registry.find_family({"model_type": "other", "vision_config": {}})
+
+
+def test_two_families_of_one_model_type_are_an_error(declare: Callable[[str], None]) -> None:
+    declare(DECLARED[0].model_types[0])
+    with pytest.raises(RuntimeError, match="two families"):
+        registry.families()
