@@ -1,5 +1,5 @@
-"""The tokens that stand for pictures: how a checkpoint spells them, and how the one that a template
-writes for a picture becomes the run that its rows need."""
+"""Placeholders: how a checkpoint spells the tokens that stand for media items, and how the one that
+a template writes for an item becomes as many as its rows need."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # As placeholders are writte
 
 
 class Expander(Protocol):
-    """The part of a layout that this needs."""
+    """What is needed of a layout."""
 
     image_token_id: int
 
@@ -35,9 +35,9 @@ class Expander(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt as the decoder gets it. A span's ``item`` is the picture's index in the request."""
+    """A prompt as the decoder gets it. A span's ``item`` is the item's index in the request."""
 
-    prompt: str  # As Hugging Face's template renders it: one placeholder a picture.
+    prompt: str  # As Hugging Face's template renders it: one placeholder for each item.
     token_ids: tuple[int, ...]
     spans: tuple[Span, ...] = ()
 
@@ -47,20 +47,20 @@ class Prompt:
 
 
 def spellings(path: Path, ids: Mapping[str, int]) -> dict[str, str]:
-    """How the checkpoint in ``path`` spells its placeholders, by name; ``ids`` are a layout's.
+    """The spelling of each placeholder of the checkpoint in ``path``, by name.
 
-    As Hugging Face's processors find it: what the tokenizer's files or processor_config.json call
-    by that name; else the added token that has the id; for pictures, else the token of the
-    vocabulary, if it is written as a placeholder is and not as text. What no file knows is left
-    out. Raises CheckpointError for files that cannot be read.
+    ``ids`` are the layout's. As in Hugging Face's processors, a spelling is the token that the
+    tokenizer's files or processor_config.json give under that name, or the added token with that
+    id. For pictures it may also be a token of the vocabulary, if it is written like a placeholder.
+    Names that no file knows are left out. Raises CheckpointError for files that cannot be read.
     """
     config, source = read_tokenizer_config(path), read_source(path)
     named = named_tokens(config)
-    told = {**named_tokens(read_object(path / "processor_config.json") or {}), **named}
+    by_name = {**named_tokens(read_object(path / "processor_config.json") or {}), **named}
     try:
         added = merge_added(added_tokens(source), config, named)
         by_id = {token.id: text for text, token in added.items()}
-        found = {name: told.get(name) or by_id.get(token_id) for name, token_id in ids.items()}
+        found = {name: by_name.get(name) or by_id.get(token_id) for name, token_id in ids.items()}
         if found["image_token"] is None:
             token = build(source, {}).id_to_token(ids["image_token"]) or ""
             found["image_token"] = token if _BRACKETED.fullmatch(token) else None
@@ -72,7 +72,7 @@ def spellings(path: Path, ids: Mapping[str, int]) -> dict[str, str]:
 def check_spellings(
     spelled: Mapping[str, str], ids: Mapping[str, int], tokenizer: Tokenizer
 ) -> None:
-    """Raises CheckpointError where the configuration's ``ids`` are not the tokenizer's."""
+    """Raises CheckpointError if the configuration's ``ids`` are not those of the tokenizer."""
     for name, token_id in ids.items():
         if name not in spelled:
             if name == "image_token":
@@ -99,10 +99,10 @@ def expand(
     plans: Sequence[Plan],
     max_tokens: int,
 ) -> Prompt:
-    """Gives the i-th placeholder to the i-th picture.
+    """Replaces the i-th placeholder by the tokens of the i-th item.
 
-    Raises InvalidRequest when they do not match in number, and, before anything of that size is
-    built, ContextLengthExceeded for a prompt of more than ``max_tokens``.
+    Raises InvalidRequest if their numbers differ, and ContextLengthExceeded, before the ids are
+    built, for a prompt of more than ``max_tokens``.
     """
     check_count(list(token_ids).count(layout.image_token_id), len(plans))
     check_length(len(token_ids), plans, max_tokens)
@@ -145,7 +145,7 @@ def check_count(places: int, pictures: int) -> None:
 
 
 def check_length(num_ids: int, plans: Sequence[Plan], max_tokens: int) -> None:
-    """``num_ids`` counts one placeholder a picture."""
+    """Raises ContextLengthExceeded. ``num_ids`` counts one placeholder for each item."""
     of_pictures = sum(plan.num_tokens for plan in plans)
     needed = num_ids - len(plans) + of_pictures
     if needed <= max_tokens:

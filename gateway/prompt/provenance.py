@@ -1,14 +1,15 @@
-"""Who wrote a special token: the template, or someone whose text it only frames.
+"""Provenance of special tokens: the template's own are special, those in a user's text are not.
 
-Every special token gets an *alias*, a string that holds a random number of this process. The
-tokenizer knows special tokens by their aliases alone, and the template writes aliases where its
-source writes special tokens. So text from users and tools stays as it came, through every filter
-that a template applies, and whatever it spells, it spells no alias: ``<|im_end|>`` typed by a user
-is ten ordinary characters in their full context.
+Every special token gets an *alias*, a string that contains a random number of this process. The
+tokenizer knows special tokens by their aliases only, and the template writes aliases where its
+source writes special tokens. Text from users and tools passes unchanged through every filter of
+the template, and cannot spell an alias: ``<|im_end|>`` typed by a user is ten ordinary characters,
+tokenized in their full context.
 
-What a template builds from pieces (``'<|' + role + '|>'``) is no alias at first. ``Marks`` tells
-it from user text: a second rendering, in which user text is interrupted wherever it could take
-part in a special token. What is still whole there, the template wrote.
+A special token that a template builds from pieces (``'<|' + role + '|>'``) is not an alias at
+first. ``Marks`` distinguishes it from user text by a second rendering, in which user text is
+interrupted wherever it could be a part of a special token. A token that is whole there is the
+template's.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from typing import Any
 
 OPEN, CLOSE = "\ue0fe", "\ue0ff"  # Private use, caseless, not white space: filters keep them.
 NONCE_DIGITS = 24
-STRUCTURE = frozenset({"role", "type"})  # Keys of messages whose values the schema has checked.
+CHECKED_KEYS = frozenset({"role", "type"})  # Keys of messages whose values the schema checks.
 
 
 class Aliases:
     """Two-way mapping between special tokens and their aliases. Immutable."""
 
     def __init__(self, specials: Iterable[str], others: Iterable[str] = ()) -> None:
-        """``specials`` get aliases; ``others``, added tokens that anyone may write, only take part
-        in finding where a special token stands: the longest match at the leftmost place wins."""
+        """``specials`` get aliases. ``others`` are added tokens that anyone may write; they only
+        matter for finding special tokens, where the longest match at the leftmost place wins."""
         nonce = "".join(secrets.choice("0123456789") for _ in range(NONCE_DIGITS))
         self.head = OPEN + nonce
         ordered = list(dict.fromkeys(specials))
@@ -39,7 +40,7 @@ class Aliases:
         self._aliases = re.compile(f"{self.head}[0-9]{{5}}{CLOSE}")
 
     def hide(self, text: str, without: frozenset[str] = frozenset()) -> str:
-        """``text`` with every special token replaced by its alias, but those in ``without``."""
+        """``text`` with every special token, except those in ``without``, replaced by its alias."""
 
         def one(match: re.Match[str]) -> str:
             found = match.group()
@@ -48,19 +49,19 @@ class Aliases:
         return self._names.sub(one, text)
 
     def reveal(self, text: str) -> str:
-        """``text`` as the world sees it. A broken alias stays as it is, and equals nothing."""
+        """``text`` with special tokens instead of aliases. A broken alias is not changed."""
         if OPEN not in text:
             return text
         return self._aliases.sub(lambda match: self.back.get(match.group(), match.group()), text)
 
-    def bare(self, text: str) -> bool:
-        """Whether a special token stands in ``text`` under its own name."""
-        if not any(name in text for name in self.of):  # By far the faster look, and the usual case.
+    def occur_in(self, text: str) -> bool:
+        """Whether ``text`` contains a special token under its own name."""
+        if not any(name in text for name in self.of):  # Fast, and usually all that is needed.
             return False
         return any(match.group() in self.of for match in self._names.finditer(text))
 
     def without(self, text: str) -> tuple[str, int]:
-        """``text`` without special tokens under their own names, and how many there were."""
+        """``text`` without special tokens under their own names, and their number."""
         total = 0
         for name in self.of:
             count = text.count(name)
@@ -69,28 +70,31 @@ class Aliases:
         return text, total
 
     def redact(self, text: str) -> str:
-        """``text`` for an error message: whole aliases revealed, pieces of one removed."""
+        """``text`` for an error message: aliases revealed, pieces of aliases removed."""
         return self.reveal(text).replace(self.head, "").replace(OPEN, "").replace(CLOSE, "")
 
 
 class Marks:
-    """Interrupts user text with one private character that nothing else in the request holds."""
+    """Interrupts user text with a private-use character that nothing else in the request has."""
 
     def __init__(self, specials: Iterable[str], taken: str) -> None:
-        """``taken``: text that the mark must not occur in. Raises ValueError when all do."""
+        """``taken``: text that must not contain the mark. Raises ValueError if none is left."""
         self.mark = free_character(taken)
         self._beginnings = sorted({text[0] for text in specials if text})
         self._start = re.compile(r"\A(\s*)(?=\S)")
 
     def put(self, value: Any, key: str | None = None) -> Any:
-        """``value`` with every string in it marked: after white space at its start, so that it can
-        continue nothing, and around each character that starts a special token, so that it can
-        begin nothing, whichever way a template turns it. Values of ``role`` and ``type`` stay."""
+        """``value`` with every string in it marked.
+
+        A mark follows white space at the start, so that the text cannot continue a special token,
+        and surrounds each character that starts one, so that it cannot begin one, even reversed.
+        Values of ``role`` and ``type`` are not changed.
+        """
         if isinstance(value, str):
-            if key in STRUCTURE:
+            if key in CHECKED_KEYS:
                 return value
             opened = value
-            for char in self._beginnings:  # Whole text at a time: a match is an object.
+            for char in self._beginnings:  # Faster than a regular expression's match objects.
                 opened = opened.replace(char, self.mark + char + self.mark)
             return self._start.sub(lambda match: match.group(1) + self.mark, opened)
         if isinstance(value, Mapping):
@@ -100,8 +104,8 @@ class Marks:
         return value
 
     def put_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The template's keyword arguments: switches, mostly, which templates compare. Marked only
-        where a special token could begin."""
+        """The template's keyword arguments, marked only where a special token could begin: most of
+        them are switches, which templates compare."""
         return {
             name: self.put(value) if any(char in shown for char in self._beginnings) else value
             for name, value in values.items()
@@ -113,7 +117,7 @@ class Marks:
 
 
 def free_character(taken: str) -> str:
-    """A private-use character that ``taken`` does not hold. Raises ValueError when it holds all."""
+    """A private-use character that ``taken`` does not contain. Raises ValueError without one."""
     used = set(taken)
     for code in range(0xE100, 0xF900):
         if chr(code) not in used:

@@ -193,7 +193,7 @@ class ChatRenderer:
                     )
                 except InvalidRequest:
                     continue
-                if self._aliases.bare(out):
+                if self._aliases.occur_in(out):
                     return True
         return False
 
@@ -236,7 +236,7 @@ class Rendering:
             raise InvalidRequest("the messages hold reserved characters", param="messages")
         self._renderer.check_length(prompt)  # What follows takes several times as much.
         template, hidden = self._aliased(prompt)
-        if hidden is not None and not self._aliases.bare(hidden):
+        if hidden is not None and not self._aliases.occur_in(hidden):
             return prompt, hidden
         marked = self._marked(template, prompt)
         if marked is not None:

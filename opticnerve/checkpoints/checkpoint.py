@@ -1,8 +1,8 @@
-"""A checkpoint as every service opens it: configuration at once, weights by key when asked.
+"""A checkpoint as every service opens it: configuration at once, weights by key on demand.
 
-Sources: nothing (the built-in demo), a directory, or a hub id. Of a hub checkpoint ``open`` brings
-configuration, tokenizer and weight index only; ``tensor_index(wanted)`` then brings the shards
-that hold wanted keys, so that each side downloads its own. No torch here.
+A checkpoint is the built-in demo, a directory, or a hub id. ``open`` downloads configuration,
+tokenizer and weight index of a hub checkpoint only; ``tensor_index(wanted)`` then downloads the
+shards that hold wanted keys, so that each side downloads its own. No torch here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Checkpoint:
     config: Mapping[str, Any]  # config.json as it stands; see text_config for nested and flat ones.
     processor_config: Mapping[str, Any]  # The image processor's settings; {} when there are none.
     generation_config: Mapping[str, Any]
-    revision: str | None = None  # Commit, when the hub's cache layout tells it.
+    revision: str | None = None  # The commit, where the hub's cache layout names it.
     hub_id: str | None = None
     download_dir: str | None = field(default=None, repr=False)
     _digests: Digests = field(default_factory=Digests, repr=False)
@@ -104,13 +104,12 @@ class Checkpoint:
         return nested if isinstance(nested, Mapping) else {}
 
     def check(self) -> None:
-        """Raises CheckpointError for what the files say would fail at load, before torch is
-        imported and anything is started: a layout that is not served, weights that are missing
-        or cut short.
+        """Raises CheckpointError for what would fail at load, before torch is imported or any
+        process is started: a layout that is not served, weights that are missing or cut short.
 
-        Costs a read of every weight file's header. Fetches nothing: weights of a hub checkpoint,
-        and shards in the hub's cache layout, of which a side may have its own alone, are looked
-        at when they are loaded.
+        Reads the header of every weight file, and downloads nothing. Weights of a hub checkpoint,
+        and shards in the hub's cache layout, of which each side may hold its own only, are checked
+        when they are loaded.
         """
         make_layout(self)
         if self.side == "llm":
@@ -123,8 +122,8 @@ class Checkpoint:
     def tensor_index(self, wanted: KeyFilter | None = None) -> dict[str, TensorEntry]:
         """Every tensor whose key ``wanted`` accepts (None: all), from the files' own headers.
 
-        Downloads the shards that hold them first, if need be. Raises CheckpointError for weights
-        that are missing, cut short, pickled only, or not where the index says.
+        Downloads the shards that hold them where they are missing. Raises CheckpointError for
+        weights that are missing, cut short, pickled only, or not where the index says.
         """
         weight_map = self._weight_map
         if weight_map is None:
@@ -158,7 +157,8 @@ class Checkpoint:
         return {str(key): name for key, name in weight_map.items()}
 
     def _ensure(self, files: Iterable[str]) -> None:
-        """Makes weight files present. Raises CheckpointError naming what cannot be had."""
+        """Downloads ``files`` that are missing. Raises CheckpointError, which names those that
+        cannot be had."""
         missing = [name for name in files if not (self.path / name).is_file()]
         if missing and self.hub_id is not None:
             hub.download(self.hub_id, self.revision, self.download_dir, missing)
@@ -170,8 +170,8 @@ class Checkpoint:
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end an answer: those of generation_config.json, or else of config.json, and
-        the tokenizer's own. Raises CheckpointError for files that cannot be read."""
+        """The ids that end an answer: those of generation_config.json, or otherwise of config.json,
+        and the tokenizer's. Raises CheckpointError for files that cannot be read."""
         ends = self.generation_config.get("eos_token_id", self.text_config.get("eos_token_id"))
         ids = ends if isinstance(ends, list) else [ends]
         found = [*ids, eos_token_id(self.path)]
@@ -181,15 +181,15 @@ class Checkpoint:
 
     @cached_property
     def pair_id(self) -> str:
-        """Digest that workers of one checkpoint share, whichever side they serve; 64 hex digits.
+        """A digest that is the same for every worker of one checkpoint; 64 hex digits.
 
-        From the hub, or from a directory in the hub's cache layout, of which a side may have its
-        own shards alone: the commit, which covers every file. From any other directory, which
-        every side sees whole: every tensor's key, type, shape and bytes. Configuration and
-        processor settings count in both. A hub download and a plain copy of the same files do not
-        pair: give all workers the same kind of source. Reads all weights unless their digests are
-        kept (``opticnerve.checkpoints.digests``): do it off an event loop. Raises CheckpointError
-        when a directory's weights are not all there.
+        It covers configuration, processor settings and weights. For a checkpoint from the hub, or
+        a directory in the hub's cache layout, of which each side may hold its own shards only,
+        weights are identified by the commit; for any other directory by every tensor's key, type,
+        shape and bytes. A hub download and a plain copy of the same files therefore do not pair:
+        give all workers the same kind of source. Reads all weights unless their digests are
+        recorded (``opticnerve.checkpoints.digests``): call it off the event loop. Raises
+        CheckpointError when weights of a directory are missing.
         """
         weights = self.weights_digest() if self.revision is None else f"commit:{self.revision}"
         settings = (self.config, self.processor_config)
@@ -198,18 +198,18 @@ class Checkpoint:
         )
 
     def read_ahead(self) -> None:
-        """Begins the reading that ``pair_id`` takes, on a thread, while others load the weights."""
+        """Begins to compute ``pair_id`` on a thread, while the weights are loaded."""
 
         def read() -> None:
-            with contextlib.suppress(CheckpointError):  # Whoever asks for the id hears of it.
+            with contextlib.suppress(CheckpointError):  # Raised again when the id is needed.
                 _ = self.pair_id
 
         threading.Thread(target=read, name="digests", daemon=True).start()
 
     def weights_digest(self, wanted: KeyFilter | None = None) -> str:
-        """SHA-256 of every tensor whose key ``wanted`` accepts (None: all): key, type, shape and
-        every byte, however they are sharded; 64 hex digits. Downloads and raises like
-        ``tensor_index``."""
+        """A digest of every tensor whose key ``wanted`` accepts (None: all): key, type, shape and
+        bytes, independent of sharding; 64 hex digits. Downloads and raises like ``tensor_index``.
+        """
         entries = self.tensor_index(wanted)
         digests = self._digests.of(entries)
         return hash_parts(
@@ -224,10 +224,10 @@ class Checkpoint:
 def _locate(
     model: str | None, revision: str | None, download_dir: str | None
 ) -> tuple[Path, str, str | None]:
-    """(directory, served name, hub id or None) of what ``--model`` says."""
+    """(directory, served name, hub id or None) of the checkpoint that ``--model`` names."""
     if model is None:
         return Path(opticnerve.demo.__file__).parent / "checkpoint", DEMO_NAME, None
-    path = Path(os.path.expanduser(model))  # Path's own raises for an unknown user.
+    path = Path(os.path.expanduser(model))  # Path.expanduser raises for an unknown user.
     if path.is_dir():
         path = path.resolve() if path.name in ("", ".", "..") else path.absolute()
         return path, path.name, None

@@ -1,9 +1,9 @@
-"""The SHA-256 of every tensor of a checkpoint: read whole, once, and kept for the next process.
+"""The SHA-256 of every tensor of a checkpoint, computed once and recorded for the next process.
 
-They are kept in ``KEPT`` beside the weights, or in the user's cache directory where that cannot be
-written, or where the weights are links into the hub's cache. With them stand each file's size,
-times of modification and change, and inode: a file of which one of these differs is read again.
-A second process that wants the same waits for the first one's reading.
+The record is ``RECORD`` beside the weights. Where that cannot be written, or the weights are links
+into the hub's cache, it is a file in the user's cache directory. It holds each file's size, times
+of modification and change, and inode; a file of which one of these differs is read again. A second
+process that needs the same digests waits for the first.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from typing import Any
 from opticnerve.checkpoints.tensorfile import TensorEntry
 from opticnerve.errors import CheckpointError
 
-KEPT = ".opticnerve-digests.json"
+RECORD = ".opticnerve-digests.json"
 SCHEME = 1
 CHUNK_BYTES = 2**20
 MAX_THREADS = 8
-LEAST_KEPT_BYTES = 64 * 2**20  # Fewer take less time to read than a file is worth.
-TOLD_BYTES = 2**30  # Reading so many is told of in the log.
+MIN_RECORDED_BYTES = 64 * 2**20  # Fewer are read faster than a record is worth.
+LOGGED_BYTES = 2**30  # The log mentions reading as many.
 SETTLED_S = 2.0  # A file changed more recently may change again within its time stamp's step.
-PATIENCE_S = 600.0  # For another process that reads the same weights.
+LOCK_TIMEOUT_S = 600.0  # For another process that reads the same weights.
 
 log = logging.getLogger(__name__)
 
-Kept = dict[str, dict[str, Any]]  # By file name: its "identity", and "tensors" by key.
+Record = dict[str, dict[str, Any]]  # By file name: its "identity", and "tensors" by key.
 
 
 class Digests:
-    """Those of one checkpoint, as far as they were asked for. Thread-safe."""
+    """Digests of one checkpoint's tensors, computed when first asked for. Thread-safe."""
 
     def __init__(self) -> None:
         self._known: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def of(self, entries: Mapping[str, TensorEntry]) -> dict[str, str]:
-        """64 hex digits by key, of the tensors' bytes. Raises CheckpointError."""
+        """Digests of the tensors' bytes by key, 64 hex digits each. Raises CheckpointError."""
         with self._lock:
             missing = {key: entry for key, entry in entries.items() if key not in self._known}
             try:
@@ -67,29 +67,29 @@ def cache_directory() -> Path:
 
 
 def _find(entries: Mapping[str, TensorEntry]) -> dict[str, str]:
-    """What is kept, and what has to be read."""
-    if sum(entry.num_bytes for entry in entries.values()) < LEAST_KEPT_BYTES:
+    """Digests from the record; those that it lacks are computed and recorded."""
+    if sum(entry.num_bytes for entry in entries.values()) < MIN_RECORDED_BYTES:
         return _read(entries)
     files = sorted({entry.file for entry in entries.values()})
-    with _alone(files[0].parent):
+    with _locked(files[0].parent):
         started = time.time()
         identities = {file.name: _identity(file) for file in files}
-        kept = _load(files, identities)
+        record = _load(files, identities)
         known = {
-            key: kept[entry.file.name]["tensors"][key]
+            key: record[entry.file.name]["tensors"][key]
             for key, entry in entries.items()
-            if key in kept.get(entry.file.name, {"tensors": ()})["tensors"]
+            if key in record.get(entry.file.name, {"tensors": ()})["tensors"]
         }
         missing = {key: entry for key, entry in entries.items() if key not in known}
         if missing:
             known.update(_read(missing))
-            newest = max(max(status.st_mtime, status.st_ctime) for status in map(_status, files))
+            newest = max(max(status.st_mtime, status.st_ctime) for status in map(Path.stat, files))
             if newest < started - SETTLED_S:
                 for key, entry in missing.items():
                     name = entry.file.name
                     fresh: dict[str, Any] = {"identity": identities[name], "tensors": {}}
-                    kept.setdefault(name, fresh)["tensors"][key] = known[key]
-                _keep(files, kept)
+                    record.setdefault(name, fresh)["tensors"][key] = known[key]
+                _save(files, record)
     return known
 
 
@@ -97,17 +97,17 @@ def _find(entries: Mapping[str, TensorEntry]) -> dict[str, str]:
 
 
 def _read(entries: Mapping[str, TensorEntry]) -> dict[str, str]:
-    """Large tensors first, so that no thread is left with one alone at the end."""
+    """Large tensors go first, so that threads end at about the same time."""
     keys = sorted(entries, key=lambda key: entries[key].num_bytes, reverse=True)
     size = sum(entry.num_bytes for entry in entries.values())
-    told = size >= TOLD_BYTES
-    if told:
-        log.info("reading %.1f GB of weights, to know them from others", size / 1e9)
+    logged = size >= LOGGED_BYTES
+    if logged:
+        log.info("reading %.1f GB of weights, to identify them", size / 1e9)
     started = time.monotonic()
     threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads, thread_name_prefix="digests") as pool:
         found = dict(zip(keys, pool.map(lambda key: _digest(entries[key]), keys), strict=True))
-    if told:
+    if logged:
         seconds = time.monotonic() - started
         log.info("read them in %.1f s (%.2f s a gigabyte)", seconds, seconds / size * 1e9)
     return found
@@ -128,31 +128,27 @@ def _digest(entry: TensorEntry) -> str:
     return digest.hexdigest()
 
 
-# ---- keeping
-
-
-def _status(file: Path) -> os.stat_result:
-    return file.stat()  # Of the file itself where the hub's cache has a link.
+# ---- the record
 
 
 def _identity(file: Path) -> str:
-    status = _status(file)
+    status = file.stat()  # Of the file itself where the hub's cache has a link.
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 
 
 def _places(files: list[Path]) -> Iterator[Path]:
-    """Files that may hold what is kept, the first choice first."""
+    """Files that may hold the record, the first choice first."""
     directory = files[0].parent
     if not any(file.is_symlink() for file in files):
-        yield directory / KEPT
+        yield directory / RECORD
     with contextlib.suppress(RuntimeError):
         name = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()
         yield cache_directory() / "digests" / f"{name}.json"
 
 
-def _load(files: list[Path], identities: Mapping[str, str]) -> Kept:
-    """What is kept of files that are as they were; nothing of what cannot be read."""
-    found: Kept = {}
+def _load(files: list[Path], identities: Mapping[str, str]) -> Record:
+    """The records of files that have not changed. Ignores one that cannot be read."""
+    found: Record = {}
     for place in _places(files):
         with contextlib.suppress(OSError, ValueError, RecursionError):
             content = json.loads(place.read_text(encoding="utf-8"))
@@ -162,23 +158,23 @@ def _load(files: list[Path], identities: Mapping[str, str]) -> Kept:
     return found
 
 
-def _checked(content: Any) -> Kept:
-    """``content``, if it is what ``_keep`` writes. Raises ValueError."""
-    kept = content.get("files") if isinstance(content, dict) else None
-    if not isinstance(kept, dict) or content.get("scheme") != SCHEME:
+def _checked(content: Any) -> Record:
+    """``content``, if it is what ``_save`` writes. Raises ValueError."""
+    record = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(record, dict) or content.get("scheme") != SCHEME:
         raise ValueError("of another version")
-    for each in kept.values():
+    for each in record.values():
         tensors = each.get("tensors") if isinstance(each, dict) else None
         if not isinstance(tensors, dict) or not isinstance(each.get("identity"), str):
             raise ValueError("damaged")
         if not all(isinstance(digest, str) and len(digest) == 64 for digest in tensors.values()):
             raise ValueError("damaged")
-    return kept
+    return record
 
 
-def _keep(files: list[Path], kept: Kept) -> None:
-    """Where nothing can be written, the next process reads."""
-    text = json.dumps({"scheme": SCHEME, "files": kept})
+def _save(files: list[Path], record: Record) -> None:
+    """Writes the record. Where that fails, the next process reads the weights again."""
+    text = json.dumps({"scheme": SCHEME, "files": record})
     failure: OSError | None = None
     for place in _places(files):
         try:
@@ -190,10 +186,10 @@ def _keep(files: list[Path], kept: Kept) -> None:
 
 
 def _write(place: Path, text: str) -> None:
-    """Whole or not at all."""
-    if place.name != KEPT:
+    """Replaces the file at once, so that no reader sees half of it."""
+    if place.name != RECORD:
         place.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=place.parent, prefix=KEPT)
+    handle, name = tempfile.mkstemp(dir=place.parent, prefix=RECORD)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
@@ -205,9 +201,9 @@ def _write(place: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Waits for another process of this machine that reads the weights of ``directory``. Where they
-    cannot be told apart, or the other one takes too long, both read."""
+def _locked(directory: Path) -> Iterator[None]:
+    """Only one process of this machine reads the weights of ``directory`` at a time. Where they
+    cannot be locked, or the other one takes too long, both read."""
     handle = -1
     try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -222,14 +218,14 @@ def _alone(directory: Path) -> Iterator[None]:
 
 
 def _lock(handle: int) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    told = False
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    logged = False
     while time.monotonic() < deadline:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            if not told:
+            if not logged:
                 log.info("waiting for another process that reads these weights")
-                told = True
+                logged = True
             time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face hub: which files come down, and what is said when none do.
+"""Downloads of checkpoints from the Hugging Face hub, and clear errors where they fail.
 
 The token is read from the environment by huggingface_hub (``HF_TOKEN``), as are its offline mode
 and its cache directory. huggingface_hub is imported on first use only: a local directory never
@@ -69,8 +69,8 @@ def commit_of(snapshot: Path) -> str | None:
 
 
 def looks_like_hub_id(model: str) -> bool:
-    """Whether ``model`` can name a repository: ``owner/name``, not a path. A bare name is none:
-    it is more often a directory that is not here, which need not be asked of the network."""
+    """Whether ``model`` can name a repository: ``owner/name``, not a path. A bare name is not taken
+    for one: it is more often a mistyped directory, which needs no look at the network."""
     parts = model.split("/")
     return (
         len(parts) == 2

@@ -1,12 +1,12 @@
-"""Loads one half of a checkpoint into a module, whole or not at all.
+"""Loads one half of a checkpoint into a module, completely or not at all.
 
-Calling ``from_pretrained`` of a tower's or decoder's class on the whole checkpoint leaves dozens
-of weights random without an exception. Here a family declares which keys are its half's and what
-they are called in its module; every parameter and buffer is then loaded, tied, recomputed, or
-reported in a CheckpointError.
+``from_pretrained`` of a tower's or decoder's class on a whole checkpoint leaves dozens of weights
+random without an exception. Here a family declares the keys of each half and their names in its
+module; every parameter and buffer is then loaded, tied, recomputed, or reported in a
+CheckpointError.
 
-Tensors are read one by one into memory of their own: no page of the other half is ever touched,
-and a checkpoint that is replaced or cut short on disk later takes nothing away.
+Tensors are copied one by one into memory of their own. No page of the other half is touched, and
+replacing or truncating the files later changes nothing.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Recompute = Callable[[nn.Module], torch.Tensor]
-"""Makes a buffer that no checkpoint holds; gets the module that owns it, still on meta."""
+"""Makes a buffer that no checkpoint holds. Its argument is the module that owns it, on meta."""
 
 DTYPES = {dtype_name(FLOATING[name]): FLOATING[name] for name in ("F32", "F16", "BF16")}
-SHOWN = 6  # Keys that an error message lists.
+MAX_LISTED = 6  # Keys in an error message.
 
 
 def load_module(
@@ -54,12 +54,12 @@ def load_module(
 
     ``key_map`` renames the keys of this half, see ``family.KeyMap``. ``tied`` maps a parameter to
     the one that it shares where the checkpoint does not hold it. ``recomputed`` maps a
-    non-persistent buffer to the function that makes it; it keeps that function's dtype.
-    ``ignored``: patterns (matched at the start) of keys of this half that the module has no use
-    for. The module comes back in eval mode, without gradients.
+    non-persistent buffer to the function that makes it, whose dtype it keeps. ``ignored``: patterns
+    (matched at the start) of keys of this half that the module does not use. The module is in eval
+    mode, without gradients.
 
     Raises CheckpointError for weights that are missing, of another shape, not floating point,
-    doubled, without a place in the module, or left uninitialised.
+    duplicated, without a place in the module, or left uninitialised.
     """
     with torch.device("meta"):
         module = make_module()
@@ -78,18 +78,19 @@ def load_module(
 
 
 def wanted(key_map: KeyMap, ignored: Sequence[str] = ()) -> Callable[[str], bool]:
-    """Whether a checkpoint's key belongs to the half that ``key_map`` describes, and is of use."""
-    mine = [re.compile(pattern) for pattern, _ in key_map]
+    """Whether a checkpoint's key belongs to the half that ``key_map`` describes, and is used."""
+    renamed = [re.compile(pattern) for pattern, _ in key_map]
     unused = [re.compile(pattern) for pattern in ignored]
 
     def is_wanted(key: str) -> bool:
-        return any(p.match(key) for p in mine) and not any(p.match(key) for p in unused)
+        return any(p.match(key) for p in renamed) and not any(p.match(key) for p in unused)
 
     return is_wanted
 
 
 def rename(key_map: KeyMap, key: str) -> str:
-    """The module's name of a checkpoint's ``key``, by the first pattern that matches its start."""
+    """The module's name of a checkpoint's ``key``, by the first pattern that matches its start.
+    Raises KeyError."""
     for pattern, replacement in key_map:
         match = re.match(pattern, key)
         if match:
@@ -122,7 +123,7 @@ def read_config(config_class: Any, checkpoint: Checkpoint) -> Any:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """A device from ``--device``. Raises ConfigError for one that is not there."""
+    """A device from ``--device``. Raises ConfigError for one that does not exist."""
     if isinstance(device, torch.device):
         return device
     if device == "auto":
@@ -144,8 +145,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def resolve_dtype(
     dtype: str | torch.dtype, checkpoint: Checkpoint, device: torch.device
 ) -> torch.dtype:
-    """A dtype from ``--dtype``. "auto" is the checkpoint's own (float32 where it names none), and
-    float32 where ``device`` is a CPU without arithmetic in that one. Raises ConfigError."""
+    """A dtype from ``--dtype``. "auto" is the checkpoint's (float32 if it names none), but float32
+    where ``device`` is a CPU without arithmetic in that type. Raises ConfigError."""
     if isinstance(dtype, torch.dtype):
         return dtype
     automatic = dtype == "auto"
@@ -155,16 +156,16 @@ def resolve_dtype(
         dtype = next((str(name) for name in named if name), "float32")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}", param="dtype")
-    if automatic and device.type == "cpu" and not computes(DTYPES[dtype]):
-        _say_slow(dtype)
+    if automatic and device.type == "cpu" and not cpu_computes(DTYPES[dtype]):
+        _log_float32(dtype)
         return torch.float32
     return DTYPES[dtype]
 
 
 @cache
-def computes(dtype: torch.dtype) -> bool:
-    """Whether this CPU has arithmetic in ``dtype``. Without it products of many rows were seen
-    to take eight to twelve times as long as in float32."""
+def cpu_computes(dtype: torch.dtype) -> bool:
+    """Whether this CPU has arithmetic in ``dtype``. Without it, products of many rows took eight
+    to twelve times as long as in float32."""
     if dtype not in (torch.bfloat16, torch.float16):
         return True
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
@@ -175,9 +176,9 @@ def computes(dtype: torch.dtype) -> bool:
 
 
 @cache
-def _say_slow(dtype: str) -> None:
+def _log_float32(dtype: str) -> None:
     log.info(
-        "this CPU has no %s arithmetic: computing in float32 (--dtype %s keeps to it)",
+        "this CPU has no %s arithmetic: computing in float32 (--dtype %s uses it all the same)",
         dtype,
         dtype,
     )
@@ -186,7 +187,7 @@ def _say_slow(dtype: str) -> None:
 def _sources(
     checkpoint: Checkpoint, key_map: KeyMap, ignored: Sequence[str]
 ) -> dict[str, tuple[str, TensorEntry]]:
-    """Module name -> (checkpoint key, entry) of every tensor of this half."""
+    """(checkpoint key, entry) of every tensor of this half, by its name in the module."""
     sources: dict[str, tuple[str, TensorEntry]] = {}
     for key, entry in checkpoint.tensor_index(wanted(key_map, ignored)).items():
         name = rename(key_map, key)
@@ -204,7 +205,7 @@ def _check(
     sources: Mapping[str, tuple[str, TensorEntry]],
     tied: Mapping[str, str],
 ) -> None:
-    """Raises CheckpointError unless tensors and module fit each other exactly."""
+    """Raises CheckpointError unless the tensors are exactly those of the module."""
     missing = [name for name in expected if name not in sources and name not in tied]
     unknown = [key for name, (key, _) in sources.items() if name not in expected]
     misfits = [
@@ -226,7 +227,7 @@ def _check(
 def _read(
     sources: Mapping[str, tuple[str, TensorEntry]], dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Every tensor, file by file, in memory of its own."""
+    """Every tensor, read file by file into memory of its own."""
     by_file: dict[Path, list[tuple[str, TensorEntry]]] = {}
     for name, (_, entry) in sources.items():
         by_file.setdefault(entry.file, []).append((name, entry))
@@ -273,5 +274,5 @@ def _check_nothing_left(checkpoint: Checkpoint, module: nn.Module) -> None:
 
 def _list(names: Iterable[str]) -> str:
     names = sorted(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more

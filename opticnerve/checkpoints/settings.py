@@ -28,7 +28,7 @@ class PixelSettings:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> PixelSettings:
-        """From an image processor's settings; what they leave out has Hugging Face's default."""
+        """From an image processor's settings, with Hugging Face's defaults."""
         if config.get("do_resize") is False:
             raise UnsupportedCheckpoint("the image processor has do_resize off; it must be on")
         return cls(
@@ -67,14 +67,14 @@ def integer(config: Mapping[str, Any], name: str, default: int | None = None) ->
     if value is None:
         value = default
     if isinstance(value, bool) or not isinstance(value, int):
-        raise CheckpointError(_bad(name, value, "a whole number"))
+        raise CheckpointError(_complaint(name, value, "a whole number"))
     return value
 
 
 def positive(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = integer(config, name, default)
     if value < 1:
-        raise CheckpointError(_bad(name, value, "a positive number"))
+        raise CheckpointError(_complaint(name, value, "a positive number"))
     return value
 
 
@@ -83,7 +83,7 @@ def number(config: Mapping[str, Any], name: str, default: float | None = None) -
     if value is None:
         value = default
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise CheckpointError(_bad(name, value, "a number"))
+        raise CheckpointError(_complaint(name, value, "a number"))
     return float(value)
 
 
@@ -94,11 +94,11 @@ def _triple(config: Mapping[str, Any], name: str, default: tuple[float, ...]) ->
     if isinstance(value, (int, float)):
         value = [value] * 3
     if not isinstance(value, list) or len(value) != 3:
-        raise CheckpointError(_bad(name, value, "three numbers"))
+        raise CheckpointError(_complaint(name, value, "three numbers"))
     return tuple(number({name: item}, name) for item in value)
 
 
-def _bad(name: str, value: Any, wanted: str) -> str:
+def _complaint(name: str, value: Any, wanted: str) -> str:
     if value is None:
         return f"the checkpoint's configuration lacks {name}; fetch its JSON files again"
     return f"the checkpoint's configuration has {name} = {value!r}, which should be {wanted}"

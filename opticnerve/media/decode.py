@@ -1,4 +1,4 @@
-"""Bytes to pixels, as the plan says and no other way. Runs in the encoder's CPU pool."""
+"""Bytes to pixels, as the plan says. Runs in the encoder's CPU pool."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from opticnerve.media.formats import jpeg, png, webp
 from opticnerve.media.plan import WHITE, Plan
 from opticnerve.media.structure import DEFAULT_MAX_PASSES, DEFAULT_MAX_PIXELS, parse_structure
 
-# Pillow's own limit warns at some size and raises at twice that. Ours is checked before Pillow
-# sees the bytes, and is a setting.
+# Pillow's limit warns at some size and raises at twice that. Ours is a setting, and checked before
+# Pillow gets the bytes.
 Image.MAX_IMAGE_PIXELS = None
 
-_PNG_DEPTH = 24  # Where a PNG's header says how many bits a sample has.
+_PNG_DEPTH = 24  # Offset of the bits per sample in a PNG's header.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,11 +43,11 @@ def decode(
     ``load_image``: ``convert("RGB")``, which drops transparency. Only grey of 16 bits differs: see
     ``to_rgb``.
     Raises InvalidMedia for bytes that do not decode, PlanMismatch for a picture other than the
-    plan's. Messages tell nothing of the decoder.
+    plan's. Messages do not show the decoder's errors.
     """
     check_plan(data, plan, max_pixels, max_passes)
     try:
-        picture = _decode(_BARE.get(plan.format, _as_it_is)(data), plan, background)
+        picture = _decode(_strip(data, plan.format), plan, background)
     except (InvalidMedia, MemoryError):
         raise
     except Exception as error:  # Decoders raise whatever their parsers raise.
@@ -60,7 +60,7 @@ def decode(
 
 
 def _decode(data: bytes | memoryview, plan: Plan, background: int | None) -> Image.Image:
-    """The picture as RGB, as it is stored. What else it took is freed."""
+    """The picture as RGB in its stored orientation. The decoder's memory is freed."""
     with Image.open(io.BytesIO(data), formats=[plan.format.upper()]) as image:
         if image.size != (plan.width, plan.height):
             raise _mismatch(plan, *image.size)
@@ -68,53 +68,51 @@ def _decode(data: bytes | memoryview, plan: Plan, background: int | None) -> Ima
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """As ``to_rgb``, without a copy of what may be hundreds of megabytes."""
+    """As ``to_rgb``, but without a copy, which may take hundreds of megabytes."""
     if image.mode != "RGB":
         return to_rgb(image)
     image.load()
     return image
 
 
-def _as_it_is(data: bytes | memoryview) -> bytes | memoryview:
-    return data
-
-
-_BARE = {"jpeg": jpeg.bare, "png": png.bare, "webp": webp.bare}
+def _strip(data: bytes | memoryview, format: str) -> bytes | memoryview:
+    """The file without what its picture does not need, where that could cost or fail decoding."""
+    strip = {"jpeg": jpeg.strip, "png": png.strip, "webp": webp.strip}.get(format)
+    return data if strip is None else strip(data)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A copy without transparency. Of 16-bit grey the upper 8 bits count, as of every other 16-bit
-    PNG. Pillow's own conversion makes all values above 255 white, which is nearly the whole of such
-    a picture."""
+    """A copy without transparency. 16-bit grey keeps its upper 8 bits, like every other 16-bit PNG;
+    Pillow's conversion would make all values above 255 white, nearly the whole picture."""
     if image.mode.startswith("I;16") or (image.mode == "I" and _is_16_bit(image)):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
 def _is_16_bit(image: Image.Image) -> bool:
-    """Whether integers of 32 bits, as callers have them, hold a grey of 16 bits and not of 8."""
+    """Whether 32-bit integers, as a caller's image may have, hold 16-bit grey and not 8-bit."""
     lowest, highest = np.asarray(image).min(initial=0), np.asarray(image).max(initial=0)
     return bool(lowest >= 0 and 255 < highest < 2**16)
 
 
 def to_rgba(image: Image.Image) -> Image.Image:
-    """A copy with an alpha channel, whichever way ``image`` tells what is transparent."""
-    if image.mode == "La":  # Which Pillow converts to this mode alone.
+    """A copy with an alpha channel, however ``image`` describes its transparency."""
+    if image.mode == "La":  # Pillow converts it to this mode only.
         image = image.convert("LA")
     return image.convert("RGBA")
 
 
 def _flatten(image: ImageFile.ImageFile, data: bytes | memoryview, background: int) -> Image.Image:
-    """``image``, just opened from ``data``, on a sheet of that colour."""
+    """``image``, just opened from ``data``, over a background of that colour."""
     screen = box = (0, 0, *image.size)
     if image.format == "GIF" and image.tile:
-        box = image.tile[0][1] or box  # Its image may leave some of its screen empty.
+        box = image.tile[0][1] or box  # Its image may cover only a part of its screen.
     if box == screen and not image.has_transparency_data:
         return _opaque(image)
-    # No copy of what may be hundreds of megabytes, and is only read.
+    # A picture in RGBA is only read, so it needs no copy, which may take hundreds of megabytes.
     layer = image if image.mode == "RGBA" else _with_exact_key(image, data)
     if image.format == "BMP" and layer.getchannel("A").getextrema() == (0, 0):
-        return to_rgb(image)  # Written by programs that leave alpha unset and mean it opaque.
+        return to_rgb(image)  # Some programs leave alpha unset in an opaque picture.
     sheet = Image.new("RGB", image.size, tuple(background.to_bytes(3)))
     layer = layer if box == screen else layer.crop(box)
     sheet.paste(layer, box, mask=layer)
@@ -122,8 +120,8 @@ def _flatten(image: ImageFile.ImageFile, data: bytes | memoryview, background: i
 
 
 def _with_exact_key(image: Image.Image, data: bytes | memoryview) -> Image.Image:
-    """RGBA of a picture. A PNG's transparent colour, of which Pillow keeps what the file says, is
-    compared with samples as they are stored: of 2, 4 or 16 bits, where Pillow's have 8."""
+    """RGBA of a picture. A PNG's transparent colour is compared with samples as they are stored, of
+    2, 4 or 16 bits; Pillow compares it with its own samples, which have 8."""
     key = image.info.get("transparency")
     if image.format != "PNG" or image.mode in ("P", "RGBA", "LA") or key is None:
         return to_rgba(image)

@@ -1,4 +1,4 @@
-"""Pictures as a program holds them, read into compressed bytes."""
+"""A program's pictures (bytes, paths, Pillow images), read into compressed bytes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def is_picture(value: object) -> bool:
 
 
 def read_picture(picture: Picture) -> bytes:
-    """The compressed bytes. A Pillow image becomes a PNG, upright as it stands, without loss.
+    """The compressed bytes. A Pillow image becomes a PNG, without loss and in the image's own
+    orientation.
 
-    Raises InvalidRequest for a path that cannot be read and for what is no picture at all.
+    Raises InvalidRequest for a path that cannot be read, and for another type.
     """
     if isinstance(picture, (bytes, bytearray, memoryview)):
         return bytes(picture)
@@ -46,7 +47,7 @@ def read_picture(picture: Picture) -> bytes:
 
 
 def _png(image: Image.Image) -> bytes:
-    """What shows and what is transparent, and no EXIF, whose turn a PNG reader would apply."""
+    """Colours and transparency only: a PNG reader would apply the orientation of EXIF."""
     plain = to_rgba(image) if image.has_transparency_data else to_rgb(image)
     plain.info = {}
     buffer = io.BytesIO()

@@ -1,7 +1,7 @@
-"""What is known of one media item before a pixel is decoded, and what it will become.
+"""What is known of a media item before a pixel is decoded, and how it will be encoded.
 
-Plain frozen values, shared by the gateway (which writes them), the encoder (which obeys
-them) and the LLM worker (which only sees spans). Imports neither torch nor grpc.
+Plain frozen values. The gateway makes plans, the encoder follows them, and the LLM worker sees
+spans only. Imports neither torch nor grpc.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 WHITE = 0xFFFFFF
-LIGHT_PASSES = 2**25  # What a picture may take to decode that is not heavy: tenths of a second,
-LIGHT_MEMORY = 2**28  # and so many bytes.
+LIGHT_PASSES = 2**25  # A picture that takes more to decode, some tenths of a second, is heavy,
+LIGHT_MEMORY = 2**28  # and one that takes more bytes.
 
 
 class Modality(Enum):
@@ -22,7 +22,7 @@ class Modality(Enum):
 
 class SpanAttention(Enum):
     CAUSAL = "causal"
-    BIDIRECTIONAL = "bidirectional"  # Atomic: computed in one chunk.
+    BIDIRECTIONAL = "bidirectional"  # Computed in one chunk.
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,12 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """What a picture's bytes say of themselves, read from headers alone.
+    """What a picture's headers say.
 
     ``width`` and ``height`` are as stored, in pixels; ``orientation`` is EXIF's, 1 to 8.
-    ``passes`` is the work of decoding the picture, in pixels decoded once: a baseline JPEG's is
-    about its number of pixels, a progressive JPEG's that times its scans. ``memory`` is what
-    decoding holds at its peak, in bytes. Both are estimates, and 0 where no file was read.
+    ``passes`` is the work of decoding, as a number of pixels decoded once: of a baseline JPEG about
+    its number of pixels, of a progressive one that times its scans. ``memory`` is the peak memory
+    of decoding, in bytes. Both are estimates, and 0 where no file was read.
     """
 
     format: str  # "png", "jpeg", "webp", "gif", "bmp"
@@ -58,14 +58,14 @@ class Structure:
 
     @property
     def displayed_size(self) -> tuple[int, int]:
-        """(width, height) after orientation: 5 to 8 turn the picture by a quarter."""
+        """(width, height) after orientation; 5 to 8 turn the picture by 90 degrees."""
         if self.orientation >= 5:
             return self.height, self.width
         return self.width, self.height
 
     @property
     def is_heavy(self) -> bool:
-        """Whether decoding takes so long or so much that others should not wait for it."""
+        """Whether decoding takes so much time or memory that others should not wait for it."""
         return self.passes > LIGHT_PASSES or self.memory > LIGHT_MEMORY
 
 
@@ -75,8 +75,8 @@ class Overrides:
 
     min_pixels: int | None = None
     max_pixels: int | None = None
-    # 0xRRGGBB, which shows through where the picture is transparent. None: transparency is dropped,
-    # as Hugging Face's processors do, and the colours that it hid are seen.
+    # 0xRRGGBB, shown where the picture is transparent. None: transparency is dropped, as Hugging
+    # Face's processors do, and transparent pixels show their colours.
     background: int | None = WHITE
 
 
@@ -86,7 +86,7 @@ def parse_background(text: str) -> int | None:
 
     Raises ValueError for anything else, and for a colour that is itself transparent.
     """
-    from PIL import ImageColor  # Here, because most who import this module look at no picture.
+    from PIL import ImageColor  # Here, because most importers of this module need no Pillow.
 
     text = text.strip()
     if text.lower() == "none":
@@ -111,8 +111,7 @@ class Tile:
 class Plan:
     """How one item will be decoded, resized, cut and counted. See ``embedding.proto``.
 
-    ``passes`` and ``is_heavy`` are the structure's; they do not travel, and make no difference
-    between plans.
+    ``passes`` and ``is_heavy`` are the structure's; they are not part of messages, nor of equality.
     """
 
     modality: Modality

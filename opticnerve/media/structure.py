@@ -1,6 +1,6 @@
-"""What a picture's bytes say of it: format, size, orientation, frames. No pixel is decoded.
+"""A picture's structure: format, size, orientation, frames. No pixel is decoded.
 
-The format is what the bytes are, whatever a name or a content type claims.
+The format is recognised by the bytes, whatever a name or a content type claims.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from opticnerve.media.plan import Structure
 SUPPORTED = "PNG, JPEG, WebP, GIF and BMP are supported"
 DEFAULT_MAX_PIXELS = 89_478_485
 DEFAULT_MAX_PASSES = 2**30
-"""What the largest picture takes as a progressive JPEG of the usual ten scans, or a little more;
+"""A little more than the largest picture takes as a progressive JPEG of the usual ten scans: some
 seconds of one core."""
 
 _HEAD_BYTES = 64
@@ -30,9 +30,9 @@ def parse_structure(
     """The structure of a picture of at most ``max_pixels`` pixels, which takes at most
     ``max_passes`` (see ``Structure.passes``) to decode.
 
-    Raises InvalidMedia, and nothing else, for bytes that are no picture of a supported format,
-    are cut short or damaged before their pixels begin, have no pixels or too many, are too much
-    work, or move (``frames`` > 1) without ``allow_animation``. Messages never quote the bytes.
+    Raises InvalidMedia, and nothing else, for bytes that are not a picture of a supported format,
+    are cut short or damaged before their pixels, have no pixels or too many, are too expensive to
+    decode, or are animated without ``allow_animation``. Messages never quote the bytes.
     """
     structure = _parser(data)(data)
     width, height = structure.width, structure.height
@@ -87,7 +87,7 @@ def _parser(data: bytes | memoryview) -> Callable[[bytes | memoryview], Structur
 
 
 def _name(head: bytes) -> str | None:
-    """What else these bytes are, for the message."""
+    """The name of another format, for the message; None if it is not known."""
     if head[4:8] == b"ftyp":
         brand = head[8:12]
         if brand in (b"avif", b"avis"):

@@ -13,7 +13,7 @@ import pytest
 
 from opticnerve.checkpoints import digests as module
 from opticnerve.checkpoints.checkpoint import Checkpoint
-from opticnerve.checkpoints.digests import KEPT
+from opticnerve.checkpoints.digests import RECORD
 from opticnerve.checkpoints.tensorfile import TensorEntry
 from opticnerve.errors import CheckpointError
 from tests.checkpoints import make_checkpoint
@@ -24,7 +24,7 @@ LONG_AGO = 1_600_000_000
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("OPTICNERVE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "LEAST_KEPT_BYTES", 1)
+    monkeypatch.setattr(module, "MIN_RECORDED_BYTES", 1)
     monkeypatch.setattr(module, "SETTLED_S", -60.0)  # What was just written counts as settled.
     return tmp_path / "cache"
 
@@ -83,7 +83,7 @@ def test_weights_are_read_once_by_all_sides(path: Path, read: list[str]) -> None
         assert checkpoint.pair_id == first
         checkpoint.weights_digest(lambda key: "visual" in key)
     assert len(read) == count
-    assert (path / KEPT).exists()
+    assert (path / RECORD).exists()
 
 
 def test_a_file_that_was_written_again_is_read_again_and_no_other(
@@ -131,7 +131,7 @@ def test_beside_weights_that_cannot_be_written_the_users_cache_serves(
     first = pair_id(path)
     read.clear()
     assert pair_id(path) == first and not read
-    assert not (path / KEPT).exists() and len(list((cache / "digests").iterdir())) == 1
+    assert not (path / RECORD).exists() and len(list((cache / "digests").iterdir())) == 1
 
 
 def test_nothing_is_written_among_links_of_the_hubs_cache(path: Path, cache: Path) -> None:
@@ -140,7 +140,7 @@ def test_nothing_is_written_among_links_of_the_hubs_cache(path: Path, cache: Pat
         file.rename(blob)
         file.symlink_to(blob)
     pair_id(path)
-    assert not (path / KEPT).exists() and len(list((cache / "digests").iterdir())) == 1
+    assert not (path / RECORD).exists() and len(list((cache / "digests").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -155,9 +155,9 @@ def test_nothing_is_written_among_links_of_the_hubs_cache(path: Path, cache: Pat
 )
 def test_what_is_damaged_is_read_anew(path: Path, content: str) -> None:
     first = pair_id(path)
-    (path / KEPT).write_text(content)
+    (path / RECORD).write_text(content)
     assert pair_id(path) == first
-    assert json.loads((path / KEPT).read_text())["files"]
+    assert json.loads((path / RECORD).read_text())["files"]
 
 
 def test_where_nothing_can_be_kept_weights_are_read_at_each_start(
@@ -165,7 +165,7 @@ def test_where_nothing_can_be_kept_weights_are_read_at_each_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     cache.write_text("a file where the directory should be")
-    (path / KEPT).mkdir()
+    (path / RECORD).mkdir()
     first = pair_id(path)
     assert "not kept for the next start" in caplog.text
     read.clear()
@@ -179,15 +179,15 @@ def test_a_file_that_just_changed_is_not_trusted_to_stay(
     for file in path.glob("*.safetensors"):
         os.utime(file, (LONG_AGO, LONG_AGO))
     pair_id(path)
-    assert not (path / KEPT).exists() and not cache.exists()
+    assert not (path / RECORD).exists() and not cache.exists()
 
 
 def test_small_checkpoints_leave_nothing_behind(
     path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LEAST_KEPT_BYTES", 64 * 2**20)
+    monkeypatch.setattr(module, "MIN_RECORDED_BYTES", 64 * 2**20)
     pair_id(path)
-    assert not (path / KEPT).exists() and not cache.exists()
+    assert not (path / RECORD).exists() and not cache.exists()
 
 
 def test_those_who_start_together_read_once(path: Path, read: list[str]) -> None:
@@ -222,4 +222,4 @@ def test_weights_that_cannot_be_read_are_told(path: Path) -> None:
 
 def test_what_is_kept_is_for_every_user(path: Path) -> None:
     pair_id(path)
-    assert stat.S_IMODE((path / KEPT).stat().st_mode) == 0o644
+    assert stat.S_IMODE((path / RECORD).stat().st_mode) == 0o644

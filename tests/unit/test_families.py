@@ -71,6 +71,7 @@ def test_it_is_complete(family: Family) -> None:
         assert (folder / f"{module}.py").is_file(), "parts are in the family's own folder"
 
 
+@pytest.mark.process
 def test_layouts_and_preprocessing_import_no_torch() -> None:
     code = (
         "import sys\n"

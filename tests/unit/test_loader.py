@@ -264,7 +264,7 @@ def test_auto_dtype_is_the_checkpoints(random_checkpoint: MakeCheckpoint) -> Non
 def test_auto_dtype_is_one_that_the_cpu_computes(
     native: bool, random_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "computes", lambda dtype: native)
+    monkeypatch.setattr(loader, "cpu_computes", lambda dtype: native)
     checkpoint = Checkpoint.open(str(random_checkpoint("qwen2_vl", dtype=torch.bfloat16)))
     own = torch.bfloat16 if native else torch.float32
     assert resolve_dtype("auto", checkpoint, CPU) is own

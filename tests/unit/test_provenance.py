@@ -264,8 +264,8 @@ def test_aliases_hide_and_reveal() -> None:
     assert aliases.reveal(hidden) == text
     assert "<ab>" not in hidden
     assert hidden.endswith("<a>x")  # The longer token wins, and anyone may write it.
-    assert aliases.bare(text)
-    assert not aliases.bare(hidden)
+    assert aliases.occur_in(text)
+    assert not aliases.occur_in(hidden)
     assert aliases.hide("<a>", frozenset({"<a>"})) == "<a>"
 
 

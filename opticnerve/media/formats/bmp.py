@@ -1,4 +1,4 @@
-"""BMP: a fixed header. A negative height means rows from the top."""
+"""BMP: a fixed header. A negative height means that rows go from top to bottom."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MAGIC = b"BM"
 
 _OS2_HEADER = 12
 _HEADERS = frozenset({40, 52, 56, 64, 108, 124})
-_RUN_LENGTH = (1, 2)  # Compressions that Pillow undoes pixel by pixel, in Python.
+_RUN_LENGTH = (1, 2)  # Compressions that Pillow decodes pixel by pixel, in Python.
 _RUN_LENGTH_PASSES = 64
 _BYTES_PER_PIXEL = 10
 

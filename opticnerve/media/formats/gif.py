@@ -8,13 +8,13 @@ from opticnerve.media.plan import Structure
 MAGIC = (b"GIF87a", b"GIF89a")
 
 _EXTENSION, _IMAGE, _TRAILER = 0x21, 0x2C, 0x3B
-_MOST_PIXELS_PER_BYTE = 2731  # 4096 pixels from a code of 12 bits.
+_MAX_PIXELS_PER_BYTE = 2731  # 4096 pixels from a code of 12 bits.
 _BYTES_PER_PIXEL = 13
 _PASSES = 2
 
 
 def parse(data: bytes | memoryview) -> Structure:
-    """``frames`` counts to 2 at most: more than one is an animation, however long."""
+    """``frames`` is 2 for every animation, however long."""
     window = Window(data, "GIF")
     width, height, flags = window.le16(6), window.le16(8), window.u8(10)
     window.take(0, 13)
@@ -27,7 +27,7 @@ def parse(data: bytes | memoryview) -> Structure:
         if kind == _EXTENSION:
             at, pieces = _skip_blocks(window, at + 2, pieces, lenient=frames > 0)
         elif kind == _IMAGE:
-            if frames == 0:  # The first image may stand out of the screen and widens it.
+            if frames == 0:  # The first image may exceed the screen, and enlarges it.
                 drawn = window.le16(at + 5) * window.le16(at + 7)
                 width = max(width, window.le16(at + 1) + window.le16(at + 5))
                 height = max(height, window.le16(at + 3) + window.le16(at + 7))
@@ -37,12 +37,12 @@ def parse(data: bytes | memoryview) -> Structure:
             frames += frames == 0 or _has_pixels(window, at, start)
             at, pieces = _skip_blocks(window, start, pieces, lenient=True)
         else:
-            at += 1  # Rubbish between blocks is passed over.
+            at += 1  # Unknown bytes between blocks are skipped.
             pieces += 1
         window.count(pieces)
     if frames == 0:
         raise window.damaged("it holds no image")
-    window.check_room(drawn, len(window) * _MOST_PIXELS_PER_BYTE)
+    window.check_room(drawn, len(window) * _MAX_PIXELS_PER_BYTE)
     pixels = width * height
     passes, memory = pixels * _PASSES + pieces * PIECE_PASSES, pixels * _BYTES_PER_PIXEL
     return Structure("gif", width, height, frames=frames, passes=passes, memory=memory)
@@ -59,8 +59,8 @@ def _palette_bytes(flags: int) -> int:
 
 
 def _skip_blocks(window: Window, at: int, pieces: int, lenient: bool) -> tuple[int, int]:
-    """The offset behind a run of blocks, which an empty one ends. ``lenient``: so does the end of
-    the file; whether the pixels are all there is the decoder's to find."""
+    """The offset after a run of blocks, which an empty block ends, or, if ``lenient``, the end of
+    the file: the decoder finds whether the pixels are complete."""
     while True:
         if at >= len(window):
             if lenient:

@@ -1,5 +1,5 @@
-"""JPEG: marker segments up to the first scan, then scans, which are counted and not decoded.
-Thumbnails lie within segments, passed over."""
+"""JPEG: marker segments up to the first scan, then scans, which are counted, not decoded.
+Thumbnails lie within segments, and are skipped."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _TABLES, _SCAN, _END = 0xDB, 0xDA, 0xD9
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xDE}
 _PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _ARITHMETIC = frozenset(range(0xC9, 0xD0)) - {0xCC}
-_BARE = frozenset({0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)})  # Markers without a length.
-_METADATA = frozenset({*range(0xE0, 0xF0), _COMMENT}) - {_APP0, _APP14}  # Which decide no pixel.
+_NO_LENGTH = frozenset({0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)})  # Markers without a length.
+_METADATA = frozenset({*range(0xE0, 0xF0), _COMMENT}) - {_APP0, _APP14}  # No pixel depends on it.
 _FILL = re.compile(rb"\xff+")
 
-# What ends coded data: a marker that is neither a stuffed byte, a restart, nor a fill byte; nor one
-# of the reserved ones, which decoders pass over where they look for a restart.
+# Markers that end coded data: all but a stuffed byte, a restart, a fill byte, and the reserved
+# ones, which decoders skip where they look for a restart.
 _ENDS = np.ones(256, dtype=np.bool_)
 _ENDS[[*range(0xC0), *range(0xD0, 0xD8), 0xFF]] = False
 _BLOCK_BYTES = 2**20
 
-_BYTE_PASSES = 2  # Of coded data, beside the pixels'.
+_BYTE_PASSES = 2  # For each byte of coded data, in addition to the pixels'.
 _TABLE_BYTE_PASSES = 16  # Pillow reads quantization tables in Python.
 _ARITHMETIC_PASSES = 2
-_BYTES_PER_PIXEL = 8  # Four of the picture, and of it in RGB or turned upright.
-_BYTES_PER_SAMPLE = 2  # Of coefficients, kept where there are several scans.
+_BYTES_PER_PIXEL = 8  # Four of the picture, four of its copy in RGB or turned upright.
+_BYTES_PER_SAMPLE = 2  # Of coefficients, which several scans need in memory.
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +50,19 @@ class _Frame:
 
     @property
     def pixels(self) -> int:
-        """Of the whole blocks in which the picture is stored."""
-        across, down = self._most
+        """Pixels of the whole blocks in which the picture is stored."""
+        across, down = self._max_sampling
         columns, rows = -(-self.width // (8 * across)), -(-self.height // (8 * down))
         return columns * rows * 64 * across * down
 
     @property
     def samples(self) -> int:
-        """Of all components, in whole blocks."""
-        across, down = self._most
+        """Samples of all components, in whole blocks."""
+        across, down = self._max_sampling
         return self.pixels * sum(h * v for h, v in self.samplings) // (across * down)
 
     @property
-    def _most(self) -> tuple[int, int]:
+    def _max_sampling(self) -> tuple[int, int]:
         return max(h for h, _ in self.samplings), max(v for _, v in self.samplings)
 
 
@@ -84,36 +84,31 @@ def parse(data: bytes | memoryview) -> Structure:
     if frame is None:
         raise window.damaged("it has no frame header")
     passes, memory = _cost(window, frame, segments)
-    turned = exif.orientation(b"".join(blocks), xmp)
-    return Structure("jpeg", frame.width, frame.height, turned, passes=passes, memory=memory)
+    orientation = exif.orientation(b"".join(blocks), xmp)
+    return Structure("jpeg", frame.width, frame.height, orientation, passes=passes, memory=memory)
 
 
-def bare(data: bytes | memoryview) -> bytes | memoryview:
-    """The file without metadata, which decoders parse as well. Orientation is the plan's."""
+def strip(data: bytes | memoryview) -> bytes | memoryview:
+    """The file without metadata, which decoders would parse. Orientation is the plan's."""
     window = Window(data, "JPEG")
-    dropped = [(at, size) for marker, at, size in _segments(window) if marker in _METADATA]
-    if not dropped:
-        return data
-    kept, end = [], 0
-    for at, size in dropped:
-        kept.append(window.data[end : at - 4])
-        end = at + size
-    return b"".join([*kept, window.data[end:]])
+    return window.without(
+        (at - 4, at + size) for marker, at, size in _segments(window) if marker in _METADATA
+    )
 
 
 def _segments(window: Window) -> list[tuple[int, int, int]]:
     """(marker, offset of the content, its length) of every segment up to the first scan's header,
-    which is the last of them."""
+    which is included."""
     found: list[tuple[int, int, int]] = []
     at, markers = 2, 0
-    while fill := _FILL.search(window.data, at):  # One pass: fill bytes are never read twice.
+    while fill := _FILL.search(window.data, at):  # Fill bytes are never read twice.
         marker, at = window.u8(fill.end()), fill.end() + 1
         markers += 1
         window.count(markers)
         if marker == _SCAN:
             found.append((marker, at + 2, max(window.be16(at) - 2, 0)))
             return found
-        if marker == 0 or marker in _BARE:
+        if marker == 0 or marker in _NO_LENGTH:
             continue
         if marker < 0xC0:
             raise window.damaged("it has an unknown marker")
@@ -126,7 +121,7 @@ def _segments(window: Window) -> list[tuple[int, int, int]]:
 
 
 def _frame(window: Window, marker: int, at: int, length: int) -> _Frame:
-    """A frame header, of a kind that some decoder here can read."""
+    """A frame header that the decoder can read. Raises InvalidMedia for others."""
     if length < 6:
         raise window.damaged("its frame header is too short")
     if window.u8(at) != 8:
@@ -143,8 +138,8 @@ def _frame(window: Window, marker: int, at: int, length: int) -> _Frame:
 
 
 def _cost(window: Window, frame: _Frame, segments: list[tuple[int, int, int]]) -> tuple[int, int]:
-    """(passes, bytes) that decoding takes. A file whose first scan has all components has no more
-    than that scan, unless it is progressive: a decoder stops there."""
+    """(passes, bytes) of decoding. A file that is not progressive and whose first scan has all
+    components counts as one scan: a decoder stops there."""
     _, start, _ = segments[-1]
     interleaved = start < len(window) and window.u8(start) >= len(frame.samplings)
     several = frame.marker in _PROGRESSIVE or not interleaved
@@ -157,7 +152,7 @@ def _cost(window: Window, frame: _Frame, segments: list[tuple[int, int, int]]) -
     factor = 1
     if frame.marker in _ARITHMETIC:
         factor = _ARITHMETIC_PASSES
-    elif interleaved:  # A bit at least for each block.
+    elif interleaved:  # Each block takes a bit at least.
         window.check_room(frame.samples, (len(window) - start) * 8 * 64)
     tables = sum(length for marker, _, length in segments if marker == _TABLES)
     passes = factor * (scans * frame.pixels + _BYTE_PASSES * (len(window) - start))
@@ -165,8 +160,9 @@ def _cost(window: Window, frame: _Frame, segments: list[tuple[int, int, int]]) -
 
 
 def _later_markers(window: Window, at: int) -> Iterator[int]:
-    """The markers of all segments behind the first scan's header, which begins at ``at``, up to
-    the picture's end. Coded data are searched in blocks, in time that does not depend on them."""
+    """The markers of all segments after the first scan's header, whose content is at ``at``, up to
+    the picture's end. Coded data are searched in blocks, in time that their content does not
+    change."""
     at, markers = at - 2 + max(window.be16(at - 2), 2), 0
     while at + 1 < len(window):
         block = np.frombuffer(window.data[at : at + _BLOCK_BYTES + 1], dtype=np.uint8)
@@ -180,5 +176,5 @@ def _later_markers(window: Window, at: int) -> Iterator[int]:
             yield marker
             markers += 1
             window.count(markers)
-            behind = place + 2 + max(window.be16(place + 2), 2)
-            at, index = max(at, behind), int(np.searchsorted(places, behind))
+            after = place + 2 + max(window.be16(place + 2), 2)
+            at, index = max(at, after), int(np.searchsorted(places, after))

@@ -12,13 +12,13 @@ from opticnerve.media.plan import Structure
 MAGIC = b"\x89PNG\r\n\x1a\n"
 MAX_TEXT_BYTES = 2**20  # Of one metadata text after decompression.
 
-_PICTURE = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT"})  # All that decides a pixel.
+_PICTURE = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT"})  # Chunks that pixels depend on.
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # By colour type.
-_MOST_RATIO = 1032  # Of deflate.
-_BYTE_PASSES = 2  # Of pixels as they are filtered, before they are compressed.
+_MAX_RATIO = 1032  # Of deflate.
+_BYTE_PASSES = 2  # For each byte of filtered pixels, which deflate compresses.
 _INTERLACED_PASSES = 2
 _BYTES_PER_PIXEL = 12
-_BYTES_PER_16_BIT_PIXEL = 28  # The lower bytes are read beside the upper ones.
+_BYTES_PER_16_BIT_PIXEL = 28  # The lower bytes are decoded in addition to the upper ones.
 _CHUNK_TYPE = re.compile(rb"[A-Za-z0-9_]{4}")
 _RAW_PROFILE = b"Raw profile type exif"
 _XMP = b"XML:com.adobe.xmp"
@@ -35,32 +35,27 @@ def parse(data: bytes | memoryview) -> Structure:
         raise window.damaged("it has no image data")
     frames = _frames(window, chunks)
     passes, memory = _cost(window, width, height, chunks)
-    turned = metadata.orientation()
-    return Structure("png", width, height, turned, frames, passes=passes, memory=memory)
+    orientation = metadata.orientation()
+    return Structure("png", width, height, orientation, frames, passes=passes, memory=memory)
 
 
-def bare(data: bytes | memoryview) -> bytes | memoryview:
-    """The file with nothing but its picture: no animation, at whose damaged chunks decoders fail,
-    and no metadata, which they decompress as well."""
+def strip(data: bytes | memoryview) -> bytes | memoryview:
+    """The file with the picture's chunks only. Decoders fail at damaged chunks of an animation,
+    and decompress metadata."""
     window = Window(data, "PNG")
-    others = [(at, size) for kind, at, size in _chunks(window) if kind not in _PICTURE]
-    if not others:
-        return data
-    kept, end = [], 0
-    for at, size in others:
-        kept.append(window.data[end : at - 8])
-        end = at + size + 4
-    return b"".join([*kept, window.data[end:]])
+    return window.without(
+        (at - 8, at + size + 4) for kind, at, size in _chunks(window) if kind not in _PICTURE
+    )
 
 
 def _cost(
     window: Window, width: int, height: int, chunks: list[tuple[bytes, int, int]]
 ) -> tuple[int, int]:
-    """(passes, bytes) that decoding takes: by the bytes that are decompressed and unfiltered."""
+    """(passes, bytes) of decoding, from the bytes that are decompressed and unfiltered."""
     depth, colour, interlaced = window.u8(24), window.u8(25), window.u8(28) != 0
     filtered = height * (1 + -(-width * depth * _CHANNELS.get(colour, 4) // 8))
     data = sum(min(size, len(window) - at) for kind, at, size in chunks if kind == b"IDAT")
-    window.check_room(filtered, data * _MOST_RATIO)
+    window.check_room(filtered, data * _MAX_RATIO)
     passes = max(width * height, filtered * _BYTE_PASSES)
     passes *= _INTERLACED_PASSES if interlaced else 1
     each = _BYTES_PER_16_BIT_PIXEL if depth == 16 else _BYTES_PER_PIXEL
@@ -68,22 +63,22 @@ def _cost(
 
 
 def _frames(window: Window, chunks: list[tuple[bytes, int, int]]) -> int:
-    """2 or more for an animation: one valid acTL before the data, and two frames at least that
-    have a control chunk with data behind it. Anything else is a still picture to readers."""
-    promised: list[int] = []
+    """2 or more for an animation: one valid acTL before the data, and at least two frames that have
+    a control chunk followed by data. Readers take anything else for a still picture."""
+    declared: list[int] = []
     found, seen_data, control = 0, False, False
     for kind, at, size in chunks:
         if kind == b"acTL" and not seen_data:
-            promised.append(window.be32(at) if size == 8 else 0)
+            declared.append(window.be32(at) if size == 8 else 0)
         elif kind == b"fcTL":
             control = size == 26
         elif kind == b"IDAT" or (kind == b"fdAT" and seen_data and size > 4):
             found += control
             control = False
             seen_data = seen_data or kind == b"IDAT"
-    if len(promised) != 1 or not 0 < promised[0] < 2**31:
+    if len(declared) != 1 or not 0 < declared[0] < 2**31:
         return 1
-    return max(min(promised[0], found), 1)
+    return max(min(declared[0], found), 1)
 
 
 def _header(window: Window) -> tuple[int, int]:
@@ -103,10 +98,10 @@ def _chunks(window: Window) -> list[tuple[bytes, int, int]]:
             break
         if not _CHUNK_TYPE.fullmatch(kind):
             if seen_data:
-                break  # Rubbish after the picture is nobody's concern.
+                break  # What follows the picture is not read.
             raise window.damaged("a chunk has no valid type")
         if at + 8 + size > len(window) and kind != b"IDAT":
-            raise window.truncated()  # Whether the pixels are all there, the decoder finds.
+            raise window.truncated()  # The decoder finds whether the pixels are complete.
         seen_data = seen_data or kind == b"IDAT"
         found.append((kind, at + 8, size))
         window.count(len(found))
@@ -115,9 +110,9 @@ def _chunks(window: Window) -> list[tuple[bytes, int, int]]:
 
 
 class _Metadata:
-    """What a PNG says of its orientation, in any of the five places that are in use.
+    """A PNG's orientation, from any of the five places that are in use.
 
-    Later chunks of one kind replace earlier ones. Compressed texts are opened at the end, so that
+    A later chunk of one kind replaces an earlier one. Texts are decompressed at the end, so that
     many of them cost one decompression.
     """
 
@@ -161,7 +156,7 @@ def _inflate(data: bytes) -> bytes | None:
 
 
 def _unhex(text: bytes | None) -> bytes | None:
-    """ImageMagick's form: an empty line, a name, a size, then hexadecimal digits."""
+    """From ImageMagick's form: an empty line, a name, a size, then hexadecimal digits."""
     if text is None:
         return None
     try:

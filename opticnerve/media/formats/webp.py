@@ -1,5 +1,5 @@
-"""WebP: a RIFF container of chunks, padded to even sizes. Metadata need the extended form (VP8X),
-whose flags say what is there."""
+"""WebP: a RIFF container of chunks, padded to even sizes. Only the extended form (VP8X) has
+metadata and animations, and flags for them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _IMAGES = frozenset({b"VP8 ", b"VP8L"})
 _FRAME_HEADER = 16  # Bytes of a frame before its data.
 _ANIMATED, _HAS_XMP, _HAS_EXIF = 0x02, 0x04, 0x08
 _PASSES = 8
-_MOST_PIXELS_PER_BYTE = 2048  # Where lossy: each 256 have modes, of more than a bit in all.
-_BYTES_PER_PIXEL = 22  # The decoder has three canvases of its own.
+_MAX_PIXELS_PER_BYTE = 2048  # Of a lossy picture: the modes of 256 pixels take over a bit.
+_BYTES_PER_PIXEL = 22  # The decoder has three canvases.
 
 
 def matches(data: bytes) -> bool:
@@ -31,7 +31,7 @@ def parse(data: bytes | memoryview) -> Structure:
         if window.take(23, 3) != b"\x9d\x01\x2a":
             raise window.damaged("its frame header is wrong")
         width, height = window.le16(26) & 0x3FFF, window.le16(28) & 0x3FFF
-        window.check_room(width * height, len(window) * _MOST_PIXELS_PER_BYTE)
+        window.check_room(width * height, len(window) * _MAX_PIXELS_PER_BYTE)
         return _structure(width, height)
     if kind == b"VP8L":
         if window.u8(20) != 0x2F:
@@ -46,7 +46,7 @@ def parse(data: bytes | memoryview) -> Structure:
 def _structure(
     width: int, height: int, orientation: int = 1, frames: int = 1, pieces: int = 0
 ) -> Structure:
-    """Any size fits a lossless picture of one colour, which takes 34 bytes."""
+    """A lossless picture of one colour takes 34 bytes at any size, so there is no check of room."""
     pixels = width * height
     return Structure(
         "webp",
@@ -72,31 +72,30 @@ def _extended(window: Window, end: int) -> Structure:
             is_still = True
         elif kind in (b"EXIF", b"XMP ") and kind not in blocks:  # The first counts.
             blocks[kind] = window.take(at, size)
-    turned = exif.orientation(
+    orientation = exif.orientation(
         blocks.get(b"EXIF") if flags & _HAS_EXIF else None,
         blocks.get(b"XMP ") if flags & _HAS_XMP else None,
     )
     frames = frames if flags & _ANIMATED else 0
     if not frames and not is_still:
         raise window.damaged("it has no image data")
-    return _structure(width, height, turned, max(frames, 1), pieces)
+    return _structure(width, height, orientation, max(frames, 1), pieces)
 
 
-def bare(data: bytes | memoryview) -> bytes | memoryview:
-    """A file of one picture without metadata, which decoders copy, and without what else it says
-    of an animation, at which they fail: a flag without frames, frames without the flag, frames
-    without data."""
+def strip(data: bytes | memoryview) -> bytes | memoryview:
+    """A file of one picture without chunks and flags of an animation that it does not have, at
+    which decoders fail: a flag without frames, frames without the flag, frames without data."""
     window = Window(data, "WebP")
     if window.take(12, 4) != b"VP8X":
         return data
     chunks = list(_chunks(window, 8 + window.le32(4)))
     is_still = any(kind in _IMAGES for kind, _, _ in chunks)
     flags = window.u8(20) & (~_ANIMATED if is_still else 0xFF)
-    kept = [chunk for chunk in chunks if not _is_stray(chunk[0], chunk[2], is_still)]
-    if flags == window.u8(20) and len(kept) == len(chunks):
+    used = [chunk for chunk in chunks if not _is_stray(chunk[0], chunk[2], is_still)]
+    if flags == window.u8(20) and len(used) == len(chunks):
         return data
     parts = [b"WEBP"]
-    for kind, at, size in kept:
+    for kind, at, size in used:
         content = window.take(at, size)
         if kind == b"VP8X":
             content = bytes([flags]) + content[1:]
@@ -106,7 +105,7 @@ def bare(data: bytes | memoryview) -> bytes | memoryview:
 
 
 def _is_stray(kind: bytes, size: int, is_still: bool) -> bool:
-    """Whether a chunk of an animation has no place in a file of one picture."""
+    """Whether a chunk belongs to an animation that the file does not have."""
     if is_still:
         return kind in (b"ANIM", b"ANMF")
     return kind == b"ANMF" and size <= _FRAME_HEADER

@@ -1,18 +1,20 @@
-"""Bounds-checked reading of numbers from bytes: what every parser here stands on."""
+"""Bounds-checked reading of numbers from bytes, used by every parser here."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from opticnerve.errors import InvalidMedia
 
 MAX_PIECES = 100_000
-"""Chunks, segments or blocks walked in one file. Honest files have thousands; a file of millions
-of empty ones would keep a core busy for seconds."""
+"""Chunks, segments or blocks read of one file. Ordinary files have thousands; a file of millions of
+empty ones would keep a core busy for seconds."""
 
 PIECE_PASSES = 2048
-"""What walking one piece costs, in pixels decoded once."""
+"""Cost of reading one piece, as a number of pixels decoded once."""
 
 SMALL_PIXELS = 2**18
-"""Pictures so small are not worth a look at whether their data can hold them."""
+"""``check_room`` skips pictures of at most as many pixels."""
 
 
 class Window:
@@ -22,7 +24,7 @@ class Window:
 
     def __init__(self, data: bytes | memoryview, what: str) -> None:
         self.data = memoryview(data).cast("B")
-        self.what = what  # Of messages: "PNG", "JPEG", ...
+        self.what = what  # The format's name in messages: "PNG", "JPEG", ...
 
     def __len__(self) -> int:
         return len(self.data)
@@ -50,16 +52,24 @@ class Window:
     def le32(self, at: int) -> int:
         return int.from_bytes(self.take(at, 4), "little")
 
+    def without(self, ranges: Iterable[tuple[int, int]]) -> memoryview | bytes:
+        """The bytes outside of ``ranges``, each [start, end), in order and apart."""
+        parts, at = [], 0
+        for start, end in ranges:
+            parts.append(self.data[at:start])
+            at = end
+        return b"".join([*parts, self.data[at:]]) if parts else self.data
+
     def truncated(self) -> InvalidMedia:
         return InvalidMedia(f"the {self.what} picture is cut short; send all of its bytes")
 
     def damaged(self, how: str) -> InvalidMedia:
         return InvalidMedia(f"the {self.what} picture is damaged: {how}; save it again")
 
-    def check_room(self, pixels: int, most: int) -> None:
-        """Raises InvalidMedia where the data hold ``most`` pixels at the very most, and the header
-        says ``pixels``: decoding would fill gigabytes with nothing."""
-        if most < pixels and pixels > SMALL_PIXELS:
+    def check_room(self, pixels: int, capacity: int) -> None:
+        """Raises InvalidMedia if the header says ``pixels`` where the data can hold no more than
+        ``capacity``: decoding would fill gigabytes with nothing."""
+        if capacity < pixels and pixels > SMALL_PIXELS:
             raise InvalidMedia(
                 f"the {self.what} picture is cut short: its data cannot hold the pixels that its "
                 "header says; send all of its bytes",
@@ -67,6 +77,6 @@ class Window:
             )
 
     def count(self, pieces: int) -> None:
-        """Raises InvalidMedia once ``pieces`` is more than any honest file has."""
+        """Raises InvalidMedia for more ``pieces`` than any ordinary file has."""
         if pieces > MAX_PIECES:
             raise self.damaged("it is cut into too many pieces")
