@@ -20,7 +20,7 @@ from encoder_service.pictures.sizing import largest_plan, shrink
 from encoder_service.results import Results
 from encoder_service.servicer import SERVICE, EncoderServicer
 from opticnerve.checkpoints.checkpoint import Checkpoint
-from opticnerve.checkpoints.fingerprint import fingerprint
+from opticnerve.checkpoints.fingerprint import encoder_fingerprint
 from opticnerve.config import EncoderConfig, ModelConfig
 from opticnerve.embeddings.redis_store import RedisStore
 from opticnerve.embeddings.seal import Seal
@@ -50,7 +50,7 @@ def open_torch_model(config: ModelConfig) -> VisionModel:
         checkpoint.name,
         checkpoint.family,
         checkpoint.pair_id,
-        fingerprint(checkpoint, tower, backend.name),
+        encoder_fingerprint(checkpoint, tower.dtype, backend.name),
         layout,
         backend,
     )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from types import SimpleNamespace
-from typing import cast
 
 from llm_service import metrics
 from llm_service.device.attention import make_backend
@@ -28,7 +26,7 @@ from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import ConfigError, EngineFailure, StartupError
 from opticnerve.generation.values import Sampling
-from opticnerve.models.family import Language, Layout
+from opticnerve.models.family import Layout
 from opticnerve.models.registry import make_layout
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc.server import Server
@@ -155,7 +153,7 @@ def _identity(
     device = resolve_device(settings.model.device)
     dtype = resolve_dtype(settings.model.dtype, checkpoint, device)
     return Identity(
-        fingerprint=language_fingerprint(checkpoint, cast(Language, SimpleNamespace(dtype=dtype))),
+        fingerprint=language_fingerprint(checkpoint, dtype),
         pair_id=checkpoint.pair_id,
         family=checkpoint.family,
         attention=make_backend(settings.attention).name,

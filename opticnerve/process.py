@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -115,6 +116,18 @@ def handle_signals(
             if last:
                 signal.signal(number, on_signal)
         steps[:] = [lambda: None] * len(steps)
+
+
+def return_freed_memory() -> None:
+    """Returns freed memory to the system, where the C library can.
+
+    Otherwise the allocator keeps more than 100 MB after a vocabulary of 150,000 tokens was read,
+    and about a fifth of a model's size after its weights were laid out anew.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not.
+        if trim is not None:
+            trim(0)
 
 
 class Running:

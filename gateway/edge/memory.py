@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 
-from opticnerve.heap import return_freed_memory
+from opticnerve.process import return_freed_memory
 
 LARGE_BYTES = 4 * 2**20  # Requests that held less leave little behind.
 QUIET_S = 1.0

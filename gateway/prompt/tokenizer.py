@@ -26,7 +26,7 @@ from opticnerve.checkpoints.tokenizer_files import (
     read_tokenizer_config,
 )
 from opticnerve.errors import CheckpointError
-from opticnerve.heap import return_freed_memory
+from opticnerve.process import return_freed_memory
 
 SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
 SURE_CHARACTERS = 2**15  # Text as short as this is encoded without a second thought.

@@ -59,19 +59,17 @@ class Checkpoint:
         download_dir: str | None = None,
         *,
         side: Side = "gateway",
-        key_filter: KeyFilter | None = None,
     ) -> Checkpoint:
-        """Opens a checkpoint for one side.
+        """Opens a checkpoint for one side. Weights are downloaded and checked when they are needed.
 
-        With ``key_filter``, the shards that hold keys it accepts are downloaded and checked at
-        once; without, on the first ``tensor_index``. The gateway takes no weights.
         Raises CheckpointError, or UnsupportedCheckpoint for a model that no family serves.
         """
         path, name, hub_id = _locate(model, revision, download_dir)
         config = read_object(path / "config.json")
         if config is None:
             raise CheckpointError(_no_config(path))
-        checkpoint = cls(
+        find_family(config)
+        return cls(
             path=path,
             name=name,
             side=side,
@@ -82,10 +80,6 @@ class Checkpoint:
             hub_id=hub_id,
             download_dir=download_dir,
         )
-        find_family(config)
-        if key_filter is not None and side != "gateway":
-            checkpoint.tensor_index(key_filter)
-        return checkpoint
 
     @property
     def family(self) -> str:

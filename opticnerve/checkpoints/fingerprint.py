@@ -16,20 +16,20 @@ from opticnerve.models.registry import find_family, make_layout
 from opticnerve.tensors.dtypes import dtype_name
 
 if TYPE_CHECKING:
+    import torch
+
     from opticnerve.checkpoints.checkpoint import Checkpoint
-    from opticnerve.models.family import Language, Tower
 
 SCHEME = "opticnerve-fingerprint-2"
 
 
-def fingerprint(
-    checkpoint: Checkpoint, tower: Tower, backend: str, precision: str | None = None
+def encoder_fingerprint(
+    checkpoint: Checkpoint, dtype: torch.dtype, backend: str, precision: str | None = None
 ) -> str:
     """An encoder's. Encoders with equal fingerprints give equal rows, within rounding.
 
-    ``precision``: the backend's, where it differs from the output dtype.
+    ``dtype``: of the rows. ``precision``: the backend's, where it differs.
     """
-    dtype = dtype_name(tower.dtype)
     settings = make_layout(checkpoint).settings()
     return hash_parts(
         SCHEME,
@@ -38,16 +38,16 @@ def fingerprint(
         _canonical(checkpoint.processor_config),
         _canonical(settings),
         checkpoint.weights_digest(wanted(find_family(checkpoint.config).vision_keys)),
-        dtype,
+        dtype_name(dtype),
         backend,
-        precision or dtype,
+        precision or dtype_name(dtype),
     )
 
 
-def language_fingerprint(checkpoint: Checkpoint, language: Language) -> str:
+def language_fingerprint(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
     """An LLM worker's. Of the weights it covers what ``Checkpoint.pair_id`` covers."""
-    dtype = dtype_name(language.dtype)
-    return hash_parts(SCHEME, "llm", _canonical(checkpoint.config), checkpoint.pair_id, dtype)
+    config = _canonical(checkpoint.config)
+    return hash_parts(SCHEME, "llm", config, checkpoint.pair_id, dtype_name(dtype))
 
 
 def _canonical(value: object) -> str:

@@ -98,16 +98,6 @@ def parse_background(text: str) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
-    """One tile, in pixels of the resized picture."""
-
-    left: int
-    top: int
-    width: int
-    height: int
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """How one item will be decoded, resized, cut and counted. See ``embedding.proto``.
 
@@ -124,7 +114,6 @@ class Plan:
     grid: Grid
     num_tokens: int  # Embedding rows, which is also placeholder tokens.
     num_patches: int  # Encoding cost.
-    tiles: tuple[Tile, ...] = ()
     frames: int = 1
     seconds_per_grid: float = 0.0
     passes: int = field(default=0, compare=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from opticnerve.embeddings.ref import DTYPES, EmbeddingRef, Location, TensorSpec
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import StoreState
-from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, SpanAttention, Tile
+from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, SpanAttention
 from opticnerve.pb import embedding_pb2 as pb
 from opticnerve.pb import llm_pb2
 
@@ -37,7 +37,6 @@ def plan_to_pb(plan: Plan) -> pb.Plan:
         resized_width=plan.resized_width,
         resized_height=plan.resized_height,
         grid=grid_to_pb(plan.grid),
-        tiles=[pb.Tile(left=t.left, top=t.top, width=t.width, height=t.height) for t in plan.tiles],
         num_tokens=plan.num_tokens,
         num_patches=plan.num_patches,
         frames=plan.frames,
@@ -57,7 +56,6 @@ def plan_from_pb(message: pb.Plan) -> Plan:
         grid=grid_from_pb(message.grid),
         num_tokens=message.num_tokens,
         num_patches=message.num_patches,
-        tiles=tuple(Tile(t.left, t.top, t.width, t.height) for t in message.tiles),
         frames=message.frames or 1,
         seconds_per_grid=message.seconds_per_grid,
     )

@@ -107,7 +107,7 @@ def test_tensor_index_tells_where_bytes_lie(tmp_path: Path, shards: bool) -> Non
 def test_only_wanted_shards_are_opened(tmp_path: Path) -> None:
     write(tmp_path, shards=True)
     (tmp_path / "model-0.safetensors").unlink()
-    checkpoint = Checkpoint.open(str(tmp_path), side="encoder", key_filter=is_visual)
+    checkpoint = Checkpoint.open(str(tmp_path), side="encoder")
     assert checkpoint.tensor_index(is_visual).keys() == {"visual.block"}
     with pytest.raises(CheckpointError, match=r"lacks model-0\.safetensors"):
         checkpoint.tensor_index()
@@ -121,7 +121,7 @@ def test_a_missing_shard_is_named_at_once(tmp_path: Path) -> None:
     write(tmp_path, shards=True)
     (tmp_path / "model-1.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"lacks model-1\.safetensors"):
-        Checkpoint.open(str(tmp_path), side="encoder", key_filter=is_visual)
+        Checkpoint.open(str(tmp_path), side="encoder").tensor_index(is_visual)
 
 
 def test_an_index_that_lies(tmp_path: Path) -> None:
@@ -335,14 +335,15 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 
 def test_the_gateway_downloads_no_weights(fake_hub: FakeHub) -> None:
-    checkpoint = Checkpoint.open("o/m", "main", key_filter=lambda _: True)
+    checkpoint = Checkpoint.open("o/m", "main")
     assert (checkpoint.name, checkpoint.revision) == ("o/m", fake_hub.commit)
     assert not list(checkpoint.path.glob("*.safetensors"))
     assert len(checkpoint.pair_id) == 64
 
 
 def test_a_side_downloads_its_own_shards(fake_hub: FakeHub) -> None:
-    encoder = Checkpoint.open("o/m", "main", side="encoder", key_filter=is_visual)
+    encoder = Checkpoint.open("o/m", "main", side="encoder")
+    encoder.tensor_index(is_visual)
     assert [file.name for file in encoder.path.glob("*.safetensors")] == ["model-1.safetensors"]
     assert fake_hub.calls[-1] == ("o/m", fake_hub.commit, ("model-1.safetensors",))
     gateway = Checkpoint.open("o/m")
@@ -353,7 +354,7 @@ def test_a_repository_without_safetensors(fake_hub: FakeHub) -> None:
     for file in fake_hub.source.glob("model*"):
         file.unlink()
     with pytest.raises(CheckpointError, match="holds neither"):
-        Checkpoint.open("o/m", side="llm", key_filter=lambda _: True)
+        Checkpoint.open("o/m", side="llm").tensor_index()
 
 
 def test_an_unreachable_hub_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

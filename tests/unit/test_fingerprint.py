@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from opticnerve.checkpoints.checkpoint import Checkpoint
-from opticnerve.checkpoints.fingerprint import fingerprint, language_fingerprint
+from opticnerve.checkpoints.fingerprint import encoder_fingerprint, language_fingerprint
 from tests.checkpoints import FAMILIES, make_checkpoint, write_weights
 
 
@@ -22,9 +21,8 @@ def path(tmp_path: Path) -> Path:
 
 
 def encoder(path: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> str:
-    tower: Any = SimpleNamespace(dtype=dtype)
     checkpoint = Checkpoint.open(str(path), side="encoder")
-    return fingerprint(checkpoint, tower, options.pop("backend", "torch"), **options)
+    return encoder_fingerprint(checkpoint, dtype, options.pop("backend", "torch"), **options)
 
 
 def change_weight(path: Path, key: str) -> None:
@@ -73,8 +71,7 @@ def test_settings_dtype_backend_and_precision_count(path: Path) -> None:
 
 def test_the_language_models_covers_checkpoint_and_dtype(path: Path, tmp_path: Path) -> None:
     def language(path: Path, dtype: torch.dtype = torch.float32) -> str:
-        worker: Any = SimpleNamespace(dtype=dtype)
-        return language_fingerprint(Checkpoint.open(str(path), side="llm"), worker)
+        return language_fingerprint(Checkpoint.open(str(path), side="llm"), dtype)
 
     other = make_checkpoint("qwen2_vl", tmp_path / "other", seed=1)
     found = {language(path), language(path, torch.bfloat16), language(other)}

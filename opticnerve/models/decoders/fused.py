@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
-from opticnerve.heap import return_freed_memory
 from opticnerve.models.decoders.linear import Linear, num_bytes
+from opticnerve.process import return_freed_memory
 
 if TYPE_CHECKING:
     from opticnerve.models.decoders.spec import DecoderSpec
