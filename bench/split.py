@@ -84,6 +84,9 @@ class Rows:
     def discard(self, key: str) -> None:
         self.items.pop(key, None)
 
+    def load(self, key: str) -> bool:
+        return key in self.items
+
 
 class Whole:
     """The three services' work in one process, without a wire between its parts."""

@@ -12,7 +12,7 @@ from llm_service.engine import build
 from llm_service.engine.client import EngineClient, ProcessEngineClient, ThreadEngineClient
 from llm_service.policy.sequence import FailedEvent, GenerateRequest
 from llm_service.rows.fetcher import Fetcher
-from llm_service.rows.store_rows import OVERFLOW_BYTES, Notes, StoreRows, local_tier
+from llm_service.rows.store_rows import OVERFLOW_BYTES, StoreRows, local_tier
 from llm_service.wire.messages import Bounds
 from llm_service.wire.servicer import SERVICE, Identity, LLMServicer, Loaded
 from opticnerve import addresses
@@ -49,27 +49,25 @@ def open_worker(settings: LLMConfig) -> AbstractAsyncContextManager[LLMServicer]
         seal = Seal.load(settings.store.store_key_file)
         store = await asyncio.to_thread(open_worker_store, settings.store, seal, stack)
         overflow = MemoryStore(OVERFLOW_BYTES) if settings.engine == "thread" else None
-        notes = Notes()
+        rows = StoreRows(local_tier(store), overflow)
+        stack.callback(rows.close)
         fetcher = Fetcher(
             store,
-            overflow,
+            rows,
             layout.hidden_size,
-            notes,
             levels=layout.deepstack_levels,
             token=load_token(settings.rpc.rpc_token_file),
             encoders=_callable_encoders(settings),
             seal=seal,
         )
         stack.push_async_callback(fetcher.close)
-        engine = _open_engine(settings, store, overflow, notes, stack)
+        engine = _open_engine(settings, store, rows)
         stack.push_async_callback(engine.close)
         await _start(engine)
         stack.enter_context(metrics.reading(lambda: metrics.of_engine(engine.stats)))
         bounds = Bounds(engine.config, layout, settings.max_logprobs)
         identity = await asyncio.to_thread(_identity, settings, checkpoint, layout, store)
-        servicer.loaded = Loaded(
-            engine, fetcher, notes, bounds, identity, settings.embedding_wait_ms
-        )
+        servicer.loaded = Loaded(engine, fetcher, bounds, identity, settings.embedding_wait_ms)
         watcher = asyncio.create_task(_watch(engine, servicer.server))
         stack.callback(watcher.cancel)
 
@@ -82,13 +80,7 @@ def _register(server: Server) -> LLMServicer:
     return servicer
 
 
-def _open_engine(
-    settings: LLMConfig,
-    store: Store,
-    overflow: MemoryStore | None,
-    notes: Notes,
-    stack: AsyncExitStack,
-) -> EngineClient:
+def _open_engine(settings: LLMConfig, store: Store, rows: StoreRows) -> EngineClient:
     """The engine, in a thread or a process, not started."""
     if settings.engine == "process":
         if not store.tier_id:
@@ -96,9 +88,9 @@ def _open_engine(
                 "--engine process needs a store that processes share: shm:// or redis://",
                 param="store",
             )
-        return ProcessEngineClient("llm_service.engine.build:build_in_process", settings, notes.add)
-    rows = StoreRows(local_tier(store), overflow, notes.add)
-    stack.callback(rows.close)
+        return ProcessEngineClient(
+            "llm_service.engine.build:build_in_process", settings, rows.note_damaged
+        )
     return ThreadEngineClient(lambda given, emit: build.build(given, rows, emit), settings)
 
 

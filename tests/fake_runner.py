@@ -117,6 +117,9 @@ class FakeRows:
     def discard(self, key: str) -> None:
         self.present.discard(key)
 
+    def load(self, key: str) -> bool:
+        return key in self.present
+
 
 @dataclass
 class Machine:

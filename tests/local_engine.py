@@ -50,6 +50,9 @@ class DictRows:
     def discard(self, key: str) -> None:
         self.items.pop(key, None)
 
+    def load(self, key: str) -> bool:
+        return key in self.items
+
 
 @dataclass
 class Answer:

@@ -139,7 +139,7 @@ class References(LRU[str, EmbeddingRef]):
         """Without rows that travel inline, and only if it names a place besides."""
         location = replace(ref.location, inline=b"")
         if location.shm_tier_id or location.redis or location.fetch_address:
-            self.put(ref.key, ref.at(location))
+            self[ref.key] = ref.at(location)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,13 +306,13 @@ class Encoders:
                     worker.wake.set()  # Its description is out of date.
                 else:
                     self.references.remember(encoded.ref)
-                    self._deaths.forget(item.key)
+                    self._deaths.pop(item.key)
                     return encoded
             await asyncio.sleep(PAUSE_S)
 
     def _blame(self, key: str, worker: Worker) -> None:
         deaths = (self._deaths.get(key) or (0, 0.0))[0] + 1
-        self._deaths.put(key, (deaths, time.monotonic()))
+        self._deaths[key] = (deaths, time.monotonic())
         log.warning("encoder %s was lost while it had item %.12s", worker.address, key)
         if deaths >= MAX_DEATHS:
             raise Unavailable(
@@ -322,7 +322,7 @@ class Encoders:
     def _refuse_poison(self, key: str) -> None:
         deaths, last = self._deaths.get(key) or (0, 0.0)
         if time.monotonic() - last > FORGIVE_S:
-            self._deaths.forget(key)
+            self._deaths.pop(key)
         elif deaths >= MAX_DEATHS:
             raise PoisonousItem(
                 "two encoders were lost while they had this picture; send another picture"

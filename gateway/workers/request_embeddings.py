@@ -102,7 +102,7 @@ class RequestEmbeddings:
                     "a picture's embedding was lost again and again between encoder and LLM "
                     "worker; check that both reach the same store and have one --store-key-file",
                 )
-            self.encoders.references.forget(key)
+            self.encoders.references.pop(key)
             self._encode(entry)
         return await self.ready(key)
 

@@ -9,7 +9,7 @@ import torch
 from llm_service.device.attention import ATTENTION_NAME, make_backend
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
 from llm_service.engine.engine import Emit, Engine
-from llm_service.engine.host import Send
+from llm_service.engine.host import RowsDamaged, Send
 from llm_service.policy.limits import EngineConfig
 from llm_service.policy.rows import RowSource
 from llm_service.rows.store_rows import StoreRows
@@ -26,11 +26,12 @@ log = logging.getLogger(__name__)
 
 
 def build_in_process(settings: LLMConfig, send: Send) -> Engine:
-    """For an engine in a process of its own, which opens its own end of the local tier and sends
-    what it notes of its rows."""
+    """For an engine in a process of its own, which opens its own end of the local tier and reports
+    damaged rows."""
     logs.configure(settings.telemetry.log_level)
     tier = open_local_tier(settings.store.read_url())
-    return build(settings, StoreRows(tier, tell=send), send)
+    rows = StoreRows(tier, report=lambda key: send(RowsDamaged(key)))
+    return build(settings, rows, send)
 
 
 def build(settings: LLMConfig, rows: RowSource, emit: Emit) -> Engine:

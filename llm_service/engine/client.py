@@ -18,15 +18,14 @@ import queue
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from llm_service.engine import host
 from llm_service.engine.engine import Message
-from llm_service.engine.host import STOP_TIMEOUT_S, Ended, EngineFactory, Ready, Upward
+from llm_service.engine.host import STOP_TIMEOUT_S, Ended, EngineFactory, Ready, RowsDamaged, Upward
 from llm_service.engine.stream import EventStream
 from llm_service.policy.limits import EngineConfig
-from llm_service.policy.rows import RowsNote
 from llm_service.policy.sequence import (
     Abort,
     CheckIntegrity,
@@ -37,6 +36,7 @@ from llm_service.policy.sequence import (
     GenerateRequest,
     IntegrityReport,
     RowsFailed,
+    RowsFound,
     RowsReady,
     Stop,
 )
@@ -79,7 +79,11 @@ class EngineClient(Protocol):
         ...
 
     def rows_ready(self, key: str) -> None:
-        """The RowSource has the rows of ``key``."""
+        """The rows of ``key`` are loaded, or can be where the engine has a process of its own."""
+        ...
+
+    def rows_found(self, request_id: str, keys: Iterable[str]) -> None:
+        """See ``RowsFound``."""
         ...
 
     def rows_failed(self, request_id: str, key: str, error: Exception) -> None:
@@ -110,10 +114,10 @@ class _Client:
         self,
         factory: str | EngineFactory,
         config: Any,
-        on_note: Callable[[RowsNote], object] = lambda note: None,
+        on_damage: Callable[[str], object] = lambda key: None,
     ) -> None:
         self._factory = factory
-        self._on_note = on_note  # For what an engine in a process of its own notes of its rows.
+        self._on_damage = on_damage  # Keys that an engine in its own process found damaged.
         self._factory_config = config
         self._config: EngineConfig | None = None
         self._stats = EngineStats()
@@ -209,6 +213,9 @@ class _Client:
     def rows_ready(self, key: str) -> None:
         self._post(RowsReady(key))
 
+    def rows_found(self, request_id: str, keys: Iterable[str]) -> None:
+        self._post(RowsFound(request_id, frozenset(keys)))
+
     def rows_failed(self, request_id: str, key: str, error: Exception) -> None:
         self._post(RowsFailed(request_id, key, error))
 
@@ -243,8 +250,8 @@ class _Client:
             message = self._arrived.popleft()
             if isinstance(message, list):
                 self._dispatch(message)
-            elif isinstance(message, RowsNote):
-                self._on_note(message)
+            elif isinstance(message, RowsDamaged):
+                self._on_damage(message.key)
             elif isinstance(message, Ready):
                 self._config = message.config
                 self._stats = EngineStats(free_blocks=message.config.num_blocks)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from llm_service.policy.block_manager import BlockManager
@@ -34,6 +34,7 @@ from llm_service.policy.sequence import (
     PrefilledEvent,
     PromptLogprobsEvent,
     RowsFailed,
+    RowsFound,
     RowsReady,
     Sequence,
     Status,
@@ -98,9 +99,9 @@ class Engine:
     def step(self) -> bool:
         """Schedules, runs and commits one step; False when nothing can be computed now."""
         plan = self.scheduler.schedule(self.clock())
-        self._ask_for_rows()
+        if self._ask_for_rows() or plan is None:
+            self._flush()  # Before the step is run: rows are loaded meanwhile.
         if plan is None:
-            self._flush()
             return False
         self._steps += 1
         began = self.clock()
@@ -126,6 +127,8 @@ class Engine:
                 self.abort(command.request_id)
             case RowsReady():
                 self.rows_ready(command.key)
+            case RowsFound():
+                self.rows_found(command.request_id, command.keys)
             case RowsFailed():
                 self.rows_failed(command.request_id, command.key, command.error)
             case CheckIntegrity():
@@ -191,6 +194,11 @@ class Engine:
     def rows_ready(self, key: str) -> None:
         self.scheduler.rows_ready(key)
 
+    def rows_found(self, request_id: str, keys: Iterable[str]) -> None:
+        generation = self._open.get(request_id)
+        if generation is not None:
+            generation.found_keys.update(keys)
+
     def rows_failed(self, request_id: str, key: str, error: Exception) -> None:
         """Fails the request, unless it needs the rows of ``key`` no more."""
         generation = self._open.get(request_id)
@@ -199,9 +207,12 @@ class Engine:
 
     # ---- running
 
-    def _ask_for_rows(self) -> None:
-        for seq, keys in self.scheduler.take_needs():
+    def _ask_for_rows(self) -> bool:
+        """Whether any sequence has rows to ask for."""
+        needs = self.scheduler.take_needs()
+        for seq, keys in needs:
             self._events.append(NeedRowsEvent(seq.request_id, keys, seq.preemptions > 0))
+        return bool(needs)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         failure = _typed(error)

@@ -12,15 +12,17 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias
 
 from llm_service.engine.engine import Engine, Message
 from llm_service.policy.limits import EngineConfig
-from llm_service.policy.rows import RowsNote
-from llm_service.policy.sequence import Command, Stop
+from llm_service.policy.rows import RowSource
+from llm_service.policy.sequence import Command, RowsReady, Stop
 from opticnerve.errors import EngineFailure, OpticNerveError
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 
 STOP_TIMEOUT_S = 10.0  # What an engine's process gets to leave before it is killed.
 
@@ -39,12 +41,19 @@ class Ended:
     error: OpticNerveError | None
 
 
-Upward: TypeAlias = list[Message] | RowsNote | Ready | Ended
+@dataclass(frozen=True, slots=True)
+class RowsDamaged:
+    """Rows that the engine's process found damaged, and deleted."""
+
+    key: str
+
+
+Upward: TypeAlias = list[Message] | RowsDamaged | Ready | Ended
 Send: TypeAlias = Callable[[Upward], None]
 
 EngineFactory: TypeAlias = Callable[[Any, Send], Engine]
-"""Builds an engine from a configuration, on the thread that will run it. What the engine emits,
-and notes of its rows, go to the Send, from that thread alone."""
+"""Builds an engine from a configuration, on the thread that will run it. Whatever it has to report
+goes to the Send, from any thread."""
 
 
 def resolve(factory: str | EngineFactory) -> EngineFactory:
@@ -82,15 +91,52 @@ def child(pipe: Connection, factory: str | EngineFactory, config: Any) -> None:
     """Main of the engine's process. It ends with its parent: the pipe tells."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the group; the parent decides.
     inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-    threading.Thread(target=_read_commands, args=(pipe, inbox), daemon=True).start()
+    arrived: queue.SimpleQueue[RowsReady] = queue.SimpleQueue()
+    sending = threading.Lock()
+
+    def send(message: Upward) -> None:
+        with sending:
+            pipe.send(message)
+
+    def build(settings: Any, send: Send) -> Engine:
+        engine = resolve(factory)(settings, send)
+        _start_thread(_load_rows, engine.scheduler.rows, arrived, inbox)
+        return engine
+
+    _start_thread(_read_commands, pipe, arrived, inbox)
     with contextlib.suppress(BrokenPipeError):
-        serve(resolve(factory), config, inbox, pipe.send)
+        serve(build, config, inbox, send)
 
 
-def _read_commands(pipe: Connection, inbox: queue.SimpleQueue[Command]) -> None:
+def _start_thread(work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+    threading.Thread(target=work, args=args, kwargs=kwargs, daemon=True).start()
+
+
+def _load_rows(
+    rows: RowSource, arrived: queue.SimpleQueue[RowsReady], inbox: queue.SimpleQueue[Command]
+) -> None:
+    """Loads rows before the engine hears of them. If that fails, the engine asks for them again."""
+    while True:
+        command = arrived.get()
+        try:
+            rows.load(command.key)
+        except Exception:
+            log.exception("loading rows failed")
+        inbox.put(command)
+
+
+def _read_commands(
+    pipe: Connection,
+    arrived: queue.SimpleQueue[RowsReady],
+    inbox: queue.SimpleQueue[Command],
+) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
-            inbox.put(pipe.recv())
+            command = pipe.recv()
+            if isinstance(command, RowsReady):
+                arrived.put(command)
+            else:
+                inbox.put(command)
     inbox.put(Stop())
     threading.Event().wait(STOP_TIMEOUT_S / 2)
     os._exit(1)  # The parent is gone and the engine is stuck: in a step, or still loading.

@@ -348,7 +348,7 @@ class Scheduler:
             return True
         if self.shares.of(seq) not in parked and len(set(parked)) < len(parked):
             return True
-        return not behind and all(self.rows.ready(key) for key in items)
+        return not behind and items.keys() <= seq.generation.found_keys
 
     # ---- after a step
 

@@ -57,9 +57,18 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class RowsReady:
-    """The rows of an item are in this host's memory under ``key``; chunks may use them."""
+    """The rows of ``key`` are loaded; chunks may use them."""
 
     key: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowsFound:
+    """The rows of ``keys`` need no encoder any more: a request that waits to be admitted for want
+    of pictures' rows need not wait behind pictures that are being encoded."""
+
+    request_id: str
+    keys: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +92,7 @@ class Stop:
     """The engine aborts what is open and leaves its loop."""
 
 
-Command = GenerateRequest | Abort | RowsReady | RowsFailed | CheckIntegrity | Stop
+Command = GenerateRequest | Abort | RowsReady | RowsFound | RowsFailed | CheckIntegrity | Stop
 
 
 # ---- engine -> servicer
@@ -212,6 +221,7 @@ class GenerationState:
         self.ending_ids = frozenset(request.sampling.ending_ids)
         self.prompt_logprobs: list[PositionLogprobs] = []  # Collected so far, from token 0.
         self.cached_tokens = 0
+        self.found_keys: set[str] = set()  # Items whose rows need no encoder any more.
         self.submitted_at = now
         self.first_chunk_at: float | None = None
         self.first_token_at: float | None = None

@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import ParamSpec, TypeVar
 
 import grpc
 
 from llm_service import metrics
 from llm_service.rows.caller_rows import OwnRows
-from llm_service.rows.store_rows import Notes, Tensors, checked_tensors, forget, local_tier
+from llm_service.rows.store_rows import StoreRows, Tensors, forget
 from opticnerve import addresses
 from opticnerve.addresses import Hosts
 from opticnerve.embeddings import codec
-from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.ref import EmbeddingRef, TensorSpec, check_shapes
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store, StoreState
@@ -35,6 +33,7 @@ from opticnerve.errors import (
 from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
 from opticnerve.rpc.channel import open_channel
 from opticnerve.rpc.errors import from_rpc
+from opticnerve.single_flight import Flights
 from opticnerve.telemetry import events
 from opticnerve.tensors.header import LENGTH
 
@@ -49,18 +48,18 @@ T = TypeVar("T")
 
 
 class Fetcher:
-    """Borrows the stores; owns its threads and channels. Belongs to one event loop.
+    """Borrows ``store`` and ``rows``; owns its threads and channels. Belongs to one event loop.
 
-    Rows are ``hidden_size`` wide, and the model has so many DeepStack ``levels``. What the local
-    tier does not take (it is full of leases, or fails) goes to ``overflow``, where there is one.
+    What it brings goes to the stores of ``rows``: the local tier, or the overflow if the tier does
+    not take it (it is full of leases, or fails). Rows are ``hidden_size`` wide, and the model has
+    so many DeepStack ``levels``.
     """
 
     def __init__(
         self,
         store: Store,
-        overflow: MemoryStore | None,
+        rows: StoreRows,
         hidden_size: int,
-        notes: Notes,
         *,
         levels: int = 0,
         token: str | None = None,
@@ -70,17 +69,15 @@ class Fetcher:
         """``token``: what calls to encoders carry. ``encoders``: the only hosts that are called;
         None: those that references name."""
         self._store = store
-        self._tier = local_tier(store)
-        self._overflow = overflow
+        self._rows = rows
         self._hidden_size = hidden_size
         self._levels = levels
         self.seal = seal
-        self._notes = notes
         self._token = token
         self._encoders = encoders
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="rows")
-        self._channels: dict[str, grpc.aio.Channel] = {}  # The one used last stands last.
-        self._flights: dict[str, asyncio.Task[None]] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}  # Least recently used first.
+        self._flights: Flights[None] = Flights()
         self.own = OwnRows(self._drop_own)
 
     @property
@@ -88,24 +85,28 @@ class Fetcher:
         return self._store.state
 
     async def ensure(self, ref: EmbeddingRef) -> None:
-        """Returns when the rows of ``ref`` are on this host, checked against it.
+        """Returns when the rows of ``ref`` are on this host, checked against it, and loaded if the
+        engine of this process holds a lease on them.
 
-        Those who want one key at the same time share one flight; if it fails, each tries its own
+        Calls for one key at the same time share one run; if it fails, each tries its own
         reference. Raises EmbeddingNotFound, EmbeddingEvicted or EmbeddingCorrupt, and
         InvalidRequest for rows that came with the request and are not finite.
         """
         while True:
-            flight = self._flights.get(ref.key)
-            mine = flight is None or flight.done()
-            if flight is None or mine:
-                flight = asyncio.create_task(self._bring(ref))
-                self._flights[ref.key] = flight
-                flight.add_done_callback(lambda task: self._landed(ref.key, task))
+            joined = ref.key in self._flights
             try:
-                return await asyncio.shield(flight)
+                return await self._flights.run(ref.key, lambda: self._bring(ref))
             except (EmbeddingUnavailable, InvalidRequest):
-                if mine:
+                if not joined:
                     raise
+
+    async def find(self, key: str) -> bool:
+        """Loads rows that are on this host, for which no reference has come; whether there are."""
+        return await self._on_thread(self._load, key)
+
+    async def present(self, keys: Iterable[str]) -> set[str]:
+        """Those of ``keys`` whose rows are on this host, unread."""
+        return await self._on_thread(self._rows.present, keys)
 
     async def names(self, own: Mapping[str, bytes]) -> dict[str, str]:
         """This worker's names of what a caller brings itself; see ``OwnRows.names``."""
@@ -121,40 +122,28 @@ class Fetcher:
             )
 
     async def close(self) -> None:
-        flights = list(self._flights.values())
-        for flight in flights:
-            flight.cancel()
-        await asyncio.gather(*flights, return_exceptions=True)
+        """After the calls that wait for rows have ended."""
         for channel in self._channels.values():
             await channel.close()
         await asyncio.to_thread(self._threads.shutdown)
 
-    def _landed(self, key: str, flight: asyncio.Task[None]) -> None:
-        if self._flights.get(key) is flight:
-            del self._flights[key]
-        if not flight.cancelled():
-            flight.exception()  # Seen, even when those who waited have gone.
-
     async def _bring(self, ref: EmbeddingRef) -> None:
-        corrupt = self._notes.take_corrupt(ref.key)
-        try:
-            if await self._on_thread(self._is_here, ref):
-                return
-        except EmbeddingCorrupt:
-            corrupt = True
+        found = await self._on_thread(self._load, ref.key, ref)
+        corrupt = self._rows.take_damaged(ref.key)
+        if found:
+            return
         for source in ("inline", "redis", "fetch"):
             try:
                 data = await self._read(source, ref)
-                if data is not None:
-                    if source == "inline":
-                        await self._on_thread(self._keep_own, ref, data)
-                    else:
-                        await self._on_thread(self._keep, ref, data, self._local())
+                if data is None:
+                    continue
+                await self._on_thread(self._keep, ref, data, source == "inline")
+                if await self._on_thread(self._load, ref.key, ref):
                     return
             except EmbeddingCorrupt as error:
                 log.warning("%.12s by %s is damaged: %s", ref.key, source, error.message)
                 corrupt = True
-                if source == "redis":  # Or whoever encodes it again would find it there.
+                if source == "redis":  # Or the encoder, asked again, would find it there.
                     await self._on_thread(forget, self._store, ref.key)
         raise self._failure(ref, corrupt)
 
@@ -225,55 +214,55 @@ class Fetcher:
 
     # ---- on a thread
 
-    def _is_here(self, ref: EmbeddingRef) -> bool:
-        """Whether this host has rows that fit ``ref``; what does not is deleted and corrupt."""
-        for store in self._local():
-            tensors = checked_tensors(store, ref.key, partial(self._check, ref))
-            if tensors is not None:
-                return True  # The engine counts the hit when it loads the rows.
-        metrics.CACHE_LOOKUPS.labels(tier="shm", result="miss").inc()
-        return False
+    def _load(self, key: str, ref: EmbeddingRef | None = None) -> bool:
+        """Whether this host has rows of ``key`` that fit ``ref``; what does not fit is deleted."""
 
-    def _keep_own(self, ref: EmbeddingRef, data: bytes) -> None:
-        """What the caller brought, in the tier only where there is no other room. Raises
-        InvalidRequest for what is not finite: sent again it would be no better."""
-        if not codec.is_finite(codec.from_bytes(data)[0]):
+        def check(tensors: Tensors) -> None:
+            if ref is not None:
+                self._check(ref, tensors)
+
+        found = self._rows.load(key, check)
+        metrics.CACHE_LOOKUPS.labels(tier="shm", result="hit" if found else "miss").inc()
+        return found
+
+    def _forget_own(self, name: str) -> None:
+        for store in self._rows.stores:
+            forget(store, name)
+
+    def _keep(self, ref: EmbeddingRef, data: bytes, inline: bool) -> None:
+        """Checks bytes that came from elsewhere, and puts them where ``load`` finds them.
+
+        Those that the caller brought ``inline`` go to the tier only if there is no other room.
+        Raises EmbeddingCorrupt, and InvalidRequest for inline rows that are not finite, which
+        would be no better when sent again.
+        """
+        tensors, meta = codec.from_bytes(data)
+        if inline and not codec.is_finite(tensors):
             raise InvalidRequest(
                 "embeddings have finite values, no NaN and no infinity", param="ref"
             )
-        self._keep(ref, data, self._local()[::-1])
-        if not self.own.is_held(ref.key):  # The caller left meanwhile.
-            self._forget_own(ref.key)
-
-    def _forget_own(self, name: str) -> None:
-        for store in self._local():
-            forget(store, name)
-
-    def _keep(self, ref: EmbeddingRef, data: bytes, stores: Sequence[Store]) -> None:
-        """Checks bytes that came from elsewhere, and puts them where the engine finds them."""
-        tensors, meta = codec.from_bytes(data)
         self._check(ref, tensors)
         codec.verify(tensors, meta)
-        for store in stores:
+        for store in self._rows.stores[:: -1 if inline else 1]:
             try:
                 store.put_bytes(ref.key, data)
-                return
+                break
             except StoreError as error:
                 log.warning("a tier did not take an embedding: %s", error.message)
-        raise EmbeddingNotFound("no memory of this host takes the embedding now")
+        else:
+            raise EmbeddingNotFound("no memory of this host takes the embedding now")
+        if inline and not self.own.is_held(ref.key):  # The caller left meanwhile.
+            self._forget_own(ref.key)
 
     def _check(self, ref: EmbeddingRef, tensors: Tensors) -> None:
         """Raises EmbeddingCorrupt for what does not fit ``ref`` or the model."""
         check_fit(ref, codec.specs_of(tensors), self._hidden_size, self._levels)
 
-    def _local(self) -> Sequence[Store]:
-        return (self._tier,) if self._overflow is None else (self._tier, self._overflow)
-
     def _failure(self, ref: EmbeddingRef, corrupt: bool) -> OpticNerveError:
         location = ref.location
         if corrupt:
             return EmbeddingCorrupt("the embedding was damaged", param=ref.key)
-        was_here = bool(location.shm_tier_id) and location.shm_tier_id == self._tier.tier_id
+        was_here = bool(location.shm_tier_id) and location.shm_tier_id == self._store.tier_id
         if was_here or (location.redis and self._store.shared):
             return EmbeddingEvicted("the embedding is gone from where it was", param=ref.key)
         if location.fetch_address and not self._may_call(location.fetch_address):

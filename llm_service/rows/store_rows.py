@@ -1,33 +1,33 @@
-"""The engine's rows, over the embedding store: leases while sequences run, tensors for the runner.
+"""The engine's rows: loaded off its thread, looked up on it.
 
-``StoreRows`` belongs to the engine's thread and touches this host's tier alone. Whatever has to
-cross a network is the ``Fetcher``'s, which brings it into the same tier.
+``StoreRows`` reads this host's tier alone. What has to cross a network is the ``Fetcher``'s work,
+which brings it into the same tier.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from typing import ParamSpec
 
 import torch
 
-from llm_service import metrics
-from llm_service.policy.rows import RowsNote
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.redis_store import RedisStore
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import EmbeddingCorrupt, EmbeddingEvicted, StoreError
+from opticnerve.lru import LRU
 
 OVERFLOW_BYTES = 512 * 2**20
-MAX_NOTES = 4096
+MAX_DAMAGED = 4096
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -36,157 +36,184 @@ def local_tier(store: Store) -> Store:
     return store.local if isinstance(store, RedisStore) else store
 
 
-def checked_tensors(
-    store: Store, key: str, check: Callable[[Tensors], None] = lambda tensors: None
-) -> Tensors | None:
-    """What ``store`` has under ``key``, checked to the last value; None where it has nothing, or
-    the machine cannot read it now.
-
-    Whatever is wrong with it, by ``check`` (which raises EmbeddingCorrupt) or by itself, it is
-    deleted there and raised as EmbeddingCorrupt.
-    """
-    try:
-        with codec.reading():
-            entry = store.get(key)
-            if entry is None:
-                return None
-            tensors = entry.tensors
-            check(tensors)
-            codec.verify(tensors, entry.meta)
-            return tensors
-    except EmbeddingCorrupt as error:
-        log.warning("the stored %.12s is damaged and is deleted: %s", key, error.message)
-        forget(store, key)
-        raise
-    except OSError as error:  # No memory to map it, say: a miss, and no reason to delete it.
-        log.warning("rows could not be mapped: %s", error.strerror)
-        return None
-
-
 def forget(store: Store, key: str) -> None:
-    """Deletes what is damaged. Where that fails, the next reader finds it damaged too."""
+    """Deletes a damaged entry. If that fails, the next reader finds it damaged too."""
     with contextlib.suppress(StoreError):
         store.delete(key)
 
 
-class Notes:
-    """What happened to keys lately: one thread adds, one asks."""
+class _Lease:
+    """One key that the engine holds."""
 
-    def __init__(self) -> None:
-        self._seconds: OrderedDict[str, tuple[float, float]] = OrderedDict()  # (when, how long)
-        self._corrupt: OrderedDict[str, None] = OrderedDict()
+    __slots__ = ("num_bytes", "tensors")
 
-    def add(self, note: RowsNote) -> None:
-        if note.seconds is None:
-            self._corrupt[note.key] = None
-        else:
-            self._seconds[note.key] = (time.perf_counter(), note.seconds)
-            metrics.CACHE_LOOKUPS.labels(tier="shm", result="hit").inc()
-        for noted in (self._corrupt, self._seconds):
-            if len(noted) > MAX_NOTES:
-                noted.popitem(last=False)
-
-    def seconds(self, key: str, since: float) -> float:
-        """Spent on loading ``key`` after ``since`` (perf_counter); 0 where it was not."""
-        when, seconds = self._seconds.get(key, (0.0, 0.0))
-        return seconds if when >= since else 0.0
-
-    def take_corrupt(self, key: str) -> bool:
-        """Whether ``key`` was found corrupt since this was last asked."""
-        return key in self._corrupt and self._corrupt.pop(key, True) is None
-
-
-class _Held:
-    """One acquired key."""
-
-    __slots__ = ("lease", "tensors")
-
-    def __init__(self, lease: AbstractContextManager[None] | None) -> None:
-        self.lease = lease
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
         self.tensors: Tensors | None = None
 
 
 class StoreRows:
-    """A RowSource over this host's tier. See ``llm_service.policy.rows`` for the contract.
+    """A RowSource over this host's tier; see ``llm_service.policy.rows`` for the contract.
 
-    Tensors are loaded and checked once a lease and held until its end: a file that is unlinked
-    meanwhile lives on in its mapping. ``overflow`` has what the tier would not take; ``tell`` hears
-    of what was loaded and of what was damaged.
+    The engine's thread only looks up: tensors are loaded by ``load``, on another thread, once a
+    lease, and kept until the lease ends; a file that is unlinked meanwhile lives on in its
+    mapping. Pins and deletions in the tier are made by a thread of its own, in the order of the
+    engine's calls. Loaded rows are bounded as leases are: by the tier's capacity.
+
+    ``overflow`` holds what the tier does not take. ``report`` is called with each key whose rows
+    were damaged and deleted, from any thread.
     """
 
     def __init__(
         self,
         tier: Store,
         overflow: MemoryStore | None = None,
-        tell: Callable[[RowsNote], object] = lambda note: None,
+        report: Callable[[str], object] | None = None,
     ) -> None:
-        self._stores: tuple[Store, ...] = (tier, overflow) if overflow is not None else (tier,)
+        self.stores: tuple[Store, ...] = (tier, overflow) if overflow is not None else (tier,)
         self._tier = tier
         self._overflow = overflow
-        self._tell = tell
-        self._held: dict[str, _Held] = {}
+        self._report = report or self.note_damaged
+        self._damaged: LRU[str, bool] = LRU(MAX_DAMAGED)
+        self._leases: dict[str, _Lease] = {}
+        self._leased_bytes = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="leases")
+        self._deletions: dict[str, Future[None]] = {}
+        # The lease thread's:
+        self._pins: dict[str, tuple[int, AbstractContextManager[None]]] = {}
+        self._room = tier.leasable_bytes()  # For this engine's leases, beside other processes'.
+
+    # ---- the engine's thread: look-ups
 
     def ready(self, key: str) -> bool:
-        held = self._held.get(key)
-        if held is None:
-            return any(store.contains([key]) for store in self._stores)
-        if held.tensors is None:
-            held.tensors = self._load(key)
-        return held.tensors is not None
+        lease = self._leases.get(key)
+        return lease is not None and lease.tensors is not None
 
     def can_acquire(self, num_bytes: int) -> bool:
-        return self._tier.can_lease(num_bytes)
+        fits = self._leased_bytes + num_bytes <= self._room
+        if not fits:  # Other processes may have released some of theirs since.
+            self._in_background(self._measure)
+        return fits
 
     def acquire(self, key: str, num_bytes: int) -> None:
-        lease = self._tier.lease(key, num_bytes)
-        try:
-            lease.__enter__()
-        except StoreError as error:
-            log.warning("rows are used without a lease: %s", error.message)
-            self._held[key] = _Held(None)
-        else:
-            self._held[key] = _Held(lease)
+        self._leases[key] = _Lease(num_bytes)
+        self._leased_bytes += num_bytes
+        self._in_background(self._pin, key, num_bytes)
 
     def release(self, key: str) -> None:
-        held = self._held.pop(key)
-        if held.lease is not None:
-            held.lease.__exit__(None, None, None)
+        self._leased_bytes -= self._leases.pop(key).num_bytes
+        self._in_background(self._unpin, key)
         if self._overflow is not None:
             self._overflow.delete(key)
 
     def get(self, key: str) -> Tensors:
-        held = self._held.get(key)
-        tensors = held.tensors if held is not None else None
-        if tensors is None:
-            tensors = self._load(key)
-        if tensors is None:
+        lease = self._leases.get(key)
+        if lease is None or lease.tensors is None:
             raise EmbeddingEvicted("the embedding is not on this host any more", param=key)
-        if held is not None:
-            held.tensors = tensors
-        return tensors
+        return lease.tensors
 
     def discard(self, key: str) -> None:
-        self._tell(RowsNote(key, None))
-        held = self._held.get(key)
-        if held is not None:
-            held.tensors = None
-        for store in self._stores:
-            forget(store, key)
+        lease = self._leases.get(key)
+        if lease is not None:
+            lease.tensors = None
+        self._report(key)
+        deletion = self._deletions[key] = self._in_background(self._delete, key)
+        deletion.add_done_callback(lambda _: self._deletions.pop(key, None))
 
     def close(self) -> None:
-        for key in tuple(self._held):
+        """Releases every lease and waits for the background work."""
+        for key in tuple(self._leases):
             self.release(key)
+        self._thread.shutdown()
 
-    def _load(self, key: str) -> Tensors | None:
-        """The checked tensors of ``key``; None where there are none. Deletes corrupt ones."""
-        start = time.perf_counter()
-        for store in self._stores:
-            try:
-                tensors = checked_tensors(store, key)
-            except EmbeddingCorrupt:
-                self._tell(RowsNote(key, None))
-                continue
+    # ---- any other thread
+
+    def load(self, key: str, check: Callable[[Tensors], None] = lambda tensors: None) -> bool:
+        """Reads what this host has under ``key`` and checks it to the last value; whether there was
+        any. If the engine holds a lease on it, the rows are ready from now on.
+
+        What is damaged, or does not pass ``check`` (which raises EmbeddingCorrupt), is deleted and
+        reported.
+        """
+        if (deletion := self._deletions.get(key)) is not None:
+            wait([deletion])
+        lease = self._leases.get(key)
+        if lease is not None and lease.tensors is not None:
+            with contextlib.suppress(EmbeddingCorrupt):
+                check(lease.tensors)
+                return True
+        for store in self.stores:
+            tensors = self._read(store, key, check)
             if tensors is not None:
-                self._tell(RowsNote(key, time.perf_counter() - start))
+                if (lease := self._leases.get(key)) is not None:
+                    lease.tensors = tensors
+                return True
+        return False
+
+    def present(self, keys: Iterable[str]) -> set[str]:
+        """Those of ``keys`` that this host has, unread."""
+        wanted = list(keys)
+        return set().union(*(store.contains(wanted) for store in self.stores))
+
+    def note_damaged(self, key: str) -> None:
+        self._damaged[key] = True
+
+    def take_damaged(self, key: str) -> bool:
+        """Whether ``key`` was found damaged since this was last asked."""
+        return bool(self._damaged.pop(key))
+
+    def _read(self, store: Store, key: str, check: Callable[[Tensors], None]) -> Tensors | None:
+        try:
+            with codec.reading():
+                entry = store.get(key)
+                if entry is None:
+                    return None
+                tensors = entry.tensors
+                check(tensors)
+                codec.verify(tensors, entry.meta)
                 return tensors
+        except EmbeddingCorrupt as error:
+            log.warning("the stored %.12s is damaged and is deleted: %s", key, error.message)
+            forget(store, key)
+            self._report(key)
+        except OSError as error:  # Such as no memory to map it: a miss, no reason to delete it.
+            log.warning("rows could not be mapped: %s", error.strerror)
         return None
+
+    # ---- the lease thread
+
+    def _in_background(
+        self, work: Callable[P, None], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[None]:
+        future = self._thread.submit(work, *args, **kwargs)
+        future.add_done_callback(_log_failure)
+        return future
+
+    def _pin(self, key: str, num_bytes: int) -> None:
+        pin = self._tier.lease(key, num_bytes)
+        try:
+            pin.__enter__()
+        except StoreError as error:
+            log.warning("rows are used without a lease: %s", error.message)
+        else:
+            self._pins[key] = num_bytes, pin
+        self._measure()
+
+    def _unpin(self, key: str) -> None:
+        if key in self._pins:
+            _, pin = self._pins.pop(key)
+            pin.__exit__(None, None, None)
+        self._measure()
+
+    def _measure(self) -> None:
+        pinned = sum(num_bytes for num_bytes, _ in self._pins.values())
+        self._room = pinned + self._tier.leasable_bytes()
+
+    def _delete(self, key: str) -> None:
+        for store in self.stores:
+            forget(store, key)
+
+
+def _log_failure(future: Future[None]) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        log.error("work on leases failed", exc_info=error)

@@ -27,7 +27,6 @@ from llm_service.policy.sequence import (
     TokensEvent,
 )
 from llm_service.rows.fetcher import Fetcher
-from llm_service.rows.store_rows import Notes
 from llm_service.wire import messages as wire
 from llm_service.wire.messages import Accepted, Bounds
 from llm_service.wire.waits import Needed, Waits
@@ -72,7 +71,6 @@ class Loaded:
 
     engine: EngineClient
     fetcher: Fetcher
-    notes: Notes
     bounds: Bounds
     identity: Identity
     embedding_wait_ms: int
@@ -235,10 +233,7 @@ class Call:
         return [message for message in out if message.ByteSize()]
 
     def _done(self, event: FinishedEvent) -> pb.Done:
-        get_s = self._waits.get_s + sum(
-            self._loaded.notes.seconds(key, self._started) for key in self._request.items
-        )
-        done = Done(event.usage, replace(event.timings, get_ms=get_s * 1e3))
+        done = Done(event.usage, replace(event.timings, get_ms=self._waits.get_s * 1e3))
         observe(done)
         timings = done.timings
         events.note(

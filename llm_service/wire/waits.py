@@ -37,11 +37,17 @@ class Engine(Protocol):
 
     def rows_ready(self, key: str) -> None: ...
 
+    def rows_found(self, request_id: str, keys: Iterable[str]) -> None: ...
+
     def rows_failed(self, request_id: str, key: str, error: Exception) -> None: ...
 
 
 class Source(Protocol):
     async def ensure(self, ref: EmbeddingRef) -> None: ...
+
+    async def find(self, key: str) -> bool: ...
+
+    async def present(self, keys: Iterable[str]) -> set[str]: ...
 
 
 @dataclass(slots=True)
@@ -89,7 +95,8 @@ class Waits:
         self._items = {key: _Wait(rows.get(key, 0), None) for key in refs}
         for ref in refs.values():
             if ref is not None:
-                self.ready(ref)
+                self._accept(ref)
+        self._look = asyncio.create_task(self._report_found()) if refs else None
 
     # ---- from the engine
 
@@ -103,15 +110,21 @@ class Waits:
             if item.repeats > self._max_repeats:
                 error = EmbeddingNotFound("the embedding does not stay on this host", param=key)
                 self._fail(key, error)
-            elif item.ref is not None:
-                self._start(key)
             else:
-                self._start_timer(key)
+                if item.ref is None:
+                    self._start_timer(key)
+                self._start(key)
 
     # ---- from the caller
 
     def ready(self, ref: EmbeddingRef) -> None:
         """A reference came. Raises InvalidRequest where it cannot be one of this request's."""
+        if self._accept(ref).wanted:
+            self._start(ref.key)
+        else:
+            self._engine.rows_found(self._request_id, (ref.key,))
+
+    def _accept(self, ref: EmbeddingRef) -> _Wait:
         item = self._items.get(ref.key)
         if item is None:
             raise InvalidRequest("a reference names no item of the request", param="ref")
@@ -121,8 +134,7 @@ class Waits:
                 param="spans",
             )
         item.ref = ref
-        if item.wanted:
-            self._start(ref.key)
+        return item
 
     def failed(self, key: str, error: OpticNerveError) -> None:
         """The caller cannot have the item: the request fails, unless it needs it no more."""
@@ -131,11 +143,18 @@ class Waits:
         self._fail(key, error)
 
     def close(self) -> None:
+        if self._look is not None:
+            self._look.cancel()
         for item in self._items.values():
             if item.timer is not None:
                 item.timer.cancel()
             if item.task is not None:
                 item.task.cancel()
+
+    async def _report_found(self) -> None:
+        """Tells the engine which rows are on this host as the request begins."""
+        if found := await self._source.present(self._items):
+            self._engine.rows_found(self._request_id, found)
 
     # ---- one key
 
@@ -145,28 +164,42 @@ class Waits:
             item.task = asyncio.create_task(self._bring(key))
 
     async def _bring(self, key: str) -> None:
-        """Tries references until one does, or none is left to try."""
+        """Tries references until one does, or none is left. If none has come, tries what is on this
+        host."""
         item = self._items[key]
-        while (ref := item.ref) is not None:
-            started = time.perf_counter()
-            try:
-                await self._source.ensure(ref)
-            except EmbeddingUnavailable as error:
-                item.error = error
-            except InvalidRequest as error:  # The caller's own rows are at fault.
-                self._fail(key, error)
-                return
-            except Exception:
-                log.exception("bringing rows of a request failed")
-                item.error = EmbeddingNotFound("reading the embedding failed", param=key)
-            else:
-                self._have(key)
-                return
-            finally:
-                self.get_s += time.perf_counter() - started
-            if item.ref is ref:  # Else a newer one came meanwhile.
-                item.ref = None
-        self._ask(key)
+        ref = item.ref
+        try:
+            while not await self._attempt(key, ref):
+                if item.ref is ref:
+                    item.ref = None
+                    if ref is not None:
+                        self._ask(key)
+                    return
+                ref = item.ref  # A newer one, which came meanwhile.
+        except InvalidRequest as error:  # The caller's own rows are at fault.
+            self._fail(key, error)
+            return
+        self._have(key)
+
+    async def _attempt(self, key: str, ref: EmbeddingRef | None) -> bool:
+        """Whether the rows are loaded now. Raises InvalidRequest."""
+        item = self._items[key]
+        started = time.perf_counter()
+        try:
+            if ref is None:
+                return await self._source.find(key)
+            await self._source.ensure(ref)
+            return True
+        except EmbeddingUnavailable as error:
+            item.error = error
+        except InvalidRequest:
+            raise
+        except Exception:
+            log.exception("bringing rows of a request failed")
+            item.error = EmbeddingNotFound("reading the embedding failed", param=key)
+        finally:
+            self.get_s += time.perf_counter() - started
+        return False
 
     def _have(self, key: str) -> None:
         item = self._items[key]

@@ -184,11 +184,12 @@ class Ledger:
                 del self._pins[key]
                 (self._holder / key).unlink(missing_ok=True)
 
-    def can_pin(self, num_bytes: int) -> bool:
+    def unpinned_bytes(self) -> int:
+        """What pins leave of the capacity; 0 where the directory has gone."""
         try:
-            return sum(self._scan_pins().values()) + num_bytes <= self.capacity
+            return self.capacity - sum(self._scan_pins().values())
         except OSError:
-            return False
+            return 0
 
     # ---- the directory
 

@@ -79,9 +79,9 @@ class MemoryStore:
                 if not self._leases[key]:
                     del self._leases[key], self._pinned[key]
 
-    def can_lease(self, num_bytes: int) -> bool:
+    def leasable_bytes(self) -> int:
         with self._lock:
-            return sum(self._pinned.values()) + num_bytes <= self.capacity
+            return self.capacity - sum(self._pinned.values())
 
     def delete(self, key: str) -> None:
         with self._lock:

@@ -160,8 +160,8 @@ class RedisStore:
     def lease(self, key: str, num_bytes: int) -> AbstractContextManager[None]:
         return self.local.lease(key, num_bytes)
 
-    def can_lease(self, num_bytes: int) -> bool:
-        return self.local.can_lease(num_bytes)
+    def leasable_bytes(self) -> int:
+        return self.local.leasable_bytes()
 
     @property
     def state(self) -> StoreState:

@@ -105,8 +105,8 @@ class ShmStore:
         finally:
             self._ledger.unpin(key)
 
-    def can_lease(self, num_bytes: int) -> bool:
-        return self._ledger.can_pin(num_bytes)
+    def leasable_bytes(self) -> int:
+        return self._ledger.unpinned_bytes()
 
     def delete(self, key: str) -> None:
         self._ledger.remove(check_key(key))

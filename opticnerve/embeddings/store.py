@@ -110,8 +110,8 @@ class Store(Protocol):
         pinned bytes count against the tier's budget. Raises StoreFull on entry beyond it."""
         ...
 
-    def can_lease(self, num_bytes: int) -> bool:
-        """Whether a lease of so many bytes would fit the local tier's budget now."""
+    def leasable_bytes(self) -> int:
+        """What the local tier's budget leaves for further leases, of any process, now."""
         ...
 
     def delete(self, key: str) -> None:

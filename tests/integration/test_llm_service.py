@@ -8,7 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from llm_service.__main__ import main
 from llm_service.wire import messages as wire
+from opticnerve.embeddings.ledger import Ledger
 from opticnerve.embeddings.ref import Location
 from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.errors import (
@@ -114,6 +116,73 @@ def test_text_and_pictures_equal_the_unsplit_model(demo: Demo, serve: Callable[.
                 assert last in (pb.FINISH_REASON_LENGTH, pb.FINISH_REASON_STOP)
 
     serve(body)
+
+
+def test_the_engines_thread_touches_no_file_and_no_store(
+    demo: Demo, serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is opened, mapped, summed, pinned or deleted for a picture: other threads do it."""
+    prompt = demo.prompt(4, demo.picture(5), 3)
+    calls: list[tuple[str, str]] = []  # (name, thread)
+
+    def record(owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, threading.current_thread().name))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    for name in ("get", "contains", "lease", "leasable_bytes", "delete"):
+        record(ShmStore, name)
+    for name in ("pin", "unpin", "unpinned_bytes"):
+        record(Ledger, name)
+
+    async def body(worker: Worker) -> None:
+        ref = worker.put(prompt.pictures[0])
+        with file_events(str(worker.store.directory)) as touched:
+            for _ in range(2):
+                answer = await worker.generate(prompt.start([ref]))
+                assert answer.tokens[0] == demo.reference(prompt, TOKENS)
+            await worker.idle()
+        assert {"open", "mmap.__new__"} <= {event for event, _ in touched}
+        assert "engine" not in {thread for _, thread in touched}
+        assert {"get", "pin"} <= {name for name, _ in calls}
+        assert [name for name, thread in calls if thread == "engine"] == []
+
+    serve(body, no_prefix_caching=True)
+
+
+_watching: list[Callable[[str, tuple[Any, ...]], None]] = []
+
+
+def _audit(event: str, args: tuple[Any, ...]) -> None:
+    for watch in _watching:
+        watch(event, args)
+
+
+@contextlib.contextmanager
+def file_events(directory: str) -> Iterator[list[tuple[str, str]]]:
+    """(event, thread) of what happens to files in ``directory``, and of every mapping."""
+    touched: list[tuple[str, str]] = []
+
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        inside = any(str(arg).startswith(directory) for arg in args)
+        if event == "mmap.__new__" or (inside and event.split(".")[0] in ("open", "os", "shutil")):
+            touched.append((event, threading.current_thread().name))
+
+    if _audit not in _hooked:
+        sys.addaudithook(_audit)  # For the life of the process.
+        _hooked.append(_audit)
+    _watching.append(watch)
+    try:
+        yield touched
+    finally:
+        _watching.remove(watch)
+
+
+_hooked: list[Callable[[str, tuple[Any, ...]], None]] = []
 
 
 def test_the_stages_are_timed(demo: Demo, serve: Callable[..., None]) -> None:
@@ -517,7 +586,7 @@ def test_cancelling_frees_everything(demo: Demo, serve: Callable[..., None]) -> 
             while worker.loaded.engine.stats.running:
                 await asyncio.sleep(0.005)
         await worker.idle()
-        assert worker.store.can_lease(60 * 2**20)
+        assert worker.store.leasable_bytes() >= 60 * 2**20
         described = await worker.stub.Describe(pb.DescribeLLMRequest())
         assert described.load.free_kv_blocks == free
         assert (described.load.running, described.load.waiting) == (0, 0)

@@ -49,8 +49,11 @@ def files(worker: Worker) -> list[str]:
 
 async def nothing_is_left(worker: Worker) -> None:
     fetcher = worker.loaded.fetcher
-    overflow = fetcher._overflow
-    await until(lambda: not files(worker) and not (overflow and overflow.stored_bytes()))
+    await until(
+        lambda: (
+            not files(worker) and not any(store.stored_bytes() for store in fetcher._rows.stores)
+        )
+    )
     assert not fetcher.own._holders
 
 

@@ -14,7 +14,7 @@ import redis
 import torch
 
 from llm_service.rows.fetcher import Fetcher
-from llm_service.rows.store_rows import Notes
+from llm_service.rows.store_rows import StoreRows
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory_store import MemoryStore
@@ -136,8 +136,8 @@ def test_rows_of_an_address_that_anyone_may_name_are_signed(
 ) -> None:
     async def scenario() -> None:
         tier, plain = MemoryStore(), MemoryStore()
-        fetcher = Fetcher(tier, None, COLUMNS, Notes(), seal=Seal(SECRET))
-        without = Fetcher(plain, None, COLUMNS, Notes())
+        fetcher = Fetcher(tier, StoreRows(tier), COLUMNS, seal=Seal(SECRET))
+        without = Fetcher(plain, StoreRows(plain), COLUMNS)
         async with encoders.running(tmp_path, secret=encoders_secret) as encoder:
             ref = fetch_ref(convert.ref_from_pb((await encoder.encode(picture(1))).ref))
             before = refused("fetch")
@@ -162,7 +162,7 @@ def test_rows_that_another_address_answers_are_not_shared(tmp_path: Path) -> Non
 
     async def scenario() -> None:
         tier = MemoryStore()
-        fetcher = Fetcher(tier, None, COLUMNS, Notes(), seal=Seal(SECRET))
+        fetcher = Fetcher(tier, StoreRows(tier), COLUMNS, seal=Seal(SECRET))
         async with (
             encoders.running(tmp_path / "ours", secret=SECRET) as ours,
             encoders.running(tmp_path / "theirs", store=Theirs()) as theirs,

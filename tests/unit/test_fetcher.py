@@ -10,7 +10,7 @@ import torch
 
 from llm_service.rows import fetcher as fetcher_module
 from llm_service.rows.fetcher import Fetcher
-from llm_service.rows.store_rows import Notes
+from llm_service.rows.store_rows import StoreRows, local_tier
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.redis_store import RedisStore
@@ -46,7 +46,7 @@ def test_bytes_that_are_corrupt_where_all_find_them_are_deleted() -> None:
     store = Elsewhere({KEY: codec.to_bytes(ROWS, {})[:-4] + b"\xff" * 4})
 
     async def main() -> None:
-        fetcher = Fetcher(store, None, 8, Notes())
+        fetcher = Fetcher(store, StoreRows(local_tier(store)), 8)
         try:
             with pytest.raises(EmbeddingCorrupt):
                 await fetcher.ensure(ref(Location(redis=True)))
@@ -67,7 +67,7 @@ def test_rows_that_are_not_finite_are_nowhere_taken_for_rows() -> None:
     store = Elsewhere({KEY: bad})
 
     async def main() -> None:
-        fetcher = Fetcher(store, None, 8, Notes())
+        fetcher = Fetcher(store, StoreRows(local_tier(store)), 8)
         try:
             with pytest.raises(InvalidRequest, match="finite"):
                 await fetcher.ensure(ref(Location(inline=bad)))
@@ -90,7 +90,7 @@ def test_who_waits_with_another_for_rows_that_are_no_good_tries_its_own() -> Non
     store = MemoryStore()
 
     async def main() -> None:
-        fetcher = Fetcher(store, None, 8, Notes())
+        fetcher = Fetcher(store, StoreRows(local_tier(store)), 8)
         try:
             with fetcher.own.hold([KEY]):
                 outcomes = await asyncio.gather(
@@ -110,7 +110,8 @@ def test_channels_to_encoders_that_are_gone_are_given_up(monkeypatch: pytest.Mon
     monkeypatch.setattr(fetcher_module, "MAX_CHANNELS", 2)
 
     async def main() -> None:
-        fetcher = Fetcher(MemoryStore(), None, 8, Notes())
+        store = MemoryStore()
+        fetcher = Fetcher(store, StoreRows(store), 8)
         try:
             for port in (1, 2, 1, 3):  # Nobody listens there.
                 with pytest.raises(EmbeddingNotFound):

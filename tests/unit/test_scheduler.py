@@ -251,6 +251,20 @@ def test_pictures_that_are_slow_to_come_leave_room_for_text() -> None:
     assert all(seq.status is Status.FINISHED for seq in pictures)
 
 
+def test_a_picture_whose_rows_are_found_does_not_wait_behind_those_that_are_encoded() -> None:
+    span = Span(0, 4, 0, 0, Modality.IMAGE, Grid(1, 4, 4))
+    desk = Desk(max_num_seqs=4)
+    slow = [desk.add(20, spans=(span,), items=(f"k{i}",)) for i in range(2)]
+    desk.step()
+    found = desk.add(20, spans=(span,), items=("k2",))
+    desk.step()
+    assert [seq.status for seq in slow] == [Status.RUNNING] * 2
+    assert found.status is Status.WAITING
+    found.generation.found_keys.add("k2")
+    desk.step()
+    assert found.status is Status.RUNNING
+
+
 def test_pictures_of_one_that_are_slow_to_come_leave_room_for_those_of_another() -> None:
     span = Span(0, 4, 0, 0, Modality.IMAGE, Grid(1, 4, 4))
     desk = Desk(max_num_seqs=6)

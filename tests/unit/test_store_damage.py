@@ -13,7 +13,7 @@ import torch
 from hypothesis import example, given, settings
 
 from llm_service.rows.fetcher import Fetcher
-from llm_service.rows.store_rows import Notes, StoreRows
+from llm_service.rows.store_rows import StoreRows
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.ref import EmbeddingRef, Location
@@ -83,15 +83,14 @@ def test_a_store_gives_whole_tensors_or_deletes(store: Local, data: bytes) -> No
 @example(data=HUGE)
 def test_the_engine_has_whole_finite_rows_or_none(store: Local, data: bytes) -> None:
     plant(store, data)
-    notes = Notes()
-    rows = StoreRows(store, tell=notes.add)
-    if rows.ready(key(1)):
+    rows = StoreRows(store)
+    if rows.present([key(1)]):
         rows.acquire(key(1), 128)
-        if rows.ready(key(1)):
-            assert codec.is_finite(rows.get(key(1)))
+        if rows.load(key(1)):
+            assert rows.ready(key(1)) and codec.is_finite(rows.get(key(1)))
         else:
-            assert store.contains([key(1)]) == set() and notes.take_corrupt(key(1))
-        rows.release(key(1))
+            assert store.contains([key(1)]) == set() and rows.take_damaged(key(1))
+    rows.close()
 
 
 @settings(max_examples=50, deadline=None)
@@ -99,7 +98,7 @@ def test_the_engine_has_whole_finite_rows_or_none(store: Local, data: bytes) -> 
 @example(data=HUGE)
 def test_the_fetcher_brings_nothing_but_rows_that_fit(store: Local, data: bytes) -> None:
     async def main() -> None:
-        fetcher = Fetcher(store, None, 8, Notes())
+        fetcher = Fetcher(store, StoreRows(store), 8)
         try:
             plant(store, data)  # Good rows come beside it, and take its place.
             good = ref(Location(inline=codec.to_bytes(GOOD, {})))
@@ -123,7 +122,7 @@ def test_the_fetcher_brings_nothing_but_rows_that_fit(store: Local, data: bytes)
 @pytest.mark.parametrize("data", UNFIT.values(), ids=UNFIT.keys())
 def test_rows_of_another_shape_are_damage_too(store: Local, data: bytes) -> None:
     async def main() -> None:
-        fetcher = Fetcher(store, None, 8, Notes())
+        fetcher = Fetcher(store, StoreRows(store), 8)
         try:
             plant(store, data)
             with pytest.raises(EmbeddingCorrupt):
@@ -137,16 +136,20 @@ def test_rows_of_another_shape_are_damage_too(store: Local, data: bytes) -> None
 
 def test_rows_that_did_not_fit_their_use_are_read_anew(store: Local) -> None:
     plant(store, UNFIT["another width"])
-    notes = Notes()
-    rows = StoreRows(store, tell=notes.add)
+    rows = StoreRows(store)
     rows.acquire(key(1), 128)
-    assert rows.ready(key(1))
+    assert rows.load(key(1)) and rows.ready(key(1))
     rows.discard(key(1))
-    assert not rows.ready(key(1)) and store.contains([key(1)]) == set()
-    assert notes.take_corrupt(key(1))
+    assert not rows.ready(key(1)) and not rows.load(key(1))
+    assert store.contains([key(1)]) == set()
+    assert rows.take_damaged(key(1))
     store.put(key(1), GOOD, {})
-    assert rows.ready(key(1)) and torch.equal(rows.get(key(1))["rows"], GOOD["rows"])
-    rows.release(key(1))
+    assert (
+        rows.load(key(1))
+        and rows.ready(key(1))
+        and torch.equal(rows.get(key(1))["rows"], GOOD["rows"])
+    )
+    rows.close()
 
 
 @pytest.mark.parametrize("kind", ["directory", "pipe"])

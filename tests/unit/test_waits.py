@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
 import pytest
@@ -32,16 +32,27 @@ class World:
 
     waits: Waits = field(init=False)
     ready: list[str] = field(default_factory=list)
+    found: list[set[str]] = field(default_factory=list)
     failed: list[Exception] = field(default_factory=list)
     needed: list[Needed] = field(default_factory=list)
     tried: list[EmbeddingRef] = field(default_factory=list)
+    here: set[str] = field(default_factory=set)
     outcome: Callable[[EmbeddingRef], Awaitable[None]] | None = None
 
     def rows_ready(self, key: str) -> None:
         self.ready.append(key)
 
+    def rows_found(self, request_id: str, keys: Iterable[str]) -> None:
+        self.found.append(set(keys))
+
     def rows_failed(self, request_id: str, key: str, error: Exception) -> None:
         self.failed.append(error)
+
+    async def find(self, key: str) -> bool:
+        return key in self.here
+
+    async def present(self, keys: Iterable[str]) -> set[str]:
+        return self.here & set(keys)
 
     async def ensure(self, given: EmbeddingRef) -> None:
         self.tried.append(given)
@@ -58,6 +69,29 @@ def world(first: EmbeddingRef | None, wait_s: float = 30.0, min_rows: int = 4) -
 async def settle() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
+
+
+def test_rows_that_are_on_this_host_need_no_reference() -> None:
+    async def body() -> None:
+        made = world(None)
+        made.here.add(KEY)
+        await settle()
+        assert made.found == [{KEY}] and made.ready == []
+        made.waits.wanted([KEY], False)
+        await settle()
+        assert made.ready == [KEY] and made.needed == []
+
+    asyncio.run(body())
+
+
+def test_a_reference_that_comes_before_it_is_wanted_is_reported() -> None:
+    async def body() -> None:
+        made = world(None)
+        await settle()
+        made.waits.ready(ref())
+        assert made.found == [{KEY}] and made.tried == []
+
+    asyncio.run(body())
 
 
 def raising(error: Exception) -> Callable[[EmbeddingRef], Awaitable[None]]:
