@@ -1,8 +1,8 @@
 """Random numbers as a function of (seed, choice, output position), with no state to carry.
 
-Philox 4x32 with ten rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011),
-vectorised in numpy. The numbers are made on the host, so a token drawn on any device, alone or in
-any batch, begun here or continued on another worker, uses the same one.
+numpy's Philox is a counter: its numbers can be had from any position on. They are made on the host,
+so a token drawn on any device, alone or in any batch, begun here or continued on another worker,
+uses the same one.
 """
 
 from __future__ import annotations
@@ -10,40 +10,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-ROUNDS = 10
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
-_LOW = np.uint64(0xFFFFFFFF)
-_WORD = np.uint64(32)
-
-
-def philox4x32(
-    counter: tuple[NDArray[np.uint64], ...], key: tuple[NDArray[np.uint64], ...]
-) -> tuple[NDArray[np.uint64], ...]:
-    """Four 32-bit words for each counter of four words and key of two; all below 2**32."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(ROUNDS):
-        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (second >> _WORD) ^ c1 ^ k0,
-            second & _LOW,
-            (first >> _WORD) ^ c3 ^ k1,
-            first & _LOW,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
-    return c0, c1, c2, c3
+WORDS = 4  # Numbers that Philox makes of one value of its counter.
 
 
 def uniforms(seed: int, choice: int, first: int, count: int) -> NDArray[np.float64]:
-    """Numbers in [0, 1 - 2**-52] for output positions first .. first + count - 1."""
-    positions = np.arange(first, first + count, dtype=np.uint64)
-    zeros = np.zeros_like(positions)
-    counter = (positions & _LOW, positions >> _WORD, zeros + np.uint64(choice & 0xFFFFFFFF), zeros)
-    key = (np.uint64(seed & 0xFFFFFFFF) + zeros, np.uint64(seed >> 32 & 0xFFFFFFFF) + zeros)
-    high, low, _, _ = philox4x32(counter, key)
-    bits = (high << _WORD | low) >> np.uint64(12)
-    return bits.astype(np.float64) * 2.0**-52
+    """Numbers in [0, 1 - 2**-52] for output positions first .. first + count - 1.
+
+    ``seed``: 64 bits.
+    """
+    key = np.array([seed, choice], dtype=np.uint64)
+    skipped = first % WORDS
+    words = np.random.Philox(key=key, counter=first // WORDS).random_raw(skipped + count)
+    return (words[skipped:] >> np.uint64(12)).astype(np.float64) * 2.0**-52
 
 
 class UniformCache:
