@@ -1,9 +1,9 @@
 """``shm://``: content-addressed safetensors files on tmpfs, shared by the processes of a machine.
 
 A file is written under a temporary name with write(2) (a full tmpfs is a StoreFull, never a
-SIGBUS) or into memory that was allocated before (``spare``), then linked to its key: readers see
-whole files or none, and the first writer wins. Readers map copy-on-write. Unlinking is safe: a
-mapped file lives as long as its mapping. What is evicted, and when, is the ledger's to say.
+SIGBUS) or into memory that was allocated before (``preallocated``), then linked to its key:
+readers see whole files or none, and the first writer wins. Readers map copy-on-write. Unlinking is
+safe: a mapped file lives as long as its mapping. The ledger decides what is evicted, and when.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.ledger import Ledger, Temporary, translated
-from opticnerve.embeddings.spare import SpareKeeper
+from opticnerve.embeddings.preallocated import Preallocator
 from opticnerve.embeddings.store import Entry, StoreState, check_key, check_rows
 from opticnerve.embeddings.tier import default_directory
 from opticnerve.errors import EmbeddingCorrupt, StoreError, StoreFull
@@ -46,7 +46,7 @@ class ShmStore:
         if capacity is None:
             capacity = _default_capacity(path)
         self._ledger = Ledger(path, capacity, shared_default=directory is None)
-        self._spares = SpareKeeper(self._ledger)
+        self._preallocator = Preallocator(self._ledger)
         self.tier_id = self._ledger.id
 
     @property
@@ -121,10 +121,10 @@ class ShmStore:
 
     def settle(self) -> None:
         """Waits for this store's background work; for measurements and tests."""
-        self._spares.settle()
+        self._preallocator.settle()
 
     def close(self) -> None:
-        self._spares.close()
+        self._preallocator.close()
         self._ledger.close()
 
     def _is_here(self, key: str) -> bool:
@@ -151,8 +151,12 @@ class ShmStore:
 
     def _write(self, key: str, pieces: Sequence[memoryview]) -> None:
         num_bytes = codec.num_bytes(pieces)
-        spare = self._spares.take(num_bytes)
-        if spare is None:
+        file = self._preallocator.take(num_bytes)
+        try:
+            if file is not None:
+                file.fill(pieces)
+                self._ledger.publish(file.temporary, key, num_bytes)
+                return
             try:
                 self._write_plainly(key, pieces, num_bytes)
             except StoreFull as error:
@@ -160,13 +164,8 @@ class ShmStore:
                     raise
                 self._ledger.make_room(num_bytes)  # Others have filled the tmpfs.
                 self._write_plainly(key, pieces, num_bytes)
-            self._spares.done()
-            return
-        try:
-            spare.fill(pieces)
-            self._ledger.publish(spare.temporary, key, num_bytes)
         finally:
-            self._spares.done(spare)
+            self._preallocator.replace(file, num_bytes)
 
     def _write_plainly(self, key: str, pieces: Sequence[memoryview], num_bytes: int) -> None:
         temporary = self._ledger.reserve(num_bytes, key)
