@@ -1,8 +1,8 @@
 """How the servicer reaches the engine: an EngineClient, whatever thread or process it lives in.
 
 Commands go one way, events the other; all of them are frozen values without tensors. The event
-loop never waits for a forward pass: commands are queued, events arrive by
-``call_soon_threadsafe``, one call for everything that came since the last.
+loop never waits for a forward pass: commands are queued, and events arrive by
+``call_soon_threadsafe``, one call for all that came since the last.
 
 ``ThreadEngineClient`` runs the engine in a thread of this process, ``ProcessEngineClient`` in a
 spawned process, with pickles over a pipe that only our own parent and child hold.
@@ -19,11 +19,18 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from llm_service.engine import host
 from llm_service.engine.engine import Message
-from llm_service.engine.host import STOP_TIMEOUT_S, Ended, EngineFactory, Ready, RowsDamaged, Upward
+from llm_service.engine.host import (
+    STOP_TIMEOUT_S,
+    EngineEnded,
+    EngineFactory,
+    EngineReady,
+    FromEngine,
+    RowsDamaged,
+)
 from llm_service.engine.stream import EventStream
 from llm_service.policy.limits import EngineConfig
 from llm_service.policy.sequence import (
@@ -45,69 +52,11 @@ from opticnerve.errors import EngineFailure, InvalidRequest, OpticNerveError
 log = logging.getLogger(__name__)
 
 
-class EngineClient(Protocol):
-    """The servicer's view of the engine. Methods belong to one event loop and never block it."""
+class EngineClient:
+    """The servicer's view of the engine. Methods belong to one event loop and never block it.
 
-    @property
-    def alive(self) -> bool:
-        """Whether the engine takes requests: started, and neither dead nor closed."""
-        ...
-
-    @property
-    def config(self) -> EngineConfig:
-        """What the engine is bounded by; known from ``start`` on."""
-        ...
-
-    @property
-    def stats(self) -> EngineStats:
-        """As of the engine's last events."""
-        ...
-
-    async def start(self) -> None:
-        """Returns when the engine is built. Raises what the factory raised, as OpticNerveError."""
-        ...
-
-    def submit(self, request: GenerateRequest) -> EventStream:
-        """Raises InvalidRequest for an id that is open, EngineFailure when there is no engine.
-
-        Everything else that is wrong with a request arrives as its FailedEvent.
-        """
-        ...
-
-    def abort(self, request_id: str) -> None:
-        """Its stream ends with an AbortedEvent, unless it ends otherwise before."""
-        ...
-
-    def rows_ready(self, key: str) -> None:
-        """The rows of ``key`` are loaded, or can be where the engine has a process of its own."""
-        ...
-
-    def rows_found(self, request_id: str, keys: Iterable[str]) -> None:
-        """See ``RowsFound``."""
-        ...
-
-    def rows_failed(self, request_id: str, key: str, error: Exception) -> None:
-        """The rows of ``key`` will not come for this request: it fails with ``error``."""
-        ...
-
-    async def check_integrity(self) -> None:
-        """Raises EngineFailure where the engine's invariants do not hold, or it is dead."""
-        ...
-
-    async def wait_dead(self) -> OpticNerveError:
-        """Returns why when the engine dies by itself; never for one that is closed."""
-        ...
-
-    async def close(self) -> None:
-        """Aborts what is open, stops the engine and frees its thread or process."""
-        ...
-
-
-class _Client:
-    """What both clients share: streams, tickets, and how messages reach the event loop.
-
-    Subclasses start an engine that calls ``_receive`` from any one thread, pass ``_post`` on to
-    it, and free what they started in ``_join``.
+    Subclasses start an engine in ``_launch``, which calls ``_receive`` from its threads, pass
+    commands on to it in ``_post``, and free what they started in ``_join``.
     """
 
     def __init__(
@@ -122,8 +71,9 @@ class _Client:
         self._config: EngineConfig | None = None
         self._stats = EngineStats()
         self._streams: dict[str, EventStream] = {}
-        self._tickets: dict[int, asyncio.Future[str]] = {}
-        self._arrived: deque[Upward] = deque()
+        self._checks: dict[int, asyncio.Future[str]] = {}  # Of integrity, by ticket.
+        self._num_checks = 0
+        self._arrived: deque[FromEngine] = deque()
         self._drain_is_due = False
         self._launched = False
         self._closing = False
@@ -143,27 +93,31 @@ class _Client:
         """Blocks until the thread or process is gone; called off the event loop."""
         raise NotImplementedError
 
-    def _leave(self) -> None:
-        """Lets go of an engine that is still being built: it ends once it is, which may take as
-        long as weights take to load."""
+    def _abandon(self) -> None:
+        """Leaves an engine that is still being built to itself: it ends once it is built, which
+        may take as long as weights take to load."""
 
     # ---- life
 
     @property
     def alive(self) -> bool:
+        """Whether the engine takes requests: started, and neither dead nor closed."""
         return self._config is not None and not self._ended.done() and not self._closing
 
     @property
     def config(self) -> EngineConfig:
+        """What the engine is bounded by; known from ``start`` on."""
         if self._config is None:
             raise RuntimeError("the engine is not started")
         return self._config
 
     @property
     def stats(self) -> EngineStats:
+        """As of the engine's last events."""
         return self._stats
 
     async def start(self) -> None:
+        """Returns when the engine is built. Raises what the factory raised, as OpticNerveError."""
         self._loop = asyncio.get_running_loop()
         self._ready = self._loop.create_future()
         self._ended = self._loop.create_future()
@@ -176,6 +130,7 @@ class _Client:
             raise
 
     async def wait_dead(self) -> OpticNerveError:
+        """Returns why when the engine dies by itself; never for one that is closed."""
         error = await asyncio.shield(self._ended)
         if error is None or self._closing:
             await self._loop.create_future()  # Closed, not dead.
@@ -183,13 +138,14 @@ class _Client:
         return error
 
     async def close(self) -> None:
+        """Aborts what is open, stops the engine and frees its thread or process."""
         self._closing = True
         if not self._launched:
             return
         self._launched = False
         self._post(Stop())
         if self._config is None and not self._ended.done():
-            self._leave()
+            self._abandon()
         else:
             await asyncio.to_thread(self._join)
         self._drain()
@@ -198,6 +154,10 @@ class _Client:
     # ---- commands
 
     def submit(self, request: GenerateRequest) -> EventStream:
+        """Raises InvalidRequest for an id that is open, EngineFailure when there is no engine.
+
+        Everything else that is wrong with a request arrives as its FailedEvent.
+        """
         if not self.alive:
             raise EngineFailure("the engine is not running")
         if request.request_id in self._streams:
@@ -208,51 +168,56 @@ class _Client:
         return stream
 
     def abort(self, request_id: str) -> None:
+        """Its stream ends with an AbortedEvent, unless it ends otherwise before."""
         self._post(Abort(request_id))
 
     def rows_ready(self, key: str) -> None:
+        """The rows of ``key`` are loaded; or, if the engine has a process of its own, are in the
+        tier, and it loads them."""
         self._post(RowsReady(key))
 
     def rows_found(self, request_id: str, keys: Iterable[str]) -> None:
+        """See ``RowsFound``."""
         self._post(RowsFound(request_id, frozenset(keys)))
 
     def rows_failed(self, request_id: str, key: str, error: Exception) -> None:
+        """The rows of ``key`` will not come for this request: it fails with ``error``."""
         self._post(RowsFailed(request_id, key, error))
 
     async def check_integrity(self) -> None:
+        """Raises EngineFailure where the engine's invariants do not hold, or it is dead."""
         if not self.alive:
             raise EngineFailure("the engine is not running")
-        ticket = len(self._tickets)
-        while ticket in self._tickets:
-            ticket += 1
-        answer = self._tickets[ticket] = self._loop.create_future()
+        self._num_checks += 1
+        ticket, answer = self._num_checks, self._loop.create_future()
+        self._checks[ticket] = answer
         self._post(CheckIntegrity(ticket))
         try:
             problem = await answer
         finally:
-            del self._tickets[ticket]
+            del self._checks[ticket]
         if problem:
             raise EngineFailure(problem)
 
-    # ---- what the engine says
+    # ---- from the engine
 
-    def _receive(self, message: Upward) -> None:
-        """Takes a message over to the event loop; called from the engine's side."""
+    def _receive(self, message: FromEngine) -> None:
+        """Hands a message over to the event loop; called from the engine's threads."""
         self._arrived.append(message)
         if not self._drain_is_due:
             self._drain_is_due = True
-            with contextlib.suppress(RuntimeError):  # The loop is closed: nobody listens.
+            with contextlib.suppress(RuntimeError):  # The loop is closed.
                 self._loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
-        self._drain_is_due = False  # Before the queue is read: what comes later asks again.
+        self._drain_is_due = False  # Before the queue is read: a later message asks again.
         while self._arrived:
             message = self._arrived.popleft()
             if isinstance(message, list):
                 self._dispatch(message)
             elif isinstance(message, RowsDamaged):
                 self._on_damage(message.key)
-            elif isinstance(message, Ready):
+            elif isinstance(message, EngineReady):
                 self._config = message.config
                 self._stats = EngineStats(free_blocks=message.config.num_blocks)
                 if not self._ready.done():
@@ -265,7 +230,7 @@ class _Client:
             if isinstance(message, EngineStats):
                 self._stats = message
             elif isinstance(message, IntegrityReport):
-                answer = self._tickets.get(message.ticket)
+                answer = self._checks.get(message.ticket)
                 if answer is not None and not answer.done():
                     answer.set_result(message.problem)
             else:
@@ -280,21 +245,21 @@ class _Client:
             del self._streams[event.request_id]
 
     def _end(self, error: OpticNerveError | None) -> None:
-        """Nothing comes any more: whatever is still open fails."""
+        """After the engine's last message: whatever is still open fails."""
         if self._ended.done():
             return
         self._ended.set_result(error)
         failure = error or EngineFailure("the engine was stopped")
         if not self._ready.done():
             self._ready.set_exception(failure)
-        for answer in self._tickets.values():
+        for answer in self._checks.values():
             if not answer.done():
                 answer.set_exception(failure)
         for request_id in tuple(self._streams):
             self._streams.pop(request_id).push(FailedEvent(request_id, failure))
 
 
-class ThreadEngineClient(_Client):
+class ThreadEngineClient(EngineClient):
     """The engine in a thread of this process."""
 
     def _launch(self) -> None:
@@ -315,7 +280,7 @@ class ThreadEngineClient(_Client):
         self._thread.join()
 
 
-class ProcessEngineClient(_Client):
+class ProcessEngineClient(EngineClient):
     """The engine in a spawned process. ``factory`` is "module:function", ``config`` a value that
     pickles; two threads keep the pipe's ends away from the event loop."""
 
@@ -332,7 +297,7 @@ class ProcessEngineClient(_Client):
             self._process.start()  # Inherits the mask.
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()  # So that the child's end is the last, and its death is seen.
+        theirs.close()  # The child then holds the only copy, and its death closes the pipe.
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
         self._writer = threading.Thread(target=self._write, name="engine-writer", daemon=True)
         self._reader.start()
@@ -348,20 +313,20 @@ class ProcessEngineClient(_Client):
         except (EOFError, OSError):
             pass  # The child has closed its end.
         except Exception:
-            log.exception("the engine's process sent what cannot be read")
+            log.exception("the engine's process sent a message that cannot be read")
             self._process.kill()
         self._process.join(STOP_TIMEOUT_S)
         self._process.kill()  # No effect on one that has ended.
         self._process.join()
         code = self._process.exitcode
-        self._receive(Ended(EngineFailure(f"the engine's process ended with status {code}")))
+        self._receive(EngineEnded(EngineFailure(f"the engine's process ended with status {code}")))
 
     def _write(self) -> None:
-        with contextlib.suppress(OSError):  # The child is gone; the reader tells.
+        with contextlib.suppress(OSError):  # The child is gone; the reader reports it.
             while (command := self._outbox.get()) is not None:
                 self._pipe.send(command)
 
-    def _leave(self) -> None:
+    def _abandon(self) -> None:
         self._process.kill()
 
     def _join(self) -> None:

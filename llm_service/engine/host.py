@@ -1,4 +1,4 @@
-"""Where an engine lives: the thread or process that builds it, runs it and says how it ended."""
+"""Where an engine lives: the thread or process that builds it, runs it and reports how it ended."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 
-STOP_TIMEOUT_S = 10.0  # What an engine's process gets to leave before it is killed.
+STOP_TIMEOUT_S = 10.0  # For an engine's process to end before it is killed.
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class EngineReady:
     """The engine is built; its first message."""
 
     config: EngineConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class EngineEnded:
     """The engine's last message: why it died, or None after Stop."""
 
     error: OpticNerveError | None
@@ -48,8 +48,8 @@ class RowsDamaged:
     key: str
 
 
-Upward: TypeAlias = list[Message] | RowsDamaged | Ready | Ended
-Send: TypeAlias = Callable[[Upward], None]
+FromEngine: TypeAlias = list[Message] | RowsDamaged | EngineReady | EngineEnded
+Send: TypeAlias = Callable[[FromEngine], None]
 
 EngineFactory: TypeAlias = Callable[[Any, Send], Engine]
 """Builds an engine from a configuration, on the thread that will run it. Whatever it has to report
@@ -71,11 +71,11 @@ def serve(
     inbox: queue.SimpleQueue[Command],
     send: Send,
 ) -> None:
-    """An engine's whole life, on the thread that it lives in: build, run, say how it ended."""
+    """An engine's whole life, on the thread that it lives in: build, run, report how it ended."""
     error: OpticNerveError | None = EngineFailure("the engine died; the service's log says why")
     try:
         engine = factory(config, send)
-        send(Ready(engine.config))
+        send(EngineReady(engine.config))
         engine.run(inbox)
         error = None
     except OpticNerveError as failure:
@@ -84,17 +84,17 @@ def serve(
     except Exception:
         log.exception("the engine died")
     finally:
-        send(Ended(error))
+        send(EngineEnded(error))
 
 
 def child(pipe: Connection, factory: str | EngineFactory, config: Any) -> None:
-    """Main of the engine's process. It ends with its parent: the pipe tells."""
+    """Main of the engine's process. It ends with its parent, whose death closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the group; the parent decides.
     inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
     arrived: queue.SimpleQueue[RowsReady] = queue.SimpleQueue()
     sending = threading.Lock()
 
-    def send(message: Upward) -> None:
+    def send(message: FromEngine) -> None:
         with sending:
             pipe.send(message)
 
