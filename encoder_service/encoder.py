@@ -25,7 +25,8 @@ from encoder_service.item import EncodedItem, ItemRequest, StageTimings
 from encoder_service.pictures.decode_process import DecodeTask, Pixels, decode_and_cut
 from encoder_service.pictures.preprocess import DecodeJob, PreprocessPool
 from encoder_service.results import Results
-from opticnerve.config import LEAST_IMAGE_PIXELS, EncoderConfig
+from opticnerve.config import EncoderConfig
+from opticnerve.config.shared import MIN_IMAGE_PIXELS
 from opticnerve.embeddings.ref import TensorSpec, tensor_names
 from opticnerve.embeddings.store import check_key
 from opticnerve.errors import (
@@ -111,7 +112,7 @@ class Encoder:
         """Runs a blank picture over every thread but the store's, so that the first request does
         not pay for their first steps. Blocks. Raises what encoding a picture raises."""
         buffer = io.BytesIO()
-        side = math.isqrt(LEAST_IMAGE_PIXELS)
+        side = math.isqrt(MIN_IMAGE_PIXELS)
         Image.new("RGB", (side, side), (127, 127, 127)).save(buffer, "JPEG")
         data = buffer.getvalue()
         plan = self.model.layout.plan(parse_structure(data), Overrides())

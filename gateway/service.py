@@ -31,9 +31,10 @@ from gateway.workers.advertised import AdvertisedCheck
 from gateway.workers.encode import Encoders
 from gateway.workers.pairing import Pairing
 from gateway.workers.pool import Changes, WorkerPool
-from opticnerve import addresses, flags
+from opticnerve import addresses
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
+from opticnerve.config.command_line import read_config
 from opticnerve.errors import CheckpointError, ConfigError
 from opticnerve.models.registry import make_layout
 from opticnerve.process import (
@@ -54,7 +55,7 @@ DESCRIPTION = "The HTTP front: OpenAI's API in front of encoders and LLM workers
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a gateway until it is stopped; its exit status. Raises StartupError."""
     ignore_hangup()
-    settings = flags.read("gateway", DESCRIPTION, GatewayConfig, argv)
+    settings = read_config("gateway", DESCRIPTION, GatewayConfig, argv)
     check_workers(settings)
     workers = len(settings.encoder_addresses) + len(settings.llm_addresses)
     allow_files(settings.max_connections, workers)
@@ -287,4 +288,4 @@ class HttpServer(uvicorn.Server):
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{addresses.join(host, port)}"
+    return f"http://{addresses.host_port(host, port)}"

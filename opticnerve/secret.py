@@ -1,8 +1,8 @@
-"""Secrets that processes share, each in a file of its own: made here, and read.
+"""Secrets that processes share, one to a file: reading one, and making a new one.
 
-A file holds one secret: printable ASCII without spaces (it may travel in a header), at least
-``LEAST_CHARACTERS`` of it; what is read of the file is a secret and no path, so it is in no log, no
-message and on no command line, which every user of a machine can see.
+A secret is printable ASCII without spaces, so that it can be sent in a header, and at least
+``MIN_CHARACTERS`` long. Options and command lines, which every user of a machine can see, hold the
+file's path alone; the secret itself is in no log and no message.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 from opticnerve.errors import ConfigError, StartupError
 
-LEAST_CHARACTERS = 32
+MIN_CHARACTERS = 32
 MAX_BYTES = 4096  # Of the file.
-RANDOM_BYTES = 32  # Of a secret that is made here; twice as many hex digits.
+RANDOM_BYTES = 32  # Of a new secret, which is written as twice as many hex digits.
 
 _PRINTABLE = re.compile(r"[!-~]+")
 
@@ -26,9 +26,10 @@ log = logging.getLogger(__name__)
 
 
 def read_secret(path: str, option: str) -> str:
-    """The secret in the file that ``option`` (a field of a configuration) names.
+    """The secret in the file ``path``, which the option named ``option`` gave.
 
-    Raises ConfigError where there is none. Warns where other users may read the file.
+    Raises ConfigError for a file that cannot be read or holds no secret. Warns if other users may
+    open the file.
     """
     flag = "--" + option.replace("_", "-")
     try:
@@ -38,10 +39,10 @@ def read_secret(path: str, option: str) -> str:
     except OSError as error:
         raise ConfigError(f"{flag}: cannot read {path}: {error.strerror}", param=option) from error
     secret = data.decode("ascii", "replace").strip()
-    wrong = _fault(secret) if len(data) <= MAX_BYTES else f"has more than {MAX_BYTES} bytes"
-    if wrong:
+    fault = _fault(secret) if len(data) <= MAX_BYTES else f"has more than {MAX_BYTES} bytes"
+    if fault:
         raise ConfigError(
-            f"{flag}: {path} {wrong}; make a secret with `openssl rand -hex {RANDOM_BYTES}`",
+            f"{flag}: {path} {fault}; make a secret with `openssl rand -hex {RANDOM_BYTES}`",
             param=option,
         )
     if mode & (stat.S_IROTH | stat.S_IWOTH):
@@ -52,7 +53,8 @@ def read_secret(path: str, option: str) -> str:
 
 
 def make_secret(directory: Path, name: str) -> Path:
-    """A new file in ``directory``, for this user alone, with a new secret. Raises StartupError."""
+    """Writes a new secret to a new file in ``directory``, which only this user may open. Raises
+    StartupError."""
     path = directory / name
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -64,11 +66,11 @@ def make_secret(directory: Path, name: str) -> Path:
 
 
 def _fault(secret: str) -> str:
-    """What is wrong with a text as a secret; nothing where it is one. Tells nothing of it."""
+    """What is wrong with a secret, without quoting it; empty if nothing is."""
     if not secret:
         return "is empty"
     if not _PRINTABLE.fullmatch(secret):
         return "holds more than one word of printable ASCII"
-    if len(secret) < LEAST_CHARACTERS:
-        return f"holds {len(secret)} characters, and a secret has at least {LEAST_CHARACTERS}"
+    if len(secret) < MIN_CHARACTERS:
+        return f"holds {len(secret)} characters, and a secret has at least {MIN_CHARACTERS}"
     return ""

@@ -13,7 +13,7 @@ from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import Worker
 from opticnerve import __version__
 from opticnerve.config import GatewayConfig
-from opticnerve.options import public_view
+from opticnerve.config.options import public_view
 
 HIDDEN = frozenset({"cost", "cost_per_s", "window"})
 PUBLIC = frozenset({"status", "pictures"})  # Of a body, for who has no key.

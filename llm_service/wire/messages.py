@@ -115,7 +115,7 @@ def read_ref(
     check_key(ref.key)
     if ref.location.fetch_address:
         try:
-            addresses.check(ref.location.fetch_address)
+            addresses.check_host_port(ref.location.fetch_address)
         except ValueError as error:
             raise InvalidRequest(f"a reference's fetch_address: {error}", param="ref") from error
     if not ref.tensors or ref.num_rows < 1:

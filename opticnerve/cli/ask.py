@@ -9,20 +9,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
-import httpx2
-
-from opticnerve.cli.stack import error_of, is_url, picture_url, serve, user_message
-from opticnerve.errors import (
-    InvalidRequest,
-    OpticNerveError,
-    StartupError,
-    Unavailable,
-    from_openai,
-)
-from opticnerve.flags import Parser, number, typed
-from opticnerve.media.pictures import read_picture
+from opticnerve.cli.chat_client import gateway_url, picture_url, print_answer, user_message
+from opticnerve.cli.stack import serve
+from opticnerve.config.command_line import Parser, argument_type, number_type
+from opticnerve.errors import InvalidRequest, OpticNerveError, StartupError
+from opticnerve.media.pictures import is_url, read_picture
 from opticnerve.media.structure import parse_structure
 
 DESCRIPTION = (
@@ -30,7 +22,6 @@ DESCRIPTION = (
     "without, a stack is started for this one question."
 )
 EPILOG = 'Example: opticnerve ask photo.jpg "What is in this image?"'
-NO_GATEWAY = "what answers at this URL is no gateway; check --url"
 
 
 def parser() -> Parser:
@@ -42,7 +33,7 @@ def parser() -> Parser:
     who.add_argument(
         "--url",
         metavar="URL",
-        type=typed(gateway_url),
+        type=argument_type(gateway_url),
         help="a running gateway, such as http://127.0.0.1:8000, with or without /v1; "
         "OPENAI_API_KEY is its key",
     )
@@ -55,13 +46,13 @@ def parser() -> Parser:
     answer = made.add_argument_group("Answer")
     answer.add_argument(
         "--max-tokens",
-        type=number(int, least=1),
+        type=number_type(int, minimum=1),
         metavar="N",
         help="longest answer (default: the model's)",
     )
     answer.add_argument(
         "--temperature",
-        type=number(float),
+        type=number_type(float),
         default=0.0,
         metavar="T",
         help="0: the likeliest words; higher: more varied ones (default: 0)",
@@ -78,35 +69,18 @@ def main(argv: Sequence[str]) -> int:
         "model": args.model if args.url and args.model else "model",
         "messages": [_message(args.question, args.pictures)],
         "temperature": args.temperature,
-        "timings": True,
     }
     if args.max_tokens is not None:
         body["max_tokens"] = args.max_tokens
     with _gateway(args.url, args.model) as url:
         try:
-            timings = _print_answer(url, body)
+            _, timings = print_answer(url, body)
         except OpticNerveError as error:
             print(f"opticnerve: {error.message}", file=sys.stderr)
             return 1
     if args.timings:
         print(json.dumps(timings, indent=2), file=sys.stderr)
     return 0
-
-
-def gateway_url(text: str) -> str:
-    """The address that routes are appended to, of a URL as users have it at hand: a host and a
-    port alone, or with what OpenAI's clients are given behind it, ``/v1``, or a whole route.
-    Raises ValueError."""
-    wrong = f"{text!r} is no address such as http://127.0.0.1:8000"
-    try:
-        parts = urlsplit(text if "://" in text else f"http://{text}")
-        _ = parts.port  # Parsed when it is asked for.
-    except ValueError as error:
-        raise ValueError(wrong) from error
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError(wrong)
-    path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
-    return f"{parts.scheme}://{parts.netloc}{path.rstrip('/')}"
 
 
 @contextmanager
@@ -171,61 +145,3 @@ def _read(picture: str) -> str:
         named = error.message if picture in error.message else f"{picture}: {error.message}"
         raise StartupError(named) from error
     return picture_url(data)
-
-
-def _print_answer(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    timings: dict[str, Any] = {}
-    for chunk in stream_chat(url, body):
-        timings = chunk.get("timings") or timings
-        for choice in chunk["choices"]:
-            print(choice["delta"].get("content") or "", end="", flush=True)
-    print()
-    return timings
-
-
-def stream_chat(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The chunks of one streamed chat completion. Raises the typed error of the answer."""
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    try:
-        with (
-            httpx2.Client(timeout=600.0, trust_env=False) as client,
-            client.stream(
-                "POST",
-                f"{url}/v1/chat/completions",
-                json=body,
-                headers={"Authorization": f"Bearer {key}"},
-            ) as answer,
-        ):
-            if answer.status_code != 200:
-                answer.read()
-                raise error_of(answer)
-            if not answer.headers.get("content-type", "").startswith("text/event-stream"):
-                raise OpticNerveError(NO_GATEWAY)
-            yield from _events(answer.iter_lines())
-    except httpx2.ConnectError as error:
-        raise Unavailable(
-            f"nothing answers at {url} ({error}); check --url, or start a gateway: opticnerve up"
-        ) from error
-    except httpx2.HTTPError as error:
-        why = str(error) or type(error).__name__
-        raise OpticNerveError(f"no answer from {url}: {why}") from error
-
-
-def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        if not line.startswith("data: "):
-            continue
-        data = line.removeprefix("data: ")
-        if data == "[DONE]":
-            return
-        try:
-            event = json.loads(data)
-        except ValueError as error:
-            raise OpticNerveError(NO_GATEWAY) from error
-        if isinstance(event, dict) and "error" in event:
-            raise from_openai(event)
-        if not isinstance(event, dict) or not isinstance(event.get("choices"), list):
-            raise OpticNerveError(NO_GATEWAY)
-        yield event
-    raise OpticNerveError("the answer ended early, without [DONE]")

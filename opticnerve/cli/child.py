@@ -1,4 +1,4 @@
-"""One service as a child process: start it, read what it prints, tell when it ends."""
+"""One service as a child process: start it, relay what it prints, stop it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,48 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from enum import IntEnum
 
 from opticnerve.process import LAST_WORDS_S
 from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
 
-HURRY_S = LAST_WORDS_S + 2.0  # That a child gets whose work was ended by a second signal.
+HURRY_S = LAST_WORDS_S + 2.0  # Until SIGKILL, for a child that a second signal asked to end.
 LISTENING = re.compile(r"^listening (\S+)$")
 
 
+class Role(IntEnum):
+    """What a child serves as. The highest role stops first."""
+
+    ENCODER = 0
+    LLM = 1
+    GATEWAY = 2
+
+
 class Child:
-    """A service's process. ``address`` is what it printed in its ``listening`` line.
+    """A service's process. ``command`` lacks ``--port``: it is ``port``, 0 for a free one.
 
     The child leads a session of its own, so that Ctrl-C reaches the supervisor alone and the
     services stop in order.
     """
 
-    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        role: Role,
+        command: Sequence[str],
+        environment: dict[str, str],
+        port: int = 0,
+    ) -> None:
         self.name = name
+        self.role = role
         self.command = list(command)
         self.environment = environment
-        self.address = ""
+        self.port = port
+        self.address = ""  # From the line ``listening ADDRESS`` on its stdout.
+        self.last_words = ""  # The last line it printed; a message that gives up quotes it.
         self._hangup_due = False
-        self.last_words = ""  # The last line it printed: what a give-up message quotes.
         self._process: asyncio.subprocess.Process | None = None
         self._listening = asyncio.Event()
         self._readers: list[asyncio.Task[None]] = []
@@ -51,6 +69,8 @@ class Child:
         self._hangup_due = False
         self._process = await asyncio.create_subprocess_exec(
             *self.command,
+            "--port",
+            str(self.port),
             env=self.environment,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -73,13 +93,13 @@ class Child:
         """Waits for the end; returns the exit status, negative for a signal."""
         assert self._process
         status = await self._process.wait()
-        self.kill()  # What it started itself, and what would keep its pipes open.
+        self.kill()  # Processes that it started would keep its pipes open.
         await asyncio.gather(*self._readers)
         return status
 
     async def stop(self, grace_s: float, hurry: asyncio.Event) -> None:
-        """SIGTERM, which lets work end; once ``hurry`` is set SIGINT, which ends it. A child that
-        takes longer than ``grace_s``, or ``HURRY_S`` from then on, gets SIGKILL."""
+        """Sends SIGTERM, which lets running work end; once ``hurry`` is set SIGINT, which ends it.
+        A child that takes longer than ``grace_s``, or ``HURRY_S`` after SIGINT, gets SIGKILL."""
         if not self.running:
             return
         self._signal(signal.SIGTERM)
@@ -103,8 +123,8 @@ class Child:
             self._process.send_signal(number)
 
     def hang_up(self) -> None:
-        """SIGHUP: the child reads its files again. One that starts may have read them, and may not
-        know the signal yet: it gets it once it listens."""
+        """Sends SIGHUP, which makes the child read its files again. A child that is starting gets
+        it once it listens: it may have read them already, and may not handle the signal yet."""
         if self._listening.is_set():
             self._signal(signal.SIGHUP)
         else:

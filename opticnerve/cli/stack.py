@@ -6,7 +6,7 @@ end. For scripts, notebooks and tests; a service that others use is started with
 
 from __future__ import annotations
 
-import base64
+import difflib
 import os
 import signal
 import subprocess
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,18 +22,13 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias, overload
 
 import httpx2
 
+from opticnerve.cli.chat_client import TIMEOUT_S, error_of, user_message
 from opticnerve.cli.commands import PREFIX
-from opticnerve.config import StoreConfig
-from opticnerve.errors import (
-    InvalidRequest,
-    OpticNerveError,
-    StartupError,
-    Unavailable,
-    from_openai,
-)
+from opticnerve.config.options import to_command_line
+from opticnerve.config.up import up_options
+from opticnerve.errors import ConfigError, InvalidRequest, StartupError, Unavailable
 from opticnerve.extras import require_extra
-from opticnerve.media.pictures import Picture, is_picture, read_picture
-from opticnerve.options import options
+from opticnerve.media.pictures import Picture, is_picture, is_url
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -59,7 +54,7 @@ class Stack:
         self.model = model
         self.process = process
         self._log = log
-        self._http = httpx2.Client(base_url=url, timeout=600.0, trust_env=False)
+        self._http = httpx2.Client(base_url=url, timeout=TIMEOUT_S, trust_env=False)
 
     @property
     def openai(self) -> OpenAI:
@@ -113,21 +108,11 @@ class Stack:
         """What the stack's processes have logged so far."""
         if self._log is None:
             return ""
-        number = self._log.fileno()  # Its position is that of those who write.
+        number = self._log.fileno()  # Not seek(): the processes share the file's position.
         return os.pread(number, os.fstat(number).st_size, 0).decode("utf-8", "replace")
 
     def close(self) -> None:
         self._http.close()
-
-
-def error_of(answer: httpx2.Response) -> OpticNerveError:
-    """The typed error that a gateway's answer, read whole, tells of."""
-    try:
-        body = answer.json()
-    except ValueError:  # Of something between the gateway and us.
-        body = None
-    after = answer.headers.get("retry-after", "")
-    return from_openai(body, answer.status_code, float(after) if after.isdecimal() else None)
 
 
 def read_question(question: object) -> tuple[str, list[Picture]]:
@@ -154,30 +139,6 @@ def read_question(question: object) -> tuple[str, list[Picture]]:
     return text, pictures
 
 
-def is_url(picture: object) -> bool:
-    """Whether the gateway reads the picture itself."""
-    if not isinstance(picture, str):
-        return False
-    return picture.split(":", 1)[0].lower() in ("http", "https", "data")
-
-
-def user_message(text: str, pictures: Iterable[Picture]) -> dict[str, Any]:
-    """A user's message in OpenAI's form, pictures first."""
-    parts: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": picture_url(picture)}} for picture in pictures
-    ]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
-
-
-def picture_url(picture: Picture) -> str:
-    """A URL as it is; a path, bytes or a Pillow image as a data: URL. Raises InvalidRequest for a
-    file that cannot be read."""
-    if is_url(picture):
-        return str(picture)
-    data = base64.b64encode(read_picture(picture)).decode()
-    return f"data:application/octet-stream;base64,{data}"
-
-
 @contextmanager
 def serve(model: str | Path | None = None, **flags: Any) -> Iterator[Stack]:
     """Runs the whole stack while the context lasts.
@@ -188,9 +149,8 @@ def serve(model: str | Path | None = None, **flags: Any) -> Iterator[Stack]:
     known before anything starts, as of a wrong path, else with the stack's last words. The stack
     ends with this process, however that ends.
     """
-    flags = {**flags, "parent_pid": os.getpid()}
-    environment = {**os.environ, **_take_passwords(flags)}
-    command = [sys.executable, "-m", "opticnerve", "up", *_arguments(model, flags)]
+    arguments, variables = _up_command(model, {**flags, "parent_pid": os.getpid()})
+    command = [sys.executable, "-m", "opticnerve", "up", *arguments]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             command,
@@ -198,7 +158,7 @@ def serve(model: str | Path | None = None, **flags: Any) -> Iterator[Stack]:
             stderr=log,
             text=True,
             start_new_session=True,
-            env=environment,
+            env={**os.environ, **variables},
         )
         try:
             stack = Stack(_wait_ready(process, log), "model", process, log)
@@ -210,30 +170,18 @@ def serve(model: str | Path | None = None, **flags: Any) -> Iterator[Stack]:
             _stop(process)
 
 
-def _take_passwords(flags: dict[str, Any]) -> dict[str, str]:
-    """Takes those with a password out of ``flags``, as variables: every user of the machine reads
-    command lines."""
-    return {
-        item.variable: flags.pop(item.name)
-        for item in options(StoreConfig)
-        if item.has_password(flags.get(item.name))
-    }
-
-
-def _arguments(model: str | Path | None, flags: dict[str, Any]) -> list[str]:
-    """Flags of ``up``; None is the default, as if the flag were not given."""
-    arguments = [str(model)] if model is not None else []
-    for name, value in {"port": 0, **flags}.items():
-        flag = "--" + name.replace("_", "-")
-        if value is None or (value is False and name.startswith("no_")):
-            continue
-        if isinstance(value, bool):
-            arguments.append(flag if value else "--no-" + flag[2:])
-        elif isinstance(value, list | tuple):
-            arguments += [flag, ",".join(str(part) for part in value)]
-        else:
-            arguments += [flag, str(value)]
-    return arguments
+def _up_command(
+    model: str | Path | None, flags: Mapping[str, Any]
+) -> tuple[list[str], dict[str, str]]:
+    """(arguments, environment variables) of ``up``; a flag that is None has its default. Raises
+    ConfigError for a flag that ``up`` does not have."""
+    known = {item.name: item for item in up_options()}
+    for name in flags:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"opticnerve up has no flag {name}{hint}", param=name)
+    return to_command_line(known.values(), {"model": model, "port": 0, **flags})
 
 
 def _wait_ready(process: subprocess.Popen[str], log: IO[str]) -> str:
@@ -253,8 +201,8 @@ def _wait_ready(process: subprocess.Popen[str], log: IO[str]) -> str:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Stops the stack. A Ctrl-C meanwhile is passed on to it, where it ends what still runs, and
-    raised afterwards."""
+    """Stops the stack. A Ctrl-C meanwhile makes it cut what still runs; it is raised at the
+    end."""
     interrupted = False
     if process.poll() is None:
         process.terminate()

@@ -11,9 +11,9 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
-from opticnerve import flags
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import EncoderConfig, LLMConfig
+from opticnerve.config.command_line import read_config
 from opticnerve.extras import require_extra
 from opticnerve.process import follow_parent, ignore_hangup
 
@@ -30,7 +30,7 @@ def run_worker(
     """Runs the worker that ``open_worker(settings)`` of a module opens, until it is stopped; its
     exit status: 1 if its device or engine was lost. Raises StartupError."""
     ignore_hangup()
-    settings = flags.read(command, description, config, argv)
+    settings = read_config(command, description, config, argv)
     require_extra("worker", "an encoder" if command == "encoder" else "an LLM worker")
     follow_parent(settings.rpc.parent_pid)
     source = settings.model

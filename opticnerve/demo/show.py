@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opticnerve.cli.ask import gateway_url, stream_chat
-from opticnerve.cli.stack import serve, user_message
+from opticnerve.cli.chat_client import gateway_url, print_answer, user_message
+from opticnerve.cli.stack import serve
+from opticnerve.config.command_line import Parser, argument_type
 from opticnerve.demo.chats import TURNS, Turn
 from opticnerve.errors import OpticNerveError, StartupError
-from opticnerve.flags import Parser, typed
 
 DESCRIPTION = (
     "The built-in checkpoint answers questions about bundled pictures: each answer is streamed as "
@@ -30,7 +30,7 @@ WIDTH = 78
 
 
 @dataclass(frozen=True)
-class Answer:
+class TurnResult:
     """What came back for one turn. ``timings``: milliseconds by stage, as the gateway reports."""
 
     turn: Turn
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument_group("Who answers").add_argument(
         "--url",
         metavar="URL",
-        type=typed(gateway_url),
+        type=argument_type(gateway_url),
         help="a running gateway that serves the demo checkpoint, such as http://127.0.0.1:8000 "
         "(default: a stack is started)",
     )
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     return 1 if wrong else 0
 
 
-def _ask_own_stack() -> list[Answer]:
+def _ask_own_stack() -> list[TurnResult]:
     print("Starting one encoder, one LLM worker and the gateway on this machine ...")
     began = time.monotonic()
     with serve() as stack:
@@ -79,9 +79,9 @@ def _ask_own_stack() -> list[Answer]:
         return ask_all(stack.url)
 
 
-def ask_all(url: str) -> list[Answer]:
+def ask_all(url: str) -> list[TurnResult]:
     """Asks every turn in order; a follow-up carries the chat before it."""
-    answers: list[Answer] = []
+    answers: list[TurnResult] = []
     history: list[dict[str, Any]] = []
     for turn in TURNS:
         history = history if turn.follows else []
@@ -91,27 +91,18 @@ def ask_all(url: str) -> list[Answer]:
     return answers
 
 
-def ask(url: str, turn: Turn, history: list[dict[str, Any]]) -> Answer:
+def ask(url: str, turn: Turn, history: list[dict[str, Any]]) -> TurnResult:
     shown = ", ".join(turn.pictures) or ("the same picture" if turn.follows else "no picture")
     print(f"Q  {turn.question}  [{shown}]\nA  ", end="", flush=True)
-    text = ""
-    timings: dict[str, Any] = {}
-    body = {"model": "model", "messages": history, "temperature": 0, "timings": True}
-    for chunk in stream_chat(url, body):
-        timings = chunk.get("timings") or timings
-        for choice in chunk["choices"]:
-            piece = choice["delta"].get("content") or ""
-            text += piece
-            print(piece, end="", flush=True)
-    answer = Answer(turn, text, timings)
-    print()
+    body = {"model": "model", "messages": history, "temperature": 0}
+    answer = TurnResult(turn, *print_answer(url, body))
     if not answer.right:
         print(textwrap.fill(f"WRONG; the right answer is: {turn.answer}", WIDTH), file=sys.stderr)
     print(flush=True)
     return answer
 
 
-def table(answers: Sequence[Answer]) -> str:
+def table(answers: Sequence[TurnResult]) -> str:
     """Milliseconds by stage, a line a question; a stage that did not happen is a dash."""
     head = ["milliseconds", "picture", *STAGES]
     rows = [head]

@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
 
-from opticnerve import addresses, options
+from opticnerve import addresses
+from opticnerve.config import sizes
 from opticnerve.embeddings.memory_store import DEFAULT_CAPACITY, MemoryStore
 from opticnerve.embeddings.redis_store import MAX_BYTES, RedisStore
 from opticnerve.embeddings.seal import Seal
@@ -115,7 +116,7 @@ def _options(query: str, known: set[str]) -> dict[str, str]:
 def parse_size(text: str) -> int:
     """Bytes of "1048576", "512M", "2GiB". Raises ConfigError."""
     try:
-        size = options.parse_size(text)
+        size = sizes.parse_size(text)
     except ValueError as error:
         raise ConfigError(str(error), param="store") from error
     if size <= 0:

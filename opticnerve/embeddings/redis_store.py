@@ -30,7 +30,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
-from opticnerve.addresses import join
+from opticnerve.addresses import host_port
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.seal import MAC_BYTES, Seal
@@ -341,5 +341,5 @@ def _shown(url: str, client: Any) -> str:
     scheme = url.split(":", 1)[0]
     if "path" in options:
         return f"{scheme}://{options['path']}"
-    address = join(options.get("host", "localhost"), options.get("port", 6379))
+    address = host_port(options.get("host", "localhost"), options.get("port", 6379))
     return f"{scheme}://{address}/{options.get('db', 0)}"

@@ -20,6 +20,12 @@ def is_picture(value: object) -> bool:
     return isinstance(value, (bytes, bytearray, memoryview, str, Path, Image.Image))
 
 
+def is_url(picture: object) -> bool:
+    """Whether ``picture`` is a URL, which a gateway reads, and not a path."""
+    scheme = picture.partition(":")[0].lower() if isinstance(picture, str) else ""
+    return scheme in ("http", "https", "data")
+
+
 def read_picture(picture: Picture) -> bytes:
     """The compressed bytes. A Pillow image becomes a PNG, without loss and in the image's own
     orientation.
@@ -31,7 +37,7 @@ def read_picture(picture: Picture) -> bytes:
     if isinstance(picture, Image.Image):
         return _png(picture)
     if isinstance(picture, (str, Path)):
-        if str(picture).startswith(("http:", "https:", "data:")):
+        if is_url(picture):
             raise InvalidRequest(
                 "URLs are read by a gateway alone: give a path, or the bytes that you read"
             )

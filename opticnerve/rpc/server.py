@@ -80,7 +80,7 @@ class Server:
         if self.config.advertise:
             return self.config.advertise
         host = self.config.host
-        return addresses.join("127.0.0.1" if addresses.is_wildcard(host) else host, self.port)
+        return addresses.host_port("127.0.0.1" if addresses.is_wildcard(host) else host, self.port)
 
     async def __aenter__(self) -> Server:
         return self
@@ -100,7 +100,7 @@ class Server:
         await self._set_health(serving=False)
         addresses.check_free(self.config.host, self.config.port)  # gRPC would not say why.
         try:
-            where = addresses.join(self.config.host, self.config.port)
+            where = addresses.host_port(self.config.host, self.config.port)
             self.port = self.grpc.add_insecure_port(where)
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {where}: see --host, --port") from error
@@ -124,7 +124,7 @@ class Server:
                 "listening on every interface, and known to others as %s, where only this machine "
                 "reaches it; where others are to, set --advertise HOST:PORT, such as %s",
                 self.address,
-                addresses.join(socket.gethostname(), self.port),
+                addresses.host_port(socket.gethostname(), self.port),
             )
 
     async def ready(self) -> None:

@@ -81,4 +81,4 @@ def serve(port: int, host: str) -> str:
     """
     addresses.check_free(host, port, "--metrics-port")
     server, _ = start_http_server(port, addr=host.strip("[]"))
-    return f"http://{addresses.join(host, server.server_port)}/metrics"
+    return f"http://{addresses.host_port(host, server.server_port)}/metrics"

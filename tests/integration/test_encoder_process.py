@@ -17,7 +17,7 @@ import torch
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.cli import commands as cli
 from opticnerve.client import EncoderClient
-from opticnerve.config import LEAST_IMAGE_PIXELS
+from opticnerve.config.shared import MIN_IMAGE_PIXELS
 from opticnerve.errors import OpticNerveError, Unavailable
 from opticnerve.media.decode import decode
 from opticnerve.media.plan import Overrides
@@ -110,7 +110,7 @@ def test_other_families_are_served(family: str, tmp_path: Path) -> None:
 
 def test_the_least_limit_on_pictures_lets_an_encoder_rehearse(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with encoders.running(tmp_path, max_image_pixels=LEAST_IMAGE_PIXELS) as service:
+        async with encoders.running(tmp_path, max_image_pixels=MIN_IMAGE_PIXELS) as service:
             service.encoder.rehearse()
             assert service.backend.batches == [1]
 

@@ -18,9 +18,9 @@ from gateway.workers import encode as encoders
 from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import WorkerLost, WorkerState, call_error
 from llm_service.wire import servicer as llm
-from opticnerve import flags
 from opticnerve.client import AsyncEncoderClient
 from opticnerve.config import EncoderConfig, LLMConfig, RpcConfig
+from opticnerve.config.command_line import read_config
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.errors import ConfigError, OpticNerveError, Unauthenticated, Unavailable
 from opticnerve.pb import encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
@@ -133,14 +133,14 @@ def test_without_a_token_reflection_is_off_unless_asked_for() -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.5", "encoder-1"])
 def test_a_worker_is_not_open_to_a_network_by_accident(config: type, host: str) -> None:
     def read(*more: str) -> RpcConfig:
-        return flags.read("worker", "", config, ["--host", host, *more]).rpc
+        return read_config("worker", "", config, ["--host", host, *more]).rpc
 
     with pytest.raises(ConfigError, match=rf"--host {host}.*--rpc-token-file.*--insecure"):
         read()
     assert read("--insecure").insecure
     assert read("--rpc-token-file", "file").rpc_token_file == "file"
     for loopback in ("127.0.0.1", "127.3.2.1", "::1", "[::1]", "localhost"):
-        assert flags.read("worker", "", config, ["--host", loopback]).rpc.host == loopback
+        assert read_config("worker", "", config, ["--host", loopback]).rpc.host == loopback
 
 
 def test_a_token_that_cannot_be_read_starts_no_server(tmp_path: Path) -> None:

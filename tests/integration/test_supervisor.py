@@ -13,8 +13,8 @@ import time
 import pytest
 
 from opticnerve.cli import up
-from opticnerve.cli.child import HURRY_S, Child
-from opticnerve.cli.supervisor import Service, Supervisor
+from opticnerve.cli.child import HURRY_S, Child, Role
+from opticnerve.cli.supervisor import Supervisor
 from opticnerve.config import UpConfig
 from opticnerve.errors import StartupError
 from opticnerve.process import ECHO_S
@@ -58,16 +58,17 @@ server.serve_forever()
 FAILS = "import sys; print('out of luck', file=sys.stderr); sys.exit(3)"
 
 
-def service(name, stage, code, log, parent=0):
-    base = [sys.executable, "-c", code, name, str(log), str(parent)]
-    return Service(Child(name, [*base, "--port", "0"], dict(os.environ)), stage, base)
+def service(role, code, log, parent=0):
+    name = role.name.lower()
+    command = [sys.executable, "-c", code, name, str(log), str(parent)]
+    return Child(name, role, command, dict(os.environ))
 
 
 def supervisor(log, workers=None, max_restarts=2):
-    workers = workers or [service("encoder", 0, WORKER, log), service("llm", 1, WORKER, log)]
+    workers = workers or [service(Role.ENCODER, WORKER, log), service(Role.LLM, WORKER, log)]
     return Supervisor(
         workers,
-        lambda encoders, llms: service("gateway", 2, GATEWAY, log),
+        lambda encoders, llms: service(Role.GATEWAY, GATEWAY, log),
         start_timeout_s=100,
         stop_timeout_s=60,
         max_restarts=max_restarts,
@@ -89,7 +90,7 @@ def test_stops_gateway_then_llm_then_encoder(tmp_path):
         async with supervisor(log) as made:
             task = asyncio.create_task(made.run())
             await until_ready(made, task)
-            pids = [s.child.pid for s in made._all]
+            pids = [child.pid for child in made._children]
             made.stop()
             await task
         return pids
@@ -105,7 +106,7 @@ def test_a_killed_child_comes_back_at_its_port(tmp_path):
         async with supervisor(tmp_path / "ends") as made:
             task = asyncio.create_task(made.run())
             await until_ready(made, task)
-            child = made._workers[1].child
+            child = made._workers[1]
             pid, address = child.pid, child.address
             os.kill(pid, signal.SIGKILL)
             while child.pid == pid or not child.running:
@@ -124,14 +125,13 @@ def test_gives_up_after_repeated_crashes_and_stops_the_rest(tmp_path, caplog):
     slow = WORKER.replace("asyncio.run(main())", "asyncio.run(main())\nimport time; time.sleep(1)")
 
     async def run():
-        workers = [service("encoder", 0, WORKER, log), service("llm", 1, slow, log)]
+        workers = [service(Role.ENCODER, WORKER, log), service(Role.LLM, slow, log)]
         async with supervisor(log, workers, max_restarts=1) as made:
             task = asyncio.create_task(made.run())
             await until_ready(made, task)
             doomed = made._workers[0]
-            doomed.base_command = [sys.executable, "-c", FAILS]
-            doomed.child.command = [sys.executable, "-c", FAILS]
-            os.kill(doomed.child.pid, signal.SIGKILL)
+            doomed.command = [sys.executable, "-c", FAILS]
+            os.kill(doomed.pid, signal.SIGKILL)
             with pytest.raises(StartupError, match=r"giving up: encoder .*out of luck"):
                 await task
 
@@ -144,7 +144,7 @@ def test_gives_up_after_repeated_crashes_and_stops_the_rest(tmp_path, caplog):
 @pytest.mark.process
 def test_a_child_that_cannot_start_is_quoted(tmp_path):
     async def run():
-        workers = [service("encoder", 0, FAILS, tmp_path / "ends")]
+        workers = [service(Role.ENCODER, FAILS, tmp_path / "ends")]
         async with supervisor(tmp_path / "ends", workers) as made:
             with pytest.raises(StartupError, match=r"encoder ended with status 3.*out of luck"):
                 await made.run()
@@ -177,18 +177,19 @@ def test_children_end_when_the_parent_is_killed(tmp_path):
 
 UP = """
 import asyncio, sys
-from deploy import up
-from opticnerve import config
-from tests.integration.test_supervisor import GATEWAY, STUBBORN, service
+from opticnerve.cli import up
+from opticnerve.config import TelemetryConfig
+from opticnerve.config.command_line import start_logs
+from tests.integration.test_supervisor import GATEWAY, STUBBORN, Role, service
 class Commands:
     def __init__(self, settings, given):
         print(given["store"], flush=True)
     def workers(self):
-        return [service("llm", 1, STUBBORN, sys.argv[1])]
+        return [service(Role.LLM, STUBBORN, sys.argv[1])]
     def gateway(self, encoders, llms):
-        return service("gateway", 2, GATEWAY, sys.argv[1])
+        return service(Role.GATEWAY, GATEWAY, sys.argv[1])
 up.Commands = Commands
-config.begin_logs(config.TelemetryConfig())
+start_logs(TelemetryConfig())
 asyncio.run(up.run({"port": 0}))
 """
 STUBBORN = "import functools, os" + WORKER.replace(
@@ -283,7 +284,7 @@ def test_a_child_that_starts_hears_of_a_sighup_once_it_listens(capfd):
     )
 
     async def run():
-        child = Child("slow", [sys.executable, "-c", slow], dict(os.environ))
+        child = Child("slow", Role.LLM, [sys.executable, "-c", slow], dict(os.environ))
         await child.start()
         try:
             child.hang_up()
@@ -311,7 +312,7 @@ def test_a_closed_terminal_stops_no_child(monkeypatch):
     )
 
     async def run():
-        child = Child("chatty", [sys.executable, "-c", code], dict(os.environ))
+        child = Child("chatty", Role.LLM, [sys.executable, "-c", code], dict(os.environ))
         await child.start()
         assert await asyncio.wait_for(child.wait(), 60) == 0
         assert child.address == "a"
@@ -325,9 +326,9 @@ def test_the_gateways_own_variables_are_kept_from_workers(monkeypatch):
     monkeypatch.setenv("OPTICNERVE_THREADS", "3")
     made = up.Commands(UpConfig(), {"parent_pid": 1}).workers()
     for worker in made:
-        mine = {name for name in worker.child.environment if name.startswith("OPTICNERVE_")}
+        mine = {name for name in worker.environment if name.startswith("OPTICNERVE_")}
         assert mine == {"OPTICNERVE_THREADS"}
-        assert worker.child.environment["OMP_NUM_THREADS"] == "3"
+        assert worker.environment["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("OPTICNERVE_THREADS", "three")
     with pytest.raises(StartupError, match="OPTICNERVE_THREADS"):
         up.Commands(UpConfig(), {"parent_pid": 1})
@@ -344,9 +345,9 @@ def test_each_pool_divides_all_cores(cores, encoders, llms, of_encoders, of_llms
     settings = UpConfig(encoders=encoders, llms=llms)
     for given, share in (({}, None), ({"threads": 7}, 7)):
         for worker in up.Commands(settings, {"parent_pid": 1, **given}).workers():
-            want = share or (of_encoders if worker.child.name.startswith("encoder") else of_llms)
-            assert worker.child.environment["OMP_NUM_THREADS"] == str(want)
-            command = worker.child.command
+            want = share or (of_encoders if worker.name.startswith("encoder") else of_llms)
+            assert worker.environment["OMP_NUM_THREADS"] == str(want)
+            command = worker.command
             assert command[command.index("--threads") + 1] == str(want)
 
 
@@ -363,7 +364,7 @@ def test_a_port_that_is_taken_is_found_before_anything_starts(flag, monkeypatch)
 def test_a_metrics_host_is_for_every_service_and_is_tried_before_anything_starts(monkeypatch):
     commands = up.Commands(UpConfig(), {"parent_pid": 1, "metrics_host": "127.0.0.2"})
     for made in (*commands.workers(), commands.gateway([], [])):
-        command = made.child.command
+        command = made.command
         assert command[command.index("--metrics-host") + 1] == "127.0.0.2"
     monkeypatch.setattr(up, "Supervisor", None)
     nobodys = "192.0.2.1"  # Of documentation alone: no interface has it.

@@ -5,13 +5,15 @@ import json
 
 import pytest
 
-from opticnerve import config, flags
+from opticnerve import config
 from opticnerve.addresses import LOOPBACK, Hosts
 from opticnerve.cli import up
-from opticnerve.cli.supervisor import child_environment
+from opticnerve.cli.up import child_environment
+from opticnerve.config import command_line
+from opticnerve.config.options import Group, build, options, public_view, to_command_line
+from opticnerve.config.sizes import format_size
 from opticnerve.errors import ConfigError
 from opticnerve.media.plan import parse_background
-from opticnerve.options import build, options, public_view, show_size
 from opticnerve.telemetry import logs
 from opticnerve.worker import open_worker_store
 
@@ -19,7 +21,7 @@ SERVICES = [config.EncoderConfig, config.LLMConfig, config.GatewayConfig, config
 
 
 def parse(cls, *argv, environment=None):
-    parser = flags.service_parser("test", "", [cls])
+    parser = command_line.service_parser("test", "", options(cls))
     return build(cls, vars(parser.parse_args(argv)), environment or {})
 
 
@@ -98,9 +100,9 @@ def test_the_least_number_is_served():
 
 
 def test_unknown_variable_is_refused():
-    config.check_environment({"OPTICNERVE_STORE": "memory://", "PATH": "/bin"})
+    command_line.check_environment({"OPTICNERVE_STORE": "memory://", "PATH": "/bin"})
     with pytest.raises(ConfigError, match="OPTICNERVE_STROE"):
-        config.check_environment({"OPTICNERVE_STROE": "memory://"})
+        command_line.check_environment({"OPTICNERVE_STROE": "memory://"})
 
 
 SERVICE_LINKS = {
@@ -121,9 +123,9 @@ SERVICE_LINKS = {
 
 @pytest.mark.parametrize("cls", SERVICES)
 def test_service_links_of_kubernetes_are_ignored_with_one_line(cls, caplog, monkeypatch):
-    config.check_environment(SERVICE_LINKS)
+    command_line.check_environment(SERVICE_LINKS)
     monkeypatch.setattr(logs, "configure", lambda level, form: None)
-    config.begin_logs(config.TelemetryConfig(), SERVICE_LINKS)
+    command_line.start_logs(config.TelemetryConfig(), environment=SERVICE_LINKS)
     (line,) = caplog.messages
     assert all(name in line for name in SERVICE_LINKS)
     assert parse(cls, environment=SERVICE_LINKS) == cls()
@@ -132,13 +134,13 @@ def test_service_links_of_kubernetes_are_ignored_with_one_line(cls, caplog, monk
 def test_no_child_is_told_of_service_links(monkeypatch):
     for name, value in {**SERVICE_LINKS, "OPTICNERVE_METRICS_PORT": "9100"}.items():
         monkeypatch.setenv(name, value)
-    ours = {name for name in child_environment(1, (), 0) if name in SERVICE_LINKS}
+    ours = {name for name in child_environment(1) if name in SERVICE_LINKS}
     assert ours == {"OPTICNERVE_METRICS_PORT"}
 
 
 def test_a_port_is_no_service_link(caplog):
     environment = {"OPTICNERVE_PORT": "8080", "OPTICNERVE_METRICS_PORT": "9090"}
-    config.check_environment(environment)
+    command_line.check_environment(environment)
     made = parse(config.GatewayConfig, environment=environment)
     assert (made.port, made.telemetry.metrics_port) == (8080, 9090)
     assert not caplog.messages
@@ -157,7 +159,7 @@ def test_a_port_is_no_service_link(caplog):
 )
 def test_what_only_resembles_a_service_link_is_unknown(name, value):
     with pytest.raises(ConfigError, match=name):
-        config.check_environment({**SERVICE_LINKS, name: value})
+        command_line.check_environment({**SERVICE_LINKS, name: value})
 
 
 @pytest.mark.parametrize("value", ["tcp://10.0.0.1", "http://10.0.0.1:80", "tcp://:80", ""])
@@ -174,11 +176,8 @@ def test_arguments_make_the_same_configuration_again(cls):
         "drain_timeout_s": 1.5,
     }  # fmt: skip
     given = {item.name: values.get(item.name) for item in options(cls)}
-    argv = []
-    for item in options(cls):
-        value = given[item.name]
-        if value is not None:
-            argv += [value] if item.name == "model" else item.to_arguments(value)
+    argv, variables = to_command_line(options(cls), given)
+    assert not variables
     assert parse(cls, *argv) == build(cls, given, {})
 
 
@@ -209,7 +208,7 @@ def test_a_password_on_a_command_line_is_warned_of(command, store, told, capsys,
     def read(argv):
         argv = [*argv, "--log-format", "json"]
         if command == "encoder":
-            flags.read(command, "", config.EncoderConfig, argv)
+            command_line.read_config(command, "", config.EncoderConfig, argv)
         else:
             up.main(argv)
         lines = capsys.readouterr().err.splitlines()
@@ -347,7 +346,7 @@ def test_sizes_have_units():
     made = parse(config.GatewayConfig, "--max-media-bytes", "512M", "--max-request-bytes", "2 GB")
     assert (made.max_media_bytes, made.max_request_bytes) == (512 * 2**20, 2 * 10**9)
     assert parse(config.GatewayConfig, "--max-media-bytes", "1000").max_media_bytes == 1000
-    assert [show_size(n) for n in (0, 1000, 20 * 2**20, 2**30)] == ["0", "1000", "20MiB", "1GiB"]
+    assert [format_size(n) for n in (0, 1000, 20 * 2**20, 2**30)] == ["0", "1000", "20MiB", "1GiB"]
 
 
 def test_addresses():
@@ -370,22 +369,23 @@ def test_the_nearest_known_name_is_offered(capsys):
     with pytest.raises(SystemExit):
         parse(config.LLMConfig, "--max-num", "1")  # A flag is not cut short.
     with pytest.raises(ConfigError, match=r"did you mean OPTICNERVE_STORE\?"):
-        config.check_environment({"OPTICNERVE_STROE": "memory://"})
+        command_line.check_environment({"OPTICNERVE_STROE": "memory://"})
 
 
 @pytest.mark.parametrize("cls", SERVICES)
 def test_every_option_has_its_place_in_help(cls):
     for item in options(cls):
         spec = item.spec
-        assert spec.group in config.GROUPS, item.name
+        assert spec.group in Group, item.name
         assert spec.help, item.name
-        named = spec.metavar or spec.choices or item.is_bool or item.name == "model"
+        named = item.metavar or spec.choices or item.kind is bool or item.name == "model"
         assert named, f"{item.name} needs a metavar"
 
 
 def test_internal_flags_work_and_are_not_shown():
     assert parse(config.LLMConfig, "--parent-pid", "7").rpc.parent_pid == 7
-    assert "--parent-pid" not in flags.service_parser("llm", "", [config.LLMConfig]).format_help()
+    parser = command_line.service_parser("llm", "", options(config.LLMConfig))
+    assert "--parent-pid" not in parser.format_help()
     assert "parent_pid" not in public_view(config.LLMConfig())
 
 

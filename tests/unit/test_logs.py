@@ -108,12 +108,13 @@ def test_urls_that_are_fetched_are_not_logged(capsys):
 ENDS = """
 import sys, threading, warnings
 from opticnerve.cli import commands as cli
-from opticnerve.config import TelemetryConfig, begin_logs
+from opticnerve.config import TelemetryConfig
+from opticnerve.config.command_line import start_logs
 from opticnerve.errors import StartupError
 class module:
     @staticmethod
     def main(argv):
-        begin_logs(TelemetryConfig(log_format=argv[0]))
+        start_logs(TelemetryConfig(log_format=argv[0]))
         warnings.warn("careful")
         thread = threading.Thread(target=lambda: 1 / 0)
         thread.start()

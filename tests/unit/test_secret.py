@@ -12,8 +12,9 @@ import pytest
 
 from opticnerve import config
 from opticnerve.cli import up
+from opticnerve.config.options import build
 from opticnerve.errors import ConfigError, StartupError
-from opticnerve.secret import LEAST_CHARACTERS, MAX_BYTES, make_secret, read_secret
+from opticnerve.secret import MAX_BYTES, MIN_CHARACTERS, make_secret, read_secret
 
 OPTION = "store_key_file"
 
@@ -49,7 +50,7 @@ def test_white_space_around_a_secret_is_no_part_of_it(tmp_path: Path) -> None:
     ("data", "told"),
     [
         (b" \n", "is empty"),
-        (b"hunter2", f"7 characters.*at least {LEAST_CHARACTERS}"),
+        (b"hunter2", f"7 characters.*at least {MIN_CHARACTERS}"),
         (b"a" * 40 + b" " + b"b" * 40, "one word"),
         (b"a" * 40 + b"\xff", "one word"),
         (b"a" * (MAX_BYTES + 1), f"more than {MAX_BYTES} bytes"),
@@ -87,13 +88,14 @@ def test_a_file_that_others_may_read_is_warned_of(
 
 def commands(given: dict[str, Any]) -> list[list[str]]:
     with up._run_directory() as directory:
-        secrets = up._secrets(given, directory)
+        settings = build(config.GatewayConfig, given), build(config.StoreConfig, given)
+        secrets = up._secret_files(*settings, directory)
         for path in map(Path, secrets.values()):
             assert not path.is_relative_to(directory) or len(read_secret(str(path), OPTION)) == 64
         workers = up.Commands(config.UpConfig(), {"parent_pid": 1, **given, **secrets}).workers()
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert not directory.exists()
-    return [worker.child.command for worker in workers]
+    return [worker.command for worker in workers]
 
 
 def of_flag(command: list[str], flag: str = "--store-key-file") -> str:

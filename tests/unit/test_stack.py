@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opticnerve.cli import ask, stack
+from opticnerve.cli import chat_client, stack
 from opticnerve.errors import InvalidRequest, OpticNerveError, Overloaded, StartupError, Unavailable
 
 
@@ -56,7 +56,7 @@ def test_an_error_within_a_stream_keeps_its_fields():
     told = {"message": "gone", "type": "t", "param": "messages[1]", "code": "unavailable"}
     lines = [f"data: {json.dumps({'error': told})}", "data: [DONE]"]
     with pytest.raises(Unavailable) as caught:
-        list(ask._events(iter(lines)))
+        list(chat_client.read_events(iter(lines)))
     assert (caught.value.param, caught.value.code) == ("messages[1]", "unavailable")
 
 
@@ -71,7 +71,14 @@ def test_an_error_within_a_stream_keeps_its_fields():
     ],
 )
 def test_flags_of_serve(given, flags):
-    assert stack._arguments(None, given) == flags
+    assert stack._up_command(None, given) == (flags, {})
+
+
+def test_a_flag_that_up_does_not_have_is_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(stack.subprocess, "Popen", None)
+    expected = "has no flag encoder, did you mean encoders"
+    with pytest.raises(StartupError, match=expected), stack.serve(encoder=2):
+        pass
 
 
 def test_serve_shows_no_password_on_a_command_line(monkeypatch):

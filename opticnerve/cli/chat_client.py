@@ -1,0 +1,123 @@
+"""Chat completions of a gateway, for scripts, ``opticnerve ask`` and ``opticnerve demo``."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+
+from opticnerve.errors import OpticNerveError, Unavailable, from_openai
+from opticnerve.media.pictures import Picture, is_url, read_picture
+
+NO_GATEWAY = "what answers at this URL is no gateway; check --url"
+TIMEOUT_S = 600.0
+
+
+def gateway_url(text: str) -> str:
+    """The base URL of a gateway, for a URL as users have it: with or without a scheme, and with or
+    without ``/v1`` or the whole route behind it. Raises ValueError."""
+    wrong = f"{text!r} is no address such as http://127.0.0.1:8000"
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        _ = parts.port  # Parsed when it is asked for.
+    except ValueError as error:
+        raise ValueError(wrong) from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError(wrong)
+    path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
+    return f"{parts.scheme}://{parts.netloc}{path.rstrip('/')}"
+
+
+def user_message(text: str, pictures: Iterable[Picture]) -> dict[str, Any]:
+    """A user's message in OpenAI's form, pictures first. Raises InvalidRequest for a file that
+    cannot be read."""
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": picture_url(picture)}} for picture in pictures
+    ]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def picture_url(picture: Picture) -> str:
+    """A URL as it is; a path, bytes or a Pillow image as a data: URL. Raises InvalidRequest for a
+    file that cannot be read."""
+    if is_url(picture):
+        return str(picture)
+    data = base64.b64encode(read_picture(picture)).decode()
+    return f"data:application/octet-stream;base64,{data}"
+
+
+def stream_chat(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The chunks of one streamed chat completion. Raises the gateway's error with its class,
+    Unavailable where nothing answers, and OpticNerveError for what is no gateway's answer."""
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    headers = {"Authorization": f"Bearer {key}"}
+    try:
+        with (
+            httpx2.Client(timeout=TIMEOUT_S, trust_env=False) as client,
+            client.stream(
+                "POST", f"{url}/v1/chat/completions", json=body, headers=headers
+            ) as answer,
+        ):
+            if answer.status_code != 200:
+                answer.read()
+                raise error_of(answer)
+            if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+                raise OpticNerveError(NO_GATEWAY)
+            yield from read_events(answer.iter_lines())
+    except httpx2.ConnectError as error:
+        raise Unavailable(
+            f"nothing answers at {url} ({error}); check --url, or start a gateway: opticnerve up"
+        ) from error
+    except httpx2.HTTPError as error:
+        why = str(error) or type(error).__name__
+        raise OpticNerveError(f"no answer from {url}: {why}") from error
+
+
+def read_events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The chunks in the lines of a stream of server-sent events. Raises like ``stream_chat``."""
+    for line in lines:
+        if not line.startswith("data: "):
+            continue
+        data = line.removeprefix("data: ")
+        if data == "[DONE]":
+            return
+        try:
+            event = json.loads(data)
+        except ValueError as error:
+            raise OpticNerveError(NO_GATEWAY) from error
+        if isinstance(event, dict) and "error" in event:
+            raise from_openai(event)
+        if not isinstance(event, dict) or not isinstance(event.get("choices"), list):
+            raise OpticNerveError(NO_GATEWAY)
+        yield event
+    raise OpticNerveError("the answer ended early, without [DONE]")
+
+
+def print_answer(url: str, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Prints an answer as it is streamed; returns its text and its timings in milliseconds."""
+    text = ""
+    timings: dict[str, Any] = {}
+    for chunk in stream_chat(url, {**body, "timings": True}):
+        timings = chunk.get("timings") or timings
+        for choice in chunk["choices"]:
+            piece = choice["delta"].get("content") or ""
+            text += piece
+            print(piece, end="", flush=True)
+    print()
+    return text, timings
+
+
+def error_of(answer: httpx2.Response) -> OpticNerveError:
+    """The error in a gateway's answer that has been read whole, as an exception of its class."""
+    try:
+        body = answer.json()
+    except ValueError:  # A proxy's answer, say.
+        body = None
+    after = answer.headers.get("retry-after", "")
+    return from_openai(body, answer.status_code, float(after) if after.isdecimal() else None)

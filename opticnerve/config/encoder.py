@@ -1,0 +1,41 @@
+"""``opticnerve encoder``"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from opticnerve.config import shared
+from opticnerve.config.options import Group, option
+
+_batches = partial(option, group=Group.BATCHES)
+_pictures = partial(option, group=Group.PICTURES)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Settings of an encoder."""
+
+    model: shared.ModelConfig = shared.ModelConfig()
+    rpc: shared.RpcConfig = shared.RpcConfig()
+    store: shared.StoreConfig = shared.StoreConfig()
+    max_batch_patches: int = _batches(0, "patches of one forward pass; 0: sized from the device")
+    max_queue_patches: int = _batches(
+        0, "patches that may wait before items are refused; 0: 16 batches"
+    )
+    preprocess_workers: int = _batches(0, "threads that decode and resize pictures; 0: one a core")
+    max_item_bytes: int = _pictures(
+        20 * 2**20, "compressed size of one picture, at the encoder", size=True
+    )
+    max_image_pixels: int = shared.MAX_IMAGE_PIXELS()
+    max_decode_passes: int = shared.MAX_DECODE_PASSES()
+    max_decode_bytes: int = _pictures(
+        0,
+        "memory for pictures that are being decoded, a quarter of it for light ones; one always "
+        "fits. 0: 256MiB a preprocess worker, 2GiB at least",
+        size=True,
+    )
+    decode_timeout_s: float = _pictures(
+        30.0, "how much of a core's time decoding a heavy picture may take before it is ended"
+    )
+    telemetry: shared.TelemetryConfig = shared.TelemetryConfig()

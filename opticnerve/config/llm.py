@@ -1,0 +1,53 @@
+"""``opticnerve llm``"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from opticnerve import addresses
+from opticnerve.config import shared
+from opticnerve.config.options import Group, option
+
+_engine = partial(option, group=Group.ENGINE)
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """Settings of an LLM worker."""
+
+    model: shared.ModelConfig = shared.ModelConfig()
+    rpc: shared.RpcConfig = shared.RpcConfig()
+    store: shared.StoreConfig = shared.StoreConfig()
+    fetch_from: tuple[str, ...] = option(
+        (),
+        "hosts whose encoders embeddings may be fetched from, where the store has none; default: "
+        "with --rpc-token-file those that callers name, else this machine, where --host is "
+        "loopback, or none",
+        group=Group.STORE,
+        metavar="HOST,...",
+        expects="a host: a name, *.NAME for all below one, an IP or a network such as 10.0.0.0/8",
+        check=addresses.check_host,
+    )
+    max_model_len: int = _engine(
+        0, "tokens of prompt and output together; 0: as many as the model knows"
+    )
+    max_num_seqs: int = _engine(64, "sequences that run at once", minimum=1)
+    max_num_batched_tokens: int = _engine(2048, "tokens of one step", minimum=1)
+    max_step_ms: int = _engine(
+        250,
+        "how long one step may take while any sequence decodes: prompts are computed in chunks "
+        "that fit, by the speed measured; 0: chunks of any length",
+    )
+    max_waiting: int = _engine(1024, "requests that may wait before more are refused", minimum=1)
+    kv_cache_tokens: int = _engine(0, "tokens that the KV cache holds; 0: sized from memory")
+    no_prefix_caching: bool = _engine(False, "do not share KV pages between requests")
+    attention: str = _engine("auto", "attention backend", choices=("auto", "sdpa"))
+    engine: str = _engine(
+        "thread",
+        "run the engine in a thread, or in a process of its own",
+        choices=("thread", "process"),
+    )
+    embedding_wait_ms: int = _engine(30_000, "how long a sequence waits for its embeddings")
+    max_logprobs: int = shared.MAX_LOGPROBS()
+    telemetry: shared.TelemetryConfig = shared.TelemetryConfig()
