@@ -55,8 +55,8 @@ from bench.http_client import (
     order,
     spread,
 )
+from examples.demo_training import scenes
 from opticnerve.cli.stack import Stack
-from opticnerve.demo import scenes
 
 TEXT: dict[str, Any] = {
     "hidden_size": 768,

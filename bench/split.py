@@ -31,6 +31,7 @@ from grpc_health.v1 import health_pb2
 
 import opticnerve
 from bench import report
+from examples.demo_training import scenes
 from gateway.api.schemas.chat import ChatRequest
 from gateway.api.schemas.parsing import parse
 from gateway.media.dataurl import read_data_url
@@ -44,7 +45,6 @@ from llm_service.policy.limits import EngineConfig
 from llm_service.policy.sequence import GenerateRequest, TokensEvent
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
-from opticnerve.demo import scenes
 from opticnerve.generation.values import Sampling
 from opticnerve.media.decode import decode
 from opticnerve.media.keys import content_key

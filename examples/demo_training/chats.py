@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
-from opticnerve.demo import questions, scenes
+from examples.demo_training import questions, scenes
 
 IGNORE = -100
 

@@ -10,7 +10,7 @@ import sys
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
 
-from opticnerve.demo import questions
+from examples.demo_training import questions
 
 SPECIAL = [
     "<|endoftext|>",

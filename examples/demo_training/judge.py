@@ -11,8 +11,8 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
+from examples.demo_training import questions, scenes
 from examples.demo_training.chats import Encoder, collate, evaluate, forward, same_size_attention
-from opticnerve.demo import questions, scenes
 
 QUESTIONS = [
     questions.ask_describe,

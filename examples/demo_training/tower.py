@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
+from examples.demo_training import scenes
 from examples.demo_training.chats import patches, read_settings, same_size_attention
-from opticnerve.demo import scenes
 
 NONE = len(scenes.SHAPES)
 

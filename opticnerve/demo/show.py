@@ -1,8 +1,8 @@
 """``opticnerve demo``: the whole stack answers questions about bundled pictures.
 
-Starts encoder, LLM worker and gateway on this machine, asks over HTTP, streams each answer as it
-comes, and ends with where the time of each request went. Exit status 0 only if every answer is
-the right one; the right ones come from the scenes that the pictures were drawn from.
+Starts an encoder, an LLM worker and the gateway on this machine, asks over HTTP, prints each answer
+as it is streamed, and ends with a table of the time in each stage. Exit status 0 only if every
+answer is right.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WIDTH = 78
 
 @dataclass(frozen=True)
 class TurnResult:
-    """What came back for one turn. ``timings``: milliseconds by stage, as the gateway reports."""
+    """The answer to one turn. ``timings``: milliseconds by stage, as the gateway reports them."""
 
     turn: Turn
     text: str
@@ -43,7 +43,7 @@ class TurnResult:
 
     @property
     def pictures(self) -> str:
-        """How the pictures' embeddings were had."""
+        """Where the pictures' embeddings came from."""
         ways = [CACHED[item["cached"]] for item in self.timings["items"]]
         return ", ".join(dict.fromkeys(ways)) or "no picture"
 

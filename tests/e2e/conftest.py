@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import opticnerve
-from opticnerve.demo import scenes
+from examples.demo_training import scenes
 from opticnerve.demo.chats import PICTURES
 
 

@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from opticnerve.demo.scenes import Item
+from examples.demo_training.scenes import Item
 from tests.e2e.conftest import data_url, png, scene, user
 from tests.system import wait_for
 

@@ -10,7 +10,7 @@ import openai
 import pytest
 from PIL import Image
 
-from opticnerve.demo.scenes import Item
+from examples.demo_training.scenes import Item
 from tests.e2e.conftest import bundled, data_url, png, scene, user
 
 STAR = "A large red star in the center."

@@ -9,9 +9,9 @@ import httpx2
 import pytest
 from PIL import Image, ImageDraw
 
-from opticnerve.demo import scenes
+from examples.demo_training import scenes
+from examples.demo_training.scenes import Item
 from opticnerve.demo.chats import PICTURES, TURNS
-from opticnerve.demo.scenes import Item
 from tests.e2e.conftest import bundled, data_url, png, scene, user
 
 STAR = "A large red star in the center."

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from opticnerve.demo import scenes
+from examples.demo_training import scenes
 from opticnerve.errors import InvalidMedia, PlanMismatch
 from opticnerve.media.decode import decode
 from opticnerve.media.plan import Grid, Modality, Plan

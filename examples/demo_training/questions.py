@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from opticnerve.demo.scenes import (
+from examples.demo_training.scenes import (
     COLORS,
     DIRECTIONS,
     NUMBERS,

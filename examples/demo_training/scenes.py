@@ -1,7 +1,7 @@
 """Drawn pictures: shapes on a three by three grid, short texts, one moving shape.
 
 Everything comes from a seeded generator: the same seed always draws the same picture.
-``opticnerve.demo.questions`` asks about them.
+``examples.demo_training.questions`` asks about them.
 """
 
 from __future__ import annotations
