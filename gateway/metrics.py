@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from opticnerve.telemetry.metrics import CACHE_LOOKUPS, SECONDS, STAGE_SECONDS, serve
+from opticnerve.telemetry.metrics import CACHE_LOOKUPS, SECONDS, STAGE_SECONDS, export
 
 __all__ = [
     "CACHE_LOOKUPS",
@@ -15,7 +15,7 @@ __all__ = [
     "STAGE_SECONDS",
     "TOKENS",
     "TTFT_SECONDS",
-    "serve",
+    "export",
 ]
 
 REQUESTS = Counter("opticnerve_requests_total", "HTTP requests", ["route", "status"])

@@ -201,7 +201,7 @@ def _serve_metrics(settings: GatewayConfig) -> None:
     shown = settings.telemetry
     if shown.metrics_port >= 0:
         where = shown.metrics_host or settings.listen_host
-        log.info("metrics at %s", metrics.serve(shown.metrics_port, where))
+        log.info("metrics at %s", metrics.export(shown.metrics_port, where))
 
 
 def _own_pair_id(checkpoint: Checkpoint) -> str | None:

@@ -9,9 +9,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Summa
 from prometheus_client.metrics_core import Metric
 
 from llm_service.policy.sequence import EngineStats
-from opticnerve.telemetry.metrics import CACHE_LOOKUPS, STAGE_SECONDS, reading
+from opticnerve.telemetry.metrics import CACHE_LOOKUPS, STAGE_SECONDS, collected
 
-__all__ = ["CACHE_LOOKUPS", "STAGE_SECONDS", "TOKENS", "of_engine", "reading"]
+__all__ = ["CACHE_LOOKUPS", "STAGE_SECONDS", "TOKENS", "collected", "engine_stats"]
 
 TOKENS = Counter(
     "opticnerve_llm_tokens_total",
@@ -20,7 +20,7 @@ TOKENS = Counter(
 )
 
 
-def of_engine(stats: EngineStats) -> Iterator[Metric]:
+def engine_stats(stats: EngineStats) -> Iterator[Metric]:
     """The engine's state, as it is now."""
     yield GaugeMetricFamily(
         "opticnerve_kv_blocks_free", "KV pages that no sequence holds", stats.free_blocks

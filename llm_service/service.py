@@ -64,7 +64,7 @@ def open_worker(settings: LLMConfig) -> AbstractAsyncContextManager[LLMServicer]
         engine = _open_engine(settings, store, rows)
         stack.push_async_callback(engine.close)
         await _start(engine)
-        stack.enter_context(metrics.reading(lambda: metrics.of_engine(engine.stats)))
+        stack.enter_context(metrics.collected(lambda: metrics.engine_stats(engine.stats)))
         bounds = Bounds(engine.config, layout, settings.max_logprobs)
         identity = await asyncio.to_thread(_identity, settings, checkpoint, layout, store)
         servicer.loaded = Loaded(engine, fetcher, bounds, identity, settings.embedding_wait_ms)

@@ -60,7 +60,7 @@ async def serving(
         await server.start()
         if settings.telemetry.metrics_port >= 0:
             host = settings.telemetry.metrics_host or settings.rpc.host
-            log.info("metrics at %s", metrics.serve(settings.telemetry.metrics_port, host))
+            log.info("metrics at %s", metrics.export(settings.telemetry.metrics_port, host))
         await load(servicer, stack)
         await server.ready()
         yield servicer
@@ -74,5 +74,5 @@ def open_worker_store(config: StoreConfig, seal: Seal | None, stack: AsyncExitSt
     except StoreError as error:
         raise StartupError(error.message) from error
     stack.callback(store.close)
-    stack.enter_context(metrics.reading(lambda: metrics.of_store(store)))
+    stack.enter_context(metrics.collected(lambda: metrics.store_size(store)))
     return store

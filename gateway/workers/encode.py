@@ -374,9 +374,9 @@ def _vouched(ref: EmbeddingRef, worker: Worker) -> EmbeddingRef:
 def _note(run: _EncodeRun, request_id: str) -> None:
     """Where the item of the request under way was encoded, and under whose id."""
     for address in run.called:
-        events.also(encoder=address)
+        events.append(encoder=address)
     if run.request_id != request_id:
-        events.also(encoded_as=run.request_id)
+        events.append(encoded_as=run.request_id)
 
 
 def _has_fingerprint(item: Encodable) -> Accepts:

@@ -164,7 +164,7 @@ class FailoverGeneration:
         """Raises where the generation has taken too many workers with it."""
         if self.complete:
             return
-        events.also(lost=self.worker)
+        events.append(lost=self.worker)
         if deaths > MAX_DEATHS:
             raise Unavailable(
                 "the workers that served this request were lost one after another; "
@@ -191,7 +191,7 @@ class FailoverGeneration:
     async def _attempt(self, worker: Worker) -> AsyncGenerator[Delta | Done, None]:
         self.deadline.check()
         self.worker = worker.address
-        events.also(llm=worker.address)
+        events.append(llm=worker.address)
         stream = GenerateStream(
             llm_pb2_grpc.LLMStub(worker.channel),
             self._start(),

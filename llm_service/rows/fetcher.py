@@ -184,7 +184,7 @@ class Fetcher:
                     raise EmbeddingCorrupt("an encoder sent more than the reference describes")
         except grpc.RpcError as error:
             told = from_rpc(error)
-            events.also(fetch_failed=f"{address} {told.code or told.type}")
+            events.append(fetch_failed=f"{address} {told.code or told.type}")
             if isinstance(told, Unauthenticated):
                 log.warning("Fetch from %s: %s", address, told.message)
             return None

@@ -250,7 +250,7 @@ class Call:
     def _note(self, delta: Delta) -> None:
         self._tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
-            events.also(finish=delta.finish_reason.value)
+            events.append(finish=delta.finish_reason.value)
 
     async def _read(self, messages: AsyncIterator[pb.GenerateIn]) -> None:
         """Takes what the caller sends after Start."""

@@ -95,14 +95,14 @@ def _gateway(url: str | None, model: str | None) -> Iterator[str]:
 
 
 def _message(question: str, pictures: Sequence[str]) -> dict[str, Any]:
-    """Everything that can be wrong with the question is told here, before a stack is started.
-    Raises StartupError."""
+    """The question as a message. Raises StartupError for anything that is wrong with it, so that no
+    stack is started in vain."""
     _check_order(question, pictures)
     return user_message(question, [_read(picture) for picture in pictures])
 
 
 def _check_order(question: str, pictures: Sequence[str]) -> None:
-    """Raises StartupError for a picture where the question is to stand."""
+    """Raises StartupError for a picture where the question should be, which comes last."""
     first = pictures[0] if pictures else ""
     swapped = bool(first) and not _is_picture(first) and not os.path.isdir(first)
     if os.path.isdir(question) and (swapped or not first):
@@ -120,7 +120,7 @@ def _check_order(question: str, pictures: Sequence[str]) -> None:
 
 
 def _no_file(name: str) -> str:
-    """Why a name is none of a picture."""
+    """Why ``name`` cannot be read as a picture."""
     if os.path.isdir(name):
         return f"{name} is a directory; give the pictures in it"
     hint = "; a URL begins with http:// or https://" if "://" in name else ""
@@ -132,8 +132,8 @@ def _is_picture(word: str) -> bool:
 
 
 def _read(picture: str) -> str:
-    """The picture's URL; a file as a data: URL, if it is a picture of a format that is served.
-    How large it may be is the gateway's to say."""
+    """The picture's URL; that of a file is a data: URL. Raises StartupError for a file that is no
+    picture of a supported format; only the gateway limits its size."""
     if is_url(picture):
         return picture
     if os.path.isdir(picture) or not os.path.exists(picture):

@@ -1,4 +1,4 @@
-"""The command line. Thin: every command is a module's ``main``, found by name.
+"""The command line: finds the module of a command by name and calls its ``main``.
 
 opticnerve up        all services on this machine
 opticnerve gateway   the HTTP front
@@ -30,7 +30,7 @@ COMMANDS = {
     "ask": ("opticnerve.cli.ask", "ask about pictures; the answer is streamed"),
     "demo": ("opticnerve.demo.show", "the built-in checkpoint answers about bundled pictures"),
 }
-PREFIX = "opticnerve: "  # Of the line that says why a command could not start.
+PREFIX = "opticnerve: "  # Of the line that says why a command could not start; stack.py reads it.
 
 
 def usage() -> str:
@@ -53,7 +53,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status. 2: it could not start, and said why."""
+    """Runs a command; returns its exit status, which is 2 if the command could not start."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(usage())
@@ -72,19 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def quiet_grpc() -> None:
-    """Keeps notes of gRPC's C library off our stderr, here and in the processes that we start.
+    """Keeps informational lines of gRPC's C library off stderr, here and in child processes.
 
-    Before gRPC is imported, which reads the variable once. A value of the user's counts.
+    Call it before gRPC is imported, which reads the variable once. A value that the user set stays.
     """
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 def wait_briefly() -> None:
-    """Lets tensor threads that wait for work spin for less than 0.1 ms, here and in the processes
-    that we start, not for milliseconds as GNU's OpenMP does: they would take the cores of whoever
-    has work.
+    """Makes idle OpenMP threads spin for less than 0.1 ms, here and in child processes, instead of
+    the milliseconds that GNU's OpenMP spins for: spinning threads take cores from other processes.
 
-    Before torch is imported, which reads the variables once. A value of the user's counts.
+    Call it before torch is imported, which reads the variables once. Values that the user set stay.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -93,8 +92,7 @@ def wait_briefly() -> None:
 
 def run(module: str, argv: Sequence[str]) -> int:
     """Calls ``main(argv)`` of a module; a StartupError becomes its message and status 2."""
-    # Taking torch's objects apart one by one at the end would cost seconds, and free nothing that
-    # the process's end does not free.
+    # Freezing spares the collection at exit, which takes seconds over torch's objects.
     atexit.register(gc.freeze)
     try:
         return int(importlib.import_module(module).main(argv) or 0)
@@ -103,6 +101,6 @@ def run(module: str, argv: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # The reader of our output left: `opticnerve ask ... | head`.
+    except BrokenPipeError:  # The output's reader has closed it: `opticnerve ask ... | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

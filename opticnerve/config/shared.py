@@ -20,7 +20,7 @@ MIN_IMAGE_PIXELS = 64 * 64  # At its start an encoder decodes a picture of this 
 MIN_DECODE_PASSES = 2**20  # What the markers of an ordinary picture may take.
 
 DRAIN_HELP = "how long running requests may go on after SIGTERM or Ctrl-C; a second one ends them"
-PARENT_HELP = "end when this process is gone; set by whoever starts this one"
+PARENT_HELP = "end when this process, the parent, has ended"
 TOKEN_HELP = (
     "file of the token that the gateway's and its workers' calls to each other carry: one secret "
     "for all of them, such as `openssl rand -hex 32` makes; `up` makes its own"
@@ -93,7 +93,7 @@ class RpcConfig:
     rpc_token_file: str | None = _address(None, TOKEN_HELP, metavar="FILE")
     insecure: bool = _address(
         False,
-        "listen beyond this machine without --rpc-token-file: where the network keeps out whoever "
+        "listen beyond this machine without --rpc-token-file, because the network keeps out who "
         "may not use this worker",
     )
     reflection: bool = _address(
@@ -103,8 +103,8 @@ class RpcConfig:
     parent_pid: int = _address(0, PARENT_HELP, metavar="PID", hidden=True)
 
     def __post_init__(self) -> None:
-        """Raises ConfigError where anybody on the network could use the worker and nobody said
-        that this is meant."""
+        """Raises ConfigError if anyone on the network could use the worker and ``insecure`` does
+        not allow it."""
         if self.rpc_token_file or self.insecure or addresses.is_loopback(self.host):
             return
         raise ConfigError(

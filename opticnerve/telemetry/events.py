@@ -1,8 +1,8 @@
-"""The one line that a request leaves in the log of each process that touched it.
+"""Request events: the one line that each process logs for a request that it served.
 
-Whoever serves the request adds what is worth knowing, at whatever depth (``note``, ``also``,
-``failed``); whoever surrounds it (``gateway.edge.middleware``, ``opticnerve.rpc.calls``) begins the
-event and writes it at the end, however that comes.
+The code around a request (``gateway.edge.middleware``, ``opticnerve.rpc.calls``) begins the event,
+and writes it when the request ends in any way. Code that serves the request adds fields at any
+depth: ``note``, ``append``, ``failed``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ log = logging.getLogger(__name__)
 
 
 class Event:
-    """What is known so far of one request in this process."""
+    """The fields and the error of one request, so far."""
 
     def __init__(self) -> None:
         self.fields: dict[str, Any] = {}
         self.error: OpticNerveError | None = None
-        self.cause: BaseException | None = None  # Of an error that nobody expected.
+        self.cause: BaseException | None = None  # Of an unexpected error.
         self._began = time.monotonic()
 
     def write(
@@ -36,10 +36,10 @@ class Event:
         expected: bool = False,
         **first: Any,
     ) -> None:
-        """Logs the event with its fields after ``first``; empty ones are left out.
+        """Logs the event: ``first``, the duration, and its fields, without those that are empty.
 
-        An error that is the service's raises ``level`` to a warning, unless it is ``expected``; a
-        cause raises it to an error.
+        A server's error raises ``level`` to a warning unless it is ``expected``; an unexpected
+        error, which has a cause, raises it to an error.
         """
         fields = {**first, "ms": (time.monotonic() - self._began) * 1000, **self.fields}
         if self.error is not None:
@@ -60,7 +60,7 @@ _current: ContextVar[Event | None] = ContextVar("event", default=None)
 
 
 def begin(identity: str = "-") -> Event:
-    """The event of the request that this task, and those that it starts, serve from now on."""
+    """A new event for the request that this task, with the tasks it starts, serves from now on."""
     event = Event()
     _current.set(event)
     logs.request_id.set(identity)
@@ -68,19 +68,19 @@ def begin(identity: str = "-") -> Event:
 
 
 def identify(identity: str) -> None:
-    """The id of the request under way, where it is known only now."""
+    """Sets the id of the current request, if it was not known when the event began."""
     logs.request_id.set(logs.safe_id(identity) or "-")
 
 
 def note(**fields: Any) -> None:
-    """Adds to the line of the request under way, if there is one; None is left out."""
+    """Adds fields to the current request's event, if there is one; None is left out."""
     event = _current.get()
     if event is not None:
         event.fields.update({name: value for name, value in fields.items() if value is not None})
 
 
-def also(**fields: Any) -> None:
-    """Adds each value to the list under its name, unless it is there."""
+def append(**fields: Any) -> None:
+    """Adds each value to the list that is the field of its name, unless the list has it."""
     event = _current.get()
     if event is not None:
         for name, value in fields.items():
@@ -90,8 +90,8 @@ def also(**fields: Any) -> None:
 
 
 def failed(error: OpticNerveError, cause: BaseException | None = None) -> None:
-    """The request under way ends with ``error``. ``cause``, which nobody expected, is logged with
-    its traceback, even where no request is under way."""
+    """Marks the current request as ended by ``error``. ``cause`` is the unexpected exception behind
+    it, which is logged with its traceback even outside of a request."""
     event = _current.get()
     if event is not None and event.error is not error:
         event.error, event.cause = error, cause

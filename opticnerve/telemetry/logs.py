@@ -1,12 +1,12 @@
-"""Logs of every service: one line a record on stderr, as text for people or JSON for machines.
+"""Logs of every service on stderr: one record a line, as text for people or JSON for machines.
 
-A record is a message and, where it tells of an event, fields. ``Formatter`` alone writes both
-forms: ``2026-11-25T16:02:43.123+00:00 I gateway.service [req-1] request status=200 ms=12.3``,
-with what belongs to the line before on indented lines after it, or one JSON object a line. What
-others wrote is bounded, and can end no line and drive no terminal.
+A record is a message and, for an event, fields. ``Formatter`` writes both forms:
+``2026-11-25T16:02:43.123+00:00 I gateway.service [req-1] request status=200 ms=12.3``, with
+continuation lines (a traceback, say) indented below, or one JSON object a line. Text from outside
+is cut to a length and stripped of line ends and control characters.
 
-Keys, media bytes and prompts are never logged. ``opticnerve.telemetry.events`` has the line that
-each request leaves.
+Keys, media bytes and prompts are never logged. See ``opticnerve.telemetry.events`` for the line
+that each request leaves.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any
 
-MAX_ID = 128  # Characters of a request's id,
-MAX_VALUE = 160  # of a field's text, an error's message among them,
-MAX_VALUES = 16  # entries of a field that is a list,
-MAX_MESSAGE = 4_000  # characters of a message,
-MAX_TRACEBACK = 16_000  # and of a traceback, whose end is kept.
+MAX_ID = 128  # Characters of a request's id.
+MAX_VALUE = 160  # Characters of a field's text; an error's message is one.
+MAX_VALUES = 16  # Entries of a field that is a list.
+MAX_MESSAGE = 4_000  # Characters of a message.
+MAX_TRACEBACK = 16_000  # Characters of a traceback, of which the last are logged.
 
 _UNPRINTABLE = re.compile(r"[^ -~]")
 _UNSAFE_IN_ID = re.compile(r"[^A-Za-z0-9._:@/+=-]")
@@ -41,14 +41,14 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 
 def printable(text: str, limit: int) -> str:
-    """The first characters of what somebody else wrote, on one line and in ASCII: in a log it
-    can pretend to be no other record, and drive no terminal."""
+    """The first ``limit`` characters of text from outside, on one line and in printable ASCII, so
+    that it can neither look like another record nor control a terminal."""
     shown = _UNPRINTABLE.sub("?", text[: limit + 1])
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
 def safe_id(text: str) -> str:
-    """A request's id as it is logged and handed on, without what is unsafe in it."""
+    """A request's id as it is logged and sent on: without unsafe characters."""
     return _UNSAFE_IN_ID.sub("", text[: 2 * MAX_ID])[:MAX_ID]
 
 
@@ -56,7 +56,7 @@ def safe_id(text: str) -> str:
 
 
 class Formatter(logging.Formatter):
-    """Writes records, foreign ones too. ``form``: ``--log-format``."""
+    """Formats every record, those of libraries too. ``form`` is that of ``--log-format``."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def stamp(seconds: float) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has: texts within bounds, and numbers as exact as anybody reads them."""
+    """``value`` as a JSON value: texts and lists cut to their limits, floats to one decimal."""
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
@@ -107,7 +107,8 @@ def _quoted(value: Any) -> str:
 
 
 def _clean(text: str) -> str:
-    """``text`` with every line but the first indented, so that none looks like a record."""
+    """``text`` with every line but the first indented, so that only the first looks like a
+    record."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else _INDENT if c == "\n" else "?" for c in text)
@@ -117,14 +118,14 @@ def _clean(text: str) -> str:
 
 
 def configure(level: str, form: str = "text") -> None:
-    """Sets the process's root logger up; called once, by a command's main. What Python itself
-    would print on stderr, warnings and what ends the process or a thread, becomes records."""
+    """Configures the process's root logger; a command's main calls it once. Python's warnings
+    become records too, and in JSON so do uncaught exceptions of the process and its threads."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Formatter(form))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # Those of HTTP tell whole URLs, which may hold keys.
+    # HTTP clients log whole URLs, which may hold keys.
     for noisy in ("httpx", "httpx2", "httpcore", "httpcore2", "grpc", "urllib3", "filelock"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
     logging.captureWarnings(True)
@@ -132,17 +133,17 @@ def configure(level: str, form: str = "text") -> None:
         sys.excepthook = _unexpected
         threading.excepthook = _unexpected_in_thread
         if os.environ.get("GRPC_VERBOSITY", "ERROR") == "ERROR":
-            os.environ["GRPC_VERBOSITY"] = "NONE"  # Its C library knows no JSON.
+            os.environ["GRPC_VERBOSITY"] = "NONE"  # Its C library cannot log JSON.
 
 
 def _form() -> str:
-    """The one that this process was configured with."""
+    """The ``form`` that this process's logs were configured with."""
     forms = (getattr(handler.formatter, "form", "") for handler in logging.getLogger().handlers)
     return next(filter(None, forms), "text")
 
 
 def say(text: str) -> None:
-    """The last words of a command, to whoever typed it: as they are, or as a record of JSON."""
+    """Prints why a command ends, for the person who typed it, as plain text or a JSON record."""
     if _form() == "json":
         log.critical(text)
     else:
@@ -150,14 +151,14 @@ def say(text: str) -> None:
 
 
 def relayed(source: str, line: str) -> str:
-    """What ``source``, a child of this process, wrote on its stderr, as a line of ours."""
+    """A line that ``source``, a child process, wrote to stderr, as a line of our own log."""
     if _form() == "text":
         return f"{source:<10} | {line}"
     try:
         values = json.loads(line)
     except ValueError:
         values = None
-    if not isinstance(values, dict):  # Written by a library that does not know how we log.
+    if not isinstance(values, dict):  # A library wrote it past our logging.
         values = {"time": stamp(time.time()), "level": "info", "logger": "stderr", "message": line}
     return json.dumps({"process": source, **values})
 
@@ -165,9 +166,9 @@ def relayed(source: str, line: str) -> str:
 def _unexpected(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    log.critical("the process ends by an error that nobody expected", exc_info=error)
+    log.critical("the process ends by an unexpected error", exc_info=error)
 
 
 def _unexpected_in_thread(args: threading.ExceptHookArgs) -> None:
     if args.exc_type is not SystemExit:
-        log.error("a thread ends by an error that nobody expected", exc_info=args.exc_value)
+        log.error("a thread ends by an unexpected error", exc_info=args.exc_value)

@@ -1,9 +1,8 @@
-"""Prometheus metrics that every service has, and how a process exports its own.
+"""Prometheus metrics that several services have, and how a process exports its metrics.
 
-What is created here has labels, so that a process exports a value only of what it has counted
-itself. Each service has a module ``metrics`` of its own with the rest: nothing is created in a
-process that cannot know its value. Stage names are those of timings and traces: fetch, queue,
-preprocess, encode, put, get, prefill, decode.
+All metrics here have labels, so that a process exports no value of what it has not counted. Those
+of one service are created in its own module ``metrics``, and so in no other process. Stage names
+are those of timings: fetch, queue, preprocess, encode, put, get, prefill, decode.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ EMBEDDINGS_REFUSED = Counter(
 )
 
 
-class _Reader(Collector):
+class _CallbackCollector(Collector):
     def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
         self._read = read
 
     def describe(self) -> Iterable[Metric]:
-        """Reserves no names: tests run several workers in one process."""
+        """Reserves no names, because one process may run several workers."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
@@ -53,20 +52,19 @@ class _Reader(Collector):
 
 
 @contextlib.contextmanager
-def reading(read: Callable[[], Iterable[Metric]]) -> Iterator[None]:
-    """While the context lasts, ``read`` is asked for values whenever metrics are scraped, on a
-    thread of the exporter's."""
-    reader = _Reader(read)
-    REGISTRY.register(reader)
+def collected(read: Callable[[], Iterable[Metric]]) -> Iterator[None]:
+    """While the context lasts, each scrape calls ``read`` for metrics, on the exporter's thread."""
+    collector = _CallbackCollector(read)
+    REGISTRY.register(collector)
     try:
         yield
     finally:
-        REGISTRY.unregister(reader)
+        REGISTRY.unregister(collector)
 
 
-def of_store(store: Store) -> Iterator[Metric]:
-    """The size of a local tier; nothing where it cannot be told."""
-    with contextlib.suppress(StoreError):  # Its directory has gone.
+def store_size(store: Store) -> Iterator[Metric]:
+    """The size of a store's local tier; nothing if it cannot be read."""
+    with contextlib.suppress(StoreError):  # The tier's directory was removed.
         yield GaugeMetricFamily(
             "opticnerve_store_bytes",
             "Bytes in the local tier of the embedding store, of all its writers",
@@ -74,10 +72,10 @@ def of_store(store: Store) -> Iterator[Metric]:
         )
 
 
-def serve(port: int, host: str) -> str:
-    """Serves /metrics at ``host`` on a port of its own, 0 for a free one; returns its URL.
+def export(port: int, host: str) -> str:
+    """Serves /metrics at ``host`` and ``port``, 0 for a free one; returns the URL.
 
-    Raises ConfigError where the port cannot be had.
+    Raises ConfigError if it cannot listen there.
     """
     addresses.check_free(host, port, "--metrics-port")
     server, _ = start_http_server(port, addr=host.strip("[]"))

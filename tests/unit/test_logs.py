@@ -65,7 +65,7 @@ def test_an_event_is_written_once_with_what_was_noted_at_any_depth(caplog):
     event = events.begin("req-1")
     events.note(tokens=3, nothing=None)
     for worker in "aba":
-        events.also(llm=worker)
+        events.append(llm=worker)
     events.failed(Overloaded("no room", param="messages"))
     event.write(logging.getLogger("x"), logging.INFO, "request", status=429)
     (told,) = caplog.records
