@@ -32,8 +32,9 @@ from grpc_health.v1 import health_pb2
 import opticnerve
 from bench import report
 from examples.demo_training import scenes
-from gateway.api.schemas.chat import ChatRequest
+from gateway.api.chat import ChatRequest
 from gateway.api.schemas.parsing import parse
+from gateway.job import ChatPrompt
 from gateway.media.dataurl import read_data_url
 from gateway.output.detokenizer import Vocabulary
 from gateway.prompt.renderer import ChatRenderer
@@ -131,14 +132,15 @@ class Whole:
         data = read_data_url(source.url, 2**25, source.param)
         plan = self.layout.plan(parse_structure(data, self.max_pixels))
         key = content_key(data, self.layout.settings(), source.overrides(None), "whole")
-        prompt = self.renderer.build(self.renderer.render(request), [plan])
+        prompt = self.renderer.build(self.renderer.render(request.prompt), [plan])
         part("plan and template")
         pixels = self.preprocess(decode(data, plan, self.max_pixels), plan)
         part("preprocess")
         self.rows.items = {key: self.tower.encode([pixels], [plan])[0]}
         part("encode")
         sampling = resolve_sampling(
-            request,
+            request.options,
+            kind=ChatPrompt,
             prompt_tokens=len(prompt.token_ids),
             image_tokens=prompt.num_image_tokens,
             defaults=Defaults(),

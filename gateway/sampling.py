@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from gateway.api.schemas.chat import UNLIMITED, ChatRequest
 from gateway.api.schemas.sampling import SamplingFields
+from gateway.job import UNLIMITED, AnyPrompt, GenerationOptions
 from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.checkpoints.settings import read_object
 from opticnerve.errors import (
@@ -117,29 +117,34 @@ def _ids(value: Any) -> list[int]:
 
 
 def resolve_sampling(
-    request: ChatRequest,
+    options: GenerationOptions,
     *,
+    kind: type[AnyPrompt],
     prompt_tokens: int,
     image_tokens: int,
     defaults: Defaults,
     limits: SamplingLimits,
     tokenizer: Tokenizer,
 ) -> Sampling:
-    """Raises ContextLengthExceeded for a prompt (with the output that was asked for) that does not
-    fit, and InvalidRequest for values that contradict each other or the model."""
-    said = {name: getattr(request, name) for name in SHARED_FIELDS}
+    """What the decoder is asked for. ``kind``: that of the prompt, which errors name.
+
+    Raises ContextLengthExceeded for a prompt (with the output that was asked for) that does not
+    fit, and InvalidRequest for values that contradict each other or the model.
+    """
+    asked = options.sampling
+    said = {name: getattr(asked, name) for name in SHARED_FIELDS}
     values = {name: value for name, value in said.items() if value is not None}
     values |= {
-        "max_tokens": output_limit(request, prompt_tokens, image_tokens, defaults, limits),
-        "seed": secrets.randbits(64) if request.seed is None else request.seed % 2**64,
-        "logprobs": num_logprobs(request, limits),
-        "logit_bias": _bias(request.logit_bias or {}, limits),
-        "bad_words": _bad_words(request.bad_words or (), tokenizer),
+        "max_tokens": output_limit(options, kind, prompt_tokens, image_tokens, defaults, limits),
+        "seed": secrets.randbits(64) if asked.seed is None else asked.seed % 2**64,
+        "logprobs": num_logprobs(options, limits),
+        "logit_bias": _bias(asked.logit_bias or {}, limits),
+        "bad_words": _bad_words(asked.bad_words or (), tokenizer),
     }
     for name in ("stop_token_ids", "allowed_token_ids"):
         values[name] = _known(said[name] or (), limits, name)
-    if request.top_k is not None:
-        values["top_k"] = max(request.top_k, 0)
+    if asked.top_k is not None:
+        values["top_k"] = max(asked.top_k, 0)
     if values.get("top_p") == 0:  # The likeliest token alone; a worker reads 0 as no bound.
         values |= {"temperature": 0.0, "top_p": 1.0}
     sampling = replace(defaults.sampling, **values)
@@ -151,9 +156,9 @@ def resolve_sampling(
     return sampling
 
 
-def check_choices(request: ChatRequest, max_n: int) -> None:
+def check_choices(options: GenerationOptions, max_n: int) -> None:
     """Raises InvalidRequest for more choices than the server allows."""
-    if (request.n or 1) > max_n:
+    if (options.sampling.n or 1) > max_n:
         raise InvalidRequest(
             f"n: at most {max_n} on this server, which --max-n says; ask for fewer choices, or "
             "send several requests",
@@ -162,7 +167,8 @@ def check_choices(request: ChatRequest, max_n: int) -> None:
 
 
 def output_limit(
-    request: ChatRequest,
+    options: GenerationOptions,
+    kind: type[AnyPrompt],
     prompt_tokens: int,
     image_tokens: int,
     defaults: Defaults,
@@ -171,34 +177,28 @@ def output_limit(
     """How many tokens a choice may have: what was asked for, the model's default, or all that the
     context leaves. Raises ContextLengthExceeded."""
     room = limits.max_model_len - prompt_tokens
-    unlimited = request.output_limit == UNLIMITED
-    asked = None if unlimited else request.output_limit
+    unlimited = options.max_tokens == UNLIMITED
+    asked = None if unlimited else options.max_tokens
     if room >= (asked or 1):
         most = LARGEST_MAX_TOKENS if unlimited else defaults.max_tokens or LARGEST_MAX_TOKENS
         return asked or min(most, room)
     pictures = f" ({image_tokens} of them for pictures)" if image_tokens else ""
     if room < 1:
-        remedy = "send shorter messages" + (", or fewer or smaller pictures" if pictures else "")
+        remedy = f"send {kind.shorter}" + (", or fewer or smaller pictures" if pictures else "")
     else:
-        remedy = f"ask for at most {room}, or shorten the messages"
+        remedy = f"ask for at most {room}, or send {kind.shorter}"
     wanted = f" and {asked} for the answer" if asked else ""
     raise ContextLengthExceeded(
-        f"{ContextLengthExceeded.lead}: this model takes {limits.max_model_len} tokens; the "
-        f"messages need {prompt_tokens}{pictures}{wanted}; {remedy}",
-        param="messages" if room < 1 else _limit_name(request),
+        f"{ContextLengthExceeded.lead}: this model takes {limits.max_model_len} tokens; "
+        f"{kind.need} {prompt_tokens}{pictures}{wanted}; {remedy}",
+        param=kind.field if room < 1 else options.max_tokens_field,
     )
 
 
-def _limit_name(request: ChatRequest) -> str:
-    return "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-
-
-def num_logprobs(request: ChatRequest, limits: SamplingLimits) -> int | None:
+def num_logprobs(options: GenerationOptions, limits: SamplingLimits) -> int | None:
     """None without log-probabilities. Raises InvalidRequest beyond the server's limit."""
-    if not request.logprobs:
-        return None
-    wanted = request.top_logprobs or 0
-    if wanted > limits.max_logprobs:
+    wanted = options.top_logprobs
+    if wanted is not None and wanted > limits.max_logprobs:
         raise InvalidRequest(
             f"top_logprobs: at most {limits.max_logprobs} on this server", param="top_logprobs"
         )

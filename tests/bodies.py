@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from gateway.api.schemas import ApplyTemplateRequest, ChatRequest, parse
+from gateway.api.chat import ChatRequest
 from gateway.api.schemas.base import Strict
-from gateway.api.schemas.parsing import Ignored
+from gateway.api.schemas.parsing import Ignored, parse
+from gateway.api.template import ApplyTemplateRequest
 from opticnerve.errors import InvalidRequest
 
 URL = "https://example.com/a.png"

@@ -1,57 +1,137 @@
-"""What /health and /ready say: every pool's workers, and the settings in effect. Where keys are
-asked for, who has none is told the status alone."""
+"""``/health``, ``/ready``, ``/live`` and ``/metrics``: how the server is. Where keys are asked for,
+a caller without one is told the status alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
-from gateway.edge.admission import Admission
+from fastapi import Query
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import Field
+from starlette.responses import PlainTextResponse, Response
+from typing_extensions import TypedDict
+
+from gateway.api.call import Call, make_router
+from gateway.api.http import JSONResponse
 from gateway.workers.pairing import Pairing
 from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import Worker
 from opticnerve import __version__
-from opticnerve.config import GatewayConfig
 from opticnerve.config.options import public_view
 
+if TYPE_CHECKING:
+    from gateway.app import Gateway
+
 HIDDEN = frozenset({"cost", "cost_per_s", "window"})
-PUBLIC = frozenset({"status", "pictures"})  # Of a body, for who has no key.
+PUBLIC = frozenset({"status", "pictures"})  # Of a body, for callers without a key.
+KEYED = "Not for callers without a key, where keys are asked for."
+
+router = make_router("server")
+metrics_router = make_router("server")  # Where metrics have no port of their own.
+
+Missing = Annotated[list[str], Field(description=f"What a request would wait for. {KEYED}")]
+Details = Annotated[dict[str, Any], Field(description=KEYED)]
 
 
-def readiness(pairing: Pairing, *, pictures: bool, draining: bool) -> tuple[int, dict[str, Any]]:
-    """(HTTP status, body). 200 from the moment that every kind of request would be served, and
-    from then on for as long as text would be: a gateway that lost its encoders still has work
-    that it can do. With ``pictures``, exactly while a picture request would be served now."""
-    ready = not draining and pairing.been_whole and not pairing.missing(pictures)
-    return 200 if ready else 503, {
-        "status": "ready" if ready else "not ready",
+class Live(TypedDict):
+    status: Literal["live"]
+
+
+class Readiness(TypedDict):
+    pictures: Annotated[bool, Field(description="Whether a picture request would be served now.")]
+    missing: NotRequired[Missing]
+
+
+class Ready(Readiness):
+    status: Literal["ready"]
+
+
+class NotReady(Readiness):
+    status: Literal["not ready"]
+
+
+class Health(TypedDict):
+    status: Literal["ok", "degraded", "unavailable", "draining"]
+    missing: NotRequired[Missing]
+    version: NotRequired[Annotated[str, Field(description=KEYED)]]
+    encoders: NotRequired[Details]
+    llms: NotRequired[Details]
+    store: NotRequired[Details]
+    gateway: NotRequired[Details]
+    config: NotRequired[
+        Annotated[
+            dict[str, Any],
+            Field(description=f"The settings in effect, without secrets. {KEYED}"),
+        ]
+    ]
+
+
+@router.get(
+    "/health",
+    summary="Every worker's state, and the settings in effect; 503 when nothing is served",
+    response_model=Health,
+    responses={503: {"description": "The same.", "model": Health}},
+)
+async def get_health(call: Call) -> Response:
+    body = health(call.gateway)
+    served = body["status"] in ("ok", "degraded")
+    return _answer(call, body, 200 if served else 503)
+
+
+@router.get("/live", summary="Whether the gateway runs", response_model=Live)
+async def get_live(call: Call) -> Response:
+    live: Live = {"status": "live"}
+    return JSONResponse(live)
+
+
+@router.get(
+    "/ready",
+    summary="Whether requests may be sent here: once every kind was served, while text is",
+    response_model=Ready,
+    responses={503: {"description": "Not yet.", "model": NotReady}},
+)
+async def get_ready(
+    call: Call, pictures: Annotated[bool, Query(description="Ask for both pools.")] = False
+) -> Response:
+    gateway = call.gateway
+    pairing, draining = gateway.pipeline.pairing, gateway.draining
+    body = readiness(pairing, pictures=pictures, draining=draining)
+    return _answer(call, body, 200 if body["status"] == "ready" else 503)
+
+
+@metrics_router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
+async def get_metrics(call: Call) -> Response:
+    return Response(generate_latest(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+def _answer(call: Call, body: Mapping[str, Any], status: int) -> Response:
+    """To callers without a key only what anyone may know: no addresses, limits or settings."""
+    if not call.gateway.knows(call):
+        body = {name: value for name, value in body.items() if name in PUBLIC}
+    return JSONResponse(body, status)
+
+
+def readiness(pairing: Pairing, *, pictures: bool, draining: bool) -> Ready | NotReady:
+    """Ready from the moment that every kind of request would be served, and from then on for as
+    long as text would be: a gateway that lost its encoders still has work that it can do. With
+    ``pictures``, exactly while a picture request would be served now."""
+    shown: Readiness = {
         "pictures": not _missing(pairing, draining, pictures=True),
         "missing": _missing(pairing, draining, pictures or None),
     }
+    if not draining and pairing.been_whole and not pairing.missing(pictures):
+        return {"status": "ready", **shown}
+    return {"status": "not ready", **shown}
 
 
-def health(
-    config: GatewayConfig,
-    pairing: Pairing,
-    admission: Admission,
-    known_references: int,
-    *,
-    draining: bool,
-) -> tuple[int, dict[str, Any]]:
-    """(HTTP status, body). 503 when no request at all would be served."""
+def health(gateway: Gateway) -> Health:
+    pairing, admission = gateway.pipeline.pairing, gateway.admission
     store = _store(pairing)
-    if draining:
-        status = "draining"
-    elif pairing.missing(pictures=False):
-        status = "unavailable"
-    else:
-        workers = [*pairing.encoders.workers, *pairing.llms.workers]
-        hurt = pairing.missing() or store["unreachable_from"] or any(w.fault for w in workers)
-        status = "degraded" if hurt else "ok"
-    return 503 if status in ("draining", "unavailable") else 200, {
-        "status": status,
-        "missing": _missing(pairing, draining),
+    return {
+        "status": _status(pairing, store, draining=gateway.draining),
+        "missing": _missing(pairing, gateway.draining),
         "version": __version__,
         "encoders": _pool(pairing.encoders),
         "llms": _pool(pairing.llms),
@@ -59,15 +139,23 @@ def health(
         "gateway": {
             "requests_in_flight": admission.requests.held,
             "bytes_in_flight": admission.bytes.held,
-            "known_references": known_references,
+            "known_references": len(gateway.pipeline.encoders.references),
         },
-        "config": public_view(config),
+        "config": public_view(gateway.config),
     }
 
 
-def public(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a body anyone may know: no addresses, limits or settings."""
-    return {name: value for name, value in body.items() if name in PUBLIC}
+def _status(
+    pairing: Pairing, store: Mapping[str, Any], *, draining: bool
+) -> Literal["ok", "degraded", "unavailable", "draining"]:
+    """Unavailable where no request at all would be served."""
+    if draining:
+        return "draining"
+    if pairing.missing(pictures=False):
+        return "unavailable"
+    workers = [*pairing.encoders.workers, *pairing.llms.workers]
+    hurt = pairing.missing() or store["unreachable_from"] or any(w.fault for w in workers)
+    return "degraded" if hurt else "ok"
 
 
 def _missing(pairing: Pairing, draining: bool, pictures: bool | None = None) -> list[str]:

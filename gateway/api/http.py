@@ -1,24 +1,25 @@
-"""HTTP as every route uses it: bodies read within bounds, answers and errors in OpenAI's shape."""
+"""HTTP as every route uses it: bodies read within bounds, and errors in OpenAI's shape."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
 
+from pydantic import Field, TypeAdapter
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+from typing_extensions import TypedDict
 
-from gateway.api.schemas.base import Strict
-from gateway.api.schemas.count import VALUE_BYTES, count_values
-from gateway.api.schemas.outline import Outline, draw
+from gateway.api.schemas.base import Body
+from gateway.api.schemas.outline import VALUE_BYTES, Outline, count_values, draw
 from gateway.api.schemas.parsing import Ignored, parse
 from gateway.edge.admission import Ticket
 from gateway.edge.lanes import off_loop
+from opticnerve.config import GatewayConfig
 from opticnerve.errors import (
     BodyTimeout,
     Cancelled,
@@ -28,27 +29,50 @@ from opticnerve.errors import (
     UnsupportedMediaType,
 )
 from opticnerve.telemetry import events
-from opticnerve.telemetry.logs import printable
 
+REF = "#/components/schemas/{model}"
 OFF_LOOP_BYTES = 2**19  # A larger body, and one of more values, is parsed in a thread.
 OFF_LOOP_VALUES = 2**12
-WARNINGS = "x-opticnerve-warnings"
-MAX_WARNING = 500
 PROGRESS_BYTES = 8 * 2**10  # Of a body or an answer within the stall timeout; or its end.
-SWITCH = {"true": True, "1": True, "false": False, "0": False}
-M = TypeVar("M", bound=Strict)
+B = TypeVar("B", bound=Body)
 
 
-@dataclass(frozen=True, slots=True)
-class BodyLimits:
-    """``max_values``: objects, lists and their entries. ``timeout_s``: from head to end.
-    ``stall_timeout_s``: for each next ``PROGRESS_BYTES``, or the end."""
+class ErrorDetail(TypedDict):
+    message: Annotated[str, Field(description="What happened, and what to do.")]
+    type: Annotated[str, Field(examples=["invalid_request_error"])]
+    param: Annotated[
+        str | None,
+        Field(
+            description="The path of the field at fault.",
+            examples=["messages[0].content[1].image_url.url"],
+        ),
+    ]
+    code: Annotated[str | None, Field(examples=["invalid_media"])]
 
-    max_bytes: int
-    max_values: int
-    timeout_s: float
-    stall_timeout_s: float
-    ignore_unknown: bool = False
+
+class ErrorAnswer(TypedDict):
+    """Why a request failed. A stream that fails after its begin has this as an event."""
+
+    error: ErrorDetail
+
+
+def content(media_type: str, shape: Any) -> dict[str, Any]:
+    """What a response holds, for the API's description; ``describe`` shares the schemas."""
+    schema = TypeAdapter(shape).json_schema(mode="serialization", ref_template=REF)
+    return {"content": {media_type: {"schema": schema}}}
+
+
+_ERROR = content("application/json", ErrorAnswer)
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {
+        "description": "The request is at fault, or (429) there are too many of them.",
+        **_ERROR,
+    },
+    "5XX": {
+        "description": "The server is at fault, or (503) not all of it is there.",
+        **_ERROR,
+    },
+}
 
 
 class JSONResponse(Response):
@@ -99,18 +123,9 @@ def typed(error: Exception) -> OpticNerveError:
     return shown
 
 
-def read_switch(request: Request, name: str) -> bool:
-    """A query parameter that is true or false; false where it is not given. Raises
-    InvalidRequest."""
-    value = request.query_params.get(name, "false").lower()
-    if value not in SWITCH:
-        raise InvalidRequest(f"{name}: should be true or false", param=name)
-    return SWITCH[value]
-
-
-async def read_json(
-    request: Request, model: type[M], limits: BodyLimits, ticket: Ticket
-) -> tuple[M, Ignored]:
+async def read_body(
+    request: Request, model: type[B], config: GatewayConfig, ticket: Ticket
+) -> tuple[B, Ignored]:
     """The request's body as ``model``, and what of it is ignored.
 
     The ticket holds the body's bytes as they come, enters once all are there, and holds what the
@@ -118,35 +133,22 @@ async def read_json(
     BodyTimeout, Overloaded.
     """
     _check_type(request)
-    body = await _arrived(request, limits, ticket.hold)
+    body = await _arrived(request, config, ticket.hold)
     ticket.enter()
+    most, ignore = config.max_request_values, config.ignore_unknown_fields
     long = len(body) > OFF_LOOP_BYTES
     if not long and not body.strip():
         raise InvalidRequest("the body is empty; send a JSON object", code="invalid_json")
     text: bytearray | Outline = body
     if long:
-        text = await off_loop(len(body), draw, body, limits.max_values)
-    values = text.values if isinstance(text, Outline) else count_values(text, limits.max_values)
-    if values > limits.max_values:
-        raise _too_many(limits.max_values)
+        text = await off_loop(len(body), draw, body, most)
+    values = text.values if isinstance(text, Outline) else count_values(text, most)
+    if values > most:
+        raise _too_many(most)
     ticket.hold(values * VALUE_BYTES)
     if long or values > OFF_LOOP_VALUES:
-        ignore = limits.ignore_unknown
         return await off_loop(len(body), parse, model, text, ignore_unknown=ignore)
-    return parse(model, text, ignore_unknown=limits.ignore_unknown)
-
-
-def warning_headers(ignored: Ignored, heeded: Collection[str] = ()) -> dict[str, str]:
-    """Tells the client what it said in vain, ``heeded`` fields excepted. Names are the client's
-    text: a header gets what is printable of them, within bounds."""
-    unheeded = [name for name in ignored.unheeded if name not in heeded]
-    lists = (("ignored unknown fields", ignored.unknown), ("without effect", unheeded))
-    told = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists if names)
-    if not told:
-        return {}
-    told = printable(told, MAX_WARNING).rstrip()  # A header that ends in a space is none.
-    events.note(ignored=told)
-    return {WARNINGS: told}
+    return parse(model, text, ignore_unknown=ignore)
 
 
 def _check_type(request: Request) -> None:
@@ -159,41 +161,43 @@ def _check_type(request: Request) -> None:
         raise UnsupportedMediaType("send the body without a content-encoding")
 
 
-async def _arrived(request: Request, limits: BodyLimits, hold: Callable[[int], None]) -> bytearray:
+async def _arrived(
+    request: Request, config: GatewayConfig, hold: Callable[[int], None]
+) -> bytearray:
     try:
-        async with asyncio.timeout(limits.timeout_s), asyncio.timeout(None) as stall:
-            return await _read(request, limits, hold, stall)
+        async with asyncio.timeout(config.body_timeout_s), asyncio.timeout(None) as stall:
+            return await _read(request, config, hold, stall)
     except TimeoutError as error:
         if stall.expired():
             raise BodyTimeout(
                 f"less than {PROGRESS_BYTES} bytes of the body came in "
-                f"{limits.stall_timeout_s:g} s; send it without pauses, or raise --stall-timeout-s"
+                f"{config.stall_timeout_s:g} s; send it without pauses, or raise --stall-timeout-s"
             ) from error
         raise BodyTimeout(
-            f"the body was not there within {limits.timeout_s:g} s; send fewer or smaller "
+            f"the body was not there within {config.body_timeout_s:g} s; send fewer or smaller "
             "pictures, or their URLs, or raise --body-timeout-s"
         ) from error
 
 
 async def _read(
-    request: Request, limits: BodyLimits, hold: Callable[[int], None], stall: asyncio.Timeout
+    request: Request, config: GatewayConfig, hold: Callable[[int], None], stall: asyncio.Timeout
 ) -> bytearray:
     """``stall`` is put off as the body comes."""
     length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limits.max_bytes:
-        raise _too_large(limits.max_bytes)
+    if length.isdigit() and int(length) > config.max_request_bytes:
+        raise _too_large(config.max_request_bytes)
     body = bytearray()
     due, clock = 0, asyncio.get_running_loop().time
     while True:
         if len(body) >= due:
             due = len(body) + PROGRESS_BYTES
-            stall.reschedule(clock() + limits.stall_timeout_s)
+            stall.reschedule(clock() + config.stall_timeout_s)
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise Cancelled("the client went away")
         chunk = message.get("body", b"")
-        if len(body) + len(chunk) > limits.max_bytes:
-            raise _too_large(limits.max_bytes)
+        if len(body) + len(chunk) > config.max_request_bytes:
+            raise _too_large(config.max_request_bytes)
         hold(len(chunk))
         body += chunk
         if not message.get("more_body", False):

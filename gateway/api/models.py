@@ -1,15 +1,38 @@
-"""The names under which requests may ask for the model."""
+"""``/v1/models``: the names under which requests may ask for the model."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Literal
 
+from fastapi import Path
+from starlette.responses import Response
+from typing_extensions import TypedDict
+
+from gateway.api.call import Call, make_router
+from gateway.api.http import JSONResponse
 from opticnerve.errors import ModelNotFound
 
 ANY = "*"
+
+router = make_router("models")
+
+
+class ModelCard(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+
+
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[ModelCard]
 
 
 @dataclass(frozen=True)
@@ -36,8 +59,8 @@ class ServedNames:
             f"there is no model {name[:100]!r} here; this server has {served}", param=param
         )
 
-    def card(self, name: str) -> dict[str, Any]:
-        """A model object. Raises ModelNotFound."""
+    def card(self, name: str) -> ModelCard:
+        """Raises ModelNotFound."""
         self.check(name, param=None)
         return {
             "id": name,
@@ -49,5 +72,17 @@ class ServedNames:
             "max_model_len": self.max_model_len,
         }
 
-    def cards(self) -> dict[str, Any]:
+    def cards(self) -> ModelList:
         return {"object": "list", "data": [self.card(name) for name in self.names]}
+
+
+@router.get("/v1/models", summary="The names that requests may ask for", response_model=ModelList)
+async def list_models(call: Call) -> Response:
+    return JSONResponse(call.gateway.names.cards())
+
+
+@router.get("/v1/models/{name:path}", summary="One name", response_model=ModelCard)
+async def get_model(
+    call: Call, name: Annotated[str, Path(description="It may hold slashes.")]
+) -> Response:
+    return JSONResponse(call.gateway.names.card(name))

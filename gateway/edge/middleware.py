@@ -50,7 +50,10 @@ class RequestScope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        method = scope["method"]
         scope = _without_slash(_without_host(scope))
+        if method == "HEAD":  # Every route that takes GET takes it; the server sends no body.
+            scope["method"] = "GET"
         identity = scope.setdefault("state", {})["request_id"] = request_id(scope)
         event = events.begin(identity)
         answer = _Answer(send, identity)
@@ -62,13 +65,13 @@ class RequestScope:
             raise
         finally:
             metrics.REQUESTS_IN_FLIGHT.dec()
-            metrics.REQUESTS.labels(_route(scope), str(answer.status or 499)).inc()
+            metrics.REQUESTS.labels(_route(scope) or "other", str(answer.status or 499)).inc()
             event.write(
                 log,
                 logging.DEBUG if scope["path"] in QUIET else logging.INFO,
                 "request",
-                method=scope["method"][:MAX_METHOD],
-                path=scope["state"].get("route") or scope["path"][:MAX_PATH],
+                method=method[:MAX_METHOD],
+                path=_route(scope) or scope["path"][:MAX_PATH],
                 status=answer.status or 499,
                 key=str(scope["state"].get("caller", "")),
             )
@@ -148,9 +151,9 @@ def _without_slash(scope: Scope) -> Scope:
 
 
 def _route(scope: Scope) -> str:
-    """A label with few values: the route's own path, never what a client typed."""
-    route: Any = scope.get("state", {}).get("route")
-    return str(route) if route else "other"
+    """The path that the route declares, never what a client typed; empty where there is none."""
+    route: Any = scope.get("route")
+    return str(route.path) if route else ""
 
 
 class Authentication:

@@ -66,10 +66,6 @@ class Vocabulary:
             return bytes([piece]) if isinstance(piece, int) else piece.encode()
         return self.tokenizer.decode([token_id]).encode()
 
-    def token_text(self, token_id: int) -> str:
-        """One token as log-probabilities show it; U+FFFD for parts of a character."""
-        return self.token_bytes(token_id).decode("utf-8", "replace")
-
     def spelled_bytes(self, token_id: int) -> bytes:
         """Byte-level BPE: the bytes that a token's characters name."""
         found = self._bytes.get(token_id)

@@ -92,7 +92,7 @@ class OutputText:
             shown.append(self._take(self._detokenizer.push(token_id)))
         return Piece("".join(shown), count, self.stopped)
 
-    def skip(self, token_id: int) -> None:
+    def count_hidden(self) -> None:
         """Counts a token whose text is not shown: the stop token that ended the choice."""
         self.num_tokens += 1
 

@@ -11,8 +11,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gateway.api.schemas.chat import REASONING_EFFORT, TemplateFields
-from gateway.api.schemas.messages import Message, RefusalPart, TextPart, call_arguments
+from gateway.api.schemas.messages import (
+    REASONING_EFFORT,
+    Message,
+    RefusalPart,
+    TextPart,
+    call_arguments,
+)
+from gateway.job import ChatPrompt
 from gateway.prompt import placeholders
 from gateway.prompt.placeholders import Prompt
 from gateway.prompt.provenance import Marks
@@ -66,14 +72,14 @@ class ChatRenderer:
         source = load_template(path, tokenizer.config, chat_template)
         return cls(tokenizer, ChatTemplate(source, tokenizer.aliases), layout)
 
-    def render(self, request: TemplateFields) -> RenderedChat:
+    def render(self, asked: ChatPrompt) -> RenderedChat:
         """Raises InvalidRequest, and ContextLengthExceeded for what could never fit."""
-        messages = self.normalise(request.messages)
+        messages = self.normalise(asked.messages)
         if characters(messages) > MAX_CHARACTERS:
             raise self._too_long()
-        variables = self._variables(request)
+        variables = self._variables(asked)
         num_images = _count_images(messages)
-        rendering = Rendering(self, messages, variables, request.continue_final_message)
+        rendering = Rendering(self, messages, variables, asked.continue_final_message)
         prompt, hidden = rendering.run()
         ids = self.tokenizer.encode(hidden, add_special_tokens=not self._starts_with_bos(hidden))
         placeholders.check_count(ids.count(self.layout.image_token_id), num_images)
@@ -150,8 +156,8 @@ class ChatRenderer:
             return "\n".join(part["text"] for part in parts)
         return parts
 
-    def _variables(self, request: TemplateFields) -> dict[str, Any]:
-        given = request.chat_template_kwargs or {}
+    def _variables(self, asked: ChatPrompt) -> dict[str, Any]:
+        given = asked.chat_template_kwargs or {}
         for name in given:
             taken = RESERVED | self._named.keys() | self.template.own_names
             if name in taken or not name.isidentifier():
@@ -160,9 +166,9 @@ class ChatRenderer:
                     f"{param}: {name[:80]} cannot be set by a request", param=param
                 )
         effort = {}
-        if request.reasoning_effort is not None and REASONING_EFFORT in self.template.variables:
-            effort[REASONING_EFFORT] = request.reasoning_effort
-        return {**effort, **given, "add_generation_prompt": _wants_prompt(request)}
+        if asked.reasoning_effort is not None and REASONING_EFFORT in self.template.variables:
+            effort[REASONING_EFFORT] = asked.reasoning_effort
+        return {**effort, **given, "add_generation_prompt": _wants_prompt(asked)}
 
     # ---- what the template is like
 
@@ -314,8 +320,8 @@ class Rendering:
         return out[:at] if out[at : at + len(self._tag)] == self._tag else out[:at].rstrip()
 
 
-def _wants_prompt(request: TemplateFields) -> bool:
-    return request.add_generation_prompt and not request.continue_final_message
+def _wants_prompt(asked: ChatPrompt) -> bool:
+    return asked.add_generation_prompt and not asked.continue_final_message
 
 
 def _part(part: Any) -> dict[str, str]:

@@ -7,20 +7,20 @@ spans only. Imports neither torch nor grpc.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 WHITE = 0xFFFFFF
 LIGHT_PASSES = 2**25  # A picture that takes more to decode, some tenths of a second, is heavy,
 LIGHT_MEMORY = 2**28  # and one that takes more bytes.
 
 
-class Modality(Enum):
+class Modality(StrEnum):
     IMAGE = "image"
     VIDEO = "video"
     AUDIO = "audio"
 
 
-class SpanAttention(Enum):
+class SpanAttention(StrEnum):
     CAUSAL = "causal"
     BIDIRECTIONAL = "bidirectional"  # Computed in one chunk.
 

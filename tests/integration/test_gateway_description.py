@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 
 from gateway.api.schemas import unsupported
-from gateway.app import Routes
+from gateway.app import Api
 from gateway.edge.auth import Keys
 from opticnerve.config import TelemetryConfig
 from tests.gateways import body, data_url, events, stack, user
@@ -81,7 +81,7 @@ async def test_every_route_is_described_and_nothing_else():
         document = await describe(s)
         assert set(document["paths"]) == PATHS
         app = s.server.config.app
-        while not isinstance(app, Routes):
+        while not isinstance(app, Api):
             app = app.app
         served = {(method, route.path_format) for route in app.routes for method in route.methods}
         assert {(method, path) for method, path, _ in operations(document)} == served

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from gateway import service
-from gateway.api import chat as chats
+from gateway.api import call
 from opticnerve.config import TelemetryConfig
 from opticnerve.embeddings.store import StoreState
 from opticnerve.pb import embedding_pb2
@@ -237,7 +237,7 @@ def told(caplog, name):
 async def test_a_client_that_does_not_read_is_left_after_the_deadline(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     service.quiet_uvicorn()
-    monkeypatch.setattr(chats, "LAST_WORDS_S", 0.1)
+    monkeypatch.setattr(call, "ERROR_DELIVERY_S", 0.1)
     payload = json.dumps(body(stream=True, n=16, logprobs=True, top_logprobs=20)).encode()
     for seconds in DEADLINES_S:
         caplog.clear()
@@ -245,7 +245,7 @@ async def test_a_client_that_does_not_read_is_left_after_the_deadline(monkeypatc
         async with held as s, silent_client(s, payload):
             await until(lambda s=s: s.llm.starts or told(caplog, "code") == ["deadline_exceeded"])
             await until(s.idle)
-        if told(caplog, "ended") == [chats.UNREAD]:
+        if told(caplog, "ended") == [call.UNREAD]:
             assert not [record for record in caplog.records if record.levelno > logging.INFO]
             return
     raise AssertionError("no deadline was long enough to fill the connection's buffers")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.api.schemas import count
-from gateway.api.schemas.count import count_values
+from gateway.api.schemas import outline
+from gateway.api.schemas.outline import count_values
 
 PLENTY = 10**9
 TEXT = st.text(st.sampled_from('ab,[{}]:"\\\n\u00e9'), max_size=12)
@@ -35,7 +35,7 @@ def entries(value: Any) -> int:
 def test_what_stands_in_strings_does_not_count(value: Any, chunk: int, ascii: bool) -> None:
     text = json.dumps(value, ensure_ascii=ascii).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(count, "CHUNK_BYTES", chunk)
+        patch.setattr(outline, "PIECE_BYTES", chunk)
         assert count_values(text, PLENTY) == 1 + entries(value)
 
 

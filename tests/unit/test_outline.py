@@ -14,9 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic_core import from_json
 
-from gateway.api.schemas import ChatRequest, outline, parse
-from gateway.api.schemas.count import count_values
-from gateway.api.schemas.outline import MAX_NAME, MAX_OUTLINE_BYTES, draw
+from gateway.api.chat import ChatRequest
+from gateway.api.schemas import outline
+from gateway.api.schemas.outline import MAX_NAME, MAX_OUTLINE_BYTES, count_values, draw
+from gateway.api.schemas.parsing import parse
 from opticnerve.errors import InvalidRequest, OpticNerveError, PayloadTooLarge
 
 PLENTY = 10**9

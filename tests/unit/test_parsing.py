@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from gateway.api.schemas import ChatRequest, parse
+from gateway.api.chat import ChatRequest
 from gateway.api.schemas.base import Body, Strict
 from gateway.api.schemas.messages import call_arguments
+from gateway.api.schemas.parsing import parse
 from opticnerve.errors import InvalidRequest
 from tests.bodies import BASES, MODELS, TEXT, URL, body, chat, read, refused, user
 

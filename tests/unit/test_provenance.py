@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
-from gateway.api.schemas import ApplyTemplateRequest, ChatRequest, parse
+from gateway.api.chat import ChatRequest
+from gateway.api.schemas.parsing import parse
+from gateway.api.template import ApplyTemplateRequest
 from gateway.prompt.provenance import Aliases, Marks, free_character
 from gateway.prompt.renderer import ChatRenderer
 from opticnerve.checkpoints.checkpoint import Checkpoint

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
-from gateway.api.schemas import ChatRequest, parse
+from gateway.api.chat import ChatRequest
 from gateway.api.schemas.base import INTEGRAL, Strict
-from gateway.api.schemas.parsing import Ignored
+from gateway.api.schemas.parsing import Ignored, parse
 from gateway.api.schemas.unsupported import FIELDS
 from gateway.prompt.renderer import ChatRenderer
 from opticnerve.errors import UnsupportedFeature

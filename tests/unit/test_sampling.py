@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from gateway.api.schemas import ChatRequest, parse
+from gateway.api.chat import ChatRequest
+from gateway.api.schemas.parsing import parse
+from gateway.job import ChatPrompt
 from gateway.prompt.tokenizer import Tokenizer
 from gateway.sampling import (
     Defaults,
@@ -41,7 +43,8 @@ def resolved(
 ) -> Sampling:
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
     return resolve_sampling(
-        parse(ChatRequest, body)[0],
+        parse(ChatRequest, body)[0].options,
+        kind=ChatPrompt,
         prompt_tokens=prompt,
         image_tokens=images,
         defaults=defaults,
@@ -63,9 +66,9 @@ def test_a_bare_request(tokenizer: Tokenizer) -> None:
 def test_more_choices_than_the_server_allows_are_refused_by_the_flag() -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
     for n, max_n in ((None, 1), (4, 4), (128, 128)):
-        check_choices(parse(ChatRequest, {**body, "n": n})[0], max_n)
+        check_choices(parse(ChatRequest, {**body, "n": n})[0].options, max_n)
     with pytest.raises(InvalidRequest, match=r"n: at most 4 .*--max-n") as caught:
-        check_choices(parse(ChatRequest, {**body, "n": 5})[0], 4)
+        check_choices(parse(ChatRequest, {**body, "n": 5})[0].options, 4)
     assert caught.value.param == "n"
 
 

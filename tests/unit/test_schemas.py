@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessage
 
-from gateway.api.schemas import ApplyTemplateRequest, ChatRequest, parse, parsing
+from gateway.api.chat import ChatRequest
+from gateway.api.schemas import parsing
 from gateway.api.schemas.messages import FunctionCall, ImageSource, ToolCall, call_arguments
-from gateway.api.schemas.parsing import Ignored
+from gateway.api.schemas.parsing import Ignored, parse
 from gateway.api.schemas.unsupported import FIELDS, PARTS
+from gateway.api.template import ApplyTemplateRequest
 from opticnerve.errors import InvalidRequest, UnsupportedFeature
 from opticnerve.media.plan import Overrides
 
@@ -60,7 +62,7 @@ def test_the_customers_requests() -> None:
         "frequency_penalty": 1.05,
     }
     request, ignored = parse(ChatRequest, json.dumps(curl).encode())
-    assert request.output_limit == 128
+    assert request.options.max_tokens == 128
     assert request.images == (ImageSource(URL, "messages[0].content[1].image_url.url"),)
     assert ignored == Ignored()
 

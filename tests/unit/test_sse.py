@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from gateway.api import sse
-from gateway.api.sse import ChatAnswer, Choice, ContentLogprob, TokenText, Usage
+from gateway.api.answer import logprobs_json
+from gateway.api.chat import ChatWriter
+from gateway.output.events import AnswerEvent, ChoiceEnd, End, Text, TextLogprobs, TokenLogprob
 from opticnerve.errors import EngineFailure
+from opticnerve.generation.values import Usage
 
-ANSWER = ChatAnswer("chatcmpl-1", "model", "fp_1", created=7)
-LOGPROB = ContentLogprob(TokenText("é", -0.5, (0xC3, 0xA9)), (TokenText("e", -1.0, (0x65,)),))
+LOGPROB = TextLogprobs(TokenLogprob("é".encode(), -0.5), (TokenLogprob(b"e", -1.0),))
 
 
 def read(event: bytes) -> dict[str, Any]:
@@ -22,11 +26,42 @@ def read(event: bytes) -> dict[str, Any]:
     return body
 
 
+async def made(*events: AnswerEvent) -> AsyncGenerator[AnswerEvent, None]:
+    for event in events:
+        yield event
+
+
+def whole(writer: ChatWriter, *events: AnswerEvent) -> dict[str, Any]:
+    first, *others = events
+    body = asyncio.run(writer.body(first, made(*others), lambda _: None, 10**6))
+    read: dict[str, Any] = json.loads(body)
+    return read
+
+
+def stream(writer: ChatWriter, *events: AnswerEvent) -> list[bytes]:
+    """Every SSE event of a stream, and its end."""
+
+    async def run() -> bytes:
+        first, *others = events
+        return b"".join([data async for data in writer.chunks(first, made(*others))])
+
+    parts = asyncio.run(run()).split(b"\n\n")
+    assert parts.pop() == b""
+    return [part + b"\n\n" for part in parts]
+
+
 def test_a_whole_answer() -> None:
-    pieces = [sse.encode_logprobs([LOGPROB, LOGPROB]), sse.encode_logprobs([LOGPROB])]
-    choices = [Choice(0, "A cat.", "stop", "###", pieces), Choice(1, "", "length")]
-    encoded = ANSWER.completion(choices, Usage(20, 5, 16, 9), {"timings": {"encode_ms": 1.5}})
-    body = json.loads(encoded)
+    writer = ChatWriter("model", timings=True)
+    writer.system_fingerprint = "fp_1"
+    body = whole(
+        writer,
+        Text(0, "A ", (LOGPROB, LOGPROB)),
+        Text(1, ""),
+        Text(0, "cat.", (LOGPROB,)),
+        ChoiceEnd(1, "length"),
+        ChoiceEnd(0, "stop", "###"),
+        End(Usage(20, 5, 16, 9), {"encode_ms": 1.5}),
+    )
     parsed = ChatCompletion.model_validate(body, strict=True)
     assert parsed.choices[0].message.content == "A cat."
     assert parsed.choices[0].message.role == "assistant"
@@ -44,33 +79,33 @@ def test_a_whole_answer() -> None:
     assert body["usage"]["prompt_tokens_details"]["image_tokens"] == 9
     assert body["choices"][0]["stop_reason"] == "###"
     assert body["timings"] == {"encode_ms": 1.5}
+    assert body["system_fingerprint"] == "fp_1"
 
 
 def test_a_stream() -> None:
-    events = [
-        ANSWER.role_chunk(0),
-        ANSWER.text_chunk(0, "A\n\ncat é 🤗", [LOGPROB]),
-        ANSWER.finish_chunk(0, "stop"),
-        ANSWER.usage_chunk(Usage(3, 2)),
-    ]
-    chunks = [ChatCompletionChunk.model_validate(read(event), strict=True) for event in events]
-    assert {(c.id, c.created, c.model, c.object) for c in chunks} == {
-        ("chatcmpl-1", 7, "model", "chat.completion.chunk")
-    }
+    text = "A\n\ncat é 🤗"
+    events = (Text(0, text, (LOGPROB,)), ChoiceEnd(0, "stop"), End(Usage(3, 2), {}))
+    *parts, done = stream(ChatWriter("model", usage=True), *events)
+    assert done == sse.DONE
+    chunks = [ChatCompletionChunk.model_validate(read(part), strict=True) for part in parts]
+    assert len({(c.id, c.created) for c in chunks}) == 1
+    assert {(c.model, c.object) for c in chunks} == {("model", "chat.completion.chunk")}
     assert chunks[0].choices[0].delta.role == "assistant"
-    text = ""
+    shown = ""
     for chunk in chunks[:-1]:
-        text += chunk.choices[0].delta.content  # type: ignore[operator] # Never None.
-    assert text == "A\n\ncat é 🤗"
+        shown += chunk.choices[0].delta.content  # type: ignore[operator] # Never None.
+    assert shown == text
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None, None, "stop"]
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None and chunks[-1].usage.total_tokens == 5
 
 
 def test_usage_is_null_until_the_end_where_it_was_asked_for() -> None:
-    asked = ChatAnswer("1", "m", usage_in_stream=True)
-    assert read(asked.text_chunk(0, "x"))["usage"] is None
-    assert "usage" not in read(ANSWER.text_chunk(0, "x"))
+    events = (Text(0, "x"), ChoiceEnd(0, "stop"), End(Usage(3, 2), {}))
+    *asked, _, _ = stream(ChatWriter("m", usage=True), *events)
+    assert [read(part)["usage"] for part in asked] == [None] * 3
+    *silent, _ = stream(ChatWriter("m"), *events)
+    assert len(silent) == 3 and not any("usage" in read(part) for part in silent)
 
 
 def test_a_failure_after_the_stream_began() -> None:
@@ -83,12 +118,14 @@ def test_a_failure_after_the_stream_began() -> None:
 
 def test_what_json_cannot_hold() -> None:
     assert json.loads(sse.dumps({"a": "\ud800x"})) == {"a": "?x"}
-    assert TokenText("x", float("-inf"), ()).to_json()["logprob"] == -9999.0
+    (content,) = (logprobs_json([TextLogprobs(TokenLogprob(b"x", float("-inf")))]) or {})["content"]
+    assert content["logprob"] == -9999.0
 
 
 def test_no_line_break_of_any_kind_within_an_event() -> None:
     text = "a\x85b\u2028c\u2029d\x0b\x0c\x1c\r\n\u00e9"
-    event = ANSWER.text_chunk(0, text)
+    events = (Text(0, text), ChoiceEnd(0, "stop"), End(Usage(1, 1), {}))
+    _, event, *_ = stream(ChatWriter("m"), *events)
     assert len(event.decode().splitlines()) == 2
     assert read(event)["choices"][0]["delta"]["content"] == text
     assert "\u00e9" in event.decode()

@@ -1,4 +1,5 @@
-"""Messages and their content parts, and the pictures that stand in them."""
+"""Messages and their content parts, the pictures that stand in them, and what else a chat template
+is given."""
 
 from __future__ import annotations
 
@@ -6,20 +7,35 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic.functional_validators import AfterValidator
 from pydantic_core import PydanticCustomError
 
-from gateway.api.schemas.base import INTEGRAL, Many, Strict, Unused, check_strings, fault
-from gateway.api.schemas.outline import draw
+from gateway.api.schemas.base import (
+    INTEGRAL,
+    Body,
+    Many,
+    Strict,
+    Unused,
+    check_strings,
+    fault,
+    no_larger,
+)
+from gateway.api.schemas.outline import count_values, draw
+from gateway.job import ChatPrompt
 from gateway.media.dataurl import is_data_url
 from opticnerve.errors import InvalidRequest
 from opticnerve.media.plan import Overrides
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Detail = Literal["auto", "low", "high", "original"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+REASONING_EFFORT = "reasoning_effort"  # As a field, and as a template's variable.
+MAX_TEMPLATE_KWARGS = 2**14  # Values, and characters of strings.
 
 LOW_DETAIL_PIXELS = 512 * 512  # What OpenAI's ``detail: low`` shows a model.
 URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -27,7 +43,7 @@ BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
 DIGITS = re.compile(r"[0-9]{1,10}")
 LONG_ARGUMENTS = 2**18  # Characters of a call's arguments that are parsed in one step.
 MAX_ARGUMENT_VALUES = 2**16  # Of all earlier tool calls of a request, as templates see them.
-LOOKED_AT = 256  # Characters of a source that decide what it is.
+SOURCE_START = 256  # Characters of a source that decide what it is.
 
 
 def _trimmed(value: str) -> str:
@@ -222,7 +238,7 @@ def _as_url(part: ImagePart, path: str) -> tuple[str, str]:
     if part.url is not None:
         return part.url, f"{path}.url"
     image, param = part.image or "", f"{path}.image"
-    beginning = image[:LOOKED_AT]
+    beginning = image[:SOURCE_START]
     if URL_SCHEME.match(beginning):
         return image, param
     if BASE64.fullmatch(beginning.strip()) and len(image) >= 16:
@@ -255,3 +271,67 @@ def _arguments(text: str, param: str) -> Any:
     value = json.loads(text) if text.strip() else {}
     check_strings(value, param)
     return value
+
+
+class ProcessorSettings(Strict):
+    """Bounds for every picture of the request that brings none of its own."""
+
+    min_pixels: Pixels | None = None
+    max_pixels: Pixels | None = None
+
+
+class TemplateFields(Body):
+    """What the chat template sees."""
+
+    messages: Annotated[Many[Message], Field(min_length=1)]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: Annotated[dict[str, Any], no_larger(MAX_TEMPLATE_KWARGS)] | None = None
+    mm_processor_kwargs: ProcessorSettings | None = None
+    reasoning_effort: Effort | None = Field(
+        None, description="A variable of the chat template, where that has it."
+    )
+
+    @model_validator(mode="after")
+    def _one_ending(self) -> TemplateFields:
+        said = "add_generation_prompt" in self.model_fields_set
+        if self.continue_final_message and self.add_generation_prompt and said:
+            raise fault("continue_final_message", "excludes add_generation_prompt")
+        return self
+
+    @model_validator(mode="after")
+    def _bounded_arguments(self) -> TemplateFields:
+        """Arguments may be JSON inside a string, which count_values() skips: bounded here."""
+        left = MAX_ARGUMENT_VALUES
+        for message in self.messages:
+            for call in message.tool_calls or ():
+                if isinstance(call.function.arguments, str):
+                    left -= count_values(call.function.arguments.encode("utf-8", "replace"), left)
+                if left < 0:
+                    most = f"should have at most {MAX_ARGUMENT_VALUES} values"
+                    raise fault("messages", f"the arguments of all tool_calls {most}")
+        return self
+
+    @property
+    def unheeded(self) -> Iterator[str]:
+        if self.reasoning_effort not in (None, "none"):
+            yield REASONING_EFFORT
+        yield from super().unheeded
+
+    @cached_property
+    def images(self) -> tuple[ImageSource, ...]:
+        """Every picture, in order. Raises InvalidRequest."""
+        settings = self.mm_processor_kwargs or ProcessorSettings()
+        return tuple(image_sources(self.messages, settings.min_pixels, settings.max_pixels))
+
+    @property
+    def prompt(self) -> ChatPrompt:
+        """Raises InvalidRequest for pictures that have no usable source."""
+        return ChatPrompt(
+            messages=self.messages,
+            images=self.images,
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            chat_template_kwargs=self.chat_template_kwargs,
+            reasoning_effort=self.reasoning_effort,
+        )

@@ -1,0 +1,208 @@
+"""A request to one of the gateway's routes: read within bounds, and answered whole or streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import typing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi.routing import APIRoute, APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gateway.api import sse
+from gateway.api.answer import AnswerWriter
+from gateway.api.http import ERRORS, read_body, typed
+from gateway.api.schemas.base import Body
+from gateway.api.schemas.generate import GenerateFields
+from gateway.api.schemas.messages import REASONING_EFFORT
+from gateway.api.schemas.parsing import Ignored
+from gateway.edge.admission import Ticket
+from gateway.edge.deadline import Deadline
+from gateway.job import AnyPrompt, GenerationOptions, Job
+from opticnerve.telemetry import events
+from opticnerve.telemetry.logs import printable
+
+if TYPE_CHECKING:
+    from gateway.app import Gateway
+
+WARNINGS = "x-opticnerve-warnings"
+MAX_WARNING = 500
+PIECE_BYTES = 2**16  # Of an answer, given to the connection at once.
+ERROR_DELIVERY_S = 5.0  # After the deadline, for a client to take the error that tells of it.
+UNREAD = "left: the client did not read its answer by the deadline"
+EVENT_STREAM = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # Reverse proxies pass every event on at once.
+}
+B = TypeVar("B", bound=Body)
+W = TypeVar("W", bound=AnswerWriter)
+
+
+class PiecewiseResponse(Response):
+    """An answer that is sent as it is written. ``source`` is closed with it, whatever happens.
+
+    A client that does not read is left soon after the deadline: it must not hold its place, and
+    what is kept for it, for ever.
+    """
+
+    def __init__(
+        self,
+        pieces: AsyncGenerator[bytes, None],
+        source: AsyncGenerator[Any, None],
+        headers: Mapping[str, str],
+        deadline: Deadline,
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers(headers)
+        self._pieces = pieces
+        self._source = source
+        self._deadline = deadline
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        async with contextlib.aclosing(self._source), contextlib.aclosing(self._pieces):
+            try:
+                async with asyncio.timeout(self._deadline.remaining() + ERROR_DELIVERY_S):
+                    await send(start)
+                    await self._send_all(send)
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+            except TimeoutError:
+                events.note(ended=UNREAD)
+
+    async def _send_all(self, send: Send) -> None:
+        """A failure from here on is an event, after which the stream ends."""
+        try:
+            async for data in self._pieces:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        except Exception as error:
+            data = sse.failure(typed(error))
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+async def _pieces(body: bytes) -> AsyncGenerator[bytes, None]:
+    for start in range(0, len(body), PIECE_BYTES):
+        yield body[start : start + PIECE_BYTES]
+
+
+class Call(Request):
+    """A request to one of the gateway's routes, what it holds, and how it is answered."""
+
+    ignored = Ignored()  # What of the body is ignored, once that is read.
+
+    @property
+    def gateway(self) -> Gateway:
+        gateway: Gateway = self.app.state.gateway
+        return gateway
+
+    @property
+    def ticket(self) -> Ticket:
+        """Where the route takes a body."""
+        ticket: Ticket = self.state.ticket
+        return ticket
+
+    @property
+    def deadline(self) -> Deadline:
+        """Where the route takes a body."""
+        deadline: Deadline = self.state.deadline
+        return deadline
+
+    async def read(self, model: type[B]) -> B:
+        """The body as ``model``, which asks for a model that is served. Raises what ``read_body``
+        raises, DeadlineExceeded and ModelNotFound."""
+        config = self.gateway.config
+        async with self.deadline.timeout():
+            parsed, self.ignored = await read_body(self, model, config, self.ticket)
+        name: str | None = getattr(parsed, "model", None)
+        events.note(model=name)
+        self.gateway.names.check(name)
+        return parsed
+
+    def job(self, prompt: AnyPrompt, options: GenerationOptions) -> Job:
+        state = self.state
+        return Job(
+            prompt=prompt,
+            options=options,
+            request_id=state.request_id,
+            caller=state.caller,
+            deadline=self.deadline,
+            ticket=self.ticket,
+            body_bytes=self.ticket.bytes,
+        )
+
+    def writer(self, kind: type[W], body: GenerateFields) -> W:
+        """Of an answer in the shape that the body, or a header, asks for."""
+        by_header = self.headers.get("x-opticnerve-timings", "") in ("1", "true")
+        return kind(body.model, usage=body.stream_usage, timings=body.timings or by_header)
+
+    async def answer(self, job: Job, writer: AnswerWriter, *, stream: bool) -> Response:
+        """The answer, whole or streamed. Until its first event a stream can fail with a status."""
+        made = self.gateway.pipeline.run(job)
+        first = await anext(made)
+        writer.system_fingerprint = job.system_fingerprint
+        headers = self.warnings()
+        if stream:
+            chunks = writer.chunks(first, made)
+            return PiecewiseResponse(chunks, made, {**EVENT_STREAM, **headers}, job.deadline)
+        async with contextlib.aclosing(made):
+            most = self.gateway.config.max_answer_bytes
+            body = await writer.body(first, made, job.ticket.hold, most)
+        headers |= {"content-type": "application/json", "content-length": str(len(body))}
+        return PiecewiseResponse(_pieces(body), made, headers, job.deadline)
+
+    def warnings(self) -> dict[str, str]:
+        """A header that names what the client said in vain. Names are the client's text: the header
+        gets what is printable of them, within bounds."""
+        heeded = {REASONING_EFFORT} & self.gateway.pipeline.renderer.template.variables
+        unheeded = [name for name in self.ignored.unheeded if name not in heeded]
+        lists = (("ignored unknown fields", self.ignored.unknown), ("without effect", unheeded))
+        text = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists if names)
+        if not text:
+            return {}
+        text = printable(text, MAX_WARNING).rstrip()  # A header that ends in a space is none.
+        events.note(ignored=text)
+        return {WARNINGS: text}
+
+
+class Route(APIRoute):
+    """A route that reads its own body, within bounds: FastAPI would hold a whole body before it
+    looks at it. Its handler takes a ``Call``, and ``body`` where the route takes one."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+        model = typing.get_type_hints(self.endpoint).get("body")
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            call = Call(request.scope, request.receive)
+            if model is None:
+                return await handler(call)
+            # No name here holds the body while its handler runs.
+            response: Response = await self.endpoint(call, await call.read(model))
+            return response
+
+        return handle
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST" or "POST" not in (self.methods or ()):
+            await super().handle(scope, receive, send)
+            return
+        gateway: Gateway = scope["app"].state.gateway
+        state = scope["state"]
+        with gateway.admission.arrive(state["holder"]) as state["ticket"]:
+            state["deadline"] = Deadline.after(gateway.config.request_timeout_s)
+            await super().handle(scope, receive, send)
+
+
+def make_router(*tags: str) -> APIRouter:
+    """A router for some routes. Handlers' names are those that generated clients call them by."""
+    return APIRouter(
+        route_class=Route,
+        tags=list(tags),
+        responses=ERRORS,
+        generate_unique_id_function=lambda route: route.name,
+    )

@@ -1,0 +1,71 @@
+"""``POST /v1/apply_template``: the prompt that a chat would become."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from starlette.responses import Response
+from typing_extensions import TypedDict
+
+from gateway.api.call import Call, make_router
+from gateway.api.http import JSONResponse
+from gateway.api.schemas.messages import TemplateFields
+from gateway.timings import Stopwatch
+from opticnerve.media.plan import Modality, Span, SpanAttention
+
+router = make_router("chat")
+
+
+class ApplyTemplateRequest(TemplateFields):
+    model: str | None = None
+
+
+class PromptSpan(TypedDict):
+    """A run of placeholders that rows of one item's embedding take the place of."""
+
+    token_offset: int
+    num_tokens: int
+    item: Annotated[int, Field(description="Index of the picture in the request.")]
+    row_start: int
+    modality: Modality
+    grid_thw: Annotated[list[int], Field(min_length=3, max_length=3)]
+    seconds_per_grid: float
+    attention: SpanAttention
+
+
+class RenderedPrompt(TypedDict):
+    prompt: str
+    token_ids: list[int]
+    spans: list[PromptSpan]
+
+
+@router.post(
+    "/v1/apply_template",
+    summary="Render a chat: its prompt, token ids and spans, without an answer",
+    response_model=RenderedPrompt,
+)
+async def apply_template(call: Call, body: ApplyTemplateRequest) -> Response:
+    prompt, _ = await call.gateway.pipeline.prepare(
+        body.prompt, call.ticket.hold, call.deadline, Stopwatch()
+    )
+    rendered: RenderedPrompt = {
+        "prompt": prompt.prompt,
+        "token_ids": list(prompt.token_ids),
+        "spans": [_span(span) for span in prompt.spans],
+    }
+    return JSONResponse(rendered, headers=call.warnings())
+
+
+def _span(span: Span) -> PromptSpan:
+    grid = span.grid_thw
+    return {
+        "token_offset": span.token_offset,
+        "num_tokens": span.num_tokens,
+        "item": span.item,
+        "row_start": span.row_start,
+        "modality": span.modality,
+        "grid_thw": [grid.t, grid.h, grid.w],
+        "seconds_per_grid": span.seconds_per_grid,
+        "attention": span.attention,
+    }

@@ -1,0 +1,54 @@
+"""Prompts that are no chats: text and token ids, with no picture in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gateway.job import TextPrompt, TokenPrompt
+from gateway.prompt.placeholders import Prompt
+from gateway.prompt.tokenizer import Tokenizer
+from opticnerve.errors import ContextLengthExceeded, InvalidRequest
+from opticnerve.models.family import Layout
+
+
+def read_plain(prompt: TextPrompt | TokenPrompt, tokenizer: Tokenizer, layout: Layout) -> Prompt:
+    """The prompt as the decoder gets it.
+
+    Raises InvalidRequest for ids that stand for pictures, and ContextLengthExceeded for what no
+    worker could take.
+    """
+    if isinstance(prompt, TokenPrompt):
+        _check_ids(prompt.token_ids, layout)
+        return Prompt("", prompt.token_ids)
+    most = layout.max_positions
+    if tokenizer.exceeds(prompt.text, most):  # What follows takes several times as much.
+        raise _too_long(most, "many more")
+    names = tokenizer.special_ids
+    pictures = frozenset(names[i] for i in layout.placeholder_ids.values() if i in names)
+    ids = tokenizer.encode_prompt(
+        prompt.text, add_special_tokens=prompt.add_special_tokens, plain=pictures
+    )
+    if len(ids) > most:
+        raise _too_long(most, str(len(ids)))
+    return Prompt(prompt.text, tuple(ids))
+
+
+def _check_ids(ids: Sequence[int], layout: Layout) -> None:
+    if len(ids) > layout.max_positions:
+        raise _too_long(layout.max_positions, str(len(ids)))
+    pictures = set(layout.placeholder_ids.values())
+    found = next((token_id for token_id in ids if token_id in pictures), None)
+    if found is not None:
+        raise InvalidRequest(
+            f"prompt: {found} stands for a picture, and a prompt brings none; send pictures in "
+            "messages, to /v1/chat/completions",
+            param="prompt",
+        )
+
+
+def _too_long(most: int, needed: str) -> ContextLengthExceeded:
+    return ContextLengthExceeded(
+        f"{ContextLengthExceeded.lead}: this model takes {most} tokens; {TextPrompt.need} "
+        f"{needed}; send {TextPrompt.shorter}",
+        param=TextPrompt.field,
+    )
