@@ -28,7 +28,7 @@ from gateway.api.schemas.messages import TemplateFields
 from gateway.job import GenerationOptions
 from gateway.output.events import ChoiceEnd, Text
 
-router = make_router("chat")
+router = make_router("generation")
 
 
 # Fields of others that are not served are removed, or refused, before this model sees the body: see

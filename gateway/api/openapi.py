@@ -27,7 +27,7 @@ and those of the objects in it ignored: `x-opticnerve-warnings` of an answer nam
 else a request says in vain. Where a path takes GET, it takes HEAD.
 """
 TAGS = {
-    "chat": "Answers about text and pictures.",
+    "generation": "Answers about text and pictures.",
     "models": "What is served, by name.",
     "server": "How the server is.",
     "description": "What the API says of itself.",

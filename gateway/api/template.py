@@ -14,7 +14,7 @@ from gateway.api.schemas.messages import TemplateFields
 from gateway.timings import Stopwatch
 from opticnerve.media.plan import Modality, Span, SpanAttention
 
-router = make_router("chat")
+router = make_router("generation")
 
 
 class ApplyTemplateRequest(TemplateFields):

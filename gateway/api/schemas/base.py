@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -191,12 +191,22 @@ class Strict(BaseModel):
         return schema
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A field that others serve and this server does not."""
+
+    neutral: tuple[Any, ...]  # Values that ask for nothing, besides null.
+    instead: str  # What to do.
+
+
 class Body(Strict):
     """A whole body. Its unknown fields are errors, unless they are to be ignored: an evaluator's
     typo must not pass for a setting."""
 
     model_config = ConfigDict(extra="forbid")
     closed: ClassVar[bool] = True
+    refused: ClassVar[Mapping[str, Refused]] = {}
+    """Besides those of ``gateway.api.schemas.unsupported`` that the model has no field for."""
 
 
 def _nullable(schema: JsonSchemaValue) -> JsonSchemaValue:

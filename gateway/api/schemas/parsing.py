@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from gateway.api.schemas import unsupported
-from gateway.api.schemas.base import BOM, Reading, Strict, check_strings, join
+from gateway.api.schemas.base import BOM, Body, Reading, check_strings, join
 from gateway.api.schemas.outline import Outline
 from opticnerve.errors import InvalidRequest
 
-M = TypeVar("M", bound=Strict)
+M = TypeVar("M", bound=Body)
 
 MAX_NAMED = 5  # Problems told at once.
 MAX_LOOKED_AT = 100  # Of problems, and of fields that were ignored.
@@ -59,7 +59,7 @@ def parse(
     """
     raw = dict(body) if isinstance(body, Mapping) else _decode(body)
     unheeded: list[str] = []
-    raw = unsupported.take_out(raw, unheeded)
+    raw = unsupported.take_out(raw, model, unheeded)
     reading = Reading(ignore_unknown)
     try:
         parsed = model.model_validate(raw, context=reading)
@@ -69,7 +69,7 @@ def parse(
         named = _unknown(raw, reading, "") if reading.unknown else ()
         unheeded += parsed.unheeded
         return parsed, Ignored(*(tuple(islice(each, MAX_LOOKED_AT)) for each in (named, unheeded)))
-    raise _refusal(problems, raw, {*model.model_fields, *unsupported.FIELDS})
+    raise _refusal(problems, raw, {*model.model_fields, *model.refused, *unsupported.FIELDS})
 
 
 def _decode(body: bytes | bytearray | str | Outline) -> dict[str, Any]:

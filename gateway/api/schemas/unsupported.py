@@ -8,18 +8,10 @@ forbids the model to call, are dropped too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from gateway.api.schemas.base import join
+from gateway.api.schemas.base import Body, Refused, join
 from opticnerve.errors import UnsupportedFeature
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    neutral: tuple[Any, ...]  # Besides null.
-    instead: str
-
 
 TOOLS = "describe the tools in a system message and parse the answer yourself"
 GRAMMAR = "ask for the format in a message and check the answer"
@@ -86,13 +78,13 @@ SOURCES = ("image_url", "image", "url", "base64")
 OFFERS = {"tools": "tool_choice", "functions": "function_call"}  # What offers, and what forbids.
 
 
-def take_out(body: Mapping[str, Any], left_out: list[str]) -> dict[str, Any]:
-    """``body`` without unsupported fields that ask for nothing; what they hold besides is named in
-    ``left_out``, by path. Raises UnsupportedFeature for others."""
+def take_out(body: Mapping[str, Any], model: type[Body], left_out: list[str]) -> dict[str, Any]:
+    """``body`` without fields that ``model`` does not serve and that ask for nothing; what they
+    hold besides is named in ``left_out``, by path. Raises UnsupportedFeature for others."""
     kept: dict[str, Any] = {}
     for name, value in body.items():
-        refused = FIELDS.get(name)
-        if refused is None:
+        refused = model.refused.get(name) or FIELDS.get(name)
+        if refused is None or name in model.model_fields:
             kept[name] = value
         elif value is None or _is_neutral(name, value, refused, left_out):
             continue
