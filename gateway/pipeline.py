@@ -17,7 +17,7 @@ from gateway.api.schemas.messages import Message
 from gateway.edge.auth import Caller
 from gateway.edge.deadline import Deadline
 from gateway.edge.lanes import LONG_BYTES, off_loop
-from gateway.job import AnyPrompt, ChatPrompt, GenerationOptions, Job, TextPrompt
+from gateway.job import AnyPrompt, ChatPrompt, GenerationOptions, Job, TextPrompt, TokenPrompt
 from gateway.media.reader import Fetched, MediaReader
 from gateway.output.choices import Choices
 from gateway.output.detokenizer import Vocabulary
@@ -25,7 +25,13 @@ from gateway.output.events import AnswerEvent, ChoiceEnd, End, Text
 from gateway.prompt.placeholders import Prompt
 from gateway.prompt.plain import read_plain
 from gateway.prompt.renderer import ChatRenderer
-from gateway.sampling import Defaults, SamplingLimits, check_choices, resolve_sampling
+from gateway.sampling import (
+    Defaults,
+    SamplingLimits,
+    check_choices,
+    known_ids,
+    resolve_sampling,
+)
 from gateway.timings import Stopwatch
 from gateway.workers.encode import Encodable, Encoders
 from gateway.workers.generate import FailoverGeneration, GenerateSpec
@@ -176,6 +182,8 @@ class Pipeline:
             max_logprobs=self.max_logprobs,
             vocab_size=pair.vocab_size,
         )
+        if kind is TokenPrompt:
+            known_ids(prompt.token_ids, limits, kind.field)
         resolved = functools.partial(
             resolve_sampling,
             options,

@@ -142,7 +142,7 @@ def resolve_sampling(
         "bad_words": _bad_words(asked.bad_words or (), tokenizer),
     }
     for name in ("stop_token_ids", "allowed_token_ids"):
-        values[name] = _known(said[name] or (), limits, name)
+        values[name] = known_ids(said[name] or (), limits, name)
     if asked.top_k is not None:
         values["top_k"] = max(asked.top_k, 0)
     if values.get("top_p") == 0:  # The likeliest token alone; a worker reads 0 as no bound.
@@ -205,7 +205,8 @@ def num_logprobs(options: GenerationOptions, limits: SamplingLimits) -> int | No
     return wanted
 
 
-def _known(ids: Sequence[int], limits: SamplingLimits, param: str) -> tuple[int, ...]:
+def known_ids(ids: Sequence[int], limits: SamplingLimits, param: str) -> tuple[int, ...]:
+    """Each id once. Raises InvalidRequest for one that the model does not have."""
     unknown = next((i for i in ids if limits.vocab_size and i >= limits.vocab_size), None)
     if unknown is not None:
         raise InvalidRequest(
@@ -221,7 +222,7 @@ def _bias(bias: Mapping[str, float], limits: SamplingLimits) -> dict[int, float]
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
             raise InvalidRequest("logit_bias: keys should be token ids", param="logit_bias")
         values[int(key)] = float(value)
-    _known(tuple(values), limits, "logit_bias")
+    known_ids(tuple(values), limits, "logit_bias")
     return values
 
 

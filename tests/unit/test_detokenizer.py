@@ -14,7 +14,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 from transformers import AutoTokenizer
 
+from gateway.api.answer import logprobs_json
 from gateway.output.detokenizer import ALPHABET, ByteLevel, Pieces, Vocabulary, Windowed, spell
+from gateway.output.events import TextLogprobs, TokenLogprob
 from gateway.prompt.tokenizer import Tokenizer
 from tests import vocabularies as v
 
@@ -138,9 +140,10 @@ def test_tokens_as_log_probabilities_show_them(kind: str) -> None:
     if kind != "other":  # Its decoder strips what stands first.
         assert joined.strip() == "the é🤗 cat"
     for token_id in (*ids, *list(vocabulary.special_ids)[:2]):
-        assert vocabulary.token_text(token_id) == vocabulary.token_bytes(token_id).decode(
-            "utf-8", "replace"
-        )
+        spelled = vocabulary.token_bytes(token_id)
+        shown = logprobs_json([TextLogprobs(TokenLogprob(spelled, -1.0))])
+        assert shown is not None
+        assert shown["content"][0]["token"] == spelled.decode("utf-8", "replace")
     assert vocabulary.token_bytes(10**6) == b""
 
 
