@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.api import chat, health, models, openapi, template
+from gateway.api import chat, completions, health, models, openapi, template
 from gateway.api.call import WARNINGS
 from gateway.api.http import ErrorResponse
 from gateway.api.models import ServedNames
@@ -28,7 +28,14 @@ from opticnerve.config import GatewayConfig
 from opticnerve.errors import InvalidRequest, MethodNotAllowed, NotFound, Unauthenticated
 from opticnerve.process import Running
 
-APIS = (chat.router, template.router, models.router, health.router, openapi.router)
+APIS = (
+    chat.router,
+    completions.router,
+    template.router,
+    models.router,
+    health.router,
+    openapi.router,
+)
 
 
 @dataclass

@@ -18,6 +18,7 @@ ON_THE_GATEWAYS_PORT = TelemetryConfig(metrics_port=-1)
 OWN_PORT = TelemetryConfig(metrics_port=0)
 PATHS = {
     "/v1/chat/completions",
+    "/v1/completions",
     "/v1/apply_template",
     "/v1/models",
     "/v1/models/{name}",
@@ -131,7 +132,17 @@ async def test_answers_are_what_the_document_says():
             answer = await s.chat(user("What?", data_url()), **fields)
             assert answer.status_code == 200
             assert conforms(document, answer.json(), answered(document, answer, chat))
-        for path in PATHS - {chat, "/v1/apply_template", "/metrics", "/docs", "/openapi.json"}:
+        answer = await s.client.post("/v1/completions", json={"model": "model", "prompt": "Once"})
+        schema = answered(document, answer, "/v1/completions")
+        assert conforms(document, answer.json(), schema)
+        for path in PATHS - {
+            chat,
+            "/v1/completions",
+            "/v1/apply_template",
+            "/metrics",
+            "/docs",
+            "/openapi.json",
+        }:
             answer = await s.client.get(path.replace("{name}", "model"))
             assert conforms(document, answer.json(), answered(document, answer, path))
         rendered = await s.client.post(
@@ -159,6 +170,11 @@ async def test_chunks_are_what_the_document_says():
             assert len(chunks) > 2 and done == "[DONE]"
             for chunk in chunks:
                 assert conforms(document, chunk, schema)
+        asked = {"model": "model", "prompt": "Once", "stream": True, "timings": True}
+        answer = await s.client.post("/v1/completions", json=asked)
+        schema = answered(document, answer, "/v1/completions", "text/event-stream")
+        for chunk in events(answer.text)[:-1]:
+            assert conforms(document, chunk, schema)
 
 
 async def test_errors_are_what_the_document_says():

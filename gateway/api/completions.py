@@ -1,0 +1,133 @@
+"""``POST /v1/completions``: text, or token ids, to go on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, NotRequired
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+from starlette.responses import Response
+from typing_extensions import TypedDict
+
+from gateway.api.answer import (
+    TIMINGS_HEADER,
+    AnswerHead,
+    AnswerWriter,
+    CompletionUsage,
+    FinishReason,
+    StopReason,
+    StreamUsage,
+    streamed,
+)
+from gateway.api.call import Call, make_router
+from gateway.api.schemas.base import Refused
+from gateway.api.schemas.generate import GenerateFields, OutputLength
+from gateway.api.schemas.sampling import TokenId
+from gateway.job import GenerationOptions, TextPrompt, TokenPrompt
+from gateway.output.events import ChoiceEnd, Text
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's, of this route.
+
+router = make_router("generation")
+
+
+def _single(prompt: Any) -> Any:
+    """The prompt of a list that holds one."""
+    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
+        return prompt
+    if len(prompt) > 1:
+        raise PydanticCustomError("several", "should be one prompt; send a request for each")
+    return prompt[0]
+
+
+Words = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+
+
+class CompletionRequest(GenerateFields):
+    """A prompt to go on with, and how."""
+
+    refused: ClassVar[Mapping[str, Refused]] = {
+        "logprobs": Refused((), "ask /v1/chat/completions for log-probabilities"),
+        "suffix": Refused(("",), "put what follows into the prompt, in the model's own form"),
+    }
+
+    prompt: Annotated[
+        Words | TokenIds,
+        Field(
+            description="Text, in which special tokens are special, but those that stand for "
+            "pictures are text; or token ids."
+        ),
+        BeforeValidator(_single, json_schema_input_type=Words | TokenIds),
+    ]
+    max_tokens: OutputLength | None = Field(None, description="16 where nothing is said.")
+    add_special_tokens: bool = Field(
+        True, description="Of a text: those that the tokenizer puts before it."
+    )
+
+    @property
+    def source(self) -> TextPrompt | TokenPrompt:
+        if isinstance(self.prompt, str):
+            return TextPrompt(self.prompt, self.add_special_tokens)
+        return TokenPrompt(tuple(self.prompt))
+
+    @property
+    def options(self) -> GenerationOptions:
+        return self.generation_options(self.max_tokens or DEFAULT_MAX_TOKENS, "max_tokens", None)
+
+
+class CompletionChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: NotRequired[None]
+    finish_reason: FinishReason | None
+    stop_reason: NotRequired[StopReason]
+
+
+class Completion(AnswerHead):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: CompletionUsage
+
+
+class CompletionChunk(AnswerHead):
+    """The data of one event of a streamed answer. The last event's data is ``[DONE]``."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: NotRequired[StreamUsage]
+
+
+class CompletionWriter(AnswerWriter):
+    id_prefix = "cmpl-"
+    whole_object = chunk_object = "text_completion"
+
+    def text(self, more: Text) -> CompletionChoice:
+        return {"index": more.choice, "text": more.text, "logprobs": None, "finish_reason": None}
+
+    def ending(self, end: ChoiceEnd) -> CompletionChoice:
+        return {**self.whole("", end), "logprobs": None}
+
+    def whole(self, text: str, end: ChoiceEnd) -> CompletionChoice:
+        return {
+            "index": end.choice,
+            "text": text,
+            "finish_reason": end.finish_reason,
+            "stop_reason": end.stop_reason,
+        }
+
+
+@router.post(
+    "/v1/completions",
+    summary="Go on with a text, or with token ids",
+    response_model=Completion,
+    responses=streamed(CompletionChunk),
+    openapi_extra=TIMINGS_HEADER,
+)
+async def create_completion(call: Call, body: CompletionRequest) -> Response:
+    writer = call.writer(CompletionWriter, body)
+    job = call.job(body.source, body.options)
+    stream = bool(body.stream)
+    del body  # Its prompt may be long.
+    return await call.answer(job, writer, stream=stream)
