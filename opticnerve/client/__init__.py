@@ -35,18 +35,11 @@ with ``--rpc-token-file`` want it of their clients too: ``rpc_token_file=``. Err
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
-
 from opticnerve.client.contents import Content, EncodedPicture, MultiMediaInfo, Tensors
 from opticnerve.client.encoder import AsyncEncoderClient
-from opticnerve.client.llm import AsyncLLMClient, Contents
-from opticnerve.client.pictures import NO_OVERRIDES
-from opticnerve.client.portal import Portal, open_portal
+from opticnerve.client.llm import AsyncLLMClient
+from opticnerve.client.synchronous import EncoderClient, LLMClient
 from opticnerve.embeddings.ref import EmbeddingRef
-from opticnerve.embeddings.store import Store
 from opticnerve.generation.values import (
     Choice,
     Delta,
@@ -58,12 +51,6 @@ from opticnerve.generation.values import (
     Usage,
 )
 from opticnerve.media.pictures import Picture
-from opticnerve.media.plan import Overrides
-from opticnerve.models.family import Layout
-from opticnerve.pb import encoder_pb2, llm_pb2
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "AsyncEncoderClient",
@@ -85,133 +72,3 @@ __all__ = [
     "Tensors",
     "Usage",
 ]
-
-
-class EncoderClient:
-    """See ``AsyncEncoderClient``."""
-
-    def __init__(
-        self,
-        address: str,
-        model: str | Path | Layout | None = None,
-        *,
-        timeout_s: float = 120.0,
-        rpc_token_file: str | Path | None = None,
-    ) -> None:
-        async def make() -> AsyncEncoderClient:  # gRPC's channels belong to the loop they see.
-            return AsyncEncoderClient(
-                address, model, timeout_s=timeout_s, rpc_token_file=rpc_token_file
-            )
-
-        self._portal, self.asynchronous = open_portal(make)
-        self._open = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self._open:
-            self._open = False
-            try:
-                self._portal.call(self.asynchronous.close())
-            finally:
-                Portal.release()
-
-    def describe(self) -> encoder_pb2.DescribeEncoderResponse:
-        return self._portal.call(self.asynchronous.describe())
-
-    def layout(self) -> Layout:
-        return self._portal.call(self.asynchronous.layout())
-
-    def encode(self, picture: Picture, overrides: Overrides = NO_OVERRIDES) -> EncodedPicture:
-        return self._portal.call(self.asynchronous.encode(picture, overrides))
-
-    def fetch(self, ref: EmbeddingRef) -> dict[str, torch.Tensor]:
-        return self._portal.call(self.asynchronous.fetch(ref))
-
-
-class LLMClient:
-    """See ``AsyncLLMClient``. ``encoder`` and ``store`` are the caller's to close."""
-
-    def __init__(
-        self,
-        address: str,
-        *,
-        encoder: EncoderClient | None = None,
-        store: Store | None = None,
-        timeout_s: float = 600.0,
-        rpc_token_file: str | Path | None = None,
-    ) -> None:
-        async def make() -> AsyncLLMClient:
-            return AsyncLLMClient(
-                address,
-                encoder=encoder.asynchronous if encoder else None,
-                store=store,
-                timeout_s=timeout_s,
-                rpc_token_file=rpc_token_file,
-            )
-
-        self._portal, self.asynchronous = open_portal(make)
-        self._open = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self._open:
-            self._open = False
-            try:
-                self._portal.call(self.asynchronous.close())
-            finally:
-                Portal.release()
-
-    def describe(self) -> llm_pb2.DescribeLLMResponse:
-        return self._portal.call(self.asynchronous.describe())
-
-    def generate(
-        self,
-        token_ids: Sequence[int],
-        contents: Contents | None = None,
-        sampling: Sampling | None = None,
-        *,
-        request_id: str = "",
-        timeout_s: float | None = None,
-    ) -> Generation:
-        return self._portal.call(
-            self.asynchronous.generate(
-                token_ids, contents, sampling, request_id=request_id, timeout_s=timeout_s
-            )
-        )
-
-    def stream(
-        self,
-        token_ids: Sequence[int],
-        contents: Contents | None = None,
-        sampling: Sampling | None = None,
-        *,
-        request_id: str = "",
-        timeout_s: float | None = None,
-    ) -> Generator[Delta, None, None]:
-        """New tokens as they come. Leaving the loop early aborts the generation, at the latest
-        when the iterator is closed."""
-        return self._portal.iterate(
-            self.asynchronous.stream(
-                token_ids, contents, sampling, request_id=request_id, timeout_s=timeout_s
-            )
-        )

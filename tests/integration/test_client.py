@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -24,7 +25,7 @@ from opticnerve.client import (
     Sampling,
     Tensors,
 )
-from opticnerve.client.portal import Portal
+from opticnerve.client.synchronous import _portals
 from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.errors import (
     ContextLengthExceeded,
@@ -386,8 +387,27 @@ def test_synchronous_clients(tmp_path: Path) -> None:
                 assert delta.token_ids == (1,)
                 break
         encoder.close()  # Twice is once.
-    assert Portal._users == 0 and Portal._shared is None
-    assert "opticnerve-client" not in {thread.name for thread in threading.enumerate()}
+    assert _portals._leases == 0 and _portals._portal_cm is None
+    assert not [each for each in threading.enumerate() if "portal" in each.name]
+
+
+def test_an_interrupt_of_a_waiting_thread_cancels_the_call(tmp_path: Path) -> None:
+    with background(tmp_path) as services, LLMClient(services.worker.address) as llm:
+        main = threading.main_thread().ident
+        assert main is not None
+
+        async def step(worker: FakeLLM, index: int) -> None:
+            if index == 1:
+                signal.pthread_kill(main, signal.SIGINT)
+                await asyncio.Event().wait()
+
+        services.worker.step = step
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([1, 2])
+        cancelled = services.worker.cancelled.wait()
+        asyncio.run_coroutine_threadsafe(cancelled, services.loop).result(60)
+        services.worker.step = None
+        assert llm.generate([1, 2]).token_ids == (1, 2, 3)
 
 
 class Refusing(FakeLLM):
