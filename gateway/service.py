@@ -163,10 +163,10 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
 def _pools(settings: GatewayConfig, token: str | None) -> tuple[WorkerPool, WorkerPool]:
     """The pools of encoders and of LLM workers."""
     changes = Changes()
-    llms = WorkerPool("LLM", settings.llm_addresses, generation.describe, changes, token)
+    llms = WorkerPool("LLM", settings.llm_addresses, generation.describe_llm, changes, token)
     check = AdvertisedCheck(llms)
     encoder_pool = WorkerPool(
-        "encoder", settings.encoder_addresses, encoders.describe, changes, token, check
+        "encoder", settings.encoder_addresses, encoders.describe_encoder, changes, token, check
     )
     return encoder_pool, llms
 

@@ -79,7 +79,7 @@ class Encoded:
     timings: dict[str, float] = field(default_factory=dict)  # Milliseconds by stage.
 
 
-async def describe(channel: grpc.aio.Channel, timeout_s: float) -> Description:
+async def describe_encoder(channel: grpc.aio.Channel, timeout_s: float) -> Description:
     answer = await encoder_pb2_grpc.EncoderStub(channel).Describe(
         pb.DescribeEncoderRequest(), timeout=timeout_s
     )

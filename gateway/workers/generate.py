@@ -34,7 +34,7 @@ PAUSE_S = 0.02  # Between attempts.
 POLICY = StreamPolicy()
 
 
-async def describe(channel: grpc.aio.Channel, timeout_s: float) -> Description:
+async def describe_llm(channel: grpc.aio.Channel, timeout_s: float) -> Description:
     """What an LLM worker says of itself."""
     answer = await llm_pb2_grpc.LLMStub(channel).Describe(
         pb.DescribeLLMRequest(), timeout=timeout_s
@@ -214,7 +214,7 @@ class FailoverGeneration:
             request_id=spec.request_id,
             token_ids=spec.token_ids,
             spans=[convert.span_to_pb(span) for span in spec.spans],
-            items=[messages.item(key, known(key)) for key in spec.keys],
+            items=[messages.item_to_pb(key, known(key)) for key in spec.keys],
             sampling=messages.sampling_to_pb(spec.sampling),
             priority=spec.priority,
             share=spec.caller.share,

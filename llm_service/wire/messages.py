@@ -1,5 +1,7 @@
-"""Messages of ``llm.proto`` to the engine's values and back, with every check that needs no
-engine: what is wrong with a Start is said here, as InvalidRequest with the field at fault."""
+"""Messages of ``llm.proto`` as the engine's values, and the checks of a Start that need no engine.
+
+What is wrong with a Start is an InvalidRequest that names the field.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,10 @@ from opticnerve.rpc import convert
 from opticnerve.rpc.errors import CLASS_BY_STATUS, STATUS_BY_NUMBER, from_detail
 from opticnerve.telemetry.logs import safe_id
 
-MAX_MESSAGE_BYTES = 7 * 2**20  # Of PromptLogprobs, which travel in one piece.
-PIECE_BYTES = 2**20  # Of deltas in one message: those of a slow reader pile up.
+MAX_MESSAGE_BYTES = 7 * 2**20  # PromptLogprobs travel in one message.
+PIECE_BYTES = 2**20  # Deltas of one message: those for a slow reader pile up.
 LOGPROB_BYTES = 14
-LEAST_WEIGHT, MOST_WEIGHT = 0.01, 1000.0  # Of one share beside another.
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 1000.0  # Weight of one share, relative to others'.
 
 NO_NAMES: Mapping[str, str] = {}
 
@@ -39,9 +41,9 @@ class Accepted:
 
     request: GenerateRequest
     refs: dict[str, EmbeddingRef | None]
-    rows: dict[str, int]  # Rows that the spans use, by key.
+    rows: dict[str, int]  # How many rows the spans use, by key.
     embedding_wait_ms: int  # 0: the worker's default.
-    own: Mapping[str, str]  # Names here of items that the caller brings itself, by its keys.
+    local_names: Mapping[str, str]  # See ``read_start``.
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,29 +55,31 @@ class Bounds:
     max_logprobs: int
 
 
-def own_items(start: pb.Start) -> dict[str, bytes]:
-    """Of items that the caller brings itself, the bytes by key; b"" of those that come later."""
-    own: dict[str, bytes] = {}
+def inline_items(start: pb.Start) -> dict[str, bytes]:
+    """The bytes of items whose rows the caller sends itself, by key; b"" if they come later."""
+    found: dict[str, bytes] = {}
     for item in start.items:
         if item.own or item.ref.location.inline:
-            own[item.key] = item.ref.location.inline or own.get(item.key, b"")
-    return own
+            found[item.key] = item.ref.location.inline or found.get(item.key, b"")
+    return found
 
 
-def read_start(start: pb.Start, bounds: Bounds, own: Mapping[str, str] = NO_NAMES) -> Accepted:
-    """``own``: this worker's names of ``own_items``, which stand for the caller's keys from here
-    on. Raises InvalidRequest, ContextLengthExceeded, UnsupportedFeature."""
+def read_start(
+    start: pb.Start, bounds: Bounds, local_names: Mapping[str, str] = NO_NAMES
+) -> Accepted:
+    """``local_names``: this worker's names of ``inline_items``, by the caller's keys, which they
+    replace. Raises InvalidRequest, ContextLengthExceeded, UnsupportedFeature."""
     if start.adapter:
         raise UnsupportedFeature("adapters are not served; leave adapter empty", param="adapter")
     spans = tuple(convert.span_from_pb(span) for span in start.spans)
     if any(span.modality is Modality.AUDIO for span in spans):
         raise UnsupportedFeature("audio is not served; send pictures", param="spans")
     request = GenerateRequest(
-        # Unique: a caller may try again before the first try has left the engine.
+        # Made unique: a caller may retry before the engine has let go of the first attempt.
         request_id=f"{safe_id(start.request_id)}/{next(_numbers)}",
         token_ids=tuple(start.token_ids),
         spans=spans,
-        items=tuple(own.get(check_key(item.key), item.key) for item in start.items),
+        items=tuple(local_names.get(check_key(item.key), item.key) for item in start.items),
         sampling=_sampling(start.sampling, bounds),
         priority=start.priority,
         cache_salt=start.cache_salt,
@@ -84,33 +88,34 @@ def read_start(start: pb.Start, bounds: Bounds, own: Mapping[str, str] = NO_NAME
         share=start.share,
         weight=start.weight or 1.0,
     )
-    if not LEAST_WEIGHT <= request.weight <= MOST_WEIGHT:  # Not a number is in no range.
+    if not MIN_WEIGHT <= request.weight <= MAX_WEIGHT:  # Not a number is in no range.
         raise InvalidRequest(
-            f"weight must be between {LEAST_WEIGHT:g} and {MOST_WEIGHT:g}", param="weight"
+            f"weight must be between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}", param="weight"
         )
     check_request(request, bounds.engine)
     _check_prompt_logprobs(request)
     if spans:
         bounds.layout.positions(len(request.token_ids), spans)
-    return Accepted(request, _refs(start, own), _rows(request), start.embedding_wait_ms, own)
+    refs = _refs(start, local_names)
+    return Accepted(request, refs, _rows(request), start.embedding_wait_ms, local_names)
 
 
-def _refs(start: pb.Start, own: Mapping[str, str]) -> dict[str, EmbeddingRef | None]:
+def _refs(start: pb.Start, local_names: Mapping[str, str]) -> dict[str, EmbeddingRef | None]:
     refs: dict[str, EmbeddingRef | None] = {}
     for item in start.items:
         if item.HasField("ref") and item.ref.key != item.key:
             raise InvalidRequest("a reference has another key than its item", param="items")
-        ref = read_ref(item.ref, own) if item.HasField("ref") else None
-        key = own.get(item.key, item.key)
+        ref = read_ref(item.ref, local_names) if item.HasField("ref") else None
+        key = local_names.get(item.key, item.key)
         refs[key] = ref or refs.get(key)
     return refs
 
 
 def read_ref(
-    message: embedding_pb2.EmbeddingRef, own: Mapping[str, str] = NO_NAMES
+    message: embedding_pb2.EmbeddingRef, local_names: Mapping[str, str] = NO_NAMES
 ) -> EmbeddingRef:
-    """Of the caller's own rows under their name here. Raises InvalidRequest for a reference that
-    describes nothing or names no address, and for inline rows under a key that others share."""
+    """The reference; one with inline rows gets its local name. Raises InvalidRequest if it
+    describes nothing, if its address is none, and for inline rows under a key that others share."""
     ref = convert.ref_from_pb(message)
     check_key(ref.key)
     if ref.location.fetch_address:
@@ -120,7 +125,7 @@ def read_ref(
             raise InvalidRequest(f"a reference's fetch_address: {error}", param="ref") from error
     if not ref.tensors or ref.num_rows < 1:
         raise InvalidRequest("a reference describes its tensors and rows", param="ref")
-    name, inline = own.get(ref.key), ref.location.inline
+    name, inline = local_names.get(ref.key), ref.location.inline
     if (name is None) != (not inline):
         raise InvalidRequest(
             "rows of the caller's own come inline, and Start says of which items (own): what comes "
@@ -169,7 +174,7 @@ def _sampling(message: pb.SamplingParams, bounds: Bounds) -> Sampling:
 
 
 def read_failure(message: pb.EmbeddingFailed) -> OpticNerveError:
-    """The error that the caller reports for an item."""
+    """The error that the caller reports for an item that it could not get."""
     if message.HasField("detail"):
         return from_detail(message.detail)
     status = STATUS_BY_NUMBER.get(message.status)

@@ -29,7 +29,7 @@ from llm_service.policy.sequence import (
 from llm_service.rows.fetcher import Fetcher
 from llm_service.wire import messages as wire
 from llm_service.wire.messages import Accepted, Bounds
-from llm_service.wire.waits import Needed, Waits
+from llm_service.wire.needed_rows import AskCaller, NeededRows
 from opticnerve.errors import DeadlineExceeded, InvalidRequest, OpticNerveError, Unavailable
 from opticnerve.generation.messages import done_to_pb, position_to_pb
 from opticnerve.generation.values import Delta, Done
@@ -44,8 +44,8 @@ from opticnerve.worker import WorkerServicer
 Context = grpc.aio.ServicerContext[Any, Any]
 
 SERVICE = "opticnerve.v1.LLM"
-RELEASE_TIMEOUT_S = 30.0  # For the engine to end its step and let an aborted request go.
-START_S = 10.0  # For Start to come.
+RELEASE_TIMEOUT_S = 30.0  # The engine ends its step and releases an aborted request.
+START_S = 10.0  # How long a call waits for its Start message.
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +103,9 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
             raise Unavailable("the LLM worker is stopping; use another", retry_after_s=1.0)
         events.identify(first.start.request_id)
         events.note(prompt_tokens=len(first.start.token_ids), items=len(first.start.items) or None)
-        own = await loaded.fetcher.names(wire.own_items(first.start))
-        accepted = wire.read_start(first.start, loaded.bounds, own)
-        await Call(loaded, accepted, context).run(request_iterator)
+        local_names = await loaded.fetcher.names(wire.inline_items(first.start))
+        accepted = wire.read_start(first.start, loaded.bounds, local_names)
+        await GenerateCall(loaded, accepted, context).run(request_iterator)
 
     @unary
     async def Describe(
@@ -144,30 +144,30 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
         )
 
 
-class Call:
+class GenerateCall:
     """One Generate call: the engine's events go out, references come in.
 
-    Whichever way it ends, the engine holds nothing of it any more.
+    However the call ends, the engine then holds nothing of it.
     """
 
     def __init__(self, loaded: Loaded, accepted: Accepted, context: Context) -> None:
         self._loaded = loaded
         self._context = context
         self._request = accepted.request
-        self._own = accepted.own
-        self._keys = {name: key for key, name in accepted.own.items()}
+        self._local_names = accepted.local_names
+        self._keys = {name: key for key, name in accepted.local_names.items()}
         self._started = time.perf_counter()
-        self._broken: Exception | None = None  # What is wrong with a later message.
-        self._tokens = 0  # Written so far, of all choices.
+        self._broken: Exception | None = None  # What is wrong with a message after Start.
+        self._tokens = 0  # Written so far, all choices together.
         self._stream: EventStream
-        self._waits = Waits(
+        self._needed = NeededRows(
             accepted.request.request_id,
             accepted.refs,
             accepted.rows,
             (accepted.embedding_wait_ms or loaded.embedding_wait_ms) / 1e3,
             loaded.engine,
             loaded.fetcher,
-            lambda needed: self._stream.push(needed),
+            lambda asked: self._stream.push(asked),
             accepted.request.sampling.n,
         )
 
@@ -187,11 +187,11 @@ class Call:
         finally:
             events.note(completion_tokens=self._tokens)
             reader.cancel()
-            self._waits.close()
+            self._needed.close()
             await asyncio.shield(asyncio.create_task(release(self._loaded.engine, self._stream)))
 
     def _messages(self, batch: Iterable[Event]) -> list[pb.GenerateOut]:
-        """What to write for events of the engine; raises the error of a request that failed."""
+        """The messages for events of the engine. Raises the error of a request that failed."""
         out = [pb.GenerateOut()]
         for event in batch:
             match event:
@@ -201,9 +201,9 @@ class Call:
                         if out[-1].ByteSize() >= wire.PIECE_BYTES:
                             out.append(pb.GenerateOut())
                         out[-1].deltas.append(piece)
-                case Needed(keys=()):
-                    pass  # A later message was wrong: ``run`` sees.
-                case Needed():
+                case AskCaller(keys=()):
+                    pass  # A later message was wrong: ``_run`` raises its error.
+                case AskCaller():
                     if out[-1].HasField("embedding_needed"):
                         out.append(pb.GenerateOut())
                     keys = (self._keys.get(key, key) for key in event.keys)
@@ -212,7 +212,7 @@ class Call:
                         f"NEEDED_REASON_{event.reason}"
                     )
                 case NeedRowsEvent():
-                    self._waits.wanted(event.keys, event.preempted)
+                    self._needed.wanted(event.keys, event.preempted)
                 case PrefilledEvent():
                     events.note(
                         cached_tokens=event.cached_tokens,
@@ -233,7 +233,7 @@ class Call:
         return [message for message in out if message.ByteSize()]
 
     def _done(self, event: FinishedEvent) -> pb.Done:
-        done = Done(event.usage, replace(event.timings, get_ms=self._waits.get_s * 1e3))
+        done = Done(event.usage, replace(event.timings, get_ms=self._needed.get_s * 1e3))
         observe(done)
         timings = done.timings
         events.note(
@@ -253,29 +253,29 @@ class Call:
             events.append(finish=delta.finish_reason.value)
 
     async def _read(self, messages: AsyncIterator[pb.GenerateIn]) -> None:
-        """Takes what the caller sends after Start."""
+        """Reads what the caller sends after Start."""
         try:
             async for message in messages:
                 match message.WhichOneof("message"):
                     case "embedding_ready":
-                        ref = wire.read_ref(message.embedding_ready.ref, self._own)
+                        ref = wire.read_ref(message.embedding_ready.ref, self._local_names)
                         await self._loaded.fetcher.check_own(ref)
-                        self._waits.ready(ref)
+                        self._needed.ready(ref)
                     case "embedding_failed":
                         failure = message.embedding_failed
-                        key = self._own.get(failure.key, failure.key)
-                        self._waits.failed(key, wire.read_failure(failure))
+                        key = self._local_names.get(failure.key, failure.key)
+                        self._needed.failed(key, wire.read_failure(failure))
                     case _:
                         raise InvalidRequest("a call has one Start, its first message")
         except grpc.RpcError:
-            pass  # The call has ended; its writing side knows.
+            pass  # The call has ended; the writing side reports why.
         except Exception as error:
             self._broken = error
-            self._stream.push(Needed(self._request.request_id, ()))
+            self._stream.push(AskCaller(self._request.request_id, ()))
 
 
 async def release(engine: EngineClient, stream: EventStream) -> None:
-    """Ends a request that may still run, and waits until the engine has let it go."""
+    """Ends a request that may still run, and waits until the engine has released it."""
     if not stream.ended:
         engine.abort(stream.request_id)
         with contextlib.suppress(TimeoutError):
@@ -283,7 +283,7 @@ async def release(engine: EngineClient, stream: EventStream) -> None:
                 while await stream.read():
                     pass
         if not stream.ended:
-            log.error("the engine does not let go of an aborted request")
+            log.error("the engine does not release an aborted request")
     stream.close()
 
 

@@ -30,7 +30,7 @@ from opticnerve.errors import EmbeddingUnavailable, InvalidRequest, PayloadTooLa
 from opticnerve.generation import messages
 from opticnerve.generation.checks import read_token_ids
 from opticnerve.generation.stream import GenerateStream, StreamPolicy
-from opticnerve.generation.values import Delta, Done, Generation, Sampling, Usage, join
+from opticnerve.generation.values import Delta, Done, Generation, Sampling, Usage, whole_answer
 from opticnerve.pb import llm_pb2, llm_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import open_channel
@@ -112,7 +112,7 @@ class AsyncLLMClient:
                 deltas.append(event)
             else:
                 usage = event.usage
-        return join(deltas, usage, stream.prompt_logprobs)
+        return whole_answer(deltas, usage, stream.prompt_logprobs)
 
     async def stream(
         self,
@@ -217,7 +217,7 @@ def items_of(refs: Sequence[EmbeddingRef]) -> list[llm_pb2.Item]:
         own = bool(ref.location.inline)
         room -= len(ref.location.inline)
         fits = room >= 0 or not own
-        items.append(messages.item(ref.key, ref if fits else None, own=own))
+        items.append(messages.item_to_pb(ref.key, ref if fits else None, own=own))
     return items
 
 

@@ -33,7 +33,7 @@ class SynchronousClient(Generic[C]):
         with contextlib.ExitStack() as stack:
             self._portal = stack.enter_context(_portals)
             self.asynchronous: C = self._portal.call(make)
-            stack.callback(lambda: run(self._portal, self.asynchronous.close))
+            stack.callback(lambda: run_on(self._portal, self.asynchronous.close))
             self._closing = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -52,7 +52,7 @@ class SynchronousClient(Generic[C]):
         self._closing.close()
 
 
-def run(portal: BlockingPortal, call: Callable[[], Awaitable[R]]) -> R:
+def run_on(portal: BlockingPortal, call: Callable[[], Awaitable[R]]) -> R:
     """Runs a call to its end on the portal's loop. An interrupt of the thread that waits cancels
     the call."""
     future = portal.start_task_soon(call)
@@ -70,7 +70,7 @@ def blocking(
 
     @functools.wraps(method)
     def call(client: SynchronousClient[C], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return run(client._portal, lambda: method(client.asynchronous, *args, **kwargs))
+        return run_on(client._portal, lambda: method(client.asynchronous, *args, **kwargs))
 
     return call
 
@@ -88,9 +88,9 @@ def iterating(
         try:
             with contextlib.suppress(StopAsyncIteration):
                 while True:
-                    yield run(client._portal, source.__anext__)
+                    yield run_on(client._portal, source.__anext__)
         finally:
-            run(client._portal, source.aclose)
+            run_on(client._portal, source.aclose)
 
     return iterate
 

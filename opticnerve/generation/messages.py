@@ -63,15 +63,15 @@ def output_from_pb(message: pb.ChoiceOutput) -> ChoiceOutput:
     return ChoiceOutput(**_fields_of(message, ChoiceOutput))
 
 
-def item(key: str, ref: EmbeddingRef | None, *, own: bool = False) -> pb.Item:
+def item_to_pb(key: str, ref: EmbeddingRef | None, *, own: bool = False) -> pb.Item:
     return pb.Item(key=key, ref=convert.ref_to_pb(ref) if ref else None, own=own)
 
 
-def ready(ref: EmbeddingRef) -> pb.GenerateIn:
+def ready_to_pb(ref: EmbeddingRef) -> pb.GenerateIn:
     return pb.GenerateIn(embedding_ready=pb.EmbeddingReady(ref=convert.ref_to_pb(ref)))
 
 
-def failed(key: str, error: OpticNerveError) -> pb.GenerateIn:
+def failure_to_pb(key: str, error: OpticNerveError) -> pb.GenerateIn:
     return pb.GenerateIn(
         embedding_failed=pb.EmbeddingFailed(
             key=key, status=error.grpc_status, detail=to_detail(error)

@@ -23,7 +23,7 @@ from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 
 if TYPE_CHECKING:
-    GenerateCall = grpc.aio.StreamStreamCall[pb.GenerateIn, pb.GenerateOut]
+    ClientCall = grpc.aio.StreamStreamCall[pb.GenerateIn, pb.GenerateOut]
     FindReference = Callable[[str], Awaitable[EmbeddingRef]]
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class _Feeder:
     cancelled where it does not. ``failure`` is then what the request failed with.
     """
 
-    def __init__(self, call: GenerateCall, source: ReferenceSource, fail_grace_s: float) -> None:
+    def __init__(self, call: ClientCall, source: ReferenceSource, fail_grace_s: float) -> None:
         self.failure: OpticNerveError | None = None
         self._call = call
         self._source = source
@@ -190,11 +190,11 @@ class _Feeder:
             await self._fail(key, OpticNerveError("internal error; the log has the details"))
         else:
             self._looking.discard(key)  # The worker may answer before the write returns.
-            await self._write(messages.ready(ref))
+            await self._write(messages.ready_to_pb(ref))
 
     async def _fail(self, key: str, error: OpticNerveError) -> None:
         self.failure = self.failure or error
-        await self._write(messages.failed(key, error))
+        await self._write(messages.failure_to_pb(key, error))
         await asyncio.sleep(self._fail_grace_s)
         self._call.cancel()
 

@@ -204,7 +204,9 @@ class Generation:
         return self.choices[0].token_ids
 
 
-def join(deltas: list[Delta], usage: Usage, prompt: tuple[PositionLogprobs, ...]) -> Generation:
+def whole_answer(
+    deltas: list[Delta], usage: Usage, prompt: tuple[PositionLogprobs, ...]
+) -> Generation:
     """The whole answer that a stream's deltas make."""
     by_choice: dict[int, list[Delta]] = {}
     for delta in deltas:

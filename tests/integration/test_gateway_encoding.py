@@ -34,7 +34,7 @@ def item(key="a" * 64, data=b"x" * 10, fingerprint="enc-1"):
 
 @contextlib.asynccontextmanager
 async def over(*fakes, wait=20.0, limit=20.0):
-    pool = WorkerPool("encoder", [fake.address for fake in fakes], encoding.describe)
+    pool = WorkerPool("encoder", [fake.address for fake in fakes], encoding.describe_encoder)
     await pool.start()
     try:
         await until(lambda: len(pool.serving()) == len(fakes))

@@ -61,7 +61,7 @@ def spec(pictures=0, n=1, max_tokens=100):
 
 @contextlib.asynccontextmanager
 async def over(*fakes):
-    pool = WorkerPool("LLM", [fake.address for fake in fakes], generation.describe)
+    pool = WorkerPool("LLM", [fake.address for fake in fakes], generation.describe_llm)
     await pool.start()
     try:
         await until(lambda: len(pool.serving()) == len(fakes))

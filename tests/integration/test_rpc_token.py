@@ -155,7 +155,7 @@ async def _started(config: RpcConfig) -> None:
 
 @contextlib.asynccontextmanager
 async def pool_of(address: str, token: str | None) -> AsyncIterator[WorkerPool]:
-    pool = WorkerPool("encoder", [address], encoders.describe, token=token)
+    pool = WorkerPool("encoder", [address], encoders.describe_encoder, token=token)
     await pool.start()
     try:
         yield pool

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
 @contextlib.asynccontextmanager
 async def pool_of(*addresses, kind="encoder", changes=None):
-    describe = encoders.describe if kind == "encoder" else generation.describe
+    describe = encoders.describe_encoder if kind == "encoder" else generation.describe_llm
     pool = WorkerPool(kind, addresses, describe, changes)
     await pool.start()
     try:

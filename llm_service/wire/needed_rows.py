@@ -1,4 +1,4 @@
-"""Which rows one request waits for, what has been asked of the caller, and for how long."""
+"""The rows that one request needs: fetched by reference, asked for, waited for."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Needed(NeedRowsEvent):
-    """For the caller: no usable rows for these keys. ``reason`` names llm.proto's enum value."""
+class AskCaller(NeedRowsEvent):
+    """There are no usable rows for these keys. ``reason`` is a name of llm.proto's NeededReason."""
 
     reason: str = "NOT_FOUND"
 
 
-class Engine(Protocol):
-    """What of the engine's client is used here."""
+class RowsListener(Protocol):
+    """The engine's client, which is told what became of rows."""
 
     def rows_ready(self, key: str) -> None: ...
 
@@ -42,7 +42,7 @@ class Engine(Protocol):
     def rows_failed(self, request_id: str, key: str, error: Exception) -> None: ...
 
 
-class Source(Protocol):
+class RowsFetcher(Protocol):
     async def ensure(self, ref: EmbeddingRef) -> None: ...
 
     async def find(self, key: str) -> bool: ...
@@ -51,27 +51,27 @@ class Source(Protocol):
 
 
 @dataclass(slots=True)
-class _Wait:
+class _NeededItem:
     """One item of the request."""
 
-    min_rows: int  # What its spans use.
+    min_rows: int  # Rows that its spans use.
     ref: EmbeddingRef | None
-    wanted: bool = False  # The engine holds chunks back for it.
+    wanted: bool = False  # The engine holds back chunks that need it.
     preempted: bool = False
     asked: int = 0
     repeats: int = 0
-    error: OpticNerveError | None = None  # Why the last reference did not do.
+    error: OpticNerveError | None = None  # Why the last reference was of no use.
     task: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
 
 
-class Waits:
-    """Answers the engine's NeedRowsEvents from references, and asks the caller where they fail.
+class NeededRows:
+    """Answers the engine's NeedRowsEvents from references, and asks the caller if they fail.
 
-    ``refs``: by key, None where EmbeddingReady is to bring it; ``rows``: rows that spans use, by
-    key; ``choices``: how many of them need the rows, perhaps one after the other. A key that stays
-    away for ``wait_s``, or that the caller has sent ``MAX_REENCODES`` times over in vain, fails
-    the request. Belongs to one event loop; ``close`` ends its tasks.
+    ``refs``: by key, None where EmbeddingReady will bring it; ``rows``: how many rows spans use, by
+    key; ``choices``: how many choices need the rows, perhaps one after the other. The request
+    fails if a key does not come within ``wait_s``, or if the caller was asked for it
+    ``MAX_REENCODES`` times in vain. Belongs to one event loop; ``close`` ends its tasks.
     """
 
     def __init__(
@@ -80,19 +80,19 @@ class Waits:
         refs: Mapping[str, EmbeddingRef | None],
         rows: Mapping[str, int],
         wait_s: float,
-        engine: Engine,
-        source: Source,
-        tell: Callable[[Needed], None],
+        engine: RowsListener,
+        fetcher: RowsFetcher,
+        ask: Callable[[AskCaller], None],
         choices: int = 1,
     ) -> None:
-        self.get_s = 0.0  # Spent on bringing rows here.
+        self.get_s = 0.0  # Time spent on bringing rows here.
         self._request_id = request_id
         self._wait_s = wait_s
         self._engine = engine
-        self._source = source
-        self._tell = tell
+        self._fetcher = fetcher
+        self._ask_caller = ask
         self._max_repeats = MAX_REPEATS * choices
-        self._items = {key: _Wait(rows.get(key, 0), None) for key in refs}
+        self._items = {key: _NeededItem(rows.get(key, 0), None) for key in refs}
         for ref in refs.values():
             if ref is not None:
                 self._accept(ref)
@@ -118,13 +118,13 @@ class Waits:
     # ---- from the caller
 
     def ready(self, ref: EmbeddingRef) -> None:
-        """A reference came. Raises InvalidRequest where it cannot be one of this request's."""
+        """A reference came. Raises InvalidRequest if it does not fit the request."""
         if self._accept(ref).wanted:
             self._start(ref.key)
         else:
             self._engine.rows_found(self._request_id, (ref.key,))
 
-    def _accept(self, ref: EmbeddingRef) -> _Wait:
+    def _accept(self, ref: EmbeddingRef) -> _NeededItem:
         item = self._items.get(ref.key)
         if item is None:
             raise InvalidRequest("a reference names no item of the request", param="ref")
@@ -137,7 +137,7 @@ class Waits:
         return item
 
     def failed(self, key: str, error: OpticNerveError) -> None:
-        """The caller cannot have the item: the request fails, unless it needs it no more."""
+        """The caller cannot get the item: the request fails, unless it no longer needs it."""
         if key not in self._items:
             raise InvalidRequest("a failure names no item of the request", param="key")
         self._fail(key, error)
@@ -153,7 +153,7 @@ class Waits:
 
     async def _report_found(self) -> None:
         """Tells the engine which rows are on this host as the request begins."""
-        if found := await self._source.present(self._items):
+        if found := await self._fetcher.present(self._items):
             self._engine.rows_found(self._request_id, found)
 
     # ---- one key
@@ -175,11 +175,11 @@ class Waits:
                     if ref is not None:
                         self._ask(key)
                     return
-                ref = item.ref  # A newer one, which came meanwhile.
+                ref = item.ref  # A newer one came meanwhile.
         except InvalidRequest as error:  # The caller's own rows are at fault.
             self._fail(key, error)
             return
-        self._have(key)
+        self._ready(key)
 
     async def _attempt(self, key: str, ref: EmbeddingRef | None) -> bool:
         """Whether the rows are loaded now. Raises InvalidRequest."""
@@ -187,8 +187,8 @@ class Waits:
         started = time.perf_counter()
         try:
             if ref is None:
-                return await self._source.find(key)
-            await self._source.ensure(ref)
+                return await self._fetcher.find(key)
+            await self._fetcher.ensure(ref)
             return True
         except EmbeddingUnavailable as error:
             item.error = error
@@ -201,7 +201,7 @@ class Waits:
             self.get_s += time.perf_counter() - started
         return False
 
-    def _have(self, key: str) -> None:
+    def _ready(self, key: str) -> None:
         item = self._items[key]
         item.wanted = False
         self._stop_timer(item)
@@ -218,7 +218,7 @@ class Waits:
         if item.preempted and not isinstance(error, EmbeddingCorrupt):
             reason = "PREEMPTED"
         self._start_timer(key)
-        self._tell(Needed(self._request_id, (key,), item.preempted, reason))
+        self._ask_caller(AskCaller(self._request_id, (key,), item.preempted, reason))
 
     def _fail(self, key: str, error: OpticNerveError) -> None:
         self._stop_timer(self._items[key])
@@ -230,7 +230,7 @@ class Waits:
             loop = asyncio.get_running_loop()
             item.timer = loop.call_later(self._wait_s, self._expire, key)
 
-    def _stop_timer(self, item: _Wait) -> None:
+    def _stop_timer(self, item: _NeededItem) -> None:
         if item.timer is not None:
             item.timer.cancel()
             item.timer = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from llm_service.wire.waits import MAX_REPEATS, Needed, Waits
+from llm_service.wire.needed_rows import MAX_REPEATS, AskCaller, NeededRows
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.errors import (
     EmbeddingCorrupt,
@@ -30,11 +30,11 @@ def ref(tag: str = "", rows: int = 4) -> EmbeddingRef:
 class World:
     """Engine, source and caller of one request, and what they were told."""
 
-    waits: Waits = field(init=False)
+    rows: NeededRows = field(init=False)
     ready: list[str] = field(default_factory=list)
     found: list[set[str]] = field(default_factory=list)
     failed: list[Exception] = field(default_factory=list)
-    needed: list[Needed] = field(default_factory=list)
+    needed: list[AskCaller] = field(default_factory=list)
     tried: list[EmbeddingRef] = field(default_factory=list)
     here: set[str] = field(default_factory=set)
     outcome: Callable[[EmbeddingRef], Awaitable[None]] | None = None
@@ -62,7 +62,9 @@ class World:
 
 def world(first: EmbeddingRef | None, wait_s: float = 30.0, min_rows: int = 4) -> World:
     made = World()
-    made.waits = Waits("r", {KEY: first}, {KEY: min_rows}, wait_s, made, made, made.needed.append)
+    made.rows = NeededRows(
+        "r", {KEY: first}, {KEY: min_rows}, wait_s, made, made, made.needed.append
+    )
     return made
 
 
@@ -77,7 +79,7 @@ def test_rows_that_are_on_this_host_need_no_reference() -> None:
         made.here.add(KEY)
         await settle()
         assert made.found == [{KEY}] and made.ready == []
-        made.waits.wanted([KEY], False)
+        made.rows.wanted([KEY], False)
         await settle()
         assert made.ready == [KEY] and made.needed == []
 
@@ -88,7 +90,7 @@ def test_a_reference_that_comes_before_it_is_wanted_is_reported() -> None:
     async def body() -> None:
         made = world(None)
         await settle()
-        made.waits.ready(ref())
+        made.rows.ready(ref())
         assert made.found == [{KEY}] and made.tried == []
 
     asyncio.run(body())
@@ -106,7 +108,7 @@ def test_nothing_happens_before_the_engine_asks() -> None:
         made = world(ref())
         await settle()
         assert made.tried == []
-        made.waits.wanted([KEY], False)
+        made.rows.wanted([KEY], False)
         await settle()
         assert made.ready == [KEY]
         assert made.needed == []
@@ -117,8 +119,8 @@ def test_nothing_happens_before_the_engine_asks() -> None:
 def test_a_reference_that_comes_first_is_used_when_asked() -> None:
     async def body() -> None:
         made = world(None)
-        made.waits.ready(ref())
-        made.waits.wanted([KEY], False)
+        made.rows.ready(ref())
+        made.rows.wanted([KEY], False)
         await settle()
         assert made.ready == [KEY]
 
@@ -139,14 +141,14 @@ def test_the_caller_is_told_why(error: Exception, preempted: bool, reason: str) 
     async def body() -> None:
         made = world(ref())
         made.outcome = raising(error)
-        made.waits.wanted([KEY], preempted)
+        made.rows.wanted([KEY], preempted)
         await settle()
         assert [(needed.keys, needed.reason) for needed in made.needed] == [((KEY,), reason)]
         made.outcome = None
-        made.waits.ready(ref("again"))
+        made.rows.ready(ref("again"))
         await settle()
         assert made.ready == [KEY]
-        made.waits.close()
+        made.rows.close()
 
     asyncio.run(body())
 
@@ -156,15 +158,15 @@ def test_the_third_failure_ends_it() -> None:
         made = world(ref())
         error = EmbeddingCorrupt("x")
         made.outcome = raising(error)
-        made.waits.wanted([KEY], False)
+        made.rows.wanted([KEY], False)
         for _ in range(2):
             await settle()
             assert made.failed == []
-            made.waits.ready(ref())
+            made.rows.ready(ref())
         await settle()
         assert made.failed == [error]
         assert len(made.needed) == 2
-        made.waits.close()
+        made.rows.close()
 
     asyncio.run(body())
 
@@ -174,10 +176,10 @@ def test_rows_of_the_caller_that_are_no_good_fail_the_request_at_once() -> None:
         made = world(ref())
         error = InvalidRequest("x", param="ref")
         made.outcome = raising(error)
-        made.waits.wanted([KEY], False)
+        made.rows.wanted([KEY], False)
         await settle()
         assert made.failed == [error] and made.needed == []
-        made.waits.close()
+        made.rows.close()
 
     asyncio.run(body())
 
@@ -189,11 +191,11 @@ def test_a_newer_reference_is_tried_before_the_caller_is_asked() -> None:
         async def slow(given: EmbeddingRef) -> None:
             await asyncio.sleep(0)
             if given.location.fetch_address == "old":
-                made.waits.ready(ref("new"))
+                made.rows.ready(ref("new"))
                 raise EmbeddingNotFound("x")
 
         made.outcome = slow
-        made.waits.wanted([KEY], False)
+        made.rows.wanted([KEY], False)
         await settle()
         await settle()
         assert made.ready == [KEY]
@@ -206,15 +208,15 @@ def test_a_newer_reference_is_tried_before_the_caller_is_asked() -> None:
 def test_the_deadline() -> None:
     async def body() -> None:
         made = world(None, wait_s=0.01)
-        made.waits.wanted([KEY], False)
+        made.rows.wanted([KEY], False)
         async with asyncio.timeout(60):
             while not made.failed:
                 await asyncio.sleep(0.002)
         assert isinstance(made.failed[0], EmbeddingNotFound)
         in_time = world(None)
-        in_time.waits.wanted([KEY], False)
-        timer = in_time.waits._items[KEY].timer
-        in_time.waits.ready(ref())
+        in_time.rows.wanted([KEY], False)
+        timer = in_time.rows._items[KEY].timer
+        in_time.rows.ready(ref())
         await settle()
         assert in_time.ready == [KEY]
         assert timer is not None and timer.cancelled()
@@ -226,13 +228,13 @@ def test_rows_that_never_stay_do_not_go_round_for_ever() -> None:
     async def body() -> None:
         made = world(ref())
         for _ in range(MAX_REPEATS + 1):
-            made.waits.wanted([KEY], False)
+            made.rows.wanted([KEY], False)
             await settle()
         assert len(made.ready) == MAX_REPEATS
         assert isinstance(made.failed[0], EmbeddingNotFound)
         preempted = world(ref())
         for _ in range(3 * MAX_REPEATS):
-            preempted.waits.wanted([KEY], True)
+            preempted.rows.wanted([KEY], True)
             await settle()
         assert preempted.failed == []
 
@@ -243,13 +245,13 @@ def test_what_the_caller_may_not_send() -> None:
     async def body() -> None:
         made = world(ref())
         with pytest.raises(InvalidRequest, match="rows"):
-            made.waits.ready(ref(rows=3))
+            made.rows.ready(ref(rows=3))
         with pytest.raises(InvalidRequest, match="no item"):
-            made.waits.failed("b" * 64, InvalidMedia("x"))
+            made.rows.failed("b" * 64, InvalidMedia("x"))
         with pytest.raises(InvalidRequest, match="rows"):
             world(ref(rows=3))
         error = InvalidMedia("not a picture")
-        made.waits.failed(KEY, error)
+        made.rows.failed(KEY, error)
         assert made.failed == [error]
 
     asyncio.run(body())
