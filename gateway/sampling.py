@@ -1,6 +1,6 @@
-"""What a request asks for, the model's defaults and the server's limits, resolved to one value.
+"""Sampling of one request, from its fields, the model's defaults and the server's limits.
 
-The decoder gets every field explicitly: it knows neither the model's defaults nor the gateway's.
+The LLM worker gets every field explicitly: it knows neither the model's defaults nor the gateway's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from opticnerve.generation.values import Sampling
 
 LARGEST_MAX_TOKENS = 2**31 - 1
 
-# What a request says in the words of Sampling; resolve_sampling reads the rest of it.
+# Fields of a request that Sampling has too. resolve_sampling converts those of other types.
 SHARED_FIELDS = tuple(
     each.name for each in fields(Sampling) if each.name in SamplingFields.model_fields
 )
@@ -33,7 +33,7 @@ SHARED_FIELDS = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What applies where a request says nothing. ``max_tokens`` None: what the context leaves."""
+    """Values of fields that a request leaves out. ``max_tokens`` None: what the context leaves."""
 
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=1.0))
     max_tokens: int | None = None
@@ -41,11 +41,11 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True)
 class SamplingLimits:
-    """``max_model_len``: prompt and output tokens together, the least of all LLM workers'."""
+    """``max_model_len``: prompt and output tokens together; the smallest of all LLM workers."""
 
     max_model_len: int
     max_logprobs: int = 20
-    vocab_size: int = 0  # Of the model; 0: unknown, ids are not checked.
+    vocab_size: int = 0  # 0: unknown, so token ids are not checked.
 
 
 def load_defaults(
@@ -126,14 +126,14 @@ def resolve_sampling(
     limits: SamplingLimits,
     tokenizer: Tokenizer,
 ) -> Sampling:
-    """What the decoder is asked for. ``kind``: that of the prompt, which errors name.
+    """What to ask of the LLM worker. ``kind``: of the prompt, for the words of errors.
 
     Raises ContextLengthExceeded for a prompt (with the output that was asked for) that does not
     fit, and InvalidRequest for values that contradict each other or the model.
     """
     asked = options.sampling
-    said = {name: getattr(asked, name) for name in SHARED_FIELDS}
-    values = {name: value for name, value in said.items() if value is not None}
+    shared = {name: getattr(asked, name) for name in SHARED_FIELDS}
+    values = {name: value for name, value in shared.items() if value is not None}
     values |= {
         "max_tokens": output_limit(options, kind, prompt_tokens, image_tokens, defaults, limits),
         "seed": secrets.randbits(64) if asked.seed is None else asked.seed % 2**64,
@@ -142,10 +142,10 @@ def resolve_sampling(
         "bad_words": _bad_words(asked.bad_words or (), tokenizer),
     }
     for name in ("stop_token_ids", "allowed_token_ids"):
-        values[name] = known_ids(said[name] or (), limits, name)
+        values[name] = known_ids(shared[name] or (), limits, name)
     if asked.top_k is not None:
         values["top_k"] = max(asked.top_k, 0)
-    if values.get("top_p") == 0:  # The likeliest token alone; a worker reads 0 as no bound.
+    if values.get("top_p") == 0:  # The likeliest token alone. A worker would read 0 as off.
         values |= {"temperature": 0.0, "top_p": 1.0}
     sampling = replace(defaults.sampling, **values)
     if sampling.min_tokens > sampling.max_tokens:

@@ -1,10 +1,10 @@
-"""Encoding one item on some encoder: the compressed bytes go out once, a reference comes back.
+"""Encoding an item on a pool of encoders: the compressed bytes go out, a reference comes back.
 
 An item waits for an encoder with room until its request's deadline, in the order of the requests;
-a request that would wait too long is refused when it comes. Encoding is idempotent. A call whose
-encoder dies goes to another worker, or to the same one after its restart, at once and within the
-deadline; an item during which two workers died is given up, and refused for a while. Requests that
-want the same key at the same time share one call.
+a request that would wait too long is refused when it comes. Encoding is idempotent: if an encoder
+dies, the call goes to another one, or to the same one after its restart, within the deadline. An
+item is refused for a while after two encoders died while they had it. Requests for one key at the
+same time share one run.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from opticnerve.telemetry import events
 
 log = logging.getLogger(__name__)
 
-MAX_DEATHS = 2  # Workers that one item may take with it.
-MAX_SUSPECTS = 1_000
-FORGIVE_S = 600.0  # After so long a suspect may be tried again.
+MAX_DEATHS = 2  # Encoders that may die while they have an item; then it is refused.
+MAX_SUSPECTS = 1_000  # Items whose deaths are remembered.
+FORGIVE_S = 600.0  # How long they are remembered.
 PAUSE_S = 0.02  # Between attempts, so that a pool that refuses everything is not hammered.
-WINDOW_BATCHES = 3  # With one encoder at a time: one runs, one is decoded, one is on its way.
-WINDOW_S = 30.0  # Of its work at most: well within the time of one call.
-HEAVY_SHARE = 0.5  # Of its queue, for pictures that are heavy to decode: they take turns there.
-PASS_S = 5e-9  # Of one core, to decode a pixel once.
+WINDOW_BATCHES = 3  # Batches with one encoder: one runs, one is decoded, one is on its way.
+WINDOW_S = 30.0  # Work with one encoder, in seconds; well within the timeout of a call.
+HEAVY_SHARE = 0.5  # Part of an encoder's queue for pictures that are heavy to decode.
+PASS_S = 5e-9  # Time of one core to decode one pixel in one pass.
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +61,20 @@ class Encodable:
     plan: Plan
     overrides: Overrides
     data: bytes = field(repr=False)
-    param: str | None = None  # The request's field that brought it.
+    param: str | None = None  # The request's field that holds it.
     lost: bool = False  # An LLM worker found no usable rows where the encoder said they are.
     cache_salt: str = ""  # Part of the key.
-    passes_before: int = 0  # Of the pictures of its request that come before it.
-    share: str = ""  # Whose it is: encoders are shared by these, by weight.
-    weight: float = 1.0
+    passes_before: int = 0  # Decoding passes over earlier pictures of its request, in pixels.
+    share: str = ""  # Shares of one name have one part of the encoders together.
+    weight: float = 1.0  # Of that part, relative to others'.
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Where the embedding is, and what it took. ``cached``: "ref", "store" or "no"."""
+    """The reference to an embedding, and what the encoding cost.
+
+    ``cached``: "ref" (the gateway knew the reference), "store" (the encoder had the rows) or "no".
+    """
 
     ref: EmbeddingRef
     cached: str
@@ -98,12 +101,7 @@ async def describe_encoder(channel: grpc.aio.Channel, timeout_s: float) -> Descr
         cost_per_s=load.patches_per_s,
         window=_window(limits.max_batch_patches, load.patches_per_s),
         heavy_window=int(limits.max_queue_patches * HEAVY_SHARE),
-        limits={
-            "max_batch_patches": limits.max_batch_patches,
-            "max_item_patches": limits.max_item_patches,
-            "max_queue_patches": limits.max_queue_patches,
-            "max_item_bytes": limits.max_item_bytes,
-        },
+        limits={each.name: getattr(limits, each.name) for each in limits.DESCRIPTOR.fields},
         load={
             "queued_items": load.queued_items,
             "queued_patches": load.queued_patches,
@@ -118,25 +116,25 @@ async def describe_encoder(channel: grpc.aio.Channel, timeout_s: float) -> Descr
 
 
 def _window(max_batch_patches: int, patches_per_s: float) -> int:
-    """Patches that one gateway keeps with an encoder: what keeps it busy, and no more of it than
-    it encodes before calls run out of time. A single batch while its speed is not known."""
+    """Patches that one gateway keeps with an encoder at a time: enough to keep it busy, and no more
+    than it encodes within WINDOW_S. One batch while its speed is not known."""
     if not patches_per_s:
         return max_batch_patches
     return max(1, min(WINDOW_BATCHES * max_batch_patches, int(patches_per_s * WINDOW_S)))
 
 
 class References(LRU[str, EmbeddingRef]):
-    """References to embeddings that were made lately, about 1 KiB each; never tensors.
+    """References to embeddings made lately, by content key; about 1 KiB each, never tensors.
 
-    What it says may be out of date: an LLM worker that finds nothing behind a reference asks for
-    the item (``EmbeddingNeeded``), and the entry is forgotten.
+    An entry may be out of date: an LLM worker that finds no rows behind a reference asks for the
+    item (``EmbeddingNeeded``), and the entry is removed.
     """
 
     def __init__(self, capacity: int = 10_000) -> None:
         super().__init__(capacity)
 
     def remember(self, ref: EmbeddingRef) -> None:
-        """Without rows that travel inline, and only if it names a place besides."""
+        """Keeps the reference without inline rows, if it names another place of them."""
         location = replace(ref.location, inline=b"")
         if location.shm_tier_id or location.redis or location.fetch_address:
             self[ref.key] = ref.at(location)
@@ -144,15 +142,15 @@ class References(LRU[str, EmbeddingRef]):
 
 @dataclass(frozen=True, slots=True)
 class _EncodeRun:
-    """One run of attempts at an item, for all requests that want it."""
+    """One run of attempts to encode an item, for all requests that want it."""
 
-    request_id: str  # Of the request that began it, by which encoders know it.
-    called: list[str] = field(default_factory=list)  # Addresses of encoders.
+    request_id: str  # Of the request that started it; encoders log this id.
+    called: list[str] = field(default_factory=list)  # Addresses of the encoders that were tried.
 
 
 @dataclass(frozen=True, slots=True)
 class _Claim:
-    """What an item that is admitted takes of the encoders."""
+    """The encoder work of an item that is admitted."""
 
     share: str
     weight: float
@@ -164,7 +162,7 @@ class _Claim:
 
 
 class Encoders:
-    """Encodes items on a pool; keeps the references of what was encoded."""
+    """Encodes items on a pool, and remembers their references."""
 
     def __init__(
         self,
@@ -181,15 +179,16 @@ class Encoders:
         self.max_wait_s = max_wait_s
         self._flights: Flights[Encoded] = Flights()
         self._runs: dict[str, _EncodeRun] = {}  # Of the flights, by key.
-        self._admitted: dict[str, _Claim] = {}  # What is not encoded yet, by key.
+        self._admitted: dict[str, _Claim] = {}  # Items that are not encoded yet, by key.
         # By key: how many workers died while they had the item, and when the last one did.
         self._deaths: LRU[str, tuple[int, float]] = LRU(MAX_SUSPECTS)
 
     def admit(self, items: Iterable[Encodable], deadline: Deadline) -> None:
-        """Counts a request's items among those that others have to wait for; ``leave`` ends it.
+        """Counts a request's items as work that later requests wait for; ``leave`` ends that.
 
-        Raises Overloaded where one that has to be encoded would begin too late: after the
-        request's deadline, or after ``max_wait_s``. What is known or under way does not wait.
+        Raises Overloaded if an item would have to wait too long for an encoder: beyond the
+        request's deadline, or longer than ``max_wait_s``. An item with a known reference, or with
+        a run under way, does not wait.
         """
         limit = min(self.max_wait_s or math.inf, deadline.remaining())
         fresh = {
@@ -209,9 +208,10 @@ class Encoders:
         self._admitted.update({key: _Claim.of(item) for key, item in fresh.items()})
 
     def _ahead_of(self, items: Collection[Encodable]) -> int:
-        """Patches that are encoded before one of a request's ``items``: its sharer's, and of each
-        other's as many, by weight, as those and the largest of these."""
-        patches: dict[str, float] = {}  # By weight.
+        """Patches that are encoded before one of a request's new ``items``: all that its own
+        share has waiting, and of each other share as much, by weight, as that and the largest new
+        item together."""
+        patches: dict[str, float] = {}  # Waiting, divided by the weight of their share.
         weights: dict[str, float] = {}
         for claim in self._admitted.values():
             patches[claim.share] = patches.get(claim.share, 0.0) + claim.patches / claim.weight
@@ -223,12 +223,12 @@ class Encoders:
         return round(sum(weights[share] * each for share, each in patches.items()))
 
     def leave(self, key: str) -> None:
-        """A request that was admitted with this item ends."""
+        """Ends ``admit`` for an item, unless a run is under way for another request."""
         if key not in self._flights:
             self._admitted.pop(key, None)
 
     async def encode(self, item: Encodable, deadline: Deadline, request_id: str) -> Encoded:
-        """The item's embedding: by reference, by joining a call under way, or encoded now.
+        """The item's embedding: a known reference, or the result of a run, joined or started.
 
         Raises InvalidMedia, Overloaded, PoisonousItem, Unavailable, DeadlineExceeded.
         """
@@ -242,13 +242,13 @@ class Encoders:
             except DeadlineExceeded:
                 if not joined or deadline.remaining() == 0:
                     raise
-                continue  # Only the request that we had joined is out of time.
+                continue  # The request that started the run is out of time; ours is not.
             return Encoded(done.ref, done.cached, 0 if joined else done.bytes_sent, done.timings)
 
     async def _join(self, item: Encodable, deadline: Deadline, request_id: str) -> Encoded:
-        """What the run under way for the item answers, or one that is begun now."""
-        begins = item.key not in self._flights
-        if begins:
+        """The result of the run under way for the item, or of one that is started now."""
+        starts = item.key not in self._flights
+        if starts:
             self._runs[item.key] = _EncodeRun(request_id)
             self._admitted[item.key] = _Claim.of(item)
         run = self._runs[item.key]
@@ -257,7 +257,7 @@ class Encoders:
                 return await self._flights.run(
                     item.key,
                     lambda: self._encode_on_some(item, deadline, run),
-                    lambda: self._forget_run(item.key, run) if begins else None,
+                    lambda: self._forget_run(item.key, run) if starts else None,
                 )
         finally:
             _note(run, request_id)
@@ -272,7 +272,7 @@ class Encoders:
     async def _encode_on_some(
         self, item: Encodable, deadline: Deadline, run: _EncodeRun
     ) -> Encoded:
-        """Tries workers until one answers; see the module's words on what is tried again."""
+        """Tries encoders until one answers; the module's docstring says what is retried."""
         tried: set[str] = set()
         refusal: OpticNerveError | None = None
         while True:
@@ -298,7 +298,7 @@ class Encoders:
                     if lost.delivered:
                         self._blame(item.key, worker)
                         tried.add(worker.address)
-                except Overloaded as error:  # By work that is not ours: it waits on, here.
+                except Overloaded as error:  # By other gateways' work: the item keeps waiting here.
                     self.pool.report_full(worker, error.retry_after_s)
                 except Mispaired as error:
                     refusal = error
@@ -331,7 +331,7 @@ class Encoders:
     async def _call(
         self, worker: Worker, item: Encodable, deadline: Deadline, request_id: str
     ) -> Encoded:
-        """One Encode call. Raises WorkerLost, and what the encoder answers as a typed error."""
+        """One Encode call. Raises WorkerLost, and the encoder's own typed errors."""
         deadline.check()
         upload = EncodeUpload(
             item.data,
@@ -354,7 +354,7 @@ class Encoders:
             call.cancel()
         timings = answer.timings
         return Encoded(
-            ref=_vouched(convert.ref_from_pb(answer.ref), worker),
+            ref=_without_unproven_address(convert.ref_from_pb(answer.ref), worker),
             cached="store" if timings.hit else "no",
             bytes_sent=len(item.data),
             timings={
@@ -366,13 +366,13 @@ class Encoders:
         )
 
 
-def _vouched(ref: EmbeddingRef, worker: Worker) -> EmbeddingRef:
-    """``ref`` without an address that is not known to be the encoder's: LLM workers believe it."""
+def _without_unproven_address(ref: EmbeddingRef, worker: Worker) -> EmbeddingRef:
+    """Without a ``fetch_address`` that is not proven to be this encoder's: LLM workers call it."""
     return ref if worker.fault is None else ref.at(replace(ref.location, fetch_address=""))
 
 
 def _note(run: _EncodeRun, request_id: str) -> None:
-    """Where the item of the request under way was encoded, and under whose id."""
+    """Notes for the request's log line which encoders were called, and under which request's id."""
     for address in run.called:
         events.append(encoder=address)
     if run.request_id != request_id:

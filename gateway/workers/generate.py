@@ -1,7 +1,7 @@
-"""One generation, which may outlive the worker that began it.
+"""One generation with failover: another LLM worker continues it when its worker is lost.
 
-A call that breaks before its first token is sent again; one that breaks later goes on elsewhere
-with the output of every choice so far, so that no token is lost or comes twice.
+A call that breaks before its first token is sent again. One that breaks later continues on another
+worker, which gets the output of every choice so far: no token is lost or comes twice.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.telemetry import events
 
-MAX_DEATHS = 2  # Workers that one generation may take with it before it is given up.
+MAX_DEATHS = 2  # Workers that may be lost while they have a generation; then it fails.
 PAUSE_S = 0.02  # Between attempts.
 POLICY = StreamPolicy()
 
 
 async def describe_llm(channel: grpc.aio.Channel, timeout_s: float) -> Description:
-    """What an LLM worker says of itself."""
+    """What an LLM worker reports about itself."""
     answer = await llm_pb2_grpc.LLMStub(channel).Describe(
         pb.DescribeLLMRequest(), timeout=timeout_s
     )
@@ -66,16 +66,16 @@ async def describe_llm(channel: grpc.aio.Channel, timeout_s: float) -> Descripti
 
 
 class RequestReferences(ReferenceSource, Protocol):
-    """Where a generation gets the references of one request."""
+    """The references of one request."""
 
     def known(self, key: str) -> EmbeddingRef | None:
-        """The reference, if it is here without waiting."""
+        """The reference, or None if it is not here yet."""
         ...
 
 
 @dataclass(frozen=True)
 class GenerateSpec:
-    """What is generated: the same for every worker that works on it."""
+    """What to generate; the same for every worker that is tried."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -90,25 +90,25 @@ class GenerateSpec:
 
 @dataclass
 class _Progress:
-    """What was handed on so far, of every choice."""
+    """The output so far, by choice."""
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
-    finished: set[int] = field(default_factory=set)  # The worker has ended them.
-    left: set[int] = field(default_factory=set)  # Nobody wants more of them.
-    cached_tokens: int = 0  # Of the prompt, as the worker said that is at work.
+    finished: set[int] = field(default_factory=set)  # Choices that the worker has ended.
+    unwanted: set[int] = field(default_factory=set)  # Choices that need no more tokens.
+    cached_tokens: int = 0  # Prompt tokens that the current worker took from its prefix cache.
 
     @property
     def total(self) -> int:
         return sum(len(ids) for ids in self.tokens.values())
 
     def outputs(self) -> list[ChoiceOutput]:
-        """What the next worker has to know: every choice that has begun."""
-        ended = self.finished | self.left
+        """For the next worker: the output of every choice that has begun."""
+        ended = self.finished | self.unwanted
         return [ChoiceOutput(i, tuple(ids), i in ended) for i, ids in self.tokens.items()]
 
 
 class FailoverGeneration:
-    """Runs one ``GenerateSpec`` to its end. Closing ``events()`` aborts the sequence."""
+    """Runs one ``GenerateSpec`` to its end. Closing ``events()`` aborts the generation."""
 
     def __init__(
         self,
@@ -124,11 +124,11 @@ class FailoverGeneration:
         self.deadline = deadline
         self.worker_wait_s = worker_wait_s
         self.choices = spec.sampling.n
-        self.worker = ""  # Address of the one at work.
+        self.worker = ""  # Address of the current one.
         self._progress = _Progress()
 
     async def events(self) -> AsyncGenerator[Delta | Done, None]:
-        """Deltas, then Done. Raises typed errors; see the module on what is tried again."""
+        """Deltas, then Done. Raises typed errors; the module's docstring says what is retried."""
         deaths = 0
         refusal: OpticNerveError | None = None
         tried: set[str] = set()
@@ -151,7 +151,7 @@ class FailoverGeneration:
                     self.pool.report_down(worker)
                     tried.add(worker.address)
                     deaths += lost.delivered
-                    self._check_movable(lost, deaths)
+                    self._check_retry(lost, deaths)
                 except Overloaded as error:
                     refusal = error
                     tried.add(worker.address)
@@ -160,8 +160,8 @@ class FailoverGeneration:
                 return
             await asyncio.sleep(PAUSE_S)
 
-    def _check_movable(self, lost: WorkerLost, deaths: int) -> None:
-        """Raises where the generation has taken too many workers with it."""
+    def _check_retry(self, lost: WorkerLost, deaths: int) -> None:
+        """Raises Unavailable if too many workers were lost while they had the generation."""
         if self.complete:
             return
         events.append(lost=self.worker)
@@ -177,11 +177,11 @@ class FailoverGeneration:
         return len(self._progress.finished) == self.choices
 
     def leave(self, choice: int) -> None:
-        """Nobody wants more of a choice: should its worker be lost, no other one writes it on."""
-        self._progress.left.add(choice)
+        """The choice needs no more tokens: after a failover, no worker continues it."""
+        self._progress.unwanted.add(choice)
 
     def usage(self) -> Usage:
-        """Usage by our own count, where no worker has come to its end."""
+        """Usage by our own count, for a generation that is left before its end."""
         image_tokens = sum(span.num_tokens for span in self.spec.spans)
         progress = self._progress
         return Usage(len(self.spec.token_ids), progress.total, progress.cached_tokens, image_tokens)
@@ -225,11 +225,11 @@ class FailoverGeneration:
         )
 
     def _take(self, delta: Delta) -> Delta:
-        """Books a delta. Raises EngineFailure where it does not go on where its choice stood."""
+        """Adds a delta to the output. Raises EngineFailure if it does not continue its choice."""
         have = self._progress.tokens.setdefault(delta.choice, [])
         ended = delta.choice in self._progress.finished
         if delta.choice >= self.choices or ended or delta.first_index != len(have):
-            raise EngineFailure("the LLM worker does not go on where the answer stood")
+            raise EngineFailure("the LLM worker does not continue the answer where it stood")
         have.extend(delta.token_ids)
         if delta.finish_reason is not None:
             self._progress.finished.add(delta.choice)

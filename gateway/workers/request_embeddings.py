@@ -1,4 +1,4 @@
-"""The embeddings of one request: encoding begins at once, references come as they are ready."""
+"""The embeddings of one request: all items are encoded at once, references come as they finish."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from gateway import metrics
 from gateway.edge.deadline import Deadline
 from gateway.media.reader import located
 from gateway.workers.encode import Encodable, Encoded, Encoders
+from gateway.workers.generate import POLICY
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import (
     EmbeddingNotFound,
@@ -18,23 +19,24 @@ from opticnerve.errors import (
     PayloadTooLarge,
 )
 
-MAX_AGAIN = 2  # Encodings of one item beyond the first, before the request fails.
-
 
 @dataclass
 class _Item:
     item: Encodable
     task: asyncio.Task[Encoded] | None = None
     ref: EmbeddingRef | None = None
-    first: Encoded | None = None  # How it was had the first time; what timings tell.
-    bytes_sent: int = 0
-    losses: int = 0
+    first: Encoded | None = None  # The first encoding, which is the one that timings report.
+    bytes_sent: int = 0  # By all encodings.
+    losses: int = 0  # How often LLM workers found no rows behind its reference.
 
 
 @dataclass
 class RequestEmbeddings:
-    """Distinct items by content key. ``async with``: leaving cancels what is still encoding, and
-    an error that leaves and names a key gets the field of the request that brought the item."""
+    """The distinct items of a request, by content key; an asynchronous context manager.
+
+    Leaving the context cancels encodings under way. An error that leaves it and names a key gets
+    the name of the request's field that holds the item instead.
+    """
 
     encoders: Encoders
     request_id: str
@@ -49,9 +51,9 @@ class RequestEmbeddings:
         request_id: str,
         deadline: Deadline,
     ) -> RequestEmbeddings:
-        """Starts encoding every distinct item that no reference is known of, all at once.
+        """Starts to encode every distinct item without a known reference.
 
-        Raises Overloaded where they would wait too long.
+        Raises Overloaded if they would wait too long for an encoder.
         """
         encoders.admit(items, deadline)
         made = cls(encoders, request_id, deadline)
@@ -76,7 +78,7 @@ class RequestEmbeddings:
             self.encoders.leave(key)
         self._items.clear()  # The bytes go with them.
 
-    # ---- what a FailoverGeneration asks
+    # ---- references, for a FailoverGeneration
 
     def known(self, key: str) -> EmbeddingRef | None:
         return self._items[key].ref
@@ -89,7 +91,7 @@ class RequestEmbeddings:
         return (await asyncio.shield(entry.task)).ref
 
     async def again(self, key: str, reason: str) -> EmbeddingRef:
-        """Encodes anew from the bytes that are kept. Raises EmbeddingNotFound after too many."""
+        """Encodes the item again. Raises EmbeddingNotFound beyond ``POLICY.max_reencodes``."""
         entry = self._items.get(key)
         if entry is None:
             raise EmbeddingNotFound("the LLM worker asks for a picture that was not sent to it")
@@ -97,7 +99,7 @@ class RequestEmbeddings:
             if reason != "PREEMPTED":
                 entry.losses += 1
                 entry.item = replace(entry.item, lost=True)
-            if entry.losses > MAX_AGAIN:
+            if entry.losses > POLICY.max_reencodes:
                 raise EmbeddingNotFound(
                     "a picture's embedding was lost again and again between encoder and LLM "
                     "worker; check that both reach the same store and have one --store-key-file",
@@ -108,13 +110,13 @@ class RequestEmbeddings:
 
     @property
     def encoding(self) -> bool:
-        """Whether some item had to be encoded, or has to be."""
+        """Whether some item is being encoded, or was."""
         return any(entry.task is not None for entry in self._items.values())
 
-    # ---- what timings tell
+    # ---- for timings
 
     def outcomes(self) -> dict[str, Encoded]:
-        """How each item that is ready was had, by key."""
+        """The first encoding of each item that is ready, by key."""
         return {key: entry.first for key, entry in self._items.items() if entry.first}
 
     @property
@@ -149,6 +151,6 @@ class RequestEmbeddings:
 
 
 def _retrieve(task: asyncio.Task[Encoded]) -> None:
-    """Marks a failure as seen: whoever waits has it, and nobody has to."""
+    """Marks a failure as seen, or asyncio would log it where nobody waits for the task."""
     if not task.cancelled():
         task.exception()

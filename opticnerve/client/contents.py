@@ -1,8 +1,7 @@
-"""What stands at a prompt's placeholders: the contents of one request, and their spans.
+"""The contents of one request, which replace its prompt's placeholders, and their spans.
 
-A prompt's token ids hold runs of a placeholder id. ``MultiMediaInfo`` says, for each such id,
-what the placeholders mean, in order: pictures, references to embeddings, or embeddings that the
-caller has as tensors. No transport here.
+A prompt's token ids hold runs of a placeholder id. ``MultiMediaInfo`` gives the contents for each
+such id, in order: pictures, references to embeddings, or embeddings as tensors. Knows no transport.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from opticnerve.media.plan import Grid, Modality, Plan, Span, SpanAttention
 
 @dataclass(frozen=True, slots=True)
 class EncodedPicture(EmbeddingRef):
-    """A reference that an encoder answered, with what positions need to know of the picture."""
+    """An encoder's reference, with the picture's plan, from which positions are computed."""
 
     plan: Plan | None = None
-    hit: bool = False  # It was in the store; nothing was encoded.
+    hit: bool = False  # The embedding was in the store; nothing was encoded.
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Embeddings that the caller has: anything that speaks DLPack (torch, numpy, CuPy, JAX).
+    """Embeddings of the caller, as tensors that speak DLPack (torch, numpy, CuPy, JAX).
 
     ``rows`` is [num_rows, hidden_size]; ``deepstack`` has more such levels, for families that use
-    them. ``grid`` is in patches before merging, which models with 3D positions need; without, the
-    rows are one line of text-like positions, which those models refuse.
+    them. ``grid`` counts patches before merging. Models with 3D positions need it; without it, the
+    rows have one line of positions like text, which those models refuse.
     """
 
     rows: Any
@@ -50,7 +49,7 @@ class Tensors:
 
 
 Content: TypeAlias = EmbeddingRef | Tensors | Picture | Any
-"""Any: a tensor itself, [num_rows, hidden_size], which stands for ``Tensors(rows=...)``."""
+"""Any: a tensor [num_rows, hidden_size], which is read as ``Tensors(rows=...)``."""
 
 
 class MultiMediaInfo:
@@ -74,7 +73,7 @@ class MultiMediaInfo:
                 self.add(token_id, item)
 
     def add(self, token_id: int, content: Content) -> None:
-        """One more content of this placeholder. Raises InvalidRequest for what is none."""
+        """Adds a content of this placeholder. Raises InvalidRequest if it is none."""
         if not is_picture(content) and not isinstance(content, (EmbeddingRef, Tensors)):
             content = Tensors(_as_tensor(content))
         read_token_ids("contents", [token_id])
@@ -99,7 +98,7 @@ def _as_tensor(content: object) -> Any:
 
 
 def _is_several(contents: object) -> bool:
-    """Whether these are contents, and not one: a path and a tensor can be iterated over too."""
+    """Whether these are several contents: a path and a tensor can be iterated too, but are one."""
     if is_picture(contents) or isinstance(contents, Mapping) or hasattr(contents, "__dlpack__"):
         return False
     return isinstance(contents, Iterable)
@@ -107,7 +106,7 @@ def _is_several(contents: object) -> bool:
 
 @dataclass(frozen=True)
 class Placed:
-    """One content, ready for the wire: a reference, and where its bytes come from again."""
+    """One content, ready to send: its reference, and its picture in case the rows get lost."""
 
     token_id: int
     ref: EmbeddingRef
@@ -115,11 +114,11 @@ class Placed:
     modality: Modality = Modality.IMAGE
     attention: SpanAttention = SpanAttention.CAUSAL
     seconds_per_grid: float = 0.0
-    picture: Picture | None = field(default=None, repr=False)  # Encoded again when it is lost.
+    picture: Picture | None = field(default=None, repr=False)  # Encoded again if its rows are lost.
 
 
 def place_tensors(token_id: int, content: Tensors) -> Placed:
-    """The caller's own tensors as inline bytes, keyed by their hash.
+    """The caller's tensors as inline bytes, under their hash as key.
 
     Raises InvalidRequest, and StartupError without torch.
     """

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 
 class AsyncEncoderClient:
-    """Pictures to embeddings, by one encoder at ``address`` (host:port).
+    """Encodes pictures on one encoder at ``address`` (host:port).
 
-    ``model`` is the encoder's checkpoint as it is given to services (a directory, a hub id, None:
-    the built-in demo) or its layout: pictures are planned and named on this side.
-    ``rpc_token_file`` is the encoder's own. Errors are those of ``opticnerve.errors``. Close it, or
-    use it as a context manager.
+    ``model`` is the encoder's checkpoint as services take it (a directory, a hub id, None: the
+    built-in demo) or its layout: the client plans pictures and computes their content keys.
+    ``rpc_token_file``: the encoder's. Raises the errors of ``opticnerve.errors``. Close it, or use
+    it as a context manager.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class AsyncEncoderClient:
         self._model = model
         self._layout: Layout | None = None
         self._fingerprint = ""
-        self._others: set[str] = set()  # Addresses that the encoder itself said to fetch from.
+        self._trusted: set[str] = set()  # Addresses that the encoder itself named for Fetch.
         self._token = load_token(rpc_token_file)
         self._channel = open_channel(address, self._token)
         self._stub = encoder_pb2_grpc.EncoderStub(self._channel)
@@ -93,24 +93,24 @@ class AsyncEncoderClient:
     async def encode(
         self, picture: Picture, overrides: Overrides = NO_OVERRIDES, *, lost: bool = False
     ) -> EncodedPicture:
-        """A reference to the picture's embedding, encoded unless the store had it.
+        """A reference to the picture's embedding, which is encoded unless the store has it.
 
-        ``lost``: the rows of an earlier reference were of no use, so that what is stored is
-        checked before it is an answer.
+        ``lost``: an LLM worker could not use the rows of an earlier reference; the encoder checks
+        what it has stored before it answers.
         Raises InvalidMedia, InvalidRequest, Overloaded, Unavailable, DeadlineExceeded...
         """
         data = await asyncio.to_thread(read_picture, picture)
         try:
             return await self._send(await self._plan(data, overrides), lost)
-        except Mispaired:  # Another encoder answers at this address by now: name it for that one.
+        except Mispaired:  # Another encoder has this address by now, and other content keys.
             self._fingerprint = ""
             return await self._send(await self._plan(data, overrides), lost)
 
     async def fetch(self, ref: EmbeddingRef) -> dict[str, torch.Tensor]:
         """The embedding's tensors by name, on the CPU; each speaks DLPack.
 
-        From the reference itself, or by Fetch of the encoder that it names. Raises NotFound when
-        that encoder holds it no more, EmbeddingCorrupt when it is not what the reference says,
+        From the reference itself, or by Fetch from the encoder that it names. Raises NotFound if
+        that encoder no longer has it, EmbeddingCorrupt if it is not what the reference says,
         StartupError without torch.
         """
         require_extra("worker", "fetch()")
@@ -142,7 +142,7 @@ class AsyncEncoderClient:
         except grpc.RpcError as error:
             raise from_rpc(error) from error
         ref = convert.ref_from_pb(answer.ref)
-        self._others.add(ref.location.fetch_address)
+        self._trusted.add(ref.location.fetch_address)
         return EncodedPicture(
             key=ref.key,
             fingerprint=ref.fingerprint,
@@ -154,12 +154,12 @@ class AsyncEncoderClient:
         )
 
     async def _fetch_bytes(self, ref: EmbeddingRef) -> bytes:
-        """The token goes to no address but the encoder's, and those that the encoder has named: a
-        reference may have come from anybody."""
+        """Sends the token only to the encoder and to addresses that it has named: a reference may
+        come from anybody."""
         address = ref.location.fetch_address
         if address in ("", self.address):
             return await self._fetch_from(self._stub, ref.key)
-        channel = open_channel(address, self._token if address in self._others else None)
+        channel = open_channel(address, self._token if address in self._trusted else None)
         try:
             return await self._fetch_from(encoder_pb2_grpc.EncoderStub(channel), ref.key)
         finally:

@@ -38,22 +38,21 @@ from opticnerve.rpc.errors import from_rpc
 from opticnerve.rpc.token import load_token
 
 MAX_INLINE_BYTES = 7 * 2**20  # A message holds 8 MiB.
-START_INLINE_BYTES = 2**20  # Of tensors in the first message.
-MAX_RESENDS = 2  # Of one key.
+START_INLINE_BYTES = 2**20  # Tensors in the Start message; others follow it.
+POLICY = StreamPolicy()
 
 Contents: TypeAlias = MultiMediaInfo | Mapping[int, Any]
 
 
 class AsyncLLMClient:
-    """Token ids and contents to token ids, by one LLM worker at ``address`` (host:port).
+    """Generates token ids from token ids and contents, on the LLM worker at ``address``, host:port.
 
-    ``encoder`` is used for contents that are pictures, and to encode them again when the worker
-    has lost their rows. ``store`` (from ``opticnerve.embeddings.open.open_store``) carries the
-    caller's own tensors when they are too large for a message; the worker must reach the same
-    one, which is opened with ``seal=Seal.load(FILE)`` (``opticnerve.embeddings.seal``) where it has
-    a ``--store-key-file``. Both are the caller's to close. ``rpc_token_file`` is the worker's own.
-    Errors are those of
-    ``opticnerve.errors``.
+    ``encoder`` encodes contents that are pictures, again if the worker has lost their rows.
+    ``store`` (from ``opticnerve.embeddings.open.open_store``) carries the caller's tensors that are
+    too large for a message. The worker must reach the same store; if it has a
+    ``--store-key-file``, open the store with ``seal=Seal.load(FILE)``
+    (``opticnerve.embeddings.seal``). The caller closes both. ``rpc_token_file``: the worker's.
+    Raises the errors of ``opticnerve.errors``.
     """
 
     def __init__(
@@ -159,13 +158,11 @@ class AsyncLLMClient:
             sampling=messages.sampling_to_pb(resolved),
         )
         source = ContentReferences(refs, placed, self._encoder)
-        return GenerateStream(
-            self._stub, start, source, timeout_s or self.timeout_s, StreamPolicy()
-        )
+        return GenerateStream(self._stub, start, source, timeout_s or self.timeout_s, POLICY)
 
     async def _resolve(self, sampling: Sampling | None, timeout_s: float | None) -> Sampling:
-        """Every field as it is sent. The ids that end an answer are asked for each time: another
-        worker may stand at this address by now."""
+        """With ``eos_token_ids``. The worker is asked for them each time: another one may have this
+        address by now."""
         if not isinstance(sampling, Sampling | None):
             kind = type(sampling).__name__
             raise InvalidRequest(f"sampling is a Sampling(...), not {kind}", param="sampling")
@@ -210,14 +207,14 @@ async def _events(stream: GenerateStream) -> AsyncGenerator[Delta | Done, None]:
 
 
 def items_of(refs: Sequence[EmbeddingRef]) -> list[llm_pb2.Item]:
-    """The items of Start, with their references, except those with bytes of their own that would
-    make it large: these it only names, and each follows in a message of its own."""
+    """The items of Start with their references. A reference with inline rows that would make Start
+    large is left out: it follows in a message of its own."""
     items, room = [], START_INLINE_BYTES
     for ref in refs:
-        own = bool(ref.location.inline)
+        inline = bool(ref.location.inline)
         room -= len(ref.location.inline)
-        fits = room >= 0 or not own
-        items.append(messages.item_to_pb(ref.key, ref if fits else None, own=own))
+        fits = room >= 0 or not inline
+        items.append(messages.item_to_pb(ref.key, ref if fits else None, own=inline))
     return items
 
 
@@ -239,10 +236,11 @@ class ContentReferences:
         return self._refs[key]
 
     async def again(self, key: str, reason: str) -> EmbeddingRef:
-        """Raises EmbeddingUnavailable after MAX_RESENDS, and where there is nothing to send."""
+        """Raises EmbeddingUnavailable beyond ``POLICY.max_reencodes``, and for a reference whose
+        picture the client does not have."""
         self._resent[key] += 1
         ref = self._refs.get(key)
-        if ref is None or self._resent[key] > MAX_RESENDS:
+        if ref is None or self._resent[key] > POLICY.max_reencodes:
             raise EmbeddingUnavailable(
                 "the worker lost the embedding again after it was sent again"
             )

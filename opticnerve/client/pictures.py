@@ -1,4 +1,4 @@
-"""Pictures as a program has them, made ready for an encoder: bytes, plan, key. No transport."""
+"""A picture of the caller, prepared for an encoder: its plan and content key. No transport."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_OVERRIDES = Overrides()
 
 @dataclass(frozen=True, slots=True)
 class PlannedPicture:
-    """One picture, ready to be sent to the encoder of ``fingerprint``."""
+    """One picture, ready for an encoder that has ``fingerprint``."""
 
     data: bytes
     key: str
@@ -27,7 +27,8 @@ class PlannedPicture:
 def plan_picture(
     data: bytes, layout: Layout, fingerprint: str, overrides: Overrides = NO_OVERRIDES
 ) -> PlannedPicture:
-    """Reads the structure, plans, and names. Raises InvalidMedia, InvalidRequest."""
+    """Plans a picture from its structure, and computes its key. Raises InvalidMedia,
+    InvalidRequest."""
     for name, most in (("min_pixels", UINT64), ("max_pixels", UINT64), ("background", WHITE)):
         if (value := getattr(overrides, name)) is not None:
             check_integer(name, value, most)

@@ -1,4 +1,4 @@
-"""Checks of the numbers and token ids that a program gives, before a message is made of them."""
+"""Checks of a caller's numbers and token ids, before a message is made from them."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def check_token_ids(name: str, ids: object) -> None:
 def read_token_ids(name: str, ids: object) -> tuple[int, ...]:
     """Token ids of any sequence or array of one dimension.
 
-    Raises InvalidRequest unless all are integers that a message carries, and for one integer,
-    text, bytes and mappings, which are no sequences of token ids.
+    Raises InvalidRequest unless all are integers that a message can carry, and for a single
+    integer, text, bytes and mappings, which are not sequences of token ids.
     """
     return tuple(_token_ids(name, ids))
 

@@ -28,42 +28,45 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# gRPC's words where a write met the end of its call: they hide the status that the worker sent.
+# gRPC's details for a call that ended during a write: they hide the status that the worker sent.
 HIDDEN_STATUS = "Internal error from Core"
 
 
 class ReferenceSource(Protocol):
-    """Where a generation gets the references to its embeddings, by content key.
+    """References to the embeddings of one generation, by content key.
 
-    An OpticNerveError that it raises fails the generation.
+    An OpticNerveError that a method raises fails the generation.
     """
 
     async def ready(self, key: str) -> EmbeddingRef:
-        """The reference to an item that Start carries none for."""
+        """The reference to an item that has none in Start."""
         ...
 
     async def again(self, key: str, reason: str) -> EmbeddingRef:
-        """A new reference for rows that the worker could not find. ``reason``: NeededReason's."""
+        """A new reference to rows that the worker did not find. ``reason``: a name of
+        NeededReason."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class StreamPolicy:
-    """How patient a caller is with a worker.
+    """How a caller retries, and how long it waits for a worker.
 
-    ``write_delays_s``: one try for each; how long a try holds back what follows Start, so that the
-    worker can refuse Start first. The next try is made where a write hid the worker's status and
-    no event had come.
-    ``fail_grace_s``: what a worker gets to fail a request whose embedding will not come, before the
-    call is cancelled.
+    ``write_delays_s``: one attempt each. A worker that refuses Start while the caller still writes
+    has its status hidden by gRPC; the next attempt then holds back what follows Start for so long,
+    so that the refusal can be read. Once an event has come, no attempt follows.
+    ``max_reencodes``: how often one embedding is sent again after EmbeddingNeeded.
+    ``fail_grace_s``: how long a worker may take to fail a request whose embedding will not come;
+    then the call is cancelled.
     """
 
     write_delays_s: tuple[float, ...] = (0.0, 0.25)
+    max_reencodes: int = 2
     fail_grace_s: float = 1.0
 
 
 class GenerateStream:
-    """``events()`` yields deltas, then Done; closing it aborts the generation."""
+    """One call. ``events()`` yields deltas, then Done; closing it aborts the generation."""
 
     def __init__(
         self,
@@ -83,9 +86,8 @@ class GenerateStream:
         self._policy = policy
 
     async def events(self) -> AsyncGenerator[Delta | Done, None]:
-        """Raises the error of an embedding that could not be had, grpc.RpcError for a call that
-        fails, EngineFailure for one that ends before its end, and Unavailable where gRPC hides
-        what became of it."""
+        """Raises the source's error if an embedding cannot be sent, grpc.RpcError if the call
+        fails, EngineFailure if it ends before Done, Unavailable if gRPC hides its status."""
         for delay_s in self._policy.write_delays_s:
             begun = False
             try:
@@ -135,8 +137,8 @@ class GenerateStream:
 class _Feeder:
     """The writing side of a call: Start, then references as they come.
 
-    An embedding that cannot be had is reported to the worker, which fails the request; the call is
-    cancelled where it does not. ``failure`` is then what the request failed with.
+    An embedding that cannot be sent is reported to the worker, which fails the request; otherwise
+    the call is cancelled after a while. ``failure`` is the source's error.
     """
 
     def __init__(self, call: ClientCall, source: ReferenceSource, fail_grace_s: float) -> None:
@@ -145,12 +147,12 @@ class _Feeder:
         self._source = source
         self._fail_grace_s = fail_grace_s
         self._writing = asyncio.Lock()
-        self._looking: set[str] = set()  # Keys whose references are not here yet.
+        self._looking: set[str] = set()  # Keys whose references the source is asked for.
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, start: pb.Start, delay_s: float) -> bool:
-        """Writes Start, and begins to feed what it carries no reference for. False for a call that
-        had ended: the reading side knows why."""
+        """Writes Start, and starts to feed the items that have no reference in it. False if the
+        call had ended by then: the reading side raises why."""
         delivered = False
         with contextlib.suppress(asyncio.InvalidStateError):
             await self._call.write(pb.GenerateIn(start=start))
@@ -161,7 +163,7 @@ class _Feeder:
         return delivered
 
     def answer(self, message: pb.EmbeddingNeeded) -> None:
-        """Answers EmbeddingNeeded, except for a key that is being looked for already."""
+        """Answers EmbeddingNeeded, except for keys that the source is being asked for."""
         reason = pb.NeededReason.Name(message.reason).removeprefix("NEEDED_REASON_")
         for key in message.keys:
             self._feed(key, lambda key: self._source.again(key, reason))
@@ -199,7 +201,7 @@ class _Feeder:
         self._call.cancel()
 
     async def _write(self, message: pb.GenerateIn) -> None:
-        """Writes to a call that may have ended: then the reading side knows why."""
+        """Writes to a call that may have ended: then the reading side raises why."""
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
             async with self._writing:
                 await self._call.write(message)
