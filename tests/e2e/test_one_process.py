@@ -19,7 +19,7 @@ def place(function):
 
 
 def test_pdb_stops_in_all_three_services_and_the_question_is_answered():
-    places = [place(each) for each in (TorchBackend.encode, Scheduler.schedule, Pipeline.chat)]
+    places = [place(each) for each in (TorchBackend.encode, Scheduler.schedule, Pipeline.run)]
     commands = [*(f"tbreak {where}" for where in places), *["continue"] * (len(places) + 1), "quit"]
     ended = subprocess.run(
         [sys.executable, "-m", "pdb", "examples/one_process.py"],

@@ -26,6 +26,7 @@ from tests.integration.test_llm_service import TOKENS, demo, serve
 from tests.llms import Demo, Picture, Prompt, Worker, next_message, read, ready
 
 __all__ = ["demo", "serve"]  # Fixtures.
+pytestmark = pytest.mark.slow
 
 
 def attack(demo: Demo, victim: Picture, seed: int = 99) -> Picture:
