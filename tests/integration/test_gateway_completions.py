@@ -26,6 +26,7 @@ async def openai_client(s):
         yield client
 
 
+@pytest.mark.process  # The client asks the system what machine this is.
 async def test_openais_client_gets_an_answer():
     async with stack() as s, openai_client(s) as client:
         told = await client.completions.create(model="model", prompt="Once", seed=7)
@@ -42,6 +43,7 @@ async def test_openais_client_gets_an_answer():
         assert s.idle()
 
 
+@pytest.mark.process  # The client asks the system what machine this is.
 async def test_openais_client_gets_a_stream():
     options = {"include_usage": True}
     async with stack() as s, openai_client(s) as client:
