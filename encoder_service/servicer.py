@@ -21,7 +21,6 @@ from opticnerve.pb import encoder_pb2 as pb
 from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import CHUNK_BYTES, chunks
-from opticnerve.rpc.errors import streaming, unary
 from opticnerve.rpc.server import Server
 from opticnerve.telemetry import events
 from opticnerve.worker import WorkerServicer
@@ -42,7 +41,6 @@ class EncoderServicer(WorkerServicer[Encoder], encoder_pb2_grpc.EncoderServicer)
         super().__init__(server)
         self.uploads = Uploads()
 
-    @unary
     async def Encode(
         self, request_iterator: AsyncIterator[pb.EncodeRequest], context: Context
     ) -> pb.EncodeResponse:
@@ -67,7 +65,6 @@ class EncoderServicer(WorkerServicer[Encoder], encoder_pb2_grpc.EncoderServicer)
         _note_timings(item.timings)
         return item
 
-    @unary
     async def Probe(
         self, request_iterator: AsyncIterator[pb.ProbeRequest], context: Context
     ) -> pb.ProbeResponse:
@@ -76,7 +73,6 @@ class EncoderServicer(WorkerServicer[Encoder], encoder_pb2_grpc.EncoderServicer)
             "video and animation planning is not available yet; send still pictures"
         )
 
-    @streaming
     async def Fetch(
         self, request: pb.FetchRequest, context: Context
     ) -> AsyncIterator[pb.FetchResponse]:
@@ -86,7 +82,6 @@ class EncoderServicer(WorkerServicer[Encoder], encoder_pb2_grpc.EncoderServicer)
             yield pb.FetchResponse(num_bytes=size, data=chunk, mac=mac)
             size, mac = 0, b""
 
-    @unary
     async def Describe(
         self, request: pb.DescribeEncoderRequest, context: Context
     ) -> pb.DescribeEncoderResponse:

@@ -18,6 +18,7 @@ from grpc_health.v1.health import aio as health_aio
 
 from opticnerve.pb import embedding_pb2, encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
 from opticnerve.rpc import errors as rpc_errors
+from opticnerve.rpc.calls import Calls
 from opticnerve.rpc.server import SERVER_OPTIONS
 from tests.system import free_port
 
@@ -42,7 +43,7 @@ class FakeServer:
         raise NotImplementedError
 
     async def start(self, *, serving: bool = True) -> None:
-        self.server = grpc.aio.server(options=SERVER_OPTIONS)
+        self.server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[Calls()])
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         self.register(self.server)
         self.port = self._bind(self.server)
@@ -100,7 +101,6 @@ class FakeEncoder(FakeServer, encoder_pb2_grpc.EncoderServicer):
     def register(self, server: grpc.aio.Server) -> None:
         encoder_pb2_grpc.add_EncoderServicer_to_server(self, server)
 
-    @rpc_errors.unary
     async def Encode(
         self, request_iterator: AsyncIterator[encoder_pb2.EncodeRequest], context: Any
     ) -> encoder_pb2.EncodeResponse:
@@ -190,7 +190,6 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
     def register(self, server: grpc.aio.Server) -> None:
         llm_pb2_grpc.add_LLMServicer_to_server(self, server)
 
-    @rpc_errors.streaming
     async def Generate(
         self, request_iterator: AsyncIterator[llm_pb2.GenerateIn], context: Any
     ) -> AsyncIterator[llm_pb2.GenerateOut]:

@@ -37,7 +37,6 @@ from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.calls import FINISHED
-from opticnerve.rpc.errors import unary
 from opticnerve.telemetry import events
 from opticnerve.worker import WorkerServicer
 
@@ -81,7 +80,6 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
 
     worker = "the LLM worker"
 
-    @unary
     async def Generate(  # type: ignore[override]  # It writes to its context.
         self, request_iterator: AsyncIterator[pb.GenerateIn], context: Context
     ) -> None:
@@ -107,7 +105,6 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
         accepted = wire.read_start(first.start, loaded.bounds, local_names)
         await GenerateCall(loaded, accepted, context).run(request_iterator)
 
-    @unary
     async def Describe(
         self, request: pb.DescribeLLMRequest, context: Context
     ) -> pb.DescribeLLMResponse:

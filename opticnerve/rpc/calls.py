@@ -1,7 +1,8 @@
-"""What surrounds every call of an internal service: its line in the log, and what is no message.
+"""The interceptor around every call of an internal service: its errors and its line in the log.
 
-Bytes that do not parse are an InvalidRequest like any other, where gRPC's answer is UNKNOWN and a
-traceback in the log; and what cannot be sent, since the caller has left, is a cancelled call.
+An exception leaves as its status and details (``opticnerve.rpc.errors``). Bytes that do not parse
+are an InvalidRequest like any other, for which gRPC alone would answer UNKNOWN and log a traceback.
+An answer that cannot be sent, because the caller has left, cancels the call.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from opticnerve.telemetry import events
 
 log = logging.getLogger(__name__)
 
-# Asked again and again, or part of another request: no line for each that goes well.
+# Called again and again, or part of another request: a call that succeeds is logged at DEBUG.
 QUIET = frozenset({"Check", "List", "Watch", "Describe", "Fetch", "ServerReflectionInfo"})
 CUT = "cut by its caller"
-FINISHED = "finished"  # What a service notes as ``ended`` where callers may be quicker to leave.
+FINISHED = "finished"  # A service's note ``ended`` if its caller may leave before the call returns.
 
-UNPARSABLE = object()  # Stands for a message that does not parse.
+UNPARSABLE = object()  # A message that does not parse.
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Behavior = Callable[[Any, Context], Any]
@@ -41,7 +42,7 @@ _HANDLERS: dict[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
 
 
 class Calls(grpc.aio.ServerInterceptor):
-    """``worker``: the address that others know this service by."""
+    """``worker``: the address at which others know this service."""
 
     def __init__(self) -> None:
         self.worker = ""
@@ -66,10 +67,12 @@ class Calls(grpc.aio.ServerInterceptor):
             with self._line(method, context):
                 try:
                     return await run(behavior, _parsed(request), context)
-                except InvalidRequest as error:
-                    return await abort(context, error)
-                except grpc.aio.InternalError as error:  # It cannot be sent: nobody is there.
+                except (grpc.aio.AbortError, NotImplementedError):
+                    raise  # The call's status is set; the latter is generated code's UNIMPLEMENTED.
+                except grpc.aio.InternalError as error:  # The answer could not be sent.
                     raise asyncio.CancelledError from error
+                except Exception as error:
+                    return await abort(context, error)
 
         return call
 
@@ -88,7 +91,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 log,
                 logging.DEBUG if quiet else logging.INFO,
                 "call",
-                # Gateways ask every second, also one that loads for minutes.
+                # Gateways ask every second, also a worker that loads for minutes.
                 expected=method == "Describe" and isinstance(event.error, Unavailable),
                 method=method,
                 status="CANCELLED" if left else _status(event),
@@ -125,7 +128,7 @@ def _lenient(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], An
 
 
 def _parsed(request: Any) -> Any:
-    """The caller's message, or its messages. Raises InvalidRequest where one is none."""
+    """The caller's message, or its messages. Raises InvalidRequest for one that does not parse."""
     if request is UNPARSABLE:
         raise InvalidRequest(
             "the message is not what this method takes; caller and service must be of one release"
@@ -134,11 +137,13 @@ def _parsed(request: Any) -> Any:
 
 
 class _Messages:
-    """A caller's messages, as gRPC brings them: a wait for the next one may be cancelled."""
+    """A caller's messages. Unlike with a generator, a wait for the next one may be cancelled."""
 
     def __init__(self, messages: AsyncIterable[Any]) -> None:
         self._messages = messages
-        self._iterator: AsyncIterator[Any] | None = None  # None until it is wanted: gRPC minds.
+        self._iterator: AsyncIterator[Any] | None = (
+            None  # Made once it is read from.
+        )
 
     def __aiter__(self) -> _Messages:
         return self

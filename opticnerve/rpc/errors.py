@@ -1,15 +1,12 @@
 """Errors at the edge: OpticNerveError to gRPC status and back, class and fields kept.
 
-The status says what generic clients need; the trailing metadata ``opticnerve-error-bin`` holds
-an ``ErrorDetail``, from which the caller raises the same class again.
+Generic clients read the status; from the ``ErrorDetail`` in the trailing metadata
+``opticnerve-error-bin`` our callers raise the same class again.
 """
 
 from __future__ import annotations
 
-import asyncio
-import functools
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import grpc
 
@@ -19,12 +16,11 @@ from opticnerve.pb import embedding_pb2
 from opticnerve.telemetry.events import failed
 
 METADATA_KEY = "opticnerve-error-bin"
-PASSED = (asyncio.CancelledError, grpc.aio.AbortError, grpc.aio.InternalError)  # The call's end.
-MAX_MESSAGE = 1000  # Characters: metadata that are too large end a call without any status.
+MAX_MESSAGE = 1000  # Characters. Metadata that are too large end a call without any status.
 
 STATUS_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
-# What a bare status becomes: a peer that died, a proxy, a method that does not exist.
+# For a status without details: of a peer that died, a proxy, a method that does not exist.
 CLASS_BY_STATUS: dict[grpc.StatusCode, type[OpticNerveError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
     grpc.StatusCode.UNIMPLEMENTED: errors.UnsupportedFeature,
@@ -75,7 +71,7 @@ def from_rpc(error: grpc.RpcError) -> OpticNerveError:
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
-    """Ends a call with ``error``; what is no OpticNerveError is logged and shown as internal."""
+    """Ends a call with ``error``; any but an OpticNerveError is logged and shown as internal."""
     cause = None if isinstance(error, OpticNerveError) else error
     if not isinstance(error, OpticNerveError):
         error = OpticNerveError("internal error; the service's log has the details")
@@ -84,37 +80,3 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -
     status = STATUS_BY_NUMBER[error.grpc_status]
     await context.abort(status, error.message[:MAX_MESSAGE], metadata)
     raise AssertionError("context.abort returned")
-
-
-M = TypeVar("M", bound=Callable[..., Any])
-
-
-def unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Decorates a servicer method that returns one message: errors leave through ``abort``."""
-
-    @functools.wraps(method)
-    async def call(self: Any, request: Any, context: Any) -> Any:
-        try:
-            return await method(self, request, context)
-        except PASSED:
-            raise
-        except Exception as error:
-            return await abort(context, error)
-
-    return call
-
-
-def streaming(method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-    """Decorates a servicer method that yields messages: errors leave through ``abort``."""
-
-    @functools.wraps(method)
-    async def call(self: Any, request: Any, context: Any) -> AsyncIterator[Any]:
-        try:
-            async for message in method(self, request, context):
-                yield message
-        except PASSED:
-            raise
-        except Exception as error:
-            await abort(context, error)
-
-    return call

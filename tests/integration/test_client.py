@@ -41,7 +41,6 @@ from opticnerve.errors import (
     Unavailable,
 )
 from opticnerve.media.plan import Grid
-from opticnerve.rpc import errors as rpc_errors
 from tests.encoders import FINGERPRINT, FakeBackend, Running, demo_layout, picture, running
 from tests.fakes import FakeEncoder, FakeLLM, until
 
@@ -413,7 +412,6 @@ def test_an_interrupt_of_a_waiting_thread_cancels_the_call(tmp_path: Path) -> No
 class Refusing(FakeLLM):
     """Refuses every request at once, while its caller still writes."""
 
-    @rpc_errors.streaming
     async def Generate(self, request_iterator: Any, context: Any) -> Any:
         await anext(request_iterator)
         raise ContextLengthExceeded("too long", param="token_ids")

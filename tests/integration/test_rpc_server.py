@@ -32,7 +32,6 @@ class Slow(encoder_pb2_grpc.EncoderServicer):
         self.server = None
         self.calls = 0
 
-    @rpc_errors.unary
     async def Describe(self, request, context):
         self.entered.set()
         self.calls += 1
@@ -40,7 +39,6 @@ class Slow(encoder_pb2_grpc.EncoderServicer):
             await self.release.wait()
         return encoder_pb2.DescribeEncoderResponse(family="slow")
 
-    @rpc_errors.streaming
     async def Fetch(self, request, context):
         yield encoder_pb2.FetchResponse(data=b"x")
         if request.key == "bug":
@@ -304,7 +302,6 @@ def test_a_start_that_fails_while_health_is_asked_leaves_no_traceback(caplog):
 
 
 class Reader(llm_pb2_grpc.LLMServicer):
-    @rpc_errors.unary
     async def Generate(self, request_iterator, context):
         async for _ in request_iterator:
             pass
@@ -316,7 +313,6 @@ class Writer(llm_pb2_grpc.LLMServicer):
     def __init__(self):
         self.begun = 0
 
-    @rpc_errors.unary
     async def Generate(self, request_iterator, context):
         piece = llm_pb2.GenerateOut(deltas=[llm_pb2.TokenDelta(token_ids=range(2**20))])
         while True:
@@ -421,7 +417,6 @@ def test_a_host_that_is_not_here_is_named(host, capfd):
 
 
 class Loading(encoder_pb2_grpc.EncoderServicer):
-    @rpc_errors.unary
     async def Describe(self, request, context):
         raise Unavailable("the encoder is loading its checkpoint")
 
