@@ -141,9 +141,7 @@ class _Messages:
 
     def __init__(self, messages: AsyncIterable[Any]) -> None:
         self._messages = messages
-        self._iterator: AsyncIterator[Any] | None = (
-            None  # Made once it is read from.
-        )
+        self._iterator: AsyncIterator[Any] | None = None  # Made once it is read from.
 
     def __aiter__(self) -> _Messages:
         return self

@@ -1,6 +1,14 @@
-"""Plain values to messages and back: the only place that knows both."""
+"""Values of media and embeddings to messages and back.
+
+A message has the fields of its class, by name, so that a field that is added to both travels.
+"""
 
 from __future__ import annotations
+
+import functools
+from typing import Any
+
+from google.protobuf.message import Message
 
 from opticnerve.embeddings.ref import DTYPES, EmbeddingRef, Location, TensorSpec
 from opticnerve.embeddings.seal import Seal
@@ -15,8 +23,23 @@ _MODALITY = {
     Modality.AUDIO: pb.MODALITY_AUDIO,
 }
 _MODALITY_BACK = {number: modality for modality, number in _MODALITY.items()}
+_ATTENTION = {
+    SpanAttention.CAUSAL: pb.SPAN_ATTENTION_CAUSAL,
+    SpanAttention.BIDIRECTIONAL: pb.SPAN_ATTENTION_BIDIRECTIONAL,
+}
+_ATTENTION_BACK = {number: attention for attention, number in _ATTENTION.items()}
 _DTYPE = {name: pb.DType.Value(f"DTYPE_{name}") for name in DTYPES}
 _DTYPE_BACK = {number: name for name, number in _DTYPE.items()}
+
+
+def field_values(source: Any, message: type[Message]) -> dict[str, Any]:
+    """What ``source``, a value or a message, has under the names of a message's fields."""
+    return {name: getattr(source, name) for name in _names(message)}
+
+
+@functools.cache
+def _names(message: type[Message]) -> tuple[str, ...]:
+    return tuple(each.name for each in message.DESCRIPTOR.fields)
 
 
 def grid_to_pb(grid: Grid) -> pb.Grid:
@@ -28,37 +51,20 @@ def grid_from_pb(message: pb.Grid) -> Grid:
 
 
 def plan_to_pb(plan: Plan) -> pb.Plan:
-    return pb.Plan(
-        modality=_MODALITY[plan.modality],
-        format=plan.format,
-        width=plan.width,
-        height=plan.height,
-        orientation=plan.orientation,
-        resized_width=plan.resized_width,
-        resized_height=plan.resized_height,
-        grid=grid_to_pb(plan.grid),
-        num_tokens=plan.num_tokens,
-        num_patches=plan.num_patches,
-        frames=plan.frames,
-        seconds_per_grid=plan.seconds_per_grid,
-    )
+    values = field_values(plan, pb.Plan)
+    values |= {"modality": _MODALITY[plan.modality], "grid": grid_to_pb(plan.grid)}
+    return pb.Plan(**values)
 
 
 def plan_from_pb(message: pb.Plan) -> Plan:
-    return Plan(
-        modality=_MODALITY_BACK.get(message.modality, Modality.IMAGE),
-        format=message.format,
-        width=message.width,
-        height=message.height,
-        orientation=message.orientation or 1,
-        resized_width=message.resized_width,
-        resized_height=message.resized_height,
-        grid=grid_from_pb(message.grid),
-        num_tokens=message.num_tokens,
-        num_patches=message.num_patches,
-        frames=message.frames or 1,
-        seconds_per_grid=message.seconds_per_grid,
-    )
+    values = field_values(message, pb.Plan)
+    values |= {
+        "modality": _MODALITY_BACK.get(message.modality, Modality.IMAGE),
+        "grid": grid_from_pb(message.grid),
+        "orientation": message.orientation or 1,
+        "frames": message.frames or 1,
+    }
+    return Plan(**values)
 
 
 def overrides_to_pb(overrides: Overrides) -> pb.ProcessorOverrides:
@@ -75,80 +81,57 @@ def overrides_from_pb(message: pb.ProcessorOverrides) -> Overrides:
 
 
 def span_to_pb(span: Span) -> llm_pb2.Span:
-    return llm_pb2.Span(
-        token_offset=span.token_offset,
-        num_tokens=span.num_tokens,
-        item=span.item,
-        row_start=span.row_start,
-        modality=_MODALITY[span.modality],
-        grid_thw=grid_to_pb(span.grid_thw),
-        seconds_per_grid=span.seconds_per_grid,
-        attention=(
-            pb.SPAN_ATTENTION_BIDIRECTIONAL
-            if span.attention is SpanAttention.BIDIRECTIONAL
-            else pb.SPAN_ATTENTION_CAUSAL
-        ),
-    )
+    values = field_values(span, llm_pb2.Span)
+    values |= {
+        "modality": _MODALITY[span.modality],
+        "grid_thw": grid_to_pb(span.grid_thw),
+        "attention": _ATTENTION[span.attention],
+    }
+    return llm_pb2.Span(**values)
 
 
 def span_from_pb(message: llm_pb2.Span) -> Span:
-    bidirectional = message.attention == pb.SPAN_ATTENTION_BIDIRECTIONAL
-    return Span(
-        token_offset=message.token_offset,
-        num_tokens=message.num_tokens,
-        item=message.item,
-        row_start=message.row_start,
-        modality=_MODALITY_BACK.get(message.modality, Modality.IMAGE),
-        grid_thw=grid_from_pb(message.grid_thw),
-        seconds_per_grid=message.seconds_per_grid,
-        attention=SpanAttention.BIDIRECTIONAL if bidirectional else SpanAttention.CAUSAL,
-    )
+    values = field_values(message, llm_pb2.Span)
+    values |= {
+        "modality": _MODALITY_BACK.get(message.modality, Modality.IMAGE),
+        "grid_thw": grid_from_pb(message.grid_thw),
+        "attention": _ATTENTION_BACK.get(message.attention, SpanAttention.CAUSAL),
+    }
+    return Span(**values)
 
 
 def ref_to_pb(ref: EmbeddingRef) -> pb.EmbeddingRef:
-    return pb.EmbeddingRef(
-        key=ref.key,
-        fingerprint=ref.fingerprint,
-        tensors=[
-            pb.TensorSpec(name=t.name, dtype=_DTYPE[t.dtype], shape=t.shape) for t in ref.tensors
+    values = field_values(ref, pb.EmbeddingRef)
+    values |= {
+        "tensors": [
+            pb.TensorSpec(name=each.name, dtype=_DTYPE[each.dtype], shape=each.shape)
+            for each in ref.tensors
         ],
-        num_rows=ref.num_rows,
-        location=pb.Location(
-            shm_tier_id=ref.location.shm_tier_id,
-            redis=ref.location.redis,
-            fetch_address=ref.location.fetch_address,
-            inline=ref.location.inline,
-        ),
-    )
+        "location": pb.Location(**field_values(ref.location, pb.Location)),
+    }
+    return pb.EmbeddingRef(**values)
 
 
 def ref_from_pb(message: pb.EmbeddingRef) -> EmbeddingRef:
-    location = message.location
-    return EmbeddingRef(
-        key=message.key,
-        fingerprint=message.fingerprint,
-        tensors=tuple(
-            TensorSpec(t.name, _DTYPE_BACK.get(t.dtype, "F32"), tuple(t.shape))
-            for t in message.tensors
+    values = field_values(message, pb.EmbeddingRef)
+    values |= {
+        "tensors": tuple(
+            TensorSpec(each.name, _DTYPE_BACK.get(each.dtype, "F32"), tuple(each.shape))
+            for each in message.tensors
         ),
-        num_rows=message.num_rows,
-        location=Location(
-            shm_tier_id=location.shm_tier_id,
-            redis=location.redis,
-            fetch_address=location.fetch_address,
-            inline=location.inline,
-        ),
-    )
+        "location": Location(**field_values(message.location, pb.Location)),
+    }
+    return EmbeddingRef(**values)
 
 
 def store_state_to_pb(state: StoreState, seal: Seal | None) -> pb.StoreState:
-    """``seal``: what signs values that leave the machine."""
+    """``seal`` signs values that leave the machine."""
     key_id = "" if seal is None else seal.id
     return pb.StoreState(kind=state.kind, reachable=state.reachable, key_id=key_id)
 
 
 def store_state_from_pb(message: pb.StoreState) -> StoreState | None:
-    """None for a worker that does not tell."""
+    """None for a worker of an earlier release, which does not report it."""
     if not message.kind:
         return None
     return StoreState(message.kind, message.reachable, message.key_id)
