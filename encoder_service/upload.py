@@ -1,7 +1,7 @@
-"""The bytes of Encode calls: a header, then chunks, read when they are wanted, within bounds.
+"""The bytes of Encode calls: a header, then chunks, read only if they are needed, within bounds.
 
-An item that is on its way takes no place in the encoder's backlog. What bounds it: the time until
-its header and until all of its bytes are here, and the bytes of all such items together.
+An item whose bytes are still arriving takes no place in the encoder's backlog. It is bounded by the
+time until its header and until its last byte, and by the bytes of all such items together.
 """
 
 from __future__ import annotations
@@ -15,29 +15,31 @@ from opticnerve.pb import encoder_pb2 as pb
 from opticnerve.rpc.channel import CHUNK_BYTES
 
 DISCARD_S = 2.0
-PATIENCE_S = 10.0  # For a call's header, and for its bytes besides what LEAST_RATE allows them.
+PATIENCE_S = 10.0  # For a call's header, and for its bytes in addition to their time at LEAST_RATE.
 LEAST_RATE = 2**20  # Bytes a second.
-MAX_BYTES = 2**29  # Of all items that are on their way.
+MAX_BYTES = 2**29  # Of all items that are arriving.
 FULL_RETRY_S = 1.0
 
 
 class Uploads:
-    """The items on their way to one encoder: their bytes are bounded in sum.
+    """The uploads to one encoder, whose bytes are bounded in sum.
 
-    Where the next chunk has no room, the uploads that have waited longest for theirs are given up,
-    so that callers who send slowly, or stop, cannot keep others out.
+    If there is no room for the next chunk, the uploads that have waited longest for theirs are
+    given up, so that callers that send slowly, or stop, cannot keep others out.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._sizes: dict[Upload, int] = {}  # Of what came; who got a chunk last stands last.
+        self._sizes: dict[
+            Upload, int
+        ] = {}  # Bytes received; newest chunk last.
 
     def __len__(self) -> int:
         return len(self._sizes)
 
     def add(self, upload: Upload, size: int) -> None:
-        """Counts a chunk of ``upload``, at the cost of others; ``remove`` gives it back."""
+        """Counts a chunk of ``upload``, and gives others up if they exceed the bound."""
         self._sizes[upload] = self._sizes.pop(upload, 0) + size
         self.num_bytes += size
         while self.num_bytes > self.max_bytes and len(self._sizes) > 1:
@@ -57,12 +59,13 @@ class Upload:
         self._uploads = uploads
         self._first = b""
         self._num_bytes = 0  # As announced.
-        self._ended = False  # The caller sends nothing any more.
+        self._ended = False  # The caller has nothing more to send.
         self._limit = asyncio.timeout(None)
         self._given_up = False
 
     async def header(self) -> pb.EncodeHeader:
-        """Raises InvalidRequest for a first message without one, DeadlineExceeded for none."""
+        """The header. Raises InvalidRequest if the first message has none, DeadlineExceeded if no
+        message comes."""
         try:
             async with asyncio.timeout(PATIENCE_S):
                 message = await self._next()
@@ -74,10 +77,10 @@ class Upload:
         return message.header
 
     async def read(self) -> bytes:
-        """The item, without waiting for the stream's end once all that was announced is here.
+        """The item's bytes, as soon as all that were announced have arrived; the stream may go on.
 
-        Raises InvalidRequest, PayloadTooLarge as soon as something does not fit; DeadlineExceeded
-        where it comes too slowly, Overloaded where other items need the room.
+        Raises InvalidRequest or PayloadTooLarge at the first message that does not fit,
+        DeadlineExceeded if the bytes come too slowly, Overloaded if other items need the room.
         """
         patience_s = PATIENCE_S + self._num_bytes / LEAST_RATE
         self._limit = asyncio.timeout(patience_s)
@@ -96,19 +99,19 @@ class Upload:
             self._uploads.remove(self)
 
     async def drain(self) -> None:
-        """Discards what the caller still sends; see ``discard``."""
+        """Discards the rest of the stream; see ``discard``."""
         if not self._ended:
             await discard(self._messages)
 
     def give_up(self) -> None:
-        """Ends ``read``, which is under way, for lack of room."""
+        """Ends the ``read`` that is under way, for lack of room."""
         if not self._limit.expired():
             self._given_up = True
             self._limit.reschedule(asyncio.get_running_loop().time())
 
     async def _read(self) -> bytes:
         parts, size = [self._first], len(self._first)
-        self._take(self._first, size)
+        self._count(self._first, size)
         while size < self._num_bytes:
             message = await self._next()
             if message is None:
@@ -119,7 +122,7 @@ class Upload:
             if message.HasField("header"):
                 raise InvalidRequest("only the first message carries a header", param="header")
             size += len(message.data)
-            self._take(message.data, size)
+            self._count(message.data, size)
             parts.append(message.data)
         self._ended = True
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -129,8 +132,8 @@ class Upload:
         self._ended = message is None
         return message
 
-    def _take(self, chunk: bytes, size: int) -> None:
-        """Counts a chunk, with which ``size`` bytes are here. Raises what ``read`` does."""
+    def _count(self, chunk: bytes, size: int) -> None:
+        """Counts a chunk, the last of ``size`` bytes so far. Raises what ``read`` raises."""
         if len(chunk) > CHUNK_BYTES:
             raise PayloadTooLarge(f"a chunk has at most {CHUNK_BYTES} bytes", param="data")
         if size > self._num_bytes:
@@ -142,9 +145,10 @@ class Upload:
 
 
 async def discard(messages: AsyncIterator[object]) -> None:
-    """Reads what a caller still sends, for a while, and forgets it.
+    """Reads and drops what a caller still sends, for ``DISCARD_S`` at most.
 
-    A gRPC client that is answered while it writes hears of an internal error instead.
+    A gRPC client that is answered while it still writes reports an internal error instead of the
+    answer.
     """
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DISCARD_S):

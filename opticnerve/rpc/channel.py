@@ -14,9 +14,9 @@ CHUNK_BYTES = 2**20
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 8 * 2**20),
     ("grpc.max_send_message_length", 8 * 2**20),
-    ("grpc.keepalive_time_ms", 10_000),  # A peer that vanished without a FIN is noticed.
+    ("grpc.keepalive_time_ms", 10_000),  # Notices a peer that vanished without a FIN.
     ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),  # Else a minute: keepalive waits for this one too.
+    ("grpc.http2.ping_timeout_ms", 5_000),  # Keepalive also waits for this, by default a minute.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.use_local_subchannel_pool", 1),

@@ -59,7 +59,9 @@ class Server:
         self.config = config
         self.service = service
         token = load_token(config.rpc_token_file)
-        guards = () if token is None else (TokenGuard(token),)  # First: strangers leave no line.
+        guards = (
+            () if token is None else (TokenGuard(token),)
+        )  # First: no line for refused calls.
         self._calls = Calls()
         self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[*guards, self._calls])
         self.instance_id = secrets.token_hex(16)  # Tells this process from any other.
@@ -70,13 +72,13 @@ class Server:
         self._health = health_aio.HealthServicer()
         self._stop = asyncio.Event()
         self._signals = contextlib.ExitStack()
-        self._starting: asyncio.Task[Any] | None = None  # What a signal before ``ready`` cancels.
+        self._starting: asyncio.Task[Any] | None = None  # A signal before ``ready`` cancels it.
         self._abandoned = False
         self._cutting: asyncio.Task[None] | None = None
 
     @property
     def address(self) -> str:
-        """host:port that others reach this service at."""
+        """host:port at which others reach this service."""
         if self.config.advertise:
             return self.config.advertise
         host = self.config.host
@@ -89,16 +91,16 @@ class Server:
         self._signals.close()
         await self.grpc.stop(grace=CLOSE_GRACE_S)
         if self._abandoned:
-            _exit()  # Some thread may still load weights, which nothing interrupts.
+            _exit()  # A thread may still load weights, and cannot be interrupted.
 
     async def start(self) -> None:
-        """Binds and listens, NOT_SERVING. Raises ConfigError where the address cannot be had."""
+        """Binds and listens, NOT_SERVING. Raises ConfigError if the address cannot be bound."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         if self.config.reflection:
             names = (self.service, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
             reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self.grpc)
         await self._set_health(serving=False)
-        addresses.check_free(self.config.host, self.config.port)  # gRPC would not say why.
+        addresses.check_free(self.config.host, self.config.port)  # gRPC would give no reason.
         try:
             where = addresses.host_port(self.config.host, self.config.port)
             self.port = self.grpc.add_insecure_port(where)
@@ -157,7 +159,7 @@ class Server:
         self._stop.set()
 
     def cut(self) -> None:
-        """Ends what still runs, now: each call with Unavailable."""
+        """Ends every call under way with Unavailable, now."""
         self.running.cut()
         if self._cutting is None:
             self._cutting = asyncio.create_task(self.grpc.stop(grace=LAST_WORDS_S))

@@ -1,7 +1,7 @@
-"""The token that calls between our processes carry (``--rpc-token-file``): servers ask for it,
-channels send it, as ``authorization: Bearer TOKEN``. It is never logged.
+"""The token that calls between our processes carry (``--rpc-token-file``): channels send it, and
+servers require it, as ``authorization: Bearer TOKEN``. It is never logged.
 
-It says who may call, and hides nothing: calls are not encrypted.
+It authenticates callers and encrypts nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from opticnerve.secret import read_secret
 
 OPTION = "rpc_token_file"
 HEADER = "authorization"
-# Probes have no token: of the standard health check, and of nothing else.
+# Probes of the standard health check have no token.
 OPEN_METHODS = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 def load_token(path: str | Path | None) -> str | None:
-    """The token in the file that ``--rpc-token-file`` names; None for none. Raises ConfigError."""
+    """The token in the file of ``--rpc-token-file``; None without one. Raises ConfigError."""
     return None if path is None else read_secret(str(path), OPTION)
 
 
 class TokenGuard(grpc.aio.ServerInterceptor):
-    """Refuses every call that does not carry ``token``, before it reads anything of it."""
+    """Refuses every call that does not carry ``token``, before it reads a message of the call."""
 
     def __init__(self, token: str) -> None:
         self._token = token.encode()
@@ -55,8 +55,8 @@ class TokenGuard(grpc.aio.ServerInterceptor):
 class TokenChannel(grpc.aio.Channel):
     """A channel whose calls carry ``token``; it owns ``channel``.
 
-    No interceptor: behind one, a write to a call returns before gRPC has taken the message, and
-    callers could not tell what was delivered when a connection breaks.
+    It is not an interceptor, because then a write to a call returns before gRPC has taken the
+    message, and callers could not tell what was delivered when a connection breaks.
     """
 
     def __init__(self, channel: grpc.aio.Channel, token: str) -> None:
@@ -100,7 +100,7 @@ class TokenChannel(grpc.aio.Channel):
 
 
 def _tokens(metadata: Iterable[tuple[str, str | bytes]]) -> Iterable[bytes]:
-    """What a call brings as its token."""
+    """The bearer tokens in a call's metadata."""
     for name, value in metadata:
         if name == HEADER:
             text = value if isinstance(value, str) else value.decode("latin-1")
@@ -109,12 +109,12 @@ def _tokens(metadata: Iterable[tuple[str, str | bytes]]) -> Iterable[bytes]:
                 yield token.strip().encode("utf-8", "replace")
 
 
-def _refusal(brought: str) -> Handler:
-    """A handler for any method. As one of streams it runs when the call begins, and waits for no
-    message of a caller that has no business here."""
+def _refusal(carried: str) -> Handler:
+    """A handler for any method. As a handler of streams it runs when the call begins, without
+    waiting for a message."""
     error = Unauthenticated(
         f"this process takes calls that carry the token of its --rpc-token-file, and this one "
-        f"carries {brought}; give the caller the same file",
+        f"carries {carried}; give the caller the same file",
         code="invalid_rpc_token",
     )
 
