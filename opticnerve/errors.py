@@ -43,6 +43,8 @@ where they appear, with ``from``; ``opticnerve.rpc.errors`` carries these over t
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 
@@ -275,6 +277,12 @@ class CheckpointError(StartupError):
 
 class UnsupportedCheckpoint(CheckpointError):
     pass
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """``, did you mean X?`` for the known name nearest to ``given``; empty if none is near."""
+    near = difflib.get_close_matches(given, known, 1)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def from_openai(

@@ -1,17 +1,8 @@
-"""The command line: finds the module of a command by name and calls its ``main``.
-
-opticnerve up        all services on this machine
-opticnerve gateway   the HTTP front
-opticnerve encoder   a vision encoder
-opticnerve llm       an LLM decoder
-opticnerve ask       a question about pictures, the answer streamed
-opticnerve demo      the built-in checkpoint answers questions about bundled pictures
-"""
+"""The command line: finds the module of a command by name and calls its ``main``."""
 
 from __future__ import annotations
 
 import atexit
-import difflib
 import gc
 import importlib
 import os
@@ -19,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from opticnerve import __version__
-from opticnerve.errors import StartupError
+from opticnerve.errors import StartupError, did_you_mean
 from opticnerve.telemetry import logs
 
 COMMANDS = {
@@ -62,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"opticnerve {__version__}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, COMMANDS)
         print(f"opticnerve: there is no command {name!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     quiet_grpc()

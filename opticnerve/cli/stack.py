@@ -6,7 +6,6 @@ end. For scripts, notebooks and tests; a service that others use is started with
 
 from __future__ import annotations
 
-import difflib
 import os
 import signal
 import subprocess
@@ -26,7 +25,7 @@ from opticnerve.cli.chat_client import TIMEOUT_S, error_of, user_message
 from opticnerve.cli.commands import PREFIX
 from opticnerve.config.options import to_command_line
 from opticnerve.config.up import up_options
-from opticnerve.errors import ConfigError, InvalidRequest, StartupError, Unavailable
+from opticnerve.errors import ConfigError, InvalidRequest, StartupError, Unavailable, did_you_mean
 from opticnerve.extras import require_extra
 from opticnerve.media.pictures import Picture, is_picture, is_url
 
@@ -178,8 +177,7 @@ def _up_command(
     known = {item.name: item for item in up_options()}
     for name in flags:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f", did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, known)
             raise ConfigError(f"opticnerve up has no flag {name}{hint}", param=name)
     return to_command_line(known.values(), {"model": model, "port": 0, **flags})
 

@@ -25,11 +25,21 @@ from opticnerve.config import (
     StoreConfig,
     UpConfig,
 )
-from opticnerve.config.command_line import check_environment, service_parser, start_logs
+from opticnerve.config.command_line import (
+    check_environment,
+    service_parser,
+    start_logs,
+    warn_of_passwords,
+)
 from opticnerve.config.environment import PREFIX, without_service_links
 from opticnerve.config.options import build, options, to_command_line
 from opticnerve.config.up import up_options
-from opticnerve.embeddings.tier import create_tier_directory, remove_tier, sweep_dead_tiers
+from opticnerve.embeddings.tier import (
+    base_directory,
+    create_tier_directory,
+    remove_tier,
+    sweep_dead_tiers,
+)
 from opticnerve.errors import StartupError, StoreError
 from opticnerve.extras import require_extra
 from opticnerve.process import follow_parent, handle_signals, ignore_hangup, on_hangup
@@ -52,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
     known = up_options()
     given = vars(service_parser("up", DESCRIPTION, known).parse_args(argv))
     check_environment()
-    start_logs(build(GatewayConfig, given).telemetry, known, given)
+    start_logs(build(GatewayConfig, given).telemetry)
+    warn_of_passwords(known, given)
     return asyncio.run(run(given))
 
 
@@ -64,9 +75,12 @@ async def run(given: dict[str, Any]) -> int:
     stop_timeout_s = gateway.shutdown_delay_s + gateway.drain_timeout_s + CLOSE_S
     follow_parent(gateway.parent_pid, grace_s=len(Role) * stop_timeout_s)
     check_early(gateway, settings.encoders + settings.llms)
+    temporary = Path(tempfile.gettempdir())  # Not the tmpfs, which embeddings may fill.
+    for base in (base_directory(), temporary):
+        sweep_dead_tiers(base)
     with contextlib.ExitStack() as files:
         url = files.enter_context(_store_url(store))
-        secrets = _secret_files(gateway, store, files.enter_context(_run_directory()))
+        secrets = _secret_files(gateway, store, files.enter_context(_own_directory(temporary)))
         commands = Commands(settings, {**given, **secrets, "store": url, "parent_pid": os.getpid()})
         supervisor = Supervisor(
             commands.workers(),
@@ -131,26 +145,20 @@ def check_early(gateway: GatewayConfig, workers: int) -> None:
 @contextlib.contextmanager
 def _store_url(settings: StoreConfig) -> Iterator[str]:
     """``--store`` for the workers. A ``shm://`` without a directory gets one, which is removed at
-    the end. Raises ConfigError for a file that cannot be read."""
+    the end. Raises StartupError."""
     scheme, _, rest = settings.read_url().partition("://")
     directory, _, query = rest.partition("?")
-    sweep_dead_tiers()
     if scheme != "shm" or directory:
         yield settings.store
         return
-    tier = create_tier_directory()
-    try:
+    with _own_directory(base_directory()) as tier:
         yield f"shm://{tier}" + (f"?{query}" if query else "")
-    finally:
-        remove_tier(Path(tier))
 
 
 @contextlib.contextmanager
-def _run_directory() -> Iterator[Path]:
-    """A directory for this stack's small files, removed at its end, or by the next stack. It is
-    not on the tmpfs, which embeddings may fill. Raises StartupError."""
-    base = Path(tempfile.gettempdir())
-    sweep_dead_tiers(base)
+def _own_directory(base: Path) -> Iterator[Path]:
+    """A directory of this stack in ``base``, removed at its end, or by the next stack if this one
+    is killed. Raises StartupError."""
     try:
         directory = create_tier_directory(base)
     except StoreError as error:

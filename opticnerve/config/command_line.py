@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
 import shlex
@@ -16,7 +15,7 @@ from opticnerve.config import EncoderConfig, GatewayConfig, LLMConfig, Telemetry
 from opticnerve.config.environment import PREFIX, is_service_link
 from opticnerve.config.options import Group, Option, Spec, build, options
 from opticnerve.config.up import UpConfig
-from opticnerve.errors import ConfigError
+from opticnerve.errors import ConfigError, did_you_mean
 from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
@@ -46,7 +45,8 @@ def read_config(command: str, description: str, cls: type[C], argv: Sequence[str
     given = vars(service_parser(command, description, known).parse_args(argv))
     check_environment()
     settings = build(cls, given)
-    start_logs(settings.telemetry, known, given)
+    start_logs(settings.telemetry)
+    warn_of_passwords(known, given)
     return settings
 
 
@@ -60,19 +60,12 @@ def check_environment(environment: Mapping[str, str] | None = None) -> None:
     for name in sorted(environment):
         link = is_service_link(name, environment[name])
         if name.startswith(PREFIX) and name not in known and not link:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, known)
             raise ConfigError(f"unknown environment variable {name}{hint}", param=name)
 
 
-def start_logs(
-    settings: TelemetryConfig,
-    known: Iterable[Option] = (),
-    given: Mapping[str, Any] | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> None:
-    """Configures the process's logs. The first lines warn of service links, which are ignored, and
-    of passwords in the flags that were ``given``, which every user of the machine can read."""
+def start_logs(settings: TelemetryConfig, environment: Mapping[str, str] | None = None) -> None:
+    """Configures the process's logs, and warns of service links, which are ignored."""
     logs.configure(settings.log_level, settings.log_format)
     environment = os.environ if environment is None else environment
     links = sorted(name for name, value in environment.items() if is_service_link(name, value))
@@ -82,8 +75,13 @@ def start_logs(
             "spec leaves them out",
             ", ".join(links),
         )
+
+
+def warn_of_passwords(known: Iterable[Option], given: Mapping[str, Any]) -> None:
+    """Warns of passwords in flags that were given: every user of the machine reads command
+    lines."""
     for item in known:
-        if item.has_password((given or {}).get(item.name)):
+        if item.has_password(given.get(item.name)):
             log.warning(
                 "the password in %s is seen by every user of this machine, in `ps`; set %s "
                 "instead, or write the URL to a file that only you read and give %s file:///PATH",
@@ -162,9 +160,8 @@ class Parser(argparse.ArgumentParser):
             if given in MODEL_FLAGS and hasattr(parsed, "model"):
                 model = shlex.quote(value or parsed.model or "MODEL")
                 self.error(f"there is no flag {given}; the model stands alone: {self.prog} {model}")
-            near = difflib.get_close_matches(given, flags, 1)
             kind = "flag" if given.startswith("-") else "argument"
-            self.error(f"unknown {kind} {given}" + (f", did you mean {near[0]}?" if near else ""))
+            self.error(f"unknown {kind} {given}{did_you_mean(given, flags)}")
         return parsed
 
     def error(self, message: str) -> NoReturn:

@@ -89,7 +89,9 @@ class Option:
         """The placeholder of the value in --help; that of a number follows from its unit."""
         if self.spec.metavar or self.kind not in (int, float):
             return self.spec.metavar
-        units = {"_port": "PORT", "_ms": "MS", "_s": "SECONDS", "_bytes": "BYTES"}
+        if self.spec.size:
+            return "BYTES"
+        units = {"_port": "PORT", "_ms": "MS", "_s": "SECONDS"}
         ending = (unit for end, unit in units.items() if f"_{self.name}".endswith(end))
         return next(ending, "N")
 

@@ -125,7 +125,7 @@ SERVICE_LINKS = {
 def test_service_links_of_kubernetes_are_ignored_with_one_line(cls, caplog, monkeypatch):
     command_line.check_environment(SERVICE_LINKS)
     monkeypatch.setattr(logs, "configure", lambda level, form: None)
-    command_line.start_logs(config.TelemetryConfig(), environment=SERVICE_LINKS)
+    command_line.start_logs(config.TelemetryConfig(), SERVICE_LINKS)
     (line,) = caplog.messages
     assert all(name in line for name in SERVICE_LINKS)
     assert parse(cls, environment=SERVICE_LINKS) == cls()
