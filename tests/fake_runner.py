@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_service.engine.engine import Emit, Engine
+from llm_service.policy.block_manager import BlockManager
 from llm_service.policy.limits import EngineConfig
-from llm_service.policy.plan import Sampled, StepPlan, StepResult, Work
+from llm_service.policy.plan import StepPlan, Work, WorkResult
 from llm_service.policy.sequence import GenerateRequest
 from opticnerve.errors import EmbeddingEvicted, EmbeddingUnavailable
 from opticnerve.generation.values import ChoiceOutput, Logprob, PositionLogprobs
@@ -73,7 +74,7 @@ def oracle(request: GenerateRequest, choice: int = 0) -> list[int]:
     eos = () if sampling.ignore_eos else sampling.eos_token_ids or ()
     stops = {*sampling.stop_token_ids, *eos}
     cells: list[bytes] = []
-    before = digest(request.adapter)
+    before = digest()
     while len(tokens) - prompt < sampling.max_tokens:
         position = len(tokens) - prompt
         if position > sampling.min_tokens and tokens[-1] in stops:
@@ -83,6 +84,14 @@ def oracle(request: GenerateRequest, choice: int = 0) -> list[int]:
             cells.append(before)
         tokens.append(next_token(request, cells, choice, position))
     return tokens[prompt:]
+
+
+def clear_cache(blocks: BlockManager) -> None:
+    """Forgets every cached page; those that sequences hold stay theirs."""
+    blocks._free.extend(blocks._idle)
+    blocks._idle.clear()
+    blocks._cached.clear()
+    blocks._hash_of.clear()
 
 
 class FakeRows:
@@ -159,7 +168,7 @@ class FakeRunner:
         self.failures: list[Exception] = []
         self.slot_errors: list[Exception] = []
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan) -> list[WorkResult]:
         self.plans.append(plan)
         if self.machine is not None:
             self.machine.run(plan)
@@ -173,9 +182,7 @@ class FakeRunner:
             self.memory[destination] = page
         assert sum(work.num_tokens for work in plan.works) <= self.config.max_num_batched_tokens
         assert len({work.slot for work in plan.works}) == len(plan.works)
-        errors: dict[int, Exception] = {}
-        sampled = [self._work(work, errors) for work in plan.works]
-        return StepResult(plan.step, tuple(sampled), errors)
+        return [self._work(work) for work in plan.works]
 
     def _scribble(self, plan: StepPlan) -> None:
         """A step that breaks leaves anything at all where it was to write."""
@@ -185,27 +192,25 @@ class FakeRunner:
         for _, destination in plan.copies:
             self.memory[destination] = [b"scribble"] * self.config.block_size
 
-    def _work(self, work: Work, errors: dict[int, Exception]) -> Sampled:
-        nothing = Sampled(work.slot, ())
+    def _work(self, work: Work) -> WorkResult:
         try:
             if self.slot_errors:
                 raise self.slot_errors.pop()
             rows = self._rows(work)
         except Exception as error:
-            errors[work.slot] = error
             self._scribble(StepPlan(0, (work,)))
-            return nothing
+            return WorkResult(error=error)
         cells = self._compute(work, rows)
         prompt_logprobs = self._prompt_logprobs(work, cells) if work.prompt_logprobs else ()
-        if not work.num_logits:
-            return Sampled(work.slot, (), (), prompt_logprobs)
+        if not work.samples:
+            return WorkResult(prompt_logprobs=prompt_logprobs)
         seq = work.seq
         position = work.start + work.num_tokens - seq.num_prompt
         token = next_token(seq.request, cells, seq.choice, position)
         self.last[work.slot] = token
         wanted = seq.request.sampling.logprobs is not None
-        logprobs = (PositionLogprobs(Logprob(token, -0.5, 1)),) if wanted else ()
-        return Sampled(work.slot, (token,), logprobs, prompt_logprobs)
+        logprobs = PositionLogprobs(Logprob(token, -0.5, 1)) if wanted else None
+        return WorkResult(token, logprobs, prompt_logprobs)
 
     def _rows(self, work: Work) -> dict[int, tuple[str, int]]:
         """(key, row) of each token of the sequence that a segment overwrites."""
@@ -227,7 +232,7 @@ class FakeRunner:
             if work.reads_slot and position == work.start + work.num_tokens - 1:
                 assert token == self.last[work.slot]
                 token = self.last[work.slot]
-            before = cells[-1] if cells else digest(seq.request.adapter)
+            before = cells[-1] if cells else digest()
             cells.append(cell(seq.request, before, token, position))
             self._write(work, position, cells[-1])
         return cells

@@ -14,7 +14,7 @@ from llm_service.engine.client import EngineClient, ProcessEngineClient, ThreadE
 from llm_service.engine.engine import Emit, Engine
 from llm_service.engine.stream import EventStream
 from llm_service.policy.limits import EngineConfig
-from llm_service.policy.plan import StepPlan, StepResult
+from llm_service.policy.plan import StepPlan, WorkResult
 from llm_service.policy.sequence import Event, GenerateRequest, TokensEvent
 from opticnerve.errors import (
     ConfigError,
@@ -41,7 +41,7 @@ PICTURE = Span(2, 4, 0, 0, Modality.IMAGE, Grid(1, 4, 4))
 class ScriptedRunner(FakeRunner):
     """Loses its device, breaks, kills its process or waits when a prompt says so."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan) -> list[WorkResult]:
         orders = {work.seq.token_ids[0] for work in plan.works if not work.start}
         if LOST in orders:
             raise DeviceLost("the device is gone")

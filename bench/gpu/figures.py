@@ -28,7 +28,7 @@ from bench.gpu.checks import (
     tower_case,
 )
 from bench.gpu.models import TEXT_IDS, Room, Split, wall_ms
-from llm_service.policy.plan import StepPlan, StepResult
+from llm_service.policy.plan import StepPlan, WorkResult
 from llm_service.policy.sequence import GenerateRequest, PrefilledEvent
 from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Grid
@@ -195,9 +195,9 @@ class _Clocked:
         self._runner = runner
         self.ms: list[float] = []
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan) -> list[WorkResult]:
         began = time.perf_counter()
-        result: StepResult = self._runner.execute(plan)
+        result: list[WorkResult] = self._runner.execute(plan)
         self.ms.append((time.perf_counter() - began) * 1000)
         return result
 

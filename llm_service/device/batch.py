@@ -60,7 +60,7 @@ def pack(works: Many[Work], slots: SlotTable, block_size: int) -> Batch:
     ends = np.cumsum(counts)
     ordered = (*decodes, *chunks)
     reading = [i for i, work in enumerate(ordered) if work.reads_slot]
-    wanting = [i for i, work in enumerate(ordered) if work.num_logits]
+    wanting = [i for i, work in enumerate(ordered) if work.samples]
     all_slots = np.array([work.slot for work in ordered], dtype=np.int64)
     firsts = (ends - counts).tolist()
     return Batch(
@@ -91,7 +91,7 @@ def _pack_decodes(works: list[Work], slots: SlotTable, block_size: int) -> Batch
     of = np.array([work.slot for work in works], dtype=np.int64)
     starts = np.array([work.start for work in works], dtype=np.int64)
     reading = [i for i, work in enumerate(works) if work.reads_slot]
-    wanting = [i for i, work in enumerate(works) if work.num_logits]
+    wanting = [i for i, work in enumerate(works) if work.samples]
     rows = np.arange(len(works))
     if len(reading) == len(works):
         token_ids = np.zeros(len(works), dtype=np.int64)

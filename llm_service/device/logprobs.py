@@ -8,10 +8,8 @@ import torch
 
 from opticnerve.generation.values import Logprob, PositionLogprobs
 
-ABSENT = PositionLogprobs()
 
-
-def describe(
+def position_logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int]
 ) -> list[PositionLogprobs]:
     """``logits`` fp32 [rows, vocab], ``token_ids`` int64 [rows]: the tokens that stand there.

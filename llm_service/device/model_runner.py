@@ -1,6 +1,6 @@
-"""The only room that owns device memory: weights, KV pages, what each slot sampled last.
+"""The only owner of device memory: weights, KV pages, what each slot sampled last.
 
-``execute`` turns a StepPlan into a StepResult with one forward pass. It knows nothing of queues,
+``execute`` turns a StepPlan into WorkResults with one forward pass. It knows nothing of queues,
 requests or text; what fails for one sequence is that sequence's error in the result.
 """
 
@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from llm_service.device.attention import AttentionBackend, PageShape, active
 from llm_service.device.batch import Batch, pack
-from llm_service.device.logprobs import ABSENT, describe
+from llm_service.device.item_rows import ItemRows, Overwrite
+from llm_service.device.logprobs import position_logprobs
 from llm_service.device.memory import cache_budget, to_device
 from llm_service.device.sampler import Drawn, Sampler
 from llm_service.device.slots import SlotTable
-from llm_service.policy.plan import Sampled, Segment, StepPlan, StepResult, Work
+from llm_service.policy.plan import StepPlan, Work, WorkResult
 from llm_service.policy.rows import RowSource
-from opticnerve.embeddings.ref import tensor_names
 from opticnerve.errors import (
     ConfigError,
     DeviceLost,
-    EmbeddingCorrupt,
     EngineFailure,
     InvalidRequest,
     OpticNerveError,
@@ -53,24 +51,6 @@ class RunnerLimits:
     block_size: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Overwrite:
-    """Rows of an item, checked, that replace input embeddings of one work."""
-
-    offset: int  # From the work's first token.
-    rows: torch.Tensor  # [n, hidden_size]
-    levels: dict[int, torch.Tensor]  # DeepStack, the same rows of each level.
-
-
-@dataclass(frozen=True, slots=True)
-class _Drawn:
-    """What a step's logits became, on the host."""
-
-    token_ids: list[int]
-    failed: dict[int, Exception]  # By index in the batch's logit_works.
-    logprobs: dict[int, PositionLogprobs]
-
-
 class ModelRunner:
     """Runs ``language`` over paged keys and values. Used from one thread at a time."""
 
@@ -84,8 +64,7 @@ class ModelRunner:
     ) -> None:
         self._language = language
         self._backend = backend
-        self._rows = rows
-        self._tensor_names = tensor_names(layout.deepstack_levels)  # Of an embedding.
+        self._rows = ItemRows(rows, language, layout.deepstack_levels)
         self._device = torch.device(language.device)
         self.block_size = _block_size(backend, limits.block_size)
         shape = PageShape(
@@ -105,7 +84,7 @@ class ModelRunner:
     @property
     def kv_cache_bytes(self) -> int:
         """Bytes that the KV pages take when all are in use."""
-        return self.num_blocks * self._shape.bytes_per_block(_element_size(self._language.dtype))
+        return self.num_blocks * self._shape.bytes_per_block(self._language.dtype.itemsize)
 
     def close(self) -> None:
         """Gives the KV pages back. The runner is of no use afterwards."""
@@ -113,7 +92,7 @@ class ModelRunner:
 
     # ---- one step
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan) -> list[WorkResult]:
         """One forward pass. Raises DeviceLost when the device is gone; any other exception is
         the step's, and leaves the runner fit for the next one."""
         try:
@@ -124,53 +103,45 @@ class ModelRunner:
                 raise
             raise DeviceLost(f"the device failed: {type(error).__name__}") from error
 
-    def _execute(self, plan: StepPlan) -> StepResult:
+    def _execute(self, plan: StepPlan) -> list[WorkResult]:
         for slot in plan.freed_slots:
             self._slots.release(slot)
             self._sampler.release(slot)
         self._backend.copy_pages(plan.copies)
-        errors: dict[int, Exception] = {}
-        overwrites: dict[int, list[_Overwrite]] = {}
-        works = [work for work in plan.works if self._enter(work, overwrites, errors)]
-        sampled: dict[int, Sampled] = {}
+        results: dict[int, WorkResult] = {}
+        overwrites: dict[int, list[Overwrite]] = {}
+        works = []
+        for work in plan.works:
+            error = self._enter(work, overwrites)
+            if error is None:
+                works.append(work)
+            else:
+                results[work.slot] = WorkResult(error=error)
         if works:
             batch = pack(works, self._slots, self.block_size)
-            hidden, wanted = self._forward(batch, overwrites)
-            drawn = self._draw(batch, wanted)
-            prompts = self._prompt_logprobs(batch, hidden)
-            sampled = self._collect(batch, drawn, prompts, errors)
-        empty = {work.slot: Sampled(work.slot, ()) for work in plan.works if work.slot in errors}
-        return StepResult(
-            plan.step, tuple({**sampled, **empty}[work.slot] for work in plan.works), errors
-        )
+            results |= self._results(batch, *self._forward(batch, overwrites))
+        return [results[work.slot] for work in plan.works]
 
-    def _enter(
-        self,
-        work: Work,
-        overwrites: dict[int, list[_Overwrite]],
-        errors: dict[int, Exception],
-    ) -> bool:
-        """Makes the slot ready for its work. False, with an error, if that sequence cannot run."""
+    def _enter(self, work: Work, overwrites: dict[int, list[Overwrite]]) -> Exception | None:
+        """Makes the slot ready for its work; the error of a sequence that cannot run."""
         try:
-            if work.num_logits > 1:
-                raise EngineFailure("the model runner samples one token a step")
             if not self._slots.holds(work.slot, work.seq):
                 self._admit(work)
             self._slots.update_pages(work.slot, work.block_table)
             if work.segments:
-                overwrites[work.slot] = [self._overwrite(segment) for segment in work.segments]
+                overwrites[work.slot] = [self._rows.read(segment) for segment in work.segments]
         except torch.AcceleratorError:
             raise
         except OpticNerveError as error:
-            errors[work.slot] = error
+            return error
         except Exception as error:
             if device_is_lost(error):
                 raise
             log.exception("request %s failed before its step", work.seq.request_id)
-            errors[work.slot] = EngineFailure(
+            return EngineFailure(
                 f"the model runner could not take the request: {type(error).__name__}"
             )
-        return work.slot not in errors
+        return None
 
     def _admit(self, work: Work) -> None:
         seq = work.seq
@@ -179,124 +150,81 @@ class ModelRunner:
             work.slot, seq.request.sampling, seq.choice, seq.token_ids, seq.num_prompt
         )
 
-    # ---- embeddings
-
-    def _overwrite(self, segment: Segment) -> _Overwrite:
-        tensors = self._rows.get(key := segment.item_key)
-        try:
-            slices = {
-                level: self._slice(tensors[name], segment)
-                for level, name in enumerate(self._tensor_names, start=-1)
-                if name in tensors
-            }
-            if -1 not in slices or len(slices) != len(tensors):
-                raise EmbeddingCorrupt("an embedding has no rows, or unknown levels", param=key)
-        except EmbeddingCorrupt:
-            self._rows.discard(key)
-            raise
-        return _Overwrite(segment.chunk_offset, slices.pop(-1), slices)
-
-    def _slice(self, tensor: torch.Tensor, segment: Segment) -> torch.Tensor:
-        """The segment's rows, on the device, in the model's dtype. Raises EmbeddingCorrupt."""
-        width = self._language.hidden_size
-        last = segment.row_start + segment.num_rows
-        fits = tensor.ndim == 2 and tensor.shape[1] == width and tensor.shape[0] >= last
-        if not fits or not tensor.is_floating_point():
-            raise EmbeddingCorrupt(
-                f"an embedding of shape {tuple(tensor.shape)}, {tensor.dtype}, came where rows up "
-                f"to {last} of width {width} were wanted",
-                param=segment.item_key,
-            )
-        rows = tensor[segment.row_start : last]  # Finite: whoever brought them has looked.
-        return rows.to(self._device, self._language.dtype, non_blocking=True)
-
-    def _embed(
-        self, batch: Batch, overwrites: dict[int, list[_Overwrite]]
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Input embeddings [T, hidden_size], and for each DeepStack level (indices, rows)."""
-        ids = self._to_device(batch.token_ids)
-        if len(batch.read_slots):
-            last = self._last_tokens[self._to_device(batch.read_slots)]
-            whole = len(batch.read_rows) == batch.num_tokens
-            ids = last if whole else ids.index_copy(0, self._to_device(batch.read_rows), last)
-        embeds = self._language.embed(ids)
-        if not overwrites:
-            return embeds, []
-        found: dict[int, list[tuple[int, torch.Tensor]]] = {}
-        for work, first in zip(batch.works, batch.first_rows, strict=True):
-            for each in overwrites.get(work.slot, ()):
-                row = first + each.offset
-                embeds[row : row + len(each.rows)] = each.rows
-                for level, rows in each.levels.items():
-                    found.setdefault(level, []).append((row, rows))
-        return embeds, [self._level(found.get(i, [])) for i in range(max(found, default=-1) + 1)]
-
-    def _level(
-        self, parts: Sequence[tuple[int, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not parts:
-            empty = torch.empty(0, dtype=torch.int64, device=self._device)
-            return empty, torch.empty((0, self._language.hidden_size), device=self._device)
-        indices = np.concatenate([np.arange(row, row + len(rows)) for row, rows in parts])
-        return self._to_device(indices), torch.cat([rows for _, rows in parts])
-
     # ---- forward
 
     def _forward(
-        self, batch: Batch, overwrites: dict[int, list[_Overwrite]]
+        self, batch: Batch, overwrites: dict[int, list[Overwrite]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states: of every token where prompt log-probabilities want them, and of the
         batch's logit_rows."""
-        embeds, deepstack = self._embed(batch, overwrites)
+        embeds = self._language.embed(self._token_ids(batch))
+        deepstack = self._rows.write(embeds, batch, overwrites) if overwrites else []
         self._backend.prepare(batch.attention)
-        positions = self._to_device(batch.positions)
+        positions = to_device(batch.positions, self._device)
         rows = None
         if len(batch.logit_rows) != batch.num_tokens:
-            rows = self._to_device(batch.logit_rows)
+            rows = to_device(batch.logit_rows, self._device)
         whole = any(work.prompt_logprobs for work in batch.works)
         asked = None if whole else rows
         with active(self._backend):
             hidden = self._language.forward(embeds, positions, deepstack, asked)
         return hidden, hidden[rows] if whole and rows is not None else hidden
 
-    def _to_device(self, array: NDArray[np.int64]) -> torch.Tensor:
-        return to_device(array, self._device)
+    def _token_ids(self, batch: Batch) -> torch.Tensor:
+        """int64 [T]: the plan's, and what slots sampled last."""
+        ids = to_device(batch.token_ids, self._device)
+        if not len(batch.read_slots):
+            return ids
+        last = self._last_tokens[to_device(batch.read_slots, self._device)]
+        if len(batch.read_rows) == batch.num_tokens:
+            return last
+        return ids.index_copy(0, to_device(batch.read_rows, self._device), last)
 
     # ---- tokens
 
-    def _draw(self, batch: Batch, hidden: torch.Tensor) -> _Drawn:
-        """``hidden``: of the batch's logit_rows."""
-        if not batch.logit_works:
-            return _Drawn([], {}, {})
+    def _results(
+        self, batch: Batch, hidden: torch.Tensor, wanted: torch.Tensor
+    ) -> dict[int, WorkResult]:
+        """One for each work, by slot. ``hidden``: of every token where prompt log-probabilities
+        want them; ``wanted``: of the batch's logit_rows."""
+        results = self._sample(batch, wanted) if batch.logit_works else {}
+        for work, first in zip(batch.works, batch.first_rows, strict=True):
+            result = results.setdefault(work.slot, WorkResult())
+            if work.prompt_logprobs and result.error is None:
+                found = tuple(self._prompt_logprobs(work, hidden[first:]))
+                results[work.slot] = replace(result, prompt_logprobs=found)
+        return results
+
+    def _sample(self, batch: Batch, hidden: torch.Tensor) -> dict[int, WorkResult]:
         logits = self._language.logits(hidden)
         drawn = self._sampler.sample(logits, batch.logit_slots, batch.output_positions)
-        slots = self._to_device(batch.logit_slots)
+        slots = to_device(batch.logit_slots, self._device)
         self._last_tokens.index_copy_(0, slots, drawn.token_ids)
-        token_ids, best, left = _to_host(drawn)
-        finite = [math.isfinite(value) for value in best]
-        failed: dict[int, Exception] = {}
-        if not all(finite):
-            failed |= self._not_finite(batch, finite)
-        if not all(left):
-            nothing = InvalidRequest("the request's token constraints leave no token to choose")
-            failed |= {i: nothing for i, ok in enumerate(left) if not ok and i not in failed}
+        token_ids, best, possible = _to_host(drawn)
         self._sampler.observe(batch.logit_slots, token_ids)
-        return _Drawn(token_ids, failed, self._token_logprobs(batch, logits, drawn.token_ids))
+        logprobs = self._token_logprobs(batch, logits, drawn.token_ids)
+        results: dict[int, WorkResult] = {}
+        for i, index in enumerate(batch.logit_works):
+            work = batch.works[index]
+            if not math.isfinite(best[i]):
+                results[work.slot] = WorkResult(error=self._not_finite(work))
+            elif not possible[i]:
+                nothing = InvalidRequest("the request's token constraints leave no token to choose")
+                results[work.slot] = WorkResult(error=nothing)
+            else:
+                results[work.slot] = WorkResult(token_ids[i], logprobs.get(i))
+        return results
 
-    def _not_finite(self, batch: Batch, finite: list[bool]) -> dict[int, Exception]:
-        """Keeps what is broken in one sequence from whoever gets its pages next."""
-        failed: dict[int, Exception] = {}
-        for i, ok in enumerate(finite):
-            if not ok:
-                work = batch.works[batch.logit_works[i]]
-                log.error("request %s: the model's output is not finite", work.seq.request_id)
-                self._backend.scrub(work.block_table)
-                failed[i] = EngineFailure("the model's output for this request is not finite")
-        return failed
+    def _not_finite(self, work: Work) -> EngineFailure:
+        """Scrubs the pages, so that the next sequence that gets them is not broken by them."""
+        log.error("request %s: the model's output is not finite", work.seq.request_id)
+        self._backend.scrub(work.block_table)
+        return EngineFailure("the model's output for this request is not finite")
 
     def _token_logprobs(
         self, batch: Batch, logits: torch.Tensor, token_ids: torch.Tensor
     ) -> dict[int, PositionLogprobs]:
+        """Those that are asked for, by index in the batch's logit_works."""
         counts: dict[int, int] = {}
         for i, index in enumerate(batch.logit_works):
             wanted = batch.works[index].seq.request.sampling.logprobs
@@ -304,56 +232,24 @@ class ModelRunner:
                 counts[i] = wanted
         if not counts:
             return {}
-        rows = self._to_device(np.array(list(counts), dtype=np.int64))
-        found = describe(logits[rows], token_ids[rows], list(counts.values()))
+        rows = to_device(np.array(list(counts), dtype=np.int64), self._device)
+        found = position_logprobs(logits[rows], token_ids[rows], list(counts.values()))
         return dict(zip(counts, found, strict=True))
 
-    def _prompt_logprobs(
-        self, batch: Batch, hidden: torch.Tensor
-    ) -> dict[int, tuple[PositionLogprobs, ...]]:
-        """By slot. A placeholder has none: nobody predicts it."""
-        return {
-            work.slot: tuple(self._chunk_logprobs(work, hidden[first:]))
-            for work, first in zip(batch.works, batch.first_rows, strict=True)
-            if work.prompt_logprobs
-        }
-
-    def _chunk_logprobs(self, work: Work, hidden: torch.Tensor) -> Iterable[PositionLogprobs]:
-        """Of the prompt's tokens start + 1 to start + num_tokens."""
+    def _prompt_logprobs(self, work: Work, hidden: torch.Tensor) -> Iterable[PositionLogprobs]:
+        """Of the prompt's tokens start + 1 to start + num_tokens; of placeholders, which the model
+        does not predict, none. ``hidden``: from the work's first token on."""
         seq = work.seq
         targets = seq.token_ids[: seq.num_prompt][work.start + 1 : work.start + work.num_tokens + 1]
-        absent = self._slots.is_placeholder(work.slot, seq)[work.start + 1 :]
+        placeholders = self._slots.is_placeholder(work.slot, seq)[work.start + 1 :].tolist()
         count = seq.request.sampling.prompt_logprobs or 0
         for begin in range(0, len(targets), PROMPT_LOGIT_ROWS):
             piece = targets[begin : begin + PROMPT_LOGIT_ROWS]
             logits = self._language.logits(hidden[begin : begin + len(piece)])
-            ids = self._to_device(np.array(piece, dtype=np.int64))
-            found = describe(logits, ids, [count] * len(piece))
-            hidden_ones = absent[begin : begin + len(piece)].tolist()
-            yield from (
-                ABSENT if hide else each for hide, each in zip(hidden_ones, found, strict=True)
-            )
-
-    def _collect(
-        self,
-        batch: Batch,
-        drawn: _Drawn,
-        prompts: dict[int, tuple[PositionLogprobs, ...]],
-        errors: dict[int, Exception],
-    ) -> dict[int, Sampled]:
-        """One Sampled a work, by slot; what failed goes to ``errors``."""
-        sampled: dict[int, Sampled] = {}
-        for i, (index, token) in enumerate(zip(batch.logit_works, drawn.token_ids, strict=True)):
-            slot = batch.works[index].slot
-            if i in drawn.failed:
-                errors[slot] = drawn.failed[i]
-                continue
-            logprobs = (drawn.logprobs[i],) if i in drawn.logprobs else ()
-            sampled[slot] = Sampled(slot, (token,), logprobs, prompts.get(slot, ()))
-        for work in batch.works:
-            if not work.num_logits:
-                sampled[work.slot] = Sampled(work.slot, (), (), prompts.get(work.slot, ()))
-        return sampled
+            ids = to_device(np.array(piece, dtype=np.int64), self._device)
+            found = position_logprobs(logits, ids, [count] * len(piece))
+            for absent, each in zip(placeholders[begin:], found, strict=False):
+                yield PositionLogprobs() if absent else each
 
 
 def _to_host(drawn: Drawn) -> tuple[list[int], list[float], list[bool]]:
@@ -376,16 +272,12 @@ def _block_size(backend: AttentionBackend, wanted: int) -> int:
     return wanted or backend.page_sizes[0]
 
 
-def _element_size(dtype: torch.dtype) -> int:
-    return int(dtype.itemsize)
-
-
 def _num_blocks(shape: PageShape, limits: RunnerLimits, language: Language) -> int:
     """As asked; else what memory holds, up to what all slots could ever use."""
     useful = limits.max_num_seqs * -(-limits.max_model_len // shape.block_size)
     if limits.kv_cache_tokens:
         return max(limits.kv_cache_tokens // shape.block_size, 1)
-    block_bytes = shape.bytes_per_block(_element_size(language.dtype))
+    block_bytes = shape.bytes_per_block(language.dtype.itemsize)
     fitting = cache_budget(torch.device(language.device)) // block_bytes
     if fitting * shape.block_size < min(limits.max_model_len, 512):
         raise ConfigError(

@@ -127,16 +127,13 @@ class Sampler:
             size = (self._num_slots, self._vocab_size)
             self._prompt_seen = torch.zeros(size, dtype=torch.bool, device=self._device)
             self._output_counts = torch.zeros(size, dtype=torch.float32, device=self._device)
-        prompt = self._to_device(np.unique(np.array(token_ids[:num_prompt], dtype=np.int64)))
+        seen = np.unique(np.array(token_ids[:num_prompt], dtype=np.int64))
         counted = np.bincount(
             np.array(token_ids[num_prompt:], dtype=np.int64), minlength=self._vocab_size
         )
         self._prompt_seen[slot] = False
-        self._prompt_seen[slot, prompt] = True
-        self._output_counts[slot] = self._to_device(counted.astype(np.float32))
-
-    def _to_device(self, array: NDArray[np.generic]) -> torch.Tensor:
-        return to_device(array, self._device)
+        self._prompt_seen[slot, to_device(seen, self._device)] = True
+        self._output_counts[slot] = to_device(counted.astype(np.float32), self._device)
 
     # ---- one step
 
@@ -185,8 +182,8 @@ class Sampler:
     def _penalise(self, logits: torch.Tensor, slots: NDArray[np.int64]) -> torch.Tensor:
         assert self._prompt_seen is not None and self._output_counts is not None
         rows = np.array(self._with(slots, Feature.PENALTIES), dtype=np.int64)
-        where, of = self._to_device(rows), self._to_device(slots[rows])
-        numbers = self._to_device(self._numbers[slots[rows], 4:])
+        where, of = to_device(rows, self._device), to_device(slots[rows], self._device)
+        numbers = to_device(self._numbers[slots[rows], 4:], self._device)
         repetition, frequency, presence = (column.unsqueeze(1) for column in numbers.unbind(1))
         counts = self._output_counts[of]
         seen = self._prompt_seen[of] | (counts > 0)
@@ -207,10 +204,10 @@ class Sampler:
     ) -> torch.Tensor:
         rows = np.array(self._with(slots, Feature.RANDOM), dtype=np.int64)
         if len(rows) < len(slots):
-            where = self._to_device(rows)
+            where = to_device(rows, self._device)
             part = self._draw(logits[where], greedy[where], slots[rows], positions[rows], asked)
             return greedy.index_copy(0, where, part)
-        numbers = self._to_device(self._numbers[slots, :4])
+        numbers = to_device(self._numbers[slots, :4], self._device)
         temperature, top_k, top_p, min_p = (column.unsqueeze(1) for column in numbers.unbind(1))
         scaled = logits / temperature
         if asked & Feature.TOP_K:
@@ -223,12 +220,12 @@ class Sampler:
         if asked & Feature.MIN_P:
             border = min_p * probs.amax(dim=-1, keepdim=True)
             probs = probs.masked_fill(probs < border, 0.0)
-        return invert(probs, self._to_device(self._uniforms.take(slots, positions)))
+        return invert(probs, to_device(self._uniforms.take(slots, positions), self._device))
 
     def _count_drawn(self, tokens: torch.Tensor, slots: NDArray[np.int64]) -> None:
         assert self._output_counts is not None
         rows = np.array(self._with(slots, Feature.PENALTIES), dtype=np.int64)
-        where, of = self._to_device(rows), self._to_device(slots[rows])
+        where, of = to_device(rows, self._device), to_device(slots[rows], self._device)
         one = torch.ones(len(rows), device=self._device)
         self._output_counts.index_put_((of, tokens[where]), one, accumulate=True)
 

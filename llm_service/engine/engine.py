@@ -1,8 +1,8 @@
 """The engine: schedule, run, commit. Knows token ids and keys, nothing of text or the wire.
 
-One thread owns an Engine and all that it refers to. Commands come in, lists of events go out
-through ``emit``, once a step. Every accepted request ends in exactly one of FinishedEvent,
-FailedEvent and AbortedEvent.
+One thread owns an Engine and all that it refers to, and touches no file and no network. Commands
+come in, lists of events go out through ``emit``. Every accepted request ends in exactly one of
+FinishedEvent, FailedEvent and AbortedEvent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from llm_service.policy.block_manager import BlockManager
 from llm_service.policy.limits import EngineConfig, check_request
-from llm_service.policy.plan import Runner, Sampled, StepPlan, StepResult, Work
+from llm_service.policy.plan import Runner, StepPlan, Work, WorkResult
 from llm_service.policy.rows import RowSource
 from llm_service.policy.scheduler import Scheduler
 from llm_service.policy.sequence import (
@@ -48,7 +48,7 @@ from opticnerve.errors import (
     OpticNerveError,
     Overloaded,
 )
-from opticnerve.generation.values import Delta, FinishReason, PositionLogprobs, Usage
+from opticnerve.generation.values import Delta, FinishReason, PositionLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -106,10 +106,11 @@ class Engine:
         self._steps += 1
         began = self.clock()
         try:
-            result = self.runner.execute(plan)
+            results = self.runner.execute(plan)
             seconds = self.clock() - began
-            self.scheduler.costs.learn(plan, seconds, whole=not result.errors)
-            self._commit(plan, result)
+            whole = all(result.error is None for result in results)
+            self.scheduler.costs.learn(plan, seconds, whole)
+            self._commit(plan, results)
         except DeviceLost as error:
             self.fail_all(error)
             raise
@@ -149,31 +150,23 @@ class Engine:
                 raise Overloaded("too many requests are waiting; retry later", retry_after_s=1.0)
             check_request(request, self.config)
         except Exception as error:
-            self._events.append(FailedEvent(request.request_id, _typed(error)))
+            self._events.append(FailedEvent(request.request_id, _typed_error(error)))
             return
         generation = GenerationState(request, self._arrivals, self.clock())
         self._arrivals += 1
         self._open[request.request_id] = generation
         self._prompt_tokens += len(request.token_ids)
-        self._lead(generation)
+        self._begin(generation)
 
-    def _lead(self, generation: GenerationState) -> None:
+    def _begin(self, generation: GenerationState) -> None:
         """Queues the first choice that has anything left to write: the others fork from it."""
         if not generation.open_choices:
-            self._end(generation, self._finished(generation))
+            self._finish(generation)
         while (seq := generation.begin()) is not None:
             self.scheduler.add(seq)
-            if not self._had_ended(seq):
+            if seq.finish_reason is None:
                 return
-
-    def _had_ended(self, seq: Sequence) -> bool:
-        """Whether the choice continues what had ended already; then it ends again."""
-        finish = self._finish_reason(seq) if seq.num_output else None
-        if finish is None:
-            return False
-        self._events.append(self._tokens_event(seq, (), (), finish))
-        self._close_choice(seq)
-        return True
+            self._send_tokens(seq)  # It continues a choice that had ended, and ends again.
 
     def abort(self, request_id: str) -> None:
         """Ends a request that the client gave up; unknown and ended ones are ignored."""
@@ -203,7 +196,7 @@ class Engine:
         """Fails the request, unless it needs the rows of ``key`` no more."""
         generation = self._open.get(request_id)
         if generation is not None and self.scheduler.needs(generation, key):
-            self._fail(generation, _typed(error))
+            self._fail(generation, _typed_error(error))
 
     # ---- running
 
@@ -215,30 +208,30 @@ class Engine:
         return bool(needs)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
-        failure = _typed(error)
+        failure = _typed_error(error)
         for seq in [*(work.seq for work in plan.works), *self.scheduler.copied]:
             if seq.status is not Status.FINISHED:
                 self._fail(seq.generation, failure)
 
     # ---- committing
 
-    def _commit(self, plan: StepPlan, result: StepResult) -> None:
-        """Books a step's tokens. What belongs to sequences that ended meanwhile is dropped."""
+    def _commit(self, plan: StepPlan, results: list[WorkResult]) -> None:
+        """Records a step's tokens; those of sequences that ended meanwhile are dropped."""
         now = self.clock()
-        errors = result.errors
-        for work, sampled in zip(plan.works, result.sampled, strict=True):
+        for work, result in zip(plan.works, results, strict=True):
             seq = work.seq
             if seq.status is not Status.RUNNING or seq.slot != work.slot:
                 continue
-            if errors and work.slot in errors:
-                self._fail_work(work, errors[work.slot])
+            if result.error is not None:
+                self._fail_work(work, result.error)
                 continue
-            self.scheduler.advance(seq, work.start + work.num_tokens)
+            end = work.start + work.num_tokens
+            self.scheduler.advance(seq, end)
             if work.prompt_logprobs:
-                self._collect_prompt_logprobs(work, sampled)
-            if sampled.token_ids:
+                seq.generation.add_prompt_logprobs(work.start, end, result.prompt_logprobs)
+            if result.token_id is not None:
                 seq.generation.last_token_at = now
-                self._append(seq, sampled)
+                self._append(seq, result.token_id, result.logprobs)
 
     def _fail_work(self, work: Work, error: Exception) -> None:
         """Ends the request, or asks again for rows that were gone when they were wanted."""
@@ -249,54 +242,35 @@ class Engine:
             self.scheduler.ask(seq, tuple(sorted(missing)))
             self._ask_for_rows()
             return
-        failure = _typed(error)
-        if failure.http_status >= 500:  # Else what it asks for cannot be: no error of ours.
+        failure = _typed_error(error)
+        if failure.http_status >= 500:  # Else the request asks for what cannot be.
             log.error("request %s failed in a step", seq.request_id, exc_info=error)
         if isinstance(failure, EngineFailure):
             self.blocks.distrust(seq)
         self._fail(seq.generation, failure)
 
-    def _append(self, seq: Sequence, sampled: Sampled) -> None:
-        """Adds new tokens up to the one that ends the choice."""
-        generation = seq.generation
-        if generation.first_token_at is None:
+    def _append(self, seq: Sequence, token: int, logprobs: PositionLogprobs | None) -> None:
+        if seq.generation.first_token_at is None:
             self._first_token(seq)
         seq.reads_slot = True
-        count = 0
-        finish = None
-        for token in sampled.token_ids:
-            seq.token_ids.append(token)
-            count += 1
-            finish = self._finish_reason(seq)
-            if finish is not None:
-                break
-        self._completion_tokens += count
-        tokens, logprobs = sampled.token_ids, sampled.logprobs
-        if count < len(tokens):
-            tokens, logprobs = tokens[:count], logprobs[:count]
-        self._events.append(self._tokens_event(seq, tokens, logprobs, finish))
-        if finish is not None:
-            self._close_choice(seq)
+        seq.token_ids.append(token)
+        self._completion_tokens += 1
+        self._send_tokens(seq, (token,), () if logprobs is None else (logprobs,))
 
-    def _tokens_event(
+    def _send_tokens(
         self,
         seq: Sequence,
-        tokens: tuple[int, ...],
-        logprobs: tuple[PositionLogprobs, ...],
-        finish: FinishReason | None,
-    ) -> TokensEvent:
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[PositionLogprobs, ...] = (),
+    ) -> None:
+        """Sends the last tokens of a choice, and ends it if they do."""
         first = seq.num_output - len(tokens)
+        finish = seq.finish_reason
         stop = seq.token_ids[-1] if finish is FinishReason.STOP else None
         delta = Delta(seq.choice, first, tokens, logprobs, finish, stop)
-        return TokensEvent(seq.request.request_id, delta)
-
-    def _finish_reason(self, seq: Sequence) -> FinishReason | None:
-        generation = seq.generation
-        sampling = generation.request.sampling
-        output = len(seq.token_ids) - seq.num_prompt
-        if seq.token_ids[-1] in generation.ending_ids and output > sampling.min_tokens:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if output >= sampling.max_tokens else None
+        self._events.append(TokensEvent(seq.request_id, delta))
+        if finish is not None:
+            self._close_choice(seq)
 
     def _first_token(self, leader: Sequence) -> None:
         """Prefill is over: prompt log-probabilities go out, the other choices begin."""
@@ -309,23 +283,8 @@ class Engine:
             self._events.append(PromptLogprobsEvent(request.request_id, positions))
         while (child := generation.begin()) is not None:
             self.scheduler.fork(leader, child)
-            self._had_ended(child)
-
-    def _collect_prompt_logprobs(self, work: Work, sampled: Sampled) -> None:
-        """Appends positions start+1 .. of this chunk, without what an earlier run collected."""
-        generation = work.seq.generation
-        known = generation.prompt_logprobs
-        if not known:
-            known.append(PositionLogprobs())
-        spans = generation.request.spans
-        for position in range(
-            len(known), min(work.start + work.num_tokens + 1, work.seq.num_prompt)
-        ):
-            index = generation.span_at(position)
-            if index < len(spans) and spans[index].token_offset <= position:
-                known.append(PositionLogprobs())
-            else:
-                known.append(sampled.prompt_logprobs[position - work.start - 1])
+            if child.finish_reason is not None:
+                self._send_tokens(child)
 
     # ---- ending
 
@@ -334,18 +293,11 @@ class Engine:
         generation = seq.generation
         generation.open_choices -= 1
         if generation.open_choices == 0:
-            self._end(generation, self._finished(generation))
+            self._finish(generation)
 
-    def _finished(self, generation: GenerationState) -> FinishedEvent:
-        request = generation.request
-        usage = Usage(
-            prompt_tokens=len(request.token_ids),
-            completion_tokens=generation.ended_tokens
-            + sum(seq.num_output for seq in generation.sequences),
-            cached_tokens=generation.cached_tokens,
-            embedding_tokens=sum(span.num_tokens for span in request.spans),
-        )
-        return FinishedEvent(request.request_id, usage, generation.timings())
+    def _finish(self, generation: GenerationState) -> None:
+        request_id = generation.request.request_id
+        self._end(generation, FinishedEvent(request_id, generation.usage(), generation.timings()))
 
     def _fail(self, generation: GenerationState, error: Exception) -> None:
         if generation.request.request_id in self._open:
@@ -359,7 +311,7 @@ class Engine:
                 self.scheduler.remove(seq)
         self._events.append(event)
 
-    # ---- telling
+    # ---- reporting
 
     def _flush(self) -> None:
         if self._events:
@@ -383,7 +335,7 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError where the engine's books do not balance."""
+        """Raises RuntimeError where an invariant of the engine does not hold."""
         self.scheduler.check_integrity()
         queued = {seq.request_id for seq in self.scheduler.sequences()}
         if queued != set(self._open):
@@ -398,7 +350,7 @@ class Engine:
             self._events.append(IntegrityReport(ticket))
 
 
-def _typed(error: Exception) -> OpticNerveError:
+def _typed_error(error: Exception) -> OpticNerveError:
     """What a client may see of ``error``; the log has the rest."""
     if isinstance(error, OpticNerveError):
         return error

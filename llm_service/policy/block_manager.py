@@ -3,8 +3,8 @@
 A page is free, or held by one or more sequences (reference count), or held by none and kept for
 its contents until somebody needs the room (least recently used first). The prefix cache knows
 pages by the hash of everything that decides their contents: the tokens before and in the page,
-the identity of every picture that overlaps it, the adapter and the salt of the request. Only
-whole pages that are computed get in.
+the identity of every item that overlaps it, and the salt of the request. Only whole pages that
+are computed get in.
 
 Hashes are chained over units of 16 tokens, whatever the page size, so that two workers with
 different attention backends name the same prefix alike; a page goes by the hash of its last unit.
@@ -24,7 +24,7 @@ from opticnerve.media.plan import Span, SpanAttention
 
 UNIT = 16  # Tokens of one link of the hash chain.
 _DIGEST_BYTES = 16
-_SCHEME = "opticnerve-prefix-2"
+_SCHEME = "opticnerve-prefix-3"
 
 
 class BlockManager:
@@ -47,21 +47,14 @@ class BlockManager:
         """Pages that no sequence holds."""
         return len(self._free) + len(self._idle)
 
-    @property
-    def num_cached(self) -> int:
-        return len(self._cached)
-
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     # ---- a sequence's life: allocate, grow, commit, release
 
-    def can_allocate(self, seq: Sequence, reserve: int = 0) -> bool:
-        """Whether pages for all of the sequence's tokens can be had, and ``reserve`` stay free."""
-        return self.lacking(seq, reserve) <= 0
-
     def lacking(self, seq: Sequence, reserve: int = 0) -> int:
-        """How many pages would have to be free besides for ``can_allocate``; less than 0: spare."""
+        """Pages that are missing to ``allocate`` the sequence's and leave ``reserve`` free; none if
+        this is 0 or less."""
         hit = self._match(seq)
         idle_hits = sum(1 for block in hit if not self._references[block])
         needed = self.pages_for(seq.num_tokens) - len(hit)
@@ -143,18 +136,11 @@ class BlockManager:
         return len(self._match(seq)) * self.block_size
 
     def distrust(self, seq: Sequence) -> None:
-        """Lets nobody find the pages of a running sequence any more: their contents may be bad."""
+        """Removes a running sequence's pages from the prefix cache: their contents may be bad."""
         for block in seq.block_table:
             name = self._hash_of.pop(block, None)
             if name is not None:
                 del self._cached[name]
-
-    def clear_cache(self) -> None:
-        """Forgets every cached page; those that sequences hold stay theirs."""
-        self._free.extend(self._idle)
-        self._idle.clear()
-        self._cached.clear()
-        self._hash_of.clear()
 
     def _match(self, seq: Sequence) -> list[int]:
         """Cached pages that ``seq`` may start with: at least one token stays to be computed, and
@@ -179,7 +165,7 @@ class BlockManager:
     # ---- single pages
 
     def _take(self) -> int:
-        """A page for one holder; callers have made sure that there is one."""
+        """A page for one holder; callers have checked that there is one."""
         if self._free:
             block = self._free.popleft()
         else:
@@ -271,9 +257,9 @@ def _unit_hash(parent: bytes, seq: Sequence, start: int) -> bytes:
 
 
 def _identity(span: Span, key: str, start: int) -> bytes:
-    """What of a span decides the contents of the unit at ``start``.
+    """The fields of a span that decide the contents of the unit at ``start``.
 
-    The span's length is part of it: tokens of a bidirectional span depend on all of its rows.
+    Its length is one of them: tokens of a bidirectional span depend on all of its rows.
     """
     grid = span.grid_thw
     name = key.encode()
@@ -298,4 +284,4 @@ _MODALITY_NUMBER = {"image": 1, "video": 2, "audio": 3}
 
 def _root(request: GenerateRequest) -> bytes:
     """The parent of the first unit: requests that differ in it share no prefix."""
-    return bytes.fromhex(hash_parts(_SCHEME, request.adapter, request.cache_salt))
+    return bytes.fromhex(hash_parts(_SCHEME, request.cache_salt))

@@ -74,7 +74,7 @@ class CostModel:
         steps, sequences, tokens = self._pending
         self._pending = (steps + 1, sequences + decodes, tokens + plan.num_tokens - decodes)
         self._pending_s += seconds
-        if any(work.num_logits for work in plan.works):
+        if any(work.samples for work in plan.works):
             self._correct(self._pending, max(self._pending_s, LEAST_S))
             self._pending, self._pending_s = (0, 0, 0), 0.0
 

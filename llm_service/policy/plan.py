@@ -1,12 +1,12 @@
-"""What crosses from policy to execution, and back: one frozen value each way.
+"""What crosses from policy to execution, and back.
 
 No tensors, no torch: the scheduler writes a StepPlan, the model runner executes it on a device
-that only it knows, and answers with a StepResult.
+that only it knows, and answers with a WorkResult for each Work.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from llm_service.policy.sequence import Sequence
@@ -24,7 +24,7 @@ class Segment:
 
 
 def segments(seq: Sequence, start: int, end: int) -> tuple[Segment, ...]:
-    """What of the sequence's spans falls into the chunk [start, end)."""
+    """The parts of the sequence's spans that lie in the chunk [start, end)."""
     found = []
     spans = seq.request.spans
     for index in range(seq.generation.span_at(start), len(spans)):
@@ -48,14 +48,14 @@ class Work:
     num_tokens: int
     block_table: tuple[int, ...]  # KV pages of tokens [0, start + num_tokens).
     segments: tuple[Segment, ...]
-    num_logits: int  # Logit rows wanted, from the end of the chunk; 0: prefill goes on.
+    samples: bool  # The token after the chunk is wanted; else prefill goes on.
     prompt_logprobs: bool = False  # Log-probabilities of every prompt token of this chunk.
     reads_slot: bool = False  # The chunk's last token is the one that the slot sampled last.
 
     @property
     def decodes(self) -> bool:
         """Whether it computes the next token of an output, and nothing before it."""
-        return self.num_tokens == self.num_logits == 1 and self.start >= self.seq.num_prompt
+        return self.samples and self.num_tokens == 1 and self.start >= self.seq.num_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,37 +83,26 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
-    """Tokens that one sequence gained in this step; 0..k of them.
+class WorkResult:
+    """What one sequence gained in this step.
 
     ``prompt_logprobs``: where the work asked, for tokens start+1 .. start+num_tokens; what lies
-    past the prompt is ignored.
+    past the prompt is ignored. ``error``: this sequence alone failed, and the rest is ignored. An
+    EmbeddingUnavailable whose ``param`` is an item's key asks for its rows, and the work is done
+    once they are there.
     """
 
-    slot: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[PositionLogprobs, ...] = ()  # As many as token_ids, or none asked.
+    token_id: int | None = None  # None: the work did not sample.
+    logprobs: PositionLogprobs | None = None  # Of the token, if its request asks for them.
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What the runner answers; one Sampled for every Work of the plan, in its order.
-
-    ``errors`` by slot: that sequence alone failed, and its Sampled is ignored. With an
-    EmbeddingUnavailable whose ``param`` is the item's key it asks for the rows and tries again.
-    """
-
-    step: int
-    sampled: tuple[Sampled, ...]
-    errors: dict[int, Exception] = field(default_factory=dict)
+    error: Exception | None = None
 
 
 class Runner(Protocol):
-    """The room that owns the device."""
+    """The owner of the device."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """One forward pass, on the engine's thread.
+    def execute(self, plan: StepPlan) -> list[WorkResult]:
+        """One forward pass, on the engine's thread; a result for each work, in the plan's order.
 
         An exception fails every sequence of the plan, DeviceLost ends the engine.
         """

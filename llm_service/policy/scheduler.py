@@ -272,7 +272,7 @@ class Scheduler:
             tokens,
             table,
             segments(seq, start, end) if start < seq.num_prompt else (),
-            1 if end == len(seq.token_ids) else 0,
+            end == len(seq.token_ids),
             start < seq.num_prompt and generation.wants_prompt_logprobs,
             seq.reads_slot,
         )

@@ -15,6 +15,7 @@ from enum import Enum
 from opticnerve.generation.values import (
     ChoiceOutput,
     Delta,
+    FinishReason,
     PositionLogprobs,
     Sampling,
     Timings,
@@ -37,7 +38,6 @@ class GenerateRequest:
     items: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     priority: int = 0
-    adapter: str = ""
     cache_salt: str = ""
     outputs: tuple[ChoiceOutput, ...] = ()  # At most one a choice.
     skip_prefix_cache: bool = False  # Neither read the prefix cache nor share with it.
@@ -249,6 +249,28 @@ class GenerationState:
         """Index of the first span that ends after ``token``; len(spans) where none does."""
         return bisect_right(self.span_ends, token)
 
+    def add_prompt_logprobs(
+        self, start: int, end: int, found: tuple[PositionLogprobs, ...]
+    ) -> None:
+        """Appends positions start+1 .. end, of which ``found`` are, up to the prompt's end; without
+        those that an earlier run collected. The first token and placeholders have none."""
+        known = self.prompt_logprobs
+        if not known:
+            known.append(PositionLogprobs())
+        spans = self.request.spans
+        for position in range(len(known), min(end + 1, len(self.request.token_ids))):
+            index = self.span_at(position)
+            covered = index < len(spans) and spans[index].token_offset <= position
+            known.append(PositionLogprobs() if covered else found[position - start - 1])
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.request.token_ids),
+            completion_tokens=self.ended_tokens + sum(seq.num_output for seq in self.sequences),
+            cached_tokens=self.cached_tokens,
+            embedding_tokens=sum(span.num_tokens for span in self.request.spans),
+        )
+
     def timings(self) -> Timings:
         first_chunk = self.first_chunk_at or self.last_token_at
         first_token = self.first_token_at or self.last_token_at
@@ -328,6 +350,15 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the choice ends with its last token; None: it goes on."""
+        sampling = self.request.sampling
+        output = len(self.token_ids) - self.num_prompt
+        if output > sampling.min_tokens and self.token_ids[-1] in self.generation.ending_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if output >= sampling.max_tokens else None
 
     def suspend(self) -> None:
         """Forgets what was computed; the caller has released pages, slot and leases."""

@@ -38,7 +38,7 @@ from opticnerve.generation.values import (
     Sampling,
 )
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
-from tests.fake_runner import FakeRows, FakeRunner, oracle
+from tests.fake_runner import FakeRows, FakeRunner, clear_cache, oracle
 
 
 class Bench:
@@ -171,12 +171,11 @@ def test_a_prompt_that_is_cached_whole_computes_its_last_page_again() -> None:
     assert bench.tokens("b") == bench.tokens("a")
 
 
-def test_salt_adapter_and_skip_keep_prefixes_apart() -> None:
+def test_salt_and_skip_keep_prefixes_apart() -> None:
     bench = Bench()
     bench.run(request("a", 60))
     for name, fields in {
         "salted": {"cache_salt": "s"},
-        "adapted": {"adapter": "x"},
         "skips": {"skip_prefix_cache": True},
         "scored": {"sampling": {"prompt_logprobs": 0}},
     }.items():
@@ -377,7 +376,7 @@ def test_a_preempted_picture_keeps_its_key_and_asks_for_rows_again() -> None:
     while not bench.engine.scheduler.num_preemptions:
         assert bench.engine.step()
     rows.present.clear()
-    bench.engine.blocks.clear_cache()
+    clear_cache(bench.engine.blocks)
     bench.run()
     assert bench.of("p", NeedRowsEvent) == [NeedRowsEvent("p", ("red",), preempted=True)]
     rows.present.add("red")

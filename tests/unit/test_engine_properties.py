@@ -32,7 +32,7 @@ from llm_service.policy.sequence import (
 from opticnerve.errors import EmbeddingNotFound, EngineFailure
 from opticnerve.generation.values import ChoiceOutput, Sampling
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
-from tests.fake_runner import FakeRows, FakeRunner, Machine, oracle
+from tests.fake_runner import FakeRows, FakeRunner, Machine, clear_cache, oracle
 
 KEYS = ("red", "green", "blue")
 PLACEHOLDER = 9
@@ -102,7 +102,6 @@ def request(chance: Random, parts: list[Part]) -> GenerateRequest:
         sampling=sampling,
         priority=chance.randrange(3),
         cache_salt=chance.choice(("",) * 9 + ("salt",)),
-        adapter=chance.choice(("",) * 9 + ("lora",)),
         skip_prefix_cache=chance.random() < 0.1,
         share=chance.choice(("", "", "ada", "bob")),
         weight=chance.choice((0.5, 1.0, 4.0)),
@@ -307,7 +306,7 @@ def act(world: World, chance: Random, pool: list[list[Part]]) -> None:
         case "A" if world.opened:
             world.abort(chance.choice(sorted(world.opened)))
         case "C":
-            world.engine.blocks.clear_cache()
+            clear_cache(world.engine.blocks)
         case "B" if chance.random() < 0.5:
             world.break_step()
         case "b" if chance.random() < 0.5:

@@ -77,7 +77,7 @@ def work_of(ask: GenerateRequest, slot: int, table: tuple[int, ...], **changes: 
     segments = (
         () if span is None else (Segment(ask.items[0], span.token_offset, 0, span.num_tokens),)
     )
-    return replace(Work(seq, slot, 0, len(ask.token_ids), table, segments, 1), **changes)
+    return replace(Work(seq, slot, 0, len(ask.token_ids), table, segments, True), **changes)
 
 
 @pytest.mark.parametrize(
@@ -97,17 +97,17 @@ def test_unfit_rows_fail_their_sequence_alone(
     demo: tuple[Any, Any], tensors: dict[str, torch.Tensor], says: str
 ) -> None:
     result, _ = execute_prefill(demo, {"a" * 64: tensors})
-    error = result.errors[0]
+    error = result[0].error
     assert isinstance(error, EmbeddingCorrupt) and says in error.message and error.param == "a" * 64
     good, _ = execute_prefill(demo, {"a" * 64: {"rows": rows()}})
-    assert not good.errors and len(good.sampled[0].token_ids) == 1
-    assert result.sampled[1] == good.sampled[1] and result.sampled[0].token_ids == ()
+    assert good[0].error is None and good[0].token_id is not None
+    assert result[1] == good[1] and result[0].token_id is None
 
 
 def test_missing_rows_name_their_key(demo: tuple[Any, Any]) -> None:
     result, _ = execute_prefill(demo, {})
-    assert isinstance(result.errors[0], EmbeddingNotFound) and result.errors[0].param == "a" * 64
-    assert len(result.sampled[1].token_ids) == 1
+    assert isinstance(result[0].error, EmbeddingNotFound) and result[0].error.param == "a" * 64
+    assert result[1].token_id is not None
 
 
 def test_what_a_layout_raises_fails_its_sequence_alone(
@@ -120,9 +120,9 @@ def test_what_a_layout_raises_fails_its_sequence_alone(
 
     monkeypatch.setattr(demo[1], "positions", broken)
     result, _ = execute_prefill(demo, {"a" * 64: {"rows": rows()}})
-    assert isinstance(result.errors[0], EngineFailure)
-    assert "ZeroDivisionError" in str(result.errors[0])
-    assert len(result.sampled[1].token_ids) == 1
+    assert isinstance(result[0].error, EngineFailure)
+    assert "ZeroDivisionError" in str(result[0].error)
+    assert result[1].token_id is not None
 
 
 class Poisoned:
@@ -203,7 +203,7 @@ def test_a_lost_device_is_told_apart(
     monkeypatch.setattr(runner._backend if place == "prepare" else runner._sampler, place, fail)
     plan = StepPlan(1, (work_of(request("x", tokens(5)), 0, (1,)),))
     if place == "admit" and seen is not DeviceLost:
-        assert isinstance(runner.execute(plan).errors[0], EngineFailure)
+        assert isinstance(runner.execute(plan)[0].error, EngineFailure)
         return
     with pytest.raises(seen) as caught:
         runner.execute(plan)
@@ -261,7 +261,7 @@ def test_packing_puts_decodes_first_and_keeps_track(demo: tuple[Any, Any]) -> No
     atomic["spans"] = (replace(atomic["spans"][0], attention=SpanAttention.BIDIRECTIONAL),)
     chunk = work_of(request("c", atomic), 2, (5, 6))
     decode = work_of(request("d", tokens(20)), 0, (1, 2), start=20, num_tokens=1, reads_slot=True)
-    last = work_of(request("e", tokens(17)), 3, (3, 4), start=16, num_tokens=1, num_logits=0)
+    last = work_of(request("e", tokens(17)), 3, (3, 4), start=16, num_tokens=1, samples=False)
     for work in (chunk, decode, last):
         slots.admit(work.slot, work.seq)
         slots.update_pages(work.slot, work.block_table)

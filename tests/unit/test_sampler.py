@@ -18,7 +18,7 @@ from transformers.generation import (
 )
 
 from llm_service.device import sampler as sampler_module
-from llm_service.device.logprobs import describe
+from llm_service.device.logprobs import position_logprobs
 from llm_service.device.randomness import UniformCache, uniforms
 from llm_service.device.sampler import Sampler, invert, keep_top_k, nucleus_border
 from opticnerve.generation.values import Sampling
@@ -340,7 +340,7 @@ def test_logprobs_name_the_sampled_token_and_the_best() -> None:
     torch.manual_seed(0)
     logits = torch.randn(3, VOCAB)
     ids = torch.tensor([4, int(logits[1].argmax()), 7])
-    described = describe(logits, ids, [3, 0, 1])
+    described = position_logprobs(logits, ids, [3, 0, 1])
     want = logits.log_softmax(-1)
     for row, each in enumerate(described):
         token, value, rank = each.sampled

@@ -85,7 +85,7 @@ class Desk:
             assert 0 <= work.slot < self.config.max_num_seqs
             end = work.start + work.num_tokens
             assert len(work.block_table) == self.blocks.pages_for(end)
-            assert work.num_logits == (end == work.seq.num_tokens)
+            assert work.samples == (end == work.seq.num_tokens)
         assert len(set(self.slots.values())) == len(self.slots)
 
     def commit(self, plan: StepPlan) -> None:
@@ -93,7 +93,7 @@ class Desk:
             self.scheduler.costs.learn(plan, self.machine.run(plan))
         for work in plan.works:
             self.scheduler.advance(work.seq, work.start + work.num_tokens)
-            if work.num_logits:
+            if work.samples:
                 for child in iter(work.seq.generation.begin, None):
                     self.scheduler.fork(work.seq, child)
                 work.seq.token_ids.append(7)

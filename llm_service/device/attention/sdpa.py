@@ -115,7 +115,7 @@ class SdpaBackend(AttentionBackend):
     # ---- the step's description
 
     def prepare(self, step: AttentionStep) -> None:
-        self._slots = self._to_device(step.token_slots)
+        self._slots = to_device(step.token_slots, self._device)
         self._groups = self._make_groups(step)
         self._runs = tuple(self._make_run(chunk) for chunk in step.chunks)
         used = [group.pages for group in self._groups]
@@ -132,9 +132,6 @@ class SdpaBackend(AttentionBackend):
     def _gather(self, pages: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Pages ``index`` of one layer, valid until the next call."""
         return torch.index_select(pages, 0, index, out=self._gathered[: len(index)])
-
-    def _to_device(self, array: NDArray[np.int64]) -> torch.Tensor:
-        return to_device(array, self._device)
 
     def _make_groups(self, step: AttentionStep) -> tuple[_Group, ...]:
         if not len(step.decode_lengths):
@@ -154,7 +151,7 @@ class SdpaBackend(AttentionBackend):
             beyond = np.arange(longest) >= lengths[:, None]
             mask = self._additive(beyond).view(end - begin, 1, 1, longest)
         flat = np.ascontiguousarray(pages).reshape(-1)
-        return _Group(begin, end, self._to_device(flat), longest, mask)
+        return _Group(begin, end, to_device(flat, self._device), longest, mask)
 
     def _make_run(self, chunk: Chunk) -> _Run:
         end = chunk.row + chunk.num_tokens
@@ -165,7 +162,7 @@ class SdpaBackend(AttentionBackend):
             self._make_tile(chunk, first, min(first + TILE_ROWS, chunk.num_tokens))
             for first in range(0, chunk.num_tokens, TILE_ROWS)
         )
-        pages = None if chunk.start == 0 else self._to_device(chunk.pages)
+        pages = None if chunk.start == 0 else to_device(chunk.pages, self._device)
         return _Run(chunk.row, end, pages, tiles)
 
     def _make_tile(self, chunk: Chunk, first: int, last: int) -> _Tile:
@@ -253,13 +250,13 @@ class SdpaBackend(AttentionBackend):
     def copy_pages(self, copies: tuple[tuple[int, int], ...]) -> None:
         if not copies:
             return
-        pairs = self._to_device(np.array(copies, dtype=np.int64))
+        pairs = to_device(np.array(copies, dtype=np.int64), self._device)
         source, destination = pairs.unbind(1)
         for pages in self._layers:
             pages.index_copy_(0, destination, pages.index_select(0, source))
 
     def scrub(self, pages: tuple[int, ...]) -> None:
-        index = self._to_device(np.array(pages, dtype=np.int64))
+        index = to_device(np.array(pages, dtype=np.int64), self._device)
         for layer in self._layers:
             clean = torch.nan_to_num(layer.index_select(0, index), nan=0.0, posinf=0.0, neginf=0.0)
             layer.index_copy_(0, index, clean)
