@@ -31,9 +31,7 @@ class Uploads:
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._sizes: dict[
-            Upload, int
-        ] = {}  # Bytes received; newest chunk last.
+        self._sizes: dict[Upload, int] = {}  # Bytes received; newest chunk last.
 
     def __len__(self) -> int:
         return len(self._sizes)

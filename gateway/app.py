@@ -20,8 +20,14 @@ from gateway.api.models import ServedNames
 from gateway.edge.admission import Admission
 from gateway.edge.auth import Keys, needs_key
 from gateway.edge.connections import Connections
-from gateway.edge.middleware import Authentication, Disconnect, Drain, Errors, RequestScope
-from gateway.edge.pageguard import PageGuard
+from gateway.edge.middleware import (
+    Authentication,
+    Disconnect,
+    Drain,
+    Errors,
+    PageGuard,
+    RequestScope,
+)
 from gateway.pipeline import Pipeline
 from opticnerve import addresses
 from opticnerve.config import GatewayConfig

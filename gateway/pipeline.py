@@ -16,7 +16,7 @@ from gateway import metrics
 from gateway.api.schemas.messages import Message
 from gateway.edge.auth import Caller
 from gateway.edge.deadline import Deadline
-from gateway.edge.lanes import LONG_BYTES, off_loop
+from gateway.edge.threads import LONG_BYTES, off_loop
 from gateway.job import AnyPrompt, ChatPrompt, GenerationOptions, Job, TextPrompt, TokenPrompt
 from gateway.media.reader import Fetched, MediaReader
 from gateway.output.choices import Choices

@@ -17,8 +17,8 @@ from gateway.api.models import ServedNames
 from gateway.app import Gateway, make_app
 from gateway.edge.admission import Admission
 from gateway.edge.auth import Keys
-from gateway.edge.connections import REST_S, Connections, allow_files
-from gateway.edge.memory import use_one_arena
+from gateway.edge.connections import Connections, allow_files
+from gateway.edge.limits import IDLE_TIMEOUT_S
 from gateway.media.fetch import MediaFetcher
 from gateway.media.reader import MediaReader
 from gateway.output.detokenizer import Vocabulary
@@ -27,10 +27,10 @@ from gateway.prompt.renderer import ChatRenderer
 from gateway.sampling import load_defaults
 from gateway.workers import encode as encoders
 from gateway.workers import generate as generation
-from gateway.workers.advertised import AdvertisedCheck
 from gateway.workers.encode import Encoders
 from gateway.workers.pairing import Pairing
 from gateway.workers.pool import Changes, WorkerPool
+from gateway.workers.reachability import ReachabilityCheck
 from opticnerve import addresses
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
@@ -43,6 +43,7 @@ from opticnerve.process import (
     handle_signals,
     ignore_hangup,
     on_hangup,
+    use_one_arena,
 )
 from opticnerve.rpc.token import load_token
 
@@ -142,7 +143,7 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
         metrics.PATCHES_WAITING.set_function(lambda: encoder_pool.waiting_cost)
         own_pair_id = await asyncio.to_thread(_own_pair_id, checkpoint)
         pairing = Pairing(encoder_pool, llm_pool, own_pair_id, settings.worker_wait_s)
-        stack.callback(asyncio.create_task(pairing.watch_whole()).cancel)
+        stack.callback(asyncio.create_task(pairing.watch_complete()).cancel)
         names = ServedNames.of(settings.served_model_name, checkpoint.name, layout.max_positions)
         pipeline = Pipeline(
             renderer=renderer,
@@ -164,7 +165,7 @@ def _pools(settings: GatewayConfig, token: str | None) -> tuple[WorkerPool, Work
     """The pools of encoders and of LLM workers."""
     changes = Changes()
     llms = WorkerPool("LLM", settings.llm_addresses, generation.describe_llm, changes, token)
-    check = AdvertisedCheck(llms)
+    check = ReachabilityCheck(llms)
     encoder_pool = WorkerPool(
         "encoder", settings.encoder_addresses, encoders.describe_encoder, changes, token, check
     )
@@ -229,7 +230,7 @@ class HttpServer(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 backlog=addresses.BACKLOG,
-                timeout_keep_alive=math.ceil(REST_S),
+                timeout_keep_alive=math.ceil(IDLE_TIMEOUT_S),
                 timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + 2 * LAST_WORDS_S),
             )
         )

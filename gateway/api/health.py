@@ -121,7 +121,7 @@ def readiness(pairing: Pairing, *, pictures: bool, draining: bool) -> Ready | No
         "pictures": not _missing(pairing, draining, pictures=True),
         "missing": _missing(pairing, draining, pictures or None),
     }
-    if not draining and pairing.been_whole and not pairing.missing(pictures):
+    if not draining and pairing.was_complete and not pairing.missing(pictures):
         return {"status": "ready", **shown}
     return {"status": "not ready", **shown}
 

@@ -15,10 +15,11 @@ from starlette.types import Receive, Scope, Send
 from typing_extensions import TypedDict
 
 from gateway.api.schemas.base import Body
-from gateway.api.schemas.outline import VALUE_BYTES, Outline, count_values, draw
+from gateway.api.schemas.outline import Outline, count_values, draw
 from gateway.api.schemas.parsing import Ignored, parse
 from gateway.edge.admission import Ticket
-from gateway.edge.lanes import off_loop
+from gateway.edge.limits import PROGRESS_BYTES, VALUE_BYTES
+from gateway.edge.threads import off_loop
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import (
     BodyTimeout,
@@ -33,7 +34,6 @@ from opticnerve.telemetry import events
 REF = "#/components/schemas/{model}"
 OFF_LOOP_BYTES = 2**19  # A larger body, and one of more values, is parsed in a thread.
 OFF_LOOP_VALUES = 2**12
-PROGRESS_BYTES = 8 * 2**10  # Of a body or an answer within the stall timeout; or its end.
 B = TypeVar("B", bound=Body)
 
 

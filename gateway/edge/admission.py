@@ -1,67 +1,81 @@
-"""How much work the gateway holds at once: requests and the bytes they bring.
+"""How many requests, and how many of their bytes, the gateway holds at once.
 
-Beyond either bound a request is refused at once with 429 and Retry-After, so that what was
-accepted keeps its pace and memory stays bounded. A request takes its place when its body is
-there: clients that send slowly, or nothing more, keep nobody out.
+Beyond either bound a request is refused at once with 429 and Retry-After, so that accepted requests
+keep their pace and memory stays bounded. A request is counted once its body has arrived: clients
+that send slowly, or stop sending, keep nobody out.
 
-What a request takes is held by its key, or without keys by its address. Where there are several
-such holders, the last quarter of everything is for those that have less than an equal share of it:
-none can keep the others out, and one alone may have all.
+What a request takes counts for its key, or without keys for its address: its holder. While there
+are several holders, the last quarter of each bound is for those below an equal share: no holder can
+keep the others out, and one alone may have everything.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from gateway.edge.memory import Trimmer
+from gateway.edge.limits import PICTURES_SHARE, RESERVED_SHARE, RETRY_AFTER_S
 from opticnerve.errors import Overloaded
+from opticnerve.process import return_freed_memory
 
-RETRY_AFTER_S = 1.0
-PICTURES_SHARE = 0.75  # Of all places, for requests with new pictures: they may wait for long.
-KEPT_SHARE = 0.25
+LARGE_REQUEST_BYTES = 4 * 2**20  # Smaller requests leave little freed memory behind.
+TRIM_DELAY_S = 1.0
 
 
-class Bound:
-    """Something of which there is so much, and who holds how much of it."""
+class SharedCapacity:
+    """An amount of something, and how much of it each holder has."""
 
     def __init__(
-        self, what: str, most: int, holders: Callable[[], int], most_each: int = 0
+        self, most: int, most_each: int = 0, holders: Callable[[], int] = lambda: 1
     ) -> None:
-        """``what``: for messages. ``holders()``: among how many it is shared. ``most_each``: what
-        one of them may have at most; 0: ``most``."""
-        self.what = what
+        """``most_each``: what one holder may have; 0 stands for ``most``. ``holders()``: how many
+        there are to share it."""
         self.most = most
         self.most_each = most_each or most
         self.held = 0
         self._holders = holders
         self._by_holder: Counter[str] = Counter()
 
-    def check(self, holder: str, amount: int = 1) -> None:
-        """Raises Overloaded where a holder cannot have so much more."""
-        if self.held + amount > self.most:
-            raise _overloaded(f"{self.what} are as many as this server takes")
-        if not self._is_fair(self._by_holder[holder] + amount, self.held + amount):
-            raise _overloaded(f"{self.what} are many, and this caller has its share of them")
+    def fits(self, amount: int = 1) -> bool:
+        return self.held + amount <= self.most
 
-    def take(self, holder: str, amount: int = 1) -> None:
-        """Raises Overloaded."""
-        self.check(holder, amount)
+    def has_room(self, holder: str, amount: int = 1) -> bool:
+        """Whether ``holder`` may have ``amount`` more beside the other holders."""
+        has, held = self._by_holder[holder] + amount, self.held + amount
+        holders = self._holders()
+        reserved = max(1, int(RESERVED_SHARE * self.most)) if holders > 1 else 0
+        equal = max(1, self.most // max(1, holders))
+        fair = has <= self.most_each and (held <= self.most - reserved or has <= equal)
+        return fair and self.fits(amount)
+
+    def add(self, holder: str, amount: int = 1) -> None:
         self.held += amount
         self._by_holder[holder] += amount
 
-    def release(self, holder: str, amount: int) -> None:
+    def release(self, holder: str, amount: int = 1) -> None:
         self.held -= amount
         self._by_holder[holder] -= amount
         if not self._by_holder[holder]:
             del self._by_holder[holder]
 
-    def _is_fair(self, own: int, held: int) -> bool:
-        holders = self._holders()
-        kept = max(1, int(KEPT_SHARE * self.most)) if holders > 1 else 0
-        equal = max(1, self.most // max(1, holders))
-        return own <= self.most_each and (held <= self.most - kept or own <= equal)
+
+class Bound(SharedCapacity):
+    """A capacity beyond which requests are refused. ``what``: its name in error messages."""
+
+    def __init__(
+        self, what: str, most: int, holders: Callable[[], int], most_each: int = 0
+    ) -> None:
+        super().__init__(most, most_each, holders)
+        self.what = what
+
+    def check(self, holder: str, amount: int = 1) -> None:
+        """Raises Overloaded where ``holder`` cannot have ``amount`` more."""
+        if not self.fits(amount):
+            raise _overloaded(f"{self.what} are as many as this server takes")
+        if not self.has_room(holder, amount):
+            raise _overloaded(f"{self.what} are many, and this caller has its share of them")
 
 
 def _overloaded(why: str) -> Overloaded:
@@ -69,6 +83,8 @@ def _overloaded(why: str) -> Overloaded:
 
 
 class Admission:
+    """Admits requests within three bounds: requests, requests with new pictures, and bytes."""
+
     def __init__(
         self,
         max_requests: int,
@@ -76,19 +92,19 @@ class Admission:
         max_requests_each: int = 0,
         holders: Callable[[], int] = lambda: 1,
     ) -> None:
-        """``max_requests_each``, ``holders``: see ``Bound``."""
+        """``max_requests_each``, ``holders``: see ``SharedCapacity``."""
         served = "the requests being served"
-        pictured = max(1, int(PICTURES_SHARE * max_requests))
+        with_pictures = max(1, int(PICTURES_SHARE * max_requests))
         self.requests = Bound(served, max_requests, holders, max_requests_each)
-        self.with_pictures = Bound(f"{served} with new pictures", pictured, holders)
+        self.with_pictures = Bound(f"{served} with new pictures", with_pictures, holders)
         self.bytes = Bound("the bytes that requests hold", max_bytes, holders)
-        self._trimmer = Trimmer()
+        self._trim_timer: asyncio.TimerHandle | None = None
 
     @contextlib.contextmanager
     def arrive(self, holder: str) -> Iterator[Ticket]:
-        """One request, from its head on; whatever it holds is given back at the end.
+        """Surrounds one request, from its head on; whatever it holds is given back at the end.
 
-        Raises Overloaded where it would get no place: then its body need not come.
+        Raises Overloaded where it would not be admitted: then its body need not be read.
         """
         self.requests.check(holder)
         ticket = Ticket(self, holder)
@@ -96,46 +112,59 @@ class Admission:
             yield ticket
         finally:
             ticket.release()
-            self._trimmer.ended(ticket.peak)
+            if ticket.peak_bytes >= LARGE_REQUEST_BYTES:
+                self._trim_soon()
+
+    def _trim_soon(self) -> None:
+        """Returns freed memory to the system once no large request has ended for a while: under
+        load the next one uses it; afterwards it would count against this process for ever."""
+        loop = asyncio.get_running_loop()
+        if self._trim_timer is not None:
+            self._trim_timer.cancel()
+        self._trim_timer = loop.call_later(
+            TRIM_DELAY_S, loop.run_in_executor, None, return_freed_memory
+        )
 
 
 class Ticket:
     """What one request holds; ``Admission.arrive`` releases it."""
 
-    def __init__(self, owner: Admission, holder: str) -> None:
-        self._owner = owner
+    def __init__(self, admission: Admission, holder: str) -> None:
+        self._admission = admission
         self._holder = holder
-        self._places = 0
-        self._with_pictures = 0  # Of these.
-        self.bytes = 0
-        self.peak = 0
+        self._held: Counter[Bound] = Counter()
+        self.peak_bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        return self._held[self._admission.bytes]
 
     def enter(self) -> None:
-        """Takes the place of a request that is served. Raises Overloaded."""
-        self._owner.requests.take(self._holder)
-        self._places += 1
+        """Counts the request among those being served. Raises Overloaded."""
+        self._take(self._admission.requests)
 
     def enter_with_pictures(self) -> None:
-        """Takes one of the places that requests with new pictures may have, so that such as wait
-        for an encoder leave some to others. Raises Overloaded."""
-        self._owner.with_pictures.take(self._holder)
-        self._with_pictures += 1
+        """Counts the request among those with new pictures, which may wait long for an encoder and
+        therefore leave some capacity to others. Raises Overloaded."""
+        self._take(self._admission.with_pictures)
 
     def hold(self, num_bytes: int) -> None:
         """Counts bytes that the request keeps in memory. Raises Overloaded."""
-        self._owner.bytes.take(self._holder, num_bytes)
-        self.bytes += num_bytes
-        self.peak = max(self.peak, self.bytes)
+        self._take(self._admission.bytes, num_bytes)
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     def drop(self, num_bytes: int) -> None:
-        """The request let go of ``num_bytes``."""
+        """The request freed ``num_bytes``."""
         num_bytes = min(num_bytes, self.bytes)
-        self.bytes -= num_bytes
-        self._owner.bytes.release(self._holder, num_bytes)
+        self._held[self._admission.bytes] -= num_bytes
+        self._admission.bytes.release(self._holder, num_bytes)
 
     def release(self) -> None:
-        self.drop(self.bytes)
-        self._owner.requests.release(self._holder, self._places)
-        self._owner.with_pictures.release(self._holder, self._with_pictures)
-        self._with_pictures = 0
-        self._places = 0
+        for bound, amount in self._held.items():
+            bound.release(self._holder, amount)
+        self._held.clear()
+
+    def _take(self, bound: Bound, amount: int = 1) -> None:
+        bound.check(self._holder, amount)
+        bound.add(self._holder, amount)
+        self._held[bound] += amount

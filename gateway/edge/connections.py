@@ -1,13 +1,13 @@
-"""Clients' connections: how many there may be, who loses one where they run short, and how long
-one may wait for its client.
+"""Clients' connections: how many there may be, which one is closed where they run short, and how
+long one may wait for its client.
 
-A connection waits for the whole head of a request, for more of its body, or for its client to take
-more of an answer; otherwise it is at work, and left alone. Bytes that complete no head are no
-progress, so that nobody keeps a connection by dripping. One that sends requests ahead, before the
-last is answered, never rests, and counts among those that wait.
+A connection waits for the headers of a request, for more of a body, or for its client to read more
+of an answer; otherwise it is at work, and never closed for another. Bytes that do not complete the
+headers are no progress, so a client cannot keep a connection by sending slowly. One that sends
+requests before the last one is answered counts as waiting, and never as idle.
 
-Bodies in crumbs, thousands of chunks of a byte or so, are read as fast as their holder's share of
-the event loop allows.
+Bodies of thousands of chunks of a byte or so are read as fast as their holder's share of the event
+loop allows.
 """
 
 from __future__ import annotations
@@ -22,64 +22,67 @@ from typing import Any
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from gateway.api.http import PROGRESS_BYTES
+from gateway.edge.limits import (
+    BODY_CHUNKS_PER_S,
+    FIRST_HEAD_TIMEOUT_S,
+    FREE_BODY_CHUNKS,
+    IDLE_TIMEOUT_S,
+    NO_PROGRESS_S,
+    PROGRESS_BYTES,
+)
 from gateway.edge.protocol import Connection, Wait
 from opticnerve.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-FIRST_REST_S = 30.0  # Until the first request.
-REST_S = 75.0  # Until the next one.
-CHECK_S = 1.0  # Between two looks at what a client has brought of a body, or taken of an answer.
-PATIENCE_S = 3.0  # Without progress; then another connection of the same holder may be worth more.
-FREE_CHUNKS = 256  # Of a body, in one read of READ_BYTES.
-CHUNKS_PER_S = 10_000  # Of all bodies of one holder, where they are more: a tenth of a core.
-OTHER_FILES = 256  # Open besides connections: libraries, logs, pictures on their way.
+CHECK_S = 1.0  # Interval at which progress of a body or an answer is checked.
+OTHER_FILES = 256  # Open files besides connections: libraries, logs, media being fetched.
 
 
 @dataclass(slots=True, eq=False)
-class Share:
-    """The connections of one holder. Of those that wait, the longest without progress is first."""
+class HeldConnections:
+    """The connections of one holder. Those that wait stand in order, longest without progress
+    first."""
 
     size: int = 0
-    resting: dict[Connection, None] = field(default_factory=dict)  # Between requests.
-    stalled: dict[Connection, None] = field(default_factory=dict)  # Amid one, or ahead.
-    paid_until: float = 0.0  # Rest for its chunks. On the loop's clock.
+    idle: dict[Connection, None] = field(default_factory=dict)  # Between requests.
+    stalled: dict[Connection, None] = field(default_factory=dict)  # Within one, or with more sent.
+    paced_until: float = 0.0  # When the chunks read so far are paid for, on the loop's clock.
 
     def waiting(self, wait: Wait) -> dict[Connection, None]:
-        return self.resting if wait is Wait.HEAD else self.stalled
+        return self.idle if wait is Wait.HEAD else self.stalled
 
-    def dispensable(self, patient_until: float, *, own: bool) -> Connection | None:
-        """The one to lose. ``own``: to another of the same holder; then none is lost amid a request
-        that made progress after ``patient_until``."""
-        resting, stalled = next(iter(self.resting), None), next(iter(self.stalled), None)
-        for connection in (resting, stalled):
-            if connection is not None and connection.since <= patient_until:
+    def find_dispensable(self, no_progress_since: float, *, own: bool) -> Connection | None:
+        """The connection to close for a new one. ``own``: the new one has the same holder; then
+        none is closed within a request that made progress after ``no_progress_since``."""
+        idle, stalled = next(iter(self.idle), None), next(iter(self.stalled), None)
+        for connection in (idle, stalled):
+            if connection is not None and connection.since <= no_progress_since:
                 return connection
-        return resting or (None if own else stalled)
+        return idle or (None if own else stalled)
 
 
 class Connections:
-    """All of one server. Where a new one does not fit, the holder of most connections loses one
-    that waits for its client; where that is the new one's holder, and all are at work, the new one
-    is closed. So one holder may have all while nobody else wants any."""
+    """All connections of one server. Over the limit, the holder of most loses one that waits for
+    its client; where that is the new one's holder and all are at work, the new one is closed. So
+    one holder may have all connections while nobody else wants any."""
 
     def __init__(self, most: int, most_per_address: int = 0, stall_timeout_s: float = 30.0) -> None:
-        """``most_per_address``: 0 is no bound. ``stall_timeout_s``: in which a client must take
-        ``PROGRESS_BYTES`` of what is there for it."""
+        """``most_per_address``: 0 is no bound. ``stall_timeout_s``: in which a client must read
+        ``PROGRESS_BYTES`` of what is ready for it."""
         self.most = most
         self.most_per_address = most_per_address
         self.stall_timeout_s = stall_timeout_s
         self._all: set[Connection] = set()
-        self._shares: dict[str, Share] = {}
+        self._by_holder: dict[str, HeldConnections] = {}
         self._by_address: Counter[str] = Counter()
-        self._crowded = False
-        self._crowding: set[str] = set()  # Addresses that were refused more.
+        self._full = False
+        self._full_addresses: set[str] = set()  # Already warned of.
 
     @property
     def holders(self) -> int:
         """How many keys and addresses have connections."""
-        return len(self._shares)
+        return len(self._by_holder)
 
     def connect(
         self,
@@ -88,97 +91,98 @@ class Connections:
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> Connection:
-        """What uvicorn calls for a protocol."""
+        """The protocol factory that uvicorn calls."""
         return Connection(self, config, server_state, app_state, _loop)
 
-    def enter(self, connection: Connection) -> None:
+    def add(self, connection: Connection) -> None:
         self._all.add(connection)
         self._by_address[connection.address] += 1
-        self._join(connection)
-        self.settle(connection)
+        self._assign(connection)
+        self.update(connection)
         if 0 < self.most_per_address < self._by_address[connection.address]:
             self._refuse(connection)
             return
-        crowded = len(self._all) > self.most
-        if crowded:
+        full = len(self._all) > self.most
+        if full:
             self._close_for(connection)
-        if crowded and not self._crowded:
+        if full and not self._full:
             log.warning(
                 "more than %d connections: those that wait for their clients are closed; see "
                 "--max-connections",
                 self.most,
             )
-        self._crowded = crowded
+        self._full = full
 
-    def leave(self, connection: Connection) -> None:
+    def remove(self, connection: Connection) -> None:
         if connection not in self._all:
             return
         self._all.remove(connection)
-        self._wait(connection, None)
-        self._part(connection)
+        self._set_wait(connection, None)
+        self._unassign(connection)
         self._by_address[connection.address] -= 1
         if not self._by_address[connection.address]:
             del self._by_address[connection.address]
-            self._crowding.discard(connection.address)
+            self._full_addresses.discard(connection.address)
 
-    def settle(self, connection: Connection) -> None:
-        """After anything that may have changed what a connection waits for, or whose it is."""
+    def update(self, connection: Connection) -> None:
+        """To be called after anything that may change what a connection waits for, or its
+        holder."""
         if connection not in self._all:
             return
         wait, holder = connection.expects(), connection.current_holder()
         if holder != connection.holder:
-            self._part(connection)
+            self._unassign(connection)
             connection.holder = holder
-            self._join(connection)
+            self._assign(connection)
         if wait is not connection.wait:
-            self._wait(connection, wait)
+            self._set_wait(connection, wait)
 
-    def rest_s(self, connection: Connection, chunks: int) -> float:
-        """How long a connection reads nothing that has just brought so many chunks of a body. What
-        parsing them takes does not depend on their bytes, so small ones are paid for in time."""
-        if chunks <= FREE_CHUNKS or connection not in self._all:
+    def pacing_delay_s(self, connection: Connection, chunks: int) -> float:
+        """How long to read nothing from a connection that just brought ``chunks`` chunks of a body.
+        Parsing a chunk costs the same however small it is, so small ones are paid for in time."""
+        if chunks <= FREE_BODY_CHUNKS or connection not in self._all:
             return 0.0
-        share, now = self._shares[connection.holder], connection.loop.time()
-        share.paid_until = max(now, share.paid_until) + chunks / CHUNKS_PER_S
-        return share.paid_until - now
+        held, now = self._by_holder[connection.holder], connection.loop.time()
+        held.paced_until = max(now, held.paced_until) + chunks / BODY_CHUNKS_PER_S
+        return held.paced_until - now
 
-    def _join(self, connection: Connection) -> None:
-        share = self._shares.setdefault(connection.holder, Share())
-        share.size += 1
+    def _assign(self, connection: Connection) -> None:
+        held = self._by_holder.setdefault(connection.holder, HeldConnections())
+        held.size += 1
         if connection.wait is not None:
-            share.waiting(connection.wait)[connection] = None
+            held.waiting(connection.wait)[connection] = None
 
-    def _part(self, connection: Connection) -> None:
-        share = self._shares[connection.holder]
-        share.size -= 1
+    def _unassign(self, connection: Connection) -> None:
+        held = self._by_holder[connection.holder]
+        held.size -= 1
         if connection.wait is not None:
-            del share.waiting(connection.wait)[connection]
-        if not share.size:
-            del self._shares[connection.holder]
+            del held.waiting(connection.wait)[connection]
+        if not held.size:
+            del self._by_holder[connection.holder]
 
-    def _wait(self, connection: Connection, wait: Wait | None) -> None:
-        """From now on a connection waits for that; also again, after some progress."""
-        share, loop = self._shares[connection.holder], connection.loop
+    def _set_wait(self, connection: Connection, wait: Wait | None) -> None:
+        """Begins a wait, also the same one again after some progress."""
+        held, loop = self._by_holder[connection.holder], connection.loop
         if connection.timer is not None:
             connection.timer.cancel()
         if connection.wait is not None:
-            del share.waiting(connection.wait)[connection]
+            del held.waiting(connection.wait)[connection]
         connection.wait = wait
         if wait is None:
             return
-        share.waiting(wait)[connection] = None
-        connection.since, connection.mark = loop.time(), connection.moved()
+        held.waiting(wait)[connection] = None
+        connection.since, connection.progress_before = loop.time(), connection.progress()
         if wait is Wait.HEAD:
-            seconds = FIRST_REST_S if connection.cycle is None else REST_S
+            seconds = FIRST_HEAD_TIMEOUT_S if connection.cycle is None else IDLE_TIMEOUT_S
             connection.timer = loop.call_later(seconds, connection.close)
         else:
-            connection.timer = loop.call_later(CHECK_S, self._check, connection)
+            connection.timer = loop.call_later(CHECK_S, self._check_progress, connection)
 
-    def _check(self, connection: Connection) -> None:
-        """Of one that waits amid a request. Of bodies that do not come, clients are told by
-        ``gateway.api.http``."""
-        if connection.moved() - connection.mark >= PROGRESS_BYTES:
-            self._wait(connection, connection.wait)
+    def _check_progress(self, connection: Connection) -> None:
+        """Closes a connection whose answer is not read. Of a body that stops arriving,
+        ``gateway.api.http`` informs the client."""
+        if connection.progress() - connection.progress_before >= PROGRESS_BYTES:
+            self._set_wait(connection, connection.wait)
             return
         stalled_s = connection.loop.time() - connection.since
         if connection.wait is Wait.READER and stalled_s >= self.stall_timeout_s:
@@ -189,18 +193,18 @@ class Connections:
             )  # fmt: skip
             connection.close()
             return
-        connection.timer = connection.loop.call_later(CHECK_S, self._check, connection)
+        connection.timer = connection.loop.call_later(CHECK_S, self._check_progress, connection)
 
     def _close_for(self, new: Connection) -> None:
-        waiting = [share for share in self._shares.values() if share.resting or share.stalled]
-        heaviest = max(waiting, key=lambda share: share.size)  # ``new`` waits for its head.
-        patient_until = new.loop.time() - PATIENCE_S
-        own = heaviest is self._shares[new.holder]
-        (heaviest.dispensable(patient_until, own=own) or new).close()
+        waiting = [held for held in self._by_holder.values() if held.idle or held.stalled]
+        most = max(waiting, key=lambda held: held.size)  # Not empty: ``new`` waits for its headers.
+        no_progress_since = new.loop.time() - NO_PROGRESS_S
+        own = most is self._by_holder[new.holder]
+        (most.find_dispensable(no_progress_since, own=own) or new).close()
 
     def _refuse(self, new: Connection) -> None:
-        if new.address not in self._crowding:
-            self._crowding.add(new.address)
+        if new.address not in self._full_addresses:
+            self._full_addresses.add(new.address)
             log.warning(
                 "more than %d connections of %s: others are closed; see "
                 "--max-connections-per-address",
@@ -210,8 +214,8 @@ class Connections:
 
 
 def allow_files(connections: int, workers: int) -> None:
-    """Lets this process open as many files as so many connections of clients and workers need: the
-    soft limit is raised where it is lower. Raises ConfigError where the hard one is lower too."""
+    """Lets this process open as many files as so many connections of clients and workers need, by
+    raising the soft limit. Raises ConfigError where the hard limit is too low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     others = OTHER_FILES + workers
     wanted = connections + others

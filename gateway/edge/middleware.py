@@ -1,8 +1,5 @@
-"""What surrounds every request: its id, its metrics, its last resort, its key, its end.
-
-Plain ASGI, outermost first: ``RequestScope``, (CORS), ``Errors``, (``PageGuard``),
-``Authentication``, ``Drain``, ``Disconnect``.
-"""
+"""The ASGI layers around every request, outermost first: ``RequestScope``, (CORS), ``Errors``,
+(``PageGuard``), ``Authentication``, ``Drain``, ``Disconnect``."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ import contextlib
 import logging
 import re
 import uuid
+from collections.abc import Collection
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,27 +19,33 @@ from gateway.api import sse
 from gateway.api.http import ErrorResponse, typed
 from gateway.edge.auth import ANONYMOUS, Keys, needs_key
 from gateway.edge.protocol import holder_of
-from opticnerve.errors import OpticNerveError, Unauthenticated
+from opticnerve import addresses
+from opticnerve.errors import Forbidden, OpticNerveError, Unauthenticated, UnsupportedMediaType
 from opticnerve.process import LAST_WORDS_S, Running
 from opticnerve.telemetry import events, logs
+from opticnerve.telemetry.logs import printable
 
 log = logging.getLogger(__name__)
 
 _WHOLE_URL = re.compile(r"https?://[^/]+(/.*)?", re.IGNORECASE | re.DOTALL)
-MAX_METHOD = 20  # Characters in the log, as of a path that is no route's.
-MAX_PATH = 100
-CUT = "cut by the client"
-QUIET = frozenset({"/live", "/ready", "/health", "/metrics"})  # Probes: no line for each.
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/@\[\]]+)(?::[0-9]*)?")
+MAX_METHOD_CHARACTERS = 20  # In the log, as of a path that no route has.
+MAX_PATH_CHARACTERS = 100
+MAX_SHOWN = 80  # Of a header that an error message repeats.
+CLIENT_LEFT = "cut by the client"
+PROBE_PATHS = frozenset({"/live", "/ready", "/health", "/metrics"})  # Logged as debug lines.
+ANY = "*"
+BROWSER_HEADERS = ("origin", "sec-fetch-site", "sec-fetch-mode")
 
 
 def request_id(scope: Scope) -> str:
-    """The caller's x-request-id with anything unsafe removed, or one of ours."""
+    """The caller's x-request-id without unsafe characters, or a new id."""
     given = Headers(scope=scope).get("x-request-id", "")
     return logs.safe_id(given) or f"req-{uuid.uuid4().hex}"
 
 
 class RequestScope:
-    """Gives a request its id and its line in the log, brings its path to one form, counts it."""
+    """Gives a request its id, normalises its path, counts it and writes its line in the log."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -61,24 +65,24 @@ class RequestScope:
         try:
             await self.app(scope, receive, answer)
         except Exception as error:
-            typed(error)  # For the line: whoever called us closes the connection.
+            typed(error)  # For the log line; uvicorn closes the connection.
             raise
         finally:
             metrics.REQUESTS_IN_FLIGHT.dec()
             metrics.REQUESTS.labels(_route(scope) or "other", str(answer.status or 499)).inc()
             event.write(
                 log,
-                logging.DEBUG if scope["path"] in QUIET else logging.INFO,
+                logging.DEBUG if scope["path"] in PROBE_PATHS else logging.INFO,
                 "request",
-                method=method[:MAX_METHOD],
-                path=_route(scope) or scope["path"][:MAX_PATH],
+                method=method[:MAX_METHOD_CHARACTERS],
+                path=_route(scope) or scope["path"][:MAX_PATH_CHARACTERS],
                 status=answer.status or 499,
                 key=str(scope["state"].get("caller", "")),
             )
 
 
 class _Answer:
-    """``send`` that adds x-request-id and remembers the status; 0 until the answer begins."""
+    """A ``send`` that adds x-request-id and records the status; 0 until the answer begins."""
 
     def __init__(self, send: Send, identity: str) -> None:
         self._send = send
@@ -93,10 +97,10 @@ class _Answer:
 
 
 class Errors:
-    """Answers with whatever error leaves the application, in OpenAI's shape.
+    """Turns an error that leaves the application into an answer in OpenAI's shape.
 
-    A stream that has begun ends with the error as an event. Any other answer that has begun cannot
-    tell any more: its connection is closed.
+    A stream that has begun ends with the error as an event. The connection of any other answer that
+    has begun is closed.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -130,15 +134,15 @@ def _is_event_stream(start: Message) -> bool:
 
 
 async def _end_stream(send: Send, error: OpticNerveError) -> None:
-    """For a client that reads; another one's connection is closed, as that of any answer that has
-    no end."""
+    """Sends the error as an event, if the client still reads. The stream stays without an end, so
+    uvicorn closes its connection."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LAST_WORDS_S):
             await send({"type": "http.response.body", "body": sse.failure(error)})
 
 
 def _without_host(scope: Scope) -> Scope:
-    """The path alone of a request for a whole URL, as clients behind a proxy send it."""
+    """With the path alone where the request names a whole URL, as clients of proxies do."""
     found = _WHOLE_URL.fullmatch(scope["path"])
     return scope if found is None else {**scope, "path": found.group(1) or "/"}
 
@@ -157,8 +161,8 @@ def _route(scope: Scope) -> str:
 
 
 class Authentication:
-    """Lets only known keys pass. Into the request's state it puts the ``Caller`` as ``caller``, and
-    as ``holder`` whose share of the server's places the request counts in."""
+    """Lets only known keys pass. Sets the request's state: ``caller`` is the ``Caller``, and
+    ``holder`` the one in whose share of the server the request counts."""
 
     def __init__(self, app: ASGIApp, keys: Keys, *, public_models: bool) -> None:
         self.app = app
@@ -181,8 +185,59 @@ class Authentication:
         await self.app(scope, receive, send)
 
 
+class PageGuard:
+    """Keeps web pages out of a gateway that needs no key because it listens on this machine alone.
+
+    A page opened here can make the browser send requests to loopback addresses, under a host name
+    of its own (DNS rebinding) or across origins. Programs name the host as they call it, and send
+    no Origin. So the Host must be a name of this machine or one of ``hosts``, and the Origin, if
+    any, this server's or one of ``origins``. ``*`` in either allows any.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str], origins: Collection[str]) -> None:
+        self.app = app
+        self.hosts = {host.strip("[]").lower() for host in hosts}
+        self.origins = set(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            self._check(scope["method"], Headers(scope=scope))
+        await self.app(scope, receive, send)
+
+    def _check(self, method: str, headers: Headers) -> None:
+        """Raises Forbidden and UnsupportedMediaType."""
+        host, origin = headers.get("host", "").lower(), headers.get("origin")
+        if host and not self._is_ours(host):
+            raise Forbidden(
+                f"this server has no keys and is for this machine alone, and the request is for "
+                f"the host {printable(host, MAX_SHOWN)!r}; call it as localhost, or see "
+                "--allowed-hosts and --api-key-file",
+                code="host_not_allowed",
+            )
+        if origin is not None and not self._is_allowed(origin, host):
+            raise Forbidden(
+                f"this server has no keys and is for this machine alone, and the request is from "
+                f"a page of {printable(origin, MAX_SHOWN)!r}; see --cors-origins and "
+                "--api-key-file",
+                code="origin_not_allowed",
+            )
+        # Without a preflight request, a page can send a body without a type, or with another one.
+        from_browser = any(name in headers for name in BROWSER_HEADERS)
+        if method == "POST" and from_browser and not headers.get("content-type", "").strip():
+            raise UnsupportedMediaType("the body has no type; send JSON as application/json")
+
+    def _is_ours(self, host: str) -> bool:
+        found = _HOST.fullmatch(host)
+        name = found[1].strip("[]").rstrip(".") if found else ""
+        return ANY in self.hosts or addresses.is_loopback(name) or name in self.hosts
+
+    def _is_allowed(self, origin: str, host: str) -> bool:
+        own = (f"http://{host}", f"https://{host}")
+        return origin in self.origins or ANY in self.origins or origin.lower() in own
+
+
 class Drain:
-    """Ends requests that still run when the gateway's drain is over, with Unavailable."""
+    """Ends requests that still run when the gateway's drain is over; they raise Unavailable."""
 
     def __init__(self, app: ASGIApp, running: Running) -> None:
         self.app = app
@@ -194,10 +249,10 @@ class Drain:
 
 
 class Disconnect:
-    """Cancels a request whose client went away, streaming or not, at whatever stage it is.
+    """Cancels a request whose client disconnected, streaming or not, at any stage.
 
-    Once the body is read, this alone listens to the client; the application that asks hears of
-    a disconnect only when there was one.
+    Once the body is read, only this layer receives from the client; ``receive`` of the application
+    then returns when there is a disconnect.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -207,7 +262,7 @@ class Disconnect:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        client = _Client(receive, send)
+        client = _ClientChannel(receive, send)
         work = asyncio.create_task(_run(self.app, scope, client))
         watch = asyncio.create_task(client.watch())
         try:
@@ -215,14 +270,14 @@ class Disconnect:
             if work.done() or client.answered:
                 await work
             else:
-                events.note(ended=CUT)
+                events.note(ended=CLIENT_LEFT)
         finally:
             await _end(watch)
             await _end(work)
 
 
-class _Client:
-    """The two directions of one request. ``answered``: the whole answer is sent."""
+class _ClientChannel:
+    """Both directions of one request. ``answered``: the whole answer is sent."""
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self.answered = False
@@ -244,18 +299,18 @@ class _Client:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.answered = True  # Before it is sent: what follows is no disconnect.
+            self.answered = True  # Before it is sent: a disconnect after that cancels nothing.
         await self._send(message)
 
     async def watch(self) -> None:
-        """Returns when the client is gone."""
+        """Returns when the client has disconnected."""
         await self._read.wait()
         while not self._gone.is_set():
             if (await self._receive())["type"] == "http.disconnect":
                 self._gone.set()
 
 
-async def _run(app: ASGIApp, scope: Scope, client: _Client) -> None:
+async def _run(app: ASGIApp, scope: Scope, client: _ClientChannel) -> None:
     await app(scope, client.receive, client.send)
 
 

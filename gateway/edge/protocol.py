@@ -1,10 +1,13 @@
-"""One client's connection: uvicorn's, with a strict parser, and told apart by what it waits for."""
+"""HTTP/1 on one client's connection: uvicorn's protocol, with a strict parser, which knows what it
+waits for. Where two parsers could read different requests from the same bytes, the request is
+refused, so that none is smuggled past a proxy."""
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
 import logging
+import re
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gateway import metrics
 from gateway.api.http import JSONResponse
-from gateway.edge.parser import StrictParser
+from gateway.edge.limits import IPV6_NETWORK_BITS, MAX_HEAD_BYTES
 from opticnerve.errors import InvalidRequest
 from opticnerve.telemetry import events
 
@@ -23,59 +26,110 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SITE_BITS = 64  # Of an IPv6 address: who has one has the whole network.
-READ_BYTES = 2**14  # At once, and parsed in one step; more of a body of known length.
-MOST_READ_BYTES = 2**18
+READ_BYTES = 2**14  # Read and parsed in one step; more where a body of known length follows.
+MAX_READ_BYTES = 2**18
+VERSIONS = (b"1.0", b"1.1")
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+_QUOTED = re.compile(r"[:,]? (?:bytearray\()?b['\"].*", re.DOTALL)  # h11 quotes what it refuses.
 
 
 class Wait(Enum):
     """What a connection expects of its client."""
 
-    HEAD = "a request's head"
+    HEAD = "a request's headers"
     BODY = "more of its body"
-    READER = "to take more of an answer"
+    READER = "to read more of an answer"
     TURN = "nothing: requests that were sent ahead wait for their turn"
 
 
-class Flow(FlowControl):
-    """Does not read on while a request is answered after which more has come: uvicorn would with
-    every request, and keep whatever a client sends ahead. Nor while it rests."""
+class StrictParser(h11.Connection):
+    """h11's parser of requests, which by itself accepts lines that end in LF alone, any version of
+    one digit, and Content-Length beside Transfer-Encoding.
+
+    ``fault``: why a request was refused, without anything that the client sent, which may be a key.
+    ``has_more``: bytes have come after the request that is being answered. ``body_left``: bytes to
+    come of a body of known length. ``chunks``: chunks of bodies that have come.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, MAX_HEAD_BYTES)
+        self.fault = ""
+        self.has_more = False
+        self.body_left = 0
+        self.chunks = 0
+        self._chunked = False
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """Raises h11.RemoteProtocolError."""
+        # Only headers, and the trailers of chunked bodies, consist of lines.
+        reads_lines = self.their_state is h11.IDLE or self._chunked
+        before = self.trailing_data[0] if reads_lines else b""
+        try:
+            event = super().next_event()
+            if isinstance(event, h11.Request):
+                self._check(event)
+            if reads_lines and isinstance(event, h11.Request | h11.EndOfMessage):
+                left = len(self.trailing_data[0])
+                if _BARE_LF.search(before[: len(before) - left]):
+                    raise h11.RemoteProtocolError("a line ends in LF without CR")
+        except h11.RemoteProtocolError as error:
+            self.fault = _QUOTED.sub("", str(error))
+            raise
+        self.has_more = event is h11.PAUSED
+        if isinstance(event, h11.Data):
+            self.body_left -= 0 if self._chunked else len(event.data)
+            self.chunks += self._chunked
+        return event
+
+    def _check(self, request: h11.Request) -> None:
+        if request.http_version not in VERSIONS:
+            raise h11.RemoteProtocolError("the version is neither HTTP/1.0 nor HTTP/1.1")
+        headers = dict(request.headers)
+        self.body_left = int(headers.get(b"content-length", 0))  # h11 has validated it.
+        self._chunked = b"transfer-encoding" in headers
+        if self._chunked and (b"content-length" in headers or request.http_version == b"1.0"):
+            raise h11.RemoteProtocolError("Transfer-Encoding beside Content-Length or in HTTP/1.0")
+
+
+class PacedFlow(FlowControl):
+    """Stops reading while it answers a request after which more has come: uvicorn would read on,
+    and keep whatever a client sends ahead. Stops too while the connection's chunks are paced."""
 
     def __init__(self, transport: asyncio.Transport, parser: StrictParser) -> None:
         super().__init__(transport)
         self._parser = parser
-        self._rests = False
+        self._paced = False
 
     def resume_reading(self) -> None:
-        answers_first = self._parser.ahead and self._parser.our_state is not h11.DONE
-        if not self._rests and not answers_first:
+        answers_first = self._parser.has_more and self._parser.our_state is not h11.DONE
+        if not self._paced and not answers_first:
             super().resume_reading()
 
-    def rest(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-        """Reads nothing for so long."""
-        self._rests = True
+    def pause_for(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self._paced = True
         self.pause_reading()
-        loop.call_later(seconds, self._go_on)
+        loop.call_later(seconds, self._end_pause)
 
-    def _go_on(self) -> None:
-        self._rests = False
+    def _end_pause(self) -> None:
+        self._paced = False
         self.resume_reading()
 
 
 def holder_of(client: tuple[str, int] | None, key_name: str | None = None) -> str:
-    """Whose share of the places something counts in: a key's, or else its address's."""
+    """Whose share of the server something counts in: that of a key, or else of an address."""
     if key_name is not None:
         return f"key {key_name}"
     host = client[0].partition("%")[0] if client else ""
     if ":" not in host:
         return host
     address = ipaddress.IPv6Address(host)
-    return str(address.ipv4_mapped or ipaddress.ip_network((address, SITE_BITS), strict=False))
+    network = ipaddress.ip_network((address, IPV6_NETWORK_BITS), strict=False)
+    return str(address.ipv4_mapped or network)
 
 
 class Connection(H11Protocol):
-    """``owner`` is told whenever it may wait for something else. ``wait``, ``since``, ``mark`` and
-    ``timer`` are the owner's notes."""
+    """Reports to ``owner`` whenever it may wait for something else. ``wait``, ``since``,
+    ``progress_before`` and ``timer`` belong to the owner."""
 
     conn: StrictParser
 
@@ -85,78 +139,79 @@ class Connection(H11Protocol):
         self.conn = StrictParser()
         self.address = self.holder = ""
         self.wait: Wait | None = None
-        self.since = 0.0  # When it began to wait, or last made progress. On the loop's clock.
-        self.mark = 0  # ``moved`` by then.
+        self.since = 0.0  # When the wait began, or last made progress, on the loop's clock.
+        self.progress_before = 0  # ``progress()`` at that time.
         self.timer: asyncio.TimerHandle | None = None
-        self._came = 0
+        self._received = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.flow: Flow = Flow(transport, self.conn)
-        self._read_in_steps()
+        self.flow: PacedFlow = PacedFlow(transport, self.conn)
+        self._limit_reads()
         self.address = self.holder = holder_of(self.client)
-        self.owner.enter(self)
+        self.owner.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.owner.leave(self)
+        self.owner.remove(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._came += len(data)
+        self._received += len(data)
         before = self.conn.chunks
         super().data_received(data)
-        self._read_in_steps()
-        rest_s = self.owner.rest_s(self, self.conn.chunks - before)
-        if rest_s > 0:
-            self.flow.rest(self.loop, rest_s)
+        self._limit_reads()
+        delay_s = self.owner.pacing_delay_s(self, self.conn.chunks - before)
+        if delay_s > 0:
+            self.flow.pause_for(self.loop, delay_s)
 
-    def _read_in_steps(self) -> None:
-        """What one read brings may be thousands of chunks, each with a cost of its own."""
-        size = min(max(READ_BYTES, self.conn.left), MOST_READ_BYTES)
-        self.transport.max_size = size  # type: ignore[attr-defined]  # asyncio's, of one recv.
+    def _limit_reads(self) -> None:
+        """One read may bring thousands of chunks, each of which costs time to parse."""
+        size = min(max(READ_BYTES, self.conn.body_left), MAX_READ_BYTES)
+        self.transport.max_size = size  # type: ignore[attr-defined]  # asyncio's size of one recv.
 
     def handle_events(self) -> None:
         before = self.cycle
         super().handle_events()
-        self.owner.settle(self)
+        self.owner.update(self)
         if self.cycle is not before:
-            self.loop.call_soon(self.owner.settle, self)  # Once its key is known.
+            self.loop.call_soon(self.owner.update, self)  # Once the request's key is known.
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self.owner.settle(self)
+        self.owner.update(self)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.owner.settle(self)
+        self.owner.update(self)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self.owner.settle(self)
+        self.owner.update(self)
 
     def expects(self) -> Wait | None:
-        """What of its client it waits for; None while it is at work."""
+        """What it waits for; None while it is at work."""
         if self.flow.write_paused:
             return Wait.READER
         if self.cycle is None or self.cycle.response_complete:
             return Wait.HEAD
         if self.cycle.more_body:
             return Wait.BODY
-        return Wait.TURN if self.conn.ahead else None
+        return Wait.TURN if self.conn.has_more else None
 
-    def moved(self) -> int:
-        """Bytes that the client has brought, or while it should read, taken; from any number on."""
+    def progress(self) -> int:
+        """Bytes that the client has sent of a body, or read of an answer; only differences
+        count."""
         if self.wait is Wait.READER:
             return -self.transport.get_write_buffer_size()
-        return self._came if self.wait is Wait.BODY else 0
+        return self._received if self.wait is Wait.BODY else 0
 
     def current_holder(self) -> str:
-        """That of its last request with a key, or its address."""
-        told = None if self.cycle is None else self.cycle.scope["state"].get("holder")
-        return told or self.holder
+        """The holder of its last request with a key, or its address."""
+        keyed = None if self.cycle is None else self.cycle.scope["state"].get("holder")
+        return keyed or self.holder
 
     def send_400_response(self, msg: str) -> None:
-        """For what is no HTTP, and the connection's end. ``msg`` is uvicorn's, without a reason."""
+        """Answers bytes that are not HTTP, and closes. ``msg`` is uvicorn's, without a reason."""
         error = InvalidRequest(f"this is no HTTP/1.1 request: {self.conn.fault}", code="not_http")
         event = events.Event()
         event.error = error
@@ -169,8 +224,8 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def close(self) -> None:
-        """What the client has not sent of a request, or read of an answer, is given up."""
-        self.owner.leave(self)
+        """Gives up what is not yet received of a request or sent of an answer."""
+        self.owner.remove(self)
         unsent = self.transport.get_write_buffer_size()
         if unsent or self.transport.is_closing() or self.expects() is not Wait.HEAD:
             self.transport.abort()

@@ -1,8 +1,8 @@
 """``data:`` URLs (RFC 2397), decoded piece by piece.
 
-A URL can be as long as a body. Whatever it holds (percent signs, white space, escapes), decoding
-takes memory for the decoded bytes and for one piece, and time in proportion to its length; no
-single step of it is long enough to keep other threads waiting.
+A URL can be as long as a body. Whatever it contains (percent signs, white space, escapes), decoding
+takes memory for the decoded bytes and for one piece, and time proportional to its length; no single
+step is long enough to keep other threads waiting.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import binascii
 from collections.abc import Iterator
 
+from gateway.edge.limits import MAX_DATA_URL_HEAD
 from opticnerve.errors import InvalidRequest, PayloadTooLarge
 
-MAX_HEAD = 4096  # Characters between "data:" and the comma: a media type and its parameters.
 PIECE_CHARACTERS = 2**18
 _SPACE = b" \t\r\n\f"
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -24,11 +24,10 @@ def is_data_url(url: str) -> bool:
 
 def read_data_url(url: str, max_bytes: int, param: str | None = None) -> bytes:
     """The bytes of a ``data:`` URL: base64 (padding optional, white space ignored, the URL-safe
-    alphabet too) or percent-encoded. The media type it claims is ignored: bytes speak for
-    themselves. Raises InvalidRequest, or PayloadTooLarge before decoding much more than
-    ``max_bytes``.
+    alphabet too) or percent-encoded. The media type is ignored: the format is read from the bytes.
+    Raises InvalidRequest, or PayloadTooLarge before decoding much more than ``max_bytes``.
     """
-    comma = url.find(",", 5, 5 + MAX_HEAD)
+    comma = url.find(",", 5, 5 + MAX_DATA_URL_HEAD)
     if comma < 0:
         raise InvalidRequest(
             "a data: URL needs a comma before its data, as in data:image/png;base64,…", param=param
@@ -53,11 +52,11 @@ def read_data_url(url: str, max_bytes: int, param: str | None = None) -> bytes:
 
 
 def _unescaped(url: str, start: int) -> Iterator[bytes]:
-    """``url`` from ``start`` on without percent-encoding. Raises binascii.Error for a percent sign
-    that no two hexadecimal digits follow."""
+    """``url`` from ``start`` on, percent-decoded. Raises binascii.Error for a percent sign without
+    two hexadecimal digits."""
     while start < len(url):
         piece = url[start : start + PIECE_CHARACTERS]
-        if start + len(piece) < len(url):  # An escape is not cut in two.
+        if start + len(piece) < len(url):  # Never cuts an escape in two.
             cut = piece.find("%", len(piece) - 2)
             piece = piece if cut < 0 else piece[:cut]
         start += len(piece)
@@ -66,33 +65,33 @@ def _unescaped(url: str, start: int) -> Iterator[bytes]:
 
 
 def _without_percent(raw: bytes) -> bytes:
-    """Quoted-printable has the same escapes behind another sign, and a decoder in C: the standard
-    library's decoder of percent-encoding makes an object of 37 bytes and more of every sign."""
+    """Decoded as quoted-printable, which has the same escapes behind another sign and a decoder in
+    C: the standard library's percent-decoder makes an object of 37 bytes or more of each escape."""
     quoted = raw.replace(b"=", b"%3D").replace(b"%", b"=")
     decoded = binascii.a2b_qp(quoted)
-    breaks = b"=\n" in quoted or b"=\r" in quoted  # Which quoted-printable reads as line ends.
+    breaks = b"=\n" in quoted or b"=\r" in quoted  # Line ends in quoted-printable.
     if breaks or len(decoded) != len(quoted) - 2 * quoted.count(b"="):
         raise binascii.Error("a percent sign without two digits")
     return decoded
 
 
 def _base64(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """What ``pieces`` of base64 decode to. Raises binascii.Error."""
-    kept, padded = b"", False  # ``kept``: up to three characters that are no whole group yet.
+    """Decodes pieces of base64. Raises binascii.Error."""
+    rest, padded = b"", False  # ``rest``: up to three characters of an incomplete group.
     for piece in pieces:
-        kept += piece.translate(_URL_SAFE, delete=_SPACE)
-        text = kept.rstrip(b"=")
+        rest += piece.translate(_URL_SAFE, delete=_SPACE)
+        text = rest.rstrip(b"=")
         if padded and text:
             raise binascii.Error("data after the padding")
-        padded = padded or len(text) < len(kept)
+        padded = padded or len(text) < len(rest)
         whole = len(text) // 4 * 4
-        kept = text[whole:]
+        rest = text[whole:]
         if padded:
             yield _group(text)
-            kept = b""
+            rest = b""
         elif whole:
             yield binascii.a2b_base64(text[:whole], strict_mode=True)
-    yield _group(kept)
+    yield _group(rest)
 
 
 def _group(text: bytes) -> bytes:

@@ -1,4 +1,5 @@
-"""The pictures of one request: fetched, looked into, planned, named. No pixel is decoded."""
+"""The pictures of one request: fetched, parsed, planned, and named by content keys. No pixels are
+decoded."""
 
 from __future__ import annotations
 
@@ -10,8 +11,7 @@ from typing import Any, TypeVar
 
 from gateway.api.schemas.messages import ImageSource
 from gateway.edge.deadline import Deadline
-from gateway.edge.lanes import off_loop
-from gateway.media.dataurl import is_data_url, read_data_url
+from gateway.edge.threads import off_loop_above
 from gateway.media.fetch import MediaFetcher
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import InvalidRequest, OpticNerveError
@@ -20,13 +20,13 @@ from opticnerve.media.plan import Overrides, Plan, parse_background
 from opticnerve.media.structure import parse_structure
 from opticnerve.models.family import Layout
 
-OFF_LOOP_BYTES = 2**13  # Larger items are decoded, parsed and hashed in a thread.
+OFF_LOOP_BYTES = 2**13  # Larger items are parsed and hashed in a thread.
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """One picture's bytes, and how the request names it."""
+    """One picture's bytes. ``param``: the request's field that it came from, for errors."""
 
     param: str
     overrides: Overrides
@@ -55,7 +55,7 @@ class MediaReader:
     async def fetch(
         self, sources: Sequence[ImageSource], hold: Callable[[int], None], deadline: Deadline
     ) -> list[Fetched]:
-        """The bytes of all pictures, read at once; ``hold`` counts them.
+        """The bytes of all pictures, fetched concurrently; ``hold`` counts them.
 
         Raises InvalidRequest, MediaFetchFailed, PayloadTooLarge, DeadlineExceeded.
         """
@@ -64,41 +64,30 @@ class MediaReader:
 
     async def plan(self, items: Sequence[Fetched]) -> list[Plan]:
         """Sizes of all pictures, from their structure. Raises InvalidMedia."""
-        return [await _where_it_belongs(item, self._plan, item) for item in items]
+        return [
+            await off_loop_above(OFF_LOOP_BYTES, len(item.data), self._plan, item) for item in items
+        ]
 
     async def keys(
         self, items: Sequence[Fetched], fingerprint: str, cache_salt: str = ""
     ) -> list[str]:
         """Content keys under an encoder's fingerprint."""
         settings = self.layout.settings()
-        return [
-            await _where_it_belongs(
-                item,
-                content_key,
-                item.data,
-                settings,
-                item.overrides,
-                fingerprint,
-                cache_salt,
-            )
-            for item in items
-        ]
+
+        def key(item: Fetched) -> str:
+            return content_key(item.data, settings, item.overrides, fingerprint, cache_salt)
+
+        return [await off_loop_above(OFF_LOOP_BYTES, len(item.data), key, item) for item in items]
 
     async def _fetch(self, source: ImageSource, hold: Callable[[int], None]) -> Fetched:
-        url, param = source.url, source.param
-        if is_data_url(url) and len(url) > OFF_LOOP_BYTES:
-            limit = self.config.max_media_bytes
-            data = await off_loop(len(url), read_data_url, url, limit, param)
-            hold(len(data))
-        else:
-            data = await self.fetcher.fetch(url, param=param, hold=hold)
-        return Fetched(param, self._overrides(source), data)
+        data = await self.fetcher.fetch(source.url, param=source.param, hold=hold)
+        return Fetched(source.param, self._overrides(source), data)
 
     def _overrides(self, source: ImageSource) -> Overrides:
-        """The item's own bounds within the server's, and the server's background."""
+        """The item's own bounds, limited by the server's, and the server's background."""
         least, most = self.config.min_pixels or None, self.config.max_pixels or None
-        models_own: int | None = self.layout.settings().get("max_pixels")
-        asked = source.overrides(models_own)
+        default_most: int | None = self.layout.settings().get("max_pixels")
+        asked = source.overrides(default_most)
         low = asked.min_pixels if asked.min_pixels is not None else least
         high = asked.max_pixels if asked.max_pixels is not None else most
         if most is not None and high is not None:
@@ -117,22 +106,17 @@ class MediaReader:
 
 
 def located(error: OpticNerveError, param: str | None) -> OpticNerveError:
-    """``error``, saying which part of the request it is about, if it does not say so yet."""
+    """``error`` with the part of the request that it is about, unless it names one already."""
     if error.param is not None:
         return error
-    found = copy.copy(error)  # Other requests may hold the same one.
+    found = copy.copy(error)  # Other requests may share it.
     found.param = param
     return found
 
 
-async def _where_it_belongs(item: Fetched, work: Callable[..., T], *arguments: Any) -> T:
-    if len(item.data) > OFF_LOOP_BYTES:
-        return await off_loop(len(item.data), work, *arguments)
-    return work(*arguments)
-
-
 async def all_of(*work: Coroutine[Any, Any, T]) -> list[T]:
-    """The results of all, in order. The first failure cancels the rest, and waits for their end."""
+    """The results of all, in order. The first failure cancels the others and waits for them to
+    end."""
     tasks = [asyncio.create_task(each) for each in work]
     try:
         return list(await asyncio.gather(*tasks))

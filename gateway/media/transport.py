@@ -1,9 +1,9 @@
-"""The connections that media come over, and how much work a server can make of one.
+"""Connections to media servers, and bounds on the work that a server can cause over one.
 
-A server chooses how its bytes arrive: one by one, or behind thousands of empty answers (1xx). Each
-piece costs the event loop a tenth of a millisecond, whatever it carries. So small pieces are not
-read one by one but given time to become large ones; the head of an answer is read in small steps
-and bounded, with all that comes before it; and so is all that a connection brings.
+A server chooses how its bytes arrive: one by one, or behind thousands of 1xx answers. Each read
+costs the event loop a tenth of a millisecond, however little it brings. So after many small reads
+the next one waits until more has arrived; headers, with 1xx answers before them, are read in small
+steps and bounded; and so are all bytes of a connection.
 """
 
 from __future__ import annotations
@@ -18,36 +18,35 @@ import httpcore2
 from anyio.abc import ByteStream
 from anyio.streams.tls import TLSAttribute, TLSStream
 
-MAX_HEAD_BYTES = 2**15  # Of an answer, with the 1xx answers before it.
-HEAD_STEP_BYTES = 2**12  # Parsed between two turns of other tasks.
-SMALL_BYTES = 2**12
-FREE_SMALL_READS = 32
-PAUSE_S = 0.005  # Before the next read once small ones are no longer free: 200 a second.
+from gateway.edge.limits import FREE_SMALL_READS, MAX_MEDIA_HEAD_BYTES, SMALL_READ_DELAY_S
+
+HEAD_STEP_BYTES = 2**12  # Of headers, parsed before other tasks run.
+SMALL_READ_BYTES = 2**12
 
 
-class TooMuch(httpcore2.ReadError):
-    """A server sends more than is read, or in more pieces; the message continues ``the fetch``."""
+class UnreadableAnswer(httpcore2.ReadError):
+    """A server's answer is not read to its end. The message continues ``the fetch from HOST``."""
 
 
-class Socket(ByteStream):
-    """What the network brings, unciphered or not."""
+class PacedStream(ByteStream):
+    """The bytes of a connection, before TLS. Reads are delayed where many were small."""
 
     def __init__(self, inner: ByteStream, max_bytes: int) -> None:
         self._inner = inner
         self._left = max_bytes
         self._small_reads = 0
-        self._pause = False
+        self._delay = False
 
     async def receive(self, max_bytes: int = 2**16) -> bytes:
-        if self._pause:
-            await asyncio.sleep(PAUSE_S)
+        if self._delay:
+            await asyncio.sleep(SMALL_READ_DELAY_S)
         data = await self._inner.receive(max_bytes)
-        small = len(data) < min(SMALL_BYTES, max_bytes)
+        small = len(data) < min(SMALL_READ_BYTES, max_bytes)
         self._small_reads += small
-        self._pause = small and self._small_reads > FREE_SMALL_READS
+        self._delay = small and self._small_reads > FREE_SMALL_READS
         self._left -= len(data)
         if self._left < 0:
-            raise TooMuch("brought much more than a picture's bytes")
+            raise UnreadableAnswer("brought much more than a picture's bytes")
         return data
 
     async def send(self, item: bytes) -> None:
@@ -60,13 +59,13 @@ class Socket(ByteStream):
         await self._inner.aclose()
 
 
-class Stream(httpcore2.AsyncNetworkStream):
-    """A connection as httpcore2 uses one. Only connecting has a time of its own: reading and
-    writing end with the fetch. ``head_read`` is set once the answer's head is there."""
+class MediaStream(httpcore2.AsyncNetworkStream):
+    """A connection as httpcore2 uses it. Only connecting has a timeout: that of the fetch ends
+    reading and writing. ``head_read`` is to be set once an answer's headers are read."""
 
     def __init__(self, socket: ByteStream) -> None:
         self._socket = socket
-        self._head_left = MAX_HEAD_BYTES
+        self._head_left = MAX_MEDIA_HEAD_BYTES
         self.head_read = False
 
     async def read(
@@ -76,7 +75,9 @@ class Stream(httpcore2.AsyncNetworkStream):
     ) -> bytes:
         if not self.head_read:
             if self._head_left <= 0:
-                raise TooMuch(f"was answered with more than {MAX_HEAD_BYTES} bytes of headers")
+                raise UnreadableAnswer(
+                    f"was answered with more than {MAX_MEDIA_HEAD_BYTES} bytes of headers"
+                )
             max_bytes = min(max_bytes, HEAD_STEP_BYTES, self._head_left)
         try:
             data = await self._socket.receive(max_bytes)
@@ -107,7 +108,7 @@ class Stream(httpcore2.AsyncNetworkStream):
         ssl_context: ssl.SSLContext,
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109
-    ) -> Stream:
+    ) -> MediaStream:
         try:
             async with asyncio.timeout(timeout):
                 wrapped = await TLSStream.wrap(
@@ -124,7 +125,7 @@ class Stream(httpcore2.AsyncNetworkStream):
             if isinstance(error, (anyio.EndOfStream, anyio.BrokenResourceError, ssl.SSLError)):
                 raise httpcore2.ConnectError from error
             raise
-        return Stream(wrapped)
+        return MediaStream(wrapped)
 
     def get_extra_info(self, info: str) -> Any:
         if info == "ssl_object":
@@ -132,11 +133,11 @@ class Stream(httpcore2.AsyncNetworkStream):
         return None
 
 
-class Network(httpcore2.AsyncNetworkBackend):
-    """Connects to addresses; it resolves no name."""
+class MediaNetwork(httpcore2.AsyncNetworkBackend):
+    """Connects to addresses; does not resolve names."""
 
     def __init__(self, max_bytes: int) -> None:
-        """``max_bytes``: all that one connection may bring."""
+        """``max_bytes``: what one connection may bring in all."""
         self._max_bytes = max_bytes
 
     async def connect_tcp(
@@ -146,7 +147,7 @@ class Network(httpcore2.AsyncNetworkBackend):
         timeout: float | None = None,  # noqa: ASYNC109
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
-    ) -> Stream:
+    ) -> MediaStream:
         try:
             async with asyncio.timeout(timeout):
                 socket = await anyio.connect_tcp(host, port)
@@ -154,4 +155,4 @@ class Network(httpcore2.AsyncNetworkBackend):
             raise httpcore2.ConnectTimeout from error
         except OSError as error:
             raise httpcore2.ConnectError from error
-        return Stream(Socket(socket, self._max_bytes))
+        return MediaStream(PacedStream(socket, self._max_bytes))

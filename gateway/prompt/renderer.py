@@ -18,11 +18,12 @@ from gateway.api.schemas.messages import (
     TextPart,
     call_arguments,
 )
+from gateway.edge.limits import MAX_PROMPT_CHARACTERS
 from gateway.job import ChatPrompt
 from gateway.prompt import placeholders
 from gateway.prompt.placeholders import Prompt
 from gateway.prompt.provenance import Marks
-from gateway.prompt.template import MAX_CHARACTERS, ChatTemplate, clock, load_template
+from gateway.prompt.template import ChatTemplate, clock, load_template
 from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.errors import ContextLengthExceeded, InvalidRequest
 from opticnerve.media.plan import Plan
@@ -75,7 +76,7 @@ class ChatRenderer:
     def render(self, asked: ChatPrompt) -> RenderedChat:
         """Raises InvalidRequest, and ContextLengthExceeded for what could never fit."""
         messages = self.normalise(asked.messages)
-        if characters(messages) > MAX_CHARACTERS:
+        if characters(messages) > MAX_PROMPT_CHARACTERS:
             raise self._too_long()
         variables = self._variables(asked)
         num_images = _count_images(messages)

@@ -22,12 +22,11 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from gateway.edge.limits import MAX_PROMPT_CHARACTERS, TEMPLATE_TIMEOUT_S
 from gateway.prompt.provenance import Aliases
 from opticnerve.checkpoints.settings import read_object
 from opticnerve.errors import CheckpointError, ConfigError, ContextLengthExceeded, InvalidRequest
 
-MAX_CHARACTERS = 2**24
-MAX_SECONDS = 10.0
 MAX_MESSAGE = 500  # Characters of a template's own message that an error repeats.
 LOOKING_METHODS = frozenset(
     {"split", "rsplit", "partition", "rpartition", "startswith", "endswith", "strip", "lstrip"}
@@ -139,14 +138,14 @@ class ChatTemplate:
     def render(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
         """Raises InvalidRequest with the template's own message, and ContextLengthExceeded for
         text that is too long to be a prompt or has no end."""
-        deadline = time.monotonic() + MAX_SECONDS
+        deadline = time.monotonic() + TEMPLATE_TIMEOUT_S
         pieces: list[str] = []
         size = 0
         try:
             for piece in template.generate(**variables):
                 pieces.append(piece)
                 size += len(piece)
-                if size > MAX_CHARACTERS or time.monotonic() > deadline:
+                if size > MAX_PROMPT_CHARACTERS or time.monotonic() > deadline:
                     raise ContextLengthExceeded(
                         f"{ContextLengthExceeded.lead}: the chat template wrote too much; send "
                         "shorter messages",

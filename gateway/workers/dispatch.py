@@ -1,17 +1,17 @@
 """Which waiting work goes to which worker, and when. Policy alone: no sockets, no tasks.
 
-Work waits here and not at the workers. A worker is given only what keeps it busy, so that the
-order is kept, work whose client has left is never sent, and a slow worker hoards nothing. The
-earliest deadline goes first, which is the order of arrival, since all requests have the same time;
-but what is behind other work of its own request counts as so much later. Between keys the order is
-that of start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): first comes the work of who
-was lent least so far, by cost and weight; who had nothing waiting earns nothing by that. Work
-without a key is that of one sharer, in order of arrival. Heavy work, which keeps a worker's device
-waiting, has room of its own at the workers, and other work passes it.
+Work waits here and not at the workers. A worker is given only what keeps it busy, so that the order
+is kept, work whose client has left is never sent, and a slow worker hoards nothing. The earliest
+deadline goes first, which is the order of arrival, since all requests have the same timeout; work
+behind other work of its own request counts as due that much later. Between keys the order is
+start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): the key that was lent least so far,
+by cost and weight, goes first; a key that had nothing waiting gains nothing by that. Work without a
+key shares one queue, in order of arrival. Heavy work, which keeps a worker's device waiting, has
+room of its own at the workers, and other work passes it.
 
-A job goes to the worker that is expected to finish it first. Where that one has no room, a slower
-one takes the job only if it would finish it before the others had finished everything that waits:
-inside a long queue it helps; at the end of the queue it would only keep a request waiting.
+A worker that is expected to finish the work first is chosen. Where it has no room, a slower one
+takes the work only if it would finish before the others had finished everything that waits: within
+a long queue it helps; at the end of the queue it would only delay a request.
 """
 
 from __future__ import annotations
@@ -29,102 +29,99 @@ from gateway.workers.worker import Worker, WorkerState
 Accepts = Callable[[Worker], bool]
 
 
-class Job:
-    """Work that waits for a worker. ``worker`` is set once it is lent one."""
+@dataclass(slots=True, eq=False)
+class LeaseRequest:
+    """Work that waits for a worker; ``worker`` is set once it is lent one.
 
-    def __init__(
-        self,
-        cost: int,
-        deadline: Deadline,
-        accepts: Accepts | None = None,
-        avoid: Collection[str] = (),
-        heavy: bool = False,
-        behind_s: float = 0.0,
-        share: str = "",
-        weight: float = 1.0,
-    ) -> None:
-        """``avoid``: addresses that are taken only where nothing else serves. ``behind_s``: what
-        comes before it in its request will take so long. ``share``: whose it is."""
-        self.cost = cost
-        self.deadline = deadline
-        self.heavy = heavy
-        self.due = deadline.at + behind_s
-        self.share = share
-        self.weight = weight
-        self.accepts = accepts
-        self.avoid = avoid
-        self.worker: Worker | None = None
-        self.changed = asyncio.Event()  # It has a worker, or some worker's state has changed.
+    ``avoid``: addresses that are used only where no other worker serves. ``behind_s``: how long
+    work takes that comes before it in its own request. ``share``: the name of the key or tenant
+    that it counts for, at ``weight``.
+    """
+
+    cost: int
+    deadline: Deadline
+    accepts: Accepts | None = None
+    avoid: Collection[str] = ()
+    heavy: bool = False
+    behind_s: float = 0.0
+    share: str = ""
+    weight: float = 1.0
+    worker: Worker | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # ``worker``, or any's state.
+
+    @property
+    def due(self) -> float:
+        return self.deadline.at + self.behind_s
 
 
 class Dispatcher:
-    """The jobs that wait for one pool's workers. ``workers`` tells who there is now."""
+    """The requests that wait for one pool's workers. ``workers()``: the current ones."""
 
     def __init__(self, workers: Callable[[], Sequence[Worker]]) -> None:
         self.waiting_cost = 0
-        self._sharers: dict[str, _Sharer] = {}
-        self._now = 0.0  # Virtual time: what the last that was lent to had before.
+        self._queues: dict[str, _ShareQueue] = {}  # By share.
+        self._now = 0.0  # Virtual time: ``lent`` of the queue that was served last.
         self._workers = workers
-        self._ticket = itertools.count(1)
+        self._lease_number = itertools.count(1)
 
     @property
-    def waiting(self) -> list[Job]:
-        """Each sharer's by when they are due."""
-        return [job for sharer in self._sharers.values() for job in sharer.waiting]
+    def waiting(self) -> list[LeaseRequest]:
+        """In order of due time within each share."""
+        return [request for queue in self._queues.values() for request in queue.waiting]
 
-    def add(self, job: Job) -> None:
-        sharer = self._sharers.setdefault(job.share, _Sharer())
-        if not sharer.waiting:
-            sharer.lent = max(sharer.lent, self._now)
-        insort(sharer.waiting, job, key=lambda job: job.due)
-        self.waiting_cost += job.cost
+    def add(self, request: LeaseRequest) -> None:
+        queue = self._queues.setdefault(request.share, _ShareQueue())
+        if not queue.waiting:
+            queue.lent = max(queue.lent, self._now)
+        insort(queue.waiting, request, key=lambda request: request.due)
+        self.waiting_cost += request.cost
         self.dispatch()
 
-    def remove(self, job: Job) -> None:
-        """Takes a job out that waits no more, and lends to those that waited behind it; nothing
-        happens where it has a worker."""
-        if job in self.waiting:
-            self._take_out(job)
-            self.dispatch()
+    def remove(self, request: LeaseRequest) -> None:
+        """Removes a request that waits no more, and lends to those behind it."""
+        self._dequeue(request)
+        self.dispatch()
 
     def dispatch(self) -> None:
-        """Lends workers that have room to the jobs that come first.
+        """Lends workers with room to the requests that come first.
 
-        A job without a worker keeps those of its kind behind it from every worker that it could
-        use.
+        A request that gets no worker reserves every worker that it could use against requests of
+        its kind (heavy or not) behind it.
         """
-        kept: dict[bool, set[Worker]] = {False: set(), True: set()}
+        reserved_for: dict[bool, set[Worker]] = {False: set(), True: set()}
         serving = self.serving()
-        for job in self._in_turn():
-            if all(len(workers) == len(serving) for workers in kept.values()):
+        for request in self._in_turn():
+            if all(len(workers) == len(serving) for workers in reserved_for.values()):
                 return
-            able = self._able(job, serving)
-            taken = kept[job.heavy]
-            if taken.issuperset(able):
+            able = self._able(request, serving)
+            reserved = reserved_for[request.heavy]
+            if reserved.issuperset(able):
                 continue
-            worker = self._choose(job, [worker for worker in able if worker not in taken], able)
+            free = [worker for worker in able if worker not in reserved]
+            worker = self._choose(request, free, able)
             if worker is None:
-                taken.update(able)
+                reserved.update(able)
             else:
-                self._lend(job, worker)
+                self._lend(request, worker)
 
-    def _in_turn(self) -> Iterator[Job]:
-        """The jobs that wait in fair order, as if those before had been lent already."""
+    def _in_turn(self) -> Iterator[LeaseRequest]:
+        """The waiting requests in fair order, each as if those before it had been lent a worker."""
         turns = [
-            (sharer.lent, sharer.waiting[0].due, name, iter(tuple(sharer.waiting)))
-            for name, sharer in self._sharers.items()
-            if sharer.waiting
+            (queue.lent, queue.waiting[0].due, share, iter(tuple(queue.waiting)))
+            for share, queue in self._queues.items()
+            if queue.waiting
         ]
         heapify(turns)
         while turns:
-            lent, _, name, jobs = heappop(turns)
-            job = next(jobs, None)
-            if job is not None:
-                yield job
-                heappush(turns, (lent + job.cost / job.weight, job.due, name, jobs))
+            lent, _, share, requests = heappop(turns)
+            request = next(requests, None)
+            if request is not None:
+                yield request
+                lent += request.cost / request.weight
+                heappush(turns, (lent, request.due, share, requests))
 
     def serving(self, accepts: Accepts | None = None) -> list[Worker]:
-        """Workers that take work now, those that ``accepts`` agrees to."""
+        """Workers that take work now, and that ``accepts`` agrees to."""
         return [
             worker
             for worker in self._workers()
@@ -144,20 +141,23 @@ class Dispatcher:
 
     # ---- choice
 
-    def _able(self, job: Job, serving: Sequence[Worker]) -> list[Worker]:
-        able = [worker for worker in serving if job.accepts is None or job.accepts(worker)]
-        return [worker for worker in able if worker.address not in job.avoid] or able
+    def _able(self, request: LeaseRequest, serving: Sequence[Worker]) -> list[Worker]:
+        accepts = request.accepts
+        able = [worker for worker in serving if accepts is None or accepts(worker)]
+        return [worker for worker in able if worker.address not in request.avoid] or able
 
-    def _choose(self, job: Job, free: Sequence[Worker], able: Sequence[Worker]) -> Worker | None:
-        """One of ``free`` that has room, or None where the job had better wait."""
+    def _choose(
+        self, request: LeaseRequest, free: Sequence[Worker], able: Sequence[Worker]
+    ) -> Worker | None:
+        """One of ``free`` that has room, or None where the request should rather wait."""
         usual = _usual_rate(able)
 
         def finish_s(worker: Worker) -> tuple[float, int]:
-            cost = worker.pending + worker.foreign + job.cost
+            cost = worker.pending + worker.foreign + request.cost
             return cost / (worker.cost_per_s or usual), worker.last_picked
 
         best = min(able, key=finish_s)
-        with_room = [worker for worker in free if worker.has_room(job.cost, job.heavy)]
+        with_room = [worker for worker in free if worker.has_room(request.cost, request.heavy)]
         if not with_room:
             return None
         worker = min(with_room, key=finish_s)
@@ -167,37 +167,35 @@ class Dispatcher:
         return None
 
     def _all_done_s(self, workers: Sequence[Worker], usual: float) -> float:
-        """Seconds in which ``workers`` alone would finish what they have and all that waits."""
+        """Seconds in which ``workers`` alone would finish their work and all that waits."""
         cost = self.waiting_cost + sum(worker.pending + worker.foreign for worker in workers)
         return cost / sum(worker.cost_per_s or usual for worker in workers)
 
-    def _lend(self, job: Job, worker: Worker) -> None:
-        worker.last_picked = next(self._ticket)
-        worker.lend(job.cost, job.heavy)
-        job.worker = worker
-        job.changed.set()
-        sharer = self._sharers[job.share]
-        self._now = max(self._now, sharer.lent)
-        sharer.lent += job.cost / job.weight
-        self._take_out(job)
+    def _lend(self, request: LeaseRequest, worker: Worker) -> None:
+        worker.last_picked = next(self._lease_number)
+        worker.lend(request.cost, request.heavy)
+        request.worker = worker
+        request.changed.set()
+        queue = self._queues[request.share]
+        self._now = max(self._now, queue.lent)
+        queue.lent += request.cost / request.weight
+        self._dequeue(request)
 
-    def _take_out(self, job: Job) -> None:
-        self._sharers[job.share].waiting.remove(job)
-        self.waiting_cost -= job.cost
-        for name, sharer in tuple(self._sharers.items()):
-            if not sharer.waiting and (sharer.lent <= self._now or not self.waiting_cost):
-                del self._sharers[name]
+    def _dequeue(self, request: LeaseRequest) -> None:
+        self._queues[request.share].waiting.remove(request)
+        self.waiting_cost -= request.cost
+        for share, queue in tuple(self._queues.items()):
+            if not queue.waiting and (queue.lent <= self._now or not self.waiting_cost):
+                del self._queues[share]
 
 
 @dataclass(slots=True)
-class _Sharer:
-    """Those whose work waits in one queue."""
-
-    waiting: list[Job] = field(default_factory=list)  # By when they are due.
-    lent: float = 0.0  # Cost by weight, in virtual time.
+class _ShareQueue:
+    waiting: list[LeaseRequest] = field(default_factory=list)  # By due time.
+    lent: float = 0.0  # Cost by weight so far, in virtual time.
 
 
 def _usual_rate(workers: Sequence[Worker]) -> float:
-    """What a worker of unknown throughput is taken for: the mean of the others."""
+    """The throughput assumed for a worker that has not measured its own: the others' mean."""
     known = [worker.cost_per_s for worker in workers if worker.cost_per_s]
     return sum(known) / len(known) if known else 1.0

@@ -1,9 +1,9 @@
 """Which encoders and LLM workers work together on a request.
 
-Workers tell a ``pair_id``, equal on those of one checkpoint; an encoder also tells the fingerprint
-that names its embeddings. Two revisions can be up side by side: a request is served by one of them
-from end to end. A gateway that knows its own checkpoint's ``pair_id`` uses no other workers, since
-its tokenizer and template belong to that checkpoint.
+Workers report a ``pair_id``, equal for those of one checkpoint; encoders also report the
+fingerprint that names their embeddings. Two revisions can be up side by side: a request is served
+by one of them from end to end. A gateway that knows its own checkpoint's ``pair_id`` uses no other
+workers, since its tokenizer and template belong to that checkpoint.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from gateway.workers.pool import UNUSABLE_WAIT_S, WorkerPool
 from gateway.workers.worker import Worker, WorkerState
 from opticnerve.errors import Mispaired, Unavailable, UnsupportedFeature
 
-WATCH_S = 60.0  # Between two looks while no worker changes.
+CHECK_S = 60.0  # Interval of checks while no worker changes.
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What one request uses. ``fingerprint`` is the encoders'; empty where no picture is sent."""
+    """The workers that one request uses. ``fingerprint``: the encoders', empty without pictures.
+    ``max_model_len``, ``vocab_size``: the smallest of its LLM workers; 0: unknown."""
 
     pair_id: str
     fingerprint: str
-    max_model_len: int = 0  # 0: the workers do not say.
-    vocab_size: int = 0  # The same.
+    max_model_len: int = 0
+    vocab_size: int = 0
 
     @property
     def system_fingerprint(self) -> str:
@@ -45,21 +46,21 @@ class Pairing:
         self.llms = llms
         self.own_pair_id = own_pair_id
         self.worker_wait_s = worker_wait_s
-        self.been_whole = False  # Whether every kind of request has once been served.
+        self.was_complete = False  # Whether every kind of request could be served once.
 
-    async def watch_whole(self) -> None:
-        """Returns when, for the first time, every kind of request would be served."""
+    async def watch_complete(self) -> None:
+        """Returns when every kind of request can be served for the first time."""
         while self.missing():
             with contextlib.suppress(TimeoutError):
-                await self.llms.changes.wait(WATCH_S)
-        self.been_whole = True
+                await self.llms.changes.wait(CHECK_S)
+        self.was_complete = True
 
     async def choose(self, *, pictures: bool, deadline: Deadline) -> Pair:
-        """The pair that serves best now; waits while no worker has ever described itself.
+        """The pair that serves best now; waits while no worker has described itself yet.
 
-        Workers that are down but known count too, last: an embedding that is still in the store
-        needs no encoder. Raises Unavailable, Mispaired where workers do not belong together, or
-        UnsupportedFeature for pictures where no encoder was ever asked for.
+        Known workers that are down count too, last: an embedding that is still in the store needs
+        no encoder. Raises Unavailable, Mispaired where workers do not belong together, or
+        UnsupportedFeature for pictures where no encoders are configured.
         """
         if pictures and not self.encoders.configured:
             raise UnsupportedFeature(
@@ -82,9 +83,9 @@ class Pairing:
                 raise self._unavailable() from error
 
     def missing(self, pictures: bool | None = None) -> list[str]:
-        """What a request would lack now, in words; nothing when it would be served.
+        """What a request would lack now, in words; empty when it would be served.
 
-        ``pictures``: whether it brings any; None: whatever this gateway was set up to serve.
+        ``pictures``: whether it has any; None: whether this gateway is configured for them.
         """
         llms = {w.description.pair_id for w in self.llms.serving(self._is_ours)}
         if not (self.encoders.configured if pictures is None else pictures):
@@ -111,7 +112,7 @@ class Pairing:
         return best[1] if best else None
 
     def _fingerprints(self, pair_id: str, pictures: bool) -> list[tuple[str, int]]:
-        """(fingerprint, serving encoders) of a pair; one empty fingerprint for text alone."""
+        """(fingerprint, number of serving encoders) of a pair; one empty fingerprint for text."""
         if not pictures:
             return [("", 0)]
         groups: dict[str, int] = {}
@@ -139,6 +140,6 @@ def _serving(workers: list[Worker]) -> int:
 
 
 def _least(workers: list[Worker], limit: str) -> int:
-    """The least value of a limit over workers that tell it; 0 when none does."""
-    told = [w.description.limits.get(limit, 0) for w in workers]
-    return min((value for value in told if value), default=0)
+    """The smallest value of a limit among workers that report it; 0 when none does."""
+    values = [w.description.limits.get(limit, 0) for w in workers]
+    return min((value for value in values if value), default=0)

@@ -1,8 +1,9 @@
-"""One worker behind the gateway: its channel, what it says of itself, and what it has of ours."""
+"""One worker behind the gateway: its channel, its state, its description, and our work with it."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -13,29 +14,32 @@ import grpc
 from gateway.edge.deadline import expired
 from opticnerve.embeddings.store import StoreState
 from opticnerve.errors import DeviceLost, OpticNerveError, Unavailable
-from opticnerve.rpc.channel import open_channel
+from opticnerve.rpc.channel import is_serving, open_channel
 from opticnerve.rpc.errors import METADATA_KEY, from_rpc
+
+log = logging.getLogger(__name__)
 
 _BROKEN = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.UNAUTHENTICATED,  # Our token is refused: not a fault of our caller.
 )
+PROBE_TIMEOUT_S = 2.0
 POLL_SERVING_S = 1.0
-POLL_DOWN_S = (0.1, 0.1, 0.2, 0.2, 0.5, 1.0)  # After one failure, two, ...; the last goes on.
+POLL_DOWN_S = (0.1, 0.1, 0.2, 0.2, 0.5, 1.0)  # After one failure, two, and so on.
 
 
 class WorkerState(Enum):
     STARTING = "starting"  # Not reached yet, or reached and not ready.
     SERVING = "serving"
-    DRAINING = "draining"  # Finishes what it has and takes nothing new.
-    DEAD = "dead"  # Was reached once, and is not now.
-    UNUSABLE = "unusable"  # Answers, and can be given no work; its fault says why.
+    DRAINING = "draining"  # Finishes its work and takes nothing new.
+    DEAD = "dead"  # Was reached before, and is not now.
+    UNUSABLE = "unusable"  # Answers, but can be given no work; its fault says why.
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a worker says of itself; the same shape for encoders and LLM workers.
+    """What a worker reports about itself, of either kind.
 
     Cost is in the pool's unit: patches for encoders, sequences for LLM workers.
     """
@@ -49,31 +53,37 @@ class Description:
     shm_tier_id: str = ""
     hidden_size: int = 0
     draining: bool = False
-    cost: int = 0  # Pending cost by the worker's own count.
-    cost_per_s: float = 0.0  # Its throughput while it has work, as it measured it; 0: not known.
-    window: int = 0  # Cost that one gateway keeps with it at a time; 0: any.
-    heavy_window: int = 0  # The same of heavy work, beside the other.
+    cost: int = 0  # Pending, of all gateways.
+    cost_per_s: float = 0.0  # Its measured throughput while it has work; 0: unknown.
+    window: int = 0  # Most cost that one gateway keeps with it at a time; 0: no bound.
+    heavy_window: int = 0  # The same for heavy work, in addition.
     limits: dict[str, int] = field(default_factory=dict)
     load: dict[str, int] = field(default_factory=dict)
     store: StoreState | None = None
-    instance_id: str = ""  # Of the process; empty: it does not tell.
-    fetch_address: str = ""  # What an encoder's references name.
+    instance_id: str = ""  # Of the process; empty: not reported.
+    fetch_address: str = ""  # In the references that an encoder returns.
     extra: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What somebody has to put right about a worker that answers, in words that say how."""
+    """What an operator has to correct about a worker that answers, and how."""
 
     text: str
-    usable: bool = False  # Whether it is given work all the same.
+    usable: bool = False  # Whether it is given work nevertheless.
 
 
 Describe = Callable[[grpc.aio.Channel, float], Awaitable[Description]]
+"""Asks for a description, within so many seconds."""
+
+REFUSED = Fault(
+    "takes no calls of this gateway: give both the same --rpc-token-file, and start again "
+    "whichever has read an older one"
+)
 
 
 class Worker:
-    """One address: its channel, its state, and the cost that we have with it."""
+    """One address: its channel, its state, and the cost of our work with it."""
 
     def __init__(self, address: str, token: str | None = None) -> None:
         self.address = address
@@ -82,13 +92,13 @@ class Worker:
         self.description = Description()
         self.fault: Fault | None = None
         self.pending = 0
-        self.heavy = 0  # Of that: what keeps its device waiting, see ``Job.heavy``.
-        self.foreign = 0  # Reported cost that is not ours, at the last report.
+        self.heavy = 0  # Of that, heavy work: see ``LeaseRequest.heavy``.
+        self.foreign = 0  # Reported cost of other gateways' work.
         self.last_picked = 0
         self.failures = 0
-        self.full_until = 0.0  # On the monotonic clock: it refused work for lack of room.
-        self.wake = asyncio.Event()  # Set: probe now.
-        self.idle = asyncio.Event()  # Set while nobody has the worker on loan.
+        self.full_until = 0.0  # On the monotonic clock, after it refused work for lack of room.
+        self.wake = asyncio.Event()  # Set to probe it at once.
+        self.idle = asyncio.Event()  # Set while it is lent to nothing.
         self.idle.set()
         self._loans = 0
 
@@ -110,18 +120,34 @@ class Worker:
         return self.description.cost_per_s
 
     def has_room(self, cost: int, heavy: bool = False) -> bool:
-        """Whether it takes work of ``cost`` now. One piece fits, however large, where we have
-        nothing else of its kind with it."""
+        """Whether it takes work of ``cost`` now. While it has none of the same kind from us, any
+        cost fits."""
         if time.monotonic() < self.full_until:
             return False
         window = self.description.heavy_window if heavy else self.description.window
         pending = self.heavy if heavy else self.pending - self.heavy
         return not window or not pending or pending + cost <= window
 
-    def observe(
-        self, description: Description | None, *, serving: bool, fault: Fault | None = None
+    async def probe(self, kind: str, describe: Describe, check: Check | None) -> None:
+        """Asks for its health and description, and updates its state. ``kind``: for log lines."""
+        try:
+            serving, description = await asyncio.gather(
+                is_serving(self.channel, PROBE_TIMEOUT_S), describe(self.channel, PROBE_TIMEOUT_S)
+            )
+            fault = await check(self, description) if check else None
+        except grpc.RpcError as error:
+            refused = error.code() is grpc.StatusCode.UNAUTHENTICATED
+            self._update(None, serving=False, fault=REFUSED if refused else None)
+        except Exception:
+            log.exception("%s %s: cannot be described", kind, self.address)
+            self._update(None, serving=False, fault=None)
+        else:
+            self._update(description, serving=serving, fault=fault)
+
+    def _update(
+        self, description: Description | None, *, serving: bool, fault: Fault | None
     ) -> None:
-        """Takes the outcome of one probe. No description: not reached, or refused by it."""
+        """``description`` is None for a worker that was not reached, or refused us."""
         self.fault = fault
         if description is not None:
             self.description = description
@@ -142,6 +168,10 @@ class Worker:
         if self.state is WorkerState.SERVING:
             return POLL_SERVING_S
         return POLL_DOWN_S[min(self.failures, len(POLL_DOWN_S) - 1)]
+
+
+Check = Callable[[Worker, Description], Awaitable[Fault | None]]
+"""Finds what an operator has to correct about a worker that has described itself."""
 
 
 class WorkerLost(Unavailable):

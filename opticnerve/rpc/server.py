@@ -59,9 +59,7 @@ class Server:
         self.config = config
         self.service = service
         token = load_token(config.rpc_token_file)
-        guards = (
-            () if token is None else (TokenGuard(token),)
-        )  # First: no line for refused calls.
+        guards = () if token is None else (TokenGuard(token),)  # First: no line for refused calls.
         self._calls = Calls()
         self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[*guards, self._calls])
         self.instance_id = secrets.token_hex(16)  # Tells this process from any other.

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from gateway.workers import advertised
 from gateway.workers import pool as pools
+from gateway.workers import reachability
 from opticnerve.config import RpcConfig
 from opticnerve.pb import embedding_pb2
 from tests import encoders
@@ -97,7 +97,7 @@ class Advertising(FakeEncoder):
 async def test_where_nobody_answers_is_told_and_a_mended_address_is_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(advertised, "RECHECK_S", 0.0)
+    monkeypatch.setattr(reachability, "RECHECK_S", 0.0)
     nowhere = f"127.0.0.1:{free_port()}"
     async with (
         Advertising(nowhere) as wrong,

@@ -39,7 +39,7 @@ async def dripping(writer, text=b"x"):
 
 @pytest.mark.parametrize("sent", [b"", b"GET /live HTTP/1.1\r\nx-long: "])
 async def test_a_connection_without_a_whole_head_is_closed(sent, monkeypatch):
-    monkeypatch.setattr(connections, "FIRST_REST_S", 0.2)
+    monkeypatch.setattr(connections, "FIRST_HEAD_TIMEOUT_S", 0.2)
     async with stack(encoders=0, llms=0, ready=False) as s, connected(s) as (reader, writer):
         writer.write(sent)
         async with dripping(writer) if sent else contextlib.nullcontext():
@@ -47,7 +47,7 @@ async def test_a_connection_without_a_whole_head_is_closed(sent, monkeypatch):
 
 
 async def test_a_body_that_nobody_reads_keeps_no_connection(monkeypatch):
-    monkeypatch.setattr(connections, "REST_S", 0.2)
+    monkeypatch.setattr(connections, "IDLE_TIMEOUT_S", 0.2)
     async with stack(encoders=0, llms=0, ready=False) as s, connected(s) as (reader, writer):
         head = b"POST /v1/nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n"
         writer.write(head)
@@ -144,15 +144,15 @@ def test_a_process_with_too_few_files_does_not_start(command):
 
 
 async def test_a_body_in_crumbs_is_read_in_short_steps_with_rests(monkeypatch):
-    monkeypatch.setattr(connections, "CHUNKS_PER_S", 100_000)
-    steps, rests, rest_s = [], [], connections.Connections.rest_s
+    monkeypatch.setattr(connections, "BODY_CHUNKS_PER_S", 100_000)
+    steps, rests, delay_s = [], [], connections.Connections.pacing_delay_s
 
     def counted(owner, connection, chunks):
         steps.append(chunks)
-        rests.append(rest_s(owner, connection, chunks))
+        rests.append(delay_s(owner, connection, chunks))
         return rests[-1]
 
-    monkeypatch.setattr(connections.Connections, "rest_s", counted)
+    monkeypatch.setattr(connections.Connections, "pacing_delay_s", counted)
     sent = json.dumps(body()).encode().ljust(30_000)
     crumbs = b"".join(b"1\r\n%c\r\n" % byte for byte in sent) + b"0\r\n\r\n"
     async with stack() as s, connected(s) as (reader, writer):

@@ -8,8 +8,8 @@ import socket
 
 import pytest
 
-from gateway.api.http import PROGRESS_BYTES
 from gateway.edge.auth import Keys
+from gateway.edge.limits import PROGRESS_BYTES
 from gateway.edge.protocol import Wait
 from tests.fakes import until
 from tests.gateways import body, connected, rest, stack

@@ -11,7 +11,7 @@ import pytest
 
 from gateway.api.http import OFF_LOOP_BYTES
 from gateway.api.schemas.outline import draw
-from gateway.edge.lanes import LONG_BYTES
+from gateway.edge.threads import LONG_BYTES
 from tests.gateways import body, stack, user
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]

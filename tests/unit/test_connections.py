@@ -6,15 +6,14 @@ import itertools
 
 import pytest
 
-from gateway.api.http import PROGRESS_BYTES
-from gateway.edge.connections import (
-    CHECK_S,
-    CHUNKS_PER_S,
-    FIRST_REST_S,
-    FREE_CHUNKS,
-    PATIENCE_S,
-    REST_S,
-    Connections,
+from gateway.edge.connections import CHECK_S, Connections
+from gateway.edge.limits import (
+    BODY_CHUNKS_PER_S,
+    FIRST_HEAD_TIMEOUT_S,
+    FREE_BODY_CHUNKS,
+    IDLE_TIMEOUT_S,
+    NO_PROGRESS_S,
+    PROGRESS_BYTES,
 )
 from gateway.edge.protocol import Wait, holder_of
 
@@ -60,10 +59,10 @@ class Line:
         self.owner, self.loop = owner, loop
         self.address = self.holder = address
         self.wait = self.timer = self.cycle = self.key = None
-        self.since, self.mark, self.count = 0.0, 0, 0
+        self.since, self.progress_before, self.count = 0.0, 0, 0
         self.does = Wait.HEAD
         self.open = True
-        owner.enter(self)
+        owner.add(self)
 
     def expects(self):
         return self.does
@@ -71,17 +70,17 @@ class Line:
     def current_holder(self):
         return self.key or self.holder
 
-    def moved(self):
+    def progress(self):
         return self.count
 
     def close(self):
-        self.owner.leave(self)
+        self.owner.remove(self)
         self.open = False
 
     def turn(self, does, key=None):
         """It begins a request, goes on with it or ends it."""
         self.cycle, self.does, self.key = object(), does, key
-        self.owner.settle(self)
+        self.owner.update(self)
         return self
 
 
@@ -133,7 +132,7 @@ def test_one_holder_alone_has_all_and_its_uploads_are_left_alone():
             upload.count += PROGRESS_BYTES
         assert not crowd.line().open
     uploads[1].count += 10**6
-    crowd.loop.pass_by(PATIENCE_S + CHECK_S)
+    crowd.loop.pass_by(NO_PROGRESS_S + CHECK_S)
     uploads[0].count += PROGRESS_BYTES - 1
     last = crowd.line()
     assert last.open and are_open(uploads) == [False, True]
@@ -142,7 +141,7 @@ def test_one_holder_alone_has_all_and_its_uploads_are_left_alone():
 def test_a_new_connection_is_not_lost_while_a_request_stalls():
     crowd = Crowd(3)
     stalled = crowd.lines(2, "a", Wait.READER)
-    crowd.loop.pass_by(PATIENCE_S)
+    crowd.loop.pass_by(NO_PROGRESS_S)
     fresh = crowd.line()
     assert crowd.line().open and fresh.open and are_open(stalled) == [False, True]
 
@@ -173,11 +172,11 @@ def test_a_head_must_be_whole_in_time_however_many_bytes_come(served):
     if served:
         line.turn(None).turn(Wait.HEAD)
     for _ in range(9):
-        crowd.loop.pass_by((REST_S if served else FIRST_REST_S) / 10)
+        crowd.loop.pass_by((IDLE_TIMEOUT_S if served else FIRST_HEAD_TIMEOUT_S) / 10)
         line.count += 10 * PROGRESS_BYTES
-        crowd.owner.settle(line)
+        crowd.owner.update(line)
         assert line.open
-    crowd.loop.pass_by(REST_S)
+    crowd.loop.pass_by(IDLE_TIMEOUT_S)
     assert not line.open and crowd.owner.holders == 0
 
 
@@ -210,11 +209,11 @@ def test_connections_of_one_holder_rest_in_turn_for_their_crumbs():
     clock, owner = Clock(), Connections(10)
     one, two = Line(owner, clock, "1"), Line(owner, clock, "1")
     other = Line(owner, clock, "2")
-    assert owner.rest_s(one, CHUNKS_PER_S) == 1
-    assert owner.rest_s(two, CHUNKS_PER_S) == 2
-    assert owner.rest_s(other, CHUNKS_PER_S) == 1
-    assert owner.rest_s(other, FREE_CHUNKS) == 0
+    assert owner.pacing_delay_s(one, BODY_CHUNKS_PER_S) == 1
+    assert owner.pacing_delay_s(two, BODY_CHUNKS_PER_S) == 2
+    assert owner.pacing_delay_s(other, BODY_CHUNKS_PER_S) == 1
+    assert owner.pacing_delay_s(other, FREE_BODY_CHUNKS) == 0
     clock.pass_by(10)
-    assert owner.rest_s(one, CHUNKS_PER_S) == 1
+    assert owner.pacing_delay_s(one, BODY_CHUNKS_PER_S) == 1
     one.close()
-    assert owner.rest_s(one, CHUNKS_PER_S) == 0
+    assert owner.pacing_delay_s(one, BODY_CHUNKS_PER_S) == 0

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.edge.deadline import Deadline
-from gateway.workers.dispatch import Dispatcher, Job
+from gateway.workers.dispatch import Dispatcher, LeaseRequest
 from gateway.workers.worker import WorkerState
 
 
@@ -40,7 +40,7 @@ def simulate(machines, costs, learn_after=0):
     ``learn_after``: jobs of its own after which a machine knows its throughput.
     """
     dispatcher = Dispatcher(lambda: machines)
-    jobs = [Job(cost, Deadline(float(number))) for number, cost in enumerate(costs)]
+    jobs = [LeaseRequest(cost, Deadline(float(number))) for number, cost in enumerate(costs)]
     begun, ends, now = [], [], 0.0
 
     def begin():
@@ -97,12 +97,12 @@ def test_everything_is_begun_in_order_and_in_bounded_time(costs, kinds):
 def test_nobody_overtakes_a_job_that_waits_for_room():
     machine = Machine("a", 1.0, 10)
     dispatcher = Dispatcher(lambda: [machine])
-    large, small = Job(9, Deadline(1.0)), Job(1, Deadline(2.0))
+    large, small = LeaseRequest(9, Deadline(1.0)), LeaseRequest(1, Deadline(2.0))
     machine.pending = 5
     dispatcher.add(large)
     dispatcher.add(small)
     assert large.worker is small.worker is None
-    other = Job(1, Deadline(3.0), accepts=lambda worker: False)
+    other = LeaseRequest(1, Deadline(3.0), accepts=lambda worker: False)
     dispatcher.add(other)
     machine.pending = 0
     dispatcher.dispatch()
@@ -113,8 +113,8 @@ def test_nobody_overtakes_a_job_that_waits_for_room():
 def test_heavy_jobs_keep_no_others_waiting_and_not_the_other_way_round():
     machine = Machine("a", 1.0, 10)
     dispatcher = Dispatcher(lambda: [machine])
-    heavy = [Job(9, Deadline(1.0), heavy=True) for _ in range(3)]
-    light = [Job(9, Deadline(2.0)) for _ in range(3)]
+    heavy = [LeaseRequest(9, Deadline(1.0), heavy=True) for _ in range(3)]
+    light = [LeaseRequest(9, Deadline(2.0)) for _ in range(3)]
     for job in (*heavy, *light):
         dispatcher.add(job)
     assert [job.worker for job in heavy] == [machine, None, None]
@@ -129,10 +129,10 @@ def test_requests_share_what_there_is_by_what_their_jobs_take():
     """Ten of one request, of a second each, and one of another that comes a little later."""
     machine = Machine("a", 1.0, 1)
     dispatcher = Dispatcher(lambda: [machine])
-    many = [Job(1, Deadline(100.0), behind_s=float(number)) for number in range(10)]
+    many = [LeaseRequest(1, Deadline(100.0), behind_s=float(number)) for number in range(10)]
     for job in many:
         dispatcher.add(job)
-    one = Job(1, Deadline(100.5))
+    one = LeaseRequest(1, Deadline(100.5))
     dispatcher.add(one)
     assert many[0].worker is machine
     assert dispatcher.waiting == [one, *many[1:]]
@@ -142,7 +142,7 @@ def test_a_job_that_leaves_makes_way_for_those_behind_it():
     machine = Machine("a", 1.0, 10)
     dispatcher = Dispatcher(lambda: [machine])
     machine.pending = 5
-    large, small = Job(9, Deadline(1.0)), Job(1, Deadline(2.0))
+    large, small = LeaseRequest(9, Deadline(1.0)), LeaseRequest(1, Deadline(2.0))
     dispatcher.add(large)
     dispatcher.add(small)
     assert small.worker is None
@@ -182,7 +182,7 @@ def lent_order(jobs, window=1):
 
 
 def job(share, number=0, cost=1, weight=1.0):
-    return Job(cost, Deadline(float(number)), share=share, weight=weight)
+    return LeaseRequest(cost, Deadline(float(number)), share=share, weight=weight)
 
 
 def test_one_picture_of_a_key_does_not_wait_for_the_hundreds_of_another():

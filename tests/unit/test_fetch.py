@@ -9,7 +9,8 @@ from random import Random
 
 import pytest
 
-from gateway.media.encodings import MAX_MEMBERS, PIECE_BYTES, Decoder
+from gateway.edge.limits import MAX_GZIP_MEMBERS
+from gateway.media.body import PIECE_BYTES, ContentDecoder
 from gateway.media.fetch import MediaFetcher
 from opticnerve.errors import MediaFetchFailed, Overloaded, PayloadTooLarge
 from tests.media_server import BODY, FakeResolver, Server, deflated, fails, run
@@ -162,7 +163,7 @@ def test_deflate_without_a_frame_is_told_by_more_than_its_sum() -> None:
         body = Random(seed).randbytes(300) + b"abc" * 100
         data = deflated(body, -15)
         found += int.from_bytes(data[:2]) % 31 == 0
-        assert b"".join(Decoder("deflate").pieces(data)) == body
+        assert b"".join(ContentDecoder("deflate").pieces(data)) == body
     assert found
 
 
@@ -172,15 +173,15 @@ def test_pieces_lose_nothing_where_they_meet(coding: str) -> None:
     wbits = 31 if coding == "gzip" else -15
     for size in (0, 1, *range(PIECE_BYTES - 300, PIECE_BYTES + 300, 7), 3 * PIECE_BYTES):
         body = bytes(size)
-        decoder = Decoder(coding)
+        decoder = ContentDecoder(coding)
         assert b"".join(decoder.pieces(deflated(body, wbits))) == body
         decoder.check_end()
 
 
 def test_members_are_bounded_since_empty_ones_cost_time_too() -> None:
     member = deflated(b"", 31)
-    decoder = Decoder("gzip")
-    assert not b"".join(decoder.pieces(member * MAX_MEMBERS))
+    decoder = ContentDecoder("gzip")
+    assert not b"".join(decoder.pieces(member * MAX_GZIP_MEMBERS))
     with pytest.raises(zlib.error, match="members"):
         list(decoder.pieces(member))
 

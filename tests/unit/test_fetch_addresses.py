@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.media.netguard import in_domains, is_odd_number, is_public
+from gateway.media.hosts import in_domains, is_public, is_unusual_ipv4
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_public(address: str) -> None:
     ],
 )
 def test_odd_numbers(host: str, odd: bool) -> None:
-    assert is_odd_number(host) is odd
+    assert is_unusual_ipv4(host) is odd
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ from itertools import chain, repeat
 
 import pytest
 
+from gateway.edge.limits import FREE_SMALL_READS, LEAST_CHUNK_BYTES, SMALL_READ_DELAY_S
+from gateway.media import body as bodies
 from gateway.media import fetch as fetching
 from gateway.media.fetch import MediaFetcher
-from gateway.media.places import Places
-from gateway.media.transport import FREE_SMALL_READS, PAUSE_S, Socket
+from gateway.media.slots import FairSlots
+from gateway.media.transport import PacedStream
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import MediaFetchFailed, OpticNerveError
 from tests.media_server import Server, run
@@ -134,26 +136,26 @@ def test_a_body_byte_by_byte_is_read_in_pieces() -> None:
     """Each read costs a tenth of a millisecond, whatever it brings: without a pause between small
     ones such a server takes a core."""
     reads = 0
-    receive = Socket.receive
+    receive = PacedStream.receive
 
-    async def counted(self: Socket, max_bytes: int = 2**16) -> bytes:
+    async def counted(self: PacedStream, max_bytes: int = 2**16) -> bytes:
         nonlocal reads
         reads += 1
         return await receive(self, max_bytes)
 
     seconds = 1.5
     with pytest.MonkeyPatch.context() as patch, sending(flood(OK + b"\r\n", b"x")) as port:
-        patch.setattr(Socket, "receive", counted)
+        patch.setattr(PacedStream, "receive", counted)
         cost = asyncio.run(fetched(port, seconds))
     assert "longer than" in cost.error.message or "larger" in cost.error.message
-    assert reads < 2 * (FREE_SMALL_READS + seconds / PAUSE_S)
+    assert reads < 2 * (FREE_SMALL_READS + seconds / SMALL_READ_DELAY_S)
 
 
 def test_a_picture_in_honest_pieces_comes_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small packets and chunks of twice the least size, more of them than are free. A chunk that
     two reads bring counts as two."""
-    monkeypatch.setattr(fetching, "FREE_CHUNKS", 50)
-    size = 2 * fetching.LEAST_CHUNK_BYTES
+    monkeypatch.setattr(bodies, "FREE_MEDIA_CHUNKS", 50)
+    size = 2 * LEAST_CHUNK_BYTES
     body = b"".join(b"%x\r\n" % size + bytes([i]) * size + b"\r\n" for i in range(200))
 
     async def work(server: Server, fetch: MediaFetcher) -> None:
@@ -176,8 +178,8 @@ def test_early_hints_come_before_an_answer() -> None:
 
 
 def test_one_slow_server_leaves_connections_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "MAX_CONNECTIONS", 4)
-    monkeypatch.setattr(fetching, "MAX_TO_ONE_ADDRESS", 3)
+    monkeypatch.setattr(fetching, "MAX_FETCHES", 4)
+    monkeypatch.setattr(fetching, "MAX_FETCHES_PER_ADDRESS", 3)
 
     async def resolve(host: str, port: int) -> list[str]:
         return ["127.0.0.2" if host == "slow.example" else "127.0.0.1"]
@@ -189,42 +191,42 @@ def test_one_slow_server_leaves_connections_to_others(monkeypatch: pytest.Monkey
             port = slow.sockets[0].getsockname()[1]
             url = f"http://slow.example:{port}/x"
             waiting = [asyncio.create_task(fetch.fetch(url)) for _ in range(20)]
-            while fetch._places.free > 1:  # Those that hold the address' share.
+            while fetch._slots.held < 3:  # Those that hold the address' share.
                 await asyncio.sleep(0.01)
             assert await fetch.fetch(server.url("/ok", "quick.example"))
-            assert fetch._places.free == 1
+            assert fetch._slots.held == 3
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
-            assert fetch._places.free == 4
+            assert fetch._slots.held == 0
 
     run(work, fetcher={"resolve": resolve})
 
 
 async def _shares() -> None:
-    shares = Places(3, 2)
+    shares = FairSlots(3, 2)
     order: list[str] = []
 
     async def want(name: str) -> None:
-        await shares.take(name)
+        await shares.acquire(name)
         order.append(name)
 
     tasks = [asyncio.create_task(want(name)) for name in ("a", "a", "a", "a", "b", "c")]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert order == ["a", "a", "b"] and shares.free == 0
+    assert order == ["a", "a", "b"] and shares.held == 3
     tasks[2].cancel()
     await asyncio.gather(tasks[2], return_exceptions=True)
-    shares.give("b")  # The fourth of a still has no room; c has.
+    shares.release("b")  # The fourth of a still has no room; c has.
     await asyncio.sleep(0)
     assert order == ["a", "a", "b", "c"]
-    shares.give("a")
+    shares.release("a")
     tasks[3].cancel()  # Too late: the place is its own by now, and is given back.
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert shares.free == 1 and not shares._waiting
-    shares.give("a")
-    shares.give("c")
-    assert shares.free == 3 and not shares._held
+    assert shares.held == 2 and not shares._waiting
+    shares.release("a")
+    shares.release("c")
+    assert shares.held == 0 and not shares._by_holder
 
 
 def test_shares_are_given_in_order_past_who_has_his() -> None:

@@ -16,8 +16,9 @@ from pydantic_core import from_json
 
 from gateway.api.chat import ChatRequest
 from gateway.api.schemas import outline
-from gateway.api.schemas.outline import MAX_NAME, MAX_OUTLINE_BYTES, count_values, draw
+from gateway.api.schemas.outline import count_values, draw
 from gateway.api.schemas.parsing import parse
+from gateway.edge.limits import MAX_NAME_CHARACTERS, MAX_OUTLINE_BYTES
 from opticnerve.errors import InvalidRequest, OpticNerveError, PayloadTooLarge
 
 PLENTY = 10**9
@@ -213,7 +214,7 @@ def test_no_step_of_the_parser_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
         (nasty("halves", 2**23), InvalidRequest, "half of a surrogate pair"),
         (nasty("no end", 2**23), InvalidRequest, "no end"),
         (nasty("strings", 2**23), InvalidRequest, "strings follow"),
-        (nasty("a name", 2**23), InvalidRequest, f"longer than {MAX_NAME} characters"),
+        (nasty("a name", 2**23), InvalidRequest, f"longer than {MAX_NAME_CHARACTERS} characters"),
         (message('"%s\x01"' % ("a" * 1000)), InvalidRequest, "control character"),
         (message('"%s\\x"' % ("a" * 1000)), InvalidRequest, "escape"),
         (message('"%s", ' % ("a" * 1000)), InvalidRequest, "not valid JSON: "),

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from gateway.edge.deadline import Deadline
+from gateway.workers import discovery
 from gateway.workers import encode as encoders
 from gateway.workers import generate as generation
 from gateway.workers import pool as pools
@@ -152,7 +153,7 @@ async def test_a_name_with_several_addresses_is_warned_of(hosts, told, monkeypat
         asked.append(name)
         return {f"{host}:7001" for host in hosts}
 
-    monkeypatch.setattr(pools, "_resolve", resolve)
+    monkeypatch.setattr(pools, "resolve", resolve)
     async with FakeEncoder() as encoder:
         name = encoder.address.replace("127.0.0.1", "localhost")
         async with pool_of(name) as pool:
@@ -183,7 +184,7 @@ async def test_what_waits_for_room_hears_when_every_worker_is_gone():
 
 
 async def test_names_are_resolved_again(monkeypatch):
-    monkeypatch.setattr(pools, "RESOLVE_S", 0.01)
+    monkeypatch.setattr(discovery, "RESOLVE_S", 0.01)
     async with FakeEncoder() as a, FakeEncoder() as b:
         found = {a.address}
 
@@ -191,7 +192,7 @@ async def test_names_are_resolved_again(monkeypatch):
             assert name == "encoders:9000"
             return set(found)
 
-        monkeypatch.setattr(pools, "_resolve", resolve)
+        monkeypatch.setattr(discovery, "resolve", resolve)
         async with pool_of("dns:///encoders:9000") as pool:
             await until(lambda: [w.address for w in pool.serving()] == [a.address])
             found.symmetric_difference_update({a.address, b.address})
@@ -199,8 +200,8 @@ async def test_names_are_resolved_again(monkeypatch):
 
 
 async def test_resolves_addresses_of_a_name():
-    assert "127.0.0.1:9000" in await pools._resolve("localhost:9000")
-    assert await pools._resolve("no-such-name.invalid:1") is None
+    assert "127.0.0.1:9000" in await discovery.resolve("localhost:9000")
+    assert await discovery.resolve("no-such-name.invalid:1") is None
 
 
 @contextlib.asynccontextmanager

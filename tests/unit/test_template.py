@@ -218,7 +218,7 @@ def test_the_sandbox_holds(template: str, tmp_path: Path) -> None:
 
 
 def test_a_template_without_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.prompt.template.MAX_CHARACTERS", 2**16)
+    monkeypatch.setattr("gateway.prompt.template.MAX_PROMPT_CHARACTERS", 2**16)
     template = "{% for i in range(99999) %}{{ messages[0].content * 1000 }}{% endfor %}"
     renderer = placed(v.byte_level(tmp_path, template), "<|image_pad|>")
     with pytest.raises(InvalidRequest, match="too much"):
@@ -239,13 +239,13 @@ def test_messages_that_could_never_fit() -> None:
 
 def test_a_template_that_writes_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     renderer = ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT)
-    monkeypatch.setattr("gateway.prompt.template.MAX_CHARACTERS", 100)
+    monkeypatch.setattr("gateway.prompt.template.MAX_PROMPT_CHARACTERS", 100)
     with pytest.raises(ContextLengthExceeded, match="wrote too much") as caught:
         renderer.render(request(user("hello " * 100)))
     assert caught.value.param == "messages"
 
 
-@pytest.mark.parametrize("limit", ["MAX_CHARACTERS", "MAX_SECONDS"])
+@pytest.mark.parametrize("limit", ["MAX_PROMPT_CHARACTERS", "TEMPLATE_TIMEOUT_S"])
 @pytest.mark.parametrize("way", ["written", "marked"])
 def test_a_prompt_that_is_too_long_with_aliases_alone_is_too_long(
     limit: str, way: str, monkeypatch: pytest.MonkeyPatch

@@ -20,12 +20,10 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
+from gateway.edge.limits import MAX_ENTRIES, MAX_FIELDS
 from opticnerve.errors import InvalidRequest
 
-MAX_FIELDS = 256  # Of one object; no model here has a quarter of them.
-MAX_ENTRIES = 2**12  # Of one list of objects.
-
-MAX_NAME = 80  # Characters of a field's name that an answer repeats.
+MAX_SHOWN_NAME = 80  # Characters of a field's name that an answer repeats.
 BOM = b"\xef\xbb\xbf"  # What some editors and clients begin UTF-8 with.
 HALF = re.compile("[\ud800-\udfff]")
 HALVES = "holds half of a surrogate pair, which is no character; send UTF-8, or escape both halves"
@@ -105,7 +103,7 @@ def _size(value: Any, enough: int) -> int:
 
 def join(path: str, step: str) -> str:
     """The path of a field of what is at ``path``."""
-    name = step if len(step) <= MAX_NAME else step[:MAX_NAME] + "..."
+    name = step if len(step) <= MAX_SHOWN_NAME else step[:MAX_SHOWN_NAME] + "..."
     return f"{path}.{name}" if path else name
 
 

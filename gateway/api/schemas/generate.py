@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from gateway.api.schemas.base import INTEGRAL, Strict
 from gateway.api.schemas.sampling import SamplingFields
+from gateway.edge.limits import MAX_SALT_CHARACTERS
 from gateway.job import UNLIMITED, GenerationOptions
 
 
@@ -22,7 +23,7 @@ def _some(length: int) -> int:
 
 
 Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1), INTEGRAL]
-CacheSalt = Annotated[str, Field(max_length=1024)]
+CacheSalt = Annotated[str, Field(max_length=MAX_SALT_CHARACTERS)]
 OutputLength = Annotated[
     int,
     Field(le=2**31 - 1, json_schema_extra={"anyOf": [{"minimum": 1}, {"const": UNLIMITED}]}),

@@ -25,6 +25,7 @@ from gateway.api.schemas.base import (
     no_larger,
 )
 from gateway.api.schemas.outline import count_values, draw
+from gateway.edge.limits import MAX_ARGUMENT_VALUES, MAX_TEMPLATE_KWARGS
 from gateway.job import ChatPrompt
 from gateway.media.dataurl import is_data_url
 from opticnerve.errors import InvalidRequest
@@ -35,14 +36,12 @@ Detail = Literal["auto", "low", "high", "original"]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 REASONING_EFFORT = "reasoning_effort"  # As a field, and as a template's variable.
-MAX_TEMPLATE_KWARGS = 2**14  # Values, and characters of strings.
 
 LOW_DETAIL_PIXELS = 512 * 512  # What OpenAI's ``detail: low`` shows a model.
 URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
 DIGITS = re.compile(r"[0-9]{1,10}")
 LONG_ARGUMENTS = 2**18  # Characters of a call's arguments that are parsed in one step.
-MAX_ARGUMENT_VALUES = 2**16  # Of all earlier tool calls of a request, as templates see them.
 SOURCE_START = 256  # Characters of a source that decide what it is.
 
 

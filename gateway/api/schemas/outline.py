@@ -27,14 +27,11 @@ from typing import Any
 from pydantic_core import from_json
 
 from gateway.api.schemas.base import BOM, HALVES
+from gateway.edge.limits import MAX_NAME_CHARACTERS, MAX_OUTLINE_BYTES, MAX_TEXT_CHARACTERS
 from opticnerve.errors import InvalidRequest, PayloadTooLarge
 
-VALUE_BYTES = 400  # Memory that one value takes at most, as part of a validated request.
 LONG = 128  # Bytes of a string that is left out.
 PIECE_BYTES = 2**18  # Looked at between two turns of other threads.
-MAX_OUTLINE_BYTES = 2**22  # All but long strings: parsed in one step, of some 60 ms at worst.
-MAX_NAME = 2**16  # Characters of a field's name.
-MAX_TEXT = 2**24  # Characters of a string that is not ASCII alone.
 WINDOW = 32  # Bytes before a cut that are looked at; a pair of escapes is twelve.
 _INSIDE = re.compile(rb'(?:[^"\\\x00-\x1f]++|\\.)*+', re.DOTALL)  # Of a string, up to its end.
 _CONTROL = bytes(range(32))
@@ -108,8 +105,10 @@ class Outline:
     def _name(self, value: str) -> str:
         """Names are hashed and compared, each time from end to end."""
         name = self._string(value)
-        if len(name) > MAX_NAME:
-            raise InvalidRequest(f"the name of a field is longer than {MAX_NAME} characters")
+        if len(name) > MAX_NAME_CHARACTERS:
+            raise InvalidRequest(
+                f"the name of a field is longer than {MAX_NAME_CHARACTERS} characters"
+            )
         return name
 
 
@@ -186,10 +185,10 @@ def _decoded(raw: memoryview) -> Iterator[str]:
             raise _invalid(str(error).partition(" at line ")[0]) from error
         total += len(piece)
         ascii = ascii and piece.isascii()
-        if total > MAX_TEXT and not ascii:
+        if total > MAX_TEXT_CHARACTERS and not ascii:
             raise PayloadTooLarge(
-                f"the body holds a text of more than {MAX_TEXT} characters, which is more than any "
-                "prompt; send a shorter one"
+                f"the body holds a text of more than {MAX_TEXT_CHARACTERS} characters, which is "
+                "more than any prompt; send a shorter one"
             )
         yield piece
         place = stop

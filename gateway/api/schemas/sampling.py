@@ -7,11 +7,21 @@ from typing import Annotated
 from pydantic import Field
 
 from gateway.api.schemas.base import INTEGRAL, Body, at_most
+from gateway.edge.limits import (
+    MAX_ALLOWED_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_BIASES,
+    MAX_CHOICES,
+    MAX_STOP_TOKENS,
+    MAX_STOPS,
+    MAX_WORD_CHARACTERS,
+)
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1), INTEGRAL]
-Word = Annotated[str, Field(max_length=1024)]  # An empty one asks for nothing.
-MAX_STOPS = 16
-MAX_ALLOWED = 2**16
+Word = Annotated[str, Field(max_length=MAX_WORD_CHARACTERS)]  # An empty one has no effect.
+AllowedTokens = Annotated[
+    list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS, fail_fast=True)
+]
 
 
 class SamplingFields(Body):
@@ -29,19 +39,17 @@ class SamplingFields(Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64), INTEGRAL] | None = None
-    n: Annotated[int, Field(ge=1, le=128), INTEGRAL] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1), INTEGRAL] | None = None
     stop: Word | Annotated[list[Word], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logit_bias: (
-        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], at_most(1024)] | None
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], at_most(MAX_BIASES)] | None
     ) = None
-    bad_words: Annotated[list[Word], Field(max_length=256)] | None = None
-    allowed_token_ids: (
-        Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED, fail_fast=True)] | None
-    ) = None
+    bad_words: Annotated[list[Word], Field(max_length=MAX_BAD_WORDS)] | None = None
+    allowed_token_ids: AllowedTokens | None = None
     skip_special_tokens: bool = True
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from gateway.edge.lanes import LONG_BYTES, off_loop
+from gateway.edge.threads import LONG_BYTES, off_loop
 from opticnerve.telemetry import logs
 
 SAFETY_S = 60

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from gateway.media import resolver
+from gateway.edge.limits import MAX_NEW_LOOKUPS, MAX_NEW_LOOKUPS_PER_SITE, SILENT_NAME_S
+from gateway.media import hosts
 from gateway.media.fetch import MediaFetcher
-from gateway.media.resolver import STRANGERS_OF_A_SITE, Resolver, site
+from gateway.media.hosts import Resolver, site
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import MediaFetchFailed
 
@@ -57,7 +58,7 @@ def run(work: Callable[[Resolver, Names], Awaitable[None]]) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolver, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(hosts, "NAME_TIMEOUT_S", 0.2)
 
 
 def test_the_systems_resolver_is_asked() -> None:
@@ -69,7 +70,7 @@ def test_a_name_has_its_addresses_once_and_in_order() -> None:
         assert await resolve("Pictures.Example", 80) == ["1.2.3.4", "::5"]
         with pytest.raises(OSError, match="no such name"):
             await resolve("nowhere.example", 80)
-        assert not resolve._asked and resolve._strangers.free == resolver.STRANGERS
+        assert not resolve._running and resolve._new.held == 0
 
     run(work)
 
@@ -90,30 +91,30 @@ def test_names_that_do_not_answer_stop_no_others(host: str) -> None:
 
     async def work(resolve: Resolver, names: Names) -> None:
         lost = [asyncio.create_task(resolve(host.format(i), 80)) for i in range(many)]
-        while names.hanging < min(many, STRANGERS_OF_A_SITE):
+        while names.hanging < min(many, MAX_NEW_LOOKUPS_PER_SITE):
             await asyncio.sleep(0.01)
         for i in range(50):
             assert await resolve(f"new{i}.quick.example", 80)
         assert not any(task.done() for task in lost)
-        assert names.hanging <= (STRANGERS_OF_A_SITE if many == 200 else many)
+        assert names.hanging <= (MAX_NEW_LOOKUPS_PER_SITE if many == 200 else many)
         for task in lost:
             task.cancel()
         await asyncio.gather(*lost, return_exceptions=True)
-        assert len(resolve._asked) == names.hanging  # Threads that cannot be stopped count on.
+        assert len(resolve._running) == names.hanging  # Threads that cannot be stopped count on.
         names.end.set()
-        while resolve._asked:
+        while resolve._running:
             await asyncio.sleep(0.01)
-        assert resolve._strangers.free == resolver.STRANGERS
+        assert resolve._new.held == 0
 
     run(work)
 
 
-def test_names_that_have_answered_need_no_place_of_strangers() -> None:
+def test_names_that_were_resolved_need_no_slot_of_new_ones() -> None:
     async def work(resolve: Resolver, names: Names) -> None:
         await resolve("known.example", 80)
-        sites = [f"x.silent{i}.org" for i in range(resolver.STRANGERS + 10)]
+        sites = [f"x.silent{i}.org" for i in range(MAX_NEW_LOOKUPS + 10)]
         lost = [asyncio.create_task(resolve(name, 80)) for name in sites]
-        while resolve._strangers.free:
+        while resolve._new.held < MAX_NEW_LOOKUPS:
             await asyncio.sleep(0.01)
         assert await resolve("known.example", 80)
         for task in lost:
@@ -129,14 +130,14 @@ def test_a_silent_name_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(TimeoutError):
             await resolve("silent.example", 80)
         names.end.set()
-        while resolve._asked:
+        while resolve._running:
             await asyncio.sleep(0.01)
         for _ in range(3):
             with pytest.raises(TimeoutError):
                 await resolve("Silent.Example.", 80)
         assert names.asked == ["silent.example"]
-        now = resolver.time.monotonic()
-        monkeypatch.setattr(resolver.time, "monotonic", lambda: now + resolver.SILENCE_S)
+        now = hosts.time.monotonic()
+        monkeypatch.setattr(hosts.time, "monotonic", lambda: now + SILENT_NAME_S)
         with pytest.raises(OSError, match="no answer"):
             await resolve("silent.example", 80)
         assert len(names.asked) == 2
@@ -156,12 +157,12 @@ def test_one_thread_asks_for_all_who_want_a_name() -> None:
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolver, "REMEMBERED", 10)
+    monkeypatch.setattr(hosts, "MAX_REMEMBERED", 10)
 
     async def work(resolve: Resolver, names: Names) -> None:
         for i in range(20):
             await resolve(f"a{i}.example", 80)
-        assert len(resolve._known) == 10
+        assert len(resolve._resolved) == 10
 
     run(work)
 

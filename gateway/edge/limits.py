@@ -1,0 +1,152 @@
+"""The policy towards clients: every bound that they can meet, in one place.
+
+A bound is fixed here, or it is an operator's flag, whose default ``opticnerve.config`` holds. What
+a client gets when it meets the bound is an error with its code, or what happens instead of one:
+most bounds on pace delay a client, or close its connection. Modules import the bounds that they
+enforce. The table in docs/security.md is written from this module (``tests/policy_table.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from opticnerve.config import GatewayConfig
+from opticnerve.errors import (
+    AnswerTooLarge,
+    BodyTimeout,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    InvalidMedia,
+    InvalidRequest,
+    MediaFetchFailed,
+    OpticNerveError,
+    Overloaded,
+    PayloadTooLarge,
+)
+from opticnerve.media.formats.window import MAX_PIECES
+from opticnerve.media.plan import LIGHT_MEMORY, LIGHT_PASSES
+
+Number = TypeVar("Number", int, float)
+Answer = type[OpticNerveError] | str
+
+CLOSED = "its connection is closed"
+WAITS = "it waits"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One bound. ``what`` begins with the unit. ``flag``: the field of GatewayConfig whose default
+    ``value`` is; empty where the value is fixed. ``answer``: what a client gets that meets it."""
+
+    what: str
+    value: float
+    answer: str
+    flag: str
+
+
+POLICY: dict[str, list[Limit]] = {}
+"""Limits by the heading that they stand under."""
+
+_DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(GatewayConfig)}
+
+
+def _heading(title: str) -> None:
+    POLICY[title] = []
+
+
+def _fixed(value: Number, what: str, answer: Answer, code: str = "", flag: str = "") -> Number:
+    """Adds a limit under the last heading; returns ``value``. ``code`` replaces the error's own."""
+    if not isinstance(answer, str):
+        answer = f"{answer.http_status} `{code or answer.default_code or answer.type}`"
+    next(reversed(POLICY.values())).append(Limit(what, value, answer, flag))
+    return value
+
+
+def _flag(name: str, what: str, answer: Answer, code: str = "") -> None:
+    _fixed(_DEFAULTS[name], what, answer, code, name)
+
+
+_heading("Connections")
+_flag("max_connections", "connections of all clients", "the holder of most loses an idle one")
+_flag("max_connections_per_address", "connections of one address; 0: any number", CLOSED)
+IPV6_NETWORK_BITS = _fixed(64, "bits of an IPv6 address that name one client", "-")
+MAX_HEAD_BYTES = _fixed(2**14, "bytes of a request's headers", InvalidRequest, "not_http")
+FIRST_HEAD_TIMEOUT_S = _fixed(30.0, "seconds from connecting to the end of headers", CLOSED)
+IDLE_TIMEOUT_S = _fixed(75.0, "seconds from an answer to the end of the next headers", CLOSED)
+PROGRESS_BYTES = _fixed(8 * 2**10, "bytes that count as progress of a body or answer", "-")
+_flag("stall_timeout_s", "seconds of a body for each such progress", BodyTimeout)
+_flag("stall_timeout_s", "seconds of an answer for each such progress", CLOSED)
+NO_PROGRESS_S = _fixed(3.0, "seconds without it, where connections run short", CLOSED)
+FREE_BODY_CHUNKS = _fixed(256, "chunks in one read of a body before they are paced", WAITS)
+BODY_CHUNKS_PER_S = _fixed(10_000, "chunks a second of one client's paced bodies", WAITS)
+
+_heading("Requests in flight")
+_flag("max_concurrent_requests", "requests of all clients", Overloaded)
+_flag("max_requests_per_key", "requests of one key, or else address; 0: any number", Overloaded)
+_flag("max_bytes_in_flight", "bytes that all requests hold", Overloaded)
+RESERVED_SHARE = _fixed(0.25, "share of these for clients below an equal share", Overloaded)
+PICTURES_SHARE = _fixed(0.75, "share of requests that may wait for an encoder", Overloaded)
+_flag("max_encode_wait_s", "seconds expected for an encoder; 0: until the deadline", Overloaded)
+_flag("request_timeout_s", "seconds of one request, end to end", DeadlineExceeded)
+RETRY_AFTER_S = _fixed(1.0, "seconds in Retry-After of a request refused by these", "-")
+
+_heading("Bodies")
+_flag("max_request_bytes", "bytes of one body", PayloadTooLarge)
+_flag("body_timeout_s", "seconds for a body to arrive", BodyTimeout)
+_flag("max_request_values", "objects, lists and entries", PayloadTooLarge, "too_many_values")
+VALUE_BYTES = _fixed(400, "bytes that each of these counts as, of all in flight", Overloaded)
+MAX_OUTLINE_BYTES = _fixed(2**22, "bytes of a long body beside its long strings", PayloadTooLarge)
+MAX_TEXT_CHARACTERS = _fixed(2**24, "characters of a string, unless all ASCII", PayloadTooLarge)
+MAX_NAME_CHARACTERS = _fixed(2**16, "characters of a field's name", InvalidRequest)
+MAX_DEPTH = _fixed(201, "levels of objects and lists", InvalidRequest, "invalid_json")
+"""The JSON parser's own bound, which cannot be set; a test holds both together."""
+MAX_FIELDS = _fixed(256, "fields of one object", InvalidRequest)
+MAX_ENTRIES = _fixed(2**12, "messages, or parts of one message", InvalidRequest)
+MAX_ARGUMENT_VALUES = _fixed(2**16, "values of all earlier tool calls' arguments", InvalidRequest)
+MAX_TEMPLATE_KWARGS = _fixed(2**14, "values and characters for the template", InvalidRequest)
+MAX_PROMPT_CHARACTERS = _fixed(2**24, "characters of a prompt", ContextLengthExceeded)
+TEMPLATE_TIMEOUT_S = _fixed(10.0, "seconds for templating a prompt", ContextLengthExceeded)
+
+_heading("Generation")
+MAX_CHOICES = _fixed(128, "choices (`n`), whatever the flag says", InvalidRequest)
+_flag("max_n", "choices (`n`)", InvalidRequest)
+_flag("max_logprobs", "alternatives of a token (`top_logprobs`)", InvalidRequest)
+MAX_STOPS = _fixed(16, "stop strings", InvalidRequest)
+MAX_STOP_TOKENS = _fixed(256, "token ids that stop (`stop_token_ids`)", InvalidRequest)
+MAX_BAD_WORDS = _fixed(256, "words that may not be written (`bad_words`)", InvalidRequest)
+MAX_WORD_CHARACTERS = _fixed(1024, "characters of a stop string or bad word", InvalidRequest)
+MAX_BIASES = _fixed(1024, "tokens with a bias (`logit_bias`)", InvalidRequest)
+MAX_ALLOWED_TOKENS = _fixed(2**16, "tokens allowed (`allowed_token_ids`)", InvalidRequest)
+MAX_SALT_CHARACTERS = _fixed(1024, "characters of `cache_salt`", InvalidRequest)
+_flag("max_answer_bytes", "bytes of an answer that is not streamed", AnswerTooLarge)
+
+_heading("Pictures")
+_flag("max_images", "pictures of one request", InvalidRequest, "too_many_images")
+_flag("max_media_bytes", "bytes of one picture's file", PayloadTooLarge)
+_flag("max_image_pixels", "pixels of one picture", InvalidMedia)
+_flag("max_decode_passes", "pixels times passes of decoding one picture", InvalidMedia)
+_fixed(MAX_PIECES, "chunks, segments or blocks of one file", InvalidMedia)
+_fixed(LIGHT_PASSES, "pixels times passes of a light picture", "others overtake it")
+_fixed(LIGHT_MEMORY, "bytes of memory for decoding a light picture", "others overtake it")
+MAX_DATA_URL_HEAD = _fixed(2**12, "characters of a `data:` URL before its comma", InvalidRequest)
+
+_heading("Media from URLs")
+MAX_URL_CHARACTERS = _fixed(2**14, "characters of an http or https URL", InvalidRequest)
+_flag("media_timeout_s", "seconds of one fetch, waiting and redirects included", MediaFetchFailed)
+_flag("media_redirects", "redirects of one fetch", MediaFetchFailed)
+MAX_FETCHES = _fixed(192, "connections to all media servers", WAITS)
+MAX_FETCHES_PER_ADDRESS = _fixed(64, "connections to one address", WAITS)
+MAX_MEDIA_HEAD_BYTES = _fixed(2**15, "bytes of headers, 1xx answers included", MediaFetchFailed)
+EXTRA_MEDIA_BYTES = _fixed(2**18, "bytes sent beyond twice the file's bound", MediaFetchFailed)
+FREE_MEDIA_CHUNKS = _fixed(1024, "chunks of an answer of any size", MediaFetchFailed)
+LEAST_CHUNK_BYTES = _fixed(512, "bytes, on average, of chunks beyond those", MediaFetchFailed)
+MAX_GZIP_MEMBERS = _fixed(1000, "members of a gzip body", MediaFetchFailed)
+FREE_SMALL_READS = _fixed(32, "reads of less than 4 KiB before they are paced", WAITS)
+SMALL_READ_DELAY_S = _fixed(0.005, "seconds of delay after each of the others", WAITS)
+NAME_TIMEOUT_S = _fixed(4.0, "seconds for resolving a name", MediaFetchFailed)
+SILENT_NAME_S = _fixed(15.0, "seconds before such a name is tried again", MediaFetchFailed)
+MAX_NEW_LOOKUPS = _fixed(96, "look-ups at once of names not resolved before", WAITS)
+MAX_NEW_LOOKUPS_PER_SITE = _fixed(4, "look-ups of these for one site's names", WAITS)
+MAX_KNOWN_LOOKUPS = _fixed(32, "look-ups at once of names resolved before", WAITS)
+MAX_KNOWN_LOOKUPS_PER_SITE = _fixed(2, "look-ups of these for one site's names", WAITS)

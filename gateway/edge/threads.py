@@ -1,0 +1,38 @@
+"""Threads for work that would block the event loop.
+
+Two executors, so that short work does not wait behind long work, and few threads, since each one
+that runs Python makes the event loop wait for the interpreter's lock. An executor runs its work in
+the order of arrival. Work should consist of steps that are short or release the lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar, TypeVarTuple
+
+LONG_BYTES = 2**22
+_LONG = ThreadPoolExecutor(1, thread_name_prefix="long")
+_SHORT = ThreadPoolExecutor(
+    max(2, min(4, len(os.sched_getaffinity(0)))), thread_name_prefix="short"
+)
+P = ParamSpec("P")
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+async def off_loop(size: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Runs ``work`` in a thread and returns its result. ``size``: the bytes or characters that it
+    reads. Work whose caller is cancelled before a thread is free does not run."""
+    executor = _LONG if size > LONG_BYTES else _SHORT
+    context = contextvars.copy_context()  # Carries the request's id into the thread's log lines.
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(executor, lambda: context.run(work, *args, **kwargs))
+
+
+async def off_loop_above(limit: int, size: int, work: Callable[[*Ts], T], *args: *Ts) -> T:
+    """Runs ``work`` here where ``size`` is at most ``limit``, else as ``off_loop`` does."""
+    return await off_loop(size, work, *args) if size > limit else work(*args)

@@ -1,0 +1,72 @@
+"""Where the addresses of a pool's workers come from.
+
+An address is ``host:port``, or ``dns:///name:port`` for all addresses behind a name, which may
+change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+log = logging.getLogger(__name__)
+
+RESOLVE_S = 5.0
+RESOLVE_AGAIN_S = 1.0  # While a name has no addresses.
+DNS_SCHEME = "dns:///"
+
+
+class Discovery(Protocol):
+    """One source of addresses. A pool follows any number of them."""
+
+    def watch(self) -> AsyncIterator[set[str]]:
+        """All addresses of this source, each time that they may have changed. Where it ends, the
+        last ones stay."""
+        ...
+
+
+@dataclass(frozen=True)
+class DnsName:
+    """The addresses behind ``name:port``, resolved again and again."""
+
+    name: str
+
+    async def watch(self) -> AsyncIterator[set[str]]:
+        while True:
+            found = await resolve(self.name)
+            if found is not None:
+                yield found
+            await asyncio.sleep(RESOLVE_S if found else RESOLVE_AGAIN_S)
+
+
+def split_addresses(addresses: Collection[str]) -> tuple[tuple[str, ...], list[Discovery]]:
+    """The fixed addresses among ``addresses``, and the sources of the others."""
+    fixed = tuple(each for each in addresses if not each.startswith(DNS_SCHEME))
+    names = [each.removeprefix(DNS_SCHEME) for each in addresses if each.startswith(DNS_SCHEME)]
+    return fixed, [DnsName(name) for name in names]
+
+
+async def resolve(name: str) -> set[str] | None:
+    """Every host:port behind ``name:port``; None when the resolver does not answer."""
+    host, _, port = name.rpartition(":")
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM
+        )
+    except (OSError, ValueError) as error:
+        log.warning("%s: %s", name, error)
+        return None
+    hosts = {str(entry[4][0]) for entry in found}
+    return {f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts}
+
+
+def same_family(addresses: set[str]) -> list[str]:
+    """The larger of the IPv6 and IPv4 addresses: two of one machine are often one of each, as
+    localhost's are."""
+    six = {each for each in addresses if each.startswith("[")}
+    four = addresses - six
+    return sorted(six if len(six) >= len(four) else four)
