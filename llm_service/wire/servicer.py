@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import grpc
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What Describe says that does not change."""
+    """What Describe answers that does not change, by the names of its message."""
 
     fingerprint: str
     pair_id: str
@@ -109,16 +109,10 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
         self, request: pb.DescribeLLMRequest, context: Context
     ) -> pb.DescribeLLMResponse:
         loaded = self.require_loaded()
-        engine, identity, stats = loaded.bounds.engine, loaded.identity, loaded.engine.stats
+        engine, stats = loaded.bounds.engine, loaded.engine.stats
         return pb.DescribeLLMResponse(
-            fingerprint=identity.fingerprint,
-            family=identity.family,
-            attention=identity.attention,
-            device=identity.device,
-            dtype=identity.dtype,
-            hidden_size=identity.hidden_size,
+            **asdict(loaded.identity),
             vocab_size=engine.vocab_size,
-            shm_tier_id=identity.shm_tier_id,
             version=opticnerve.__version__,
             limits=pb.LLMLimits(
                 max_model_len=engine.max_tokens,
@@ -135,8 +129,6 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
                 free_kv_blocks=stats.free_blocks if stats.steps else engine.num_blocks,
                 draining=self.server.draining,
             ),
-            pair_id=identity.pair_id,
-            eos_token_ids=identity.eos_token_ids,
             store=convert.store_state_to_pb(loaded.fetcher.store_state, loaded.fetcher.seal),
         )
 
