@@ -244,10 +244,10 @@ class Encoder:
         if item.crashes:
             self.record.clear(request.key)
         timings = StageTimings(
-            queue_s=done.submitted - started - pixels.seconds + done.queue_s,
-            preprocess_s=pixels.seconds,
-            encode_s=done.run_s,
-            put_s=put_s,
+            queue_ms=(done.submitted - started - pixels.seconds + done.queue_s) * 1e3,
+            preprocess_ms=pixels.seconds * 1e3,
+            encode_ms=done.run_s * 1e3,
+            put_ms=put_s * 1e3,
             batch_items=done.batch_items,
             batch_patches=done.batch_cost,
         )
@@ -315,10 +315,6 @@ def _difference(given: Plan, made: Plan) -> str:
 
 def _observe(timings: StageTimings) -> None:
     metrics.ITEMS_ENCODED.inc()
-    for stage, seconds in (
-        ("queue", timings.queue_s),
-        ("preprocess", timings.preprocess_s),
-        ("encode", timings.encode_s),
-        ("put", timings.put_s),
-    ):
+    for stage in ("queue", "preprocess", "encode", "put"):
+        seconds = getattr(timings, f"{stage}_ms") / 1e3
         metrics.STAGE_SECONDS.labels(stage=stage).observe(seconds)

@@ -24,12 +24,12 @@ class ItemRequest:
 
 @dataclass(frozen=True, slots=True)
 class StageTimings:
-    """Seconds in each stage; a hit has none. See ``EncodeTimings`` in ``encoder.proto``."""
+    """Milliseconds in each stage; a hit has none. See ``EncodeTimings`` in ``encoder.proto``."""
 
-    queue_s: float = 0.0
-    preprocess_s: float = 0.0
-    encode_s: float = 0.0
-    put_s: float = 0.0
+    queue_ms: float = 0.0
+    preprocess_ms: float = 0.0
+    encode_ms: float = 0.0
+    put_ms: float = 0.0
     batch_items: int = 0
     batch_patches: int = 0
     hit: bool = False

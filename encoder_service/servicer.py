@@ -10,7 +10,7 @@ import grpc
 
 import opticnerve
 from encoder_service.encoder import Encoder
-from encoder_service.item import EncodedItem, ItemRequest, StageTimings
+from encoder_service.item import ItemRequest
 from encoder_service.upload import Upload, Uploads, discard
 from opticnerve.errors import (
     DeadlineExceeded,
@@ -47,11 +47,11 @@ class EncoderServicer(WorkerServicer[Encoder], encoder_pb2_grpc.EncoderServicer)
         upload = Upload(request_iterator, self.uploads)
         try:
             async with self.server.running.work():
-                return _response(await self._encode(upload, context.time_remaining()))
+                return await self._encode(upload, context.time_remaining())
         finally:  # Returns at once for a call that was cancelled or cut: its stream has ended.
             await upload.drain()
 
-    async def _encode(self, upload: Upload, remaining_s: float | None) -> EncodedItem:
+    async def _encode(self, upload: Upload, remaining_s: float | None) -> pb.EncodeResponse:
         encoder = self.require_loaded()
         try:
             async with asyncio.timeout(DEFAULT_DEADLINE_S if remaining_s is None else remaining_s):
@@ -62,8 +62,11 @@ class EncoderServicer(WorkerServicer[Encoder], encoder_pb2_grpc.EncoderServicer)
                 item = await encoder.encode(request, upload.read)
         except TimeoutError as error:
             raise DeadlineExceeded("the item's deadline passed before it was encoded") from error
-        _note_timings(item.timings)
-        return item
+        timings = convert.field_values(item.timings, pb.EncodeTimings)
+        events.note(**{name: value for name, value in timings.items() if value})
+        return pb.EncodeResponse(
+            ref=convert.ref_to_pb(item.ref), timings=pb.EncodeTimings(**timings)
+        )
 
     async def Probe(
         self, request_iterator: AsyncIterator[pb.ProbeRequest], context: Context
@@ -120,16 +123,12 @@ def _request(header: pb.EncodeHeader) -> ItemRequest:
     """Raises InvalidRequest for a header without a plan of some patches."""
     if not header.HasField("plan") or not header.plan.num_patches or not header.plan.num_tokens:
         raise InvalidRequest("the header needs the item's plan", param="plan")
-    return ItemRequest(
-        request_id=header.request_id,
-        key=header.key,
-        fingerprint=header.fingerprint,
-        plan=convert.plan_from_pb(header.plan),
-        overrides=convert.overrides_from_pb(header.overrides),
-        num_bytes=header.num_bytes,
-        lost=header.lost,
-        cache_salt=header.cache_salt,
-    )
+    values = convert.field_values(header, pb.EncodeHeader)
+    values |= {
+        "plan": convert.plan_from_pb(header.plan),
+        "overrides": convert.overrides_from_pb(header.overrides),
+    }
+    return ItemRequest(**values)
 
 
 def _note(request: ItemRequest) -> None:
@@ -141,33 +140,4 @@ def _note(request: ItemRequest) -> None:
         bytes=request.num_bytes,
         patches=plan.num_patches,
         tokens=plan.num_tokens,
-    )
-
-
-def _note_timings(timings: StageTimings) -> None:
-    if timings.hit:
-        events.note(hit=True)
-        return
-    events.note(
-        queue_ms=timings.queue_s * 1e3,
-        preprocess_ms=timings.preprocess_s * 1e3,
-        encode_ms=timings.encode_s * 1e3,
-        put_ms=timings.put_s * 1e3,
-        batch_items=timings.batch_items,
-    )
-
-
-def _response(item: EncodedItem) -> pb.EncodeResponse:
-    timings = item.timings
-    return pb.EncodeResponse(
-        ref=convert.ref_to_pb(item.ref),
-        timings=pb.EncodeTimings(
-            queue_ms=timings.queue_s * 1e3,
-            preprocess_ms=timings.preprocess_s * 1e3,
-            encode_ms=timings.encode_s * 1e3,
-            put_ms=timings.put_s * 1e3,
-            batch_items=timings.batch_items,
-            batch_patches=timings.batch_patches,
-            hit=timings.hit,
-        ),
     )

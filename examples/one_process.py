@@ -22,7 +22,7 @@ import httpx2
 import encoder_service.service
 import llm_service.service
 from gateway.edge.auth import Keys
-from gateway.service import HttpServer, listen, open_gateway
+from gateway.service import open_server
 from opticnerve.config import EncoderConfig, GatewayConfig, LLMConfig, StoreConfig
 from opticnerve.demo.chats import PICTURES
 
@@ -46,13 +46,10 @@ async def services() -> AsyncIterator[str]:
                 encode_timeout_s=DAY_S,
                 request_timeout_s=DAY_S,
             )
-            keys = Keys({})
-            with listen(settings, keys) as listener:
-                async with open_gateway(settings, keys) as gateway, asyncio.TaskGroup() as group:
-                    server = HttpServer(gateway, listener)
-                    group.create_task(server.serve([listener]))
-                    yield server.address
-                    server.stop()
+            async with open_server(settings, Keys({})) as server, asyncio.TaskGroup() as group:
+                group.create_task(server.serve())
+                yield server.address
+                server.stop()
 
 
 async def main() -> None:

@@ -38,7 +38,7 @@ def field_values(source: Any, message: type[Message]) -> dict[str, Any]:
 
 
 @functools.cache
-def _names(message: type[Message]) -> tuple[str, ...]:
+def _names(message: Any) -> tuple[str, ...]:
     return tuple(each.name for each in message.DESCRIPTOR.fields)
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from google.protobuf.message import Message
 
+from encoder_service.item import ItemRequest, StageTimings
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, SpanAttention
 from opticnerve.pb import embedding_pb2 as pb
-from opticnerve.pb import llm_pb2
+from opticnerve.pb import encoder_pb2, llm_pb2
 from opticnerve.rpc import convert
 
 PLAN = Plan(Modality.VIDEO, "png", 84, 56, 6, 112, 140, Grid(2, 8, 10), 40, 160, 3, 0.5)
@@ -28,16 +29,18 @@ REF = EmbeddingRef(
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (PLAN, pb.Plan),
-        (PLAN.grid, pb.Grid),
-        (SPAN, llm_pb2.Span),
-        (REF, pb.EmbeddingRef),
-        (REF.location, pb.Location),
-        (REF.tensors[0], pb.TensorSpec),
-        (Overrides(), pb.ProcessorOverrides),
+        (Plan, pb.Plan),
+        (Grid, pb.Grid),
+        (Span, llm_pb2.Span),
+        (EmbeddingRef, pb.EmbeddingRef),
+        (Location, pb.Location),
+        (TensorSpec, pb.TensorSpec),
+        (Overrides, pb.ProcessorOverrides),
+        (ItemRequest, encoder_pb2.EncodeHeader),
+        (StageTimings, encoder_pb2.EncodeTimings),
     ],
 )
-def test_class_and_message_have_the_same_fields(value: Any, message: type[Message]) -> None:
+def test_class_and_message_have_the_same_fields(value: type[Any], message: type[Message]) -> None:
     compared = {each.name for each in fields(value) if each.compare}
     assert compared == {each.name for each in message.DESCRIPTOR.fields}
 
