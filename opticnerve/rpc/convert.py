@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from opticnerve.embeddings.ref import DTYPES, EmbeddingRef, Location, TensorSpec
@@ -34,12 +35,12 @@ _DTYPE_BACK = {number: name for name, number in _DTYPE.items()}
 
 def field_values(source: Any, message: type[Message]) -> dict[str, Any]:
     """What ``source``, a value or a message, has under the names of a message's fields."""
-    return {name: getattr(source, name) for name in _names(message)}
+    return {name: getattr(source, name) for name in _names(message.DESCRIPTOR)}
 
 
 @functools.cache
-def _names(message: Any) -> tuple[str, ...]:
-    return tuple(each.name for each in message.DESCRIPTOR.fields)
+def _names(descriptor: Descriptor) -> tuple[str, ...]:
+    return tuple(each.name for each in descriptor.fields)
 
 
 def grid_to_pb(grid: Grid) -> pb.Grid:
