@@ -19,8 +19,14 @@ from transformers.generation import (
 
 from llm_service.device import sampler as sampler_module
 from llm_service.device.logprobs import position_logprobs
-from llm_service.device.randomness import UniformCache, uniforms
-from llm_service.device.sampler import Sampler, invert, keep_top_k, nucleus_border
+from llm_service.device.sampler import (
+    Sampler,
+    UniformCache,
+    invert,
+    keep_top_k,
+    nucleus_border,
+    uniforms,
+)
 from opticnerve.generation.values import Sampling
 
 VOCAB = 50
