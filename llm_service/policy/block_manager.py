@@ -16,7 +16,7 @@ import hashlib
 import struct
 from array import array
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from llm_service.policy.sequence import GenerateRequest, Sequence, Status
 from opticnerve.hashing import hash_parts
@@ -60,9 +60,17 @@ class BlockManager:
         needed = self.pages_for(seq.num_tokens) - len(hit)
         return needed + reserve - (self.num_free - idle_hits)
 
-    def held_alone(self, seq: Sequence) -> int:
-        """Pages that are free once ``seq`` lets them go."""
-        return sum(1 for block in seq.block_table if self._references[block] == 1)
+    def freed_for(self, seq: Sequence) -> Callable[[Sequence], int]:
+        """Counts the pages that a running sequence would free for ``seq``: those that it holds
+        alone, except cached ones that ``seq`` would start with, which ``lacking`` counts already.
+        """
+        hit = set(self._match(seq))
+
+        def count(victim: Sequence) -> int:
+            table, references = victim.block_table, self._references
+            return sum(1 for block in table if references[block] == 1 and block not in hit)
+
+        return count
 
     def allocate(self, seq: Sequence) -> int:
         """Takes pages for all tokens, the cached prefix included; returns its length in tokens."""

@@ -234,7 +234,8 @@ class Scheduler:
             if not place and lacking <= 0:
                 return []
             wanted = self.blocks.pages_for(seq.num_tokens)
-            victims = self.shares.claim(seq, place, lacking, wanted, self.blocks.held_alone, works)
+            freed = self.blocks.freed_for(seq)
+            victims = self.shares.claim(seq, place, lacking, wanted, freed, works)
         if victims is None:
             admission.refusals += 1
             if not place:

@@ -40,10 +40,10 @@ class Desk:
         self.slots: dict[int, Sequence] = {}
 
     def add(self, length: int = 20, priority: int = 0, **fields: Any) -> Sequence:
-        """Prompts share nothing: each begins with its own number."""
+        """Prompts share nothing unless ``first`` says so: each begins with its own number."""
         self.arrivals += 1
         sampling = Sampling(max_tokens=fields.pop("max_tokens", 8), n=fields.pop("n", 1))
-        tokens = (1000 + self.arrivals, *range(length - 1))
+        tokens = (fields.pop("first", 1000 + self.arrivals), *range(length - 1))
         request = GenerateRequest(
             f"r{self.arrivals}", tokens, sampling=sampling, priority=priority, **fields
         )
@@ -179,6 +179,18 @@ def test_a_preempted_sequence_is_told_as_new() -> None:
         assert plan is not None
     (work,) = (work for work in plan.works if work.seq.request_id == "r2")
     assert not work.reads_slot
+
+
+def test_pages_of_a_victim_that_the_claimant_shares_are_not_counted_as_freed() -> None:
+    """Its prefix hit would keep them, so that preempting the one victim would not suffice."""
+    desk = Desk(num_blocks=12, max_num_batched_tokens=64)
+    theirs = [desk.add(60, share="ada", max_tokens=100) for _ in range(3)]
+    while not all(seq.num_output for seq in theirs):
+        desk.step()
+    claimant = desk.add(112, share="bob", first=1003)  # Starts like the last of them.
+    desk.step()
+    assert claimant.status is Status.RUNNING
+    assert [seq.status for seq in theirs] == [Status.RUNNING, Status.WAITING, Status.WAITING]
 
 
 def test_two_that_do_not_fit_together_do_not_chase_each_other() -> None:
