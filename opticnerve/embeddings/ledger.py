@@ -1,4 +1,4 @@
-"""Who holds what in a shared-memory tier, and what has to go: policy and accounting, no tensors.
+"""What is stored and pinned in a shared-memory tier, and what is evicted: accounting, no tensors.
 
 A tier's directory:
 
@@ -11,8 +11,9 @@ A tier's directory:
         tmp-<n>             a file being written, counted with its final size
         <key>               a pin: its (sparse) size is the bytes pinned
 
-A holder that was killed has lost its lock: whoever evicts next removes its pins and partial files.
-Process ids play no part, so that containers with process namespaces of their own can share a tier.
+A holder that was killed has lost its lock: the next eviction, by any process, removes its pins and
+partial files. Process ids play no part, so that containers with process namespaces of their own can
+share a tier.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ from opticnerve.embeddings.tier import is_locked, make_private
 from opticnerve.errors import StoreError, StoreFull
 
 SUFFIX = ".safetensors"
+ALIVE = "alive"  # The lock of a holder.
+TEMPORARY = "tmp-"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LOCK_TIMEOUT_S = 10.0  # Nobody holds the lock for longer than a scan of the directory.
-SLACK = 16  # An eviction frees a 16th of the capacity beyond need, so that not every put scans.
+LOCK_TIMEOUT_S = 10.0  # The lock is held for a scan of the directory at most.
+SLACK = 16  # An eviction frees a 16th of the capacity more than needed: not every put scans.
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +67,7 @@ class Scan:
 
 
 class Ledger:
-    """One open store's account with a tier. Thread-safe.
+    """One open store's part in a tier. Thread-safe.
 
     ``capacity`` in bytes. ``shared_default``: the last to close removes the directory.
     Raises StoreError when the directory cannot be had, or has gone.
@@ -99,7 +102,7 @@ class Ledger:
             stored = _read(lock)
             if stored + self._absent_pins(key) + num_bytes > self.capacity:
                 stored = self._evict(num_bytes, key)
-            path = self._holder / f"tmp-{next(self._temporaries)}"
+            path = self._holder / f"{TEMPORARY}{next(self._temporaries)}"
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 os.ftruncate(fd, num_bytes)
@@ -113,7 +116,7 @@ class Ledger:
     def publish(self, temporary: Temporary, key: str, num_bytes: int) -> None:
         """Makes the first ``num_bytes`` of a file visible as ``key``; the first writer wins.
 
-        Under one lock: whoever looked in between would count other bytes than are stored.
+        Under one lock, so that nobody counts other bytes than are stored.
         """
         kept = 0
         try:
@@ -136,7 +139,7 @@ class Ledger:
             _drop(lock, temporary, 0)
 
     def make_room(self, num_bytes: int) -> None:
-        """Evicts at least so many bytes, where so many can go: the tmpfs is fuller than we are."""
+        """Evicts ``num_bytes`` or more, if so many can go: other programs have filled the tmpfs."""
         with self._locked() as lock:
             scan = self._scan()
             _write(lock, scan.stored - self._unlink_oldest(scan, num_bytes))
@@ -148,7 +151,7 @@ class Ledger:
             _write(lock, _read(lock) - size)
 
     def touch(self, entry: str | int) -> bool:
-        """Marks an entry (its path or open file) as used just now; whether it is here."""
+        """Marks an entry (its path or open file) as used now; whether it exists."""
         now = time.time_ns()
         try:
             os.utime(entry, ns=(now, now))
@@ -169,8 +172,8 @@ class Ledger:
                 self._pins[key] += 1
                 return
             with self._locked():
-                others = self._scan_pins()
-                if sum(others.values()) - others.get(key, 0) + num_bytes > self.capacity:
+                pins = self._held()[0]
+                if sum(pins.values()) - pins.get(key, 0) + num_bytes > self.capacity:
                     raise StoreFull("leases fill the store's capacity")
                 fd = os.open(self._holder / key, os.O_WRONLY | os.O_CREAT, 0o600)
                 with os.fdopen(fd, "wb") as file:
@@ -187,7 +190,7 @@ class Ledger:
     def unpinned_bytes(self) -> int:
         """What pins leave of the capacity; 0 where the directory has gone."""
         try:
-            return self.capacity - sum(self._scan_pins().values())
+            return self.capacity - sum(self._held()[0].values())
         except OSError:
             return 0
 
@@ -225,14 +228,14 @@ class Ledger:
             except StoreError as error:
                 if not isinstance(error.__cause__, FileNotFoundError):
                     raise
-            # The last user removed it while we waited for the lock.
+            # The last user removed it while this one waited for the lock.
         raise StoreError(f"the store's directory {self.directory} comes and goes")
 
     def _join(self, lock: int) -> tuple[str, Path, int]:
         identity = _identity(self.directory / "id")
         self._holder = self.directory / "holders" / secrets.token_hex(8)
         self._holder.mkdir(mode=0o700, parents=True)
-        alive = os.open(self._holder / "alive", os.O_RDWR | os.O_CREAT, 0o600)
+        alive = os.open(self._holder / ALIVE, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(alive, fcntl.LOCK_EX)
         try:
             _write(lock, self._scan().stored)
@@ -305,8 +308,8 @@ class Ledger:
                         key = item.name[: -len(SUFFIX)]
                         entries.append((status.st_mtime_ns, status.st_size, key))
         self._sweep()
-        writing = sum(size for name, size in self._held() if name.startswith("tmp-"))
-        return Scan(entries, sum(entry[1] for entry in entries) + writing, self._scan_pins())
+        pins, writing = self._held()
+        return Scan(entries, sum(entry[1] for entry in entries) + writing, pins)
 
     def _sweep(self) -> None:
         """Removes what dead holders left. Under the lock."""
@@ -315,30 +318,29 @@ class Ledger:
             if holder not in living:
                 shutil.rmtree(holder, ignore_errors=True)
 
-    def _scan_pins(self) -> dict[str, int]:
-        pins: dict[str, int] = {}
-        for name, size in self._held():
-            if not name.startswith("tmp-"):
-                pins[name] = max(size, pins.get(name, 0))
-        return pins
-
     def _absent_pins(self, key: str) -> int:
-        """Bytes that leases were promised and that are not here yet, ``key``'s aside."""
-        pins = self._scan_pins().items()
+        """Bytes reserved by pins whose entries are not stored yet, excluding ``key``."""
+        pins = self._held()[0].items()
         return sum(n for pin, n in pins if pin != key and not os.path.exists(self.path(pin)))
 
-    def _held(self) -> Iterator[tuple[str, int]]:
-        """(name, bytes) of every pin and partial file of the living."""
+    def _held(self) -> tuple[dict[str, int], int]:
+        """(bytes pinned, by key; bytes being written) of all living holders."""
+        pins: dict[str, int] = {}
+        writing = 0
         for holder in self._living():
             with contextlib.suppress(FileNotFoundError), os.scandir(holder) as found:
                 for item in found:
-                    if item.name != "alive":
-                        with contextlib.suppress(FileNotFoundError):
-                            yield item.name, item.stat().st_size
+                    with contextlib.suppress(FileNotFoundError):
+                        size = item.stat().st_size
+                        if item.name.startswith(TEMPORARY):
+                            writing += size
+                        elif item.name != ALIVE:
+                            pins[item.name] = max(size, pins.get(item.name, 0))
+        return pins, writing
 
     def _living(self) -> Iterator[Path]:
         for holder in (self.directory / "holders").iterdir():
-            if holder == self._holder or is_locked(holder / "alive"):
+            if holder == self._holder or is_locked(holder / ALIVE):
                 yield holder
 
 

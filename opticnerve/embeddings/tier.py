@@ -9,8 +9,8 @@ Three kinds:
 * the one that services without a supervisor share (``shm://``), one for each user of the machine,
   is removed by the last of them to close it.
 
-All are 0700. An owner is alive while it holds the lock on the directory's ``owner`` file, which
-no reused process id can pretend; process id and start time are there for who looks.
+All are 0700. An owner is alive while it holds the lock on the directory's ``owner`` file, or while
+the process that the file names runs: its id and start time, since ids are used again.
 """
 
 from __future__ import annotations
