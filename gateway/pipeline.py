@@ -1,4 +1,4 @@
-"""A request's life from a job to the events of its answer: fetch, plan, render, name, encode and
+"""A request's life from a job to the events of its answer: fetch, plan, name, render, encode and
 generate.
 
 Knows neither HTTP, an API's requests and answers, nor the wire. Everything that a request holds is
@@ -104,24 +104,33 @@ class Pipeline:
                     **job.watch.told(embeddings.outcomes().values()),
                 )
 
-    async def prepare(
+    async def read_pictures(
         self,
         prompt: AnyPrompt,
         hold: Callable[[int], None],
         deadline: Deadline,
         watch: Stopwatch,
-    ) -> tuple[Prompt, Pictures]:
-        """What the decoder would get, and its pictures; no worker is involved. ``hold`` counts the
-        bytes of pictures. Raises InvalidRequest and its kin."""
-        pictures = Pictures()
-        if isinstance(prompt, ChatPrompt) and prompt.images:
-            self.media.check_count(prompt.images)
-            with watch.stage("fetch"):
-                items = await self.media.fetch(prompt.images, hold, deadline)
-            with watch.stage("plan"):
-                pictures = Pictures(tuple(items), tuple(await self.media.plan(items)))
+    ) -> Pictures:
+        """The prompt's pictures; ``hold`` counts their bytes. Raises InvalidRequest,
+        MediaFetchFailed, PayloadTooLarge, Overloaded, DeadlineExceeded."""
+        if not isinstance(prompt, ChatPrompt) or not prompt.images:
+            return Pictures()
+        self.media.check_count(prompt.images)
+        with watch.stage("fetch"):
+            items = await self.media.fetch(prompt.images, hold, deadline)
+        with watch.stage("plan"):
+            return Pictures(tuple(items), tuple(await self.media.plan(items)))
+
+    async def render(self, prompt: AnyPrompt, plans: Sequence[Plan], watch: Stopwatch) -> Prompt:
+        """What the decoder gets; ``plans`` of the prompt's pictures, in order. Raises
+        InvalidRequest, and ContextLengthExceeded for what no worker could take."""
         with watch.stage("render"):
-            return await self._render(prompt, pictures.plans), pictures
+            if isinstance(prompt, ChatPrompt):
+                return await self._render_chat(prompt, plans)
+            size = len(prompt.text if isinstance(prompt, TextPrompt) else prompt.token_ids)
+            renderer = self.renderer
+            read = functools.partial(read_plain, prompt, renderer.tokenizer, renderer.layout)
+            return await off_loop(size, read) if size > OFF_LOOP_CHARACTERS else read()
 
     # ---- steps
 
@@ -131,36 +140,54 @@ class Pipeline:
         kind = type(job.prompt)
         priority = job.caller.priority(job.options.priority)
         check_choices(job.options, self.max_n)
-        prompt, pictures = await self.prepare(job.prompt, job.ticket.hold, job.deadline, job.watch)
+        pictures = await self.read_pictures(job.prompt, job.ticket.hold, job.deadline, job.watch)
+        pair, items = await self._pair_early(job, pictures)
+        prompt = await self.render(job.prompt, pictures.plans, job.watch)
         events.note(prompt_tokens=len(prompt.token_ids), images=len(pictures.items) or None)
         job.drop_prompt()
-        with job.watch.stage("pair"):
-            pair = await self.pairing.choose(pictures=bool(pictures.items), deadline=job.deadline)
+        if pair is None:
+            with job.watch.stage("pair"):
+                pair = await self.pairing.choose(
+                    pictures=bool(pictures.items), deadline=job.deadline
+                )
+            items = await self._name(job, pictures, pair)
         job.system_fingerprint = pair.system_fingerprint
-        sampling = await self._sampling(job.options, kind, prompt, pair)
-        with job.watch.stage("name"):
-            salt = self._cache_salt(job)
-            keys = await self.media.keys(pictures.items, pair.fingerprint, salt)
-        items = _encodables(pictures, keys, pair, salt, job.caller)
         spec = GenerateSpec(
             request_id=job.request_id,
             token_ids=prompt.token_ids,
             spans=prompt.spans,
-            keys=tuple(keys),
-            sampling=sampling,
+            keys=tuple(item.key for item in items),
+            sampling=await self._sampling(job.options, kind, prompt, pair),
             pair_id=pair.pair_id,
-            cache_salt=salt,
+            cache_salt=self._cache_salt(job),
             caller=job.caller,
             priority=priority,
         )
         return spec, RequestEmbeddings.begin(self.encoders, items, job.request_id, job.deadline)
 
-    async def _render(self, prompt: AnyPrompt, plans: Sequence[Plan]) -> Prompt:
-        if not isinstance(prompt, ChatPrompt):
-            size = len(prompt.text if isinstance(prompt, TextPrompt) else prompt.token_ids)
-            renderer = self.renderer
-            read = functools.partial(read_plain, prompt, renderer.tokenizer, renderer.layout)
-            return await off_loop(size, read) if size > OFF_LOOP_CHARACTERS else read()
+    async def _pair_early(
+        self, job: Job, pictures: Pictures
+    ) -> tuple[Pair | None, list[Encodable]]:
+        """The pair, and the pictures under its keys, where there are any and it is known without
+        waiting. Raises Overloaded where they would wait too long for an encoder: rendering costs
+        most of what the gateway itself does for a request, and one that is refused has none."""
+        pair = self.pairing.best(pictures=True) if pictures.items else None
+        if pair is None:
+            return None, []
+        items = await self._name(job, pictures, pair)
+        self.encoders.check(items, job.deadline)
+        return pair, items
+
+    async def _name(self, job: Job, pictures: Pictures, pair: Pair) -> list[Encodable]:
+        """The pictures under their content keys, ready for the pair's encoders."""
+        if not pictures.items:
+            return []
+        salt = self._cache_salt(job)
+        with job.watch.stage("name"):
+            keys = await self.media.keys(pictures.items, pair.fingerprint, salt)
+        return _encodables(pictures, keys, pair, salt, job.caller)
+
+    async def _render_chat(self, prompt: ChatPrompt, plans: Sequence[Plan]) -> Prompt:
         size = _characters(prompt)
         render = functools.partial(self.renderer.render, prompt)
         rendered = await off_loop(size, render) if size > OFF_LOOP_CHARACTERS else render()

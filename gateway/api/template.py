@@ -46,9 +46,10 @@ class RenderedPrompt(TypedDict):
     response_model=RenderedPrompt,
 )
 async def apply_template(call: Call, body: ApplyTemplateRequest) -> Response:
-    prompt, _ = await call.gateway.pipeline.prepare(
-        body.prompt, call.ticket.hold, call.deadline, Stopwatch()
-    )
+    pipeline, watch = call.gateway.pipeline, Stopwatch()
+    asked = body.prompt
+    pictures = await pipeline.read_pictures(asked, call.ticket.hold, call.deadline, watch)
+    prompt = await pipeline.render(asked, pictures.plans, watch)
     rendered: RenderedPrompt = {
         "prompt": prompt.prompt,
         "token_ids": list(prompt.token_ids),

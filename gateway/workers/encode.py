@@ -185,19 +185,25 @@ class Encoders:
 
     def admit(self, items: Iterable[Encodable], deadline: Deadline) -> None:
         """Counts a request's items as work that later requests wait for; ``leave`` ends that.
+        Raises Overloaded as ``check`` does."""
+        fresh = self.check(items, deadline)
+        self._admitted.update({item.key: _Claim.of(item) for item in fresh})
 
-        Raises Overloaded if an item would have to wait too long for an encoder: beyond the
-        request's deadline, or longer than ``max_wait_s``. An item with a known reference, or with
-        a run under way, does not wait.
+    def check(self, items: Iterable[Encodable], deadline: Deadline) -> Collection[Encodable]:
+        """Those of a request's items that would wait for an encoder: not an item with a known
+        reference, or with a run under way.
+
+        Raises Overloaded if one of them would have to wait too long: beyond the request's
+        deadline, or longer than ``max_wait_s``.
         """
         limit = min(self.max_wait_s or math.inf, deadline.remaining())
         fresh = {
             item.key: item
             for item in items
             if item.key not in self._admitted and self.references.get(item.key) is None
-        }
-        ahead = self._ahead_of(fresh.values())
-        for item in fresh.values():
+        }.values()
+        ahead = self._ahead_of(fresh)
+        for item in fresh:
             wait = self.pool.clear_s(ahead, _has_fingerprint(item))
             if wait > limit:
                 raise Overloaded(
@@ -205,7 +211,7 @@ class Encoders:
                     f"{limit:.1f} s; retry later",
                     retry_after_s=max(1.0, wait - limit),
                 )
-        self._admitted.update({key: _Claim.of(item) for key, item in fresh.items()})
+        return fresh
 
     def _ahead_of(self, items: Collection[Encodable]) -> int:
         """Patches that are encoded before one of a request's new ``items``: all that its own

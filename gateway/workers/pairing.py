@@ -70,7 +70,7 @@ class Pairing:
             )
         waiting = deadline.within(self.worker_wait_s)
         while True:
-            found = self._best(pictures)
+            found = self.best(pictures=pictures)
             if found is not None:
                 return found
             if not self.llms.configured:
@@ -100,7 +100,8 @@ class Pairing:
         ]
         return lacking or ["encoders and LLM workers serve different checkpoints"]
 
-    def _best(self, pictures: bool) -> Pair | None:
+    def best(self, *, pictures: bool) -> Pair | None:
+        """The pair that serves best now; None while no worker has described itself."""
         best: tuple[tuple[int, ...], Pair] | None = None
         for pair_id in {w.description.pair_id for w in self._described(self.llms)}:
             llms = [w for w in self._described(self.llms) if w.description.pair_id == pair_id]

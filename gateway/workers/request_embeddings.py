@@ -55,7 +55,8 @@ class RequestEmbeddings:
 
         Raises Overloaded if they would wait too long for an encoder.
         """
-        encoders.admit(items, deadline)
+        if items:
+            encoders.admit(items, deadline)
         made = cls(encoders, request_id, deadline)
         for item in items:
             if item.key not in made._items:

@@ -305,6 +305,32 @@ async def test_what_would_wait_too_long_is_refused_and_who_leaves_encodes_nothin
         await until(s.idle)
 
 
+async def test_what_would_wait_too_long_is_refused_before_it_is_rendered(monkeypatch):
+    go, rendered = asyncio.Event(), []
+    async with stack(max_encode_wait_s=1.0) as s:
+        s.encoder.patches_per_s = 1.0  # A picture takes many seconds.
+        worker = s.gateway.pipeline.encoders.pool.workers[0]
+        worker.wake.set()
+        await until(lambda: worker.cost_per_s)
+        s.encoder.script = lambda _: go.wait()
+        renderer = s.gateway.pipeline.renderer
+
+        def render(prompt, render=renderer.render):
+            rendered.append(prompt)
+            return render(prompt)
+
+        monkeypatch.setattr(renderer, "render", render)
+        first = asyncio.create_task(s.chat(user("What?", data_url("red"))))
+        await until(lambda: s.encoder.running)
+        refused = await s.chat(user("What?", data_url("green")))
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 1
+        assert len(rendered) == 1
+        go.set()
+        assert (await first).status_code == 200
+        assert (await s.chat(user("And now?", data_url("red")))).status_code == 200
+        await until(s.idle)
+
+
 async def test_low_detail_asks_the_encoder_for_less():
     low = {"type": "image_url", "image_url": {"url": data_url("red", (900, 900)), "detail": "low"}}
     async with stack() as s:
