@@ -92,7 +92,7 @@ class Demo:
                 continue
             count, item = part.plan.num_tokens, pictures.index(part)
             spans.append(Span(len(ids) + 1, count, item, 0, Modality.IMAGE, part.plan.grid))
-            ids += [VISION_START, *[self.layout.image_token_id] * count, VISION_END]
+            ids += [VISION_START, *[self.layout.item_token_ids[Modality.IMAGE]] * count, VISION_END]
         return Prompt(ids, spans, pictures)
 
     def reference(self, prompt: Prompt, max_tokens: int) -> list[int]:
@@ -117,7 +117,7 @@ class Demo:
             pixels = np.concatenate([picture.pixels for picture in prompt.pictures])
             inputs["pixel_values"] = torch.from_numpy(pixels)
             inputs["image_grid_thw"] = torch.tensor([(g.t, g.h, g.w) for g in grids])
-            inputs["mm_token_type_ids"] = (ids == self.layout.image_token_id).int()
+            inputs["mm_token_type_ids"] = (ids == self.layout.item_token_ids[Modality.IMAGE]).int()
         return inputs
 
 

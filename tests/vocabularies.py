@@ -20,6 +20,7 @@ from tokenizers import (
 )
 
 import opticnerve.demo
+from opticnerve.media.plan import Modality
 
 DEMO = Path(opticnerve.demo.__file__).parent / "checkpoint"
 SPACE = "\u2581"
@@ -96,7 +97,7 @@ LLAVA = """{% for message in messages %}{% if message['role'] != 'system' %}\
 def layout(image_token_id: int) -> Any:
     """The part of a family's layout that rendering looks at."""
     return SimpleNamespace(
-        image_token_id=image_token_id,
+        item_token_ids={Modality.IMAGE: image_token_id},
         placeholder_ids={"image_token": image_token_id},
         max_positions=8192,
     )

@@ -4,6 +4,7 @@ a template writes for an item becomes as many as its rows need."""
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from gateway.prompt.tokenizer import (
 from opticnerve.checkpoints.settings import read_object
 from opticnerve.checkpoints.tokenizer_files import named_tokens, read_tokenizer_config
 from opticnerve.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
-from opticnerve.media.plan import Plan, Span
+from opticnerve.media.plan import Modality, Plan, Span
 from opticnerve.models.family import Expansion
 
 _BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # As placeholders are written.
@@ -28,7 +29,7 @@ _BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # As placeholders are writte
 class Expander(Protocol):
     """What is needed of a layout."""
 
-    image_token_id: int
+    item_token_ids: Mapping[Modality, int]
 
     def expand(self, plan: Plan) -> Expansion: ...
 
@@ -104,16 +105,23 @@ def expand(
     Raises InvalidRequest if their numbers differ, and ContextLengthExceeded, before the ids are
     built, for a prompt of more than ``max_tokens``.
     """
-    check_count(list(token_ids).count(layout.image_token_id), len(plans))
+    check_count(layout, token_ids, len(plans))
     check_length(len(token_ids), plans, max_tokens)
+    placeholders = frozenset(layout.item_token_ids.values())
     ids: list[int] = []
     spans: list[Span] = []
     item = 0
     for token_id in token_ids:
-        if token_id != layout.image_token_id:
+        if token_id not in placeholders:
             ids.append(token_id)
             continue
         plan = plans[item]
+        if token_id != layout.item_token_ids.get(plan.modality):
+            raise InvalidRequest(
+                f"the model's chat template wrote no place for a {plan.modality} where the "
+                "messages bring one",
+                param="messages",
+            )
         expansion = layout.expand(plan)
         spans += [
             Span(
@@ -132,7 +140,10 @@ def expand(
     return Prompt(prompt, tuple(ids), tuple(spans))
 
 
-def check_count(places: int, pictures: int) -> None:
+def check_count(layout: Expander, token_ids: Sequence[int], pictures: int) -> None:
+    """Raises InvalidRequest unless ``token_ids`` have a placeholder for each item."""
+    counted = Counter(token_ids)
+    places = sum(counted[token_id] for token_id in layout.item_token_ids.values())
     if places == pictures:
         return
     wrote = f"{places} place{'' if places == 1 else 's'} for pictures"

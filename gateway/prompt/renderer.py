@@ -83,7 +83,7 @@ class ChatRenderer:
         rendering = Rendering(self, messages, variables, asked.continue_final_message)
         prompt, hidden = rendering.run()
         ids = self.tokenizer.encode(hidden, add_special_tokens=not self._starts_with_bos(hidden))
-        placeholders.check_count(ids.count(self.layout.image_token_id), num_images)
+        placeholders.check_count(self.layout, ids, num_images)
         return RenderedChat(prompt, tuple(ids), num_images)
 
     def check_length(self, prompt: str) -> None:

@@ -18,9 +18,10 @@ With `opticnerve encoder --port 7001` and `opticnerve llm --port 7002` running:
     ):
         ref = encoder.encode("opticnerve/demo/pictures/star.png")  # A reference, no tensor.
         layout = encoder.layout()
-        at = prompt.index(layout.image_token_id)  # One placeholder, which becomes one for each row.
+        placeholder = layout.item_token_ids["image"]
+        at = prompt.index(placeholder)  # One placeholder, which becomes one for each row.
         prompt[at : at + 1] = layout.expand(ref.plan).token_ids
-        answer = llm.generate(prompt, {layout.image_token_id: ref}, Sampling(max_tokens=64))
+        answer = llm.generate(prompt, {placeholder: ref}, Sampling(max_tokens=64))
         print(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
 
 The text is the caller's: the clients know token ids alone. ``encoder.fetch(ref)["rows"]`` are a

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from opticnerve.media.plan import Overrides, Plan, Span, Structure
+from opticnerve.media.plan import Modality, Overrides, Plan, Span, Structure
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,8 @@ class Layout(Protocol):
     """Sizing, placeholders and positions of one checkpoint. Holds no tensors, decodes nothing."""
 
     family: str  # The family's name.
-    image_token_id: int  # The placeholder that the chat template writes for a picture.
+    # The placeholder that the chat template writes for an item, by modality.
+    item_token_ids: Mapping[Modality, int]
     # Every token that stands for media, by its name in processors ("image_token"). No text may
     # become one. Their spelling is the tokenizer's.
     placeholder_ids: Mapping[str, int]

@@ -16,6 +16,7 @@ import opticnerve
 from gateway.output.detokenizer import Vocabulary
 from gateway.prompt.renderer import ChatRenderer
 from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.media.plan import Modality
 from opticnerve.models.registry import make_layout
 from tests.checkpoints import DEMO, FAMILIES, make_checkpoint
 from tests.e2e.conftest import data_url, png
@@ -66,7 +67,7 @@ class Whole:
 
     def _expand(self, text, given):
         """One placeholder becomes as many as its picture has rows."""
-        token = self.renderer.tokenizer.token_of(self.layout.image_token_id)
+        token = self.renderer.tokenizer.token_of(self.layout.item_token_ids[Modality.IMAGE])
         head, *rest = text.split(token)
         if "image_grid_thw" in given:
             counts = [int(grid.prod()) // 4 for grid in given["image_grid_thw"]]
@@ -80,7 +81,7 @@ class Whole:
         ids = torch.cat([given["input_ids"], torch.tensor([[*more]], dtype=torch.int64)], dim=1)
         made = {**given, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if "image_grid_thw" in given:
-            made["mm_token_type_ids"] = (ids == self.layout.image_token_id).int()
+            made["mm_token_type_ids"] = (ids == self.layout.item_token_ids[Modality.IMAGE]).int()
         return made
 
     def generate(self, given, max_tokens):

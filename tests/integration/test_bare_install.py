@@ -126,15 +126,16 @@ with (
     ref = encoder.encode(picture)
     layout = encoder.layout()
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    at = ids.index(layout.image_token_id)
+    placeholder = layout.item_token_ids["image"]
+    at = ids.index(placeholder)
     ids[at : at + 1] = layout.expand(ref.plan).token_ids
     for content in (ref, picture):
-        answer = llm.generate(ids, {layout.image_token_id: content}, Sampling(max_tokens=64))
+        answer = llm.generate(ids, {placeholder: content}, Sampling(max_tokens=64))
         print(tokenizer.decode(answer.token_ids))
     import numpy
     for use in (
         lambda: encoder.fetch(ref),
-        lambda: llm.generate(ids, {layout.image_token_id: numpy.zeros((1, 8), "f4")}),
+        lambda: llm.generate(ids, {placeholder: numpy.zeros((1, 8), "f4")}),
     ):
         try:
             use()

@@ -40,7 +40,7 @@ from opticnerve.errors import (
     PayloadTooLarge,
     Unavailable,
 )
-from opticnerve.media.plan import Grid
+from opticnerve.media.plan import Grid, Modality
 from tests.encoders import FINGERPRINT, FakeBackend, Running, demo_layout, picture, running
 from tests.fakes import FakeEncoder, FakeLLM, until
 
@@ -372,7 +372,7 @@ def test_synchronous_clients(tmp_path: Path) -> None:
         ):
             assert encoder.describe().fingerprint == FINGERPRINT
             assert llm.describe().vocab_size == 640
-            assert encoder.layout().image_token_id == PAD
+            assert encoder.layout().item_token_ids[Modality.IMAGE] == PAD
             ref = encoder.encode(picture(1))
             assert tuple(encoder.fetch(ref)["rows"].shape) == (9, 8)
             with pytest.raises(InvalidMedia):

@@ -114,7 +114,9 @@ class Model:
             if self.layout.position_dims == 3:
                 grids = [picture.plan.grid for picture in prompt.pictures]
                 inputs["image_grid_thw"] = torch.tensor([(g.t, g.h, g.w) for g in grids])
-                inputs["mm_token_type_ids"] = (ids == self.layout.image_token_id).int()
+                inputs["mm_token_type_ids"] = (
+                    ids == self.layout.item_token_ids[Modality.IMAGE]
+                ).int()
         return inputs
 
     def reference(self, prompt: Prompt) -> list[int]:

@@ -21,7 +21,7 @@ from opticnerve import models
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.checkpoints.loader import wanted
 from opticnerve.errors import PlanMismatch, UnsupportedCheckpoint
-from opticnerve.media.plan import Span, Structure
+from opticnerve.media.plan import Modality, Span, Structure
 from opticnerve.models import registry
 from opticnerve.models.decoders.spec import LayerSpec
 from opticnerve.models.family import Family
@@ -102,7 +102,7 @@ def test_every_tensor_belongs_to_one_half(
 
 def test_a_layout_describes_its_family(family: Family, layout: Any) -> None:
     assert layout.family == family.name
-    assert layout.placeholder_ids["image_token"] == layout.image_token_id
+    assert layout.placeholder_ids["image_token"] == layout.item_token_ids[Modality.IMAGE]
     assert layout.position_dims in (1, 3)
     assert layout.max_positions > 0 and layout.deepstack_levels >= 0
     assert json.loads(json.dumps(layout.settings()))["family"] == family.name
@@ -116,13 +116,8 @@ def test_an_expansion_has_the_tokens_that_were_planned(layout: Any, size: tuple[
     rows = [run.row_start + i for run in expansion.runs for i in range(run.num_tokens)]
     assert rows == list(range(plan.num_tokens))
     assert all(one < other for one, other in pairwise(places))
-    placeholders = {i for i, token in enumerate(expansion.token_ids) if _stands_in(layout, token)}
-    assert placeholders == set(places)
-
-
-def _stands_in(layout: Any, token: int) -> bool:
-    """Whether rows overwrite this token."""
-    return token in (layout.image_token_id, getattr(layout, "video_token_id", None))
+    overwritten = layout.item_token_ids[plan.modality]
+    assert [i for i, token in enumerate(expansion.token_ids) if token == overwritten] == places
 
 
 def test_positions_have_a_shape_and_go_on_after_the_prompt(layout: Any) -> None:

@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
-from opticnerve.media.plan import Span, Structure
+from opticnerve.media.plan import Modality, Span, Structure
 from opticnerve.models import registry
 from opticnerve.models.decoders import decoder
 from opticnerve.models.decoders.decoder import PackedLanguage
@@ -126,7 +126,7 @@ def test_rows_overwrite_placeholders_as_in_the_unsplit_model(
         logits = language.logits(hidden)
 
     inputs = image_processor(path, family)(images, return_tensors="pt")
-    mm_types = (token_ids == layout.image_token_id).int()
+    mm_types = (token_ids == layout.item_token_ids[Modality.IMAGE]).int()
     extra = {} if family == "llava" else {"mm_token_type_ids": mm_types[None]}
     with torch.inference_mode():
         expected = load_reference(path)(token_ids[None], **inputs, **extra).logits[0]

@@ -54,7 +54,7 @@ def test_published_configuration(llava: Any) -> None:
 
     assert llava.hidden_size == LlamaConfig().hidden_size == 4096
     assert llava.max_positions == 4096
-    assert llava.image_token_id == 32000
+    assert llava.item_token_ids[Modality.IMAGE] == 32000
     assert llava.placeholder_ids == {"image_token": 32000}
     assert llava.position_dims == 1
 
@@ -70,7 +70,7 @@ def test_defaults_of_text_models_are_those_of_the_reference(tmp_path: Path, kind
 
 
 def test_the_newer_name_of_the_image_token_wins(tmp_path: Path) -> None:
-    assert layout(tmp_path, config={"image_token_id": 7}).image_token_id == 7
+    assert layout(tmp_path, config={"image_token_id": 7}).item_token_ids[Modality.IMAGE] == 7
 
 
 @pytest.mark.parametrize("size", [(1, 1), (30, 20), (640, 480), (4000, 3000), (200, 1)])

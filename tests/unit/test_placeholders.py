@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from PIL import Image
@@ -56,7 +56,8 @@ class Made:
 
     @property
     def image_token(self) -> str:
-        token = self.renderer.tokenizer.token_of(self.renderer.layout.image_token_id)
+        placeholder = self.renderer.layout.item_token_ids[Modality.IMAGE]
+        token = self.renderer.tokenizer.token_of(placeholder)
         assert token is not None
         return token
 
@@ -95,7 +96,7 @@ def test_ids_and_spans(made: Made, name: str) -> None:
 
 
 def check_spans(renderer: ChatRenderer, prompt: placeholders.Prompt, plans: list[Plan]) -> None:
-    token_id = renderer.layout.image_token_id
+    token_id = renderer.layout.item_token_ids[Modality.IMAGE]
     places = [i for i, t in enumerate(prompt.token_ids) if t == token_id]
     covered = [
         i for s in prompt.spans for i in range(s.token_offset, s.token_offset + s.num_tokens)
@@ -286,7 +287,7 @@ def plan(tokens: int) -> Plan:
 class Rows:
     """A family that closes each row of two placeholders (9) with a break (7)."""
 
-    image_token_id = 9
+    item_token_ids: ClassVar = {Modality.IMAGE: 9}
 
     def expand(self, plan: Plan) -> Expansion:
         rows = plan.num_tokens // 2
@@ -315,6 +316,16 @@ def test_numbers_must_agree(ids: list[int], count: int) -> None:
         placeholders.expand(Rows(), "p", ids, [plan(2)] * count, 99)
 
 
+def test_a_place_is_of_its_items_kind() -> None:
+    layout = SimpleNamespace(
+        item_token_ids={Modality.IMAGE: 9, Modality.VIDEO: 8}, expand=Rows().expand
+    )
+    video = replace(plan(2), modality=Modality.VIDEO)
+    with pytest.raises(InvalidRequest, match="no place for a video"):
+        placeholders.expand(layout, "p", [9], [video], 99)
+    assert placeholders.expand(layout, "p", [8], [video], 99).token_ids == (9, 9, 7)
+
+
 def test_a_prompt_that_is_too_long_is_refused_before_it_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -324,5 +335,5 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_is_built(
 
 
 def test_layouts_fit_the_interface() -> None:
-    layout = SimpleNamespace(image_token_id=9, expand=Rows().expand)
+    layout = SimpleNamespace(item_token_ids={Modality.IMAGE: 9}, expand=Rows().expand)
     assert placeholders.expand(layout, "p", [9], [plan(2)], 99).token_ids == (9, 9, 7)

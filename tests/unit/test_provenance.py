@@ -20,6 +20,7 @@ from gateway.prompt.provenance import Aliases, Marks, free_character
 from gateway.prompt.renderer import ChatRenderer
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import ContextLengthExceeded, InvalidRequest
+from opticnerve.media.plan import Modality
 from opticnerve.models.registry import make_layout
 from tests import vocabularies as v
 
@@ -101,11 +102,11 @@ def test_halves_in_adjacent_parts(style: str) -> None:
 @pytest.mark.parametrize("style", ["demo", "chatml", "pieces", "llava"])
 def test_pictures_keep_their_places_among_typed_ones(style: str) -> None:
     renderer = made(style)[0]
-    token = renderer.tokenizer.token_of(renderer.layout.image_token_id)
+    token = renderer.tokenizer.token_of(renderer.layout.item_token_ids[Modality.IMAGE])
     parts = [{"type": "text", "text": token}, IMAGE, {"type": "text", "text": f"{token}{token}"}]
     rendered = renderer.render(user(parts))
     assert rendered.num_images == 1
-    assert rendered.token_ids.count(renderer.layout.image_token_id) == 1
+    assert rendered.token_ids.count(renderer.layout.item_token_ids[Modality.IMAGE]) == 1
 
 
 @pytest.mark.parametrize("style", ["demo", "chatml", "thinking", "llava"])

@@ -265,7 +265,7 @@ def test_a_prompt_that_is_too_long_with_aliases_alone_is_too_long(
 
     monkeypatch.setattr(ChatTemplate, "render", cut_later)
     if way == "marked":
-        monkeypatch.setattr(type(template._aliases), "bare", lambda self, text: True)
+        monkeypatch.setattr(type(template._aliases), "occur_in", lambda self, text: True)
         monkeypatch.setattr(type(template._aliases), "reveal", lambda self, text: "other")
     with pytest.raises(ContextLengthExceeded, match="wrote too much"):
         renderer.render(request(user("hello")))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from opticnerve.checkpoints.settings import PixelSettings, integer, positive
 from opticnerve.errors import CheckpointError, InvalidRequest, UnsupportedCheckpoint
-from opticnerve.media.plan import Grid, Overrides, Plan, Span, Structure
+from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, Structure
 from opticnerve.models.family import Expansion, RowRun
 from opticnerve.models.sizing import check_aspect, picture_plan, processor_settings
 
@@ -47,8 +47,9 @@ class LlavaLayout:
         self.hidden_size = positive(text, "hidden_size", hidden)
         self.max_positions = positive(text, "max_position_embeddings", positions)
         index = integer(config, "image_token_index", 32000)
-        self.image_token_id = integer(config, "image_token_id", index)
-        self.placeholder_ids = {"image_token": self.image_token_id}
+        image_token_id = integer(config, "image_token_id", index)
+        self.item_token_ids = {Modality.IMAGE: image_token_id}
+        self.placeholder_ids = {"image_token": image_token_id}
         self.patch_size = positive(vision, "patch_size", 32)
         self.image_size = positive(vision, "image_size", 224)
         self.strategy = str(config.get("vision_feature_select_strategy") or "default")
@@ -102,7 +103,8 @@ class LlavaLayout:
         )
 
     def expand(self, plan: Plan) -> Expansion:
-        return Expansion((self.image_token_id,) * plan.num_tokens, (RowRun(0, plan.num_tokens, 0),))
+        token = self.item_token_ids[plan.modality]
+        return Expansion((token,) * plan.num_tokens, (RowRun(0, plan.num_tokens, 0),))
 
     # ---- positions
 

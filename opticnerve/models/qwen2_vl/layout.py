@@ -67,9 +67,10 @@ class Qwen2VLLayout:
     def __init__(self, checkpoint: Checkpoint) -> None:
         config, vision = checkpoint.config, checkpoint.vision_config
         processor, text = processor_settings(checkpoint), checkpoint.text_config
-        self.image_token_id = integer(config, "image_token_id", 151655)
-        self.video_token_id = integer(config, "video_token_id", 151656)
-        self.placeholder_ids = {"image_token": self.image_token_id}
+        image_token_id = integer(config, "image_token_id", 151655)
+        video_token_id = integer(config, "video_token_id", 151656)
+        self.item_token_ids = {Modality.IMAGE: image_token_id, Modality.VIDEO: video_token_id}
+        self.placeholder_ids = {"image_token": image_token_id}
         for name in OTHER_PLACEHOLDERS:
             if config.get(f"{name}_id") is not None:
                 self.placeholder_ids[name] = integer(config, f"{name}_id")
@@ -115,8 +116,7 @@ class Qwen2VLLayout:
 
     def expand(self, plan: Plan) -> Expansion:
         """One run of placeholders; the markers around it are the template's."""
-        video = plan.modality is Modality.VIDEO
-        token = self.video_token_id if video else self.image_token_id
+        token = self.item_token_ids[plan.modality]
         return Expansion((token,) * plan.num_tokens, (RowRun(0, plan.num_tokens, 0),))
 
     # ---- positions
