@@ -128,7 +128,7 @@ class Whole:
             mark = now
 
         request, _ = parse(ChatRequest, body)
-        (source,) = request.images
+        (source,) = request.sources
         data = read_data_url(source.url, 2**25, source.param)
         plan = self.layout.plan(parse_structure(data, self.max_pixels))
         key = content_key(data, self.layout.settings(), source.overrides(None), "whole")
@@ -142,7 +142,7 @@ class Whole:
             request.options,
             kind=ChatPrompt,
             prompt_tokens=len(prompt.token_ids),
-            image_tokens=prompt.num_image_tokens,
+            item_tokens=prompt.num_item_tokens,
             defaults=Defaults(),
             limits=self.limits,
             tokenizer=self.renderer.tokenizer,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gateway.timings import Stopwatch
 
 if TYPE_CHECKING:
-    from gateway.api.schemas.messages import ImageSource, Message
+    from gateway.api.schemas.messages import ItemSource, Message
     from gateway.api.schemas.sampling import SamplingFields
     from gateway.edge.admission import Ticket
     from gateway.edge.auth import Caller
@@ -27,7 +27,7 @@ class ChatPrompt:
     shorter: ClassVar[str] = "shorter messages"
 
     messages: Sequence[Message]
-    images: tuple[ImageSource, ...] = ()
+    sources: tuple[ItemSource, ...] = ()
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = None

@@ -22,7 +22,7 @@ from gateway.media.reader import Fetched, MediaReader
 from gateway.output.choices import Choices
 from gateway.output.detokenizer import Vocabulary
 from gateway.output.events import AnswerEvent, ChoiceEnd, End, Text
-from gateway.prompt.placeholders import Prompt
+from gateway.prompt.placeholders import ExpandedPrompt
 from gateway.prompt.plain import read_plain
 from gateway.prompt.renderer import ChatRenderer
 from gateway.sampling import (
@@ -113,15 +113,17 @@ class Pipeline:
     ) -> Pictures:
         """The prompt's pictures; ``hold`` counts their bytes. Raises InvalidRequest,
         MediaFetchFailed, PayloadTooLarge, Overloaded, DeadlineExceeded."""
-        if not isinstance(prompt, ChatPrompt) or not prompt.images:
+        if not isinstance(prompt, ChatPrompt) or not prompt.sources:
             return Pictures()
-        self.media.check_count(prompt.images)
+        self.media.check_count(prompt.sources)
         with watch.stage("fetch"):
-            items = await self.media.fetch(prompt.images, hold, deadline)
+            items = await self.media.fetch(prompt.sources, hold, deadline)
         with watch.stage("plan"):
             return Pictures(tuple(items), tuple(await self.media.plan(items)))
 
-    async def render(self, prompt: AnyPrompt, plans: Sequence[Plan], watch: Stopwatch) -> Prompt:
+    async def render(
+        self, prompt: AnyPrompt, plans: Sequence[Plan], watch: Stopwatch
+    ) -> ExpandedPrompt:
         """What the decoder gets; ``plans`` of the prompt's pictures, in order. Raises
         InvalidRequest, and ContextLengthExceeded for what no worker could take."""
         with watch.stage("render"):
@@ -187,7 +189,7 @@ class Pipeline:
             keys = await self.media.keys(pictures.items, pair.fingerprint, salt)
         return _encodables(pictures, keys, pair, salt, job.caller)
 
-    async def _render_chat(self, prompt: ChatPrompt, plans: Sequence[Plan]) -> Prompt:
+    async def _render_chat(self, prompt: ChatPrompt, plans: Sequence[Plan]) -> ExpandedPrompt:
         size = _characters(prompt)
         render = functools.partial(self.renderer.render, prompt)
         rendered = await off_loop(size, render) if size > OFF_LOOP_CHARACTERS else render()
@@ -202,7 +204,7 @@ class Pipeline:
         return tenant_salt(tenant, job.options.cache_salt)
 
     async def _sampling(
-        self, options: GenerationOptions, kind: type[AnyPrompt], prompt: Prompt, pair: Pair
+        self, options: GenerationOptions, kind: type[AnyPrompt], prompt: ExpandedPrompt, pair: Pair
     ) -> Sampling:
         limits = SamplingLimits(
             max_model_len=pair.max_model_len or self.renderer.layout.max_positions,
@@ -216,7 +218,7 @@ class Pipeline:
             options,
             kind=kind,
             prompt_tokens=len(prompt.token_ids),
-            image_tokens=prompt.num_image_tokens,
+            item_tokens=prompt.num_item_tokens,
             defaults=self.defaults,
             limits=limits,
             tokenizer=self.renderer.tokenizer,

@@ -121,7 +121,7 @@ def resolve_sampling(
     *,
     kind: type[AnyPrompt],
     prompt_tokens: int,
-    image_tokens: int,
+    item_tokens: int,
     defaults: Defaults,
     limits: SamplingLimits,
     tokenizer: Tokenizer,
@@ -135,7 +135,7 @@ def resolve_sampling(
     shared = {name: getattr(asked, name) for name in SHARED_FIELDS}
     values = {name: value for name, value in shared.items() if value is not None}
     values |= {
-        "max_tokens": output_limit(options, kind, prompt_tokens, image_tokens, defaults, limits),
+        "max_tokens": output_limit(options, kind, prompt_tokens, item_tokens, defaults, limits),
         "seed": secrets.randbits(64) if asked.seed is None else asked.seed % 2**64,
         "logprobs": num_logprobs(options, limits),
         "logit_bias": _bias(asked.logit_bias or {}, limits),
@@ -170,7 +170,7 @@ def output_limit(
     options: GenerationOptions,
     kind: type[AnyPrompt],
     prompt_tokens: int,
-    image_tokens: int,
+    item_tokens: int,
     defaults: Defaults,
     limits: SamplingLimits,
 ) -> int:
@@ -182,7 +182,7 @@ def output_limit(
     if room >= (asked or 1):
         most = LARGEST_MAX_TOKENS if unlimited else defaults.max_tokens or LARGEST_MAX_TOKENS
         return asked or min(most, room)
-    pictures = f" ({image_tokens} of them for pictures)" if image_tokens else ""
+    pictures = f" ({item_tokens} of them for pictures)" if item_tokens else ""
     if room < 1:
         remedy = f"send {kind.shorter}" + (", or fewer or smaller pictures" if pictures else "")
     else:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from gateway.api.schemas.messages import ImageSource
+from gateway.api.schemas.messages import ItemSource
 from gateway.edge.deadline import Deadline
 from gateway.edge.threads import off_loop_above
 from gateway.media.fetch import MediaFetcher
@@ -42,7 +42,7 @@ class MediaReader:
         self.fetcher = fetcher
         self._background = parse_background(config.image_background)
 
-    def check_count(self, sources: Sequence[ImageSource]) -> None:
+    def check_count(self, sources: Sequence[ItemSource]) -> None:
         """Raises InvalidRequest where there are too many."""
         if len(sources) > self.config.max_images:
             raise InvalidRequest(
@@ -53,7 +53,7 @@ class MediaReader:
             )
 
     async def fetch(
-        self, sources: Sequence[ImageSource], hold: Callable[[int], None], deadline: Deadline
+        self, sources: Sequence[ItemSource], hold: Callable[[int], None], deadline: Deadline
     ) -> list[Fetched]:
         """The bytes of all pictures, fetched concurrently; ``hold`` counts them.
 
@@ -79,11 +79,11 @@ class MediaReader:
 
         return [await off_loop_above(OFF_LOOP_BYTES, len(item.data), key, item) for item in items]
 
-    async def _fetch(self, source: ImageSource, hold: Callable[[int], None]) -> Fetched:
+    async def _fetch(self, source: ItemSource, hold: Callable[[int], None]) -> Fetched:
         data = await self.fetcher.fetch(source.url, param=source.param, hold=hold)
         return Fetched(source.param, self._overrides(source), data)
 
-    def _overrides(self, source: ImageSource) -> Overrides:
+    def _overrides(self, source: ItemSource) -> Overrides:
         """The item's own bounds, limited by the server's, and the server's background."""
         least, most = self.config.min_pixels or None, self.config.max_pixels or None
         default_most: int | None = self.layout.settings().get("max_pixels")

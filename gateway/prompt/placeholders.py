@@ -35,7 +35,7 @@ class Expander(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class ExpandedPrompt:
     """A prompt as the decoder gets it. A span's ``item`` is the item's index in the request."""
 
     prompt: str  # As Hugging Face's template renders it: one placeholder for each item.
@@ -43,7 +43,7 @@ class Prompt:
     spans: tuple[Span, ...] = ()
 
     @property
-    def num_image_tokens(self) -> int:
+    def num_item_tokens(self) -> int:
         return sum(span.num_tokens for span in self.spans)
 
 
@@ -99,7 +99,7 @@ def expand(
     token_ids: Sequence[int],
     plans: Sequence[Plan],
     max_tokens: int,
-) -> Prompt:
+) -> ExpandedPrompt:
     """Replaces the i-th placeholder by the tokens of the i-th item.
 
     Raises InvalidRequest if their numbers differ, and ContextLengthExceeded, before the ids are
@@ -137,7 +137,7 @@ def expand(
         ]
         ids += expansion.token_ids
         item += 1
-    return Prompt(prompt, tuple(ids), tuple(spans))
+    return ExpandedPrompt(prompt, tuple(ids), tuple(spans))
 
 
 def check_count(layout: Expander, token_ids: Sequence[int], pictures: int) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gateway.job import TextPrompt, TokenPrompt
-from gateway.prompt.placeholders import Prompt
+from gateway.prompt.placeholders import ExpandedPrompt
 from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.errors import ContextLengthExceeded, InvalidRequest
 from opticnerve.models.family import Layout
 
 
-def read_plain(prompt: TextPrompt | TokenPrompt, tokenizer: Tokenizer, layout: Layout) -> Prompt:
+def read_plain(
+    prompt: TextPrompt | TokenPrompt, tokenizer: Tokenizer, layout: Layout
+) -> ExpandedPrompt:
     """The prompt as the decoder gets it.
 
     Raises InvalidRequest for ids that stand for pictures, and ContextLengthExceeded for what no
@@ -19,7 +21,7 @@ def read_plain(prompt: TextPrompt | TokenPrompt, tokenizer: Tokenizer, layout: L
     """
     if isinstance(prompt, TokenPrompt):
         _check_ids(prompt.token_ids, layout)
-        return Prompt("", prompt.token_ids)
+        return ExpandedPrompt("", prompt.token_ids)
     most = layout.max_positions
     if tokenizer.exceeds(prompt.text, most):  # What follows takes several times as much.
         raise _too_long(most, "many more")
@@ -30,7 +32,7 @@ def read_plain(prompt: TextPrompt | TokenPrompt, tokenizer: Tokenizer, layout: L
     )
     if len(ids) > most:
         raise _too_long(most, str(len(ids)))
-    return Prompt(prompt.text, tuple(ids))
+    return ExpandedPrompt(prompt.text, tuple(ids))
 
 
 def _check_ids(ids: Sequence[int], layout: Layout) -> None:

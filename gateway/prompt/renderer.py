@@ -21,7 +21,7 @@ from gateway.api.schemas.messages import (
 from gateway.edge.limits import MAX_PROMPT_CHARACTERS
 from gateway.job import ChatPrompt
 from gateway.prompt import placeholders
-from gateway.prompt.placeholders import Prompt
+from gateway.prompt.placeholders import ExpandedPrompt
 from gateway.prompt.provenance import Marks
 from gateway.prompt.template import ChatTemplate, clock, load_template
 from gateway.prompt.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ class RenderedChat:
 
     prompt: str  # Equal to Hugging Face's apply_chat_template(tokenize=False).
     token_ids: tuple[int, ...]  # One placeholder a picture.
-    num_images: int
+    num_items: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +79,12 @@ class ChatRenderer:
         if characters(messages) > MAX_PROMPT_CHARACTERS:
             raise self._too_long()
         variables = self._variables(asked)
-        num_images = _count_images(messages)
+        num_items = _count_items(messages)
         rendering = Rendering(self, messages, variables, asked.continue_final_message)
         prompt, hidden = rendering.run()
         ids = self.tokenizer.encode(hidden, add_special_tokens=not self._starts_with_bos(hidden))
-        placeholders.check_count(self.layout, ids, num_images)
-        return RenderedChat(prompt, tuple(ids), num_images)
+        placeholders.check_count(self.layout, ids, num_items)
+        return RenderedChat(prompt, tuple(ids), num_items)
 
     def check_length(self, prompt: str) -> None:
         """Raises ContextLengthExceeded for what certainly is too long."""
@@ -98,7 +98,7 @@ class ChatRenderer:
             param="messages",
         )
 
-    def build(self, rendered: RenderedChat, plans: Sequence[Plan]) -> Prompt:
+    def build(self, rendered: RenderedChat, plans: Sequence[Plan]) -> ExpandedPrompt:
         """The prompt with every picture's run in place; ``plans`` in the order of the pictures.
         Raises ContextLengthExceeded for what no worker could take."""
         return placeholders.expand(
@@ -342,7 +342,7 @@ def characters(value: Any) -> int:
     return sum(map(characters, value)) if isinstance(value, list) else 0
 
 
-def _count_images(messages: Iterable[Mapping[str, Any]]) -> int:
+def _count_items(messages: Iterable[Mapping[str, Any]]) -> int:
     contents = (message.get("content") for message in messages)
     return sum(
         part["type"] == "image"

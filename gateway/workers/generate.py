@@ -182,9 +182,9 @@ class FailoverGeneration:
 
     def usage(self) -> Usage:
         """Usage by our own count, for a generation that is left before its end."""
-        image_tokens = sum(span.num_tokens for span in self.spec.spans)
+        item_tokens = sum(span.num_tokens for span in self.spec.spans)
         progress = self._progress
-        return Usage(len(self.spec.token_ids), progress.total, progress.cached_tokens, image_tokens)
+        return Usage(len(self.spec.token_ids), progress.total, progress.cached_tokens, item_tokens)
 
     # ---- one attempt
 

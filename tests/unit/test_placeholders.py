@@ -89,13 +89,15 @@ def expected_ids(made: Made, prompt: str, plans: list[Plan]) -> list[int]:
 def test_ids_and_spans(made: Made, name: str) -> None:
     renderer = made.renderer
     rendered = renderer.render(chat(*CHATS[name]))
-    plans = plans_for(renderer, rendered.num_images)
+    plans = plans_for(renderer, rendered.num_items)
     prompt = renderer.build(rendered, plans)
     assert list(prompt.token_ids) == expected_ids(made, rendered.prompt, plans)
     check_spans(renderer, prompt, plans)
 
 
-def check_spans(renderer: ChatRenderer, prompt: placeholders.Prompt, plans: list[Plan]) -> None:
+def check_spans(
+    renderer: ChatRenderer, prompt: placeholders.ExpandedPrompt, plans: list[Plan]
+) -> None:
     token_id = renderer.layout.item_token_ids[Modality.IMAGE]
     places = [i for i, t in enumerate(prompt.token_ids) if t == token_id]
     covered = [
@@ -105,7 +107,7 @@ def check_spans(renderer: ChatRenderer, prompt: placeholders.Prompt, plans: list
     assert [span.item for span in prompt.spans] == list(range(len(plans)))
     assert [span.num_tokens for span in prompt.spans] == [plan.num_tokens for plan in plans]
     assert [span.grid_thw for span in prompt.spans] == [plan.grid for plan in plans]
-    assert prompt.num_image_tokens == sum(plan.num_tokens for plan in plans)
+    assert prompt.num_item_tokens == sum(plan.num_tokens for plan in plans)
 
 
 def test_typed_placeholders_take_no_picture(made: Made) -> None:
@@ -190,7 +192,7 @@ def test_placeholders_are_what_the_checkpoint_calls_them(
     assert made.image_token == "<|img|>"
     for name in ("several", "turns"):
         rendered = made.renderer.render(chat(*CHATS[name]))
-        plans = plans_for(made.renderer, rendered.num_images)
+        plans = plans_for(made.renderer, rendered.num_items)
         prompt = made.renderer.build(rendered, plans)
         check_spans(made.renderer, prompt, plans)
         assert {prompt.token_ids[span.token_offset] for span in prompt.spans} == {IMAGE_ID}
@@ -211,7 +213,7 @@ def test_ids_of_a_renamed_placeholder_are_those_of_the_processor(
         CLIPImageProcessorPil.from_pretrained(path), AutoTokenizer.from_pretrained(path), **said
     )
     rendered = renderer.render(chat(*CHATS["several"]))
-    plans = plans_for(renderer, rendered.num_images)
+    plans = plans_for(renderer, rendered.num_items)
     images = [Image.new("RGB", size) for size in SIZES]
     expected = processor(text=rendered.prompt, images=images)["input_ids"]
     assert list(renderer.build(rendered, plans).token_ids) == list(expected[0])

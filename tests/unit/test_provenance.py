@@ -105,7 +105,7 @@ def test_pictures_keep_their_places_among_typed_ones(style: str) -> None:
     token = renderer.tokenizer.token_of(renderer.layout.item_token_ids[Modality.IMAGE])
     parts = [{"type": "text", "text": token}, IMAGE, {"type": "text", "text": f"{token}{token}"}]
     rendered = renderer.render(user(parts))
-    assert rendered.num_images == 1
+    assert rendered.num_items == 1
     assert rendered.token_ids.count(renderer.layout.item_token_ids[Modality.IMAGE]) == 1
 
 

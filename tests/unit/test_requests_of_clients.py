@@ -221,7 +221,7 @@ def test_a_fraction_is_refused_by_name() -> None:
 def test_pixels_in_digits() -> None:
     part = {"type": "image", "image": URL, "min_pixels": "3136", "max_pixels": "200704"}
     request = chat(user([part, PICTURE]), mm_processor_kwargs={"max_pixels": "100352"})
-    own, other = request.images
+    own, other = request.sources
     assert (own.min_pixels, own.max_pixels) == (3136, 200704)
     assert (other.min_pixels, other.max_pixels) == (None, 100352)
     assert refused(json.dumps(body(max_tokens="20"))).param == "max_tokens"
@@ -337,7 +337,7 @@ def test_formats_that_ask_for_something_are_refused() -> None:
 )
 def test_pictures(part: dict[str, Any], url: str) -> None:
     request, ignored = read(user([part]))
-    (image,) = request.images
+    (image,) = request.sources
     assert image.url == url and not image.low_detail
     assert ignored == Ignored()
 

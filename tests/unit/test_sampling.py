@@ -46,7 +46,7 @@ def resolved(
         parse(ChatRequest, body)[0].options,
         kind=ChatPrompt,
         prompt_tokens=prompt,
-        image_tokens=images,
+        item_tokens=images,
         defaults=defaults,
         limits=LIMITS,
         tokenizer=tokenizer,

@@ -12,7 +12,7 @@ from openai.types.chat import ChatCompletionMessage
 
 from gateway.api.chat import ChatRequest
 from gateway.api.schemas import parsing
-from gateway.api.schemas.messages import FunctionCall, ImageSource, ToolCall, call_arguments
+from gateway.api.schemas.messages import FunctionCall, ItemSource, ToolCall, call_arguments
 from gateway.api.schemas.parsing import Ignored, parse
 from gateway.api.schemas.unsupported import FIELDS, PARTS
 from gateway.api.template import ApplyTemplateRequest
@@ -63,7 +63,7 @@ def test_the_customers_requests() -> None:
     }
     request, ignored = parse(ChatRequest, json.dumps(curl).encode())
     assert request.options.max_tokens == 128
-    assert request.images == (ImageSource(URL, "messages[0].content[1].image_url.url"),)
+    assert request.sources == (ItemSource(URL, "messages[0].content[1].image_url.url"),)
     assert ignored == Ignored()
 
 
@@ -121,7 +121,7 @@ def test_every_field_at_once() -> None:
     ],
 )
 def test_forms_of_a_picture(part: dict[str, Any], source: tuple[str | None, str]) -> None:
-    (image,) = chat([part]).images
+    (image,) = chat([part]).sources
     assert image.param == f"messages[0].content[0].{source[1]}"
     assert image.url.startswith(source[0] or "data:")
 
@@ -137,14 +137,14 @@ def test_bounds_of_a_picture() -> None:
     inner = {"type": "image_url", "image_url": {"url": URL, "max_pixels": 7}, "max_pixels": 9}
     plain = {"type": "image", "image": URL}
     request = chat([own, inner, plain], mm_processor_kwargs={"min_pixels": 2, "max_pixels": 99})
-    bounds = [(image.min_pixels, image.max_pixels) for image in request.images]
+    bounds = [(image.min_pixels, image.max_pixels) for image in request.sources]
     assert bounds == [(5, 50), (2, 7), (2, 99)]
 
 
 def test_low_detail_is_a_hint() -> None:
     low = {"type": "image_url", "image_url": {"url": URL, "detail": "low"}}
     bounded = {"type": "image_url", "image_url": {"url": URL, "detail": "low", "max_pixels": 9}}
-    first, second = chat([low, bounded]).images
+    first, second = chat([low, bounded]).sources
     assert first.overrides(10**6) == Overrides(None, 512 * 512)
     assert first.overrides(10**4) == Overrides()  # Never raises the model's own bound.
     assert first.overrides(None) == Overrides()
@@ -278,7 +278,7 @@ def test_wrong_parts(part: Any, path: str, text: str) -> None:
 )
 def test_pictures_that_name_nothing(part: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        _ = chat([part]).images
+        _ = chat([part]).sources
     assert caught.value.param is not None
     assert caught.value.param.startswith("messages[0].content[0]")
 
@@ -316,7 +316,7 @@ def test_uuid_says_what_to_send() -> None:
     part = {"type": "image_url", "image_url": None, "uuid": "a"}
     assert "the picture itself" in refused(body([part]), UnsupportedFeature).message
     named = {"type": "image_url", "image_url": {"url": URL}, "uuid": "a"}
-    assert len(chat([named]).images) == 1
+    assert len(chat([named]).sources) == 1
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,7 @@ def test_white_space_around_a_source_counts_for_nothing(around: str) -> None:
     for url in (URL, "data:image/png;base64,AAAA"):
         part = {"type": "image_url", "image_url": {"url": around.format(url)}}
         bare = {"type": "image", "image": around.format(url)}
-        assert [source.url for source in chat([part, bare]).images] == [url, url]
+        assert [source.url for source in chat([part, bare]).sources] == [url, url]
 
 
 def test_values_are_never_repeated() -> None:
@@ -477,5 +477,5 @@ def test_long_arguments_are_read_as_short_ones(long: str) -> None:
 
 def test_a_long_source_is_known_by_its_beginning() -> None:
     for image in ("A" * 2**22, "a" * 2**22 + ":"):
-        source = chat([{"type": "image", "image": image}]).images[0]
+        source = chat([{"type": "image", "image": image}]).sources[0]
         assert source.url == "data:;base64," + image

@@ -177,7 +177,7 @@ class Message(Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class ImageSource:
+class ItemSource:
     """One picture of a request, before it is fetched. ``param`` is its path in the body."""
 
     url: str
@@ -196,9 +196,9 @@ class ImageSource:
         return Overrides(self.min_pixels, None if low >= own_max_pixels else low)
 
 
-def image_sources(
+def item_sources(
     messages: Sequence[Message], min_pixels: int | None = None, max_pixels: int | None = None
-) -> Iterator[ImageSource]:
+) -> Iterator[ItemSource]:
     """Every picture in the order of messages and parts; the arguments are the request's own
     bounds, which an item's bounds override. Raises InvalidRequest for a source that is neither a
     URL nor base64, and for bounds that cross."""
@@ -212,7 +212,7 @@ def image_sources(
 
 def _source(
     part: ImageUrlPart | ImagePart, path: str, min_pixels: int | None, max_pixels: int | None
-) -> ImageSource:
+) -> ItemSource:
     bounds: list[ImageUrlPart | ImagePart | ImageUrl] = [part]
     if isinstance(part, ImageUrlPart):
         if isinstance(part.image_url, ImageUrl):
@@ -229,7 +229,7 @@ def _source(
     high = next((b.max_pixels for b in bounds if b.max_pixels is not None), max_pixels)
     if low is not None and high is not None and low > high:
         raise InvalidRequest(f"{path}: min_pixels {low} exceeds max_pixels {high}", param=path)
-    return ImageSource(url, param, low, high, any(b.detail == "low" for b in bounds))
+    return ItemSource(url, param, low, high, any(b.detail == "low" for b in bounds))
 
 
 def _as_url(part: ImagePart, path: str) -> tuple[str, str]:
@@ -318,17 +318,17 @@ class TemplateFields(Body):
         yield from super().unheeded
 
     @cached_property
-    def images(self) -> tuple[ImageSource, ...]:
+    def sources(self) -> tuple[ItemSource, ...]:
         """Every picture, in order. Raises InvalidRequest."""
         settings = self.mm_processor_kwargs or ProcessorSettings()
-        return tuple(image_sources(self.messages, settings.min_pixels, settings.max_pixels))
+        return tuple(item_sources(self.messages, settings.min_pixels, settings.max_pixels))
 
     @property
     def prompt(self) -> ChatPrompt:
         """Raises InvalidRequest for pictures that have no usable source."""
         return ChatPrompt(
             messages=self.messages,
-            images=self.images,
+            sources=self.sources,
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
             chat_template_kwargs=self.chat_template_kwargs,
