@@ -80,7 +80,9 @@ async def run(given: dict[str, Any]) -> int:
         sweep_dead_tiers(base)
     with contextlib.ExitStack() as files:
         url = files.enter_context(_store_url(store))
-        secrets = _secret_files(gateway, store, files.enter_context(_own_directory(temporary)))
+        secrets = _secret_files(
+            gateway, store, files.enter_context(_temporary_directory(temporary))
+        )
         commands = Commands(settings, {**given, **secrets, "store": url, "parent_pid": os.getpid()})
         supervisor = Supervisor(
             commands.workers(),
@@ -151,12 +153,12 @@ def _store_url(settings: StoreConfig) -> Iterator[str]:
     if scheme != "shm" or directory:
         yield settings.store
         return
-    with _own_directory(base_directory()) as tier:
+    with _temporary_directory(base_directory()) as tier:
         yield f"shm://{tier}" + (f"?{query}" if query else "")
 
 
 @contextlib.contextmanager
-def _own_directory(base: Path) -> Iterator[Path]:
+def _temporary_directory(base: Path) -> Iterator[Path]:
     """A directory of this stack in ``base``, removed at its end, or by the next stack if this one
     is killed. Raises StartupError."""
     try:
@@ -209,9 +211,9 @@ class Commands:
 
     def _pool(self, role: Role, cls: type, count: int, devices: Sequence[str]) -> Iterator[Child]:
         threads = self._threads or share_of_cores(count)
-        own = dict.fromkeys(GATEWAY_ONLY) | {"host": "127.0.0.1", "metrics_port": 0}
+        fixed = dict.fromkeys(GATEWAY_ONLY) | {"host": "127.0.0.1", "metrics_port": 0}
         arguments, variables = to_command_line(
-            options(cls), {**self._given, **own, "threads": threads}
+            options(cls), {**self._given, **fixed, "threads": threads}
         )
         name = role.name.lower()
         command = [sys.executable, "-m", f"{name}_service", *arguments]

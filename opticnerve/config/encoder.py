@@ -19,11 +19,13 @@ class EncoderConfig:
     model: shared.ModelConfig = shared.ModelConfig()
     rpc: shared.RpcConfig = shared.RpcConfig()
     store: shared.StoreConfig = shared.StoreConfig()
-    max_batch_patches: int = _batches(0, "patches of one forward pass; 0: sized from the device")
+    max_batch_patches: int = _batches(0, "patches in one forward pass; 0: sized from the device")
     max_queue_patches: int = _batches(
         0, "patches that may wait before items are refused; 0: 16 batches"
     )
-    preprocess_workers: int = _batches(0, "threads that decode and resize pictures; 0: one a core")
+    preprocess_workers: int = _batches(
+        0, "threads that decode and resize pictures; 0: one per core"
+    )
     max_item_bytes: int = _pictures(
         20 * 2**20, "compressed size of one picture, at the encoder", size=True
     )
@@ -31,11 +33,9 @@ class EncoderConfig:
     max_decode_passes: int = shared.MAX_DECODE_PASSES()
     max_decode_bytes: int = _pictures(
         0,
-        "memory for pictures that are being decoded, a quarter of it for light ones; one always "
-        "fits. 0: 256MiB a preprocess worker, 2GiB at least",
+        "memory for decoding pictures at the same time, a quarter of it for small ones; one always "
+        "fits. 0: 256MiB per preprocess worker, at least 2GiB",
         size=True,
     )
-    decode_timeout_s: float = _pictures(
-        30.0, "how much of a core's time decoding a heavy picture may take before it is ended"
-    )
+    decode_timeout_s: float = _pictures(30.0, "CPU time for decoding one heavy picture")
     telemetry: shared.TelemetryConfig = shared.TelemetryConfig()

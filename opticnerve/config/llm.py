@@ -21,26 +21,26 @@ class LLMConfig:
     store: shared.StoreConfig = shared.StoreConfig()
     fetch_from: tuple[str, ...] = option(
         (),
-        "hosts whose encoders embeddings may be fetched from, where the store has none; default: "
-        "with --rpc-token-file those that callers name, else this machine, where --host is "
-        "loopback, or none",
+        "hosts of encoders from which embeddings may be fetched that the store does not have; "
+        "default: with --rpc-token-file those that callers name, else this machine if --host is "
+        "loopback, else none",
         group=Group.STORE,
         metavar="HOST,...",
         expects="a host: a name, *.NAME for all below one, an IP or a network such as 10.0.0.0/8",
         check=addresses.check_host,
     )
     max_model_len: int = _engine(
-        0, "tokens of prompt and output together; 0: as many as the model knows"
+        0, "tokens of prompt and output together; 0: the model's context length"
     )
-    max_num_seqs: int = _engine(64, "sequences that run at once", minimum=1)
+    max_num_seqs: int = _engine(64, "sequences that run at the same time", minimum=1)
     max_num_batched_tokens: int = _engine(2048, "tokens of one step", minimum=1)
     max_step_ms: int = _engine(
         250,
-        "how long one step may take while any sequence decodes: prompts are computed in chunks "
-        "that fit, by the speed measured; 0: chunks of any length",
+        "time of one step while any sequence decodes: prompts are computed in chunks that fit, by "
+        "the measured speed; 0: chunks of any length",
     )
     max_waiting: int = _engine(1024, "requests that may wait before more are refused", minimum=1)
-    kv_cache_tokens: int = _engine(0, "tokens that the KV cache holds; 0: sized from memory")
+    kv_cache_tokens: int = _engine(0, "tokens in the KV cache; 0: sized from memory")
     no_prefix_caching: bool = _engine(False, "do not share KV pages between requests")
     attention: str = _engine("auto", "attention backend", choices=("auto", "sdpa"))
     engine: str = _engine(

@@ -19,17 +19,19 @@ _telemetry = partial(option, group=Group.TELEMETRY)
 MIN_IMAGE_PIXELS = 64 * 64  # At its start an encoder decodes a picture of this size.
 MIN_DECODE_PASSES = 2**20  # What the markers of an ordinary picture may take.
 
-DRAIN_HELP = "how long running requests may go on after SIGTERM or Ctrl-C; a second one ends them"
+DRAIN_HELP = (
+    "time for running requests to finish after SIGTERM or Ctrl-C; a second signal ends them"
+)
 PARENT_HELP = "end when this process, the parent, has ended"
 TOKEN_HELP = (
-    "file of the token that the gateway's and its workers' calls to each other carry: one secret "
-    "for all of them, such as `openssl rand -hex 32` makes; `up` makes its own"
+    "file of the token that authorizes calls between the gateway and its workers: one secret for "
+    "all of them, such as `openssl rand -hex 32` makes; `up` makes one itself"
 )
 PASSES_HELP = (
-    "work of decoding one picture, in pixels decoded once, read from its structure: a "
-    "progressive JPEG's is its pixels times its scans; more is refused"
+    "work of decoding one picture, over which it is refused: its pixels times the times that each "
+    "is decoded, such as the scans of a progressive JPEG"
 )
-PIXELS_HELP = "pixels of one picture as it comes; larger ones are refused"
+PIXELS_HELP = "pixels of one picture before it is resized; larger ones are refused"
 _picture = partial(option, group=Group.PICTURES)
 MAX_IMAGE_PIXELS = partial(_picture, 89_478_485, PIXELS_HELP, minimum=MIN_IMAGE_PIXELS)
 MAX_DECODE_PASSES = partial(_picture, 2**30, PASSES_HELP, minimum=MIN_DECODE_PASSES)
@@ -38,27 +40,27 @@ MAX_LOGPROBS = partial(option, 20, "largest `top_logprobs` of a request", group=
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Which checkpoint."""
+    """Which checkpoint to serve."""
 
     model: str | None = _model(
         None, "checkpoint directory or hub id; without one, the built-in demo checkpoint"
     )
     revision: str | None = _model(None, "branch, tag or commit on the hub", metavar="NAME")
-    download_dir: str | None = _model(None, "where hub checkpoints are kept", metavar="DIR")
+    download_dir: str | None = _model(None, "directory for checkpoints from the hub", metavar="DIR")
 
 
 @dataclass(frozen=True)
 class ModelConfig(CheckpointConfig):
-    """Which checkpoint, and how its tensors are computed with."""
+    """Which checkpoint to serve, and on which device and in which type to compute."""
 
     dtype: str = _model(
         "auto",
-        "type of weights and activations; auto: the checkpoint's own, or float32 on a CPU that "
-        "has no arithmetic in that one",
+        "type of weights and activations; auto: the checkpoint's, or float32 on a CPU without "
+        "arithmetic in that type",
         choices=("auto", "float32", "float16", "bfloat16"),
     )
     device: str = _model(
-        "auto", "cpu, cuda or cuda:N; auto: CUDA where there is one", metavar="DEVICE"
+        "auto", "cpu, cuda or cuda:N; auto: CUDA if there is a device", metavar="DEVICE"
     )
     threads: int = _model(
         0,
@@ -68,23 +70,21 @@ class ModelConfig(CheckpointConfig):
 
     @property
     def num_threads(self) -> int:
-        """Threads for tensor work. They sleep while there is none (``cli.commands``), so the event
-        loop needs no core of its own."""
+        """Threads for tensor work. Idle threads sleep (``cli.commands.wait_briefly``), so no core
+        is set aside for the event loop."""
         return self.threads or len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
 class RpcConfig:
-    """Where an internal service listens, and how it leaves."""
+    """Where a worker listens, who may call it, and how it stops."""
 
-    host: str = _address(
-        "127.0.0.1", "where to listen; 0.0.0.0: on every interface", metavar="HOST"
-    )
+    host: str = _address("127.0.0.1", "interface to listen on; 0.0.0.0: every one", metavar="HOST")
     port: int = _address(0, "port to listen on; 0: a free one, which is printed", maximum=65535)
     advertise: str | None = _address(
         None,
-        "the address that other services, gateways too, reach this one at; needed where --host is "
-        "0.0.0.0 and they run on other machines",
+        "address at which gateways and other workers reach this one; needed if --host is 0.0.0.0 "
+        "and they run on other machines",
         metavar="HOST:PORT",
         expects="HOST:PORT that the other services call, such as 10.0.0.5:7001: one machine's name "
         "or IP and a port from 1 to 65535, no wildcard such as 0.0.0.0",
@@ -93,11 +93,11 @@ class RpcConfig:
     rpc_token_file: str | None = _address(None, TOKEN_HELP, metavar="FILE")
     insecure: bool = _address(
         False,
-        "listen beyond this machine without --rpc-token-file, because the network keeps out who "
-        "may not use this worker",
+        "listen beyond this machine without --rpc-token-file, on a network that only admits "
+        "callers that may use this worker",
     )
     reflection: bool = _address(
-        False, "answer gRPC's reflection, by which tools like grpcurl see what can be called"
+        False, "serve gRPC reflection, which lets tools like grpcurl list the methods"
     )
     drain_timeout_s: float = _address(15.0, DRAIN_HELP)
     parent_pid: int = _address(0, PARENT_HELP, metavar="PID", hidden=True)
@@ -108,28 +108,28 @@ class RpcConfig:
         if self.rpc_token_file or self.insecure or addresses.is_loopback(self.host):
             return
         raise ConfigError(
-            f"at --host {self.host} whoever reaches the port could use this worker: give it and "
+            f"at --host {self.host} anyone who reaches the port could use this worker: give it and "
             "all that call it one --rpc-token-file FILE (`umask 077; openssl rand -hex 32 > FILE`),"
-            " or, where the network keeps others out, --insecure",
+            " or, if the network keeps others out, --insecure",
             param="rpc_token_file",
         )
 
 
 @dataclass(frozen=True)
 class StoreConfig:
-    """Where embeddings are kept."""
+    """Where embeddings are stored."""
 
     store: str = _store(
         "shm://",
         "shm://[DIR][?capacity=SIZE] (one machine), redis:// or rediss:// (many), with "
-        "?socket_timeout=SECONDS where it is far away, memory://, or file:///PATH of a file that "
+        "?socket_timeout=SECONDS if it is far away, memory://, or file:///PATH of a file that "
         "holds one of these, for a URL with a password",
         metavar="URL",
         secret=True,
     )
     store_key_file: str | None = _store(
         None,
-        "file of the secret under which embeddings are signed that leave a machine; `up` makes one",
+        "file of the secret that signs embeddings which leave a machine; `up` makes one",
         metavar="FILE",
     )
     store_ttl_s: int = _store(3600, "how long Redis keeps an embedding", minimum=1)
@@ -158,19 +158,19 @@ class TelemetryConfig:
     """Logs and metrics."""
 
     log_level: str = _telemetry(
-        "info", "the least that is logged", choices=("debug", "info", "warning", "error")
+        "info", "lowest level that is logged", choices=("debug", "info", "warning", "error")
     )
     log_format: str = _telemetry(
         "text", "lines for people, or one JSON object a line", choices=("text", "json")
     )
     metrics_port: int = _telemetry(
         -1,
-        "port of its own for Prometheus' /metrics; 0: a free one, -1: none",
+        "separate port for Prometheus' /metrics; 0: a free one, -1: none",
         minimum=-1,
         maximum=65535,
     )
     metrics_host: str = _telemetry(
         "",
-        "where --metrics-port listens; default: where the service does, at --host",
+        "interface of --metrics-port; default: that of the service, --host",
         metavar="HOST",
     )

@@ -1,4 +1,4 @@
-"""``opticnerve up``: its own options, and those that it hands on to the services"""
+"""``opticnerve up``: options for itself, and those that it passes on to the services"""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ class UpConfig:
     encoders: int = _processes(1, "encoder processes", minimum=1)
     llms: int = _processes(1, "LLM processes", minimum=1)
     encoder_devices: tuple[str, ...] = _processes(
-        (), "CUDA devices of the encoders, shared in turn, such as 0,1", metavar="N,..."
+        (), "CUDA devices of the encoders, assigned in turn, such as 0,1", metavar="N,..."
     )
     llm_devices: tuple[str, ...] = _processes(
-        (), "CUDA devices of the LLM workers, shared in turn, such as 2,3", metavar="N,..."
+        (), "CUDA devices of the LLM workers, assigned in turn, such as 2,3", metavar="N,..."
     )
-    start_timeout_s: float = _processes(600.0, "how long a process may take to become healthy")
-    max_restarts: int = _processes(5, "crashes of one process within a minute before giving up")
+    start_timeout_s: float = _processes(600.0, "time for a process to become healthy")
+    max_restarts: int = _processes(
+        5, "crashes of one process within a minute, over which `up` gives up"
+    )
 
 
 def up_options() -> list[Option]:

@@ -88,7 +88,7 @@ def test_a_file_that_others_may_read_is_warned_of(
 
 
 def commands(given: dict[str, Any]) -> list[list[str]]:
-    with up._own_directory(Path(tempfile.gettempdir())) as directory:
+    with up._temporary_directory(Path(tempfile.gettempdir())) as directory:
         settings = build(config.GatewayConfig, given), build(config.StoreConfig, given)
         secrets = up._secret_files(*settings, directory)
         for path in map(Path, secrets.values()):
