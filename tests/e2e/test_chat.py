@@ -153,7 +153,7 @@ def test_stop_strings_n_seed_and_logprobs(client):
     assert stopped.choices[0].finish_reason == "stop"
     several = [
         client.chat.completions.create(
-            model="model", messages=[user("Hello!")], n=3, seed=7, temperature=2.0, max_tokens=12
+            model="model", messages=[user("Hello!")], n=3, seed=8, temperature=2.0, max_tokens=12
         )
         for _ in range(2)
     ]
