@@ -24,7 +24,7 @@ from opticnerve.generation.values import (
     Usage,
 )
 from opticnerve.pb import llm_pb2 as pb
-from opticnerve.rpc import convert
+from opticnerve.rpc.convert import field_values, ref_to_pb
 from opticnerve.rpc.errors import to_detail
 
 _FINISH = {reason: pb.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason}
@@ -37,7 +37,7 @@ _OPTIONAL = {each.name for each in pb.SamplingParams.DESCRIPTOR.fields if each.h
 
 def sampling_to_pb(sampling: Sampling) -> pb.SamplingParams:
     """Every field explicitly: a worker knows no defaults of a model or a gateway."""
-    values = _values(sampling)
+    values: dict[str, Any] = {each.name: getattr(sampling, each.name) for each in fields(Sampling)}
     values["bad_words"] = [pb.TokenSequence(token_ids=word) for word in sampling.bad_words]
     return pb.SamplingParams(**values)
 
@@ -56,19 +56,19 @@ def sampling_from_pb(message: pb.SamplingParams) -> Sampling:
 
 
 def output_to_pb(output: ChoiceOutput) -> pb.ChoiceOutput:
-    return pb.ChoiceOutput(**_values(output))
+    return pb.ChoiceOutput(**field_values(output, pb.ChoiceOutput))
 
 
 def output_from_pb(message: pb.ChoiceOutput) -> ChoiceOutput:
-    return ChoiceOutput(**_fields_of(message, ChoiceOutput))
+    return ChoiceOutput(message.choice, tuple(message.output_ids), message.finished)
 
 
 def item_to_pb(key: str, ref: EmbeddingRef | None, *, own: bool = False) -> pb.Item:
-    return pb.Item(key=key, ref=convert.ref_to_pb(ref) if ref else None, own=own)
+    return pb.Item(key=key, ref=ref_to_pb(ref) if ref else None, own=own)
 
 
 def ready_to_pb(ref: EmbeddingRef) -> pb.GenerateIn:
-    return pb.GenerateIn(embedding_ready=pb.EmbeddingReady(ref=convert.ref_to_pb(ref)))
+    return pb.GenerateIn(embedding_ready=pb.EmbeddingReady(ref=ref_to_pb(ref)))
 
 
 def failure_to_pb(key: str, error: OpticNerveError) -> pb.GenerateIn:
@@ -83,9 +83,11 @@ def failure_to_pb(key: str, error: OpticNerveError) -> pb.GenerateIn:
 
 
 def delta_to_pb(delta: Delta) -> pb.TokenDelta:
-    values = _values(delta)
-    values["logprobs"] = map(position_to_pb, delta.logprobs)
-    values["finish_reason"] = _FINISH[delta.finish_reason] if delta.finish_reason else None
+    values = field_values(delta, pb.TokenDelta)
+    values |= {
+        "logprobs": map(position_to_pb, delta.logprobs),
+        "finish_reason": _FINISH[delta.finish_reason] if delta.finish_reason else None,
+    }
     return pb.TokenDelta(**values)
 
 
@@ -129,27 +131,16 @@ def _logprob_from_pb(message: pb.TokenLogprob) -> Logprob:
 
 def done_to_pb(done: Done) -> pb.Done:
     return pb.Done(
-        usage=pb.Usage(**_values(done.usage)), timings=pb.GenerateTimings(**_values(done.timings))
+        usage=pb.Usage(**field_values(done.usage, pb.Usage)),
+        timings=pb.GenerateTimings(**field_values(done.timings, pb.GenerateTimings)),
     )
 
 
 def done_from_pb(message: pb.Done) -> Done:
     return Done(
-        Usage(**_fields_of(message.usage, Usage)), Timings(**_fields_of(message.timings, Timings))
+        Usage(**field_values(message.usage, pb.Usage)),
+        Timings(**field_values(message.timings, pb.GenerateTimings)),
     )
-
-
-# ---- field by field
-
-
-def _values(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass; protobuf takes None for a field that is not set."""
-    return {each.name: getattr(value, each.name) for each in fields(value)}
-
-
-def _fields_of(message: Any, cls: type[Any]) -> dict[str, Any]:
-    """What ``message`` holds for the fields of a dataclass."""
-    return {each.name: _plain(getattr(message, each.name)) for each in fields(cls)}
 
 
 def _plain(value: Any) -> Any:
