@@ -32,11 +32,10 @@ from opticnerve.errors import (
     Unavailable,
 )
 from opticnerve.lru import LRU
-from opticnerve.media.plan import Overrides, Plan
 from opticnerve.pb import encoder_pb2 as pb
 from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc import convert
-from opticnerve.rpc.encode_upload import EncodeUpload
+from opticnerve.rpc.encode_upload import EncodeItem, EncodeUpload
 from opticnerve.single_flight import Flights
 from opticnerve.telemetry import events
 
@@ -53,17 +52,10 @@ PASS_S = 5e-9  # Time of one core to decode one pixel in one pass.
 
 
 @dataclass(frozen=True, slots=True)
-class Encodable:
-    """One item, ready for an encoder that has ``fingerprint``."""
+class Encodable(EncodeItem):
+    """One item of a request."""
 
-    key: str
-    fingerprint: str
-    plan: Plan
-    overrides: Overrides
-    data: bytes = field(repr=False)
     param: str | None = None  # The request's field that holds it.
-    lost: bool = False  # An LLM worker found no usable rows where the encoder said they are.
-    cache_salt: str = ""  # Part of the key.
     passes_before: int = 0  # Decoding passes over earlier pictures of its request, in pixels.
     share: str = ""  # Shares of one name have one part of the encoders together.
     weight: float = 1.0  # Of that part, relative to others'.
@@ -87,30 +79,12 @@ async def describe_encoder(channel: grpc.aio.Channel, timeout_s: float) -> Descr
         pb.DescribeEncoderRequest(), timeout=timeout_s
     )
     limits, load = answer.limits, answer.load
-    return Description(
-        fingerprint=answer.fingerprint,
-        pair_id=answer.pair_id,
-        family=answer.family,
-        device=answer.device,
-        dtype=answer.dtype,
-        version=answer.version,
-        shm_tier_id=answer.shm_tier_id,
-        hidden_size=answer.hidden_size,
-        draining=load.draining,
+    return Description.read(
+        answer,
         cost=load.queued_patches,
         cost_per_s=load.patches_per_s,
         window=_window(limits.max_batch_patches, load.patches_per_s),
         heavy_window=int(limits.max_queue_patches * HEAVY_SHARE),
-        limits={each.name: getattr(limits, each.name) for each in limits.DESCRIPTOR.fields},
-        load={
-            "queued_items": load.queued_items,
-            "queued_patches": load.queued_patches,
-            "encoded_items": load.encoded_items,
-            "patches_per_s": round(load.patches_per_s),
-        },
-        store=convert.store_state_from_pb(answer.store),
-        instance_id=answer.instance_id,
-        fetch_address=answer.fetch_address,
         extra={"backend": answer.backend},
     )
 
@@ -339,16 +313,7 @@ class Encoders:
     ) -> Encoded:
         """One Encode call. Raises WorkerLost, and the encoder's own typed errors."""
         deadline.check()
-        upload = EncodeUpload(
-            item.data,
-            item.key,
-            item.fingerprint,
-            item.plan,
-            item.overrides,
-            request_id=request_id,
-            lost=item.lost,
-            cache_salt=item.cache_salt,
-        )
+        upload = EncodeUpload(item, request_id)
         call = encoder_pb2_grpc.EncoderStub(worker.channel).Encode(
             upload.messages(), timeout=deadline.within(self.encode_timeout_s).remaining()
         )

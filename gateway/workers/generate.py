@@ -39,30 +39,13 @@ async def describe_llm(channel: grpc.aio.Channel, timeout_s: float) -> Descripti
     answer = await llm_pb2_grpc.LLMStub(channel).Describe(
         pb.DescribeLLMRequest(), timeout=timeout_s
     )
-    limits, load = answer.limits, answer.load
-    return Description(
-        fingerprint=answer.fingerprint,
-        pair_id=answer.pair_id,
-        family=answer.family,
-        device=answer.device,
-        dtype=answer.dtype,
-        version=answer.version,
-        shm_tier_id=answer.shm_tier_id,
-        hidden_size=answer.hidden_size,
-        draining=load.draining,
-        cost=load.running + load.waiting,
-        limits={
-            "vocab_size": answer.vocab_size,
-            **{each.name: getattr(limits, each.name) for each in limits.DESCRIPTOR.fields},
-        },
-        load={
-            "running": load.running,
-            "waiting": load.waiting,
-            "free_kv_blocks": load.free_kv_blocks,
-        },
-        store=convert.store_state_from_pb(answer.store),
+    description = Description.read(
+        answer,
+        cost=answer.load.running + answer.load.waiting,
         extra={"attention": answer.attention},
     )
+    description.limits["vocab_size"] = answer.vocab_size
+    return description
 
 
 class RequestReferences(ReferenceSource, Protocol):

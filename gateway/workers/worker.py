@@ -6,15 +6,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from gateway.edge.deadline import expired
 from opticnerve.embeddings.store import StoreState
 from opticnerve.errors import DeviceLost, OpticNerveError, Unavailable
 from opticnerve.rpc.channel import is_serving, open_channel
+from opticnerve.rpc.convert import store_state_from_pb
 from opticnerve.rpc.errors import METADATA_KEY, from_rpc
 
 log = logging.getLogger(__name__)
@@ -63,6 +66,22 @@ class Description:
     instance_id: str = ""  # Of the process; empty: not reported.
     fetch_address: str = ""  # In the references that an encoder returns.
     extra: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, answer: Any, **others: Any) -> Description:
+        """From an answer to Describe: its fields of the same names, and ``others``."""
+        limits, load = numbers_of(answer.limits), numbers_of(answer.load)
+        draining = bool(load.pop("draining"))
+        store = store_state_from_pb(answer.store)
+        derived = {"limits": limits, "load": load, "draining": draining, "store": store, **others}
+        names = {each.name for each in answer.DESCRIPTOR.fields}
+        same = {each.name for each in fields(cls)} & names - derived.keys()
+        return cls(**{name: getattr(answer, name) for name in same}, **derived)
+
+
+def numbers_of(message: Message) -> dict[str, int]:
+    """A message's fields by name, rounded."""
+    return {each.name: round(getattr(message, each.name)) for each in message.DESCRIPTOR.fields}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ such id, in order: pictures, references to embeddings, or embeddings as tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from opticnerve.embeddings.ref import EmbeddingRef, Location, tensors_key
@@ -106,14 +106,12 @@ def _is_several(contents: object) -> bool:
 
 @dataclass(frozen=True)
 class Placed:
-    """One content, ready to send: its reference, and its picture in case the rows get lost."""
+    """One content, ready to send: its reference, and its picture in case the rows get lost.
+    ``span``: as if it stood at the beginning of the prompt."""
 
     token_id: int
     ref: EmbeddingRef
-    grid: Grid
-    modality: Modality = Modality.IMAGE
-    attention: SpanAttention = SpanAttention.CAUSAL
-    seconds_per_grid: float = 0.0
+    span: Span
     picture: Picture | None = field(default=None, repr=False)  # Encoded again if its rows are lost.
 
 
@@ -142,29 +140,18 @@ def place_tensors(token_id: int, content: Tensors) -> Placed:
         check_integer("grid", extent)
     check_number("seconds_per_grid", content.seconds_per_grid)
     ref = EmbeddingRef(tensors_key(data), "", specs, rows, Location(inline=data))
-    return Placed(
-        token_id,
-        ref,
-        grid,
-        content.modality,
-        content.attention,
-        content.seconds_per_grid,
-    )
+    span = Span(0, rows, 0, 0, content.modality, grid, content.seconds_per_grid, content.attention)
+    return Placed(token_id, ref, span)
 
 
 def place_ref(token_id: int, ref: EmbeddingRef, picture: Picture | None = None) -> Placed:
     """A reference that an encoder answered."""
     plan = ref.plan if isinstance(ref, EncodedPicture) else None
     if plan is None:
-        return Placed(token_id, ref, Grid(1, 1, ref.num_rows), picture=picture)
-    return Placed(
-        token_id,
-        ref,
-        plan.grid,
-        plan.modality,
-        seconds_per_grid=plan.seconds_per_grid,
-        picture=picture,
-    )
+        span = Span(0, ref.num_rows, 0, 0, Modality.IMAGE, Grid(1, 1, ref.num_rows))
+    else:
+        span = Span(0, ref.num_rows, 0, 0, plan.modality, plan.grid, plan.seconds_per_grid)
+    return Placed(token_id, ref, span, picture)
 
 
 def lay_out(
@@ -202,14 +189,11 @@ def _spans(placed: Placed, item: int, positions: Sequence[int]) -> Iterator[Span
     for index in range(1, len(positions) + 1):
         if index < len(positions) and positions[index] == positions[index - 1] + 1:
             continue
-        yield Span(
+        yield replace(
+            placed.span,
             token_offset=positions[start],
             num_tokens=index - start,
             item=item,
             row_start=start,
-            modality=placed.modality,
-            grid_thw=placed.grid,
-            seconds_per_grid=placed.seconds_per_grid,
-            attention=placed.attention,
         )
         start = index

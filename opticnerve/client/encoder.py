@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import grpc
 
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.client.contents import EncodedPicture
-from opticnerve.client.pictures import NO_OVERRIDES, PlannedPicture, plan_picture
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import EmbeddingCorrupt, Mispaired
 from opticnerve.extras import require_extra
+from opticnerve.generation.checks import UINT64, check_integer
+from opticnerve.media.keys import content_key
 from opticnerve.media.pictures import Picture, read_picture
-from opticnerve.media.plan import Overrides
+from opticnerve.media.plan import WHITE, Overrides
+from opticnerve.media.structure import parse_structure
 from opticnerve.models.family import Layout
 from opticnerve.models.registry import make_layout
 from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import open_channel
-from opticnerve.rpc.encode_upload import EncodeUpload
+from opticnerve.rpc.encode_upload import EncodeItem, EncodeUpload
 from opticnerve.rpc.errors import from_rpc
 from opticnerve.rpc.token import load_token
 
 if TYPE_CHECKING:
     import torch
+
+NO_OVERRIDES = Overrides()
 
 
 class AsyncEncoderClient:
@@ -60,12 +64,7 @@ class AsyncEncoderClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -101,10 +100,10 @@ class AsyncEncoderClient:
         """
         data = await asyncio.to_thread(read_picture, picture)
         try:
-            return await self._send(await self._plan(data, overrides), lost)
+            return await self._send(await self._plan(data, overrides, lost))
         except Mispaired:  # Another encoder has this address by now, and other content keys.
             self._fingerprint = ""
-            return await self._send(await self._plan(data, overrides), lost)
+            return await self._send(await self._plan(data, overrides, lost))
 
     async def fetch(self, ref: EmbeddingRef) -> dict[str, torch.Tensor]:
         """The embedding's tensors by name, on the CPU; each speaks DLPack.
@@ -122,23 +121,17 @@ class AsyncEncoderClient:
             raise EmbeddingCorrupt("the embedding is not what its reference says")
         return tensors
 
-    async def _plan(self, data: bytes, overrides: Overrides) -> PlannedPicture:
+    async def _plan(self, data: bytes, overrides: Overrides, lost: bool) -> EncodeItem:
         layout = await self.layout()
         if not self._fingerprint:
             self._fingerprint = (await self.describe()).fingerprint
-        return await asyncio.to_thread(plan_picture, data, layout, self._fingerprint, overrides)
+        item = await asyncio.to_thread(plan_picture, data, layout, self._fingerprint, overrides)
+        return replace(item, lost=lost)
 
-    async def _send(self, planned: PlannedPicture, lost: bool) -> EncodedPicture:
-        upload = EncodeUpload(
-            planned.data,
-            planned.key,
-            planned.fingerprint,
-            planned.plan,
-            planned.overrides,
-            lost=lost,
-        )
+    async def _send(self, item: EncodeItem) -> EncodedPicture:
         try:
-            answer = await self._stub.Encode(upload.messages(), timeout=self.timeout_s)
+            messages = EncodeUpload(item).messages()
+            answer = await self._stub.Encode(messages, timeout=self.timeout_s)
         except grpc.RpcError as error:
             raise from_rpc(error) from error
         ref = convert.ref_from_pb(answer.ref)
@@ -149,7 +142,7 @@ class AsyncEncoderClient:
             tensors=ref.tensors,
             num_rows=ref.num_rows,
             location=ref.location,
-            plan=planned.plan,
+            plan=item.plan,
             hit=answer.timings.hit,
         )
 
@@ -174,3 +167,16 @@ class AsyncEncoderClient:
         except grpc.RpcError as error:
             raise from_rpc(error) from error
         return b"".join(parts)
+
+
+def plan_picture(
+    data: bytes, layout: Layout, fingerprint: str, overrides: Overrides = NO_OVERRIDES
+) -> EncodeItem:
+    """Plans a picture from its structure, and computes its key. Raises InvalidMedia,
+    InvalidRequest."""
+    for name, most in (("min_pixels", UINT64), ("max_pixels", UINT64), ("background", WHITE)):
+        if (value := getattr(overrides, name)) is not None:
+            check_integer(name, value, most)
+    plan = layout.plan(parse_structure(data), overrides)
+    key = content_key(data, layout.settings(), overrides, fingerprint)
+    return EncodeItem(key, fingerprint, plan, overrides, data)

@@ -11,7 +11,7 @@ import torch
 
 from opticnerve.client import AsyncLLMClient, MultiMediaInfo, Sampling, Tensors
 from opticnerve.client.contents import place_tensors
-from opticnerve.client.pictures import plan_picture
+from opticnerve.client.encoder import plan_picture
 from opticnerve.errors import InvalidRequest
 from opticnerve.generation.checks import read_token_ids
 from opticnerve.generation.messages import sampling_to_pb

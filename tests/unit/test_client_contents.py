@@ -21,7 +21,7 @@ from opticnerve.client.contents import (
     place_ref,
     place_tensors,
 )
-from opticnerve.client.pictures import plan_picture
+from opticnerve.client.encoder import plan_picture
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.errors import InvalidMedia, InvalidRequest
@@ -86,7 +86,7 @@ def test_own_tensors_are_inline_and_keyed_by_their_values() -> None:
     one = place_tensors(PAD, Tensors(rows, grid=Grid(1, 4, 4)))
     tensors, _ = codec.from_bytes(one.ref.location.inline)
     assert torch.equal(tensors["rows"], rows) and one.ref.tensors[0].dtype == "BF16"
-    assert one.grid == Grid(1, 4, 4) and one.ref.num_rows == 4
+    assert one.span.grid_thw == Grid(1, 4, 4) and one.ref.num_rows == 4
     assert place_tensors(PAD, Tensors(rows.clone())).ref.key == one.ref.key
     assert place_tensors(PAD, Tensors(rows + 1)).ref.key != one.ref.key
     assert place_tensors(PAD, Tensors(rows, deepstack=[rows])).ref.key != one.ref.key
@@ -231,7 +231,7 @@ def test_an_encoded_picture_is_a_reference_that_keeps_its_plan() -> None:
     ref = EncodedPicture("a" * 64, "f", (), 9, plan=plan)
     moved = ref.at(Location(redis=True))
     assert isinstance(moved, EmbeddingRef) and moved.plan == plan  # type: ignore[attr-defined]
-    assert place_ref(PAD, ref).grid == plan.grid
+    assert place_ref(PAD, ref).span.grid_thw == plan.grid
 
 
 @given(
