@@ -40,7 +40,7 @@ OpenModel = Callable[[ModelConfig], VisionModel]
 def open_torch_model(config: ModelConfig) -> VisionModel:
     """The vision half of a checkpoint, with torch. Raises StartupError."""
     torch.set_num_threads(config.num_threads)
-    checkpoint = Checkpoint.open(config.model, config.revision, config.download_dir, side="encoder")
+    checkpoint = Checkpoint.configured(config, "encoder")
     checkpoint.read_ahead()
     layout = make_layout(checkpoint)
     tower = load_tower(checkpoint, config.dtype, config.device)

@@ -127,14 +127,13 @@ def listen(settings: GatewayConfig, keys: Keys) -> Iterator[socket.socket]:
 async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gateway]:
     """Everything that requests use; closed at the end. Raises StartupError."""
     token = load_token(settings.rpc_token_file)
-    source = settings.model
-    checkpoint = Checkpoint.open(source.model, source.revision, source.download_dir)
+    checkpoint = Checkpoint.configured(settings.model)
     layout = make_layout(checkpoint)
     renderer = ChatRenderer.load(checkpoint.path, layout, settings.chat_template)
     defaults = load_defaults(
         settings.generation_config, checkpoint.path, renderer.tokenizer, checkpoint.text_config
     )
-    _serve_metrics(settings)
+    metrics.export(settings.telemetry, settings.listen_host)
     async with contextlib.AsyncExitStack() as stack:
         encoder_pool, llm_pool = _pools(settings, token)
         for pool in (encoder_pool, llm_pool):
@@ -195,14 +194,6 @@ def _gateway(
         holders=lambda: len(keys.by_name) or connections.holders,
     )
     return Gateway(settings, keys, connections, admission, names, pipeline)
-
-
-def _serve_metrics(settings: GatewayConfig) -> None:
-    """Serves /metrics on a port of its own, if one is set. Raises ConfigError."""
-    shown = settings.telemetry
-    if shown.metrics_port >= 0:
-        where = shown.metrics_host or settings.listen_host
-        log.info("metrics at %s", metrics.export(shown.metrics_port, where))
 
 
 def _own_pair_id(checkpoint: Checkpoint) -> str | None:

@@ -43,7 +43,7 @@ def open_worker(settings: LLMConfig) -> AbstractAsyncContextManager[LLMServicer]
     """An LLM worker that serves, closed at the end. Raises StartupError."""
 
     async def load(servicer: LLMServicer, stack: AsyncExitStack) -> None:
-        checkpoint = await asyncio.to_thread(_open_checkpoint, settings)
+        checkpoint = await asyncio.to_thread(Checkpoint.configured, settings.model, "llm")
         checkpoint.read_ahead()
         layout = make_layout(checkpoint)
         seal = Seal.load(settings.store.store_key_file)
@@ -118,11 +118,6 @@ async def _start(engine: EngineClient) -> None:
         async for event in stream:
             if isinstance(event, FailedEvent):
                 raise StartupError(f"the warm-up failed: {event.error}") from event.error
-
-
-def _open_checkpoint(settings: LLMConfig) -> Checkpoint:
-    model = settings.model
-    return Checkpoint.open(model.model, model.revision, model.download_dir, side="llm")
 
 
 def _callable_encoders(settings: LLMConfig) -> Hosts | None:

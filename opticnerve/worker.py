@@ -6,7 +6,6 @@ A service registers its servicer and loads what the calls need; the rest is the 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import ClassVar, Generic, TypeVar
@@ -18,8 +17,6 @@ from opticnerve.embeddings.store import Store
 from opticnerve.errors import StartupError, StoreError, Unavailable
 from opticnerve.rpc.server import Server
 from opticnerve.telemetry import metrics
-
-log = logging.getLogger(__name__)
 
 L = TypeVar("L")  # What a worker loads.
 S = TypeVar("S")  # Its servicer.
@@ -58,9 +55,7 @@ async def serving(
     async with Server(settings.rpc, service) as server, AsyncExitStack() as stack:
         servicer = register(server)
         await server.start()
-        if settings.telemetry.metrics_port >= 0:
-            host = settings.telemetry.metrics_host or settings.rpc.host
-            log.info("metrics at %s", metrics.export(settings.telemetry.metrics_port, host))
+        metrics.export(settings.telemetry, settings.rpc.host)
         await load(servicer, stack)
         await server.ready()
         yield servicer

@@ -38,7 +38,7 @@ def build(settings: LLMConfig, rows: RowSource, emit: Emit) -> Engine:
     """Loads the language model and makes room for its keys and values. Raises StartupError."""
     torch.set_num_threads(settings.model.num_threads)
     model = settings.model
-    checkpoint = Checkpoint.open(model.model, model.revision, model.download_dir, side="llm")
+    checkpoint = Checkpoint.configured(model, "llm")
     layout = make_layout(checkpoint)
     backend = make_backend(settings.attention)
     language = load_language(checkpoint, model.dtype, model.device, ATTENTION_NAME)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import opticnerve.demo
 from opticnerve.checkpoints import hub
@@ -26,6 +26,9 @@ from opticnerve.checkpoints.tokenizer_files import eos_token_id
 from opticnerve.errors import CheckpointError
 from opticnerve.hashing import hash_parts
 from opticnerve.models.registry import find_family, make_layout
+
+if TYPE_CHECKING:
+    from opticnerve.config import CheckpointConfig
 
 Side = Literal["gateway", "encoder", "llm"]
 KeyFilter = Callable[[str], bool]
@@ -80,6 +83,11 @@ class Checkpoint:
             hub_id=hub_id,
             download_dir=download_dir,
         )
+
+    @classmethod
+    def configured(cls, config: CheckpointConfig, side: Side = "gateway") -> Checkpoint:
+        """The checkpoint of a service's configuration. Raises what ``open`` raises."""
+        return cls.open(config.model, config.revision, config.download_dir, side=side)
 
     @property
     def family(self) -> str:

@@ -138,8 +138,7 @@ def check_early(gateway: GatewayConfig, workers: int) -> None:
     if metrics.metrics_host or metrics.metrics_port >= 0:  # Workers have metrics in any case.
         port = max(0, metrics.metrics_port)
         addresses.check_free(metrics.metrics_host or host, port, "--metrics-port")
-    source = gateway.model
-    checkpoint = Checkpoint.open(source.model, source.revision, source.download_dir)
+    checkpoint = Checkpoint.configured(gateway.model)
     checkpoint.check()
     importlib.import_module("gateway.preflight").check(gateway, checkpoint, workers)
 

@@ -33,8 +33,7 @@ def run_worker(
     settings = read_config(command, description, config, argv)
     require_extra("worker", "an encoder" if command == "encoder" else "an LLM worker")
     follow_parent(settings.rpc.parent_pid)
-    source = settings.model
-    Checkpoint.open(source.model, source.revision, source.download_dir, side=command).check()
+    Checkpoint.configured(settings.model, command).check()
     return asyncio.run(_serve(importlib.import_module(module).open_worker, settings))
 
 

@@ -8,6 +8,7 @@ are those of timings: fetch, queue, preprocess, encode, put, get, prefill, decod
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,10 @@ from opticnerve import addresses
 from opticnerve.errors import StoreError
 
 if TYPE_CHECKING:
+    from opticnerve.config import TelemetryConfig
     from opticnerve.embeddings.store import Store
+
+log = logging.getLogger(__name__)
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -72,11 +76,14 @@ def store_size(store: Store) -> Iterator[Metric]:
         )
 
 
-def export(port: int, host: str) -> str:
-    """Serves /metrics at ``host`` and ``port``, 0 for a free one; returns the URL.
+def export(config: TelemetryConfig, service_host: str) -> None:
+    """Serves /metrics on a port of its own, if one is set (0: a free one), and logs its URL. It
+    listens where the service does, at ``service_host``, unless another host is set.
 
     Raises ConfigError if it cannot listen there.
     """
-    addresses.check_free(host, port, "--metrics-port")
-    server, _ = start_http_server(port, addr=host.strip("[]"))
-    return f"http://{addresses.host_port(host, server.server_port)}/metrics"
+    port, host = config.metrics_port, config.metrics_host or service_host
+    if port >= 0:
+        addresses.check_free(host, port, "--metrics-port")
+        server, _ = start_http_server(port, addr=host.strip("[]"))
+        log.info("metrics at http://%s/metrics", addresses.host_port(host, server.server_port))
