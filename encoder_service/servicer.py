@@ -109,7 +109,7 @@ class EncoderServicer(WorkerServicer[Encoder], encoder_pb2_grpc.EncoderServicer)
                 queued_items=backlog.items,
                 queued_patches=backlog.patches,
                 encoded_items=encoder.encoded_items,
-                draining=self.server.draining,
+                draining=self.server.running.draining,
                 patches_per_s=backlog.patches_per_s,
             ),
             pair_id=model.pair_id,

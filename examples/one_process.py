@@ -49,7 +49,7 @@ async def services() -> AsyncIterator[str]:
             async with open_server(settings, Keys({})) as server, asyncio.TaskGroup() as group:
                 group.create_task(server.serve())
                 yield server.address
-                server.stop()
+                server.running.stop()
 
 
 async def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -54,8 +54,7 @@ class Gateway:
     admission: Admission
     names: ServedNames
     pipeline: Pipeline
-    running: Running = field(default_factory=lambda: Running("the gateway"))
-    draining: bool = False
+    running: Running
 
     def knows(self, request: Request) -> bool:
         """Whether a request for an open path has a key, where keys are asked for."""

@@ -39,6 +39,7 @@ from opticnerve.errors import CheckpointError, ConfigError
 from opticnerve.models.registry import make_layout
 from opticnerve.process import (
     LAST_WORDS_S,
+    Running,
     follow_parent,
     handle_signals,
     ignore_hangup,
@@ -94,7 +95,7 @@ async def serve(settings: GatewayConfig) -> None:
     keys = Keys.load(settings.api_key_file)
     with on_hangup(keys.reread):
         async with open_server(settings, keys) as server:
-            with handle_signals(server.stop, server.cut):
+            with handle_signals(server.running.stop, server.running.cut):
                 await server.serve()
 
 
@@ -193,7 +194,8 @@ def _gateway(
         settings.max_requests_per_key,
         holders=lambda: len(keys.by_name) or connections.holders,
     )
-    return Gateway(settings, keys, connections, admission, names, pipeline)
+    running = Running("the gateway", log, settings.drain_timeout_s, settings.shutdown_delay_s)
+    return Gateway(settings, keys, connections, admission, names, pipeline, running)
 
 
 def _own_pair_id(checkpoint: Checkpoint) -> str | None:
@@ -206,7 +208,7 @@ def _own_pair_id(checkpoint: Checkpoint) -> str | None:
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn on ``listener``, stopped by ``stop`` and ``cut`` instead of its own signals."""
+    """uvicorn on ``listener``, stopped by ``running`` instead of its own signal handlers."""
 
     def __init__(self, gateway: Gateway, listener: socket.socket) -> None:
         settings = gateway.config
@@ -227,49 +229,28 @@ class HttpServer(uvicorn.Server):
         )
         self.gateway = gateway
         self.address = _address(listener)
+        self.running = gateway.running
+        self.running.on_cut = self._cut_off_clients
         self._listener = listener
-        self._closing: asyncio.TimerHandle | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serves until ``stop``; returns when drained."""
+        """Serves until ``running`` is stopped; returns when drained."""
         await super().serve([self._listener])
+        self.running.drained()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         print(f"listening {self.address}", flush=True)  # `opticnerve up` reads this line.
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        patience = self.gateway.config.drain_timeout_s
-        cut = asyncio.get_running_loop().call_later(patience, self.cut)
-        await super().shutdown(sockets)
-        cut.cancel()
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self.running.closed.is_set()
 
-    def stop(self) -> None:
-        """/ready fails from now on. After ``shutdown_delay_s`` no new requests are taken; those
-        under way get ``drain_timeout_s``, and then an error."""
-        self.gateway.draining = True
-        if self._closing is not None:
-            return
-        delay = self.gateway.config.shutdown_delay_s
-        if delay:
-            log.info(
-                "stopping in %g s: until then requests are taken; a second signal ends it", delay
-            )
-        self._closing = asyncio.get_running_loop().call_later(delay, self._close)
-
-    def _close(self) -> None:
-        if not self.should_exit:
-            log.info(self.gateway.running.farewell(self.gateway.config.drain_timeout_s))
-        self.should_exit = True
-
-    def cut(self) -> None:
-        """Ends requests under way, each with an error. Clients that do not read it are cut off."""
-        self._close()
-        self.gateway.running.cut()
+    def _cut_off_clients(self) -> None:
+        """Cuts off clients that do not read the errors in which their requests end."""
         asyncio.get_running_loop().call_later(LAST_WORDS_S, self._abort_connections)
 
     def _abort_connections(self) -> None:

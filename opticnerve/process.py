@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -140,13 +141,24 @@ def return_freed_memory() -> None:
 
 
 class Running:
-    """The work of one service, on one event loop."""
+    """The work of one service, on one event loop, and how it stops: ``stop`` drains it, and ``cut``
+    ends what still runs. Neither does anything the second time."""
 
-    def __init__(self, service: str) -> None:
-        """``service``: its name in the error's text, such as "the LLM worker"."""
+    def __init__(
+        self, service: str, log: logging.Logger, drain_timeout_s: float, delay_s: float = 0.0
+    ) -> None:
+        """``service``: its name in errors, such as "the LLM worker". ``log`` gets what it stops
+        with. ``delay_s``: how long new work is still taken after ``stop``."""
+        self.draining = False  # It has been asked to stop.
+        self.closed = asyncio.Event()  # It takes no new work.
+        self.on_cut: Callable[[], object] = lambda: None
         self._service = service
+        self._log = log
+        self._drain_timeout_s = drain_timeout_s
+        self._delay_s = delay_s
         self._limits: set[asyncio.Timeout] = set()
         self._cut = False
+        self._timer: asyncio.TimerHandle | None = None  # The next step of stopping.
 
     @contextlib.asynccontextmanager
     async def work(self) -> AsyncIterator[None]:
@@ -167,22 +179,43 @@ class Running:
                 raise self._stopped() from error
             raise
 
-    def farewell(self, drain_timeout_s: float) -> str:
-        """What a service logs when it is asked to stop."""
-        number = len(self._limits)
-        if not number:
-            return "stopping: no request runs"
-        runs = "1 request runs" if number == 1 else f"{number} requests run"
-        return f"stopping: {runs}, for at most {drain_timeout_s:g} s; a second signal ends it now"
+    def stop(self) -> None:
+        """Takes no new work after ``delay_s``; work under way then gets ``drain_timeout_s``."""
+        self.draining = True
+        if self._timer is None:
+            if self._delay_s:
+                self._log.info(
+                    "stopping in %g s: until then requests are taken; a second signal ends it",
+                    self._delay_s,
+                )
+            self._timer = asyncio.get_running_loop().call_later(self._delay_s, self._close)
 
     def cut(self) -> None:
         """Ends all work that is under way, and refuses what would still begin."""
+        self.draining = True
+        self._close()
         if self._cut:
             return
         self._cut = True
         now = asyncio.get_running_loop().time()
         for limit in self._limits:
             limit.reschedule(now)
+        self.on_cut()
+
+    def drained(self) -> None:
+        """No work is under way any more: there is nothing to cut."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _close(self) -> None:
+        if self.closed.is_set():
+            return
+        self.closed.set()
+        number = len(self._limits)
+        runs = "1 request runs" if number == 1 else f"{number} requests run"
+        rest = f", for at most {self._drain_timeout_s:g} s; a second signal ends it now"
+        self._log.info("stopping: " + (runs + rest if number else "no request runs"))
+        self._timer = asyncio.get_running_loop().call_later(self._drain_timeout_s, self.cut)
 
     def _stopped(self) -> Unavailable:
         return Unavailable(

@@ -104,7 +104,7 @@ async def serving(config, keys=None):
         try:
             yield server, client
         finally:
-            server.stop()
+            server.running.stop()
             await running
 
 

@@ -96,7 +96,7 @@ async def get_ready(
     call: Call, pictures: Annotated[bool, Query(description="Ask for both pools.")] = False
 ) -> Response:
     gateway = call.gateway
-    pairing, draining = gateway.pipeline.pairing, gateway.draining
+    pairing, draining = gateway.pipeline.pairing, gateway.running.draining
     body = readiness(pairing, pictures=pictures, draining=draining)
     return _answer(call, body, 200 if body["status"] == "ready" else 503)
 
@@ -130,8 +130,8 @@ def health(gateway: Gateway) -> Health:
     pairing, admission = gateway.pipeline.pairing, gateway.admission
     store = _store(pairing)
     return {
-        "status": _status(pairing, store, draining=gateway.draining),
-        "missing": _missing(pairing, gateway.draining),
+        "status": _status(pairing, store, draining=gateway.running.draining),
+        "missing": _missing(pairing, gateway.running.draining),
         "version": __version__,
         "encoders": _pool(pairing.encoders),
         "llms": _pool(pairing.llms),

@@ -97,7 +97,7 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
             raise DeadlineExceeded(f"no Start came within {START_S:g} s") from error
         if first is None or not first.HasField("start"):
             raise InvalidRequest("the first message of Generate is Start", param="start")
-        if self.server.draining or not loaded.engine.alive:
+        if self.server.running.draining or not loaded.engine.alive:
             raise Unavailable("the LLM worker is stopping; use another", retry_after_s=1.0)
         events.identify(first.start.request_id)
         events.note(prompt_tokens=len(first.start.token_ids), items=len(first.start.items) or None)
@@ -127,7 +127,7 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
                 running=stats.running,
                 waiting=stats.waiting,
                 free_kv_blocks=stats.free_blocks if stats.steps else engine.num_blocks,
-                draining=self.server.draining,
+                draining=self.server.running.draining,
             ),
             store=convert.store_state_to_pb(loaded.fetcher.store_state, loaded.fetcher.seal),
         )

@@ -65,10 +65,9 @@ class Server:
         self.instance_id = secrets.token_hex(16)  # Tells this process from any other.
         self.port = 0
         self.status = 0  # The process's exit status.
-        self.draining = False
-        self.running = Running("the worker")
+        self.running = Running("the worker", log, config.drain_timeout_s)
+        self.running.on_cut = self._end_calls
         self._health = health_aio.HealthServicer()
-        self._stop = asyncio.Event()
         self._signals = contextlib.ExitStack()
         self._starting: asyncio.Task[Any] | None = None  # A signal before ``ready`` cancels it.
         self._abandoned = False
@@ -130,7 +129,7 @@ class Server:
     async def ready(self) -> None:
         """Weights are loaded and warm: SERVING. From here on a signal drains."""
         self._starting = None
-        if not self.draining:
+        if not self.running.draining:
             await self._set_health(serving=True)
         log.info("ready at %s", self.address)
 
@@ -139,32 +138,22 @@ class Server:
         1, upon which a supervisor starts it again."""
         self.status = 1
         await self._set_health(serving=False)
-        self.stop()
+        self.running.stop()
 
     async def serve(self) -> int:
-        """Serves until a signal or ``stop()``; returns the exit status when drained."""
-        await self._stop.wait()
-        self.draining = True
-        patience = self.config.drain_timeout_s
-        log.info(self.running.farewell(patience))
+        """Serves until a signal, or ``running.stop()``; returns the exit status when drained."""
+        await self.running.closed.wait()
         await self._set_health(serving=False)
-        cut = asyncio.get_running_loop().call_later(patience, self.cut)
-        await self.grpc.stop(grace=patience + LAST_WORDS_S)
-        cut.cancel()
+        await self.grpc.stop(grace=self.config.drain_timeout_s + LAST_WORDS_S)
+        self.running.drained()
         return self.status
 
-    def stop(self) -> None:
-        self._stop.set()
-
-    def cut(self) -> None:
-        """Ends every call under way with Unavailable, now."""
-        self.running.cut()
-        if self._cutting is None:
-            self._cutting = asyncio.create_task(self.grpc.stop(grace=LAST_WORDS_S))
+    def _end_calls(self) -> None:
+        self._cutting = asyncio.create_task(self.grpc.stop(grace=LAST_WORDS_S))
 
     def _on_signal(self) -> None:
         if self._starting is None:
-            self.stop()
+            self.running.stop()
             return
         log.info("stopping before it was ready")
         self._abandoned = True
@@ -174,8 +163,7 @@ class Server:
     def _on_second(self) -> None:
         if self._abandoned:
             _exit()
-        self.stop()
-        self.cut()
+        self.running.cut()
 
     async def _set_health(self, *, serving: bool) -> None:
         status = (

@@ -544,8 +544,8 @@ def test_draining_finishes_running_work_and_refuses_new(tmp_path: Path) -> None:
             await entered(service)
             serving = asyncio.create_task(service.server.serve())
             await asyncio.sleep(0)
-            service.server.stop()
-            await until(lambda: service.server.draining)
+            service.server.running.stop()
+            await until(lambda: service.server.running.draining)
             service.backend.go()
             assert (await call).ref.num_rows == 9
             await asyncio.wait_for(serving, WAIT_S)
@@ -561,7 +561,7 @@ def test_an_item_that_outlasts_the_drain_ends_with_a_typed_error(tmp_path: Path)
             service.backend.hold()
             call = service.encode(picture(0))
             await entered(service)
-            service.server.stop()
+            service.server.running.stop()
             serving = asyncio.create_task(service.server.serve())
             error = await refusal(call)
             assert isinstance(error, Unavailable) and "stopping" in error.message
@@ -596,7 +596,7 @@ def test_a_lost_device_fails_its_items_and_stops_the_process(tmp_path: Path) -> 
             assert await is_serving(live.channel)
             assert isinstance(await refusal(live.encode(picture(1))), EngineFailure)
             assert await asyncio.wait_for(serving, WAIT_S) == 1
-            assert live.server.draining
+            assert live.server.running.draining
 
     asyncio.run(scenario())
 

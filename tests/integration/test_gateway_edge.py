@@ -176,7 +176,7 @@ async def test_without_its_key_only_the_status_is_told():
             assert "missing" in (await s.client.get(path, headers=good)).json()
         assert (await s.client.get("/health", headers=good)).json()["config"]
         await s.llm.set_serving(False)
-        s.gateway.draining = True
+        s.gateway.running.draining = True
         for path in ("/health", "/ready"):
             answer = await s.client.get(path)
             assert answer.status_code == 503 and s.llm.address not in answer.text

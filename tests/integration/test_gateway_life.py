@@ -101,7 +101,7 @@ async def test_a_gateway_without_encoders_is_ready_for_text():
 
 async def test_a_gateway_that_drains_is_not_ready():
     async with stack() as s:
-        s.gateway.draining = True
+        s.gateway.running.draining = True
         for path in ("/ready", BOTH):
             code, told = await probe(s, path)
             assert code == 503 and told["missing"] == ["the gateway is stopping"]
@@ -207,7 +207,7 @@ async def test_a_stop_lets_running_requests_end():
         s.llm.step = lambda fake, index: go.wait()
         asked = asyncio.create_task(s.chat())
         await s.llm.started.wait()
-        s.gateway.draining = True
+        s.gateway.running.draining = True
         assert (await s.client.get("/ready")).status_code == 503
         go.set()
         assert (await asked).status_code == 200

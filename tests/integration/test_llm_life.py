@@ -27,7 +27,7 @@ def test_a_call_that_outlasts_the_drain_ends_with_a_typed_error(demo: Demo, tmp_
             call = await worker.open(late.start())  # Its rows never come.
             while not worker.loaded.engine.stats.running:
                 await asyncio.sleep(0.01)
-            worker.server.stop()
+            worker.server.running.stop()
             serving = asyncio.create_task(worker.server.serve())
             with pytest.raises(Unavailable, match="stopping") as caught:
                 await read(call)

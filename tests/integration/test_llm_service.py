@@ -762,11 +762,11 @@ def test_describe_and_drain(demo: Demo, serve: Callable[..., None]) -> None:
         assert told.limits.max_model_len == 1024
         assert told.limits.num_kv_blocks * told.limits.block_size == 4096
         assert await is_serving(worker.channel)
-        worker.server.draining = True
+        worker.server.running.draining = True
         assert (await worker.stub.Describe(pb.DescribeLLMRequest())).load.draining
         with pytest.raises(Unavailable):
             await worker.generate(demo.prompt(3).start())
-        worker.server.draining = False
+        worker.server.running.draining = False
 
     serve(body)
 

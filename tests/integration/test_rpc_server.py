@@ -83,7 +83,7 @@ def test_not_serving_until_ready_and_while_draining():
             stub = encoder_pb2_grpc.EncoderStub(channel)
             call = stub.Describe(encoder_pb2.DescribeEncoderRequest())
             await servicer.entered.wait()
-            server.stop()
+            server.running.stop()
             while await is_serving(channel):  # The drain has begun; the call still runs.
                 await asyncio.sleep(0.01)
             servicer.release.set()
@@ -104,7 +104,7 @@ def test_calls_that_outlast_the_drain_end_with_a_typed_error():
             calls = [stub.Describe(encoder_pb2.DescribeEncoderRequest()) for _ in range(3)]
             while servicer.calls < len(calls):
                 await asyncio.sleep(0.01)
-            server.stop()
+            server.running.stop()
             for call in calls:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await asyncio.wait_for(call, 60)
@@ -141,7 +141,7 @@ def test_a_second_signal_ends_calls_at_once_with_a_typed_error():
             )
             await servicer.entered.wait()
             os.kill(os.getpid(), signal.SIGTERM)
-            while not server.draining:
+            while not server.running.draining:
                 await asyncio.sleep(0.01)
             os.kill(os.getpid(), signal.SIGINT)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -161,8 +161,8 @@ def test_a_service_says_what_it_stops_with(caplog):
             stub = encoder_pb2_grpc.EncoderStub(channel)
             call = stub.Describe(encoder_pb2.DescribeEncoderRequest())
             await servicer.entered.wait()
-            server.stop()
-            while not server.draining:
+            server.running.stop()
+            while not server.running.draining:
                 await asyncio.sleep(0.01)
             servicer.release.set()
             await call
