@@ -1,7 +1,7 @@
 """One step's tokens, packed: arrays on the host, made from a plan and the slots. numpy, no torch.
 
-Decoding sequences come first, one token each, longest first, then chunks: a backend then needs
-no index to tell them, or the long from the short, apart.
+Decoding sequences come first, one token each, longest first, then chunks: so a backend needs no
+index to find either, or to group sequences of similar length.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Batch:
 
     works: tuple[Work, ...]  # In packed order.
     first_rows: list[int]  # Of each work, its first packed token.
-    token_ids: Ints  # [T]; 0 where the device knows better.
-    read_rows: Ints  # Packed tokens that a slot sampled last, ...
+    token_ids: Ints  # [T]; 0 for tokens that are still on the device (see read_rows).
+    read_rows: Ints  # Packed tokens that are what a slot sampled last, ...
     read_slots: Ints  # ... and those slots.
     positions: Ints  # [position_dims, T]
     attention: AttentionStep
     logit_works: list[int]  # Indices of works that want a token.
     logit_rows: Ints  # Their packed rows.
     logit_slots: Ints
-    output_positions: Ints  # Of the tokens to be drawn.
+    output_positions: Ints  # Of the tokens to be sampled.
 
     @property
     def num_tokens(self) -> int:
@@ -87,7 +87,7 @@ def pack(works: Many[Work], slots: SlotTable, block_size: int) -> Batch:
 
 
 def _pack_decodes(works: list[Work], slots: SlotTable, block_size: int) -> Batch:
-    """Every work computes one token: no loop but those that read the plan."""
+    """A batch in which every work computes one token: vectorised."""
     of = np.array([work.slot for work in works], dtype=np.int64)
     starts = np.array([work.start for work in works], dtype=np.int64)
     reading = [i for i, work in enumerate(works) if work.reads_slot]
@@ -150,7 +150,7 @@ def _chunk(work: Work, row: int, slots: SlotTable) -> Chunk:
 
 
 def _bidirectional(seq: Sequence, start: int, end: int) -> tuple[tuple[int, int], ...]:
-    """Ranges of the chunk [start, end) whose tokens see one another both ways."""
+    """Ranges of the chunk [start, end) whose tokens attend to one another in both directions."""
     return tuple(
         (span.token_offset - start, span.token_offset + span.num_tokens - start)
         for span in seq.request.spans

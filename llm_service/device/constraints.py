@@ -1,10 +1,10 @@
 """Which tokens a request may choose, and how it shifts their logits: prepared once, by slot.
 
 ``logit_bias``, ``allowed_token_ids``, ``bad_words`` and the ids that end a choice before
-``min_tokens`` come as long lists of Python. When a sequence gets its slot they become tensors, and
-an index of the bad words of several tokens: one set for all choices of a request, which goes with
-the last of their slots. A step reads no list. A set holds four bytes a token of the vocabulary
-where the request allows only some, and otherwise no more than its lists.
+``min_tokens`` are long Python lists. When a sequence gets its slot they become tensors, and an
+index of the bad words of several tokens: one set for all choices of a request, freed with the last
+of their slots. A step reads no list. A set takes four bytes for each token of the vocabulary if the
+request has ``allowed_token_ids``, and otherwise no more than its lists.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ class BadWords:
         self._num_bytes = max(map(len, self._beginnings))
 
     def tail(self, token_ids: list[int]) -> bytes:
-        """As much of the end of a text as decides."""
+        """The end of a text that can decide which words may end next."""
         last = token_ids[-(self._num_bytes // TOKEN.itemsize) :]
         return np.array(last[::-1], dtype=TOKEN).tobytes()
 
     def longer(self, tail: bytes, token_id: int) -> bytes:
-        """The tail after one more token."""
+        """The tail with one more token."""
         return (np.array(token_id, dtype=TOKEN).tobytes() + tail)[: self._num_bytes]
 
     def ends(self, tail: bytes) -> list[int]:
-        """Last tokens of the words whose beginnings stand at the end of the text."""
+        """Last tokens of the words of which the text ends with all the others."""
         at = bisect_right(self._beginnings, tail) - 1
         while at >= 0 and not tail.startswith(self._beginnings[at]):
             at = self._shorter[at]
@@ -79,7 +79,7 @@ class BadWords:
 
 
 def _longest_prefixes(ordered: list[bytes]) -> list[int]:
-    """Of each, the index of the longest other one that it starts with; -1 where none is."""
+    """For each, the index of the longest other one that it starts with; -1 if there is none."""
     found: list[int] = []
     for index, each in enumerate(ordered):
         at = index - 1
@@ -91,31 +91,31 @@ def _longest_prefixes(ordered: list[bytes]) -> list[int]:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Prepared:
-    """What one request's lists became; on the device, but for ``words``."""
+    """One request's constraints as tensors on the device, and ``words``."""
 
-    params: Sampling  # Kept, so that no other ones get its identity.
+    params: Sampling  # Referenced, so that its id() is not used again.
     bias: tuple[torch.Tensor, torch.Tensor] | None  # int64 ids and fp32 values, of one length.
     ceiling: torch.Tensor | None  # fp32 [vocab]: -inf for all but allowed_token_ids, else +inf.
     banned: torch.Tensor | None  # int64: the bad words of one token.
     words: BadWords | None  # Those of several.
-    ending: torch.Tensor | None  # int64: forbidden until min_tokens are out.
+    ending: torch.Tensor | None  # int64: forbidden before min_tokens.
 
 
 class Constraints:
-    """Owns what the slots' requests forbid and shift."""
+    """The constraints of all slots."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
         self._by_slot: dict[int, Prepared] = {}
         self._tails: dict[int, bytes] = {}  # Of the slots that have words of several tokens.
-        # By identity of the parameters, which all choices of a request share.
+        # By id() of the parameters, which all choices of a request share.
         self._shared: WeakValueDictionary[int, Prepared] = WeakValueDictionary()
 
     # ---- slots
 
     def admit(self, slot: int, params: Sampling, token_ids: list[int]) -> None:
-        """The slot is that of a sequence with these parameters and this text from now on."""
+        """Assigns the slot to a sequence with these parameters and this text."""
         prepared = self._shared.get(id(params))
         if prepared is None:
             prepared = self._shared[id(params)] = self._prepare(params)
@@ -124,12 +124,12 @@ class Constraints:
             self._tails[slot] = prepared.words.tail(token_ids)
 
     def release(self, slot: int) -> None:
-        """Frees what no other slot shares; a slot without constraints is fine."""
+        """Frees the slot's constraints, unless another slot shares them."""
         self._by_slot.pop(slot, None)
         self._tails.pop(slot, None)
 
     def _prepare(self, params: Sampling) -> Prepared:
-        # A word with a token that the vocabulary lacks never comes up.
+        # A word with a token outside of the vocabulary cannot occur.
         last = self._vocab_size - 1
         words = [word for word in params.bad_words if word and 0 <= min(word) <= max(word) <= last]
         single = [word[0] for word in words if len(word) == 1]
@@ -167,8 +167,8 @@ class Constraints:
     def apply(
         self, logits: torch.Tensor, slots: NDArray[np.int64], positions: NDArray[np.int64]
     ) -> None:
-        """Changes ``logits``, fp32 [rows, vocab]: shifts, then minus infinity for what must not
-        come. ``positions``: output position of each row."""
+        """Changes ``logits``, fp32 [rows, vocab]: adds biases, then sets forbidden tokens to minus
+        infinity. ``positions``: output position of each row."""
         held = {
             row: self._by_slot[slot]
             for row, slot in enumerate(slots.tolist())
@@ -180,7 +180,7 @@ class Constraints:
             added = torch.cat([values for _, values in biases.values()])
             logits.index_put_(where, added, accumulate=True)
         for row, each in held.items():
-            if each.ceiling is not None:  # Several times as fast as a mask, on a CPU.
+            if each.ceiling is not None:  # Several times faster than a mask, on a CPU.
                 torch.minimum(logits[row], each.ceiling, out=logits[row])
         single = {row: each.banned for row, each in held.items() if each.banned is not None}
         if single:
@@ -195,7 +195,7 @@ class Constraints:
         self._forbid_ends(logits, slots, held)
 
     def observe(self, slots: NDArray[np.int64], token_ids: list[int]) -> None:
-        """What was drawn, once it is on the host: words of several tokens look back."""
+        """Records the sampled tokens, for words of several tokens."""
         if not self._tails:
             return
         for slot, token in zip(slots.tolist(), token_ids, strict=True):
@@ -206,7 +206,7 @@ class Constraints:
     def _forbid_ends(
         self, logits: torch.Tensor, slots: NDArray[np.int64], held: dict[int, Prepared]
     ) -> None:
-        """The last tokens of the words of several tokens that would be whole now."""
+        """Forbids the last tokens of the words of several tokens that would be complete."""
         rows: list[int] = []
         ends: list[int] = []
         for row, each in held.items():

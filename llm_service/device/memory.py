@@ -1,4 +1,4 @@
-"""How much memory the KV cache may take, and how arrays come to the device."""
+"""The KV cache's share of memory, and copies of arrays to the device."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-# Of what is free when the model is loaded. On the CPU other processes live there too; on a GPU
-# the rest is for what a step allocates.
+# Part of the memory that is free once the model is loaded. A CPU's memory is shared with other
+# processes; on a GPU the rest is for what a step allocates.
 CPU_SHARE = 0.25
 GPU_SHARE = 0.85
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    """A copy on ``device`` for which the host does not wait; on the CPU the array itself."""
+    """A copy on ``device``, not awaited by the host; on the CPU the array's own memory."""
     host = torch.from_numpy(array)
     if device.type == "cpu":
         return host
@@ -31,7 +31,7 @@ def cache_budget(device: torch.device) -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process could still take, within its control group."""
+    """Bytes of memory that this process can still allocate, within its control group."""
     available = [_meminfo(root)]
     for limit, used in (
         ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
@@ -54,7 +54,7 @@ def _meminfo(root: Path) -> int:
 
 
 def _number(path: Path) -> int | None:
-    """The file's number; None where there is no such file or it says "max"."""
+    """The number in a file; None if there is no such file or it says "max"."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):

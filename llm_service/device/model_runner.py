@@ -189,10 +189,11 @@ class ModelRunner:
         want them; ``wanted``: of the batch's logit_rows."""
         results = self._sample(batch, wanted) if batch.logit_works else {}
         for work, first in zip(batch.works, batch.first_rows, strict=True):
-            result = results.setdefault(work.slot, WorkResult())
-            if work.prompt_logprobs and result.error is None:
+            if work.slot not in results:
+                results[work.slot] = WorkResult()
+            if work.prompt_logprobs and results[work.slot].error is None:
                 found = tuple(self._prompt_logprobs(work, hidden[first:]))
-                results[work.slot] = replace(result, prompt_logprobs=found)
+                results[work.slot] = replace(results[work.slot], prompt_logprobs=found)
         return results
 
     def _sample(self, batch: Batch, hidden: torch.Tensor) -> dict[int, WorkResult]:

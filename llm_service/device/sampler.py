@@ -1,19 +1,19 @@
 """From logits to tokens, for a whole batch at once.
 
-What a request asks for is kept by slot; a step touches only what some sequence of its batch asks
-for, and a batch of plain greedy sequences is one ``max``. The order, for each row:
+Each slot's settings are stored when it is admitted; a step applies only what some sequence of its
+batch asks for, and a batch of plain greedy sequences is one ``max``. The order, for each row:
 
     1. repetition penalty over prompt and output (divides what is positive, multiplies the rest),
        frequency and presence penalties over output alone
     2. logit_bias
-    3. masks: allowed_token_ids, bad_words, and until min_tokens are out the ids that would end it
+    3. masks: allowed_token_ids, bad_words, and before min_tokens the ids that would end the choice
     4. temperature; 0 takes the best here
     5. top_k, then top_p over what is left, then min_p
     6. one uniform number, a function of (seed, choice, output position), against the cumulative
        probabilities in the order of the vocabulary
 
-Equal values at the border of top_k or top_p all stay, so that what is kept depends on the row
-alone and not on the batch.
+Values equal to the last one that top_k or top_p keeps are all kept, so that the result depends on
+the row alone and not on the batch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PHILOX_WORDS = 4  # Numbers that Philox makes of one value of its counter.
 
 
 class Feature(IntFlag):
-    """What a slot asks of the sampler beyond the best token."""
+    """What a slot needs of the sampler beyond the best token."""
 
     NONE = 0
     RANDOM = 1
@@ -67,12 +67,11 @@ def features_of(params: Sampling) -> Feature:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One row each. The best logit tells whether the row was finite, and whether masks left any
-    token: the host reads both with the token, in its one wait for the device."""
+    """One value a row. The host copies all three at once: it waits for the device once a step."""
 
     token_ids: torch.Tensor  # int64
-    best: torch.Tensor  # fp32, raw; not finite where any logit is NaN or +inf.
-    best_left: torch.Tensor | None  # fp32, after masks, -inf: nothing; None: no row had a mask.
+    best: torch.Tensor  # fp32: the best raw logit; not finite if any logit is NaN or +inf.
+    best_left: torch.Tensor | None  # fp32: the best after masks, -inf: none; None: no masks.
 
 
 class Sampler:
@@ -95,7 +94,7 @@ class Sampler:
     def admit(
         self, slot: int, params: Sampling, choice: int, token_ids: list[int], num_prompt: int
     ) -> None:
-        """The slot is this sequence's from now on; ``token_ids`` is its prompt, then its output."""
+        """Assigns the slot to a sequence; ``token_ids`` is its prompt, then its output."""
         self.release(slot)
         asked = features_of(params)
         self._features[slot] = asked
@@ -118,7 +117,7 @@ class Sampler:
             self._count(slot, token_ids, num_prompt)
 
     def release(self, slot: int) -> None:
-        """The slot's sequence is gone."""
+        """Forgets the slot's sequence."""
         self._features[slot] = Feature.NONE
         self._constraints.release(slot)
 
@@ -164,12 +163,12 @@ class Sampler:
         return Drawn(tokens, best, best_left)
 
     def observe(self, slots: NDArray[np.int64], token_ids: list[int]) -> None:
-        """What was drawn, once it is on the host: bad words of several tokens look back."""
+        """Records the sampled tokens, for bad words of several tokens."""
         self._constraints.observe(slots, token_ids)
 
     def _copied(self, logits: torch.Tensor) -> torch.Tensor:
-        """One buffer takes what a step rewrites: memory of this size, allocated anew each time,
-        would go back to the system and be faulted in again."""
+        """A copy of ``logits`` in a buffer that is reused: memory of this size, allocated at each
+        step, would be returned to the system and faulted in again."""
         if self._rewritten is None or len(self._rewritten) < len(logits):
             self._rewritten = torch.empty_like(logits)
         return self._rewritten[: len(logits)].copy_(logits)
@@ -256,7 +255,7 @@ def _border(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     if vocab > 4 * NUCLEUS_CANDIDATES:
         best = probs.topk(NUCLEUS_CANDIDATES, dim=-1).values
         reached = best.cumsum(dim=-1)
-        # One look at the host costs less than sorting a whole vocabulary.
+        # A wait for the device costs less than sorting a whole vocabulary.
         if bool((reached[:, -1:] >= top_p).all()):
             return _last_needed(best, reached, top_p)
     best = probs.sort(dim=-1, descending=True).values
@@ -293,7 +292,7 @@ def uniforms(seed: int, choice: int, first: int, count: int) -> NDArray[np.float
 
 
 class UniformCache:
-    """The next numbers of every slot, made BLOCK at a time."""
+    """The next random numbers of every slot, made BLOCK at a time."""
 
     BLOCK = 64
 
@@ -303,7 +302,7 @@ class UniformCache:
         self._streams: list[tuple[int, int]] = [(0, 0)] * num_slots
 
     def admit(self, slot: int, seed: int, choice: int) -> None:
-        """The slot belongs to this stream from now on."""
+        """Assigns the slot to the stream of (seed, choice)."""
         self._streams[slot] = (seed, choice)
         self._firsts[slot] = -1
 

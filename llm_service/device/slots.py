@@ -1,4 +1,4 @@
-"""What the runner remembers of each running sequence, on the host, by slot. numpy, no torch."""
+"""Host-side state of each running sequence, by slot: pages and positions. numpy, no torch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class SlotTable:
     """Arrays over slots, so that a step of decoding sequences is a few vectorised look-ups.
 
-    ``delta``: what a token past the prompt adds to its index to get its position. ``pages``:
-    the block tables, written as they grow.
+    ``delta``: position minus index of a token past the prompt. ``pages``: the block tables, written
+    as they grow.
     """
 
     def __init__(self, num_slots: int, max_pages: int, layout: Layout) -> None:
@@ -47,7 +47,7 @@ class SlotTable:
         self._placeholders.pop(slot, None)
 
     def update_pages(self, slot: int, table: tuple[int, ...]) -> None:
-        """Brings the slot's row up to ``table``; most steps change nothing or add a page."""
+        """Updates the slot's row to ``table``; most steps change nothing or add a page."""
         known = self._tables[slot]
         if table is known:
             return
@@ -68,7 +68,7 @@ class SlotTable:
         return np.concatenate([known, np.broadcast_to(rest, (len(prompt), missing))], axis=1)
 
     def is_placeholder(self, slot: int, seq: Sequence) -> NDArray[np.bool_]:
-        """bool [prompt tokens]: those that spans overwrite."""
+        """bool [prompt tokens]: True for tokens that spans overwrite."""
         if slot not in self._placeholders:
             covered = np.zeros(seq.num_prompt, dtype=np.bool_)
             for span in seq.request.spans:

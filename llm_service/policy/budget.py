@@ -1,4 +1,4 @@
-"""What the step being planned can still take, and where chunks are cut to fit."""
+"""Tokens that are left in the step being planned, and where chunks are cut to fit."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from opticnerve.media.plan import SpanAttention
 
 @dataclass(slots=True)
 class Budget:
-    """In tokens. ``prefill`` is what the sequences that decode leave, a token for each, or what the
-    step's time leaves of that. Only a bidirectional span, which cannot be cut, may take theirs."""
+    """In tokens. ``prefill``: what is left after a token for each decoding sequence, bounded by the
+    step's time. Only a bidirectional span, which cannot be cut, may take tokens of decoding."""
 
     tokens: int  # Of any kind.
     prefill: int
     timed: bool  # Time bounds ``prefill``: chunks are cut at pages.
     block_size: int
-    for_text: int = 0  # Of ``prefill``, kept for prompts without pictures.
-    for_decoding: int = 0  # Of ``tokens``, kept for sequences that decode.
+    for_text: int = 0  # Part of ``prefill`` reserved for prompts without pictures.
+    for_decoding: int = 0  # Part of ``tokens`` reserved for decoding sequences.
     begun: bool = False  # A sequence prefills in this step.
 
     def chunk(self, seq: Sequence) -> int:
-        """The longest chunk that is left for prefill of ``seq``."""
-        kept = self.for_text if seq.request.spans else 0
-        return max(0, min(self.tokens - self.for_decoding, self.prefill - kept))
+        """The longest chunk that ``seq`` may prefill."""
+        reserved = self.for_text if seq.request.spans else 0
+        return max(0, min(self.tokens - self.for_decoding, self.prefill - reserved))
 
     def spend(self, work: Work) -> None:
         self.tokens -= work.num_tokens
@@ -36,10 +36,10 @@ class Budget:
             self.begun = True
 
     def chunk_end(self, seq: Sequence, start: int) -> int:
-        """The token before which a chunk of ``seq`` from ``start`` has to end; ``start``: no room.
+        """The end of a chunk of ``seq`` from ``start``; ``start`` itself if there is no room.
 
-        The first chunk of a step has some tokens in any case, and the whole of a bidirectional
-        span, which may take longer than the time allows.
+        The first chunk of a step always has some tokens, or a whole bidirectional span, which may
+        take longer than the time allows.
         """
         end = min(start + self.chunk(seq), seq.num_tokens)
         if self.timed and end < seq.num_tokens:
@@ -47,9 +47,9 @@ class Budget:
             if page_end > start or self.begun:
                 end = max(page_end, start)
         span_end = _span_end(seq, start)
-        # Of sequences that wait there may be a stream, which would leave decoding nothing.
-        kept = 0 if seq.status is Status.RUNNING else self.for_decoding
-        if not self.begun and start < span_end <= start + self.tokens - kept:
+        # A stream of waiting sequences would otherwise leave nothing to decoding.
+        reserved = 0 if seq.status is Status.RUNNING else self.for_decoding
+        if not self.begun and start < span_end <= start + self.tokens - reserved:
             end = max(end, span_end)
         return end
 

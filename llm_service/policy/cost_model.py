@@ -1,6 +1,6 @@
 """How long a step takes on this machine, learned from the steps that it has run.
 
-A policy value: no tensors, and no clock, since whoever times a step passes the seconds in.
+No tensors and no clock: the engine times a step and passes the seconds in.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from llm_service.policy.plan import StepPlan
 
 # Before the first step: a slow CPU, so that the first chunks are rather too small.
 FIRST_GUESS = (0.02, 0.002, 0.01)  # Seconds a step, a decoding sequence, a prefill token.
-# Of the estimate's error, this part is corrected after each step.
+# The part of the estimate's error that is corrected after each step.
 GAIN = 0.3
-# One step tells of at most so large an error: it may have waited for another process.
-MOST_ERROR = math.log(2)
-# In a step with prefill the error is more probably prefill's: other steps measure decoding alone.
-# And a coefficient that is far too small has no share by which it could be found.
+# Bound of the error taken from one step, which may have waited for another process.
+MAX_ERROR = math.log(2)
+# In a step with prefill, most of the error is attributed to prefill: other steps measure decoding
+# alone. Prefill has a least weight, since a coefficient that is far too small has no share.
 DECODING_WEIGHT = 0.1
-LEAST_PREFILL_WEIGHT = 0.3
-# But a few tokens (the end of a cached prompt, a forked choice) take less than steps vary by.
-TELLING_TOKENS = 128
-# Steps of a kind that count in full, since the guess may be off by any factor.
+MIN_PREFILL_WEIGHT = 0.3
+# Fewer tokens (the end of a cached prompt, a forked choice) take less than steps vary by.
+MEANINGFUL_TOKENS = 128
+# Steps of each kind whose error counts in full: the guess may be off by any factor.
 FIRST_STEPS = 3
-LEAST_S, MOST_S = 1e-7, 1e3  # Bounds of each coefficient.
-LEAST_SHARE = 1 / 4  # Of the target, is prefill's, however long decoding takes.
+MIN_S, MAX_S = 1e-7, 1e3  # Bounds of each coefficient.
+MIN_PREFILL_SHARE = 1 / 4  # Of the target time, however long decoding takes.
 
 
 class CostModel:
@@ -56,9 +56,9 @@ class CostModel:
     def prefill_tokens(self, decodes: int, target_s: float) -> int:
         """Prefill tokens that a step can have beside ``decodes`` sequences to end in ``target_s``.
 
-        Where decoding takes most of that, prefill gets LEAST_SHARE of ``target_s`` in any case.
+        Prefill has at least MIN_PREFILL_SHARE of ``target_s``, even if decoding takes most of it.
         """
-        left = max(target_s - self.seconds(decodes, 0), LEAST_SHARE * target_s)
+        left = max(target_s - self.seconds(decodes, 0), MIN_PREFILL_SHARE * target_s)
         return int(left / self._coefficients[2])
 
     def learn(self, plan: StepPlan, seconds: float, whole: bool = True) -> None:
@@ -75,7 +75,7 @@ class CostModel:
         self._pending = (steps + 1, sequences + decodes, tokens + plan.num_tokens - decodes)
         self._pending_s += seconds
         if any(work.samples for work in plan.works):
-            self._correct(self._pending, max(self._pending_s, LEAST_S))
+            self._correct(self._pending, max(self._pending_s, MIN_S))
             self._pending, self._pending_s = (0, 0, 0), 0.0
 
     def _expect(self, counts: tuple[int, int, int]) -> float:
@@ -87,17 +87,17 @@ class CostModel:
         kind = int(counts[2] > 0)
         self._learned[kind] += 1
         if self._learned[kind] > FIRST_STEPS:
-            error = min(max(error, -MOST_ERROR), MOST_ERROR)
+            error = min(max(error, -MAX_ERROR), MAX_ERROR)
         shares = [c * count / expected for c, count in zip(self._coefficients, counts, strict=True)]
         blames = shares
         if kind:
             decoding = [DECODING_WEIGHT * share for share in shares[:2]]
-            least = LEAST_PREFILL_WEIGHT * min(1.0, counts[2] / TELLING_TOKENS)
+            least = MIN_PREFILL_WEIGHT * min(1.0, counts[2] / MEANINGFUL_TOKENS)
             blames = [*decoding, max(shares[2], least)]
         effect = sum(blame * share for blame, share in zip(blames, shares, strict=True))
         step = max(GAIN, 1 / self._learned[kind]) * error / effect
         a, b, c = (
-            min(max(coefficient * math.exp(step * blame), LEAST_S), MOST_S)
+            min(max(coefficient * math.exp(step * blame), MIN_S), MAX_S)
             for coefficient, blame in zip(self._coefficients, blames, strict=True)
         )
         self._coefficients = (a, b, c)

@@ -1,4 +1,4 @@
-"""Which items' rows sequences hold in this host's memory, by how many sequences, until when."""
+"""Leases on items' rows: counted by sequence, taken and released at the RowSource."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llm_service.policy.sequence import Sequence
 
 
 class Leases:
-    """Of running sequences. A sequence holds an item until its last span of it is computed."""
+    """A running sequence holds an item until its last span of it is computed."""
 
     def __init__(self, rows: RowSource, row_bytes: int) -> None:
         self._rows = rows
@@ -18,7 +18,7 @@ class Leases:
         self._holders: Counter[str] = Counter()
 
     def items(self, seq: Sequence, computed: int) -> dict[str, tuple[int, int]]:
-        """Of each item with tokens past ``computed``: the end of its last span, its bytes."""
+        """(end of its last span, bytes) of each item that has tokens past ``computed``."""
         request = seq.request
         items: dict[str, tuple[int, int]] = {}
         for index in range(seq.generation.span_at(computed), len(request.spans)):
@@ -30,12 +30,12 @@ class Leases:
         return items
 
     def fit(self, items: dict[str, tuple[int, int]]) -> bool:
-        """Whether the tier has room for ``items``. Whoever would hold the only lease may try."""
+        """Whether the tier has room for ``items``. If nobody holds a lease, any size may try."""
         fresh = [size for key, (_, size) in items.items() if key not in self._holders]
         return not (self._holders and fresh) or self._rows.can_acquire(sum(fresh))
 
     def take(self, seq: Sequence) -> None:
-        """Holds what ``seq`` has still to compute from."""
+        """Acquires the items that ``seq`` has still to compute from."""
         for key, (end, num_bytes) in self.items(seq, seq.num_computed).items():
             seq.leases[key] = end
             self._holders[key] += 1
@@ -43,7 +43,7 @@ class Leases:
                 self._rows.acquire(key, num_bytes)
 
     def release(self, seq: Sequence, computed: int | None = None) -> None:
-        """Lets go of the items whose last span ends by ``computed``; None: of all."""
+        """Releases the items whose last span ends by ``computed``; None: all."""
         ended = [key for key, end in seq.leases.items() if computed is None or end <= computed]
         for key in ended:
             del seq.leases[key]
@@ -53,7 +53,7 @@ class Leases:
                 self._rows.release(key)
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        """Raises RuntimeError where ``sequences`` do not hold what is counted."""
+        """Raises RuntimeError unless ``sequences`` hold what is counted."""
         held = Counter(key for seq in sequences for key in seq.leases)
         if held != self._holders:
             raise RuntimeError(f"leases held {held}, counted {self._holders}")

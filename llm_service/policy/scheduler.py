@@ -1,17 +1,17 @@
 """Policy: which sequences compute how many tokens in the next step. No tensors, no events.
 
-There is no prefill phase and no decode phase. Every step has one budget of tokens; every
-sequence asks for those of its tokens that are not computed. Whose turn it is to prefill, and who
-makes room for whom, is for ``Shares`` to say; of one sharer, those that run come before those that
-wait. Among them, the order is that of (priority, arrival, choice), total and fixed for life. The
-first in it of all that run is never preempted, and it fits the cache alone: so it always gets on,
-and nobody waits for ever.
+There is no prefill phase and no decode phase. Every step has one budget of tokens, and every
+sequence asks for those of its tokens that are not computed. ``Shares`` decides whose turn it is to
+prefill and who is preempted for whom. Within one sharer, running sequences come before waiting
+ones, in the order of (priority, arrival, choice), which is total and never changes. The first
+running sequence in that order is never preempted, and it fits the cache alone: so it always makes
+progress, and none waits for ever.
 
 While any sequence decodes, the step's prefill tokens are bounded by the time that they are
 expected to take, since every decoding sequence waits for the step's end. The first sequence that
-prefills gets a page of tokens all the same, or the whole of a bidirectional span. A quarter of a
-step's prefill is for prompts without pictures, where there are any: text does not wait for a burst
-of pictures to be computed.
+prefills gets at least a page of tokens, or a whole bidirectional span. A quarter of a step's
+prefill is reserved for prompts without pictures, if there are any, so that text does not wait for
+a burst of pictures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from llm_service.policy.shares import Sharer, Shares, Turns, decodes, order, rem
 from opticnerve.media.plan import SpanAttention
 
 TEXT_SHARE = 4  # One of so many prefill tokens is for prompts without pictures.
-MAX_REFUSALS = 32  # Sharers that are looked at in vain before a step admits nobody more.
+MAX_REFUSALS = 32  # Sharers that may be refused before a step stops admitting.
 
 
 class Scheduler:
@@ -43,19 +43,19 @@ class Scheduler:
         self.config = config
         self.blocks = blocks
         self.rows = rows
-        self.costs = CostModel()  # Whoever runs the plans teaches it how long they took.
-        self.shares = Shares()  # Knows who waits.
+        self.costs = CostModel()  # The engine reports to it how long steps took.
+        self.shares = Shares()  # Holds the waiting sequences.
         self.running: list[Sequence] = []  # By ``order``.
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # Of prompts, taken from the prefix cache.
         self._step = 0
-        # All that decode have a token in every step, and leave a page of tokens to prefill.
+        # Every decoding sequence has a token in each step, and a page of tokens is left to prefill.
         most = max(1, config.max_num_batched_tokens - blocks.block_size)
         self._num_slots = min(config.max_num_seqs, most)
         self._free_slots = list(range(self._num_slots))[::-1]
-        self._max_parked = max(1, self._num_slots // 2)  # The rest is for text, while rows come.
-        self._freed_slots: list[int] = []  # For the next plan to tell.
-        self._copies: list[tuple[Sequence, int, int]] = []  # Of forks, for the next plan to make.
+        self._max_parked = max(1, self._num_slots // 2)  # Slots that may wait for rows.
+        self._freed_slots: list[int] = []  # Since the last plan.
+        self._copies: list[tuple[Sequence, int, int]] = []  # Pages of forks, for the next plan.
         self.copied: list[Sequence] = []  # Forks whose pages the last plan copied.
         self._leases = Leases(rows, config.row_bytes)
         self._needs: list[tuple[Sequence, tuple[str, ...]]] = []
@@ -64,18 +64,18 @@ class Scheduler:
 
     @property
     def num_unbegun(self) -> int:
-        """Requests of which nothing was computed yet."""
+        """Waiting sequences whose requests have had no chunk computed."""
         return sum(1 for seq in self.shares.waiting() if seq.generation.first_chunk_at is None)
 
     def sequences(self) -> Iterator[Sequence]:
-        """All that run or wait."""
+        """Running, then waiting."""
         return chain(self.running, self.shares.waiting())
 
     def add(self, seq: Sequence) -> None:
         self.shares.wait(seq)
 
     def remove(self, seq: Sequence) -> None:
-        """Ends a sequence in whatever state it is; everything that it held is free."""
+        """Ends a sequence in any state and frees everything that it holds."""
         if seq.status is Status.RUNNING:
             self._give_up(seq)
         elif seq.status is Status.WAITING:
@@ -83,7 +83,7 @@ class Scheduler:
         seq.status = Status.FINISHED
 
     def preempt(self, seq: Sequence) -> None:
-        """Back to the queue, to be computed again; it keeps its tokens and its keys."""
+        """Puts a running sequence back into the queue, to be computed again from its tokens."""
         self._give_up(seq)
         seq.suspend()
         seq.preemptions += 1
@@ -124,8 +124,7 @@ class Scheduler:
         return plan
 
     def _budget(self, decoding: int) -> Budget:
-        """A token for each sequence that decodes, and the rest for prefill, as far as the step's
-        time goes."""
+        """A token for each decoding sequence; the rest for prefill, within the step's time."""
         tokens, block_size = self.config.max_num_batched_tokens, self.blocks.block_size
         prefill = max(tokens - decoding, block_size)
         timed = decoding > 0 and self.config.max_step_s > 0
@@ -139,7 +138,8 @@ class Scheduler:
     # ---- decoding
 
     def _grow(self, decoding: list[Sequence]) -> set[Sharer]:
-        """Makes room for the next token of each; returns who lost a place by that."""
+        """Allocates a page for the next token where one is needed; returns the sharers of sequences
+        that were preempted for it."""
         preempted: set[Sharer] = set()
         for seq in decoding:
             if seq.num_tokens <= len(seq.block_table) * self.blocks.block_size:
@@ -163,7 +163,7 @@ class Scheduler:
     def _schedule_prefill(
         self, budget: Budget, now: float, preempted: set[Sharer]
     ) -> dict[Sequence, Work]:
-        """Gives prefill tokens to sequences in their turn, and admits those that wait."""
+        """Gives prefill tokens to sequences in fair order, and admits waiting ones."""
         works: dict[Sequence, Work] = {}
         prefilling = [seq for seq in self.running if not decodes(seq)]
         admits = bool(self._free_slots) or self.shares.crowded
@@ -186,10 +186,10 @@ class Scheduler:
     def _try_to_admit(
         self, seq: Sequence, budget: Budget, admission: _Admission, works: Collection[Sequence]
     ) -> int:
-        """Lets a sequence run whose turn it is; returns where its first chunk may end.
+        """Admits a waiting sequence if there is room; returns where its first chunk may end.
 
-        Where there is no room for more pictures, those without any go ahead; once there is,
-        whoever was overtaken is the first in line again.
+        If there is no room for more pictures, sequences without any go ahead; the one that was
+        overtaken keeps its place in the line.
         """
         pictures = bool(seq.request.spans)
         if pictures and not self._has_room_for_pictures(seq, admission.no_pictures):
@@ -197,16 +197,16 @@ class Scheduler:
             return 0
         victims = self._claim(seq, admission, works)
         if victims is None:
-            admission.turns.pass_on()
+            admission.turns.skip_sharer()
             return 0
         start = self.blocks.cached_tokens(seq)
         end = budget.chunk_end(seq, start)
         if end == start and pictures and budget.for_text:
-            admission.no_pictures = True  # What is left is for text, which may be behind it.
+            admission.no_pictures = True  # The rest is reserved for text, which may be behind it.
         elif whole_spans(seq, end) == start:
-            # Not worth a chunk, or shorter than a bidirectional span that comes first.
+            # Too little for a chunk, or for the bidirectional span that comes first.
             admission.refusals = MAX_REFUSALS
-            admission.turns.pass_on()
+            admission.turns.skip_sharer()
         else:
             for victim in victims:
                 self.preempt(victim)
@@ -216,10 +216,10 @@ class Scheduler:
     def _claim(
         self, seq: Sequence, admission: _Admission, works: Collection[Sequence]
     ) -> list[Sequence] | None:
-        """Whom to preempt for a sequence that waits; None: it has to wait on.
+        """Whom to preempt to admit a waiting sequence; None: it has to wait on.
 
-        Pages that are free stay so while one waits that they do not suffice for: others may only
-        have what is theirs by share.
+        Once a sequence was refused for want of pages, the free ones are reserved for it: those
+        behind it may claim only what their sharers are entitled to.
         """
         place = not self._free_slots
         if admission.refusals >= MAX_REFUSALS:
@@ -230,7 +230,7 @@ class Scheduler:
         reserve = max(admission.reserve, len(self.running) // 4)
         lacking = self.blocks.lacking(seq, reserve)
         victims: list[Sequence] | None = None
-        if self.shares.of(seq) not in admission.preempted:  # Else it would be so again.
+        if self.shares.of(seq) not in admission.preempted:  # Else it would be preempted again.
             if not place and lacking <= 0:
                 return []
             wanted = self.blocks.pages_for(seq.num_tokens)
@@ -251,7 +251,7 @@ class Scheduler:
         self._enter(seq)
 
     def _enter(self, seq: Sequence) -> None:
-        """Slot, leases and the question for rows that are not here."""
+        """Takes a slot and leases, and asks for rows that are not loaded."""
         seq.slot = self._free_slots.pop()
         seq.status = Status.RUNNING
         insort(self.running, seq, key=order)
@@ -281,8 +281,8 @@ class Scheduler:
     # ---- chunks and rows
 
     def _chunk(self, seq: Sequence, end: int, now: float) -> int:
-        """Tokens that can be computed next: up to ``end``, up to the first span whose rows are
-        not here, and no part of a bidirectional span."""
+        """Tokens that can be computed next: up to ``end`` and to the first span whose rows are not
+        loaded, without cutting a bidirectional span."""
         start = seq.num_computed
         end = self._ready_end(seq, start, end)
         generation = seq.generation
@@ -324,7 +324,7 @@ class Scheduler:
             self._needs.append((seq, keys))
 
     def take_needs(self) -> list[tuple[Sequence, tuple[str, ...]]]:
-        """Keys that sequences wait for and that nobody was asked for yet."""
+        """Sequences and the keys that they wait for, since the last call."""
         needs, self._needs = self._needs, []
         return needs
 
@@ -338,9 +338,11 @@ class Scheduler:
         return any(key in self._leases.items(seq, seq.num_computed) for seq in unfinished)
 
     def _has_room_for_pictures(self, seq: Sequence, behind: bool) -> bool:
-        """Whether the sequence's items fit the tier, and one more may wait for its rows. It does
-        so out of turn (``behind`` others) where its sharer has none that waits and another has
-        several."""
+        """Whether the sequence's items fit the tier, and one more sequence may wait for its rows.
+
+        ``behind``: others with pictures, ahead of it, were refused. Then it is admitted only if no
+        sequence of its sharer waits for rows and several of another sharer do.
+        """
         items = self._leases.items(seq, self.blocks.cached_tokens(seq))
         if not self._leases.fit(items):
             return False
@@ -354,7 +356,7 @@ class Scheduler:
     # ---- after a step
 
     def advance(self, seq: Sequence, num_computed: int) -> None:
-        """The keys and values of the first ``num_computed`` tokens are in pages now."""
+        """Records that the keys and values of the first ``num_computed`` tokens are in pages."""
         seq.num_computed = num_computed
         if num_computed // self.blocks.block_size > seq.num_shared:
             self.blocks.commit(seq)
@@ -391,10 +393,10 @@ class Scheduler:
 
 @dataclass(slots=True)
 class _Admission:
-    """What the sequences that wait have met in this step so far."""
+    """What happened to waiting sequences in this step so far."""
 
     turns: Turns
-    preempted: set[Sharer]  # They lost a place in this step.
+    preempted: set[Sharer]  # Those whose sequences were preempted in this step.
     no_pictures: bool = False
     refusals: int = 0  # For want of places or pages.
-    reserve: int = 0  # Pages that the first in line saves up.
+    reserve: int = 0  # Free pages that the first refused sequence waits for.

@@ -21,8 +21,8 @@ one that runs; else they go by priority, then in the order in which they came. A
 nothing may also take a place and pages from one of the same sharer that runs several sequences,
 which keeps one. Whatever a sharer has to give up is the last of its request that runs most.
 
-Lower priorities come first, and nothing is taken from them; who may ask for which is for callers to
-know.
+Lower numbers of priority come first, and nothing is taken from them. The engine does not check who
+may ask for which.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from llm_service.policy.sequence import GenerateRequest, GenerationState, Sequen
 
 @dataclass(slots=True, eq=False)
 class Sharer:
-    """One of those among whom the decoder is shared."""
+    """All requests of one key, or one request without a key."""
 
-    number: int  # In the order in which they came.
+    number: int  # In order of arrival.
     weight: float = 1.0
     served: float = 0.0  # Prefill tokens by weight, in virtual time.
     waiting: list[Sequence] = field(default_factory=list)  # Both by ``order``.
@@ -55,7 +55,7 @@ class Sharer:
 
     @property
     def prefills(self) -> bool:
-        """Whether it has anything to be computed before an output token."""
+        """Whether any of its sequences has prefill left."""
         return bool(self.waiting) or not all(map(decodes, self.running))
 
     @property
@@ -64,7 +64,8 @@ class Sharer:
         return sum(len(seq.block_table) for seq in self.running)
 
     def standing(self) -> list[tuple[int, Sequence]]:
-        """What runs, each with its number in its request, from 0; the last is given up first."""
+        """Running sequences, each with its number within its request, from 0; the last is preempted
+        first."""
         if not self.crowded:
             return [(0, seq) for seq in self.running]
         seen: dict[GenerationState, int] = {}
@@ -76,7 +77,7 @@ class Sharer:
         return sorted(numbered, key=lambda each: (each[1].request.priority, each[0]))
 
     def tag(self, seq: Sequence) -> float:
-        """The virtual time at which ``seq`` would be computed if it were next."""
+        """The virtual finish time of ``seq``'s prefill if it were next."""
         return self.served + (seq.num_tokens - seq.num_computed) / self.weight
 
 
@@ -88,8 +89,8 @@ class Shares:
         self._several: dict[Sharer, None] = {}  # Those that have more than one place.
         self._sharers: dict[tuple[str, str], Sharer] = {}
         self._number = 0
-        self._now = 0.0  # Virtual time: what a sharer of weight 1 that always wanted more has had.
-        self._weight = 1.0  # Of all that could prefill in this step.
+        self._now = 0.0  # Virtual time: tokens served to an always busy sharer of weight 1.
+        self._weight = 1.0  # Sum over the sharers that could prefill in this step.
 
     def of(self, seq: Sequence) -> Sharer:
         return self._sharers[_name(seq.request)]
@@ -125,12 +126,11 @@ class Shares:
             self._several.pop(sharer, None)
 
     def waiting(self) -> Iterator[Sequence]:
-        """Every sequence that waits, each sharer's in their order."""
+        """Every waiting sequence; those of one sharer in their order."""
         return (seq for sharer in self._sharers.values() for seq in sharer.waiting)
 
     def _join(self, request: GenerateRequest) -> Sharer:
-        """The request's sharer; a new one where none of its name has anything or was served more
-        than it would be by now."""
+        """The request's sharer, a new one if there is none of its name."""
         name = _name(request)
         sharer = self._sharers.get(name)
         if sharer is None:
@@ -141,7 +141,8 @@ class Shares:
         return sharer
 
     def _forget(self) -> None:
-        """Drops sharers that have nothing; who comes back soon under its name is remembered."""
+        """Drops idle sharers, except named ones that were served ahead of virtual time: they would
+        come back with a fresh account."""
         busy = {name: each for name, each in self._sharers.items() if each.waiting or each.running}
         if busy:
             for name, sharer in self._sharers.items():
@@ -154,7 +155,7 @@ class Shares:
     # ---- prefill
 
     def turns(self, prefilling: list[Sequence], admits: bool) -> Turns:
-        """The sequences that prefill and, with ``admits``, those that wait, in fair order."""
+        """The prefilling sequences and, with ``admits``, the waiting ones, in fair order."""
         if not prefilling and not admits:
             return Turns({})
         begun: dict[Sharer, list[Sequence]] = {}
@@ -169,7 +170,7 @@ class Shares:
         return Turns(queues)
 
     def charge(self, seq: Sequence, tokens: int) -> None:
-        """``seq`` prefills so many tokens in this step."""
+        """Accounts for ``tokens`` that ``seq`` prefills in this step."""
         sharer = self.of(seq)
         sharer.served += tokens / sharer.weight
         self._now += tokens / self._weight
@@ -182,8 +183,8 @@ class Shares:
         return bool(self._several)
 
     def may_claim_a_place(self, seq: Sequence) -> bool:
-        """Whether another sharer has a place too many for that of ``seq`` to have none more, or a
-        request of the same sharer has several while that of ``seq`` runs nothing."""
+        """Whether another sharer has more places, by weight, than that of ``seq`` would have with
+        one more; or a request of the same sharer has several while that of ``seq`` runs nothing."""
         mine = self.of(seq)
         if mine.crowded and seq.generation not in mine.places:
             return True
@@ -203,11 +204,11 @@ class Shares:
         freed: Callable[[Sequence], int],
         spared: Collection[Sequence] = (),
     ) -> list[Sequence] | None:
-        """Whom to preempt for ``seq``, or None where it has no claim to so much.
+        """Whom to preempt for ``seq``, or None if its sharer is not entitled to so much.
 
-        ``place``: it lacks a place; ``pages``: it lacks so many pages of the ``wanted`` that it
-        will hold. ``freed`` tells how many one sequence gives back; ``spared`` are not taken. What
-        no other sharer has too much of may come from other requests of its own.
+        ``place``: it lacks a place; ``pages``: how many it lacks of the ``wanted`` that it will
+        hold. ``freed``: how many pages preempting one sequence would give it; ``spared`` are not
+        preempted. If no other sharer has too much, other requests of its own sharer may.
         """
         mine = self.of(seq)
         holders = [_Holder(each, seq, spared) for each in self._several if each is not mine]
@@ -229,10 +230,10 @@ class Shares:
         return victims
 
     def furthest(self, running: list[Sequence]) -> Sequence:
-        """Who gives its pages up where one that runs cannot grow: of those with the highest
-        priority, the last of the sharer that holds most by weight, as it stands.
+        """Whom to preempt if a running sequence cannot grow: of those with the largest priority
+        number, the last of the sharer that holds most pages by weight.
 
-        ``running`` is in order, and its first is kept, so that the first of all always gets on.
+        ``running`` is in order; its first is never chosen, so that it always makes progress.
         """
         highest = running[-1].request.priority
         sharers = dict.fromkeys(map(self.of, running))
@@ -263,8 +264,8 @@ class Shares:
 
 
 class Turns:
-    """Iterates over each sharer's sequences, always with the one that comes first by what was
-    charged so far."""
+    """Iterates over sequences: each time the next one of the sharer whose virtual finish time is
+    earliest."""
 
     def __init__(self, queues: Mapping[Sharer, Iterable[Sequence]]) -> None:
         self._heap: list[tuple[int, float, int, Sequence, Iterator[Sequence], Sharer]] = []
@@ -280,8 +281,8 @@ class Turns:
             if self._stays:
                 self._push(sharer, rest)
 
-    def pass_on(self) -> None:
-        """The sharer whose turn it is has no other in this step."""
+    def skip_sharer(self) -> None:
+        """Leaves out the rest of the sharer whose turn it is."""
         self._stays = False
 
     def _push(self, sharer: Sharer, rest: Iterator[Sequence]) -> None:
@@ -292,10 +293,10 @@ class Turns:
 
 
 class _Holder:
-    """What a sharer would have left, and what of it ``seq`` may take.
+    """What a sharer would have left, and which of its sequences may be preempted for ``seq``.
 
-    One of another sharer leaves it its first place. One of its ``own`` leaves each of its requests
-    the first, and takes nothing where its request runs.
+    Another sharer keeps its first place. Of ``seq``'s ``own`` sharer, each request keeps its first,
+    and nothing is taken if the request of ``seq`` runs.
     """
 
     def __init__(
@@ -323,7 +324,7 @@ class _Holder:
         return self._pages / self._weight
 
     def take(self) -> Sequence:
-        """The last, as they stand."""
+        """The last takeable one, in the order of ``standing``."""
         seq = self.takeable.pop()
         self._places -= 1
         self._pages -= len(seq.block_table)
@@ -331,7 +332,7 @@ class _Holder:
 
 
 def _line(waiting: list[Sequence], places: Collection[GenerationState]) -> Iterator[Sequence]:
-    """Those of a sharer that wait, as they come when they come: of one priority, first those whose
+    """A sharer's waiting sequences in order of admission: within a priority, first those whose
     request has none of ``places``."""
     further: list[Sequence] = []
     for seq in waiting:
@@ -346,7 +347,7 @@ def _line(waiting: list[Sequence], places: Collection[GenerationState]) -> Itera
 
 
 def _name(request: GenerateRequest) -> tuple[str, str]:
-    """Who shares: a name, or a request alone."""
+    """(the sharer's name, "") or, without one, ("", the request's id)."""
     return request.share, "" if request.share else request.request_id
 
 
@@ -360,7 +361,7 @@ def order(seq: Sequence) -> tuple[int, int, int]:
 
 
 def remove(queue: list[Sequence], seq: Sequence) -> None:
-    """Takes a sequence out of a queue that is in order."""
+    """Removes a sequence from a queue that is sorted by ``order``."""
     index = bisect_left(queue, seq.order, key=order)
     assert queue[index] is seq
     del queue[index]

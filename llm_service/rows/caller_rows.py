@@ -1,8 +1,8 @@
-"""Rows that callers bring themselves: what they are called on this worker, and how long they stay.
+"""Rows that callers send themselves: their names on this worker, and their lifetime.
 
-A caller may give its rows any key, another user's picture's too. Here they are named by their own
-bytes under a number that this process drew at its start: a name that is nobody else's, neither in
-the tier nor in the prefix cache. They stay while some request holds their name.
+A caller may give its rows any key, also that of another user's picture. Here they are named by a
+hash of their bytes under a random secret of this process, so that the name is unique in the tier
+and the prefix cache. They stay while some request holds their name.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from opticnerve.embeddings.ref import tensors_key
 
 
 class OwnRows:
-    """``hold`` belongs to one event loop, the rest to any thread. ``drop`` hears of a name that
-    nobody holds any more, on that loop."""
+    """``hold`` belongs to one event loop, the rest to any thread. ``drop`` is called on that loop
+    with a name that is no longer held."""
 
     def __init__(self, drop: Callable[[str], object]) -> None:
         self._drop = drop
@@ -26,12 +26,12 @@ class OwnRows:
         self._holders: Counter[str] = Counter()
 
     def names(self, items: Mapping[str, bytes]) -> dict[str, str]:
-        """Names by the caller's keys, from safetensors bytes: b"" where they are still to come, and
-        then the key has to be theirs (``tensors_key``). Reads all bytes."""
+        """Names by the caller's keys, from safetensors bytes; b"" if those come later: then the key
+        has to be their ``tensors_key``. Reads all bytes."""
         return {key: self._name(tensors_key(data) if data else key) for key, data in items.items()}
 
     def is_named(self, name: str, data: bytes) -> bool:
-        """Whether these are the bytes that ``name`` was given for. Reads all of them."""
+        """Whether ``name`` is that of these bytes. Reads all of them."""
         return self._name(tensors_key(data)) == name
 
     def is_held(self, name: str) -> bool:
@@ -39,7 +39,7 @@ class OwnRows:
 
     @contextlib.contextmanager
     def hold(self, names: Iterable[str]) -> Iterator[None]:
-        """For as long as the context lasts."""
+        """Holds the names while the context lasts."""
         held = set(names)
         self._holders.update(held)
         try:

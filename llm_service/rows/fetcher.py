@@ -1,4 +1,4 @@
-"""Brings rows to this host, off the engine's loop: the cheapest location first, then the next."""
+"""Fetches rows to this host, off the engine's thread: the cheapest location first."""
 
 from __future__ import annotations
 
@@ -109,11 +109,11 @@ class Fetcher:
         return await self._on_thread(self._rows.present, keys)
 
     async def names(self, own: Mapping[str, bytes]) -> dict[str, str]:
-        """This worker's names of what a caller brings itself; see ``OwnRows.names``."""
+        """This worker's names of rows that a caller sends itself; see ``OwnRows.names``."""
         return await self._on_thread(self.own.names, own) if own else {}
 
     async def check_own(self, ref: EmbeddingRef) -> None:
-        """Raises InvalidRequest for inline rows that are not those that their name is for."""
+        """Raises InvalidRequest for inline rows whose name is not that of their bytes."""
         data = ref.location.inline
         if data and not await self._on_thread(self.own.is_named, ref.key, data):
             raise InvalidRequest(
@@ -165,12 +165,12 @@ class Fetcher:
         return data
 
     def _may_call(self, address: str) -> bool:
-        """References may come from a stranger, who could have this host call any other."""
+        """References may come from a stranger, who could make this host call any other."""
         return self._encoders is None or addresses.host_of(address) in self._encoders
 
     async def _fetch(self, ref: EmbeddingRef) -> bytes | None:
-        """From the encoder that made it. Its errors are misses: there may be another way. So is
-        what is not signed, where this worker has the secret: anybody may have named the address."""
+        """From the encoder that made it. Its errors are misses: there may be another location. So
+        are unsigned rows if this worker has the secret: anybody may have named the address."""
         address = ref.location.fetch_address
         stub = encoder_pb2_grpc.EncoderStub(await self._channel(address))
         limit = ref.num_bytes + codec.MAX_HEADER_BYTES + LENGTH.size
@@ -196,7 +196,7 @@ class Fetcher:
         return None
 
     async def _channel(self, address: str) -> grpc.aio.Channel:
-        """Encoders come and go under new addresses: those used longest ago are given up."""
+        """Closes the least recently used ones: encoders come and go under new addresses."""
         channel = self._channels.pop(address, None)
         if channel is None:  # With a scheme, so that gRPC sees none in a host called "unix".
             channel = open_channel(f"dns:///{address}", self._token)
