@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
@@ -11,16 +10,10 @@ V = TypeVar("V")
 
 
 class LRU(Generic[K, V]):
-    """Values that add up to at most ``capacity`` by ``size``, which counts each as 1 by default.
+    """At most ``capacity`` entries. Not locked: for one thread, or under its owner's lock."""
 
-    The newest entry stays even if it is larger than that. Not locked: a caller with several threads
-    brings its own lock.
-    """
-
-    def __init__(self, capacity: int, size: Callable[[V], int] = lambda value: 1) -> None:
+    def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.total = 0  # The sizes of all values.
-        self._size = size
         self._entries: OrderedDict[K, V] = OrderedDict()
 
     def __len__(self) -> int:
@@ -36,14 +29,10 @@ class LRU(Generic[K, V]):
         return self._entries.get(key)
 
     def __setitem__(self, key: K, value: V) -> None:
-        self.pop(key)
+        self._entries.pop(key, None)
         self._entries[key] = value
-        self.total += self._size(value)
-        while self.total > self.capacity and len(self._entries) > 1:
-            self.pop(next(iter(self._entries)))
+        if len(self._entries) > self.capacity:
+            self._entries.popitem(last=False)
 
     def pop(self, key: K) -> V | None:
-        value = self._entries.pop(key, None)
-        if value is not None:
-            self.total -= self._size(value)
-        return value
+        return self._entries.pop(key, None)

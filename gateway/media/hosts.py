@@ -19,7 +19,6 @@ import re
 import socket
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +31,7 @@ from gateway.edge.limits import (
     SILENT_NAME_S,
 )
 from gateway.media.slots import FairSlots
+from opticnerve.lru import LRU
 
 MAX_REMEMBERED = 4096  # Names of either kind.
 # Second labels below which owners register names in many countries.
@@ -112,8 +112,8 @@ class Resolver:
         self._new = FairSlots(MAX_NEW_LOOKUPS, MAX_NEW_LOOKUPS_PER_SITE)
         self._known = FairSlots(MAX_KNOWN_LOOKUPS, MAX_KNOWN_LOOKUPS_PER_SITE)
         self._running: dict[str, asyncio.Future[list[str] | OSError]] = {}
-        self._silent_until: OrderedDict[str, float] = OrderedDict()
-        self._resolved: OrderedDict[str, None] = OrderedDict()
+        self._silent_until: LRU[str, float] = LRU(MAX_REMEMBERED)
+        self._resolved: LRU[str, bool] = LRU(MAX_REMEMBERED)
 
     async def __call__(self, host: str, port: int) -> list[str]:
         """The addresses of ``host``, in the system's order. Raises TimeoutError for a name whose
@@ -126,8 +126,8 @@ class Resolver:
             async with asyncio.timeout(NAME_TIMEOUT_S):
                 found = await asyncio.shield(answer)
         except TimeoutError:
-            self._resolved.pop(name, None)
-            _remember(self._silent_until, name, time.monotonic() + SILENT_NAME_S)
+            self._resolved.pop(name)
+            self._silent_until[name] = time.monotonic() + SILENT_NAME_S
             raise
         if isinstance(found, OSError):
             raise found
@@ -151,7 +151,7 @@ class Resolver:
                 del self._running[name]
                 slots.release(holder)
                 if not isinstance(found, OSError):
-                    _remember(self._resolved, name, None)
+                    self._resolved[name] = True
                 answer.set_result(found)
 
             def run() -> None:
@@ -182,7 +182,7 @@ class Resolver:
             return
         if time.monotonic() < until:
             raise TimeoutError("the name was not resolved in time, a moment ago")
-        del self._silent_until[name]
+        self._silent_until.pop(name)
 
 
 def site(name: str) -> str:
@@ -191,10 +191,3 @@ def site(name: str) -> str:
     labels = name.split(".")
     shared = len(labels[-1]) == 2 and labels[-2:-1] and labels[-2] in SHARED_SECOND_LABELS
     return ".".join(labels[-3 if shared else -2 :])
-
-
-def _remember(names: OrderedDict[str, Any], name: str, value: Any) -> None:
-    names[name] = value
-    names.move_to_end(name)
-    if len(names) > MAX_REMEMBERED:
-        names.popitem(last=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
@@ -74,6 +75,7 @@ class StoreRows:
         self._tier = tier
         self._overflow = overflow
         self._report = report or self.note_damaged
+        self._lock = threading.Lock()  # Guards the next.
         self._damaged: LRU[str, bool] = LRU(MAX_DAMAGED)
         self._leases: dict[str, _Lease] = {}
         self._leased_bytes = 0
@@ -156,11 +158,13 @@ class StoreRows:
         return set().union(*(store.contains(wanted) for store in self.stores))
 
     def note_damaged(self, key: str) -> None:
-        self._damaged[key] = True
+        with self._lock:
+            self._damaged[key] = True
 
     def take_damaged(self, key: str) -> bool:
         """Whether ``key`` was found damaged since this was last asked."""
-        return bool(self._damaged.pop(key))
+        with self._lock:
+            return bool(self._damaged.pop(key))
 
     def _read(self, store: Store, key: str, check: Callable[[Tensors], None]) -> Tensors | None:
         try:

@@ -18,7 +18,7 @@ DEFAULT_CAPACITY = 2**30
 
 
 class MemoryStore:
-    """Files as bytes, least recently used out first. ``get`` copies once: entries are private."""
+    """Files as bytes; evicts the least recently used. ``get`` copies once: entries are private."""
 
     tier_id = ""
     shared = False
@@ -28,7 +28,7 @@ class MemoryStore:
         self._lock = threading.Lock()  # Guards all below.
         self._files: OrderedDict[str, bytes] = OrderedDict()
         self._stored = 0
-        self._pinned: dict[str, int] = {}  # Bytes.
+        self._pinned: dict[str, int] = {}  # Bytes reserved by leases, by key.
         self._leases: Counter[str] = Counter()
 
     def put(self, key: str, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, str]) -> None:

@@ -1,14 +1,13 @@
 """``redis://`` and ``rediss://``: the same bytes in Redis, with a local tier of what was fetched.
 
-What is put goes to the local tier and to Redis; what is fetched is kept in the local tier. Redis
-is a convenience, never a dependency: when it is down, hangs or refuses us, that is a miss, said
-once in the log. It is asked for a sign of life when the store is opened and every ``WATCH_S``, so
-that its state is known before it is needed; while it fails nobody else asks it, so that what it
-costs a request is ``ANSWER_TIMEOUT_S``, once. A server that answers and refuses writes (it is full,
-or a replica) is read from and not written to.
+A put goes to the local tier and to Redis; a fetched value is stored in the local tier. Redis is
+optional: if it is down, hangs or refuses a call, that is a miss, logged once. It is probed when the
+store is opened and every ``WATCH_S``, so that its state is known before it is needed; while it
+fails, only the probe asks it, so that a failure costs a request ``ANSWER_TIMEOUT_S`` once. A server
+that refuses writes (it is full, or a replica) is only read.
 
-Under a secret (``Seal``) a value is its MAC and then the bytes, and its name has the secret's id:
-pools of different secrets share a server and never meet, and what others write is a miss.
+With a secret (``Seal``) a value is a MAC followed by the bytes, and its name contains the secret's
+id: pools with different secrets can share a server, and values of others are misses.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ from opticnerve.tensors.header import LENGTH
 
 PREFIX = "on:v1:emb:"  # Of names of values without a MAC.
 SIGNED_PREFIX = "on:v2:emb:"  # The secret's id follows.
-PROBE = PREFIX + "probe"  # No embedding's, and never there.
-# Tens of milliseconds: a server that takes longer is not much quicker than encoding again.
+PROBE = PREFIX + "probe"  # A name that no embedding has.
+# Tens of milliseconds: a slower server is not much faster than encoding again.
 CONNECT_TIMEOUT_S = 0.08
 ANSWER_TIMEOUT_S = 0.08  # Until the next bytes of an answer.
 SEND_TIMEOUT_S = 2.0  # Until all bytes of an embedding are sent: MAX_BYTES over 1 Gbit/s.
 WATCH_S = 1.0
-WARN_EVERY_S = 30.0  # At most, where it comes and goes.
+WARN_EVERY_S = 30.0  # At most so often, for a server that comes and goes.
 MAX_BYTES = 128 * 2**20  # Of one embedding; larger ones travel by Fetch.
 OVERHEAD = MAC_BYTES + LENGTH.size + codec.MAX_HEADER_BYTES  # Beside it, in a value.
 
@@ -187,21 +186,21 @@ class RedisStore:
         while not self._closed.wait(WATCH_S):
             try:
                 self._look()
-            except Exception:  # Nobody else would notice that Redis answers again.
+            except Exception:  # The watch must go on: only it notices that Redis answers again.
                 log.exception("asking Redis for a sign of life failed")
 
     def _look(self) -> None:
-        """Asks for what embeddings need: an answer to a GET, and a SET that is not refused."""
+        """Probes what embeddings need: an answer to a GET, and a SET that is not refused."""
         self._server.probe(lambda: self._client.get(PROBE))
         if self._writes.failing:
             self._server.call(lambda: self._writes.probe(self._try_write))
 
     def _try_write(self) -> object:
-        """Refused like any SET, and stores nothing: there is no such key."""
+        """A SET that is refused like any other, and stores nothing: the key does not exist."""
         return self._client.set(PROBE, b"", xx=True)
 
     def _keep(self, write: Callable[[], None]) -> bool:
-        """Writes to the local tier; a full one is no reason to fail while Redis has the bytes."""
+        """Writes to the local tier; whether it took the bytes. If not, Redis may have them."""
         try:
             write()
         except StoreError as error:
@@ -210,8 +209,8 @@ class RedisStore:
         return True
 
     def _send(self, key: str, pieces: Callable[[], Sequence[bytes | memoryview]]) -> bool:
-        """Whether Redis has ``key`` now. The first writer wins, but where values are signed: what
-        is there may be anybody's, and is replaced."""
+        """Whether Redis has ``key`` now. The first writer wins, except for signed values: the one
+        that is stored may be anybody's, and is replaced."""
         name = self._prefix + key
 
         def write() -> bool:
@@ -242,7 +241,7 @@ class RedisStore:
                 return b""  # No failure of the server, but a value that is no embedding.
             if isinstance(found, Exception):
                 raise found
-            if isinstance(is_there, Exception):  # A replica refuses EXPIRE, which does not matter.
+            if isinstance(is_there, Exception):  # Such as a replica, which refuses EXPIRE.
                 return found or None
             return found if is_there else None
 
@@ -259,7 +258,7 @@ class RedisStore:
 
     @contextlib.contextmanager
     def _corrupt_deleted(self, key: str) -> Iterator[None]:
-        """What is found corrupt in one tier is deleted in both: one may be the other's copy."""
+        """An entry that is corrupt in one tier is deleted in both: one may be the other's copy."""
         try:
             yield
         except EmbeddingCorrupt:
@@ -269,10 +268,10 @@ class RedisStore:
 
 
 class Breaker:
-    """Asks Redis until it fails: from then on only ``probe`` does, and its success ends that.
+    """A circuit breaker: after a failure only ``probe`` calls Redis, until it succeeds.
 
-    ``errors`` are what failing is; others pass. ``lost``, with the error's class for its ``%s``,
-    is a warning when it begins to fail, ``again`` what is said when it no longer does.
+    ``errors`` count as failures; others pass through. ``lost``, with the error's class for its
+    ``%s``, is the warning when failures begin, ``again`` the message when they end.
     """
 
     def __init__(
@@ -285,14 +284,14 @@ class Breaker:
         self._again = again
         self._lock = threading.Lock()  # Guards ``failing`` and those below.
         self._warned_at = -math.inf
-        self._warned = False  # Of the failure that lasts.
+        self._warned = False  # Whether the present failure was logged.
 
     def call(self, operation: Callable[[], T]) -> T | None:
-        """What ``operation`` returns; None, and nobody is asked, while Redis fails."""
+        """The result of ``operation``; None, without a call, while Redis fails."""
         return None if self.failing else self.attempt(operation)
 
     def attempt(self, operation: Callable[[], T]) -> T | None:
-        """The same, asking even while it fails: what is late is no sign that it no longer does."""
+        """The same, calling also while it fails; a success does not close the breaker."""
         try:
             return operation()
         except self._errors as error:
@@ -300,7 +299,7 @@ class Breaker:
             return None
 
     def probe(self, operation: Callable[[], object]) -> None:
-        """For the watch alone: asks, and is the judge of it."""
+        """For the watch: calls also while Redis fails; a success closes the breaker."""
         if self.attempt(lambda: (operation(),)) is not None and self.failing:
             self._recovered()
 
@@ -311,7 +310,7 @@ class Breaker:
             if self._warned or now - self._warned_at < WARN_EVERY_S:
                 return
             self._warned, self._warned_at = True, now
-        # Only the error's class: what a server says of credentials is none of the log's business.
+        # Only the error's class: its text may contain credentials.
         log.warning("Redis at %s " + self._lost, self._name, type(error).__name__)
 
     def _recovered(self) -> None:
@@ -331,12 +330,12 @@ def _client(url: str) -> redis.Redis:
 
 
 def _is_wrong_type(answer: Any) -> bool:
-    """Whether Redis has a list, say, where a string was asked for."""
+    """Whether the value is not a string but, for example, a list."""
     return isinstance(answer, ResponseError) and str(answer).startswith("WRONGTYPE")
 
 
 def _shown(url: str, client: Any) -> str:
-    """What of the URL may be logged: scheme, server and database, no user and no password."""
+    """The loggable parts of the URL: scheme, server and database, no user and no password."""
     options = client.connection_pool.connection_kwargs
     scheme = url.split(":", 1)[0]
     if "path" in options:

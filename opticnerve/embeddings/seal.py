@@ -1,9 +1,9 @@
-"""What tells values that an encoder of ours made from all others: a MAC under the pools' secret.
+"""A MAC under the pools' secret, which proves that an encoder of this deployment made a value.
 
-HMAC-SHA-256 (RFC 2104) of an embedding's content key and its safetensors bytes, header included,
-which says the encoder's fingerprint: a value fits under no other key. It goes with values that
-cross Redis or ``Fetch``. Files of a local tier have none: its directory is this user's alone, and
-whoever writes there can read the secret too.
+HMAC-SHA-256 (RFC 2104) over an embedding's content key and its safetensors bytes, whose header
+contains the encoder's fingerprint: a value is valid under no other key. Values that cross Redis or
+``Fetch`` carry it. Files of a local tier do not: its directory is this user's alone, and a process
+that can write there can also read the secret.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from opticnerve.secret import read_secret
 from opticnerve.telemetry.metrics import EMBEDDINGS_REFUSED
 
-DIGEST = "sha256"  # With the processor's instructions for it twice as fast as keyed BLAKE2b.
+DIGEST = "sha256"  # With the processor's instructions twice as fast as keyed BLAKE2b.
 MAC_BYTES = 32
 WARN_EVERY_S = 30.0
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class Seal:
     """Signs and checks under one secret. Thread-safe.
 
-    ``id``: names the secret and tells nothing of it; what has another id is another pool's.
+    ``id`` names the secret without revealing it; values with another id are another pool's.
     """
 
     def __init__(self, secret: str) -> None:
@@ -44,15 +44,15 @@ class Seal:
         return None if path is None else cls(read_secret(path, "store_key_file"))
 
     def mac(self, key: str, pieces: Iterable[bytes | memoryview]) -> bytes:
-        """Of the safetensors bytes that ``pieces`` are, as the value of ``key``."""
+        """The MAC of ``pieces``, one file's safetensors bytes, as the value of ``key``."""
         found = hmac.new(self._key, key.encode(), DIGEST)
         for piece in pieces:
             found.update(piece)
         return found.digest()
 
     def fits(self, mac: bytes, key: str, data: bytes | memoryview, tier: str) -> bool:
-        """Whether ``data``, which came by ``tier`` (redis, fetch), is what was signed for ``key``.
-        What is not is counted, and told of at times."""
+        """Whether ``data``, which came by ``tier`` (redis, fetch), was signed for ``key``. If not,
+        that is counted, and logged every ``WARN_EVERY_S`` at most."""
         if hmac.compare_digest(mac, self.mac(key, [data])):
             return True
         EMBEDDINGS_REFUSED.labels(tier=tier).inc()

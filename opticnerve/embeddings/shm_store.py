@@ -120,7 +120,7 @@ class ShmStore:
         return self._ledger.stored_bytes()
 
     def settle(self) -> None:
-        """Waits for this store's background work; for measurements and tests."""
+        """Waits for the next file to be preallocated; for measurements and tests."""
         self._preallocator.settle()
 
     def close(self) -> None:
@@ -132,18 +132,18 @@ class ShmStore:
 
     def _open(self, key: str) -> int | None:
         try:
-            # A pipe of that name, say, would keep the caller waiting for its writer.
+            # Without O_NONBLOCK, a pipe of that name would block until it has a writer.
             fd = os.open(self._ledger.path(check_key(key)), os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
-        except OSError as error:  # No descriptors left, say.
+        except OSError as error:  # Such as no descriptors left.
             log.warning("an embedding's file cannot be opened: %s", error.strerror)
             return None
         self._ledger.touch(fd)
         return fd
 
     def _forget(self, key: str) -> None:
-        """Deletes a corrupt file. Where that fails, the next reader finds it corrupt too."""
+        """Deletes a corrupt file. If that fails, the next reader finds it corrupt too."""
         try:
             self.delete(key)
         except StoreError as error:
@@ -182,8 +182,8 @@ class ShmStore:
 class MappedEntry(Entry):
     """An entry whose file is mapped when its tensors are first asked for.
 
-    ``copy_rows`` reads the file instead: for rows that are used once, that is quicker than setting
-    up a mapping of every page.
+    ``copy_rows`` reads the file instead: for rows that are used once, that is faster than mapping
+    every page.
     """
 
     def __init__(self, fd: int, header: codec.Header) -> None:
@@ -244,7 +244,8 @@ def _read_file(fd: int) -> bytes:
 
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
-    """What is there and cannot be read (a directory, a bad page) is as corrupt as what is wrong."""
+    """Raises OSError as EmbeddingCorrupt: what cannot be read (a directory, a bad page) is deleted
+    like wrong data."""
     try:
         yield
     except OSError as error:

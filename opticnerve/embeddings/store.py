@@ -8,10 +8,9 @@
 
 A store holds whole embeddings by content key (64 lowercase hex digits; others are an
 InvalidRequest). It never raises for a miss, and a backend that is down is a miss too (``get``
-returns None and says so in the log). What is found and cannot be read, whatever is wrong with it,
-is deleted wherever the store has it and raised as EmbeddingCorrupt, once: the next ``get`` misses.
-What a store was asked to write and could not is a StoreError, which the caller may ignore: the
-embedding is still reachable by Fetch.
+returns None and logs it). An entry that cannot be read, for whatever reason, is deleted wherever
+the store has it and raised as EmbeddingCorrupt, once: the next ``get`` misses. A failed write is a
+StoreError, which the caller may ignore: the embedding is still reachable by Fetch.
 
 Stores are synchronous and safe to share between threads; callers keep them off event loops.
 """
@@ -52,31 +51,31 @@ class Entry:
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Raises EmbeddingCorrupt where they changed after ``get``, OSError where the machine has
-        no room to map them. Neither deletes anything."""
+        """Raises EmbeddingCorrupt if the file changed after ``get``, OSError if it cannot be mapped
+        for want of memory. Neither deletes anything."""
         return self._tensors
 
     def copy_rows(self, name: str, out: torch.Tensor, row_start: int = 0) -> None:
         """Copies rows ``[row_start, row_start + len(out))`` of one tensor into ``out``, which has
-        the tensor's columns. The quickest way to use rows once. Raises KeyError, ValueError."""
+        the tensor's columns. The fastest way to use rows once. Raises KeyError, ValueError."""
         source = self.tensors[name]
         check_rows(tuple(source.shape), tuple(out.shape), row_start)
         out.copy_(source[row_start : row_start + out.shape[0]])
 
 
 def check_rows(source: tuple[int, ...], out: tuple[int, ...], row_start: int) -> None:
-    """Raises ValueError unless ``out`` takes whole rows that ``source`` has."""
+    """Raises ValueError unless ``out`` has the shape of rows that ``source`` has."""
     if not out or source[1:] != out[1:] or not 0 <= row_start <= source[0] - out[0]:
         raise ValueError(f"rows {row_start}.. of {list(source)} do not fill {list(out)}")
 
 
 @dataclass(frozen=True)
 class StoreState:
-    """What /health shows. Not ``reachable``: look-ups are misses, embeddings travel by Fetch."""
+    """For /health. If not ``reachable``, look-ups are misses and embeddings travel by Fetch."""
 
     kind: str  # "memory", "shm" or "redis".
     reachable: bool = True
-    key_id: str = ""  # Of the secret of --store-key-file; empty: none.
+    key_id: str = ""  # Id of the secret in --store-key-file; empty: none.
 
 
 class Store(Protocol):
@@ -84,8 +83,8 @@ class Store(Protocol):
     shared: bool  # Whether other machines can reach what is put here (Redis).
 
     def put(self, key: str, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, str]) -> None:
-        """Stores whole or not at all; the first writer of a key wins. Tensors may be anything that
-        speaks DLPack. Raises StoreError/StoreFull, InvalidRequest."""
+        """Stores whole or not at all; the first writer of a key wins. Tensors may be any objects
+        with DLPack export. Raises StoreError/StoreFull, InvalidRequest."""
         ...
 
     def get(self, key: str) -> Entry | None:
@@ -93,7 +92,7 @@ class Store(Protocol):
         ...
 
     def contains(self, keys: Iterable[str]) -> set[str]:
-        """Those of ``keys`` that are here now. They may be gone by the time of ``get``."""
+        """Those of ``keys`` that are stored now. They may be gone by the time of ``get``."""
         ...
 
     def read_bytes(self, key: str) -> bytes | None:
@@ -115,12 +114,12 @@ class Store(Protocol):
         ...
 
     def delete(self, key: str) -> None:
-        """Forgets ``key`` (a corrupt file, say). Not an error when it is not here."""
+        """Deletes ``key``, such as a corrupt file. Not an error if it is not stored."""
         ...
 
     @property
     def state(self) -> StoreState:
-        """As last seen, without waiting."""
+        """As last known, without waiting."""
         ...
 
     def stored_bytes(self) -> int:
