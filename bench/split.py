@@ -43,7 +43,7 @@ from llm_service.device.attention import ATTENTION_NAME, make_backend
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
 from llm_service.engine.engine import Engine
 from llm_service.policy.limits import EngineConfig
-from llm_service.policy.sequence import GenerateRequest, TokensEvent
+from llm_service.policy.protocol import GenerateRequest, TokensEvent
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
 from opticnerve.generation.values import Sampling

@@ -10,7 +10,7 @@ from llm_service import metrics
 from llm_service.device.attention import make_backend
 from llm_service.engine import build
 from llm_service.engine.client import EngineClient, ProcessEngineClient, ThreadEngineClient
-from llm_service.policy.sequence import FailedEvent, GenerateRequest
+from llm_service.policy.protocol import FailedEvent, GenerateRequest
 from llm_service.rows.fetcher import Fetcher
 from llm_service.rows.store_rows import OVERFLOW_BYTES, StoreRows, local_tier
 from llm_service.wire.messages import Bounds

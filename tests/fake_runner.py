@@ -17,7 +17,7 @@ from llm_service.engine.engine import Emit, Engine
 from llm_service.policy.block_manager import BlockManager
 from llm_service.policy.limits import EngineConfig
 from llm_service.policy.plan import StepPlan, Work, WorkResult
-from llm_service.policy.sequence import GenerateRequest
+from llm_service.policy.protocol import GenerateRequest
 from opticnerve.errors import EmbeddingEvicted, EmbeddingUnavailable
 from opticnerve.generation.values import ChoiceOutput, Logprob, PositionLogprobs
 from opticnerve.media.plan import Span, SpanAttention

@@ -12,7 +12,7 @@ import torch
 from llm_service.device.attention import ATTENTION_NAME, make_backend
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
 from llm_service.engine.engine import Engine, EngineConfig, Message
-from llm_service.policy.sequence import (
+from llm_service.policy.protocol import (
     FailedEvent,
     GenerateRequest,
     PromptLogprobsEvent,
@@ -78,9 +78,7 @@ class LocalEngine:
         block_size: int = 0,
     ) -> None:
         self.rows = DictRows()
-        limits = RunnerLimits(
-            max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_tokens, block_size
-        )
+        limits = RunnerLimits(max_model_len, max_num_seqs, kv_cache_tokens, block_size)
         self.runner = ModelRunner(language, layout, make_backend("auto"), limits, self.rows)
         config = EngineConfig(
             self.runner.num_blocks,

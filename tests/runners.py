@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from llm_service.device.attention import ATTENTION_NAME
-from llm_service.policy.sequence import GenerateRequest
+from llm_service.policy.protocol import GenerateRequest
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Grid, Modality, Span

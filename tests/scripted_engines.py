@@ -15,7 +15,7 @@ from llm_service.engine.engine import Emit, Engine
 from llm_service.engine.stream import EventStream
 from llm_service.policy.limits import EngineConfig
 from llm_service.policy.plan import StepPlan, WorkResult
-from llm_service.policy.sequence import Event, GenerateRequest, TokensEvent
+from llm_service.policy.protocol import Event, GenerateRequest, TokensEvent
 from opticnerve.errors import (
     ConfigError,
     DeviceLost,

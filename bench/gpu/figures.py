@@ -29,7 +29,7 @@ from bench.gpu.checks import (
 )
 from bench.gpu.models import TEXT_IDS, Room, Split, wall_ms
 from llm_service.policy.plan import StepPlan, WorkResult
-from llm_service.policy.sequence import GenerateRequest, PrefilledEvent
+from llm_service.policy.protocol import GenerateRequest, PrefilledEvent
 from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Grid
 from tests.local_engine import LocalEngine

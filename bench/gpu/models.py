@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from encoder_service.backends.torch import TorchBackend
 from llm_service.device.attention import ATTENTION_NAME
-from llm_service.policy.sequence import FinishedEvent, GenerateRequest
+from llm_service.policy.protocol import FinishedEvent, GenerateRequest
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.generation.values import PositionLogprobs, Sampling
 from opticnerve.media.plan import Modality, Overrides, Plan, Span, Structure

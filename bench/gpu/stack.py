@@ -29,7 +29,7 @@ from encoder_service.batcher import Batcher
 from encoder_service.pictures.fair_queue import FairQueue
 from llm_service.engine.client import ThreadEngineClient
 from llm_service.engine.engine import Emit, Engine
-from llm_service.policy.sequence import FailedEvent, GenerateRequest, TokensEvent
+from llm_service.policy.protocol import FailedEvent, GenerateRequest, TokensEvent
 from opticnerve.generation.values import Sampling
 from opticnerve.media.decode import decode
 from opticnerve.media.plan import Plan, Span

@@ -42,11 +42,10 @@ PROMPT_LOGIT_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class RunnerLimits:
-    """What the runner makes room for. Zeros are worked out from the device and the backend."""
+    """What the runner allocates for. 0: chosen by the device's memory, or by the backend."""
 
     max_model_len: int
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
     kv_cache_tokens: int = 0
     block_size: int = 0
 

@@ -45,7 +45,6 @@ def build(settings: LLMConfig, rows: RowSource, emit: Emit) -> Engine:
     limits = RunnerLimits(
         max_model_len=model_length(settings, layout),
         max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
         kv_cache_tokens=settings.kv_cache_tokens,
     )
     runner = ModelRunner(language, layout, backend, limits, rows)
@@ -54,7 +53,7 @@ def build(settings: LLMConfig, rows: RowSource, emit: Emit) -> Engine:
         block_size=runner.block_size,
         max_model_len=limits.max_model_len,
         max_num_seqs=limits.max_num_seqs,
-        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
         max_step_s=settings.max_step_ms / 1000,
         max_waiting=settings.max_waiting,
         prefix_caching=not settings.no_prefix_caching,

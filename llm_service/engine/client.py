@@ -33,7 +33,7 @@ from llm_service.engine.host import (
 )
 from llm_service.engine.stream import EventStream
 from llm_service.policy.limits import EngineConfig
-from llm_service.policy.sequence import (
+from llm_service.policy.protocol import (
     Abort,
     CheckIntegrity,
     Command,

@@ -16,9 +16,7 @@ from typing import TypeAlias
 from llm_service.policy.block_manager import BlockManager
 from llm_service.policy.limits import EngineConfig, check_request
 from llm_service.policy.plan import Runner, StepPlan, Work, WorkResult
-from llm_service.policy.rows import RowSource
-from llm_service.policy.scheduler import Scheduler
-from llm_service.policy.sequence import (
+from llm_service.policy.protocol import (
     Abort,
     AbortedEvent,
     CheckIntegrity,
@@ -28,7 +26,6 @@ from llm_service.policy.sequence import (
     FailedEvent,
     FinishedEvent,
     GenerateRequest,
-    GenerationState,
     IntegrityReport,
     NeedRowsEvent,
     PrefilledEvent,
@@ -36,11 +33,12 @@ from llm_service.policy.sequence import (
     RowsFailed,
     RowsFound,
     RowsReady,
-    Sequence,
-    Status,
     Stop,
     TokensEvent,
 )
+from llm_service.policy.rows import RowSource
+from llm_service.policy.scheduler import Scheduler
+from llm_service.policy.sequence import GenerationState, Sequence, Status
 from opticnerve.errors import (
     DeviceLost,
     EmbeddingUnavailable,

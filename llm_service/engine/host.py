@@ -16,8 +16,8 @@ from typing import Any, ParamSpec, TypeAlias
 
 from llm_service.engine.engine import Engine, Message
 from llm_service.policy.limits import EngineConfig
+from llm_service.policy.protocol import Command, RowsReady, Stop
 from llm_service.policy.rows import RowSource
-from llm_service.policy.sequence import Command, RowsReady, Stop
 from opticnerve.errors import EngineFailure, OpticNerveError
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 
-from llm_service.policy.sequence import AbortedEvent, Event, FailedEvent, FinishedEvent, TokensEvent
+from llm_service.policy.protocol import (
+    AbortedEvent,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    TokensEvent,
+)
 
 TERMINAL = (FinishedEvent, FailedEvent, AbortedEvent)
 

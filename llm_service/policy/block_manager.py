@@ -18,7 +18,8 @@ from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 
-from llm_service.policy.sequence import GenerateRequest, Sequence, Status
+from llm_service.policy.protocol import GenerateRequest
+from llm_service.policy.sequence import Sequence, Status
 from opticnerve.hashing import hash_parts
 from opticnerve.media.plan import Span, SpanAttention
 

@@ -23,7 +23,7 @@ class Segment:
     num_rows: int
 
 
-def segments(seq: Sequence, start: int, end: int) -> tuple[Segment, ...]:
+def _segments(seq: Sequence, start: int, end: int) -> tuple[Segment, ...]:
     """The parts of the sequence's spans that lie in the chunk [start, end)."""
     found = []
     spans = seq.request.spans
@@ -56,6 +56,25 @@ class Work:
     def decodes(self) -> bool:
         """Whether it computes the next token of an output, and nothing before it."""
         return self.samples and self.num_tokens == 1 and self.start >= self.seq.num_prompt
+
+
+def work_on(seq: Sequence, num_tokens: int, block_size: int) -> Work:
+    """The sequence's next ``num_tokens``, for which it has pages."""
+    start = seq.num_computed
+    end = start + num_tokens
+    table = seq.block_table
+    in_prompt = start < seq.num_prompt
+    return Work(
+        seq,
+        seq.slot,
+        start,
+        num_tokens,
+        table if end == len(seq.token_ids) else table[: -(-end // block_size)],
+        _segments(seq, start, end) if in_prompt else (),
+        end == len(seq.token_ids),
+        in_prompt and seq.generation.wants_prompt_logprobs,
+        seq.reads_slot,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from llm_service.policy.budget import Budget
 from llm_service.policy.cost_model import CostModel
 from llm_service.policy.leases import Leases
 from llm_service.policy.limits import EngineConfig
-from llm_service.policy.plan import StepPlan, Work, segments
+from llm_service.policy.plan import StepPlan, Work, work_on
 from llm_service.policy.rows import RowSource
 from llm_service.policy.sequence import GenerationState, Sequence, Status
 from llm_service.policy.shares import Sharer, Shares, Turns, decodes, order, remove
@@ -153,7 +153,7 @@ class Scheduler:
         return preempted
 
     def _schedule_decoding(self, decoding: list[Sequence], budget: Budget) -> list[Work]:
-        works = [self._work(seq, 1) for seq in decoding[: budget.tokens]]
+        works = [work_on(seq, 1, self.blocks.block_size) for seq in decoding[: budget.tokens]]
         for work in works:
             budget.spend(work)
         return works
@@ -178,7 +178,7 @@ class Scheduler:
                 end = self._try_to_admit(seq, budget, admission, works)
             tokens = self._chunk(seq, end, now) if seq.status is Status.RUNNING else 0
             if tokens:
-                works[seq] = self._work(seq, tokens)
+                works[seq] = work_on(seq, tokens, self.blocks.block_size)
                 budget.spend(works[seq])
                 self.shares.charge(seq, tokens)
         return works
@@ -258,25 +258,6 @@ class Scheduler:
         self.shares.enter(seq)
         self._leases.take(seq)
         self.ask(seq, tuple(key for key in seq.leases if not self.rows.ready(key)))
-
-    def _work(self, seq: Sequence, tokens: int) -> Work:
-        start = seq.num_computed
-        end = start + tokens
-        table = seq.block_table
-        if end < len(seq.token_ids):
-            table = table[: self.blocks.pages_for(end)]
-        generation = seq.generation
-        return Work(
-            seq,
-            seq.slot,
-            start,
-            tokens,
-            table,
-            segments(seq, start, end) if start < seq.num_prompt else (),
-            end == len(seq.token_ids),
-            start < seq.num_prompt and generation.wants_prompt_logprobs,
-            seq.reads_slot,
-        )
 
     # ---- chunks and rows
 

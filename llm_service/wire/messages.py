@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from llm_service.policy.limits import EngineConfig, check_request
-from llm_service.policy.sequence import GenerateRequest
+from llm_service.policy.protocol import GenerateRequest
 from opticnerve import addresses
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.embeddings.store import check_key

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from llm_service.policy.sequence import NeedRowsEvent
+from llm_service.policy.protocol import NeedRowsEvent
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import (
     EmbeddingCorrupt,

@@ -16,7 +16,7 @@ import opticnerve
 from llm_service import metrics
 from llm_service.engine.client import EngineClient
 from llm_service.engine.stream import EventStream
-from llm_service.policy.sequence import (
+from llm_service.policy.protocol import (
     AbortedEvent,
     Event,
     FailedEvent,

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from llm_service.device.attention import ATTENTION_NAME
-from llm_service.policy.sequence import FinishedEvent, GenerateRequest
+from llm_service.policy.protocol import FinishedEvent, GenerateRequest
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Modality, Overrides, Plan, Span, Structure

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from llm_service.policy.cost_model import CostModel
 from llm_service.policy.plan import StepPlan, Work
-from llm_service.policy.sequence import GenerateRequest, GenerationState, Sequence
+from llm_service.policy.protocol import GenerateRequest
+from llm_service.policy.sequence import GenerationState, Sequence
 from tests.fake_runner import Machine
 
 TARGET_S = 0.2

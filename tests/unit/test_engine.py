@@ -9,7 +9,7 @@ import pytest
 
 from llm_service.engine.engine import Engine, Message
 from llm_service.policy.limits import EngineConfig
-from llm_service.policy.sequence import (
+from llm_service.policy.protocol import (
     AbortedEvent,
     EngineStats,
     Event,

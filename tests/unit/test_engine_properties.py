@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from llm_service.engine.engine import Engine, Message
 from llm_service.engine.stream import coalesce
 from llm_service.policy.limits import EngineConfig
-from llm_service.policy.sequence import (
+from llm_service.policy.protocol import (
     AbortedEvent,
     EngineStats,
     Event,

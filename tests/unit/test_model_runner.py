@@ -16,7 +16,8 @@ from llm_service.device.memory import available_memory
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
 from llm_service.device.slots import SlotTable
 from llm_service.policy.plan import StepPlan, Work
-from llm_service.policy.sequence import FailedEvent, GenerateRequest, GenerationState, TokensEvent
+from llm_service.policy.protocol import FailedEvent, GenerateRequest, TokensEvent
+from llm_service.policy.sequence import GenerationState
 from llm_service.policy.sequence import Sequence as Choice
 from opticnerve.errors import (
     ConfigError,

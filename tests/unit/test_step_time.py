@@ -9,7 +9,7 @@ import pytest
 
 from llm_service.engine.engine import Engine, Message
 from llm_service.policy.limits import EngineConfig
-from llm_service.policy.sequence import FinishedEvent, GenerateRequest, TokensEvent
+from llm_service.policy.protocol import FinishedEvent, GenerateRequest, TokensEvent
 from opticnerve.errors import EngineFailure
 from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention

@@ -1,0 +1,190 @@
+"""What the servicer and the engine send each other: a request and its commands, events back.
+
+All are frozen, picklable and free of tensors, so that the engine can live in a thread or in a
+process of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from opticnerve.generation.values import (
+    ChoiceOutput,
+    Delta,
+    PositionLogprobs,
+    Sampling,
+    Timings,
+    Usage,
+)
+from opticnerve.media.plan import Span
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """A generation as the engine gets it. ``items`` are content keys; spans index them.
+
+    ``spans`` are in the order of their tokens and do not overlap. ``outputs`` continue a
+    generation that began elsewhere; a choice that is not among them has sent nothing yet.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    spans: tuple[Span, ...] = ()
+    items: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    priority: int = 0
+    cache_salt: str = ""
+    outputs: tuple[ChoiceOutput, ...] = ()  # At most one a choice.
+    skip_prefix_cache: bool = False  # Neither read the prefix cache nor share with it.
+    share: str = ""  # Whose part of the decoder it uses; empty: its own, see ``shares``.
+    weight: float = 1.0  # Of that part, beside those of others.
+
+
+# ---- servicer -> engine: GenerateRequest, and
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """The client went away. Unknown and ended requests are ignored."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowsReady:
+    """The rows of ``key`` are loaded; chunks may use them."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowsFound:
+    """The rows of ``keys`` need no encoder any more: a request that waits to be admitted for want
+    of pictures' rows need not wait behind pictures that are being encoded."""
+
+    request_id: str
+    keys: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class RowsFailed:
+    """The rows that a request waits for will not come: it fails with ``error``."""
+
+    request_id: str
+    key: str
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class CheckIntegrity:
+    """Asks the engine to check its invariants; an IntegrityReport with ``ticket`` answers."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The engine aborts what is open and leaves its loop."""
+
+
+Command = GenerateRequest | Abort | RowsReady | RowsFound | RowsFailed | CheckIntegrity | Stop
+
+
+# ---- engine -> servicer
+
+
+@dataclass(frozen=True, slots=True)
+class TokensEvent:
+    """New tokens of one choice."""
+
+    request_id: str
+    delta: Delta
+
+
+@dataclass(frozen=True, slots=True)
+class PrefilledEvent:
+    """The prompt is computed; once, before the first token of any choice."""
+
+    request_id: str
+    cached_tokens: int  # Of the prompt, taken from the prefix cache.
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobsEvent:
+    """One entry for every prompt token, once, before the first token of any choice."""
+
+    request_id: str
+    positions: tuple[PositionLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NeedRowsEvent:
+    """Chunks of this request wait for rows that the engine does not hold.
+
+    Sent when a request is admitted, for the keys that no prefix hit covers and that are not
+    ready, and again when rows turn out to be gone. ``RowsReady`` or ``RowsFailed`` answers each
+    key, even one for which ``RowsReady`` was sent before.
+    """
+
+    request_id: str
+    keys: tuple[str, ...]
+    preempted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedEvent:
+    """Terminal: every choice is finished."""
+
+    request_id: str
+    usage: Usage
+    timings: Timings  # Without get_ms: the engine reads no rows.
+
+
+@dataclass(frozen=True, slots=True)
+class FailedEvent:
+    """Terminal: one request failed; ``error`` is an OpticNerveError."""
+
+    request_id: str
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class AbortedEvent:
+    """Terminal: the client went away; everything that the request held is free."""
+
+    request_id: str
+
+
+Event = (
+    TokensEvent
+    | PrefilledEvent
+    | PromptLogprobsEvent
+    | NeedRowsEvent
+    | FinishedEvent
+    | FailedEvent
+    | AbortedEvent
+)
+
+
+@dataclass(frozen=True, slots=True)
+class IntegrityReport:
+    """Answers CheckIntegrity; ``problem`` is empty when every invariant holds."""
+
+    ticket: int
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """How busy the engine is, for Describe and metrics; counters count from the start."""
+
+    running: int = 0
+    waiting: int = 0
+    free_blocks: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    step_seconds: float = 0.0  # Spent in steps.
+    prefill_tokens_per_s: float = 0.0  # As measured lately; 0 before the first step.
