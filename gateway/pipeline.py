@@ -46,7 +46,7 @@ from opticnerve.telemetry import events
 OFF_LOOP_CHARACTERS = 8_000  # Longer prompts are rendered and tokenized in a thread.
 OFF_LOOP_TOKENS = 20_000  # Likewise prompts whose pictures are put in.
 OFF_LOOP_SAMPLING = 2_000  # Likewise what a request says of sampling: characters and entries.
-PIECE_CHARACTERS = 200  # What a message or a part costs besides its text, in characters of text.
+PIECE_CHARACTERS = 200  # The cost of a message or part besides its text, in characters of text.
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +95,13 @@ class Pipeline:
                             yield event
                         if choices.ended and not generation.complete:
                             break  # By stop strings: nothing more is wanted of the worker.
-                told = finished or Done(generation.usage())
-                yield _end(job, spec, told, choices.num_tokens, embeddings)
+                done = finished or Done(generation.usage())
+                yield _end(job, spec, done, choices.num_tokens, embeddings)
             finally:
                 events.note(
                     completion_tokens=choices.num_tokens,
                     finish=[reason for reason in choices.finish_reasons if reason],
-                    **job.watch.told(embeddings.outcomes().values()),
+                    **job.watch.log_fields(embeddings.outcomes().values()),
                 )
 
     async def read_pictures(
@@ -198,8 +198,8 @@ class Pipeline:
         return await off_loop(size, build) if size > OFF_LOOP_TOKENS else build()
 
     def _cache_salt(self, job: Job) -> str:
-        """What callers share whose requests may tell them of each other's, by usage, timings or
-        time: prefixes and pictures alike."""
+        """The salt of cached prefixes and pictures: only callers of one salt share them, because
+        usage, timings and time itself reveal what is cached."""
         tenant = "" if self.share_cache else job.caller.tenant
         return tenant_salt(tenant, job.options.cache_salt)
 
@@ -229,8 +229,8 @@ class Pipeline:
     def _take(
         self, job: Job, delta: Delta, generation: FailoverGeneration, choices: Choices
     ) -> Sequence[Text | ChoiceEnd]:
-        """The events of a delta. Should its worker be lost, no other one writes on a choice that
-        they end."""
+        """The events that a delta makes. A choice that they end is not continued elsewhere if its
+        worker is lost."""
         job.watch.token()
         made = choices.take(delta)
         if choices.has_ended(delta.choice):
@@ -244,22 +244,21 @@ class Pipeline:
 def _end(
     job: Job,
     spec: GenerateSpec,
-    told: Done,
+    done: Done,
     completion_tokens: int,
     embeddings: RequestEmbeddings,
 ) -> End:
-    """Usage by our own count of tokens, and timings, with what the worker told at its end."""
-    usage = _counted(told.usage, completion_tokens)
-    for name, milliseconds in told.timings.stages.items():
+    """Usage by our own count of tokens, and timings, with what the worker reported at its end."""
+    usage = _counted(done.usage, completion_tokens)
+    for name, milliseconds in done.timings.stages.items():
         job.watch.add(name, milliseconds)
-    job.watch.observe()
     metrics.TOKENS.labels("prompt").inc(usage.prompt_tokens)
     metrics.TOKENS.labels("cached").inc(usage.cached_tokens)
     metrics.TOKENS.labels("image").inc(usage.embedding_tokens)
     metrics.TOKENS.labels("completion").inc(usage.completion_tokens)
     had = embeddings.outcomes()
     timings = job.watch.report([had.get(key) for key in spec.keys], embeddings.bytes_sent)
-    return End(usage, {**timings, "preemptions": told.timings.preemptions})
+    return End(usage, {**timings, "preemptions": done.timings.preemptions})
 
 
 def _counted(usage: Usage, completion_tokens: int) -> Usage:
@@ -290,7 +289,7 @@ def _encodables(
 
 
 def _characters(prompt: ChatPrompt) -> int:
-    """What there is to render, in characters of text; of much, no more than that it is much."""
+    """The size of what is rendered, in characters of text; counting stops beyond LONG_BYTES."""
     total = len(str(prompt.chat_template_kwargs)) if prompt.chat_template_kwargs else 0
     for message in prompt.messages:
         total += _of_message(message)
@@ -306,11 +305,11 @@ def _of_message(message: Message) -> int:
     if isinstance(content, str):
         total += len(content)
     for part in content if isinstance(content, list) else ():
-        said = vars(part)  # A part that is a picture has neither.
-        total += PIECE_CHARACTERS + len(said.get("text") or said.get("refusal") or "")
+        fields = vars(part)  # A picture has neither text nor refusal.
+        total += PIECE_CHARACTERS + len(fields.get("text") or fields.get("refusal") or "")
     for call in message.tool_calls or ():
         arguments = call.function.arguments
-        total += OFF_LOOP_CHARACTERS  # Its arguments are parsed, and may be objects of any depth.
+        total += OFF_LOOP_CHARACTERS  # Arguments are parsed, and may be objects of any depth.
         total += len(arguments) if isinstance(arguments, str) else 0
         total += len(call.id or "") + len(call.function.name)
     return total

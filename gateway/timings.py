@@ -1,4 +1,4 @@
-"""Where a request's time goes, in milliseconds by stage; stage names are those of the metrics."""
+"""Where a request's time goes, in milliseconds by stage; the metrics have the same stage names."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from gateway import metrics
 if TYPE_CHECKING:
     from gateway.workers.encode import Encoded
 
+EXPORTED = ("fetch",)  # Stages of the gateway's own that are metrics; workers export theirs.
 LOGGED = ("ttft", "fetch", "queue", "encoder_queue", "preprocess", "encode", "prefill", "decode")
 
 
 class Stopwatch:
-    """One request's clock. Stages of the gateway are measured; those of workers are added."""
+    """One request's times: the gateway's own stages are measured, those of workers added."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -30,13 +31,16 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.add(name, (time.monotonic() - began) * 1000)
+            seconds = time.monotonic() - began
+            self.add(name, seconds * 1000)
+            if name in EXPORTED:
+                metrics.STAGE_SECONDS.labels(name).observe(seconds)
 
     def add(self, name: str, milliseconds: float) -> None:
         self.stages[name] = self.stages.get(name, 0.0) + milliseconds
 
     def token(self) -> None:
-        """Tokens have come."""
+        """Called when tokens arrive."""
         now = time.monotonic()
         if self.first_token is None:
             self.first_token = now
@@ -46,37 +50,29 @@ class Stopwatch:
         self._last_token = now
 
     def report(self, items: Sequence[Encoded | None], bytes_sent: int) -> dict[str, Any]:
-        """What a client that asks for timings gets. ``items``: in the order of the request."""
-        now = time.monotonic()
-        stages = self._with_encoding(item for item in items if item)
+        """Timings as clients are shown them. ``items``: in the order of the request."""
+        stages = self._all_stages(item for item in items if item)
+        stages["total"] = (time.monotonic() - self.began) * 1000
         shown: dict[str, Any] = {f"{name}_ms": round(ms, 3) for name, ms in stages.items()}
-        if self.first_token is not None:
-            shown["ttft_ms"] = round((self.first_token - self.began) * 1000, 3)
-        shown["total_ms"] = round((now - self.began) * 1000, 3)
         shown["items"] = [_item(item) for item in items]
         shown["bytes_to_encoders"] = bytes_sent
         return shown
 
-    def told(self, items: Iterable[Encoded]) -> dict[str, float]:
-        """What the request's line in the log says, of what is known so far."""
-        stages = self._with_encoding(items)
-        if self.first_token is not None:
-            stages["ttft"] = (self.first_token - self.began) * 1000
+    def log_fields(self, items: Iterable[Encoded]) -> dict[str, float]:
+        """What the request's line in the log says of the stages so far."""
+        stages = self._all_stages(items)
         return {f"{name}_ms": stages[name] for name in LOGGED if name in stages}
 
-    def _with_encoding(self, items: Iterable[Encoded]) -> dict[str, float]:
-        """All stages; of several pictures' the longest."""
+    def _all_stages(self, items: Iterable[Encoded]) -> dict[str, float]:
+        """With the stages of encoding (of several pictures the longest) and the TTFT."""
         encoding: dict[str, float] = {}
         for item in items:
             for stage, value in item.timings.items():
                 name = f"encoder_{stage}" if stage == "queue" else stage
                 encoding[name] = max(value, encoding.get(name, 0.0))
+        if self.first_token is not None:
+            encoding["ttft"] = (self.first_token - self.began) * 1000
         return {**self.stages, **encoding}
-
-    def observe(self) -> None:
-        """Hands the gateway's own stages to the metrics, once, at the end."""
-        if "fetch" in self.stages:
-            metrics.STAGE_SECONDS.labels("fetch").observe(self.stages["fetch"] / 1000)
 
 
 def _item(item: Encoded | None) -> Mapping[str, Any]:

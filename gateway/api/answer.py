@@ -82,17 +82,13 @@ StreamUsage = Annotated[
         "continuous_usage_stats in every one, of all choices so far."
     ),
 ]
-TIMINGS_HEADER = {
-    "parameters": [
-        {
-            "name": "x-opticnerve-timings",
-            "in": "header",
-            "required": False,
-            "description": "As `timings` in the body.",
-            "schema": {"enum": ["1", "true"]},
-        }
-    ]
+_TIMINGS_HEADER = {
+    "name": "x-opticnerve-timings",
+    "in": "header",
+    "description": "As `timings` in the body.",
+    "schema": {"enum": ["1", "true"]},
 }
+TIMINGS_HEADER = {"parameters": [_TIMINGS_HEADER]}
 
 
 def streamed(chunk: Any) -> dict[int | str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi.routing import APIRoute, APIRouter
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gateway.api import sse
@@ -43,7 +43,7 @@ B = TypeVar("B", bound=Body)
 W = TypeVar("W", bound=AnswerWriter)
 
 
-class PiecewiseResponse(Response):
+class PiecewiseResponse(StreamingResponse):
     """An answer that is sent as it is written. ``source`` is closed with it, whatever happens.
 
     A client that does not read is left soon after the deadline: it must not hold its place, and
@@ -57,9 +57,7 @@ class PiecewiseResponse(Response):
         headers: Mapping[str, str],
         deadline: Deadline,
     ) -> None:
-        self.status_code = 200
-        self.background = None
-        self.init_headers(headers)
+        super().__init__(pieces, headers=headers)
         self._pieces = pieces
         self._source = source
         self._deadline = deadline

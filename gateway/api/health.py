@@ -40,16 +40,9 @@ class Live(TypedDict):
 
 
 class Readiness(TypedDict):
+    status: Literal["ready", "not ready"]
     pictures: Annotated[bool, Field(description="Whether a picture request would be served now.")]
     missing: NotRequired[Missing]
-
-
-class Ready(Readiness):
-    status: Literal["ready"]
-
-
-class NotReady(Readiness):
-    status: Literal["not ready"]
 
 
 class Health(TypedDict):
@@ -89,8 +82,8 @@ async def get_live(call: Call) -> Response:
 @router.get(
     "/ready",
     summary="Whether requests may be sent here: once every kind was served, while text is",
-    response_model=Ready,
-    responses={503: {"description": "Not yet.", "model": NotReady}},
+    response_model=Readiness,
+    responses={503: {"description": "Not yet.", "model": Readiness}},
 )
 async def get_ready(
     call: Call, pictures: Annotated[bool, Query(description="Ask for both pools.")] = False
@@ -113,17 +106,16 @@ def _answer(call: Call, body: Mapping[str, Any], status: int) -> Response:
     return JSONResponse(body, status)
 
 
-def readiness(pairing: Pairing, *, pictures: bool, draining: bool) -> Ready | NotReady:
+def readiness(pairing: Pairing, *, pictures: bool, draining: bool) -> Readiness:
     """Ready from the moment that every kind of request would be served, and from then on for as
     long as text would be: a gateway that lost its encoders still has work that it can do. With
     ``pictures``, exactly while a picture request would be served now."""
-    shown: Readiness = {
+    ready = not draining and pairing.was_complete and not pairing.missing(pictures)
+    return {
+        "status": "ready" if ready else "not ready",
         "pictures": not _missing(pairing, draining, pictures=True),
         "missing": _missing(pairing, draining, pictures or None),
     }
-    if not draining and pairing.was_complete and not pairing.missing(pictures):
-        return {"status": "ready", **shown}
-    return {"status": "not ready", **shown}
 
 
 def health(gateway: Gateway) -> Health:
@@ -176,7 +168,7 @@ def _store(pairing: Pairing) -> dict[str, Any]:
 def _pool(pool: WorkerPool) -> dict[str, Any]:
     return {
         "serving": len(pool.serving()),
-        "waiting": pool.waiting,  # Items or sequences that no worker has room for now.
+        "waiting": pool.waiting,  # Items or sequences for which no worker has room now.
         "workers": [_worker(worker) for worker in pool.workers],
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
@@ -14,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from typing_extensions import TypedDict
 
+from gateway.api import sse
 from gateway.api.schemas.base import Body
 from gateway.api.schemas.outline import Outline, count_values, draw
 from gateway.api.schemas.parsing import Ignored, parse
@@ -81,9 +81,7 @@ class JSONResponse(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(
-            content, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-        ).encode()
+        return sse.dumps(content)
 
 
 def error_headers(error: OpticNerveError) -> dict[str, str]:
@@ -93,7 +91,7 @@ def error_headers(error: OpticNerveError) -> dict[str, str]:
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
     if error.http_status == 408:
-        headers["connection"] = "close"  # The rest of the body is not waited for.
+        headers["connection"] = "close"  # The rest of the body is not read.
     return headers
 
 
@@ -111,7 +109,7 @@ class ErrorResponse(JSONResponse):
 
 
 def typed(error: Exception) -> OpticNerveError:
-    """``error`` as a client may see it; the request's line in the log says what it was."""
+    """``error`` as clients are shown it; the request's line in the log has the exception itself."""
     if isinstance(error, OpticNerveError):
         events.failed(error)
         return error
@@ -182,7 +180,7 @@ async def _arrived(
 async def _read(
     request: Request, config: GatewayConfig, hold: Callable[[int], None], stall: asyncio.Timeout
 ) -> bytearray:
-    """``stall`` is put off as the body comes."""
+    """``stall`` is rescheduled whenever PROGRESS_BYTES have arrived."""
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > config.max_request_bytes:
         raise _too_large(config.max_request_bytes)

@@ -27,12 +27,12 @@ class Detokenizer(Protocol):
         ...
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for bytes that never became a character, else nothing."""
+        """The rest at the end: U+FFFD for bytes that never became a character, else nothing."""
         ...
 
 
 class Vocabulary:
-    """How the tokens of one checkpoint read. Shared by all requests; tables fill as ids appear."""
+    """The text of one checkpoint's tokens. Shared by all requests; tables fill as ids appear."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -162,7 +162,7 @@ class Windowed:
     def __init__(self, vocabulary: Vocabulary, skipped: frozenset[int]) -> None:
         self._decode = vocabulary.tokenizer.decode
         self._skipped = skipped
-        self._before: list[int] = []  # Already shown; the context that decoders look at.
+        self._before: list[int] = []  # Already shown; context for the decoder.
         self._now: list[int] = []
 
     def push(self, token_id: int) -> str:
@@ -186,7 +186,7 @@ class Windowed:
 
 
 class PieceRules:
-    """What a sentencepiece decoder does to a token's text, and to the start of the whole."""
+    """How a sentencepiece decoder changes each token's text, and the start of the whole text."""
 
     def __init__(self, replacements: Sequence[tuple[str, str]], strip_left: int) -> None:
         self.replacements = tuple(replacements)

@@ -1,4 +1,4 @@
-"""Stop strings in streamed text, and one choice's output from ids to what a client may see."""
+"""Stop strings in streamed text, and one choice's output from token ids to shown text."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class StopMatcher:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What some tokens added. ``num_tokens`` of them count: all, or those up to a stop string."""
+    """The text of some tokens. ``num_tokens`` of them count: all, or those up to a stop string."""
 
     text: str
     num_tokens: int
@@ -73,7 +73,7 @@ class OutputText:
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
     ) -> None:
-        """``min_tokens``: text of so many first tokens is not searched for stop strings."""
+        """``min_tokens``: the text of the first so many tokens is not searched for stop strings."""
         self._detokenizer = vocabulary.detokenizer(skip_special_tokens=skip_special_tokens)
         self._matcher = StopMatcher(stop)
         self._include_stop = include_stop
@@ -97,7 +97,7 @@ class OutputText:
         self.num_tokens += 1
 
     def finish(self) -> Piece:
-        """The end of the choice: what was held back."""
+        """The text that was held back, at the end of the choice."""
         if self.stopped is not None:
             return Piece("", 0, self.stopped)
         text = self._detokenizer.flush()

@@ -23,23 +23,23 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from gateway.edge.limits import MAX_ENTRIES, MAX_FIELDS
 from opticnerve.errors import InvalidRequest
 
-MAX_SHOWN_NAME = 80  # Characters of a field's name that an answer repeats.
-BOM = b"\xef\xbb\xbf"  # What some editors and clients begin UTF-8 with.
+MAX_SHOWN_NAME = 80  # Characters of a field's name that an error message repeats.
+BOM = b"\xef\xbb\xbf"  # The byte order mark, with which some editors and clients begin UTF-8.
 HALF = re.compile("[\ud800-\udfff]")
 HALVES = "holds half of a surrogate pair, which is no character; send UTF-8, or escape both halves"
 
 T = TypeVar("T")
 Many = Annotated[list[T], Field(max_length=MAX_ENTRIES, fail_fast=True)]
-"""A list of which the first entry at fault is told. A problem takes a kilobyte to tell, and a body
-can hold millions of them."""
+"""A list whose validation ends at the first invalid entry. A problem takes a kilobyte to describe,
+and a body can hold millions of them."""
 
 
 @dataclass(slots=True)
 class Reading:
-    """What is noted while a body is read; pydantic's context of it. ``unknown``: fields that were
-    left out, by the ``id`` of the object that held them."""
+    """pydantic's context while a body is validated. ``unknown``: names of the fields that were left
+    out, by the ``id`` of the object that had them."""
 
-    ignore_unknown: bool = False  # Of the body itself; those of what it holds always are.
+    ignore_unknown: bool = False  # Unknown fields of the body; those of nested objects always are.
     unknown: dict[int, Collection[str]] = field(default_factory=dict)
 
 
@@ -48,20 +48,20 @@ def _whole(value: Any) -> Any:
 
 
 INTEGRAL = BeforeValidator(_whole)
-"""Makes an integer of ``20.0``, which JSON does not tell from ``20``. Every ``int`` of a request
-has it; ``20.5``, ``"20"`` and ``true`` stay what they are, and are refused."""
+"""Turns ``20.0`` into an integer, since JSON does not distinguish it from ``20``. Every ``int`` of
+a request has it; ``20.5``, ``"20"`` and ``true`` are refused."""
 
 Unused = Annotated[Any, AfterValidator(lambda _: None)]
-"""Any JSON, of which nothing is kept: what clients send for others than this server."""
+"""Any JSON; it is dropped. For fields that clients send and this server has no use for."""
 
 
 def fault(name: str, message: str) -> PydanticCustomError:
-    """What a model says of one of its fields, once it has looked at several."""
+    """The error of a validator that compares several fields, attributed to the field ``name``."""
     return PydanticCustomError("fault", message, {"field": name})
 
 
 def at_most(entries: int) -> BeforeValidator:
-    """Bounds an object of free names before its values are looked at."""
+    """Bounds the number of an object's entries before its values are validated."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > entries:
@@ -74,7 +74,7 @@ def at_most(entries: int) -> BeforeValidator:
 
 
 def no_larger(size: int) -> BeforeValidator:
-    """Bounds free JSON: its values and the characters of its strings, together."""
+    """Bounds any JSON: its values and the characters of its strings, together."""
 
     def check(value: Any) -> Any:
         if _size(value, size) > size:
@@ -87,7 +87,7 @@ def no_larger(size: int) -> BeforeValidator:
 
 
 def _size(value: Any, enough: int) -> int:
-    """No longer counted beyond ``enough``."""
+    """Values and characters in ``value``; counting stops beyond ``enough``."""
     total, todo = 0, [value]
     while todo and total <= enough:
         value = todo.pop()
@@ -102,24 +102,24 @@ def _size(value: Any, enough: int) -> int:
 
 
 def join(path: str, step: str) -> str:
-    """The path of a field of what is at ``path``."""
+    """The path of the field ``step`` of the object at ``path``."""
     name = step if len(step) <= MAX_SHOWN_NAME else step[:MAX_SHOWN_NAME] + "..."
     return f"{path}.{name}" if path else name
 
 
 def check_strings(value: Any, path: str = "") -> None:
-    """Raises InvalidRequest where a string holds half of a surrogate pair: no encoding of text has
-    it, and no tokenizer takes it. ``value``: JSON as Python reads it, which lets it pass."""
+    """Raises InvalidRequest for a string that holds half of a surrogate pair, which no encoding of
+    text and no tokenizer takes. ``value``: JSON as Python reads it, which accepts such strings."""
     if isinstance(value, str) and HALF.search(value):
         raise _half(path, "")
     if isinstance(value, list):
-        for place, held in enumerate(value):
-            check_strings(held, f"{path}[{place}]")
+        for place, entry in enumerate(value):
+            check_strings(entry, f"{path}[{place}]")
     elif isinstance(value, dict):
-        for name, held in value.items():
+        for name, entry in value.items():
             if HALF.search(name):
                 raise _half(path, "the name of a field ")
-            check_strings(held, join(path, name))
+            check_strings(entry, join(path, name))
 
 
 def _half(path: str, where: str) -> InvalidRequest:
@@ -148,13 +148,13 @@ class Strict(BaseModel):
 
     @property
     def unheeded(self) -> Iterator[str]:
-        """The fields that ask, as far as this model tells, for what this server does not do."""
+        """The fields that ask for something that this server does not do."""
         yield from ()
 
     @model_validator(mode="before")
     @classmethod
     def _fields(cls, value: Any, info: ValidationInfo) -> Any:
-        """With a ``Reading`` as context, unknown fields that are left out are noted there."""
+        """Leaves unknown fields out, and notes them in the ``Reading`` that is the context."""
         if not isinstance(value, dict):
             return value
         if len(value) > MAX_FIELDS:
@@ -162,13 +162,13 @@ class Strict(BaseModel):
         reading: Reading = info.context or Reading()
         unknown = value.keys() - cls.model_fields.keys()
         if cls.closed and not reading.ignore_unknown:
-            unknown = set()  # They stay, and are refused.
+            unknown = set()  # They stay, and validation refuses them.
         if unknown:
             reading.unknown[id(value)] = unknown
         return {
-            name: held
-            for name, held in value.items()
-            if name not in unknown and not (held is None and cls._may_be_absent(name))
+            name: entry
+            for name, entry in value.items()
+            if name not in unknown and not (entry is None and cls._may_be_absent(name))
         }
 
     @classmethod
@@ -180,12 +180,12 @@ class Strict(BaseModel):
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """Says of every field that may be absent that it may be null."""
+        """Every field that may be absent may be null."""
         schema = handler(core_schema)
-        told = handler.resolve_ref_schema(schema)
-        for name, said in told.get("properties", {}).items():
+        resolved = handler.resolve_ref_schema(schema)
+        for name, field_schema in resolved.get("properties", {}).items():
             if cls._may_be_absent(name):
-                told["properties"][name] = _nullable(said)
+                resolved["properties"][name] = _nullable(field_schema)
         return schema
 
 
@@ -208,9 +208,9 @@ class Body(Strict):
 
 
 def _nullable(schema: JsonSchemaValue) -> JsonSchemaValue:
-    about = {"title", "description", "default", "examples"}
-    kinds = {key: held for key, held in schema.items() if key not in about}
+    annotations = {"title", "description", "default", "examples"}
+    kinds = {key: value for key, value in schema.items() if key not in annotations}
     if not kinds or {"type": "null"} in (kinds, *kinds.get("anyOf", ())):
         return schema
-    told = {key: held for key, held in schema.items() if key in about}
-    return {"anyOf": [kinds, {"type": "null"}], **told}
+    others = {key: value for key, value in schema.items() if key in annotations}
+    return {"anyOf": [kinds, {"type": "null"}], **others}

@@ -1,5 +1,4 @@
-"""Messages and their content parts, the pictures that stand in them, and what else a chat template
-is given."""
+"""Messages, their content parts and pictures, and what else a chat template is given."""
 
 from __future__ import annotations
 
@@ -37,11 +36,11 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 REASONING_EFFORT = "reasoning_effort"  # As a field, and as a template's variable.
 
-LOW_DETAIL_PIXELS = 512 * 512  # What OpenAI's ``detail: low`` shows a model.
+LOW_DETAIL_PIXELS = 512 * 512  # The size at which OpenAI's ``detail: low`` shows a picture.
 URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
 DIGITS = re.compile(r"[0-9]{1,10}")
-LONG_ARGUMENTS = 2**18  # Characters of a call's arguments that are parsed in one step.
+LONG_ARGUMENTS = 2**18  # Characters; longer arguments of a call are parsed in steps.
 SOURCE_START = 256  # Characters of a source that decide what it is.
 
 
@@ -66,11 +65,11 @@ Pixels = Annotated[
         _number, json_schema_input_type=Area | Annotated[str, Field(pattern="^[1-9][0-9]{0,8}$")]
     ),
 ]
-"""Sent as a number, or in digits: bounds of pixels are often read from the environment."""
+"""A number, or a string of digits: clients often read bounds of pixels from the environment."""
 
 
 class Part(Strict):
-    """What parts of every type may have."""
+    """Fields that parts of every type may have."""
 
     cache_control: Unused = Field(None, description="Of no effect: every prefix is cached.")
 
@@ -81,7 +80,7 @@ class TextPart(Part):
 
 
 class RefusalPart(Part):
-    """What a model once declined with; it reads as text."""
+    """A model's earlier refusal; it is rendered as text."""
 
     type: Literal["refusal"]
     refusal: str
@@ -126,8 +125,8 @@ class ImagePart(Part, PictureSettings):
 
 
 def _tag(value: Any) -> str | None:
-    """Which part model reads ``value``. Tags wear brackets because errors name them among the
-    fields that lead to a problem, where ``text`` would look like a field."""
+    """Which part model validates ``value``. Tags are in brackets because pydantic puts them into
+    the path of a problem, where ``text`` would look like a field."""
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return f"<{kind}>" if isinstance(kind, str) else None
 
@@ -248,7 +247,7 @@ def _as_url(part: ImagePart, path: str) -> tuple[str, str]:
 
 
 def call_arguments(call: ToolCall, path: str) -> Any:
-    """A call's arguments as templates want them: an object. Raises InvalidRequest."""
+    """A call's arguments as an object, which templates expect. Raises InvalidRequest."""
     arguments, param = call.function.arguments, f"{path}.function.arguments"
     if not isinstance(arguments, str):
         return arguments
@@ -273,14 +272,14 @@ def _arguments(text: str, param: str) -> Any:
 
 
 class ProcessorSettings(Strict):
-    """Bounds for every picture of the request that brings none of its own."""
+    """Bounds for every picture of the request that has none of its own."""
 
     min_pixels: Pixels | None = None
     max_pixels: Pixels | None = None
 
 
 class TemplateFields(Body):
-    """What the chat template sees."""
+    """The fields that decide what the chat template renders."""
 
     messages: Annotated[Many[Message], Field(min_length=1)]
     add_generation_prompt: bool = True
@@ -293,8 +292,8 @@ class TemplateFields(Body):
 
     @model_validator(mode="after")
     def _one_ending(self) -> TemplateFields:
-        said = "add_generation_prompt" in self.model_fields_set
-        if self.continue_final_message and self.add_generation_prompt and said:
+        given = "add_generation_prompt" in self.model_fields_set
+        if self.continue_final_message and self.add_generation_prompt and given:
             raise fault("continue_final_message", "excludes add_generation_prompt")
         return self
 

@@ -30,10 +30,10 @@ from gateway.api.schemas.base import BOM, HALVES
 from gateway.edge.limits import MAX_NAME_CHARACTERS, MAX_OUTLINE_BYTES, MAX_TEXT_CHARACTERS
 from opticnerve.errors import InvalidRequest, PayloadTooLarge
 
-LONG = 128  # Bytes of a string that is left out.
-PIECE_BYTES = 2**18  # Looked at between two turns of other threads.
+LONG = 128  # Strings of so many bytes are left out of an outline.
+PIECE_BYTES = 2**18  # Handled in one step, between which other threads run.
 WINDOW = 32  # Bytes before a cut that are looked at; a pair of escapes is twelve.
-_INSIDE = re.compile(rb'(?:[^"\\\x00-\x1f]++|\\.)*+', re.DOTALL)  # Of a string, up to its end.
+_INSIDE = re.compile(rb'(?:[^"\\\x00-\x1f]++|\\.)*+', re.DOTALL)  # A string up to its end.
 _CONTROL = bytes(range(32))
 _TOKEN = re.compile(rb"\\u[0-9a-fA-F]{4}|\\[^u]|[^\\]", re.DOTALL)
 _FIRST_HALF = re.compile(rb"\\u[dD][89abAB]..")
@@ -41,9 +41,9 @@ _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def count_values(text: bytes | bytearray, enough: int) -> int:
-    """The objects, lists and their entries in ``text``; no longer counted beyond ``enough``.
+    """The number of objects, lists and their entries in ``text``; counting stops beyond ``enough``.
 
-    A parser finds no more of them than this, also in text that is not valid JSON.
+    A parser finds no more of them than this, even in text that is not valid JSON.
     """
     total, start, in_string = 1, 0, False
     while start < len(text) and total <= enough:
@@ -76,7 +76,7 @@ class Outline:
     text: bytes
     _mark: str
     _whole: memoryview
-    # Of each long string: where it begins and ends between its quotes, and 1 if it is ASCII without
+    # For each long string its start and end, between the quotes, and 1 if it is ASCII without
     # escapes. Numbers, because the garbage collector stops all threads to look at objects.
     _strings: array[int]
 
@@ -103,7 +103,7 @@ class Outline:
         return str(raw, "ascii") if plain else "".join(_decoded(raw))
 
     def _name(self, value: str) -> str:
-        """Names are hashed and compared, each time from end to end."""
+        """Names are bounded, because every use of one hashes or compares all of it."""
         name = self._string(value)
         if len(name) > MAX_NAME_CHARACTERS:
             raise InvalidRequest(
@@ -113,7 +113,7 @@ class Outline:
 
 
 def draw(text: bytes | bytearray, enough: int) -> Outline:
-    """The outline of ``text``; not drawn to its end where its values are more than ``enough``.
+    """The outline of ``text``; incomplete if it has more values than ``enough``.
 
     Raises InvalidRequest for what cannot be JSON, and PayloadTooLarge for a text of more than
     MAX_OUTLINE_BYTES besides its long strings.
@@ -148,7 +148,7 @@ def draw(text: bytes | bytearray, enough: int) -> Outline:
 
 
 def _end(text: bytes | bytearray, start: int) -> tuple[int, bool]:
-    """Where the string that begins at ``start`` ends, and whether it is ASCII without escapes."""
+    """The end of the string that begins at ``start``, and whether it is ASCII without escapes."""
     place, plain, size = start, True, 2 * LONG
     while True:
         piece = text[place : place + size]
@@ -195,9 +195,9 @@ def _decoded(raw: memoryview) -> Iterator[str]:
 
 
 def _cut(raw: memoryview, start: int) -> int:
-    """Where a piece that begins at ``start`` ends: in no character and in no escape, and not
-    between two escapes that are one character. Where nothing else is possible, ``raw`` is not
-    JSON, and any place will do."""
+    """The end of a piece that begins at ``start``. It splits no character, no escape, and no pair
+    of escapes that is one character; if there is no such place, ``raw`` is not JSON, and any will
+    do."""
     at = start + PIECE_BYTES
     if at >= len(raw):
         return len(raw)

@@ -1,4 +1,5 @@
-"""Bytes to a request model, and what is wrong with them to one clear InvalidRequest."""
+"""Turns the bytes of a body into a request model, and what is wrong with them into one clear
+InvalidRequest."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ from opticnerve.errors import InvalidRequest
 
 M = TypeVar("M", bound=Body)
 
-MAX_NAMED = 5  # Problems told at once.
-MAX_LOOKED_AT = 100  # Of problems, and of fields that were ignored.
+MAX_NAMED = 5  # Problems that one error message describes.
+MAX_LOOKED_AT = 100  # Problems, and ignored fields, that are considered.
 ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 UNKNOWN_FIELD = "unknown field"
 PLAINER = tuple(
@@ -39,10 +40,10 @@ PLAINER = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """What a request says in vain, as paths in its body; the first of many."""
+    """Fields of a request that have no effect, as paths in its body; of many only the first."""
 
-    unknown: tuple[str, ...] = ()  # Fields that nobody here knows.
-    unheeded: tuple[str, ...] = ()  # Known ones that ask for what this server does not do.
+    unknown: tuple[str, ...] = ()  # Fields that this server does not know.
+    unheeded: tuple[str, ...] = ()  # Known ones that ask for something that it does not do.
 
 
 def parse(
@@ -51,8 +52,8 @@ def parse(
     *,
     ignore_unknown: bool = False,
 ) -> tuple[M, Ignored]:
-    """A request, and what of it is ignored: unknown fields of nested objects always, those of the
-    body itself where ``ignore_unknown`` says so.
+    """A request, and its fields that are ignored: unknown fields of nested objects always, those of
+    the body itself with ``ignore_unknown``.
 
     Raises InvalidRequest, whose ``param`` is the path of the first field at fault, such as
     ``messages[0].content[1].image_url.url``, and UnsupportedFeature. Values are never repeated.
@@ -80,7 +81,7 @@ def _decode(body: bytes | bytearray | str | Outline) -> dict[str, Any]:
     except ValueError as error:
         _check_halves(body)
         reason = str(error)[:200]
-        if isinstance(body, Outline):  # Whose lines and columns are not the body's.
+        if isinstance(body, Outline):  # Its lines and columns are not the body's.
             reason = reason.partition(" at line ")[0]
         raise InvalidRequest(
             f"the body is not valid JSON: {reason}", code="invalid_json"
@@ -91,8 +92,8 @@ def _decode(body: bytes | bytearray | str | Outline) -> dict[str, Any]:
 
 
 def _check_halves(body: bytes | bytearray | str | Outline) -> None:
-    """Raises InvalidRequest where a string of JSON that does not parse holds half of a surrogate
-    pair; any other fault is for the parser to tell."""
+    """Raises InvalidRequest if JSON did not parse because a string holds half of a surrogate pair;
+    any other fault is in the parser's own message."""
     text = body.text if isinstance(body, Outline) else body
     text = text.encode("utf-8", "replace") if isinstance(text, str) else text
     if ESCAPED_HALF.search(text):
@@ -103,7 +104,7 @@ def _check_halves(body: bytes | bytearray | str | Outline) -> None:
 def _refusal(
     problems: Sequence[ErrorDetails], raw: Mapping[str, Any], known: Collection[str]
 ) -> InvalidRequest:
-    """One error for all problems: those of a union's branches at one place are told together.
+    """One error for all problems; those of one field, from the branches of a union, are joined.
     ``known``: the names that a field of the body may have."""
     found: dict[str, tuple[int, list[str]]] = {}
     for problem in problems[:MAX_LOOKED_AT]:
@@ -112,17 +113,17 @@ def _refusal(
         text = _text(problem)
         if text not in texts:
             texts.append(text)
-    kept = [path for path in found if not _explained(path, found)]
-    lines = [_line(path, found[path][1], known) for path in kept[:MAX_NAMED]]
-    if len(kept) > MAX_NAMED:
-        more = "many" if len(problems) > MAX_LOOKED_AT else str(len(kept) - MAX_NAMED)
+    paths = [path for path in found if not _explained(path, found)]
+    lines = [_line(path, found[path][1], known) for path in paths[:MAX_NAMED]]
+    if len(paths) > MAX_NAMED:
+        more = "many" if len(problems) > MAX_LOOKED_AT else str(len(paths) - MAX_NAMED)
         lines.append(f"and {more} more")
     code = "unknown_field" if all(p["type"] == "extra_forbidden" for p in problems) else None
-    return InvalidRequest("; ".join(lines), param=kept[0] or None, code=code)
+    return InvalidRequest("; ".join(lines), param=paths[0] or None, code=code)
 
 
 def _line(path: str, texts: Sequence[str], known: Collection[str]) -> str:
-    """A problem with its path; an unknown field with the known one whose name is nearest."""
+    """A problem with its path, and for an unknown field the known one with the nearest name."""
     if not path:
         return texts[0]
     line = f"{path}: {_either(texts)}"
@@ -131,7 +132,8 @@ def _line(path: str, texts: Sequence[str], known: Collection[str]) -> str:
 
 
 def _explained(path: str, found: Mapping[str, Any]) -> bool:
-    """Whether a deeper problem says it better: of ``str | list``, the branch that went in."""
+    """Whether a deeper path describes the problem better, such as an entry of a list where the
+    field may be a string or a list."""
     return any(other != path and other.startswith((path + ".", path + "[")) for other in found)
 
 
@@ -159,9 +161,8 @@ def _either(texts: Sequence[str]) -> str:
 
 
 def _path(problem: ErrorDetails, raw: Any) -> tuple[str, int]:
-    """Where a problem is, as a path in the body, and its depth. pydantic names union branches in
-    ``loc`` too: what the body does not hold there is no field of it, unless just that is the
-    problem."""
+    """The path of a problem in the body, and its depth. pydantic's ``loc`` also names branches of
+    unions: a step that the body does not have is such a name, unless the field is missing."""
     loc = problem["loc"]
     if problem["type"] == "fault":
         loc = (*loc, problem["ctx"]["field"])

@@ -75,17 +75,17 @@ PARTS: dict[str, str] = {
 
 
 SOURCES = ("image_url", "image", "url", "base64")
-OFFERS = {"tools": "tool_choice", "functions": "function_call"}  # What offers, and what forbids.
+OFFERS = {"tools": "tool_choice", "functions": "function_call"}  # An offer, and what forbids it.
 
 
 def take_out(body: Mapping[str, Any], model: type[Body], left_out: list[str]) -> dict[str, Any]:
     """``body`` without fields that ``model`` does not serve and that ask for nothing; what they
     hold besides is named in ``left_out``, by path. Raises UnsupportedFeature for others."""
-    kept: dict[str, Any] = {}
+    served: dict[str, Any] = {}
     for name, value in body.items():
         refused = model.refused.get(name) or FIELDS.get(name)
         if refused is None or name in model.model_fields:
-            kept[name] = value
+            served[name] = value
         elif value is None or _is_neutral(name, value, refused, left_out):
             continue
         elif name in OFFERS and body.get(OFFERS[name]) == "none":
@@ -95,17 +95,17 @@ def take_out(body: Mapping[str, Any], model: type[Body], left_out: list[str]) ->
                 f"{name}: not supported by this server; {refused.instead}", param=name
             )
     _check_parts(body.get("messages"))
-    return kept
+    return served
 
 
 def _is_neutral(name: str, value: Any, refused: Refused, left_out: list[str]) -> bool:
-    """Of an object that says its type, other fields say nothing."""
+    """Whether ``value`` asks for nothing. Of an object with a type, other fields do not count."""
     for neutral in refused.neutral:
         if isinstance(value, dict) and isinstance(neutral, dict):
-            said = {key: held for key, held in value.items() if held is not None}
-            more = said.keys() - neutral.keys() if neutral else set()
-            if {key: held for key, held in said.items() if key not in more} == neutral:
-                left_out += [join(name, key) for key in said if key in more]
+            given = {key: entry for key, entry in value.items() if entry is not None}
+            more = given.keys() - neutral.keys() if neutral else set()
+            if {key: entry for key, entry in given.items() if key not in more} == neutral:
+                left_out += [join(name, key) for key in given if key in more]
                 return True
         elif _same(value, neutral):
             return True
@@ -118,7 +118,7 @@ def _same(value: Any, neutral: Any) -> bool:
 
 
 def _check_parts(messages: Any) -> None:
-    """Looks at well-shaped parts only: the models report what is not well shaped."""
+    """Checks well-formed parts only: the models report what is malformed."""
     for i, message in enumerate(messages if isinstance(messages, list) else ()):
         content = message.get("content") if isinstance(message, dict) else None
         for j, part in enumerate(content if isinstance(content, list) else ()):
