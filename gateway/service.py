@@ -140,7 +140,7 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
         for pool in (encoder_pool, llm_pool):
             await pool.start()
             stack.push_async_callback(pool.close)
-        metrics.PATCHES_WAITING.set_function(lambda: encoder_pool.waiting_cost)
+        metrics.PATCHES_WAITING.set_function(lambda: encoder_pool.dispatcher.waiting_cost)
         own_pair_id = await asyncio.to_thread(_own_pair_id, checkpoint)
         pairing = Pairing(encoder_pool, llm_pool, own_pair_id, settings.worker_wait_s)
         stack.callback(asyncio.create_task(pairing.watch_complete()).cancel)

@@ -168,7 +168,7 @@ def _store(pairing: Pairing) -> dict[str, Any]:
 def _pool(pool: WorkerPool) -> dict[str, Any]:
     return {
         "serving": len(pool.serving()),
-        "waiting": pool.waiting,  # Items or sequences for which no worker has room now.
+        "waiting": len(pool.dispatcher.waiting),  # Items or sequences without a worker with room.
         "workers": [_worker(worker) for worker in pool.workers],
     }
 

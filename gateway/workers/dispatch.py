@@ -128,9 +128,9 @@ class Dispatcher:
             if worker.state is WorkerState.SERVING and (accepts is None or accepts(worker))
         ]
 
-    def clear_s(self, cost: int, accepts: Accepts | None = None) -> float:
-        """Seconds in which the workers would finish ``cost`` and what others have with them; 0
-        where no throughput is known. Where none serves, those count that are to come back."""
+    def expected_wait_s(self, cost: int, accepts: Accepts | None = None) -> float:
+        """Seconds in which the workers would finish ``cost`` and the work of other gateways; 0
+        where no throughput is known. Where no worker serves, all known ones count."""
         known = [worker for worker in self._workers() if accepts is None or accepts(worker)]
         able = self.serving(accepts) or known
         if not any(worker.cost_per_s for worker in able):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import grpc
 
 from gateway.edge.deadline import Deadline
-from gateway.workers.dispatch import Accepts
+from gateway.workers.dispatch import Accepts, LeaseRequest
 from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import Description, Worker, WorkerLost, call_error
 from opticnerve.embeddings.ref import EmbeddingRef
@@ -178,7 +178,7 @@ class Encoders:
         }.values()
         ahead = self._ahead_of(fresh)
         for item in fresh:
-            wait = self.pool.clear_s(ahead, _has_fingerprint(item))
+            wait = self.pool.dispatcher.expected_wait_s(ahead, _has_fingerprint(item))
             if wait > limit:
                 raise Overloaded(
                     f"new pictures wait about {wait:.1f} s for an encoder, and may here wait "
@@ -257,17 +257,17 @@ class Encoders:
         refusal: OpticNerveError | None = None
         while True:
             self._refuse_poison(item.key)
-            async with self.pool.lease(
+            request = LeaseRequest(
                 item.plan.num_patches,
                 deadline,
-                self.worker_wait_s,
                 _has_fingerprint(item),
                 avoid=tried,
                 heavy=item.plan.is_heavy,
                 behind_s=item.passes_before * PASS_S,
                 share=item.share,
                 weight=item.weight,
-            ) as worker:
+            )
+            async with self.pool.lease(request, self.worker_wait_s) as worker:
                 if refusal is not None and worker.address in tried:
                     raise refusal
                 run.called.append(worker.address)

@@ -16,6 +16,7 @@ import grpc
 
 from gateway.edge.auth import ANONYMOUS, Caller
 from gateway.edge.deadline import Deadline
+from gateway.workers.dispatch import LeaseRequest
 from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import Description, Worker, WorkerLost, call_error
 from opticnerve.embeddings.ref import EmbeddingRef
@@ -116,13 +117,8 @@ class FailoverGeneration:
         refusal: OpticNerveError | None = None
         tried: set[str] = set()
         while True:
-            async with self.pool.lease(
-                1,
-                self.deadline,
-                self.worker_wait_s,
-                lambda worker: worker.description.pair_id == self.spec.pair_id,
-                avoid=tried,
-            ) as worker:
+            request = LeaseRequest(1, self.deadline, self._is_paired, avoid=tried)
+            async with self.pool.lease(request, self.worker_wait_s) as worker:
                 if refusal is not None and worker.address in tried:
                     raise refusal
                 try:
@@ -142,6 +138,9 @@ class FailoverGeneration:
                 yield Done(self.usage())
                 return
             await asyncio.sleep(PAUSE_S)
+
+    def _is_paired(self, worker: Worker) -> bool:
+        return worker.description.pair_id == self.spec.pair_id
 
     def _check_retry(self, lost: WorkerLost, deaths: int) -> None:
         """Raises Unavailable if too many workers were lost while they had the generation."""

@@ -65,7 +65,7 @@ class WorkerPool:
         self._workers: dict[str, Worker] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}  # By address.
         self._tasks: set[asyncio.Task[None]] = set()
-        self._dispatcher = Dispatcher(lambda: self.workers)
+        self.dispatcher = Dispatcher(lambda: self.workers)
 
     @property
     def workers(self) -> list[Worker]:
@@ -92,20 +92,7 @@ class WorkerPool:
 
     def serving(self, accepts: Accepts | None = None) -> list[Worker]:
         """Workers that take work now, and that ``accepts`` agrees to."""
-        return self._dispatcher.serving(accepts)
-
-    def clear_s(self, cost: int, accepts: Accepts | None = None) -> float:
-        """See ``Dispatcher.clear_s``."""
-        return self._dispatcher.clear_s(cost, accepts)
-
-    @property
-    def waiting(self) -> int:
-        """Number of lease requests that wait for a worker with room."""
-        return len(self._dispatcher.waiting)
-
-    @property
-    def waiting_cost(self) -> int:
-        return self._dispatcher.waiting_cost
+        return self.dispatcher.serving(accepts)
 
     # ---- life
 
@@ -127,35 +114,23 @@ class WorkerPool:
     # ---- lending
 
     @contextlib.asynccontextmanager
-    async def lease(
-        self,
-        cost: int,
-        deadline: Deadline,
-        absence_s: float,
-        accepts: Accepts | None = None,
-        avoid: Collection[str] = (),
-        heavy: bool = False,
-        behind_s: float = 0.0,
-        share: str = "",
-        weight: float = 1.0,
-    ) -> AsyncIterator[Worker]:
-        """Lends a worker, once one with room is this request's turn.
+    async def lease(self, request: LeaseRequest, absence_s: float) -> AsyncIterator[Worker]:
+        """Lends a worker, once it is this request's turn and one has room.
 
-        ``absence_s``: how long it waits while no worker serves; for the others see LeaseRequest.
-        Raises Unavailable, DeadlineExceeded.
+        ``absence_s``: how long it waits while no worker serves. Raises Unavailable,
+        DeadlineExceeded.
         """
-        request = LeaseRequest(cost, deadline, accepts, avoid, heavy, behind_s, share, weight)
-        self._dispatcher.add(request)
+        self.dispatcher.add(request)
         try:
             await self._wait_for_worker(request, absence_s)
             assert request.worker is not None
             yield request.worker
         finally:
             if request.worker is None:
-                self._dispatcher.remove(request)
+                self.dispatcher.remove(request)
             else:  # Also where it was lent and cancelled in one turn of the event loop.
                 request.worker.take_back(request.cost, request.heavy)
-                self._dispatcher.dispatch()
+                self.dispatcher.dispatch()
 
     async def _wait_for_worker(self, request: LeaseRequest, absence_s: float) -> None:
         absence: Deadline | None = None  # Runs while no worker serves.
@@ -179,7 +154,7 @@ class WorkerPool:
         """``worker`` refused work for lack of room: it gets none for a while."""
         pause = min(max(retry_after_s or MIN_PAUSE_S, MIN_PAUSE_S), MAX_PAUSE_S)
         worker.full_until = time.monotonic() + pause
-        asyncio.get_running_loop().call_later(pause, self._dispatcher.dispatch)
+        asyncio.get_running_loop().call_later(pause, self.dispatcher.dispatch)
 
     def report_down(self, worker: Worker) -> None:
         """A call to ``worker`` lost its connection: it gets no work, and is probed at once."""
@@ -192,9 +167,9 @@ class WorkerPool:
     def _notify(self) -> None:
         """A worker's state has changed: wakes all that wait for one."""
         self.changes.notify()
-        for request in self._dispatcher.waiting:
+        for request in self.dispatcher.waiting:
             request.changed.set()
-        self._dispatcher.dispatch()
+        self.dispatcher.dispatch()
 
     def _unavailable(self) -> Unavailable:
         return Unavailable(
@@ -245,7 +220,7 @@ class WorkerPool:
                 if worker.state is WorkerState.SERVING and worker.address in self._fixed:
                     await self._warn_of_several(worker.address)
             else:
-                self._dispatcher.dispatch()  # Its throughput or its load may have changed.
+                self.dispatcher.dispatch()  # Its throughput or its load may have changed.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(worker.poll_interval()):
                     await worker.wake.wait()

@@ -192,7 +192,7 @@ async def test_what_would_wait_too_long_is_refused_when_it_comes():
             items = [item(f"{i}" * 64) for i in range(4)]
             running = [asyncio.create_task(encoders.encode(each, soon(), "r")) for each in items]
             await fake.started.wait()
-            assert encoders.pool.waiting == 3
+            assert len(encoders.pool.dispatcher.waiting) == 3
             with pytest.raises(Overloaded, match=r"about 4\.0 s") as caught:
                 encoders.admit([item("9" * 64)], soon())
             encoders.leave("9" * 64)
@@ -219,13 +219,13 @@ async def test_a_key_does_not_wait_for_all_pictures_of_another():
             flood = [replace(item(f"{i:064d}"), share="mallory") for i in range(30)]
             running = [asyncio.create_task(encoders.encode(each, soon(), "r")) for each in flood]
             await fake.started.wait()
-            assert encoders.pool.waiting == 29
+            assert len(encoders.pool.dispatcher.waiting) == 29
             victim = replace(item("a" * 64), share="ada")
             with pytest.raises(Overloaded):
                 encoders.admit([replace(item("b" * 64), share="mallory")], soon())
             encoders.admit([victim], soon())
             running.append(asyncio.create_task(encoders.encode(victim, soon(), "r")))
-            await until(lambda: encoders.pool.waiting == 30)
+            await until(lambda: len(encoders.pool.dispatcher.waiting) == 30)
             go.set()
             await asyncio.gather(*running)
             assert [call.key for call in fake.calls].index(victim.key) <= 2

@@ -225,7 +225,7 @@ async def test_a_burst_of_pictures_waits_in_order_and_none_is_refused():
                 asyncio.create_task(s.chat(user("?", *pictures_of(client)))) for client in range(64)
             ]
             exits.callback(go.set)
-            await until(lambda: pool.waiting == 64 * 3 - 6, 120)
+            await until(lambda: len(pool.dispatcher.waiting) == 64 * 3 - 6, 120)
             text = await s.chat(user("Text does not wait behind pictures."))
             assert text.status_code == 200
             s.encoder.script = small_queue
@@ -296,7 +296,7 @@ async def test_what_would_wait_too_long_is_refused_and_who_leaves_encodes_nothin
         leaving, staying = waiting[10:40], waiting[:10] + waiting[40:]
         for task in leaving:
             task.cancel()
-        await until(lambda: pool.waiting == 3 * len(staying) - 6)
+        await until(lambda: len(pool.dispatcher.waiting) == 3 * len(staying) - 6)
         go.set()
         assert {answer.status_code for answer in await asyncio.gather(*staying)} == {200}
         assert len(s.encoder.calls) == 3 * len(staying)

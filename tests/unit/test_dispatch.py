@@ -154,13 +154,13 @@ def test_the_time_for_a_cost_is_that_of_all_workers_at_measured_speed():
     machines = [Machine("a", 10.0, 10), Machine("b", 30.0, 10)]
     dispatcher = Dispatcher(lambda: machines)
     machines[0].foreign = 20
-    assert dispatcher.clear_s(60) == pytest.approx((60 + 20) / 40)
+    assert dispatcher.expected_wait_s(60) == pytest.approx((60 + 20) / 40)
     machines[1].cost_per_s = 0.0  # Not known: taken for the mean of those that are.
-    assert dispatcher.clear_s(60) == pytest.approx((60 + 20) / 20)
+    assert dispatcher.expected_wait_s(60) == pytest.approx((60 + 20) / 20)
     machines[0].state = machines[1].state = WorkerState.STARTING  # As last seen.
-    assert dispatcher.clear_s(60) == pytest.approx(60 / 20)  # Their queues died with them.
+    assert dispatcher.expected_wait_s(60) == pytest.approx(60 / 20)  # Their queues died with them.
     machines[0].cost_per_s = 0.0
-    assert dispatcher.clear_s(60) == 0.0
+    assert dispatcher.expected_wait_s(60) == 0.0
 
 
 def lent_order(jobs, window=1):

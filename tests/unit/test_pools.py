@@ -11,6 +11,7 @@ from gateway.workers import discovery
 from gateway.workers import encode as encoders
 from gateway.workers import generate as generation
 from gateway.workers import pool as pools
+from gateway.workers.dispatch import LeaseRequest
 from gateway.workers.pairing import Pairing
 from gateway.workers.pool import Changes, WorkerPool
 from gateway.workers.worker import WorkerState
@@ -35,7 +36,7 @@ async def pool_of(*addresses, kind="encoder", changes=None):
 
 async def lent(pool, deadline, absence_s=60, **kind):
     """The address of the worker that a job of no great cost is lent."""
-    async with pool.lease(1, deadline, absence_s, **kind) as worker:
+    async with pool.lease(LeaseRequest(1, deadline, **kind), absence_s) as worker:
         return worker.address
 
 
@@ -44,11 +45,11 @@ async def test_picks_the_least_pending_cost():
         await until(lambda: len(pool.serving()) == 2)
         deadline = Deadline.after(60)
         async with (
-            pool.lease(100, deadline, 60) as first,
-            pool.lease(10, deadline, 60) as second,
+            pool.lease(LeaseRequest(100, deadline), 60) as first,
+            pool.lease(LeaseRequest(10, deadline), 60) as second,
         ):
             assert first is not second
-            async with pool.lease(10, deadline, 60) as third:
+            async with pool.lease(LeaseRequest(10, deadline), 60) as third:
                 assert third is second
         assert [worker.pending for worker in pool.workers] == [0, 0]
 
@@ -116,25 +117,25 @@ async def test_work_waits_for_room_in_the_order_of_its_deadlines():
             order = []
 
             async def job(name, seconds, cost=15):
-                async with pool.lease(cost, Deadline.after(seconds), 60):
+                async with pool.lease(LeaseRequest(cost, Deadline.after(seconds)), 60):
                     order.append(name)
                     await asyncio.sleep(0)
 
-            async with pool.lease(30, Deadline.after(60), 60):
+            async with pool.lease(LeaseRequest(30, Deadline.after(60)), 60):
                 jobs = [
                     asyncio.create_task(job(n, s)) for n, s in (("b", 70), ("c", 80), ("a", 60))
                 ]
                 left = asyncio.create_task(job("left", 65))
                 late = asyncio.create_task(job("late", 0.05))
-                await until(lambda: pool.waiting == 4)  # Without the one that was too late.
+                await until(lambda: len(pool.dispatcher.waiting) == 4)  # The late one is gone.
                 left.cancel()
-                await until(lambda: pool.waiting == 3)
+                await until(lambda: len(pool.dispatcher.waiting) == 3)
                 assert not order
             await asyncio.gather(*jobs)
             assert order == ["a", "b", "c"]
             with pytest.raises(DeadlineExceeded):
                 await late
-            assert pool.workers[0].pending == pool.waiting == 0
+            assert pool.workers[0].pending == 0 and not pool.dispatcher.waiting
 
 
 @pytest.mark.parametrize(
@@ -174,9 +175,9 @@ async def test_what_waits_for_room_hears_when_every_worker_is_gone():
         a.max_batch_patches, a.patches_per_s = 10, 1000.0
         async with pool_of(a.address) as pool:
             await until(pool.serving)
-            async with pool.lease(30, Deadline.after(60), 60) as worker:
+            async with pool.lease(LeaseRequest(30, Deadline.after(60)), 60) as worker:
                 waiting = asyncio.create_task(lent(pool, Deadline.after(60), absence_s=0.05))
-                await until(lambda: pool.waiting == 1)
+                await until(lambda: len(pool.dispatcher.waiting) == 1)
                 await a.die()
                 pool.report_down(worker)
                 with pytest.raises(Unavailable):
