@@ -1,20 +1,18 @@
 """API keys: several, named, from a file, compared in constant time. Keys are never logged.
 
-A line of the file is ``name: key`` or ``key``, and after it what its holder may do::
+A line of the file is ``name: key`` or ``key``, and then attributes::
 
     ada: sk-1 tenant=acme weight=2 priority=-10
 
-``tenant`` is whose cached prefixes and pictures the key shares; the key's own name by default.
-``weight`` is its share of the decoder beside the shares of others; 1 by default. ``priority`` is
-the lowest that its requests may ask for, 0 by default. Lower runs first, so a key with
-``priority=5`` is for work in the background, and has 5 where a request says nothing. A key without
-a name is called by its line, ``key5``; name the keys of customers who must not share caches, since
-lines move.
+``tenant``: the name under which the key shares cached prefixes and pictures with other keys; its
+own name by default. ``weight``: its share of the decoder, relative to other keys; 1 by default.
+``priority``: the lowest that its requests may ask for; 0 by default. Lower runs first, so a key
+with ``priority=5`` is for background work, and its requests have 5 by default. A key without a name
+gets one from its line, ``key5``; name the keys of customers who must not share caches, since lines
+move.
 
-``reread`` takes what the file holds by then, for requests that begin from then on.
-
-A key is visible ASCII. Clients do not agree on how anything else travels in a header: some send
-UTF-8, some Latin-1, and the openai client refuses to.
+A key is visible ASCII. Clients send other characters in a header differently: some as UTF-8, some
+as Latin-1, and the openai client refuses them.
 """
 
 from __future__ import annotations
@@ -33,8 +31,8 @@ from opticnerve.errors import ConfigError, InvalidRequest, Unauthenticated
 log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/", "/live", "/ready", "/health", "/openapi.json", "/docs"})
-LEAST_WEIGHT, MOST_WEIGHT = 0.01, 1000.0
-LEAST_PRIORITY, MOST_PRIORITY = -(2**31), 2**31 - 1
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 1000.0
+MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 FORM = "'name: key' or 'key', and then attributes such as tenant=acme, weight=2 or priority=-10"
 _NAME = r"[A-Za-z0-9_.@-]+"
 _LINE = re.compile(rf"(?:({_NAME})\s*:\s+)?(\S+)((?:\s+\S+)*)")
@@ -44,7 +42,7 @@ _COMMENT = re.compile(r"(?:^|\s)#.*")
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who sends a request, as the key file says; without a key the tenant is empty."""
+    """The sender of a request, as the key file describes it. ``tenant`` is empty without a key."""
 
     name: str
     tenant: str
@@ -52,19 +50,18 @@ class Caller:
     min_priority: int = 0  # Lower runs first.
 
     def __str__(self) -> str:
-        """As logs tell it."""
+        """For log lines."""
         return self.name
 
     @property
     def share(self) -> str:
-        """The name under which its requests share workers with those of others; empty without a
-        key."""
+        """The name under which its requests share workers; empty without a key."""
         return self.name if self.tenant else ""
 
     def priority(self, asked: int | None) -> int:
-        """What a request runs at that asked for so much, or (None) for nothing.
+        """The priority of a request that asked for ``asked``; None: it asked for none.
 
-        Raises InvalidRequest below what this caller may use.
+        Raises InvalidRequest for a priority below this caller's lowest.
         """
         if asked is None:
             return max(0, self.min_priority)
@@ -83,19 +80,19 @@ ANONYMOUS = Caller("anonymous", "")
 
 @dataclass
 class Keys:
-    """The keys that may call. With none, every caller is ``ANONYMOUS``."""
+    """The accepted keys. While there are none, every caller is ``ANONYMOUS``."""
 
     by_name: Mapping[str, bytes] = field(repr=False)
-    path: str | None = None  # The file that they are from.
+    path: str | None = None  # The file that they were read from.
     callers: Mapping[str, Caller] = field(default_factory=dict)  # By name; others have defaults.
 
     @classmethod
     def load(cls, path: str | None) -> Keys:
-        """Reads a key file; ``#`` begins a comment. Raises ConfigError."""
+        """Reads a key file, in which ``#`` begins a comment. Raises ConfigError."""
         if path is None:
             return cls({})
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")  # Some editors begin with a mark.
+            text = Path(path).read_text(encoding="utf-8-sig")  # Some editors write a BOM.
         except OSError as error:
             raise ConfigError(
                 f"cannot read the key file {path}: {error.strerror}", param="api_key_file"
@@ -110,8 +107,8 @@ class Keys:
         )
 
     def reread(self) -> None:
-        """Takes what the file holds now, and logs how many keys that changes. Where there is no
-        file, or it is wrong, all stays as it was, and the log says so."""
+        """Reads the file again, for requests from now on, and logs how many keys changed. Where
+        there is no file, or it is invalid, the keys stay, and the log says so."""
         if self.path is None:
             log.info("there is no key file to read again; see --api-key-file")
             return
@@ -137,9 +134,9 @@ class Keys:
         return bool(self.by_name)
 
     def identify(self, authorization: str | None) -> Caller:
-        """Whose key is in an Authorization header. Raises Unauthenticated.
+        """The caller whose key is in an Authorization header. Raises Unauthenticated.
 
-        Every key is compared whatever matched before, so that time tells nothing.
+        Every key is compared even after a match, so that the time taken reveals nothing.
         """
         if not self.required:
             return ANONYMOUS
@@ -164,7 +161,7 @@ class Keys:
         return {key: self._caller(name) for name, key in self.by_name.items()}
 
 
-# ---- the file; messages never hold what a line says, which may be a key in the wrong place
+# ---- the file; error messages never quote a line, which may have its key in the wrong place
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +173,7 @@ class _Line:
 def _parse(text: str, path: str) -> list[_Line]:
     lines: list[_Line] = []
     names: set[str] = set()
-    numbers: dict[bytes, int] = {}  # Of the lines, by key.
+    numbers: dict[bytes, int] = {}  # Line numbers, by key.
     for number, raw in enumerate(text.splitlines(), 1):
         written = _COMMENT.sub("", raw).strip()
         if not written:
@@ -210,16 +207,16 @@ def _read_line(line: str, number: int) -> _Line:
     name, key, rest = found.groups()
     if "=" in key and key.partition("=")[0] in ATTRIBUTES:
         raise ValueError(f"an attribute where the key should be; expected {FORM}")
-    if name is None and ":" in key:  # Name and key, or a key with a colon: only its owner knows.
+    if name is None and ":" in key:  # Ambiguous: name and key, or a key with a colon.
         raise ValueError("a colon without a space; write 'name: key', also for a key with colons")
     name = name or f"key{number}"
-    said = {"tenant": name, **_attributes(rest.split())}
-    return _Line(Caller(name, **said), key.encode())
+    fields = {"tenant": name, **_attributes(rest.split())}
+    return _Line(Caller(name, **fields), key.encode())
 
 
 def _attributes(words: list[str]) -> dict[str, Any]:
-    """What ``tenant=acme weight=2`` says, as fields of Caller. Raises ValueError."""
-    said: dict[str, Any] = {}
+    """``tenant=acme weight=2`` as fields of Caller. Raises ValueError."""
+    fields: dict[str, Any] = {}
     for place, word in enumerate(words, 1):
         name, _, value = word.partition("=")
         if name not in ATTRIBUTES:
@@ -227,10 +224,10 @@ def _attributes(words: list[str]) -> dict[str, Any]:
             hint = f"did you mean {near[0]}=?" if near and "=" in word else f"expected {FORM}"
             raise ValueError(f"what follows the key, in place {place}, is no attribute; {hint}")
         attribute, read = ATTRIBUTES[name]
-        if attribute in said:
+        if attribute in fields:
             raise ValueError(f"{name} is there twice")
-        said[attribute] = read(value)
-    return said
+        fields[attribute] = read(value)
+    return fields
 
 
 def _read_tenant(text: str) -> str:
@@ -241,16 +238,16 @@ def _read_tenant(text: str) -> str:
 
 def _read_weight(text: str) -> float:
     weight = float(text) if re.fullmatch(r"\d+(?:\.\d+)?", text) else 0.0
-    if not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
-        raise ValueError(f"weight: expected a number from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}")
+    if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+        raise ValueError(f"weight: expected a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}")
     return weight
 
 
 def _read_priority(text: str) -> int:
-    priority = int(text) if re.fullmatch(r"-?\d{1,10}", text) else MOST_PRIORITY + 1
-    if not LEAST_PRIORITY <= priority <= MOST_PRIORITY:
+    priority = int(text) if re.fullmatch(r"-?\d{1,10}", text) else MAX_PRIORITY + 1
+    if not MIN_PRIORITY <= priority <= MAX_PRIORITY:
         raise ValueError(
-            f"priority: expected a whole number from {LEAST_PRIORITY} to {MOST_PRIORITY}, the "
+            f"priority: expected a whole number from {MIN_PRIORITY} to {MAX_PRIORITY}, the "
             "lowest that requests with this key may ask for"
         )
     return priority
@@ -261,11 +258,11 @@ ATTRIBUTES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "weight": ("weight", _read_weight),
     "priority": ("min_priority", _read_priority),
 }
-"""By their name in a key file: the field of Caller, and how its text is read."""
+"""By name in a key file: the field of Caller, and the function that reads its text."""
 
 
 def needs_key(path: str, *, public_models: bool) -> bool:
-    """Whether a path (without trailing slash) is behind the keys."""
+    """Whether requests for a path (without trailing slash) need a key."""
     if path in OPEN_PATHS:
         return False
     is_models = path == "/v1/models" or path.startswith("/v1/models/")

@@ -1,4 +1,4 @@
-"""A point in time by which something must be over, handed from stage to stage."""
+"""The point in time by which a request must end, passed from stage to stage."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Deadline:
         return Deadline(min(self.at, time.monotonic() + seconds))
 
     def check(self) -> None:
-        """Raises DeadlineExceeded once the time is over."""
+        """Raises DeadlineExceeded once the deadline has passed."""
         if self.remaining() == 0.0:
             raise expired()
 
     @contextlib.asynccontextmanager
     async def timeout(self) -> AsyncIterator[None]:
-        """Cancels what runs inside when the time is over. Raises DeadlineExceeded."""
+        """Cancels the body at the deadline. Raises DeadlineExceeded."""
         try:
             async with asyncio.timeout(self.remaining()):
                 yield
