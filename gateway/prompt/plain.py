@@ -1,4 +1,4 @@
-"""Prompts that are no chats: text and token ids, with no picture in them."""
+"""Prompts of text or token ids, without a chat template and without items."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages to a prompt: content in the form that the template wants, rendering, provenance,
+"""From messages to a prompt: content in the form that the template takes, rendering, provenance,
 tokenization. Knows nothing of HTTP, media bytes or workers."""
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from opticnerve.media.plan import Plan
 from opticnerve.models.family import Layout
 
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now"})
-CONTINUE = "\ue0fd"  # Opens the tag that finds the end of a message to be continued.
+CONTINUE = "\ue0fd"  # Begins the tag that marks the end of a message to be continued.
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """A rendered chat before its pictures are sized."""
+    """A rendered chat before its items are sized."""
 
     prompt: str  # Equal to Hugging Face's apply_chat_template(tokenize=False).
-    token_ids: tuple[int, ...]  # One placeholder a picture.
+    token_ids: tuple[int, ...]  # One placeholder for each item.
     num_items: int
 
 
@@ -74,7 +74,7 @@ class ChatRenderer:
         return cls(tokenizer, ChatTemplate(source, tokenizer.aliases), layout)
 
     def render(self, asked: ChatPrompt) -> RenderedChat:
-        """Raises InvalidRequest, and ContextLengthExceeded for what could never fit."""
+        """Raises InvalidRequest, and ContextLengthExceeded for messages that are too long."""
         messages = self.normalise(asked.messages)
         if characters(messages) > MAX_PROMPT_CHARACTERS:
             raise self._too_long()
@@ -87,7 +87,7 @@ class ChatRenderer:
         return RenderedChat(prompt, tuple(ids), num_items)
 
     def check_length(self, prompt: str) -> None:
-        """Raises ContextLengthExceeded for what certainly is too long."""
+        """Raises ContextLengthExceeded for a prompt that is certainly too long."""
         if self.tokenizer.exceeds(prompt, self.layout.max_positions):
             raise self._too_long()
 
@@ -99,8 +99,8 @@ class ChatRenderer:
         )
 
     def build(self, rendered: RenderedChat, plans: Sequence[Plan]) -> ExpandedPrompt:
-        """The prompt with every picture's run in place; ``plans`` in the order of the pictures.
-        Raises ContextLengthExceeded for what no worker could take."""
+        """The prompt with every item's tokens; ``plans`` in the order of the items. Raises
+        ContextLengthExceeded for a prompt that no worker could take."""
         return placeholders.expand(
             self.layout, rendered.prompt, rendered.token_ids, plans, self.layout.max_positions
         )
@@ -113,7 +113,7 @@ class ChatRenderer:
     # ---- content as the template wants it
 
     def normalise(self, messages: Iterable[Message]) -> list[dict[str, Any]]:
-        """Messages as the template gets them: plain values, no None, pictures as
+        """Messages as the template takes them: plain values, no None, pictures as
         ``{"type": "image"}``. Raises InvalidRequest."""
         return [self._message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
@@ -122,7 +122,7 @@ class ChatRenderer:
         plain: dict[str, Any] = {"role": role}
         content = message.content
         if content is None and not message.tool_calls:
-            content = ""  # Templates take it for granted that a message says something.
+            content = ""  # Templates expect every message to have content.
         if content is not None:
             plain["content"] = self._content(content, role)
         for name in ("name", "tool_call_id", "refusal"):
@@ -160,7 +160,7 @@ class ChatRenderer:
     def _variables(self, asked: ChatPrompt) -> dict[str, Any]:
         given = asked.chat_template_kwargs or {}
         for name in given:
-            taken = RESERVED | self._named.keys() | self.template.own_names
+            taken = RESERVED | self._named.keys() | self.template.reserved_names
             if name in taken or not name.isidentifier():
                 param = "chat_template_kwargs"
                 raise InvalidRequest(
@@ -174,7 +174,7 @@ class ChatRenderer:
     # ---- what the template is like
 
     def _probe(self, role: str) -> Forms:
-        """Whether a text given as string, and as parts, comes out of the template as it went in."""
+        """Whether the template writes a text unchanged that is given as a string, and as parts."""
         text = f"probe{secrets.token_hex(8)}"
         parts = [{"type": "text", "text": text}]
         return Forms(self._shows(role, text, text), self._shows(role, parts, text))
@@ -214,7 +214,7 @@ class ChatRenderer:
 
 
 class Rendering:
-    """One chat on its way through the template: the same messages, rendered two or three times."""
+    """The renderings of one chat: the same messages two or three times."""
 
     def __init__(
         self,
@@ -241,7 +241,7 @@ class Rendering:
         prompt = self._render(self._template.plain, self._messages, self._variables, hidden=False)
         if self._aliases.head in prompt:
             raise InvalidRequest("the messages hold reserved characters", param="messages")
-        self._renderer.check_length(prompt)  # What follows takes several times as much.
+        self._renderer.check_length(prompt)  # The steps below take several times as long.
         template, hidden = self._aliased(prompt)
         if hidden is not None and not self._aliases.occur_in(hidden):
             return prompt, hidden
@@ -249,7 +249,7 @@ class Rendering:
         if marked is not None:
             return prompt, marked
         if hidden is not None and not self._renderer._builds_pieces:
-            return prompt, hidden  # Whole tokens only come as aliases; the rest is text.
+            return prompt, hidden  # The template writes special tokens as aliases only.
         raise InvalidRequest(
             "the messages hold text that spells this model's special tokens, and its chat template "
             "changes text in a way that cannot tell them apart; spell them differently",
@@ -257,7 +257,7 @@ class Rendering:
         )
 
     def _aliased(self, prompt: str) -> tuple[Any, str | None]:
-        """The first way to write aliases that leaves the prompt what it is, and its outcome."""
+        """The first template with aliases that gives the same prompt, and what it gives."""
         for template in (self._template.written, self._template.everywhere):
             try:
                 hidden = self._render(template, self._messages, self._variables, hidden=True)
@@ -270,8 +270,8 @@ class Rendering:
         return self._template.plain, None
 
     def _marked(self, template: Any, prompt: str) -> str | None:
-        """Aliases for every special token that stays whole when user text is interrupted; None
-        when the template does something else with interrupted text."""
+        """The prompt with an alias for every special token that is still whole when user text is
+        interrupted; None if the template treats interrupted text differently."""
         specials = self._aliases.of
         given = json.dumps([self._messages, self._variables], ensure_ascii=False, default=str)
         marks = Marks(specials, prompt + self._template.source + given)
@@ -310,7 +310,7 @@ class Rendering:
         return out if self._final is None else self._cut(out)
 
     def _cut(self, out: str) -> str:
-        """What stands before the end of the message to be continued. White space at its end stays
+        """The text before the end of the message to be continued. White space at its end is kept
         only if the template keeps it."""
         at = out.rfind(self._tag.strip())
         if at < 0:
@@ -334,7 +334,7 @@ def _part(part: Any) -> dict[str, str]:
 
 
 def characters(value: Any) -> int:
-    """Of all strings in plain messages."""
+    """The number of characters in all strings of plain messages."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):

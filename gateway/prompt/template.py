@@ -1,8 +1,8 @@
 """The model's own chat template, rendered as Hugging Face renders it, in a sandbox.
 
-A template is compiled three times: as it stands, and twice with its special tokens written as
-aliases (see ``gateway.prompt.provenance``). The plain one says what the prompt is; the others say
-who wrote what in it.
+A template is compiled three times: unchanged, and twice with aliases instead of its special tokens
+(see ``gateway.prompt.provenance``). The unchanged one gives the prompt; the others give the
+provenance of the special tokens in it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from opticnerve.checkpoints.settings import read_object
 from opticnerve.errors import CheckpointError, ConfigError, ContextLengthExceeded, InvalidRequest
 
 MAX_MESSAGE = 500  # Characters of a template's own message that an error repeats.
-LOOKING_METHODS = frozenset(
+COMPARING_METHODS = frozenset(
     {"split", "rsplit", "partition", "rpartition", "startswith", "endswith", "strip", "lstrip"}
     | {"rstrip", "find", "rfind", "index", "rindex", "count", "removeprefix", "removesuffix"}
 )
-LOOKING_FILTERS = frozenset({"replace", "selectattr", "rejectattr", "select", "reject", "trim"})
+COMPARING_FILTERS = frozenset({"replace", "selectattr", "rejectattr", "select", "reject", "trim"})
 
 
 class Generation(Extension):
-    """``{% generation %}``, which marks the assistant's words for training: its body, here."""
+    """``{% generation %}``, which marks the assistant's text for training. Renders its body."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -83,8 +83,8 @@ def _tojson(
 
 
 def make_environment() -> ImmutableSandboxedEnvironment:
-    """As Hugging Face configures it. ``strftime_now`` comes with each rendering, so that all
-    renderings of one request see one time."""
+    """Configured as in Hugging Face. ``strftime_now`` is passed to each rendering, so that all
+    renderings of one request see the same time."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
@@ -95,7 +95,8 @@ def make_environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """One template, three ways: ``plain``, ``written``, ``everywhere``."""
+    """One template, compiled three times. ``plain`` is unchanged; ``written`` has aliases in the
+    text that it writes, ``everywhere`` also in strings that it compares with text."""
 
     def __init__(self, source: str, aliases: Aliases) -> None:
         """Raises CheckpointError for a template that does not parse."""
@@ -104,40 +105,40 @@ class ChatTemplate:
         self._environment = make_environment()
         try:
             self.plain = self._environment.from_string(source)
-            self.written = self._compile(looked_at=False)
-            self.everywhere = self._compile(looked_at=True)
+            self.written = self._compile(compared=False)
+            self.everywhere = self._compile(compared=True)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(
                 f"the chat template does not parse: line {error.lineno}: {error.message}"
             ) from error
 
     @property
-    def own_names(self) -> frozenset[str]:
-        """What no variable may be called: Jinja's ``self``, and the functions of templates."""
+    def reserved_names(self) -> frozenset[str]:
+        """Names that no variable may have: Jinja's ``self``, and the functions of templates."""
         return frozenset({"self", *self._environment.globals})
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """The names that the template takes values by."""
+        """The names of the variables that the template reads."""
         return frozenset(meta.find_undeclared_variables(self._environment.parse(self.source)))
 
-    def _compile(self, *, looked_at: bool) -> jinja2.Template:
-        """The template with aliases for special tokens in what it writes, and, with
-        ``looked_at``, also in what it compares, splits and replaces by."""
+    def _compile(self, *, compared: bool) -> jinja2.Template:
+        """The template with aliases for special tokens in the text that it writes, and with
+        ``compared`` also in the strings that it compares, splits and replaces by."""
         environment = self._environment
         tree = environment.parse(self.source)
-        kept = set() if looked_at else {id(node) for node in _looked_at(tree)}
+        unchanged = set() if compared else {id(node) for node in _compared(tree)}
         for text in tree.find_all(nodes.TemplateData):
             text.data = self._aliases.hide(text.data)
         for constant in tree.find_all(nodes.Const):
-            if isinstance(constant.value, str) and id(constant) not in kept:
+            if isinstance(constant.value, str) and id(constant) not in unchanged:
                 constant.value = self._aliases.hide(constant.value)
         code = environment.compile(tree)
         return environment.template_class.from_code(environment, code, environment.make_globals({}))
 
     def render(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
-        """Raises InvalidRequest with the template's own message, and ContextLengthExceeded for
-        text that is too long to be a prompt or has no end."""
+        """Raises InvalidRequest with the template's own message, and ContextLengthExceeded for a
+        text that is too long for a prompt, or does not end."""
         deadline = time.monotonic() + TEMPLATE_TIMEOUT_S
         pieces: list[str] = []
         size = 0
@@ -161,7 +162,7 @@ class ChatTemplate:
         if isinstance(error, jinja2.TemplateError):
             said = self._aliases.redact(error.message or type(error).__name__)[:MAX_MESSAGE]
             refuses = "the model's chat template refuses these messages"
-            # A template may quote a message in its own.
+            # A template's message may quote the request, so it is not logged.
             return InvalidRequest(
                 f"{refuses}: {said}", param="messages", code="template_refusal", logged=refuses
             )
@@ -178,20 +179,20 @@ def clock(now: datetime) -> Any:
     return now.strftime
 
 
-def _looked_at(tree: nodes.Template) -> Iterator[nodes.Const]:
-    """String constants that a template holds against text instead of writing them."""
+def _compared(tree: nodes.Template) -> Iterator[nodes.Const]:
+    """String constants that a template compares with text, and does not write."""
     for compare in tree.find_all(nodes.Compare):
         yield from _constants(compare.expr)
         for operand in compare.ops:
             yield from _constants(operand.expr)
     for call in tree.find_all(nodes.Call):
-        if isinstance(call.node, nodes.Getattr) and call.node.attr in LOOKING_METHODS:
+        if isinstance(call.node, nodes.Getattr) and call.node.attr in COMPARING_METHODS:
             for argument in call.args:
                 yield from _constants(argument)
         elif isinstance(call.node, nodes.Getattr) and call.node.attr == "replace" and call.args:
             yield from _constants(call.args[0])
     for used in tree.find_all(nodes.Filter):
-        if used.name in LOOKING_FILTERS and used.args:
+        if used.name in COMPARING_FILTERS and used.args:
             args = used.args[:1] if used.name == "replace" else used.args
             for argument in args:
                 yield from _constants(argument)
@@ -254,7 +255,7 @@ def _read(file: Path) -> str:
 
 
 def _default(entry: Any) -> str | None:
-    """Of named templates (a list of name and template, or a mapping) the one named default."""
+    """The template named "default" of several (a list of names and templates, or a mapping)."""
     if isinstance(entry, list):
         entry = {item["name"]: item["template"] for item in entry if isinstance(item, dict)}
     if isinstance(entry, Mapping):

@@ -1,9 +1,9 @@
 """A checkpoint's tokenizer: text to ids and back, on the ``tokenizers`` library alone.
 
-tokenizer.json is taken at its word, as Hugging Face takes it for the families that are served,
-with the tokens that tokenizer_config.json adds. Ids equal Hugging Face's, with one difference that
-is the point of ``gateway.prompt.provenance``: the tokenizer in here knows its special tokens by
-alias, so only ``Aliases.hide`` makes them special.
+It is read from tokenizer.json, with the tokens that tokenizer_config.json adds, as Hugging Face
+reads it for the families that are served. Ids equal Hugging Face's with one difference, see
+``gateway.prompt.provenance``: this tokenizer knows special tokens by their aliases, so they are
+special only in text that ``Aliases.hide`` has changed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from opticnerve.errors import CheckpointError
 from opticnerve.process import return_freed_memory
 
 SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
-SURE_CHARACTERS = 2**15  # Text as short as this is encoded without a second thought.
-CUT_TOKENS = 64  # More than the tokens that a cut through an alias or a long word can add.
+CHUNK_CHARACTERS = 2**15  # ``exceeds`` encodes as many at a time, and never looks at shorter text.
+CUT_TOKENS = 64  # A cut through an alias or a long word adds fewer tokens.
 PLAIN_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """An added token as the checkpoint's files describe it together."""
+    """An added token, as the checkpoint's files together describe it."""
 
     content: str
     special: bool
@@ -138,8 +138,8 @@ class Tokenizer:
 
     @property
     def skipped_ids(self) -> frozenset[int]:
-        """What ``skip_special_tokens`` leaves out: as in Hugging Face, not a token that
-        tokenizer.json calls ordinary and only the configuration special."""
+        """The ids that ``skip_special_tokens`` leaves out. As in Hugging Face, a token that only
+        the configuration calls special is not among them."""
         return self._skipped_ids
 
     @property
@@ -174,24 +174,23 @@ class Tokenizer:
     def encode_all(
         self, texts: Sequence[str], *, add_special_tokens: bool = False
     ) -> list[list[int]]:
-        """Ids of each text. Of the library's ways to encode, this one lets the interpreter's lock
-        go, so that a thread which encodes much stops no other."""
+        """Ids of each text. This method of the library releases the interpreter's lock, so that a
+        thread that encodes long texts does not stop others."""
         found = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in found]
 
     def exceeds(self, text: str, limit: int) -> bool:
-        """Whether text certainly has more than ``limit`` tokens, at the price of about so many.
-        Special tokens may stand in it as aliases or under their own names, which count as one token
-        each: a template's are one, and a user's several.
+        """Whether text certainly has more than ``limit`` tokens, for the cost of encoding about as
+        many: encoding megabytes takes seconds.
 
-        Encoding megabytes takes seconds. A cut between two pieces adds a few tokens at most, which
-        are taken off again.
+        Special tokens may be aliases or have their own names. Names count as one token each, though
+        a user's are several. A cut between two chunks can add a few tokens, which are subtracted.
         """
-        if len(text) <= max(limit, SURE_CHARACTERS):
+        if len(text) <= max(limit, CHUNK_CHARACTERS):
             return False
         tokens = specials = 0
-        for start in range(0, len(text), SURE_CHARACTERS):
-            piece, count = self.aliases.without(text[start : start + SURE_CHARACTERS])
+        for start in range(0, len(text), CHUNK_CHARACTERS):
+            piece, count = self.aliases.without(text[start : start + CHUNK_CHARACTERS])
             specials += count
             tokens += len(self.encode(piece)) - CUT_TOKENS
             if max(tokens, specials) > limit:
@@ -223,8 +222,8 @@ class Tokenizer:
 
 
 def read_source(path: Path) -> str:
-    """The text of the directory's tokenizer.json. Raises CheckpointError, which names the way out
-    for a checkpoint that only has a slow tokenizer."""
+    """The text of the directory's tokenizer.json. Raises CheckpointError, which says how to convert
+    a checkpoint that only has a slow tokenizer."""
     file = path / "tokenizer.json"
     if file.is_file():
         try:
@@ -250,8 +249,8 @@ def added_tokens(source: str) -> dict[str, Added]:
 def merge_added(
     listed: Mapping[str, Added], config: Mapping[str, Any], named: Mapping[str, str]
 ) -> dict[str, Added]:
-    """All added tokens by content, those of tokenizer.json first. What the configuration lists
-    wins in its flags; what it names (``bos_token``, extra special tokens) is special."""
+    """All added tokens by content, those of tokenizer.json first. Flags in the configuration take
+    precedence; tokens that it names (``bos_token``, extra special tokens) are special."""
     merged = dict(listed)
     for number, entry in (config.get("added_tokens_decoder") or {}).items():
         token = Added.read(entry, special=bool(entry.get("special", False)), id=int(number))
@@ -270,18 +269,18 @@ def merge_added(
 
 
 def build(source: str, names: Mapping[str, str]) -> Backend:
-    """The library's tokenizer with special tokens renamed. Where merges of ordinary tokens would
-    spell a special one, they are dropped: ordinary text is never to become it."""
+    """The library's tokenizer with special tokens renamed. Merges of ordinary tokens that would
+    spell a special one are dropped, so that ordinary text never becomes one."""
     try:
         return Backend.from_str(rename(source, names))
-    except Exception:  # Bare, and its text is no interface; what else is wrong is raised below.
+    except Exception:  # The library raises bare Exception. Other faults are raised again below.
         spec = json.loads(source)
         model = spec.get("model", {})
         merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
-        kept = [m for m in merges if not names.keys() & {*m, "".join(m)}]
-        if len(kept) == len(merges):
+        ordinary = [m for m in merges if not names.keys() & {*m, "".join(m)}]
+        if len(ordinary) == len(merges):
             raise
-        model["merges"] = kept
+        model["merges"] = ordinary
         return Backend.from_str(rename(json.dumps(spec), names))
 
 
@@ -297,9 +296,9 @@ def rename(source: str, names: Mapping[str, str]) -> str:
     The text is edited, not parsed: a vocabulary of 150,000 tokens as Python objects would cost
     the gateway more memory than everything else.
     """
-    awkward = [name for name in names if PLAIN_WORD.fullmatch(name)]
-    if awkward:
-        raise CheckpointError(f"special token {awkward[0]!r} is an ordinary word")
+    words = [name for name in names if PLAIN_WORD.fullmatch(name)]
+    if words:
+        raise CheckpointError(f"special token {words[0]!r} is an ordinary word")
     literals = {
         json.dumps(name, ensure_ascii=ascii): json.dumps(alias)
         for name, alias in names.items()

@@ -73,15 +73,15 @@ class FusedLayer:
         return norms + sum(linear.num_bytes() for linear in linears)
 
     def forward(
-        self, hidden: torch.Tensor, turns: torch.Tensor, rows: torch.Tensor | None = None
+        self, hidden: torch.Tensor, factors: torch.Tensor, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[tokens, hidden_size] -> the same shape, or [len(rows), hidden_size].
 
         With ``rows``, keys and values of every token are stored, and only these tokens are computed
-        beyond attention. ``turns``: see RotaryTable.
+        beyond attention. ``factors``: see RotaryTable.
         """
         normed = F.rms_norm(hidden, self.width, self.input_norm, self.eps)
-        mixed = self._attend(normed, turns)
+        mixed = self._attend(normed, factors)
         if rows is not None:
             hidden, mixed = hidden[rows], mixed[rows]
             if not len(rows):
@@ -91,10 +91,10 @@ class FusedLayer:
         gate, up = self.gate_up.forward(normed).chunk(2, dim=-1)
         return hidden.add_(self.down.forward(F.silu(gate) * up))
 
-    def _attend(self, normed: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    def _attend(self, normed: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         tokens = len(normed)
         heads = self.qkv.forward(normed).view(tokens, -1, self.head_dim)
-        _rotate_(heads[:, : self.num_rotated], turns)
+        _rotate_(heads[:, : self.num_rotated], factors)
         mixed = self.attention(
             heads[:, : self.num_heads], heads[:, self.num_heads :], self.index, self.scaling
         )
@@ -148,11 +148,11 @@ class FusedDecoder:
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``family.Language.forward``."""
-        turns = self.rotary(positions)
+        factors = self.rotary(positions)
         last = len(self.layers) - 1
         early = rows if len(deepstack) <= last else None  # A level's indices are those of tokens.
         for i, layer in enumerate(self.layers):
-            hidden = layer.forward(hidden, turns, early if i == last else None)
+            hidden = layer.forward(hidden, factors, early if i == last else None)
             if i < len(deepstack):
                 indices, added = deepstack[i]
                 hidden.index_add_(0, indices, added.to(hidden.dtype))
@@ -188,10 +188,10 @@ def _packed(name: str, layer: Any) -> PackedAttention:
     return attend
 
 
-def _rotate_(heads: torch.Tensor, turns: torch.Tensor) -> None:
+def _rotate_(heads: torch.Tensor, factors: torch.Tensor) -> None:
     """Rotates pairs of neighbouring columns of [tokens, heads, head_dim], in place."""
     wide = heads.float()  # A float32 tensor is returned as it is, not copied.
-    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turns)
+    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(factors)
     if wide is not heads:
         heads.copy_(wide)
 
