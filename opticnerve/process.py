@@ -182,13 +182,16 @@ class Running:
     def stop(self) -> None:
         """Takes no new work after ``delay_s``; work under way then gets ``drain_timeout_s``."""
         self.draining = True
-        if self._timer is None:
-            if self._delay_s:
-                self._log.info(
-                    "stopping in %g s: until then requests are taken; a second signal ends it",
-                    self._delay_s,
-                )
-            self._timer = asyncio.get_running_loop().call_later(self._delay_s, self._close)
+        if self._timer is not None:
+            return
+        if not self._delay_s:
+            self._close()
+            return
+        self._log.info(
+            "stopping in %g s: until then requests are taken; a second signal ends it",
+            self._delay_s,
+        )
+        self._timer = asyncio.get_running_loop().call_later(self._delay_s, self._close)
 
     def cut(self) -> None:
         """Ends all work that is under way, and refuses what would still begin."""
