@@ -17,6 +17,7 @@ from gateway.api import chat, completions, health, models, openapi, template
 from gateway.api.call import WARNINGS
 from gateway.api.http import ErrorResponse
 from gateway.api.models import ServedNames
+from gateway.api.schemas.parsing import problem_text
 from gateway.edge.admission import Admission
 from gateway.edge.auth import Keys, needs_key
 from gateway.edge.connections import Connections
@@ -88,7 +89,7 @@ class Api(FastAPI):
         except RequestValidationError as error:
             problem = error.errors()[0]
             param = str(problem["loc"][-1])
-            raise InvalidRequest(f"{param}: {problem['msg']}", param=param) from error
+            raise InvalidRequest(f"{param}: {problem_text(problem)}", param=param) from error
         except HTTPException as error:
             if error.status_code != 405:
                 shown = f"there is no {scope['path'][:100]!r} here; see /v1/models and /health"

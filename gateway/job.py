@@ -27,6 +27,7 @@ class ChatPrompt:
     shorter: ClassVar[str] = "shorter messages"
 
     messages: Sequence[Message]
+    size: int
     sources: tuple[ItemSource, ...] = ()
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -46,6 +47,10 @@ class TextPrompt:
     text: str
     add_special_tokens: bool = True
 
+    @property
+    def size(self) -> int:
+        return len(self.text)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenPrompt:
@@ -57,9 +62,14 @@ class TokenPrompt:
 
     token_ids: tuple[int, ...]
 
+    @property
+    def size(self) -> int:
+        return len(self.token_ids)
+
 
 AnyPrompt = ChatPrompt | TextPrompt | TokenPrompt
-"""``field``: the request's field that errors name; ``need`` and ``shorter``: words for them."""
+"""``field``: the request's field that errors name; ``need`` and ``shorter``: words for them.
+``size``: what there is to render and encode, in characters of text or in ids."""
 
 
 @dataclass(frozen=True, slots=True)

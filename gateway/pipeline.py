@@ -13,11 +13,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from gateway import metrics
-from gateway.api.schemas.messages import Message
 from gateway.edge.auth import Caller
 from gateway.edge.deadline import Deadline
-from gateway.edge.threads import LONG_BYTES, off_loop
-from gateway.job import AnyPrompt, ChatPrompt, GenerationOptions, Job, TextPrompt, TokenPrompt
+from gateway.edge.threads import off_loop
+from gateway.job import AnyPrompt, ChatPrompt, GenerationOptions, Job, TokenPrompt
 from gateway.media.reader import Fetched, MediaReader
 from gateway.output.choices import Choices
 from gateway.output.detokenizer import Vocabulary
@@ -46,7 +45,6 @@ from opticnerve.telemetry import events
 OFF_LOOP_CHARACTERS = 8_000  # Longer prompts are rendered and tokenized in a thread.
 OFF_LOOP_TOKENS = 20_000  # Likewise prompts whose pictures are put in.
 OFF_LOOP_SAMPLING = 2_000  # Likewise what a request says of sampling: characters and entries.
-PIECE_CHARACTERS = 200  # The cost of a message or part besides its text, in characters of text.
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +127,7 @@ class Pipeline:
         with watch.stage("render"):
             if isinstance(prompt, ChatPrompt):
                 return await self._render_chat(prompt, plans)
-            size = len(prompt.text if isinstance(prompt, TextPrompt) else prompt.token_ids)
-            renderer = self.renderer
+            renderer, size = self.renderer, prompt.size
             read = functools.partial(read_plain, prompt, renderer.tokenizer, renderer.layout)
             return await off_loop(size, read) if size > OFF_LOOP_CHARACTERS else read()
 
@@ -190,7 +187,7 @@ class Pipeline:
         return _encodables(pictures, keys, pair, salt, job.caller)
 
     async def _render_chat(self, prompt: ChatPrompt, plans: Sequence[Plan]) -> ExpandedPrompt:
-        size = _characters(prompt)
+        size = prompt.size
         render = functools.partial(self.renderer.render, prompt)
         rendered = await off_loop(size, render) if size > OFF_LOOP_CHARACTERS else render()
         size = len(rendered.token_ids)
@@ -286,30 +283,3 @@ def _encodables(
         )
         for key, plan, item, passes in zip(keys, plans, pictures.items, before, strict=True)
     ]
-
-
-def _characters(prompt: ChatPrompt) -> int:
-    """The size of what is rendered, in characters of text; counting stops beyond LONG_BYTES."""
-    total = len(str(prompt.chat_template_kwargs)) if prompt.chat_template_kwargs else 0
-    for message in prompt.messages:
-        total += _of_message(message)
-        if total > LONG_BYTES:
-            break
-    return total
-
-
-def _of_message(message: Message) -> int:
-    content, total = message.content, PIECE_CHARACTERS
-    for name in ("name", "tool_call_id", "refusal", "reasoning_content", "reasoning"):
-        total += len(getattr(message, name) or "")
-    if isinstance(content, str):
-        total += len(content)
-    for part in content if isinstance(content, list) else ():
-        fields = vars(part)  # A picture has neither text nor refusal.
-        total += PIECE_CHARACTERS + len(fields.get("text") or fields.get("refusal") or "")
-    for call in message.tool_calls or ():
-        arguments = call.function.arguments
-        total += OFF_LOOP_CHARACTERS  # Arguments are parsed, and may be objects of any depth.
-        total += len(arguments) if isinstance(arguments, str) else 0
-        total += len(call.id or "") + len(call.function.name)
-    return total

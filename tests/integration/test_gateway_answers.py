@@ -1,11 +1,14 @@
 """Answers over real HTTP, whole and streamed, with scripted workers behind."""
 
 import asyncio
+import gc
 import json
 
 import pytest
 
 from gateway.api import sse
+from gateway.api.chat import ChatRequest
+from gateway.job import ChatPrompt
 from gateway.output.choices import Choices
 from tests.fakes import until
 from tests.gateways import END, PAIR_ID, body, events, ids, stack, user
@@ -302,3 +305,19 @@ async def test_a_large_answer_counts_as_bytes_in_flight_until_its_client_has_it(
         await answering
         assert sum(len(message.get("body", b"")) for message in sent) == length
         await until(s.idle)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_nothing_of_the_messages_stays_while_the_answer_is_written(stream):
+    """Base64 in them may be most of what a request holds."""
+    go = asyncio.Event()
+    async with stack() as s:
+        s.llm.step = lambda fake, index: go.wait()
+        answer = asyncio.create_task(s.chat(user("What?"), stream=stream))
+        await s.llm.started.wait()
+        assert s.gateway.admission.bytes.held == 0
+        gc.collect()
+        kept = [held for held in gc.get_objects() if isinstance(held, (ChatRequest, ChatPrompt))]
+        assert kept == []
+        go.set()
+        assert (await answer).status_code == 200

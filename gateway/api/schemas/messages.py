@@ -25,6 +25,7 @@ from gateway.api.schemas.base import (
 )
 from gateway.api.schemas.outline import count_values, draw
 from gateway.edge.limits import MAX_ARGUMENT_VALUES, MAX_TEMPLATE_KWARGS
+from gateway.edge.threads import LONG_BYTES
 from gateway.job import ChatPrompt
 from gateway.media.dataurl import is_data_url
 from opticnerve.errors import InvalidRequest
@@ -41,6 +42,8 @@ URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
 DIGITS = re.compile(r"[0-9]{1,10}")
 LONG_ARGUMENTS = 2**18  # Characters; longer arguments of a call are parsed in steps.
+PIECE_COST = 200  # Of a message or part, besides its text, in characters of text.
+CALL_COST = 8_000  # Of a tool call: its arguments are parsed, and may be objects of any depth.
 SOURCE_START = 256  # Characters of a source that decide what it is.
 
 
@@ -327,9 +330,36 @@ class TemplateFields(Body):
         """Raises InvalidRequest for pictures that have no usable source."""
         return ChatPrompt(
             messages=self.messages,
+            size=_size(self),
             sources=self.sources,
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
             chat_template_kwargs=self.chat_template_kwargs,
             reasoning_effort=self.reasoning_effort,
         )
+
+
+def _size(fields: TemplateFields) -> int:
+    """What there is to render, in characters of text; counting stops beyond LONG_BYTES."""
+    total = len(str(fields.chat_template_kwargs)) if fields.chat_template_kwargs else 0
+    for message in fields.messages:
+        total += _message_size(message)
+        if total > LONG_BYTES:
+            break
+    return total
+
+
+def _message_size(message: Message) -> int:
+    content, total = message.content, PIECE_COST
+    for name in ("name", "tool_call_id", "refusal", "reasoning_content", "reasoning"):
+        total += len(getattr(message, name) or "")
+    if isinstance(content, str):
+        total += len(content)
+    for part in content if isinstance(content, list) else ():
+        fields = vars(part)  # A picture has neither text nor refusal.
+        total += PIECE_COST + len(fields.get("text") or fields.get("refusal") or "")
+    for call in message.tool_calls or ():
+        arguments = call.function.arguments
+        total += CALL_COST + len(call.id or "") + len(call.function.name)
+        total += len(arguments) if isinstance(arguments, str) else 0
+    return total

@@ -110,7 +110,7 @@ def _refusal(
     for problem in problems[:MAX_LOOKED_AT]:
         path, depth = _path(problem, raw)
         texts = found.setdefault(path, (depth, []))[1]
-        text = _text(problem)
+        text = problem_text(problem)
         if text not in texts:
             texts.append(text)
     paths = [path for path in found if not _explained(path, found)]
@@ -137,7 +137,8 @@ def _explained(path: str, found: Mapping[str, Any]) -> bool:
     return any(other != path and other.startswith((path + ".", path + "[")) for other in found)
 
 
-def _text(problem: ErrorDetails) -> str:
+def problem_text(problem: ErrorDetails) -> str:
+    """pydantic's message in plainer words."""
     kind, message = problem["type"], problem["msg"]
     if kind == "extra_forbidden":
         return UNKNOWN_FIELD
