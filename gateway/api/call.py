@@ -22,6 +22,7 @@ from gateway.api.schemas.messages import REASONING_EFFORT
 from gateway.api.schemas.parsing import Ignored
 from gateway.edge.admission import Ticket
 from gateway.edge.deadline import Deadline
+from gateway.edge.limits import ERROR_DELIVERY_S
 from gateway.job import AnyPrompt, GenerationOptions, Job
 from opticnerve.telemetry import events
 from opticnerve.telemetry.logs import printable
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 WARNINGS = "x-opticnerve-warnings"
 MAX_WARNING = 500
 PIECE_BYTES = 2**16  # Of an answer, given to the connection at once.
-ERROR_DELIVERY_S = 5.0  # After the deadline, for a client to take the error that tells of it.
 UNREAD = "left: the client did not read its answer by the deadline"
 EVENT_STREAM = {
     "content-type": "text/event-stream; charset=utf-8",

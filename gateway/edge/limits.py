@@ -89,6 +89,7 @@ RESERVED_SHARE = _fixed(0.25, "share of these for clients below an equal share",
 PICTURES_SHARE = _fixed(0.75, "share of requests that may wait for an encoder", Overloaded)
 _flag("max_encode_wait_s", "seconds expected for an encoder; 0: until the deadline", Overloaded)
 _flag("request_timeout_s", "seconds of one request, end to end", DeadlineExceeded)
+ERROR_DELIVERY_S = _fixed(5.0, "seconds after the deadline to read its error", CLOSED)
 RETRY_AFTER_S = _fixed(1.0, "seconds in Retry-After of a request refused by these", "-")
 
 _heading("Bodies")
