@@ -138,7 +138,7 @@ class Results:
         except StoreError as error:
             return self._fall_back(key, data, error)
         self.fallback.delete(key)
-        return self._reference(key, codec.parse(data, len(data)).tensors)
+        return self._reference(key, codec.header_of(data, len(data)).tensors)
 
     def _fall_back(self, key: str, data: bytes, error: StoreError) -> EmbeddingRef:
         log.warning("the store did not take an embedding: %s", error.message)
@@ -174,5 +174,5 @@ class Results:
         )
 
     def _fallback_reference(self, key: str, data: bytes) -> EmbeddingRef:
-        ref = self._reference(key, codec.parse(data, len(data)).tensors)
+        ref = self._reference(key, codec.header_of(data, len(data)).tensors)
         return ref.at(Location(fetch_address=self.fetch_address))

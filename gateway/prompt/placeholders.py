@@ -13,7 +13,7 @@ from typing import Protocol
 from gateway.prompt.tokenizer import (
     Tokenizer,
     added_tokens,
-    build,
+    make_tokenizer,
     merge_added,
     read_source,
 )
@@ -63,7 +63,7 @@ def spellings(path: Path, ids: Mapping[str, int]) -> dict[str, str]:
         by_id = {token.id: text for text, token in added.items()}
         found = {name: by_name.get(name) or by_id.get(token_id) for name, token_id in ids.items()}
         if found["image_token"] is None:
-            token = build(source, {}).id_to_token(ids["image_token"]) or ""
+            token = make_tokenizer(source, {}).id_to_token(ids["image_token"]) or ""
             found["image_token"] = token if _BRACKETED.fullmatch(token) else None
     except Exception as error:  # The library raises bare Exception for what it cannot read.
         raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error

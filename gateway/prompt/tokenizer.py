@@ -91,7 +91,7 @@ class Tokenizer:
                     specials.append(text)
                     self._added.setdefault(text, Added(text, special=True))
             self.aliases = Aliases(specials, self._added)
-            self._backend = build(source, self.aliases.of)
+            self._backend = make_tokenizer(source, self.aliases.of)
         except CheckpointError:
             raise
         except Exception as error:  # The library raises bare Exception for what it cannot read.
@@ -268,11 +268,11 @@ def merge_added(
     return merged
 
 
-def build(source: str, names: Mapping[str, str]) -> Backend:
+def make_tokenizer(source: str, names: Mapping[str, str]) -> Backend:
     """The library's tokenizer with special tokens renamed. Merges of ordinary tokens that would
     spell a special one are dropped, so that ordinary text never becomes one."""
     try:
-        return Backend.from_str(rename(source, names))
+        return Backend.from_str(rename_tokens(source, names))
     except Exception:  # The library raises bare Exception. Other faults are raised again below.
         spec = json.loads(source)
         model = spec.get("model", {})
@@ -281,7 +281,7 @@ def build(source: str, names: Mapping[str, str]) -> Backend:
         if len(ordinary) == len(merges):
             raise
         model["merges"] = ordinary
-        return Backend.from_str(rename(json.dumps(spec), names))
+        return Backend.from_str(rename_tokens(json.dumps(spec), names))
 
 
 def occurs(source: str, name: str) -> bool:
@@ -289,7 +289,7 @@ def occurs(source: str, name: str) -> bool:
     return any(json.dumps(name, ensure_ascii=ascii) in source for ascii in (True, False))
 
 
-def rename(source: str, names: Mapping[str, str]) -> str:
+def rename_tokens(source: str, names: Mapping[str, str]) -> str:
     """tokenizer.json with special tokens renamed wherever a JSON string is one of ``names``:
     among the added tokens, in the vocabulary, as ``unk_token``.
 

@@ -88,7 +88,7 @@ def wanted(key_map: KeyMap, ignored: Sequence[str] = ()) -> Callable[[str], bool
     return is_wanted
 
 
-def rename(key_map: KeyMap, key: str) -> str:
+def module_name(key_map: KeyMap, key: str) -> str:
     """The module's name of a checkpoint's ``key``, by the first pattern that matches its start.
     Raises KeyError."""
     for pattern, replacement in key_map:
@@ -112,7 +112,7 @@ def rotary_buffers(module: str) -> dict[str, Recompute]:
     }
 
 
-def read_config(config_class: Any, checkpoint: Checkpoint) -> Any:
+def transformers_config(config_class: Any, checkpoint: Checkpoint) -> Any:
     """The transformers configuration of ``checkpoint``. Raises CheckpointError."""
     try:
         return config_class.from_pretrained(checkpoint.path)
@@ -190,7 +190,7 @@ def _sources(
     """(checkpoint key, entry) of every tensor of this half, by its name in the module."""
     sources: dict[str, tuple[str, TensorEntry]] = {}
     for key, entry in checkpoint.tensor_index(wanted(key_map, ignored)).items():
-        name = rename(key_map, key)
+        name = module_name(key_map, key)
         if name in sources:
             raise CheckpointError(
                 f"{checkpoint.path} holds {name} twice, as {sources[name][0]} and as {key}"

@@ -160,7 +160,7 @@ def header_span(start: bytes | memoryview) -> int:
         return header_end(start, MAX_HEADER_BYTES)
 
 
-def parse(start: bytes | memoryview, size: int) -> Header:
+def header_of(start: bytes | memoryview, size: int) -> Header:
     """Checks a file's header. ``start`` holds at least the header, ``size`` is the file's.
 
     Raises EmbeddingCorrupt unless the tensors fill the file exactly, without overlap or gap, and
@@ -218,7 +218,7 @@ def views(buffer: Any, header: Header) -> dict[str, torch.Tensor]:
 
 def from_bytes(data: bytes | memoryview) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
     """Tensors and metadata of a whole file, copied once. Raises EmbeddingCorrupt."""
-    header = parse(data, len(data))
+    header = header_of(data, len(data))
     return views(bytearray(data), header), header.meta
 
 

@@ -36,7 +36,7 @@ class MemoryStore:
             self._add(key, codec.to_bytes(tensors, meta))
 
     def put_bytes(self, key: str, data: bytes) -> None:
-        codec.parse(data, len(data))
+        codec.header_of(data, len(data))
         self._add(check_key(key), bytes(data))
 
     def get(self, key: str) -> Entry | None:

@@ -116,7 +116,7 @@ class RedisStore:
             raise StoreError("neither the local tier nor Redis took the embedding")
 
     def put_bytes(self, key: str, data: bytes) -> None:
-        codec.parse(data, len(data))
+        codec.header_of(data, len(data))
         kept = self._keep(lambda: self.local.put_bytes(key, data))
         if len(data) <= self.max_bytes:
             kept = self._send(key, lambda: [data]) or kept
@@ -253,7 +253,7 @@ class RedisStore:
             if not self._seal.fits(mac, key, data, "redis"):
                 self._delete_there(key)
                 return None
-        codec.parse(data, len(data))
+        codec.header_of(data, len(data))
         return bytes(data)
 
     @contextlib.contextmanager

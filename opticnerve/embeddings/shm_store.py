@@ -63,7 +63,7 @@ class ShmStore:
         self._write(key, codec.encode(tensors, meta))
 
     def put_bytes(self, key: str, data: bytes) -> None:
-        codec.parse(data, len(data))
+        codec.header_of(data, len(data))
         if not self._is_here(key):
             self._write(key, [memoryview(data)])
 
@@ -88,7 +88,7 @@ class ShmStore:
             return None
         try:
             data = _read_file(fd)
-            codec.parse(data, len(data))
+            codec.header_of(data, len(data))
         except EmbeddingCorrupt:
             self._forget(key)
             raise
@@ -230,7 +230,7 @@ def _read_header(fd: int) -> codec.Header:
         span = codec.header_span(start)
         if span > len(start):
             start = os.pread(fd, span, 0)
-    return codec.parse(start, size)
+    return codec.header_of(start, size)
 
 
 def _read_file(fd: int) -> bytes:

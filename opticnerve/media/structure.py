@@ -70,15 +70,15 @@ _CHEAPER = {
 def _parser(data: bytes | memoryview) -> Callable[[bytes | memoryview], Structure]:
     head = bytes(data[:_HEAD_BYTES])
     if head.startswith(png.MAGIC):
-        return png.parse
+        return png.read_structure
     if head.startswith(jpeg.MAGIC):
-        return jpeg.parse
+        return jpeg.read_structure
     if webp.matches(head):
-        return webp.parse
+        return webp.read_structure
     if head.startswith(gif.MAGIC):
-        return gif.parse
+        return gif.read_structure
     if head.startswith(bmp.MAGIC):
-        return bmp.parse
+        return bmp.read_structure
     if not head:
         raise InvalidMedia(f"the picture is empty; {SUPPORTED}")
     kind = _name(head)

@@ -16,7 +16,7 @@ from opticnerve.checkpoints import loader
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.checkpoints.loader import (
     load_module,
-    rename,
+    module_name,
     resolve_device,
     resolve_dtype,
     rotary_buffers,
@@ -205,7 +205,7 @@ def test_what_is_not_recomputed_is_reported(random_checkpoint: MakeCheckpoint) -
     checkpoint = Checkpoint.open(str(random_checkpoint("qwen2_vl")), side="encoder")
     from opticnerve.models.qwen2_vl import FAMILY, vision
 
-    config = vision.read_config(vision.Qwen2VLConfig, checkpoint).vision_config
+    config = vision.transformers_config(vision.Qwen2VLConfig, checkpoint).vision_config
 
     def load(recomputed: Any) -> nn.Module:
         return load_module(
@@ -234,17 +234,17 @@ def test_loading_copies_so_that_a_replaced_file_changes_nothing(tmp_path: Path) 
 
 def test_the_first_pattern_renames() -> None:
     qwen, llava = (registry.families()[name].language_keys for name in ("qwen2_vl", "llava"))
-    assert rename(qwen, "model.language_model.norm.weight") == "model.norm.weight"
-    assert rename(llava, "model.language_model.norm.weight") == "model.norm.weight"
-    assert rename(llava, "language_model.model.norm.weight") == "model.norm.weight"
-    assert rename(llava, "language_model.lm_head.weight") == "lm_head.weight"
-    assert rename(qwen, "model.layers.0.x") == "model.layers.0.x"
+    assert module_name(qwen, "model.language_model.norm.weight") == "model.norm.weight"
+    assert module_name(llava, "model.language_model.norm.weight") == "model.norm.weight"
+    assert module_name(llava, "language_model.model.norm.weight") == "model.norm.weight"
+    assert module_name(llava, "language_model.lm_head.weight") == "lm_head.weight"
+    assert module_name(qwen, "model.layers.0.x") == "model.layers.0.x"
     for key in ("visual.x", "model.visual.x"):
         with pytest.raises(KeyError):
-            rename(qwen, key)
+            module_name(qwen, key)
     for key in ("model.vision_tower.x", "multi_modal_projector.x"):
         with pytest.raises(KeyError):
-            rename(llava, key)
+            module_name(llava, key)
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

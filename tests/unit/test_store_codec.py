@@ -60,7 +60,7 @@ def test_pieces_show_the_tensors_memory_and_start_aligned() -> None:
 
 def test_views_share_the_buffer() -> None:
     buffer = bytearray(codec.to_bytes({"rows": torch.zeros(2, 2)}, {}))
-    views = codec.views(buffer, codec.parse(buffer, len(buffer)))
+    views = codec.views(buffer, codec.header_of(buffer, len(buffer)))
     views["rows"][1, 1] = 1.0
     assert bytes(buffer[-4:]) == struct.pack("<f", 1.0)
 

@@ -14,7 +14,7 @@ _RUN_LENGTH_PASSES = 64
 _BYTES_PER_PIXEL = 10
 
 
-def parse(data: bytes | memoryview) -> Structure:
+def read_structure(data: bytes | memoryview) -> Structure:
     window = Window(data, "BMP")
     header = window.le32(14)
     window.take(14, min(header, 124))

@@ -13,7 +13,7 @@ _BYTES_PER_PIXEL = 13
 _PASSES = 2
 
 
-def parse(data: bytes | memoryview) -> Structure:
+def read_structure(data: bytes | memoryview) -> Structure:
     """``frames`` is 2 for every animation, however long."""
     window = Window(data, "GIF")
     width, height, flags = window.le16(6), window.le16(8), window.u8(10)

@@ -66,7 +66,7 @@ class _Frame:
         return max(h for h, _ in self.samplings), max(v for _, v in self.samplings)
 
 
-def parse(data: bytes | memoryview) -> Structure:
+def read_structure(data: bytes | memoryview) -> Structure:
     window = Window(data, "JPEG")
     frame: _Frame | None = None
     blocks: list[bytes] = []

@@ -24,7 +24,7 @@ _RAW_PROFILE = b"Raw profile type exif"
 _XMP = b"XML:com.adobe.xmp"
 
 
-def parse(data: bytes | memoryview) -> Structure:
+def read_structure(data: bytes | memoryview) -> Structure:
     window = Window(data, "PNG")
     width, height = _header(window)
     metadata = _Metadata()

@@ -21,7 +21,7 @@ def matches(data: bytes) -> bool:
     return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
 
 
-def parse(data: bytes | memoryview) -> Structure:
+def read_structure(data: bytes | memoryview) -> Structure:
     window = Window(data, "WebP")
     end = 8 + window.le32(4)
     if end > len(window):

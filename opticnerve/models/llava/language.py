@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import LlamaModel, LlavaConfig, MistralModel, Qwen2Model
 
-from opticnerve.checkpoints.loader import read_config
+from opticnerve.checkpoints.loader import transformers_config
 from opticnerve.errors import UnsupportedCheckpoint
 from opticnerve.models.decoders.spec import DecoderSpec, llama_like
 
@@ -18,7 +18,7 @@ MODELS: dict[str, Any] = {"llama": LlamaModel, "mistral": MistralModel, "qwen2":
 
 def describe_decoder(checkpoint: Checkpoint) -> DecoderSpec:
     """Raises UnsupportedCheckpoint for a text model of another kind."""
-    config = read_config(LlavaConfig, checkpoint)
+    config = transformers_config(LlavaConfig, checkpoint)
     kind = config.text_config.model_type
     if kind not in MODELS:
         raise UnsupportedCheckpoint(

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPVisionModel, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from opticnerve.checkpoints.loader import read_config
+from opticnerve.checkpoints.loader import transformers_config
 from opticnerve.errors import CheckpointError, PlanMismatch, UnsupportedCheckpoint
 from opticnerve.models.llava.layout import LlavaLayout
 from opticnerve.models.towers.tower import ModuleTower, TowerSpec, without_batch
@@ -67,7 +67,7 @@ class ClipTower(ModuleTower):
 def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
     """Raises CheckpointError for a tower that is not CLIP's, or lacks a layer that is read."""
     strategy = LlavaLayout(checkpoint).strategy  # The layout refuses other towers.
-    config = read_config(LlavaConfig, checkpoint)
+    config = transformers_config(LlavaConfig, checkpoint)
     depth = config.vision_config.num_hidden_layers
     layers = _feature_layers(config.vision_feature_layer, depth)
     unused = "|".join(str(i) for i in range(max(layers), depth)) or "none"

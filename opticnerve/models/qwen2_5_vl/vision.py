@@ -14,7 +14,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
 )
 
-from opticnerve.checkpoints.loader import read_config
+from opticnerve.checkpoints.loader import transformers_config
 from opticnerve.models.towers import varlen
 from opticnerve.models.towers.patch_tower import PatchTower, patch_tower
 from opticnerve.models.towers.tower import TowerSpec
@@ -71,7 +71,7 @@ def window_order(h: int, w: int, window: int) -> tuple[NDArray[np.int64], tuple[
 
 
 def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
-    config = read_config(Qwen2_5_VLConfig, checkpoint).vision_config
+    config = transformers_config(Qwen2_5_VLConfig, checkpoint).vision_config
     return patch_tower(
         Qwen2_5_VisionTransformerPretrainedModel, config, config.out_hidden_size, WindowTower
     )

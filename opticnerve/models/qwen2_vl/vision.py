@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from opticnerve.checkpoints.loader import read_config
+from opticnerve.checkpoints.loader import transformers_config
 from opticnerve.models.towers.patch_tower import patch_tower
 from opticnerve.models.towers.tower import TowerSpec
 
@@ -16,5 +16,5 @@ if TYPE_CHECKING:
 
 
 def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
-    config = read_config(Qwen2VLConfig, checkpoint).vision_config
+    config = transformers_config(Qwen2VLConfig, checkpoint).vision_config
     return patch_tower(Qwen2VisionTransformerPretrainedModel, config, config.hidden_size)
