@@ -23,6 +23,8 @@ from opticnerve.errors import (
     OpticNerveError,
     Overloaded,
     PayloadTooLarge,
+    PoisonousItem,
+    Unavailable,
 )
 from opticnerve.media.formats.window import MAX_PIECES
 from opticnerve.media.plan import LIGHT_MEMORY, LIGHT_PASSES
@@ -68,7 +70,7 @@ def _flag(name: str, what: str, answer: Answer, code: str = "") -> None:
 
 
 _heading("Connections")
-_flag("max_connections", "connections of all clients", "the holder of most loses an idle one")
+_flag("max_connections", "connections of all clients", "the client with most loses an idle one")
 _flag("max_connections_per_address", "connections of one address; 0: any number", CLOSED)
 IPV6_NETWORK_BITS = _fixed(64, "bits of an IPv6 address that name one client", "-")
 MAX_HEAD_BYTES = _fixed(2**14, "bytes of a request's headers", InvalidRequest, "not_http")
@@ -120,6 +122,7 @@ MAX_WORD_CHARACTERS = _fixed(1024, "characters of a stop string or bad word", In
 MAX_BIASES = _fixed(1024, "tokens with a bias (`logit_bias`)", InvalidRequest)
 MAX_ALLOWED_TOKENS = _fixed(2**16, "tokens allowed (`allowed_token_ids`)", InvalidRequest)
 MAX_SALT_CHARACTERS = _fixed(1024, "characters of `cache_salt`", InvalidRequest)
+MAX_LLM_DEATHS = _fixed(2, "LLM workers lost while they had one generation", Unavailable)
 _flag("max_answer_bytes", "bytes of an answer that is not streamed", AnswerTooLarge)
 
 _heading("Pictures")
@@ -128,8 +131,9 @@ _flag("max_media_bytes", "bytes of one picture's file", PayloadTooLarge)
 _flag("max_image_pixels", "pixels of one picture", InvalidMedia)
 _flag("max_decode_passes", "pixels times passes of decoding one picture", InvalidMedia)
 _fixed(MAX_PIECES, "chunks, segments or blocks of one file", InvalidMedia)
-_fixed(LIGHT_PASSES, "pixels times passes of a light picture", "others overtake it")
-_fixed(LIGHT_MEMORY, "bytes of memory for decoding a light picture", "others overtake it")
+_fixed(LIGHT_PASSES, "pixels times passes of a light picture", "a heavy one waits longer")
+_fixed(LIGHT_MEMORY, "bytes of memory for decoding a light picture", "a heavy one waits longer")
+MAX_ENCODER_DEATHS = _fixed(2, "encoders lost while they had one picture", PoisonousItem)
 MAX_DATA_URL_HEAD = _fixed(2**12, "characters of a `data:` URL before its comma", InvalidRequest)
 
 _heading("Media from URLs")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 import grpc
 
 from gateway.edge.deadline import Deadline
+from gateway.edge.limits import MAX_ENCODER_DEATHS
 from gateway.workers.dispatch import Accepts, LeaseRequest
 from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import Description, Worker, WorkerLost, call_error
@@ -41,7 +42,6 @@ from opticnerve.telemetry import events
 
 log = logging.getLogger(__name__)
 
-MAX_DEATHS = 2  # Encoders that may die while they have an item; then it is refused.
 MAX_SUSPECTS = 1_000  # Items whose deaths are remembered.
 FORGIVE_S = 600.0  # How long they are remembered.
 PAUSE_S = 0.02  # Between attempts, so that a pool that refuses everything is not hammered.
@@ -294,7 +294,7 @@ class Encoders:
         deaths = (self._deaths.get(key) or (0, 0.0))[0] + 1
         self._deaths[key] = (deaths, time.monotonic())
         log.warning("encoder %s was lost while it had item %.12s", worker.address, key)
-        if deaths >= MAX_DEATHS:
+        if deaths >= MAX_ENCODER_DEATHS:
             raise Unavailable(
                 "two encoders were lost while they had this picture; it is not tried again"
             )
@@ -303,7 +303,7 @@ class Encoders:
         deaths, last = self._deaths.get(key) or (0, 0.0)
         if time.monotonic() - last > FORGIVE_S:
             self._deaths.pop(key)
-        elif deaths >= MAX_DEATHS:
+        elif deaths >= MAX_ENCODER_DEATHS:
             raise PoisonousItem(
                 "two encoders were lost while they had this picture; send another picture"
             )

@@ -16,6 +16,7 @@ import grpc
 
 from gateway.edge.auth import ANONYMOUS, Caller
 from gateway.edge.deadline import Deadline
+from gateway.edge.limits import MAX_LLM_DEATHS
 from gateway.workers.dispatch import LeaseRequest
 from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import Description, Worker, WorkerLost, call_error
@@ -30,7 +31,6 @@ from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.telemetry import events
 
-MAX_DEATHS = 2  # Workers that may be lost while they have a generation; then it fails.
 PAUSE_S = 0.02  # Between attempts.
 POLICY = StreamPolicy()
 
@@ -147,7 +147,7 @@ class FailoverGeneration:
         if self.complete:
             return
         events.append(lost=self.worker)
-        if deaths > MAX_DEATHS:
+        if deaths > MAX_LLM_DEATHS:
             raise Unavailable(
                 "the workers that served this request were lost one after another; "
                 "it is not tried again"

@@ -266,7 +266,7 @@ async def test_a_request_that_takes_worker_after_worker_is_given_up():
             fake.step = die
         with pytest.raises(Unavailable, match="not tried again"):
             await collect(pool, spec(), tokens=tokens)
-        assert sum(fake.server is None for fake in fakes) == generation.MAX_DEATHS + 1
+        assert sum(fake.server is None for fake in fakes) == generation.MAX_LLM_DEATHS + 1
 
 
 async def test_a_lost_device_counts_as_a_lost_worker():
