@@ -107,4 +107,4 @@ class Job:
     def drop_prompt(self) -> None:
         """The prompt is rendered: nothing of the request's body is needed any more."""
         self.prompt = None
-        self.ticket.drop(self.body_bytes)
+        self.ticket.free_bytes(self.body_bytes)

@@ -77,7 +77,7 @@ class Pipeline:
         spec, embeddings = await self._start(job)
         async with embeddings:
             if embeddings.encoding:
-                job.ticket.enter_with_pictures()
+                job.ticket.count_with_pictures()
             generation = FailoverGeneration(
                 spec, self.llms, embeddings, job.deadline, self.worker_wait_s
             )
@@ -139,7 +139,9 @@ class Pipeline:
         kind = type(job.prompt)
         priority = job.caller.priority(job.options.priority)
         check_choices(job.options, self.max_n)
-        pictures = await self.read_pictures(job.prompt, job.ticket.hold, job.deadline, job.watch)
+        pictures = await self.read_pictures(
+            job.prompt, job.ticket.hold_bytes, job.deadline, job.watch
+        )
         pair, items = await self._pair_early(job, pictures)
         prompt = await self.render(job.prompt, pictures.plans, job.watch)
         events.note(prompt_tokens=len(prompt.token_ids), images=len(pictures.items) or None)

@@ -149,7 +149,7 @@ class Call(Request):
             return PiecewiseResponse(chunks, made, {**EVENT_STREAM, **headers}, job.deadline)
         async with contextlib.aclosing(made):
             most = self.gateway.config.max_answer_bytes
-            body = await writer.body(first, made, job.ticket.hold, most)
+            body = await writer.body(first, made, job.ticket.hold_bytes, most)
         headers |= {"content-type": "application/json", "content-length": str(len(body))}
         return PiecewiseResponse(_pieces(body), made, headers, job.deadline)
 

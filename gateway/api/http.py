@@ -126,13 +126,13 @@ async def read_body(
 ) -> tuple[B, Ignored]:
     """The request's body as ``model``, and what of it is ignored.
 
-    The ticket holds the body's bytes as they come, enters once all are there, and holds what the
-    body's values take besides. Raises InvalidRequest, UnsupportedMediaType, PayloadTooLarge,
-    BodyTimeout, Overloaded.
+    The ticket holds the body's bytes as they arrive, counts the request once all have, and then
+    holds what the body's values take besides. Raises InvalidRequest, UnsupportedMediaType,
+    PayloadTooLarge, BodyTimeout, Overloaded.
     """
     _check_type(request)
-    body = await _arrived(request, config, ticket.hold)
-    ticket.enter()
+    body = await _arrived(request, config, ticket.hold_bytes)
+    ticket.count_request()
     most, ignore = config.max_request_values, config.ignore_unknown_fields
     long = len(body) > OFF_LOOP_BYTES
     if not long and not body.strip():
@@ -143,7 +143,7 @@ async def read_body(
     values = text.values if isinstance(text, Outline) else count_values(text, most)
     if values > most:
         raise _too_many(most)
-    ticket.hold(values * VALUE_BYTES)
+    ticket.hold_bytes(values * VALUE_BYTES)
     if long or values > OFF_LOOP_VALUES:
         return await off_loop(len(body), parse, model, text, ignore_unknown=ignore)
     return parse(model, text, ignore_unknown=ignore)

@@ -48,7 +48,7 @@ class RenderedPrompt(TypedDict):
 async def apply_template(call: Call, body: ApplyTemplateRequest) -> Response:
     pipeline, watch = call.gateway.pipeline, Stopwatch()
     asked = body.prompt
-    pictures = await pipeline.read_pictures(asked, call.ticket.hold, call.deadline, watch)
+    pictures = await pipeline.read_pictures(asked, call.ticket.hold_bytes, call.deadline, watch)
     prompt = await pipeline.render(asked, pictures.plans, watch)
     rendered: RenderedPrompt = {
         "prompt": prompt.prompt,

@@ -139,21 +139,21 @@ class Ticket:
     def bytes(self) -> int:
         return self._held[self._admission.bytes]
 
-    def enter(self) -> None:
+    def count_request(self) -> None:
         """Counts the request among those being served. Raises Overloaded."""
         self._take(self._admission.requests)
 
-    def enter_with_pictures(self) -> None:
+    def count_with_pictures(self) -> None:
         """Counts the request among those with new pictures, which may wait long for an encoder and
         therefore leave some capacity to others. Raises Overloaded."""
         self._take(self._admission.with_pictures)
 
-    def hold(self, num_bytes: int) -> None:
+    def hold_bytes(self, num_bytes: int) -> None:
         """Counts bytes that the request keeps in memory. Raises Overloaded."""
         self._take(self._admission.bytes, num_bytes)
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
-    def drop(self, num_bytes: int) -> None:
+    def free_bytes(self, num_bytes: int) -> None:
         """The request freed ``num_bytes``."""
         num_bytes = min(num_bytes, self.bytes)
         self._held[self._admission.bytes] -= num_bytes

@@ -16,28 +16,28 @@ def test_requests_are_bounded():
         admission.arrive("ada") as second,
     ):
         assert admission.requests.held == 0  # Their bodies are still to come.
-        first.enter()
-        second.enter()
+        first.count_request()
+        second.count_request()
         with pytest.raises(Overloaded):
-            late.enter()
+            late.count_request()
         with pytest.raises(Overloaded) as caught, admission.arrive("ada"):
             pass
         assert caught.value.retry_after_s
     assert admission.requests.held == 0
     with admission.arrive("ada") as ticket:
-        ticket.enter()
+        ticket.count_request()
         assert admission.requests.held == 1
 
 
 def test_bytes_are_bounded_over_all_requests():
     admission = Admission(max_requests=9, max_bytes=100)
     with admission.arrive("ada") as first, admission.arrive("ada") as second:
-        first.hold(60)
+        first.hold_bytes(60)
         with pytest.raises(Overloaded):
-            second.hold(41)
-        second.hold(40)
-        first.drop(30)
-        second.hold(30)
+            second.hold_bytes(41)
+        second.hold_bytes(40)
+        first.free_bytes(30)
+        second.hold_bytes(30)
         assert admission.bytes.held == 100
     assert admission.bytes.held == 0
 
@@ -45,8 +45,8 @@ def test_bytes_are_bounded_over_all_requests():
 def test_a_request_that_fails_gives_everything_back():
     admission = Admission(max_requests=1, max_bytes=100)
     with pytest.raises(RuntimeError), admission.arrive("ada") as ticket:
-        ticket.enter()
-        ticket.hold(100)
+        ticket.count_request()
+        ticket.hold_bytes(100)
         raise RuntimeError
     assert (admission.requests.held, admission.bytes.held) == (0, 0)
 
@@ -56,11 +56,11 @@ def test_requests_with_new_pictures_leave_places_to_others():
     with contextlib.ExitStack() as exits:
         tickets = [exits.enter_context(admission.arrive("ada")) for _ in range(4)]
         for ticket in tickets:
-            ticket.enter()
+            ticket.count_request()
         for ticket in tickets[:3]:
-            ticket.enter_with_pictures()
+            ticket.count_with_pictures()
         with pytest.raises(Overloaded, match="new pictures"):
-            tickets[3].enter_with_pictures()
+            tickets[3].count_with_pictures()
     assert admission.requests.held == admission.with_pictures.held == 0
 
 
@@ -74,8 +74,8 @@ def served(admission, *holders, num_bytes=0):
     with contextlib.ExitStack() as exits:
         tickets = [exits.enter_context(admission.arrive(holder)) for holder in holders]
         for ticket in tickets:
-            ticket.enter()
-            ticket.hold(num_bytes)
+            ticket.count_request()
+            ticket.hold_bytes(num_bytes)
         yield tickets
 
 
@@ -103,16 +103,16 @@ def test_the_last_quarter_is_for_those_that_have_less_than_an_equal_share():
 def test_bytes_and_places_for_pictures_are_shared_too():
     admission = shared(2)
     with served(admission, "ada", "bob") as (first, other):
-        first.hold(600)
+        first.hold_bytes(600)
         with pytest.raises(Overloaded, match="share"):
-            first.hold(1)
-        other.hold(200)
+            first.hold_bytes(1)
+        other.hold_bytes(200)
     with served(admission, *["ada"] * 6, "bob") as tickets:
         for ticket in tickets[:5]:
-            ticket.enter_with_pictures()
+            ticket.count_with_pictures()
         with pytest.raises(Overloaded, match="new pictures"):
-            tickets[5].enter_with_pictures()
-        tickets[6].enter_with_pictures()
+            tickets[5].count_with_pictures()
+        tickets[6].count_with_pictures()
     assert admission.requests.held == admission.with_pictures.held == admission.bytes.held == 0
     assert not admission.requests._by_holder and not admission.bytes._by_holder
 
