@@ -130,13 +130,18 @@ def _read_commands(
     arrived: queue.SimpleQueue[RowsReady],
     inbox: queue.SimpleQueue[Command],
 ) -> None:
-    with contextlib.suppress(EOFError, OSError):
+    try:
         while True:
             command = pipe.recv()
             if isinstance(command, RowsReady):
                 arrived.put(command)
             else:
                 inbox.put(command)
+    except (EOFError, OSError):
+        pass  # The parent is gone, or has closed its end.
+    except Exception:
+        log.exception("a command to the engine cannot be read")
+        os._exit(1)
     inbox.put(Stop())
     threading.Event().wait(STOP_TIMEOUT_S / 2)
     os._exit(1)  # The parent is gone and the engine is stuck: in a step, or still loading.

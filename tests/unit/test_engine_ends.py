@@ -170,5 +170,23 @@ def test_a_process_that_talks_nonsense_is_ended() -> None:
     run(test)
 
 
+class Unreadable:
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return int, ("no number",)
+
+
+@pytest.mark.process
+def test_a_command_that_cannot_be_read_ends_the_engine() -> None:
+    async def test() -> None:
+        client = ProcessEngineClient("tests.scripted_engines:build", CONFIG)
+        await client.start()
+        client._post(Unreadable())  # type: ignore[arg-type]
+        error = await client.wait_dead()
+        assert "ended with status 1" in error.message
+        await client.close()
+
+    run(test)
+
+
 def test_a_client_that_was_never_started_closes() -> None:
     asyncio.run(ThreadEngineClient(build, CONFIG).close())
