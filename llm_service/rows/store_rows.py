@@ -84,6 +84,7 @@ class StoreRows:
         # The lease thread's:
         self._pins: dict[str, tuple[int, AbstractContextManager[None]]] = {}
         self._room = tier.leasable_bytes()  # For this engine's leases, beside other processes'.
+        self._measurement = self._in_background(self._measure)
 
     # ---- the engine's thread: look-ups
 
@@ -93,8 +94,8 @@ class StoreRows:
 
     def can_acquire(self, num_bytes: int) -> bool:
         fits = self._leased_bytes + num_bytes <= self._room
-        if not fits:  # Other processes may have released some of theirs since.
-            self._in_background(self._measure)
+        if not fits and self._measurement.done():  # Other processes may have released some since.
+            self._measurement = self._in_background(self._measure)
         return fits
 
     def acquire(self, key: str, num_bytes: int) -> None:
