@@ -264,9 +264,9 @@ class ThreadEngineClient(EngineClient):
 
     def _launch(self) -> None:
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        factory = host.resolve(self._factory)
+        factory = host.import_factory(self._factory)
         self._thread = threading.Thread(
-            target=host.serve,
+            target=host.run_engine,
             args=(factory, self._factory_config, self._inbox, self._receive),
             name="engine",
             daemon=True,
@@ -289,7 +289,9 @@ class ProcessEngineClient(EngineClient):
         self._pipe, theirs = context.Pipe()
         self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._process = context.Process(
-            target=host.child, args=(theirs, self._factory, self._factory_config), daemon=True
+            target=host.run_engine_process,
+            args=(theirs, self._factory, self._factory_config),
+            daemon=True,
         )
         # A Ctrl-C goes to the whole process group, and it is for the parent to decide.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

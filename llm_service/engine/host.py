@@ -56,7 +56,7 @@ EngineFactory: TypeAlias = Callable[[Any, Send], Engine]
 goes to the Send, from any thread."""
 
 
-def resolve(factory: str | EngineFactory) -> EngineFactory:
+def import_factory(factory: str | EngineFactory) -> EngineFactory:
     """The factory that "module:function" names."""
     if not isinstance(factory, str):
         return factory
@@ -65,7 +65,7 @@ def resolve(factory: str | EngineFactory) -> EngineFactory:
     return found
 
 
-def serve(
+def run_engine(
     factory: EngineFactory,
     config: Any,
     inbox: queue.SimpleQueue[Command],
@@ -87,7 +87,7 @@ def serve(
         send(EngineEnded(error))
 
 
-def child(pipe: Connection, factory: str | EngineFactory, config: Any) -> None:
+def run_engine_process(pipe: Connection, factory: str | EngineFactory, config: Any) -> None:
     """Main of the engine's process. It ends with its parent, whose death closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the group; the parent decides.
     inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -99,13 +99,13 @@ def child(pipe: Connection, factory: str | EngineFactory, config: Any) -> None:
             pipe.send(message)
 
     def build(settings: Any, send: Send) -> Engine:
-        engine = resolve(factory)(settings, send)
+        engine = import_factory(factory)(settings, send)
         _start_thread(_load_rows, engine.scheduler.rows, arrived, inbox)
         return engine
 
     _start_thread(_read_commands, pipe, arrived, inbox)
     with contextlib.suppress(BrokenPipeError):
-        serve(build, config, inbox, send)
+        run_engine(build, config, inbox, send)
 
 
 def _start_thread(work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
