@@ -6,7 +6,7 @@ import re
 import jsonschema
 import pytest
 
-from gateway.api.schemas import unsupported
+from gateway.api.schemas.parsing import UNSUPPORTED
 from gateway.app import Api
 from gateway.edge.auth import Keys
 from opticnerve.config import TelemetryConfig
@@ -223,7 +223,7 @@ async def test_requests_that_are_served_and_no_others_are_described():
             with pytest.raises(jsonschema.ValidationError):
                 conforms(document, sent, schema)
         fields = document["components"]["schemas"]["ChatRequest"]["properties"]
-        assert not fields.keys() & unsupported.FIELDS.keys()
+        assert not fields.keys() & UNSUPPORTED.keys()
 
 
 LOOSE = {

@@ -13,8 +13,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 
 from gateway.api.chat import ChatRequest
 from gateway.api.schemas.base import INTEGRAL, Strict
-from gateway.api.schemas.parsing import Ignored, parse
-from gateway.api.schemas.unsupported import FIELDS
+from gateway.api.schemas.parsing import UNSUPPORTED, Ignored, parse
 from gateway.prompt.renderer import ChatRenderer
 from opticnerve.errors import UnsupportedFeature
 from tests import vocabularies as v
@@ -121,7 +120,7 @@ def test_what_popular_clients_send(client: str) -> None:
 
 def test_every_field_of_openais_client_is_known() -> None:
     sent = CompletionCreateParamsBase.__annotations__.keys() | {"stream"}
-    assert sent <= ChatRequest.model_fields.keys() | FIELDS.keys()
+    assert sent <= ChatRequest.model_fields.keys() | UNSUPPORTED.keys()
 
 
 # ---- null stands for an absent field, everywhere
@@ -154,7 +153,7 @@ def test_null_is_no_value_where_one_is_required() -> None:
 
 
 def test_null_of_every_field_that_is_not_served() -> None:
-    assert chat(**dict.fromkeys(FIELDS)) == chat()
+    assert chat(**dict.fromkeys(UNSUPPORTED)) == chat()
 
 
 # ---- numbers

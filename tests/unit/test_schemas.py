@@ -13,8 +13,7 @@ from openai.types.chat import ChatCompletionMessage
 from gateway.api.chat import ChatRequest
 from gateway.api.schemas import parsing
 from gateway.api.schemas.messages import FunctionCall, ItemSource, ToolCall, call_arguments
-from gateway.api.schemas.parsing import Ignored, parse
-from gateway.api.schemas.unsupported import FIELDS, PARTS
+from gateway.api.schemas.parsing import UNSUPPORTED, UNSUPPORTED_PARTS, Ignored, parse
 from gateway.api.template import ApplyTemplateRequest
 from opticnerve.errors import InvalidRequest, UnsupportedFeature
 from opticnerve.media.plan import Overrides
@@ -68,7 +67,7 @@ def test_the_customers_requests() -> None:
 
 
 def test_neutral_values_of_everything_else() -> None:
-    for name, field in FIELDS.items():
+    for name, field in UNSUPPORTED.items():
         for value in (None, *field.neutral):
             chat(**{name: value})
 
@@ -283,7 +282,7 @@ def test_pictures_that_name_nothing(part: dict[str, Any]) -> None:
     assert caught.value.param.startswith("messages[0].content[0]")
 
 
-@pytest.mark.parametrize("kind", PARTS)
+@pytest.mark.parametrize("kind", UNSUPPORTED_PARTS)
 def test_parts_of_other_servers(kind: str) -> None:
     error = refused(body([{"type": kind, kind: {"url": URL}}]), UnsupportedFeature)
     assert error.param == "messages[0].content[0].type"
@@ -445,7 +444,9 @@ JSON = st.recursive(
     ),
     max_leaves=12,
 )
-NAMES = st.sampled_from(sorted({*ChatRequest.model_fields, *FIELDS, "role", "content", "type"}))
+NAMES = st.sampled_from(
+    sorted({*ChatRequest.model_fields, *UNSUPPORTED, "role", "content", "type"})
+)
 
 
 @pytest.mark.slow

@@ -204,7 +204,7 @@ class Body(Strict):
     model_config = ConfigDict(extra="forbid")
     closed: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, Refused]] = {}
-    """Besides those of ``gateway.api.schemas.unsupported`` that the model has no field for."""
+    """Besides those that ``gateway.api.schemas.parsing`` lists and the model has no field for."""
 
 
 def _nullable(schema: JsonSchemaValue) -> JsonSchemaValue:
