@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gateway.api.chat import ChatRequest
+from gateway.api.completions import CompletionRequest
 from gateway.api.schemas.base import Strict
 from gateway.api.schemas.parsing import Ignored, parse
 from gateway.api.template import ApplyTemplateRequest
@@ -55,10 +56,11 @@ def models(kind: Any, found: list[type[Strict]]) -> list[type[Strict]]:
     return found
 
 
-MODELS = [*models(ChatRequest, []), ApplyTemplateRequest]
+MODELS = [*models(ChatRequest, []), ApplyTemplateRequest, CompletionRequest]
 BASES: dict[str, dict[str, Any]] = {
     "ChatRequest": body(),
     "ApplyTemplateRequest": {"messages": [user()]},
+    "CompletionRequest": {"model": "model", "prompt": "Once"},
     "Message": {"role": "assistant"},
     "TextPart": {"type": "text", "text": "x"},
     "RefusalPart": {"type": "refusal", "refusal": "x"},

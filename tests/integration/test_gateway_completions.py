@@ -127,6 +127,7 @@ async def test_a_stop_string_and_timings(stream):
         ({"prompt": None}, None, "prompt"),
         ({"prompt": [1, "a"]}, None, "prompt[1]"),
         ({"prompt": [-1]}, None, "prompt[0]"),
+        ({"prompt": [1, 3.5]}, None, "prompt[1]"),
         ({"prompt": [10**6]}, None, None),
         ({"messages": []}, "unknown_field", "messages"),
         ({"echo": True}, "unsupported", "echo"),
@@ -150,6 +151,6 @@ async def test_what_is_refused(fields, code, param):
 async def test_what_asks_for_nothing_is_accepted():
     neutral = {"echo": False, "suffix": "", "best_of": 1, "logprobs": None, "user": "u"}
     async with stack() as s:
-        for prompt in (["Once"], [ids("Once")]):
+        for prompt in (["Once"], [ids("Once")], [float(token) for token in ids("Once")]):
             assert (await complete(s, prompt, **neutral)).json()["choices"][0]["text"]
         assert all(list(start.token_ids) == ids("Once") for start in s.llm.starts)
