@@ -109,8 +109,8 @@ def _not_allowed(scope: Scope, error: HTTPException) -> ErrorResponse:
     allowed = (error.headers or {}).get("Allow", "")
     also = ", HEAD" if allowed == "GET" else ""
     method = scope["method"][:20]
-    told = MethodNotAllowed(f"{scope['route'].path} takes {allowed}, not {method}")
-    return ErrorResponse(told, {"allow": allowed + also})
+    refusal = MethodNotAllowed(f"{scope['route'].path} takes {allowed}, not {method}")
+    return ErrorResponse(refusal, {"allow": allowed + also})
 
 
 def make_app(gateway: Gateway) -> ASGIApp:

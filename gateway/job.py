@@ -1,4 +1,4 @@
-"""What an API asks of the pipeline: a prompt of one kind, how to go on with it, and for whom."""
+"""What an API asks of the pipeline: a prompt of one kind, options for its generation, a caller."""
 
 from __future__ import annotations
 
@@ -74,10 +74,11 @@ AnyPrompt = ChatPrompt | TextPrompt | TokenPrompt
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """How a prompt is gone on with.
+    """How a prompt is continued.
 
-    ``max_tokens``: None: the model's default. ``top_logprobs``: how many tokens' log-probabilities
-    besides the sampled one's; None: none at all. The names of the request's fields are for errors.
+    ``max_tokens``: None: the model's default. ``top_logprobs``: of how many of the most likely
+    tokens log-probabilities are wanted, besides the sampled one's; None: no log-probabilities at
+    all. Errors about ``max_tokens`` name the request's field ``max_tokens_field``.
     """
 
     sampling: SamplingFields
@@ -86,7 +87,7 @@ class GenerationOptions:
     top_logprobs: int | None = None
     priority: int | None = None  # None: the caller's default.
     cache_salt: str = ""
-    running_usage: bool = False  # Every event tells the usage so far.
+    running_usage: bool = False  # Every event has the usage so far.
 
 
 @dataclass
@@ -100,7 +101,7 @@ class Job:
     caller: Caller
     deadline: Deadline
     ticket: Ticket
-    body_bytes: int = 0  # That the ticket holds for the prompt.
+    body_bytes: int = 0  # Bytes that the ticket holds for the prompt.
     watch: Stopwatch = field(default_factory=Stopwatch)
     system_fingerprint: str | None = None  # Known once the first event has come.
 

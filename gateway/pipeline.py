@@ -255,8 +255,8 @@ def _end(
     metrics.TOKENS.labels("cached").inc(usage.cached_tokens)
     metrics.TOKENS.labels("image").inc(usage.embedding_tokens)
     metrics.TOKENS.labels("completion").inc(usage.completion_tokens)
-    had = embeddings.outcomes()
-    timings = job.watch.report([had.get(key) for key in spec.keys], embeddings.bytes_sent)
+    outcomes = embeddings.outcomes()
+    timings = job.watch.report([outcomes.get(key) for key in spec.keys], embeddings.bytes_sent)
     return End(usage, {**timings, "preemptions": done.timings.preemptions})
 
 

@@ -93,8 +93,8 @@ TIMINGS_HEADER = {"parameters": [_TIMINGS_HEADER]}
 
 def streamed(chunk: Any) -> dict[int | str, dict[str, Any]]:
     """The responses of a route whose answer may be a stream of ``chunk``s."""
-    told = "The answer; with `stream`, its chunks as server-sent events, then `[DONE]`."
-    return {200: {"description": told, **content("text/event-stream", chunk)}}
+    text = "The answer; with `stream`, its chunks as server-sent events, then `[DONE]`."
+    return {200: {"description": text, **content("text/event-stream", chunk)}}
 
 
 def usage_json(usage: Usage) -> CompletionUsage:
@@ -136,7 +136,7 @@ class WrittenChoice:
     end: ChoiceEnd | None = None
 
     def add(self, more: Text | ChoiceEnd) -> int:
-        """Takes an event; the bytes that are kept of it."""
+        """Adds an event; returns the bytes that it takes."""
         if isinstance(more, ChoiceEnd):
             self.end = more
             return 0
@@ -156,7 +156,7 @@ class AnswerWriter(ABC):
     chunk_object: ClassVar[str]
 
     def __init__(self, model: str, *, usage: bool = False, timings: bool = False) -> None:
-        """``usage``: a stream tells it at its end. ``timings``: the answer holds them."""
+        """``usage``: a stream has it at its end. ``timings``: the answer has them."""
         self.system_fingerprint: str | None = None
         self._id = f"{self.id_prefix}{uuid.uuid4().hex}"
         self._created = int(time.time())
@@ -196,12 +196,12 @@ class AnswerWriter(ABC):
         Raises AnswerTooLarge, Overloaded, and what ``events`` raises.
         """
         choices: dict[int, WrittenChoice] = {}
-        kept = 0
+        total = 0
         last = first
         while not isinstance(last, End):
             size = choices.setdefault(last.choice, WrittenChoice()).add(last)
-            kept += size
-            if kept > max_bytes:
+            total += size
+            if total > max_bytes:
                 raise AnswerTooLarge(
                     f"the answer is larger than {max_bytes} bytes; stream it, ask for fewer "
                     "choices, tokens or top_logprobs, or raise --max-answer-bytes"

@@ -46,8 +46,8 @@ W = TypeVar("W", bound=AnswerWriter)
 class PiecewiseResponse(StreamingResponse):
     """An answer that is sent as it is written. ``source`` is closed with it, whatever happens.
 
-    A client that does not read is left soon after the deadline: it must not hold its place, and
-    what is kept for it, for ever.
+    A client that does not read loses its connection soon after the deadline, so that it does not
+    hold its place and its answer for ever.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Call(Request):
         )
 
     def writer(self, kind: type[W], body: GenerateFields) -> W:
-        """Of an answer in the shape that the body, or a header, asks for."""
+        """A writer of the answer, with the usage and timings that the body or a header asks for."""
         by_header = self.headers.get("x-opticnerve-timings", "") in ("1", "true")
         return kind(body.model, usage=body.stream_usage, timings=body.timings or by_header)
 
@@ -154,8 +154,8 @@ class Call(Request):
         return PiecewiseResponse(_pieces(body), made, headers, job.deadline)
 
     def warnings(self) -> dict[str, str]:
-        """A header that names what the client said in vain. Names are the client's text: the header
-        gets what is printable of them, within bounds."""
+        """A header that names the fields that had no effect. The names are the client's text: only
+        what is printable of them goes into the header, within bounds."""
         heeded = {REASONING_EFFORT} & self.gateway.pipeline.renderer.template.variables
         unheeded = [name for name in self.ignored.unheeded if name not in heeded]
         lists = (("ignored unknown fields", self.ignored.unknown), ("without effect", unheeded))

@@ -1,4 +1,4 @@
-"""``POST /v1/chat/completions``: a chat to go on with."""
+"""``POST /v1/chat/completions``: a chat to continue."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ router = make_router("generation")
 # Fields of others that are not served are removed, or refused, before this model sees the body: see
 # gateway.api.schemas.parsing.
 class ChatRequest(TemplateFields, GenerateFields):
-    """A chat to go on with, and how."""
+    """A chat to continue, and how."""
 
     max_completion_tokens: OutputLength | None = None
     logprobs: bool | None = None

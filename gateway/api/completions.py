@@ -1,4 +1,4 @@
-"""``POST /v1/completions``: text, or token ids, to go on with."""
+"""``POST /v1/completions``: text, or token ids, to continue."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(GenerateFields):
-    """A prompt to go on with, and how."""
+    """A prompt to continue, and how."""
 
     refused: ClassVar[Mapping[str, Refused]] = {
         "logprobs": Refused((), "ask /v1/chat/completions for log-probabilities"),
@@ -61,7 +61,7 @@ class CompletionRequest(GenerateFields):
         ),
         BeforeValidator(_single, json_schema_input_type=Words | TokenIds),
     ]
-    max_tokens: OutputLength | None = Field(None, description="16 where nothing is said.")
+    max_tokens: OutputLength | None = Field(None, description="Default: 16.")
     add_special_tokens: bool = Field(
         True, description="Of a text: those that the tokenizer puts before it."
     )
@@ -120,7 +120,7 @@ class CompletionWriter(AnswerWriter):
 
 @router.post(
     "/v1/completions",
-    summary="Go on with a text, or with token ids",
+    summary="Continue a text, or token ids",
     response_model=Completion,
     responses=streamed(CompletionChunk),
     openapi_extra=TIMINGS_HEADER,

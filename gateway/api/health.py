@@ -158,10 +158,10 @@ def _store(pairing: Pairing) -> dict[str, Any]:
     """The embedding store as the serving workers see it. Where one does not reach it, requests go
     on: its look-ups are misses, and embeddings travel by Fetch."""
     workers = [*pairing.encoders.serving(), *pairing.llms.serving()]
-    told = [(w.address, w.description.store) for w in workers if w.description.store]
+    states = [(w.address, w.description.store) for w in workers if w.description.store]
     return {
-        "kinds": sorted({state.kind for _, state in told}),
-        "unreachable_from": [address for address, state in told if not state.reachable],
+        "kinds": sorted({state.kind for _, state in states}),
+        "unreachable_from": [address for address, state in states if not state.reachable],
     }
 
 
@@ -174,13 +174,13 @@ def _pool(pool: WorkerPool) -> dict[str, Any]:
 
 
 def _worker(worker: Worker) -> dict[str, Any]:
-    told = asdict(worker.description)
-    extra = told.pop("extra")
+    described = asdict(worker.description)
+    extra = described.pop("extra")
     return {
         "address": worker.address,
         "state": worker.state.value,
         "fault": worker.fault.text if worker.fault else None,
         "pending": worker.pending,
-        **{name: value for name, value in told.items() if name not in HIDDEN},
+        **{name: value for name, value in described.items() if name not in HIDDEN},
         **extra,
     }

@@ -43,11 +43,11 @@ class ServedNames:
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
-    def of(cls, served: Sequence[str], own: str, max_model_len: int) -> ServedNames:
+    def of(cls, served: Sequence[str], model: str, max_model_len: int) -> ServedNames:
         """``served``: --served-model-name; without it the model's own name and ``model``."""
         names = [name for name in served if name != ANY]
         if not names:
-            names = [own, "model"]
+            names = [model, "model"]
         return cls(tuple(dict.fromkeys(names)), ANY in served, max_model_len)
 
     def check(self, name: str | None, param: str | None = "model") -> None:

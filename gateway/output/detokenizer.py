@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from gateway.prompt.tokenizer import Tokenizer
@@ -51,11 +51,6 @@ class Vocabulary:
         if self.pieces is not None:
             return Pieces(self, skipped, self.pieces.strip_left)
         return Windowed(self, skipped)
-
-    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """All of ``ids`` at once."""
-        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
-        return "".join([detokenizer.push(i) for i in ids]) + detokenizer.flush()
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for in running text; b"" for an id without a token."""

@@ -18,11 +18,6 @@ class StopMatcher:
         self.strings = tuple(strings)
         self._held = ""
 
-    @property
-    def held(self) -> int:
-        """Characters held back."""
-        return len(self._held)
-
     def push(self, text: str) -> tuple[str, str | None, str]:
         """(text to show, stop string found or None, text after the start of the stop string).
 

@@ -71,8 +71,8 @@ def test_tokens_are_counted_up_to_the_match(vocabulary: Vocabulary) -> None:
     piece = output.push(ids)
     assert piece.text == "red square "
     assert piece.stop == output.stopped == "blue"
-    assert vocabulary.decode(ids[: piece.num_tokens]).endswith("blue")
-    assert not vocabulary.decode(ids[: piece.num_tokens - 1]).endswith("blue")
+    assert vocabulary.tokenizer.decode(ids[: piece.num_tokens]).endswith("blue")
+    assert not vocabulary.tokenizer.decode(ids[: piece.num_tokens - 1]).endswith("blue")
     assert output.num_tokens == piece.num_tokens
     assert output.push([1, 2]).num_tokens == 0
     assert output.finish().text == ""

@@ -38,7 +38,7 @@ class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = Field(
         False,
-        description="With include_usage: every chunk tells the usage so far, of all choices "
+        description="With include_usage: every chunk has the usage so far, of all choices "
         "together, as the last chunk does.",
     )
     include_obfuscation: bool = Field(
@@ -75,13 +75,13 @@ class GenerateFields(SamplingFields):
 
     @property
     def stream_usage(self) -> bool:
-        """Whether a stream tells its usage at its end."""
+        """Whether a stream has its usage at its end."""
         options = self.stream_options
         return bool(self.stream) and options is not None and options.include_usage
 
     @property
     def running_usage(self) -> bool:
-        """Whether every chunk of a stream tells the usage so far."""
+        """Whether every chunk of a stream has the usage so far."""
         options = self.stream_options
         return self.stream_usage and options is not None and options.continuous_usage_stats
 

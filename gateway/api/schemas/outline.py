@@ -89,9 +89,9 @@ class Outline:
         if isinstance(value, str):
             return self._string(value)
         if isinstance(value, list):
-            return [self._fill(held) for held in value]
+            return [self._fill(entry) for entry in value]
         if isinstance(value, dict):
-            return {self._name(name): self._fill(held) for name, held in value.items()}
+            return {self._name(name): self._fill(entry) for name, entry in value.items()}
         return value
 
     def _string(self, value: str) -> str:
@@ -119,7 +119,7 @@ def draw(text: bytes | bytearray, enough: int) -> Outline:
     MAX_OUTLINE_BYTES besides its long strings.
     """
     mark, view = secrets.token_hex(16), memoryview(text)
-    kept: list[bytes] = []
+    pieces: list[bytes] = []
     strings = array("q")
     place = len(BOM) if text.startswith(BOM) else 0
     size, values, count = 0, 1, 0
@@ -129,7 +129,7 @@ def draw(text: bytes | bytearray, enough: int) -> Outline:
         _check_size(size)
         outside = bytes(view[place:start])
         values += sum(outside.count(sign) for sign in (b",", b"[", b"{"))
-        kept.append(outside)
+        pieces.append(outside)
         if not outside.endswith(b'"'):
             break
         count += 1
@@ -142,9 +142,9 @@ def draw(text: bytes | bytearray, enough: int) -> Outline:
             inside = f"{mark}{len(strings) // 3}".encode()
             strings.extend((start, place, plain))
         size += len(inside)
-        kept += (inside, b'"')
+        pieces += (inside, b'"')
         place += 1
-    return Outline(values, b"".join(kept), mark, view, strings)
+    return Outline(values, b"".join(pieces), mark, view, strings)
 
 
 def _end(text: bytes | bytearray, start: int) -> tuple[int, bool]:
