@@ -22,7 +22,7 @@ from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import CHUNK_BYTES, chunks
 from opticnerve.rpc.server import Server
-from opticnerve.telemetry import events
+from opticnerve.telemetry import logs
 from opticnerve.worker import WorkerServicer
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -56,14 +56,14 @@ class EncoderServicer(WorkerServicer[Encoder], encoder_pb2_grpc.EncoderServicer)
         try:
             async with asyncio.timeout(DEFAULT_DEADLINE_S if remaining_s is None else remaining_s):
                 header = await upload.header()
-                events.identify(header.request_id)
+                logs.identify(header.request_id)
                 request = _request(header)
                 _note(request)
                 item = await encoder.encode(request, upload.read)
         except TimeoutError as error:
             raise DeadlineExceeded("the item's deadline passed before it was encoded") from error
         timings = convert.field_values(item.timings, pb.EncodeTimings)
-        events.note(**{name: value for name, value in timings.items() if value})
+        logs.note(**{name: value for name, value in timings.items() if value})
         return pb.EncodeResponse(
             ref=convert.ref_to_pb(item.ref), timings=pb.EncodeTimings(**timings)
         )
@@ -134,7 +134,7 @@ def _request(header: pb.EncodeHeader) -> ItemRequest:
 def _note(request: ItemRequest) -> None:
     """Adds the item to the call's line in the log."""
     plan = request.plan
-    events.note(
+    logs.note(
         item=request.key[:LOGGED_KEY],
         size=f"{plan.width}x{plan.height}",
         bytes=request.num_bytes,

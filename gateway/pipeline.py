@@ -40,7 +40,7 @@ from gateway.workers.request_embeddings import RequestEmbeddings
 from opticnerve.generation.values import Delta, Done, Sampling, Usage
 from opticnerve.media.keys import tenant_salt
 from opticnerve.media.plan import Plan
-from opticnerve.telemetry import events
+from opticnerve.telemetry import logs
 
 OFF_LOOP_CHARACTERS = 8_000  # Longer prompts are rendered and tokenized in a thread.
 OFF_LOOP_TOKENS = 20_000  # Likewise prompts whose pictures are put in.
@@ -96,7 +96,7 @@ class Pipeline:
                 done = finished or Done(generation.usage())
                 yield _end(job, spec, done, choices.num_tokens, embeddings)
             finally:
-                events.note(
+                logs.note(
                     completion_tokens=choices.num_tokens,
                     finish=[reason for reason in choices.finish_reasons if reason],
                     **job.watch.log_fields(embeddings.outcomes().values()),
@@ -144,7 +144,7 @@ class Pipeline:
         )
         pair, items = await self._pair_early(job, pictures)
         prompt = await self.render(job.prompt, pictures.plans, job.watch)
-        events.note(prompt_tokens=len(prompt.token_ids), images=len(pictures.items) or None)
+        logs.note(prompt_tokens=len(prompt.token_ids), images=len(pictures.items) or None)
         job.drop_prompt()
         if pair is None:
             with job.watch.stage("pair"):

@@ -24,7 +24,7 @@ from gateway.edge.admission import Ticket
 from gateway.edge.deadline import Deadline
 from gateway.edge.limits import ERROR_DELIVERY_S
 from gateway.job import AnyPrompt, GenerationOptions, Job
-from opticnerve.telemetry import events
+from opticnerve.telemetry import logs
 from opticnerve.telemetry.logs import printable
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class PiecewiseResponse(StreamingResponse):
                     await self._send_all(send)
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
             except TimeoutError:
-                events.note(ended=UNREAD)
+                logs.note(ended=UNREAD)
 
     async def _send_all(self, send: Send) -> None:
         """A failure from here on is an event, after which the stream ends."""
@@ -117,7 +117,7 @@ class Call(Request):
         async with self.deadline.timeout():
             parsed, self.ignored = await read_body(self, model, config, self.ticket)
         name: str | None = getattr(parsed, "model", None)
-        events.note(model=name)
+        logs.note(model=name)
         self.gateway.names.check(name)
         return parsed
 
@@ -163,7 +163,7 @@ class Call(Request):
         if not text:
             return {}
         text = printable(text, MAX_WARNING).rstrip()  # A header that ends in a space is none.
-        events.note(ignored=text)
+        logs.note(ignored=text)
         return {WARNINGS: text}
 
 

@@ -29,7 +29,7 @@ from opticnerve.errors import (
     PayloadTooLarge,
     UnsupportedMediaType,
 )
-from opticnerve.telemetry import events
+from opticnerve.telemetry import logs
 
 REF = "#/components/schemas/{model}"
 OFF_LOOP_BYTES = 2**19  # A larger body, and one of more values, is parsed in a thread.
@@ -104,20 +104,20 @@ class ErrorResponse(JSONResponse):
         super().__init__(error.to_openai(), error.http_status, all_headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        events.failed(self.error)
+        logs.failed(self.error)
         await super().__call__(scope, receive, send)
 
 
 def typed(error: Exception) -> OpticNerveError:
     """``error`` as clients are shown it; the request's line in the log has the exception itself."""
     if isinstance(error, OpticNerveError):
-        events.failed(error)
+        logs.failed(error)
         return error
     shown = OpticNerveError(
         "internal error; the server's log has the details under this request's id",
         code="internal_error",
     )
-    events.failed(shown, cause=error)
+    logs.failed(shown, cause=error)
     return shown
 
 

@@ -22,7 +22,7 @@ from gateway.edge.protocol import holder_of
 from opticnerve import addresses
 from opticnerve.errors import Forbidden, OpticNerveError, Unauthenticated, UnsupportedMediaType
 from opticnerve.process import LAST_WORDS_S, Running
-from opticnerve.telemetry import events, logs
+from opticnerve.telemetry import logs
 from opticnerve.telemetry.logs import printable
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class RequestScope:
         if method == "HEAD":  # Every route that takes GET takes it; the server sends no body.
             scope["method"] = "GET"
         identity = scope.setdefault("state", {})["request_id"] = request_id(scope)
-        event = events.begin(identity)
+        event = logs.begin_event(identity)
         answer = _Answer(send, identity)
         metrics.REQUESTS_IN_FLIGHT.inc()
         try:
@@ -270,7 +270,7 @@ class Disconnect:
             if work.done() or client.answered:
                 await work
             else:
-                events.note(ended=CLIENT_LEFT)
+                logs.note(ended=CLIENT_LEFT)
         finally:
             await _end(watch)
             await _end(work)

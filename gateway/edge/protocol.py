@@ -19,7 +19,7 @@ from gateway import metrics
 from gateway.api.http import JSONResponse
 from gateway.edge.limits import IPV6_NETWORK_BITS, MAX_HEAD_BYTES
 from opticnerve.errors import InvalidRequest
-from opticnerve.telemetry import events
+from opticnerve.telemetry import logs
 
 if TYPE_CHECKING:
     from gateway.edge.connections import Connections
@@ -213,7 +213,7 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answers bytes that are not HTTP, and closes. ``msg`` is uvicorn's, without a reason."""
         error = InvalidRequest(f"this is no HTTP/1.1 request: {self.conn.fault}", code="not_http")
-        event = events.Event()
+        event = logs.Event()
         event.error = error
         event.write(log, logging.INFO, "request", status=400)
         metrics.REQUESTS.labels("other", "400").inc()

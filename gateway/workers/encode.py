@@ -38,7 +38,7 @@ from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.encode_upload import EncodeItem, EncodeUpload
 from opticnerve.single_flight import Flights
-from opticnerve.telemetry import events
+from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
 
@@ -345,9 +345,9 @@ def _without_unproven_address(ref: EmbeddingRef, worker: Worker) -> EmbeddingRef
 def _note(run: _EncodeRun, request_id: str) -> None:
     """Notes for the request's log line which encoders were called, and under which request's id."""
     for address in run.called:
-        events.append(encoder=address)
+        logs.append(encoder=address)
     if run.request_id != request_id:
-        events.append(encoded_as=run.request_id)
+        logs.append(encoded_as=run.request_id)
 
 
 def _has_fingerprint(item: Encodable) -> Accepts:

@@ -22,14 +22,13 @@ from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import Description, Worker, WorkerLost, call_error
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import EngineFailure, OpticNerveError, Overloaded, Unavailable
-from opticnerve.generation import messages
 from opticnerve.generation.stream import GenerateStream, ReferenceSource, StreamPolicy
 from opticnerve.generation.values import ChoiceOutput, Delta, Done, Sampling, Usage
 from opticnerve.media.plan import Span
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
-from opticnerve.telemetry import events
+from opticnerve.telemetry import logs
 
 PAUSE_S = 0.02  # Between attempts.
 POLICY = StreamPolicy()
@@ -146,7 +145,7 @@ class FailoverGeneration:
         """Raises Unavailable if too many workers were lost while they had the generation."""
         if self.complete:
             return
-        events.append(lost=self.worker)
+        logs.append(lost=self.worker)
         if deaths > MAX_LLM_DEATHS:
             raise Unavailable(
                 "the workers that served this request were lost one after another; "
@@ -173,7 +172,7 @@ class FailoverGeneration:
     async def _attempt(self, worker: Worker) -> AsyncGenerator[Delta | Done, None]:
         self.deadline.check()
         self.worker = worker.address
-        events.append(llm=worker.address)
+        logs.append(llm=worker.address)
         stream = GenerateStream(
             llm_pb2_grpc.LLMStub(worker.channel),
             self._start(),
@@ -196,14 +195,14 @@ class FailoverGeneration:
             request_id=spec.request_id,
             token_ids=spec.token_ids,
             spans=[convert.span_to_pb(span) for span in spec.spans],
-            items=[messages.item_to_pb(key, known(key)) for key in spec.keys],
-            sampling=messages.sampling_to_pb(spec.sampling),
+            items=[convert.item_to_pb(key, known(key)) for key in spec.keys],
+            sampling=convert.sampling_to_pb(spec.sampling),
             priority=spec.priority,
             share=spec.caller.share,
             weight=spec.caller.weight,
             cache_salt=spec.cache_salt,
             embedding_wait_ms=max(1, int(self.deadline.remaining() * 1000)),
-            outputs=map(messages.output_to_pb, self._progress.outputs()),
+            outputs=map(convert.output_to_pb, self._progress.outputs()),
         )
 
     def _take(self, delta: Delta) -> Delta:

@@ -34,7 +34,7 @@ from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
 from opticnerve.rpc.channel import open_channel
 from opticnerve.rpc.errors import from_rpc
 from opticnerve.single_flight import Flights
-from opticnerve.telemetry import events
+from opticnerve.telemetry import logs
 from opticnerve.tensors.header import LENGTH
 
 FETCH_TIMEOUT_S = 30.0
@@ -184,7 +184,7 @@ class Fetcher:
                     raise EmbeddingCorrupt("an encoder sent more than the reference describes")
         except grpc.RpcError as error:
             told = from_rpc(error)
-            events.append(fetch_failed=f"{address} {told.code or told.type}")
+            logs.append(fetch_failed=f"{address} {told.code or told.type}")
             if isinstance(told, Unauthenticated):
                 log.warning("Fetch from %s: %s", address, told.message)
             return None

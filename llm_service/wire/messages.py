@@ -15,7 +15,6 @@ from opticnerve import addresses
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.embeddings.store import check_key
 from opticnerve.errors import InvalidRequest, OpticNerveError, UnsupportedFeature
-from opticnerve.generation.messages import delta_to_pb, output_from_pb, sampling_from_pb
 from opticnerve.generation.values import Delta, Sampling
 from opticnerve.media.plan import Modality
 from opticnerve.models.family import Layout
@@ -83,7 +82,7 @@ def read_start(
         sampling=_sampling(start.sampling, bounds),
         priority=start.priority,
         cache_salt=start.cache_salt,
-        outputs=tuple(map(output_from_pb, start.outputs)),
+        outputs=tuple(map(convert.output_from_pb, start.outputs)),
         skip_prefix_cache=start.skip_prefix_cache,
         share=start.share,
         weight=start.weight or 1.0,
@@ -158,7 +157,7 @@ def _sampling(message: pb.SamplingParams, bounds: Bounds) -> Sampling:
     """Raises InvalidRequest or UnsupportedFeature."""
     if message.grammar:
         raise UnsupportedFeature("structured output is not served yet", param="grammar")
-    sampling = sampling_from_pb(message)
+    sampling = convert.sampling_from_pb(message)
     vocabulary = bounds.engine.vocab_size
     for name, ids in (
         ("logit_bias", sampling.logit_bias),
@@ -191,7 +190,7 @@ def deltas(delta: Delta) -> Iterator[pb.TokenDelta]:
     size = max(PIECE_BYTES // (4 + width * LOGPROB_BYTES), 1)
     count = len(delta.token_ids)
     if count <= size:
-        yield delta_to_pb(delta)
+        yield convert.delta_to_pb(delta)
         return
     for begin in range(0, count, size):
         piece = replace(
@@ -202,4 +201,4 @@ def deltas(delta: Delta) -> Iterator[pb.TokenDelta]:
         )
         if begin + size < count:
             piece = replace(piece, finish_reason=None, stop_token_id=None)
-        yield delta_to_pb(piece)
+        yield convert.delta_to_pb(piece)

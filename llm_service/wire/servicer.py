@@ -31,13 +31,12 @@ from llm_service.wire import messages as wire
 from llm_service.wire.messages import Accepted, Bounds
 from llm_service.wire.needed_rows import AskCaller, NeededRows
 from opticnerve.errors import DeadlineExceeded, InvalidRequest, OpticNerveError, Unavailable
-from opticnerve.generation.messages import done_to_pb, position_to_pb
 from opticnerve.generation.values import Delta, Done
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.calls import FINISHED
-from opticnerve.telemetry import events
+from opticnerve.telemetry import logs
 from opticnerve.worker import WorkerServicer
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -99,8 +98,8 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
             raise InvalidRequest("the first message of Generate is Start", param="start")
         if self.server.running.draining or not loaded.engine.alive:
             raise Unavailable("the LLM worker is stopping; use another", retry_after_s=1.0)
-        events.identify(first.start.request_id)
-        events.note(prompt_tokens=len(first.start.token_ids), items=len(first.start.items) or None)
+        logs.identify(first.start.request_id)
+        logs.note(prompt_tokens=len(first.start.token_ids), items=len(first.start.items) or None)
         local_names = await loaded.fetcher.names(wire.inline_items(first.start))
         accepted = wire.read_start(first.start, loaded.bounds, local_names)
         await GenerateCall(loaded, accepted, context).run(request_iterator)
@@ -174,7 +173,7 @@ class GenerateCall:
                 for message in self._messages(batch):
                     await self._context.write(message)
         finally:
-            events.note(completion_tokens=self._tokens)
+            logs.note(completion_tokens=self._tokens)
             reader.cancel()
             self._needed.close()
             await asyncio.shield(asyncio.create_task(release(self._loaded.engine, self._stream)))
@@ -203,13 +202,15 @@ class GenerateCall:
                 case NeedRowsEvent():
                     self._needed.wanted(event.keys, event.preempted)
                 case PrefilledEvent():
-                    events.note(
+                    logs.note(
                         cached_tokens=event.cached_tokens,
                         ttft_ms=(time.perf_counter() - self._started) * 1e3,
                     )
                     out[-1].prefilled.CopyFrom(pb.Prefilled(cached_tokens=event.cached_tokens))
                 case PromptLogprobsEvent():
-                    positions = pb.PromptLogprobs(positions=map(position_to_pb, event.positions))
+                    positions = pb.PromptLogprobs(
+                        positions=map(convert.position_to_pb, event.positions)
+                    )
                     out += (pb.GenerateOut(prompt_logprobs=positions), pb.GenerateOut())
                 case FinishedEvent():
                     out[-1].done.CopyFrom(self._done(event))
@@ -225,7 +226,7 @@ class GenerateCall:
         done = Done(event.usage, replace(event.timings, get_ms=self._needed.get_s * 1e3))
         observe(done)
         timings = done.timings
-        events.note(
+        logs.note(
             ended=FINISHED,
             queue_ms=timings.queue_ms,
             embedding_wait_ms=timings.embedding_wait_ms or None,
@@ -234,12 +235,12 @@ class GenerateCall:
             decode_ms=timings.decode_ms,
             preemptions=timings.preemptions or None,
         )
-        return done_to_pb(done)
+        return convert.done_to_pb(done)
 
     def _note(self, delta: Delta) -> None:
         self._tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
-            events.append(finish=delta.finish_reason.value)
+            logs.append(finish=delta.finish_reason.value)
 
     async def _read(self, messages: AsyncIterator[pb.GenerateIn]) -> None:
         """Reads what the caller sends after Start."""

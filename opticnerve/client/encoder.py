@@ -14,7 +14,7 @@ from opticnerve.client.contents import EncodedPicture
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import EmbeddingCorrupt, Mispaired
 from opticnerve.extras import require_extra
-from opticnerve.generation.checks import UINT64, check_integer
+from opticnerve.generation.values import UINT64, check_integer
 from opticnerve.media.keys import content_key
 from opticnerve.media.pictures import Picture, read_picture
 from opticnerve.media.plan import WHITE, Overrides

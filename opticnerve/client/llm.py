@@ -26,10 +26,16 @@ from opticnerve.client.encoder import AsyncEncoderClient
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import EmbeddingUnavailable, InvalidRequest, PayloadTooLarge
-from opticnerve.generation import messages
-from opticnerve.generation.checks import read_token_ids
 from opticnerve.generation.stream import GenerateStream, StreamPolicy
-from opticnerve.generation.values import Delta, Done, Generation, Sampling, Usage, whole_answer
+from opticnerve.generation.values import (
+    Delta,
+    Done,
+    Generation,
+    Sampling,
+    Usage,
+    read_token_ids,
+    whole_answer,
+)
 from opticnerve.pb import llm_pb2, llm_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import open_channel
@@ -149,7 +155,7 @@ class AsyncLLMClient:
             token_ids=ids,
             spans=[convert.span_to_pb(span) for span in spans],
             items=items_of(refs),
-            sampling=messages.sampling_to_pb(resolved),
+            sampling=convert.sampling_to_pb(resolved),
         )
         source = ContentReferences(refs, placed, self._encoder)
         return GenerateStream(self._stub, start, source, timeout_s or self.timeout_s, POLICY)
@@ -208,7 +214,7 @@ def items_of(refs: Sequence[EmbeddingRef]) -> list[llm_pb2.Item]:
         inline = bool(ref.location.inline)
         room -= len(ref.location.inline)
         fits = room >= 0 or not inline
-        items.append(messages.item_to_pb(ref.key, ref if fits else None, own=inline))
+        items.append(convert.item_to_pb(ref.key, ref if fits else None, own=inline))
     return items
 
 

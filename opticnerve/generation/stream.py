@@ -17,10 +17,11 @@ import grpc
 
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import EngineFailure, OpticNerveError, Unavailable
-from opticnerve.generation import messages
 from opticnerve.generation.values import Delta, Done, PositionLogprobs
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
+from opticnerve.rpc import convert
+from opticnerve.rpc.errors import to_detail
 
 if TYPE_CHECKING:
     ClientCall = grpc.aio.StreamStreamCall[pb.GenerateIn, pb.GenerateOut]
@@ -114,11 +115,11 @@ class GenerateStream:
                     self.cached_tokens = message.prefilled.cached_tokens
                 if message.HasField("prompt_logprobs"):
                     positions = message.prompt_logprobs.positions
-                    self.prompt_logprobs = messages.positions_from_pb(positions)
+                    self.prompt_logprobs = convert.positions_from_pb(positions)
                 for delta in message.deltas:
-                    yield messages.delta_from_pb(delta)
+                    yield convert.delta_from_pb(delta)
                 if message.HasField("done"):
-                    yield messages.done_from_pb(message.done)
+                    yield convert.done_from_pb(message.done)
                     return
         except grpc.RpcError as error:
             if feeder.failure is None:
@@ -192,11 +193,13 @@ class _Feeder:
             await self._fail(key, OpticNerveError("internal error; the log has the details"))
         else:
             self._looking.discard(key)  # The worker may answer before the write returns.
-            await self._write(messages.ready_to_pb(ref))
+            ready = pb.EmbeddingReady(ref=convert.ref_to_pb(ref))
+            await self._write(pb.GenerateIn(embedding_ready=ready))
 
     async def _fail(self, key: str, error: OpticNerveError) -> None:
         self.failure = self.failure or error
-        await self._write(messages.failure_to_pb(key, error))
+        failed = pb.EmbeddingFailed(key=key, status=error.grpc_status, detail=to_detail(error))
+        await self._write(pb.GenerateIn(embedding_failed=failed))
         await asyncio.sleep(self._fail_grace_s)
         self._call.cancel()
 

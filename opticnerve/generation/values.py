@@ -1,17 +1,97 @@
 """The vocabulary of generation, shared by gateway, clients and engine: plain values.
 
-Knows no transport and no tensors; ``opticnerve.generation.messages`` turns these values into the
-messages of ``llm.proto`` and back. Everything here is frozen and can be pickled.
+Knows no transport and no tensors; ``opticnerve.rpc.convert`` turns these values into the messages
+of ``llm.proto`` and back. Everything here is frozen and can be pickled. Numbers and token ids that
+no message can carry are refused here, by the field's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
-from opticnerve.generation import checks
+from opticnerve.errors import InvalidRequest
+
+UINT32 = 2**32 - 1
+UINT64 = 2**64 - 1
+MAX_BIAS = 1e30  # Dividing it by any temperature stays within fp32.
+
+
+# ---- checks
+
+
+def check_integer(name: str, value: Any, most: int = UINT32) -> None:
+    """Raises InvalidRequest unless ``value`` is an integer from 0 to ``most``."""
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        kind = type(value).__name__
+        raise InvalidRequest(f"{name} is an integer, not {kind}", param=name) from error
+    if not 0 <= number <= most:
+        raise InvalidRequest(f"{name} is from 0 to {most}, not {value}", param=name)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    or_zero: bool = False,
+) -> None:
+    """Raises InvalidRequest unless ``value`` is a real number from ``low`` to ``high``; NaN is in
+    no range."""
+    if not isinstance(value, (int, float, Real)):
+        raise InvalidRequest(f"{name} is a number, not {type(value).__name__}", param=name)
+    number: Any = value
+    if not (low <= number <= high or (or_zero and number == 0)):
+        raise InvalidRequest(f"{name} must be between {low:g} and {high:g}", param=name)
+
+
+def read_token_ids(name: str, ids: object) -> tuple[int, ...]:
+    """Token ids of any sequence or array of one dimension.
+
+    Raises InvalidRequest unless all are integers that a message can carry, and for a single
+    integer, text, bytes and mappings, which are not sequences of token ids.
+    """
+    if isinstance(ids, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(
+        ids, Iterable
+    ):
+        kind = type(ids).__name__
+        raise InvalidRequest(f"{name} is a sequence of token ids, not {kind}", param=name)
+    try:
+        found = tuple(map(operator.index, ids))
+    except TypeError as error:
+        raise InvalidRequest(f"{name} holds token ids, which are integers", param=name) from error
+    for extreme in (min(found, default=0), max(found, default=0)):
+        if not 0 <= extreme <= UINT32:
+            raise InvalidRequest(f"{extreme} in {name} is no token id", param=name)
+    return found
+
+
+def _check_biases(name: str, biases: object) -> None:
+    """Raises InvalidRequest unless ``biases`` are numbers within MAX_BIAS of 0, by token id."""
+    if not isinstance(biases, Mapping):
+        raise InvalidRequest(f"{name} is {{id: bias}}, not {type(biases).__name__}", param=name)
+    read_token_ids(name, tuple(biases))
+    for bias in biases.values():
+        check_number(name, bias, -MAX_BIAS, MAX_BIAS)
+
+
+def _check_words(name: str, words: Iterable[object]) -> None:
+    """Raises InvalidRequest unless each of ``words`` is a sequence of one token id or more."""
+    for word in words:
+        if not read_token_ids(name, word):
+            raise InvalidRequest(f"a word of {name} has at least one token", param=name)
+
+
+# ---- values
 
 # How a field of Sampling is declared: its default, and in its metadata
 #   "check": raises InvalidRequest for a value that is not allowed, given the field's name
@@ -23,17 +103,12 @@ def _checked(default: Any, check: Callable[[str, Any], object], **metadata: bool
     return field(default=default, metadata={"check": check, **metadata})
 
 
-def _integer(default: int, most: int = checks.UINT32, **metadata: bool) -> Any:
-    def check(name: str, value: object) -> None:
-        checks.check_integer(name, value, most)
-
-    return _checked(default, check, **metadata)
+def _integer(default: int, most: int = UINT32, **metadata: bool) -> Any:
+    return _checked(default, partial(check_integer, most=most), **metadata)
 
 
 def _number(default: float, low: float, high: float, **metadata: bool) -> Any:
-    def check(name: str, value: object) -> None:
-        checks.check_number(name, value, low, high, or_zero="zero_is_off" in metadata)
-
+    check = partial(check_number, low=low, high=high, or_zero="zero_is_off" in metadata)
     return _checked(default, check, **metadata)
 
 
@@ -60,18 +135,16 @@ class Sampling:
     frequency_penalty: float = _number(0.0, -100.0, 100.0)
     presence_penalty: float = _number(0.0, -100.0, 100.0)
     repetition_penalty: float = _number(1.0, 1e-3, 100.0, model_default=True, zero_is_off=True)
-    seed: int = _integer(0, checks.UINT64)
+    seed: int = _integer(0, UINT64)
     n: int = _integer(1, zero_is_off=True)
-    stop_token_ids: tuple[int, ...] = _checked((), checks.check_token_ids)
+    stop_token_ids: tuple[int, ...] = _checked((), read_token_ids)
     ignore_eos: bool = False
-    eos_token_ids: tuple[int, ...] | None = _optional(checks.check_token_ids)
-    logprobs: int | None = _optional(checks.check_integer)
-    prompt_logprobs: int | None = _optional(checks.check_integer)
-    logit_bias: Mapping[int, float] = field(
-        default_factory=dict, metadata={"check": checks.check_biases}
-    )
-    bad_words: tuple[tuple[int, ...], ...] = _checked((), checks.check_words)
-    allowed_token_ids: tuple[int, ...] = _checked((), checks.check_token_ids)
+    eos_token_ids: tuple[int, ...] | None = _optional(read_token_ids)
+    logprobs: int | None = _optional(check_integer)
+    prompt_logprobs: int | None = _optional(check_integer)
+    logit_bias: Mapping[int, float] = field(default_factory=dict, metadata={"check": _check_biases})
+    bad_words: tuple[tuple[int, ...], ...] = _checked((), _check_words)
+    allowed_token_ids: tuple[int, ...] = _checked((), read_token_ids)
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS:

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 
 from opticnerve.errors import InvalidRequest, Unavailable
 from opticnerve.rpc.errors import STATUS_BY_NUMBER, abort
-from opticnerve.telemetry import events
+from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Calls(grpc.aio.ServerInterceptor):
 
     @contextlib.contextmanager
     def _line(self, method: str, context: Context) -> Iterator[None]:
-        event = events.begin()
+        event = logs.begin_event()
         left = False
         try:
             yield
@@ -110,7 +110,7 @@ async def _written(behavior: Behavior, request: Any, context: Context) -> None:
             await context.write(message)
 
 
-def _status(event: events.Event) -> str:
+def _status(event: logs.Event) -> str:
     return "OK" if event.error is None else STATUS_BY_NUMBER[event.error.grpc_status].name
 
 

@@ -1,11 +1,14 @@
-"""Values of media and embeddings to messages and back.
+"""Values of media, embeddings and generation as messages, and back.
 
-A message has the fields of its class, by name, so that a field that is added to both travels.
+A message has the fields of its class, by name, so that most conversions name none of them: a field
+that is added to both travels.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, MutableMapping, MutableSequence
+from dataclasses import fields
 from typing import Any
 
 from google.protobuf.descriptor import Descriptor
@@ -14,6 +17,17 @@ from google.protobuf.message import Message
 from opticnerve.embeddings.ref import DTYPES, EmbeddingRef, Location, TensorSpec
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import StoreState
+from opticnerve.generation.values import (
+    ChoiceOutput,
+    Delta,
+    Done,
+    FinishReason,
+    Logprob,
+    PositionLogprobs,
+    Sampling,
+    Timings,
+    Usage,
+)
 from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, SpanAttention
 from opticnerve.pb import embedding_pb2 as pb
 from opticnerve.pb import llm_pb2
@@ -29,6 +43,11 @@ _ATTENTION = {
     SpanAttention.BIDIRECTIONAL: pb.SPAN_ATTENTION_BIDIRECTIONAL,
 }
 _ATTENTION_BACK = {number: attention for attention, number in _ATTENTION.items()}
+_FINISH = {
+    reason: llm_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason
+}
+_FINISH_BACK = {number: reason for reason, number in _FINISH.items()}
+_OPTIONAL = {each.name for each in llm_pb2.SamplingParams.DESCRIPTOR.fields if each.has_presence}
 _DTYPE = {name: pb.DType.Value(f"DTYPE_{name}") for name in DTYPES}
 _DTYPE_BACK = {number: name for name, number in _DTYPE.items()}
 
@@ -41,6 +60,9 @@ def field_values(source: Any, message: type[Message]) -> dict[str, Any]:
 @functools.cache
 def _names(descriptor: Descriptor) -> tuple[str, ...]:
     return tuple(each.name for each in descriptor.fields)
+
+
+# ---- media and embeddings
 
 
 def grid_to_pb(grid: Grid) -> pb.Grid:
@@ -136,3 +158,109 @@ def store_state_from_pb(message: pb.StoreState) -> StoreState | None:
     if not message.kind:
         return None
     return StoreState(message.kind, message.reachable, message.key_id)
+
+
+# ---- what a generation asks for
+
+
+def sampling_to_pb(sampling: Sampling) -> llm_pb2.SamplingParams:
+    """Every field explicitly: a worker knows no defaults of a model or a gateway."""
+    values: dict[str, Any] = {each.name: getattr(sampling, each.name) for each in fields(Sampling)}
+    values["bad_words"] = [llm_pb2.TokenSequence(token_ids=word) for word in sampling.bad_words]
+    return llm_pb2.SamplingParams(**values)
+
+
+def sampling_from_pb(message: llm_pb2.SamplingParams) -> Sampling:
+    """Zeros that mean "off" become neutral values. Raises InvalidRequest for a value out of its
+    range."""
+    values: dict[str, Any] = {}
+    for each in fields(Sampling):
+        name, value = each.name, _plain(getattr(message, each.name))
+        unset = name in _OPTIONAL and not message.HasField(name)  # type: ignore[arg-type]
+        off = not value and each.metadata.get("zero_is_off")
+        values[name] = each.default if unset or off else value
+    values["bad_words"] = tuple(tuple(word.token_ids) for word in message.bad_words)
+    return Sampling(**values)
+
+
+def output_to_pb(output: ChoiceOutput) -> llm_pb2.ChoiceOutput:
+    return llm_pb2.ChoiceOutput(**field_values(output, llm_pb2.ChoiceOutput))
+
+
+def output_from_pb(message: llm_pb2.ChoiceOutput) -> ChoiceOutput:
+    return ChoiceOutput(message.choice, tuple(message.output_ids), message.finished)
+
+
+def item_to_pb(key: str, ref: EmbeddingRef | None, *, own: bool = False) -> llm_pb2.Item:
+    return llm_pb2.Item(key=key, ref=ref_to_pb(ref) if ref else None, own=own)
+
+
+# ---- what it answers
+
+
+def delta_to_pb(delta: Delta) -> llm_pb2.TokenDelta:
+    values = field_values(delta, llm_pb2.TokenDelta)
+    values |= {
+        "logprobs": map(position_to_pb, delta.logprobs),
+        "finish_reason": _FINISH[delta.finish_reason] if delta.finish_reason else None,
+    }
+    return llm_pb2.TokenDelta(**values)
+
+
+def delta_from_pb(message: llm_pb2.TokenDelta) -> Delta:
+    reason = _FINISH_BACK.get(message.finish_reason)
+    return Delta(
+        choice=message.choice,
+        first_index=message.first_index,
+        token_ids=tuple(message.token_ids),
+        logprobs=positions_from_pb(message.logprobs),
+        finish_reason=reason,
+        stop_token_id=message.stop_token_id if reason is FinishReason.STOP else None,
+    )
+
+
+def position_to_pb(position: PositionLogprobs) -> llm_pb2.PositionLogprobs:
+    sampled = position.sampled
+    return llm_pb2.PositionLogprobs(
+        sampled=None if sampled is None else _logprob_to_pb(sampled),
+        top=map(_logprob_to_pb, position.top),
+    )
+
+
+def positions_from_pb(messages: Iterable[llm_pb2.PositionLogprobs]) -> tuple[PositionLogprobs, ...]:
+    return tuple(
+        PositionLogprobs(
+            _logprob_from_pb(message.sampled) if message.HasField("sampled") else None,
+            tuple(map(_logprob_from_pb, message.top)),
+        )
+        for message in messages
+    )
+
+
+def _logprob_to_pb(logprob: Logprob) -> llm_pb2.TokenLogprob:
+    return llm_pb2.TokenLogprob(token_id=logprob[0], logprob=logprob[1], rank=logprob[2])
+
+
+def _logprob_from_pb(message: llm_pb2.TokenLogprob) -> Logprob:
+    return Logprob(message.token_id, message.logprob, message.rank)
+
+
+def done_to_pb(done: Done) -> llm_pb2.Done:
+    return llm_pb2.Done(
+        usage=llm_pb2.Usage(**field_values(done.usage, llm_pb2.Usage)),
+        timings=llm_pb2.GenerateTimings(**field_values(done.timings, llm_pb2.GenerateTimings)),
+    )
+
+
+def done_from_pb(message: llm_pb2.Done) -> Done:
+    return Done(
+        Usage(**field_values(message.usage, llm_pb2.Usage)),
+        Timings(**field_values(message.timings, llm_pb2.GenerateTimings)),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A message's value without protobuf's containers."""
+    if isinstance(value, MutableMapping):
+        return dict(value)
+    return tuple(value) if isinstance(value, MutableSequence) else value

@@ -13,7 +13,7 @@ import grpc
 from opticnerve import errors
 from opticnerve.errors import OpticNerveError
 from opticnerve.pb import embedding_pb2
-from opticnerve.telemetry.events import failed
+from opticnerve.telemetry.logs import failed
 
 METADATA_KEY = "opticnerve-error-bin"
 MAX_MESSAGE = 1000  # Characters. Metadata that are too large end a call without any status.

@@ -13,9 +13,9 @@ from opticnerve.client import AsyncLLMClient, MultiMediaInfo, Sampling, Tensors
 from opticnerve.client.contents import place_tensors
 from opticnerve.client.encoder import plan_picture
 from opticnerve.errors import InvalidRequest
-from opticnerve.generation.checks import read_token_ids
-from opticnerve.generation.messages import sampling_to_pb
+from opticnerve.generation.values import read_token_ids
 from opticnerve.media.plan import Grid, Overrides
+from opticnerve.rpc.convert import sampling_to_pb
 from tests.encoders import demo_layout, picture
 
 UINT32, UINT64 = 2**32 - 1, 2**64 - 1

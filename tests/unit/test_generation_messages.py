@@ -9,7 +9,6 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
 from opticnerve.errors import InvalidRequest
-from opticnerve.generation import messages
 from opticnerve.generation.values import (
     ChoiceOutput,
     Delta,
@@ -22,6 +21,7 @@ from opticnerve.generation.values import (
     Usage,
 )
 from opticnerve.pb import llm_pb2 as pb
+from opticnerve.rpc import convert
 
 TOP = (Logprob(4, -0.25, 1), Logprob(7, -2.0, 2))
 POSITIONS = (PositionLogprobs(), PositionLogprobs(TOP[0], TOP), PositionLogprobs(TOP[1]))
@@ -76,14 +76,14 @@ def test_every_field_of_sampling_arrives() -> None:
     neutral = Sampling()
     for each in fields(Sampling):
         assert getattr(SAMPLING, each.name) != getattr(neutral, each.name), each.name
-    message = pb.SamplingParams.FromString(messages.sampling_to_pb(SAMPLING).SerializeToString())
-    assert messages.sampling_from_pb(message) == SAMPLING
+    message = pb.SamplingParams.FromString(convert.sampling_to_pb(SAMPLING).SerializeToString())
+    assert convert.sampling_from_pb(message) == SAMPLING
 
 
 def test_what_a_message_leaves_out_is_neutral() -> None:
     neutral = Sampling(max_tokens=0, eos_token_ids=())
-    assert messages.sampling_from_pb(pb.SamplingParams()) == neutral
-    assert messages.sampling_from_pb(messages.sampling_to_pb(Sampling(max_tokens=0))) == neutral
+    assert convert.sampling_from_pb(pb.SamplingParams()) == neutral
+    assert convert.sampling_from_pb(convert.sampling_to_pb(Sampling(max_tokens=0))) == neutral
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_what_a_message_leaves_out_is_neutral() -> None:
 )
 def test_values_out_of_range_are_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        messages.sampling_from_pb(pb.SamplingParams(**{field: value}))
+        convert.sampling_from_pb(pb.SamplingParams(**{field: value}))
     assert caught.value.param == field
 
 
@@ -122,15 +122,15 @@ def test_values_out_of_range_are_refused_by_name(field: str, value: Any) -> None
     ],
 )
 def test_a_delta_arrives(delta: Delta) -> None:
-    message = pb.TokenDelta.FromString(messages.delta_to_pb(delta).SerializeToString())
-    assert messages.delta_from_pb(message) == delta
+    message = pb.TokenDelta.FromString(convert.delta_to_pb(delta).SerializeToString())
+    assert convert.delta_from_pb(message) == delta
 
 
 def test_the_end_and_what_continues_arrive() -> None:
     done = Done(Usage(1, 2, 3, 4), Timings(1.5, 2.5, 3.5, 4.5, 5.5, 6))
-    assert messages.done_from_pb(messages.done_to_pb(done)) == done
+    assert convert.done_from_pb(convert.done_to_pb(done)) == done
     output = ChoiceOutput(2, (4, 5), True)
-    assert messages.output_from_pb(messages.output_to_pb(output)) == output
+    assert convert.output_from_pb(convert.output_to_pb(output)) == output
 
 
 def test_stages_are_the_milliseconds() -> None:

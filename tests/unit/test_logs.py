@@ -10,7 +10,7 @@ from datetime import datetime
 import pytest
 
 from opticnerve.errors import Overloaded, Unavailable
-from opticnerve.telemetry import events, logs
+from opticnerve.telemetry import logs
 
 HOSTILE = 'x"\n2026-11-25T16:00:00.000+00:00 I forged [-] \r\x1b[31m\u2028\u202e' + "y" * 5000
 
@@ -23,7 +23,7 @@ def record(message="request", fields=None, exc_info=None):
 
 
 def test_a_line_of_text_has_date_zone_level_id_and_fields():
-    events.begin("req-1")
+    logs.begin_event("req-1")
     line = logs.Formatter("text").format(
         record(fields={"path": "/v1", "ms": 12.345, "llm": ["a:1", "b:2"], "reason": "no room"})
     )
@@ -33,7 +33,7 @@ def test_a_line_of_text_has_date_zone_level_id_and_fields():
 
 
 def test_json_has_the_same_and_one_object_a_line():
-    events.begin("req-1")
+    logs.begin_event("req-1")
     fields = {"path": "/v1", "ms": 12.345, "llm": ["a:1"], "hit": True, "odd": float("inf")}
     told = json.loads(logs.Formatter("json").format(record(fields=fields)))
     assert datetime.fromisoformat(told.pop("time")).tzinfo is not None
@@ -45,8 +45,8 @@ def test_json_has_the_same_and_one_object_a_line():
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_no_value_can_forge_a_line_or_drive_a_terminal(form):
-    events.begin("-")
-    events.identify(HOSTILE)
+    logs.begin_event("-")
+    logs.identify(HOSTILE)
     try:
         raise ValueError(HOSTILE)
     except ValueError:
@@ -62,11 +62,11 @@ def test_no_value_can_forge_a_line_or_drive_a_terminal(form):
 
 def test_an_event_is_written_once_with_what_was_noted_at_any_depth(caplog):
     caplog.set_level(logging.DEBUG)
-    event = events.begin("req-1")
-    events.note(tokens=3, nothing=None)
+    event = logs.begin_event("req-1")
+    logs.note(tokens=3, nothing=None)
     for worker in "aba":
-        events.append(llm=worker)
-    events.failed(Overloaded("no room", param="messages"))
+        logs.append(llm=worker)
+    logs.failed(Overloaded("no room", param="messages"))
     event.write(logging.getLogger("x"), logging.INFO, "request", status=429)
     (told,) = caplog.records
     ms = told.fields.pop("ms")
@@ -81,18 +81,18 @@ def test_an_event_is_written_once_with_what_was_noted_at_any_depth(caplog):
     ("cause", "level"), [(None, logging.WARNING), (KeyError("x"), logging.ERROR)]
 )
 def test_a_fault_of_the_service_warns_and_a_bug_is_an_error(cause, level, caplog):
-    event = events.begin()
+    event = logs.begin_event()
     failure = Unavailable("no worker")
-    events.failed(failure, cause)
-    events.failed(failure)  # Whoever else sees it on its way out knows no cause.
+    logs.failed(failure, cause)
+    logs.failed(failure)  # Whoever else sees it on its way out knows no cause.
     event.write(logging.getLogger("x"), logging.INFO, "request")
     (told,) = caplog.records
     assert told.levelno == level and (told.exc_info is None) == (cause is None)
 
 
 def test_what_repeats_a_request_is_not_logged(caplog):
-    event = events.begin()
-    events.failed(Unavailable("you said: secret", logged="busy"))
+    event = logs.begin_event()
+    logs.failed(Unavailable("you said: secret", logged="busy"))
     event.write(logging.getLogger("x"), logging.INFO, "request")
     assert caplog.records[0].fields["reason"] == "busy"
 
