@@ -34,6 +34,20 @@ def test_the_demos_turns(client):
         history.append({"role": "assistant", "content": answer})
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_completion_of_a_rendered_chat_is_the_chats_answer(stack, client, stream):
+    question = {"role": "user", "content": "What is the capital of France?"}
+    answer = ask(client, question, max_tokens=24)
+    asked = httpx2.post(f"{stack.url}/v1/apply_template", json={"messages": [question]})
+    rendered = asked.raise_for_status().json()
+    for prompt in (rendered["token_ids"], rendered["prompt"]):
+        given = client.completions.create(
+            model="model", prompt=prompt, temperature=0, max_tokens=24, stream=stream
+        )
+        parts = given if stream else [given]
+        assert "".join(part.choices[0].text for part in parts) == answer
+
+
 def test_curl_with_the_parameters_that_users_send(stack):
     body = {
         "model": "model",
