@@ -22,6 +22,7 @@ from encoder_service.servicer import SERVICE, EncoderServicer
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.checkpoints.fingerprint import encoder_fingerprint
 from opticnerve.config import EncoderConfig, ModelConfig
+from opticnerve.embeddings.open import OpenStore, open_worker_store
 from opticnerve.embeddings.redis_store import RedisStore
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.shm_store import ShmStore
@@ -29,8 +30,7 @@ from opticnerve.embeddings.store import Store
 from opticnerve.embeddings.tier import base_directory
 from opticnerve.models.registry import load_tower, make_layout, make_preprocessor
 from opticnerve.pb import encoder_pb2_grpc
-from opticnerve.rpc.server import Server
-from opticnerve.worker import OpenStore, open_worker_store, serving
+from opticnerve.rpc.server import Server, serving
 
 log = logging.getLogger(__name__)
 

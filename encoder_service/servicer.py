@@ -20,10 +20,10 @@ from opticnerve.errors import (
 from opticnerve.pb import encoder_pb2 as pb
 from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc import convert
+from opticnerve.rpc.calls import WorkerServicer
 from opticnerve.rpc.channel import CHUNK_BYTES, chunks
 from opticnerve.rpc.server import Server
 from opticnerve.telemetry import logs
-from opticnerve.worker import WorkerServicer
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -22,6 +22,7 @@ from opticnerve.checkpoints.fingerprint import language_fingerprint
 from opticnerve.checkpoints.loader import resolve_device, resolve_dtype
 from opticnerve.config import LLMConfig
 from opticnerve.embeddings.memory_store import MemoryStore
+from opticnerve.embeddings.open import open_worker_store
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import ConfigError, EngineFailure, StartupError
@@ -29,10 +30,9 @@ from opticnerve.generation.values import Sampling
 from opticnerve.models.family import Layout
 from opticnerve.models.registry import make_layout
 from opticnerve.pb import llm_pb2_grpc
-from opticnerve.rpc.server import Server
+from opticnerve.rpc.server import Server, serving
 from opticnerve.rpc.token import load_token
 from opticnerve.tensors.dtypes import dtype_name
-from opticnerve.worker import open_worker_store, serving
 
 log = logging.getLogger(__name__)
 

@@ -35,9 +35,8 @@ from opticnerve.generation.values import Delta, Done
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
-from opticnerve.rpc.calls import FINISHED
+from opticnerve.rpc.calls import FINISHED, WorkerServicer
 from opticnerve.telemetry import logs
-from opticnerve.worker import WorkerServicer
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

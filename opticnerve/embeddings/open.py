@@ -1,22 +1,27 @@
-"""``open_store``: a store by its URL."""
+"""A store by its URL, or by a worker's configuration."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
 
 from opticnerve import addresses
-from opticnerve.config import sizes
+from opticnerve.config import StoreConfig, sizes
 from opticnerve.embeddings.memory_store import DEFAULT_CAPACITY, MemoryStore
 from opticnerve.embeddings.redis_store import MAX_BYTES, RedisStore
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.embeddings.store import Store
-from opticnerve.errors import ConfigError
+from opticnerve.errors import ConfigError, StartupError, StoreError
+from opticnerve.telemetry import metrics
 
 FORMS = "the store is memory://, shm://[dir][?capacity=], redis:// or rediss://"
 REMOTE = ("redis", "rediss", "unix")
+
+OpenStore = Callable[[StoreConfig, Seal | None, AsyncExitStack], Store]
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +42,18 @@ def open_store(url: str, *, ttl_s: int = 3600, seal: Seal | None = None) -> Stor
     if scheme in REMOTE:
         return _open_redis(url, ttl_s, seal)
     raise ConfigError(FORMS, param="store")
+
+
+def open_worker_store(config: StoreConfig, seal: Seal | None, stack: AsyncExitStack) -> Store:
+    """The store of a worker, with its size among the metrics; ``stack`` closes it. Raises
+    StartupError."""
+    try:
+        store = open_store(config.read_url(), ttl_s=config.store_ttl_s, seal=seal)
+    except StoreError as error:
+        raise StartupError(error.message) from error
+    stack.callback(store.close)
+    stack.enter_context(metrics.collected(lambda: metrics.store_size(store)))
+    return store
 
 
 def open_local_tier(url: str) -> ShmStore | MemoryStore:

@@ -1,4 +1,5 @@
-"""The interceptor around every call of an internal service: its errors and its line in the log.
+"""What surrounds every call of an internal service: its errors, its line in the log, and the
+servicer's refusal while its worker loads.
 
 An exception leaves as its status and details (``opticnerve.rpc.errors``). Bytes that do not parse
 are an InvalidRequest like any other, for which gRPC alone would answer UNKNOWN and log a traceback.
@@ -12,7 +13,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -20,6 +21,9 @@ from google.protobuf.message import DecodeError
 from opticnerve.errors import InvalidRequest, Unavailable
 from opticnerve.rpc.errors import STATUS_BY_NUMBER, abort
 from opticnerve.telemetry import logs
+
+if TYPE_CHECKING:
+    from opticnerve.rpc.server import Server
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +34,7 @@ FINISHED = "finished"  # A service's note ``ended`` if its caller may leave befo
 
 UNPARSABLE = object()  # A message that does not parse.
 
+L = TypeVar("L")  # What a worker loads.
 Context = grpc.aio.ServicerContext[Any, Any]
 Behavior = Callable[[Any, Context], Any]
 
@@ -150,3 +155,18 @@ class _Messages:
         if self._iterator is None:
             self._iterator = aiter(self._messages)
         return _parsed(await anext(self._iterator))
+
+
+class WorkerServicer(Generic[L]):
+    """The calls of a worker, which raise Unavailable until ``loaded`` is set."""
+
+    worker: ClassVar[str]  # In error messages: "the encoder".
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.loaded: L | None = None
+
+    def require_loaded(self) -> L:
+        if self.loaded is None:
+            raise Unavailable(f"{self.worker} is loading its checkpoint", retry_after_s=1.0)
+        return self.loaded

@@ -1,4 +1,4 @@
-"""A gRPC server's life: start, serve, drain. The same for encoders and LLM workers.
+"""A gRPC server's life: start, load, serve, drain, close. The same for encoders and LLM workers.
 
 Every call but the health check's carries the token of ``--rpc-token-file``, where there is one.
 Health (``grpc.health.v1``) is NOT_SERVING until ``ready()`` and again while draining. SIGTERM and
@@ -16,7 +16,8 @@ import os
 import secrets
 import socket
 import sys
-from typing import Any, NoReturn
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -24,11 +25,14 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from opticnerve import addresses
-from opticnerve.config import RpcConfig
+from opticnerve.config import EncoderConfig, LLMConfig, RpcConfig
 from opticnerve.errors import ConfigError
 from opticnerve.process import LAST_WORDS_S, Running, handle_signals
 from opticnerve.rpc.calls import Calls
 from opticnerve.rpc.token import TokenGuard, load_token
+from opticnerve.telemetry import metrics
+
+S = TypeVar("S")  # A worker's servicer.
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +50,7 @@ CLOSE_GRACE_S = 0.5
 
 
 class Server:
-    """One service on one port; ``opticnerve.worker`` takes it through its life.
+    """One service on one port; ``serving`` takes it to SERVING.
 
     ``async with Server(config, "opticnerve.v1.LLM") as server:`` add the servicer to
     ``server.grpc``, then ``await server.start()``, load, ``await server.ready()`` and
@@ -173,6 +177,28 @@ class Server:
         )
         for name in ("", self.service, self.instance_id):
             await self._health.set(name, status)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    settings: EncoderConfig | LLMConfig,
+    service: str,
+    register: Callable[[Server], S],
+    load: Callable[[S, contextlib.AsyncExitStack], Awaitable[None]],
+) -> AsyncIterator[S]:
+    """The servicer of a worker that is loaded and SERVING; everything is closed at the end.
+
+    ``register`` adds the servicer to the server, whose calls it answers while ``load`` runs.
+    ``load`` gives ``loaded`` to the servicer, and what has to be closed to the stack. Raises
+    StartupError.
+    """
+    async with Server(settings.rpc, service) as server, contextlib.AsyncExitStack() as stack:
+        servicer = register(server)
+        await server.start()
+        metrics.export(settings.telemetry, settings.rpc.host)
+        await load(servicer, stack)
+        await server.ready()
+        yield servicer
 
 
 def _exit() -> NoReturn:

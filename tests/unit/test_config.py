@@ -12,10 +12,10 @@ from opticnerve.cli.up import child_environment
 from opticnerve.config import command_line
 from opticnerve.config.options import Group, build, options, public_view, to_command_line
 from opticnerve.config.sizes import format_size
+from opticnerve.embeddings.open import open_worker_store
 from opticnerve.errors import ConfigError
 from opticnerve.media.plan import parse_background
 from opticnerve.telemetry import logs
-from opticnerve.worker import open_worker_store
 
 SERVICES = [config.EncoderConfig, config.LLMConfig, config.GatewayConfig, config.UpConfig]
 
