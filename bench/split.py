@@ -47,8 +47,8 @@ from llm_service.policy.protocol import GenerateRequest, TokensEvent
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
 from opticnerve.generation.values import Sampling
+from opticnerve.keys import content_key
 from opticnerve.media.decode import decode
-from opticnerve.media.keys import content_key
 from opticnerve.media.structure import parse_structure
 from opticnerve.models.registry import (
     load_language,

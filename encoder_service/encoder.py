@@ -38,7 +38,7 @@ from opticnerve.errors import (
     PlanMismatch,
     UnsupportedFeature,
 )
-from opticnerve.media.keys import content_key
+from opticnerve.keys import content_key
 from opticnerve.media.plan import WHITE, Modality, Overrides, Plan, Structure
 from opticnerve.media.structure import parse_structure
 from opticnerve.single_flight import Flights

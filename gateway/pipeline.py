@@ -38,7 +38,7 @@ from gateway.workers.pairing import Pair, Pairing
 from gateway.workers.pool import WorkerPool
 from gateway.workers.request_embeddings import RequestEmbeddings
 from opticnerve.generation.values import Delta, Done, Sampling, Usage
-from opticnerve.media.keys import tenant_salt
+from opticnerve.keys import tenant_salt
 from opticnerve.media.plan import Plan
 from opticnerve.telemetry import logs
 

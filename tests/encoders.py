@@ -26,7 +26,7 @@ from opticnerve.config import EncoderConfig, RpcConfig, StoreConfig
 from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import OpticNerveError
-from opticnerve.media.keys import content_key
+from opticnerve.keys import content_key
 from opticnerve.media.plan import Overrides, Plan
 from opticnerve.media.structure import parse_structure
 from opticnerve.models.family import Layout

@@ -15,7 +15,7 @@ from gateway.edge.threads import off_loop_above
 from gateway.media.fetch import MediaFetcher
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import InvalidRequest, OpticNerveError
-from opticnerve.media.keys import content_key
+from opticnerve.keys import content_key
 from opticnerve.media.plan import Overrides, Plan, parse_background
 from opticnerve.media.structure import parse_structure
 from opticnerve.models.family import Layout

@@ -36,7 +36,7 @@ from opticnerve.lru import LRU
 from opticnerve.pb import encoder_pb2 as pb
 from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc import convert
-from opticnerve.rpc.encode_upload import EncodeItem, EncodeUpload
+from opticnerve.rpc.channel import EncodeItem, EncodeUpload
 from opticnerve.single_flight import Flights
 from opticnerve.telemetry import logs
 

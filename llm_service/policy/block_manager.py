@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 
 from llm_service.policy.protocol import GenerateRequest
 from llm_service.policy.sequence import Sequence, Status
-from opticnerve.hashing import hash_parts
+from opticnerve.keys import hash_parts
 from opticnerve.media.plan import Span, SpanAttention
 
 UNIT = 16  # Tokens of one link of the hash chain.

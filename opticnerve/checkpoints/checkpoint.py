@@ -24,7 +24,7 @@ from opticnerve.checkpoints.settings import read_object
 from opticnerve.checkpoints.tensorfile import TensorEntry, read_header
 from opticnerve.checkpoints.tokenizer_files import eos_token_id
 from opticnerve.errors import CheckpointError
-from opticnerve.hashing import hash_parts
+from opticnerve.keys import hash_parts
 from opticnerve.models.registry import find_family, make_layout
 
 if TYPE_CHECKING:

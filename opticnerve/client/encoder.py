@@ -15,7 +15,7 @@ from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import EmbeddingCorrupt, Mispaired
 from opticnerve.extras import require_extra
 from opticnerve.generation.values import UINT64, check_integer
-from opticnerve.media.keys import content_key
+from opticnerve.keys import content_key
 from opticnerve.media.pictures import Picture, read_picture
 from opticnerve.media.plan import WHITE, Overrides
 from opticnerve.media.structure import parse_structure
@@ -23,8 +23,7 @@ from opticnerve.models.family import Layout
 from opticnerve.models.registry import make_layout
 from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
 from opticnerve.rpc import convert
-from opticnerve.rpc.channel import open_channel
-from opticnerve.rpc.encode_upload import EncodeItem, EncodeUpload
+from opticnerve.rpc.channel import EncodeItem, EncodeUpload, open_channel
 from opticnerve.rpc.errors import from_rpc
 from opticnerve.rpc.token import load_token
 

@@ -1,12 +1,16 @@
-"""Client channels to internal services, and the chunking that keeps messages small."""
+"""Client channels to internal services, and uploads in chunks, which keep messages small."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
 
 import grpc
 from grpc_health.v1 import health_pb2
 
+from opticnerve.media.plan import Overrides, Plan
+from opticnerve.pb import encoder_pb2
+from opticnerve.rpc import convert
 from opticnerve.rpc.token import TokenChannel
 
 CHUNK_BYTES = 2**20
@@ -66,3 +70,42 @@ async def _check(
         response_deserializer=health_pb2.HealthCheckResponse.FromString,
     )
     return await check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeItem:
+    """One item, ready for an encoder that has ``fingerprint``. ``data``: the compressed picture."""
+
+    key: str
+    fingerprint: str
+    plan: Plan
+    overrides: Overrides
+    data: bytes = field(repr=False)
+    lost: bool = False  # An LLM worker found no usable rows where the encoder said they are.
+    cache_salt: str = ""  # Part of the key.
+
+
+class EncodeUpload:
+    """The item in chunks; a header comes with the first. ``delivered``: the encoder's host has
+    all of them."""
+
+    def __init__(self, item: EncodeItem, request_id: str = "") -> None:
+        self.delivered = False
+        self._data = item.data
+        self._header = encoder_pb2.EncodeHeader(
+            request_id=request_id,
+            key=item.key,
+            fingerprint=item.fingerprint,
+            plan=convert.plan_to_pb(item.plan),
+            overrides=convert.overrides_to_pb(item.overrides),
+            num_bytes=len(item.data),
+            lost=item.lost,
+            cache_salt=item.cache_salt,
+        )
+
+    async def messages(self) -> AsyncIterator[encoder_pb2.EncodeRequest]:
+        header: encoder_pb2.EncodeHeader | None = self._header
+        for chunk in chunks(self._data):
+            yield encoder_pb2.EncodeRequest(header=header, data=chunk)
+            header = None
+        self.delivered = True

@@ -36,7 +36,7 @@ from opticnerve.errors import (
     Unavailable,
     UnsupportedFeature,
 )
-from opticnerve.media.keys import content_key
+from opticnerve.keys import content_key
 from opticnerve.media.plan import Overrides, Plan
 from opticnerve.pb import embedding_pb2, encoder_pb2_grpc
 from opticnerve.pb import encoder_pb2 as pb

@@ -10,7 +10,7 @@ import pytest
 
 from gateway.media import reader as media
 from opticnerve.errors import EmbeddingCorrupt, InvalidMedia, Overloaded, PayloadTooLarge
-from opticnerve.media.keys import content_key
+from opticnerve.keys import content_key
 from opticnerve.media.plan import Overrides
 from tests import hostile
 from tests.fakes import until

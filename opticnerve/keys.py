@@ -1,21 +1,38 @@
-"""Content keys: the name of an embedding in caches, on the wire and in single flight.
+"""Names by content: hashes of several values as one, and the content keys of embeddings.
 
-A key is a hash of everything that decides the embedding: the item's bytes as received, the
-processor settings, the request's overrides of them, and the encoder's fingerprint. It is never a
-hash of a URL. A cache salt separates callers that must not learn of each other's pictures, not even
+A content key names an embedding in caches, on the wire and in single flight. It is a hash of
+everything that decides the embedding: the item's bytes as received, the processor settings, the
+request's overrides of them, and the encoder's fingerprint; never of a URL. A cache salt separates callers that must not learn of each other's pictures, not even
 from how long an answer takes: callers with different salts share no embedding.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from opticnerve.hashing import hash_parts
 from opticnerve.media.plan import Overrides
 
 SCHEME_VERSION = 1
+
+Part = str | bytes | bytearray | memoryview
+
+
+def hash_parts(*parts: Part) -> str:
+    """SHA-256 of ``parts``, 64 lowercase hex digits.
+
+    Each part is preceded by its length in bytes, so that no two different lists of parts are
+    hashed as the same bytes. Text is hashed as UTF-8.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        view = memoryview(data).cast("B")
+        digest.update(len(view).to_bytes(8, "little"))
+        digest.update(view)
+    return digest.hexdigest()
 
 
 def content_key(
