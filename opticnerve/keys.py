@@ -2,8 +2,9 @@
 
 A content key names an embedding in caches, on the wire and in single flight. It is a hash of
 everything that decides the embedding: the item's bytes as received, the processor settings, the
-request's overrides of them, and the encoder's fingerprint; never of a URL. A cache salt separates callers that must not learn of each other's pictures, not even
-from how long an answer takes: callers with different salts share no embedding.
+request's overrides of them, and the encoder's fingerprint; never of a URL. A cache salt separates
+callers that must not learn of each other's pictures, not even from how long an answer takes:
+callers with different salts share no embedding.
 """
 
 from __future__ import annotations
