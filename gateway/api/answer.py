@@ -129,10 +129,11 @@ def _token(token: TokenLogprob) -> TopLogprob:
 @dataclass(slots=True)
 class WrittenChoice:
     """A choice of a whole answer. ``logprobs``: JSON, as pieces of a list: at a kilobyte a token,
-    objects would take ten times as much, and encoding them at the end would hold others up."""
+    objects would take ten times as much, and encoding them at the end would hold others up. None
+    where none were asked for."""
 
+    logprobs: list[bytes] | None
     texts: list[str] = field(default_factory=list)
-    logprobs: list[bytes] | None = None
     end: ChoiceEnd | None = None
 
     def add(self, more: Text | ChoiceEnd) -> int:
@@ -141,11 +142,10 @@ class WrittenChoice:
             self.end = more
             return 0
         self.texts.append(more.text)
-        if more.logprobs is None:
-            return len(more.text)
-        self.logprobs = self.logprobs or []
-        self.logprobs += [dumps(_content(at)) for at in more.logprobs]
-        return len(more.text) + sum(map(len, self.logprobs[-len(more.logprobs) :]))
+        pieces = [dumps(_content(at)) for at in more.logprobs or ()]
+        if self.logprobs is not None:
+            self.logprobs += pieces
+        return len(more.text) + sum(map(len, pieces))
 
 
 class AnswerWriter(ABC):
@@ -158,6 +158,9 @@ class AnswerWriter(ABC):
     def __init__(self, model: str, *, usage: bool = False, timings: bool = False) -> None:
         """``usage``: a stream has it at its end. ``timings``: the answer has them."""
         self.system_fingerprint: str | None = None
+        self.logprobs = (
+            False  # Whether the choices of a whole answer have them, if only an empty list.
+        )
         self._id = f"{self.id_prefix}{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
@@ -199,7 +202,9 @@ class AnswerWriter(ABC):
         total = 0
         last = first
         while not isinstance(last, End):
-            size = choices.setdefault(last.choice, WrittenChoice()).add(last)
+            if last.choice not in choices:
+                choices[last.choice] = WrittenChoice([] if self.logprobs else None)
+            size = choices[last.choice].add(last)
             total += size
             if total > max_bytes:
                 raise AnswerTooLarge(

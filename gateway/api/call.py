@@ -143,6 +143,7 @@ class Call(Request):
         made = self.gateway.pipeline.run(job)
         first = await anext(made)
         writer.system_fingerprint = job.system_fingerprint
+        writer.logprobs = job.options.top_logprobs is not None
         headers = self.warnings()
         if stream:
             chunks = writer.chunks(first, made)

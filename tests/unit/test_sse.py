@@ -52,7 +52,7 @@ def stream(writer: ChatWriter, *events: AnswerEvent) -> list[bytes]:
 
 def test_a_whole_answer() -> None:
     writer = ChatWriter("model", timings=True)
-    writer.system_fingerprint = "fp_1"
+    writer.system_fingerprint, writer.logprobs = "fp_1", True
     body = whole(
         writer,
         Text(0, "A ", (LOGPROB, LOGPROB)),
@@ -70,7 +70,8 @@ def test_a_whole_answer() -> None:
     assert parsed.choices[0].logprobs is not None
     assert parsed.choices[0].logprobs.content is not None
     assert len(parsed.choices[0].logprobs.content) == 3
-    assert parsed.choices[1].logprobs is None
+    silent = whole(ChatWriter("model"), ChoiceEnd(0, "length"), End(Usage(20, 5), {}))
+    assert ChatCompletion.model_validate(silent, strict=True).choices[0].logprobs is None
     assert parsed.choices[0].logprobs.content[0].bytes == [0xC3, 0xA9]
     assert parsed.choices[0].logprobs.content[0].top_logprobs[0].token == "e"
     assert parsed.usage is not None and parsed.usage.total_tokens == 25
@@ -80,6 +81,26 @@ def test_a_whole_answer() -> None:
     assert body["choices"][0]["stop_reason"] == "###"
     assert body["timings"] == {"encode_ms": 1.5}
     assert body["system_fingerprint"] == "fp_1"
+
+
+def test_an_empty_answer_has_log_probabilities_where_they_were_asked_for() -> None:
+    events = (ChoiceEnd(0, "stop"), End(Usage(3, 1), {}))
+    for logprobs, found in ((True, {"content": [], "refusal": None}), (False, None)):
+        writer = ChatWriter("model")
+        writer.logprobs = logprobs
+        (choice,) = whole(writer, *events)["choices"]
+        assert (choice["logprobs"], choice["message"]["content"]) == (found, "")
+
+
+def test_bytes_are_counted_once() -> None:
+    held: list[int] = []
+    events = (Text(0, "ab", (LOGPROB,)), Text(0, "c", ()), ChoiceEnd(0, "stop"))
+    writer = ChatWriter("model")
+    writer.logprobs = True
+    first, *others = (*events, End(Usage(1, 1), {}))
+    body = asyncio.run(writer.body(first, made(*others), held.append, 10**6))
+    (piece,) = json.loads(body)["choices"][0]["logprobs"]["content"]
+    assert held == [2 + len(sse.dumps(piece)), 1, 0]
 
 
 def test_a_stream() -> None:
