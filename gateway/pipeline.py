@@ -33,10 +33,9 @@ from gateway.sampling import (
 )
 from gateway.timings import Stopwatch
 from gateway.workers.encode import Encodable, Encoders
-from gateway.workers.generate import FailoverGeneration, GenerateSpec
+from gateway.workers.generate import FailoverGeneration, GenerateSpec, RequestEmbeddings
 from gateway.workers.pairing import Pair, Pairing
 from gateway.workers.pool import WorkerPool
-from gateway.workers.request_embeddings import RequestEmbeddings
 from opticnerve.generation.values import Delta, Done, Sampling, Usage
 from opticnerve.keys import tenant_salt
 from opticnerve.media.plan import Plan
@@ -134,7 +133,7 @@ class Pipeline:
     # ---- steps
 
     async def _start(self, job: Job) -> tuple[GenerateSpec, RequestEmbeddings]:
-        """What is generated, and the encodings that begin for it."""
+        """What is generated, and the embeddings that it needs."""
         assert job.prompt is not None
         kind = type(job.prompt)
         priority = job.caller.priority(job.options.priority)
@@ -164,7 +163,7 @@ class Pipeline:
             caller=job.caller,
             priority=priority,
         )
-        return spec, RequestEmbeddings.begin(self.encoders, items, job.request_id, job.deadline)
+        return spec, RequestEmbeddings(self.encoders, items, job.request_id, job.deadline)
 
     async def _pair_early(
         self, job: Job, pictures: Pictures

@@ -1,28 +1,40 @@
-"""One generation with failover: another LLM worker continues it when its worker is lost.
+"""One request's embeddings, and its generation with failover.
 
-A call that breaks before its first token is sent again. One that breaks later continues on another
-worker, which gets the output of every choice so far: no token is lost or comes twice.
+All items are encoded at once, and references come as they finish. Another LLM worker continues a
+generation when its worker is lost: a call that breaks before its first token is sent again; one
+that breaks later continues on another worker, which gets the output of every choice so far. No
+token is lost or comes twice.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
 
 import grpc
 
+from gateway import metrics
 from gateway.edge.auth import ANONYMOUS, Caller
 from gateway.edge.deadline import Deadline
 from gateway.edge.limits import MAX_LLM_DEATHS
+from gateway.media.reader import located
 from gateway.workers.dispatch import LeaseRequest
+from gateway.workers.encode import Encodable, Encoded, Encoders
 from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import Description, Worker, WorkerLost, call_error
 from opticnerve.embeddings.ref import EmbeddingRef
-from opticnerve.errors import EngineFailure, OpticNerveError, Overloaded, Unavailable
-from opticnerve.generation.stream import GenerateStream, ReferenceSource, StreamPolicy
+from opticnerve.errors import (
+    EmbeddingNotFound,
+    EngineFailure,
+    InvalidRequest,
+    OpticNerveError,
+    Overloaded,
+    PayloadTooLarge,
+    Unavailable,
+)
+from opticnerve.generation.stream import GenerateStream, StreamPolicy
 from opticnerve.generation.values import ChoiceOutput, Delta, Done, Sampling, Usage
 from opticnerve.media.plan import Span
 from opticnerve.pb import llm_pb2 as pb
@@ -48,14 +60,6 @@ async def describe_llm(channel: grpc.aio.Channel, timeout_s: float) -> Descripti
     return description
 
 
-class RequestReferences(ReferenceSource, Protocol):
-    """The references of one request."""
-
-    def known(self, key: str) -> EmbeddingRef | None:
-        """The reference, or None if it is not here yet."""
-        ...
-
-
 @dataclass(frozen=True)
 class GenerateSpec:
     """What to generate; the same for every worker that is tried."""
@@ -69,6 +73,135 @@ class GenerateSpec:
     cache_salt: str = ""
     caller: Caller = ANONYMOUS
     priority: int = 0
+
+
+@dataclass
+class _Item:
+    """One item of a request, and what became of it."""
+
+    item: Encodable
+    task: asyncio.Task[Encoded] | None = None
+    ref: EmbeddingRef | None = None
+    first: Encoded | None = None  # The first encoding, which is the one that timings report.
+    bytes_sent: int = 0  # By all encodings.
+    losses: int = 0  # How often LLM workers found no rows behind its reference.
+
+
+class RequestEmbeddings:
+    """The embeddings of a request's distinct items, by content key.
+
+    Entering the context starts to encode every item without a known reference, all at once;
+    leaving it cancels encodings under way. An error that leaves it and names a key gets the name of
+    the request's field that holds the item instead.
+    """
+
+    def __init__(
+        self, encoders: Encoders, items: Sequence[Encodable], request_id: str, deadline: Deadline
+    ) -> None:
+        self._encoders = encoders
+        self._request_id = request_id
+        self._deadline = deadline
+        self._items: dict[str, _Item] = {}
+        for item in items:
+            self._items.setdefault(item.key, _Item(item))
+
+    async def __aenter__(self) -> RequestEmbeddings:
+        """Raises Overloaded if the items would wait too long for an encoder."""
+        if self._items:
+            self._encoders.admit([each.item for each in self._items.values()], self._deadline)
+        for each in self._items.values():
+            self._begin(each)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        if isinstance(error, OpticNerveError) and error.param in self._items:
+            error.param = self._items[error.param].item.param
+        tasks = [entry.task for entry in self._items.values() if entry.task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for key in self._items:
+            self._encoders.leave(key)
+        self._items.clear()  # The bytes go with them.
+
+    # ---- references
+
+    def known(self, key: str) -> EmbeddingRef | None:
+        """The reference, or None if it is not here yet."""
+        return self._items[key].ref
+
+    async def ready(self, key: str) -> EmbeddingRef:
+        entry = self._items[key]
+        if entry.ref is not None:
+            return entry.ref
+        assert entry.task is not None  # Started by _begin() or again().
+        return (await asyncio.shield(entry.task)).ref
+
+    async def again(self, key: str, reason: str) -> EmbeddingRef:
+        """Encodes the item again. Raises EmbeddingNotFound beyond ``POLICY.max_reencodes``."""
+        entry = self._items.get(key)
+        if entry is None:
+            raise EmbeddingNotFound("the LLM worker asks for a picture that was not sent to it")
+        if entry.ref is not None or entry.task is None or entry.task.done():
+            if reason != "PREEMPTED":
+                entry.losses += 1
+                entry.item = replace(entry.item, lost=True)
+            if entry.losses > POLICY.max_reencodes:
+                raise EmbeddingNotFound(
+                    "a picture's embedding was lost again and again between encoder and LLM "
+                    "worker; check that both reach the same store and have one --store-key-file",
+                )
+            self._encoders.references.pop(key)
+            self._encode(entry)
+        return await self.ready(key)
+
+    @property
+    def encoding(self) -> bool:
+        """Whether some item is being encoded, or was."""
+        return any(entry.task is not None for entry in self._items.values())
+
+    # ---- for timings
+
+    def outcomes(self) -> dict[str, Encoded]:
+        """The first encoding of each item that is ready, by key."""
+        return {key: entry.first for key, entry in self._items.items() if entry.first}
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(entry.bytes_sent for entry in self._items.values())
+
+    # ---- encoding
+
+    def _begin(self, entry: _Item) -> None:
+        known = self._encoders.references.get(entry.item.key)
+        metrics.CACHE_LOOKUPS.labels("reference", "hit" if known else "miss").inc()
+        if known is None:
+            self._encode(entry)
+        else:
+            entry.ref, entry.first = known, Encoded(known, "ref")
+
+    def _encode(self, entry: _Item) -> None:
+        entry.ref = None
+        entry.task = asyncio.create_task(self._run(entry))
+        entry.task.add_done_callback(_retrieve)
+
+    async def _run(self, entry: _Item) -> Encoded:
+        try:
+            encoded = await self._encoders.encode(entry.item, self._deadline, self._request_id)
+        except (InvalidRequest, PayloadTooLarge) as error:
+            raise located(error, entry.item.param) from error
+        entry.ref = encoded.ref
+        entry.first = entry.first or encoded
+        entry.bytes_sent += encoded.bytes_sent
+        return encoded
+
+
+def _retrieve(task: asyncio.Task[Encoded]) -> None:
+    """Marks a failure as seen, or asyncio would log it where nobody waits for the task."""
+    if not task.cancelled():
+        task.exception()
 
 
 @dataclass
@@ -97,7 +230,7 @@ class FailoverGeneration:
         self,
         spec: GenerateSpec,
         pool: WorkerPool,
-        embeddings: RequestReferences,
+        embeddings: RequestEmbeddings,
         deadline: Deadline,
         worker_wait_s: float,
     ) -> None:

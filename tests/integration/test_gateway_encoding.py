@@ -9,8 +9,8 @@ import pytest
 from gateway.edge.deadline import Deadline
 from gateway.workers import encode as encoding
 from gateway.workers.encode import Encodable, Encoders, References
+from gateway.workers.generate import RequestEmbeddings
 from gateway.workers.pool import WorkerPool
-from gateway.workers.request_embeddings import RequestEmbeddings
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.errors import (
     DeadlineExceeded,
@@ -272,7 +272,7 @@ async def test_a_requests_items_are_encoded_at_once_and_each_once():
     async with FakeEncoder() as a, FakeEncoder() as b, over(a, b) as encoders:
         a.script = b.script = lambda _: go.wait()
         items = [item("1" * 64), item("2" * 64), item("1" * 64)]
-        async with RequestEmbeddings.begin(encoders, items, "r", soon()) as embeddings:
+        async with RequestEmbeddings(encoders, items, "r", soon()) as embeddings:
             await a.started.wait()
             await b.started.wait()
             go.set()
@@ -285,7 +285,7 @@ async def test_a_requests_items_are_encoded_at_once_and_each_once():
 async def test_what_was_lost_is_encoded_again_but_not_for_ever():
     async with FakeEncoder() as fake, over(fake) as encoders:
         key = "1" * 64
-        async with RequestEmbeddings.begin(encoders, [item(key)], "r", soon()) as embeddings:
+        async with RequestEmbeddings(encoders, [item(key)], "r", soon()) as embeddings:
             await embeddings.ready(key)
             await embeddings.again(key, "NOT_FOUND")
             await embeddings.again(key, "PREEMPTED")
@@ -298,7 +298,7 @@ async def test_what_was_lost_is_encoded_again_but_not_for_ever():
 async def test_leaving_a_request_cancels_its_encoding():
     async with FakeEncoder() as fake, over(fake) as encoders:
         fake.script = lambda _: asyncio.Event().wait()
-        async with RequestEmbeddings.begin(encoders, [item()], "r", soon()):
+        async with RequestEmbeddings(encoders, [item()], "r", soon()):
             await fake.started.wait()
         async with asyncio.timeout(60):
             await fake.cancelled.wait()
