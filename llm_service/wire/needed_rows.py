@@ -7,9 +7,10 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
+from llm_service.engine.client import EngineClient
 from llm_service.policy.protocol import NeedRowsEvent
+from llm_service.rows.fetcher import Fetcher
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import (
     EmbeddingCorrupt,
@@ -30,24 +31,6 @@ class AskCaller(NeedRowsEvent):
     """There are no usable rows for these keys. ``reason`` is a name of llm.proto's NeededReason."""
 
     reason: str = "NOT_FOUND"
-
-
-class RowsListener(Protocol):
-    """The engine's client, which is told what became of rows."""
-
-    def rows_ready(self, key: str) -> None: ...
-
-    def rows_found(self, request_id: str, keys: Iterable[str]) -> None: ...
-
-    def rows_failed(self, request_id: str, key: str, error: Exception) -> None: ...
-
-
-class RowsFetcher(Protocol):
-    async def ensure(self, ref: EmbeddingRef) -> None: ...
-
-    async def find(self, key: str) -> bool: ...
-
-    async def present(self, keys: Iterable[str]) -> set[str]: ...
 
 
 @dataclass(slots=True)
@@ -80,8 +63,8 @@ class NeededRows:
         refs: Mapping[str, EmbeddingRef | None],
         rows: Mapping[str, int],
         wait_s: float,
-        engine: RowsListener,
-        fetcher: RowsFetcher,
+        engine: EngineClient,
+        fetcher: Fetcher,
         ask: Callable[[AskCaller], None],
         choices: int = 1,
     ) -> None:

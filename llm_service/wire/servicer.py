@@ -7,12 +7,11 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
 
-import opticnerve
 from llm_service import metrics
 from llm_service.engine.client import EngineClient
 from llm_service.engine.stream import EventStream
@@ -48,28 +47,13 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """What Describe answers that does not change, by the names of its message."""
-
-    fingerprint: str
-    pair_id: str
-    family: str
-    attention: str
-    device: str
-    dtype: str
-    hidden_size: int
-    shm_tier_id: str
-    eos_token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Loaded:
     """Everything that calls need, once the checkpoint is loaded."""
 
     engine: EngineClient
     fetcher: Fetcher
     bounds: Bounds
-    identity: Identity
+    description: pb.DescribeLLMResponse  # The part that does not change.
     embedding_wait_ms: int
 
 
@@ -107,28 +91,18 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
         self, request: pb.DescribeLLMRequest, context: Context
     ) -> pb.DescribeLLMResponse:
         loaded = self.require_loaded()
-        engine, stats = loaded.bounds.engine, loaded.engine.stats
-        return pb.DescribeLLMResponse(
-            **asdict(loaded.identity),
-            vocab_size=engine.vocab_size,
-            version=opticnerve.__version__,
-            limits=pb.LLMLimits(
-                max_model_len=engine.max_tokens,
-                max_num_seqs=engine.max_num_seqs,
-                max_num_batched_tokens=engine.max_num_batched_tokens,
-                max_logprobs=loaded.bounds.max_logprobs,
-                num_kv_blocks=engine.num_blocks,
-                block_size=engine.block_size,
-                max_waiting=engine.max_waiting,
-            ),
+        stats, limits, fetcher = loaded.engine.stats, loaded.description.limits, loaded.fetcher
+        answer = pb.DescribeLLMResponse(
             load=pb.LLMLoad(
                 running=stats.running,
                 waiting=stats.waiting,
-                free_kv_blocks=stats.free_blocks if stats.steps else engine.num_blocks,
+                free_kv_blocks=stats.free_blocks if stats.steps else limits.num_kv_blocks,
                 draining=self.server.running.draining,
             ),
-            store=convert.store_state_to_pb(loaded.fetcher.store_state, loaded.fetcher.seal),
+            store=convert.store_state_to_pb(fetcher.store_state, fetcher.seal),
         )
+        answer.MergeFrom(loaded.description)
+        return answer
 
 
 class GenerateCall:
@@ -160,22 +134,20 @@ class GenerateCall:
 
     async def run(self, messages: AsyncIterator[pb.GenerateIn]) -> None:
         with self._loaded.fetcher.own.hold(self._keys):
-            await self._run(messages)
-
-    async def _run(self, messages: AsyncIterator[pb.GenerateIn]) -> None:
-        self._stream = self._loaded.engine.submit(self._request)
-        reader = asyncio.create_task(self._read(messages))
-        try:
-            while batch := await self._stream.read():
-                if self._broken is not None:
-                    raise self._broken
-                for message in self._messages(batch):
-                    await self._context.write(message)
-        finally:
-            logs.note(completion_tokens=self._tokens)
-            reader.cancel()
-            self._needed.close()
-            await asyncio.shield(asyncio.create_task(release(self._loaded.engine, self._stream)))
+            self._stream = self._loaded.engine.submit(self._request)
+            reader = asyncio.create_task(self._read(messages))
+            try:
+                while batch := await self._stream.read():
+                    if self._broken is not None:
+                        raise self._broken
+                    for message in self._messages(batch):
+                        await self._context.write(message)
+            finally:
+                logs.note(completion_tokens=self._tokens)
+                reader.cancel()
+                self._needed.close()
+                released = release(self._loaded.engine, self._stream)
+                await asyncio.shield(asyncio.create_task(released))
 
     def _messages(self, batch: Iterable[Event]) -> list[pb.GenerateOut]:
         """The messages for events of the engine. Raises the error of a request that failed."""
@@ -189,15 +161,13 @@ class GenerateCall:
                             out.append(pb.GenerateOut())
                         out[-1].deltas.append(piece)
                 case AskCaller(keys=()):
-                    pass  # A later message was wrong: ``_run`` raises its error.
+                    pass  # A later message was wrong: ``run`` raises its error.
                 case AskCaller():
-                    if out[-1].HasField("embedding_needed"):
-                        out.append(pb.GenerateOut())
-                    keys = (self._keys.get(key, key) for key in event.keys)
-                    out[-1].embedding_needed.keys.extend(keys)
-                    out[-1].embedding_needed.reason = pb.NeededReason.Value(
-                        f"NEEDED_REASON_{event.reason}"
+                    needed = pb.EmbeddingNeeded(
+                        keys=[self._keys.get(key, key) for key in event.keys],
+                        reason=pb.NeededReason.Value(f"NEEDED_REASON_{event.reason}"),
                     )
+                    out += (pb.GenerateOut(embedding_needed=needed), pb.GenerateOut())
                 case NeedRowsEvent():
                     self._needed.wanted(event.keys, event.preempted)
                 case PrefilledEvent():
