@@ -31,8 +31,7 @@ from opticnerve.config.command_line import (
     start_logs,
     warn_of_passwords,
 )
-from opticnerve.config.environment import PREFIX, without_service_links
-from opticnerve.config.options import build, options, to_command_line
+from opticnerve.config.options import PREFIX, build, options, to_command_line, without_service_links
 from opticnerve.config.up import up_options
 from opticnerve.embeddings.tier import (
     base_directory,

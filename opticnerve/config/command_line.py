@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from opticnerve.config import EncoderConfig, GatewayConfig, LLMConfig, TelemetryConfig
-from opticnerve.config.environment import PREFIX, is_service_link
-from opticnerve.config.options import Group, Option, Spec, build, options
+from opticnerve.config.options import PREFIX, Group, Option, Spec, build, is_service_link, options
 from opticnerve.config.up import UpConfig
 from opticnerve.errors import ConfigError, did_you_mean
 from opticnerve.telemetry import logs

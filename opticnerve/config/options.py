@@ -1,7 +1,8 @@
 """Options: fields of a configuration dataclass that are flags and environment variables too.
 
 ``--max-num-seqs``, ``OPTICNERVE_MAX_NUM_SEQS`` and ``max_num_seqs`` are one option. A flag wins
-over the environment, which wins over the default. Lists are written with commas.
+over the environment, which wins over the default. Lists are written with commas, and sizes in bytes
+as people write them: ``512M``, ``2GiB``. Variables that Kubernetes sets in a pod are no options.
 """
 
 from __future__ import annotations
@@ -17,9 +18,21 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from opticnerve.config.environment import PREFIX, without_service_links
-from opticnerve.config.sizes import format_size, parse_size
 from opticnerve.errors import ConfigError
+
+PREFIX = "OPTICNERVE_"
+_IP, _PROTOCOL = r"[0-9A-Fa-f.:\[\]]+", "(?:tcp|udp|sctp)"
+_SERVICE_LINK = re.compile(
+    rf"{PREFIX}(?:[A-Z0-9_]+_)?(?:"
+    rf"SERVICE_HOST={_IP}"
+    r"|SERVICE_PORT(?:_[A-Z0-9_]+)?=\d+"
+    rf"|PORT(?:_\d+_(?:TCP|UDP|SCTP))?={_PROTOCOL}://{_IP}:\d+"
+    rf"|PORT_\d+_(?:TCP|UDP|SCTP)_(?:PROTO={_PROTOCOL}|PORT=\d+|ADDR={_IP})"
+    r")"
+)
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([kmgt]?)(i?)(b?)", re.IGNORECASE)
 
 TRUE = ("1", "true", "yes", "on")
 FALSE = ("0", "false", "no", "off")
@@ -274,3 +287,42 @@ def public_view(config: Any) -> dict[str, Any]:
             secret = member.spec.secret and value != member.default
             shown[name] = "***" if secret else value
     return shown
+
+
+# ---- sizes
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "1048576", "512M", "2GiB" (1024s) or "2GB" (1000s). Raises ValueError."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is no size; write 512M or 2GiB")
+    number, unit, binary, byte = match.groups()
+    factor = UNITS[unit.upper()]
+    if byte and not binary:
+        factor = 1000 ** list(UNITS).index(unit.upper())
+    return int(float(number) * factor)
+
+
+def format_size(num_bytes: int) -> str:
+    """``20MiB``: in the largest unit that divides the size, as ``parse_size`` reads it."""
+    fits = [unit for unit, factor in UNITS.items() if num_bytes % factor == 0 < num_bytes]
+    unit = fits[-1] if fits else ""
+    return f"{num_bytes // UNITS[unit]}{unit + 'iB' if unit else ''}"
+
+
+# ---- the environment
+
+
+def is_service_link(name: str, value: str) -> bool:
+    """Whether a variable is a service link: what Kubernetes tells every pod about a Service whose
+    name begins with ``opticnerve``, such as ``OPTICNERVE_PORT=tcp://10.0.0.1:80``.
+
+    Name and value both count, so ``OPTICNERVE_PORT=8000`` is an option of ours.
+    Source: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+    """
+    return bool(_SERVICE_LINK.fullmatch(f"{name}={value}"))
+
+
+def without_service_links(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if not is_service_link(name, value)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
 
 from opticnerve import addresses
-from opticnerve.config import StoreConfig, sizes
+from opticnerve.config import StoreConfig, options
 from opticnerve.embeddings.memory_store import DEFAULT_CAPACITY, MemoryStore
 from opticnerve.embeddings.redis_store import MAX_BYTES, RedisStore
 from opticnerve.embeddings.seal import Seal
@@ -133,7 +133,7 @@ def _options(query: str, known: set[str]) -> dict[str, str]:
 def parse_size(text: str) -> int:
     """Bytes of "1048576", "512M", "2GiB". Raises ConfigError."""
     try:
-        size = sizes.parse_size(text)
+        size = options.parse_size(text)
     except ValueError as error:
         raise ConfigError(str(error), param="store") from error
     if size <= 0:

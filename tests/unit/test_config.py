@@ -10,8 +10,14 @@ from opticnerve.addresses import LOOPBACK, Hosts
 from opticnerve.cli import up
 from opticnerve.cli.up import child_environment
 from opticnerve.config import command_line
-from opticnerve.config.options import Group, build, options, public_view, to_command_line
-from opticnerve.config.sizes import format_size
+from opticnerve.config.options import (
+    Group,
+    build,
+    format_size,
+    options,
+    public_view,
+    to_command_line,
+)
 from opticnerve.embeddings.open import open_worker_store
 from opticnerve.errors import ConfigError
 from opticnerve.media.plan import parse_background
