@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Collection
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import AsyncIterator
 
 log = logging.getLogger(__name__)
 
@@ -20,34 +18,14 @@ RESOLVE_AGAIN_S = 1.0  # While a name has no addresses.
 DNS_SCHEME = "dns:///"
 
 
-class Discovery(Protocol):
-    """One source of addresses. A pool follows any number of them."""
-
-    def watch(self) -> AsyncIterator[set[str]]:
-        """All addresses of this source, each time that they may have changed. Where it ends, the
-        last ones stay."""
-        ...
-
-
-@dataclass(frozen=True)
-class DnsName:
-    """The addresses behind ``name:port``, resolved again and again."""
-
-    name: str
-
-    async def watch(self) -> AsyncIterator[set[str]]:
-        while True:
-            found = await resolve(self.name)
-            if found is not None:
-                yield found
-            await asyncio.sleep(RESOLVE_S if found else RESOLVE_AGAIN_S)
-
-
-def split_addresses(addresses: Collection[str]) -> tuple[tuple[str, ...], list[Discovery]]:
-    """The fixed addresses among ``addresses``, and the sources of the others."""
-    fixed = tuple(each for each in addresses if not each.startswith(DNS_SCHEME))
-    names = [each.removeprefix(DNS_SCHEME) for each in addresses if each.startswith(DNS_SCHEME)]
-    return fixed, [DnsName(name) for name in names]
+async def watch(name: str) -> AsyncIterator[set[str]]:
+    """The addresses behind ``name:port``, resolved again and again for as long as it is iterated.
+    Where the resolver does not answer, the last ones stay."""
+    while True:
+        found = await resolve(name)
+        if found is not None:
+            yield found
+        await asyncio.sleep(RESOLVE_S if found else RESOLVE_AGAIN_S)
 
 
 async def resolve(name: str) -> set[str] | None:

@@ -55,9 +55,10 @@ class LeaseRequest:
 
 
 class Dispatcher:
-    """The requests that wait for one pool's workers. ``workers()``: the current ones."""
+    """The requests that wait for one pool's workers."""
 
-    def __init__(self, workers: Callable[[], Sequence[Worker]]) -> None:
+    def __init__(self, workers: Collection[Worker]) -> None:
+        """``workers``: a view of the current ones."""
         self.waiting_cost = 0
         self._queues: dict[str, _ShareQueue] = {}  # By share.
         self._now = 0.0  # Virtual time: ``lent`` of the queue that was served last.
@@ -124,14 +125,14 @@ class Dispatcher:
         """Workers that take work now, and that ``accepts`` agrees to."""
         return [
             worker
-            for worker in self._workers()
+            for worker in self._workers
             if worker.state is WorkerState.SERVING and (accepts is None or accepts(worker))
         ]
 
     def expected_wait_s(self, cost: int, accepts: Accepts | None = None) -> float:
         """Seconds in which the workers would finish ``cost`` and the work of other gateways; 0
         where no throughput is known. Where no worker serves, all known ones count."""
-        known = [worker for worker in self._workers() if accepts is None or accepts(worker)]
+        known = [worker for worker in self._workers if accepts is None or accepts(worker)]
         able = self.serving(accepts) or known
         if not any(worker.cost_per_s for worker in able):
             return 0.0

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Collection, Coroutine
 
 from gateway.edge.deadline import Deadline, expired
-from gateway.workers.discovery import Discovery, resolve, same_family, split_addresses
+from gateway.workers.discovery import DNS_SCHEME, resolve, same_family, watch
 from gateway.workers.dispatch import Accepts, Dispatcher, LeaseRequest
 from gateway.workers.worker import PROBE_TIMEOUT_S, Check, Describe, Worker, WorkerState
 from opticnerve.errors import Unavailable
@@ -58,14 +58,14 @@ class WorkerPool:
         sent with calls to the workers. ``check`` finds faults of a worker that describes itself."""
         self.kind = kind
         self.changes = changes or Changes()
-        self._fixed, self._sources = split_addresses(addresses)
+        self._addresses = addresses
         self._describe = describe
         self._token = token
         self._check = check
         self._workers: dict[str, Worker] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}  # By address.
         self._tasks: set[asyncio.Task[None]] = set()
-        self.dispatcher = Dispatcher(lambda: self.workers)
+        self.dispatcher = Dispatcher(self._workers.values())
 
     @property
     def workers(self) -> list[Worker]:
@@ -74,7 +74,7 @@ class WorkerPool:
     @property
     def configured(self) -> bool:
         """Whether any address was given at all."""
-        return bool(self._fixed or self._sources)
+        return bool(self._addresses)
 
     @property
     def unusable(self) -> bool:
@@ -97,10 +97,11 @@ class WorkerPool:
     # ---- life
 
     async def start(self) -> None:
-        for address in self._fixed:
-            self._add(address)
-        for source in self._sources:
-            self._spawn(self._follow(source))
+        for address in self._addresses:
+            if address.startswith(DNS_SCHEME):
+                self._spawn(self._follow(address.removeprefix(DNS_SCHEME)))
+            else:
+                self._add(address)
 
     async def close(self) -> None:
         tasks = [*self._tasks, *self._watches.values()]
@@ -179,10 +180,11 @@ class WorkerPool:
 
     # ---- watching
 
-    async def _follow(self, source: Discovery) -> None:
-        """Adds and removes workers as a source says; those of another source are left alone."""
+    async def _follow(self, name: str) -> None:
+        """Adds and removes workers as the addresses behind ``name:port`` change. Workers that were
+        known already, by their own address or another name, are left alone."""
         followed: set[str] = set()
-        async for found in source.watch():
+        async for found in watch(name):
             for address in found - followed - self._workers.keys():
                 self._add(address)
                 followed.add(address)
@@ -217,7 +219,7 @@ class WorkerPool:
             if (worker.state, worker.description.fingerprint, worker.fault) != before:
                 log.info("%s %s: %s", self.kind, worker.address, worker.state.value)
                 self._notify()
-                if worker.state is WorkerState.SERVING and worker.address in self._fixed:
+                if worker.state is WorkerState.SERVING and worker.address in self._addresses:
                     await self._warn_of_several(worker.address)
             else:
                 self.dispatcher.dispatch()  # Its throughput or its load may have changed.

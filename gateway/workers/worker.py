@@ -119,19 +119,16 @@ class Worker:
         self.wake = asyncio.Event()  # Set to probe it at once.
         self.idle = asyncio.Event()  # Set while it is lent to nothing.
         self.idle.set()
-        self._loans = 0
 
     def lend(self, cost: int, heavy: bool = False) -> None:
-        self._loans += 1
         self.pending += cost
         self.heavy += cost if heavy else 0
         self.idle.clear()
 
     def take_back(self, cost: int, heavy: bool = False) -> None:
-        self._loans -= 1
         self.pending -= cost
         self.heavy -= cost if heavy else 0
-        if not self._loans:
+        if not self.pending:
             self.idle.set()
 
     @property

@@ -39,7 +39,7 @@ def simulate(machines, costs, learn_after=0):
 
     ``learn_after``: jobs of its own after which a machine knows its throughput.
     """
-    dispatcher = Dispatcher(lambda: machines)
+    dispatcher = Dispatcher(machines)
     jobs = [LeaseRequest(cost, Deadline(float(number))) for number, cost in enumerate(costs)]
     begun, ends, now = [], [], 0.0
 
@@ -96,7 +96,7 @@ def test_everything_is_begun_in_order_and_in_bounded_time(costs, kinds):
 
 def test_nobody_overtakes_a_job_that_waits_for_room():
     machine = Machine("a", 1.0, 10)
-    dispatcher = Dispatcher(lambda: [machine])
+    dispatcher = Dispatcher([machine])
     large, small = LeaseRequest(9, Deadline(1.0)), LeaseRequest(1, Deadline(2.0))
     machine.pending = 5
     dispatcher.add(large)
@@ -112,7 +112,7 @@ def test_nobody_overtakes_a_job_that_waits_for_room():
 
 def test_heavy_jobs_keep_no_others_waiting_and_not_the_other_way_round():
     machine = Machine("a", 1.0, 10)
-    dispatcher = Dispatcher(lambda: [machine])
+    dispatcher = Dispatcher([machine])
     heavy = [LeaseRequest(9, Deadline(1.0), heavy=True) for _ in range(3)]
     light = [LeaseRequest(9, Deadline(2.0)) for _ in range(3)]
     for job in (*heavy, *light):
@@ -128,7 +128,7 @@ def test_heavy_jobs_keep_no_others_waiting_and_not_the_other_way_round():
 def test_requests_share_what_there_is_by_what_their_jobs_take():
     """Ten of one request, of a second each, and one of another that comes a little later."""
     machine = Machine("a", 1.0, 1)
-    dispatcher = Dispatcher(lambda: [machine])
+    dispatcher = Dispatcher([machine])
     many = [LeaseRequest(1, Deadline(100.0), behind_s=float(number)) for number in range(10)]
     for job in many:
         dispatcher.add(job)
@@ -140,7 +140,7 @@ def test_requests_share_what_there_is_by_what_their_jobs_take():
 
 def test_a_job_that_leaves_makes_way_for_those_behind_it():
     machine = Machine("a", 1.0, 10)
-    dispatcher = Dispatcher(lambda: [machine])
+    dispatcher = Dispatcher([machine])
     machine.pending = 5
     large, small = LeaseRequest(9, Deadline(1.0)), LeaseRequest(1, Deadline(2.0))
     dispatcher.add(large)
@@ -152,7 +152,7 @@ def test_a_job_that_leaves_makes_way_for_those_behind_it():
 
 def test_the_time_for_a_cost_is_that_of_all_workers_at_measured_speed():
     machines = [Machine("a", 10.0, 10), Machine("b", 30.0, 10)]
-    dispatcher = Dispatcher(lambda: machines)
+    dispatcher = Dispatcher(machines)
     machines[0].foreign = 20
     assert dispatcher.expected_wait_s(60) == pytest.approx((60 + 20) / 40)
     machines[1].cost_per_s = 0.0  # Not known: taken for the mean of those that are.
@@ -168,7 +168,7 @@ def lent_order(jobs, window=1):
     the start."""
     machine = Machine("a", 1.0, window)
     machine.pending = window  # Busy until all are there.
-    dispatcher = Dispatcher(lambda: [machine])
+    dispatcher = Dispatcher([machine])
     for job in jobs:
         dispatcher.add(job)
     order = []
@@ -209,7 +209,7 @@ def test_keys_that_always_want_more_get_cost_by_weight(wanted):
 
 def test_a_key_that_comes_late_is_owed_nothing_for_the_time_before():
     machine = Machine("a", 1.0, 1)
-    dispatcher = Dispatcher(lambda: [machine])
+    dispatcher = Dispatcher([machine])
     jobs = [job("mallory", number) for number in range(40)]
     for each in jobs:
         dispatcher.add(each)
