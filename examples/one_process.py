@@ -46,7 +46,7 @@ async def services() -> AsyncIterator[str]:
                 encode_timeout_s=DAY_S,
                 request_timeout_s=DAY_S,
             )
-            async with open_server(settings, Keys({})) as server, asyncio.TaskGroup() as group:
+            async with open_server(settings, Keys()) as server, asyncio.TaskGroup() as group:
                 group.create_task(server.serve())
                 yield server.address
                 server.running.stop()

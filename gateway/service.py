@@ -192,7 +192,7 @@ def _gateway(
         settings.max_concurrent_requests,
         settings.max_bytes_in_flight,
         settings.max_requests_per_key,
-        holders=lambda: len(keys.by_name) or connections.holders,
+        holders=lambda: len(keys.callers) or connections.holders,
     )
     running = Running("the gateway", log, settings.drain_timeout_s, settings.shutdown_delay_s)
     return Gateway(settings, keys, connections, admission, names, pipeline, running)

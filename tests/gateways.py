@@ -13,7 +13,7 @@ import httpx2
 from PIL import Image
 
 from gateway import service
-from gateway.edge.auth import Keys
+from gateway.edge.auth import Caller, Keys
 from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
@@ -34,6 +34,11 @@ def tokenizer():
 def ids(text):
     """Token ids of plain text."""
     return tokenizer().encode(text)
+
+
+def keys_of(**keys):
+    """API keys by the name of their caller."""
+    return Keys({key.encode(): Caller(name, tenant=name) for name, key in keys.items()})
 
 
 def data_url(color="red", size=(56, 56)):
@@ -95,7 +100,7 @@ async def serving(config, keys=None):
     """A gateway's server, which serves, and a client of it."""
     limits = httpx2.Limits(max_connections=None)
     async with (
-        service.open_server(config, keys or Keys({})) as server,
+        service.open_server(config, keys or Keys()) as server,
         httpx2.AsyncClient(
             base_url=server.address, timeout=60, trust_env=False, limits=limits
         ) as client,

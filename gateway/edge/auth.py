@@ -82,15 +82,14 @@ ANONYMOUS = Caller("anonymous", "")
 class Keys:
     """The accepted keys. While there are none, every caller is ``ANONYMOUS``."""
 
-    by_name: Mapping[str, bytes] = field(repr=False)
+    callers: Mapping[bytes, Caller] = field(default_factory=dict, repr=False)  # By key.
     path: str | None = None  # The file that they were read from.
-    callers: Mapping[str, Caller] = field(default_factory=dict)  # By name; others have defaults.
 
     @classmethod
     def load(cls, path: str | None) -> Keys:
         """Reads a key file, in which ``#`` begins a comment. Raises ConfigError."""
         if path is None:
-            return cls({})
+            return cls()
         try:
             text = Path(path).read_text(encoding="utf-8-sig")  # Some editors write a BOM.
         except OSError as error:
@@ -99,12 +98,7 @@ class Keys:
             ) from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"the key file {path} is no text", param="api_key_file") from error
-        lines = _parse(text, path)
-        return cls(
-            {line.caller.name: line.key for line in lines},
-            path,
-            {line.caller.name: line.caller for line in lines},
-        )
+        return cls(_parse(text, path), path)
 
     def reread(self) -> None:
         """Reads the file again, for requests from now on, and logs how many keys changed. Where
@@ -117,8 +111,8 @@ class Keys:
         except ConfigError as error:
             log.error("the keys stay as they were: %s", error.message)
             return
-        old, now = self._by_key(), new._by_key()
-        self.by_name, self.callers = new.by_name, new.callers
+        old, now = self.callers, new.callers
+        self.callers = now
         log.info(
             "read %s again: %d keys, %d of them new, and %d are gone; of %d the name or the "
             "attributes are new",
@@ -131,7 +125,7 @@ class Keys:
 
     @property
     def required(self) -> bool:
-        return bool(self.by_name)
+        return bool(self.callers)
 
     def identify(self, authorization: str | None) -> Caller:
         """The caller whose key is in an Authorization header. Raises Unauthenticated.
@@ -146,32 +140,20 @@ class Keys:
                 "no API key was given; send it as 'Authorization: Bearer KEY'", param=None
             )
         candidate = given.strip().encode()
-        found: str | None = None
-        for name, key in self.by_name.items():
+        found: Caller | None = None
+        for key, caller in self.callers.items():
             if hmac.compare_digest(candidate, key):
-                found = name
+                found = caller
         if found is None:
             raise Unauthenticated("the API key is not known here")
-        return self._caller(found)
-
-    def _caller(self, name: str) -> Caller:
-        return self.callers.get(name) or Caller(name, tenant=name)
-
-    def _by_key(self) -> dict[bytes, Caller]:
-        return {key: self._caller(name) for name, key in self.by_name.items()}
+        return found
 
 
 # ---- the file; error messages never quote a line, which may have its key in the wrong place
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
-    caller: Caller
-    key: bytes = field(repr=False)
-
-
-def _parse(text: str, path: str) -> list[_Line]:
-    lines: list[_Line] = []
+def _parse(text: str, path: str) -> dict[bytes, Caller]:
+    callers: dict[bytes, Caller] = {}
     names: set[str] = set()
     numbers: dict[bytes, int] = {}  # Line numbers, by key.
     for number, raw in enumerate(text.splitlines(), 1):
@@ -179,23 +161,23 @@ def _parse(text: str, path: str) -> list[_Line]:
         if not written:
             continue
         try:
-            line = _read_line(written, number)
-            if line.caller.name in names:
-                raise ValueError(f"{line.caller.name} is there twice")
-            if line.key in numbers:
-                raise ValueError(f"the key of line {numbers[line.key]} again; a key has one line")
+            key, caller = _read_line(written, number)
+            if caller.name in names:
+                raise ValueError(f"{caller.name} is there twice")
+            if key in numbers:
+                raise ValueError(f"the key of line {numbers[key]} again; a key has one line")
         except ValueError as error:
             raise ConfigError(f"{path}:{number}: {error}", param="api_key_file") from error
-        names.add(line.caller.name)
-        numbers[line.key] = number
-        lines.append(line)
-    if not lines:
+        callers[key] = caller
+        names.add(caller.name)
+        numbers[key] = number
+    if not callers:
         raise ConfigError(f"{path} holds no key", param="api_key_file")
-    return lines
+    return callers
 
 
-def _read_line(line: str, number: int) -> _Line:
-    """Raises ValueError, whose text never holds a key."""
+def _read_line(line: str, number: int) -> tuple[bytes, Caller]:
+    """A key and its caller. Raises ValueError, whose text never holds a key."""
     if not _ASCII.fullmatch(line):
         raise ValueError(
             "a character that is not printable ASCII; not every client can send such a key, so "
@@ -211,7 +193,7 @@ def _read_line(line: str, number: int) -> _Line:
         raise ValueError("a colon without a space; write 'name: key', also for a key with colons")
     name = name or f"key{number}"
     fields = {"tenant": name, **_attributes(rest.split())}
-    return _Line(Caller(name, **fields), key.encode())
+    return key.encode(), Caller(name, **fields)
 
 
 def _attributes(words: list[str]) -> dict[str, Any]:

@@ -8,9 +8,8 @@ import pytest
 
 from gateway.api.schemas.parsing import UNSUPPORTED
 from gateway.app import Api
-from gateway.edge.auth import Keys
 from opticnerve.config import TelemetryConfig
-from tests.gateways import body, data_url, events, stack, user
+from tests.gateways import body, data_url, events, keys_of, stack, user
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
@@ -103,7 +102,7 @@ async def test_metrics_on_a_port_of_their_own_are_not_described():
 
 
 async def test_the_document_is_well_formed():
-    async with stack(encoders=0, llms=0, ready=False, keys=Keys({"ada": b"sk-ada"})) as s:
+    async with stack(encoders=0, llms=0, ready=False, keys=keys_of(ada="sk-ada")) as s:
         document = await describe(s)
     assert re.fullmatch(r"3\.1\.\d+", document["openapi"])
     assert document["info"]["title"] and document["info"]["version"]
@@ -255,7 +254,7 @@ async def test_what_clients_send_loosely_is_described():
 
 @pytest.mark.parametrize("public_models", [False, True])
 async def test_keys_are_asked_for_where_the_document_says_so(public_models):
-    keys = Keys({"ada": b"sk-ada"})
+    keys = keys_of(ada="sk-ada")
     settings = {"telemetry": ON_THE_GATEWAYS_PORT, "public_models": public_models}
     async with stack(encoders=0, llms=0, ready=False, keys=keys, **settings) as s:
         document = await describe(s)

@@ -5,8 +5,7 @@ import logging
 
 import pytest
 
-from gateway.edge.auth import Keys
-from tests.gateways import body, connected, rest, stack
+from tests.gateways import body, connected, keys_of, rest, stack
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
@@ -159,7 +158,7 @@ async def test_what_a_page_can_send_unasked_is_no_request(header):
         assert answer.status_code == 200
 
 
-@pytest.mark.parametrize("settings", [{"keys": Keys({"a": b"sk-1"})}, {"host": "0.0.0.0"}])
+@pytest.mark.parametrize("settings", [{"keys": keys_of(a="sk-1")}, {"host": "0.0.0.0"}])
 async def test_others_are_called_by_any_name(settings):
     async with stack(**settings) as s:
         headers = {"host": "a.example", "origin": "null", "authorization": "Bearer sk-1"}
@@ -168,7 +167,7 @@ async def test_others_are_called_by_any_name(settings):
 
 async def test_without_its_key_only_the_status_is_told():
     good = {"authorization": "Bearer sk-1"}
-    async with stack(keys=Keys({"ada": b"sk-1"})) as s:
+    async with stack(keys=keys_of(ada="sk-1")) as s:
         for path, told in (("/health", {"status": "ok"}),
                            ("/ready", {"status": "ready", "pictures": True})):  # fmt: skip
             for headers in ({}, {"authorization": "Bearer sk-2"}):

@@ -8,17 +8,16 @@ import socket
 
 import pytest
 
-from gateway.edge.auth import Keys
 from gateway.edge.limits import PROGRESS_BYTES
 from gateway.edge.protocol import Wait
 from tests.fakes import until
-from tests.gateways import body, connected, rest, stack
+from tests.gateways import body, connected, keys_of, rest, stack
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
 BARE = {"encoders": 0, "llms": 0, "ready": False}
 ADA, BOB = ({"authorization": f"Bearer sk-{name}"} for name in ("ada", "bob"))
-KEYS = Keys({"ada": b"sk-ada", "bob": b"sk-bob"})
+KEYS = keys_of(ada="sk-ada", bob="sk-bob")
 SOCKETS = 60
 GET = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n"
 HEAD = (

@@ -7,9 +7,8 @@ import json
 import httpx2
 import pytest
 
-from gateway.edge.auth import Keys
 from tests.fakes import until
-from tests.gateways import DEADLINES_S, body, data_url, events, stack, user
+from tests.gateways import DEADLINES_S, body, data_url, events, keys_of, stack, user
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
@@ -194,7 +193,7 @@ async def test_requests_for_a_whole_url(target, status):
 
 
 async def test_a_whole_url_needs_its_key():
-    async with stack(keys=Keys({"ada": b"sk-1"}), encoders=0, llms=0, ready=False) as s:
+    async with stack(keys=keys_of(ada="sk-1"), encoders=0, llms=0, ready=False) as s:
         url = s.client.base_url
         for path, status in (("v1/models", b"401"), ("live", b"200"), ("/live", b"401")):
             reader, writer = await asyncio.open_connection(url.host, url.port)
@@ -244,7 +243,7 @@ async def test_request_ids():
 
 
 async def test_keys():
-    keys = Keys({"ada": b"sk-1"})
+    keys = keys_of(ada="sk-1")
     good = {"authorization": "Bearer sk-1"}
     async with stack(keys=keys, public_models=True, host="127.0.0.1") as s:
         answer = await s.chat()
@@ -261,7 +260,7 @@ async def test_keys():
 
 
 async def test_browsers_of_allowed_origins_may_call():
-    async with stack(cors_origins=("https://a.example",), keys=Keys({"ada": b"sk-1"}),
+    async with stack(cors_origins=("https://a.example",), keys=keys_of(ada="sk-1"),
                      host="127.0.0.1") as s:  # fmt: skip
         asked = {"origin": "https://a.example", "access-control-request-method": "POST"}
         answer = await s.client.options("/v1/chat/completions", headers=asked)
