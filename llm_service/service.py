@@ -11,10 +11,10 @@ from llm_service import metrics
 from llm_service.device.attention import make_backend
 from llm_service.engine import build
 from llm_service.engine.client import EngineClient, ProcessEngineClient, ThreadEngineClient
+from llm_service.policy.limits import EngineConfig
 from llm_service.policy.protocol import FailedEvent, GenerateRequest
 from llm_service.rows.fetcher import Fetcher
 from llm_service.rows.store_rows import OVERFLOW_BYTES, StoreRows, local_tier
-from llm_service.wire.messages import Bounds
 from llm_service.wire.servicer import SERVICE, LLMServicer, Loaded
 from opticnerve import addresses
 from opticnerve.addresses import Hosts
@@ -28,6 +28,7 @@ from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import ConfigError, EngineFailure, StartupError
 from opticnerve.generation.values import Sampling
+from opticnerve.models.family import Layout
 from opticnerve.models.registry import make_layout
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
@@ -66,11 +67,16 @@ def open_worker(settings: LLMConfig) -> AbstractAsyncContextManager[LLMServicer]
         stack.push_async_callback(engine.close)
         await _start(engine)
         stack.enter_context(metrics.collected(lambda: metrics.engine_stats(engine.stats)))
-        bounds = Bounds(engine.config, layout, settings.max_logprobs)
-        description = await asyncio.to_thread(
-            _describe, settings, checkpoint, bounds, store.tier_id
+        servicer.loaded = Loaded(
+            engine,
+            fetcher,
+            layout,
+            settings.max_logprobs,
+            await asyncio.to_thread(
+                _describe, settings, checkpoint, layout, engine.config, store.tier_id
+            ),
+            settings.embedding_wait_ms,
         )
-        servicer.loaded = Loaded(engine, fetcher, bounds, description, settings.embedding_wait_ms)
         watcher = asyncio.create_task(_watch(engine, servicer.server))
         stack.callback(watcher.cancel)
 
@@ -138,12 +144,15 @@ def _callable_encoders(settings: LLMConfig) -> Hosts | None:
 
 
 def _describe(
-    settings: LLMConfig, checkpoint: Checkpoint, bounds: Bounds, shm_tier_id: str
+    settings: LLMConfig,
+    checkpoint: Checkpoint,
+    layout: Layout,
+    engine: EngineConfig,
+    shm_tier_id: str,
 ) -> pb.DescribeLLMResponse:
     """What Describe answers that does not change."""
     device = resolve_device(settings.model.device)
     dtype = resolve_dtype(settings.model.dtype, checkpoint, device)
-    engine = bounds.engine
     return pb.DescribeLLMResponse(
         fingerprint=language_fingerprint(checkpoint, dtype),
         pair_id=checkpoint.pair_id,
@@ -151,7 +160,7 @@ def _describe(
         attention=make_backend(settings.attention).name,
         device=str(device),
         dtype=dtype_name(dtype),
-        hidden_size=bounds.layout.hidden_size,
+        hidden_size=layout.hidden_size,
         shm_tier_id=shm_tier_id,
         eos_token_ids=checkpoint.eos_token_ids,
         vocab_size=engine.vocab_size,
@@ -160,7 +169,7 @@ def _describe(
             max_model_len=engine.max_tokens,
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
-            max_logprobs=bounds.max_logprobs,
+            max_logprobs=settings.max_logprobs,
             num_kv_blocks=engine.num_blocks,
             block_size=engine.block_size,
             max_waiting=engine.max_waiting,

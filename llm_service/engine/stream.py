@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
@@ -16,7 +18,10 @@ from llm_service.policy.protocol import (
     TokensEvent,
 )
 
+RELEASE_TIMEOUT_S = 30.0  # The engine ends its step and releases an aborted request.
 TERMINAL = (FinishedEvent, FailedEvent, AbortedEvent)
+
+log = logging.getLogger(__name__)
 
 
 class EventStream:
@@ -69,6 +74,18 @@ class EventStream:
         self._closed = True
         self._pending.clear()
         self._wake_reader()
+
+    async def release(self) -> None:
+        """Ends a request that may still run, and waits until the engine has released it."""
+        if not self.ended:
+            self._abort(self.request_id)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RELEASE_TIMEOUT_S):
+                    while await self.read():
+                        pass
+            if not self.ended:
+                log.error("the engine does not release an aborted request")
+        self.close()
 
     def push(self, event: Event) -> None:
         """For the client alone."""

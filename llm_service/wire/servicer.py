@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
+import itertools
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,35 +14,48 @@ import grpc
 from llm_service import metrics
 from llm_service.engine.client import EngineClient
 from llm_service.engine.stream import EventStream
+from llm_service.policy.limits import check_request
 from llm_service.policy.protocol import (
     AbortedEvent,
     Event,
     FailedEvent,
     FinishedEvent,
+    GenerateRequest,
     NeedRowsEvent,
     PrefilledEvent,
     PromptLogprobsEvent,
     TokensEvent,
 )
 from llm_service.rows.fetcher import Fetcher
-from llm_service.wire import messages as wire
-from llm_service.wire.messages import Accepted, Bounds
 from llm_service.wire.needed_rows import AskCaller, NeededRows
-from opticnerve.errors import DeadlineExceeded, InvalidRequest, OpticNerveError, Unavailable
-from opticnerve.generation.values import Delta, Done
+from opticnerve import addresses
+from opticnerve.embeddings.ref import EmbeddingRef, Location
+from opticnerve.embeddings.store import check_key
+from opticnerve.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    OpticNerveError,
+    Unavailable,
+    UnsupportedFeature,
+)
+from opticnerve.generation.values import Delta, Done, Sampling
+from opticnerve.media.plan import Modality
+from opticnerve.models.family import Layout
+from opticnerve.pb import embedding_pb2, llm_pb2_grpc
 from opticnerve.pb import llm_pb2 as pb
-from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.calls import FINISHED, WorkerServicer
+from opticnerve.rpc.errors import from_failure
 from opticnerve.telemetry import logs
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 SERVICE = "opticnerve.v1.LLM"
-RELEASE_TIMEOUT_S = 30.0  # The engine ends its step and releases an aborted request.
 START_S = 10.0  # How long a call waits for its Start message.
+MAX_MESSAGE_BYTES = 7 * 2**20  # PromptLogprobs travel in one message.
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 1000.0  # Weight of one share, relative to others'.
 
-log = logging.getLogger(__name__)
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +64,8 @@ class Loaded:
 
     engine: EngineClient
     fetcher: Fetcher
-    bounds: Bounds
+    layout: Layout
+    max_logprobs: int
     description: pb.DescribeLLMResponse  # The part that does not change.
     embedding_wait_ms: int
 
@@ -83,9 +96,8 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
             raise Unavailable("the LLM worker is stopping; use another", retry_after_s=1.0)
         logs.identify(first.start.request_id)
         logs.note(prompt_tokens=len(first.start.token_ids), items=len(first.start.items) or None)
-        local_names = await loaded.fetcher.names(wire.inline_items(first.start))
-        accepted = wire.read_start(first.start, loaded.bounds, local_names)
-        await GenerateCall(loaded, accepted, context).run(request_iterator)
+        local_names = await loaded.fetcher.names(inline_items(first.start))
+        await GenerateCall(loaded, first.start, local_names, context).run(request_iterator)
 
     async def Describe(
         self, request: pb.DescribeLLMRequest, context: Context
@@ -111,25 +123,28 @@ class GenerateCall:
     However the call ends, the engine then holds nothing of it.
     """
 
-    def __init__(self, loaded: Loaded, accepted: Accepted, context: Context) -> None:
+    def __init__(
+        self, loaded: Loaded, start: pb.Start, local_names: Mapping[str, str], context: Context
+    ) -> None:
+        """Raises like ``read_start``."""
         self._loaded = loaded
         self._context = context
-        self._request = accepted.request
-        self._local_names = accepted.local_names
-        self._keys = {name: key for key, name in accepted.local_names.items()}
+        self._request = read_start(start, loaded, local_names)
+        self._local_names = local_names
+        self._keys = {name: key for key, name in local_names.items()}
         self._started = time.perf_counter()
         self._broken: Exception | None = None  # What is wrong with a message after Start.
         self._tokens = 0  # Written so far, all choices together.
         self._stream: EventStream
         self._needed = NeededRows(
-            accepted.request.request_id,
-            accepted.refs,
-            accepted.rows,
-            (accepted.embedding_wait_ms or loaded.embedding_wait_ms) / 1e3,
+            self._request.request_id,
+            read_refs(start, local_names),
+            rows_used(self._request),
+            (start.embedding_wait_ms or loaded.embedding_wait_ms) / 1e3,
             loaded.engine,
             loaded.fetcher,
             lambda asked: self._stream.push(asked),
-            accepted.request.sampling.n,
+            self._request.sampling.n,
         )
 
     async def run(self, messages: AsyncIterator[pb.GenerateIn]) -> None:
@@ -146,8 +161,7 @@ class GenerateCall:
                 logs.note(completion_tokens=self._tokens)
                 reader.cancel()
                 self._needed.close()
-                released = release(self._loaded.engine, self._stream)
-                await asyncio.shield(asyncio.create_task(released))
+                await asyncio.shield(asyncio.create_task(self._stream.release()))
 
     def _messages(self, batch: Iterable[Event]) -> list[pb.GenerateOut]:
         """The messages for events of the engine. Raises the error of a request that failed."""
@@ -156,8 +170,8 @@ class GenerateCall:
             match event:
                 case TokensEvent(delta=delta):
                     self._note(delta)
-                    for piece in wire.deltas(delta):
-                        if out[-1].ByteSize() >= wire.PIECE_BYTES:
+                    for piece in convert.delta_pieces(delta):
+                        if out[-1].ByteSize() >= convert.PIECE_BYTES:
                             out.append(pb.GenerateOut())
                         out[-1].deltas.append(piece)
                 case AskCaller(keys=()):
@@ -217,13 +231,13 @@ class GenerateCall:
             async for message in messages:
                 match message.WhichOneof("message"):
                     case "embedding_ready":
-                        ref = wire.read_ref(message.embedding_ready.ref, self._local_names)
+                        ref = read_ref(message.embedding_ready.ref, self._local_names)
                         await self._loaded.fetcher.check_own(ref)
                         self._needed.ready(ref)
                     case "embedding_failed":
                         failure = message.embedding_failed
                         key = self._local_names.get(failure.key, failure.key)
-                        self._needed.failed(key, wire.read_failure(failure))
+                        self._needed.failed(key, from_failure(failure))
                     case _:
                         raise InvalidRequest("a call has one Start, its first message")
         except grpc.RpcError:
@@ -233,17 +247,125 @@ class GenerateCall:
             self._stream.push(AskCaller(self._request.request_id, ()))
 
 
-async def release(engine: EngineClient, stream: EventStream) -> None:
-    """Ends a request that may still run, and waits until the engine has released it."""
-    if not stream.ended:
-        engine.abort(stream.request_id)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(RELEASE_TIMEOUT_S):
-                while await stream.read():
-                    pass
-        if not stream.ended:
-            log.error("the engine does not release an aborted request")
-    stream.close()
+# ---- a Start
+
+
+def inline_items(start: pb.Start) -> dict[str, bytes]:
+    """The bytes of items whose rows the caller sends itself, by key; b"" if they come later."""
+    found: dict[str, bytes] = {}
+    for item in start.items:
+        if item.own or item.ref.location.inline:
+            found[item.key] = item.ref.location.inline or found.get(item.key, b"")
+    return found
+
+
+def read_start(start: pb.Start, loaded: Loaded, local_names: Mapping[str, str]) -> GenerateRequest:
+    """``local_names``: this worker's names of ``inline_items``, by the caller's keys, which they
+    replace. Raises InvalidRequest, ContextLengthExceeded, UnsupportedFeature."""
+    if start.adapter:
+        raise UnsupportedFeature("adapters are not served; leave adapter empty", param="adapter")
+    spans = tuple(convert.span_from_pb(span) for span in start.spans)
+    if any(span.modality is Modality.AUDIO for span in spans):
+        raise UnsupportedFeature("audio is not served; send pictures", param="spans")
+    request = GenerateRequest(
+        # Made unique: a caller may retry before the engine has let go of the first attempt.
+        request_id=f"{logs.safe_id(start.request_id)}/{next(_numbers)}",
+        token_ids=tuple(start.token_ids),
+        spans=spans,
+        items=tuple(local_names.get(check_key(item.key), item.key) for item in start.items),
+        sampling=_sampling(start.sampling, loaded),
+        priority=start.priority,
+        cache_salt=start.cache_salt,
+        outputs=tuple(map(convert.output_from_pb, start.outputs)),
+        skip_prefix_cache=start.skip_prefix_cache,
+        share=start.share,
+        weight=start.weight or 1.0,
+    )
+    if not MIN_WEIGHT <= request.weight <= MAX_WEIGHT:  # Not a number is in no range.
+        raise InvalidRequest(
+            f"weight must be between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}", param="weight"
+        )
+    check_request(request, loaded.engine.config)
+    _check_prompt_logprobs(request)
+    if spans:
+        loaded.layout.positions(len(request.token_ids), spans)
+    return request
+
+
+def read_refs(start: pb.Start, local_names: Mapping[str, str]) -> dict[str, EmbeddingRef | None]:
+    """References by key; None where EmbeddingReady will bring it. Raises InvalidRequest."""
+    refs: dict[str, EmbeddingRef | None] = {}
+    for item in start.items:
+        if item.HasField("ref") and item.ref.key != item.key:
+            raise InvalidRequest("a reference has another key than its item", param="items")
+        ref = read_ref(item.ref, local_names) if item.HasField("ref") else None
+        key = local_names.get(item.key, item.key)
+        refs[key] = ref or refs.get(key)
+    return refs
+
+
+def read_ref(message: embedding_pb2.EmbeddingRef, local_names: Mapping[str, str]) -> EmbeddingRef:
+    """The reference; one with inline rows gets its local name. Raises InvalidRequest if it
+    describes nothing, if its address is none, and for inline rows under a key that others share."""
+    ref = convert.ref_from_pb(message)
+    check_key(ref.key)
+    if ref.location.fetch_address:
+        try:
+            addresses.check_host_port(ref.location.fetch_address)
+        except ValueError as error:
+            raise InvalidRequest(f"a reference's fetch_address: {error}", param="ref") from error
+    if not ref.tensors or ref.num_rows < 1:
+        raise InvalidRequest("a reference describes its tensors and rows", param="ref")
+    name, inline = local_names.get(ref.key), ref.location.inline
+    if (name is None) != (not inline):
+        raise InvalidRequest(
+            "rows of the caller's own come inline, and Start says of which items (own): what comes "
+            "inline is used for no other item",
+            param="ref",
+        )
+    return ref if name is None else replace(ref, key=name, location=Location(inline=inline))
+
+
+def rows_used(request: GenerateRequest) -> dict[str, int]:
+    """How many rows of each item the spans use, by key."""
+    rows = dict.fromkeys(request.items, 0)
+    for span in request.spans:
+        key = request.items[span.item]
+        rows[key] = max(rows[key], span.row_start + span.num_tokens)
+    return rows
+
+
+def _check_prompt_logprobs(request: GenerateRequest) -> None:
+    count = request.sampling.prompt_logprobs
+    if count is None:
+        return
+    if len(request.token_ids) * (count + 1) * convert.LOGPROB_BYTES > MAX_MESSAGE_BYTES:
+        raise InvalidRequest(
+            "the log-probabilities of so long a prompt do not fit a message; ask for fewer",
+            param="prompt_logprobs",
+        )
+
+
+def _sampling(message: pb.SamplingParams, loaded: Loaded) -> Sampling:
+    """Raises InvalidRequest or UnsupportedFeature."""
+    if message.grammar:
+        raise UnsupportedFeature("structured output is not served yet", param="grammar")
+    sampling = convert.sampling_from_pb(message)
+    vocabulary = loaded.engine.config.vocab_size
+    for name, ids in (
+        ("logit_bias", sampling.logit_bias),
+        ("allowed_token_ids", sampling.allowed_token_ids),
+        ("bad_words", itertools.chain.from_iterable(sampling.bad_words)),
+    ):
+        if vocabulary and max(ids, default=0) >= vocabulary:
+            raise InvalidRequest(f"token ids of {name} must be below {vocabulary}", param=name)
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(sampling, name) or 0) > loaded.max_logprobs:
+            raise InvalidRequest(f"{name} is at most {loaded.max_logprobs} here", param=name)
+    return sampling
+
+
+# ---- metrics
 
 
 def observe(done: Done) -> None:

@@ -7,8 +7,8 @@ that is added to both travels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, MutableMapping, MutableSequence
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence
+from dataclasses import fields, replace
 from typing import Any
 
 from google.protobuf.descriptor import Descriptor
@@ -31,6 +31,9 @@ from opticnerve.generation.values import (
 from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, SpanAttention
 from opticnerve.pb import embedding_pb2 as pb
 from opticnerve.pb import llm_pb2
+
+PIECE_BYTES = 2**20  # Deltas of one message: those for a slow reader pile up.
+LOGPROB_BYTES = 14  # One log-probability in a message.
 
 _MODALITY = {
     Modality.IMAGE: pb.MODALITY_IMAGE,
@@ -205,6 +208,26 @@ def delta_to_pb(delta: Delta) -> llm_pb2.TokenDelta:
         "finish_reason": _FINISH[delta.finish_reason] if delta.finish_reason else None,
     }
     return llm_pb2.TokenDelta(**values)
+
+
+def delta_pieces(delta: Delta) -> Iterator[llm_pb2.TokenDelta]:
+    """The delta in messages of about PIECE_BYTES; what ends the choice is on the last."""
+    width = len(delta.logprobs[0].top) + 1 if delta.logprobs else 0
+    size = max(PIECE_BYTES // (4 + width * LOGPROB_BYTES), 1)
+    count = len(delta.token_ids)
+    if count <= size:
+        yield delta_to_pb(delta)
+        return
+    for begin in range(0, count, size):
+        piece = replace(
+            delta,
+            first_index=delta.first_index + begin,
+            token_ids=delta.token_ids[begin : begin + size],
+            logprobs=delta.logprobs[begin : begin + size],
+        )
+        if begin + size < count:
+            piece = replace(piece, finish_reason=None, stop_token_id=None)
+        yield delta_to_pb(piece)
 
 
 def delta_from_pb(message: llm_pb2.TokenDelta) -> Delta:

@@ -12,7 +12,7 @@ import grpc
 
 from opticnerve import errors
 from opticnerve.errors import OpticNerveError
-from opticnerve.pb import embedding_pb2
+from opticnerve.pb import embedding_pb2, llm_pb2
 from opticnerve.telemetry.logs import failed
 
 METADATA_KEY = "opticnerve-error-bin"
@@ -57,6 +57,15 @@ def from_detail(detail: embedding_pb2.ErrorDetail) -> OpticNerveError:
         code=detail.code or None,
         retry_after_s=detail.retry_after_s or None,
     )
+
+
+def from_failure(message: llm_pb2.EmbeddingFailed) -> OpticNerveError:
+    """The error that a caller reports for an item that it could not get."""
+    if message.HasField("detail"):
+        return from_detail(message.detail)
+    status = STATUS_BY_NUMBER.get(message.status, grpc.StatusCode.UNKNOWN)
+    cls = CLASS_BY_STATUS.get(status, OpticNerveError)
+    return cls("the picture could not be encoded", param=message.key)
 
 
 def from_rpc(error: grpc.RpcError) -> OpticNerveError:

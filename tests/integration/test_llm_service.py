@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from llm_service.__main__ import main
-from llm_service.wire import messages as wire
 from opticnerve.embeddings.ledger import Ledger
 from opticnerve.embeddings.ref import Location
 from opticnerve.embeddings.shm_store import ShmStore
@@ -616,7 +615,7 @@ def test_a_slow_reader_gets_everything(demo: Demo, serve: Callable[..., None]) -
 def test_what_piled_up_for_a_slow_reader_fits_messages(
     demo: Demo, serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "PIECE_BYTES", 30_000)
+    monkeypatch.setattr(convert, "PIECE_BYTES", 30_000)
     prompt = demo.prompt(6)
 
     async def body(worker: Worker) -> None:
