@@ -23,8 +23,7 @@ from gateway.edge.auth import Keys, needs_key
 from gateway.edge.connections import Connections
 from gateway.edge.middleware import (
     Authentication,
-    Disconnect,
-    Drain,
+    Cancellation,
     Errors,
     PageGuard,
     RequestScope,
@@ -114,11 +113,10 @@ def _not_allowed(scope: Scope, error: HTTPException) -> ErrorResponse:
 
 
 def make_app(gateway: Gateway) -> ASGIApp:
-    """The application, outermost layer first: scope, CORS, errors, pages, keys, drain,
-    disconnects, routes."""
+    """The application, outermost layer first: scope, CORS, errors, pages, keys,
+    cancellation, routes."""
     config = gateway.config
-    app: ASGIApp = Disconnect(Api(gateway))
-    app = Drain(app, gateway.running)
+    app: ASGIApp = Cancellation(Api(gateway), gateway.running)
     app = Authentication(app, gateway.keys, public_models=config.public_models)
     host = config.listen_host
     if not gateway.keys.required and addresses.is_loopback(host):

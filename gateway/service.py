@@ -8,6 +8,7 @@ import logging
 import math
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import uvicorn
@@ -19,6 +20,7 @@ from gateway.edge.admission import Admission
 from gateway.edge.auth import Keys
 from gateway.edge.connections import Connections, allow_files
 from gateway.edge.limits import IDLE_TIMEOUT_S
+from gateway.edge.protocol import Connection
 from gateway.media.fetch import MediaFetcher
 from gateway.media.reader import MediaReader
 from gateway.output.detokenizer import Vocabulary
@@ -215,7 +217,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(gateway),
-                http=cast("type[asyncio.Protocol]", gateway.connections.connect),
+                http=cast("type[asyncio.Protocol]", partial(Connection, gateway.connections)),
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.errors import ConfigError, InvalidRequest, Unauthenticated
+from opticnerve.generation.values import MAX_WEIGHT, MIN_WEIGHT
 
 log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/", "/live", "/ready", "/health", "/openapi.json", "/docs"})
-MIN_WEIGHT, MAX_WEIGHT = 0.01, 1000.0
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 FORM = "'name: key' or 'key', and then attributes such as tenant=acme, weight=2 or priority=-10"
 _NAME = r"[A-Za-z0-9_.@-]+"

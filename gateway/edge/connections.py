@@ -12,15 +12,10 @@ loop allows.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import resource
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
-
-from uvicorn.config import Config
-from uvicorn.server import ServerState
 
 from gateway.edge.limits import (
     BODY_CHUNKS_PER_S,
@@ -83,16 +78,6 @@ class Connections:
     def holders(self) -> int:
         """How many keys and addresses have connections."""
         return len(self._by_holder)
-
-    def connect(
-        self,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> Connection:
-        """The protocol factory that uvicorn calls."""
-        return Connection(self, config, server_state, app_state, _loop)
 
     def add(self, connection: Connection) -> None:
         self._all.add(connection)

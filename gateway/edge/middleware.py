@@ -1,5 +1,6 @@
 """The ASGI layers around every request, outermost first: ``RequestScope``, (CORS), ``Errors``,
-(``PageGuard``), ``Authentication``, ``Drain``, ``Disconnect``."""
+(``PageGuard``), ``Authentication``, ``Cancellation``. The server has no lifespan and no
+websockets: every scope is an HTTP request's."""
 
 from __future__ import annotations
 
@@ -51,11 +52,8 @@ class RequestScope:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         method = scope["method"]
-        scope = _without_slash(_without_host(scope))
+        scope = {**scope, "path": _normalised(scope["path"])}
         if method == "HEAD":  # Every route that takes GET takes it; the server sends no body.
             scope["method"] = "GET"
         identity = scope.setdefault("state", {})["request_id"] = request_id(scope)
@@ -141,17 +139,12 @@ async def _end_stream(send: Send, error: OpticNerveError) -> None:
             await send({"type": "http.response.body", "body": sse.failure(error)})
 
 
-def _without_host(scope: Scope) -> Scope:
-    """With the path alone where the request names a whole URL, as clients of proxies do."""
-    found = _WHOLE_URL.fullmatch(scope["path"])
-    return scope if found is None else {**scope, "path": found.group(1) or "/"}
-
-
-def _without_slash(scope: Scope) -> Scope:
-    path = scope["path"]
-    if len(path) > 1 and path.endswith("/"):
-        return {**scope, "path": path.rstrip("/") or "/"}
-    return dict(scope)
+def _normalised(path: str) -> str:
+    """Without slashes at its end, and without the host where the request names a whole URL, as
+    clients of proxies do."""
+    found = _WHOLE_URL.fullmatch(path)
+    path = (found[1] or "/") if found else path
+    return path.rstrip("/") or path[:1]
 
 
 def _route(scope: Scope) -> str:
@@ -170,18 +163,16 @@ class Authentication:
         self.public_models = public_models
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            open_path = not needs_key(scope["path"], public_models=self.public_models)
-            try:
-                caller = self.keys.identify(Headers(scope=scope).get("authorization"))
-            except Unauthenticated as error:
-                if not open_path:
-                    await ErrorResponse(error)(scope, receive, send)
-                    return
-                caller = ANONYMOUS
-            key = None if caller is ANONYMOUS else caller.name
-            scope["state"]["caller"] = caller
-            scope["state"]["holder"] = holder_of(scope.get("client"), key)
+        """Raises Unauthenticated."""
+        try:
+            caller = self.keys.identify(Headers(scope=scope).get("authorization"))
+        except Unauthenticated:
+            if needs_key(scope["path"], public_models=self.public_models):
+                raise
+            caller = ANONYMOUS
+        key = None if caller is ANONYMOUS else caller.name
+        scope["state"]["caller"] = caller
+        scope["state"]["holder"] = holder_of(scope.get("client"), key)
         await self.app(scope, receive, send)
 
 
@@ -200,8 +191,7 @@ class PageGuard:
         self.origins = set(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            self._check(scope["method"], Headers(scope=scope))
+        self._check(scope["method"], Headers(scope=scope))
         await self.app(scope, receive, send)
 
     def _check(self, method: str, headers: Headers) -> None:
@@ -236,44 +226,32 @@ class PageGuard:
         return origin in self.origins or ANY in self.origins or origin.lower() in own
 
 
-class Drain:
-    """Ends requests that still run when the gateway's drain is over; they raise Unavailable."""
+class Cancellation:
+    """Cancels a request whose client disconnected, streaming or not, at any stage; and one that
+    still runs when the gateway's drain is over, which then raises Unavailable.
+
+    Once the body is read, only this layer receives from the client; ``receive`` of the application
+    then returns when there is a disconnect.
+    """
 
     def __init__(self, app: ASGIApp, running: Running) -> None:
         self.app = app
         self.running = running
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self.running.work():
-            await self.app(scope, receive, send)
-
-
-class Disconnect:
-    """Cancels a request whose client disconnected, streaming or not, at any stage.
-
-    Once the body is read, only this layer receives from the client; ``receive`` of the application
-    then returns when there is a disconnect.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         client = _ClientChannel(receive, send)
-        work = asyncio.create_task(_run(self.app, scope, client))
-        watch = asyncio.create_task(client.watch())
-        try:
-            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done() or client.answered:
-                await work
-            else:
-                logs.note(ended=CLIENT_LEFT)
-        finally:
-            await _end(watch)
-            await _end(work)
+        async with self.running.work():
+            work = asyncio.ensure_future(self.app(scope, client.receive, client.send))
+            watch = asyncio.create_task(client.watch())
+            try:
+                await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+                if work.done() or client.answered:
+                    await work
+                else:
+                    logs.note(ended=CLIENT_LEFT)
+            finally:
+                await _end(watch)
+                await _end(work)
 
 
 class _ClientChannel:
@@ -308,10 +286,6 @@ class _ClientChannel:
         while not self._gone.is_set():
             if (await self._receive())["type"] == "http.disconnect":
                 self._gone.set()
-
-
-async def _run(app: ASGIApp, scope: Scope, client: _ClientChannel) -> None:
-    await app(scope, client.receive, client.send)
 
 
 async def _end(task: asyncio.Task[Any]) -> None:

@@ -133,8 +133,9 @@ class Connection(H11Protocol):
 
     conn: StrictParser
 
-    def __init__(self, owner: Connections, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(self, owner: Connections, **given: Any) -> None:
+        """``given``: by uvicorn."""
+        super().__init__(**given)
         self.owner = owner
         self.conn = StrictParser()
         self.address = self.holder = ""

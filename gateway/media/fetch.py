@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 import httpcore2
 import httpx2
 
+from gateway.edge.admission import FairSlots
 from gateway.edge.limits import (
     EXTRA_MEDIA_BYTES,
     MAX_FETCHES,
@@ -32,7 +33,6 @@ from gateway.edge.threads import off_loop_above
 from gateway.media.body import header, read_body
 from gateway.media.dataurl import is_data_url, read_data_url, too_large
 from gateway.media.hosts import Resolver, in_domains, is_public, is_unusual_ipv4
-from gateway.media.slots import FairSlots
 from gateway.media.transport import MediaNetwork, MediaStream, UnreadableAnswer
 from opticnerve import __version__
 from opticnerve.config import GatewayConfig

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from gateway.edge.admission import FairSlots
 from gateway.edge.limits import (
     MAX_KNOWN_LOOKUPS,
     MAX_KNOWN_LOOKUPS_PER_SITE,
@@ -30,7 +31,6 @@ from gateway.edge.limits import (
     NAME_TIMEOUT_S,
     SILENT_NAME_S,
 )
-from gateway.media.slots import FairSlots
 from opticnerve.lru import LRU
 
 MAX_REMEMBERED = 4096  # Names of either kind.

@@ -13,11 +13,11 @@ from itertools import chain, repeat
 
 import pytest
 
+from gateway.edge.admission import FairSlots
 from gateway.edge.limits import FREE_SMALL_READS, LEAST_CHUNK_BYTES, SMALL_READ_DELAY_S
 from gateway.media import body as bodies
 from gateway.media import fetch as fetching
 from gateway.media.fetch import MediaFetcher
-from gateway.media.slots import FairSlots
 from gateway.media.transport import PacedStream
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import MediaFetchFailed, OpticNerveError
