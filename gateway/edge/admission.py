@@ -38,17 +38,15 @@ class SharedCapacity:
         self._holders = holders
         self._by_holder: Counter[str] = Counter()
 
-    def fits(self, amount: int = 1) -> bool:
-        return self.held + amount <= self.most
-
     def has_room(self, holder: str, amount: int = 1) -> bool:
         """Whether ``holder`` may have ``amount`` more beside the other holders."""
         has, held = self._by_holder[holder] + amount, self.held + amount
+        if held > self.most or has > self.most_each:
+            return False
         holders = self._holders()
         reserved = max(1, int(RESERVED_SHARE * self.most)) if holders > 1 else 0
         equal = max(1, self.most // max(1, holders))
-        fair = has <= self.most_each and (held <= self.most - reserved or has <= equal)
-        return fair and self.fits(amount)
+        return held <= self.most - reserved or has <= equal
 
     def add(self, holder: str, amount: int = 1) -> None:
         self.held += amount
@@ -106,7 +104,7 @@ class Bound(SharedCapacity):
 
     def check(self, holder: str, amount: int = 1) -> None:
         """Raises Overloaded where ``holder`` cannot have ``amount`` more."""
-        if not self.fits(amount):
+        if self.held + amount > self.most:
             raise _overloaded(f"{self.what} are as many as this server takes")
         if not self.has_room(holder, amount):
             raise _overloaded(f"{self.what} are many, and this caller has its share of them")

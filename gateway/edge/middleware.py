@@ -58,40 +58,34 @@ class RequestScope:
             scope["method"] = "GET"
         identity = scope.setdefault("state", {})["request_id"] = request_id(scope)
         event = logs.begin_event(identity)
-        answer = _Answer(send, identity)
+        status = 0  # Until the answer begins.
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = identity
+            await send(message)
+
         metrics.REQUESTS_IN_FLIGHT.inc()
         try:
-            await self.app(scope, receive, answer)
+            await self.app(scope, receive, watched)
         except Exception as error:
             typed(error)  # For the log line; uvicorn closes the connection.
             raise
         finally:
             metrics.REQUESTS_IN_FLIGHT.dec()
-            metrics.REQUESTS.labels(_route(scope) or "other", str(answer.status or 499)).inc()
+            route, status = _route(scope), status or 499
+            metrics.REQUESTS.labels(route or "other", str(status)).inc()
             event.write(
                 log,
                 logging.DEBUG if scope["path"] in PROBE_PATHS else logging.INFO,
                 "request",
                 method=method[:MAX_METHOD_CHARACTERS],
-                path=_route(scope) or scope["path"][:MAX_PATH_CHARACTERS],
-                status=answer.status or 499,
+                path=route or scope["path"][:MAX_PATH_CHARACTERS],
+                status=status,
                 key=str(scope["state"].get("caller", "")),
             )
-
-
-class _Answer:
-    """A ``send`` that adds x-request-id and records the status; 0 until the answer begins."""
-
-    def __init__(self, send: Send, identity: str) -> None:
-        self._send = send
-        self._identity = identity
-        self.status = 0
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            MutableHeaders(scope=message)["x-request-id"] = self._identity
-        await self._send(message)
 
 
 class Errors:
@@ -110,7 +104,8 @@ class Errors:
         async def watched(message: Message) -> None:
             nonlocal begun, streaming
             if message["type"] == "http.response.start":
-                begun, streaming = True, _is_event_stream(message)
+                content_type = Headers(scope=message).get("content-type", "")
+                begun, streaming = True, content_type.startswith("text/event-stream")
             elif not message.get("more_body", False):
                 streaming = False
             await send(message)
@@ -125,10 +120,6 @@ class Errors:
                 await _end_stream(send, shown)
             else:
                 raise
-
-
-def _is_event_stream(start: Message) -> bool:
-    return Headers(scope=start).get("content-type", "").startswith("text/event-stream")
 
 
 async def _end_stream(send: Send, error: OpticNerveError) -> None:
@@ -191,11 +182,8 @@ class PageGuard:
         self.origins = set(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._check(scope["method"], Headers(scope=scope))
-        await self.app(scope, receive, send)
-
-    def _check(self, method: str, headers: Headers) -> None:
         """Raises Forbidden and UnsupportedMediaType."""
+        headers = Headers(scope=scope)
         host, origin = headers.get("host", "").lower(), headers.get("origin")
         if host and not self._is_ours(host):
             raise Forbidden(
@@ -213,8 +201,10 @@ class PageGuard:
             )
         # Without a preflight request, a page can send a body without a type, or with another one.
         from_browser = any(name in headers for name in BROWSER_HEADERS)
-        if method == "POST" and from_browser and not headers.get("content-type", "").strip():
+        typeless = not headers.get("content-type", "").strip()
+        if scope["method"] == "POST" and from_browser and typeless:
             raise UnsupportedMediaType("the body has no type; send JSON as application/json")
+        await self.app(scope, receive, send)
 
     def _is_ours(self, host: str) -> bool:
         found = _HOST.fullmatch(host)

@@ -90,11 +90,12 @@ class Dispatcher:
         its kind (heavy or not) behind it.
         """
         reserved_for: dict[bool, set[Worker]] = {False: set(), True: set()}
-        serving = self.serving()
+        num_serving = len(self.serving())
         for request in self._in_turn():
-            if all(len(workers) == len(serving) for workers in reserved_for.values()):
+            if all(len(workers) == num_serving for workers in reserved_for.values()):
                 return
-            able = self._able(request, serving)
+            able = self.serving(request.accepts)
+            able = [worker for worker in able if worker.address not in request.avoid] or able
             reserved = reserved_for[request.heavy]
             if reserved.issuperset(able):
                 continue
@@ -141,11 +142,6 @@ class Dispatcher:
         return cost / sum(worker.cost_per_s or usual for worker in able)
 
     # ---- choice
-
-    def _able(self, request: LeaseRequest, serving: Sequence[Worker]) -> list[Worker]:
-        accepts = request.accepts
-        able = [worker for worker in serving if accepts is None or accepts(worker)]
-        return [worker for worker in able if worker.address not in request.avoid] or able
 
     def _choose(
         self, request: LeaseRequest, free: Sequence[Worker], able: Sequence[Worker]
