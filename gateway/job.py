@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gateway.timings import Stopwatch
+from gateway.clock import Stopwatch
 
 if TYPE_CHECKING:
     from gateway.api.schemas.messages import ItemSource, Message
     from gateway.api.schemas.sampling import SamplingFields
+    from gateway.clock import Deadline
     from gateway.edge.admission import Ticket
     from gateway.edge.auth import Caller
-    from gateway.edge.deadline import Deadline
 
 UNLIMITED = -1  # Of max_tokens: as many as the context leaves.
 

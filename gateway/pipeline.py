@@ -13,8 +13,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from gateway import metrics
+from gateway.clock import Deadline, Stopwatch
 from gateway.edge.auth import Caller
-from gateway.edge.deadline import Deadline
 from gateway.edge.threads import off_loop
 from gateway.job import AnyPrompt, ChatPrompt, GenerationOptions, Job, TokenPrompt
 from gateway.media.reader import Fetched, MediaReader
@@ -31,7 +31,6 @@ from gateway.sampling import (
     known_ids,
     resolve_sampling,
 )
-from gateway.timings import Stopwatch
 from gateway.workers.encode import Encodable, Encoders
 from gateway.workers.generate import FailoverGeneration, GenerateSpec, RequestEmbeddings
 from gateway.workers.pairing import Pair, Pairing

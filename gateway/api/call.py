@@ -20,8 +20,8 @@ from gateway.api.schemas.base import Body
 from gateway.api.schemas.generate import GenerateFields
 from gateway.api.schemas.messages import REASONING_EFFORT
 from gateway.api.schemas.parsing import Ignored
+from gateway.clock import Deadline
 from gateway.edge.admission import Ticket
-from gateway.edge.deadline import Deadline
 from gateway.edge.limits import ERROR_DELIVERY_S
 from gateway.job import AnyPrompt, GenerationOptions, Job
 from opticnerve.telemetry import logs

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 from gateway.api.call import Call, make_router
 from gateway.api.http import JSONResponse
 from gateway.api.schemas.messages import TemplateFields
-from gateway.timings import Stopwatch
+from gateway.clock import Stopwatch
 from opticnerve.media.plan import Modality, Span, SpanAttention
 
 router = make_router("generation")

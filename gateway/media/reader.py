@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from gateway.api.schemas.messages import ItemSource
-from gateway.edge.deadline import Deadline
+from gateway.clock import Deadline
 from gateway.edge.threads import off_loop_above
 from gateway.media.fetch import MediaFetcher
 from opticnerve.config import GatewayConfig

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
-from gateway.edge.deadline import Deadline
+from gateway.clock import Deadline
 from gateway.workers.worker import Worker, WorkerState
 
 Accepts = Callable[[Worker], bool]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import grpc
 
-from gateway.edge.deadline import Deadline
+from gateway.clock import Deadline
 from gateway.edge.limits import MAX_ENCODER_DEATHS
 from gateway.workers.dispatch import Accepts, LeaseRequest
 from gateway.workers.pool import WorkerPool

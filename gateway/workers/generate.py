@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 import grpc
 
 from gateway import metrics
+from gateway.clock import Deadline
 from gateway.edge.auth import ANONYMOUS, Caller
-from gateway.edge.deadline import Deadline
 from gateway.edge.limits import MAX_LLM_DEATHS
 from gateway.media.reader import located
 from gateway.workers.dispatch import LeaseRequest

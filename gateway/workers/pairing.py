@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 
-from gateway.edge.deadline import Deadline
+from gateway.clock import Deadline
 from gateway.workers.pool import UNUSABLE_WAIT_S, WorkerPool
 from gateway.workers.worker import Worker, WorkerState
 from opticnerve.errors import Mispaired, Unavailable, UnsupportedFeature

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Collection, Coroutine
 
-from gateway.edge.deadline import Deadline, expired
+from gateway.clock import Deadline, expired
 from gateway.workers.discovery import DNS_SCHEME, resolve, same_family, watch
 from gateway.workers.dispatch import Accepts, Dispatcher, LeaseRequest
 from gateway.workers.worker import PROBE_TIMEOUT_S, Check, Describe, Worker, WorkerState

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from gateway.edge.deadline import expired
+from gateway.clock import expired
 from opticnerve.embeddings.store import StoreState
 from opticnerve.errors import DeviceLost, OpticNerveError, Unavailable
 from opticnerve.rpc.channel import is_serving, open_channel

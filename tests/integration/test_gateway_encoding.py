@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.edge.deadline import Deadline
+from gateway.clock import Deadline
 from gateway.workers import encode as encoding
 from gateway.workers.encode import Encodable, Encoders, References
 from gateway.workers.generate import RequestEmbeddings

@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from gateway.edge.deadline import Deadline
+from gateway.clock import Deadline
 from gateway.workers import generate as generation
 from gateway.workers.generate import FailoverGeneration, GenerateSpec
 from gateway.workers.pool import WorkerPool

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.edge.deadline import Deadline
+from gateway.clock import Deadline
 from gateway.workers.dispatch import Dispatcher, LeaseRequest
 from gateway.workers.worker import WorkerState
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from gateway.edge.deadline import Deadline
+from gateway.clock import Deadline
 from gateway.workers import discovery
 from gateway.workers import encode as encoders
 from gateway.workers import generate as generation

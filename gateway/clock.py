@@ -1,23 +1,69 @@
-"""Where a request's time goes, in milliseconds by stage; the metrics have the same stage names."""
+"""A request's clock: the point in time by which it must end, and where its time goes."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gateway import metrics
+from opticnerve.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
     from gateway.workers.encode import Encoded
 
-EXPORTED = ("fetch",)  # Stages of the gateway's own that are metrics; workers export theirs.
+# Stages of the gateway that are metrics, under the same names; workers export their own.
+EXPORTED = ("fetch",)
+# Stages in a request's line of the log.
 LOGGED = ("ttft", "fetch", "queue", "encoder_queue", "preprocess", "encode", "prefill", "decode")
 
 
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """``at`` is on the monotonic clock, in seconds."""
+
+    at: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        return cls(time.monotonic() + seconds)
+
+    def remaining(self) -> float:
+        """Seconds left, never negative."""
+        return max(0.0, self.at - time.monotonic())
+
+    def within(self, seconds: float) -> Deadline:
+        """This deadline, or ``seconds`` from now where that is sooner."""
+        return Deadline(min(self.at, time.monotonic() + seconds))
+
+    def check(self) -> None:
+        """Raises DeadlineExceeded once the deadline has passed."""
+        if self.remaining() == 0.0:
+            raise expired()
+
+    @contextlib.asynccontextmanager
+    async def timeout(self) -> AsyncIterator[None]:
+        """Cancels the body at the deadline. Raises DeadlineExceeded."""
+        try:
+            async with asyncio.timeout(self.remaining()):
+                yield
+        except TimeoutError as error:
+            raise expired() from error
+
+
+def expired() -> DeadlineExceeded:
+    return DeadlineExceeded(
+        "the request took longer than its deadline; retry later, "
+        "ask for fewer tokens or smaller pictures, or raise --request-timeout-s"
+    )
+
+
 class Stopwatch:
-    """One request's times: the gateway's own stages are measured, those of workers added."""
+    """Where a request's time goes, in milliseconds by stage. The gateway's stages are measured
+    here, those of workers are added."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -40,7 +86,7 @@ class Stopwatch:
         self.stages[name] = self.stages.get(name, 0.0) + milliseconds
 
     def token(self) -> None:
-        """Called when tokens arrive."""
+        """To be called when tokens arrive."""
         now = time.monotonic()
         if self.first_token is None:
             self.first_token = now
