@@ -15,12 +15,10 @@ import numpy as np
 import torch
 
 from llm_service.device.attention import AttentionBackend, PageShape, active
-from llm_service.device.batch import Batch, pack
+from llm_service.device.batch import Batch, SlotTable, pack
 from llm_service.device.item_rows import ItemRows, Overwrite
-from llm_service.device.logprobs import position_logprobs
 from llm_service.device.memory import cache_budget, to_device
-from llm_service.device.sampler import Drawn, Sampler
-from llm_service.device.slots import SlotTable
+from llm_service.device.sampler import Drawn, Sampler, position_logprobs
 from llm_service.policy.plan import StepPlan, Work, WorkResult
 from llm_service.policy.rows import RowSource
 from opticnerve.errors import (

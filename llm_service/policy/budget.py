@@ -1,12 +1,109 @@
-"""Tokens that are left in the step being planned, and where chunks are cut to fit."""
+"""How many tokens a step may have: its budget, and what steps cost on this machine.
+
+No tensors and no clock: the engine times a step and passes the seconds in.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from llm_service.policy.plan import Work
+from llm_service.policy.plan import StepPlan, Work
 from llm_service.policy.sequence import Sequence, Status
 from opticnerve.media.plan import SpanAttention
+
+# Before the first step: a slow CPU, so that the first chunks are rather too small.
+FIRST_GUESS = (0.02, 0.002, 0.01)  # Seconds a step, a decoding sequence, a prefill token.
+# The part of the estimate's error that is corrected after each step.
+GAIN = 0.3
+# Bound of the error taken from one step, which may have waited for another process.
+MAX_ERROR = math.log(2)
+# In a step with prefill, most of the error is attributed to prefill: other steps measure decoding
+# alone. Prefill has a least weight, since a coefficient that is far too small has no share.
+DECODING_WEIGHT = 0.1
+MIN_PREFILL_WEIGHT = 0.3
+# Fewer tokens (the end of a cached prompt, a forked choice) take less than steps vary by.
+MEANINGFUL_TOKENS = 128
+# Steps of each kind whose error counts in full: the guess may be off by any factor.
+FIRST_STEPS = 3
+MIN_S, MAX_S = 1e-7, 1e3  # Bounds of each coefficient.
+MIN_PREFILL_SHARE = 1 / 4  # Of the target time, however long decoding takes.
+
+
+class CostModel:
+    """seconds = a + b * decoding sequences + c * prefill tokens, with a, b and c above zero.
+
+    After a step each coefficient is corrected in proportion to its share of the estimate:
+    gradient descent on the squared logarithm of measured over expected seconds. So one rule finds
+    microseconds and seconds alike, follows a machine that becomes ten times slower within ten
+    steps, and an outlier moves the estimate by a quarter at most. Attention to longer contexts
+    is in b and c, which follow it.
+    """
+
+    def __init__(self) -> None:
+        self._coefficients = FIRST_GUESS
+        self.total_s = 0.0  # Of all steps.
+        self._learned = [0, 0]  # Measurements without prefill, and with it.
+        self._pending = (0, 0, 0)  # Steps, decodes and prefill tokens not yet measured,
+        self._pending_s = 0.0  # and the seconds that were seen of them.
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens that a second computes, beside a step's other costs; 0 before any."""
+        return 1 / self._coefficients[2] if any(self._learned) else 0.0
+
+    def seconds(self, decodes: int, prefill_tokens: int) -> float:
+        """What one step is expected to take."""
+        return self._expect((1, decodes, prefill_tokens))
+
+    def prefill_tokens(self, decodes: int, target_s: float) -> int:
+        """Prefill tokens that a step can have beside ``decodes`` sequences to end in ``target_s``.
+
+        Prefill has at least MIN_PREFILL_SHARE of ``target_s``, even if decoding takes most of it.
+        """
+        left = max(target_s - self.seconds(decodes, 0), MIN_PREFILL_SHARE * target_s)
+        return int(left / self._coefficients[2])
+
+    def learn(self, plan: StepPlan, seconds: float, whole: bool = True) -> None:
+        """``plan`` took ``seconds``; ``whole``: all of it was computed.
+
+        A step that samples nothing may return before its device is done. Such steps are measured
+        together with the next that does.
+        """
+        self.total_s += seconds
+        if not whole:
+            return
+        decodes = plan.num_decodes
+        steps, sequences, tokens = self._pending
+        self._pending = (steps + 1, sequences + decodes, tokens + plan.num_tokens - decodes)
+        self._pending_s += seconds
+        if any(work.samples for work in plan.works):
+            self._correct(self._pending, max(self._pending_s, MIN_S))
+            self._pending, self._pending_s = (0, 0, 0), 0.0
+
+    def _expect(self, counts: tuple[int, int, int]) -> float:
+        return sum(c * count for c, count in zip(self._coefficients, counts, strict=True))
+
+    def _correct(self, counts: tuple[int, int, int], seconds: float) -> None:
+        expected = self._expect(counts)
+        error = math.log(seconds / expected)
+        kind = int(counts[2] > 0)
+        self._learned[kind] += 1
+        if self._learned[kind] > FIRST_STEPS:
+            error = min(max(error, -MAX_ERROR), MAX_ERROR)
+        shares = [c * count / expected for c, count in zip(self._coefficients, counts, strict=True)]
+        blames = shares
+        if kind:
+            decoding = [DECODING_WEIGHT * share for share in shares[:2]]
+            least = MIN_PREFILL_WEIGHT * min(1.0, counts[2] / MEANINGFUL_TOKENS)
+            blames = [*decoding, max(shares[2], least)]
+        effect = sum(blame * share for blame, share in zip(blames, shares, strict=True))
+        step = max(GAIN, 1 / self._learned[kind]) * error / effect
+        a, b, c = (
+            min(max(coefficient * math.exp(step * blame), MIN_S), MAX_S)
+            for coefficient, blame in zip(self._coefficients, blames, strict=True)
+        )
+        self._coefficients = (a, b, c)
 
 
 @dataclass(slots=True)

@@ -22,12 +22,10 @@ from dataclasses import dataclass
 from itertools import chain
 
 from llm_service.policy.block_manager import BlockManager, whole_spans
-from llm_service.policy.budget import Budget
-from llm_service.policy.cost_model import CostModel
-from llm_service.policy.leases import Leases
+from llm_service.policy.budget import Budget, CostModel
 from llm_service.policy.limits import EngineConfig
 from llm_service.policy.plan import StepPlan, Work, work_on
-from llm_service.policy.rows import RowSource
+from llm_service.policy.rows import Leases, RowSource
 from llm_service.policy.sequence import GenerationState, Sequence, Status
 from llm_service.policy.shares import Sharer, Shares, Turns, decodes, order, remove
 from opticnerve.media.plan import SpanAttention

@@ -18,7 +18,7 @@ from llm_service.device.attention import (
     make_backend,
 )
 from llm_service.device.attention import sdpa as sdpa_module
-from llm_service.device.attention.interface import paged_attention
+from llm_service.device.attention.backend import paged_attention
 from opticnerve.errors import ConfigError, EngineFailure
 
 HEADS, KV_HEADS, DIM, LAYERS, BLOCK = 6, 2, 8, 2, 4

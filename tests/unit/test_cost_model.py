@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_service.policy.cost_model import CostModel
+from llm_service.policy.budget import CostModel
 from llm_service.policy.plan import StepPlan, Work
 from llm_service.policy.protocol import GenerateRequest
 from llm_service.policy.sequence import GenerationState, Sequence

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from llm_service.device.attention import SdpaBackend
-from llm_service.device.batch import pack
+from llm_service.device.batch import SlotTable, pack
 from llm_service.device.memory import available_memory
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
-from llm_service.device.slots import SlotTable
 from llm_service.policy.plan import StepPlan, Work
 from llm_service.policy.protocol import FailedEvent, GenerateRequest, TokensEvent
 from llm_service.policy.sequence import GenerationState

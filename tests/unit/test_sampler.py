@@ -18,13 +18,13 @@ from transformers.generation import (
 )
 
 from llm_service.device import sampler as sampler_module
-from llm_service.device.logprobs import position_logprobs
 from llm_service.device.sampler import (
     Sampler,
     UniformCache,
     invert,
     keep_top_k,
     nucleus_border,
+    position_logprobs,
     uniforms,
 )
 from opticnerve.generation.values import Sampling

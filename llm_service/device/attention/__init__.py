@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from llm_service.device.attention.backend import AttentionBackend, AttentionStep, Chunk, PageShape
-from llm_service.device.attention.interface import ATTENTION_NAME, active
+from llm_service.device.attention.backend import (
+    ATTENTION_NAME,
+    AttentionBackend,
+    AttentionStep,
+    Chunk,
+    PageShape,
+    active,
+)
 from llm_service.device.attention.sdpa import SdpaBackend
 from opticnerve.errors import ConfigError
 
