@@ -18,16 +18,14 @@ from PIL import Image
 
 from encoder_service import metrics
 from encoder_service.backends.base import Capacity, Embedding, VisionModel
-from encoder_service.backlog import Backlog
-from encoder_service.batcher import Batcher, BatchResult, Failure
+from encoder_service.batcher import Backlog, Batcher, BatchResult, Failure
 from encoder_service.crash_record import CrashRecord
-from encoder_service.item import EncodedItem, ItemRequest, StageTimings
 from encoder_service.pictures.decode_process import DecodeTask, Pixels, decode_and_cut
 from encoder_service.pictures.preprocess import DecodeJob, PreprocessPool
 from encoder_service.results import Results
 from opticnerve.config import EncoderConfig
 from opticnerve.config.shared import MIN_IMAGE_PIXELS
-from opticnerve.embeddings.ref import TensorSpec, tensor_names
+from opticnerve.embeddings.ref import EmbeddingRef, TensorSpec, tensor_names
 from opticnerve.embeddings.store import check_key
 from opticnerve.errors import (
     EngineFailure,
@@ -48,6 +46,39 @@ QUEUE_BATCHES = 16
 MAX_QUEUE_ITEMS = 4096
 MAX_QUEUE_BYTES = 2**30  # Compressed.
 INLINE_BYTES = 2**14  # Hashed and parsed on the event loop: quicker than a trip to a thread.
+
+
+@dataclass(frozen=True, slots=True)
+class ItemRequest:
+    """What the header of an Encode call says; see ``EncodeHeader`` in ``encoder.proto``."""
+
+    request_id: str
+    key: str
+    fingerprint: str
+    plan: Plan
+    overrides: Overrides
+    num_bytes: int
+    lost: bool = False  # A consumer found no usable rows where it looked.
+    cache_salt: str = ""  # Part of the key.
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimings:
+    """Milliseconds in each stage; a hit has none. See ``EncodeTimings`` in ``encoder.proto``."""
+
+    queue_ms: float = 0.0
+    preprocess_ms: float = 0.0
+    encode_ms: float = 0.0
+    put_ms: float = 0.0
+    batch_items: int = 0
+    batch_patches: int = 0
+    hit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedItem:
+    ref: EmbeddingRef
+    timings: StageTimings
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,7 @@ from typing import Any
 import grpc
 
 import opticnerve
-from encoder_service.encoder import Encoder
-from encoder_service.item import ItemRequest
+from encoder_service.encoder import Encoder, ItemRequest
 from encoder_service.upload import Upload, Uploads, discard
 from opticnerve.errors import (
     DeadlineExceeded,

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from gateway.prompt.tokenizer import (
     Tokenizer,
@@ -20,18 +19,10 @@ from gateway.prompt.tokenizer import (
 from opticnerve.checkpoints.settings import read_object
 from opticnerve.checkpoints.tokenizer_files import named_tokens, read_tokenizer_config
 from opticnerve.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
-from opticnerve.media.plan import Modality, Plan, Span
-from opticnerve.models.family import Expansion
+from opticnerve.media.plan import Plan, Span
+from opticnerve.models.family import Layout, RowRun
 
 _BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # As placeholders are written.
-
-
-class Expander(Protocol):
-    """What is needed of a layout."""
-
-    item_token_ids: Mapping[Modality, int]
-
-    def expand(self, plan: Plan) -> Expansion: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +85,7 @@ def check_spellings(
 
 
 def expand(
-    layout: Expander,
+    layout: Layout,
     prompt: str,
     token_ids: Sequence[int],
     plans: Sequence[Plan],
@@ -110,12 +101,12 @@ def expand(
     placeholders = frozenset(layout.item_token_ids.values())
     ids: list[int] = []
     spans: list[Span] = []
-    item = 0
+    items = enumerate(plans)
     for token_id in token_ids:
         if token_id not in placeholders:
             ids.append(token_id)
             continue
-        plan = plans[item]
+        item, plan = next(items)
         if token_id != layout.item_token_ids.get(plan.modality):
             raise InvalidRequest(
                 f"the model's chat template wrote no place for a {plan.modality} where the "
@@ -123,24 +114,25 @@ def expand(
                 param="messages",
             )
         expansion = layout.expand(plan)
-        spans += [
-            Span(
-                token_offset=len(ids) + run.offset,
-                num_tokens=run.num_tokens,
-                item=item,
-                row_start=run.row_start,
-                modality=plan.modality,
-                grid_thw=plan.grid,
-                seconds_per_grid=plan.seconds_per_grid,
-            )
-            for run in expansion.runs
-        ]
+        spans += [_span(len(ids), run, item, plan) for run in expansion.runs]
         ids += expansion.token_ids
-        item += 1
     return ExpandedPrompt(prompt, tuple(ids), tuple(spans))
 
 
-def check_count(layout: Expander, token_ids: Sequence[int], pictures: int) -> None:
+def _span(start: int, run: RowRun, item: int, plan: Plan) -> Span:
+    """The span of ``run``, in an expansion that begins at token ``start`` of the prompt."""
+    return Span(
+        token_offset=start + run.offset,
+        num_tokens=run.num_tokens,
+        item=item,
+        row_start=run.row_start,
+        modality=plan.modality,
+        grid_thw=plan.grid,
+        seconds_per_grid=plan.seconds_per_grid,
+    )
+
+
+def check_count(layout: Layout, token_ids: Sequence[int], pictures: int) -> None:
     """Raises InvalidRequest unless ``token_ids`` have a placeholder for each item."""
     counted = Counter(token_ids)
     places = sum(counted[token_id] for token_id in layout.item_token_ids.values())

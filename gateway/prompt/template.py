@@ -35,7 +35,7 @@ COMPARING_METHODS = frozenset(
 COMPARING_FILTERS = frozenset({"replace", "selectattr", "rejectattr", "select", "reject", "trim"})
 
 
-class Generation(Extension):
+class GenerationBlock(Extension):
     """``{% generation %}``, which marks the assistant's text for training. Renders its body."""
 
     tags = {"generation"}  # noqa: RUF012
@@ -86,7 +86,7 @@ def make_environment() -> ImmutableSandboxedEnvironment:
     """Configured as in Hugging Face. ``strftime_now`` is passed to each rendering, so that all
     renderings of one request see the same time."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception

@@ -21,11 +21,11 @@ import opticnerve.demo
 from opticnerve.checkpoints import hub
 from opticnerve.checkpoints.digests import Digests
 from opticnerve.checkpoints.settings import read_object
-from opticnerve.checkpoints.tensorfile import TensorEntry, read_header
 from opticnerve.checkpoints.tokenizer_files import eos_token_id
 from opticnerve.errors import CheckpointError
 from opticnerve.keys import hash_parts
 from opticnerve.models.registry import find_family, make_layout
+from opticnerve.tensors.header import TensorEntry, read_header
 
 if TYPE_CHECKING:
     from opticnerve.config import CheckpointConfig

@@ -22,8 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from opticnerve.checkpoints.tensorfile import TensorEntry
 from opticnerve.errors import CheckpointError
+from opticnerve.tensors.header import TensorEntry
 
 RECORD = ".opticnerve-digests.json"
 SCHEME = 1

@@ -27,8 +27,8 @@ from opticnerve.tensors.dtypes import FLOATING, dtype_name
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
-    from opticnerve.checkpoints.tensorfile import TensorEntry
     from opticnerve.models.family import KeyMap
+    from opticnerve.tensors.header import TensorEntry
 
 log = logging.getLogger(__name__)
 

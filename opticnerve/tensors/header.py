@@ -13,10 +13,14 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from opticnerve.errors import CheckpointError
 
 LENGTH = struct.Struct("<Q")
 METADATA = "__metadata__"
+MAX_HEADER_BYTES = 100_000_000  # The format's own limit.
 
 ELEMENT_BYTES = {
     "BOOL": 1,
@@ -47,6 +51,21 @@ class HeaderEntry:
     shape: tuple[int, ...]
     start: int
     end: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor of a checkpoint lies. ``start`` and ``end`` are byte offsets in ``file``."""
+
+    file: Path
+    dtype: str  # Safetensors name: "BF16", "F16", "F32", ...
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.start
 
 
 def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -129,3 +148,26 @@ def _are_naturals(value: Any) -> bool:
     if not isinstance(value, list):
         return False
     return all(type(number) is int and number >= 0 for number in value)
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Every tensor of ``file`` by its key. Raises CheckpointError for one damaged or cut short."""
+    try:
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            base = header_end(stream.read(LENGTH.size), MAX_HEADER_BYTES)
+            if base > size:
+                raise ValueError("it ends within its header")
+            entries, _ = parse_header(stream.read(base - LENGTH.size), size - base)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is damaged or was not downloaded whole: {error}; fetch it again"
+        ) from error
+    return {
+        entry.name: TensorEntry(
+            file, entry.dtype, entry.shape, base + entry.start, base + entry.end
+        )
+        for entry in entries
+    }

@@ -18,9 +18,9 @@ from gateway.prompt.tokenizer import Tokenizer
 from gateway.sampling import load_defaults
 from opticnerve.checkpoints import hub
 from opticnerve.checkpoints.checkpoint import DEMO_NAME, INDEX_FILE, SINGLE_FILE, Checkpoint
-from opticnerve.checkpoints.tensorfile import read_header
 from opticnerve.errors import CheckpointError, UnsupportedCheckpoint
 from opticnerve.models.registry import families, make_layout
+from opticnerve.tensors.header import read_header
 from tests.checkpoints import DEMO
 
 CONFIG: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from google.protobuf.message import Message
 
-from encoder_service.item import ItemRequest, StageTimings
+from encoder_service.encoder import ItemRequest, StageTimings
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, SpanAttention
 from opticnerve.pb import embedding_pb2 as pb

@@ -14,8 +14,8 @@ import pytest
 from opticnerve.checkpoints import digests as module
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.checkpoints.digests import RECORD
-from opticnerve.checkpoints.tensorfile import TensorEntry
 from opticnerve.errors import CheckpointError
+from opticnerve.tensors.header import TensorEntry
 from tests.checkpoints import make_checkpoint
 
 LONG_AGO = 1_600_000_000

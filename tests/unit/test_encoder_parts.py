@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from encoder_service.backlog import MAX_RETRY_S, UNKNOWN_RETRY_S, Backlog
+from encoder_service.batcher import MAX_RETRY_S, UNKNOWN_RETRY_S, Backlog
 from encoder_service.crash_record import FORGET_AFTER_S, CrashRecord
 from encoder_service.pictures.fair_queue import FairQueue
 from encoder_service.pictures.preprocess import PreprocessPool

@@ -19,7 +19,7 @@ from opticnerve.media.plan import Grid, Modality, Plan, Structure
 from opticnerve.models import registry
 from opticnerve.models.qwen2_5_vl.vision import window_order
 from opticnerve.models.towers import varlen
-from opticnerve.models.towers.patch_tower import position_ids
+from opticnerve.models.towers.tower import position_ids
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.reference import image_processor, image_rows, load_reference, picture
 

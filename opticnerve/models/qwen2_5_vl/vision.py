@@ -16,8 +16,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from opticnerve.checkpoints.loader import transformers_config
 from opticnerve.models.towers import varlen
-from opticnerve.models.towers.patch_tower import PatchTower, patch_tower
-from opticnerve.models.towers.tower import TowerSpec
+from opticnerve.models.towers.tower import PatchTower, TowerSpec, patch_tower
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint

@@ -18,7 +18,7 @@ from opticnerve.checkpoints.settings import PixelSettings, integer, positive
 from opticnerve.errors import CheckpointError, InvalidRequest
 from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, Structure
 from opticnerve.models.family import Expansion, RowRun
-from opticnerve.models.sizing import check_aspect, picture_plan, processor_settings
+from opticnerve.models.pictures import check_aspect, picture_plan, processor_settings
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint

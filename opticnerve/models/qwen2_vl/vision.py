@@ -8,8 +8,7 @@ from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from opticnerve.checkpoints.loader import transformers_config
-from opticnerve.models.towers.patch_tower import patch_tower
-from opticnerve.models.towers.tower import TowerSpec
+from opticnerve.models.towers.tower import TowerSpec, patch_tower
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint

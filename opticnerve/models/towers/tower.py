@@ -1,18 +1,30 @@
-"""A vision tower as a family declares it, and its loading."""
+"""Vision towers: as a family declares them, their loading, and the one that takes patches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from opticnerve.checkpoints.loader import Recompute, load_module, resolve_device, resolve_dtype
+from opticnerve.checkpoints.loader import (
+    Recompute,
+    load_module,
+    resolve_device,
+    resolve_dtype,
+    rotary_buffers,
+)
+from opticnerve.errors import PlanMismatch
+from opticnerve.models.towers import varlen
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
+    from opticnerve.media.plan import Grid, Plan
     from opticnerve.models.family import KeyMap, Tower
 
 
@@ -62,3 +74,74 @@ def without_batch(rows: torch.Tensor) -> torch.Tensor:
     """``rows`` in memory of their own: a view would keep the whole batch's alive."""
     whole = rows.untyped_storage().nbytes() == rows.numel() * rows.element_size()
     return rows if whole else rows.clone()
+
+
+class PatchTower(ModuleTower):
+    """Implements ``opticnerve.models.family.Tower`` over a transformers tower such as Qwen2-VL's.
+
+    ``module``: forward(patches, grid_thw=..., **precomputed), with merged rows as its
+    ``pooler_output``.
+    """
+
+    def __init__(self, module: Any, hidden_size: int) -> None:
+        super().__init__(module, hidden_size)
+        self.merge_size: int = module.config.spatial_merge_size
+        varlen.use(module)
+
+    def encode(
+        self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
+    ) -> list[dict[str, torch.Tensor]]:
+        """See ``family.Tower``. Raises PlanMismatch when patches and plan differ."""
+        for patches, plan in zip(pixels, plans, strict=True):
+            if len(patches) != plan.num_patches:
+                raise PlanMismatch(f"{len(patches)} patches where the plan has {plan.num_patches}")
+        packed = np.concatenate(pixels) if len(pixels) > 1 else pixels[0]
+        with torch.inference_mode():
+            patches = torch.from_numpy(packed).to(self.device, self.dtype)
+            rows = self.forward(patches, [plan.grid for plan in plans])
+            items = rows.split([plan.num_tokens for plan in plans])
+            return [{"rows": without_batch(item)} for item in items]
+
+    def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """[patches, patch_dim] of all pictures -> [tokens, hidden_size]."""
+        sizes = torch.tensor([(grid.t, grid.h, grid.w) for grid in grids])
+        rows: torch.Tensor = self.module(
+            patches, grid_thw=sizes, **self.precompute(grids)
+        ).pooler_output
+        return rows
+
+    def precompute(self, grids: Sequence[Grid]) -> dict[str, Any]:
+        """Keyword arguments of the tower that spare it from reading the grids on the device."""
+        frames = [grid.h * grid.w for grid in grids for _ in range(grid.t)]
+        packing = varlen.Packing.of(frames, self.device)
+        return {
+            "cu_seqlens": packing.cu_seqlens,
+            "max_seqlen": packing.max_seqlen,
+            "position_ids": self._position_ids(grids),
+            "packings": (packing,),
+        }
+
+    def _position_ids(self, grids: Sequence[Grid]) -> torch.Tensor:
+        """int64 [patches, 2]: row and column of every patch."""
+        parts = [position_ids(grid.t, grid.h, grid.w, self.merge_size) for grid in grids]
+        return torch.from_numpy(np.concatenate(parts)).to(self.device, non_blocking=True)
+
+
+def patch_tower(
+    module_class: Any, config: Any, hidden_size: int, tower_class: type[PatchTower] = PatchTower
+) -> TowerSpec:
+    """A transformers tower of ``module_class``, made from ``config``, its vision configuration."""
+    return TowerSpec(
+        make_module=lambda: module_class(config),
+        make_tower=lambda module: tower_class(module, hidden_size),
+        recomputed=rotary_buffers("rotary_pos_emb"),
+    )
+
+
+@lru_cache(maxsize=256)
+def position_ids(t: int, h: int, w: int, merge: int) -> NDArray[np.int64]:
+    """int64 [t * h * w, 2]: row and column, in the order of patches: by merge blocks."""
+    rows, columns = np.indices((h, w), dtype=np.int64)
+    pair = np.stack([rows, columns], axis=-1)
+    blocks = pair.reshape(h // merge, merge, w // merge, merge, 2).transpose(0, 2, 1, 3, 4)
+    return np.tile(blocks.reshape(-1, 2), (t, 1))
