@@ -38,7 +38,6 @@ from llm_service.policy.protocol import (
     CheckIntegrity,
     Command,
     EngineStats,
-    Event,
     FailedEvent,
     GenerateRequest,
     IntegrityReport,
@@ -69,7 +68,7 @@ class EngineClient:
         self._on_damage = on_damage  # Keys that an engine in its own process found damaged.
         self._factory_config = config
         self._config: EngineConfig | None = None
-        self._stats = EngineStats()
+        self.stats = EngineStats()  # As of the engine's last events.
         self._streams: dict[str, EventStream] = {}
         self._checks: dict[int, asyncio.Future[str]] = {}  # Of integrity, by ticket.
         self._num_checks = 0
@@ -110,11 +109,6 @@ class EngineClient:
         if self._config is None:
             raise RuntimeError("the engine is not started")
         return self._config
-
-    @property
-    def stats(self) -> EngineStats:
-        """As of the engine's last events."""
-        return self._stats
 
     async def start(self) -> None:
         """Returns when the engine is built. Raises what the factory raised, as OpticNerveError."""
@@ -219,7 +213,7 @@ class EngineClient:
                 self._on_damage(message.key)
             elif isinstance(message, EngineReady):
                 self._config = message.config
-                self._stats = EngineStats(free_blocks=message.config.num_blocks)
+                self.stats = EngineStats(free_blocks=message.config.num_blocks)
                 if not self._ready.done():
                     self._ready.set_result(None)
             else:
@@ -228,21 +222,16 @@ class EngineClient:
     def _dispatch(self, messages: list[Message]) -> None:
         for message in messages:
             if isinstance(message, EngineStats):
-                self._stats = message
+                self.stats = message
             elif isinstance(message, IntegrityReport):
                 answer = self._checks.get(message.ticket)
                 if answer is not None and not answer.done():
                     answer.set_result(message.problem)
-            else:
-                self._deliver(message)
-
-    def _deliver(self, event: Event) -> None:
-        stream = self._streams.get(event.request_id)
-        if stream is None:
-            return  # It failed already, with the engine.
-        stream.push(event)
-        if stream.ended:
-            del self._streams[event.request_id]
+            elif message.request_id in self._streams:  # Else it failed already, with the engine.
+                stream = self._streams[message.request_id]
+                stream.push(message)
+                if stream.ended:
+                    del self._streams[message.request_id]
 
     def _end(self, error: OpticNerveError | None) -> None:
         """After the engine's last message: whatever is still open fails."""

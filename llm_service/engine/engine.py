@@ -90,7 +90,9 @@ class Engine:
                 idle = False
                 command = inbox.get()
                 if isinstance(command, Stop):
-                    self.abort_all()
+                    for request_id in tuple(self._open):
+                        self.abort(request_id)
+                    self._flush()
                     return
                 self.handle(command)
 
@@ -110,7 +112,9 @@ class Engine:
             self.scheduler.costs.learn(plan, seconds, whole)
             self._commit(plan, results)
         except DeviceLost as error:
-            self.fail_all(error)
+            for generation in tuple(self._open.values()):
+                self._fail(generation, error)
+            self._flush()
             raise
         except Exception as error:
             log.exception("step %d failed", plan.step)
@@ -171,16 +175,6 @@ class Engine:
         generation = self._open.get(request_id)
         if generation is not None:
             self._end(generation, AbortedEvent(request_id))
-
-    def abort_all(self) -> None:
-        for request_id in tuple(self._open):
-            self.abort(request_id)
-        self._flush()
-
-    def fail_all(self, error: OpticNerveError) -> None:
-        for generation in tuple(self._open.values()):
-            self._fail(generation, error)
-        self._flush()
 
     def rows_ready(self, key: str) -> None:
         self.scheduler.rows_ready(key)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, ParamSpec, TypeAlias
+from typing import Any, TypeAlias
 
 from llm_service.engine.engine import Engine, Message
 from llm_service.policy.limits import EngineConfig
@@ -21,8 +21,6 @@ from llm_service.policy.rows import RowSource
 from opticnerve.errors import EngineFailure, OpticNerveError
 
 log = logging.getLogger(__name__)
-
-P = ParamSpec("P")
 
 STOP_TIMEOUT_S = 10.0  # For an engine's process to end before it is killed.
 
@@ -100,16 +98,13 @@ def run_engine_process(pipe: Connection, factory: str | EngineFactory, config: A
 
     def build(settings: Any, send: Send) -> Engine:
         engine = import_factory(factory)(settings, send)
-        _start_thread(_load_rows, engine.scheduler.rows, arrived, inbox)
+        rows = engine.scheduler.rows
+        threading.Thread(target=_load_rows, args=(rows, arrived, inbox), daemon=True).start()
         return engine
 
-    _start_thread(_read_commands, pipe, arrived, inbox)
+    threading.Thread(target=_read_commands, args=(pipe, arrived, inbox), daemon=True).start()
     with contextlib.suppress(BrokenPipeError):
         run_engine(build, config, inbox, send)
-
-
-def _start_thread(work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-    threading.Thread(target=work, args=args, kwargs=kwargs, daemon=True).start()
 
 
 def _load_rows(

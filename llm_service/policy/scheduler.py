@@ -110,7 +110,9 @@ class Scheduler:
         if self.num_preemptions > preemptions:  # Some of them may have returned, to be prefilled.
             stay = (seq for seq in decoding if seq.slot >= 0 and seq not in prefills)
             decoding = [seq for seq in stay if decodes(seq)]
-        works = [*self._schedule_decoding(decoding, budget), *prefills.values()]
+        decoding = decoding[: budget.tokens]
+        works = [work_on(seq, 1, self.blocks.block_size) for seq in decoding]
+        works += prefills.values()
         if not works:
             return None
         self._step += 1
@@ -149,12 +151,6 @@ class Scheduler:
             if seq.status is Status.RUNNING:
                 self.blocks.grow(seq, seq.num_tokens)
         return preempted
-
-    def _schedule_decoding(self, decoding: list[Sequence], budget: Budget) -> list[Work]:
-        works = [work_on(seq, 1, self.blocks.block_size) for seq in decoding[: budget.tokens]]
-        for work in works:
-            budget.spend(work)
-        return works
 
     # ---- prefill
 
@@ -281,20 +277,15 @@ class Scheduler:
             span = spans[index]
             if span.token_offset >= end:
                 break
-            if not self._rows_ready(seq, seq.request.items[span.item]):
+            key = seq.request.items[span.item]
+            if key not in seq.missing and not self.rows.ready(key):
+                self.ask(seq, (key,))
+            if key in seq.missing:
                 return max(start, span.token_offset)
             atomic = span.attention is SpanAttention.BIDIRECTIONAL
             if atomic and end < span.token_offset + span.num_tokens:
                 return span.token_offset
         return end
-
-    def _rows_ready(self, seq: Sequence, key: str) -> bool:
-        if key in seq.missing:
-            return False
-        if self.rows.ready(key):
-            return True
-        self.ask(seq, (key,))
-        return False
 
     def ask(self, seq: Sequence, keys: tuple[str, ...]) -> None:
         """Parks the sequence before the first span of ``keys`` until ``rows_ready``."""

@@ -70,7 +70,8 @@ def load_module(
     weights = _read(sources, dtype, device)
     module.load_state_dict(weights, strict=False, assign=True)
     for target, source in tied.items():
-        _set_parameter(module, target, module.get_parameter(source))
+        owner, leaf = _owner(module, target)
+        setattr(owner, leaf, module.get_parameter(source))
     for name, make in (recomputed or {}).items():
         _set_buffer(module, name, make, device)
     _check_nothing_left(checkpoint, module)
@@ -250,11 +251,6 @@ def _read_one(stream: BufferedReader, entry: TensorEntry) -> torch.Tensor:
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf
-
-
-def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, leaf = _owner(module, name)
-    setattr(owner, leaf, parameter)
 
 
 def _set_buffer(module: nn.Module, name: str, make: Recompute, device: torch.device) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,6 @@ class PixelSettings:
             mean=_triple(config, "image_mean", CLIP_MEAN),
             std=_triple(config, "image_std", CLIP_STD),
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def read_object(file: Path) -> dict[str, Any] | None:

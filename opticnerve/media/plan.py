@@ -80,6 +80,9 @@ class Overrides:
     background: int | None = WHITE
 
 
+NO_OVERRIDES = Overrides()
+
+
 def parse_background(text: str) -> int | None:
     """0xRRGGBB of a colour as Pillow's ImageColor reads it (``white``, ``#ff8800``,
     ``rgb(0, 0, 0)``), or None for ``none``.

@@ -7,6 +7,7 @@ token where the strategy is "full". Positions are one-dimensional and count up.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,14 +15,12 @@ from numpy.typing import NDArray
 
 from opticnerve.checkpoints.settings import PixelSettings, integer, positive
 from opticnerve.errors import CheckpointError, InvalidRequest, UnsupportedCheckpoint
-from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, Structure
+from opticnerve.media.plan import NO_OVERRIDES, Grid, Modality, Overrides, Plan, Span, Structure
 from opticnerve.models.family import Expansion, RowRun
 from opticnerve.models.pictures import check_aspect, picture_plan, processor_settings
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
-
-NO_OVERRIDES = Overrides()
 
 # Published configs leave out what equals the text model's own defaults:
 # model_type -> (hidden_size, max_position_embeddings).
@@ -123,7 +122,7 @@ class LlavaLayout:
             "crop_size": self.crop_size,
             "patch_size": self.patch_size,
             "strategy": self.strategy,
-            **self.pixels.to_dict(),
+            **asdict(self.pixels),
         }
 
 

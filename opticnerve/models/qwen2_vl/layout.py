@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from opticnerve.checkpoints.settings import PixelSettings, integer, positive
 from opticnerve.errors import CheckpointError, InvalidRequest
-from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, Structure
+from opticnerve.media.plan import NO_OVERRIDES, Grid, Modality, Overrides, Plan, Span, Structure
 from opticnerve.models.family import Expansion, RowRun
 from opticnerve.models.pictures import check_aspect, picture_plan, processor_settings
 
@@ -27,8 +28,6 @@ MIN_PIXELS = 56 * 56
 MAX_PIXELS = 28 * 28 * 1280
 MAX_SECONDS_PER_GRID = 3600
 OTHER_PLACEHOLDERS = ("video_token", "vision_start_token", "vision_end_token", "vision_token")
-
-NO_OVERRIDES = Overrides()
 
 
 def smart_resize(
@@ -179,7 +178,7 @@ class Qwen2VLLayout:
             "patch_size": self.patch_size,
             "merge_size": self.merge_size,
             "temporal_patch_size": self.temporal_patch_size,
-            **self.pixels.to_dict(),
+            **asdict(self.pixels),
         }
 
 
