@@ -81,12 +81,12 @@ async def get_live(call: Call) -> Response:
 
 @router.get(
     "/ready",
-    summary="Whether requests may be sent here: once every kind was served, while text is",
+    summary="Ready once text and pictures could both be served; then while text can be",
     response_model=Readiness,
     responses={503: {"description": "Not yet.", "model": Readiness}},
 )
 async def get_ready(
-    call: Call, pictures: Annotated[bool, Query(description="Ask for both pools.")] = False
+    call: Call, pictures: Annotated[bool, Query(description="Also require an encoder.")] = False
 ) -> Response:
     gateway = call.gateway
     pairing, draining = gateway.pipeline.pairing, gateway.running.draining

@@ -69,7 +69,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         **_ERROR,
     },
     "5XX": {
-        "description": "The server is at fault, or (503) not all of it is there.",
+        "description": "The server is at fault, or (503) no worker is available.",
         **_ERROR,
     },
 }

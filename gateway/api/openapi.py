@@ -1,5 +1,5 @@
-"""What the HTTP API says of itself: ``/openapi.json``, ``/docs``, the page that shows it, and where
-to begin. FastAPI writes the description from the routes."""
+"""The API's description: ``/openapi.json``, which FastAPI generates from the routes, ``/docs``, the
+page that shows it, ``/version`` and ``/``."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ DESCRIPTION = """\
 OpenAI's API for vision-language models. Errors have OpenAI's shape. Every answer has an
 `x-request-id`: the request's, or one that the server gave it. A field of OpenAI's that is not
 described here is refused unless its value asks for nothing. Unknown fields of a body are refused,
-and those of the objects in it ignored: `x-opticnerve-warnings` of an answer names them, and what
-else a request says in vain. Where a path takes GET, it takes HEAD.
+and those of the objects in it ignored: an answer's `x-opticnerve-warnings` names them, and known
+fields that have no effect. Where a path takes GET, it takes HEAD.
 """
 TAGS = {
     "generation": "Answers about text and pictures.",
     "models": "What is served, by name.",
-    "server": "How the server is.",
-    "description": "What the API says of itself.",
+    "server": "Health, readiness and version.",
+    "description": "This API's OpenAPI document, and a page that shows it.",
 }
 
 

@@ -105,9 +105,9 @@ class Bound(SharedCapacity):
     def check(self, holder: str, amount: int = 1) -> None:
         """Raises Overloaded where ``holder`` cannot have ``amount`` more."""
         if self.held + amount > self.most:
-            raise _overloaded(f"{self.what} are as many as this server takes")
+            raise _overloaded(f"too many {self.what} (limit {self.most})")
         if not self.has_room(holder, amount):
-            raise _overloaded(f"{self.what} are many, and this caller has its share of them")
+            raise _overloaded(f"too many {self.what}: this key or address has its fair share")
 
 
 def _overloaded(why: str) -> Overloaded:
@@ -125,11 +125,11 @@ class Admission:
         holders: Callable[[], int] = lambda: 1,
     ) -> None:
         """``max_requests_each``, ``holders``: see ``SharedCapacity``."""
-        served = "the requests being served"
+        in_flight = "requests in flight"
         with_pictures = max(1, int(PICTURES_SHARE * max_requests))
-        self.requests = Bound(served, max_requests, holders, max_requests_each)
-        self.with_pictures = Bound(f"{served} with new pictures", with_pictures, holders)
-        self.bytes = Bound("the bytes that requests hold", max_bytes, holders)
+        self.requests = Bound(in_flight, max_requests, holders, max_requests_each)
+        self.with_pictures = Bound(f"{in_flight} with new pictures", with_pictures, holders)
+        self.bytes = Bound("bytes held by requests in flight", max_bytes, holders)
         self._trim_timer: asyncio.TimerHandle | None = None
 
     @contextlib.contextmanager

@@ -114,8 +114,7 @@ class Keys:
         old, now = self.callers, new.callers
         self.callers = now
         log.info(
-            "read %s again: %d keys, %d of them new, and %d are gone; of %d the name or the "
-            "attributes are new",
+            "read %s again: %d keys; %d added, %d removed, %d with changed name or attributes",
             self.path,
             len(now),
             len(now.keys() - old.keys()),

@@ -46,7 +46,7 @@ class MediaReader:
         """Raises InvalidRequest where there are too many."""
         if len(sources) > self.config.max_images:
             raise InvalidRequest(
-                f"the messages bring {len(sources)} pictures, and at most "
+                f"the messages contain {len(sources)} pictures, and at most "
                 f"{self.config.max_images} are accepted in one request",
                 param="messages",
                 code="too_many_images",

@@ -52,12 +52,12 @@ class Choices:
     def take(self, delta: Delta) -> list[Text | ChoiceEnd]:
         """The events that ``delta`` makes; none for a choice that has ended.
 
-        Raises EngineFailure when the worker gave the sequence up.
+        Raises EngineFailure if the worker aborted the sequence.
         """
         if self.has_ended(delta.choice):
             return []
         if delta.finish_reason is FinishReason.ABORT:
-            raise EngineFailure("the LLM worker gave the answer up; send the request again")
+            raise EngineFailure("the LLM worker aborted the generation; send the request again")
         output = self._outputs[delta.choice]
         hidden = self._hides_last(delta)
         piece = output.push(delta.token_ids[:-1] if hidden else delta.token_ids)

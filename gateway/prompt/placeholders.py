@@ -109,8 +109,8 @@ def expand(
         item, plan = next(items)
         if token_id != layout.item_token_ids.get(plan.modality):
             raise InvalidRequest(
-                f"the model's chat template wrote no place for a {plan.modality} where the "
-                "messages bring one",
+                f"the model's chat template has no placeholder for {_a(plan.modality)} where the "
+                "messages contain one",
                 param="messages",
             )
         expansion = layout.expand(plan)
@@ -132,17 +132,22 @@ def _span(start: int, run: RowRun, item: int, plan: Plan) -> Span:
     )
 
 
+def _a(modality: Modality) -> str:
+    """The modality as a noun with its article: ``an image``, ``a video``."""
+    return f"{'an' if modality[0] in 'aeiou' else 'a'} {modality}"
+
+
 def check_count(layout: Layout, token_ids: Sequence[int], pictures: int) -> None:
     """Raises InvalidRequest unless ``token_ids`` have a placeholder for each item."""
     counted = Counter(token_ids)
     places = sum(counted[token_id] for token_id in layout.item_token_ids.values())
     if places == pictures:
         return
-    wrote = f"{places} place{'' if places == 1 else 's'} for pictures"
-    brought = f"{pictures} picture{'' if pictures == 1 else 's'}"
+    wrote = f"{places} placeholder{'' if places == 1 else 's'} for pictures"
+    given = f"{pictures} picture{'' if pictures == 1 else 's'}"
     raise InvalidRequest(
-        f"the model's chat template wrote {wrote}, and the messages bring {brought}; put each "
-        "picture in a message whose role the template lets bring pictures, such as user",
+        f"the model's chat template wrote {wrote}, and the messages contain {given}; put each "
+        "picture in a message whose role may contain pictures, such as user",
         param="messages",
     )
 

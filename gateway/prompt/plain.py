@@ -42,8 +42,8 @@ def _check_ids(ids: Sequence[int], layout: Layout) -> None:
     found = next((token_id for token_id in ids if token_id in pictures), None)
     if found is not None:
         raise InvalidRequest(
-            f"prompt: {found} stands for a picture, and a prompt brings none; send pictures in "
-            "messages, to /v1/chat/completions",
+            f"prompt: {found} stands for a picture, which a prompt cannot contain; send pictures "
+            "in messages, to /v1/chat/completions",
             param="prompt",
         )
 

@@ -181,8 +181,8 @@ class Encoders:
             wait = self.pool.dispatcher.expected_wait_s(ahead, _has_fingerprint(item))
             if wait > limit:
                 raise Overloaded(
-                    f"new pictures wait about {wait:.1f} s for an encoder, and may here wait "
-                    f"{limit:.1f} s; retry later",
+                    f"the expected wait for an encoder is {wait:.1f} s (limit {limit:.1f} s); "
+                    "retry later",
                     retry_after_s=max(1.0, wait - limit),
                 )
         return fresh

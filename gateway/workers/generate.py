@@ -343,7 +343,7 @@ class FailoverGeneration:
         have = self._progress.tokens.setdefault(delta.choice, [])
         ended = delta.choice in self._progress.finished
         if delta.choice >= self.choices or ended or delta.first_index != len(have):
-            raise EngineFailure("the LLM worker does not continue the answer where it stood")
+            raise EngineFailure("the LLM worker sent tokens out of sequence")
         have.extend(delta.token_ids)
         if delta.finish_reason is not None:
             self._progress.finished.add(delta.choice)

@@ -72,9 +72,9 @@ class ReachabilityCheck:
         refusing = [llm for llm in foreign if _key_id(llm.description)]
         what = "refuse its embeddings" if refusing else "find none of its embeddings in Redis"
         return Fault(
-            f"has not the --store-key-file of LLM {', '.join(llm.address for llm in foreign)}, "
-            f"which {what}: give all encoders and LLM workers the same one, and start again "
-            "whichever has read an older one",
+            "does not use the --store-key-file of LLM "
+            f"{', '.join(llm.address for llm in foreign)}, which {what}: give all encoders and LLM "
+            "workers the same file, and restart those that read an older one",
             usable=len(refusing) < len(llms),
         )
 

@@ -96,8 +96,8 @@ Describe = Callable[[grpc.aio.Channel, float], Awaitable[Description]]
 """Asks for a description, within so many seconds."""
 
 REFUSED = Fault(
-    "takes no calls of this gateway: give both the same --rpc-token-file, and start again "
-    "whichever has read an older one"
+    "refuses this gateway's calls: give both the same --rpc-token-file, and restart the one that "
+    "read an older one"
 )
 
 

@@ -92,7 +92,7 @@ def test_the_last_quarter_is_for_those_that_have_less_than_an_equal_share():
             pass
         with (
             served(admission, "bob", "bob"),
-            pytest.raises(Overloaded, match="as many"),
+            pytest.raises(Overloaded, match="too many requests in flight"),
             admission.arrive("bob"),
         ):
             pass

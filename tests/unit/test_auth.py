@@ -94,8 +94,8 @@ def test_a_file_is_read_again(keys, caplog):
     assert keys.identify("Bearer sk-eve").name == "eve"
     with pytest.raises(Unauthenticated):
         keys.identify("Bearer sk-bob")
-    told = "2 keys, 1 of them new, and 2 are gone; of 1 the name or the attributes are new"
-    assert told in caplog.text and "sk-" not in caplog.text
+    logged = "2 keys; 1 added, 2 removed, 1 with changed name or attributes"
+    assert logged in caplog.text and "sk-" not in caplog.text
 
 
 @pytest.mark.parametrize("text", [None, "", "ada: x\nada: y\n", "bob: sk-bob weight=x\n"])

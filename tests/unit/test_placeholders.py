@@ -314,7 +314,8 @@ def test_time_travels_with_the_span() -> None:
 
 @pytest.mark.parametrize(("ids", "count"), [([1], 1), ([9, 9], 1), ([9], 0)])
 def test_numbers_must_agree(ids: list[int], count: int) -> None:
-    with pytest.raises(InvalidRequest, match=r"wrote \d places? for pictures.* bring \d picture"):
+    counts = r"wrote \d placeholders? for pictures.* contain \d picture"
+    with pytest.raises(InvalidRequest, match=counts):
         placeholders.expand(Rows(), "p", ids, [plan(2)] * count, 99)
 
 
@@ -323,7 +324,7 @@ def test_a_place_is_of_its_items_kind() -> None:
         item_token_ids={Modality.IMAGE: 9, Modality.VIDEO: 8}, expand=Rows().expand
     )
     video = replace(plan(2), modality=Modality.VIDEO)
-    with pytest.raises(InvalidRequest, match="no place for a video"):
+    with pytest.raises(InvalidRequest, match="no placeholder for a video"):
         placeholders.expand(layout, "p", [9], [video], 99)
     assert placeholders.expand(layout, "p", [8], [video], 99).token_ids == (9, 9, 7)
 

@@ -227,7 +227,7 @@ def test_a_template_without_end_is_stopped(tmp_path: Path, monkeypatch: pytest.M
 
 def test_pictures_without_a_place(tmp_path: Path) -> None:
     renderer = placed(v.sentencepiece(tmp_path, v.LLAMA), "<image>")
-    with pytest.raises(InvalidRequest, match=r"0 places for pictures.*bring 1 picture"):
+    with pytest.raises(InvalidRequest, match=r"0 placeholders for pictures.*contain 1 picture"):
         renderer.render(request(user(IMAGE, text("x"))))
 
 
