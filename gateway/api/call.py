@@ -157,9 +157,12 @@ class Call(Request):
     def warnings(self) -> dict[str, str]:
         """A header that names the fields that had no effect. The names are the client's text: only
         what is printable of them goes into the header, within bounds."""
-        heeded = {REASONING_EFFORT} & self.gateway.pipeline.renderer.template.variables
-        unheeded = [name for name in self.ignored.unheeded if name not in heeded]
-        lists = (("ignored unknown fields", self.ignored.unknown), ("without effect", unheeded))
+        effective = {REASONING_EFFORT} & self.gateway.pipeline.renderer.template.variables
+        without_effect = [name for name in self.ignored.without_effect if name not in effective]
+        lists = (
+            ("ignored unknown fields", self.ignored.unknown),
+            ("without effect", without_effect),
+        )
         text = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists if names)
         if not text:
             return {}

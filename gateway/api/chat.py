@@ -59,14 +59,14 @@ class ChatRequest(TemplateFields, GenerateFields):
         return self
 
     @property
-    def unheeded(self) -> Iterator[str]:
+    def without_effect(self) -> Iterator[str]:
         if self.store:
             yield "store"
         if self.service_tier not in (None, "auto", "default"):
             yield "service_tier"
         if self.verbosity not in (None, "medium"):
             yield "verbosity"
-        yield from super().unheeded
+        yield from super().without_effect
 
     @property
     def options(self) -> GenerationOptions:

@@ -21,7 +21,7 @@ from gateway.api.answer import (
     streamed,
 )
 from gateway.api.call import Call, make_router
-from gateway.api.schemas.base import Refused
+from gateway.api.schemas.base import UnsupportedField
 from gateway.api.schemas.generate import GenerateFields, OutputLength
 from gateway.api.schemas.sampling import TokenId
 from gateway.job import GenerationOptions, TextPrompt, TokenPrompt
@@ -48,9 +48,11 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 class CompletionRequest(GenerateFields):
     """A prompt to continue, and how."""
 
-    refused: ClassVar[Mapping[str, Refused]] = {
-        "logprobs": Refused((), "ask /v1/chat/completions for log-probabilities"),
-        "suffix": Refused(("",), "put what follows into the prompt, in the model's own form"),
+    unsupported: ClassVar[Mapping[str, UnsupportedField]] = {
+        "logprobs": UnsupportedField((), "ask /v1/chat/completions for log-probabilities"),
+        "suffix": UnsupportedField(
+            ("",), "put what follows into the prompt, in the model's own form"
+        ),
     }
 
     prompt: Annotated[

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from gateway.api import sse
 from gateway.api.schemas.base import Body
-from gateway.api.schemas.outline import Outline, count_values, draw
+from gateway.api.schemas.outline import Outline, count_values, split_long_strings
 from gateway.api.schemas.parsing import Ignored, parse
 from gateway.edge.admission import Ticket
 from gateway.edge.limits import PROGRESS_BYTES, VALUE_BYTES
@@ -139,7 +139,7 @@ async def read_body(
         raise InvalidRequest("the body is empty; send a JSON object", code="invalid_json")
     text: bytearray | Outline = body
     if long:
-        text = await off_loop(len(body), draw, body, most)
+        text = await off_loop(len(body), split_long_strings, body, most)
     values = text.values if isinstance(text, Outline) else count_values(text, most)
     if values > most:
         raise _too_many(most)

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from gateway.api.http import OFF_LOOP_BYTES
-from gateway.api.schemas.outline import draw
+from gateway.api.schemas.outline import split_long_strings
 from gateway.edge.threads import LONG_BYTES
 from tests.gateways import body, stack, user
 
@@ -114,9 +114,9 @@ async def test_others_go_on_while_long_bodies_are_read(monkeypatch):
         if len(text) > LONG_BYTES:
             begun.set()
             end.wait(60)
-        return draw(text, enough)
+        return split_long_strings(text, enough)
 
-    monkeypatch.setattr("gateway.api.http.draw", slow)
+    monkeypatch.setattr("gateway.api.http.split_long_strings", slow)
     long = picture("data:;base64," + "A" * LONG_BYTES)
     middling = json.dumps(body(metadata={"a": "b" * (2 * OFF_LOOP_BYTES)})).encode()
     async with stack() as s:

@@ -16,7 +16,7 @@ from pydantic_core import from_json
 
 from gateway.api.chat import ChatRequest
 from gateway.api.schemas import outline
-from gateway.api.schemas.outline import count_values, draw
+from gateway.api.schemas.outline import count_values, split_long_strings
 from gateway.api.schemas.parsing import parse
 from gateway.edge.limits import MAX_NAME_CHARACTERS, MAX_OUTLINE_BYTES
 from opticnerve.errors import InvalidRequest, OpticNerveError, PayloadTooLarge
@@ -43,7 +43,7 @@ def whole(text: bytes) -> Any:
 
 def by_outline(text: bytes | bytearray, enough: int = PLENTY) -> Any:
     try:
-        return draw(text, enough).read()
+        return split_long_strings(text, enough).read()
     except (ValueError, InvalidRequest):
         return OpticNerveError
 
@@ -71,7 +71,7 @@ def test_an_outline_reads_what_the_text_says(
         patch.setattr(outline, "PIECE_BYTES", piece)
         assert by_outline(text) == by_outline(bytes(text)) == whole(bytes(text))
         if not damage:
-            assert draw(text, PLENTY).values == count_values(text, PLENTY)
+            assert split_long_strings(text, PLENTY).values == count_values(text, PLENTY)
 
 
 def body(field: str, value: str) -> bytearray:
@@ -123,7 +123,7 @@ def nasty(kind: str, size: int) -> bytearray:
 
 def read(text: bytearray) -> None:
     """As the gateway reads a long body, whatever it says of it."""
-    drawn = draw(text, 100_000)
+    drawn = split_long_strings(text, 100_000)
     if drawn.values <= 100_000:
         parse(ChatRequest, drawn)
 
@@ -233,5 +233,5 @@ def test_what_is_wrong_with_a_long_body(
 
 def test_a_byte_order_mark_before_a_long_body() -> None:
     text = b"\xef\xbb\xbf" + bytes(message('"%s"' % ("a" * 1000)))
-    request, _ = parse(ChatRequest, draw(text, PLENTY))
+    request, _ = parse(ChatRequest, split_long_strings(text, PLENTY))
     assert request.messages[0].content == "a" * 1000

@@ -124,7 +124,7 @@ def test_every_field_of_openais_client_is_known() -> None:
     sent = CompletionCreateParamsBase.__annotations__.keys() | {"stream"}
     assert sent <= ChatRequest.model_fields.keys() | UNSUPPORTED.keys()
     sent = completion_create_params.CompletionCreateParamsBase.__annotations__.keys() | {"stream"}
-    unserved = CompletionRequest.refused.keys() | UNSUPPORTED.keys()
+    unserved = CompletionRequest.unsupported.keys() | UNSUPPORTED.keys()
     assert sent <= CompletionRequest.model_fields.keys() | unserved
 
 
@@ -286,8 +286,8 @@ def test_tools_that_are_none(fields: dict[str, Any]) -> None:
 
 
 def test_tools_that_may_not_be_called() -> None:
-    assert read(tools=[TOOL], tool_choice="none")[1].unheeded == ("tools",)
-    assert read(functions=[{}], function_call="none")[1].unheeded == ("functions",)
+    assert read(tools=[TOOL], tool_choice="none")[1].without_effect == ("tools",)
+    assert read(functions=[{}], function_call="none")[1].without_effect == ("functions",)
     for choice in ("auto", "required", None):
         with pytest.raises(UnsupportedFeature, match="tools"):
             chat(tools=[TOOL], tool_choice=choice)
@@ -300,7 +300,7 @@ def test_a_field_without_a_name_forbids_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "unheeded"),
+    ("fields", "without_effect"),
     [
         ({"store": True}, ("store",)),
         ({"store": False}, ()),
@@ -318,8 +318,8 @@ def test_a_field_without_a_name_forbids_nothing() -> None:
         ({"response_format": {"type": "text", "json_schema": None}}, ()),
     ],
 )
-def test_what_is_accepted_without_effect(fields: dict[str, Any], unheeded: Any) -> None:
-    assert read(**fields)[1] == Ignored((), unheeded)
+def test_what_is_accepted_without_effect(fields: dict[str, Any], without_effect: Any) -> None:
+    assert read(**fields)[1] == Ignored((), without_effect)
 
 
 def test_formats_that_ask_for_something_are_refused() -> None:

@@ -25,19 +25,22 @@ from opticnerve.errors import InvalidRequest
 
 MAX_SHOWN_NAME = 80  # Characters of a field's name that an error message repeats.
 BOM = b"\xef\xbb\xbf"  # The byte order mark, with which some editors and clients begin UTF-8.
-HALF = re.compile("[\ud800-\udfff]")
-HALVES = "holds half of a surrogate pair, which is no character; send UTF-8, or escape both halves"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+LONE_SURROGATE_MESSAGE = (
+    "holds half of a surrogate pair, which is no character; send UTF-8, or escape both halves"
+)
 
 T = TypeVar("T")
-Many = Annotated[list[T], Field(max_length=MAX_ENTRIES, fail_fast=True)]
+BoundedList = Annotated[list[T], Field(max_length=MAX_ENTRIES, fail_fast=True)]
 """A list whose validation ends at the first invalid entry. A problem takes a kilobyte to describe,
 and a body can hold millions of them."""
 
 
 @dataclass(slots=True)
-class Reading:
-    """pydantic's context while a body is validated. ``unknown``: names of the fields that were left
-    out, by the ``id`` of the object that had them."""
+class ValidationContext:
+    """pydantic's context while a body is validated. ``unknown``: names of the unknown fields that
+    were dropped, by the ``id`` of the object that had them."""
 
     ignore_unknown: bool = False  # Unknown fields of the body; those of nested objects always are.
     unknown: dict[int, Collection[str]] = field(default_factory=dict)
@@ -52,7 +55,7 @@ INTEGRAL = BeforeValidator(_whole)
 a request has it; ``20.5``, ``"20"`` and ``true`` are refused."""
 
 Unused = Annotated[Any, AfterValidator(lambda _: None)]
-"""Any JSON; it is dropped. For fields that clients send and this server has no use for."""
+"""Any JSON, which is dropped: for fields that clients send and that have no effect here."""
 
 
 def fault(name: str, message: str) -> PydanticCustomError:
@@ -110,22 +113,22 @@ def join(path: str, step: str) -> str:
 def check_strings(value: Any, path: str = "") -> None:
     """Raises InvalidRequest for a string that holds half of a surrogate pair, which no encoding of
     text and no tokenizer takes. ``value``: JSON as Python reads it, which accepts such strings."""
-    if isinstance(value, str) and HALF.search(value):
-        raise _half(path, "")
+    if isinstance(value, str) and LONE_SURROGATE.search(value):
+        raise _lone_surrogate(path, "")
     if isinstance(value, list):
         for place, entry in enumerate(value):
             check_strings(entry, f"{path}[{place}]")
     elif isinstance(value, dict):
         for name, entry in value.items():
-            if HALF.search(name):
-                raise _half(path, "the name of a field ")
+            if LONE_SURROGATE.search(name):
+                raise _lone_surrogate(path, "the name of a field ")
             check_strings(entry, join(path, name))
 
 
-def _half(path: str, where: str) -> InvalidRequest:
+def _lone_surrogate(path: str, where: str) -> InvalidRequest:
     at = f"{path}: " if path else ""
     return InvalidRequest(
-        f"{at}{where}{HALVES}",
+        f"{at}{where}{LONE_SURROGATE_MESSAGE}",
         param=path or None,
         code="invalid_json",
     )
@@ -147,24 +150,24 @@ class Strict(BaseModel):
     closed: ClassVar[bool] = False
 
     @property
-    def unheeded(self) -> Iterator[str]:
-        """The fields that ask for something that this server does not do."""
+    def without_effect(self) -> Iterator[str]:
+        """Known fields of the request that have no effect on this server, by path."""
         yield from ()
 
     @model_validator(mode="before")
     @classmethod
     def _fields(cls, value: Any, info: ValidationInfo) -> Any:
-        """Leaves unknown fields out, and notes them in the ``Reading`` that is the context."""
+        """Drops unknown fields, and lists them in the ``ValidationContext``."""
         if not isinstance(value, dict):
             return value
         if len(value) > MAX_FIELDS:
             raise PydanticCustomError("fields", "has too many fields")
-        reading: Reading = info.context or Reading()
+        context: ValidationContext = info.context or ValidationContext()
         unknown = value.keys() - cls.model_fields.keys()
-        if cls.closed and not reading.ignore_unknown:
+        if cls.closed and not context.ignore_unknown:
             unknown = set()  # They stay, and validation refuses them.
         if unknown:
-            reading.unknown[id(value)] = unknown
+            context.unknown[id(value)] = unknown
         return {
             name: entry
             for name, entry in value.items()
@@ -190,21 +193,21 @@ class Strict(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
-    """A field that others serve and this server does not."""
+class UnsupportedField:
+    """A field that other servers support and this one does not."""
 
     neutral: tuple[Any, ...]  # Values that ask for nothing, besides null.
     instead: str  # What to do.
 
 
 class Body(Strict):
-    """A whole body. Its unknown fields are errors, unless they are to be ignored: an evaluator's
-    typo must not pass for a setting."""
+    """A whole body. Its unknown fields are errors, unless the server is set to ignore them: a
+    mistyped setting must not go unnoticed."""
 
     model_config = ConfigDict(extra="forbid")
     closed: ClassVar[bool] = True
-    refused: ClassVar[Mapping[str, Refused]] = {}
-    """Besides those that ``gateway.api.schemas.parsing`` lists and the model has no field for."""
+    unsupported: ClassVar[Mapping[str, UnsupportedField]] = {}
+    """This route's unsupported fields, besides ``gateway.api.schemas.parsing.UNSUPPORTED``."""
 
 
 def _nullable(schema: JsonSchemaValue) -> JsonSchemaValue:

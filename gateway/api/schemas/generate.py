@@ -67,11 +67,11 @@ class GenerateFields(SamplingFields):
     user: str | None = None
 
     @property
-    def unheeded(self) -> Iterator[str]:
+    def without_effect(self) -> Iterator[str]:
         options = self.stream_options
         if self.stream and options and options.continuous_usage_stats and not self.stream_usage:
             yield "stream_options.continuous_usage_stats"
-        yield from super().unheeded
+        yield from super().without_effect
 
     @property
     def stream_usage(self) -> bool:

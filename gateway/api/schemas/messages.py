@@ -16,14 +16,14 @@ from pydantic_core import PydanticCustomError
 from gateway.api.schemas.base import (
     INTEGRAL,
     Body,
-    Many,
+    BoundedList,
     Strict,
     Unused,
     check_strings,
     fault,
     no_larger,
 )
-from gateway.api.schemas.outline import count_values, draw
+from gateway.api.schemas.outline import count_values, split_long_strings
 from gateway.edge.limits import MAX_ARGUMENT_VALUES, MAX_TEMPLATE_KWARGS
 from gateway.edge.threads import LONG_BYTES
 from gateway.job import ChatPrompt
@@ -159,9 +159,9 @@ class ToolCall(Strict):
 
 class Message(Strict):
     role: Role
-    content: str | Many[AnyPart] | None = None
+    content: str | BoundedList[AnyPart] | None = None
     name: str | None = None
-    tool_calls: Many[ToolCall] | None = None
+    tool_calls: BoundedList[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -266,7 +266,7 @@ def call_arguments(call: ToolCall, path: str) -> Any:
 def _arguments(text: str, param: str) -> Any:
     if len(text) > LONG_ARGUMENTS:
         try:
-            return draw(text.encode("utf-8", "replace"), MAX_ARGUMENT_VALUES).read()
+            return split_long_strings(text.encode("utf-8", "replace"), MAX_ARGUMENT_VALUES).read()
         except InvalidRequest as error:
             raise ValueError(error.message) from error
     value = json.loads(text) if text.strip() else {}
@@ -284,7 +284,7 @@ class ProcessorSettings(Strict):
 class TemplateFields(Body):
     """The fields that decide what the chat template renders."""
 
-    messages: Annotated[Many[Message], Field(min_length=1)]
+    messages: Annotated[BoundedList[Message], Field(min_length=1)]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: Annotated[dict[str, Any], no_larger(MAX_TEMPLATE_KWARGS)] | None = None
@@ -314,10 +314,10 @@ class TemplateFields(Body):
         return self
 
     @property
-    def unheeded(self) -> Iterator[str]:
+    def without_effect(self) -> Iterator[str]:
         if self.reasoning_effort not in (None, "none"):
             yield REASONING_EFFORT
-        yield from super().unheeded
+        yield from super().without_effect
 
     @cached_property
     def sources(self) -> tuple[ItemSource, ...]:

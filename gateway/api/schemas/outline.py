@@ -1,18 +1,19 @@
-"""A JSON text before it is parsed: how many values it holds, and a long one without its long
-strings.
+"""Counts the values of JSON before it is parsed, and parses large JSON without holding the GIL:
+long strings are cut out and read in steps.
 
-Three bytes, ``{},``, become an object of a hundred times their size: the length of a body says
-little of what it costs, so its values are counted first. Text costs its length, and does not count.
+Three bytes, ``{},``, become an object of a hundred times their size: a body's length does not bound
+the memory that it takes once it is parsed, so its values are counted first. The text of strings
+takes its length, and is not counted.
 
-A parser in C holds the interpreter's lock from its first byte to its last: 60 MB of it stop every
-other thread, the event loop among them, for a third of a second, and ten times as long where the
-text is made to be slow. But what is long in a long body is text and pictures, in strings. So the
-strings are found in small steps and left out; the rest, which is bounded, is parsed; and the
-strings are read in small steps too.
+A parser in C holds the GIL from its first byte to its last: 60 MB stop every other thread, the
+event loop among them, for a third of a second, and a text that is made to be slow for ten times as
+long. But a long body is long because of text and pictures in strings. So the long strings are cut
+out in small steps; the rest, which is bounded, is parsed at once; and the strings are decoded in
+small steps too.
 
-Memory: the body, and its strings once more; twice while one is put together from pieces, which is
-where it has escapes or other characters than ASCII. Python keeps a text that has both letters and
-an emoji in four bytes a character, so such texts are bounded by what any prompt could hold.
+Memory: the body, and its strings once more; twice while a string with escapes or non-ASCII
+characters is joined from its pieces. Python stores a text with an emoji in it at four bytes a
+character, so non-ASCII texts are bounded by the longest prompt.
 """
 
 from __future__ import annotations
@@ -26,18 +27,17 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from gateway.api.schemas.base import BOM, HALVES
+from gateway.api.schemas.base import BOM, ESCAPED_SURROGATE, LONE_SURROGATE_MESSAGE
 from gateway.edge.limits import MAX_NAME_CHARACTERS, MAX_OUTLINE_BYTES, MAX_TEXT_CHARACTERS
 from opticnerve.errors import InvalidRequest, PayloadTooLarge
 
-LONG = 128  # Strings of so many bytes are left out of an outline.
+LONG = 128  # Strings of at least this many bytes are cut out.
 PIECE_BYTES = 2**18  # Handled in one step, between which other threads run.
-WINDOW = 32  # Bytes before a cut that are looked at; a pair of escapes is twelve.
+WINDOW = 32  # Bytes examined before a cut; an escaped surrogate pair has twelve.
 _INSIDE = re.compile(rb'(?:[^"\\\x00-\x1f]++|\\.)*+', re.DOTALL)  # A string up to its end.
 _CONTROL = bytes(range(32))
 _TOKEN = re.compile(rb"\\u[0-9a-fA-F]{4}|\\[^u]|[^\\]", re.DOTALL)
-_FIRST_HALF = re.compile(rb"\\u[dD][89abAB]..")
-_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+_HIGH_SURROGATE = re.compile(rb"\\u[dD][89abAB]..")
 
 
 def count_values(text: bytes | bytearray, enough: int) -> int:
@@ -69,20 +69,22 @@ def _chunk(text: bytes | bytearray, start: int) -> bytes | bytearray:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """``values``: objects, lists and their entries, as ``count_values`` counts them. ``text`` is
-    JSON, in which a mark and a number stand for each long string."""
+    """JSON without its long strings. ``values``: objects, lists and their entries, as
+    ``count_values`` counts them. ``text``: the JSON, with a mark and a number in place of each long
+    string."""
 
     values: int
     text: bytes
     _mark: str
     _whole: memoryview
-    # For each long string its start and end, between the quotes, and 1 if it is ASCII without
-    # escapes. Numbers, because the garbage collector stops all threads to look at objects.
+    # Three numbers for each long string: start and end between the quotes, and 1 if it is ASCII
+    # without escapes. An array, because the garbage collector would stop all threads to visit
+    # as many objects.
     _strings: array[int]
 
     def read(self) -> Any:
-        """The whole value. Raises ValueError for text that is not JSON, InvalidRequest and
-        PayloadTooLarge for its strings."""
+        """The parsed value, with its long strings. Raises ValueError for text that is not JSON, and
+        InvalidRequest and PayloadTooLarge for its strings."""
         return self._fill(from_json(self.text, allow_inf_nan=False))
 
     def _fill(self, value: Any) -> Any:
@@ -103,7 +105,7 @@ class Outline:
         return str(raw, "ascii") if plain else "".join(_decoded(raw))
 
     def _name(self, value: str) -> str:
-        """Names are bounded, because every use of one hashes or compares all of it."""
+        """Field names are bounded, because each use of one hashes or compares all of it."""
         name = self._string(value)
         if len(name) > MAX_NAME_CHARACTERS:
             raise InvalidRequest(
@@ -112,11 +114,11 @@ class Outline:
         return name
 
 
-def draw(text: bytes | bytearray, enough: int) -> Outline:
-    """The outline of ``text``; incomplete if it has more values than ``enough``.
+def split_long_strings(text: bytes | bytearray, enough: int) -> Outline:
+    """Cuts the long strings out of ``text``; stops early if it has more values than ``enough``.
 
-    Raises InvalidRequest for what cannot be JSON, and PayloadTooLarge for a text of more than
-    MAX_OUTLINE_BYTES besides its long strings.
+    Raises InvalidRequest if the text cannot be JSON, and PayloadTooLarge if more than
+    MAX_OUTLINE_BYTES are left besides its long strings.
     """
     mark, view = secrets.token_hex(16), memoryview(text)
     pieces: list[bytes] = []
@@ -133,7 +135,7 @@ def draw(text: bytes | bytearray, enough: int) -> Outline:
         if not outside.endswith(b'"'):
             break
         count += 1
-        if count > 2 * values + 2:  # A name and a value an entry.
+        if count > 2 * values + 2:  # An entry has at most two strings: a name and a value.
             raise _invalid("strings follow each other")
         place, plain = _end(text, start)
         if place - start < LONG:
@@ -153,9 +155,9 @@ def _end(text: bytes | bytearray, start: int) -> tuple[int, bool]:
     while True:
         piece = text[place : place + size]
         if (len(piece) - len(piece.rstrip(b"\\"))) % 2 and len(piece) > 1:
-            piece = piece[:-1]  # No escape is cut in two.
+            piece = piece[:-1]  # Do not split an escape.
         bare = piece
-        if b"\\" in piece:  # Many times quicker than a regular expression.
+        if b"\\" in piece:  # BoundedList times quicker than a regular expression.
             bare = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
         if b'"' in bare:
             match = _INSIDE.match(piece)
@@ -180,8 +182,8 @@ def _decoded(raw: memoryview) -> Iterator[str]:
         try:
             piece: str = from_json(b'"' + raw[place:stop] + b'"')
         except ValueError as error:
-            if _HALF.search(raw[place:stop]):
-                raise _invalid(f"a string {HALVES}") from error
+            if ESCAPED_SURROGATE.search(raw[place:stop]):
+                raise _invalid(f"a string {LONE_SURROGATE_MESSAGE}") from error
             raise _invalid(str(error).partition(" at line ")[0]) from error
         total += len(piece)
         ascii = ascii and piece.isascii()
@@ -195,19 +197,19 @@ def _decoded(raw: memoryview) -> Iterator[str]:
 
 
 def _cut(raw: memoryview, start: int) -> int:
-    """The end of a piece that begins at ``start``. It splits no character, no escape, and no pair
-    of escapes that is one character; if there is no such place, ``raw`` is not JSON, and any will
-    do."""
+    """The end of a piece that begins at ``start``. It splits no UTF-8 character, escape or escaped
+    surrogate pair. If there is no such place, ``raw`` is not JSON, and any place serves."""
     at = start + PIECE_BYTES
     if at >= len(raw):
         return len(raw)
     before, window = bytes(raw[start : at - WINDOW]), bytes(raw[at - WINDOW : at])
-    place = (len(before) - len(before.rstrip(b"\\"))) % 2  # Escaped from before the window.
+    # Start behind an escape that begins before the window.
+    place = (len(before) - len(before.rstrip(b"\\"))) % 2
     found = WINDOW
     while match := _TOKEN.match(window, place):
         place = match.end()
-        inside = 0x80 <= raw[at - WINDOW + place] < 0xC0  # Of a character in UTF-8.
-        if place >= WINDOW // 2 and not inside and not _FIRST_HALF.match(match.group()):
+        inside = 0x80 <= raw[at - WINDOW + place] < 0xC0  # A UTF-8 continuation byte.
+        if place >= WINDOW // 2 and not inside and not _HIGH_SURROGATE.match(match.group()):
             found = place
     return at - WINDOW + found
 

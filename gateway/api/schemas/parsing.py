@@ -1,4 +1,4 @@
-"""Turns the bytes of a body into a request model, and what is wrong with them into one clear
+"""Turns a body's bytes into a request model, and everything that is wrong with them into one clear
 InvalidRequest."""
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
-from gateway.api.schemas.base import BOM, Body, Reading, Refused, check_strings, join
+from gateway.api.schemas.base import (
+    BOM,
+    ESCAPED_SURROGATE,
+    Body,
+    UnsupportedField,
+    ValidationContext,
+    check_strings,
+    join,
+)
 from gateway.api.schemas.outline import Outline
 from opticnerve.errors import InvalidRequest, UnsupportedFeature
 
@@ -23,9 +31,8 @@ M = TypeVar("M", bound=Body)
 
 MAX_NAMED = 5  # Problems that one error message describes.
 MAX_LOOKED_AT = 100  # Problems, and ignored fields, that are considered.
-ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 UNKNOWN_FIELD = "unknown field"
-PLAINER = tuple(
+MESSAGE_REWRITES = tuple(
     (re.compile(pattern), plain)
     for pattern, plain in (
         (r"^(Input|String|List|Dictionary|Value error,) ", ""),
@@ -37,54 +44,54 @@ PLAINER = tuple(
 )
 
 
-# Fields and parts of content that others serve and this server does not (yet). A field may hold its
-# neutral value, which asks for nothing; then it is dropped. Any other value is UnsupportedFeature,
-# which says what to do instead. Tools that a request offers, and forbids the model to call, are
-# dropped too.
+# Fields and content parts that other servers support and this one does not. A field with a neutral
+# value, which asks for nothing, is dropped; any other value raises UnsupportedFeature, which says
+# what to do instead. Tools that the request itself disables (``tool_choice: none``) are dropped
+# too.
 TOOLS = "describe the tools in a system message and parse the answer yourself"
 GRAMMAR = "ask for the format in a message and check the answer"
 SEARCH = "use sampling with n instead"
 
-UNSUPPORTED: dict[str, Refused] = {
-    "tools": Refused(([],), TOOLS),
-    "tool_choice": Refused(("none", "auto"), TOOLS),
-    "parallel_tool_calls": Refused((True, False), TOOLS),
-    "functions": Refused(([],), TOOLS),
-    "function_call": Refused(("none", "auto"), TOOLS),
-    "response_format": Refused(({"type": "text"},), GRAMMAR),
-    "structured_outputs": Refused(({},), GRAMMAR),
-    "guided_json": Refused((), GRAMMAR),
-    "guided_regex": Refused((), GRAMMAR),
-    "guided_choice": Refused((), GRAMMAR),
-    "guided_grammar": Refused((), GRAMMAR),
-    "json_schema": Refused((), GRAMMAR),
-    "regex": Refused((), GRAMMAR),
-    "ebnf": Refused((), GRAMMAR),
-    "grammar": Refused((), GRAMMAR),
-    "include_reasoning": Refused((True, False), "leave it out"),
-    "separate_reasoning": Refused((True, False), "leave it out"),
-    "stream_reasoning": Refused((True, False), "leave it out"),
-    "return_token_ids": Refused((False,), "see /v1/apply_template for the prompt's"),
-    "return_tokens_as_token_ids": Refused((False,), "leave it out"),
-    "audio": Refused((), "ask for text"),
-    "modalities": Refused((["text"],), 'ask for ["text"]'),
-    "prediction": Refused((), "leave it out"),
-    "web_search_options": Refused((), "leave it out"),
-    "moderation": Refused((), "moderate messages and answers yourself"),
-    "prompt_cache_options": Refused((), "leave it out: every prefix is cached"),
-    "use_beam_search": Refused((False,), SEARCH),
-    "best_of": Refused((1,), SEARCH),
-    "length_penalty": Refused((1.0,), SEARCH),
-    "early_stopping": Refused((False,), SEARCH),
-    "echo": Refused((False,), "prepend the prompt yourself"),
-    "prompt_logprobs": Refused((0,), "leave it out"),
-    "add_special_tokens": Refused((False,), "leave it out: the template decides"),
-    "spaces_between_special_tokens": Refused((True,), "leave it out"),
-    "truncate_prompt_tokens": Refused((), "shorten the messages"),
-    "documents": Refused(([],), "put the documents in a message"),
-    "chat_template": Refused((), "start the server with --chat-template"),
-    "logits_processors": Refused(([],), "use logit_bias or allowed_token_ids"),
-    "media_io_kwargs": Refused(({},), "leave it out"),
+UNSUPPORTED: dict[str, UnsupportedField] = {
+    "tools": UnsupportedField(([],), TOOLS),
+    "tool_choice": UnsupportedField(("none", "auto"), TOOLS),
+    "parallel_tool_calls": UnsupportedField((True, False), TOOLS),
+    "functions": UnsupportedField(([],), TOOLS),
+    "function_call": UnsupportedField(("none", "auto"), TOOLS),
+    "response_format": UnsupportedField(({"type": "text"},), GRAMMAR),
+    "structured_outputs": UnsupportedField(({},), GRAMMAR),
+    "guided_json": UnsupportedField((), GRAMMAR),
+    "guided_regex": UnsupportedField((), GRAMMAR),
+    "guided_choice": UnsupportedField((), GRAMMAR),
+    "guided_grammar": UnsupportedField((), GRAMMAR),
+    "json_schema": UnsupportedField((), GRAMMAR),
+    "regex": UnsupportedField((), GRAMMAR),
+    "ebnf": UnsupportedField((), GRAMMAR),
+    "grammar": UnsupportedField((), GRAMMAR),
+    "include_reasoning": UnsupportedField((True, False), "leave it out"),
+    "separate_reasoning": UnsupportedField((True, False), "leave it out"),
+    "stream_reasoning": UnsupportedField((True, False), "leave it out"),
+    "return_token_ids": UnsupportedField((False,), "see /v1/apply_template for the prompt's"),
+    "return_tokens_as_token_ids": UnsupportedField((False,), "leave it out"),
+    "audio": UnsupportedField((), "ask for text"),
+    "modalities": UnsupportedField((["text"],), 'ask for ["text"]'),
+    "prediction": UnsupportedField((), "leave it out"),
+    "web_search_options": UnsupportedField((), "leave it out"),
+    "moderation": UnsupportedField((), "moderate messages and answers yourself"),
+    "prompt_cache_options": UnsupportedField((), "leave it out: every prefix is cached"),
+    "use_beam_search": UnsupportedField((False,), SEARCH),
+    "best_of": UnsupportedField((1,), SEARCH),
+    "length_penalty": UnsupportedField((1.0,), SEARCH),
+    "early_stopping": UnsupportedField((False,), SEARCH),
+    "echo": UnsupportedField((False,), "prepend the prompt yourself"),
+    "prompt_logprobs": UnsupportedField((0,), "leave it out"),
+    "add_special_tokens": UnsupportedField((False,), "leave it out: the template decides"),
+    "spaces_between_special_tokens": UnsupportedField((True,), "leave it out"),
+    "truncate_prompt_tokens": UnsupportedField((), "shorten the messages"),
+    "documents": UnsupportedField(([],), "put the documents in a message"),
+    "chat_template": UnsupportedField((), "start the server with --chat-template"),
+    "logits_processors": UnsupportedField(([],), "use logit_bias or allowed_token_ids"),
+    "media_io_kwargs": UnsupportedField(({},), "leave it out"),
 }
 
 PICTURES = "send pictures: image_url, or image"
@@ -103,15 +110,15 @@ UNSUPPORTED_PARTS: dict[str, str] = {
 
 
 SOURCES = ("image_url", "image", "url", "base64")
-OFFERS = {"tools": "tool_choice", "functions": "function_call"}  # An offer, and what forbids it.
+DISABLED_BY = {"tools": "tool_choice", "functions": "function_call"}  # Where that is "none".
 
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """Fields of a request that have no effect, as paths in its body; of many only the first."""
+    """Fields of a request that have no effect, as paths in its body, the first MAX_LOOKED_AT."""
 
     unknown: tuple[str, ...] = ()  # Fields that this server does not know.
-    unheeded: tuple[str, ...] = ()  # Known ones that ask for something that it does not do.
+    without_effect: tuple[str, ...] = ()  # Known fields that have no effect.
 
 
 def parse(
@@ -127,43 +134,49 @@ def parse(
     ``messages[0].content[1].image_url.url``, and UnsupportedFeature. Values are never repeated.
     """
     raw = dict(body) if isinstance(body, Mapping) else _decode(body)
-    unheeded: list[str] = []
-    raw = _take_out(raw, model, unheeded)
-    reading = Reading(ignore_unknown)
+    without_effect: list[str] = []
+    raw = _drop_unsupported(raw, model, without_effect)
+    context = ValidationContext(ignore_unknown)
     try:
-        parsed = model.model_validate(raw, context=reading)
+        parsed = model.model_validate(raw, context=context)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False)
     else:
-        named = _unknown(raw, reading, "") if reading.unknown else ()
-        unheeded += parsed.unheeded
-        return parsed, Ignored(*(tuple(islice(each, MAX_LOOKED_AT)) for each in (named, unheeded)))
-    raise _refusal(problems, raw, {*model.model_fields, *model.refused, *UNSUPPORTED})
+        named = _unknown(raw, context, "") if context.unknown else ()
+        without_effect += parsed.without_effect
+        return parsed, Ignored(
+            *(tuple(islice(each, MAX_LOOKED_AT)) for each in (named, without_effect))
+        )
+    raise _refusal(problems, raw, {*model.model_fields, *model.unsupported, *UNSUPPORTED})
 
 
-def _take_out(body: Mapping[str, Any], model: type[Body], left_out: list[str]) -> dict[str, Any]:
-    """``body`` without fields that ``model`` does not serve and that ask for nothing; what they
-    hold besides is named in ``left_out``, by path. Raises UnsupportedFeature for others."""
+def _drop_unsupported(
+    body: Mapping[str, Any], model: type[Body], left_out: list[str]
+) -> dict[str, Any]:
+    """``body`` without unsupported fields whose value is neutral. Paths of dropped values that are
+    not neutral by themselves are added to ``left_out``. Raises UnsupportedFeature for other values
+    of unsupported fields."""
     served: dict[str, Any] = {}
     for name, value in body.items():
-        refused = model.refused.get(name) or UNSUPPORTED.get(name)
-        if refused is None or name in model.model_fields:
+        field = model.unsupported.get(name) or UNSUPPORTED.get(name)
+        if field is None or name in model.model_fields:
             served[name] = value
-        elif value is None or _is_neutral(name, value, refused, left_out):
+        elif value is None or _is_neutral(name, value, field, left_out):
             continue
-        elif name in OFFERS and body.get(OFFERS[name]) == "none":
+        elif name in DISABLED_BY and body.get(DISABLED_BY[name]) == "none":
             left_out.append(name)
         else:
             raise UnsupportedFeature(
-                f"{name}: not supported by this server; {refused.instead}", param=name
+                f"{name}: not supported by this server; {field.instead}", param=name
             )
     _check_parts(body.get("messages"))
     return served
 
 
-def _is_neutral(name: str, value: Any, refused: Refused, left_out: list[str]) -> bool:
-    """Whether ``value`` asks for nothing. Of an object with a type, other fields do not count."""
-    for neutral in refused.neutral:
+def _is_neutral(name: str, value: Any, field: UnsupportedField, left_out: list[str]) -> bool:
+    """Whether ``value`` asks for nothing. An object's entries that a neutral object does not have
+    are not compared, but added to ``left_out``."""
+    for neutral in field.neutral:
         if isinstance(value, dict) and isinstance(neutral, dict):
             given = {key: entry for key, entry in value.items() if entry is not None}
             more = given.keys() - neutral.keys() if neutral else set()
@@ -181,7 +194,7 @@ def _same(value: Any, neutral: Any) -> bool:
 
 
 def _check_parts(messages: Any) -> None:
-    """Checks well-formed parts only: the models report what is malformed."""
+    """Raises UnsupportedFeature for unsupported parts. Malformed ones are left to the models."""
     for i, message in enumerate(messages if isinstance(messages, list) else ()):
         content = message.get("content") if isinstance(message, dict) else None
         for j, part in enumerate(content if isinstance(content, list) else ()):
@@ -210,7 +223,7 @@ def _decode(body: bytes | bytearray | str | Outline) -> dict[str, Any]:
     try:
         raw = body.read() if isinstance(body, Outline) else from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        _check_halves(body)
+        _check_surrogates(body)
         reason = str(error)[:200]
         if isinstance(body, Outline):  # Its lines and columns are not the body's.
             reason = reason.partition(" at line ")[0]
@@ -222,12 +235,12 @@ def _decode(body: bytes | bytearray | str | Outline) -> dict[str, Any]:
     return raw
 
 
-def _check_halves(body: bytes | bytearray | str | Outline) -> None:
+def _check_surrogates(body: bytes | bytearray | str | Outline) -> None:
     """Raises InvalidRequest if JSON did not parse because a string holds half of a surrogate pair;
     any other fault is in the parser's own message."""
     text = body.text if isinstance(body, Outline) else body
     text = text.encode("utf-8", "replace") if isinstance(text, str) else text
-    if ESCAPED_HALF.search(text):
+    if ESCAPED_SURROGATE.search(text):
         with contextlib.suppress(ValueError, RecursionError):
             check_strings(json.loads(text))
 
@@ -254,7 +267,7 @@ def _refusal(
 
 
 def _line(path: str, texts: Sequence[str], known: Collection[str]) -> str:
-    """A problem with its path, and for an unknown field the known one with the nearest name."""
+    """A problem with its path, and for an unknown field the most similar known name."""
     if not path:
         return texts[0]
     line = f"{path}: {_either(texts)}"
@@ -279,7 +292,7 @@ def problem_text(problem: ErrorDetails) -> str:
         return "should have a type: text, image_url or image"
     if kind == "union_tag_invalid":
         return "should be of type text, image_url or image"
-    for pattern, plain in PLAINER:
+    for pattern, plain in MESSAGE_REWRITES:
         message = pattern.sub(plain, message)
     return message
 
@@ -314,15 +327,15 @@ def _path(problem: ErrorDetails, raw: Any) -> tuple[str, int]:
     return path, depth
 
 
-def _unknown(raw: Any, reading: Reading, path: str) -> Iterator[str]:
-    """The paths of the unknown fields that were left out."""
+def _unknown(raw: Any, context: ValidationContext, path: str) -> Iterator[str]:
+    """The paths of the unknown fields that were dropped."""
     if isinstance(raw, dict):
-        unknown = reading.unknown.get(id(raw), ())
+        unknown = context.unknown.get(id(raw), ())
         for name, value in raw.items():
             if name in unknown:
                 yield join(path, name)
             else:
-                yield from _unknown(value, reading, join(path, name))
+                yield from _unknown(value, context, join(path, name))
     elif isinstance(raw, list):
         for place, value in enumerate(raw):
-            yield from _unknown(value, reading, f"{path}[{place}]")
+            yield from _unknown(value, context, f"{path}[{place}]")
