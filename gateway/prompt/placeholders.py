@@ -19,7 +19,7 @@ from gateway.prompt.tokenizer import (
 from opticnerve.checkpoints.settings import read_object
 from opticnerve.checkpoints.tokenizer_files import named_tokens, read_tokenizer_config
 from opticnerve.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
-from opticnerve.media.plan import Plan, Span
+from opticnerve.media.plan import Modality, Plan, Span
 from opticnerve.models.family import Layout, RowRun
 
 _BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # As placeholders are written.
