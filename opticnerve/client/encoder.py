@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import grpc
-
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.client.contents import EncodedPicture
 from opticnerve.embeddings.ref import EmbeddingRef
@@ -24,7 +22,7 @@ from opticnerve.models.registry import make_layout
 from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import EncodeItem, EncodeUpload, open_channel
-from opticnerve.rpc.errors import from_rpc
+from opticnerve.rpc.errors import typed_errors
 from opticnerve.rpc.token import load_token
 
 if TYPE_CHECKING:
@@ -72,10 +70,8 @@ class AsyncEncoderClient:
     async def describe(self) -> encoder_pb2.DescribeEncoderResponse:
         """What the encoder is, what it accepts, and how busy it is."""
         request = encoder_pb2.DescribeEncoderRequest()
-        try:
+        with typed_errors():
             return await self._stub.Describe(request, timeout=self.timeout_s)
-        except grpc.RpcError as error:
-            raise from_rpc(error) from error
 
     async def layout(self) -> Layout:
         """How pictures become patches and placeholders for this model."""
@@ -128,11 +124,9 @@ class AsyncEncoderClient:
         return replace(item, lost=lost)
 
     async def _send(self, item: EncodeItem) -> EncodedPicture:
-        try:
-            messages = EncodeUpload(item).messages()
+        messages = EncodeUpload(item).messages()
+        with typed_errors():
             answer = await self._stub.Encode(messages, timeout=self.timeout_s)
-        except grpc.RpcError as error:
-            raise from_rpc(error) from error
         ref = convert.ref_from_pb(answer.ref)
         self._trusted.add(ref.location.fetch_address)
         return EncodedPicture(
@@ -160,11 +154,9 @@ class AsyncEncoderClient:
     async def _fetch_from(self, stub: encoder_pb2_grpc.EncoderAsyncStub, key: str) -> bytes:
         request = encoder_pb2.FetchRequest(key=key)
         parts: list[bytes] = []
-        try:
+        with typed_errors():
             async for message in stub.Fetch(request, timeout=self.timeout_s):
                 parts.append(message.data)
-        except grpc.RpcError as error:
-            raise from_rpc(error) from error
         return b"".join(parts)
 
 

@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
-import grpc
-
 from opticnerve.client.contents import (
     Content,
     MultiMediaInfo,
@@ -39,7 +37,7 @@ from opticnerve.generation.values import (
 from opticnerve.pb import llm_pb2, llm_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import open_channel
-from opticnerve.rpc.errors import from_rpc
+from opticnerve.rpc.errors import typed_errors
 from opticnerve.rpc.token import load_token
 
 MAX_INLINE_BYTES = 7 * 2**20  # A message holds 8 MiB.
@@ -89,10 +87,8 @@ class AsyncLLMClient:
     async def describe(self, timeout_s: float | None = None) -> llm_pb2.DescribeLLMResponse:
         """What the worker is, what it accepts, and how busy it is."""
         request, patience_s = llm_pb2.DescribeLLMRequest(), timeout_s or self.timeout_s
-        try:
+        with typed_errors():
             return await self._stub.Describe(request, timeout=patience_s)
-        except grpc.RpcError as error:
-            raise from_rpc(error) from error
 
     async def generate(
         self,
@@ -198,12 +194,10 @@ class AsyncLLMClient:
 
 async def _events(stream: GenerateStream) -> AsyncGenerator[Delta | Done, None]:
     """The stream's events, with its errors typed."""
-    try:
+    with typed_errors():
         async with contextlib.aclosing(stream.events()) as events:
             async for event in events:
                 yield event
-    except grpc.RpcError as error:
-        raise from_rpc(error) from error
 
 
 def items_of(refs: Sequence[EmbeddingRef]) -> list[llm_pb2.Item]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import grpc
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from opticnerve.media.plan import Overrides, Plan
 from opticnerve.pb import encoder_pb2
@@ -64,12 +65,9 @@ async def is_instance(channel: grpc.aio.Channel, instance_id: str, timeout_s: fl
 async def _check(
     channel: grpc.aio.Channel, service: str, timeout_s: float
 ) -> health_pb2.HealthCheckResponse:
-    check = channel.unary_unary(
-        "/grpc.health.v1.Health/Check",
-        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-        response_deserializer=health_pb2.HealthCheckResponse.FromString,
-    )
-    return await check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
+    stub: Any = health_pb2_grpc.HealthStub(channel)  # Its types are those of blocking calls.
+    request = health_pb2.HealthCheckRequest(service=service)
+    return cast(health_pb2.HealthCheckResponse, await stub.Check(request, timeout=timeout_s))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence
 from dataclasses import fields, replace
-from typing import Any
+from enum import Enum
+from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
@@ -35,24 +36,21 @@ from opticnerve.pb import llm_pb2
 PIECE_BYTES = 2**20  # Deltas of one message: those for a slow reader pile up.
 LOGPROB_BYTES = 14  # One log-probability in a message.
 
-_MODALITY = {
-    Modality.IMAGE: pb.MODALITY_IMAGE,
-    Modality.VIDEO: pb.MODALITY_VIDEO,
-    Modality.AUDIO: pb.MODALITY_AUDIO,
-}
-_MODALITY_BACK = {number: modality for modality, number in _MODALITY.items()}
-_ATTENTION = {
-    SpanAttention.CAUSAL: pb.SPAN_ATTENTION_CAUSAL,
-    SpanAttention.BIDIRECTIONAL: pb.SPAN_ATTENTION_BIDIRECTIONAL,
-}
-_ATTENTION_BACK = {number: attention for attention, number in _ATTENTION.items()}
-_FINISH = {
-    reason: llm_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}") for reason in FinishReason
-}
-_FINISH_BACK = {number: reason for reason, number in _FINISH.items()}
-_OPTIONAL = {each.name for each in llm_pb2.SamplingParams.DESCRIPTOR.fields if each.has_presence}
+E = TypeVar("E", bound=Enum)
+
+
+def _numbers(values: type[E], enum: Any, prefix: str) -> tuple[dict[E, Any], dict[int, E]]:
+    """The numbers in messages of an enum's values, and the values by number."""
+    numbers = {each: enum.Value(prefix + each.name) for each in values}
+    return numbers, {number: each for each, number in numbers.items()}
+
+
+_MODALITY, _MODALITY_BACK = _numbers(Modality, pb.Modality, "MODALITY_")
+_ATTENTION, _ATTENTION_BACK = _numbers(SpanAttention, pb.SpanAttention, "SPAN_ATTENTION_")
+_FINISH, _FINISH_BACK = _numbers(FinishReason, llm_pb2.FinishReason, "FINISH_REASON_")
 _DTYPE = {name: pb.DType.Value(f"DTYPE_{name}") for name in DTYPES}
 _DTYPE_BACK = {number: name for name, number in _DTYPE.items()}
+_OPTIONAL = {each.name for each in llm_pb2.SamplingParams.DESCRIPTOR.fields if each.has_presence}
 
 
 def field_values(source: Any, message: type[Message]) -> dict[str, Any]:

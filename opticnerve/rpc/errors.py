@@ -6,6 +6,8 @@ Generic clients read the status; from the ``ErrorDetail`` in the trailing metada
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import grpc
@@ -77,6 +79,15 @@ def from_rpc(error: grpc.RpcError) -> OpticNerveError:
     code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     details = (error.details() if hasattr(error, "details") else None) or code.name
     return CLASS_BY_STATUS.get(code, OpticNerveError)(details)
+
+
+@contextlib.contextmanager
+def typed_errors() -> Iterator[None]:
+    """Within the context, a call that fails raises the typed error behind it."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc(error) from error
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
