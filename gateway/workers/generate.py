@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import grpc
 
@@ -204,25 +204,6 @@ def _retrieve(task: asyncio.Task[Encoded]) -> None:
         task.exception()
 
 
-@dataclass
-class _Progress:
-    """The output so far, by choice."""
-
-    tokens: dict[int, list[int]] = field(default_factory=dict)
-    finished: set[int] = field(default_factory=set)  # Choices that the worker has ended.
-    unwanted: set[int] = field(default_factory=set)  # Choices that need no more tokens.
-    cached_tokens: int = 0  # Prompt tokens that the current worker took from its prefix cache.
-
-    @property
-    def total(self) -> int:
-        return sum(len(ids) for ids in self.tokens.values())
-
-    def outputs(self) -> list[ChoiceOutput]:
-        """For the next worker: the output of every choice that has begun."""
-        ended = self.finished | self.unwanted
-        return [ChoiceOutput(i, tuple(ids), i in ended) for i, ids in self.tokens.items()]
-
-
 class FailoverGeneration:
     """Runs one ``GenerateSpec`` to its end. Closing ``events()`` aborts the generation."""
 
@@ -234,14 +215,15 @@ class FailoverGeneration:
         deadline: Deadline,
         worker_wait_s: float,
     ) -> None:
-        self.spec = spec
-        self.pool = pool
-        self.embeddings = embeddings
-        self.deadline = deadline
-        self.worker_wait_s = worker_wait_s
-        self.choices = spec.sampling.n
-        self.worker = ""  # Address of the current one.
-        self._progress = _Progress()
+        self._spec = spec
+        self._pool = pool
+        self._embeddings = embeddings
+        self._deadline = deadline
+        self._worker_wait_s = worker_wait_s
+        self._tokens: dict[int, list[int]] = {}  # The output so far, by choice.
+        self._finished: set[int] = set()  # Choices that the worker has ended.
+        self._unwanted: set[int] = set()  # Choices that need no more tokens.
+        self._cached_tokens = 0  # Prompt tokens from the current worker's prefix cache.
 
     async def events(self) -> AsyncGenerator[Delta | Done, None]:
         """Deltas, then Done. Raises typed errors; the module's docstring says what is retried."""
@@ -249,8 +231,8 @@ class FailoverGeneration:
         refusal: OpticNerveError | None = None
         tried: set[str] = set()
         while True:
-            request = LeaseRequest(1, self.deadline, self._is_paired, avoid=tried)
-            async with self.pool.lease(request, self.worker_wait_s) as worker:
+            request = LeaseRequest(1, self._deadline, self._is_paired, avoid=tried)
+            async with self._pool.lease(request, self._worker_wait_s) as worker:
                 if refusal is not None and worker.address in tried:
                     raise refusal
                 try:
@@ -259,10 +241,16 @@ class FailoverGeneration:
                             yield event
                     return
                 except WorkerLost as lost:
-                    self.pool.report_down(worker)
+                    self._pool.report_down(worker)
                     tried.add(worker.address)
                     deaths += lost.delivered
-                    self._check_retry(lost, deaths)
+                    if not self.complete:
+                        logs.append(lost=worker.address)
+                    if deaths > MAX_LLM_DEATHS and not self.complete:
+                        raise Unavailable(
+                            "the workers that served this request were lost one after another; "
+                            "it is not tried again"
+                        ) from lost
                 except Overloaded as error:
                     refusal = error
                     tried.add(worker.address)
@@ -272,58 +260,49 @@ class FailoverGeneration:
             await asyncio.sleep(PAUSE_S)
 
     def _is_paired(self, worker: Worker) -> bool:
-        return worker.description.pair_id == self.spec.pair_id
-
-    def _check_retry(self, lost: WorkerLost, deaths: int) -> None:
-        """Raises Unavailable if too many workers were lost while they had the generation."""
-        if self.complete:
-            return
-        logs.append(lost=self.worker)
-        if deaths > MAX_LLM_DEATHS:
-            raise Unavailable(
-                "the workers that served this request were lost one after another; "
-                "it is not tried again"
-            ) from lost
+        return worker.description.pair_id == self._spec.pair_id
 
     @property
     def complete(self) -> bool:
         """Whether the worker has ended every choice."""
-        return len(self._progress.finished) == self.choices
+        return len(self._finished) == self._spec.sampling.n
 
     def leave(self, choice: int) -> None:
         """The choice needs no more tokens: after a failover, no worker continues it."""
-        self._progress.unwanted.add(choice)
+        self._unwanted.add(choice)
 
     def usage(self) -> Usage:
         """Usage by our own count, for a generation that is left before its end."""
-        item_tokens = sum(span.num_tokens for span in self.spec.spans)
-        progress = self._progress
-        return Usage(len(self.spec.token_ids), progress.total, progress.cached_tokens, item_tokens)
+        return Usage(
+            prompt_tokens=len(self._spec.token_ids),
+            completion_tokens=sum(map(len, self._tokens.values())),
+            cached_tokens=self._cached_tokens,
+            embedding_tokens=sum(span.num_tokens for span in self._spec.spans),
+        )
 
     # ---- one attempt
 
     async def _attempt(self, worker: Worker) -> AsyncGenerator[Delta | Done, None]:
-        self.deadline.check()
-        self.worker = worker.address
+        self._deadline.check()
         logs.append(llm=worker.address)
         stream = GenerateStream(
             llm_pb2_grpc.LLMStub(worker.channel),
             self._start(),
-            self.embeddings,
-            self.deadline.remaining(),
+            self._embeddings,
+            self._deadline.remaining(),
             POLICY,
         )
         try:
             async with contextlib.aclosing(stream.events()) as received:
                 async for event in received:
-                    self._progress.cached_tokens = stream.cached_tokens
+                    self._cached_tokens = stream.cached_tokens
                     yield self._take(event) if isinstance(event, Delta) else event
         except grpc.RpcError as error:
             raise call_error(error, delivered=stream.delivered) from error
 
     def _start(self) -> pb.Start:
-        spec = self.spec
-        known = self.embeddings.known
+        spec, known = self._spec, self._embeddings.known
+        ended = self._finished | self._unwanted
         return pb.Start(
             request_id=spec.request_id,
             token_ids=spec.token_ids,
@@ -334,17 +313,20 @@ class FailoverGeneration:
             share=spec.caller.share,
             weight=spec.caller.weight,
             cache_salt=spec.cache_salt,
-            embedding_wait_ms=max(1, int(self.deadline.remaining() * 1000)),
-            outputs=map(convert.output_to_pb, self._progress.outputs()),
+            embedding_wait_ms=max(1, int(self._deadline.remaining() * 1000)),
+            outputs=[
+                convert.output_to_pb(ChoiceOutput(choice, tuple(ids), choice in ended))
+                for choice, ids in self._tokens.items()
+            ],
         )
 
     def _take(self, delta: Delta) -> Delta:
         """Adds a delta to the output. Raises EngineFailure if it does not continue its choice."""
-        have = self._progress.tokens.setdefault(delta.choice, [])
-        ended = delta.choice in self._progress.finished
-        if delta.choice >= self.choices or ended or delta.first_index != len(have):
+        have = self._tokens.setdefault(delta.choice, [])
+        ended = delta.choice in self._finished
+        if delta.choice >= self._spec.sampling.n or ended or delta.first_index != len(have):
             raise EngineFailure("the LLM worker sent tokens out of sequence")
         have.extend(delta.token_ids)
         if delta.finish_reason is not None:
-            self._progress.finished.add(delta.choice)
+            self._finished.add(delta.choice)
         return delta
