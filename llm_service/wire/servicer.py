@@ -177,11 +177,7 @@ class GenerateCall:
                 case AskCaller(keys=()):
                     pass  # A later message was wrong: ``run`` raises its error.
                 case AskCaller():
-                    needed = pb.EmbeddingNeeded(
-                        keys=[self._keys.get(key, key) for key in event.keys],
-                        reason=pb.NeededReason.Value(f"NEEDED_REASON_{event.reason}"),
-                    )
-                    out += (pb.GenerateOut(embedding_needed=needed), pb.GenerateOut())
+                    out += (self._embedding_needed(event), pb.GenerateOut())
                 case NeedRowsEvent():
                     self._needed.wanted(event.keys, event.preempted)
                 case PrefilledEvent():
@@ -204,6 +200,14 @@ class GenerateCall:
                 case AbortedEvent():
                     raise Unavailable("the LLM worker is stopping; use another", retry_after_s=1.0)
         return [message for message in out if message.ByteSize()]
+
+    def _embedding_needed(self, event: AskCaller) -> pb.GenerateOut:
+        """The question for rows, by the caller's own keys."""
+        needed = pb.EmbeddingNeeded(
+            keys=[self._keys.get(key, key) for key in event.keys],
+            reason=pb.NeededReason.Value(f"NEEDED_REASON_{event.reason}"),
+        )
+        return pb.GenerateOut(embedding_needed=needed)
 
     def _done(self, event: FinishedEvent) -> pb.Done:
         done = Done(event.usage, replace(event.timings, get_ms=self._needed.get_s * 1e3))
