@@ -79,25 +79,14 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
         self, request_iterator: AsyncIterator[pb.GenerateIn], context: Context
     ) -> None:
         async with self.server.running.work():
-            await self._generate(request_iterator, context)
-
-    async def _generate(
-        self, request_iterator: AsyncIterator[pb.GenerateIn], context: Context
-    ) -> None:
-        loaded = self.require_loaded()
-        try:
-            async with asyncio.timeout(START_S):
-                first = await anext(aiter(request_iterator), None)
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"no Start came within {START_S:g} s") from error
-        if first is None or not first.HasField("start"):
-            raise InvalidRequest("the first message of Generate is Start", param="start")
-        if self.server.running.draining or not loaded.engine.alive:
-            raise Unavailable("the LLM worker is stopping; use another", retry_after_s=1.0)
-        logs.identify(first.start.request_id)
-        logs.note(prompt_tokens=len(first.start.token_ids), items=len(first.start.items) or None)
-        local_names = await loaded.fetcher.names(inline_items(first.start))
-        await GenerateCall(loaded, first.start, local_names, context).run(request_iterator)
+            loaded = self.require_loaded()
+            start = await _first(request_iterator)
+            if self.server.running.draining or not loaded.engine.alive:
+                raise Unavailable("the LLM worker is stopping; use another", retry_after_s=1.0)
+            logs.identify(start.request_id)
+            logs.note(prompt_tokens=len(start.token_ids), items=len(start.items) or None)
+            local_names = await loaded.fetcher.names(inline_items(start))
+            await GenerateCall(loaded, start, local_names, context).run(request_iterator)
 
     async def Describe(
         self, request: pb.DescribeLLMRequest, context: Context
@@ -252,6 +241,18 @@ class GenerateCall:
 
 
 # ---- a Start
+
+
+async def _first(messages: AsyncIterator[pb.GenerateIn]) -> pb.Start:
+    """The Start message. Raises DeadlineExceeded, and InvalidRequest if another comes first."""
+    try:
+        async with asyncio.timeout(START_S):
+            first = await anext(aiter(messages), None)
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"no Start came within {START_S:g} s") from error
+    if first is None or not first.HasField("start"):
+        raise InvalidRequest("the first message of Generate is Start", param="start")
+    return first.start
 
 
 def inline_items(start: pb.Start) -> dict[str, bytes]:

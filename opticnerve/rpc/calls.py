@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import grpc
@@ -66,12 +67,13 @@ class Calls(grpc.aio.ServerInterceptor):
         )
 
     def _surrounded(self, behavior: Behavior, method: str) -> Behavior:
-        run = _written if inspect.isasyncgenfunction(behavior) else _awaited
+        if inspect.isasyncgenfunction(behavior):
+            behavior = partial(_write_all, behavior)
 
         async def call(request: Any, context: Context) -> Any:
             with self._line(method, context):
                 try:
-                    return await run(behavior, _parsed(request), context)
+                    return await behavior(_parsed(request), context)
                 except (grpc.aio.AbortError, NotImplementedError):
                     raise  # The call's status is set; the latter is generated code's UNIMPLEMENTED.
                 except grpc.aio.InternalError as error:  # The answer could not be sent.
@@ -91,32 +93,27 @@ class Calls(grpc.aio.ServerInterceptor):
             left = event.fields.setdefault("ended", CUT) == CUT
             raise
         finally:
-            quiet = method in QUIET and not isinstance(event.error, InvalidRequest)
+            error = event.error
+            status = "OK" if error is None else STATUS_BY_NUMBER[error.grpc_status].name
+            quiet = method in QUIET and not isinstance(error, InvalidRequest)
             event.write(
                 log,
                 logging.DEBUG if quiet else logging.INFO,
                 "call",
                 # Gateways ask every second, also a worker that loads for minutes.
-                expected=method == "Describe" and isinstance(event.error, Unavailable),
+                expected=method == "Describe" and isinstance(error, Unavailable),
                 method=method,
-                status="CANCELLED" if left else _status(event),
+                status="CANCELLED" if left else status,
                 worker=self.worker,
                 caller=context.peer(),
             )
 
 
-async def _awaited(behavior: Behavior, request: Any, context: Context) -> Any:
-    return await behavior(request, context)
-
-
-async def _written(behavior: Behavior, request: Any, context: Context) -> None:
+async def _write_all(behavior: Behavior, request: Any, context: Context) -> None:
+    """Writes the messages of a generator to its call."""
     async with contextlib.aclosing(behavior(request, context)) as messages:
         async for message in messages:
             await context.write(message)
-
-
-def _status(event: logs.Event) -> str:
-    return "OK" if event.error is None else STATUS_BY_NUMBER[event.error.grpc_status].name
 
 
 def _lenient(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
