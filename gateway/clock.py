@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gateway import metrics
 from opticnerve.errors import DeadlineExceeded
+from opticnerve.telemetry.metrics import STAGE_SECONDS
 
 if TYPE_CHECKING:
     from gateway.workers.encode import Encoded
@@ -80,7 +81,7 @@ class Stopwatch:
             seconds = time.monotonic() - began
             self.add(name, seconds * 1000)
             if name in EXPORTED:
-                metrics.STAGE_SECONDS.labels(name).observe(seconds)
+                STAGE_SECONDS.labels(name).observe(seconds)
 
     def add(self, name: str, milliseconds: float) -> None:
         self.stages[name] = self.stages.get(name, 0.0) + milliseconds

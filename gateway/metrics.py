@@ -1,22 +1,10 @@
-"""All that the gateway exports."""
+"""The metrics of the gateway alone; ``opticnerve.telemetry.metrics`` has those of all services."""
 
 from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from opticnerve.telemetry.metrics import CACHE_LOOKUPS, SECONDS, STAGE_SECONDS, export
-
-__all__ = [
-    "CACHE_LOOKUPS",
-    "INTER_TOKEN_SECONDS",
-    "PATCHES_WAITING",
-    "REQUESTS",
-    "REQUESTS_IN_FLIGHT",
-    "STAGE_SECONDS",
-    "TOKENS",
-    "TTFT_SECONDS",
-    "export",
-]
+from opticnerve.telemetry.metrics import SECONDS
 
 REQUESTS = Counter("opticnerve_requests_total", "HTTP requests", ["route", "status"])
 REQUESTS_IN_FLIGHT = Gauge("opticnerve_requests_in_flight", "HTTP requests being served")

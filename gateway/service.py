@@ -49,6 +49,7 @@ from opticnerve.process import (
     use_one_arena,
 )
 from opticnerve.rpc.token import load_token
+from opticnerve.telemetry.metrics import export as export_metrics
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
     defaults = load_defaults(
         settings.generation_config, checkpoint.path, renderer.tokenizer, checkpoint.text_config
     )
-    metrics.export(settings.telemetry, settings.listen_host)
+    export_metrics(settings.telemetry, settings.listen_host)
     async with contextlib.AsyncExitStack() as stack:
         encoder_pool, llm_pool = _pools(settings, token)
         for pool in (encoder_pool, llm_pool):

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import grpc
 
-from gateway import metrics
 from gateway.clock import Deadline
 from gateway.edge.auth import ANONYMOUS, Caller
 from gateway.edge.limits import MAX_LLM_DEATHS
@@ -41,6 +40,7 @@ from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.telemetry import logs
+from opticnerve.telemetry.metrics import CACHE_LOOKUPS
 
 PAUSE_S = 0.02  # Between attempts.
 POLICY = StreamPolicy()
@@ -176,7 +176,7 @@ class RequestEmbeddings:
 
     def _begin(self, entry: _Item) -> None:
         known = self._encoders.references.get(entry.item.key)
-        metrics.CACHE_LOOKUPS.labels("reference", "hit" if known else "miss").inc()
+        CACHE_LOOKUPS.labels("reference", "hit" if known else "miss").inc()
         if known is None:
             self._encode(entry)
         else:

@@ -63,7 +63,6 @@ class WorkerPool:
         self._token = token
         self._check = check
         self._workers: dict[str, Worker] = {}
-        self._watches: dict[str, asyncio.Task[None]] = {}  # By address.
         self._tasks: set[asyncio.Task[None]] = set()
         self.dispatcher = Dispatcher(self._workers.values())
 
@@ -104,12 +103,10 @@ class WorkerPool:
                 self._add(address)
 
     async def close(self) -> None:
-        tasks = [*self._tasks, *self._watches.values()]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(worker.channel.close() for worker in self.workers))
-        self._watches.clear()
         self._workers.clear()
 
     # ---- lending
@@ -190,20 +187,12 @@ class WorkerPool:
                 followed.add(address)
             for address in followed - found:
                 followed.remove(address)
-                self._spawn(self._remove(address))
+                self._workers.pop(address).wake.set()
+                self._notify()
 
     def _add(self, address: str) -> None:
-        worker = Worker(address, self._token)
-        self._workers[address] = worker
-        self._watches[address] = asyncio.create_task(self._watch(worker))
-
-    async def _remove(self, address: str) -> None:
-        """Forgets a worker that is no longer discovered, after the calls under way."""
-        worker = self._workers.pop(address)
-        self._watches.pop(address).cancel()
-        self._notify()
-        await worker.idle.wait()
-        await worker.channel.close()
+        self._workers[address] = worker = Worker(address, self._token)
+        self._spawn(self._watch(worker))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -211,7 +200,8 @@ class WorkerPool:
         task.add_done_callback(self._tasks.discard)
 
     async def _watch(self, worker: Worker) -> None:
-        while True:
+        """Probes a worker until it is removed; closes its channel once our calls have ended."""
+        while self._workers.get(worker.address) is worker:
             before = worker.state, worker.description.fingerprint, worker.fault
             await worker.probe(self.kind, self._describe, self._check)
             if worker.fault is not None and worker.fault != before[2]:
@@ -229,6 +219,8 @@ class WorkerPool:
             if worker.wake.is_set():
                 worker.wake.clear()
                 worker.failures = 0
+        await worker.idle.wait()
+        await worker.channel.close()
 
     async def _warn_of_several(self, address: str) -> None:
         """Warns of a name with several addresses: gRPC calls one, and the others get no work."""
