@@ -10,7 +10,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api import chat, completions, health, models, openapi, template
@@ -31,7 +30,7 @@ from gateway.edge.middleware import (
 from gateway.pipeline import Pipeline
 from opticnerve import addresses
 from opticnerve.config import GatewayConfig
-from opticnerve.errors import InvalidRequest, MethodNotAllowed, NotFound, Unauthenticated
+from opticnerve.errors import InvalidRequest, MethodNotAllowed, NotFound
 from opticnerve.process import Running
 
 APIS = (
@@ -55,14 +54,6 @@ class Gateway:
     names: ServedNames
     pipeline: Pipeline
     running: Running
-
-    def knows(self, request: Request) -> bool:
-        """Whether a request for an open path has a key, where keys are asked for."""
-        try:
-            self.keys.identify(request.headers.get("authorization"))
-        except Unauthenticated:
-            return False
-        return True
 
 
 class Api(FastAPI):

@@ -1,4 +1,5 @@
-"""What would end a gateway at its start, checked by whoever is about to start one."""
+"""Checks before a gateway starts, in the process that will start it: what would end it at its
+start. Loads neither the routes nor the pipeline."""
 
 from __future__ import annotations
 

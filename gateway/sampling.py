@@ -54,9 +54,9 @@ def load_defaults(
     """``source`` is ``--generation-config``: ``auto`` (the checkpoint's), ``neutral``, or a
     directory. End-of-sequence ids always come from the model: its generation_config.json, its
     configuration and its tokenizer, together. Raises ConfigError."""
-    own = _read(checkpoint_path / "generation_config.json")
+    model_config = _read(checkpoint_path / "generation_config.json")
     if source == "auto":
-        chosen = own
+        chosen = model_config
     elif source == "neutral":
         chosen = {}
     else:
@@ -69,7 +69,7 @@ def load_defaults(
                 param="generation_config",
             )
         chosen = _read(file)
-    ends = chosen.get("eos_token_id", own.get("eos_token_id", text_config.get("eos_token_id")))
+    ends = {**text_config, **model_config, **chosen}.get("eos_token_id")
     eos = tuple(dict.fromkeys([*_ids(ends), *_ids(tokenizer.eos_token_id)]))
     limit = chosen.get("max_new_tokens")
     return Defaults(

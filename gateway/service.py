@@ -27,9 +27,8 @@ from gateway.output.detokenizer import Vocabulary
 from gateway.pipeline import Pipeline
 from gateway.prompt.renderer import ChatRenderer
 from gateway.sampling import load_defaults
-from gateway.workers import encode as encoders
-from gateway.workers import generate as generation
-from gateway.workers.encode import Encoders
+from gateway.workers.encode import Encoders, describe_encoder
+from gateway.workers.generate import describe_llm
 from gateway.workers.pairing import Pairing
 from gateway.workers.pool import Changes, WorkerPool
 from gateway.workers.reachability import ReachabilityCheck
@@ -139,13 +138,13 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
     )
     export_metrics(settings.telemetry, settings.listen_host)
     async with contextlib.AsyncExitStack() as stack:
-        encoder_pool, llm_pool = _pools(settings, token)
-        for pool in (encoder_pool, llm_pool):
+        encoders, llms = _workers(settings, token)
+        for pool in (encoders.pool, llms):
             await pool.start()
             stack.push_async_callback(pool.close)
-        metrics.PATCHES_WAITING.set_function(lambda: encoder_pool.dispatcher.waiting_cost)
+        metrics.PATCHES_WAITING.set_function(lambda: encoders.pool.dispatcher.waiting_cost)
         own_pair_id = await asyncio.to_thread(_own_pair_id, checkpoint)
-        pairing = Pairing(encoder_pool, llm_pool, own_pair_id, settings.worker_wait_s)
+        pairing = Pairing(encoders.pool, llms, own_pair_id, settings.worker_wait_s)
         stack.callback(asyncio.create_task(pairing.watch_complete()).cancel)
         names = ServedNames.of(settings.served_model_name, checkpoint.name, layout.max_positions)
         pipeline = Pipeline(
@@ -153,8 +152,8 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
             vocabulary=Vocabulary(renderer.tokenizer),
             media=MediaReader(settings, layout, MediaFetcher(settings)),
             pairing=pairing,
-            encoders=_encoders(settings, encoder_pool),
-            llms=llm_pool,
+            encoders=encoders,
+            llms=llms,
             defaults=defaults,
             max_logprobs=settings.max_logprobs,
             max_n=settings.max_n,
@@ -164,24 +163,18 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
         yield _gateway(settings, keys, names, pipeline)
 
 
-def _pools(settings: GatewayConfig, token: str | None) -> tuple[WorkerPool, WorkerPool]:
-    """The pools of encoders and of LLM workers."""
+def _workers(settings: GatewayConfig, token: str | None) -> tuple[Encoders, WorkerPool]:
+    """The encoders, and the pool of LLM workers."""
     changes = Changes()
-    llms = WorkerPool("LLM", settings.llm_addresses, generation.describe_llm, changes, token)
+    llms = WorkerPool("LLM", settings.llm_addresses, describe_llm, changes, token)
     check = ReachabilityCheck(llms)
-    encoder_pool = WorkerPool(
-        "encoder", settings.encoder_addresses, encoders.describe_encoder, changes, token, check
+    pool = WorkerPool(
+        "encoder", settings.encoder_addresses, describe_encoder, changes, token, check
     )
-    return encoder_pool, llms
-
-
-def _encoders(settings: GatewayConfig, pool: WorkerPool) -> Encoders:
-    return Encoders(
-        pool,
-        settings.encode_timeout_s,
-        settings.worker_wait_s,
-        settings.max_encode_wait_s,
+    encoders = Encoders(
+        pool, settings.encode_timeout_s, settings.worker_wait_s, settings.max_encode_wait_s
     )
+    return encoders, llms
 
 
 def _gateway(

@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from gateway.api.call import Call, make_router
 from gateway.api.http import JSONResponse
+from gateway.edge.auth import ANONYMOUS
 from gateway.workers.pairing import Pairing
 from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import Worker
@@ -101,7 +102,7 @@ async def get_metrics(call: Call) -> Response:
 
 def _answer(call: Call, body: Mapping[str, Any], status: int) -> Response:
     """To callers without a key only what anyone may know: no addresses, limits or settings."""
-    if not call.gateway.knows(call):
+    if call.gateway.keys.required and call.state.caller is ANONYMOUS:
         body = {name: value for name, value in body.items() if name in PUBLIC}
     return JSONResponse(body, status)
 

@@ -47,14 +47,14 @@ class HeldConnections:
     def waiting(self, wait: Wait) -> dict[Connection, None]:
         return self.idle if wait is Wait.HEAD else self.stalled
 
-    def find_dispensable(self, no_progress_since: float, *, own: bool) -> Connection | None:
-        """The connection to close for a new one. ``own``: the new one has the same holder; then
+    def find_dispensable(self, no_progress_since: float, *, same_holder: bool) -> Connection | None:
+        """The connection to close for a new one. ``same_holder``: as the new one's; then
         none is closed within a request that made progress after ``no_progress_since``."""
         idle, stalled = next(iter(self.idle), None), next(iter(self.stalled), None)
         for connection in (idle, stalled):
             if connection is not None and connection.since <= no_progress_since:
                 return connection
-        return idle or (None if own else stalled)
+        return idle or (None if same_holder else stalled)
 
 
 class Connections:
@@ -184,8 +184,8 @@ class Connections:
         waiting = [held for held in self._by_holder.values() if held.idle or held.stalled]
         most = max(waiting, key=lambda held: held.size)  # Not empty: ``new`` waits for its headers.
         no_progress_since = new.loop.time() - NO_PROGRESS_S
-        own = most is self._by_holder[new.holder]
-        (most.find_dispensable(no_progress_since, own=own) or new).close()
+        same_holder = most is self._by_holder[new.holder]
+        (most.find_dispensable(no_progress_since, same_holder=same_holder) or new).close()
 
     def _refuse(self, new: Connection) -> None:
         if new.address not in self._full_addresses:

@@ -116,7 +116,7 @@ class PacedFlow(FlowControl):
 
 
 def holder_of(client: tuple[str, int] | None, key_name: str | None = None) -> str:
-    """Whose share of the server something counts in: that of a key, or else of an address."""
+    """The holder of a request or connection: its key, or else its address or IPv6 network."""
     if key_name is not None:
         return f"key {key_name}"
     host = client[0].partition("%")[0] if client else ""

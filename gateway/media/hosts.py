@@ -39,7 +39,7 @@ SHARED_SECOND_LABELS = frozenset({"ac", "co", "com", "edu", "go", "gov", "ne", "
 
 LookUp = Callable[..., list[Any]]
 
-# What ipaddress calls global (in some Python release) and a fetch must not reach all the same.
+# Networks that ipaddress calls global in some Python release, and that no fetch may reach.
 _REFUSED = tuple(
     ipaddress.ip_network(network)
     for network in (

@@ -27,7 +27,7 @@ MIN_PAUSE_S, MAX_PAUSE_S = 0.05, 5.0  # For a worker that refused work.
 
 
 class Changes:
-    """Wakes whoever waits for a change of any worker of several pools."""
+    """Wakes all that wait for a change of any worker of several pools."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
