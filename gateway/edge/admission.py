@@ -25,18 +25,24 @@ TRIM_DELAY_S = 1.0
 
 
 class SharedCapacity:
-    """An amount of something, and how much of it each holder has."""
+    """An amount of something, and how much of it each holder has.
+
+    A holder that finds no room is refused by ``check``, or waits in ``acquire``: in the order of
+    asking, but past holders that have their share already. Belongs to one event loop.
+    """
 
     def __init__(
-        self, most: int, most_each: int = 0, holders: Callable[[], int] = lambda: 1
+        self, what: str, most: int, most_each: int = 0, holders: Callable[[], int] = lambda: 1
     ) -> None:
-        """``most_each``: what one holder may have; 0 stands for ``most``. ``holders()``: how many
-        there are to share it."""
+        """``what``: its name in errors. ``most_each``: what one holder may have; 0 stands for
+        ``most``. ``holders()``: how many there are to share it."""
+        self.what = what
         self.most = most
         self.most_each = most_each or most
         self.held = 0
         self._holders = holders
         self._by_holder: Counter[str] = Counter()
+        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
 
     def has_room(self, holder: str, amount: int = 1) -> bool:
         """Whether ``holder`` may have ``amount`` more beside the other holders."""
@@ -52,23 +58,16 @@ class SharedCapacity:
         self.held += amount
         self._by_holder[holder] += amount
 
-    def release(self, holder: str, amount: int = 1) -> None:
-        self.held -= amount
-        self._by_holder[holder] -= amount
-        if not self._by_holder[holder]:
-            del self._by_holder[holder]
-
-
-class FairSlots(SharedCapacity):
-    """Slots given in the order of asking, but past holders that have their share already: one that
-    asks for many waits for its own."""
-
-    def __init__(self, most: int, most_each: int) -> None:
-        super().__init__(most, most_each)
-        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
+    def check(self, holder: str, amount: int = 1) -> None:
+        """Raises Overloaded where ``holder`` cannot have ``amount`` more."""
+        if self.has_room(holder, amount):
+            return
+        full = self.held + amount > self.most
+        why = f" (limit {self.most})" if full else ": this key or address has its fair share"
+        raise Overloaded(f"too many {self.what}{why}; retry later", retry_after_s=RETRY_AFTER_S)
 
     async def acquire(self, holder: str) -> None:
-        """Waits for a slot; ``release`` gives it back, from the event loop."""
+        """Waits for room for 1, and adds it; ``release`` gives it back."""
         if self.has_room(holder):
             self.add(holder)
             return
@@ -84,34 +83,16 @@ class FairSlots(SharedCapacity):
             raise
 
     def release(self, holder: str, amount: int = 1) -> None:
-        super().release(holder, amount)
+        self.held -= amount
+        self._by_holder[holder] -= amount
+        if not self._by_holder[holder]:
+            del self._by_holder[holder]
         for place, (waiting, turn) in enumerate(self._waiting):
             if self.has_room(waiting) and not turn.done():
                 del self._waiting[place]
                 self.add(waiting)
                 turn.set_result(None)
                 return
-
-
-class Bound(SharedCapacity):
-    """A capacity beyond which requests are refused. ``what``: its name in error messages."""
-
-    def __init__(
-        self, what: str, most: int, holders: Callable[[], int], most_each: int = 0
-    ) -> None:
-        super().__init__(most, most_each, holders)
-        self.what = what
-
-    def check(self, holder: str, amount: int = 1) -> None:
-        """Raises Overloaded where ``holder`` cannot have ``amount`` more."""
-        if self.held + amount > self.most:
-            raise _overloaded(f"too many {self.what} (limit {self.most})")
-        if not self.has_room(holder, amount):
-            raise _overloaded(f"too many {self.what}: this key or address has its fair share")
-
-
-def _overloaded(why: str) -> Overloaded:
-    return Overloaded(f"{why}; retry later", retry_after_s=RETRY_AFTER_S)
 
 
 class Admission:
@@ -125,11 +106,10 @@ class Admission:
         holders: Callable[[], int] = lambda: 1,
     ) -> None:
         """``max_requests_each``, ``holders``: see ``SharedCapacity``."""
-        in_flight = "requests in flight"
-        with_pictures = max(1, int(PICTURES_SHARE * max_requests))
-        self.requests = Bound(in_flight, max_requests, holders, max_requests_each)
-        self.with_pictures = Bound(f"{in_flight} with new pictures", with_pictures, holders)
-        self.bytes = Bound("bytes held by requests in flight", max_bytes, holders)
+        what, most = "requests in flight", max(1, int(PICTURES_SHARE * max_requests))
+        self.requests = SharedCapacity(what, max_requests, max_requests_each, holders)
+        self.with_pictures = SharedCapacity(f"{what} with new pictures", most, 0, holders)
+        self.bytes = SharedCapacity("bytes held by requests in flight", max_bytes, 0, holders)
         self._trim_timer: asyncio.TimerHandle | None = None
 
     @contextlib.contextmanager
@@ -164,7 +144,7 @@ class Ticket:
     def __init__(self, admission: Admission, holder: str) -> None:
         self._admission = admission
         self._holder = holder
-        self._held: Counter[Bound] = Counter()
+        self._held: Counter[SharedCapacity] = Counter()
         self.peak_bytes = 0
 
     @property
@@ -196,7 +176,7 @@ class Ticket:
             bound.release(self._holder, amount)
         self._held.clear()
 
-    def _take(self, bound: Bound, amount: int = 1) -> None:
+    def _take(self, bound: SharedCapacity, amount: int = 1) -> None:
         bound.check(self._holder, amount)
         bound.add(self._holder, amount)
         self._held[bound] += amount

@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 import httpcore2
 import httpx2
 
-from gateway.edge.admission import FairSlots
+from gateway.edge.admission import SharedCapacity
 from gateway.edge.limits import (
     EXTRA_MEDIA_BYTES,
     MAX_FETCHES,
@@ -100,7 +100,7 @@ class MediaFetcher:
         self._tls = tls or httpx2.create_ssl_context()
         # An encoding can make a picture larger than it is; TLS adds little.
         self._network = MediaNetwork(2 * config.max_media_bytes + EXTRA_MEDIA_BYTES)
-        self._slots = FairSlots(MAX_FETCHES, MAX_FETCHES_PER_ADDRESS)
+        self._slots = SharedCapacity("fetches", MAX_FETCHES, MAX_FETCHES_PER_ADDRESS)
 
     async def fetch(
         self, url: str, *, param: str | None = None, hold: Hold = lambda size: None

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gateway.edge.admission import FairSlots
+from gateway.edge.admission import SharedCapacity
 from gateway.edge.limits import (
     MAX_KNOWN_LOOKUPS,
     MAX_KNOWN_LOOKUPS_PER_SITE,
@@ -109,8 +109,8 @@ class Resolver:
 
     def __init__(self, look_up: LookUp = socket.getaddrinfo) -> None:
         self._look_up = look_up
-        self._new = FairSlots(MAX_NEW_LOOKUPS, MAX_NEW_LOOKUPS_PER_SITE)
-        self._known = FairSlots(MAX_KNOWN_LOOKUPS, MAX_KNOWN_LOOKUPS_PER_SITE)
+        self._new = SharedCapacity("new names", MAX_NEW_LOOKUPS, MAX_NEW_LOOKUPS_PER_SITE)
+        self._known = SharedCapacity("known names", MAX_KNOWN_LOOKUPS, MAX_KNOWN_LOOKUPS_PER_SITE)
         self._running: dict[str, asyncio.Future[list[str] | OSError]] = {}
         self._silent_until: LRU[str, float] = LRU(MAX_REMEMBERED)
         self._resolved: LRU[str, bool] = LRU(MAX_REMEMBERED)

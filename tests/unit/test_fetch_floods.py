@@ -13,7 +13,7 @@ from itertools import chain, repeat
 
 import pytest
 
-from gateway.edge.admission import FairSlots
+from gateway.edge.admission import SharedCapacity
 from gateway.edge.limits import FREE_SMALL_READS, LEAST_CHUNK_BYTES, SMALL_READ_DELAY_S
 from gateway.media import body as bodies
 from gateway.media import fetch as fetching
@@ -204,7 +204,7 @@ def test_one_slow_server_leaves_connections_to_others(monkeypatch: pytest.Monkey
 
 
 async def _shares() -> None:
-    shares = FairSlots(3, 2)
+    shares = SharedCapacity("slots", 3, 2)
     order: list[str] = []
 
     async def want(name: str) -> None:
