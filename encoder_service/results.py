@@ -6,10 +6,9 @@ Store calls that move data or cross a network run on threads of their own.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
@@ -20,7 +19,7 @@ from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
-from opticnerve.errors import EmbeddingCorrupt, EngineFailure, NotFound, StoreError
+from opticnerve.errors import EngineFailure, NotFound, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -95,23 +94,11 @@ class Results:
         data = self.fallback.read_bytes(key)
         if data is not None:
             return self._fallback_reference(key, data)
-        with self._damage_is_a_miss(key), codec.reading():
+        with codec.damage_is_a_miss(self.store, key):
             entry = self.store.get(key)
             if entry is not None:
                 return self._reference(key, codec.specs_of(entry.tensors))
         return None
-
-    @contextlib.contextmanager
-    def _damage_is_a_miss(self, key: str) -> Iterator[None]:
-        """Around reads of the store: a damaged embedding is deleted, so that it is encoded anew."""
-        try:
-            yield
-        except EmbeddingCorrupt as error:
-            log.warning("the stored %s is damaged and is deleted: %s", key, error.message)
-            with contextlib.suppress(StoreError):  # Then the next reader finds it damaged too.
-                self.store.delete(key)
-        except OSError as error:  # No memory to map it, say: no reason to delete it.
-            log.warning("the stored %s could not be read: %s", key, error.strerror)
 
     def _put(self, key: str, embedding: Embedding) -> tuple[EmbeddingRef, float]:
         started = time.monotonic()
@@ -147,7 +134,7 @@ class Results:
 
     def _read(self, key: str) -> bytes | None:
         """The bytes in the store, every one of them checked, or those in ``fallback``."""
-        with self._damage_is_a_miss(key), codec.reading():
+        with codec.damage_is_a_miss(self.store, key):
             data = self.store.read_bytes(key)
             if data is not None:
                 codec.verify(*codec.from_bytes(data))

@@ -22,8 +22,7 @@ from encoder_service.servicer import SERVICE, EncoderServicer
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.checkpoints.fingerprint import encoder_fingerprint
 from opticnerve.config import EncoderConfig, ModelConfig
-from opticnerve.embeddings.open import OpenStore, open_worker_store
-from opticnerve.embeddings.redis_store import RedisStore
+from opticnerve.embeddings.open import OpenStore, local_tier, open_worker_store
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.embeddings.store import Store
@@ -99,7 +98,7 @@ def _register(server: Server) -> EncoderServicer:
 def _record_directory(store: Store) -> Path:
     """Beside the embeddings if they are files, so that removing them removes the record too; else
     a directory for this user of the machine."""
-    tier = store.local if isinstance(store, RedisStore) else store
+    tier = local_tier(store)
     if isinstance(tier, ShmStore):
         return tier.directory / "encoding"
     return base_directory() / f"opticnerve-encoding-{os.getuid()}"

@@ -14,7 +14,7 @@ from llm_service.engine.client import EngineClient, ProcessEngineClient, ThreadE
 from llm_service.policy.limits import EngineConfig
 from llm_service.policy.protocol import FailedEvent, GenerateRequest
 from llm_service.rows.fetcher import Fetcher
-from llm_service.rows.store_rows import OVERFLOW_BYTES, StoreRows, local_tier
+from llm_service.rows.store_rows import OVERFLOW_BYTES, StoreRows
 from llm_service.wire.servicer import SERVICE, LLMServicer, Loaded
 from opticnerve import addresses
 from opticnerve.addresses import Hosts
@@ -23,7 +23,7 @@ from opticnerve.checkpoints.fingerprint import language_fingerprint
 from opticnerve.checkpoints.loader import resolve_device, resolve_dtype
 from opticnerve.config import LLMConfig
 from opticnerve.embeddings.memory_store import MemoryStore
-from opticnerve.embeddings.open import open_worker_store
+from opticnerve.embeddings.open import local_tier, open_worker_store
 from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import ConfigError, EngineFailure, StartupError

@@ -21,7 +21,7 @@ from typing import ParamSpec, TypeVar
 import grpc
 
 from llm_service import metrics
-from llm_service.rows.store_rows import StoreRows, Tensors, forget
+from llm_service.rows.store_rows import StoreRows, Tensors
 from opticnerve import addresses
 from opticnerve.addresses import Hosts
 from opticnerve.embeddings import codec
@@ -152,7 +152,7 @@ class Fetcher:
                 log.warning("%.12s by %s is damaged: %s", ref.key, source, error.message)
                 corrupt = True
                 if source == "redis":  # Or the encoder, asked again, would find it there.
-                    await self._on_thread(forget, self._store, ref.key)
+                    await self._on_thread(codec.forget, self._store, ref.key)
         raise self._failure(ref, corrupt)
 
     async def _read(self, source: str, ref: EmbeddingRef) -> bytes | None:
@@ -235,7 +235,7 @@ class Fetcher:
 
     def _forget_own(self, name: str) -> None:
         for store in self._rows.stores:
-            forget(store, name)
+            codec.forget(store, name)
 
     def _keep(self, ref: EmbeddingRef, data: bytes, inline: bool) -> None:
         """Checks bytes that came from elsewhere, and puts them where ``load`` finds them.

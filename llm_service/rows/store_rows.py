@@ -18,7 +18,6 @@ import torch
 
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory_store import MemoryStore
-from opticnerve.embeddings.redis_store import RedisStore
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import EmbeddingCorrupt, EmbeddingEvicted, StoreError
 from opticnerve.lru import LRU
@@ -30,17 +29,6 @@ log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 Tensors = Mapping[str, torch.Tensor]
-
-
-def local_tier(store: Store) -> Store:
-    """The part of ``store`` that is on this host."""
-    return store.local if isinstance(store, RedisStore) else store
-
-
-def forget(store: Store, key: str) -> None:
-    """Deletes a damaged entry. If that fails, the next reader finds it damaged too."""
-    with contextlib.suppress(StoreError):
-        store.delete(key)
 
 
 class _Lease:
@@ -168,21 +156,13 @@ class StoreRows:
             return bool(self._damaged.pop(key))
 
     def _read(self, store: Store, key: str, check: Callable[[Tensors], None]) -> Tensors | None:
-        try:
-            with codec.reading():
-                entry = store.get(key)
-                if entry is None:
-                    return None
+        with codec.damage_is_a_miss(store, key, self._report):
+            entry = store.get(key)
+            if entry is not None:
                 tensors = entry.tensors
                 check(tensors)
                 codec.verify(tensors, entry.meta)
                 return tensors
-        except EmbeddingCorrupt as error:
-            log.warning("the stored %.12s is damaged and is deleted: %s", key, error.message)
-            forget(store, key)
-            self._report(key)
-        except OSError as error:  # Such as no memory to map it: a miss, no reason to delete it.
-            log.warning("rows could not be mapped: %s", error.strerror)
         return None
 
     # ---- the lease thread
@@ -216,7 +196,7 @@ class StoreRows:
 
     def _delete(self, key: str) -> None:
         for store in self.stores:
-            forget(store, key)
+            codec.forget(store, key)
 
 
 def _log_failure(future: Future[None]) -> None:

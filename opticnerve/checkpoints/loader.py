@@ -44,13 +44,14 @@ def load_module(
     checkpoint: Checkpoint,
     key_map: KeyMap,
     *,
-    dtype: torch.dtype,
-    device: torch.device,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
     tied: Mapping[str, str] | None = None,
     recomputed: Mapping[str, Recompute] | None = None,
     ignored: Sequence[str] = (),
 ) -> nn.Module:
-    """``make_module()`` with every weight from ``checkpoint``, in ``dtype`` on ``device``.
+    """``make_module()`` with every weight from ``checkpoint``, in ``dtype`` on ``device``, as
+    ``--dtype`` and ``--device`` have them or torch's.
 
     ``key_map`` renames the keys of this half, see ``family.KeyMap``. ``tied`` maps a parameter to
     the one that it shares where the checkpoint does not hold it. ``recomputed`` maps a
@@ -59,8 +60,10 @@ def load_module(
     mode, without gradients.
 
     Raises CheckpointError for weights that are missing, of another shape, not floating point,
-    duplicated, without a place in the module, or left uninitialised.
+    duplicated, without a place in the module, or left uninitialised; ConfigError.
     """
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype, checkpoint, device)
     with torch.device("meta"):
         module = make_module()
     sources = _sources(checkpoint, key_map, ignored)

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from opticnerve.embeddings.ref import DTYPES, TensorSpec
-from opticnerve.errors import EmbeddingCorrupt, InvalidRequest, OpticNerveError
+from opticnerve.errors import EmbeddingCorrupt, InvalidRequest, OpticNerveError, StoreError
 from opticnerve.tensors.dtypes import ELEMENT_TYPES, FLOATING
 from opticnerve.tensors.header import (
     ELEMENT_BYTES,
@@ -30,6 +31,11 @@ from opticnerve.tensors.header import (
     header_end,
     parse_header,
 )
+
+if TYPE_CHECKING:
+    from opticnerve.embeddings.store import Store
+
+log = logging.getLogger(__name__)
 
 ALIGNMENT = 64  # Of the first tensor's bytes, and by their sizes often of the others'.
 MAX_HEADER_BYTES = 2**18
@@ -144,6 +150,29 @@ def reading() -> Iterator[None]:
         raise EmbeddingCorrupt(
             f"the embedding's bytes make no tensors ({type(error).__name__})"
         ) from error
+
+
+@contextlib.contextmanager
+def damage_is_a_miss(
+    store: Store, key: str, report: Callable[[str], object] = lambda key: None
+) -> Iterator[None]:
+    """Around reads of ``store``: what is damaged under ``key`` is deleted and reported, so that it
+    is made anew. An OSError, such as no memory to map it, is a miss, and no reason to delete it."""
+    try:
+        with reading():
+            yield
+    except EmbeddingCorrupt as error:
+        log.warning("the stored %.12s is damaged and is deleted: %s", key, error.message)
+        forget(store, key)
+        report(key)
+    except OSError as error:
+        log.warning("the stored %.12s could not be read: %s", key, error.strerror)
+
+
+def forget(store: Store, key: str) -> None:
+    """Deletes a damaged entry. If that fails, the next reader finds it damaged too."""
+    with contextlib.suppress(StoreError):
+        store.delete(key)
 
 
 @contextlib.contextmanager

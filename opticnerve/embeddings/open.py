@@ -66,6 +66,11 @@ def open_local_tier(url: str) -> ShmStore | MemoryStore:
     return _open_local(url)
 
 
+def local_tier(store: Store) -> Store:
+    """The part of ``store`` that is on this machine."""
+    return store.local if isinstance(store, RedisStore) else store
+
+
 def _split(url: str) -> SplitResult:
     try:
         return urlsplit(url)

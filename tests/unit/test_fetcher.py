@@ -10,9 +10,10 @@ import torch
 
 from llm_service.rows import fetcher as fetcher_module
 from llm_service.rows.fetcher import Fetcher
-from llm_service.rows.store_rows import StoreRows, local_tier
+from llm_service.rows.store_rows import StoreRows
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory_store import MemoryStore
+from opticnerve.embeddings.open import local_tier
 from opticnerve.embeddings.redis_store import RedisStore
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.errors import EmbeddingCorrupt, EmbeddingNotFound, InvalidRequest

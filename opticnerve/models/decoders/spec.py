@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from opticnerve.checkpoints.loader import load_module, resolve_device, resolve_dtype, rotary_buffers
+from opticnerve.checkpoints.loader import load_module, rotary_buffers
 from opticnerve.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
 from opticnerve.models.decoders.decoder import PackedLanguage
 
@@ -65,8 +65,8 @@ class DecoderSpec:
             lambda: Decoder(self.model_class, self.config),
             checkpoint,
             keys,
-            dtype=resolve_dtype(dtype, checkpoint, resolve_device(device)),
-            device=resolve_device(device),
+            dtype=dtype,
+            device=device,
             tied={"lm_head.weight": "model.embed_tokens.weight"} if self.tied else {},
             recomputed=rotary_buffers(f"model.{ROTARY}"),
             ignored=IGNORED,

@@ -15,8 +15,6 @@ from torch import nn
 from opticnerve.checkpoints.loader import (
     Recompute,
     load_module,
-    resolve_device,
-    resolve_dtype,
     rotary_buffers,
 )
 from opticnerve.errors import PlanMismatch
@@ -51,8 +49,8 @@ class TowerSpec:
             self.make_module,
             checkpoint,
             keys,
-            dtype=resolve_dtype(dtype, checkpoint, resolve_device(device)),
-            device=resolve_device(device),
+            dtype=dtype,
+            device=device,
             recomputed=self.recomputed,
             ignored=self.ignored,
         )
