@@ -176,10 +176,9 @@ class GenerateCall:
                     )
                     out[-1].prefilled.CopyFrom(pb.Prefilled(cached_tokens=event.cached_tokens))
                 case PromptLogprobsEvent():
-                    positions = pb.PromptLogprobs(
-                        positions=map(convert.position_to_pb, event.positions)
-                    )
-                    out += (pb.GenerateOut(prompt_logprobs=positions), pb.GenerateOut())
+                    positions = map(convert.position_to_pb, event.positions)
+                    prompt = pb.PromptLogprobs(positions=positions)
+                    out += (pb.GenerateOut(prompt_logprobs=prompt), pb.GenerateOut())
                 case FinishedEvent():
                     out[-1].done.CopyFrom(self._done(event))
                 case FailedEvent(error=error):
