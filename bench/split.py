@@ -39,7 +39,8 @@ from gateway.media.dataurl import read_data_url
 from gateway.output.detokenizer import Vocabulary
 from gateway.prompt.renderer import ChatRenderer
 from gateway.sampling import Defaults, SamplingLimits, resolve_sampling
-from llm_service.device.attention import ATTENTION_NAME, make_backend
+from llm_service.device.attention import make_backend
+from llm_service.device.attention.backend import ATTENTION_NAME
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
 from llm_service.engine.engine import Engine
 from llm_service.policy.limits import EngineConfig

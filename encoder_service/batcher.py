@@ -184,7 +184,7 @@ class Batcher(Generic[T, R]):
         self._run = run
         self._classify = classify
         self._on_lost = on_lost
-        self._queue: deque[_Entry[T, R]] = deque()
+        self._queue: deque[_Entry[T, R]] = deque()  # Not launched; cancelled ones included.
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="device", daemon=True)
@@ -199,11 +199,6 @@ class Batcher(Generic[T, R]):
             self._queue.append(entry)
             self._changed.notify()
         return entry.future
-
-    @property
-    def waiting(self) -> int:
-        """Items queued and not launched, cancelled ones included."""
-        return len(self._queue)
 
     def close(self) -> None:
         """Fails the items that wait, and gives the batch on the device ``CLOSE_S`` to end."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_service.device.attention import ATTENTION_NAME
+from llm_service.device.attention.backend import ATTENTION_NAME
 from llm_service.policy.protocol import GenerateRequest
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.generation.values import Sampling

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from encoder_service.backends.torch import TorchBackend
-from llm_service.device.attention import ATTENTION_NAME
+from llm_service.device.attention.backend import ATTENTION_NAME
 from llm_service.policy.protocol import FinishedEvent, GenerateRequest
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.generation.values import PositionLogprobs, Sampling

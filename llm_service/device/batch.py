@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_service.device.attention import AttentionStep, Chunk
+from llm_service.device.attention.backend import AttentionStep, Chunk
 from llm_service.policy.plan import Work
 from llm_service.policy.sequence import Sequence
 from opticnerve.media.plan import SpanAttention

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from llm_service.device.attention import AttentionBackend, PageShape, active
+from llm_service.device.attention.backend import AttentionBackend, PageShape, active
 from llm_service.device.batch import Batch, SlotTable, pack
 from llm_service.device.item_rows import ItemRows, Overwrite
 from llm_service.device.memory import cache_budget, to_device

@@ -6,7 +6,8 @@ import logging
 
 import torch
 
-from llm_service.device.attention import ATTENTION_NAME, make_backend
+from llm_service.device.attention import make_backend
+from llm_service.device.attention.backend import ATTENTION_NAME
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
 from llm_service.engine.engine import Emit, Engine
 from llm_service.engine.host import RowsDamaged, Send

@@ -21,7 +21,7 @@ from bench.gpu.checks import (
     tower_attention,
 )
 from bench.gpu.models import Room
-from llm_service.device.attention import SdpaBackend
+from llm_service.device.attention.sdpa import SdpaBackend
 from opticnerve.models.towers import varlen
 
 pytestmark = pytest.mark.slow

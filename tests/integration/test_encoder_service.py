@@ -333,7 +333,7 @@ def test_a_cancelled_item_is_dropped_before_launch(tmp_path: Path) -> None:
             blocker = service.encode(picture(0))
             await entered(service)
             gone = service.encode(picture(1))
-            await until(lambda: service.encoder._batcher.waiting == 1)
+            await until(lambda: len(service.encoder._batcher._queue) == 1)
             gone.cancel()
             await until(lambda: service.encoder.backlog.items == 1)
             service.backend.go()
@@ -383,7 +383,7 @@ def test_what_waits_becomes_one_batch(tmp_path: Path) -> None:
             blocker = service.encode(picture(0))
             await entered(service)
             calls = [service.encode(picture(seed)) for seed in range(1, 6)]
-            await until(lambda: service.encoder._batcher.waiting == 5)
+            await until(lambda: len(service.encoder._batcher._queue) == 5)
             service.backend.go()
             answers = await asyncio.gather(blocker, *calls)
             assert service.backend.batches == [1, 3, 2]
@@ -410,9 +410,9 @@ def test_one_bad_item_fails_alone_and_memory_splits_the_batch(tmp_path: Path) ->
             blocker = service.encode(picture(0))
             await entered(service)
             good = [service.encode(picture(seed)) for seed in (1, 2)]
-            await until(lambda: service.encoder._batcher.waiting == 2)
+            await until(lambda: len(service.encoder._batcher._queue) == 2)
             bad = service.encode(wide)
-            await until(lambda: service.encoder._batcher.waiting == 3)
+            await until(lambda: len(service.encoder._batcher._queue) == 3)
             service.backend.go()
             await asyncio.gather(blocker, *good)
             error = await refusal(bad)
@@ -421,7 +421,7 @@ def test_one_bad_item_fails_alone_and_memory_splits_the_batch(tmp_path: Path) ->
             blocker = service.encode(picture(10))
             await entered(service)
             many = [service.encode(picture(seed)) for seed in range(11, 15)]
-            await until(lambda: service.encoder._batcher.waiting == 4)
+            await until(lambda: len(service.encoder._batcher._queue) == 4)
             service.backend.batches.clear()
             service.backend.go()
             await asyncio.gather(blocker, *many)
@@ -494,7 +494,7 @@ def test_a_poisonous_item_is_refused_and_a_suspect_runs_alone(tmp_path: Path) ->
             blocker = service.encode(picture(0))
             await entered(service)
             calls = [service.encode(data) for data in (suspect, picture(3))]
-            await until(lambda: service.encoder._batcher.waiting == 2)
+            await until(lambda: len(service.encoder._batcher._queue) == 2)
             service.backend.go()
             await asyncio.gather(blocker, *calls)
             assert service.backend.batches == [1, 1, 1]
@@ -517,7 +517,7 @@ def test_suspects_are_in_work_one_at_a_time(tmp_path: Path) -> None:
             await entered(service)
             await until(lambda: service.encoder.backlog.items == 3)
             own = list(service.encoder.record.directory.glob(f"{service.encoder.record.worker}-*"))
-            assert len(own) == 1 and service.encoder._batcher.waiting == 0
+            assert len(own) == 1 and len(service.encoder._batcher._queue) == 0
             service.backend.go()
             await asyncio.gather(*calls)
             assert service.backend.batches == [1, 1, 1]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llm_service.device.attention import ATTENTION_NAME
+from llm_service.device.attention.backend import ATTENTION_NAME
 from llm_service.policy.protocol import FinishedEvent, GenerateRequest
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.generation.values import Sampling

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from llm_service.device.attention import (
+from llm_service.device.attention import make_backend
+from llm_service.device.attention import sdpa as sdpa_module
+from llm_service.device.attention.backend import (
     AttentionStep,
     Chunk,
     PageShape,
-    SdpaBackend,
     active,
-    make_backend,
+    paged_attention,
 )
-from llm_service.device.attention import sdpa as sdpa_module
-from llm_service.device.attention.backend import paged_attention
+from llm_service.device.attention.sdpa import SdpaBackend
 from opticnerve.errors import ConfigError, EngineFailure
 
 HEADS, KV_HEADS, DIM, LAYERS, BLOCK = 6, 2, 8, 2, 4

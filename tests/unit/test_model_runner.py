@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_service.device.attention import SdpaBackend
+from llm_service.device.attention.sdpa import SdpaBackend
 from llm_service.device.batch import SlotTable, pack
 from llm_service.device.memory import available_memory
 from llm_service.device.model_runner import ModelRunner, RunnerLimits

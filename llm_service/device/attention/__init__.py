@@ -2,27 +2,9 @@
 
 from __future__ import annotations
 
-from llm_service.device.attention.backend import (
-    ATTENTION_NAME,
-    AttentionBackend,
-    AttentionStep,
-    Chunk,
-    PageShape,
-    active,
-)
+from llm_service.device.attention.backend import AttentionBackend
 from llm_service.device.attention.sdpa import SdpaBackend
 from opticnerve.errors import ConfigError
-
-__all__ = [
-    "ATTENTION_NAME",
-    "AttentionBackend",
-    "AttentionStep",
-    "Chunk",
-    "PageShape",
-    "SdpaBackend",
-    "active",
-    "make_backend",
-]
 
 _BACKENDS: dict[str, type[AttentionBackend]] = {"sdpa": SdpaBackend}
 
