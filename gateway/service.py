@@ -145,7 +145,7 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
         metrics.PATCHES_WAITING.set_function(lambda: encoders.pool.dispatcher.waiting_cost)
         own_pair_id = await asyncio.to_thread(_own_pair_id, checkpoint)
         pairing = Pairing(encoders.pool, llms, own_pair_id, settings.worker_wait_s)
-        stack.callback(asyncio.create_task(pairing.watch_complete()).cancel)
+        stack.callback(asyncio.create_task(pairing.watch_until_ready()).cancel)
         names = ServedNames.of(settings.served_model_name, checkpoint.name, layout.max_positions)
         pipeline = Pipeline(
             renderer=renderer,

@@ -25,7 +25,7 @@ from opticnerve.config.options import public_view
 if TYPE_CHECKING:
     from gateway.app import Gateway
 
-HIDDEN = frozenset({"cost", "cost_per_s", "window"})
+HIDDEN = frozenset({"cost", "cost_per_s", "max_cost_in_flight", "max_heavy_cost_in_flight"})
 PUBLIC = frozenset({"status", "pictures"})  # Of a body, for callers without a key.
 KEYED = "Not for callers without a key, where keys are asked for."
 
@@ -111,7 +111,7 @@ def readiness(pairing: Pairing, *, pictures: bool, draining: bool) -> Readiness:
     """Ready from the moment that every kind of request would be served, and from then on for as
     long as text would be: a gateway that lost its encoders still has work that it can do. With
     ``pictures``, exactly while a picture request would be served now."""
-    ready = not draining and pairing.was_complete and not pairing.missing(pictures)
+    ready = not draining and pairing.has_been_ready and not pairing.missing(pictures)
     return {
         "status": "ready" if ready else "not ready",
         "pictures": not _missing(pairing, draining, pictures=True),

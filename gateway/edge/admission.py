@@ -16,7 +16,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from gateway.edge.limits import PICTURES_SHARE, RESERVED_SHARE, RETRY_AFTER_S
+from gateway.edge.limits import PICTURES_FRACTION, RESERVED_FRACTION, RETRY_AFTER_S
 from opticnerve.errors import Overloaded
 from opticnerve.process import return_freed_memory
 
@@ -50,7 +50,7 @@ class SharedCapacity:
         if held > self.most or has > self.most_each:
             return False
         holders = self._holders()
-        reserved = max(1, int(RESERVED_SHARE * self.most)) if holders > 1 else 0
+        reserved = max(1, int(RESERVED_FRACTION * self.most)) if holders > 1 else 0
         equal = max(1, self.most // max(1, holders))
         return held <= self.most - reserved or has <= equal
 
@@ -106,7 +106,7 @@ class Admission:
         holders: Callable[[], int] = lambda: 1,
     ) -> None:
         """``max_requests_each``, ``holders``: see ``SharedCapacity``."""
-        what, most = "requests in flight", max(1, int(PICTURES_SHARE * max_requests))
+        what, most = "requests in flight", max(1, int(PICTURES_FRACTION * max_requests))
         self.requests = SharedCapacity(what, max_requests, max_requests_each, holders)
         self.with_pictures = SharedCapacity(f"{what} with new pictures", most, 0, holders)
         self.bytes = SharedCapacity("bytes held by requests in flight", max_bytes, 0, holders)

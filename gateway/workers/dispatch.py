@@ -3,11 +3,11 @@
 Work waits here and not at the workers. A worker is given only what keeps it busy, so that the order
 is kept, work whose client has left is never sent, and a slow worker hoards nothing. The earliest
 deadline goes first, which is the order of arrival, since all requests have the same timeout; work
-behind other work of its own request counts as due that much later. Between keys the order is
-start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): the key that was lent least so far,
-by cost and weight, goes first; a key that had nothing waiting gains nothing by that. Work without a
-key shares one queue, in order of arrival. Heavy work, which keeps a worker's device waiting, has
-room of its own at the workers, and other work passes it.
+behind other work of its own request counts as due that much later. Between clients (API keys or
+tenants) the order is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): the client that
+got the least so far, by cost and weight, goes first; a client that had nothing waiting earns no
+credit by that. Work without a key shares one queue, in order of arrival. Heavy work, which keeps a
+worker's device waiting, has room of its own at the workers, and other work passes it.
 
 A worker that is expected to finish the work first is chosen. Where it has no room, a slower one
 takes the work only if it would finish before the others had finished everything that waits: within
@@ -33,9 +33,9 @@ Accepts = Callable[[Worker], bool]
 class LeaseRequest:
     """Work that waits for a worker; ``worker`` is set once it is lent one.
 
-    ``avoid``: addresses that are used only where no other worker serves. ``behind_s``: how long
-    work takes that comes before it in its own request. ``share``: the name of the key or tenant
-    that it counts for, at ``weight``.
+    ``avoid``: addresses that are used only if no other worker serves. ``delay_within_request_s``:
+    how long the earlier work of its own request takes. ``share``: the fair-queueing key, which
+    is the name of an API key or tenant; ``weight``: its part relative to others'.
     """
 
     cost: int
@@ -43,15 +43,16 @@ class LeaseRequest:
     accepts: Accepts | None = None
     avoid: Collection[str] = ()
     heavy: bool = False
-    behind_s: float = 0.0
+    delay_within_request_s: float = 0.0
     share: str = ""
     weight: float = 1.0
     worker: Worker | None = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)  # ``worker``, or any's state.
+    # Set when ``worker`` is set, or the state of any worker changes.
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def due(self) -> float:
-        return self.deadline.at + self.behind_s
+        return self.deadline.at + self.delay_within_request_s
 
 
 class Dispatcher:
@@ -61,7 +62,7 @@ class Dispatcher:
         """``workers``: a view of the current ones."""
         self.waiting_cost = 0
         self._queues: dict[str, _ShareQueue] = {}  # By share.
-        self._now = 0.0  # Virtual time: ``lent`` of the queue that was served last.
+        self._virtual_time = 0.0  # ``virtual_start`` of the queue that was served last.
         self._workers = workers
         self._lease_number = itertools.count(1)
 
@@ -73,7 +74,7 @@ class Dispatcher:
     def add(self, request: LeaseRequest) -> None:
         queue = self._queues.setdefault(request.share, _ShareQueue())
         if not queue.waiting:
-            queue.lent = max(queue.lent, self._now)
+            queue.virtual_start = max(queue.virtual_start, self._virtual_time)
         insort(queue.waiting, request, key=lambda request: request.due)
         self.waiting_cost += request.cost
         self.dispatch()
@@ -109,18 +110,18 @@ class Dispatcher:
     def _in_turn(self) -> Iterator[LeaseRequest]:
         """The waiting requests in fair order, each as if those before it had been lent a worker."""
         turns = [
-            (queue.lent, queue.waiting[0].due, share, iter(tuple(queue.waiting)))
+            (queue.virtual_start, queue.waiting[0].due, share, iter(tuple(queue.waiting)))
             for share, queue in self._queues.items()
             if queue.waiting
         ]
         heapify(turns)
         while turns:
-            lent, _, share, requests = heappop(turns)
+            virtual_start, _, share, requests = heappop(turns)
             request = next(requests, None)
             if request is not None:
                 yield request
-                lent += request.cost / request.weight
-                heappush(turns, (lent, request.due, share, requests))
+                virtual_start += request.cost / request.weight
+                heappush(turns, (virtual_start, request.due, share, requests))
 
     def serving(self, accepts: Accepts | None = None) -> list[Worker]:
         """Workers that take work now, and that ``accepts`` agrees to."""
@@ -138,7 +139,9 @@ class Dispatcher:
         if not any(worker.cost_per_s for worker in able):
             return 0.0
         usual = _usual_rate(able)
-        cost += sum(worker.foreign for worker in able if worker.state is WorkerState.SERVING)
+        cost += sum(
+            worker.cost_of_other_gateways for worker in able if worker.state is WorkerState.SERVING
+        )
         return cost / sum(worker.cost_per_s or usual for worker in able)
 
     # ---- choice
@@ -150,7 +153,7 @@ class Dispatcher:
         usual = _usual_rate(able)
 
         def finish_s(worker: Worker) -> tuple[float, int]:
-            cost = worker.pending + worker.foreign + request.cost
+            cost = worker.pending + worker.cost_of_other_gateways + request.cost
             return cost / (worker.cost_per_s or usual), worker.last_picked
 
         best = min(able, key=finish_s)
@@ -165,7 +168,9 @@ class Dispatcher:
 
     def _all_done_s(self, workers: Sequence[Worker], usual: float) -> float:
         """Seconds in which ``workers`` alone would finish their work and all that waits."""
-        cost = self.waiting_cost + sum(worker.pending + worker.foreign for worker in workers)
+        cost = self.waiting_cost + sum(
+            worker.pending + worker.cost_of_other_gateways for worker in workers
+        )
         return cost / sum(worker.cost_per_s or usual for worker in workers)
 
     def _lend(self, request: LeaseRequest, worker: Worker) -> None:
@@ -174,22 +179,24 @@ class Dispatcher:
         request.worker = worker
         request.changed.set()
         queue = self._queues[request.share]
-        self._now = max(self._now, queue.lent)
-        queue.lent += request.cost / request.weight
+        self._virtual_time = max(self._virtual_time, queue.virtual_start)
+        queue.virtual_start += request.cost / request.weight
         self._dequeue(request)
 
     def _dequeue(self, request: LeaseRequest) -> None:
         self._queues[request.share].waiting.remove(request)
         self.waiting_cost -= request.cost
         for share, queue in tuple(self._queues.items()):
-            if not queue.waiting and (queue.lent <= self._now or not self.waiting_cost):
+            if not queue.waiting and (
+                queue.virtual_start <= self._virtual_time or not self.waiting_cost
+            ):
                 del self._queues[share]
 
 
 @dataclass(slots=True)
 class _ShareQueue:
     waiting: list[LeaseRequest] = field(default_factory=list)  # By due time.
-    lent: float = 0.0  # Cost by weight so far, in virtual time.
+    virtual_start: float = 0.0  # Start tag of the next lease: cost / weight of earlier ones.
 
 
 def _usual_rate(workers: Sequence[Worker]) -> float:

@@ -42,12 +42,12 @@ from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
 
-MAX_SUSPECTS = 1_000  # Items whose deaths are remembered.
-FORGIVE_S = 600.0  # How long they are remembered.
+MAX_SUSPECTS = 1_000  # Items for which deaths of encoders are remembered.
+DEATHS_REMEMBERED_S = 600.0  # After an item's last one.
 PAUSE_S = 0.02  # Between attempts, so that a pool that refuses everything is not hammered.
-WINDOW_BATCHES = 3  # Batches with one encoder: one runs, one is decoded, one is on its way.
-WINDOW_S = 30.0  # Work with one encoder, in seconds; well within the timeout of a call.
-HEAVY_SHARE = 0.5  # Part of an encoder's queue for pictures that are heavy to decode.
+MAX_BATCHES_IN_FLIGHT = 3  # For one encoder: one runs, one is decoded, one is uploaded.
+MAX_IN_FLIGHT_S = 30.0  # Work sent to one encoder; well within the timeout of a call.
+HEAVY_FRACTION = 0.5  # Of an encoder's queue, for pictures that are heavy to decode.
 PASS_S = 5e-9  # Time of one core to decode one pixel in one pass.
 
 
@@ -56,9 +56,9 @@ class Encodable(EncodeItem):
     """One item of a request."""
 
     param: str | None = None  # The request's field that holds it.
-    passes_before: int = 0  # Decoding passes over earlier pictures of its request, in pixels.
-    share: str = ""  # Shares of one name have one part of the encoders together.
-    weight: float = 1.0  # Of that part, relative to others'.
+    passes_before: int = 0  # Decode cost of its request's earlier pictures.
+    share: str = ""  # Fair-queueing key: items with equal keys are scheduled as one client.
+    weight: float = 1.0  # The client's part of the encoders, relative to other clients'.
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +83,20 @@ async def describe_encoder(channel: grpc.aio.Channel, timeout_s: float) -> Descr
         answer,
         cost=load.queued_patches,
         cost_per_s=load.patches_per_s,
-        window=_window(limits.max_batch_patches, load.patches_per_s),
-        heavy_window=int(limits.max_queue_patches * HEAVY_SHARE),
+        max_cost_in_flight=_max_patches_in_flight(limits.max_batch_patches, load.patches_per_s),
+        max_heavy_cost_in_flight=int(limits.max_queue_patches * HEAVY_FRACTION),
         extra={"backend": answer.backend},
     )
 
 
-def _window(max_batch_patches: int, patches_per_s: float) -> int:
-    """Patches that one gateway keeps with an encoder at a time: enough to keep it busy, and no more
-    than it encodes within WINDOW_S. One batch while its speed is not known."""
+def _max_patches_in_flight(max_batch_patches: int, patches_per_s: float) -> int:
+    """Patches that one gateway sends to an encoder at a time: enough to keep it busy, and no more
+    than it encodes within MAX_IN_FLIGHT_S. One batch while its speed is unknown."""
     if not patches_per_s:
         return max_batch_patches
-    return max(1, min(WINDOW_BATCHES * max_batch_patches, int(patches_per_s * WINDOW_S)))
+    return max(
+        1, min(MAX_BATCHES_IN_FLIGHT * max_batch_patches, int(patches_per_s * MAX_IN_FLIGHT_S))
+    )
 
 
 class References(LRU[str, EmbeddingRef]):
@@ -256,14 +258,14 @@ class Encoders:
         tried: set[str] = set()
         refusal: OpticNerveError | None = None
         while True:
-            self._refuse_poison(item.key)
+            self._check_not_poisonous(item.key)
             request = LeaseRequest(
                 item.plan.num_patches,
                 deadline,
                 _has_fingerprint(item),
                 avoid=tried,
                 heavy=item.plan.is_heavy,
-                behind_s=item.passes_before * PASS_S,
+                delay_within_request_s=item.passes_before * PASS_S,
                 share=item.share,
                 weight=item.weight,
             )
@@ -299,9 +301,9 @@ class Encoders:
                 "two encoders were lost while they had this picture; it is not tried again"
             )
 
-    def _refuse_poison(self, key: str) -> None:
+    def _check_not_poisonous(self, key: str) -> None:
         deaths, last = self._deaths.get(key) or (0, 0.0)
-        if time.monotonic() - last > FORGIVE_S:
+        if time.monotonic() - last > DEATHS_REMEMBERED_S:
             self._deaths.pop(key)
         elif deaths >= MAX_ENCODER_DEATHS:
             raise PoisonousItem(

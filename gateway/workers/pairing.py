@@ -46,14 +46,14 @@ class Pairing:
         self.llms = llms
         self.own_pair_id = own_pair_id
         self.worker_wait_s = worker_wait_s
-        self.was_complete = False  # Whether every kind of request could be served once.
+        self.has_been_ready = False  # Whether text and pictures could both be served once.
 
-    async def watch_complete(self) -> None:
+    async def watch_until_ready(self) -> None:
         """Returns when every kind of request can be served for the first time."""
         while self.missing():
             with contextlib.suppress(TimeoutError):
                 await self.llms.changes.wait(CHECK_S)
-        self.was_complete = True
+        self.has_been_ready = True
 
     async def choose(self, *, pictures: bool, deadline: Deadline) -> Pair:
         """The pair that serves best now; waits while no worker has described itself yet.

@@ -66,15 +66,15 @@ class ReachabilityCheck:
     def _find_key_fault(self, encoder: Description) -> Fault | None:
         """A fault where LLM workers on other machines do not have the encoder's store key."""
         llms = self._llms.serving()
-        foreign = [llm for llm in llms if _has_other_key(encoder, llm.description)]
-        if not foreign:
+        differing = [llm for llm in llms if _has_other_key(encoder, llm.description)]
+        if not differing:
             return None
-        refusing = [llm for llm in foreign if _key_id(llm.description)]
+        refusing = [llm for llm in differing if _key_id(llm.description)]
         what = "refuse its embeddings" if refusing else "find none of its embeddings in Redis"
         return Fault(
             "does not use the --store-key-file of LLM "
-            f"{', '.join(llm.address for llm in foreign)}, which {what}: give all encoders and LLM "
-            "workers the same file, and restart those that read an older one",
+            f"{', '.join(llm.address for llm in differing)}, which {what}: give all encoders and "
+            "LLM workers the same file, and restart those that read an older one",
             usable=len(refusing) < len(llms),
         )
 

@@ -29,7 +29,7 @@ _BROKEN = (
 )
 PROBE_TIMEOUT_S = 2.0
 POLL_SERVING_S = 1.0
-POLL_DOWN_S = (0.1, 0.1, 0.2, 0.2, 0.5, 1.0)  # After one failure, two, and so on.
+POLL_DOWN_S = (0.1, 0.1, 0.2, 0.2, 0.5, 1.0)  # After one failure, after two, and so on.
 
 
 class WorkerState(Enum):
@@ -56,10 +56,10 @@ class Description:
     shm_tier_id: str = ""
     hidden_size: int = 0
     draining: bool = False
-    cost: int = 0  # Pending, of all gateways.
+    cost: int = 0  # Pending work of all gateways.
     cost_per_s: float = 0.0  # Its measured throughput while it has work; 0: unknown.
-    window: int = 0  # Most cost that one gateway keeps with it at a time; 0: no bound.
-    heavy_window: int = 0  # The same for heavy work, in addition.
+    max_cost_in_flight: int = 0  # For one gateway; 0: unbounded.
+    max_heavy_cost_in_flight: int = 0  # The same for heavy work, in addition to it.
     limits: dict[str, int] = field(default_factory=dict)
     load: dict[str, int] = field(default_factory=dict)
     store: StoreState | None = None
@@ -80,16 +80,16 @@ class Description:
 
 
 def numbers_of(message: Message) -> dict[str, int]:
-    """A message's fields by name, rounded."""
+    """A message's numeric fields by name, rounded."""
     return {each.name: round(getattr(message, each.name)) for each in message.DESCRIPTOR.fields}
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What an operator has to correct about a worker that answers, and how."""
+    """A misconfiguration of a worker that answers, and how an operator corrects it."""
 
     text: str
-    usable: bool = False  # Whether it is given work nevertheless.
+    usable: bool = False  # Whether the worker gets work all the same.
 
 
 Describe = Callable[[grpc.aio.Channel, float], Awaitable[Description]]
@@ -111,8 +111,8 @@ class Worker:
         self.description = Description()
         self.fault: Fault | None = None
         self.pending = 0
-        self.heavy = 0  # Of that, heavy work: see ``LeaseRequest.heavy``.
-        self.foreign = 0  # Reported cost of other gateways' work.
+        self.heavy = 0  # The part of ``pending`` that is heavy, see ``LeaseRequest.heavy``.
+        self.cost_of_other_gateways = 0  # As the worker reports it.
         self.last_picked = 0
         self.failures = 0
         self.full_until = 0.0  # On the monotonic clock, after it refused work for lack of room.
@@ -136,13 +136,14 @@ class Worker:
         return self.description.cost_per_s
 
     def has_room(self, cost: int, heavy: bool = False) -> bool:
-        """Whether it takes work of ``cost`` now. While it has none of the same kind from us, any
-        cost fits."""
+        """Whether the worker takes work of ``cost`` now. While it has no work of the same kind from
+        this gateway, any cost fits."""
         if time.monotonic() < self.full_until:
             return False
-        window = self.description.heavy_window if heavy else self.description.window
+        described = self.description
+        most = described.max_heavy_cost_in_flight if heavy else described.max_cost_in_flight
         pending = self.heavy if heavy else self.pending - self.heavy
-        return not window or not pending or pending + cost <= window
+        return not most or not pending or pending + cost <= most
 
     async def probe(self, kind: str, describe: Describe, check: Check | None) -> None:
         """Asks for its health and description, and updates its state. ``kind``: for log lines."""
@@ -167,7 +168,7 @@ class Worker:
         self.fault = fault
         if description is not None:
             self.description = description
-            self.foreign = max(0, description.cost - self.pending)
+            self.cost_of_other_gateways = max(0, description.cost - self.pending)
         usable = fault is None or fault.usable
         if serving and usable and description is not None and not description.draining:
             self.state, self.failures = WorkerState.SERVING, 0
@@ -187,7 +188,7 @@ class Worker:
 
 
 Check = Callable[[Worker, Description], Awaitable[Fault | None]]
-"""Finds what an operator has to correct about a worker that has described itself."""
+"""Finds a misconfiguration of a worker that has described itself."""
 
 
 class WorkerLost(Unavailable):

@@ -41,7 +41,7 @@ async def test_ready_is_while_text_is_served_once_all_was():
         eyes, mouths = s.gateway.pipeline.encoders.pool, s.gateway.pipeline.llms
         await until(lambda: mouths.serving() and eyes.workers[0].description.fingerprint)
         await turn(s, s.encoder, eyes, False)
-        assert not s.gateway.pipeline.pairing.was_complete
+        assert not s.gateway.pipeline.pairing.has_been_ready
         for path in ("/ready", BOTH):  # Not yet whole: deployments wait for pictures too.
             code, told = await probe(s, path)
             assert code == 503 and told["status"] == "not ready" and not told["pictures"]

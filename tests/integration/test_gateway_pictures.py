@@ -108,7 +108,7 @@ async def test_a_small_picture_passes_heavy_ones_that_fill_the_encoder():
     async with stack() as s:
         (worker,) = s.gateway.pipeline.encoders.pool.workers
         s.encoder.max_batch_patches = 16  # Nothing fits beside a picture.
-        await until(lambda: worker.description.window == 16)
+        await until(lambda: worker.description.max_cost_in_flight == 16)
         s.encoder.script = hold_heavy
         attack = asyncio.create_task(s.chat(user("What?", *heavy)))
         await until(lambda: s.encoder.running)
@@ -217,7 +217,7 @@ async def test_a_burst_of_pictures_waits_in_order_and_none_is_refused():
     async with stack() as s:
         s.encoder.max_batch_patches, s.encoder.patches_per_s = 72, 1e6  # Two of these pictures.
         pool = s.gateway.pipeline.encoders.pool
-        await until(lambda: pool.workers[0].description.window == 216)
+        await until(lambda: pool.workers[0].description.max_cost_in_flight == 216)
         go = asyncio.Event()
         s.encoder.script = lambda _: go.wait()
         async with contextlib.AsyncExitStack() as exits:
@@ -254,7 +254,7 @@ async def test_an_encoder_of_unknown_speed_gets_one_batch_at_a_time():
     async with stack() as s:
         s.encoder.max_batch_patches = 72
         pool = s.gateway.pipeline.encoders.pool
-        await until(lambda: pool.workers[0].description.window == 72)
+        await until(lambda: pool.workers[0].description.max_cost_in_flight == 72)
 
 
 async def test_pictures_that_wait_leave_places_to_text():
@@ -279,7 +279,9 @@ async def test_what_would_wait_too_long_is_refused_and_who_leaves_encodes_nothin
         s.encoder.max_batch_patches, s.encoder.patches_per_s = 72, 360.0  # Ten pictures a second.
         pool = s.gateway.pipeline.encoders.pool
         await until(
-            lambda: pool.workers[0].cost_per_s and pool.workers[0].description.window == 216
+            lambda: (
+                pool.workers[0].cost_per_s and pool.workers[0].description.max_cost_in_flight == 216
+            )
         )
         s.encoder.script = lambda _: go.wait()
         tasks = [

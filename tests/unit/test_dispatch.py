@@ -16,18 +16,18 @@ class Machine:
 
     state = WorkerState.SERVING
 
-    def __init__(self, address, rate, window, known=True):
+    def __init__(self, address, rate, max_cost_in_flight, known=True):
         self.address = address
         self.rate = rate
-        self.window = window
+        self.max_cost_in_flight = max_cost_in_flight
         self.cost_per_s = rate if known else 0.0
-        self.pending = self.heavy = self.foreign = self.last_picked = 0
+        self.pending = self.heavy = self.cost_of_other_gateways = self.last_picked = 0
         self.free_at = 0.0
         self.done = 0
 
     def has_room(self, cost, heavy):
         pending = self.heavy if heavy else self.pending - self.heavy
-        return not pending or pending + cost <= self.window
+        return not pending or pending + cost <= self.max_cost_in_flight
 
     def lend(self, cost, heavy):
         self.pending += cost
@@ -83,7 +83,10 @@ def test_a_slow_worker_takes_nothing_that_the_fast_one_finishes_sooner():
     st.lists(st.tuples(st.floats(0.1, 100), st.integers(1, 30)), min_size=1, max_size=4),
 )
 def test_everything_is_begun_in_order_and_in_bounded_time(costs, kinds):
-    machines = [Machine(str(i), rate, window) for i, (rate, window) in enumerate(kinds)]
+    machines = [
+        Machine(str(i), rate, max_cost_in_flight)
+        for i, (rate, max_cost_in_flight) in enumerate(kinds)
+    ]
     seconds, order = simulate(machines, costs)
     assert sorted(order) == list(range(len(costs)))
     assert all(machine.pending == 0 for machine in machines)
@@ -129,7 +132,10 @@ def test_requests_share_what_there_is_by_what_their_jobs_take():
     """Ten of one request, of a second each, and one of another that comes a little later."""
     machine = Machine("a", 1.0, 1)
     dispatcher = Dispatcher([machine])
-    many = [LeaseRequest(1, Deadline(100.0), behind_s=float(number)) for number in range(10)]
+    many = [
+        LeaseRequest(1, Deadline(100.0), delay_within_request_s=float(number))
+        for number in range(10)
+    ]
     for job in many:
         dispatcher.add(job)
     one = LeaseRequest(1, Deadline(100.5))
@@ -153,7 +159,7 @@ def test_a_job_that_leaves_makes_way_for_those_behind_it():
 def test_the_time_for_a_cost_is_that_of_all_workers_at_measured_speed():
     machines = [Machine("a", 10.0, 10), Machine("b", 30.0, 10)]
     dispatcher = Dispatcher(machines)
-    machines[0].foreign = 20
+    machines[0].cost_of_other_gateways = 20
     assert dispatcher.expected_wait_s(60) == pytest.approx((60 + 20) / 40)
     machines[1].cost_per_s = 0.0  # Not known: taken for the mean of those that are.
     assert dispatcher.expected_wait_s(60) == pytest.approx((60 + 20) / 20)
@@ -163,11 +169,11 @@ def test_the_time_for_a_cost_is_that_of_all_workers_at_measured_speed():
     assert dispatcher.expected_wait_s(60) == 0.0
 
 
-def lent_order(jobs, window=1):
+def lent_order(jobs, max_cost_in_flight=1):
     """Names of the shares of ``jobs`` in the order in which one worker gets them, all there from
     the start."""
-    machine = Machine("a", 1.0, window)
-    machine.pending = window  # Busy until all are there.
+    machine = Machine("a", 1.0, max_cost_in_flight)
+    machine.pending = max_cost_in_flight  # Busy until all are there.
     dispatcher = Dispatcher([machine])
     for job in jobs:
         dispatcher.add(job)
