@@ -1,4 +1,4 @@
-"""What an API asks of the pipeline: a prompt of one kind, options for its generation, a caller."""
+"""A job: what an API asks of the pipeline. A prompt of one kind, generation options, a caller."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gateway.clock import Stopwatch
+from opticnerve.errors import ContextLengthExceeded
 
 if TYPE_CHECKING:
     from gateway.api.schemas.messages import ItemSource, Message
@@ -15,12 +16,23 @@ if TYPE_CHECKING:
     from gateway.edge.admission import Ticket
     from gateway.edge.auth import Caller
 
-UNLIMITED = -1  # Of max_tokens: as many as the context leaves.
+UNLIMITED = -1  # As max_tokens: as many tokens as the context leaves.
+
+
+class PromptKind:
+    """How errors speak about a prompt of one kind."""
+
+    __slots__ = ()
+
+    field: ClassVar[str]  # The request's field.
+    need: ClassVar[str]  # Such as "the prompt needs", before a number of tokens.
+    shorter: ClassVar[str]  # Such as "a shorter prompt".
 
 
 @dataclass(frozen=True, slots=True)
-class ChatPrompt:
-    """Messages, which the model's chat template renders, and the pictures in them, in order."""
+class ChatPrompt(PromptKind):
+    """Messages, which the model's chat template renders, and the pictures in them, in order.
+    ``size``: the work of rendering and encoding, in characters of text."""
 
     field: ClassVar[str] = "messages"
     need: ClassVar[str] = "the messages need"
@@ -36,9 +48,10 @@ class ChatPrompt:
 
 
 @dataclass(frozen=True, slots=True)
-class TextPrompt:
-    """Text that goes to the model as it is. Special tokens in it are special, but those that stand
-    for pictures are text. ``add_special_tokens``: such as the tokenizer puts before a text."""
+class TextPrompt(PromptKind):
+    """Text that goes to the model as it is. Special tokens in it are special, except that
+    placeholders of pictures are text. ``add_special_tokens``: whether the tokenizer adds its own,
+    such as BOS."""
 
     field: ClassVar[str] = "prompt"
     need: ClassVar[str] = "the prompt needs"
@@ -53,7 +66,7 @@ class TextPrompt:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenPrompt:
+class TokenPrompt(PromptKind):
     """Token ids that go to the model as they are."""
 
     field: ClassVar[str] = TextPrompt.field
@@ -68,17 +81,27 @@ class TokenPrompt:
 
 
 AnyPrompt = ChatPrompt | TextPrompt | TokenPrompt
-"""``field``: the request's field that errors name; ``need`` and ``shorter``: words for them.
-``size``: what there is to render and encode, in characters of text or in ids."""
+
+
+def prompt_too_long(
+    kind: type[PromptKind], max_tokens: int, needed: str, remedy: str = ""
+) -> ContextLengthExceeded:
+    """The error of a prompt that needs ``needed`` tokens, where ``max_tokens`` fit. ``remedy``
+    replaces the advice to send a shorter one."""
+    return ContextLengthExceeded(
+        f"{ContextLengthExceeded.lead}: this model takes {max_tokens} tokens; {kind.need} "
+        f"{needed}; {remedy or f'send {kind.shorter}'}",
+        param=kind.field,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
     """How a prompt is continued.
 
-    ``max_tokens``: None: the model's default. ``top_logprobs``: of how many of the most likely
-    tokens log-probabilities are wanted, besides the sampled one's; None: no log-probabilities at
-    all. Errors about ``max_tokens`` name the request's field ``max_tokens_field``.
+    ``max_tokens``: None stands for the model's default. ``max_tokens_field``: the request's field
+    that errors about it name. ``top_logprobs``: how many of the most likely tokens have their
+    log-probability in the answer, besides the sampled one; None: no log-probabilities at all.
     """
 
     sampling: SamplingFields
@@ -92,8 +115,8 @@ class GenerationOptions:
 
 @dataclass
 class Job:
-    """One request on its way. The pipeline drops ``prompt`` once it is rendered: base64 in its
-    messages may be most of what the request holds."""
+    """One request to the pipeline. ``prompt`` is dropped once it is rendered, because base64 in its
+    messages may be most of the memory that the request holds."""
 
     prompt: AnyPrompt | None
     options: GenerationOptions
@@ -103,9 +126,9 @@ class Job:
     ticket: Ticket
     body_bytes: int = 0  # Bytes that the ticket holds for the prompt.
     watch: Stopwatch = field(default_factory=Stopwatch)
-    system_fingerprint: str | None = None  # Known once the first event has come.
+    system_fingerprint: str | None = None  # Set before the first event.
 
     def drop_prompt(self) -> None:
-        """The prompt is rendered: nothing of the request's body is needed any more."""
+        """Frees the prompt and the body's bytes, once the prompt is rendered."""
         self.prompt = None
         self.ticket.free_bytes(self.body_bytes)

@@ -1,8 +1,8 @@
-"""A request's life from a job to the events of its answer: fetch, plan, name, render, encode and
-generate.
+"""A request's life from a job to the events of its answer: fetch, plan and name its pictures,
+render its prompt, encode and generate.
 
-Knows neither HTTP, an API's requests and answers, nor the wire. Everything that a request holds is
-freed when its generator is closed, at whatever stage that happens.
+Knows neither HTTP, the APIs' formats nor the wire. Closing a job's generator frees everything that
+the job holds, at whatever stage it is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from gateway import metrics
 from gateway.clock import Deadline, Stopwatch
 from gateway.edge.auth import Caller
-from gateway.edge.threads import off_loop
+from gateway.edge.threads import off_loop_above
 from gateway.job import AnyPrompt, ChatPrompt, GenerationOptions, Job, TokenPrompt
 from gateway.media.reader import Fetched, MediaReader
 from gateway.output.choices import Choices
@@ -28,7 +28,7 @@ from gateway.sampling import (
     Defaults,
     SamplingLimits,
     check_choices,
-    known_ids,
+    check_token_ids,
     resolve_sampling,
 )
 from gateway.workers.encode import Encodable, Encoders
@@ -41,13 +41,13 @@ from opticnerve.media.plan import Plan
 from opticnerve.telemetry import logs
 
 OFF_LOOP_CHARACTERS = 8_000  # Longer prompts are rendered and tokenized in a thread.
-OFF_LOOP_TOKENS = 20_000  # Likewise prompts whose pictures are put in.
-OFF_LOOP_SAMPLING = 2_000  # Likewise what a request says of sampling: characters and entries.
+OFF_LOOP_TOKENS = 20_000  # Likewise prompts whose placeholders are expanded.
+OFF_LOOP_SAMPLING = 2_000  # Likewise sampling fields: characters and entries.
 
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """A request's pictures, in order: their bytes, and their sizes."""
+    """A request's pictures, in order: their bytes and their plans."""
 
     items: tuple[Fetched, ...] = ()
     plans: tuple[Plan, ...] = ()
@@ -55,7 +55,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What every request uses; one a gateway."""
+    """What all requests of one gateway share."""
 
     renderer: ChatRenderer
     vocabulary: Vocabulary
@@ -70,8 +70,8 @@ class Pipeline:
     share_cache: bool = False  # See --share-cache.
 
     async def run(self, job: Job) -> AsyncGenerator[AnswerEvent, None]:
-        """Runs a job to its end: text as it comes, the end of each choice, then End. Raises typed
-        errors."""
+        """Runs a job to its end: text as it is generated, the end of each choice, then End.
+        Raises typed errors."""
         spec, embeddings = await self._start(job)
         async with embeddings:
             if embeddings.encoding:
@@ -90,7 +90,7 @@ class Pipeline:
                         for event in self._take(job, delta, generation, choices):
                             yield event
                         if choices.ended and not generation.complete:
-                            break  # By stop strings: nothing more is wanted of the worker.
+                            break  # Stop strings ended all choices; closing aborts the call.
                 done = finished or Done(generation.usage())
                 yield _end(job, spec, done, choices.num_tokens, embeddings)
             finally:
@@ -120,19 +120,27 @@ class Pipeline:
     async def render(
         self, prompt: AnyPrompt, plans: Sequence[Plan], watch: Stopwatch
     ) -> ExpandedPrompt:
-        """What the decoder gets; ``plans`` of the prompt's pictures, in order. Raises
-        InvalidRequest, and ContextLengthExceeded for what no worker could take."""
+        """The prompt's token ids and spans. ``plans``: those of its pictures, in order. Raises
+        InvalidRequest, and ContextLengthExceeded for a prompt that no worker could take."""
         with watch.stage("render"):
-            if isinstance(prompt, ChatPrompt):
-                return await self._render_chat(prompt, plans)
             renderer, size = self.renderer, prompt.size
-            read = functools.partial(read_plain, prompt, renderer.tokenizer, renderer.layout)
-            return await off_loop(size, read) if size > OFF_LOOP_CHARACTERS else read()
+            if not isinstance(prompt, ChatPrompt):
+                return await off_loop_above(
+                    OFF_LOOP_CHARACTERS,
+                    size,
+                    read_plain,
+                    prompt,
+                    renderer.tokenizer,
+                    renderer.layout,
+                )
+            chat = await off_loop_above(OFF_LOOP_CHARACTERS, size, renderer.render, prompt)
+            size = len(chat.token_ids)
+            return await off_loop_above(OFF_LOOP_TOKENS, size, renderer.build, chat, plans)
 
     # ---- steps
 
     async def _start(self, job: Job) -> tuple[GenerateSpec, RequestEmbeddings]:
-        """What is generated, and the embeddings that it needs."""
+        """What to generate, and the embeddings that it needs."""
         assert job.prompt is not None
         kind = type(job.prompt)
         priority = job.caller.priority(job.options.priority)
@@ -167,9 +175,10 @@ class Pipeline:
     async def _pair_early(
         self, job: Job, pictures: Pictures
     ) -> tuple[Pair | None, list[Encodable]]:
-        """The pair, and the pictures under its keys, where there are any and it is known without
-        waiting. Raises Overloaded where they would wait too long for an encoder: rendering costs
-        most of what the gateway itself does for a request, and one that is refused has none."""
+        """The pair and the pictures with its content keys, if there are pictures and the pair is
+        known without waiting; else None. Raises Overloaded if they would wait too long for an
+        encoder: before rendering, which is most of the gateway's own work for a request, so that a
+        request that will be refused is not rendered."""
         pair = self.pairing.best(pictures=True) if pictures.items else None
         if pair is None:
             return None, []
@@ -178,7 +187,7 @@ class Pipeline:
         return pair, items
 
     async def _name(self, job: Job, pictures: Pictures, pair: Pair) -> list[Encodable]:
-        """The pictures under their content keys, ready for the pair's encoders."""
+        """The pictures with their content keys, ready for the pair's encoders."""
         if not pictures.items:
             return []
         salt = self._cache_salt(job)
@@ -186,17 +195,9 @@ class Pipeline:
             keys = await self.media.keys(pictures.items, pair.fingerprint, salt)
         return _encodables(pictures, keys, pair, salt, job.caller)
 
-    async def _render_chat(self, prompt: ChatPrompt, plans: Sequence[Plan]) -> ExpandedPrompt:
-        size = prompt.size
-        render = functools.partial(self.renderer.render, prompt)
-        rendered = await off_loop(size, render) if size > OFF_LOOP_CHARACTERS else render()
-        size = len(rendered.token_ids)
-        build = functools.partial(self.renderer.build, rendered, plans)
-        return await off_loop(size, build) if size > OFF_LOOP_TOKENS else build()
-
     def _cache_salt(self, job: Job) -> str:
-        """The salt of cached prefixes and pictures: only callers of one salt share them, because
-        usage, timings and time itself reveal what is cached."""
+        """The salt of cached prefixes and pictures. Only callers with the same salt share them,
+        because usage and timings reveal what is cached."""
         tenant = "" if self.share_cache else job.caller.tenant
         return tenant_salt(tenant, job.options.cache_salt)
 
@@ -209,7 +210,7 @@ class Pipeline:
             vocab_size=pair.vocab_size,
         )
         if kind is TokenPrompt:
-            known_ids(prompt.token_ids, limits, kind.field)
+            check_token_ids(prompt.token_ids, limits, kind.field)
         resolved = functools.partial(
             resolve_sampling,
             options,
@@ -221,13 +222,12 @@ class Pipeline:
             tokenizer=self.renderer.tokenizer,
         )
         size = options.sampling.sampling_size
-        return await off_loop(size, resolved) if size > OFF_LOOP_SAMPLING else resolved()
+        return await off_loop_above(OFF_LOOP_SAMPLING, size, resolved)
 
     def _take(
         self, job: Job, delta: Delta, generation: FailoverGeneration, choices: Choices
     ) -> Sequence[Text | ChoiceEnd]:
-        """The events that a delta makes. A choice that they end is not continued elsewhere if its
-        worker is lost."""
+        """The events of a delta. After a failover, a choice that they end is not continued."""
         job.watch.token()
         made = choices.take(delta)
         if choices.has_ended(delta.choice):
@@ -245,7 +245,7 @@ def _end(
     completion_tokens: int,
     embeddings: RequestEmbeddings,
 ) -> End:
-    """Usage by our own count of tokens, and timings, with what the worker reported at its end."""
+    """The last event, with our own count of tokens, and the timings of gateway and worker."""
     usage = _counted(done.usage, completion_tokens)
     for name, milliseconds in done.timings.stages.items():
         job.watch.add(name, milliseconds)
@@ -259,7 +259,7 @@ def _end(
 
 
 def _counted(usage: Usage, completion_tokens: int) -> Usage:
-    """With the tokens that count: those of a stop string's delta that follow it do not."""
+    """Usage with our own completion count, which excludes tokens after a stop string."""
     return replace(usage, completion_tokens=completion_tokens)
 
 

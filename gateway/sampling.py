@@ -1,4 +1,4 @@
-"""Sampling of one request, from its fields, the model's defaults and the server's limits.
+"""One request's sampling parameters: its fields, the model's defaults and the server's limits.
 
 The LLM worker gets every field explicitly: it knows neither the model's defaults nor the gateway's.
 """
@@ -6,26 +6,25 @@ The LLM worker gets every field explicitly: it knows neither the model's default
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from gateway.api.schemas.sampling import SamplingFields
-from gateway.job import UNLIMITED, AnyPrompt, GenerationOptions
+from gateway.job import UNLIMITED, GenerationOptions, PromptKind, prompt_too_long
 from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.checkpoints.settings import read_object
 from opticnerve.errors import (
     CheckpointError,
     ConfigError,
-    ContextLengthExceeded,
     InvalidRequest,
 )
 from opticnerve.generation.values import Sampling
 
 LARGEST_MAX_TOKENS = 2**31 - 1
 
-# Fields of a request that Sampling has too. resolve_sampling converts those of other types.
+# Fields that a request and Sampling share. resolve_sampling converts those whose types differ.
 SHARED_FIELDS = tuple(
     each.name for each in fields(Sampling) if each.name in SamplingFields.model_fields
 )
@@ -33,7 +32,7 @@ SHARED_FIELDS = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """Values of fields that a request leaves out. ``max_tokens`` None: what the context leaves."""
+    """Values of fields that a request omits. ``max_tokens`` None: as many as the context leaves."""
 
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=1.0))
     max_tokens: int | None = None
@@ -119,17 +118,17 @@ def _ids(value: Any) -> list[int]:
 def resolve_sampling(
     options: GenerationOptions,
     *,
-    kind: type[AnyPrompt],
+    kind: type[PromptKind],
     prompt_tokens: int,
     item_tokens: int,
     defaults: Defaults,
     limits: SamplingLimits,
     tokenizer: Tokenizer,
 ) -> Sampling:
-    """What to ask of the LLM worker. ``kind``: of the prompt, for the words of errors.
+    """The sampling parameters for the LLM worker. ``kind``: the prompt's, for error messages.
 
-    Raises ContextLengthExceeded for a prompt (with the output that was asked for) that does not
-    fit, and InvalidRequest for values that contradict each other or the model.
+    Raises ContextLengthExceeded if the prompt and the requested output do not fit, and
+    InvalidRequest for values that contradict each other or the model.
     """
     asked = options.sampling
     shared = {name: getattr(asked, name) for name in SHARED_FIELDS}
@@ -142,10 +141,11 @@ def resolve_sampling(
         "bad_words": _bad_words(asked.bad_words or (), tokenizer),
     }
     for name in ("stop_token_ids", "allowed_token_ids"):
-        values[name] = known_ids(shared[name] or (), limits, name)
+        values[name] = tuple(dict.fromkeys(shared[name] or ()))
+        check_token_ids(values[name], limits, name)
     if asked.top_k is not None:
         values["top_k"] = max(asked.top_k, 0)
-    if values.get("top_p") == 0:  # The likeliest token alone. A worker would read 0 as off.
+    if values.get("top_p") == 0:  # The most likely token. A worker takes 0 as off.
         values |= {"temperature": 0.0, "top_p": 1.0}
     sampling = replace(defaults.sampling, **values)
     if sampling.min_tokens > sampling.max_tokens:
@@ -160,7 +160,7 @@ def check_choices(options: GenerationOptions, max_n: int) -> None:
     """Raises InvalidRequest for more choices than the server allows."""
     if (options.sampling.n or 1) > max_n:
         raise InvalidRequest(
-            f"n: at most {max_n} on this server, which --max-n says; ask for fewer choices, or "
+            f"n: at most {max_n} on this server (--max-n); ask for fewer choices, or "
             "send several requests",
             param="n",
         )
@@ -168,13 +168,13 @@ def check_choices(options: GenerationOptions, max_n: int) -> None:
 
 def output_limit(
     options: GenerationOptions,
-    kind: type[AnyPrompt],
+    kind: type[PromptKind],
     prompt_tokens: int,
     item_tokens: int,
     defaults: Defaults,
     limits: SamplingLimits,
 ) -> int:
-    """How many tokens a choice may have: what was asked for, the model's default, or all that the
+    """How many tokens a choice may have: the request's limit, the model's default, or all that the
     context leaves. Raises ContextLengthExceeded."""
     room = limits.max_model_len - prompt_tokens
     unlimited = options.max_tokens == UNLIMITED
@@ -188,15 +188,14 @@ def output_limit(
     else:
         remedy = f"ask for at most {room}, or send {kind.shorter}"
     wanted = f" and {asked} for the answer" if asked else ""
-    raise ContextLengthExceeded(
-        f"{ContextLengthExceeded.lead}: this model takes {limits.max_model_len} tokens; "
-        f"{kind.need} {prompt_tokens}{pictures}{wanted}; {remedy}",
-        param=kind.field if room < 1 else options.max_tokens_field,
-    )
+    needed = f"{prompt_tokens}{pictures}{wanted}"
+    error = prompt_too_long(kind, limits.max_model_len, needed, remedy)
+    error.param = kind.field if room < 1 else options.max_tokens_field
+    raise error
 
 
 def num_logprobs(options: GenerationOptions, limits: SamplingLimits) -> int | None:
-    """None without log-probabilities. Raises InvalidRequest beyond the server's limit."""
+    """How many alternatives of each token; None: no log-probabilities. Raises InvalidRequest."""
     wanted = options.top_logprobs
     if wanted is not None and wanted > limits.max_logprobs:
         raise InvalidRequest(
@@ -205,24 +204,23 @@ def num_logprobs(options: GenerationOptions, limits: SamplingLimits) -> int | No
     return wanted
 
 
-def known_ids(ids: Sequence[int], limits: SamplingLimits, param: str) -> tuple[int, ...]:
-    """Each id once. Raises InvalidRequest for one that the model does not have."""
+def check_token_ids(ids: Collection[int], limits: SamplingLimits, param: str) -> None:
+    """Raises InvalidRequest for an id that the model does not have."""
     unknown = next((i for i in ids if limits.vocab_size and i >= limits.vocab_size), None)
     if unknown is not None:
         raise InvalidRequest(
             f"{param}: {unknown} is no token id; this model has {limits.vocab_size}", param=param
         )
-    return tuple(dict.fromkeys(ids))
 
 
 def _bias(bias: Mapping[str, float], limits: SamplingLimits) -> dict[int, float]:
-    """Keys are token ids, written as JSON writes keys: as strings."""
+    """Biases by token id; in JSON the ids are strings. Raises InvalidRequest."""
     values: dict[int, float] = {}
     for key, value in bias.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
             raise InvalidRequest("logit_bias: keys should be token ids", param="logit_bias")
         values[int(key)] = float(value)
-    known_ids(tuple(values), limits, "logit_bias")
+    check_token_ids(values.keys(), limits, "logit_bias")
     return values
 
 

@@ -11,7 +11,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal, NotRequired
+from typing import Annotated, Any, ClassVar, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -24,7 +24,6 @@ from opticnerve.generation.values import Usage
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity.
 
-FinishReason = Literal["stop", "length"]
 StopReason = Annotated[
     str | int | None,
     Field(description="The stop string or token that ended it; null for the model's own end."),
@@ -158,9 +157,8 @@ class AnswerWriter(ABC):
     def __init__(self, model: str, *, usage: bool = False, timings: bool = False) -> None:
         """``usage``: a stream has it at its end. ``timings``: the answer has them."""
         self.system_fingerprint: str | None = None
-        self.logprobs = (
-            False  # Whether the choices of a whole answer have them, if only an empty list.
-        )
+        # Whether the choices of a whole answer have log-probabilities, even if the list is empty.
+        self.logprobs = False
         self._id = f"{self.id_prefix}{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model

@@ -15,7 +15,6 @@ from gateway.api.answer import (
     AnswerWriter,
     ChoiceLogprobs,
     CompletionUsage,
-    FinishReason,
     StopReason,
     StreamUsage,
     logprobs_json,
@@ -26,7 +25,7 @@ from gateway.api.schemas.base import INTEGRAL, Unused, fault
 from gateway.api.schemas.generate import GenerateFields, OutputLength
 from gateway.api.schemas.messages import TemplateFields
 from gateway.job import GenerationOptions
-from gateway.output.events import ChoiceEnd, Text
+from gateway.output.events import ChoiceEnd, EndReason, Text
 
 router = make_router("generation")
 
@@ -86,7 +85,7 @@ class ChatCompletionMessage(TypedDict):
 class ChatCompletionChoice(TypedDict):
     index: int
     message: ChatCompletionMessage
-    finish_reason: FinishReason
+    finish_reason: EndReason
     stop_reason: StopReason
     logprobs: NotRequired[ChoiceLogprobs | None]
 
@@ -106,7 +105,7 @@ class ChunkChoice(TypedDict):
     index: int
     delta: ChoiceDelta
     logprobs: ChoiceLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: EndReason | None
     stop_reason: NotRequired[StopReason]
 
 

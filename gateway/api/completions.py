@@ -15,7 +15,6 @@ from gateway.api.answer import (
     AnswerHead,
     AnswerWriter,
     CompletionUsage,
-    FinishReason,
     StopReason,
     StreamUsage,
     streamed,
@@ -25,7 +24,7 @@ from gateway.api.schemas.base import UnsupportedField
 from gateway.api.schemas.generate import GenerateFields, OutputLength
 from gateway.api.schemas.sampling import TokenId
 from gateway.job import GenerationOptions, TextPrompt, TokenPrompt
-from gateway.output.events import ChoiceEnd, Text
+from gateway.output.events import ChoiceEnd, EndReason, Text
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, of this route.
 
@@ -83,7 +82,7 @@ class CompletionChoice(TypedDict):
     index: int
     text: str
     logprobs: NotRequired[None]
-    finish_reason: FinishReason | None
+    finish_reason: EndReason | None
     stop_reason: NotRequired[StopReason]
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 from gateway.job import GenerationOptions
 from gateway.output.detokenizer import Vocabulary
-from gateway.output.events import ChoiceEnd, Text, TextLogprobs, TokenLogprob
+from gateway.output.events import ChoiceEnd, EndReason, Text, TextLogprobs, TokenLogprob
 from gateway.output.stops import OutputText
 from opticnerve.errors import EngineFailure
 from opticnerve.generation.values import Delta, FinishReason, Logprob, PositionLogprobs
-
-Reason = Literal["stop", "length"]
 
 
 class Choices:
@@ -34,11 +31,11 @@ class Choices:
             )
             for _ in range(sampling.n or 1)
         ]
-        self.finish_reasons: list[Reason | None] = [None] * len(self._outputs)
+        self.finish_reasons: list[EndReason | None] = [None] * len(self._outputs)
 
     @property
     def ended(self) -> bool:
-        """Whether every choice is complete; then the generation can be left."""
+        """Whether every choice is complete, so that no more tokens are needed."""
         return None not in self.finish_reasons
 
     def has_ended(self, choice: int) -> bool:
@@ -50,7 +47,7 @@ class Choices:
         return sum(output.num_tokens for output in self._outputs)
 
     def take(self, delta: Delta) -> list[Text | ChoiceEnd]:
-        """The events that ``delta`` makes; none for a choice that has ended.
+        """The events of ``delta``; none for a choice that has ended.
 
         Raises EngineFailure if the worker aborted the sequence.
         """
@@ -77,7 +74,7 @@ class Choices:
         return events
 
     def _hides_last(self, delta: Delta) -> bool:
-        """Whether the last token is the one that ended the choice, and is not to be shown."""
+        """Whether the last token ended the choice and its text is not shown."""
         if delta.finish_reason is not FinishReason.STOP or not delta.token_ids:
             return False
         last = delta.token_ids[-1]

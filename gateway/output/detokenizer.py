@@ -1,9 +1,9 @@
-"""Token ids to text as they come: every delta is whole characters, and the deltas together are
-what decoding all ids at once gives.
+"""Streaming detokenization: every delta is whole characters, and the deltas together equal the
+decoding of all ids at once.
 
-Two kinds of vocabulary are read by table, a token at a time: byte-level BPE, where a token spells
-bytes, and sentencepiece with byte fallback, where a token is text or the name of one byte. Others
-go through the library's decoder over a short window.
+Two kinds of vocabulary are decoded by table, a token at a time: byte-level BPE, where a token
+spells bytes, and sentencepiece with byte fallback, where a token is text or the name of one byte.
+For others the library decodes a short window of tokens.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Detokenizer(Protocol):
-    """State of one choice's text."""
+    """The state of decoding one choice."""
 
     def push(self, token_id: int) -> str:
         """The characters that ``token_id`` completes; often one token's text, sometimes none."""
         ...
 
     def flush(self) -> str:
-        """The rest at the end: U+FFFD for bytes that never became a character, else nothing."""
+        """The rest at the end: U+FFFD for bytes that did not become a character, else nothing."""
         ...
 
 
 class Vocabulary:
-    """The text of one checkpoint's tokens. Shared by all requests; tables fill as ids appear."""
+    """The text of a checkpoint's tokens. Shared by all requests; its tables fill as ids appear."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -53,7 +53,7 @@ class Vocabulary:
         return Windowed(self, skipped)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for in running text; b"" for an id without a token."""
+        """The bytes that one token spells within a text; b"" for an id without a token."""
         if self.byte_level:
             return self.spelled_bytes(token_id)
         if self.pieces is not None:
@@ -62,7 +62,7 @@ class Vocabulary:
         return self.tokenizer.decode([token_id]).encode()
 
     def spelled_bytes(self, token_id: int) -> bytes:
-        """Byte-level BPE: the bytes that a token's characters name."""
+        """Byte-level BPE: the bytes that a token's characters stand for."""
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = spell(self.tokenizer.token_of(token_id) or "")
@@ -81,6 +81,8 @@ class Vocabulary:
 
 
 class ByteLevel:
+    """Byte-level BPE: the tokens' bytes through an incremental UTF-8 decoder."""
+
     def __init__(self, vocabulary: Vocabulary, skipped: frozenset[int]) -> None:
         self._bytes = vocabulary.spelled_bytes
         self._skipped = skipped
@@ -96,15 +98,15 @@ class ByteLevel:
 
 
 class Pieces:
-    """A run of byte tokens becomes characters as soon as they are complete; each byte that can
-    never be part of one becomes U+FFFD."""
+    """Sentencepiece. A run of byte tokens becomes characters as soon as they are complete; each
+    byte that cannot be part of a character becomes U+FFFD."""
 
     def __init__(
         self, vocabulary: Vocabulary, skipped: frozenset[int], strip_left: int = 0
     ) -> None:
         self._piece = vocabulary.piece
         self._skipped = skipped
-        self._strip = strip_left  # Spaces still to be taken off the start of the text.
+        self._strip = strip_left  # Spaces still to remove from the start of the text.
         self._run = bytearray()
 
     def push(self, token_id: int) -> str:
@@ -122,7 +124,7 @@ class Pieces:
         return left
 
     def _characters(self) -> str:
-        """The complete characters at the start of the run, which lose their bytes there."""
+        """Removes the complete characters from the start of the run and returns them."""
         text = ""
         while self._run:
             try:
@@ -139,7 +141,7 @@ class Pieces:
         return text
 
     def _stripped(self, text: str) -> str:
-        """Leading spaces of the whole text are the first token's word mark."""
+        """Removes leading spaces of the whole text: the first token's word mark."""
         while self._strip and text:
             if not text.startswith(" "):
                 self._strip = 0
@@ -149,10 +151,10 @@ class Pieces:
 
 
 class Windowed:
-    """The library's decoder over the tokens since the last clean cut. What ends in U+FFFD may be
-    an incomplete character and waits, but not for ever."""
+    """The library's decoder over the tokens since text was last shown. Text that ends in U+FFFD
+    may end in an incomplete character, and is held back for at most LONGEST tokens."""
 
-    LONGEST = 16  # Tokens of one character, more than any vocabulary needs.
+    LONGEST = 16  # Tokens of one character: more than any vocabulary needs.
 
     def __init__(self, vocabulary: Vocabulary, skipped: frozenset[int]) -> None:
         self._decode = vocabulary.tokenizer.decode
@@ -181,7 +183,8 @@ class Windowed:
 
 
 class PieceRules:
-    """How a sentencepiece decoder changes each token's text, and the start of the whole text."""
+    """A sentencepiece decoder's replacements in each token's text, and the number of spaces that it
+    removes from the start of the whole text."""
 
     def __init__(self, replacements: Sequence[tuple[str, str]], strip_left: int) -> None:
         self.replacements = tuple(replacements)
@@ -228,8 +231,8 @@ ALPHABET = _byte_alphabet()
 
 
 def spell(token: str) -> bytes:
-    """The bytes of a byte-level token. An added token with characters outside the alphabet (a
-    space, say) is itself."""
+    """The bytes of a byte-level token. An added token with characters outside the alphabet, such as
+    a space, is plain text."""
     try:
         return bytes([ALPHABET[character] for character in token])
     except KeyError:

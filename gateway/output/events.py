@@ -1,4 +1,4 @@
-"""What an answer is made of while it is written, whatever API shows it."""
+"""The events of an answer, from which each API writes its own format."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any, Literal, NamedTuple
 
 from opticnerve.generation.values import Usage
 
+EndReason = Literal["stop", "length"]
+"""The finish reasons of a successful answer, as OpenAI names them."""
+
 
 class TokenLogprob(NamedTuple):
-    """One token by the bytes that it spells, and the natural log of its probability."""
+    """One token, as the bytes that it spells, and the natural log of its probability."""
 
     spelled: bytes
     logprob: float
@@ -25,8 +28,8 @@ class TextLogprobs(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """More text of a choice. ``logprobs``: one entry a token, which may come before its text; None
-    where none were asked for. ``usage``: that of all choices so far, where the job asks for it."""
+    """More text of a choice. ``logprobs``: one entry per token, which may precede the token's text;
+    None if the job asks for none. ``usage``: all choices so far, if the job asks for it."""
 
     choice: int
     text: str
@@ -36,18 +39,18 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceEnd:
-    """A choice is complete. ``stop_reason``: the stop string, or the stop token id of the request,
-    that ended it; None for the model's own end."""
+    """A choice is complete. ``stop_reason``: the request's stop string or stop token id that ended
+    it; None if the model's end-of-sequence token or the length did."""
 
     choice: int
-    finish_reason: Literal["stop", "length"]
+    finish_reason: EndReason
     stop_reason: str | int | None = None
     usage: Usage | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The answer is complete. ``timings``: milliseconds by stage, as clients are shown them."""
+    """The answer is complete. ``timings``: milliseconds by stage, as clients see them."""
 
     usage: Usage
     timings: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Stop strings in streamed text, and one choice's output from token ids to shown text."""
+"""Stop strings in streamed text, and one choice's text from its token ids."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from gateway.output.detokenizer import Vocabulary
 
 
 class StopMatcher:
-    """Finds the first of several strings in text that comes in pieces.
+    """Finds the first of several strings in text that arrives in pieces.
 
-    Holds back only a suffix that one of the strings could still begin with.
+    Holds back only the suffix of the text with which a stop string may begin.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -38,7 +38,7 @@ class StopMatcher:
         return held
 
     def _suffix(self, text: str) -> int:
-        """Length of the longest suffix of ``text`` that a stop string begins with."""
+        """The length of the longest suffix of ``text`` with which a stop string begins."""
         longest = max((len(string) for string in self.strings), default=0)
         for size in range(min(longest - 1, len(text)), 0, -1):
             tail = text[-size:]
@@ -49,7 +49,8 @@ class StopMatcher:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The text of some tokens. ``num_tokens`` of them count: all, or those up to a stop string."""
+    """The text of some tokens. ``num_tokens``: how many of them, without those after a stop
+    string."""
 
     text: str
     num_tokens: int
@@ -57,7 +58,7 @@ class Piece:
 
 
 class OutputText:
-    """One choice: ids in, text out. ``stopped`` names the stop string that ended it."""
+    """One choice: ids in, text out. ``stopped``: the stop string that ended it."""
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class OutputText:
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
     ) -> None:
-        """``min_tokens``: the text of the first so many tokens is not searched for stop strings."""
+        """``min_tokens``: how many tokens at the start are not searched for stop strings."""
         self._detokenizer = vocabulary.detokenizer(skip_special_tokens=skip_special_tokens)
         self._matcher = StopMatcher(stop)
         self._include_stop = include_stop
@@ -77,14 +78,15 @@ class OutputText:
         self.stopped: str | None = None
 
     def push(self, token_ids: Iterable[int]) -> Piece:
-        """Takes tokens in order. After a stop string the rest of them are not counted."""
+        """Adds tokens in order. Those after a stop string are neither shown nor counted."""
         shown: list[str] = []
         count = 0
         for token_id in token_ids:
             if self.stopped is not None:
                 break
             count += 1
-            shown.append(self._take(self._detokenizer.push(token_id)))
+            self.num_tokens += 1
+            shown.append(self._match(self._detokenizer.push(token_id)))
         return Piece("".join(shown), count, self.stopped)
 
     def count_hidden(self) -> None:
@@ -95,15 +97,13 @@ class OutputText:
         """The text that was held back, at the end of the choice."""
         if self.stopped is not None:
             return Piece("", 0, self.stopped)
-        text = self._detokenizer.flush()
-        self.num_tokens -= 1  # _take counts a token; this text belongs to earlier ones.
-        shown = self._take(text)
+        shown = self._match(self._detokenizer.flush())
         if self.stopped is None:
             shown += self._matcher.flush()
         return Piece(shown, 0, self.stopped)
 
-    def _take(self, text: str) -> str:
-        self.num_tokens += 1
+    def _match(self, text: str) -> str:
+        """The part of ``text`` that can be shown now; sets ``stopped`` if it has a stop string."""
         if self.num_tokens <= self._min_tokens:
             return text
         shown, stop, rest = self._matcher.push(text)

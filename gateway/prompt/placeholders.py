@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway.job import ChatPrompt, prompt_too_long
 from gateway.prompt.tokenizer import (
     Tokenizer,
     added_tokens,
@@ -18,7 +19,7 @@ from gateway.prompt.tokenizer import (
 )
 from opticnerve.checkpoints.settings import read_object
 from opticnerve.checkpoints.tokenizer_files import named_tokens, read_tokenizer_config
-from opticnerve.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
+from opticnerve.errors import CheckpointError, InvalidRequest
 from opticnerve.media.plan import Modality, Plan, Span
 from opticnerve.models.family import Layout, RowRun
 
@@ -154,14 +155,16 @@ def check_count(layout: Layout, token_ids: Sequence[int], pictures: int) -> None
 
 def check_length(num_ids: int, plans: Sequence[Plan], max_tokens: int) -> None:
     """Raises ContextLengthExceeded. ``num_ids`` counts one placeholder for each item."""
-    of_pictures = sum(plan.num_tokens for plan in plans)
-    needed = num_ids - len(plans) + of_pictures
+    picture_tokens = sum(plan.num_tokens for plan in plans)
+    needed = num_ids - len(plans) + picture_tokens
     if needed <= max_tokens:
         return
-    pictures = f" ({of_pictures} of them for pictures)" if plans else ""
-    remedy = ", fewer pictures, or pictures with lower min_pixels and max_pixels" if plans else ""
-    raise ContextLengthExceeded(
-        f"{ContextLengthExceeded.lead}: this model takes {max_tokens} tokens; the messages need "
-        f"{needed}{pictures}; send shorter messages{remedy}",
-        param="messages",
+    if not plans:
+        raise prompt_too_long(ChatPrompt, max_tokens, str(needed))
+    raise prompt_too_long(
+        ChatPrompt,
+        max_tokens,
+        f"{needed} ({picture_tokens} of them for pictures)",
+        f"send {ChatPrompt.shorter}, fewer pictures, or pictures with lower min_pixels and "
+        "max_pixels",
     )

@@ -1,43 +1,43 @@
-"""Prompts of text or token ids, without a chat template and without items."""
+"""Prompts of text or token ids: without a chat template, and without pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gateway.job import TextPrompt, TokenPrompt
+from gateway.job import TextPrompt, TokenPrompt, prompt_too_long
 from gateway.prompt.placeholders import ExpandedPrompt
 from gateway.prompt.tokenizer import Tokenizer
-from opticnerve.errors import ContextLengthExceeded, InvalidRequest
+from opticnerve.errors import InvalidRequest
 from opticnerve.models.family import Layout
 
 
 def read_plain(
     prompt: TextPrompt | TokenPrompt, tokenizer: Tokenizer, layout: Layout
 ) -> ExpandedPrompt:
-    """The prompt as the decoder gets it.
+    """The prompt's token ids.
 
-    Raises InvalidRequest for ids that stand for pictures, and ContextLengthExceeded for what no
-    worker could take.
+    Raises InvalidRequest for ids that stand for pictures, and ContextLengthExceeded for a prompt
+    that no worker could take.
     """
     if isinstance(prompt, TokenPrompt):
         _check_ids(prompt.token_ids, layout)
         return ExpandedPrompt("", prompt.token_ids)
     most = layout.max_positions
-    if tokenizer.exceeds(prompt.text, most):  # What follows takes several times as much.
-        raise _too_long(most, "many more")
+    if tokenizer.exceeds(prompt.text, most):  # Cheaper than encoding all of it.
+        raise prompt_too_long(TextPrompt, most, "many more")
     names = tokenizer.special_ids
     pictures = frozenset(names[i] for i in layout.placeholder_ids.values() if i in names)
     ids = tokenizer.encode_prompt(
         prompt.text, add_special_tokens=prompt.add_special_tokens, plain=pictures
     )
     if len(ids) > most:
-        raise _too_long(most, str(len(ids)))
+        raise prompt_too_long(TextPrompt, most, str(len(ids)))
     return ExpandedPrompt(prompt.text, tuple(ids))
 
 
 def _check_ids(ids: Sequence[int], layout: Layout) -> None:
     if len(ids) > layout.max_positions:
-        raise _too_long(layout.max_positions, str(len(ids)))
+        raise prompt_too_long(TokenPrompt, layout.max_positions, str(len(ids)))
     pictures = set(layout.placeholder_ids.values())
     found = next((token_id for token_id in ids if token_id in pictures), None)
     if found is not None:
@@ -46,11 +46,3 @@ def _check_ids(ids: Sequence[int], layout: Layout) -> None:
             "in messages, to /v1/chat/completions",
             param="prompt",
         )
-
-
-def _too_long(most: int, needed: str) -> ContextLengthExceeded:
-    return ContextLengthExceeded(
-        f"{ContextLengthExceeded.lead}: this model takes {most} tokens; {TextPrompt.need} "
-        f"{needed}; send {TextPrompt.shorter}",
-        param=TextPrompt.field,
-    )

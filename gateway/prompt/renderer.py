@@ -19,7 +19,7 @@ from gateway.api.schemas.messages import (
     call_arguments,
 )
 from gateway.edge.limits import MAX_PROMPT_CHARACTERS
-from gateway.job import ChatPrompt
+from gateway.job import ChatPrompt, prompt_too_long
 from gateway.prompt import placeholders
 from gateway.prompt.placeholders import ExpandedPrompt
 from gateway.prompt.provenance import Marks
@@ -92,11 +92,7 @@ class ChatRenderer:
             raise self._too_long()
 
     def _too_long(self) -> ContextLengthExceeded:
-        return ContextLengthExceeded(
-            f"{ContextLengthExceeded.lead}: this model takes {self.layout.max_positions} tokens, "
-            "and the messages need many more; send shorter messages",
-            param="messages",
-        )
+        return prompt_too_long(ChatPrompt, self.layout.max_positions, "many more")
 
     def build(self, rendered: RenderedChat, plans: Sequence[Plan]) -> ExpandedPrompt:
         """The prompt with every item's tokens; ``plans`` in the order of the items. Raises
