@@ -1,7 +1,7 @@
-"""What the answers of all generating APIs share: usage, log-probabilities, and a writer that turns
-events into one body or a stream of chunks.
+"""Answers of the generating APIs: usage, log-probabilities, and a writer that turns events into one
+body or a stream of chunks.
 
-The typed dictionaries are what is sent and what the API's description shows.
+The typed dictionaries describe the JSON that is sent, also for the OpenAPI document.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEAST_LOGPROB = -9999.0  # JSON has no infinity.
 
 StopReason = Annotated[
     str | int | None,
-    Field(description="The stop string or token that ended it; null for the model's own end."),
+    Field(description="The stop string or token that ended it; null for end-of-sequence."),
 ]
 
 
@@ -49,7 +49,7 @@ class TopLogprob(TypedDict):
 
 
 class ContentLogprob(TopLogprob):
-    """A token of the answer, and the most likely ones in its place."""
+    """A token of the answer, and the most likely tokens at its position."""
 
     top_logprobs: list[TopLogprob]
 
@@ -60,16 +60,16 @@ class ChoiceLogprobs(TypedDict):
 
 
 class AnswerHead(TypedDict):
-    """What a whole answer and the chunks of a streamed one share."""
+    """The fields that a whole answer and each chunk of a streamed one share."""
 
     id: str
     created: Annotated[int, Field(description="Seconds since 1970.")]
     model: str
-    system_fingerprint: Annotated[str | None, Field(description="Of the checkpoint that answered.")]
+    system_fingerprint: Annotated[str | None, Field(description="Identifies the checkpoint.")]
     timings: NotRequired[
         Annotated[
             dict[str, Any],
-            Field(description="Milliseconds by stage; where the request asked for timings."),
+            Field(description="Milliseconds by stage, if the request asks for timings."),
         ]
     ]
 
@@ -77,8 +77,8 @@ class AnswerHead(TypedDict):
 StreamUsage = Annotated[
     CompletionUsage | None,
     Field(
-        description="In the last chunk, where stream_options.include_usage asks; with "
-        "continuous_usage_stats in every one, of all choices so far."
+        description="In the last chunk, with stream_options.include_usage; in every chunk, for all "
+        "choices so far, with continuous_usage_stats too."
     ),
 ]
 _TIMINGS_HEADER = {
@@ -119,7 +119,7 @@ def _content(at: TextLogprobs) -> ContentLogprob:
 
 
 def _token(token: TokenLogprob) -> TopLogprob:
-    """Parts of a character are shown as U+FFFD, and as their bytes."""
+    """``token`` shows an incomplete character as U+FFFD; ``bytes`` has its bytes."""
     text = token.spelled.decode("utf-8", "replace")
     logprob = max(token.logprob, LEAST_LOGPROB)
     return {"token": text, "logprob": logprob, "bytes": list(token.spelled)}
@@ -127,16 +127,16 @@ def _token(token: TokenLogprob) -> TopLogprob:
 
 @dataclass(slots=True)
 class WrittenChoice:
-    """A choice of a whole answer. ``logprobs``: JSON, as pieces of a list: at a kilobyte a token,
-    objects would take ten times as much, and encoding them at the end would hold others up. None
-    where none were asked for."""
+    """A choice of a whole answer. ``logprobs``: the list's entries as encoded JSON, a kilobyte per
+    token: as objects they would take ten times the memory, and encoding all of them at the end
+    would block the event loop. None if the request asks for none."""
 
     logprobs: list[bytes] | None
     texts: list[str] = field(default_factory=list)
     end: ChoiceEnd | None = None
 
     def add(self, more: Text | ChoiceEnd) -> int:
-        """Adds an event; returns the bytes that it takes."""
+        """Adds an event; returns the bytes of memory that it takes."""
         if isinstance(more, ChoiceEnd):
             self.end = more
             return 0
@@ -148,14 +148,14 @@ class WrittenChoice:
 
 
 class AnswerWriter(ABC):
-    """The events of one job as one API's JSON; ``body`` for a whole answer, or ``chunks``."""
+    """Writes a job's events as one API's JSON: ``body`` a whole answer, ``chunks`` a stream."""
 
     id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
     def __init__(self, model: str, *, usage: bool = False, timings: bool = False) -> None:
-        """``usage``: a stream has it at its end. ``timings``: the answer has them."""
+        """``usage``: whether a stream ends with it. ``timings``: whether the answer has them."""
         self.system_fingerprint: str | None = None
         # Whether the choices of a whole answer have log-probabilities, even if the list is empty.
         self.logprobs = False
@@ -165,23 +165,23 @@ class AnswerWriter(ABC):
         self._usage = usage
         self._timings = timings
 
-    # ---- what APIs differ in: a choice as JSON
+    # ---- a choice as JSON, which each API defines
 
     def opening(self, choice: int) -> Mapping[str, Any] | None:
-        """In the first chunk of a choice, before its text; None for no such chunk."""
+        """The choice in its first chunk, before its text; None for no such chunk."""
         return None
 
     @abstractmethod
     def text(self, more: Text) -> Mapping[str, Any]:
-        """In a chunk with text."""
+        """The choice in a chunk with text."""
 
     @abstractmethod
     def ending(self, end: ChoiceEnd) -> Mapping[str, Any]:
-        """In the last chunk of a choice."""
+        """The choice in its last chunk."""
 
     @abstractmethod
     def whole(self, text: str, end: ChoiceEnd) -> Mapping[str, Any]:
-        """In a whole answer; ``logprobs`` is added."""
+        """The choice in a whole answer, without ``logprobs``."""
 
     # ---- bodies
 
@@ -192,9 +192,9 @@ class AnswerWriter(ABC):
         hold: Callable[[int], None],
         max_bytes: int,
     ) -> bytes:
-        """A whole answer. ``hold`` counts the bytes that are kept until it is complete.
+        """A whole answer. ``hold`` counts the bytes that are held until it is complete.
 
-        Raises AnswerTooLarge, Overloaded, and what ``events`` raises.
+        Raises AnswerTooLarge, Overloaded, and the errors of ``events``.
         """
         choices: dict[int, WrittenChoice] = {}
         total = 0
@@ -218,9 +218,9 @@ class AnswerWriter(ABC):
     async def chunks(
         self, first: AnswerEvent, events: AsyncGenerator[AnswerEvent, None]
     ) -> AsyncGenerator[bytes, None]:
-        """A stream's events, and its end. Raises what ``events`` raises."""
+        """The server-sent events of a stream, with its end. Raises the errors of ``events``."""
         begun: set[int] = set()
-        shown = 0  # Output tokens of the chunks so far.
+        shown = 0  # Output tokens in the chunks so far.
         last = first
         while not isinstance(last, End):
             data = b""
@@ -240,7 +240,7 @@ class AnswerWriter(ABC):
 
     def _whole(self, choice: WrittenChoice) -> bytes:
         if choice.end is None:
-            raise EngineFailure("the LLM worker ended the answer before its end")
+            raise EngineFailure("the LLM worker ended the generation before a choice had ended")
         body = self.whole("".join(choice.texts), choice.end)
         if choice.logprobs is None:
             return with_json(body, "logprobs", b"null")

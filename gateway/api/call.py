@@ -1,4 +1,4 @@
-"""A request to one of the gateway's routes: read within bounds, and answered whole or streamed."""
+"""One HTTP request to a route: its bounded body, and its answer, whole or streamed."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ if TYPE_CHECKING:
 
 WARNINGS = "x-opticnerve-warnings"
 MAX_WARNING = 500
-PIECE_BYTES = 2**16  # Of an answer, given to the connection at once.
-UNREAD = "left: the client did not read its answer by the deadline"
+PIECE_BYTES = 2**16  # Bytes of an answer that are written to the connection at a time.
+UNREAD = "disconnected: the client did not read its answer by the deadline"
 EVENT_STREAM = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
-    "x-accel-buffering": "no",  # Reverse proxies pass every event on at once.
+    "x-accel-buffering": "no",  # Tells reverse proxies not to buffer events.
 }
 B = TypeVar("B", bound=Body)
 W = TypeVar("W", bound=AnswerWriter)
 
 
 class PiecewiseResponse(StreamingResponse):
-    """An answer that is sent as it is written. ``source`` is closed with it, whatever happens.
+    """An answer that is sent piece by piece. ``source`` is closed when it ends, in any way.
 
-    A client that does not read loses its connection soon after the deadline, so that it does not
-    hold its place and its answer for ever.
+    The connection of a client that does not read is closed ERROR_DELIVERY_S after the deadline, so
+    that its request does not count against the limits for ever.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class PiecewiseResponse(StreamingResponse):
                 logs.note(ended=UNREAD)
 
     async def _send_all(self, send: Send) -> None:
-        """A failure from here on is an event, after which the stream ends."""
+        """Sends the pieces. An error is sent as an event, after which the stream ends."""
         try:
             async for data in self._pieces:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
@@ -89,9 +89,9 @@ async def _pieces(body: bytes) -> AsyncGenerator[bytes, None]:
 
 
 class Call(Request):
-    """A request to one of the gateway's routes, what it holds, and how it is answered."""
+    """One request: its body, its limits (``ticket``, ``deadline``) and its answer."""
 
-    ignored = Ignored()  # What of the body is ignored, once that is read.
+    ignored = Ignored()  # The body's ignored fields, set when it is read.
 
     @property
     def gateway(self) -> Gateway:
@@ -100,19 +100,19 @@ class Call(Request):
 
     @property
     def ticket(self) -> Ticket:
-        """Where the route takes a body."""
+        """Exists on routes that take a body."""
         ticket: Ticket = self.state.ticket
         return ticket
 
     @property
     def deadline(self) -> Deadline:
-        """Where the route takes a body."""
+        """Exists on routes that take a body."""
         deadline: Deadline = self.state.deadline
         return deadline
 
     async def read(self, model: type[B]) -> B:
-        """The body as ``model``, which asks for a model that is served. Raises what ``read_body``
-        raises, DeadlineExceeded and ModelNotFound."""
+        """The body as ``model``. Raises the errors of ``read_body``, DeadlineExceeded, and
+        ModelNotFound for a model that is not served."""
         config = self.gateway.config
         async with self.deadline.timeout():
             parsed, self.ignored = await read_body(self, model, config, self.ticket)
@@ -134,12 +134,12 @@ class Call(Request):
         )
 
     def writer(self, kind: type[W], body: GenerateFields) -> W:
-        """A writer of the answer, with the usage and timings that the body or a header asks for."""
+        """The answer's writer, with usage and timings if the body or a header asks for them."""
         by_header = self.headers.get("x-opticnerve-timings", "") in ("1", "true")
         return kind(body.model, usage=body.stream_usage, timings=body.timings or by_header)
 
     async def answer(self, job: Job, writer: AnswerWriter, *, stream: bool) -> Response:
-        """The answer, whole or streamed. Until its first event a stream can fail with a status."""
+        """The answer, whole or streamed. An error before its first event is an HTTP status."""
         made = self.gateway.pipeline.run(job)
         first = await anext(made)
         writer.system_fingerprint = job.system_fingerprint
@@ -155,8 +155,8 @@ class Call(Request):
         return PiecewiseResponse(_pieces(body), made, headers, job.deadline)
 
     def warnings(self) -> dict[str, str]:
-        """A header that names the fields that had no effect. The names are the client's text: only
-        what is printable of them goes into the header, within bounds."""
+        """The header that lists fields without effect. Their names are the client's text, so only
+        their printable characters go into the header, up to MAX_WARNING."""
         effective = {REASONING_EFFORT} & self.gateway.pipeline.renderer.template.variables
         without_effect = [name for name in self.ignored.without_effect if name not in effective]
         lists = (
@@ -166,14 +166,14 @@ class Call(Request):
         text = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists if names)
         if not text:
             return {}
-        text = printable(text, MAX_WARNING).rstrip()  # A header that ends in a space is none.
+        text = printable(text, MAX_WARNING).rstrip()  # A header must not end in a space.
         logs.note(ignored=text)
         return {WARNINGS: text}
 
 
 class Route(APIRoute):
-    """A route that reads its own body, within bounds: FastAPI would hold a whole body before it
-    looks at it. Its handler takes a ``Call``, and ``body`` where the route takes one."""
+    """A route that reads its body within bounds: FastAPI would read a whole body before it checks
+    anything. The handler takes a ``Call``, and ``body`` if the route has one."""
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
         model = typing.get_type_hints(self.endpoint).get("body")
@@ -183,7 +183,7 @@ class Route(APIRoute):
             call = Call(request.scope, request.receive)
             if model is None:
                 return await handler(call)
-            # No name here holds the body while its handler runs.
+            # No variable here refers to the body, so that its handler can free it.
             response: Response = await self.endpoint(call, await call.read(model))
             return response
 
@@ -201,7 +201,7 @@ class Route(APIRoute):
 
 
 def make_router(*tags: str) -> APIRouter:
-    """A router for some routes. Handlers' names are those that generated clients call them by."""
+    """A router. Its handlers' names are the operation ids, by which generated clients call them."""
     return APIRouter(
         route_class=Route,
         tags=list(tags),

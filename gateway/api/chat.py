@@ -1,4 +1,4 @@
-"""``POST /v1/chat/completions``: a chat to continue."""
+"""``POST /v1/chat/completions``: continues a chat."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from gateway.output.events import ChoiceEnd, EndReason, Text
 router = make_router("generation")
 
 
-# Fields of others that are not served are removed, or refused, before this model sees the body: see
+# Unsupported fields are dropped or refused before this model validates the body: see
 # gateway.api.schemas.parsing.
 class ChatRequest(TemplateFields, GenerateFields):
-    """A chat to continue, and how."""
+    """A chat, and how to continue it."""
 
     max_completion_tokens: OutputLength | None = None
     logprobs: bool | None = None
@@ -41,11 +41,13 @@ class ChatRequest(TemplateFields, GenerateFields):
     metadata: Unused = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = Field(None, description="A hint; caches have one rule.")
+    prompt_cache_retention: str | None = Field(
+        None, description="Has no effect: every prefix is cached."
+    )
     store: bool | None = Field(None, description="Nothing is stored.")
-    service_tier: str | None = Field(None, description="There is one; see priority.")
+    service_tier: str | None = Field(None, description="Has no effect; see priority.")
     verbosity: Literal["low", "medium", "high"] | None = Field(
-        None, description="Of no effect but medium's; ask for it in a message."
+        None, description="Has no effect; ask for it in a message."
     )
 
     @model_validator(mode="after")
@@ -97,7 +99,9 @@ class ChatCompletion(AnswerHead):
 
 
 class ChoiceDelta(TypedDict):
-    role: NotRequired[Annotated[Literal["assistant"], Field(description="In a choice's first.")]]
+    role: NotRequired[
+        Annotated[Literal["assistant"], Field(description="In a choice's first chunk.")]
+    ]
     content: str
 
 
@@ -129,7 +133,7 @@ class ChatWriter(AnswerWriter):
         return _chunk_choice(more.choice, {"content": more.text}, logprobs_json(more.logprobs))
 
     def ending(self, end: ChoiceEnd) -> ChunkChoice:
-        """Its ``content`` is a string like every other chunk's."""
+        """Its ``content`` is an empty string, so that every chunk has a string there."""
         choice = _chunk_choice(end.choice, {"content": ""})
         return {**choice, "finish_reason": end.finish_reason, "stop_reason": end.stop_reason}
 
@@ -159,5 +163,5 @@ async def create_chat_completion(call: Call, body: ChatRequest) -> Response:
     writer = call.writer(ChatWriter, body)
     job = call.job(body.prompt, body.options)
     stream = bool(body.stream)
-    del body  # With the pictures in its messages.
+    del body  # Frees the pictures in its messages once the job drops its prompt.
     return await call.answer(job, writer, stream=stream)

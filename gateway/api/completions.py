@@ -1,4 +1,4 @@
-"""``POST /v1/completions``: text, or token ids, to continue."""
+"""``POST /v1/completions``: continues a text or token ids."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from gateway.api.schemas.sampling import TokenId
 from gateway.job import GenerationOptions, TextPrompt, TokenPrompt
 from gateway.output.events import ChoiceEnd, EndReason, Text
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's, of this route.
+DEFAULT_MAX_TOKENS = 16  # OpenAI's default for this route.
 
 router = make_router("generation")
 
 
 def _single(prompt: Any) -> Any:
-    """The prompt of a list that holds one."""
+    """The only entry of a list of prompts. Raises PydanticCustomError for several."""
     if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
         return prompt
     if len(prompt) > 1:
@@ -45,7 +45,7 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(GenerateFields):
-    """A prompt to continue, and how."""
+    """A prompt, and how to continue it."""
 
     unsupported: ClassVar[Mapping[str, UnsupportedField]] = {
         "logprobs": UnsupportedField((), "ask /v1/chat/completions for log-probabilities"),
@@ -57,14 +57,14 @@ class CompletionRequest(GenerateFields):
     prompt: Annotated[
         Words | TokenIds,
         Field(
-            description="Text, in which special tokens are special, but those that stand for "
-            "pictures are text; or token ids."
+            description="Text or token ids. Special tokens in a text are special, except that "
+            "placeholders of pictures are text."
         ),
         BeforeValidator(_single, json_schema_input_type=Words | TokenIds),
     ]
     max_tokens: OutputLength | None = Field(None, description="Default: 16.")
     add_special_tokens: bool = Field(
-        True, description="Of a text: those that the tokenizer puts before it."
+        True, description="Whether the tokenizer adds its own to a text, such as BOS."
     )
 
     @property
@@ -130,5 +130,5 @@ async def create_completion(call: Call, body: CompletionRequest) -> Response:
     writer = call.writer(CompletionWriter, body)
     job = call.job(body.source, body.options)
     stream = bool(body.stream)
-    del body  # Its prompt may be long.
+    del body  # Frees a long prompt once the job drops it.
     return await call.answer(job, writer, stream=stream)

@@ -1,5 +1,5 @@
-"""``/health``, ``/ready``, ``/live`` and ``/metrics``: how the server is. Where keys are asked for,
-a caller without one is told the status alone."""
+"""``/health``, ``/ready``, ``/live`` and ``/metrics``. If the server has API keys, a caller without
+one sees the status alone."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from gateway.app import Gateway
 
 HIDDEN = frozenset({"cost", "cost_per_s", "max_cost_in_flight", "max_heavy_cost_in_flight"})
-PUBLIC = frozenset({"status", "pictures"})  # Of a body, for callers without a key.
-KEYED = "Not for callers without a key, where keys are asked for."
+PUBLIC = frozenset({"status", "pictures"})  # Fields for callers without a key.
+KEYED = "Hidden from callers without a key, if the server has keys."
 
 router = make_router("server")
-metrics_router = make_router("server")  # Where metrics have no port of their own.
+metrics_router = make_router("server")  # If metrics have no port of their own.
 
-Missing = Annotated[list[str], Field(description=f"What a request would wait for. {KEYED}")]
+Missing = Annotated[list[str], Field(description=f"Why a request could not be served now. {KEYED}")]
 Details = Annotated[dict[str, Any], Field(description=KEYED)]
 
 
@@ -64,7 +64,7 @@ class Health(TypedDict):
 
 @router.get(
     "/health",
-    summary="Every worker's state, and the settings in effect; 503 when nothing is served",
+    summary="Every worker's state, and the settings in effect; 503 if nothing can be served",
     response_model=Health,
     responses={503: {"description": "The same.", "model": Health}},
 )
@@ -74,7 +74,7 @@ async def get_health(call: Call) -> Response:
     return _answer(call, body, 200 if served else 503)
 
 
-@router.get("/live", summary="Whether the gateway runs", response_model=Live)
+@router.get("/live", summary="Whether the gateway process answers", response_model=Live)
 async def get_live(call: Call) -> Response:
     live: Live = {"status": "live"}
     return JSONResponse(live)
@@ -101,16 +101,16 @@ async def get_metrics(call: Call) -> Response:
 
 
 def _answer(call: Call, body: Mapping[str, Any], status: int) -> Response:
-    """To callers without a key only what anyone may know: no addresses, limits or settings."""
+    """Callers without a key get the public fields only: no addresses, limits or settings."""
     if call.gateway.keys.required and call.state.caller is ANONYMOUS:
         body = {name: value for name, value in body.items() if name in PUBLIC}
     return JSONResponse(body, status)
 
 
 def readiness(pairing: Pairing, *, pictures: bool, draining: bool) -> Readiness:
-    """Ready from the moment that every kind of request would be served, and from then on for as
-    long as text would be: a gateway that lost its encoders still has work that it can do. With
-    ``pictures``, exactly while a picture request would be served now."""
+    """Ready once text and pictures could both be served, and from then on while text can be: a
+    gateway that lost its encoders can still serve text. With ``pictures``, ready only while a
+    picture request can be served."""
     ready = not draining and pairing.has_been_ready and not pairing.missing(pictures)
     return {
         "status": "ready" if ready else "not ready",
@@ -141,14 +141,14 @@ def health(gateway: Gateway) -> Health:
 def _status(
     pairing: Pairing, store: Mapping[str, Any], *, draining: bool
 ) -> Literal["ok", "degraded", "unavailable", "draining"]:
-    """Unavailable where no request at all would be served."""
+    """Unavailable if not even a text request could be served."""
     if draining:
         return "draining"
     if pairing.missing(pictures=False):
         return "unavailable"
     workers = [*pairing.encoders.workers, *pairing.llms.workers]
-    hurt = pairing.missing() or store["unreachable_from"] or any(w.fault for w in workers)
-    return "degraded" if hurt else "ok"
+    degraded = pairing.missing() or store["unreachable_from"] or any(w.fault for w in workers)
+    return "degraded" if degraded else "ok"
 
 
 def _missing(pairing: Pairing, draining: bool, pictures: bool | None = None) -> list[str]:
@@ -156,8 +156,8 @@ def _missing(pairing: Pairing, draining: bool, pictures: bool | None = None) -> 
 
 
 def _store(pairing: Pairing) -> dict[str, Any]:
-    """The embedding store as the serving workers see it. Where one does not reach it, requests go
-    on: its look-ups are misses, and embeddings travel by Fetch."""
+    """The embedding store as the serving workers report it. Requests are served even if a worker
+    does not reach it: its look-ups are misses, and LLM workers fetch embeddings from encoders."""
     workers = [*pairing.encoders.serving(), *pairing.llms.serving()]
     states = [(w.address, w.description.store) for w in workers if w.description.store]
     return {

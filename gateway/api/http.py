@@ -1,4 +1,4 @@
-"""HTTP as every route uses it: bodies read within bounds, and errors in OpenAI's shape."""
+"""HTTP for all routes: bodies are read within bounds, errors have OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from opticnerve.errors import (
 from opticnerve.telemetry import logs
 
 REF = "#/components/schemas/{model}"
-OFF_LOOP_BYTES = 2**19  # A larger body, and one of more values, is parsed in a thread.
+OFF_LOOP_BYTES = 2**19  # Larger bodies, and those with more values, are parsed in a thread.
 OFF_LOOP_VALUES = 2**12
 B = TypeVar("B", bound=Body)
 
@@ -51,13 +51,13 @@ class ErrorDetail(TypedDict):
 
 
 class ErrorAnswer(TypedDict):
-    """Why a request failed. A stream that fails after its begin has this as an event."""
+    """Why a request failed. A stream that fails after its first event sends this as an event."""
 
     error: ErrorDetail
 
 
 def content(media_type: str, shape: Any) -> dict[str, Any]:
-    """What a response holds, for the API's description; ``describe`` shares the schemas."""
+    """A response's content for the OpenAPI document; ``describe`` moves its schemas there."""
     schema = TypeAdapter(shape).json_schema(mode="serialization", ref_template=REF)
     return {"content": {media_type: {"schema": schema}}}
 
@@ -65,7 +65,7 @@ def content(media_type: str, shape: Any) -> dict[str, Any]:
 _ERROR = content("application/json", ErrorAnswer)
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {
-        "description": "The request is at fault, or (429) there are too many of them.",
+        "description": "The request is at fault, or (429) there are too many requests.",
         **_ERROR,
     },
     "5XX": {
@@ -76,7 +76,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 class JSONResponse(Response):
-    """Compact JSON, UTF-8; not-a-number is a bug, not an answer."""
+    """Compact JSON in UTF-8. Raises ValueError for NaN and infinities, which JSON does not have."""
 
     media_type = "application/json"
 
@@ -109,7 +109,7 @@ class ErrorResponse(JSONResponse):
 
 
 def typed(error: Exception) -> OpticNerveError:
-    """``error`` as clients are shown it; the request's line in the log has the exception itself."""
+    """``error`` as clients see it. The request's log line has the exception itself."""
     if isinstance(error, OpticNerveError):
         logs.failed(error)
         return error
@@ -124,14 +124,14 @@ def typed(error: Exception) -> OpticNerveError:
 async def read_body(
     request: Request, model: type[B], config: GatewayConfig, ticket: Ticket
 ) -> tuple[B, Ignored]:
-    """The request's body as ``model``, and what of it is ignored.
+    """The request's body as ``model``, and the fields in it that are ignored.
 
-    The ticket holds the body's bytes as they arrive, counts the request once all have, and then
-    holds what the body's values take besides. Raises InvalidRequest, UnsupportedMediaType,
+    The ticket counts the body's bytes as they arrive, the request once the body is complete, and
+    then the memory of the body's values. Raises InvalidRequest, UnsupportedMediaType,
     PayloadTooLarge, BodyTimeout, Overloaded.
     """
     _check_type(request)
-    body = await _arrived(request, config, ticket.hold_bytes)
+    body = await _receive_body(request, config, ticket.hold_bytes)
     ticket.count_request()
     most, ignore = config.max_request_values, config.ignore_unknown_fields
     long = len(body) > OFF_LOOP_BYTES
@@ -159,7 +159,7 @@ def _check_type(request: Request) -> None:
         raise UnsupportedMediaType("send the body without a content-encoding")
 
 
-async def _arrived(
+async def _receive_body(
     request: Request, config: GatewayConfig, hold: Callable[[int], None]
 ) -> bytearray:
     try:
@@ -168,11 +168,11 @@ async def _arrived(
     except TimeoutError as error:
         if stall.expired():
             raise BodyTimeout(
-                f"less than {PROGRESS_BYTES} bytes of the body came in "
+                f"less than {PROGRESS_BYTES} bytes of the body arrived in "
                 f"{config.stall_timeout_s:g} s; send it without pauses, or raise --stall-timeout-s"
             ) from error
         raise BodyTimeout(
-            f"the body was not there within {config.body_timeout_s:g} s; send fewer or smaller "
+            f"the body did not arrive within {config.body_timeout_s:g} s; send fewer or smaller "
             "pictures, or their URLs, or raise --body-timeout-s"
         ) from error
 
@@ -192,7 +192,7 @@ async def _read(
             stall.reschedule(clock() + config.stall_timeout_s)
         message = await request.receive()
         if message["type"] == "http.disconnect":
-            raise Cancelled("the client went away")
+            raise Cancelled("the client disconnected")
         chunk = message.get("body", b"")
         if len(body) + len(chunk) > config.max_request_bytes:
             raise _too_large(config.max_request_bytes)

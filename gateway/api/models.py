@@ -1,4 +1,4 @@
-"""``/v1/models``: the names under which requests may ask for the model."""
+"""``/v1/models``: the names by which requests may ask for the model."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ class ModelList(TypedDict):
 
 @dataclass(frozen=True)
 class ServedNames:
+    """The names of the one model. ``any``: whether every other name is accepted as well."""
+
     names: tuple[str, ...]  # The first is the model's own.
     any: bool
     max_model_len: int
@@ -51,7 +53,7 @@ class ServedNames:
         return cls(tuple(dict.fromkeys(names)), ANY in served, max_model_len)
 
     def check(self, name: str | None, param: str | None = "model") -> None:
-        """Raises ModelNotFound for a name that is not served; None is the model's own."""
+        """Raises ModelNotFound for a name that is not served; None stands for the model's own."""
         if name is None or self.any or name in self.names:
             return
         served = ", ".join(self.names)
@@ -83,6 +85,6 @@ async def list_models(call: Call) -> Response:
 
 @router.get("/v1/models/{name:path}", summary="One name", response_model=ModelCard)
 async def get_model(
-    call: Call, name: Annotated[str, Path(description="It may hold slashes.")]
+    call: Call, name: Annotated[str, Path(description="May contain slashes.")]
 ) -> Response:
     return JSONResponse(call.gateway.names.card(name))

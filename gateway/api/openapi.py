@@ -21,8 +21,8 @@ KEY = {"type": "http", "scheme": "bearer", "description": "One of the server's A
 
 DESCRIPTION = """\
 OpenAI's API for vision-language models. Errors have OpenAI's shape. Every answer has an
-`x-request-id`: the request's, or one that the server gave it. A field of OpenAI's that is not
-described here is refused unless its value asks for nothing. Unknown fields of a body are refused,
+`x-request-id`: the request's own, or a new one. A field of OpenAI's that is not described here
+is refused unless its value asks for nothing. Unknown fields of a body are refused,
 and those of the objects in it ignored: an answer's `x-opticnerve-warnings` names them, and known
 fields that have no effect. Where a path takes GET, it takes HEAD.
 """
@@ -35,7 +35,8 @@ TAGS = {
 
 
 def describe(routes: Sequence[BaseRoute], needs_key: Callable[[str], bool]) -> bytes:
-    """The OpenAPI document of ``routes``, as JSON. ``needs_key``: whether a path asks for one."""
+    """The OpenAPI document of ``routes``, as JSON. ``needs_key(path)``: whether an API key is
+    required."""
     document = utils.get_openapi(
         title="OpticNerve",
         version=__version__,
@@ -54,7 +55,8 @@ def describe(routes: Sequence[BaseRoute], needs_key: Callable[[str], bool]) -> b
 
 
 def _share_schemas(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
-    """Moves schemas that FastAPI took as they are, those of ``content``, to the shared ones."""
+    """Moves schemas from ``gateway.api.http.content``, which FastAPI copies in place, to the shared
+    ones."""
     for response in operation["responses"].values():
         for media in response.get("content", {}).values():
             schema = media.get("schema", {})
@@ -64,8 +66,8 @@ def _share_schemas(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
                 media["schema"] = {"$ref": REF.format(model=schema["title"])}
 
 
-# Keys are typed into this page: it runs one version of Swagger UI, known by its digest, and no
-# other script.
+# Users type API keys into this page, so it loads one version of Swagger UI, checked by its digest,
+# and no other script.
 SWAGGER_UI = "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0"
 SCRIPT_DIGEST = "sha384-gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9"
 STYLE_DIGEST = "sha384-WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I"
@@ -118,7 +120,12 @@ async def get_version(call: Call) -> Response:
     return JSONResponse(VERSION)
 
 
-@router.get("/", tags=["description"], summary="Where to begin", response_model=Root)
+@router.get(
+    "/",
+    tags=["description"],
+    summary="The server's version, models and further paths",
+    response_model=Root,
+)
 async def get_root(call: Call) -> Response:
     root: Root = {
         **VERSION,
@@ -129,7 +136,7 @@ async def get_root(call: Call) -> Response:
     return JSONResponse(root)
 
 
-@router.get("/openapi.json", tags=["description"], summary="This description")
+@router.get("/openapi.json", tags=["description"], summary="This OpenAPI document")
 async def get_openapi(call: Call) -> Response:
     body = await asyncio.to_thread(lambda: call.app.document)
     return Response(body, media_type="application/json")
@@ -138,7 +145,7 @@ async def get_openapi(call: Call) -> Response:
 @router.get(
     "/docs",
     tags=["description"],
-    summary="A page that shows it",
+    summary="A page that shows the OpenAPI document",
     response_class=HTMLResponse,
 )
 async def get_docs(call: Call) -> Response:

@@ -1,4 +1,4 @@
-"""JSON, and server-sent events that hold it."""
+"""Compact JSON, and server-sent events with JSON data."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def event(body: Mapping[str, Any]) -> bytes:
 def dumps(body: Mapping[str, Any]) -> bytes:
     """Compact UTF-8 JSON. A lone surrogate, which UTF-8 cannot hold, becomes ``?``.
 
-    What Unicode calls a line break is escaped: SSE knows only CR and LF, but clients that split
-    text into lines would cut an event there.
+    Unicode's other line breaks are escaped: SSE has only CR and LF, but clients that split text
+    into lines by Unicode's rules would cut an event there.
     """
     text = _encode(body)
     return (text if text.isascii() else text.translate(_BREAKS)).encode("utf-8", "replace")
 
 
 def with_json(body: Mapping[str, Any], name: str, value: bytes) -> bytes:
-    """``body`` as JSON, with one more field whose value is JSON already."""
+    """``body`` as JSON, with one more field whose value is encoded already."""
     return dumps(body)[:-1] + b',"' + name.encode() + b'":' + value + b"}"
 
 
 def failure(error: OpticNerveError) -> bytes:
-    """The end of a stream that failed: the body that an HTTP error would have had, and DONE."""
+    """The end of a failed stream: the error's body as an event, and DONE."""
     return event(error.to_openai()) + DONE

@@ -1,4 +1,4 @@
-"""``POST /v1/apply_template``: the prompt that a chat would become."""
+"""``POST /v1/apply_template``: renders a chat's prompt without generating an answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ApplyTemplateRequest(TemplateFields):
 
 
 class PromptSpan(TypedDict):
-    """A run of placeholders that rows of one item's embedding take the place of."""
+    """A run of placeholder tokens that are replaced by rows of one item's embedding."""
 
     token_offset: int
     num_tokens: int
@@ -42,7 +42,7 @@ class RenderedPrompt(TypedDict):
 
 @router.post(
     "/v1/apply_template",
-    summary="Render a chat: its prompt, token ids and spans, without an answer",
+    summary="Render a chat's prompt, token ids and spans, without generating",
     response_model=RenderedPrompt,
 )
 async def apply_template(call: Call, body: ApplyTemplateRequest) -> Response:

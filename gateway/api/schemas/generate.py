@@ -1,4 +1,4 @@
-"""What every request that generates may say, whatever its prompt is."""
+"""The fields of every request that generates, besides its prompt."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ OutputLength = Annotated[
 
 
 class StreamOptions(Strict):
-    """Read where ``stream`` is true, and nowhere else."""
+    """Ignored unless ``stream`` is true."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = Field(
         False,
-        description="With include_usage: every chunk has the usage so far, of all choices "
-        "together, as the last chunk does.",
+        description="With include_usage: every chunk has the usage so far, for all choices "
+        "together.",
     )
     include_obfuscation: bool = Field(
         False, description="Padding against traffic analysis; none is added."
@@ -53,16 +53,16 @@ class GenerateFields(SamplingFields):
     stream_options: StreamOptions | None = None
     priority: Priority | None = Field(
         None,
-        description="Lower runs first. From 0 on, or from where the caller's key allows it; a "
-        "request that says nothing has 0, or the lowest that its key allows where that is higher.",
+        description="Lower runs first. The minimum is 0, or the API key's own; the default is 0, "
+        "or that minimum if it is higher.",
     )
     cache_salt: CacheSalt | None = Field(
         None,
-        description="Requests share cached prefixes and pictures only with those of the same salt "
-        "and, unless the server shares its caches, of the same tenant.",
+        description="Only requests with the same salt share cached prefixes and pictures and, "
+        "unless the server shares its caches, only those of the same tenant.",
     )
     timings: bool = Field(
-        False, description="Adds to the answer where its time went; a field of this server."
+        False, description="Adds timings by stage to the answer; an extension of this server."
     )
     user: str | None = None
 
@@ -75,7 +75,7 @@ class GenerateFields(SamplingFields):
 
     @property
     def stream_usage(self) -> bool:
-        """Whether a stream has its usage at its end."""
+        """Whether a stream ends with the usage."""
         options = self.stream_options
         return bool(self.stream) and options is not None and options.include_usage
 
@@ -88,8 +88,8 @@ class GenerateFields(SamplingFields):
     def generation_options(
         self, max_tokens: int | None, max_tokens_field: str, top_logprobs: int | None
     ) -> GenerationOptions:
-        """How the prompt is gone on with. The sampling fields are copied, so that nothing of a
-        prompt stays with them."""
+        """How to continue the prompt. The sampling fields are copied, so that they do not keep the
+        prompt in memory."""
         fields = {name: getattr(self, name) for name in SamplingFields.model_fields}
         return GenerationOptions(
             sampling=SamplingFields.model_construct(**fields),

@@ -1,4 +1,4 @@
-"""Messages, their content parts and pictures, and what else a chat template is given."""
+"""Messages, their content parts and pictures, and the other inputs of a chat template."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 Detail = Literal["auto", "low", "high", "original"]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
-REASONING_EFFORT = "reasoning_effort"  # As a field, and as a template's variable.
+REASONING_EFFORT = "reasoning_effort"  # The name of a field and of a template's variable.
 
-LOW_DETAIL_PIXELS = 512 * 512  # The size at which OpenAI's ``detail: low`` shows a picture.
+LOW_DETAIL_PIXELS = 512 * 512  # A picture's size with OpenAI's ``detail: low``.
 URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
 DIGITS = re.compile(r"[0-9]{1,10}")
-LONG_ARGUMENTS = 2**18  # Characters; longer arguments of a call are parsed in steps.
-PIECE_COST = 200  # Of a message or part, besides its text, in characters of text.
-CALL_COST = 8_000  # Of a tool call: its arguments are parsed, and may be objects of any depth.
-SOURCE_START = 256  # Characters of a source that decide what it is.
+LONG_ARGUMENTS = 2**18  # Characters. Longer arguments of a tool call are parsed in steps.
+PIECE_COST = 200  # A message or part besides its text, in characters of text.
+CALL_COST = 8_000  # A tool call: its arguments are parsed, and may be objects of any depth.
+SOURCE_START = 256  # Characters of a source that decide whether it is a URL or base64.
 
 
 def _trimmed(value: str) -> str:
@@ -68,13 +68,13 @@ Pixels = Annotated[
         _number, json_schema_input_type=Area | Annotated[str, Field(pattern="^[1-9][0-9]{0,8}$")]
     ),
 ]
-"""A number, or a string of digits: clients often read bounds of pixels from the environment."""
+"""A number, or a string of digits, which clients read from environment variables."""
 
 
 class Part(Strict):
     """Fields that parts of every type may have."""
 
-    cache_control: Unused = Field(None, description="Of no effect: every prefix is cached.")
+    cache_control: Unused = Field(None, description="Has no effect: every prefix is cached.")
 
 
 class TextPart(Part):
@@ -99,19 +99,19 @@ class PictureSettings(Strict):
 
 class ImageUrl(PictureSettings):
     url: Source
-    format: Unused = Field(None, description="Of no effect: pictures tell their format.")
+    format: Unused = Field(None, description="Has no effect: the format is read from the picture.")
 
 
 class ImageUrlPart(Part, PictureSettings):
-    """OpenAI's form. ``image_url`` may be the URL itself."""
+    """OpenAI's form of a picture. ``image_url`` may be the URL itself."""
 
     type: Literal["image_url"]
     image_url: Source | ImageUrl
 
 
 class ImagePart(Part, PictureSettings):
-    """Hugging Face's form: exactly one of ``image`` (URL or base64), ``url``, ``base64`` (which
-    may be a ``data:`` URL as well)."""
+    """Hugging Face's form of a picture: exactly one of ``image`` (URL or base64), ``url``, and
+    ``base64`` (which may also be a ``data:`` URL)."""
 
     type: Literal["image"]
     image: Source | None = None
@@ -169,7 +169,7 @@ class Message(Strict):
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = None
-    cache_control: Unused = Field(None, description="Of no effect: every prefix is cached.")
+    cache_control: Unused = Field(None, description="Has no effect: every prefix is cached.")
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
@@ -235,7 +235,7 @@ def _source(
 
 
 def _as_url(part: ImagePart, path: str) -> tuple[str, str]:
-    """Hugging Face's ``image`` may be bare base64; whatever has a scheme is a URL."""
+    """The part's URL and its path. ``image`` is a URL if it has a scheme, else bare base64."""
     if part.url is not None:
         return part.url, f"{path}.url"
     image, param = part.image or "", f"{path}.image"
@@ -290,7 +290,7 @@ class TemplateFields(Body):
     chat_template_kwargs: Annotated[dict[str, Any], no_larger(MAX_TEMPLATE_KWARGS)] | None = None
     mm_processor_kwargs: ProcessorSettings | None = None
     reasoning_effort: Effort | None = Field(
-        None, description="A variable of the chat template, where that has it."
+        None, description="Sets the chat template's variable of that name, if it has one."
     )
 
     @model_validator(mode="after")
@@ -340,7 +340,7 @@ class TemplateFields(Body):
 
 
 def _size(fields: TemplateFields) -> int:
-    """What there is to render, in characters of text; counting stops beyond LONG_BYTES."""
+    """The work of rendering, in characters of text; counting stops beyond LONG_BYTES."""
     total = len(str(fields.chat_template_kwargs)) if fields.chat_template_kwargs else 0
     for message in fields.messages:
         total += _message_size(message)

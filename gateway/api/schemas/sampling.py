@@ -1,4 +1,4 @@
-"""The fields that decide tokens; shared by every request that generates."""
+"""The sampling fields of every request that generates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AllowedTokens = Annotated[
 
 
 class SamplingFields(Body):
-    """A field that is None takes the model's default, or the neutral value if there is none."""
+    """A field that is None has the model's default, or the neutral value if there is none."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
@@ -61,6 +61,6 @@ class SamplingFields(Body):
 
     @property
     def sampling_size(self) -> int:
-        """How much there is to read: characters of words to encode, and entries of lists."""
+        """The work of resolving the fields: characters of words plus entries of lists."""
         lists = (self.stop_token_ids, self.allowed_token_ids, self.logit_bias)
         return sum(map(len, self.bad_words or ())) + sum(len(each or ()) for each in lists)
