@@ -1,11 +1,11 @@
 """The work of one device: the backlog of accepted items, and its batches. Knows no tensors.
 
-The backlog bounds memory and waiting, and measures the throughput. An item that does not fit is
-refused with a retry hint, before its bytes are read and again once they have arrived. It counts
-only from then on, so that a caller that sends no bytes keeps no other out.
+The backlog bounds memory and waiting time, and measures throughput. An item that does not fit is
+refused with a retry hint: before its bytes are read, and again once they have arrived. It counts
+only once they have, so that a caller that sends no bytes does not keep others out.
 
 Batches are made by cost, not by count. As soon as the device is free it takes the items that wait,
-strictly first in first out, up to ``max_cost``. An item that does not fit waits for the next batch,
+first in first out, up to ``max_cost``. An item that does not fit waits for the next batch,
 one larger than the budget runs alone, and no timer delays a batch. The device has a thread of its
 own, so that neither a forward pass nor a busy event loop keeps the other waiting.
 """
@@ -89,7 +89,7 @@ class Backlog:
         """Raises Overloaded if an item could not be admitted now."""
         if not self.can_admit(patches, num_bytes):
             raise Overloaded(
-                f"the encoder's queue is full: {self.items} items, {self.patches} patches wait",
+                f"the encoder's queue is full: {self.items} items, {self.patches} patches",
                 retry_after_s=self.retry_after_s,
             )
 
@@ -131,17 +131,17 @@ class Backlog:
     def check_integrity(self) -> None:
         """Raises RuntimeError when an idle backlog still counts something."""
         if self.items == 0 and (self.patches or self.num_bytes):
-            raise RuntimeError(f"empty, yet {self.patches} patches, {self.num_bytes} bytes")
+            raise RuntimeError(f"no items, but {self.patches} patches, {self.num_bytes} bytes")
         if min(self.items, self.patches, self.num_bytes) < 0:
             raise RuntimeError("released more than was admitted")
 
 
-class Failure(Enum):
-    """The consequence of an exception of ``run`` for the batch that raised it."""
+class Recovery(Enum):
+    """What to do with a batch whose ``run`` raised an exception."""
 
-    MEMORY = auto()  # Halve the batch and try again; one item alone fails.
-    ITEM = auto()  # Some item is bad: run each alone, so that it fails alone.
-    DEVICE = auto()  # The device is lost: everything fails, and so will all that follows.
+    SPLIT = auto()  # Memory ran out: halve the batch and run both halves; a single item fails.
+    ISOLATE = auto()  # Some item is bad: run each alone, so that only the bad one fails.
+    STOP = auto()  # The device is lost: this batch fails, and so will every later one.
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ class Batcher(Generic[T, R]):
     """Owns the device's thread. ``close`` ends it; items that still wait then fail as Unavailable.
 
     ``run`` gets a batch of payloads and returns their results in order; ``classify`` says what
-    an exception of ``run`` means, and may free memory.
+    to do after an exception of ``run``, and may free memory.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Batcher(Generic[T, R]):
         run: Callable[[Sequence[T]], Sequence[R]],
         max_cost: int,
         *,
-        classify: Callable[[Exception], Failure] = lambda error: Failure.ITEM,
+        classify: Callable[[Exception], Recovery] = lambda error: Recovery.ISOLATE,
         on_lost: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self.max_cost = max_cost
@@ -201,7 +201,7 @@ class Batcher(Generic[T, R]):
         return entry.future
 
     def close(self) -> None:
-        """Fails the items that wait, and gives the batch on the device ``CLOSE_S`` to end."""
+        """Fails the waiting items, and waits up to ``CLOSE_S`` for the batch on the device."""
         with self._changed:
             self._closed = True
             left = list(self._queue)
@@ -212,7 +212,7 @@ class Batcher(Generic[T, R]):
                 entry.future.set_exception(Unavailable("the encoder is shutting down; try another"))
         self._thread.join(CLOSE_S)
         if self._thread.is_alive():
-            log.warning("a batch is still on the device; leaving it")
+            log.warning("a batch did not end within %g s; closing without it", CLOSE_S)
 
     def _loop(self) -> None:
         while batch := self._take():
@@ -258,13 +258,13 @@ class Batcher(Generic[T, R]):
             # The traceback holds the frames, which hold the tensors; memory must be free below.
             trace = traceback.format_exc()
             error: Exception = caught.with_traceback(None)
-            failure = self._classify(error)
+            recovery = self._classify(error)
         else:
             self._resolve(batch, results, started)
             return
-        if failure is not Failure.MEMORY and not isinstance(error, OpticNerveError):
+        if recovery is not Recovery.SPLIT and not isinstance(error, OpticNerveError):
             log.error("a batch of %d failed\n%s", len(batch), trace)
-        self._recover(batch, error, failure)
+        self._recover(batch, error, recovery)
 
     def _resolve(self, batch: list[_Entry[T, R]], results: Sequence[R], started: float) -> None:
         seconds = time.monotonic() - started
@@ -274,20 +274,20 @@ class Batcher(Generic[T, R]):
             done = BatchResult(result, entry.submitted, waited, seconds, len(batch), cost)
             entry.future.set_result(done)
 
-    def _recover(self, batch: list[_Entry[T, R]], error: Exception, failure: Failure) -> None:
-        if failure is Failure.DEVICE:
+    def _recover(self, batch: list[_Entry[T, R]], error: Exception, recovery: Recovery) -> None:
+        if recovery is Recovery.STOP:
             self._lose(batch, error)
             return
         if len(batch) == 1:
             batch[0].future.set_exception(error)
             return
-        log.warning("a batch of %d is split (%s): %s", len(batch), failure.name.lower(), error)
-        size = (len(batch) + 1) // 2 if failure is Failure.MEMORY else 1
+        log.warning("a batch of %d is split (%s): %s", len(batch), recovery.name.lower(), error)
+        size = (len(batch) + 1) // 2 if recovery is Recovery.SPLIT else 1
         for start in range(0, len(batch), size):
             self._launch(batch[start : start + size])
 
     def _lose(self, batch: list[_Entry[T, R]], error: Exception) -> None:
-        """The device can do no more: its batch fails, and so will all that follow."""
+        """Fails the batch on a lost device and reports the loss."""
         for entry in batch:
             if not entry.future.done():
                 entry.future.set_exception(error)

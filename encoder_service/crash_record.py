@@ -1,4 +1,4 @@
-"""Remembers, across the crashes of processes, which items were in work when a worker died.
+"""Records, across crashes of processes, which items a worker was processing when it died.
 
 A picture that crashes a decoder or a driver kills its worker, and the retry kills the next one.
 So each worker leaves an empty file ``<worker>-<key>``, a mark, while it decodes or encodes an
@@ -56,7 +56,7 @@ class CrashRecord:
         return handle
 
     def crashes(self, key: str) -> int:
-        """How many workers died while this item was in work."""
+        """How many workers died while they processed this item."""
         return sum(1 for _ in self._dead_marks(key, {}))
 
     def check(self, key: str) -> int:
@@ -64,13 +64,13 @@ class CrashRecord:
         crashes = self.crashes(key)
         if crashes >= MAX_CRASHES:
             raise PoisonousItem(
-                f"encoding this item ended {crashes} workers; it is refused. Send another file"
+                f"encoding this item crashed {crashes} workers, so it is refused; send another file"
             )
         return crashes
 
     @contextlib.contextmanager
     def working_on(self, keys: Iterable[str]) -> Iterator[None]:
-        """Marks ``keys`` as in work while the context lasts."""
+        """Marks ``keys`` as being processed while the context lasts."""
         prefix = f"{self.directory}/{self.worker}-"
         marks = [prefix + key for key in keys] if self.active else []
         try:

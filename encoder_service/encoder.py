@@ -1,6 +1,6 @@
-"""One item's way through the encoder: look up, check, decode, encode, publish. Knows no wire.
+"""One item's path through the encoder: look up, check, decode, encode, publish. No gRPC here.
 
-Everything that an item holds on its way (a place in the backlog, decoded pixels, its mark in the
+Everything that an item holds meanwhile (a place in the backlog, decoded pixels, its mark in the
 crash record) is released when its run ends, however it ends.
 """
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from encoder_service import metrics
 from encoder_service.backends.base import Capacity, Embedding, VisionModel
-from encoder_service.batcher import Backlog, Batcher, BatchResult, Failure
+from encoder_service.batcher import Backlog, Batcher, BatchResult, Recovery
 from encoder_service.crash_record import CrashRecord
 from encoder_service.pictures.decode_process import DecodeTask, Pixels, decode_and_cut
 from encoder_service.pictures.preprocess import DecodeJob, PreprocessPool
@@ -41,7 +41,7 @@ from opticnerve.media.plan import WHITE, Modality, Overrides, Plan, Structure
 from opticnerve.media.structure import parse_structure
 from opticnerve.single_flight import Flights
 
-STAGED_BATCHES = 2  # Decoded ahead of the device: one that runs, one that waits.
+STAGED_BATCHES = 2  # Decoded batches: one on the device, one waiting for it.
 QUEUE_BATCHES = 16
 MAX_QUEUE_ITEMS = 4096
 MAX_QUEUE_BYTES = 2**30  # Compressed.
@@ -50,7 +50,7 @@ INLINE_BYTES = 2**14  # Hashed and parsed on the event loop: quicker than a trip
 
 @dataclass(frozen=True, slots=True)
 class ItemRequest:
-    """What the header of an Encode call says; see ``EncodeHeader`` in ``encoder.proto``."""
+    """The header of an Encode call; see ``EncodeHeader`` in ``encoder.proto``."""
 
     request_id: str
     key: str
@@ -58,7 +58,7 @@ class ItemRequest:
     plan: Plan
     overrides: Overrides
     num_bytes: int
-    lost: bool = False  # A consumer found no usable rows where it looked.
+    lost: bool = False  # A consumer found no usable rows at the stored location.
     cache_salt: str = ""  # Part of the key.
 
 
@@ -83,14 +83,14 @@ class EncodedItem:
 
 @dataclass(frozen=True, slots=True)
 class _Verified:
-    """One item whose bytes have arrived and belong to its key and plan."""
+    """One item whose bytes have arrived and match its key and plan."""
 
     request: ItemRequest
     data: bytes
     structure: Structure
-    crashes: int  # Of workers, while they had this item.
-    encoded_before: int  # ``encoded_items`` when the store was asked; if it has grown, ask again.
-    is_misfit: bool  # The store has something under the key that does not fit the plan.
+    crashes: int  # Workers that died while they processed this item.
+    encoded_before: int  # ``encoded_items`` at the look-up; if it has grown, look up again.
+    is_misfit: bool  # The stored embedding under the key does not match the plan.
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +139,15 @@ class Encoder:
             self._forward, batch, classify=model.backend.classify, on_lost=on_lost
         )
 
-    def rehearse(self) -> None:
-        """Runs a blank picture over every thread but the store's, so that the first request does
-        not pay for their first steps. Blocks. Raises what encoding a picture raises."""
+    def warm_up(self) -> None:
+        """Encodes a blank picture on every thread but the store's, so that the first request does
+        not pay for their start. Blocks. Raises what encoding a picture raises."""
         buffer = io.BytesIO()
         side = math.isqrt(MIN_IMAGE_PIXELS)
         Image.new("RGB", (side, side), (127, 127, 127)).save(buffer, "JPEG")
         data = buffer.getvalue()
         plan = self.model.layout.plan(parse_structure(data), Overrides())
-        request = ItemRequest("rehearsal", "", "", plan, Overrides(), len(data))
+        request = ItemRequest("warm-up", "", "", plan, Overrides(), len(data))
         pixels = decode_and_cut(self.model.backend.preprocess, self._decode_task(request, data))
         self._batcher.submit(_Decoded(request, pixels), plan.num_patches).result()
 
@@ -156,9 +156,9 @@ class Encoder:
     ) -> EncodedItem:
         """The embedding of one item, from the store or by encoding it.
 
-        ``read`` brings the item's bytes and is called only when they are needed. Cancelling
+        ``read`` returns the item's bytes and is called only if they are needed. Cancelling
         drops the item unless another call waits for it or it is on the device already.
-        Raises what ``encoder.proto`` says of Encode.
+        Raises the errors that ``encoder.proto`` lists for Encode.
         """
         self._check(request)
         if request.key in self._flights:
@@ -171,7 +171,7 @@ class Encoder:
         cost = request.plan.num_patches, request.num_bytes
         self.backlog.check_room(*cost)
         data = await read()
-        place = self.backlog.admit(*cost)  # From here on it keeps others waiting.
+        place = self.backlog.admit(*cost)  # From here on it counts against the backlog.
         try:
             if len(data) <= INLINE_BYTES:
                 structure = self._verify(request, data)
@@ -184,7 +184,7 @@ class Encoder:
         return await self._flights.run(request.key, lambda: self._run(item), place.release)
 
     def close(self) -> None:
-        """Ends the threads. Blocks until what runs on them has ended."""
+        """Ends the threads. Blocks until their running work has ended."""
         self._batcher.close()
         self.pool.close()
         self.results.close()
@@ -196,8 +196,8 @@ class Encoder:
         mine, plan = self.model.fingerprint, request.plan
         if request.fingerprint != mine:
             raise Mispaired(
-                f"this encoder's fingerprint is {mine[:12]}…, the item was named for "
-                f"{request.fingerprint[:12] or 'none'}…; ask Describe and name it again"
+                f"this encoder's fingerprint is {mine[:12]}…, the key was computed for "
+                f"{request.fingerprint[:12] or 'none'}…; call Describe and recompute the key"
             )
         if plan.modality is not Modality.IMAGE or plan.frames != 1:
             raise UnsupportedFeature(
@@ -218,20 +218,20 @@ class Encoder:
             )
 
     async def _stored(self, request: ItemRequest) -> tuple[EncodedItem | None, bool]:
-        """(the item as the store has it, whether the store has something else under its key)"""
+        """(the stored item or None, whether a stored embedding does not match the plan)"""
         look_up = self.results.renew if request.lost else self.results.look_up
         ref = await look_up(request.key)
         if ref is None:
             return None, False
         backend, levels = self.model.backend, self.model.layout.deepstack_levels
         shape = (request.plan.num_tokens, backend.hidden_size)
-        fitting = {TensorSpec(name, backend.dtype, shape) for name in tensor_names(levels)}
-        if set(ref.tensors) != fitting:
+        expected = {TensorSpec(name, backend.dtype, shape) for name in tensor_names(levels)}
+        if set(ref.tensors) != expected:
             return None, True
         return EncodedItem(ref, StageTimings(hit=True)), False
 
     def _verify(self, request: ItemRequest, data: bytes) -> Structure:
-        """The bytes' structure, once it is clear that key and plan belong to them.
+        """The bytes' structure, after checking that key and plan match them.
 
         Raises InvalidRequest, InvalidMedia, PlanMismatch.
         """
@@ -244,14 +244,14 @@ class Encoder:
             request.cache_salt,
         )
         if key != request.key:
-            raise InvalidRequest("the key does not belong to these bytes", param="key")
+            raise InvalidRequest("the content key does not match the bytes", param="key")
         structure = parse_structure(data, settings.max_image_pixels, settings.max_decode_passes)
         plan = layout.plan(structure, request.overrides)
         if plan != request.plan:
             raise PlanMismatch(
-                "the item's plan is not what its bytes give here; gateway and encoder must serve "
-                "one release and one checkpoint",
-                logged=f"the plan that the call brings differs: {_difference(request.plan, plan)}",
+                "the item's plan differs from the one computed from its bytes; gateway and encoder "
+                "must run the same release and checkpoint",
+                logged=f"the item's plan differs: {_difference(request.plan, plan)}",
             )
         return structure
 
@@ -260,13 +260,13 @@ class Encoder:
     async def _run(self, item: _Verified) -> EncodedItem:
         request, is_misfit = item.request, item.is_misfit
         if not is_misfit and self.encoded_items != item.encoded_before:
-            hit, is_misfit = await self._stored(request)  # Perhaps another call has encoded it.
+            hit, is_misfit = await self._stored(request)  # Another call may have encoded it.
             if hit is not None:
                 return hit
         if is_misfit:
             await self.results.delete(request.key)
         started = time.monotonic()
-        # One suspect at a time: if it kills the worker, no other suspect is blamed for it.
+        # One suspect at a time: a crash of the worker is counted against this one alone.
         async with self._suspects if item.crashes else contextlib.nullcontext():
             pixels, done = await self._encode(item)
         ref, put_s = await self.results.publish(request.key, done.result)
@@ -289,7 +289,7 @@ class Encoder:
         """Decodes the item in the preprocess pool and encodes it on the device."""
         request, is_suspect = item.request, item.crashes > 0
         job = DecodeJob(
-            owner=request.request_id or request.key,
+            sharer=request.request_id or request.key,
             key=request.key,
             task=self._decode_task(request, item.data),
             structure=item.structure,
@@ -327,7 +327,7 @@ class Encoder:
 
     def _failure(self, request: ItemRequest, error: Exception) -> OpticNerveError:
         """The caller's error for an exception on the device's thread."""
-        if self.model.backend.classify(error) is Failure.MEMORY:
+        if self.model.backend.classify(error) is Recovery.SPLIT:
             return EngineFailure(
                 f"the encoder ran out of memory for a picture of {request.plan.num_patches} "
                 "patches; lower max_pixels"

@@ -1,4 +1,4 @@
-"""Where finished embeddings go: the store, or this process's memory if the store refuses them.
+"""Stores finished embeddings, in this process's memory if the store refuses them.
 
 Store calls that move data or cross a network run on threads of their own.
 """
@@ -31,8 +31,8 @@ R = TypeVar("R")
 
 
 class Results:
-    """Borrows the store; owns its threads, and ``fallback``, from which Fetch serves what the store
-    refused. ``close`` ends the threads."""
+    """Borrows the store; owns its threads, and ``fallback``, from which Fetch serves embeddings
+    that the store refused. ``close`` ends the threads."""
 
     def __init__(
         self, store: Store, fingerprint: str, fetch_address: str, seal: Seal | None = None
@@ -66,7 +66,7 @@ class Results:
         await self._run(self.store.delete, key)
 
     async def publish(self, key: str, embedding: Embedding) -> tuple[EmbeddingRef, float]:
-        """Puts an embedding where others find it; returns its reference and the seconds taken.
+        """Stores an embedding; returns its reference and the seconds taken.
 
         Raises EngineFailure, and stores nothing, if values are NaN or infinite; StoreFull if
         neither the store nor ``fallback`` has room for it.
@@ -105,8 +105,8 @@ class Results:
         if not codec.is_finite(embedding):
             log.error("the embedding of %s is not finite", key)
             raise EngineFailure(
-                "the encoder made values for this picture that are not finite; its numbers may be "
-                "too large for float16 (--dtype)"
+                "the encoder computed values for this picture that are not finite; they may exceed "
+                "the range of float16 (--dtype)"
             )
         ref = self._reference(key, codec.specs_of(embedding))
         meta = {"key": key, "fingerprint": self._fingerprint}
@@ -121,7 +121,7 @@ class Results:
         if data is None:
             return None
         try:
-            self.store.put_bytes(key, data)  # Redis may have lost what the local tier has.
+            self.store.put_bytes(key, data)  # Redis may have lost it while the local tier has it.
         except StoreError as error:
             return self._fall_back(key, data, error)
         self.fallback.delete(key)

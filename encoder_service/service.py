@@ -1,4 +1,4 @@
-"""The encoder process: what it loads, and which calls it answers."""
+"""The encoder service: loads a checkpoint's vision half and serves it over gRPC."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def open_worker(
     open_model: OpenModel = open_torch_model,
     open_store: OpenStore = open_worker_store,
 ) -> AbstractAsyncContextManager[EncoderServicer]:
-    """An encoder that serves, closed at the end. Raises StartupError."""
+    """A serving encoder, closed when the context ends. Raises StartupError."""
 
     async def load(servicer: EncoderServicer, stack: AsyncExitStack) -> None:
         server, loop = servicer.server, asyncio.get_running_loop()
@@ -80,7 +80,7 @@ def open_worker(
             capacity = model.backend.warm(largest, settings.max_batch_patches)
             encoder = Encoder(model, results, record, settings, capacity, on_lost)
             stack.callback(encoder.close)
-            encoder.rehearse()
+            encoder.warm_up()
             return encoder
 
         servicer.loaded = await asyncio.to_thread(load_encoder)
@@ -96,8 +96,8 @@ def _register(server: Server) -> EncoderServicer:
 
 
 def _record_directory(store: Store) -> Path:
-    """Beside the embeddings if they are files, so that removing them removes the record too; else
-    a directory for this user of the machine."""
+    """In the tier's directory if embeddings are files, so that deleting it deletes the record too;
+    else in a directory of this user."""
     tier = local_tier(store)
     if isinstance(tier, ShmStore):
         return tier.directory / "encoding"

@@ -1,4 +1,4 @@
-"""The encoder on the wire: messages to values and back, chunks, deadlines. Decides nothing."""
+"""The encoder's gRPC service: converts messages, chunks data, applies deadlines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 SERVICE = "opticnerve.v1.Encoder"
 LOGGED_KEY = 12  # Characters of a content key in the log.
-DEFAULT_DEADLINE_S = 600.0  # So that a caller without a deadline does not hold its place for ever.
+DEFAULT_DEADLINE_S = 600.0  # For a caller that sets none.
 
 
 class EncoderServicer(WorkerServicer[Encoder], encoder_pb2_grpc.EncoderServicer):
@@ -47,7 +47,7 @@ class EncoderServicer(WorkerServicer[Encoder], encoder_pb2_grpc.EncoderServicer)
         try:
             async with self.server.running.work():
                 return await self._encode(upload, context.time_remaining())
-        finally:  # Returns at once for a call that was cancelled or cut: its stream has ended.
+        finally:  # Returns at once for a cancelled call, whose stream has ended.
             await upload.drain()
 
     async def _encode(self, upload: Upload, remaining_s: float | None) -> pb.EncodeResponse:
@@ -119,7 +119,7 @@ class EncoderServicer(WorkerServicer[Encoder], encoder_pb2_grpc.EncoderServicer)
 
 
 def _request(header: pb.EncodeHeader) -> ItemRequest:
-    """Raises InvalidRequest for a header without a plan of some patches."""
+    """Raises InvalidRequest for a header whose plan has no patches or tokens."""
     if not header.HasField("plan") or not header.plan.num_patches or not header.plan.num_tokens:
         raise InvalidRequest("the header needs the item's plan", param="plan")
     values = convert.field_values(header, pb.EncodeHeader)

@@ -1,7 +1,7 @@
 """The bytes of Encode calls: a header, then chunks, read only if they are needed, within bounds.
 
-An item whose bytes are still arriving takes no place in the encoder's backlog. It is bounded by the
-time until its header and until its last byte, and by the bytes of all such items together.
+An item whose bytes are still arriving does not count in the encoder's backlog. The time until its
+header and its last byte is bounded, and so are the bytes of all such items together.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from opticnerve.pb import encoder_pb2 as pb
 from opticnerve.rpc.channel import CHUNK_BYTES
 
 DISCARD_S = 2.0
-PATIENCE_S = 10.0  # For a call's header, and for its bytes in addition to their time at LEAST_RATE.
-LEAST_RATE = 2**20  # Bytes a second.
+HEADER_TIMEOUT_S = 10.0  # Also added to the time that the bytes may take.
+MIN_BYTES_PER_S = 2**20  # An upload slower than this is ended.
 MAX_BYTES = 2**29  # Of all items that are arriving.
 FULL_RETRY_S = 1.0
 
 
 class Uploads:
-    """The uploads to one encoder, whose bytes are bounded in sum.
+    """The uploads in progress and a bound on the bytes of all of them.
 
-    If there is no room for the next chunk, the uploads that have waited longest for theirs are
-    given up, so that callers that send slowly, or stop, cannot keep others out.
+    If the next chunk exceeds the bound, the uploads whose last chunk is oldest are aborted, so that
+    callers that send slowly, or stop, cannot keep others out.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
@@ -37,61 +37,61 @@ class Uploads:
         return len(self._sizes)
 
     def add(self, upload: Upload, size: int) -> None:
-        """Counts a chunk of ``upload``, and gives others up if they exceed the bound."""
+        """Counts a chunk of ``upload``; aborts the idlest others while the bound is exceeded."""
         self._sizes[upload] = self._sizes.pop(upload, 0) + size
         self.num_bytes += size
         while self.num_bytes > self.max_bytes and len(self._sizes) > 1:
             idle = next(iter(self._sizes))
             self.remove(idle)
-            idle.give_up()
+            idle.abort()
 
     def remove(self, upload: Upload) -> None:
         self.num_bytes -= self._sizes.pop(upload, 0)
 
 
 class Upload:
-    """One call's messages. ``header`` first, then ``read`` if at all, ``drain`` at the end."""
+    """One call's messages: ``header`` first, then ``read`` if needed, ``drain`` at the end."""
 
     def __init__(self, messages: AsyncIterator[pb.EncodeRequest], uploads: Uploads) -> None:
         self._messages = aiter(messages)
         self._uploads = uploads
         self._first = b""
-        self._num_bytes = 0  # As announced.
-        self._ended = False  # The caller has nothing more to send.
+        self._num_bytes = 0  # As the header says.
+        self._ended = False  # The caller has sent its last message.
         self._limit = asyncio.timeout(None)
-        self._given_up = False
+        self._aborted = False
 
     async def header(self) -> pb.EncodeHeader:
-        """The header. Raises InvalidRequest if the first message has none, DeadlineExceeded if no
-        message comes."""
+        """The header. Raises InvalidRequest if the first message has none, DeadlineExceeded if none
+        arrives."""
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(HEADER_TIMEOUT_S):
                 message = await self._next()
         except TimeoutError as error:
-            raise DeadlineExceeded(f"no header came within {PATIENCE_S:g} s") from error
+            raise DeadlineExceeded(f"no header arrived within {HEADER_TIMEOUT_S:g} s") from error
         if message is None or not message.HasField("header"):
             raise InvalidRequest("the first message of Encode carries the header", param="header")
         self._first, self._num_bytes = message.data, message.header.num_bytes
         return message.header
 
     async def read(self) -> bytes:
-        """The item's bytes, as soon as all that were announced have arrived; the stream may go on.
+        """The item's bytes, once as many as announced have arrived; the stream may still be open.
 
         Raises InvalidRequest or PayloadTooLarge at the first message that does not fit,
-        DeadlineExceeded if the bytes come too slowly, Overloaded if other items need the room.
+        DeadlineExceeded if the bytes are too slow, Overloaded if other uploads need the memory.
         """
-        patience_s = PATIENCE_S + self._num_bytes / LEAST_RATE
-        self._limit = asyncio.timeout(patience_s)
+        timeout_s = HEADER_TIMEOUT_S + self._num_bytes / MIN_BYTES_PER_S
+        self._limit = asyncio.timeout(timeout_s)
         try:
             async with self._limit:
                 return await self._read()
         except TimeoutError as error:
-            if self._given_up:
+            if self._aborted:
                 raise Overloaded(
-                    "too many items are on their way to the encoder", retry_after_s=FULL_RETRY_S
+                    "too many uploads in progress", retry_after_s=FULL_RETRY_S
                 ) from error
             raise DeadlineExceeded(
-                f"the item's {self._num_bytes} bytes did not come within {patience_s:.1f} s"
+                f"the item's {self._num_bytes} bytes did not arrive within {timeout_s:.1f} s"
             ) from error
         finally:
             self._uploads.remove(self)
@@ -101,10 +101,10 @@ class Upload:
         if not self._ended:
             await discard(self._messages)
 
-    def give_up(self) -> None:
-        """Ends the ``read`` that is under way, for lack of room."""
+    def abort(self) -> None:
+        """Ends a running ``read`` with Overloaded, for lack of memory."""
         if not self._limit.expired():
-            self._given_up = True
+            self._aborted = True
             self._limit.reschedule(asyncio.get_running_loop().time())
 
     async def _read(self) -> bytes:
@@ -131,7 +131,7 @@ class Upload:
         return message
 
     def _count(self, chunk: bytes, size: int) -> None:
-        """Counts a chunk, the last of ``size`` bytes so far. Raises what ``read`` raises."""
+        """Counts a chunk; ``size`` is the item's bytes so far. Raises what ``read`` raises."""
         if len(chunk) > CHUNK_BYTES:
             raise PayloadTooLarge(f"a chunk has at most {CHUNK_BYTES} bytes", param="data")
         if size > self._num_bytes:
@@ -145,8 +145,8 @@ class Upload:
 async def discard(messages: AsyncIterator[object]) -> None:
     """Reads and drops what a caller still sends, for ``DISCARD_S`` at most.
 
-    A gRPC client that is answered while it still writes reports an internal error instead of the
-    answer.
+    A gRPC client that still writes when the response arrives reports an internal error instead of
+    that response.
     """
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DISCARD_S):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from encoder_service import service
 from encoder_service.backends.base import Capacity, Embedding, VisionModel
-from encoder_service.batcher import Failure
+from encoder_service.batcher import Recovery
 from encoder_service.servicer import EncoderServicer
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import EncoderConfig, RpcConfig, StoreConfig
@@ -101,10 +101,10 @@ class FakeBackend:
             for pixel, plan in zip(pixels, plans, strict=True)
         ]
 
-    def classify(self, error: Exception) -> Failure:
+    def classify(self, error: Exception) -> Recovery:
         if self.lost:
-            return Failure.DEVICE
-        return Failure.MEMORY if isinstance(error, MemoryError) else Failure.ITEM
+            return Recovery.STOP
+        return Recovery.SPLIT if isinstance(error, MemoryError) else Recovery.ISOLATE
 
     def warm(self, largest: Plan, max_batch_patches: int) -> Capacity:
         return Capacity(max_batch_patches, MAX_ITEM_PATCHES)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder_service.batcher import Failure
+from encoder_service.batcher import Recovery
 from opticnerve.media.plan import Plan
 
 if TYPE_CHECKING:
@@ -46,15 +46,15 @@ class Backend(Protocol):
         """One forward pass over a batch; blocks until the results are in host memory."""
         ...
 
-    def classify(self, error: Exception) -> Failure:
-        """What an exception of ``encode`` means. Frees what it can when memory ran out."""
+    def classify(self, error: Exception) -> Recovery:
+        """How to recover from an exception of ``encode``. Frees cached memory if memory ran out."""
         ...
 
     def warm(self, largest: Plan, max_batch_patches: int) -> Capacity:
-        """Runs ``largest``, the largest permitted item, or as much of it as the device can take,
-        and sizes a batch; ``max_batch_patches`` 0 sizes it from the device.
+        """Runs the largest permitted item, or the largest that the device has memory for, and
+        sizes a batch; with ``max_batch_patches`` 0, from the device's memory.
 
-        Raises StartupError where not even a small item runs.
+        Raises StartupError if not even a small item runs.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The torch backend: a family's tower, as the checkpoint has it, on CPU or CUDA."""
+"""The torch backend: a family's tower, in the checkpoint's precision, on CPU or CUDA."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from encoder_service.backends.base import Capacity, Embedding
-from encoder_service.batcher import Failure
+from encoder_service.batcher import Recovery
 from encoder_service.pictures.sizing import permitted_patches
 from opticnerve.errors import StartupError, device_is_lost
 from opticnerve.media.plan import Plan
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 CPU_BATCH_PATCHES = 2048  # A CPU gains nothing from larger batches; smaller ones answer sooner.
 CPU_WARM_PATCHES = 1024  # A larger item would hold a CPU's start up for minutes.
 CUDA_BATCH_PATCHES = 65_536  # No gain in throughput beyond; latency only grows.
-CUDA_SHARE = 0.8  # Of free memory; the rest is for fragmentation and for neighbours.
+CUDA_MEMORY_FRACTION = 0.8  # Of free memory; the rest is for fragmentation and other processes.
 OUT_OF_MEMORY_TEXTS = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 Shrink = Callable[[Plan, int], Plan]
@@ -55,28 +55,28 @@ class TorchBackend:
                 for output in outputs
             ]
 
-    def classify(self, error: Exception) -> Failure:
+    def classify(self, error: Exception) -> Recovery:
         text = str(error)
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
             isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY_TEXTS)
         ):
             if self._on_cuda:
                 torch.cuda.empty_cache()
-            return Failure.MEMORY
-        return Failure.DEVICE if self._on_cuda and device_is_lost(error) else Failure.ITEM
+            return Recovery.SPLIT
+        return Recovery.STOP if self._on_cuda and device_is_lost(error) else Recovery.ISOLATE
 
     def warm(self, largest: Plan, max_batch_patches: int) -> Capacity:
         if not self._on_cuda:
             return self._warm_cpu(largest, max_batch_patches)
         plan, bytes_per_patch = self._largest_that_fits(largest)
         free, _ = torch.cuda.mem_get_info(self._tower.device)
-        sized = int(free * CUDA_SHARE / max(bytes_per_patch, 1.0))
+        sized = int(free * CUDA_MEMORY_FRACTION / max(bytes_per_patch, 1.0))
         batch = max_batch_patches or max(min(sized, CUDA_BATCH_PATCHES), plan.num_patches)
         permitted = permitted_patches(largest) if plan is largest else plan.num_patches
         return Capacity(batch, permitted)
 
     def _warm_cpu(self, largest: Plan, max_batch_patches: int) -> Capacity:
-        """Host memory is not measured: it pages, and one item at a time is what a CPU runs."""
+        """Host memory is not measured: it can be swapped, and a CPU runs one item at a time."""
         self._run_blank(
             self._shrink(largest, CPU_WARM_PATCHES)
             if largest.num_patches > CPU_WARM_PATCHES
@@ -86,9 +86,9 @@ class TorchBackend:
         return Capacity(batch, max(permitted_patches(largest), batch))
 
     def _largest_that_fits(self, largest: Plan) -> tuple[Plan, float]:
-        """(plan, bytes a patch of it takes at the peak), halving the plan while memory runs out."""
+        """(plan, peak bytes a patch), halving the plan while memory runs out."""
         small = self._shrink(largest, CPU_WARM_PATCHES)
-        self._measure(small)  # Kernels and workspaces are not to be counted.
+        self._measure(small)  # Loads kernels and workspaces, so that they are not counted below.
         for plan in self._halvings(largest, small):
             peak = self._measure(plan)
             if peak is not None:
@@ -117,7 +117,7 @@ class TorchBackend:
         try:
             self._run_blank(plan)
         except RuntimeError as error:
-            if self.classify(error.with_traceback(None)) is not Failure.MEMORY:
+            if self.classify(error.with_traceback(None)) is not Recovery.SPLIT:
                 raise
             return None
         peak: int = torch.cuda.max_memory_allocated(self._tower.device) - before

@@ -1,4 +1,4 @@
-"""Decoding in a process of its own, which can be ended while it decodes; a thread cannot.
+"""Decoding in a separate process, which can be killed while it decodes; a thread cannot.
 
 The process holds Python, Pillow and numpy: no torch, no gRPC, no model. It is started for its first
 task, takes one task after the other, and ends with the process that started it. Tasks and errors
@@ -37,7 +37,7 @@ from opticnerve.process import follow_parent, ignore_hangup
 if TYPE_CHECKING:
     from opticnerve.models.family import Preprocessor
 
-NICE = 10  # The threads that decode light pictures go first.
+NICE = 10  # Lower CPU priority than the threads that decode light pictures.
 # For glibc: a picture is a mapping of its own, returned to the system as soon as it is freed.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "1"}
 
@@ -62,11 +62,11 @@ class Pixels:
 
 
 class DecoderDied(Exception):
-    """The process ended before its task was done. ``by_task``: it ended while it worked on the
-    task, and not because we killed it. ``out_of_time``: the task exceeded its time limit."""
+    """The process ended before its task was done. ``by_task``: during the task, and not because it
+    was killed from here. ``out_of_time``: the task exceeded its limit of CPU time."""
 
     def __init__(self, status: int, by_task: bool) -> None:
-        super().__init__(f"the decoder's process ended with status {status}")
+        super().__init__(f"the decoder process ended with status {status}")
         self.by_task = by_task
         self.out_of_time = status == -signal.SIGXCPU
 
@@ -198,14 +198,14 @@ def _serve(pipe: Connection, preprocess: Preprocessor, parent_pid: int, timeout_
         traceback.print_exc()
         pipe.send(EngineFailure("the encoder failed on this picture; its log has the details"))
     else:
-        handle = _share(pixels.values)
+        handle = _write_memfd(pixels.values)
         pipe.send((pixels.values.shape, pixels.seconds))
         send_handle(pipe, handle, parent_pid)
         os.close(handle)
 
 
-def _share(values: NDArray[np.float32]) -> int:
-    """The handle of a file of shared memory, without a name, that holds ``values``."""
+def _write_memfd(values: NDArray[np.float32]) -> int:
+    """A descriptor of an unnamed shared-memory file that holds ``values``."""
     handle = os.memfd_create("pixels")
     os.ftruncate(handle, values.nbytes)
     with mmap.mmap(handle, values.nbytes) as memory:

@@ -1,9 +1,9 @@
-"""The CPU side of encoding: which picture is decoded when, and where.
+"""Schedules the decoding of pictures on threads and in processes.
 
-Waiting compressed items are cheap, decoded ones are not: ``staging`` bounds how many patches may
-be decoded ahead of the device, in order of arrival. The cost of decoding is known from a picture's
+Waiting compressed items are cheap, decoded ones are not: ``staging`` bounds the patches that are
+decoded ahead of the device, in order of arrival. The cost of decoding is known from a picture's
 structure. Light pictures are decoded on threads, on which Pillow and numpy release the
-interpreter's lock; heavy ones in processes, because these can be ended. Each kind has its own
+interpreter's lock; heavy ones in processes, which can be killed. Each kind has its own
 places and memory, so that no light picture waits for a heavy one; within a kind, the places are
 shared fairly between requests.
 """
@@ -36,12 +36,12 @@ from opticnerve.models.family import Preprocessor
 
 
 class FairQueue:
-    """Items take a part of ``capacity`` each; one always fits, however large it is.
+    """Each item holds a part of ``capacity``; an item alone is admitted, however large it is.
 
     Self-clocked fair queueing (Golestani, 1994): an item's due time is its cost plus the due time
-    of its owner's item before it, or of the item that was admitted last, whichever is later; the
-    earliest due time is admitted first. So a small item passes large ones, the owner of many items
-    waits behind the owner of one, and no item waits for ever. Items of one owner, and items that
+    of its sharer's item before it, or of the item that was admitted last, whichever is later; the
+    earliest due time is admitted first. So a small item passes large ones, a sharer of many items
+    waits behind a sharer of one, and no item waits for ever. Items of one sharer, and items that
     cost nothing, keep their order.
 
     Belongs to one event loop. An item that is cancelled while it waits leaves the queue.
@@ -51,8 +51,8 @@ class FairQueue:
         self.capacity = capacity
         self.held = 0
         self._now = 0  # Due time of the item that was admitted last.
-        self._due: dict[str, int] = {}  # Of the last item of each owner that has items waiting.
-        self._items: Counter[str] = Counter()  # Waiting items by owner.
+        self._due: dict[str, int] = {}  # Of the last item of each sharer that has items waiting.
+        self._items: Counter[str] = Counter()  # Waiting items by sharer.
         self._queue: list[tuple[int, int, str, int, asyncio.Future[None]]] = []
         self._number = itertools.count()
 
@@ -61,19 +61,19 @@ class FairQueue:
         return self._items.total()
 
     @contextlib.asynccontextmanager
-    async def hold(self, size: int, owner: str = "", cost: int = 0) -> AsyncIterator[None]:
+    async def hold(self, size: int, sharer: str = "", cost: int = 0) -> AsyncIterator[None]:
         """Holds ``size`` of the capacity while the context lasts; entering waits for the item's
-        turn. ``cost``: what the item takes from its owner's fair share."""
-        due = self._due[owner] = max(self._now, self._due.get(owner, 0)) + cost
+        turn. ``cost``: what the item takes from its sharer's fair share."""
+        due = self._due[sharer] = max(self._now, self._due.get(sharer, 0)) + cost
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._items[owner] += 1
-        heapq.heappush(self._queue, (due, next(self._number), owner, size, turn))
+        self._items[sharer] += 1
+        heapq.heappush(self._queue, (due, next(self._number), sharer, size, turn))
         self._admit()
         try:
             await turn
         except asyncio.CancelledError:
             if turn.cancelled():
-                self._forget(owner)
+                self._forget(sharer)
                 self._admit()
             else:
                 self._release(size)  # The turn came together with the cancellation.
@@ -90,29 +90,29 @@ class FairQueue:
     def _admit(self) -> None:
         """Lets in the items that fit, in the order of their due times."""
         while self._queue:
-            due, _, owner, size, turn = self._queue[0]
+            due, _, sharer, size, turn = self._queue[0]
             if not turn.done():  # Otherwise it was cancelled.
                 if self.held and self.held + size > self.capacity:
                     return
                 self.held += size
                 self._now = due
-                self._forget(owner)
+                self._forget(sharer)
                 turn.set_result(None)
             heapq.heappop(self._queue)
 
-    def _forget(self, owner: str) -> None:
-        """Removes one waiting item of ``owner`` from the counts."""
-        self._items[owner] -= 1
-        if not self._items[owner]:
-            del self._items[owner], self._due[owner]
+    def _forget(self, sharer: str) -> None:
+        """Removes one waiting item of ``sharer`` from the counts."""
+        self._items[sharer] -= 1
+        if not self._items[sharer]:
+            del self._items[sharer], self._due[sharer]
 
 
 log = logging.getLogger(__name__)
 
-LIGHT_SHARE = 4  # Light pictures get one part in this many of the memory.
+LIGHT_MEMORY_FRACTION = 1 / 4  # Of the memory, for light pictures.
 ITEM_PASSES = 2**20  # Cost of resizing and cutting an item, added to its decoding passes.
 WORKER_MEMORY = 2**28  # Bytes for each worker, if no flag sets the memory.
-LEAST_MEMORY = 2**31
+MIN_MEMORY = 2**31
 IDLE_S = 30.0  # After which an idle process is ended.
 
 P = ParamSpec("P")
@@ -123,18 +123,18 @@ R = TypeVar("R")
 class DecodeJob:
     """One picture in the pool."""
 
-    owner: str  # The request that brought it.
+    sharer: str  # The request that it belongs to; places are shared between these.
     key: str
     task: DecodeTask
     structure: Structure
-    is_suspect: bool  # A worker has died while it had this item.
+    is_suspect: bool  # A worker has died while it processed this item.
 
     @property
     def is_heavy(self) -> bool:
         return self.is_suspect or self.structure.is_heavy
 
 
-class Lane:
+class DecodeCapacity:
     """The places and the memory for one kind of picture, light or heavy."""
 
     def __init__(self, places: int, memory: int) -> None:
@@ -145,13 +145,13 @@ class Lane:
     async def hold(self, job: DecodeJob) -> AsyncIterator[None]:
         """Holds a place and the picture's memory while the context lasts."""
         cost, memory = job.structure.passes + ITEM_PASSES, job.structure.memory
-        async with self.places.hold(1, job.owner, cost), self.memory.hold(memory):
+        async with self.places.hold(1, job.sharer, cost), self.memory.hold(memory):
             yield
 
 
 class PreprocessPool:
-    """Owns threads and decoder processes. ``close`` drops what has not begun, ends the processes,
-    and waits for the threads. Belongs to one event loop."""
+    """Owns threads and decoder processes. ``close`` drops waiting work, ends the processes, and
+    waits for the threads. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -167,9 +167,10 @@ class PreprocessPool:
         self.workers = workers
         self.staging = FairQueue(max_staged_patches)
         self.decode_timeout_s = decode_timeout_s
-        memory = max_decode_bytes or max(LEAST_MEMORY, workers * WORKER_MEMORY)
-        self.light = Lane(workers, memory // LIGHT_SHARE)
-        self.heavy = Lane(workers, memory - memory // LIGHT_SHARE)
+        memory = max_decode_bytes or max(MIN_MEMORY, workers * WORKER_MEMORY)
+        light_memory = int(memory * LIGHT_MEMORY_FRACTION)
+        self.light = DecodeCapacity(workers, light_memory)
+        self.heavy = DecodeCapacity(workers, memory - light_memory)
         self._preprocess = preprocess
         self._record = record
         self._idle: dict[DecoderProcess, asyncio.TimerHandle] = {}
@@ -248,7 +249,7 @@ class PreprocessPool:
                 code="decode_timeout",
             )
         metrics.DECODES_ENDED.labels(why="died").inc()
-        log.error("while it decoded %s: %s", job.key, died)
+        log.error("decoding %s: %s", job.key, died)
         if not died.by_task:
             return EngineFailure("the encoder could not start a process to decode in")
         self._record.add(job.key)
@@ -275,7 +276,7 @@ class PreprocessPool:
         self._discard(decoder)
 
     def _discard(self, decoder: DecoderProcess) -> None:
-        """Ends a process at once; a thread waits for its end."""
+        """Kills a process; a thread waits for its exit."""
         decoder.kill()
         if not self._closed:
             self._decoders.discard(decoder)

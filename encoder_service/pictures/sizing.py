@@ -10,7 +10,7 @@ from opticnerve.models.family import Layout
 
 ASPECTS = 32  # Steps from square to ASPECT_LIMIT, in both directions.
 ASPECT_LIMIT = 199.0  # Long strips may need more patches than squares: a side has at least one.
-SLACK = 1.05  # An aspect that was not tried may round to a few more patches.
+ROUNDING_MARGIN = 1.05  # An aspect that was not tried may round to a few more patches.
 
 
 def largest_plan(layout: Layout, max_image_pixels: int) -> Plan:
@@ -42,7 +42,7 @@ def _small_source(layout: Layout, plan: Plan) -> Plan:
 
 
 def permitted_patches(largest: Plan) -> int:
-    return math.ceil(largest.num_patches * SLACK)
+    return math.ceil(largest.num_patches * ROUNDING_MARGIN)
 
 
 def shrink(layout: Layout, largest: Plan, patches: int) -> Plan:

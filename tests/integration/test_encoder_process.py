@@ -111,7 +111,7 @@ def test_other_families_are_served(family: str, tmp_path: Path) -> None:
 def test_the_least_limit_on_pictures_lets_an_encoder_rehearse(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with encoders.running(tmp_path, max_image_pixels=MIN_IMAGE_PIXELS) as service:
-            service.encoder.rehearse()
+            service.encoder.warm_up()
             assert service.backend.batches == [1]
 
     asyncio.run(scenario())

@@ -67,7 +67,7 @@ def test_headers_without_bytes_keep_nobody_out(tmp_path: Path) -> None:
 def test_items_that_do_not_come_are_given_up_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upload, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(upload, "HEADER_TIMEOUT_S", 0.05)
 
     async def scenario() -> None:
         async with running(tmp_path) as service:

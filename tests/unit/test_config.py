@@ -85,7 +85,7 @@ def test_bad_variable_names_itself():
         (config.LLMConfig, "--max-num-seqs", "0"),
         (config.LLMConfig, "--kv-cache-tokens", "-1"),
         (config.EncoderConfig, "--threads", "-2"),
-        (config.EncoderConfig, "--max-image-pixels", "4095"),  # Less than a rehearsal takes.
+        (config.EncoderConfig, "--max-image-pixels", "4095"),  # Smaller than the warm-up's picture.
         (config.GatewayConfig, "--max-image-pixels", "0"),
         (config.EncoderConfig, "--store-ttl-s", "0"),
         (config.GatewayConfig, "--request-timeout-s", "nan"),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from encoder_service.backends.base import Capacity
 from encoder_service.backends.torch import CPU_BATCH_PATCHES, CPU_WARM_PATCHES, TorchBackend
-from encoder_service.batcher import Failure
+from encoder_service.batcher import Recovery
 from encoder_service.pictures.sizing import largest_plan, permitted_patches, shrink
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import StartupError
@@ -171,26 +171,26 @@ def test_an_item_too_large_for_the_device_is_halved_until_it_fits(
 @pytest.mark.parametrize(
     ("error", "failure"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), Failure.MEMORY),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"), Failure.MEMORY),
-        (MemoryError(), Failure.MEMORY),
-        (RuntimeError("shape mismatch"), Failure.ITEM),
-        (ValueError("out of memory of mine"), Failure.ITEM),
-        (RuntimeError("CUDA error: device-side assert"), Failure.ITEM),  # Of a CPU: no device.
+        (torch.OutOfMemoryError("CUDA out of memory"), Recovery.SPLIT),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"), Recovery.SPLIT),
+        (MemoryError(), Recovery.SPLIT),
+        (RuntimeError("shape mismatch"), Recovery.ISOLATE),
+        (ValueError("out of memory of mine"), Recovery.ISOLATE),
+        (RuntimeError("CUDA error: device-side assert"), Recovery.ISOLATE),  # Of a CPU: no device.
     ],
 )
-def test_what_exceptions_mean(tower: Tower, error: Exception, failure: Failure) -> None:
+def test_what_exceptions_mean(tower: Tower, error: Exception, failure: Recovery) -> None:
     assert backend_of(tower).classify(error) is failure
 
 
 def test_a_real_allocation_that_is_too_large_is_memory(tower: Tower) -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50, dtype=torch.float32)
-    assert backend_of(tower).classify(caught.value) is Failure.MEMORY
+    assert backend_of(tower).classify(caught.value) is Recovery.SPLIT
 
 
 def test_a_lost_cuda_device_is_told_from_a_bad_item(tower: Tower) -> None:
     backend = backend_of(tower)
     backend._on_cuda = True
-    assert backend.classify(RuntimeError("CUDA error: device-side assert")) is Failure.DEVICE
-    assert backend.classify(RuntimeError("shape mismatch")) is Failure.ITEM
+    assert backend.classify(RuntimeError("CUDA error: device-side assert")) is Recovery.STOP
+    assert backend.classify(RuntimeError("shape mismatch")) is Recovery.ISOLATE

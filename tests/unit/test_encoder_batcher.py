@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder_service.batcher import Batcher, Failure
+from encoder_service.batcher import Batcher, Recovery
 from opticnerve.errors import Unavailable
 
 WAIT_S = 60.0
@@ -52,10 +52,10 @@ def occupied(device: Device, max_cost: int = 10, **options: object) -> Iterator[
         batcher.close()
 
 
-def classify(error: Exception) -> Failure:
+def classify(error: Exception) -> Recovery:
     if isinstance(error, MemoryError):
-        return Failure.MEMORY
-    return Failure.DEVICE if isinstance(error, OSError) else Failure.ITEM
+        return Recovery.SPLIT
+    return Recovery.STOP if isinstance(error, OSError) else Recovery.ISOLATE
 
 
 def test_takes_what_waits_up_to_the_budget_in_order() -> None:
@@ -197,7 +197,7 @@ def test_a_device_that_fails_while_it_recovers_is_lost() -> None:
     def fail(batch: Sequence[str]) -> list[str]:
         raise MemoryError
 
-    def broken(error: Exception) -> Failure:
+    def broken(error: Exception) -> Recovery:
         raise OSError("emptying the cache failed")
 
     lost: list[Exception] = []

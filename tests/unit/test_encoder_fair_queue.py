@@ -21,13 +21,13 @@ class Line:
         self._leave: dict[str, asyncio.Event] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def come(self, name: str, owner: str, cost: int) -> None:
+    async def come(self, name: str, sharer: str, cost: int) -> None:
         self._leave[name] = asyncio.Event()
-        self.tasks[name] = asyncio.create_task(self._pass(name, owner, cost))
+        self.tasks[name] = asyncio.create_task(self._pass(name, sharer, cost))
         await settle()
 
-    async def _pass(self, name: str, owner: str, cost: int) -> None:
-        async with self.turns.hold(1, owner, cost):
+    async def _pass(self, name: str, sharer: str, cost: int) -> None:
+        async with self.turns.hold(1, sharer, cost):
             self.order.append(name)
             await self._leave[name].wait()
 
@@ -143,8 +143,8 @@ def test_everybody_gets_a_turn_and_no_place_is_lost(
 ) -> None:
     async def scenario() -> None:
         line = Line(places)
-        for number, (owner, cost, leaves) in enumerate(items):
-            await line.come(str(number), owner, cost)
+        for number, (sharer, cost, leaves) in enumerate(items):
+            await line.come(str(number), sharer, cost)
             assert len(line.order) <= places
             if leaves and str(number) not in line.order:
                 line.tasks.pop(str(number)).cancel()
