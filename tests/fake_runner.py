@@ -229,7 +229,7 @@ class FakeRunner:
             span = span_over(seq.request, position)
             self._check_rows(work, span, position, rows.get(position))
             token = seq.token_ids[position]
-            if work.reads_slot and position == work.start + work.num_tokens - 1:
+            if work.last_token_on_device and position == work.start + work.num_tokens - 1:
                 assert token == self.last[work.slot]
                 token = self.last[work.slot]
             before = cells[-1] if cells else digest()

@@ -95,14 +95,14 @@ class Batch:
     """T packed tokens of W works."""
 
     works: tuple[Work, ...]  # In packed order.
-    first_rows: list[int]  # Of each work, its first packed token.
-    token_ids: Ints  # [T]; 0 for tokens that are still on the device (see read_rows).
-    read_rows: Ints  # Packed tokens that are what a slot sampled last, ...
+    first_indices: list[int]  # Of each work, its first packed token.
+    token_ids: Ints  # [T]; 0 for tokens that are still on the device (see read_indices).
+    read_indices: Ints  # Packed tokens that are what a slot sampled last, ...
     read_slots: Ints  # ... and those slots.
     positions: Ints  # [position_dims, T]
     attention: AttentionStep
     logit_works: list[int]  # Indices of works that want a token.
-    logit_rows: Ints  # Their packed rows.
+    logit_indices: Ints  # Their packed rows.
     logit_slots: Ints
     output_positions: Ints  # Of the tokens to be sampled.
 
@@ -128,15 +128,15 @@ def pack(works: Many[Work], slots: SlotTable, block_size: int) -> Batch:
     counts = [1] * len(decodes) + [work.num_tokens for work in chunks]
     ends = np.cumsum(counts)
     ordered = (*decodes, *chunks)
-    reading = [i for i, work in enumerate(ordered) if work.reads_slot]
+    reading = [i for i, work in enumerate(ordered) if work.last_token_on_device]
     wanting = [i for i, work in enumerate(ordered) if work.samples]
     all_slots = np.array([work.slot for work in ordered], dtype=np.int64)
     firsts = (ends - counts).tolist()
     return Batch(
         works=ordered,
-        first_rows=firsts,
+        first_indices=firsts,
         token_ids=np.concatenate(ids),
-        read_rows=ends[reading] - 1,
+        read_indices=ends[reading] - 1,
         read_slots=all_slots[reading],
         positions=np.concatenate(positions, axis=1),
         attention=AttentionStep(
@@ -146,7 +146,7 @@ def pack(works: Many[Work], slots: SlotTable, block_size: int) -> Batch:
             chunks=tuple(map(_chunk, chunks, firsts[len(decodes) :], repeat(slots))),
         ),
         logit_works=wanting,
-        logit_rows=ends[wanting] - 1,
+        logit_indices=ends[wanting] - 1,
         logit_slots=all_slots[wanting],
         output_positions=np.array([_output_position(ordered[i]) for i in wanting], dtype=np.int64),
     )
@@ -156,16 +156,18 @@ def _pack_decodes(works: list[Work], slots: SlotTable, block_size: int) -> Batch
     """A batch in which every work computes one token: vectorised."""
     of = np.array([work.slot for work in works], dtype=np.int64)
     starts = np.array([work.start for work in works], dtype=np.int64)
-    reading = [i for i, work in enumerate(works) if work.reads_slot]
+    reading = [i for i, work in enumerate(works) if work.last_token_on_device]
     wanting = [i for i, work in enumerate(works) if work.samples]
     rows = np.arange(len(works))
     if len(reading) == len(works):
         token_ids = np.zeros(len(works), dtype=np.int64)
-        read_rows, read_slots = rows, of
+        read_indices, read_slots = rows, of
     else:
-        known = [0 if work.reads_slot else work.seq.token_ids[work.start] for work in works]
+        known = [
+            0 if work.last_token_on_device else work.seq.token_ids[work.start] for work in works
+        ]
         token_ids = np.array(known, dtype=np.int64)
-        read_rows, read_slots = rows[reading], of[reading]
+        read_indices, read_slots = rows[reading], of[reading]
     dims = slots.position_dims
     positions = np.empty((dims, len(works)), dtype=np.int64)
     positions[:] = starts + slots.delta[of]
@@ -177,9 +179,9 @@ def _pack_decodes(works: list[Work], slots: SlotTable, block_size: int) -> Batch
     everyone = len(wanting) == len(works)
     return Batch(
         works=tuple(works),
-        first_rows=rows.tolist(),
+        first_indices=rows.tolist(),
         token_ids=token_ids,
-        read_rows=read_rows,
+        read_indices=read_indices,
         read_slots=read_slots,
         positions=positions,
         attention=AttentionStep(
@@ -188,7 +190,7 @@ def _pack_decodes(works: list[Work], slots: SlotTable, block_size: int) -> Batch
             decode_lengths=starts + 1,
         ),
         logit_works=wanting,
-        logit_rows=rows if everyone else rows[wanting],
+        logit_indices=rows if everyone else rows[wanting],
         logit_slots=of if everyone else of[wanting],
         output_positions=np.array([_output_position(works[i]) for i in wanting], dtype=np.int64),
     )

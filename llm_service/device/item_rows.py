@@ -61,7 +61,7 @@ class ItemRows:
         Returns (indices of packed tokens, rows) of each DeepStack level, which the decoder adds.
         """
         found: dict[int, list[tuple[int, torch.Tensor]]] = {}
-        for work, first in zip(batch.works, batch.first_rows, strict=True):
+        for work, first in zip(batch.works, batch.first_indices, strict=True):
             for each in overwrites.get(work.slot, ()):
                 row = first + each.offset
                 embeds[row : row + len(each.rows)] = each.rows

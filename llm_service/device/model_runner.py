@@ -153,14 +153,14 @@ class ModelRunner:
         self, batch: Batch, overwrites: dict[int, list[Overwrite]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states: of every token where prompt log-probabilities want them, and of the
-        batch's logit_rows."""
+        batch's logit_indices."""
         embeds = self._language.embed(self._token_ids(batch))
         deepstack = self._rows.write(embeds, batch, overwrites) if overwrites else []
         self._backend.prepare(batch.attention)
         positions = to_device(batch.positions, self._device)
         rows = None
-        if len(batch.logit_rows) != batch.num_tokens:
-            rows = to_device(batch.logit_rows, self._device)
+        if len(batch.logit_indices) != batch.num_tokens:
+            rows = to_device(batch.logit_indices, self._device)
         whole = any(work.prompt_logprobs for work in batch.works)
         asked = None if whole else rows
         with active(self._backend):
@@ -173,9 +173,9 @@ class ModelRunner:
         if not len(batch.read_slots):
             return ids
         last = self._last_tokens[to_device(batch.read_slots, self._device)]
-        if len(batch.read_rows) == batch.num_tokens:
+        if len(batch.read_indices) == batch.num_tokens:
             return last
-        return ids.index_copy(0, to_device(batch.read_rows, self._device), last)
+        return ids.index_copy(0, to_device(batch.read_indices, self._device), last)
 
     # ---- tokens
 
@@ -183,9 +183,9 @@ class ModelRunner:
         self, batch: Batch, hidden: torch.Tensor, wanted: torch.Tensor
     ) -> dict[int, WorkResult]:
         """One for each work, by slot. ``hidden``: of every token where prompt log-probabilities
-        want them; ``wanted``: of the batch's logit_rows."""
+        want them; ``wanted``: of the batch's logit_indices."""
         results = self._sample(batch, wanted) if batch.logit_works else {}
-        for work, first in zip(batch.works, batch.first_rows, strict=True):
+        for work, first in zip(batch.works, batch.first_indices, strict=True):
             if work.slot not in results:
                 results[work.slot] = WorkResult()
             if work.prompt_logprobs and results[work.slot].error is None:

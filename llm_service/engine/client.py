@@ -41,8 +41,8 @@ from llm_service.policy.protocol import (
     FailedEvent,
     GenerateRequest,
     IntegrityReport,
+    RowsAvailable,
     RowsFailed,
-    RowsFound,
     RowsReady,
     Stop,
 )
@@ -170,9 +170,9 @@ class EngineClient:
         tier, and it loads them."""
         self._post(RowsReady(key))
 
-    def rows_found(self, request_id: str, keys: Iterable[str]) -> None:
-        """See ``RowsFound``."""
-        self._post(RowsFound(request_id, frozenset(keys)))
+    def rows_available(self, request_id: str, keys: Iterable[str]) -> None:
+        """See ``RowsAvailable``."""
+        self._post(RowsAvailable(request_id, frozenset(keys)))
 
     def rows_failed(self, request_id: str, key: str, error: Exception) -> None:
         """The rows of ``key`` will not come for this request: it fails with ``error``."""

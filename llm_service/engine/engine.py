@@ -30,8 +30,8 @@ from llm_service.policy.protocol import (
     NeedRowsEvent,
     PrefilledEvent,
     PromptLogprobsEvent,
+    RowsAvailable,
     RowsFailed,
-    RowsFound,
     RowsReady,
     Stop,
     TokensEvent,
@@ -130,8 +130,8 @@ class Engine:
                 self.abort(command.request_id)
             case RowsReady():
                 self.rows_ready(command.key)
-            case RowsFound():
-                self.rows_found(command.request_id, command.keys)
+            case RowsAvailable():
+                self.rows_available(command.request_id, command.keys)
             case RowsFailed():
                 self.rows_failed(command.request_id, command.key, command.error)
             case CheckIntegrity():
@@ -148,7 +148,7 @@ class Engine:
             log.error("request %s is already open", request.request_id)
             return
         try:
-            if self.scheduler.num_unbegun >= self.config.max_waiting:
+            if self.scheduler.num_waiting_for_first_chunk >= self.config.max_waiting:
                 raise Overloaded("too many requests are waiting; retry later", retry_after_s=1.0)
             check_request(request, self.config)
         except Exception as error:
@@ -179,10 +179,10 @@ class Engine:
     def rows_ready(self, key: str) -> None:
         self.scheduler.rows_ready(key)
 
-    def rows_found(self, request_id: str, keys: Iterable[str]) -> None:
+    def rows_available(self, request_id: str, keys: Iterable[str]) -> None:
         generation = self._open.get(request_id)
         if generation is not None:
-            generation.found_keys.update(keys)
+            generation.available_keys.update(keys)
 
     def rows_failed(self, request_id: str, key: str, error: Exception) -> None:
         """Fails the request, unless it needs the rows of ``key`` no more."""
@@ -238,13 +238,13 @@ class Engine:
         if failure.http_status >= 500:  # Else the request asks for what cannot be.
             log.error("request %s failed in a step", seq.request_id, exc_info=error)
         if isinstance(failure, EngineFailure):
-            self.blocks.distrust(seq)
+            self.blocks.evict_from_prefix_cache(seq)
         self._fail(seq.generation, failure)
 
     def _append(self, seq: Sequence, token: int, logprobs: PositionLogprobs | None) -> None:
         if seq.generation.first_token_at is None:
             self._first_token(seq)
-        seq.reads_slot = True
+        seq.last_token_on_device = True
         seq.token_ids.append(token)
         self._completion_tokens += 1
         self._send_tokens(seq, (token,), () if logprobs is None else (logprobs,))

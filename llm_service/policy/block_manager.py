@@ -1,10 +1,10 @@
-"""Accounting of KV pages: who holds which, and which may be shared. No tensors.
+"""Accounting of KV pages: reference counts and the prefix cache. No tensors.
 
-A page is free, or held by one or more sequences (reference count), or held by none and kept for
-its contents until somebody needs the room (least recently used first). The prefix cache knows
-pages by the hash of everything that decides their contents: the tokens before and in the page,
-the identity of every item that overlaps it, and the salt of the request. Only whole pages that
-are computed get in.
+A page is free, or held by one or more sequences (reference count), or idle: held by none and kept
+for its contents until its room is needed (least recently used first). The prefix cache maps the
+hash of everything that decides a page's contents to the page: the tokens before and in it, the
+identity of every item that overlaps it, and the salt of the request. Only whole computed pages are
+cached.
 
 Hashes are chained over units of 16 tokens, whatever the page size, so that two workers with
 different attention backends name the same prefix alike; a page goes by the hash of its last unit.
@@ -23,7 +23,7 @@ from llm_service.policy.sequence import Sequence, Status
 from opticnerve.keys import hash_parts
 from opticnerve.media.plan import Span, SpanAttention
 
-UNIT = 16  # Tokens of one link of the hash chain.
+UNIT = 16  # Tokens per link of the hash chain.
 _DIGEST_BYTES = 16
 _SCHEME = "opticnerve-prefix-3"
 
@@ -54,17 +54,17 @@ class BlockManager:
     # ---- a sequence's life: allocate, grow, commit, release
 
     def lacking(self, seq: Sequence, reserve: int = 0) -> int:
-        """Pages that are missing to ``allocate`` the sequence's and leave ``reserve`` free; none if
-        this is 0 or less."""
+        """How many pages are missing to ``allocate`` the sequence and leave ``reserve`` free; 0 or
+        less if it fits."""
         hit = self._match(seq)
         idle_hits = sum(1 for block in hit if not self._references[block])
         needed = self.pages_for(seq.num_tokens) - len(hit)
         return needed + reserve - (self.num_free - idle_hits)
 
     def freed_for(self, seq: Sequence) -> Callable[[Sequence], int]:
-        """Counts the pages that a running sequence would free for ``seq``: those that it holds
-        alone, except cached ones that ``seq`` would start with, which ``lacking`` counts already.
-        """
+        """A function that counts the pages that a running sequence would free for ``seq``: those it
+        holds alone, except cached ones that ``seq`` would start with, which ``lacking`` has counted
+        already."""
         hit = set(self._match(seq))
 
         def count(victim: Sequence) -> int:
@@ -77,10 +77,10 @@ class BlockManager:
         """Takes pages for all tokens, the cached prefix included; returns its length in tokens."""
         hit = self._match(seq)
         for block in hit:
-            self._share(block)
+            self._add_reference(block)
         fresh = [self._take() for _ in range(self.pages_for(seq.num_tokens) - len(hit))]
         seq.block_table = (*hit, *fresh)
-        seq.num_shared = len(hit)
+        seq.num_cached_blocks = len(hit)
         seq.num_computed = len(hit) * self.block_size
         return seq.num_computed
 
@@ -94,20 +94,20 @@ class BlockManager:
             seq.block_table += tuple(self._take() for _ in range(fresh))
 
     def commit(self, seq: Sequence) -> None:
-        """Lets others share the whole pages that are computed now."""
+        """Adds whole computed pages to the prefix cache."""
         whole = seq.num_computed // self.block_size
         if not self.prefix_caching or seq.request.skip_prefix_cache:
             return
         extend_hashes(seq, whole, self.block_size)
-        for index in range(seq.num_shared, whole):
+        for index in range(seq.num_cached_blocks, whole):
             block, name = seq.block_table[index], seq.hashes[index]
             if name not in self._cached and block not in self._hash_of:
                 self._cached[name] = block
                 self._hash_of[block] = name
-        seq.num_shared = max(seq.num_shared, whole)
+        seq.num_cached_blocks = max(seq.num_cached_blocks, whole)
 
     def release(self, seq: Sequence) -> None:
-        """Gives the sequence's pages back; the last ones are the first to be reused."""
+        """Releases the sequence's pages; its last ones are reused first."""
         for block in reversed(seq.block_table):
             self._references[block] -= 1
             if self._references[block]:
@@ -121,7 +121,7 @@ class BlockManager:
     # ---- forks
 
     def can_fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> bool:
-        """Whether ``child`` can share what ``parent`` computed of its first ``num_tokens``."""
+        """Whether ``child`` can start with the first ``num_tokens`` that ``parent`` computed."""
         own = self.pages_for(child.num_tokens) - num_tokens // self.block_size
         return num_tokens <= parent.num_computed and own <= self.num_free
 
@@ -130,10 +130,10 @@ class BlockManager:
         whole = num_tokens // self.block_size
         shared = parent.block_table[:whole]
         for block in shared:
-            self._share(block)
+            self._add_reference(block)
         fresh = [self._take() for _ in range(self.pages_for(child.num_tokens) - whole)]
         child.block_table = (*shared, *fresh)
-        child.num_shared = min(parent.num_shared, whole)
+        child.num_cached_blocks = min(parent.num_cached_blocks, whole)
         child.hashes = parent.hashes[:whole]
         child.num_computed = num_tokens
         return [(parent.block_table[whole], fresh[0])] if num_tokens % self.block_size else []
@@ -144,7 +144,7 @@ class BlockManager:
         """Tokens at the start of the sequence that ``allocate`` would not compute again."""
         return len(self._match(seq)) * self.block_size
 
-    def distrust(self, seq: Sequence) -> None:
+    def evict_from_prefix_cache(self, seq: Sequence) -> None:
         """Removes a running sequence's pages from the prefix cache: their contents may be bad."""
         for block in seq.block_table:
             name = self._hash_of.pop(block, None)
@@ -174,7 +174,7 @@ class BlockManager:
     # ---- single pages
 
     def _take(self) -> int:
-        """A page for one holder; callers have checked that there is one."""
+        """Takes a page with one reference; callers have checked that there is one."""
         if self._free:
             block = self._free.popleft()
         else:
@@ -183,13 +183,13 @@ class BlockManager:
         self._references[block] = 1
         return block
 
-    def _share(self, block: int) -> None:
+    def _add_reference(self, block: int) -> None:
         if not self._references[block]:
             del self._idle[block]
         self._references[block] += 1
 
     def check_integrity(self, sequences: Iterable[Sequence] = ()) -> None:
-        """Raises RuntimeError where the books do not balance with what ``sequences`` hold."""
+        """Raises RuntimeError if the counts do not match the pages that ``sequences`` hold."""
         held: Counter[int] = Counter()
         for seq in sequences:
             self._check_sequence(seq)
@@ -200,7 +200,7 @@ class BlockManager:
         _require(len(free) == len(set(free)), "a page is free twice")
         _require(
             set(free) == {block for block in range(self.num_blocks) if not held[block]},
-            "free pages are not those that nobody holds",
+            "free pages are not those without a holder",
         )
         _require(
             {block: name for name, block in self._cached.items()} == self._hash_of,
@@ -214,7 +214,7 @@ class BlockManager:
         _require(len(table) == len(set(table)), f"{seq}: a page twice")
         _require(seq.num_computed <= len(table) * self.block_size, f"{seq}: too few pages")
         _require(seq.num_computed <= seq.num_tokens, f"{seq}: computed more than there is")
-        _require(seq.num_shared <= len(table), f"{seq}: shares pages that it does not hold")
+        _require(seq.num_cached_blocks <= len(table), f"{seq}: shares pages that it does not hold")
         if seq.status is not Status.RUNNING:
             _require(not table, f"{seq}: pages without running")
         cut = whole_spans(seq, seq.num_computed)

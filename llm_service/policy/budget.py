@@ -1,4 +1,4 @@
-"""How many tokens a step may have: its budget, and what steps cost on this machine.
+"""The token budget of a step, and a model of how long steps take on this machine.
 
 No tensors and no clock: the engine times a step and passes the seconds in.
 """
@@ -12,7 +12,7 @@ from llm_service.policy.plan import StepPlan, Work
 from llm_service.policy.sequence import Sequence, Status
 from opticnerve.media.plan import SpanAttention
 
-# Before the first step: a slow CPU, so that the first chunks are rather too small.
+# Before the first step: those of a slow CPU, so that the first chunks are too small, if anything.
 FIRST_GUESS = (0.02, 0.002, 0.01)  # Seconds a step, a decoding sequence, a prefill token.
 # The part of the estimate's error that is corrected after each step.
 GAIN = 0.3
@@ -27,7 +27,7 @@ MEANINGFUL_TOKENS = 128
 # Steps of each kind whose error counts in full: the guess may be off by any factor.
 FIRST_STEPS = 3
 MIN_S, MAX_S = 1e-7, 1e3  # Bounds of each coefficient.
-MIN_PREFILL_SHARE = 1 / 4  # Of the target time, however long decoding takes.
+MIN_PREFILL_FRACTION = 1 / 4  # Of the target time, however long decoding takes.
 
 
 class CostModel:
@@ -42,26 +42,26 @@ class CostModel:
 
     def __init__(self) -> None:
         self._coefficients = FIRST_GUESS
-        self.total_s = 0.0  # Of all steps.
+        self.total_s = 0.0  # Duration of all steps.
         self._learned = [0, 0]  # Measurements without prefill, and with it.
         self._pending = (0, 0, 0)  # Steps, decodes and prefill tokens not yet measured,
-        self._pending_s = 0.0  # and the seconds that were seen of them.
+        self._pending_s = 0.0  # and the seconds that they took on the host.
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens that a second computes, beside a step's other costs; 0 before any."""
+        """Prefill speed without a step's other costs; 0 before the first measurement."""
         return 1 / self._coefficients[2] if any(self._learned) else 0.0
 
     def seconds(self, decodes: int, prefill_tokens: int) -> float:
-        """What one step is expected to take."""
+        """Expected duration of one step."""
         return self._expect((1, decodes, prefill_tokens))
 
     def prefill_tokens(self, decodes: int, target_s: float) -> int:
         """Prefill tokens that a step can have beside ``decodes`` sequences to end in ``target_s``.
 
-        Prefill has at least MIN_PREFILL_SHARE of ``target_s``, even if decoding takes most of it.
+        At least MIN_PREFILL_FRACTION of ``target_s`` is for prefill, however long decoding takes.
         """
-        left = max(target_s - self.seconds(decodes, 0), MIN_PREFILL_SHARE * target_s)
+        left = max(target_s - self.seconds(decodes, 0), MIN_PREFILL_FRACTION * target_s)
         return int(left / self._coefficients[2])
 
     def learn(self, plan: StepPlan, seconds: float, whole: bool = True) -> None:
@@ -92,16 +92,16 @@ class CostModel:
         if self._learned[kind] > FIRST_STEPS:
             error = min(max(error, -MAX_ERROR), MAX_ERROR)
         shares = [c * count / expected for c, count in zip(self._coefficients, counts, strict=True)]
-        blames = shares
+        corrections = shares
         if kind:
             decoding = [DECODING_WEIGHT * share for share in shares[:2]]
             least = MIN_PREFILL_WEIGHT * min(1.0, counts[2] / MEANINGFUL_TOKENS)
-            blames = [*decoding, max(shares[2], least)]
-        effect = sum(blame * share for blame, share in zip(blames, shares, strict=True))
+            corrections = [*decoding, max(shares[2], least)]
+        effect = sum(part * share for part, share in zip(corrections, shares, strict=True))
         step = max(GAIN, 1 / self._learned[kind]) * error / effect
         a, b, c = (
-            min(max(coefficient * math.exp(step * blame), MIN_S), MAX_S)
-            for coefficient, blame in zip(self._coefficients, blames, strict=True)
+            min(max(coefficient * math.exp(step * part), MIN_S), MAX_S)
+            for coefficient, part in zip(self._coefficients, corrections, strict=True)
         )
         self._coefficients = (a, b, c)
 

@@ -1,4 +1,4 @@
-"""What bounds the engine, and the requests that it refuses because they can never be served."""
+"""The engine's limits, and the check that refuses requests that can never be served."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ MAX_CHOICES = 128
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Plain values; whoever builds the engine fills in what the model and the device decide."""
+    """The engine's settings, with the sizes that depend on the model and the device."""
 
     num_blocks: int  # KV pages.
     block_size: int  # Tokens a page, a multiple of 16.
     max_model_len: int  # Prompt and output tokens of one sequence.
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
-    max_step_s: float = 0.0  # What a step may take while anything decodes; 0: any time.
+    max_step_s: float = 0.0  # Target for a step while sequences decode; 0: no target.
     max_waiting: int = 1024
     prefix_caching: bool = True
     vocab_size: int = 0  # Token ids are below it; 0: not checked.
-    row_bytes: int = 0  # Bytes of one embedding row, all levels; what leases are counted in.
+    row_bytes: int = 0  # Bytes of one embedding row, all levels; the unit of leases.
     check_integrity: bool = False  # Check every invariant whenever the engine is idle.
 
     @property
@@ -35,7 +35,7 @@ class EngineConfig:
 
 
 def check_request(request: GenerateRequest, config: EngineConfig) -> None:
-    """Raises InvalidRequest or ContextLengthExceeded for what would never finish."""
+    """Raises InvalidRequest or ContextLengthExceeded for a request that could never finish."""
     _check_sampling(request)
     _check_tokens(request, config)
     _check_spans(request, config)
@@ -49,7 +49,9 @@ def _check_sampling(request: GenerateRequest) -> None:
         raise InvalidRequest(f"n must be between 1 and {MAX_CHOICES}", param="n")
     choices = [output.choice for output in request.outputs]
     if len(set(choices)) < len(choices) or not set(choices) <= set(range(sampling.n)):
-        raise InvalidRequest("outputs name choices from 0 to n - 1, each once", param="outputs")
+        raise InvalidRequest(
+            "outputs must name choices from 0 to n - 1, each at most once", param="outputs"
+        )
 
 
 def _check_tokens(request: GenerateRequest, config: EngineConfig) -> None:
@@ -76,7 +78,7 @@ def _check_spans(request: GenerateRequest, config: EngineConfig) -> None:
         end = span.token_offset + span.num_tokens
         inside = 0 <= span.token_offset < end <= len(request.token_ids)
         if not inside or span.row_start < 0 or not 0 <= span.item < len(request.items):
-            raise InvalidRequest("a span lies outside of its prompt or items", param="spans")
+            raise InvalidRequest("a span exceeds the prompt or names no item", param="spans")
         atomic = span.attention is SpanAttention.BIDIRECTIONAL
         if atomic and span.num_tokens > config.max_num_batched_tokens:
             raise InvalidRequest(

@@ -1,7 +1,7 @@
-"""What crosses from policy to execution, and back.
+"""The interface between the scheduler and the model runner. No tensors, no torch.
 
-No tensors, no torch: the scheduler writes a StepPlan, the model runner executes it on a device
-that only it knows, and answers with a WorkResult for each Work.
+The scheduler writes a StepPlan, the model runner executes it on its device and returns a
+WorkResult for each Work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Segment:
     """A slice of one item's rows that overwrites input embeddings in this chunk."""
 
     item_key: str
-    chunk_offset: int  # First row of the chunk's tokens that is overwritten.
+    chunk_offset: int  # First of the chunk's tokens that is overwritten.
     row_start: int  # First row of the item's embedding.
     num_rows: int
 
@@ -40,7 +40,7 @@ def _segments(seq: Sequence, start: int, end: int) -> tuple[Segment, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one sequence computes in this step."""
+    """The tokens that one sequence computes in this step."""
 
     seq: Sequence  # Identity, token ids, sampling; the runner never writes to it.
     slot: int  # Row of the device's per-sequence state, stable while the sequence runs.
@@ -48,9 +48,9 @@ class Work:
     num_tokens: int
     block_table: tuple[int, ...]  # KV pages of tokens [0, start + num_tokens).
     segments: tuple[Segment, ...]
-    samples: bool  # The token after the chunk is wanted; else prefill goes on.
+    samples: bool  # Samples the token after the chunk; otherwise prefill continues.
     prompt_logprobs: bool = False  # Log-probabilities of every prompt token of this chunk.
-    reads_slot: bool = False  # The chunk's last token is the one that the slot sampled last.
+    last_token_on_device: bool = False  # The chunk's last token is the slot's last sample.
 
     @property
     def decodes(self) -> bool:
@@ -73,7 +73,7 @@ def work_on(seq: Sequence, num_tokens: int, block_size: int) -> Work:
         _segments(seq, start, end) if in_prompt else (),
         end == len(seq.token_ids),
         in_prompt and seq.generation.wants_prompt_logprobs,
-        seq.reads_slot,
+        seq.last_token_on_device,
     )
 
 
@@ -84,12 +84,12 @@ class StepPlan:
     The runner first forgets ``freed_slots`` (one of them may belong to a new sequence in this
     very plan; a preempted sequence's slot is freed too), then makes ``copies``, whole pages, all
     read before any is written, then computes. A sequence that returns after preemption has its
-    output in ``seq.token_ids`` and ``reads_slot`` false.
+    output in ``seq.token_ids`` and ``last_token_on_device`` false.
     """
 
     step: int
     works: tuple[Work, ...]
-    freed_slots: tuple[int, ...] = ()  # Slots given up since the last plan.
+    freed_slots: tuple[int, ...] = ()  # Slots released since the last plan.
     copies: tuple[tuple[int, int], ...] = ()  # KV pages (source, destination) of forked choices.
 
     @property
@@ -103,16 +103,16 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class WorkResult:
-    """What one sequence gained in this step.
+    """The outcome of one Work.
 
-    ``prompt_logprobs``: where the work asked, for tokens start+1 .. start+num_tokens; what lies
-    past the prompt is ignored. ``error``: this sequence alone failed, and the rest is ignored. An
-    EmbeddingUnavailable whose ``param`` is an item's key asks for its rows, and the work is done
-    once they are there.
+    ``prompt_logprobs``: if the work has it set, for tokens start+1 .. start+num_tokens; entries
+    past the prompt are ignored. ``error``: this sequence alone failed, and the other fields are
+    ignored. An EmbeddingUnavailable whose ``param`` is an item's key makes the engine ask for its
+    rows and repeat the work once they are loaded.
     """
 
     token_id: int | None = None  # None: the work did not sample.
-    logprobs: PositionLogprobs | None = None  # Of the token, if its request asks for them.
+    logprobs: PositionLogprobs | None = None  # Of ``token_id``, if its request asks for them.
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     error: Exception | None = None
 

@@ -1,7 +1,7 @@
-"""What the servicer and the engine send each other: a request and its commands, events back.
+"""The commands that the servicer sends to the engine, and the events that it sends back.
 
-All are frozen, picklable and free of tensors, so that the engine can live in a thread or in a
-process of its own.
+All are frozen, picklable and without tensors, so that the engine can run in a thread or in a
+separate process.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from opticnerve.media.plan import Span
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """A generation as the engine gets it. ``items`` are content keys; spans index them.
+    """One generation. ``items`` are content keys; spans index them.
 
     ``spans`` are in the order of their tokens and do not overlap. ``outputs`` continue a
-    generation that began elsewhere; a choice that is not among them has sent nothing yet.
+    generation that began on another worker; a choice that is not among them has no output yet.
     """
 
     request_id: str
@@ -36,8 +36,8 @@ class GenerateRequest:
     cache_salt: str = ""
     outputs: tuple[ChoiceOutput, ...] = ()  # At most one a choice.
     skip_prefix_cache: bool = False  # Neither read the prefix cache nor share with it.
-    share: str = ""  # Whose part of the decoder it uses; empty: its own, see ``shares``.
-    weight: float = 1.0  # Of that part, beside those of others.
+    share: str = ""  # Fair-queueing key; requests with equal keys are scheduled as one client.
+    weight: float = 1.0  # Of ``share``, relative to others.
 
 
 # ---- servicer -> engine: GenerateRequest, and
@@ -45,7 +45,7 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """The client went away. Unknown and ended requests are ignored."""
+    """Cancels a request. Unknown and ended ones are ignored."""
 
     request_id: str
 
@@ -58,9 +58,9 @@ class RowsReady:
 
 
 @dataclass(frozen=True, slots=True)
-class RowsFound:
-    """The rows of ``keys`` need no encoder any more: a request that waits to be admitted for want
-    of pictures' rows need not wait behind pictures that are being encoded."""
+class RowsAvailable:
+    """The rows of ``keys`` are available without encoding; the request may be admitted ahead of
+    requests that wait for an encoder."""
 
     request_id: str
     keys: frozenset[str]
@@ -68,7 +68,7 @@ class RowsFound:
 
 @dataclass(frozen=True, slots=True)
 class RowsFailed:
-    """The rows that a request waits for will not come: it fails with ``error``."""
+    """The rows of ``key`` cannot be provided: the request fails with ``error`` if it needs them."""
 
     request_id: str
     key: str
@@ -84,10 +84,10 @@ class CheckIntegrity:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The engine aborts what is open and leaves its loop."""
+    """The engine aborts open requests and leaves its loop."""
 
 
-Command = GenerateRequest | Abort | RowsReady | RowsFound | RowsFailed | CheckIntegrity | Stop
+Command = GenerateRequest | Abort | RowsReady | RowsAvailable | RowsFailed | CheckIntegrity | Stop
 
 
 # ---- engine -> servicer
@@ -119,10 +119,10 @@ class PromptLogprobsEvent:
 
 @dataclass(frozen=True, slots=True)
 class NeedRowsEvent:
-    """Chunks of this request wait for rows that the engine does not hold.
+    """Chunks of this request wait for rows that are not loaded.
 
     Sent when a request is admitted, for the keys that no prefix hit covers and that are not
-    ready, and again when rows turn out to be gone. ``RowsReady`` or ``RowsFailed`` answers each
+    ready, and again if rows have been lost since. ``RowsReady`` or ``RowsFailed`` answers each
     key, even one for which ``RowsReady`` was sent before.
     """
 
@@ -150,7 +150,7 @@ class FailedEvent:
 
 @dataclass(frozen=True, slots=True)
 class AbortedEvent:
-    """Terminal: the client went away; everything that the request held is free."""
+    """Terminal: the request was cancelled, and its resources are released."""
 
     request_id: str
 

@@ -1,11 +1,11 @@
-"""Policy: which sequences compute how many tokens in the next step. No tensors, no events.
+"""Decides which sequences compute how many tokens in the next step. No tensors, no events.
 
 There is no prefill phase and no decode phase. Every step has one budget of tokens, and every
-sequence asks for those of its tokens that are not computed. ``Shares`` decides whose turn it is to
+sequence wants those of its tokens that are not computed yet. ``Shares`` decides whose turn it is to
 prefill and who is preempted for whom. Within one sharer, running sequences come before waiting
 ones, in the order of (priority, arrival, choice), which is total and never changes. The first
 running sequence in that order is never preempted, and it fits the cache alone: so it always makes
-progress, and none waits for ever.
+progress, and no sequence waits for ever.
 
 While any sequence decodes, the step's prefill tokens are bounded by the time that they are
 expected to take, since every decoding sequence waits for the step's end. The first sequence that
@@ -30,7 +30,7 @@ from llm_service.policy.sequence import GenerationState, Sequence, Status
 from llm_service.policy.shares import Sharer, Shares, Turns, decodes, order, remove
 from opticnerve.media.plan import SpanAttention
 
-TEXT_SHARE = 4  # One of so many prefill tokens is for prompts without pictures.
+TEXT_FRACTION = 1 / 4  # Of a step's prefill tokens, reserved for prompts without pictures.
 MAX_REFUSALS = 32  # Sharers that may be refused before a step stops admitting.
 
 
@@ -45,13 +45,13 @@ class Scheduler:
         self.shares = Shares()  # Holds the waiting sequences.
         self.running: list[Sequence] = []  # By ``order``.
         self.num_preemptions = 0
-        self.num_cached_tokens = 0  # Of prompts, taken from the prefix cache.
+        self.num_cached_tokens = 0  # Prompt tokens taken from the prefix cache.
         self._step = 0
         # Every decoding sequence has a token in each step, and a page of tokens is left to prefill.
         most = max(1, config.max_num_batched_tokens - blocks.block_size)
         self._num_slots = min(config.max_num_seqs, most)
         self._free_slots = list(range(self._num_slots))[::-1]
-        self._max_parked = max(1, self._num_slots // 2)  # Slots that may wait for rows.
+        self._max_waiting_for_rows = max(1, self._num_slots // 2)  # Slots that may wait for rows.
         self._freed_slots: list[int] = []  # Since the last plan.
         self._copies: list[tuple[Sequence, int, int]] = []  # Pages of forks, for the next plan.
         self.copied: list[Sequence] = []  # Forks whose pages the last plan copied.
@@ -61,8 +61,8 @@ class Scheduler:
     # ---- the queue
 
     @property
-    def num_unbegun(self) -> int:
-        """Waiting sequences whose requests have had no chunk computed."""
+    def num_waiting_for_first_chunk(self) -> int:
+        """Waiting sequences of requests that have not had any chunk scheduled."""
         return sum(1 for seq in self.shares.waiting() if seq.generation.first_chunk_at is None)
 
     def sequences(self) -> Iterator[Sequence]:
@@ -75,21 +75,21 @@ class Scheduler:
     def remove(self, seq: Sequence) -> None:
         """Ends a sequence in any state and frees everything that it holds."""
         if seq.status is Status.RUNNING:
-            self._give_up(seq)
+            self._release_resources(seq)
         elif seq.status is Status.WAITING:
-            self.shares.wait_no_more(seq)
+            self.shares.dequeue(seq)
         seq.status = Status.FINISHED
 
     def preempt(self, seq: Sequence) -> None:
         """Puts a running sequence back into the queue, to be computed again from its tokens."""
-        self._give_up(seq)
+        self._release_resources(seq)
         seq.suspend()
         seq.preemptions += 1
         self.num_preemptions += 1
         seq.status = Status.WAITING
         self.add(seq)
 
-    def _give_up(self, seq: Sequence) -> None:
+    def _release_resources(self, seq: Sequence) -> None:
         remove(self.running, seq)
         self.shares.leave(seq)
         self.blocks.release(seq)
@@ -107,7 +107,7 @@ class Scheduler:
         budget = self._budget(len(decoding))
         preempted = self._grow(decoding)
         prefills = self._schedule_prefill(budget, now, preempted)
-        if self.num_preemptions > preemptions:  # Some of them may have returned, to be prefilled.
+        if self.num_preemptions > preemptions:  # Some were admitted again and prefill.
             stay = (seq for seq in decoding if seq.slot >= 0 and seq not in prefills)
             decoding = [seq for seq in stay if decodes(seq)]
         decoding = decoding[: budget.tokens]
@@ -132,8 +132,9 @@ class Scheduler:
             fitting = self.costs.prefill_tokens(decoding, self.config.max_step_s)
             prefill = min(prefill, max(fitting, block_size))
         text = any(not seq.request.spans and not decodes(seq) for seq in self.sequences())
-        kept = min(max(prefill // TEXT_SHARE, block_size), prefill - block_size) if text else 0
-        return Budget(tokens, prefill, timed, block_size, for_text=kept, for_decoding=decoding)
+        reserved = max(int(prefill * TEXT_FRACTION), block_size) if text else 0
+        for_text = min(reserved, prefill - block_size)
+        return Budget(tokens, prefill, timed, block_size, for_text, for_decoding=decoding)
 
     # ---- decoding
 
@@ -145,7 +146,7 @@ class Scheduler:
             if seq.num_tokens <= len(seq.block_table) * self.blocks.block_size:
                 continue
             while seq.status is Status.RUNNING and not self.blocks.can_grow(seq, seq.num_tokens):
-                victim = self.shares.furthest(self.running)
+                victim = self.shares.pick_victim(self.running)
                 preempted.add(self.shares.of(victim))
                 self.preempt(victim)
             if seq.status is Status.RUNNING:
@@ -160,7 +161,7 @@ class Scheduler:
         """Gives prefill tokens to sequences in fair order, and admits waiting ones."""
         works: dict[Sequence, Work] = {}
         prefilling = [seq for seq in self.running if not decodes(seq)]
-        admits = bool(self._free_slots) or self.shares.crowded
+        admits = bool(self._free_slots) or self.shares.has_multiple_slots
         turns = self.shares.turns(prefilling, admits)
         admission = _Admission(turns, preempted)
         for seq in turns:
@@ -183,7 +184,7 @@ class Scheduler:
         """Admits a waiting sequence if there is room; returns where its first chunk may end.
 
         If there is no room for more pictures, sequences without any go ahead; the one that was
-        overtaken keeps its place in the line.
+        overtaken stays first in its queue.
         """
         pictures = bool(seq.request.spans)
         if pictures and not self._has_room_for_pictures(seq, admission.no_pictures):
@@ -210,34 +211,34 @@ class Scheduler:
     def _claim(
         self, seq: Sequence, admission: _Admission, works: Collection[Sequence]
     ) -> list[Sequence] | None:
-        """Whom to preempt to admit a waiting sequence; None: it has to wait on.
+        """The sequences to preempt to admit a waiting one; None: it has to wait.
 
         Once a sequence was refused for want of pages, the free ones are reserved for it: those
         behind it may claim only what their sharers are entitled to.
         """
-        place = not self._free_slots
+        lacks_slot = not self._free_slots
         if admission.refusals >= MAX_REFUSALS:
             return None
-        if place and not self.shares.may_claim_a_place(seq):
+        if lacks_slot and not self.shares.may_claim_a_slot(seq):
             admission.refusals += 1
             return None
         reserve = max(admission.reserve, len(self.running) // 4)
         lacking = self.blocks.lacking(seq, reserve)
         victims: list[Sequence] | None = None
         if self.shares.of(seq) not in admission.preempted:  # Else it would be preempted again.
-            if not place and lacking <= 0:
+            if not lacks_slot and lacking <= 0:
                 return []
             wanted = self.blocks.pages_for(seq.num_tokens)
             freed = self.blocks.freed_for(seq)
-            victims = self.shares.claim(seq, place, lacking, wanted, freed, works)
+            victims = self.shares.claim(seq, lacks_slot, lacking, wanted, freed, works)
         if victims is None:
             admission.refusals += 1
-            if not place:
+            if not lacks_slot:
                 admission.reserve = max(reserve, self.blocks.num_free)
         return victims
 
     def _admit(self, seq: Sequence) -> None:
-        self.shares.wait_no_more(seq)
+        self.shares.dequeue(seq)
         self.blocks.allocate(seq)
         if seq.generation.first_token_at is None and not seq.preemptions:  # The first choice.
             seq.generation.cached_tokens = min(seq.num_computed, seq.num_prompt)
@@ -245,7 +246,7 @@ class Scheduler:
         self._enter(seq)
 
     def _enter(self, seq: Sequence) -> None:
-        """Takes a slot and leases, and asks for rows that are not loaded."""
+        """Gives the sequence a slot and leases, and asks for rows that are not loaded."""
         seq.slot = self._free_slots.pop()
         seq.status = Status.RUNNING
         insort(self.running, seq, key=order)
@@ -288,7 +289,7 @@ class Scheduler:
         return end
 
     def ask(self, seq: Sequence, keys: tuple[str, ...]) -> None:
-        """Parks the sequence before the first span of ``keys`` until ``rows_ready``."""
+        """Makes the sequence wait before the first span of ``keys`` until ``rows_ready``."""
         if keys:
             seq.missing.update(keys)
             self._needs.append((seq, keys))
@@ -310,25 +311,27 @@ class Scheduler:
     def _has_room_for_pictures(self, seq: Sequence, behind: bool) -> bool:
         """Whether the sequence's items fit the tier, and one more sequence may wait for its rows.
 
-        ``behind``: others with pictures, ahead of it, were refused. Then it is admitted only if no
+        ``behind``: sequences with pictures ahead of it were refused. Then it is admitted only if no
         sequence of its sharer waits for rows and several of another sharer do.
         """
         items = self._leases.items(seq, self.blocks.cached_tokens(seq))
         if not self._leases.fit(items):
             return False
-        parked = [self.shares.of(other) for other in self.running if other.missing]
-        if not behind and len(parked) < self._max_parked:
+        waiting_for_rows = [self.shares.of(other) for other in self.running if other.missing]
+        if not behind and len(waiting_for_rows) < self._max_waiting_for_rows:
             return True
-        if self.shares.of(seq) not in parked and len(set(parked)) < len(parked):
+        if self.shares.of(seq) not in waiting_for_rows and len(set(waiting_for_rows)) < len(
+            waiting_for_rows
+        ):
             return True
-        return not behind and items.keys() <= seq.generation.found_keys
+        return not behind and items.keys() <= seq.generation.available_keys
 
     # ---- after a step
 
     def advance(self, seq: Sequence, num_computed: int) -> None:
         """Records that the keys and values of the first ``num_computed`` tokens are in pages."""
         seq.num_computed = num_computed
-        if num_computed // self.blocks.block_size > seq.num_shared:
+        if num_computed // self.blocks.block_size > seq.num_cached_blocks:
             self.blocks.commit(seq)
         if seq.leases:
             self._leases.release(seq, num_computed)
@@ -348,7 +351,7 @@ class Scheduler:
         self._enter(child)
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError where queues, slots, pages or leases do not agree."""
+        """Raises RuntimeError if queues, slots, pages or leases do not agree."""
         waiting = list(self.shares.waiting())
         self.blocks.check_integrity([*self.running, *waiting])
         for queue, status in ((self.running, Status.RUNNING), (waiting, Status.WAITING)):
@@ -357,7 +360,7 @@ class Scheduler:
         self.shares.check_integrity(self.running)
         slots = [*self._free_slots, *(seq.slot for seq in self.running)]
         if sorted(slots) != list(range(self._num_slots)):
-            raise RuntimeError(f"slots are lost or doubled: {sorted(slots)}")
+            raise RuntimeError(f"slots are missing or held twice: {sorted(slots)}")
         self._leases.check_integrity(self.running)
 
 
@@ -368,5 +371,5 @@ class _Admission:
     turns: Turns
     preempted: set[Sharer]  # Those whose sequences were preempted in this step.
     no_pictures: bool = False
-    refusals: int = 0  # For want of places or pages.
+    refusals: int = 0  # For want of slots or pages.
     reserve: int = 0  # Free pages that the first refused sequence waits for.

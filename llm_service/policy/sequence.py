@@ -1,4 +1,4 @@
-"""The engine's state of one request and of each of its choices; it decides and computes nothing."""
+"""The engine's state of one request and of each of its choices. Data only, no decisions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class GenerationState:
     def __init__(self, request: GenerateRequest, arrival: int, now: float) -> None:
         self.request = request
         self.arrival = arrival  # Number of the request in the order of submission.
-        self.sequences: list[Sequence] = []  # Those that began; the first leads, others fork off.
+        self.sequences: list[Sequence] = []  # Started choices; the first prefills, the others fork.
         given = {output.choice: output for output in request.outputs}
         ended = {choice for choice, output in given.items() if output.finished}
         self.ended_tokens = sum(len(given[choice].output_ids) for choice in ended)
@@ -34,7 +34,7 @@ class GenerationState:
         self.ending_ids = frozenset(request.sampling.ending_ids)
         self.prompt_logprobs: list[PositionLogprobs] = []  # Collected so far, from token 0.
         self.cached_tokens = 0
-        self.found_keys: set[str] = set()  # Items whose rows need no encoder any more.
+        self.available_keys: set[str] = set()  # Items whose rows are available without encoding.
         self.submitted_at = now
         self.first_chunk_at: float | None = None
         self.first_token_at: float | None = None
@@ -49,8 +49,7 @@ class GenerationState:
         ) < len(self.request.token_ids)
 
     def begin(self) -> Sequence | None:
-        """The next choice that is to be written, in the order of their numbers; None after the
-        last."""
+        """Starts the next choice, in the order of their numbers; None after the last."""
         if not self._unbegun:
             return None
         choice = self._unbegun.popleft()
@@ -59,14 +58,14 @@ class GenerationState:
         return seq
 
     def span_at(self, token: int) -> int:
-        """Index of the first span that ends after ``token``; len(spans) where none does."""
+        """Index of the first span that ends after ``token``; len(spans) if none does."""
         return bisect_right(self.span_ends, token)
 
     def add_prompt_logprobs(
         self, start: int, end: int, found: tuple[PositionLogprobs, ...]
     ) -> None:
-        """Appends positions start+1 .. end, of which ``found`` are, up to the prompt's end; without
-        those that an earlier run collected. The first token and placeholders have none."""
+        """Appends ``found``, of positions start+1 .. end, up to the prompt's end and without those
+        collected before a preemption. The first token and placeholders have none."""
         known = self.prompt_logprobs
         if not known:
             known.append(PositionLogprobs())
@@ -97,10 +96,10 @@ class GenerationState:
 
 
 class Sequence:
-    """State of one choice: what it is, how far it is computed, and what it holds.
+    """State of one choice: its tokens, how many are computed, and the resources it holds.
 
-    ``request``, ``choice``, ``num_prompt`` and what precedes ``num_tokens`` in ``token_ids`` never
-    change; the rest is written by the scheduler and the engine alone. Pages, slot and leases are
+    ``request``, ``choice`` and ``num_prompt`` never change, and ``token_ids`` only grows; the rest
+    is written by the scheduler and the engine alone. Pages, slot and leases are
     held exactly while ``status`` is RUNNING.
     """
 
@@ -110,14 +109,14 @@ class Sequence:
         "choice",
         "generation",
         "hashes",
+        "last_token_on_device",
         "leases",
         "missing",
+        "num_cached_blocks",
         "num_computed",
         "num_prompt",
-        "num_shared",
         "order",
         "preemptions",
-        "reads_slot",
         "request",
         "slot",
         "status",
@@ -135,15 +134,15 @@ class Sequence:
         self.token_ids = [*request.token_ids, *output_ids]  # Prompt, then output.
         self.num_prompt = len(request.token_ids)
         self.num_computed = 0  # Tokens whose keys and values are in pages.
-        self.num_shared = 0  # Leading pages that the prefix cache knows.
+        self.num_cached_blocks = 0  # Leading pages that are in the prefix cache.
         self.block_table: tuple[int, ...] = ()
-        self.hashes: list[bytes] = []  # Of leading whole pages, as far as they were wanted.
+        self.hashes: list[bytes] = []  # Of leading whole pages, as many as were needed so far.
         self.slot = -1
         self.status = Status.WAITING
-        self.leases: dict[str, int] = {}  # Key to the end of its last span.
-        self.missing: set[str] = set()  # Keys asked for by NeedRowsEvent and not answered yet.
-        self.blocked_since: float | None = None  # When chunks began to wait for rows.
-        self.reads_slot = False  # The last token is the one that the slot sampled last.
+        self.leases: dict[str, int] = {}  # Key -> end of its last span.
+        self.missing: set[str] = set()  # Keys of NeedRowsEvents that are not answered yet.
+        self.blocked_since: float | None = None  # Since when chunks wait for rows.
+        self.last_token_on_device = False  # The runner takes it from the slot's last sample.
         self.preemptions = 0
 
     def __repr__(self) -> str:
@@ -166,7 +165,7 @@ class Sequence:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why the choice ends with its last token; None: it goes on."""
+        """Why the choice ends with its last token; None if it continues."""
         sampling = self.request.sampling
         output = len(self.token_ids) - self.num_prompt
         if output > sampling.min_tokens and self.token_ids[-1] in self.generation.ending_ids:
@@ -176,9 +175,9 @@ class Sequence:
     def suspend(self) -> None:
         """Forgets what was computed; the caller has released pages, slot and leases."""
         self.num_computed = 0
-        self.num_shared = 0
+        self.num_cached_blocks = 0
         self.block_table = ()
         self.slot = -1
         self.missing.clear()
         self.blocked_since = None
-        self.reads_slot = False
+        self.last_token_on_device = False

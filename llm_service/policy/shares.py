@@ -1,28 +1,28 @@
-"""Who has how much of the decoder, and whose turn it is. Policy: no tensors, and no clock.
+"""Fair shares of the decoder: prefill order, admission and preemption. No tensors, no clock.
 
-What is shared is shared among *sharers*, by weight: all requests of one key are one sharer, and a
-request without a key is one by itself, with all of its choices. One that wants less than its share
-leaves the rest to the others, so that one alone may have everything.
+Prefill, slots and KV pages are shared among *sharers*, by weight: all requests with one ``share``
+name are one sharer, and a request without a name is a sharer of its own, with all of its choices. A
+sharer that wants less than its share leaves the rest to the others, so that one alone may use all.
 
 * Prefill is shared by weighted fair queueing (Demers, Keshav and Shenker, SIGCOMM 1989): of the
-  sharers' next prompts that one goes first which would end first if every sharer had its part of
-  each token. What a sharer was given is counted in tokens by weight, and one that comes back is
-  lifted to where the others are, as in the Virtual Token Counter (Sheng et al., OSDI 2024): time
-  in which nothing was wanted earns nothing. Between two that always want more, the difference is
-  at most the longest prompt. Prompts of one length go in the order in which they came.
-* Places among the running sequences and KV pages are shared max-min. A sharer that runs nothing
-  may take a place from any that runs several; beyond that, places and pages are taken only from
-  those that still have more, by weight, after they have lost them, so that nothing is taken back.
-  Each running sequence has a token in each step: who has a place has its share of decoding.
+  sharers' next prompts, the one that would finish first if every sharer had its part of each token
+  is served first. Service is counted in tokens by weight, and a sharer that was idle is lifted to
+  the others' count, as in the Virtual Token Counter (Sheng et al., OSDI 2024): idle time earns no
+  credit. Between two sharers that are always busy, the difference is at most the longest prompt.
+  Prompts of one length are served in order of arrival.
+* Slots (each for one running sequence) and KV pages are shared max-min. A sharer that runs nothing
+  may take a slot from any that runs several; beyond that, slots and pages are taken only from
+  sharers that still have more, by weight, after the loss, so that nothing is taken back. Each
+  running sequence has a token in each step, so shares of slots are shares of decoding.
 
-What a sharer has is shared among its requests, so that one of many choices does not keep the others
-of its key waiting. Of those that wait, a request that runs nothing comes before further choices of
-one that runs; else they go by priority, then in the order in which they came. A request that runs
-nothing may also take a place and pages from one of the same sharer that runs several sequences,
-which keeps one. Whatever a sharer has to give up is the last of its request that runs most.
+Within a sharer its requests share, so that a request with many choices does not delay the others.
+Of the waiting sequences, those of a request that runs nothing come before further choices of one
+that runs; otherwise the order is priority, then arrival. A request that runs nothing may also take
+a slot and pages from one of the same sharer that runs several sequences, which keeps one. The
+sequence that a sharer loses first is the last of its request that runs the most.
 
-Lower numbers of priority come first, and nothing is taken from them. The engine does not check who
-may ask for which.
+Lower priority numbers come first and are never preempted for higher ones. The engine does not check
+who may use which priority.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from llm_service.policy.sequence import GenerationState, Sequence
 
 @dataclass(slots=True, eq=False)
 class Sharer:
-    """All requests of one key, or one request without a key."""
+    """All requests with one ``share`` name, or one request without a name."""
 
     number: int  # In order of arrival.
     weight: float = 1.0
-    served: float = 0.0  # Prefill tokens by weight, in virtual time.
+    served: float = 0.0  # Prefill tokens divided by weight: its virtual time.
     waiting: list[Sequence] = field(default_factory=list)  # Both by ``order``.
     running: list[Sequence] = field(default_factory=list)
-    places: dict[GenerationState, int] = field(default_factory=dict)  # Of each request that runs.
+    slots: dict[GenerationState, int] = field(default_factory=dict)  # By running request.
 
     @property
-    def crowded(self) -> bool:
-        """Whether any of its requests has more than one place."""
-        return len(self.running) > len(self.places)
+    def has_multiple_slots(self) -> bool:
+        """Whether any of its requests has more than one slot."""
+        return len(self.running) > len(self.slots)
 
     @property
     def prefills(self) -> bool:
@@ -64,10 +64,10 @@ class Sharer:
         """KV pages that it holds; one that its sequences share counts for each of them."""
         return sum(len(seq.block_table) for seq in self.running)
 
-    def standing(self) -> list[tuple[int, Sequence]]:
+    def preemption_order(self) -> list[tuple[int, Sequence]]:
         """Running sequences, each with its number within its request, from 0; the last is preempted
         first."""
-        if not self.crowded:
+        if not self.has_multiple_slots:
             return [(0, seq) for seq in self.running]
         seen: dict[GenerationState, int] = {}
         numbered = []
@@ -77,17 +77,17 @@ class Sharer:
             numbered.append((number, seq))
         return sorted(numbered, key=lambda each: (each[1].request.priority, each[0]))
 
-    def tag(self, seq: Sequence) -> float:
-        """The virtual finish time of ``seq``'s prefill if it were next."""
+    def virtual_finish_time(self, seq: Sequence) -> float:
+        """That of ``seq``'s prefill, in tokens by weight, if it were next."""
         return self.served + (seq.num_tokens - seq.num_computed) / self.weight
 
 
 class Shares:
-    """The sharers of one engine and what each of them has."""
+    """The sharers of one engine, with their waiting and running sequences."""
 
     def __init__(self) -> None:
         self.num_waiting = 0  # Sequences.
-        self._several: dict[Sharer, None] = {}  # Those that have more than one place.
+        self._with_multiple_slots: dict[Sharer, None] = {}  # Sharers with more than one slot.
         self._sharers: dict[tuple[str, str], Sharer] = {}
         self._number = 0
         self._now = 0.0  # Virtual time: tokens served to an always busy sharer of weight 1.
@@ -96,7 +96,7 @@ class Shares:
     def of(self, seq: Sequence) -> Sharer:
         return self._sharers[_name(seq.request)]
 
-    # ---- what each has
+    # ---- waiting and running
 
     def wait(self, seq: Sequence) -> None:
         sharer = self._join(seq.request)
@@ -105,7 +105,7 @@ class Shares:
         insort(sharer.waiting, seq, key=order)
         self.num_waiting += 1
 
-    def wait_no_more(self, seq: Sequence) -> None:
+    def dequeue(self, seq: Sequence) -> None:
         remove(self.of(seq).waiting, seq)
         self.num_waiting -= 1
 
@@ -113,25 +113,25 @@ class Shares:
         """``seq`` runs from now on."""
         sharer = self.of(seq)
         insort(sharer.running, seq, key=order)
-        sharer.places[seq.generation] = sharer.places.get(seq.generation, 0) + 1
+        sharer.slots[seq.generation] = sharer.slots.get(seq.generation, 0) + 1
         if len(sharer.running) > 1:
-            self._several[sharer] = None
+            self._with_multiple_slots[sharer] = None
 
     def leave(self, seq: Sequence) -> None:
         sharer = self.of(seq)
         remove(sharer.running, seq)
-        sharer.places[seq.generation] -= 1
-        if not sharer.places[seq.generation]:
-            del sharer.places[seq.generation]
+        sharer.slots[seq.generation] -= 1
+        if not sharer.slots[seq.generation]:
+            del sharer.slots[seq.generation]
         if len(sharer.running) < 2:
-            self._several.pop(sharer, None)
+            self._with_multiple_slots.pop(sharer, None)
 
     def waiting(self) -> Iterator[Sequence]:
         """Every waiting sequence; those of one sharer in their order."""
         return (seq for sharer in self._sharers.values() for seq in sharer.waiting)
 
     def _join(self, request: GenerateRequest) -> Sharer:
-        """The request's sharer, a new one if there is none of its name."""
+        """The request's sharer, created if there is none of its name."""
         name = _name(request)
         sharer = self._sharers.get(name)
         if sharer is None:
@@ -142,8 +142,8 @@ class Shares:
         return sharer
 
     def _forget(self) -> None:
-        """Drops idle sharers, except named ones that were served ahead of virtual time: they would
-        come back with a fresh account."""
+        """Drops idle sharers, except named ones that were served ahead of virtual time, which
+        would return with a fresh count."""
         busy = {name: each for name, each in self._sharers.items() if each.waiting or each.running}
         if busy:
             for name, sharer in self._sharers.items():
@@ -167,7 +167,9 @@ class Shares:
         self._weight = sum(sharer.weight for sharer in dict.fromkeys([*able, *waiting])) or 1.0
         queues: dict[Sharer, Iterable[Sequence]] = {**begun}
         for sharer in waiting if admits else ():
-            queues[sharer] = chain(queues.get(sharer, ()), _line([*sharer.waiting], sharer.places))
+            queues[sharer] = chain(
+                queues.get(sharer, ()), _admission_order([*sharer.waiting], sharer.slots)
+            )
         return Turns(queues)
 
     def charge(self, seq: Sequence, tokens: int) -> None:
@@ -176,69 +178,71 @@ class Shares:
         sharer.served += tokens / sharer.weight
         self._now += tokens / self._weight
 
-    # ---- places and pages
+    # ---- slots and pages
 
     @property
-    def crowded(self) -> bool:
-        """Whether any sharer has more than one place."""
-        return bool(self._several)
+    def has_multiple_slots(self) -> bool:
+        """Whether any sharer has more than one slot."""
+        return bool(self._with_multiple_slots)
 
-    def may_claim_a_place(self, seq: Sequence) -> bool:
-        """Whether another sharer has more places, by weight, than that of ``seq`` would have with
-        one more; or a request of the same sharer has several while that of ``seq`` runs nothing."""
+    def may_claim_a_slot(self, seq: Sequence) -> bool:
+        """Whether another sharer has more slots, by weight, than that of ``seq`` would have with
+        one more; or another request of its sharer has several and that of ``seq`` none."""
         mine = self.of(seq)
-        if mine.crowded and seq.generation not in mine.places:
+        if mine.has_multiple_slots and seq.generation not in mine.slots:
             return True
-        places = (len(mine.running) + 1) / mine.weight if mine.running else 0.0
+        slots = (len(mine.running) + 1) / mine.weight if mine.running else 0.0
         return any(
-            len(sharer.running) / sharer.weight > places
-            for sharer in self._several
+            len(sharer.running) / sharer.weight > slots
+            for sharer in self._with_multiple_slots
             if sharer is not mine
         )
 
     def claim(
         self,
         seq: Sequence,
-        place: bool,
+        lacks_slot: bool,
         pages: int,
         wanted: int,
         freed: Callable[[Sequence], int],
         spared: Collection[Sequence] = (),
     ) -> list[Sequence] | None:
-        """Whom to preempt for ``seq``, or None if its sharer is not entitled to so much.
+        """The sequences to preempt for ``seq``, or None if its sharer is not entitled to so much.
 
-        ``place``: it lacks a place; ``pages``: how many it lacks of the ``wanted`` that it will
-        hold. ``freed``: how many pages preempting one sequence would give it; ``spared`` are not
-        preempted. If no other sharer has too much, other requests of its own sharer may.
+        ``lacks_slot``: it needs a slot too; ``pages``: how many it lacks of the ``wanted`` that it
+        will hold. ``freed``: how many pages preempting one sequence would give it; ``spared`` are
+        not preempted. If no other sharer has too much, its own sharer's other requests may.
         """
         mine = self.of(seq)
-        holders = [_Holder(each, seq, spared) for each in self._several if each is not mine]
+        holders = [
+            _Holder(each, seq, spared) for each in self._with_multiple_slots if each is not mine
+        ]
         own = _Holder(mine, seq, spared, own=True)
-        places = (len(mine.running) + 1) / mine.weight if mine.running else 0.0
+        slots = (len(mine.running) + 1) / mine.weight if mine.running else 0.0
         held = (mine.pages + wanted) / mine.weight
         victims: list[Sequence] = []
-        while place or pages > 0:
+        while lacks_slot or pages > 0:
             able = [holder for holder in holders if holder.takeable]
-            by_weight = _Holder.places_by_weight if place else _Holder.pages_by_weight
+            by_weight = _Holder.slots_by_weight if lacks_slot else _Holder.pages_by_weight
             richest = max(able, key=by_weight, default=None)
-            if richest is None or by_weight(richest) <= (places if place else held):
+            if richest is None or by_weight(richest) <= (slots if lacks_slot else held):
                 richest = own
             if not richest.takeable:
                 return None
             victims.append(richest.take())
             pages -= freed(victims[-1])
-            place = False
+            lacks_slot = False
         return victims
 
-    def furthest(self, running: list[Sequence]) -> Sequence:
-        """Whom to preempt if a running sequence cannot grow: of those with the largest priority
+    def pick_victim(self, running: list[Sequence]) -> Sequence:
+        """The sequence to preempt if a running one cannot grow: of those with the largest priority
         number, the last of the sharer that holds most pages by weight.
 
         ``running`` is in order; its first is never chosen, so that it always makes progress.
         """
         highest = running[-1].request.priority
         sharers = dict.fromkeys(map(self.of, running))
-        lasts = {sharer.standing()[-1][1]: sharer for sharer in sharers}
+        lasts = {sharer.preemption_order()[-1][1]: sharer for sharer in sharers}
         most, victim = 0.0, running[-1]
         for seq, sharer in lasts.items():
             held = sharer.pages / sharer.weight
@@ -249,19 +253,19 @@ class Shares:
         return victim
 
     def check_integrity(self, running: list[Sequence]) -> None:
-        """Raises RuntimeError where the sharers do not have what runs and waits."""
+        """Raises RuntimeError if the sharers' sequences are not those that run and wait."""
         everyone = self._sharers.values()
         if sorted(order(seq) for each in everyone for seq in each.running) != list(
             map(order, running)
         ):
-            raise RuntimeError("sharers do not have the places that are taken")
-        if any(each.places != Counter(seq.generation for seq in each.running) for each in everyone):
-            raise RuntimeError("requests do not have the places that are taken")
+            raise RuntimeError("the sharers' running sequences are not those that run")
+        if any(each.slots != Counter(seq.generation for seq in each.running) for each in everyone):
+            raise RuntimeError("the requests' counts of slots do not match their running sequences")
         for queue in (each.waiting for each in everyone):
             if [seq.order for seq in queue] != sorted({seq.order for seq in queue}):
                 raise RuntimeError("sequences wait out of order")
         if self.num_waiting != sum(len(each.waiting) for each in everyone):
-            raise RuntimeError(f"{self.num_waiting} sequences should wait")
+            raise RuntimeError(f"num_waiting is {self.num_waiting}, but other sequences wait")
 
 
 class Turns:
@@ -289,14 +293,14 @@ class Turns:
     def _push(self, sharer: Sharer, rest: Iterator[Sequence]) -> None:
         seq = next(rest, None)
         if seq is not None:
-            tag = sharer.tag(seq)
-            heappush(self._heap, (seq.request.priority, tag, sharer.number, seq, rest, sharer))
+            finish = sharer.virtual_finish_time(seq)
+            heappush(self._heap, (seq.request.priority, finish, sharer.number, seq, rest, sharer))
 
 
 class _Holder:
     """What a sharer would have left, and which of its sequences may be preempted for ``seq``.
 
-    Another sharer keeps its first place. Of ``seq``'s ``own`` sharer, each request keeps its first,
+    Another sharer keeps its first slot. Of ``seq``'s ``own`` sharer, each request keeps its first,
     and nothing is taken if the request of ``seq`` runs.
     """
 
@@ -304,43 +308,45 @@ class _Holder:
         self, sharer: Sharer, seq: Sequence, spared: Collection[Sequence], own: bool = False
     ) -> None:
         self._weight = sharer.weight
-        self._places = len(sharer.running)
+        self._slots = len(sharer.running)
         self._pages = sharer.pages
         if not own:
-            places = [each for _, each in sharer.standing()[1:]]
-        elif sharer.crowded and seq.generation not in sharer.places:
-            places = [each for number, each in sharer.standing() if number]
+            slots = [each for _, each in sharer.preemption_order()[1:]]
+        elif sharer.has_multiple_slots and seq.generation not in sharer.slots:
+            slots = [each for number, each in sharer.preemption_order() if number]
         else:
-            places = []
+            slots = []
         self.takeable = [
             each
-            for each in places
+            for each in slots
             if each.request.priority >= seq.request.priority and each not in spared
         ]
 
-    def places_by_weight(self) -> float:
-        return self._places / self._weight
+    def slots_by_weight(self) -> float:
+        return self._slots / self._weight
 
     def pages_by_weight(self) -> float:
         return self._pages / self._weight
 
     def take(self) -> Sequence:
-        """The last takeable one, in the order of ``standing``."""
+        """The last takeable one, in the order of ``preemption_order``."""
         seq = self.takeable.pop()
-        self._places -= 1
+        self._slots -= 1
         self._pages -= len(seq.block_table)
         return seq
 
 
-def _line(waiting: list[Sequence], places: Collection[GenerationState]) -> Iterator[Sequence]:
-    """A sharer's waiting sequences in order of admission: within a priority, first those whose
-    request has none of ``places``."""
+def _admission_order(
+    waiting: list[Sequence], slots: Collection[GenerationState]
+) -> Iterator[Sequence]:
+    """A sharer's waiting sequences in order of admission: within a priority, first those of
+    requests without a slot; ``slots`` are the requests that have one."""
     further: list[Sequence] = []
     for seq in waiting:
         if further and further[0].request.priority < seq.request.priority:
             yield from further
             further = []
-        if seq.generation in places:
+        if seq.generation in slots:
             further.append(seq)
         else:
             yield seq

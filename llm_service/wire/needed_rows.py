@@ -105,7 +105,7 @@ class NeededRows:
         if self._accept(ref).wanted:
             self._start(ref.key)
         else:
-            self._engine.rows_found(self._request_id, (ref.key,))
+            self._engine.rows_available(self._request_id, (ref.key,))
 
     def _accept(self, ref: EmbeddingRef) -> _NeededItem:
         item = self._items.get(ref.key)
@@ -137,7 +137,7 @@ class NeededRows:
     async def _report_found(self) -> None:
         """Tells the engine which rows are on this host as the request begins."""
         if found := await self._fetcher.present(self._items):
-            self._engine.rows_found(self._request_id, found)
+            self._engine.rows_available(self._request_id, found)
 
     # ---- one key
 

@@ -174,7 +174,7 @@ def test_equal_pages_computed_twice_are_cached_once() -> None:
 def test_distrusted_pages_are_found_no_more() -> None:
     blocks = BlockManager(8, 16)
     seq = computed(blocks, sequence(48))
-    blocks.distrust(seq)
+    blocks.evict_from_prefix_cache(seq)
     blocks.check_integrity([seq])
     assert blocks.cached_tokens(sequence(48)) == 0
     released(blocks, seq)

@@ -260,17 +260,19 @@ def test_packing_puts_decodes_first_and_keeps_track(demo: tuple[Any, Any]) -> No
     atomic = with_picture()
     atomic["spans"] = (replace(atomic["spans"][0], attention=SpanAttention.BIDIRECTIONAL),)
     chunk = work_of(request("c", atomic), 2, (5, 6))
-    decode = work_of(request("d", tokens(20)), 0, (1, 2), start=20, num_tokens=1, reads_slot=True)
+    decode = work_of(
+        request("d", tokens(20)), 0, (1, 2), start=20, num_tokens=1, last_token_on_device=True
+    )
     last = work_of(request("e", tokens(17)), 3, (3, 4), start=16, num_tokens=1, samples=False)
     for work in (chunk, decode, last):
         slots.admit(work.slot, work.seq)
         slots.update_pages(work.slot, work.block_table)
     batch = pack([chunk, decode, last], slots, 16)
     assert batch.works == (decode, last, chunk)
-    assert batch.first_rows == [0, 1, 2]
+    assert batch.first_indices == [0, 1, 2]
     assert batch.token_ids.tolist()[1:] == [last.seq.token_ids[16], *chunk.seq.token_ids]
-    assert batch.read_rows.tolist() == [0] and batch.read_slots.tolist() == [0]
-    assert batch.logit_works == [0, 2] and batch.logit_rows.tolist() == [0, 23]
+    assert batch.read_indices.tolist() == [0] and batch.read_slots.tolist() == [0]
+    assert batch.logit_works == [0, 2] and batch.logit_indices.tolist() == [0, 23]
     assert batch.output_positions.tolist() == [1, 0]
     assert batch.attention.decode_lengths.tolist() == [21, 17]
     assert batch.attention.token_slots.tolist()[:2] == [2 * 16 + 4, 4 * 16]

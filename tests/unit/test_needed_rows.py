@@ -42,7 +42,7 @@ class World:
     def rows_ready(self, key: str) -> None:
         self.ready.append(key)
 
-    def rows_found(self, request_id: str, keys: Iterable[str]) -> None:
+    def rows_available(self, request_id: str, keys: Iterable[str]) -> None:
         self.found.append(set(keys))
 
     def rows_failed(self, request_id: str, key: str, error: Exception) -> None:

@@ -98,7 +98,7 @@ class Desk:
                 for child in iter(work.seq.generation.begin, None):
                     self.scheduler.fork(work.seq, child)
                 work.seq.token_ids.append(7)
-                work.seq.reads_slot = True
+                work.seq.last_token_on_device = True
                 if work.seq.num_output == work.seq.request.sampling.max_tokens:
                     self.scheduler.remove(work.seq)
 
@@ -179,7 +179,7 @@ def test_a_preempted_sequence_is_told_as_new() -> None:
         plan = desk.step()
         assert plan is not None
     (work,) = (work for work in plan.works if work.seq.request_id == "r2")
-    assert not work.reads_slot
+    assert not work.last_token_on_device
 
 
 def test_pages_of_a_victim_that_the_claimant_shares_are_not_counted_as_freed() -> None:
@@ -273,7 +273,7 @@ def test_a_picture_whose_rows_are_found_does_not_wait_behind_those_that_are_enco
     desk.step()
     assert [seq.status for seq in slow] == [Status.RUNNING] * 2
     assert found.status is Status.WAITING
-    found.generation.found_keys.add("k2")
+    found.generation.available_keys.add("k2")
     desk.step()
     assert found.status is Status.RUNNING
 

@@ -1,4 +1,4 @@
-"""Who has how much: places and pages by weight, prompts by what each sharer was given."""
+"""Who has how much: slots and pages by weight, prompts by what each sharer was given."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def choices(
 
 
 class Hall:
-    """So many places, and sequences that never end."""
+    """So many slots, and sequences that never end."""
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, slots: int) -> None:
         self.shares = Shares()
-        self.places = places
+        self.slots = slots
         self.running: list[Sequence] = []
 
     def start(self, seq: Sequence) -> None:
-        self.shares.wait_no_more(seq)
+        self.shares.dequeue(seq)
         self.shares.enter(seq)
         seq.status = Status.RUNNING
         self.running.append(seq)
@@ -77,7 +77,7 @@ class Hall:
         while moved:
             moved = False
             for seq in tuple(self.shares.waiting()):
-                full = len(self.running) == self.places
+                full = len(self.running) == self.slots
                 victims = self.shares.claim(seq, full, 0, 1, lambda _: 1) if full else []
                 if victims is None:
                     continue
@@ -100,9 +100,9 @@ sharers = st.lists(
 @given(sharers, st.integers(1, 40), st.randoms())
 @settings(max_examples=40, deadline=None)
 def test_places_are_shared_by_weight_whoever_came_first(
-    wanted: list[tuple[float, int]], places: int, chance: Random
+    wanted: list[tuple[float, int]], slots: int, chance: Random
 ) -> None:
-    hall = Hall(places)
+    hall = Hall(slots)
     weights = {f"s{i}": weight for i, (weight, _) in enumerate(wanted)}
     wants = {f"s{i}": count for i, (_, count) in enumerate(wanted)}
     names = [name for name, count in wants.items() for _ in range(count)]
@@ -112,12 +112,12 @@ def test_places_are_shared_by_weight_whoever_came_first(
         hall.shares.wait(sequence(name, weight=weights[name]))
         hall.settle()
     have = hall.having()
-    assert sum(have.values()) == min(places, len(names))  # None is left empty that is wanted.
+    assert sum(have.values()) == min(slots, len(names))  # None is left empty that is wanted.
     for poor in (name for name in weights if have[name] < wants[name]):
         for rich in weights:
             fair = have[rich] / weights[rich] <= (have[poor] + 1) / weights[poor]
             assert fair or have[rich] <= 1
-            assert have[poor] or have[rich] <= 1  # As far as there are places, each has one.
+            assert have[poor] or have[rich] <= 1  # As far as there are slots, each has one.
     assert hall.settle() == 0  # Nothing is taken back.
 
 
@@ -170,9 +170,9 @@ def test_who_holds_most_pages_gives_them_up_but_never_the_first_of_all() -> None
     for seq in (first, *heavy, *light):
         hall.shares.wait(seq)
     hall.settle()
-    assert hall.shares.furthest(hall.running) is light[1]
-    assert hall.shares.furthest(hall.running[:3]) is heavy[1]
-    assert hall.shares.furthest([first]) is first
+    assert hall.shares.pick_victim(hall.running) is light[1]
+    assert hall.shares.pick_victim(hall.running[:3]) is heavy[1]
+    assert hall.shares.pick_victim([first]) is first
 
 
 def test_a_request_that_runs_nothing_comes_before_further_choices_of_its_sharer() -> None:
@@ -202,7 +202,7 @@ def test_a_request_that_runs_nothing_takes_a_place_from_one_of_its_sharer_that_r
     assert hall.shares.claim(late[0], True, 0, 1, lambda _: 1, spared=[most[2]]) == [two[1]]
     assert hall.settle() == 3
     assert set(hall.running) == {most[0], two[0], *late[:3]}  # Each has one, and keeps it.
-    assert not any(map(hall.shares.may_claim_a_place, hall.shares.waiting()))
+    assert not any(map(hall.shares.may_claim_a_slot, hall.shares.waiting()))
     hall.shares.check_integrity(hall.running)
 
 
@@ -216,7 +216,7 @@ def test_a_sharer_takes_nothing_from_its_own_that_may_go_first_or_for_further_ch
         late = sequence("app", priority=priority)
         hall.shares.wait(late)
         assert bool(hall.shares.claim(late, True, 0, 1, lambda _: 1)) is found
-    assert not hall.shares.may_claim_a_place(many[3])
+    assert not hall.shares.may_claim_a_slot(many[3])
     assert hall.shares.claim(many[3], True, 0, 1, lambda _: 1) is None
 
 
@@ -231,7 +231,7 @@ def test_what_a_sharer_gives_up_is_the_last_of_its_request_that_runs_most() -> N
     hall.shares.wait(late)
     assert hall.shares.claim(late, True, 0, 1, lambda _: 1) == [many[2]]
     assert hall.shares.claim(late, True, 2, 1, lambda _: 1) == [many[2], many[1]]
-    assert hall.shares.furthest(hall.running) is many[2]
+    assert hall.shares.pick_victim(hall.running) is many[2]
 
 
 def test_pages_come_from_further_choices_of_its_sharer_as_far_as_they_go() -> None:
@@ -276,7 +276,7 @@ def prefilling(shares: Shares, lengths: Many[int], share: str, weight: float) ->
     made = [sequence(share, length, weight) for length in lengths]
     for seq in made:
         shares.wait(seq)
-        shares.wait_no_more(seq)
+        shares.dequeue(seq)
         shares.enter(seq)
         seq.status = Status.RUNNING
     return made
@@ -365,7 +365,7 @@ def test_names_that_are_gone_are_forgotten() -> None:
     assert len(shares._sharers) <= 2
 
 
-@pytest.mark.parametrize("field", ["num_waiting", "running", "places"])
+@pytest.mark.parametrize("field", ["num_waiting", "running", "slots"])
 def test_integrity_checks_see_harm(field: str) -> None:
     hall = Hall(4)
     hall.shares.wait(sequence("a"))
@@ -373,8 +373,8 @@ def test_integrity_checks_see_harm(field: str) -> None:
     hall.shares.check_integrity(hall.running)
     if field == "running":
         hall.running.clear()
-    elif field == "places":
-        hall.shares.of(hall.running[0]).places.clear()
+    elif field == "slots":
+        hall.shares.of(hall.running[0]).slots.clear()
     else:
         hall.shares.num_waiting = 3
     with pytest.raises(RuntimeError):
