@@ -258,9 +258,9 @@ async def test_sighup_reads_the_keys_again_and_ends_nothing(environment, tmp_pat
                         break
 
         assert (await status("sk-1"), await status("sk-2")) == (200, 401)
-        await hang_up("ada: sk-2\n", b"1 keys, 1 of them new, and 1 are gone")
+        await hang_up("ada: sk-2\n", b"1 keys; 1 added, 1 removed, 0 with changed name")
         assert (await status("sk-1"), await status("sk-2")) == (401, 200)
-        await hang_up("ada: sk-2 tenant=acme weight=2\n", b"of 1 the name or the attributes")
+        await hang_up("ada: sk-2 tenant=acme weight=2\n", b"0 removed, 1 with changed name or attr")
         assert (await status("sk-1"), await status("sk-2")) == (401, 200)
         await hang_up("not a key\n", b"the keys stay as they were")
         assert (await status("sk-1"), await status("sk-2")) == (401, 200)
