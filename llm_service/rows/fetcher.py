@@ -1,9 +1,9 @@
 """Fetches rows to this host, off the engine's thread: the cheapest location first.
 
-Rows that callers send themselves (``OwnRows``) are named here. A caller may give its rows any key,
-also that of another user's picture. They are named by a hash of their bytes under a random secret
-of this process, so that the name is unique in the tier and the prefix cache. They stay while some
-request holds their name.
+Rows that callers send themselves are named here. A caller may give its rows any key, also that of
+another user's picture. They are named by a hash of their bytes under a random secret of this
+process, so that the name is unique in the tier and the prefix cache. They stay while some request
+holds their name.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class Fetcher:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="rows")
         self._channels: dict[str, grpc.aio.Channel] = {}  # Least recently used first.
         self._flights: Flights[None] = Flights()
-        self.own = OwnRows(self._drop_own)
+        self._secret = secrets.token_bytes(32)
+        self._holders: Counter[str] = Counter()  # Requests by the name of a caller's own rows.
 
     @property
     def store_state(self) -> StoreState:
@@ -117,17 +118,39 @@ class Fetcher:
         return await self._on_thread(self._rows.present, keys)
 
     async def names(self, own: Mapping[str, bytes]) -> dict[str, str]:
-        """This worker's names of rows that a caller sends itself; see ``OwnRows.names``."""
-        return await self._on_thread(self.own.names, own) if own else {}
+        """This worker's names of rows that a caller sends itself, by the caller's keys, from their
+        safetensors bytes; b"" if those come later: then the key has to be their ``tensors_key``."""
+
+        def name_all() -> dict[str, str]:
+            return {k: self._own_name(tensors_key(data) if data else k) for k, data in own.items()}
+
+        return await self._on_thread(name_all) if own else {}
 
     async def check_own(self, ref: EmbeddingRef) -> None:
         """Raises InvalidRequest for inline rows whose name is not that of their bytes."""
         data = ref.location.inline
-        if data and not await self._on_thread(self.own.is_named, ref.key, data):
+        if data and self._own_name(await self._on_thread(tensors_key, data)) != ref.key:
             raise InvalidRequest(
                 "rows that come after Start are those of before, or their key is their SHA-256",
                 param="ref",
             )
+
+    @contextlib.contextmanager
+    def hold_own(self, names: Iterable[str]) -> Iterator[None]:
+        """Keeps a caller's own rows of these names while the context lasts. Rows that no request
+        holds any more are deleted."""
+        held = set(names)
+        self._holders.update(held)
+        try:
+            yield
+        finally:
+            self._holders.subtract(held)
+            for name in held:
+                if not self._holders[name]:
+                    del self._holders[name]
+                    # Once the worker is closed, its threads have ended.
+                    with contextlib.suppress(RuntimeError):
+                        self._threads.submit(self._forget_own, name)
 
     async def close(self) -> None:
         """After the calls that wait for rows have ended."""
@@ -213,10 +236,6 @@ class Fetcher:
             await self._channels.pop(next(iter(self._channels))).close()
         return channel
 
-    def _drop_own(self, name: str) -> None:
-        with contextlib.suppress(RuntimeError):  # The threads have ended, and the worker with them.
-            self._threads.submit(self._forget_own, name)
-
     async def _on_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.wrap_future(self._threads.submit(work, *args, **kwargs))
 
@@ -232,6 +251,9 @@ class Fetcher:
         found = self._rows.load(key, check)
         metrics.CACHE_LOOKUPS.labels(tier="shm", result="hit" if found else "miss").inc()
         return found
+
+    def _own_name(self, key: str) -> str:
+        return hashlib.blake2b(key.encode(), key=self._secret, digest_size=32).hexdigest()
 
     def _forget_own(self, name: str) -> None:
         for store in self._rows.stores:
@@ -259,7 +281,7 @@ class Fetcher:
                 log.warning("a tier did not take an embedding: %s", error.message)
         else:
             raise EmbeddingNotFound("no memory of this host takes the embedding now")
-        if inline and not self.own.is_held(ref.key):  # The caller left meanwhile.
+        if inline and not self._holders[ref.key]:  # The caller left meanwhile.
             self._forget_own(ref.key)
 
     def _check(self, ref: EmbeddingRef, tensors: Tensors) -> None:
@@ -291,42 +313,3 @@ def check_fit(
     if ref.tensors and found != {spec.name: spec for spec in ref.tensors}:
         raise EmbeddingCorrupt("the embedding's tensors are not those of its reference")
     check_shapes(specs, ref.num_rows, hidden_size, levels)
-
-
-class OwnRows:
-    """``hold`` belongs to one event loop, the rest to any thread. ``drop`` is called on that loop
-    with a name that is no longer held."""
-
-    def __init__(self, drop: Callable[[str], object]) -> None:
-        self._drop = drop
-        self._secret = secrets.token_bytes(32)
-        self._holders: Counter[str] = Counter()
-
-    def names(self, items: Mapping[str, bytes]) -> dict[str, str]:
-        """Names by the caller's keys, from safetensors bytes; b"" if those come later: then the key
-        has to be their ``tensors_key``. Reads all bytes."""
-        return {key: self._name(tensors_key(data) if data else key) for key, data in items.items()}
-
-    def is_named(self, name: str, data: bytes) -> bool:
-        """Whether ``name`` is that of these bytes. Reads all of them."""
-        return self._name(tensors_key(data)) == name
-
-    def is_held(self, name: str) -> bool:
-        return self._holders[name] > 0
-
-    @contextlib.contextmanager
-    def hold(self, names: Iterable[str]) -> Iterator[None]:
-        """Holds the names while the context lasts."""
-        held = set(names)
-        self._holders.update(held)
-        try:
-            yield
-        finally:
-            self._holders.subtract(held)
-            for name in held:
-                if not self._holders[name]:
-                    del self._holders[name]
-                    self._drop(name)
-
-    def _name(self, key: str) -> str:
-        return hashlib.blake2b(key.encode(), key=self._secret, digest_size=32).hexdigest()

@@ -137,7 +137,7 @@ class GenerateCall:
         )
 
     async def run(self, messages: AsyncIterator[pb.GenerateIn]) -> None:
-        with self._loaded.fetcher.own.hold(self._keys):
+        with self._loaded.fetcher.hold_own(self._keys):
             self._stream = self._loaded.engine.submit(self._request)
             reader = asyncio.create_task(self._read(messages))
             try:

@@ -55,7 +55,7 @@ async def nothing_is_left(worker: Worker) -> None:
             not files(worker) and not any(store.stored_bytes() for store in fetcher._rows.stores)
         )
     )
-    assert not fetcher.own._holders
+    assert not fetcher._holders
 
 
 def test_rows_under_the_key_of_a_picture_are_not_that_pictures(

@@ -93,7 +93,7 @@ def test_who_waits_with_another_for_rows_that_are_no_good_tries_its_own() -> Non
     async def main() -> None:
         fetcher = Fetcher(store, StoreRows(local_tier(store)), 8)
         try:
-            with fetcher.own.hold([KEY]):
+            with fetcher.hold_own([KEY]):
                 outcomes = await asyncio.gather(
                     fetcher.ensure(ref(Location(inline=bad))),
                     fetcher.ensure(ref(Location(inline=codec.to_bytes(ROWS, {})))),

@@ -102,7 +102,7 @@ def test_the_fetcher_brings_nothing_but_rows_that_fit(store: Local, data: bytes)
         try:
             plant(store, data)  # Good rows come beside it, and take its place.
             good = ref(Location(inline=codec.to_bytes(GOOD, {})))
-            with fetcher.own.hold([key(1)]):
+            with fetcher.hold_own([key(1)]):
                 await fetcher.ensure(good)
                 store.delete(key(1))
                 try:
