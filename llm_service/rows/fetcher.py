@@ -27,7 +27,7 @@ from opticnerve.addresses import Hosts
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.ref import EmbeddingRef, TensorSpec, check_shapes, tensors_key
 from opticnerve.embeddings.seal import Seal
-from opticnerve.embeddings.store import Store, StoreState
+from opticnerve.embeddings.store import Store
 from opticnerve.errors import (
     EmbeddingCorrupt,
     EmbeddingEvicted,
@@ -76,7 +76,7 @@ class Fetcher:
     ) -> None:
         """``token``: what calls to encoders carry. ``encoders``: the only hosts that are called;
         None: those that references name."""
-        self._store = store
+        self.store = store
         self._rows = rows
         self._hidden_size = hidden_size
         self._levels = levels
@@ -88,10 +88,6 @@ class Fetcher:
         self._flights: Flights[None] = Flights()
         self._secret = secrets.token_bytes(32)
         self._holders: Counter[str] = Counter()  # Requests by the name of a caller's own rows.
-
-    @property
-    def store_state(self) -> StoreState:
-        return self._store.state
 
     async def ensure(self, ref: EmbeddingRef) -> None:
         """Returns when the rows of ``ref`` are on this host, checked against it, and loaded if the
@@ -175,7 +171,7 @@ class Fetcher:
                 log.warning("%.12s by %s is damaged: %s", ref.key, source, error.message)
                 corrupt = True
                 if source == "redis":  # Or the encoder, asked again, would find it there.
-                    await self._on_thread(codec.forget, self._store, ref.key)
+                    await self._on_thread(codec.forget, self.store, ref.key)
         raise self._failure(ref, corrupt)
 
     async def _read(self, source: str, ref: EmbeddingRef) -> bytes | None:
@@ -184,9 +180,9 @@ class Fetcher:
         if source == "inline":
             return location.inline or None
         if source == "redis":
-            if not (location.redis and self._store.shared):
+            if not (location.redis and self.store.shared):
                 return None
-            data = await self._on_thread(self._store.read_bytes, ref.key)
+            data = await self._on_thread(self.store.read_bytes, ref.key)
         else:
             if not location.fetch_address or not self._may_call(location.fetch_address):
                 return None
@@ -292,8 +288,8 @@ class Fetcher:
         location = ref.location
         if corrupt:
             return EmbeddingCorrupt("the embedding was damaged", param=ref.key)
-        was_here = bool(location.shm_tier_id) and location.shm_tier_id == self._store.tier_id
-        if was_here or (location.redis and self._store.shared):
+        was_here = bool(location.shm_tier_id) and location.shm_tier_id == self.store.tier_id
+        if was_here or (location.redis and self.store.shared):
             return EmbeddingEvicted("the embedding is gone from where it was", param=ref.key)
         if location.fetch_address and not self._may_call(location.fetch_address):
             log.warning("not fetching from %s: --fetch-from", location.fetch_address)

@@ -100,7 +100,7 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
                 free_kv_blocks=stats.free_blocks if stats.steps else limits.num_kv_blocks,
                 draining=self.server.running.draining,
             ),
-            store=convert.store_state_to_pb(fetcher.store_state, fetcher.seal),
+            store=convert.store_state_to_pb(fetcher.store.state, fetcher.seal),
         )
         answer.MergeFrom(loaded.description)
         return answer

@@ -42,20 +42,11 @@ class ShmStore:
     shared = False
 
     def __init__(self, directory: Path | None = None, capacity: int | None = None) -> None:
-        path = directory or default_directory()
-        if capacity is None:
-            capacity = _default_capacity(path)
-        self._ledger = Ledger(path, capacity, shared_default=directory is None)
+        self.directory = directory or default_directory()
+        self.capacity = _default_capacity(self.directory) if capacity is None else capacity
+        self._ledger = Ledger(self.directory, self.capacity, shared_default=directory is None)
         self._preallocator = Preallocator(self._ledger)
         self.tier_id = self._ledger.id
-
-    @property
-    def directory(self) -> Path:
-        return self._ledger.directory
-
-    @property
-    def capacity(self) -> int:
-        return self._ledger.capacity
 
     def put(self, key: str, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, str]) -> None:
         if self._is_here(key):

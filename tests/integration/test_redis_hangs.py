@@ -32,7 +32,7 @@ def test_requests_go_on_and_do_not_ask_it(tmp_path: Path, monkeypatch: pytest.Mo
             gateway(running.encoder, running.llm) as client,
         ):
             first = await ask(client)
-            theirs = running.encoder.encoder.results.store, running.llm.loaded.fetcher._store
+            theirs = running.encoder.encoder.results.store, running.llm.loaded.fetcher.store
             stores = [store for store in theirs if isinstance(store, RedisStore)]
             assert len(stores) == 2
             asked = [count_calls(store, monkeypatch) for store in stores]
