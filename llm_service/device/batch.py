@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 
 class SlotTable:
-    """Arrays over slots, so that a step of decoding sequences is a few vectorised look-ups.
+    """Host-side state of each running sequence, by slot: its pages and positions.
+
+    These are arrays over slots, so that a step of decoding sequences is a few vectorised look-ups.
 
     ``delta``: position minus index of a token past the prompt. ``pages``: the block tables, written
     as they grow.

@@ -1,4 +1,4 @@
-"""From logits to tokens, for a whole batch at once.
+"""From logits to tokens, and their log-probabilities, for a whole batch at once.
 
 Each slot's settings are stored when it is admitted; a step applies only what some sequence of its
 batch asks for, and a batch of plain greedy sequences is one ``max``. The order, for each row:
@@ -323,8 +323,9 @@ class UniformCache:
 def position_logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int]
 ) -> list[PositionLogprobs]:
-    """``logits`` fp32 [rows, vocab], ``token_ids`` int64 [rows]: the tokens that stand there.
+    """The fp32 log-softmax of raw logits, before anything that sampling does, of each row's token.
 
+    ``logits``: fp32 [rows, vocab]; ``token_ids``: int64 [rows], the token of each row.
     ``counts``: for each row how many of the best to name. Equal logits share a rank.
     """
     best = min(max(counts, default=0), logits.shape[-1])
