@@ -1,4 +1,4 @@
-"""The gateway's HTTP face: the routes of its APIs, and the middleware around them."""
+"""The gateway's ASGI application: the routes of its APIs, and the middleware around them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ APIS = (
 
 @dataclass
 class Gateway:
-    """What the routes share; one a process."""
+    """The objects that all routes share; one per process."""
 
     config: GatewayConfig
     keys: Keys
@@ -57,8 +57,8 @@ class Gateway:
 
 
 class Api(FastAPI):
-    """The routes, without FastAPI's own layers around them, which would answer errors before ours:
-    whatever it raises leaves as one of our errors."""
+    """The routes, without FastAPI's own middleware, which would answer errors before ours does.
+    FastAPI's exceptions are raised as ours."""
 
     def __init__(self, gateway: Gateway) -> None:
         super().__init__(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -88,7 +88,7 @@ class Api(FastAPI):
 
     @functools.cached_property
     def document(self) -> bytes:
-        """The OpenAPI document, written when it is first asked for."""
+        """The OpenAPI document, generated on its first use."""
         return openapi.describe(self.routes, self._needs_key)
 
     def _needs_key(self, path: str) -> bool:

@@ -37,7 +37,7 @@ class Deadline:
         return max(0.0, self.at - time.monotonic())
 
     def within(self, seconds: float) -> Deadline:
-        """This deadline, or ``seconds`` from now where that is sooner."""
+        """This deadline, or ``seconds`` from now if that is sooner."""
         return Deadline(min(self.at, time.monotonic() + seconds))
 
     def check(self) -> None:

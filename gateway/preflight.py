@@ -1,5 +1,5 @@
-"""Checks before a gateway starts, in the process that will start it: what would end it at its
-start. Loads neither the routes nor the pipeline."""
+"""Checks for errors that would end a gateway at its start, in the process that will start it.
+Imports neither the routes nor the pipeline."""
 
 from __future__ import annotations
 

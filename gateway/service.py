@@ -52,7 +52,7 @@ from opticnerve.telemetry.metrics import export as export_metrics
 
 log = logging.getLogger(__name__)
 
-UNSENT_BYTES = 2**16  # Of an answer, that the kernel buffers before its client has room for them.
+UNSENT_BYTES = 2**16  # Bytes of an answer that the kernel buffers beyond the client's window.
 DESCRIPTION = "The HTTP front: OpenAI's API in front of encoders and LLM workers."
 
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def quiet_uvicorn() -> None:
-    """Its warnings are about clients' faults, and each request has its own line in the log."""
+    """Silences uvicorn's log: it reports clients' faults, and each request has its own line."""
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     logging.getLogger("uvicorn.error").addFilter(
         lambda record: not str(record.msg).startswith(("Exception in ASGI", "ASGI callable"))
@@ -103,7 +103,7 @@ async def serve(settings: GatewayConfig) -> None:
 
 @contextlib.asynccontextmanager
 async def open_server(settings: GatewayConfig, keys: Keys) -> AsyncIterator[HttpServer]:
-    """A gateway on a bound socket, ready to ``serve``; closed at the end. Raises StartupError."""
+    """A gateway on a bound socket, ready to ``serve``; closed on exit. Raises StartupError."""
     with listen(settings, keys) as listener:
         async with open_gateway(settings, keys) as gateway:
             yield HttpServer(gateway, listener)
@@ -111,15 +111,15 @@ async def open_server(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Http
 
 @contextlib.contextmanager
 def listen(settings: GatewayConfig, keys: Keys) -> Iterator[socket.socket]:
-    """The bound socket. Without keys only this machine may call, unless --host says otherwise.
+    """The bound socket: on loopback if there are no keys, unless --host is set.
 
     Raises ConfigError if the address cannot be bound.
     """
     host = settings.listen_host
     with addresses.bind(host, settings.port) as listener:
         listener.setblocking(False)
-        # Connections inherit it: an answer that its client does not read waits in this process,
-        # which can then see that the client has stalled.
+        # Connections inherit this option: an answer that its client does not read waits in this
+        # process, not in the kernel, so that the process can detect a stalled client.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         if not keys.required and not addresses.is_loopback(host):
             log.warning("listening on %s without API keys; see --api-key-file", host)
@@ -128,7 +128,7 @@ def listen(settings: GatewayConfig, keys: Keys) -> Iterator[socket.socket]:
 
 @contextlib.asynccontextmanager
 async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gateway]:
-    """Everything that requests use; closed at the end. Raises StartupError."""
+    """The gateway with its pools and pipeline; closed on exit. Raises StartupError."""
     token = load_token(settings.rpc_token_file)
     checkpoint = Checkpoint.configured(settings.model)
     layout = make_layout(checkpoint)
@@ -180,7 +180,7 @@ def _workers(settings: GatewayConfig, token: str | None) -> tuple[Encoders, Work
 def _gateway(
     settings: GatewayConfig, keys: Keys, names: ServedNames, pipeline: Pipeline
 ) -> Gateway:
-    """The gateway, with the limits on what clients may hold."""
+    """The gateway with its limits on connections, requests and bytes."""
     connections = Connections(
         settings.max_connections, settings.max_connections_per_address, settings.stall_timeout_s
     )
@@ -195,7 +195,7 @@ def _gateway(
 
 
 def _own_pair_id(checkpoint: Checkpoint) -> str | None:
-    """The checkpoint's pair id; None if its weights, on which it depends, are not on this host."""
+    """The checkpoint's pair id; None without its weights, from which it is computed."""
     try:
         return checkpoint.pair_id
     except CheckpointError:
@@ -246,7 +246,7 @@ class HttpServer(uvicorn.Server):
         return await super().on_tick(counter) or self.running.closed.is_set()
 
     def _cut_off_clients(self) -> None:
-        """Cuts off clients that do not read the errors in which their requests end."""
+        """Aborts the connections of clients that do not read their requests' final errors."""
         asyncio.get_running_loop().call_later(LAST_WORDS_S, self._abort_connections)
 
     def _abort_connections(self) -> None:

@@ -55,13 +55,14 @@ class Caller:
 
     @property
     def share(self) -> str:
-        """The name under which its requests share workers; empty without a key."""
+        """Fair-queueing key: requests with equal keys are scheduled as one client. Empty without an
+        API key."""
         return self.name if self.tenant else ""
 
     def priority(self, asked: int | None) -> int:
-        """The priority of a request that asked for ``asked``; None: it asked for none.
+        """The priority of a request with the field ``priority`` set to ``asked``; None: not set.
 
-        Raises InvalidRequest for a priority below this caller's lowest.
+        Raises InvalidRequest for a priority below this caller's minimum.
         """
         if asked is None:
             return max(0, self.min_priority)
@@ -97,14 +98,16 @@ class Keys:
                 f"cannot read the key file {path}: {error.strerror}", param="api_key_file"
             ) from error
         except UnicodeDecodeError as error:
-            raise ConfigError(f"the key file {path} is no text", param="api_key_file") from error
+            raise ConfigError(
+                f"the key file {path} is not UTF-8 text", param="api_key_file"
+            ) from error
         return cls(_parse(text, path), path)
 
     def reread(self) -> None:
-        """Reads the file again, for requests from now on, and logs how many keys changed. Where
-        there is no file, or it is invalid, the keys stay, and the log says so."""
+        """Reads the file again, for later requests, and logs how many keys changed. Without a file,
+        or if it is invalid, the keys stay as they were; the log says so."""
         if self.path is None:
-            log.info("there is no key file to read again; see --api-key-file")
+            log.info("no key file to read again; see --api-key-file")
             return
         try:
             new = Keys.load(self.path)
@@ -144,7 +147,7 @@ class Keys:
             if hmac.compare_digest(candidate, key):
                 found = caller
         if found is None:
-            raise Unauthenticated("the API key is not known here")
+            raise Unauthenticated("the API key is unknown to this server")
         return found
 
 
@@ -162,16 +165,16 @@ def _parse(text: str, path: str) -> dict[bytes, Caller]:
         try:
             key, caller = _read_line(written, number)
             if caller.name in names:
-                raise ValueError(f"{caller.name} is there twice")
+                raise ValueError(f"the name {caller.name} is used twice")
             if key in numbers:
-                raise ValueError(f"the key of line {numbers[key]} again; a key has one line")
+                raise ValueError(f"the same key as in line {numbers[key]}")
         except ValueError as error:
             raise ConfigError(f"{path}:{number}: {error}", param="api_key_file") from error
         callers[key] = caller
         names.add(caller.name)
         numbers[key] = number
     if not callers:
-        raise ConfigError(f"{path} holds no key", param="api_key_file")
+        raise ConfigError(f"{path} contains no key", param="api_key_file")
     return callers
 
 
@@ -188,7 +191,7 @@ def _read_line(line: str, number: int) -> tuple[bytes, Caller]:
     name, key, rest = found.groups()
     if "=" in key and key.partition("=")[0] in ATTRIBUTES:
         raise ValueError(f"an attribute where the key should be; expected {FORM}")
-    if name is None and ":" in key:  # Ambiguous: name and key, or a key with a colon.
+    if name is None and ":" in key:  # A name and a key, or a key that contains a colon.
         raise ValueError("a colon without a space; write 'name: key', also for a key with colons")
     name = name or f"key{number}"
     fields = {"tenant": name, **_attributes(rest.split())}

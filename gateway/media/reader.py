@@ -1,5 +1,5 @@
-"""The pictures of one request: fetched, parsed, planned, and named by content keys. No pixels are
-decoded."""
+"""Reads the pictures of a request: fetches, parses and plans them, and computes their content keys.
+No pixels are decoded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """One picture's bytes. ``param``: the request's field that it came from, for errors."""
+    """One picture's bytes. ``param``: the path of its field in the request, for errors."""
 
     param: str
     overrides: Overrides
@@ -43,7 +43,7 @@ class MediaReader:
         self._background = parse_background(config.image_background)
 
     def check_count(self, sources: Sequence[ItemSource]) -> None:
-        """Raises InvalidRequest where there are too many."""
+        """Raises InvalidRequest for more pictures than --max-images."""
         if len(sources) > self.config.max_images:
             raise InvalidRequest(
                 f"the messages contain {len(sources)} pictures, and at most "
@@ -106,7 +106,7 @@ class MediaReader:
 
 
 def located(error: OpticNerveError, param: str | None) -> OpticNerveError:
-    """``error`` with the part of the request that it is about, unless it names one already."""
+    """``error`` with ``param``, the path of the field at fault, unless it has one already."""
     if error.param is not None:
         return error
     found = copy.copy(error)  # Other requests may share it.

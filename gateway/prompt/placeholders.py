@@ -1,5 +1,5 @@
-"""Placeholders: how a checkpoint spells the tokens that stand for media items, and how the one that
-a template writes for an item becomes as many as its rows need."""
+"""Placeholders: the tokens that stand for media items. A template writes one for each item, which
+is expanded to as many tokens as the item's embedding has rows."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from opticnerve.errors import CheckpointError, InvalidRequest
 from opticnerve.media.plan import Modality, Plan, Span
 from opticnerve.models.family import Layout, RowRun
 
-_BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # As placeholders are written.
+_BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # The usual spelling of a placeholder.
 
 
 @dataclass(frozen=True, slots=True)
 class ExpandedPrompt:
-    """A prompt as the decoder gets it. A span's ``item`` is the item's index in the request."""
+    """A prompt for the decoder. A span's ``item`` is the item's index in the request."""
 
     prompt: str  # As Hugging Face's template renders it: one placeholder for each item.
     token_ids: tuple[int, ...]
@@ -45,7 +45,7 @@ def spellings(path: Path, ids: Mapping[str, int]) -> dict[str, str]:
     ``ids`` are the layout's. As in Hugging Face's processors, a spelling is the token that the
     tokenizer's files or processor_config.json give under that name, or the added token with that
     id. For pictures it may also be a token of the vocabulary, if it is written like a placeholder.
-    Names that no file knows are left out. Raises CheckpointError for files that cannot be read.
+    Names without a spelling are omitted. Raises CheckpointError for files that cannot be read.
     """
     config, source = read_tokenizer_config(path), read_source(path)
     named = named_tokens(config)
@@ -70,18 +70,17 @@ def check_spellings(
         if name not in spelled:
             if name == "image_token":
                 raise CheckpointError(
-                    f"config.json says that token {token_id} stands for a picture, and neither the "
-                    "tokenizer nor processor_config.json says how it is written; fetch the "
-                    'tokenizer\'s files again, or name it as "image_token" in '
-                    "processor_config.json"
+                    f"token {token_id} stands for a picture by config.json, and neither the "
+                    "tokenizer nor processor_config.json has its spelling; fetch the tokenizer's "
+                    'files again, or add "image_token" to processor_config.json'
                 )
             continue
         found = tokenizer.id_of(spelled[name])
         if found != token_id:
             raise CheckpointError(
-                f"the {name} is {spelled[name]!r} by the files of processor and tokenizer, which "
-                f"the tokenizer gives the id {found}, and {token_id} by config.json; the files are "
-                "not of one checkpoint"
+                f"the {name} is {spelled[name]!r} in the files of processor and tokenizer, which "
+                f"is token {found}, and token {token_id} in config.json; the files do not "
+                "belong to one checkpoint"
             )
 
 
@@ -94,8 +93,8 @@ def expand(
 ) -> ExpandedPrompt:
     """Replaces the i-th placeholder by the tokens of the i-th item.
 
-    Raises InvalidRequest if their numbers differ, and ContextLengthExceeded, before the ids are
-    built, for a prompt of more than ``max_tokens``.
+    Raises InvalidRequest if their numbers differ or a placeholder is of another modality, and
+    ContextLengthExceeded, before the ids are built, for a prompt of more than ``max_tokens``.
     """
     check_count(layout, token_ids, len(plans))
     check_length(len(token_ids), plans, max_tokens)

@@ -8,8 +8,8 @@ tokenized in their full context.
 
 A special token that a template builds from pieces (``'<|' + role + '|>'``) is not an alias at
 first. ``Marks`` distinguishes it from user text by a second rendering, in which user text is
-interrupted wherever it could be a part of a special token. A token that is whole there is the
-template's.
+interrupted wherever it could be a part of a special token: a token that is still whole there was
+written by the template.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ import secrets
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-OPEN, CLOSE = "\ue0fe", "\ue0ff"  # Private use, caseless, not white space: filters keep them.
+OPEN, CLOSE = (
+    "\ue0fe",
+    "\ue0ff",
+)  # Private-use characters: without case, no white space, so filters keep them.
 NONCE_DIGITS = 24
-CHECKED_KEYS = frozenset({"role", "type"})  # Keys of messages whose values the schema checks.
+CHECKED_KEYS = frozenset({"role", "type"})  # Keys whose values the schema restricts.
 
 
 class Aliases:
     """Two-way mapping between special tokens and their aliases. Immutable."""
 
     def __init__(self, specials: Iterable[str], others: Iterable[str] = ()) -> None:
-        """``specials`` get aliases. ``others`` are added tokens that anyone may write; they only
-        matter for finding special tokens, where the longest match at the leftmost place wins."""
+        """``specials`` get aliases. ``others``: added tokens that users may write. They matter only
+        for finding special tokens, where the longest match at the leftmost place wins."""
         nonce = "".join(secrets.choice("0123456789") for _ in range(NONCE_DIGITS))
         self.head = OPEN + nonce
         ordered = list(dict.fromkeys(specials))
@@ -56,7 +59,7 @@ class Aliases:
 
     def occur_in(self, text: str) -> bool:
         """Whether ``text`` contains a special token under its own name."""
-        if not any(name in text for name in self.of):  # Fast, and usually all that is needed.
+        if not any(name in text for name in self.of):  # A fast check, which is usually enough.
             return False
         return any(match.group() in self.of for match in self._names.finditer(text))
 

@@ -1,5 +1,5 @@
-"""From messages to a prompt: content in the form that the template takes, rendering, provenance,
-tokenization. Knows nothing of HTTP, media bytes or workers."""
+"""Renders messages to a prompt: content in the template's form, rendering, provenance of special
+tokens, tokenization. Knows nothing of HTTP, media bytes or workers."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ CONTINUE = "\ue0fd"  # Begins the tag that marks the end of a message to be cont
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """A rendered chat before its items are sized."""
+    """A rendered chat, with one placeholder for each item."""
 
     prompt: str  # Equal to Hugging Face's apply_chat_template(tokenize=False).
-    token_ids: tuple[int, ...]  # One placeholder for each item.
+    token_ids: tuple[int, ...]
     num_items: int
 
 
 @dataclass(frozen=True, slots=True)
 class Forms:
-    """Which forms of content a template takes, for one role."""
+    """Which forms of content a template accepts for one role."""
 
     string: bool
     parts: bool
@@ -95,21 +95,21 @@ class ChatRenderer:
         return prompt_too_long(ChatPrompt, self.layout.max_positions, "many more")
 
     def build(self, rendered: RenderedChat, plans: Sequence[Plan]) -> ExpandedPrompt:
-        """The prompt with every item's tokens; ``plans`` in the order of the items. Raises
+        """The prompt with every placeholder expanded; ``plans`` in the order of the items. Raises
         ContextLengthExceeded for a prompt that no worker could take."""
         return placeholders.expand(
             self.layout, rendered.prompt, rendered.token_ids, plans, self.layout.max_positions
         )
 
     def _starts_with_bos(self, hidden: str) -> bool:
-        """Hugging Face's processors add special tokens unless the template wrote the first."""
+        """Whether the template wrote BOS: if not, Hugging Face's processors add special tokens."""
         bos = self._named_hidden.get("bos_token")
         return bos is not None and hidden.startswith(bos)
 
-    # ---- content as the template wants it
+    # ---- content in the template's form
 
     def normalise(self, messages: Iterable[Message]) -> list[dict[str, Any]]:
-        """Messages as the template takes them: plain values, no None, pictures as
+        """Messages for the template: plain values, no None, pictures as
         ``{"type": "image"}``. Raises InvalidRequest."""
         return [self._message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
@@ -167,10 +167,10 @@ class ChatRenderer:
             effort[REASONING_EFFORT] = asked.reasoning_effort
         return {**effort, **given, "add_generation_prompt": _wants_prompt(asked)}
 
-    # ---- what the template is like
+    # ---- probing the template
 
     def _probe(self, role: str) -> Forms:
-        """Whether the template writes a text unchanged that is given as a string, and as parts."""
+        """Whether the template writes a text unchanged, given as a string and as parts."""
         text = f"probe{secrets.token_hex(8)}"
         parts = [{"type": "text", "text": text}]
         return Forms(self._shows(role, text, text), self._shows(role, parts, text))
@@ -210,7 +210,7 @@ class ChatRenderer:
 
 
 class Rendering:
-    """The renderings of one chat: the same messages two or three times."""
+    """Renders the messages of one chat two or three times, see ``gateway.prompt.provenance``."""
 
     def __init__(
         self,
@@ -229,14 +229,14 @@ class Rendering:
         self._now = clock(datetime.now())
 
     def run(self) -> tuple[str, str]:
-        """(the prompt as Hugging Face renders it, the same with aliases for what is special).
+        """(the prompt as Hugging Face renders it, the same with aliases for special tokens).
 
-        Raises InvalidRequest, also when the template mixes user text and special tokens in a way
-        that leaves open who wrote what.
+        Raises InvalidRequest, also if the template mixes user text and special tokens so that
+        their provenance cannot be found.
         """
         prompt = self._render(self._template.plain, self._messages, self._variables, hidden=False)
         if self._aliases.head in prompt:
-            raise InvalidRequest("the messages hold reserved characters", param="messages")
+            raise InvalidRequest("the messages contain reserved characters", param="messages")
         self._renderer.check_length(prompt)  # The steps below take several times as long.
         template, hidden = self._aliased(prompt)
         if hidden is not None and not self._aliases.occur_in(hidden):
@@ -247,13 +247,13 @@ class Rendering:
         if hidden is not None and not self._renderer._builds_pieces:
             return prompt, hidden  # The template writes special tokens as aliases only.
         raise InvalidRequest(
-            "the messages hold text that spells this model's special tokens, and its chat template "
-            "changes text in a way that cannot tell them apart; spell them differently",
+            "the messages contain text that spells this model's special tokens, and its chat "
+            "template changes text so that the two cannot be told apart; spell them differently",
             param="messages",
         )
 
     def _aliased(self, prompt: str) -> tuple[Any, str | None]:
-        """The first template with aliases that gives the same prompt, and what it gives."""
+        """The first template with aliases that renders the same prompt, and its rendering."""
         for template in (self._template.written, self._template.everywhere):
             try:
                 hidden = self._render(template, self._messages, self._variables, hidden=True)
@@ -306,7 +306,7 @@ class Rendering:
         return out if self._final is None else self._cut(out)
 
     def _cut(self, out: str) -> str:
-        """The text before the end of the message to be continued. White space at its end is kept
+        """The text up to the end of the message to be continued. White space at its end is kept
         only if the template keeps it."""
         at = out.rfind(self._tag.strip())
         if at < 0:
@@ -375,8 +375,8 @@ def _tagged(messages: list[dict[str, Any]], tag: str) -> list[dict[str, Any]]:
 
 
 def _probes(role: str, content: Any) -> list[list[dict[str, Any]]]:
-    """Chats in which ``content`` stands in a message of ``role``; the others' text is in both
-    forms, as a template may take only one."""
+    """Chats with ``content`` in a message of ``role``, and other messages in each form of content,
+    since a template may accept only one."""
     chats = []
     for form in ("x", [{"type": "text", "text": "x"}]):
         user = {"role": "user", "content": form}

@@ -1,8 +1,8 @@
 """The model's own chat template, rendered as Hugging Face renders it, in a sandbox.
 
 A template is compiled three times: unchanged, and twice with aliases instead of its special tokens
-(see ``gateway.prompt.provenance``). The unchanged one gives the prompt; the others give the
-provenance of the special tokens in it.
+(see ``gateway.prompt.provenance``). The unchanged one renders the prompt; the others show the
+provenance of its special tokens.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def make_environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """One template, compiled three times. ``plain`` is unchanged; ``written`` has aliases in the
-    text that it writes, ``everywhere`` also in strings that it compares with text."""
+    """One template, compiled three times: ``plain`` unchanged, ``written`` with aliases in the text
+    that it writes, ``everywhere`` with aliases also in strings that it compares with text."""
 
     def __init__(self, source: str, aliases: Aliases) -> None:
         """Raises CheckpointError for a template that does not parse."""
@@ -124,7 +124,7 @@ class ChatTemplate:
 
     def _compile(self, *, compared: bool) -> jinja2.Template:
         """The template with aliases for special tokens in the text that it writes, and with
-        ``compared`` also in the strings that it compares, splits and replaces by."""
+        ``compared`` also in the strings with which it compares, splits or replaces."""
         environment = self._environment
         tree = environment.parse(self.source)
         unchanged = set() if compared else {id(node) for node in _compared(tree)}
@@ -137,8 +137,9 @@ class ChatTemplate:
         return environment.template_class.from_code(environment, code, environment.make_globals({}))
 
     def render(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
-        """Raises InvalidRequest with the template's own message, and ContextLengthExceeded for a
-        text that is too long for a prompt, or does not end."""
+        """The rendered text. Raises InvalidRequest with the template's own message, and
+        ContextLengthExceeded for a text that is too long, or takes longer than
+        TEMPLATE_TIMEOUT_S."""
         deadline = time.monotonic() + TEMPLATE_TIMEOUT_S
         pieces: list[str] = []
         size = 0
@@ -154,7 +155,7 @@ class ChatTemplate:
                     )
         except InvalidRequest:
             raise
-        except Exception as error:  # A template can raise whatever Python can.
+        except Exception as error:  # A template can raise any exception.
             raise self._refusal(error) from error
         return "".join(pieces)
 
@@ -175,12 +176,12 @@ class ChatTemplate:
 
 
 def clock(now: datetime) -> Any:
-    """``strftime_now`` for one request."""
+    """``strftime_now``, which templates call with a format, for one request."""
     return now.strftime
 
 
 def _compared(tree: nodes.Template) -> Iterator[nodes.Const]:
-    """String constants that a template compares with text, and does not write."""
+    """String constants with which a template compares text, and which it does not write."""
     for compare in tree.find_all(nodes.Compare):
         yield from _constants(compare.expr)
         for operand in compare.ops:
@@ -207,7 +208,7 @@ def _constants(node: nodes.Node) -> Iterator[nodes.Const]:
     yield from node.find_all(nodes.Const)
 
 
-# ---- where a template is found
+# ---- finding a checkpoint's template
 
 
 def load_template(path: Path, config: Mapping[str, Any], override: str | None = None) -> str:
@@ -255,7 +256,8 @@ def _read(file: Path) -> str:
 
 
 def _default(entry: Any) -> str | None:
-    """The template named "default" of several (a list of names and templates, or a mapping)."""
+    """The template, or of several (a list of names and templates, or a mapping) the one named
+    "default"."""
     if isinstance(entry, list):
         entry = {item["name"]: item["template"] for item in entry if isinstance(item, dict)}
     if isinstance(entry, Mapping):

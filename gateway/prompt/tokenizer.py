@@ -1,7 +1,7 @@
-"""A checkpoint's tokenizer: text to ids and back, on the ``tokenizers`` library alone.
+"""A checkpoint's tokenizer: text to ids and back, with the ``tokenizers`` library alone.
 
-It is read from tokenizer.json, with the tokens that tokenizer_config.json adds, as Hugging Face
-reads it for the families that are served. Ids equal Hugging Face's with one difference, see
+It is read from tokenizer.json and the tokens that tokenizer_config.json adds, as Hugging Face does
+for the supported families. Ids equal Hugging Face's with one difference, see
 ``gateway.prompt.provenance``: this tokenizer knows special tokens by their aliases, so they are
 special only in text that ``Aliases.hide`` has changed.
 """
@@ -29,14 +29,14 @@ from opticnerve.errors import CheckpointError
 from opticnerve.process import return_freed_memory
 
 SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
-CHUNK_CHARACTERS = 2**15  # ``exceeds`` encodes as many at a time, and never looks at shorter text.
-CUT_TOKENS = 64  # A cut through an alias or a long word adds fewer tokens.
+CHUNK_CHARACTERS = 2**15  # Encoded at a time by ``exceeds``, which skips shorter texts.
+CUT_TOKENS = 64  # At least as many as a cut through an alias or a long word adds.
 PLAIN_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """An added token, as the checkpoint's files together describe it."""
+    """An added token, described by all of the checkpoint's files together."""
 
     content: str
     special: bool
@@ -48,7 +48,7 @@ class Added:
 
     @classmethod
     def read(cls, entry: Any, *, special: bool, id: int | None = None) -> Added:
-        """From a string, or a dictionary as tokenizer files hold it."""
+        """From an entry of a tokenizer file: a string or a dictionary."""
         if isinstance(entry, str):
             return cls(entry, special, id)
         flags = {n: bool(entry.get(n, False)) for n in ("single_word", "lstrip", "rstrip")}
@@ -77,8 +77,8 @@ class Tokenizer:
         self, source: str, config: Mapping[str, Any], placeholders: Iterable[str] = ()
     ) -> None:
         """``source``: the text of tokenizer.json; ``config``: tokenizer_config.json, merged with
-        special_tokens_map.json where there is one. ``placeholders`` are kept from users like
-        special tokens. Raises CheckpointError."""
+        special_tokens_map.json where there is one. ``placeholders``: tokens that user
+        text cannot spell, like special tokens. Raises CheckpointError."""
         self.config = config
         self.named = named_tokens(config)
         try:
@@ -96,7 +96,7 @@ class Tokenizer:
             raise
         except Exception as error:  # The library raises bare Exception for what it cannot read.
             raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
-        self._settle(listed)
+        self._apply_config(listed)
 
     @classmethod
     def load(cls, path: Path, placeholders: Iterable[str] = ()) -> Tokenizer:
@@ -105,8 +105,8 @@ class Tokenizer:
         return_freed_memory()
         return tokenizer
 
-    def _settle(self, listed: Mapping[str, Added]) -> None:
-        """What Hugging Face changes after it has read tokenizer.json."""
+    def _apply_config(self, listed: Mapping[str, Added]) -> None:
+        """Makes the changes that Hugging Face makes after it has read tokenizer.json."""
         backend = self._backend
         backend.no_truncation()
         backend.no_padding()
@@ -125,7 +125,7 @@ class Tokenizer:
         known = backend.get_added_tokens_decoder()
         self._skipped_ids = frozenset(i for i, token in known.items() if token.special)
 
-    # ---- what it holds
+    # ---- vocabulary
 
     @property
     def vocab_size(self) -> int:
@@ -138,8 +138,8 @@ class Tokenizer:
 
     @property
     def skipped_ids(self) -> frozenset[int]:
-        """The ids that ``skip_special_tokens`` leaves out. As in Hugging Face, a token that only
-        the configuration calls special is not among them."""
+        """The ids that ``skip_special_tokens`` omits. As in Hugging Face, a token that only the
+        configuration declares special is not among them."""
         return self._skipped_ids
 
     @property
@@ -148,7 +148,7 @@ class Tokenizer:
 
     @cached_property
     def decoder_spec(self) -> Mapping[str, Any] | None:
-        """The decoder's description, as tokenizer.json writes it."""
+        """The decoder's description in tokenizer.json."""
         decoder = self._backend.decoder
         if decoder is None:
             return None
@@ -174,17 +174,18 @@ class Tokenizer:
     def encode_all(
         self, texts: Sequence[str], *, add_special_tokens: bool = False
     ) -> list[list[int]]:
-        """Ids of each text. This method of the library releases the interpreter's lock, so that a
-        thread that encodes long texts does not stop others."""
+        """Ids of each text. Releases the GIL, so that a thread that encodes long texts does not
+        stop others."""
         found = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in found]
 
     def exceeds(self, text: str, limit: int) -> bool:
-        """Whether text certainly has more than ``limit`` tokens, for the cost of encoding about as
-        many: encoding megabytes takes seconds.
+        """Whether ``text`` certainly has more than ``limit`` tokens. Takes about as long as
+        encoding ``limit`` tokens; encoding megabytes would take seconds.
 
-        Special tokens may be aliases or have their own names. Names count as one token each, though
-        a user's are several. A cut between two chunks can add a few tokens, which are subtracted.
+        Special tokens may be aliases or have their own names. Each name counts as one token, though
+        one in user text is several. A cut between two chunks can add a few tokens, which are
+        subtracted.
         """
         if len(text) <= max(limit, CHUNK_CHARACTERS):
             return False
@@ -210,7 +211,7 @@ class Tokenizer:
     # ---- ids to text
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The library's own decoding; ``gateway.output.detokenizer`` does the same bit by bit."""
+        """The library's own decoding; ``gateway.output.detokenizer`` does the same in a stream."""
         special = self._special_ids
         if skip_special_tokens:
             ids = [i for i in ids if i not in self._skipped_ids]
@@ -233,7 +234,7 @@ def read_source(path: Path) -> str:
     slow = [name for name in SLOW_FILES if (path / name).is_file()]
     found = f"only {', '.join(slow)}" if slow else "no tokenizer at all"
     raise CheckpointError(
-        f"{path} has {found}, and the gateway reads tokenizer.json; write it once with "
+        f"{path} has {found}, but the gateway needs tokenizer.json; create it once with "
         f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
     )
 

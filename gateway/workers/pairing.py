@@ -1,9 +1,10 @@
-"""Which encoders and LLM workers work together on a request.
+"""Chooses the encoders and LLM workers that serve a request together.
 
 Workers report a ``pair_id``, equal for those of one checkpoint; encoders also report the
-fingerprint that names their embeddings. Two revisions can be up side by side: a request is served
-by one of them from end to end. A gateway that knows its own checkpoint's ``pair_id`` uses no other
-workers, since its tokenizer and template belong to that checkpoint.
+fingerprint that is part of their embeddings' keys. Two revisions of a checkpoint can be served side
+by side; a request is served by one of them from end to end. A gateway that knows its own
+checkpoint's ``pair_id`` uses no other workers, since its tokenizer and template belong to that
+checkpoint.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Pair:
 
 
 class Pairing:
+    """``own_pair_id``: the gateway's own checkpoint, if known; other workers are not used."""
+
     def __init__(
         self,
         encoders: WorkerPool,
@@ -49,22 +52,23 @@ class Pairing:
         self.has_been_ready = False  # Whether text and pictures could both be served once.
 
     async def watch_until_ready(self) -> None:
-        """Returns when every kind of request can be served for the first time."""
+        """Waits until text and pictures can both be served, and sets ``has_been_ready``."""
         while self.missing():
             with contextlib.suppress(TimeoutError):
                 await self.llms.changes.wait(CHECK_S)
         self.has_been_ready = True
 
     async def choose(self, *, pictures: bool, deadline: Deadline) -> Pair:
-        """The pair that serves best now; waits while no worker has described itself yet.
+        """The best pair now: the one with most serving workers. Waits until workers have described
+        themselves.
 
-        Known workers that are down count too, last: an embedding that is still in the store needs
-        no encoder. Raises Unavailable, Mispaired where workers do not belong together, or
+        Known workers that are down are the last choice: an embedding in the store needs no
+        encoder. Raises Unavailable, Mispaired where workers do not belong together, or
         UnsupportedFeature for pictures where no encoders are configured.
         """
         if pictures and not self.encoders.configured:
             raise UnsupportedFeature(
-                "this server answers text alone: it was started without encoders "
+                "this server takes text alone: it was started without encoders "
                 "(--encoder-addresses); send messages without pictures",
                 param="messages",
             )
@@ -83,7 +87,7 @@ class Pairing:
                 raise self._unavailable() from error
 
     def missing(self, pictures: bool | None = None) -> list[str]:
-        """What a request would lack now, in words; empty when it would be served.
+        """Why a request could not be served now, in words; empty if it could.
 
         ``pictures``: whether it has any; None: whether this gateway is configured for them.
         """
@@ -101,7 +105,7 @@ class Pairing:
         return lacking or ["encoders and LLM workers serve different checkpoints"]
 
     def best(self, *, pictures: bool) -> Pair | None:
-        """The pair that serves best now; None while no worker has described itself."""
+        """The best pair now; None while no worker has described itself."""
         best: tuple[tuple[int, ...], Pair] | None = None
         for pair_id in {w.description.pair_id for w in self._described(self.llms)}:
             llms = [w for w in self._described(self.llms) if w.description.pair_id == pair_id]

@@ -1,4 +1,4 @@
-"""Whether LLM workers can get an encoder's embeddings: its advertised address and its store key.
+"""Checks that LLM workers can get an encoder's embeddings: its advertised address and store key.
 
 LLM workers fetch embeddings that are in no store from the encoder's advertised address. Each
 process makes an id when it starts, and its health check serves that id: if the check at the
@@ -42,8 +42,8 @@ class ReachabilityCheck:
         self._answers: WeakKeyDictionary[Worker, _Answer] = WeakKeyDictionary()
 
     async def __call__(self, encoder: Worker, description: Description) -> Fault | None:
-        """What is wrong with the encoder's store key or advertised address. None where both are
-        right, and for encoders of earlier releases, which report neither."""
+        """A fault of the encoder's store key or advertised address. None if both are right, and for
+        encoders of earlier releases, which report neither."""
         fault = self._find_key_fault(description)
         address = description.fetch_address
         if fault is not None or not description.instance_id or not address:

@@ -180,5 +180,5 @@ def test_a_key_file_that_cannot_be_read_says_why(tmp_path):
     with pytest.raises(ConfigError, match="absent: No such file"):
         Keys.load(str(tmp_path / "absent"))
     (tmp_path / "binary").write_bytes(b"ada: sk-\xff\xfe")
-    with pytest.raises(ConfigError, match="binary is no text"):
+    with pytest.raises(ConfigError, match="binary is not UTF-8 text"):
         Keys.load(str(tmp_path / "binary"))
