@@ -1,4 +1,4 @@
-"""All that an LLM worker exports."""
+"""The metrics that an LLM worker exports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS = Counter(
 
 
 def engine_stats(stats: EngineStats) -> Iterator[Metric]:
-    """The engine's state, as it is now."""
+    """The engine's current state."""
     yield GaugeMetricFamily(
         "opticnerve_kv_blocks_free", "KV pages that no sequence holds", stats.free_blocks
     )

@@ -1,4 +1,4 @@
-"""The LLM process: what it loads, and which calls it answers."""
+"""The LLM service: loads a checkpoint's language half and serves it over gRPC."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ WARM_UP_TOKENS = 32
 
 
 def open_worker(settings: LLMConfig) -> AbstractAsyncContextManager[LLMServicer]:
-    """An LLM worker that serves, closed at the end. Raises StartupError."""
+    """A serving LLM worker, closed when the context ends. Raises StartupError."""
 
     async def load(servicer: LLMServicer, stack: AsyncExitStack) -> None:
         checkpoint = await asyncio.to_thread(Checkpoint.configured, settings.model, "llm")
@@ -130,15 +130,15 @@ async def _start(engine: EngineClient) -> None:
 
 
 def _callable_encoders(settings: LLMConfig) -> Hosts | None:
-    """The hosts of --fetch-from. None: any that callers name, since these have shown the token."""
+    """The hosts of --fetch-from and loopback. None: any host, since callers have the token."""
     rpc, named = settings.rpc, settings.fetch_from
     if rpc.rpc_token_file is not None and not named:
         return None
     local = addresses.LOOPBACK if addresses.is_loopback(rpc.host) else ()
     if not (local or named):
         log.warning(
-            "embeddings come from the store alone, and from no encoder directly: without "
-            "--rpc-token-file those have to be named in --fetch-from"
+            "embeddings are read from the store only, not fetched from encoders: set "
+            "--rpc-token-file, or list the encoders in --fetch-from"
         )
     return Hosts((*local, *named))
 
@@ -150,7 +150,7 @@ def _describe(
     engine: EngineConfig,
     shm_tier_id: str,
 ) -> pb.DescribeLLMResponse:
-    """What Describe answers that does not change."""
+    """The part of Describe's answer that does not change."""
     device = resolve_device(settings.model.device)
     dtype = resolve_dtype(settings.model.dtype, checkpoint, device)
     return pb.DescribeLLMResponse(

@@ -6,7 +6,6 @@ index to find either, or to group sequences of similar length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from itertools import repeat
 from typing import TYPE_CHECKING
@@ -97,23 +96,23 @@ class Batch:
     """T packed tokens of W works."""
 
     works: tuple[Work, ...]  # In packed order.
-    first_indices: list[int]  # Of each work, its first packed token.
+    first_indices: list[int]  # Index of each work's first packed token.
     token_ids: Ints  # [T]; 0 for tokens that are still on the device (see read_indices).
-    read_indices: Ints  # Packed tokens that are what a slot sampled last, ...
+    read_indices: Ints  # Indices of packed tokens that are a slot's last sample, ...
     read_slots: Ints  # ... and those slots.
     positions: Ints  # [position_dims, T]
     attention: AttentionStep
-    logit_works: list[int]  # Indices of works that want a token.
-    logit_indices: Ints  # Their packed rows.
+    logit_works: list[int]  # Indices of works that sample a token.
+    logit_indices: Ints  # Indices of their last packed tokens.
     logit_slots: Ints
-    output_positions: Ints  # Of the tokens to be sampled.
+    output_positions: Ints  # Output position of each token to be sampled.
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
 
-def pack(works: Many[Work], slots: SlotTable, block_size: int) -> Batch:
+def pack(works: list[Work], slots: SlotTable, block_size: int) -> Batch:
     """Packs ``works``; their slots are admitted and have their pages."""
     decodes = [work for work in works if work.num_tokens == 1]
     decodes.sort(key=_start, reverse=True)
@@ -209,9 +208,9 @@ def _chunk_arrays(work: Work, slots: SlotTable, block_size: int) -> tuple[Ints, 
     return ids, slots.positions(work.slot, work.start, work.num_tokens), token_slots
 
 
-def _chunk(work: Work, row: int, slots: SlotTable) -> Chunk:
+def _chunk(work: Work, first_index: int, slots: SlotTable) -> Chunk:
     return Chunk(
-        row=row,
+        first_index=first_index,
         num_tokens=work.num_tokens,
         start=work.start,
         pages=slots.pages[work.slot, : len(work.block_table)].copy(),

@@ -23,7 +23,7 @@ from llm_service.device.memory import to_device
 from opticnerve.generation.values import Sampling
 
 Ints = NDArray[np.int64]
-TOKEN = np.dtype(np.uint32)  # One token of a text that is kept as bytes.
+TOKEN = np.dtype(np.uint32)  # Element type of token ids stored as bytes.
 
 
 def constrains(params: Sampling) -> bool:
@@ -102,7 +102,7 @@ class Prepared:
 
 
 class Constraints:
-    """The constraints of all slots."""
+    """Token constraints of every slot."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size

@@ -1,4 +1,4 @@
-"""Rows of items in place of the input embeddings of their placeholders."""
+"""Overwrites the input embeddings of placeholders with rows of items."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ class ItemRows:
         fits = tensor.ndim == 2 and tensor.shape[1] == self._width and tensor.shape[0] >= last
         if not fits or not tensor.is_floating_point():
             raise EmbeddingCorrupt(
-                f"an embedding of shape {tuple(tensor.shape)}, {tensor.dtype}, came where rows up "
-                f"to {last} of width {self._width} were wanted",
+                f"an embedding has shape {tuple(tensor.shape)}, {tensor.dtype}; expected rows up "
+                f"to {last} of width {self._width}",
                 param=segment.item_key,
             )
         rows = tensor[segment.row_start : last]  # Finite: that was checked as they were loaded.

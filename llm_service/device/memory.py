@@ -1,4 +1,4 @@
-"""The KV cache's share of memory, and copies of arrays to the device."""
+"""Memory for the KV cache, and copies of arrays to the device."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 # Part of the memory that is free once the model is loaded. A CPU's memory is shared with other
 # processes; on a GPU the rest is for what a step allocates.
-CPU_SHARE = 0.25
-GPU_SHARE = 0.85
+CPU_FRACTION = 0.25
+GPU_FRACTION = 0.85
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
@@ -26,8 +26,8 @@ def cache_budget(device: torch.device) -> int:
     """Bytes that the KV cache may take on ``device``."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free * GPU_SHARE)
-    return int(available_memory() * CPU_SHARE)
+        return int(free * GPU_FRACTION)
+    return int(available_memory() * CPU_FRACTION)
 
 
 def available_memory(root: Path = Path("/")) -> int:

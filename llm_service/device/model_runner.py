@@ -1,7 +1,7 @@
-"""The only owner of device memory: weights, KV pages, what each slot sampled last.
+"""Owns the device memory: weights, KV pages, the last token of each slot.
 
-``execute`` turns a StepPlan into WorkResults with one forward pass. It knows nothing of queues,
-requests or text; what fails for one sequence is that sequence's error in the result.
+``execute`` turns a StepPlan into WorkResults with one forward pass. An error of one sequence is
+returned in its result.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PROMPT_LOGIT_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class RunnerLimits:
-    """What the runner allocates for. 0: chosen by the device's memory, or by the backend."""
+    """Sizes of the runner's buffers. 0: chosen by the device's memory, or by the backend."""
 
     max_model_len: int
     max_num_seqs: int = 64
@@ -84,14 +84,14 @@ class ModelRunner:
         return self.num_blocks * self._shape.bytes_per_block(self._language.dtype.itemsize)
 
     def close(self) -> None:
-        """Gives the KV pages back. The runner is of no use afterwards."""
+        """Frees the KV pages; the runner cannot be used afterwards."""
         self._backend.free()
 
     # ---- one step
 
     def execute(self, plan: StepPlan) -> list[WorkResult]:
-        """One forward pass. Raises DeviceLost when the device is gone; any other exception is
-        the step's, and leaves the runner fit for the next one."""
+        """One forward pass. Raises DeviceLost if the device is gone; after any other exception the
+        next step can run."""
         try:
             with torch.inference_mode():
                 return self._execute(plan)
@@ -120,7 +120,7 @@ class ModelRunner:
         return [results[work.slot] for work in plan.works]
 
     def _enter(self, work: Work, overwrites: dict[int, list[Overwrite]]) -> Exception | None:
-        """Makes the slot ready for its work; the error of a sequence that cannot run."""
+        """Prepares the work's slot; returns the error of a sequence that cannot run."""
         try:
             if not self._slots.holds(work.slot, work.seq):
                 self._admit(work)
@@ -152,8 +152,8 @@ class ModelRunner:
     def _forward(
         self, batch: Batch, overwrites: dict[int, list[Overwrite]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states: of every token where prompt log-probabilities want them, and of the
-        batch's logit_indices."""
+        """(hidden states of every token if prompt log-probabilities are requested, those of the
+        batch's logit_indices)."""
         embeds = self._language.embed(self._token_ids(batch))
         deepstack = self._rows.write(embeds, batch, overwrites) if overwrites else []
         self._backend.prepare(batch.attention)
@@ -168,7 +168,7 @@ class ModelRunner:
         return hidden, hidden[rows] if whole and rows is not None else hidden
 
     def _token_ids(self, batch: Batch) -> torch.Tensor:
-        """int64 [T]: the plan's, and what slots sampled last."""
+        """int64 [T]: token ids of the plan, and last samples of slots."""
         ids = to_device(batch.token_ids, self._device)
         if not len(batch.read_slots):
             return ids
@@ -182,8 +182,8 @@ class ModelRunner:
     def _results(
         self, batch: Batch, hidden: torch.Tensor, wanted: torch.Tensor
     ) -> dict[int, WorkResult]:
-        """One for each work, by slot. ``hidden``: of every token where prompt log-probabilities
-        want them; ``wanted``: of the batch's logit_indices."""
+        """One for each work, by slot. ``hidden``: of every token if prompt log-probabilities are
+        requested; ``wanted``: of the batch's logit_indices."""
         results = self._sample(batch, wanted) if batch.logit_works else {}
         for work, first in zip(batch.works, batch.first_indices, strict=True):
             if work.slot not in results:
@@ -207,14 +207,14 @@ class ModelRunner:
             if not math.isfinite(best[i]):
                 results[work.slot] = WorkResult(error=self._not_finite(work))
             elif not possible[i]:
-                nothing = InvalidRequest("the request's token constraints leave no token to choose")
+                nothing = InvalidRequest("the request's token constraints exclude every token")
                 results[work.slot] = WorkResult(error=nothing)
             else:
                 results[work.slot] = WorkResult(token_ids[i], logprobs.get(i))
         return results
 
     def _not_finite(self, work: Work) -> EngineFailure:
-        """Scrubs the pages, so that the next sequence that gets them is not broken by them."""
+        """Scrubs the pages, so that their values do not spread to the next sequence."""
         log.error("request %s: the model's output is not finite", work.seq.request_id)
         self._backend.scrub(work.block_table)
         return EngineFailure("the model's output for this request is not finite")
@@ -222,7 +222,7 @@ class ModelRunner:
     def _token_logprobs(
         self, batch: Batch, logits: torch.Tensor, token_ids: torch.Tensor
     ) -> dict[int, PositionLogprobs]:
-        """Those that are asked for, by index in the batch's logit_works."""
+        """Requested log-probabilities, by index in the batch's logit_works."""
         counts: dict[int, int] = {}
         for i, index in enumerate(batch.logit_works):
             wanted = batch.works[index].seq.request.sampling.logprobs
@@ -235,8 +235,8 @@ class ModelRunner:
         return dict(zip(counts, found, strict=True))
 
     def _prompt_logprobs(self, work: Work, hidden: torch.Tensor) -> Iterable[PositionLogprobs]:
-        """Of the prompt's tokens start + 1 to start + num_tokens; of placeholders, which the model
-        does not predict, none. ``hidden``: from the work's first token on."""
+        """One entry for each prompt token from start + 1 to start + num_tokens; empty for
+        placeholders, which the model does not predict. ``hidden``: from the work's first token."""
         seq = work.seq
         targets = seq.token_ids[: seq.num_prompt][work.start + 1 : work.start + work.num_tokens + 1]
         placeholders = self._slots.is_placeholder(work.slot, seq)[work.start + 1 :].tolist()
@@ -251,8 +251,8 @@ class ModelRunner:
 
 
 def _to_host(drawn: Drawn) -> tuple[list[int], list[float], list[bool]]:
-    """Tokens, best raw logits, and whether masks left anything; the step's one wait for the
-    device. An id is exact in fp64."""
+    """(tokens, best raw logits, whether masks left any token): the step's only wait for the device.
+    Token ids are exact in fp64."""
     columns = [drawn.token_ids.double(), drawn.best.double()]
     if drawn.best_left is not None:
         columns.append(drawn.best_left.double())
@@ -271,7 +271,7 @@ def _block_size(backend: AttentionBackend, wanted: int) -> int:
 
 
 def _num_blocks(shape: PageShape, limits: RunnerLimits, language: Language) -> int:
-    """As asked; else what memory holds, up to what all slots could ever use."""
+    """From kv_cache_tokens; else what fits memory, up to what all slots could use."""
     useful = limits.max_num_seqs * -(-limits.max_model_len // shape.block_size)
     if limits.kv_cache_tokens:
         return max(limits.kv_cache_tokens // shape.block_size, 1)

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def build_in_process(settings: LLMConfig, send: Send) -> Engine:
-    """For an engine in a process of its own, which opens its own end of the local tier and reports
+    """Like ``build``, for an engine in a separate process: opens the local tier there, and reports
     damaged rows."""
     logs.configure(settings.telemetry.log_level)
     tier = open_local_tier(settings.store.read_url())
@@ -83,7 +83,7 @@ def _announce(
     config: EngineConfig,
     num_threads: int,
 ) -> None:
-    """What this worker took, in one line."""
+    """Logs the model, its device and the sizes that were chosen."""
     log.info(
         "%s on %s in %s: %d threads, attention %s, max_model_len %d, %d KV pages of %d tokens "
         "(%d MiB), max_num_seqs %d, max_num_batched_tokens %d, max_step_ms %g",

@@ -1,11 +1,10 @@
-"""How the servicer reaches the engine: an EngineClient, whatever thread or process it lives in.
+"""The servicer's interface to an engine in another thread or process.
 
-Commands go one way, events the other; all of them are frozen values without tensors. The event
-loop never waits for a forward pass: commands are queued, and events arrive by
-``call_soon_threadsafe``, one call for all that came since the last.
+Commands are queued and events arrive by ``call_soon_threadsafe``, one call for all events since the
+last, so the event loop never waits for a forward pass. Both are frozen values without tensors.
 
 ``ThreadEngineClient`` runs the engine in a thread of this process, ``ProcessEngineClient`` in a
-spawned process, with pickles over a pipe that only our own parent and child hold.
+spawned process, with pickles over a pipe between parent and child.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class EngineClient:
         self._config: EngineConfig | None = None
         self.stats = EngineStats()  # As of the engine's last events.
         self._streams: dict[str, EventStream] = {}
-        self._checks: dict[int, asyncio.Future[str]] = {}  # Of integrity, by ticket.
+        self._checks: dict[int, asyncio.Future[str]] = {}  # Integrity checks, by ticket.
         self._num_checks = 0
         self._arrived: deque[FromEngine] = deque()
         self._drain_is_due = False
@@ -93,8 +92,7 @@ class EngineClient:
         raise NotImplementedError
 
     def _abandon(self) -> None:
-        """Leaves an engine that is still being built to itself: it ends once it is built, which
-        may take as long as weights take to load."""
+        """Closes without waiting for an engine that is still loading: it ends once it is built."""
 
     # ---- life
 
@@ -105,7 +103,7 @@ class EngineClient:
 
     @property
     def config(self) -> EngineConfig:
-        """What the engine is bounded by; known from ``start`` on."""
+        """The engine's limits; known after ``start``."""
         if self._config is None:
             raise RuntimeError("the engine is not started")
         return self._config
@@ -124,7 +122,7 @@ class EngineClient:
             raise
 
     async def wait_dead(self) -> OpticNerveError:
-        """Returns why when the engine dies by itself; never for one that is closed."""
+        """Returns the error when the engine dies; never returns for one that is closed."""
         error = await asyncio.shield(self._ended)
         if error is None or self._closing:
             await self._loop.create_future()  # Closed, not dead.
@@ -132,7 +130,7 @@ class EngineClient:
         return error
 
     async def close(self) -> None:
-        """Aborts what is open, stops the engine and frees its thread or process."""
+        """Aborts open requests, stops the engine and ends its thread or process."""
         self._closing = True
         if not self._launched:
             return
@@ -150,7 +148,7 @@ class EngineClient:
     def submit(self, request: GenerateRequest) -> EventStream:
         """Raises InvalidRequest for an id that is open, EngineFailure when there is no engine.
 
-        Everything else that is wrong with a request arrives as its FailedEvent.
+        Other errors of the request arrive as its FailedEvent.
         """
         if not self.alive:
             raise EngineFailure("the engine is not running")
@@ -175,11 +173,11 @@ class EngineClient:
         self._post(RowsAvailable(request_id, frozenset(keys)))
 
     def rows_failed(self, request_id: str, key: str, error: Exception) -> None:
-        """The rows of ``key`` will not come for this request: it fails with ``error``."""
+        """See ``RowsFailed``."""
         self._post(RowsFailed(request_id, key, error))
 
     async def check_integrity(self) -> None:
-        """Raises EngineFailure where the engine's invariants do not hold, or it is dead."""
+        """Raises EngineFailure if an invariant of the engine is violated, or it is dead."""
         if not self.alive:
             raise EngineFailure("the engine is not running")
         self._num_checks += 1
@@ -234,7 +232,7 @@ class EngineClient:
                     del self._streams[message.request_id]
 
     def _end(self, error: OpticNerveError | None) -> None:
-        """After the engine's last message: whatever is still open fails."""
+        """Fails the open requests, after the engine's last message."""
         if self._ended.done():
             return
         self._ended.set_result(error)
@@ -282,7 +280,7 @@ class ProcessEngineClient(EngineClient):
             args=(theirs, self._factory, self._factory_config),
             daemon=True,
         )
-        # A Ctrl-C goes to the whole process group, and it is for the parent to decide.
+        # Ctrl-C signals the whole process group; the parent alone handles it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()  # Inherits the mask.

@@ -1,7 +1,7 @@
-"""The engine: schedule, run, commit. Knows token ids and keys, nothing of text or the wire.
+"""The engine: schedule, run, commit. Works on token ids and keys; no text, no gRPC.
 
-One thread owns an Engine and all that it refers to, and touches no file and no network. Commands
-come in, lists of events go out through ``emit``. Every accepted request ends in exactly one of
+One thread owns an Engine and everything it refers to, and uses no file and no network. It takes
+commands and sends lists of events to ``emit``. Every accepted request ends in exactly one of
 FinishedEvent, FailedEvent and AbortedEvent.
 """
 
@@ -58,9 +58,9 @@ Terminal: TypeAlias = FinishedEvent | FailedEvent | AbortedEvent
 class Engine:
     """Drives one runner. ``runner`` owns the device, ``rows`` the embeddings.
 
-    An exception in one request fails that request. One that ``runner.execute`` raises fails the
-    sequences of that step, none of whose pages anybody shares, and the engine goes on; DeviceLost
-    and errors of the engine itself leave ``run``.
+    An exception in one request fails that request. One raised by ``runner.execute`` fails the
+    step's sequences, whose pages of this step are not shared yet, and the engine continues;
+    DeviceLost and errors of the engine itself leave ``run``.
     """
 
     clock: Callable[[], float] = staticmethod(time.perf_counter)
@@ -97,10 +97,10 @@ class Engine:
                 self.handle(command)
 
     def step(self) -> bool:
-        """Schedules, runs and commits one step; False when nothing can be computed now."""
+        """Schedules, runs and commits one step; False if nothing can be computed now."""
         plan = self.scheduler.schedule(self.clock())
         if self._ask_for_rows() or plan is None:
-            self._flush()  # Before the step is run: rows are loaded meanwhile.
+            self._flush()  # Before the step runs, so that rows are loaded meanwhile.
         if plan is None:
             return False
         self._steps += 1
@@ -142,7 +142,7 @@ class Engine:
     def submit(self, request: GenerateRequest) -> None:
         """Queues a request; one that can never be served fails at once, with a typed error.
 
-        Ids of open requests are the caller's to keep apart: a second one is dropped.
+        A request whose id is open already is dropped: callers keep ids unique.
         """
         if request.request_id in self._open:
             log.error("request %s is already open", request.request_id)
@@ -161,17 +161,17 @@ class Engine:
         self._begin(generation)
 
     def _begin(self, generation: GenerationState) -> None:
-        """Queues the first choice that has anything left to write: the others fork from it."""
+        """Queues the first choice that has tokens left to generate: the others fork from it."""
         if not generation.open_choices:
             self._finish(generation)
         while (seq := generation.begin()) is not None:
             self.scheduler.add(seq)
             if seq.finish_reason is None:
                 return
-            self._send_tokens(seq)  # It continues a choice that had ended, and ends again.
+            self._send_tokens(seq)  # It continues a choice that is complete: report its end.
 
     def abort(self, request_id: str) -> None:
-        """Ends a request that the client gave up; unknown and ended ones are ignored."""
+        """Cancels a request; unknown and ended ones are ignored."""
         generation = self._open.get(request_id)
         if generation is not None:
             self._end(generation, AbortedEvent(request_id))
@@ -185,7 +185,7 @@ class Engine:
             generation.available_keys.update(keys)
 
     def rows_failed(self, request_id: str, key: str, error: Exception) -> None:
-        """Fails the request, unless it needs the rows of ``key`` no more."""
+        """Fails the request, unless it has no more tokens to compute from rows of ``key``."""
         generation = self._open.get(request_id)
         if generation is not None and self.scheduler.needs(generation, key):
             self._fail(generation, _typed_error(error))
@@ -208,7 +208,7 @@ class Engine:
     # ---- committing
 
     def _commit(self, plan: StepPlan, results: list[WorkResult]) -> None:
-        """Records a step's tokens; those of sequences that ended meanwhile are dropped."""
+        """Records a step's tokens, except those of sequences that have ended or lost their slot."""
         now = self.clock()
         for work, result in zip(plan.works, results, strict=True):
             seq = work.seq
@@ -226,7 +226,7 @@ class Engine:
                 self._append(seq, result.token_id, result.logprobs)
 
     def _fail_work(self, work: Work, error: Exception) -> None:
-        """Ends the request, or asks again for rows that were gone when they were wanted."""
+        """Fails the request, or asks again for rows that were lost before the step used them."""
         seq = work.seq
         keys = {segment.item_key for segment in work.segments}
         if isinstance(error, EmbeddingUnavailable) and keys:
@@ -235,7 +235,7 @@ class Engine:
             self._ask_for_rows()
             return
         failure = _typed_error(error)
-        if failure.http_status >= 500:  # Else the request asks for what cannot be.
+        if failure.http_status >= 500:  # Otherwise the request is at fault.
             log.error("request %s failed in a step", seq.request_id, exc_info=error)
         if isinstance(failure, EngineFailure):
             self.blocks.evict_from_prefix_cache(seq)
@@ -255,7 +255,7 @@ class Engine:
         tokens: tuple[int, ...] = (),
         logprobs: tuple[PositionLogprobs, ...] = (),
     ) -> None:
-        """Sends the last tokens of a choice, and ends it if they do."""
+        """Sends new tokens of a choice, and closes it if it ends with them."""
         first = seq.num_output - len(tokens)
         finish = seq.finish_reason
         stop = seq.token_ids[-1] if finish is FinishReason.STOP else None
@@ -265,7 +265,7 @@ class Engine:
             self._close_choice(seq)
 
     def _first_token(self, leader: Sequence) -> None:
-        """Prefill is over: prompt log-probabilities go out, the other choices begin."""
+        """The prompt is computed: sends its log-probabilities and starts the other choices."""
         generation = leader.generation
         generation.first_token_at = generation.last_token_at
         request = generation.request
@@ -296,7 +296,7 @@ class Engine:
             self._end(generation, FailedEvent(generation.request.request_id, error))
 
     def _end(self, generation: GenerationState, event: Terminal) -> None:
-        """The one place where a request ends: everything that it held is free."""
+        """Ends a request and releases its resources; every request ends here."""
         del self._open[generation.request.request_id]
         for seq in generation.sequences:
             if seq.status is not Status.FINISHED:
@@ -327,11 +327,11 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError where an invariant of the engine does not hold."""
+        """Raises RuntimeError if an invariant of the engine is violated."""
         self.scheduler.check_integrity()
         queued = {seq.request_id for seq in self.scheduler.sequences()}
         if queued != set(self._open):
-            raise RuntimeError(f"open requests {set(self._open)} are not those queued {queued}")
+            raise RuntimeError(f"open requests {set(self._open)} differ from queued ones {queued}")
 
     def _report(self, ticket: int) -> None:
         try:
@@ -343,7 +343,7 @@ class Engine:
 
 
 def _typed_error(error: Exception) -> OpticNerveError:
-    """What a client may see of ``error``; the log has the rest."""
+    """``error`` as a typed error that is safe to send to a client."""
     if isinstance(error, OpticNerveError):
         return error
     return EngineFailure("the engine failed on this request; the service's log has the details")

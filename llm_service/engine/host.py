@@ -1,4 +1,4 @@
-"""Where an engine lives: the thread or process that builds it, runs it and reports how it ended."""
+"""The main function of an engine's thread or process: builds it, runs it, reports its end."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class EngineEnded:
 
 @dataclass(frozen=True, slots=True)
 class RowsDamaged:
-    """Rows that the engine's process found damaged, and deleted."""
+    """The engine's process found these rows damaged and deleted them."""
 
     key: str
 
@@ -50,8 +50,8 @@ FromEngine: TypeAlias = list[Message] | RowsDamaged | EngineReady | EngineEnded
 Send: TypeAlias = Callable[[FromEngine], None]
 
 EngineFactory: TypeAlias = Callable[[Any, Send], Engine]
-"""Builds an engine from a configuration, on the thread that will run it. Whatever it has to report
-goes to the Send, from any thread."""
+"""Builds an engine from a configuration, on the thread that will run it. Its messages go to the
+Send, from any thread."""
 
 
 def import_factory(factory: str | EngineFactory) -> EngineFactory:
@@ -69,7 +69,7 @@ def run_engine(
     inbox: queue.SimpleQueue[Command],
     send: Send,
 ) -> None:
-    """An engine's whole life, on the thread that it lives in: build, run, report how it ended."""
+    """Builds an engine, runs it, and reports how it ended; called on the engine's thread."""
     error: OpticNerveError | None = EngineFailure("the engine died; the service's log says why")
     try:
         engine = factory(config, send)
@@ -110,7 +110,7 @@ def run_engine_process(pipe: Connection, factory: str | EngineFactory, config: A
 def _load_rows(
     rows: RowSource, arrived: queue.SimpleQueue[RowsReady], inbox: queue.SimpleQueue[Command]
 ) -> None:
-    """Loads rows before the engine hears of them. If that fails, the engine asks for them again."""
+    """Loads rows before passing RowsReady on. If loading fails, the engine asks for them again."""
     while True:
         command = arrived.get()
         try:

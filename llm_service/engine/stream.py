@@ -1,4 +1,4 @@
-"""The events of one request on their way to one reader."""
+"""A queue of one request's events, for one reader."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ log = logging.getLogger(__name__)
 
 
 class EventStream:
-    """Events of one request, in order, up to and with the terminal one.
+    """Events of one request, in order, up to the terminal one.
 
-    ``async for event in stream`` or ``read()``, by one reader. Tokens that pile up while it is
-    away are merged into one TokensEvent a choice. As a context (``with client.submit(...) as
+    One reader, by ``async for event in stream`` or ``read()``. Tokens that arrive between two reads
+    are merged into one TokensEvent a choice. As a context (``with client.submit(...) as
     stream``) it aborts the request when left before the end.
     """
 
     def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
         self.request_id = request_id
-        self.ended = False  # The terminal event is here, perhaps unread.
+        self.ended = False  # The terminal event has arrived, perhaps unread.
         self._abort = abort
         self._closed = False
         self._pending: deque[Event] = deque()
@@ -68,7 +68,7 @@ class EventStream:
         self.close()
 
     def close(self) -> None:
-        """Nobody reads any more: aborts the request if it has not ended."""
+        """Ends reading; aborts the request if it has not ended."""
         if not self._closed and not self.ended:
             self._abort(self.request_id)
         self._closed = True
@@ -76,7 +76,7 @@ class EventStream:
         self._wake_reader()
 
     async def release(self) -> None:
-        """Ends a request that may still run, and waits until the engine has released it."""
+        """Aborts the request if it still runs, and waits until the engine has released it."""
         if not self.ended:
             self._abort(self.request_id)
             with contextlib.suppress(TimeoutError):
@@ -84,11 +84,13 @@ class EventStream:
                     while await self.read():
                         pass
             if not self.ended:
-                log.error("the engine does not release an aborted request")
+                log.error(
+                    "the engine did not release an aborted request in %g s", RELEASE_TIMEOUT_S
+                )
         self.close()
 
     def push(self, event: Event) -> None:
-        """For the client alone."""
+        """Appends an event; called by the EngineClient."""
         if isinstance(event, TERMINAL):
             self.ended = True
         if not self._closed:

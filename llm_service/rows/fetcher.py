@@ -1,9 +1,8 @@
-"""Fetches rows to this host, off the engine's thread: the cheapest location first.
+"""Fetches embedding rows to this host, from the cheapest location that has them.
 
-Rows that callers send themselves are named here. A caller may give its rows any key, also that of
-another user's picture. They are named by a hash of their bytes under a random secret of this
-process, so that the name is unique in the tier and the prefix cache. They stay while some request
-holds their name.
+Rows that callers send inline get another name here, because a caller may use any key,
+even that of another user's picture: a hash of their bytes under a random secret of this process,
+unique in the tier and the prefix cache. They are deleted when no request holds their name.
 """
 
 from __future__ import annotations
@@ -58,9 +57,9 @@ T = TypeVar("T")
 class Fetcher:
     """Borrows ``store`` and ``rows``; owns its threads and channels. Belongs to one event loop.
 
-    What it brings goes to the stores of ``rows``: the local tier, or the overflow if the tier does
-    not take it (it is full of leases, or fails). Rows are ``hidden_size`` wide, and the model has
-    so many DeepStack ``levels``.
+    Fetched rows are stored in the local tier, or in ``rows``'s overflow if the tier refuses them
+    (it is full of leases, or fails). Rows have ``hidden_size`` columns; the model has ``levels``
+    DeepStack levels.
     """
 
     def __init__(
@@ -74,8 +73,8 @@ class Fetcher:
         encoders: Hosts | None = None,
         seal: Seal | None = None,
     ) -> None:
-        """``token``: what calls to encoders carry. ``encoders``: the only hosts that are called;
-        None: those that references name."""
+        """``token``: sent with calls to encoders. ``encoders``: the hosts that may be called; None:
+        any that a reference names."""
         self.store = store
         self._rows = rows
         self._hidden_size = hidden_size
@@ -106,7 +105,7 @@ class Fetcher:
                     raise
 
     async def find(self, key: str) -> bool:
-        """Loads rows that are on this host, for which no reference has come; whether there are."""
+        """Loads rows of ``key`` without a reference; returns whether this host has them."""
         return await self._on_thread(self._load, key)
 
     async def present(self, keys: Iterable[str]) -> set[str]:
@@ -127,7 +126,8 @@ class Fetcher:
         data = ref.location.inline
         if data and self._own_name(await self._on_thread(tensors_key, data)) != ref.key:
             raise InvalidRequest(
-                "rows that come after Start are those of before, or their key is their SHA-256",
+                "inline rows sent after Start must match the item: its bytes in Start, or a key "
+                "that is their SHA-256",
                 param="ref",
             )
 
@@ -170,12 +170,12 @@ class Fetcher:
             except EmbeddingCorrupt as error:
                 log.warning("%.12s by %s is damaged: %s", ref.key, source, error.message)
                 corrupt = True
-                if source == "redis":  # Or the encoder, asked again, would find it there.
+                if source == "redis":  # Otherwise the encoder, asked again, would find it there.
                     await self._on_thread(codec.forget, self.store, ref.key)
         raise self._failure(ref, corrupt)
 
     async def _read(self, source: str, ref: EmbeddingRef) -> bytes | None:
-        """The bytes at one location; None where it has none. Raises EmbeddingCorrupt."""
+        """The bytes at one location; None if it does not have them. Raises EmbeddingCorrupt."""
         location = ref.location
         if source == "inline":
             return location.inline or None
@@ -192,12 +192,12 @@ class Fetcher:
         return data
 
     def _may_call(self, address: str) -> bool:
-        """References may come from a stranger, who could make this host call any other."""
+        """Without this check a caller's reference could make this host connect to any address."""
         return self._encoders is None or addresses.host_of(address) in self._encoders
 
     async def _fetch(self, ref: EmbeddingRef) -> bytes | None:
-        """From the encoder that made it. Its errors are misses: there may be another location. So
-        are unsigned rows if this worker has the secret: anybody may have named the address."""
+        """The bytes from the encoder that made them, or None: errors count as misses, since another
+        location may have them. So do rows without a valid MAC, if this worker has the secret."""
         address = ref.location.fetch_address
         stub = encoder_pb2_grpc.EncoderStub(await self._channel(address))
         limit = ref.num_bytes + codec.MAX_HEADER_BYTES + LENGTH.size
@@ -210,10 +210,10 @@ class Fetcher:
                 if max(len(data), part.num_bytes) > limit:
                     raise EmbeddingCorrupt("an encoder sent more than the reference describes")
         except grpc.RpcError as error:
-            told = from_rpc(error)
-            logs.append(fetch_failed=f"{address} {told.code or told.type}")
-            if isinstance(told, Unauthenticated):
-                log.warning("Fetch from %s: %s", address, told.message)
+            failure = from_rpc(error)
+            logs.append(fetch_failed=f"{address} {failure.code or failure.type}")
+            if isinstance(failure, Unauthenticated):
+                log.warning("Fetch from %s: %s", address, failure.message)
             return None
         finally:
             call.cancel()
@@ -223,7 +223,7 @@ class Fetcher:
         return None
 
     async def _channel(self, address: str) -> grpc.aio.Channel:
-        """Closes the least recently used ones: encoders come and go under new addresses."""
+        """A channel to ``address``; closes the least recently used beyond ``MAX_CHANNELS``."""
         channel = self._channels.pop(address, None)
         if channel is None:  # With a scheme, so that gRPC sees none in a host called "unix".
             channel = open_channel(f"dns:///{address}", self._token)
@@ -256,11 +256,10 @@ class Fetcher:
             codec.forget(store, name)
 
     def _keep(self, ref: EmbeddingRef, data: bytes, inline: bool) -> None:
-        """Checks bytes that came from elsewhere, and puts them where ``load`` finds them.
+        """Checks fetched bytes and stores them on this host.
 
-        Those that the caller brought ``inline`` go to the tier only if there is no other room.
-        Raises EmbeddingCorrupt, and InvalidRequest for inline rows that are not finite, which
-        would be no better when sent again.
+        Bytes that the caller sent ``inline`` go to the overflow first, others to the tier first.
+        Raises EmbeddingCorrupt, and InvalidRequest for inline rows that are not finite.
         """
         tensors, meta = codec.from_bytes(data)
         if inline and not codec.is_finite(tensors):
@@ -274,10 +273,10 @@ class Fetcher:
                 store.put_bytes(ref.key, data)
                 break
             except StoreError as error:
-                log.warning("a tier did not take an embedding: %s", error.message)
+                log.warning("a tier refused an embedding: %s", error.message)
         else:
-            raise EmbeddingNotFound("no memory of this host takes the embedding now")
-        if inline and not self._holders[ref.key]:  # The caller left meanwhile.
+            raise EmbeddingNotFound("this host has no room for the embedding")
+        if inline and not self._holders[ref.key]:  # The request has ended meanwhile.
             self._forget_own(ref.key)
 
     def _check(self, ref: EmbeddingRef, tensors: Tensors) -> None:
@@ -290,12 +289,13 @@ class Fetcher:
             return EmbeddingCorrupt("the embedding was damaged", param=ref.key)
         was_here = bool(location.shm_tier_id) and location.shm_tier_id == self.store.tier_id
         if was_here or (location.redis and self.store.shared):
-            return EmbeddingEvicted("the embedding is gone from where it was", param=ref.key)
+            return EmbeddingEvicted("the embedding was evicted from its store", param=ref.key)
         if location.fetch_address and not self._may_call(location.fetch_address):
-            log.warning("not fetching from %s: --fetch-from", location.fetch_address)
+            log.warning("not fetching from %s: not in --fetch-from", location.fetch_address)
             return EmbeddingNotFound(
-                "the LLM worker may not fetch the embedding from where it is; give gateway and "
-                "workers one --rpc-token-file, or name the encoders in the worker's --fetch-from",
+                "the LLM worker may not fetch the embedding from its encoder; give gateway and "
+                "workers the same --rpc-token-file, or list the encoders in the worker's "
+                "--fetch-from",
                 param=ref.key,
             )
         return EmbeddingNotFound("no location has the embedding", param=ref.key)
@@ -304,8 +304,8 @@ class Fetcher:
 def check_fit(
     ref: EmbeddingRef, specs: Sequence[TensorSpec], hidden_size: int, levels: int
 ) -> None:
-    """Raises EmbeddingCorrupt unless ``specs`` are what ``ref`` says and the model takes."""
+    """Raises EmbeddingCorrupt unless ``specs`` match ``ref`` and the model."""
     found = {spec.name: spec for spec in specs}
     if ref.tensors and found != {spec.name: spec for spec in ref.tensors}:
-        raise EmbeddingCorrupt("the embedding's tensors are not those of its reference")
+        raise EmbeddingCorrupt("the embedding's tensors differ from its reference")
     check_shapes(specs, ref.num_rows, hidden_size, levels)

@@ -1,7 +1,6 @@
-"""The engine's rows: loaded off its thread, looked up on it.
+"""The engine's rows: loaded on other threads, looked up on the engine's.
 
-``StoreRows`` reads this host's tier alone. What has to cross a network is the ``Fetcher``'s work,
-which brings it into the same tier.
+``StoreRows`` reads this host's tier only; the ``Fetcher`` copies rows from the network into it.
 """
 
 from __future__ import annotations
@@ -63,15 +62,15 @@ class StoreRows:
         self._tier = tier
         self._overflow = overflow
         self._report = report or self.note_damaged
-        self._lock = threading.Lock()  # Guards the next.
+        self._lock = threading.Lock()  # Guards ``_damaged``.
         self._damaged: LRU[str, bool] = LRU(MAX_DAMAGED)
         self._leases: dict[str, _Lease] = {}
         self._leased_bytes = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="leases")
         self._deletions: dict[str, Future[None]] = {}
-        # The lease thread's:
+        # Used by the lease thread:
         self._pins: dict[str, tuple[int, AbstractContextManager[None]]] = {}
-        self._room = tier.leasable_bytes()  # For this engine's leases, beside other processes'.
+        self._room = tier.leasable_bytes()  # For this engine's leases; other processes have theirs.
         self._measurement = self._in_background(self._measure)
 
     # ---- the engine's thread: look-ups
@@ -120,10 +119,10 @@ class StoreRows:
     # ---- any other thread
 
     def load(self, key: str, check: Callable[[Tensors], None] = lambda tensors: None) -> bool:
-        """Reads what this host has under ``key`` and checks it to the last value; whether there was
-        any. If the engine holds a lease on it, the rows are ready from now on.
+        """Reads the rows of ``key`` from this host and checks every value; returns whether it has
+        them. If the engine holds a lease on them, they are ready from now on.
 
-        What is damaged, or does not pass ``check`` (which raises EmbeddingCorrupt), is deleted and
+        Rows that are damaged, or that ``check`` refuses with EmbeddingCorrupt, are deleted and
         reported.
         """
         if (deletion := self._deletions.get(key)) is not None:
@@ -142,7 +141,7 @@ class StoreRows:
         return False
 
     def present(self, keys: Iterable[str]) -> set[str]:
-        """Those of ``keys`` that this host has, unread."""
+        """Those of ``keys`` that this host has, without reading them."""
         wanted = list(keys)
         return set().union(*(store.contains(wanted) for store in self.stores))
 
@@ -179,7 +178,7 @@ class StoreRows:
         try:
             pin.__enter__()
         except StoreError as error:
-            log.warning("rows are used without a lease: %s", error.message)
+            log.warning("rows could not be leased in the tier: %s", error.message)
         else:
             self._pins[key] = num_bytes, pin
         self._measure()
@@ -201,4 +200,4 @@ class StoreRows:
 
 def _log_failure(future: Future[None]) -> None:
     if not future.cancelled() and (error := future.exception()) is not None:
-        log.error("work on leases failed", exc_info=error)
+        log.error("a task of the lease thread failed", exc_info=error)

@@ -1,4 +1,4 @@
-"""The rows that one request needs: fetched by reference, asked for, waited for."""
+"""The rows that one request needs: fetches them by reference, and asks the caller if that fails."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from opticnerve.errors import (
 )
 
 MAX_REENCODES = 2  # How often the caller is asked for one key before the request fails.
-MAX_REPEATS = 8  # How often a choice may ask again for rows that the engine was told of.
+MAX_REPEATS = 8  # How often a choice may need rows again that were reported as loaded.
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class AskCaller(NeedRowsEvent):
-    """There are no usable rows for these keys. ``reason`` is a name of llm.proto's NeededReason."""
+    """No usable rows were found for these keys. ``reason``: a name of llm.proto's NeededReason."""
 
     reason: str = "NOT_FOUND"
 
@@ -39,11 +39,11 @@ class _NeededItem:
 
     min_rows: int  # Rows that its spans use.
     ref: EmbeddingRef | None
-    wanted: bool = False  # The engine holds back chunks that need it.
+    wanted: bool = False  # Chunks in the engine wait for it.
     preempted: bool = False
     asked: int = 0
     repeats: int = 0
-    error: OpticNerveError | None = None  # Why the last reference was of no use.
+    error: OpticNerveError | None = None  # Why the last reference failed.
     task: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
 
@@ -51,10 +51,10 @@ class _NeededItem:
 class NeededRows:
     """Answers the engine's NeedRowsEvents from references, and asks the caller if they fail.
 
-    ``refs``: by key, None where EmbeddingReady will bring it; ``rows``: how many rows spans use, by
+    ``refs``: by key, None if EmbeddingReady will bring it; ``rows``: how many rows spans use, by
     key; ``choices``: how many choices need the rows, perhaps one after the other. The request
-    fails if a key does not come within ``wait_s``, or if the caller was asked for it
-    ``MAX_REENCODES`` times in vain. Belongs to one event loop; ``close`` ends its tasks.
+    fails if rows are not loaded within ``wait_s``, or still missing after ``MAX_REENCODES``
+    questions to the caller. Belongs to one event loop; ``close`` ends its tasks.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class NeededRows:
         ask: Callable[[AskCaller], None],
         choices: int = 1,
     ) -> None:
-        self.get_s = 0.0  # Time spent on bringing rows here.
+        self.get_s = 0.0  # Time spent on fetching rows.
         self._request_id = request_id
         self._wait_s = wait_s
         self._engine = engine
@@ -84,14 +84,16 @@ class NeededRows:
     # ---- from the engine
 
     def wanted(self, keys: Iterable[str], preempted: bool) -> None:
-        """The engine holds chunks back until ``rows_ready`` or ``rows_failed`` for each key."""
+        """Chunks in the engine wait for ``rows_ready`` or ``rows_failed`` of each key."""
         for key in keys:
             item = self._items[key]
             item.wanted = True
             item.preempted = preempted
             item.repeats += not preempted
             if item.repeats > self._max_repeats:
-                error = EmbeddingNotFound("the embedding does not stay on this host", param=key)
+                error = EmbeddingNotFound(
+                    "the embedding was evicted from this host repeatedly", param=key
+                )
                 self._fail(key, error)
             else:
                 if item.ref is None:
@@ -101,7 +103,7 @@ class NeededRows:
     # ---- from the caller
 
     def ready(self, ref: EmbeddingRef) -> None:
-        """A reference came. Raises InvalidRequest if it does not fit the request."""
+        """Takes a reference. Raises InvalidRequest if it does not match the request."""
         if self._accept(ref).wanted:
             self._start(ref.key)
         else:
@@ -110,7 +112,7 @@ class NeededRows:
     def _accept(self, ref: EmbeddingRef) -> _NeededItem:
         item = self._items.get(ref.key)
         if item is None:
-            raise InvalidRequest("a reference names no item of the request", param="ref")
+            raise InvalidRequest("the reference's key is not an item of the request", param="ref")
         if ref.num_rows < item.min_rows:
             raise InvalidRequest(
                 f"spans use {item.min_rows} rows of an embedding that has {ref.num_rows}",
@@ -122,7 +124,7 @@ class NeededRows:
     def failed(self, key: str, error: OpticNerveError) -> None:
         """The caller cannot get the item: the request fails, unless it no longer needs it."""
         if key not in self._items:
-            raise InvalidRequest("a failure names no item of the request", param="key")
+            raise InvalidRequest("the failure's key is not an item of the request", param="key")
         self._fail(key, error)
 
     def close(self) -> None:
@@ -135,7 +137,7 @@ class NeededRows:
                 item.task.cancel()
 
     async def _report_found(self) -> None:
-        """Tells the engine which rows are on this host as the request begins."""
+        """Reports to the engine which rows are on this host when the request begins."""
         if found := await self._fetcher.present(self._items):
             self._engine.rows_available(self._request_id, found)
 
@@ -147,8 +149,8 @@ class NeededRows:
             item.task = asyncio.create_task(self._bring(key))
 
     async def _bring(self, key: str) -> None:
-        """Tries references until one does, or none is left. If none has come, tries what is on this
-        host."""
+        """Fetches by the latest reference until one succeeds or none is left; without a reference,
+        looks on this host."""
         item = self._items[key]
         ref = item.ref
         try:
@@ -158,7 +160,7 @@ class NeededRows:
                     if ref is not None:
                         self._ask(key)
                     return
-                ref = item.ref  # A newer one came meanwhile.
+                ref = item.ref  # A newer one arrived meanwhile.
         except InvalidRequest as error:  # The caller's own rows are at fault.
             self._fail(key, error)
             return
@@ -178,7 +180,7 @@ class NeededRows:
         except InvalidRequest:
             raise
         except Exception:
-            log.exception("bringing rows of a request failed")
+            log.exception("fetching rows of a request failed")
             item.error = EmbeddingNotFound("reading the embedding failed", param=key)
         finally:
             self.get_s += time.perf_counter() - started

@@ -51,7 +51,7 @@ from opticnerve.telemetry import logs
 Context = grpc.aio.ServicerContext[Any, Any]
 
 SERVICE = "opticnerve.v1.LLM"
-START_S = 10.0  # How long a call waits for its Start message.
+START_S = 10.0  # Timeout for the Start message of a call.
 MAX_MESSAGE_BYTES = 7 * 2**20  # PromptLogprobs travel in one message.
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 1000.0  # Weight of one share, relative to others'.
 
@@ -107,23 +107,23 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
 
 
 class GenerateCall:
-    """One Generate call: the engine's events go out, references come in.
+    """One Generate call: sends the engine's events, receives references.
 
-    However the call ends, the engine then holds nothing of it.
+    When the call ends, for whatever reason, the engine has released the request.
     """
 
     def __init__(
         self, loaded: Loaded, start: pb.Start, local_names: Mapping[str, str], context: Context
     ) -> None:
-        """Raises like ``read_start``."""
+        """Raises the errors of ``read_start``."""
         self._loaded = loaded
         self._context = context
         self._request = read_start(start, loaded, local_names)
         self._local_names = local_names
         self._keys = {name: key for key, name in local_names.items()}
         self._started = time.perf_counter()
-        self._broken: Exception | None = None  # What is wrong with a message after Start.
-        self._tokens = 0  # Written so far, all choices together.
+        self._broken: Exception | None = None  # The error of an invalid message after Start.
+        self._tokens = 0  # Sent so far, of all choices.
         self._stream: EventStream
         self._needed = NeededRows(
             self._request.request_id,
@@ -231,7 +231,7 @@ class GenerateCall:
                         key = self._local_names.get(failure.key, failure.key)
                         self._needed.failed(key, from_failure(failure))
                     case _:
-                        raise InvalidRequest("a call has one Start, its first message")
+                        raise InvalidRequest("only the first message of a call may be Start")
         except grpc.RpcError:
             pass  # The call has ended; the writing side reports why.
         except Exception as error:
@@ -248,14 +248,14 @@ async def _first(messages: AsyncIterator[pb.GenerateIn]) -> pb.Start:
         async with asyncio.timeout(START_S):
             first = await anext(aiter(messages), None)
     except TimeoutError as error:
-        raise DeadlineExceeded(f"no Start came within {START_S:g} s") from error
+        raise DeadlineExceeded(f"no Start arrived within {START_S:g} s") from error
     if first is None or not first.HasField("start"):
         raise InvalidRequest("the first message of Generate is Start", param="start")
     return first.start
 
 
 def inline_items(start: pb.Start) -> dict[str, bytes]:
-    """The bytes of items whose rows the caller sends itself, by key; b"" if they come later."""
+    """The inline rows of a Start, by key; b"" for those that EmbeddingReady brings later."""
     found: dict[str, bytes] = {}
     for item in start.items:
         if item.own or item.ref.location.inline:
@@ -264,15 +264,15 @@ def inline_items(start: pb.Start) -> dict[str, bytes]:
 
 
 def read_start(start: pb.Start, loaded: Loaded, local_names: Mapping[str, str]) -> GenerateRequest:
-    """``local_names``: this worker's names of ``inline_items``, by the caller's keys, which they
-    replace. Raises InvalidRequest, ContextLengthExceeded, UnsupportedFeature."""
+    """``local_names``: from the callers' keys of ``inline_items`` to this worker's names, which
+    replace them. Raises InvalidRequest, ContextLengthExceeded, UnsupportedFeature."""
     if start.adapter:
         raise UnsupportedFeature("adapters are not served; leave adapter empty", param="adapter")
     spans = tuple(convert.span_from_pb(span) for span in start.spans)
     if any(span.modality is Modality.AUDIO for span in spans):
         raise UnsupportedFeature("audio is not served; send pictures", param="spans")
     request = GenerateRequest(
-        # Made unique: a caller may retry before the engine has let go of the first attempt.
+        # Made unique: a caller may retry before the engine has released the first attempt.
         request_id=f"{logs.safe_id(start.request_id)}/{next(_numbers)}",
         token_ids=tuple(start.token_ids),
         spans=spans,
@@ -309,8 +309,8 @@ def read_refs(start: pb.Start, local_names: Mapping[str, str]) -> dict[str, Embe
 
 
 def read_ref(message: embedding_pb2.EmbeddingRef, local_names: Mapping[str, str]) -> EmbeddingRef:
-    """The reference; one with inline rows gets its local name. Raises InvalidRequest if it
-    describes nothing, if its address is none, and for inline rows under a key that others share."""
+    """The reference; one with inline rows gets its local name. Raises InvalidRequest if it has no
+    tensors or a wrong address, or if its inline rows do not belong to an ``own`` item."""
     ref = convert.ref_from_pb(message)
     check_key(ref.key)
     if ref.location.fetch_address:
@@ -319,12 +319,11 @@ def read_ref(message: embedding_pb2.EmbeddingRef, local_names: Mapping[str, str]
         except ValueError as error:
             raise InvalidRequest(f"a reference's fetch_address: {error}", param="ref") from error
     if not ref.tensors or ref.num_rows < 1:
-        raise InvalidRequest("a reference describes its tensors and rows", param="ref")
+        raise InvalidRequest("a reference must list its tensors and num_rows >= 1", param="ref")
     name, inline = local_names.get(ref.key), ref.location.inline
     if (name is None) != (not inline):
         raise InvalidRequest(
-            "rows of the caller's own come inline, and Start says of which items (own): what comes "
-            "inline is used for no other item",
+            "an item has inline rows exactly if Start marks it own=true",
             param="ref",
         )
     return ref if name is None else replace(ref, key=name, location=Location(inline=inline))
@@ -345,7 +344,7 @@ def _check_prompt_logprobs(request: GenerateRequest) -> None:
         return
     if len(request.token_ids) * (count + 1) * convert.LOGPROB_BYTES > MAX_MESSAGE_BYTES:
         raise InvalidRequest(
-            "the log-probabilities of so long a prompt do not fit a message; ask for fewer",
+            "the log-probabilities of a prompt of this length do not fit a message; ask for fewer",
             param="prompt_logprobs",
         )
 

@@ -170,7 +170,7 @@ def damage_is_a_miss(
 
 
 def forget(store: Store, key: str) -> None:
-    """Deletes a damaged entry. If that fails, the next reader finds it damaged too."""
+    """Deletes a damaged entry. Errors are ignored: the next reader finds it and tries again."""
     with contextlib.suppress(StoreError):
         store.delete(key)
 

@@ -246,7 +246,7 @@ def test_what_the_caller_may_not_send() -> None:
         made = world(ref())
         with pytest.raises(InvalidRequest, match="rows"):
             made.rows.ready(ref(rows=3))
-        with pytest.raises(InvalidRequest, match="no item"):
+        with pytest.raises(InvalidRequest, match="not an item"):
             made.rows.failed("b" * 64, InvalidMedia("x"))
         with pytest.raises(InvalidRequest, match="rows"):
             world(ref(rows=3))

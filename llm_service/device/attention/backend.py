@@ -1,4 +1,4 @@
-"""What an attention backend is: it owns pages of keys and values, and attends over them.
+"""The interface of an attention backend, which owns the KV pages and attends over them.
 
 A step packs its tokens in this order: the D decoding sequences, one token each, longest sequence
 first, then the chunks of the others, back to back. The runner describes the step once
@@ -34,7 +34,7 @@ ATTENTION_NAME = "opticnerve_paged"
 
 @dataclass(frozen=True, slots=True)
 class PageShape:
-    """What one KV cache holds, for every layer."""
+    """Dimensions of a KV cache."""
 
     num_layers: int
     num_kv_heads: int
@@ -51,7 +51,7 @@ class PageShape:
 class Chunk:
     """Consecutive tokens of one sequence, of which more than one is computed or none is cached."""
 
-    row: int  # First packed token.
+    first_index: int  # Of its packed tokens.
     num_tokens: int
     start: int  # Tokens of the sequence that are in pages already.
     pages: NDArray[np.int64]  # Pages of tokens [0, start + num_tokens).
@@ -87,7 +87,7 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def prepare(self, step: AttentionStep) -> None:
-        """Takes the description of the next forward pass to the device."""
+        """Copies the description of the next forward pass to the device."""
 
     @abstractmethod
     def attend(
@@ -105,15 +105,15 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def scrub(self, pages: tuple[int, ...]) -> None:
-        """Replaces what is not finite in these pages by zeros.
+        """Replaces values that are not finite by zeros in these pages.
 
-        A page is reused without being cleared, and attention multiplies what lies beyond a
-        sequence's end by zero: one NaN there would spread to whoever gets the page next.
+        Pages are reused without being cleared, and attention multiplies values beyond a sequence's
+        end by zero: a NaN there would spread to the next sequence.
         """
 
     @abstractmethod
     def free(self) -> None:
-        """Gives the pages back."""
+        """Frees the pages."""
 
 
 # ---- from a model's layers to the backend
@@ -167,9 +167,9 @@ def paged_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls: [1, heads, T, head_dim] in, [1, T, heads, head_dim] out.
+    """The attention function for transformers: [1, heads, T, head_dim] -> [1, T, heads, head_dim].
 
-    The mask is None: what is not plain causal is the backend's to know.
+    The mask is None: the backend knows which spans are not causal.
     """
     if attention_mask is not None:
         raise EngineFailure("paged attention takes no mask; the model made one")
@@ -182,7 +182,8 @@ def paged_attention(
 def attend_packed(
     query: torch.Tensor, key_value: torch.Tensor, layer: int, scale: float
 ) -> torch.Tensor:
-    """What fused layers call: see ``opticnerve.models.decoders.fused.PackedAttention``."""
+    """The attention function for fused layers; see
+    ``opticnerve.models.decoders.fused.PackedAttention``."""
     if torch.compiler.is_compiling():
         rows: torch.Tensor = _attend_op(query, key_value, layer, scale)
         return rows

@@ -154,16 +154,16 @@ class SdpaBackend(AttentionBackend):
         return _Group(begin, end, to_device(flat, self._device), longest, mask)
 
     def _make_run(self, chunk: Chunk) -> _Run:
-        end = chunk.row + chunk.num_tokens
+        end = chunk.first_index + chunk.num_tokens
         if chunk.start == 0 and not chunk.bidirectional:
-            tile = _Tile(chunk.row, end, chunk.num_tokens, None)
-            return _Run(chunk.row, end, None, (tile,))
+            tile = _Tile(chunk.first_index, end, chunk.num_tokens, None)
+            return _Run(chunk.first_index, end, None, (tile,))
         tiles = tuple(
             self._make_tile(chunk, first, min(first + TILE_ROWS, chunk.num_tokens))
             for first in range(0, chunk.num_tokens, TILE_ROWS)
         )
         pages = None if chunk.start == 0 else to_device(chunk.pages, self._device)
-        return _Run(chunk.row, end, pages, tiles)
+        return _Run(chunk.first_index, end, pages, tiles)
 
     def _make_tile(self, chunk: Chunk, first: int, last: int) -> _Tile:
         """Tokens [first, last) of the chunk; a bidirectional range may reach beyond ``last``."""
@@ -174,7 +174,9 @@ class SdpaBackend(AttentionBackend):
             low, high = max(begin, first), min(end, last)
             if low < high:
                 hidden[low - first : high - first, chunk.start + begin : chunk.start + end] = False
-        return _Tile(chunk.row + first, chunk.row + last, length, self._additive(hidden))
+        return _Tile(
+            chunk.first_index + first, chunk.first_index + last, length, self._additive(hidden)
+        )
 
     def _additive(self, hidden: NDArray[np.bool_]) -> torch.Tensor:
         """0 where visible, minus infinity where hidden."""
