@@ -267,7 +267,7 @@ def _encodables(
     pictures: Pictures, keys: Sequence[str], pair: Pair, cache_salt: str, caller: Caller
 ) -> list[Encodable]:
     plans = pictures.plans
-    before = (sum(plan.passes for plan in plans[:number]) for number in range(len(plans)))
+    before = (sum(plan.decode_cost for plan in plans[:number]) for number in range(len(plans)))
     return [
         Encodable(
             key,

@@ -1,28 +1,27 @@
 """Every error that OpticNerve raises on purpose, in one tree.
 
     OpticNerveError                 500 INTERNAL
-    ├── InvalidRequest              400 INVALID_ARGUMENT      the caller can mend it
+    ├── InvalidRequest              400 INVALID_ARGUMENT      the caller can fix it
     │   ├── InvalidMedia            400 INVALID_ARGUMENT      bytes that are no usable media
     │   │   └── PlanMismatch        400 INVALID_ARGUMENT      decoded media differ from their plan
     │   ├── MediaFetchFailed        400 INVALID_ARGUMENT      a URL that could not be read
     │   ├── ContextLengthExceeded   400 INVALID_ARGUMENT      prompt and output do not fit the model
-    │   ├── AnswerTooLarge          400 INVALID_ARGUMENT      larger than what is kept of an answer
+    │   ├── AnswerTooLarge          400 INVALID_ARGUMENT      longer than the answer limit
     │   ├── UnsupportedFeature      400 UNIMPLEMENTED         known, and not served here
     │   ├── MethodNotAllowed        405 INVALID_ARGUMENT
     │   └── UnsupportedMediaType    415 INVALID_ARGUMENT      a request body that is not JSON
     ├── Unauthenticated             401 UNAUTHENTICATED
     ├── Forbidden                   403 PERMISSION_DENIED
     ├── NotFound                    404 NOT_FOUND
-    │   ├── ModelNotFound           404 NOT_FOUND
-    │   └── MediaNotFound           404 NOT_FOUND             an alias that names no known bytes
+    │   └── ModelNotFound           404 NOT_FOUND
     ├── PayloadTooLarge             413 OUT_OF_RANGE
-    ├── PoisonousItem               422 ABORTED               it has killed two workers
+    ├── PoisonousItem               422 ABORTED               it has crashed two workers
     ├── Overloaded                  429 RESOURCE_EXHAUSTED    carries retry_after_s
     ├── Cancelled                   499 CANCELLED             the client went away
     ├── Unavailable                 503 UNAVAILABLE           no worker; carries retry_after_s
     │   └── Mispaired               503 FAILED_PRECONDITION   workers of different checkpoints
     ├── DeadlineExceeded            504 DEADLINE_EXCEEDED
-    │   └── BodyTimeout             408 DEADLINE_EXCEEDED     a request body that does not come
+    │   └── BodyTimeout             408 DEADLINE_EXCEEDED     a request body that arrives too slowly
     ├── EmbeddingUnavailable        503 DATA_LOSS             no location had usable rows
     │   ├── EmbeddingNotFound
     │   ├── EmbeddingEvicted
@@ -51,7 +50,7 @@ from typing import Any, ClassVar
 class OpticNerveError(Exception):
     """Base of all. ``message`` says what happened and what to do, and is safe to show a client.
 
-    ``logged`` stands for it in logs, where it repeats text of the request.
+    ``logged`` replaces it in logs, if it repeats text of the request.
     """
 
     http_status: ClassVar[int] = 500
@@ -152,10 +151,6 @@ class NotFound(OpticNerveError):
 
 class ModelNotFound(NotFound):
     default_code = "model_not_found"
-
-
-class MediaNotFound(NotFound):
-    default_code = "media_not_found"
 
 
 class PayloadTooLarge(OpticNerveError):

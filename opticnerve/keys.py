@@ -1,10 +1,10 @@
-"""Names by content: hashes of several values as one, and the content keys of embeddings.
+"""Content keys: SHA-256 over everything that decides an embedding.
 
-A content key names an embedding in caches, on the wire and in single flight. It is a hash of
+A content key names an embedding in caches, in messages and in single flight. It covers
 everything that decides the embedding: the item's bytes as received, the processor settings, the
 request's overrides of them, and the encoder's fingerprint; never of a URL. A cache salt separates
-callers that must not learn of each other's pictures, not even from how long an answer takes:
-callers with different salts share no embedding.
+callers that must not learn of each other's pictures, not even from response times: callers with
+different salts share no embedding.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def content_key(
     fingerprint: str,
     cache_salt: str = "",
 ) -> str:
-    """64 lowercase hex digits (SHA-256). Without a salt the key is the one that releases without
-    salts gave."""
+    """64 lowercase hex digits (SHA-256). Without a salt it equals the key of releases that had no
+    salts."""
     return hash_parts(
         f"opticnerve-content-{SCHEME_VERSION}",
         json.dumps(settings, sort_keys=True, separators=(",", ":")),

@@ -144,7 +144,7 @@ class DecodeCapacity:
     @contextlib.asynccontextmanager
     async def hold(self, job: DecodeJob) -> AsyncIterator[None]:
         """Holds a place and the picture's memory while the context lasts."""
-        cost, memory = job.structure.passes + ITEM_PASSES, job.structure.memory
+        cost, memory = job.structure.decode_cost + ITEM_PASSES, job.structure.memory
         async with self.places.hold(1, job.sharer, cost), self.memory.hold(memory):
             yield
 

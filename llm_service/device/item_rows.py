@@ -14,7 +14,7 @@ from llm_service.policy.plan import Segment
 from llm_service.policy.rows import RowSource
 from opticnerve.embeddings.ref import tensor_names
 from opticnerve.errors import EmbeddingCorrupt
-from opticnerve.models.family import Language
+from opticnerve.models.family import LanguageModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Overwrite:
 class ItemRows:
     """Reads rows from their source and writes them into a step's input embeddings."""
 
-    def __init__(self, source: RowSource, language: Language, deepstack_levels: int) -> None:
+    def __init__(self, source: RowSource, language: LanguageModel, deepstack_levels: int) -> None:
         self._source = source
         self._tensor_names = tensor_names(deepstack_levels)  # "rows", then the levels.
         self._width = language.hidden_size

@@ -30,7 +30,7 @@ from opticnerve.errors import (
     device_is_lost,
 )
 from opticnerve.generation.values import PositionLogprobs
-from opticnerve.models.family import Language, Layout
+from opticnerve.models.family import LanguageModel, Layout
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        language: Language,
+        language: LanguageModel,
         layout: Layout,
         backend: AttentionBackend,
         limits: RunnerLimits,
@@ -270,7 +270,7 @@ def _block_size(backend: AttentionBackend, wanted: int) -> int:
     return wanted or backend.page_sizes[0]
 
 
-def _num_blocks(shape: PageShape, limits: RunnerLimits, language: Language) -> int:
+def _num_blocks(shape: PageShape, limits: RunnerLimits, language: LanguageModel) -> int:
     """From kv_cache_tokens; else what fits memory, up to what all slots could use."""
     useful = limits.max_num_seqs * -(-limits.max_model_len // shape.block_size)
     if limits.kv_cache_tokens:

@@ -18,7 +18,7 @@ from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import LLMConfig
 from opticnerve.embeddings.open import open_local_tier
 from opticnerve.errors import ConfigError
-from opticnerve.models.family import Language, Layout
+from opticnerve.models.family import LanguageModel, Layout
 from opticnerve.models.registry import load_language, make_layout
 from opticnerve.telemetry import logs
 from opticnerve.tensors.dtypes import dtype_name
@@ -78,7 +78,7 @@ def model_length(settings: LLMConfig, layout: Layout) -> int:
 
 def _announce(
     checkpoint: Checkpoint,
-    language: Language,
+    language: LanguageModel,
     runner: ModelRunner,
     config: EngineConfig,
     num_threads: int,

@@ -218,7 +218,7 @@ class Fetcher:
         finally:
             call.cancel()
         found, seal = bytes(data), self.seal
-        if seal is None or await self._on_thread(seal.fits, mac, ref.key, found, "fetch"):
+        if seal is None or await self._on_thread(seal.verify, mac, ref.key, found, "fetch"):
             return found
         return None
 

@@ -33,8 +33,8 @@ class EncoderConfig:
     max_decode_passes: int = shared.MAX_DECODE_PASSES()
     max_decode_bytes: int = _pictures(
         0,
-        "memory for decoding pictures at the same time, a quarter of it for small ones; one always "
-        "fits. 0: 256MiB per preprocess worker, at least 2GiB",
+        "memory for decoding pictures concurrently, a quarter of it for light ones; a single "
+        "picture always fits. 0: 256MiB per preprocess worker, at least 2GiB",
         size=True,
     )
     decode_timeout_s: float = _pictures(30.0, "CPU time for decoding one heavy picture")

@@ -21,8 +21,8 @@ class LLMConfig:
     store: shared.StoreConfig = shared.StoreConfig()
     fetch_from: tuple[str, ...] = option(
         (),
-        "hosts of encoders from which embeddings may be fetched that the store does not have; "
-        "default: with --rpc-token-file those that callers name, else this machine if --host is "
+        "hosts of encoders from which embeddings that the store does not have may be fetched; "
+        "default: with --rpc-token-file any host in a reference, else this machine if --host is "
         "loopback, else none",
         group=Group.STORE,
         metavar="HOST,...",
@@ -36,8 +36,8 @@ class LLMConfig:
     max_num_batched_tokens: int = _engine(2048, "tokens of one step", minimum=1)
     max_step_ms: int = _engine(
         250,
-        "time of one step while any sequence decodes: prompts are computed in chunks that fit, by "
-        "the measured speed; 0: chunks of any length",
+        "target time of one step while any sequence decodes: prompts are computed in chunks that "
+        "fit it, by the measured speed; 0: no target",
     )
     max_waiting: int = _engine(1024, "requests that may wait before more are refused", minimum=1)
     kv_cache_tokens: int = _engine(0, "tokens in the KV cache; 0: sized from memory")
@@ -45,7 +45,7 @@ class LLMConfig:
     attention: str = _engine("auto", "attention backend", choices=("auto", "sdpa"))
     engine: str = _engine(
         "thread",
-        "run the engine in a thread, or in a process of its own",
+        "run the engine in a thread, or in a separate process",
         choices=("thread", "process"),
     )
     embedding_wait_ms: int = _engine(30_000, "how long a sequence waits for its embeddings")

@@ -1,8 +1,8 @@
-"""Options: fields of a configuration dataclass that are flags and environment variables too.
+"""Options: fields of a configuration dataclass that are also flags and environment variables.
 
 ``--max-num-seqs``, ``OPTICNERVE_MAX_NUM_SEQS`` and ``max_num_seqs`` are one option. A flag wins
-over the environment, which wins over the default. Lists are written with commas, and sizes in bytes
-as people write them: ``512M``, ``2GiB``. Variables that Kubernetes sets in a pod are no options.
+over the environment, which wins over the default. Lists are separated by commas; sizes
+may have a unit: ``512M``, ``2GiB``. Variables that Kubernetes sets in a pod are not options.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Group(StrEnum):
 
 @dataclass(frozen=True)
 class Spec:
-    """What an option is besides its name, type and default."""
+    """An option's properties besides its name, type and default."""
 
     help: str
     group: str  # Its title in --help.
     metavar: str | None = None  # See ``Option.metavar`` for the default.
-    expects: str | None = None  # What a value must be, for messages; the metavar by default.
+    expects: str | None = None  # Describes valid values in messages; the metavar by default.
     choices: tuple[str, ...] | None = None
     secret: bool = False  # Never shown: not in /health, logs or messages.
     hidden: bool = False  # Set by our own processes; not in --help.
@@ -128,8 +128,7 @@ class Option:
         return self.kind is bool and self.name.startswith("no_")
 
     def has_password(self, value: Any) -> bool:
-        """Whether ``value`` is a URL with a password, which no command line should show. It need
-        not be a URL that can be parsed."""
+        """Whether ``value`` looks like a URL with a password, which command lines must not show."""
         return self.spec.secret and bool(_PASSWORD.search(str(value)))
 
     def to_arguments(self, value: Any) -> list[str]:
@@ -154,7 +153,7 @@ class Option:
             raise ConfigError(f"{self.variable}: {error}", param=self.variable) from error
 
     def parse(self, text: str) -> Any:
-        """The value that ``text`` means. Raises ValueError: what is expected, and what came."""
+        """The value of ``text``. Raises ValueError that names the expected form and the text."""
         try:
             return self._parse(text)
         except (ValueError, OverflowError) as error:
@@ -178,7 +177,7 @@ class Option:
         return value
 
     def expected(self) -> str:
-        """What a text must be to be parsed, for messages."""
+        """Describes valid texts, for messages."""
         kind, spec = self.kind, self.spec
         if kind is bool:
             return f"true or false ({', '.join((*TRUE, *FALSE))})"
@@ -193,7 +192,7 @@ class Option:
         return f"{expects} or several with commas" if kind is tuple else expects
 
     def default_text(self) -> str:
-        """The default as --help shows it; empty where the help says what happens without."""
+        """The default as --help shows it; empty if the help text describes it."""
         if self.default in (None, "", ()) or self.is_switch:
             return ""
         if self.kind is bool:
@@ -258,8 +257,8 @@ def build(
 def to_command_line(
     known: Iterable[Option], given: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, str]]:
-    """(arguments, environment variables) that give another process those of ``given`` that it
-    knows. Passwords go into variables: every user of the machine reads command lines."""
+    """(arguments, environment variables) that pass those of ``given`` that are ``known`` to another
+    process. Passwords go into variables: every user of the machine can read command lines."""
     arguments: list[str] = []
     variables: dict[str, str] = {}
     by_name = {item.name: item for item in known}
@@ -296,7 +295,7 @@ def parse_size(text: str) -> int:
     """Bytes of "1048576", "512M", "2GiB" (1024s) or "2GB" (1000s). Raises ValueError."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
-        raise ValueError(f"{text!r} is no size; write 512M or 2GiB")
+        raise ValueError(f"{text!r} is not a size; write 512M or 2GiB")
     number, unit, binary, byte = match.groups()
     factor = UNITS[unit.upper()]
     if byte and not binary:
@@ -315,10 +314,10 @@ def format_size(num_bytes: int) -> str:
 
 
 def is_service_link(name: str, value: str) -> bool:
-    """Whether a variable is a service link: what Kubernetes tells every pod about a Service whose
+    """Whether a variable is a service link, which Kubernetes sets in every pod for a Service whose
     name begins with ``opticnerve``, such as ``OPTICNERVE_PORT=tcp://10.0.0.1:80``.
 
-    Name and value both count, so ``OPTICNERVE_PORT=8000`` is an option of ours.
+    Name and value both count, so ``OPTICNERVE_PORT=8000`` is an option.
     Source: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
     """
     return bool(_SERVICE_LINK.fullmatch(f"{name}={value}"))

@@ -1,4 +1,4 @@
-"""The parts of configurations that several services have, and options that two of them have."""
+"""Configuration parts and options that several services share."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _address = partial(option, group=Group.ADDRESS)
 _store = partial(option, group=Group.STORE)
 _telemetry = partial(option, group=Group.TELEMETRY)
 
-MIN_IMAGE_PIXELS = 64 * 64  # At its start an encoder decodes a picture of this size.
-MIN_DECODE_PASSES = 2**20  # What the markers of an ordinary picture may take.
+MIN_IMAGE_PIXELS = 64 * 64  # Size of the picture that encoders warm up with.
+MIN_DECODE_PASSES = 2**20  # Decode cost of an ordinary picture's markers.
 
 DRAIN_HELP = (
     "time for running requests to finish after SIGTERM or Ctrl-C; a second signal ends them"
 )
 PARENT_HELP = "end when this process, the parent, has ended"
 TOKEN_HELP = (
-    "file of the token that authorizes calls between the gateway and its workers: one secret for "
-    "all of them, such as `openssl rand -hex 32` makes; `up` makes one itself"
+    "file with the token that authorizes calls between the gateway and its workers: one secret for "
+    "all, for example from `openssl rand -hex 32`; `up` makes one itself"
 )
 PASSES_HELP = (
-    "work of decoding one picture, over which it is refused: its pixels times the times that each "
-    "is decoded, such as the scans of a progressive JPEG"
+    "decode cost over which a picture is refused: pixels × decoding passes (a progressive JPEG has "
+    "about ten)"
 )
 PIXELS_HELP = "pixels of one picture before it is resized; larger ones are refused"
 _picture = partial(option, group=Group.PICTURES)
@@ -121,21 +121,21 @@ class StoreConfig:
 
     store: str = _store(
         "shm://",
-        "shm://[DIR][?capacity=SIZE] (one machine), redis:// or rediss:// (many), with "
-        "?socket_timeout=SECONDS if it is far away, memory://, or file:///PATH of a file that "
-        "holds one of these, for a URL with a password",
+        "shm://[DIR][?capacity=SIZE] (one machine), redis:// or rediss:// (several; with "
+        "?socket_timeout=SECONDS for a slow network), memory://, or file:///PATH of a file that "
+        "contains one of these, for a URL with a password",
         metavar="URL",
         secret=True,
     )
     store_key_file: str | None = _store(
         None,
-        "file of the secret that signs embeddings which leave a machine; `up` makes one",
+        "file with the secret that signs embeddings sent to other machines; `up` makes one",
         metavar="FILE",
     )
     store_ttl_s: int = _store(3600, "how long Redis keeps an embedding", minimum=1)
 
     def read_url(self) -> str:
-        """The store's URL: ``store``, or what the file holds that it names. Raises ConfigError."""
+        """The store's URL: ``store``, or the contents of the file it names. Raises ConfigError."""
         if not self.store.startswith("file:"):
             return self.store
         path = self.store.removeprefix("file://")
@@ -165,7 +165,7 @@ class TelemetryConfig:
     )
     metrics_port: int = _telemetry(
         -1,
-        "separate port for Prometheus' /metrics; 0: a free one, -1: none",
+        "separate port for Prometheus' /metrics; 0: a free one; -1: none",
         minimum=-1,
         maximum=65535,
     )

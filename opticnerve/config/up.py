@@ -1,4 +1,4 @@
-"""``opticnerve up``: options for itself, and those that it passes on to the services"""
+"""``opticnerve up``: its own options, and those that it passes on to the services."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opticnerve.config.options import Group, Option, option, options
 
 _processes = partial(option, group=Group.PROCESSES)
 
-# What `up` itself decides for its children: no flags of its own.
+# Options of the services that `up` sets itself, so they are not flags of `up`.
 DECIDED = {"encoder_addresses", "llm_addresses", "advertise", "insecure", "fetch_from"}
 
 
@@ -30,7 +30,7 @@ class UpConfig:
     )
     start_timeout_s: float = _processes(600.0, "time for a process to become healthy")
     max_restarts: int = _processes(
-        5, "crashes of one process within a minute, over which `up` gives up"
+        5, "crashes of one process within a minute after which `up` stops"
     )
 
 

@@ -41,7 +41,7 @@ ALIVE = "alive"  # The lock of a holder.
 TEMPORARY = "tmp-"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK_TIMEOUT_S = 10.0  # The lock is held for a scan of the directory at most.
-SLACK = 16  # An eviction frees a 16th of the capacity more than needed: not every put scans.
+EXTRA_FRACTION = 1 / 16  # Of the capacity, evicted beyond need, so that not every put scans.
 
 log = logging.getLogger(__name__)
 
@@ -275,7 +275,9 @@ class Ledger:
         excess = scan.stored + absent + num_bytes - self.capacity
         if excess <= 0:
             return scan.stored
-        freed = self._unlink_oldest(scan, excess + self.capacity // SLACK, enough=excess)
+        freed = self._unlink_oldest(
+            scan, excess + int(self.capacity * EXTRA_FRACTION), enough=excess
+        )
         if freed < excess:
             raise StoreFull("the store is full of embeddings that are in use")
         return scan.stored - freed

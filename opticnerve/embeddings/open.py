@@ -1,4 +1,4 @@
-"""A store by its URL, or by a worker's configuration."""
+"""Opens a store by its URL, or by a worker's configuration."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def open_store(url: str, *, ttl_s: int = 3600, seal: Seal | None = None) -> Stor
     ``memory://[?capacity=]``; ``shm://[/dir][?capacity=]``; ``redis://`` and ``rediss://`` as
     redis-py reads them, with ``local=`` (the URL of the local tier, ``shm://`` by default) and
     ``max_bytes=`` (of one embedding) besides. Sizes may have a unit: ``2GiB``, ``512M``.
-    ``seal`` (``Seal.load("FILE")``) signs and checks what crosses Redis; without one a Redis on
-    another machine is warned of.
-    Raises ConfigError for a URL that is none of these, StoreError where the store cannot be had.
+    ``seal`` (``Seal.load("FILE")``) signs and checks values in Redis; without one, a Redis on
+    another machine is warned about.
+    Raises ConfigError for a wrong URL, StoreError if the store cannot be opened.
     """
     scheme = _split(url).scheme
     if scheme in ("memory", "shm"):
@@ -97,8 +97,9 @@ def _open_redis(url: str, ttl_s: int, seal: Seal | None) -> RedisStore:
     server, local_url, max_bytes = _split_redis(url)
     if seal is None and is_elsewhere(server):
         log.warning(
-            "whoever can write to the Redis of --store can change what others' pictures look like "
-            "to the model: give encoders and LLM workers one --store-key-file, which signs values"
+            "anyone who can write to the Redis of --store can replace what the model sees of other "
+            "users' pictures: give encoders and LLM workers the same --store-key-file, which signs "
+            "values"
         )
     local = _open_local(local_url)
     try:
@@ -106,7 +107,7 @@ def _open_redis(url: str, ttl_s: int, seal: Seal | None) -> RedisStore:
     except (ValueError, TypeError) as error:
         local.close()
         # Not the cause's text: it may show the URL, which may hold a password.
-        raise ConfigError("the Redis URL is not one that redis-py reads", param="store") from error
+        raise ConfigError("the Redis URL is not valid for redis-py", param="store") from error
 
 
 def is_elsewhere(url: str) -> bool:
@@ -142,5 +143,5 @@ def parse_size(text: str) -> int:
     except ValueError as error:
         raise ConfigError(str(error), param="store") from error
     if size <= 0:
-        raise ConfigError("a size is positive", param="store")
+        raise ConfigError("a size must be positive", param="store")
     return size

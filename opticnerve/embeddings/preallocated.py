@@ -31,7 +31,7 @@ from opticnerve.errors import StoreError
 
 MIN_BYTES = 256 * 2**10  # Below, a plain write is as quick.
 MAX_BYTES = 64 * 2**20
-MAX_SHARE = 16  # A preallocated file takes at most one part in so many of the tier's capacity.
+MAX_FRACTION = 1 / 16  # Of the tier's capacity, for one preallocated file.
 ROUND_TO = 2**20
 PAUSE_S = 0.003  # Without a put, before the next file is made: puts come first.
 
@@ -150,7 +150,7 @@ class Preallocator:
         self._discard(self._ready)
 
     def _serves(self, num_bytes: int) -> bool:
-        return MIN_BYTES <= num_bytes <= min(MAX_BYTES, self._ledger.capacity // MAX_SHARE)
+        return MIN_BYTES <= num_bytes <= min(MAX_BYTES, self._ledger.capacity * MAX_FRACTION)
 
     # ---- the background thread
 

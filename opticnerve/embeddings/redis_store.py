@@ -250,7 +250,7 @@ class RedisStore:
             return None
         if self._seal is not None:
             mac, data = data[:MAC_BYTES], data[MAC_BYTES:]
-            if not self._seal.fits(mac, key, data, "redis"):
+            if not self._seal.verify(mac, key, data, "redis"):
                 self._delete_there(key)
                 return None
         codec.header_of(data, len(data))

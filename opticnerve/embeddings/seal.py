@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from opticnerve.secret import read_secret
 from opticnerve.telemetry.metrics import EMBEDDINGS_REFUSED
 
-DIGEST = "sha256"  # With the processor's instructions twice as fast as keyed BLAKE2b.
+DIGEST = "sha256"  # With SHA instructions twice as fast as keyed BLAKE2b.
 MAC_BYTES = 32
 WARN_EVERY_S = 30.0
 
@@ -34,13 +34,13 @@ class Seal:
     def __init__(self, secret: str) -> None:
         self._key = hmac.digest(secret.encode(), b"opticnerve-store-mac-1", DIGEST)
         self.id = hmac.digest(secret.encode(), b"opticnerve-store-id-1", DIGEST).hex()[:16]
-        self._lock = threading.Lock()  # Guards the two below.
+        self._lock = threading.Lock()  # Guards the next two.
         self._warned_at = -math.inf
         self._refused = 0
 
     @classmethod
     def load(cls, path: str | None) -> Seal | None:
-        """Of the secret in ``--store-key-file``; None where there is none. Raises ConfigError."""
+        """A seal with the secret in ``--store-key-file``; None without one. Raises ConfigError."""
         return None if path is None else cls(read_secret(path, "store_key_file"))
 
     def mac(self, key: str, pieces: Iterable[bytes | memoryview]) -> bytes:
@@ -50,9 +50,9 @@ class Seal:
             found.update(piece)
         return found.digest()
 
-    def fits(self, mac: bytes, key: str, data: bytes | memoryview, tier: str) -> bool:
-        """Whether ``data``, which came by ``tier`` (redis, fetch), was signed for ``key``. If not,
-        that is counted, and logged every ``WARN_EVERY_S`` at most."""
+    def verify(self, mac: bytes, key: str, data: bytes | memoryview, tier: str) -> bool:
+        """Whether ``mac`` signs ``data``, from ``tier`` (redis, fetch), for ``key``. Failures are
+        counted, and logged at most every ``WARN_EVERY_S``."""
         if hmac.compare_digest(mac, self.mac(key, [data])):
             return True
         EMBEDDINGS_REFUSED.labels(tier=tier).inc()
@@ -63,9 +63,9 @@ class Seal:
                 return False
             self._warned_at = now
         log.warning(
-            "what %s had of %.12s was not signed with the secret of --store-key-file, and is not "
-            "used (%d such values so far): somebody else writes there, or an encoder has another "
-            "secret, or none",
-            tier, key, count,
+            "embedding %.12s from %s has a missing or wrong signature and is not used (%d so far): "
+            "an encoder has no --store-key-file or a different one, or another program writes "
+            "there",
+            key, tier, count,
         )  # fmt: skip
         return False

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class ShmStore:
-    """A tier in ``directory``; None: the one that this user's services share.
+    """A tier in ``directory``; None: the tier that this user's services share.
 
     ``capacity`` in bytes; None: min(2 GiB, half the file system). Raises StoreError.
     """
@@ -107,7 +107,7 @@ class ShmStore:
         return StoreState("shm")
 
     def stored_bytes(self) -> int:
-        """Bytes of the tier's files, by all its writers."""
+        """Bytes of all files in the tier."""
         return self._ledger.stored_bytes()
 
     def settle(self) -> None:
@@ -127,7 +127,7 @@ class ShmStore:
             fd = os.open(self._ledger.path(check_key(key)), os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
-        except OSError as error:  # Such as no descriptors left.
+        except OSError as error:  # For example, no file descriptors left.
             log.warning("an embedding's file cannot be opened: %s", error.strerror)
             return None
         self._ledger.touch(fd)
@@ -171,7 +171,7 @@ class ShmStore:
 
 
 class MappedEntry(Entry):
-    """An entry whose file is mapped when its tensors are first asked for.
+    """An entry whose file is mapped on the first access to its tensors.
 
     ``copy_rows`` reads the file instead: for rows that are used once, that is faster than mapping
     every page.

@@ -7,10 +7,9 @@
 =============================  =================================================================
 
 A store holds whole embeddings by content key (64 lowercase hex digits; others are an
-InvalidRequest). It never raises for a miss, and a backend that is down is a miss too (``get``
-returns None and logs it). An entry that cannot be read, for whatever reason, is deleted wherever
-the store has it and raised as EmbeddingCorrupt, once: the next ``get`` misses. A failed write is a
-StoreError, which the caller may ignore: the embedding is still reachable by Fetch.
+InvalidRequest). A miss is None, and so is a backend that is down (which is logged). An unreadable
+entry is deleted everywhere and raised as EmbeddingCorrupt once: the next ``get`` misses. A failed
+write is a StoreError, which the caller may ignore: the embedding is still reachable by Fetch.
 
 Stores are synchronous and safe to share between threads; callers keep them off event loops.
 """
@@ -79,20 +78,20 @@ class StoreState:
 
 
 class Store(Protocol):
-    tier_id: str  # Random id of the local shared-memory tier; "" where there is none.
-    shared: bool  # Whether other machines can reach what is put here (Redis).
+    tier_id: str  # Random id of the local shared-memory tier; "" if there is none.
+    shared: bool  # Whether other machines can read from it (Redis).
 
     def put(self, key: str, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, str]) -> None:
-        """Stores whole or not at all; the first writer of a key wins. Tensors may be any objects
-        with DLPack export. Raises StoreError/StoreFull, InvalidRequest."""
+        """Stores an embedding completely or not at all; the first writer of a key wins. Tensors
+        may be any objects with DLPack export. Raises StoreError/StoreFull, InvalidRequest."""
         ...
 
     def get(self, key: str) -> Entry | None:
-        """Raises EmbeddingCorrupt, after deleting what cannot be read."""
+        """Raises EmbeddingCorrupt, after deleting an unreadable entry."""
         ...
 
     def contains(self, keys: Iterable[str]) -> set[str]:
-        """Those of ``keys`` that are stored now. They may be gone by the time of ``get``."""
+        """Those of ``keys`` that are stored now; they may be evicted before a ``get``."""
         ...
 
     def read_bytes(self, key: str) -> bytes | None:
@@ -100,17 +99,17 @@ class Store(Protocol):
         ...
 
     def put_bytes(self, key: str, data: bytes) -> None:
-        """Stores safetensors bytes that came from elsewhere, after checking that they parse.
+        """Stores safetensors bytes, after checking that they parse.
         Raises EmbeddingCorrupt, StoreError/StoreFull."""
         ...
 
     def lease(self, key: str, num_bytes: int) -> AbstractContextManager[None]:
-        """Pins ``key`` in the local tier (present or still to come) until the context ends;
+        """Pins ``key`` in the local tier (stored or not yet stored) until the context ends;
         pinned bytes count against the tier's budget. Raises StoreFull on entry beyond it."""
         ...
 
     def leasable_bytes(self) -> int:
-        """What the local tier's budget leaves for further leases, of any process, now."""
+        """Bytes that the local tier's budget has left for leases of any process."""
         ...
 
     def delete(self, key: str) -> None:
@@ -119,7 +118,7 @@ class Store(Protocol):
 
     @property
     def state(self) -> StoreState:
-        """As last known, without waiting."""
+        """The last known state, without I/O."""
         ...
 
     def stored_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Directories of shared-memory tiers: where they are, who made them, when they go.
+"""Directories of shared-memory tiers: location, ownership and removal.
 
 Three kinds:
 
@@ -10,7 +10,7 @@ Three kinds:
   is removed by the last of them to close it.
 
 All are 0700. An owner is alive while it holds the lock on the directory's ``owner`` file, or while
-the process that the file names runs: its id and start time, since ids are used again.
+the process with the file's id and start time runs (ids alone are reused).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PREFIX = "opticnerve-"
 OWNED = PREFIX + "tier-"
 UNFINISHED = "." + OWNED
 OWNER = "owner"
-STALE_S = 60.0  # After which a directory that never got its name is a dead supervisor's.
+STALE_S = 60.0  # Age after which an unfinished directory belongs to a dead supervisor.
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _owned_lock = threading.Lock()
 
 
 def base_directory() -> Path:
-    """tmpfs where there is one, else the directory for temporary files."""
+    """/dev/shm if it is writable, else the directory for temporary files."""
     shm = Path("/dev/shm")
     if shm.is_dir() and os.access(shm, os.W_OK | os.X_OK):
         return shm
@@ -51,15 +51,15 @@ def base_directory() -> Path:
 
 
 def default_directory(base: Path | None = None) -> Path:
-    """The tier that this user's services share when nobody names one."""
+    """The tier that this user's services share if none is configured."""
     return (base or base_directory()) / f"{PREFIX}user-{os.getuid()}"
 
 
 def make_private(path: Path) -> None:
-    """Makes a 0700 directory, or checks that the one that is there is a directory of this user;
-    warns where others may write to it.
+    """Makes a 0700 directory, or checks that an existing one belongs to this user; warns if others
+    may write to it.
 
-    Raises StoreError: in /dev/shm anyone could have put something else there.
+    Raises StoreError: in /dev/shm, any user could have created the path.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -70,8 +70,8 @@ def make_private(path: Path) -> None:
         raise StoreError(f"the store's directory {path} belongs to someone else")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         log.warning(
-            "others may write to the store's directory %s, and change what pictures look like to "
-            "the model: `chmod 700` it",
+            "other users can write to the store's directory %s and so replace what the model sees "
+            "of pictures: `chmod 700` it",
             path,
         )
 
@@ -98,7 +98,7 @@ def create_tier_directory(base: Path | None = None) -> Path:
 
 
 def remove_tier(path: Path) -> None:
-    """Removes a directory that ``create_tier_directory`` made, and all that is in it."""
+    """Removes a directory that ``create_tier_directory`` made, with its contents."""
     shutil.rmtree(path, ignore_errors=True)
     if path.exists():  # A child may have written while it was being removed.
         shutil.rmtree(path, ignore_errors=True)
@@ -109,7 +109,7 @@ def remove_tier(path: Path) -> None:
 
 
 def sweep_dead_tiers(base: Path | None = None) -> list[Path]:
-    """Removes this user's tiers whose owner is gone; returns them. Others' are left alone."""
+    """Removes this user's tiers whose owner is dead; returns them."""
     base = base or base_directory()
     removed = []
     for pattern in (OWNED + "*", UNFINISHED + "*"):
@@ -119,7 +119,7 @@ def sweep_dead_tiers(base: Path | None = None) -> list[Path]:
                     shutil.rmtree(path, ignore_errors=True)
                     removed.append(path)
     if removed:
-        log.info("removed %d embedding tiers of processes that are gone", len(removed))
+        log.info("removed %d embedding tiers of dead processes", len(removed))
     return removed
 
 
@@ -150,8 +150,8 @@ def _runs(owner: bytes) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether some process, this one included, holds the lock on a file; a file that is not there
-    is not locked, one that cannot be asked counts as locked."""
+    """Whether any process, this one included, holds the lock on a file. A missing file is not
+    locked; one that cannot be opened counts as locked."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
@@ -168,7 +168,7 @@ def is_locked(path: Path) -> bool:
 
 
 def process_start_time(pid: int) -> int | None:
-    """Start of a process in clock ticks since boot; None where it does not run (or is a zombie)."""
+    """Start of a process in clock ticks since boot; None if it does not run (or is a zombie)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -40,12 +40,12 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """What a picture's headers say.
+    """A picture's properties, from its headers.
 
     ``width`` and ``height`` are as stored, in pixels; ``orientation`` is EXIF's, 1 to 8.
-    ``passes`` is the work of decoding, as a number of pixels decoded once: of a baseline JPEG about
-    its number of pixels, of a progressive one that times its scans. ``memory`` is the peak memory
-    of decoding, in bytes. Both are estimates, and 0 where no file was read.
+    ``decode_cost`` is pixels times decoding passes: for a baseline JPEG about its number of pixels,
+    for a progressive one that times its scans. ``memory`` is the peak memory
+    of decoding, in bytes. Both are estimates, and 0 if no file was read.
     """
 
     format: str  # "png", "jpeg", "webp", "gif", "bmp"
@@ -53,7 +53,7 @@ class Structure:
     height: int
     orientation: int = 1
     frames: int = 1
-    passes: int = field(default=0, compare=False)
+    decode_cost: int = field(default=0, compare=False)
     memory: int = field(default=0, compare=False)
 
     @property
@@ -66,7 +66,7 @@ class Structure:
     @property
     def is_heavy(self) -> bool:
         """Whether decoding takes so much time or memory that others should not wait for it."""
-        return self.passes > LIGHT_PASSES or self.memory > LIGHT_MEMORY
+        return self.decode_cost > LIGHT_PASSES or self.memory > LIGHT_MEMORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def parse_background(text: str) -> int | None:
 class Plan:
     """How one item will be decoded, resized, cut and counted. See ``embedding.proto``.
 
-    ``passes`` and ``is_heavy`` are the structure's; they are not part of messages, nor of equality.
+    ``decode_cost`` and ``is_heavy`` are the structure's; messages and equality leave them out.
     """
 
     modality: Modality
@@ -119,7 +119,7 @@ class Plan:
     num_patches: int  # Encoding cost.
     frames: int = 1
     seconds_per_grid: float = 0.0
-    passes: int = field(default=0, compare=False)
+    decode_cost: int = field(default=0, compare=False)
     is_heavy: bool = field(default=False, compare=False)
 
 

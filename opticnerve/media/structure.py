@@ -14,7 +14,7 @@ from opticnerve.media.plan import Structure
 SUPPORTED = "PNG, JPEG, WebP, GIF and BMP are supported"
 DEFAULT_MAX_PIXELS = 89_478_485
 DEFAULT_MAX_PASSES = 2**30
-"""A little more than the largest picture takes as a progressive JPEG of the usual ten scans: some
+"""A little more than the largest picture costs as a progressive JPEG with the usual ten scans: some
 seconds of one core."""
 
 _HEAD_BYTES = 64
@@ -27,8 +27,8 @@ def parse_structure(
     *,
     allow_animation: bool = False,
 ) -> Structure:
-    """The structure of a picture of at most ``max_pixels`` pixels, which takes at most
-    ``max_passes`` (see ``Structure.passes``) to decode.
+    """The structure of a picture of at most ``max_pixels`` pixels and a decode cost of at most
+    ``max_passes`` (see ``Structure.decode_cost``).
 
     Raises InvalidMedia, and nothing else, for bytes that are not a picture of a supported format,
     are cut short or damaged before their pixels, have no pixels or too many, are too expensive to
@@ -50,10 +50,10 @@ def parse_structure(
             "one still frame of it, or several frames as pictures",
             code="animated_image",
         )
-    if structure.passes > max_passes:
+    if structure.decode_cost > max_passes:
         raise InvalidMedia(
-            f"the {structure.format.upper()} picture has {width * height} pixels, but decoding it "
-            f"is the work of {structure.passes}, and at most {max_passes} are accepted; save it "
+            f"decode cost of the {structure.format.upper()} picture is {structure.decode_cost} "
+            f"pixel-passes, for {width * height} pixels; limit {max_passes}. Save it "
             f"{_CHEAPER.get(structure.format, 'smaller')}",
             code="image_too_costly",
         )

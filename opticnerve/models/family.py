@@ -144,7 +144,7 @@ class Tower(Protocol):
         ...
 
 
-class Language(Protocol):
+class LanguageModel(Protocol):
     """Language model and head, run on packed tokens through a registered attention function."""
 
     hidden_size: int

@@ -59,7 +59,7 @@ def picture_plan(
         grid=grid,
         num_tokens=num_tokens,
         num_patches=grid.num_patches,
-        passes=structure.passes,
+        decode_cost=structure.decode_cost,
         is_heavy=structure.is_heavy,
     )
 

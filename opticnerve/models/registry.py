@@ -18,7 +18,7 @@ from opticnerve.models.family import Family
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
-    from opticnerve.models.family import Language, Layout, Preprocessor, Tower
+    from opticnerve.models.family import LanguageModel, Layout, Preprocessor, Tower
 
 
 @cache
@@ -59,12 +59,12 @@ def load_tower(checkpoint: Checkpoint, dtype: Any, device: Any) -> Tower:
     return tower
 
 
-def load_language(checkpoint: Checkpoint, dtype: Any, device: Any, attention: str) -> Language:
+def load_language(checkpoint: Checkpoint, dtype: Any, device: Any, attention: str) -> LanguageModel:
     """Language model and head of ``checkpoint`` on ``device``. ``attention`` names a function in
     transformers' attention interface. Raises CheckpointError, ConfigError."""
     family = find_family(checkpoint.config)
     spec = family.load_part(family.decoder)(checkpoint)
-    language: Language = spec.load(checkpoint, family.language_keys, dtype, device, attention)
+    language: LanguageModel = spec.load(checkpoint, family.language_keys, dtype, device, attention)
     return language
 
 

@@ -1,9 +1,9 @@
-"""What surrounds every call of an internal service: its errors, its line in the log, and the
-servicer's refusal while its worker loads.
+"""A server interceptor for every call: typed errors, a line in the log; and the base class of
+servicers, which refuses calls while the worker loads.
 
-An exception leaves as its status and details (``opticnerve.rpc.errors``). Bytes that do not parse
-are an InvalidRequest like any other, for which gRPC alone would answer UNKNOWN and log a traceback.
-An answer that cannot be sent, because the caller has left, cancels the call.
+Exceptions are sent as status and details (``opticnerve.rpc.errors``). Bytes that do not parse are
+an InvalidRequest; gRPC alone would answer UNKNOWN and log a traceback. A response that cannot be
+sent, because the caller has disconnected, cancels the call.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Called again and again, or part of another request: a call that succeeds is logged at DEBUG.
+# Frequent calls, or parts of another request: successful ones are logged at DEBUG.
 QUIET = frozenset({"Check", "List", "Watch", "Describe", "Fetch", "ServerReflectionInfo"})
 CUT = "cut by its caller"
-FINISHED = "finished"  # A service's note ``ended`` if its caller may leave before the call returns.
+FINISHED = "finished"  # Value of ``ended`` for a call that was complete when its caller left.
 
 UNPARSABLE = object()  # A message that does not parse.
 
@@ -48,7 +48,7 @@ _HANDLERS: dict[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
 
 
 class Calls(grpc.aio.ServerInterceptor):
-    """``worker``: the address at which others know this service."""
+    """``worker``: the address under which other services know this one."""
 
     def __init__(self) -> None:
         self.worker = ""
@@ -100,7 +100,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 log,
                 logging.DEBUG if quiet else logging.INFO,
                 "call",
-                # Gateways ask every second, also a worker that loads for minutes.
+                # Gateways call every second, also while a worker loads.
                 expected=method == "Describe" and isinstance(error, Unavailable),
                 method=method,
                 status="CANCELLED" if left else status,
@@ -133,13 +133,14 @@ def _parsed(request: Any) -> Any:
     """The caller's message, or its messages. Raises InvalidRequest for one that does not parse."""
     if request is UNPARSABLE:
         raise InvalidRequest(
-            "the message is not what this method takes; caller and service must be of one release"
+            "the message does not parse as this method's request; caller and service must be of "
+            "the same release"
         )
     return _Messages(request) if hasattr(request, "__aiter__") else request
 
 
 class _Messages:
-    """A caller's messages. Unlike with a generator, a wait for the next one may be cancelled."""
+    """A caller's messages. Unlike a generator's, a wait for the next one can be cancelled."""
 
     def __init__(self, messages: AsyncIterable[Any]) -> None:
         self._messages = messages

@@ -19,7 +19,7 @@ CHUNK_BYTES = 2**20
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 8 * 2**20),
     ("grpc.max_send_message_length", 8 * 2**20),
-    ("grpc.keepalive_time_ms", 10_000),  # Notices a peer that vanished without a FIN.
+    ("grpc.keepalive_time_ms", 10_000),  # Detects a peer that vanished without a FIN.
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 5_000),  # Keepalive also waits for this, by default a minute.
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -51,8 +51,8 @@ async def is_serving(channel: grpc.aio.Channel, timeout_s: float = 2.0) -> bool:
 
 
 async def is_instance(channel: grpc.aio.Channel, instance_id: str, timeout_s: float = 2.0) -> bool:
-    """Whether the process behind ``channel`` is the one that has this id (``Server.instance_id``).
-    Raises grpc.RpcError where nothing answers within ``timeout_s``."""
+    """Whether the process behind ``channel`` has this ``Server.instance_id``. Raises grpc.RpcError
+    if nothing answers within ``timeout_s``."""
     try:
         await _check(channel, instance_id, timeout_s)
     except grpc.RpcError as error:
@@ -79,13 +79,12 @@ class EncodeItem:
     plan: Plan
     overrides: Overrides
     data: bytes = field(repr=False)
-    lost: bool = False  # An LLM worker found no usable rows where the encoder said they are.
+    lost: bool = False  # An LLM worker found no usable rows at the referenced location.
     cache_salt: str = ""  # Part of the key.
 
 
 class EncodeUpload:
-    """The item in chunks; a header comes with the first. ``delivered``: the encoder's host has
-    all of them."""
+    """An item's Encode messages: chunks, the first with the header. ``delivered``: all are sent."""
 
     def __init__(self, item: EncodeItem, request_id: str = "") -> None:
         self.delivered = False

@@ -1,7 +1,7 @@
-"""Values of media, embeddings and generation as messages, and back.
+"""Converts values of media, embeddings and generation to messages and back.
 
-A message has the fields of its class, by name, so that most conversions name none of them: a field
-that is added to both travels.
+A message's fields have the names of its class's fields, so most conversions are by name: a field
+that is added to both is converted without further code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, SpanAtt
 from opticnerve.pb import embedding_pb2 as pb
 from opticnerve.pb import llm_pb2
 
-PIECE_BYTES = 2**20  # Deltas of one message: those for a slow reader pile up.
+PIECE_BYTES = 2**20  # Deltas in one message; deltas for a slow reader are merged.
 LOGPROB_BYTES = 14  # One log-probability in a message.
 
 E = TypeVar("E", bound=Enum)
@@ -54,7 +54,7 @@ _OPTIONAL = {each.name for each in llm_pb2.SamplingParams.DESCRIPTOR.fields if e
 
 
 def field_values(source: Any, message: type[Message]) -> dict[str, Any]:
-    """What ``source``, a value or a message, has under the names of a message's fields."""
+    """Attributes of ``source``, a value or a message, that are named like the message's fields."""
     return {name: getattr(source, name) for name in _names(message.DESCRIPTOR)}
 
 
@@ -161,11 +161,11 @@ def store_state_from_pb(message: pb.StoreState) -> StoreState | None:
     return StoreState(message.kind, message.reachable, message.key_id)
 
 
-# ---- what a generation asks for
+# ---- a generation's request
 
 
 def sampling_to_pb(sampling: Sampling) -> llm_pb2.SamplingParams:
-    """Every field explicitly: a worker knows no defaults of a model or a gateway."""
+    """Sets every field: workers do not apply defaults of a model or a gateway."""
     values: dict[str, Any] = {each.name: getattr(sampling, each.name) for each in fields(Sampling)}
     values["bad_words"] = [llm_pb2.TokenSequence(token_ids=word) for word in sampling.bad_words]
     return llm_pb2.SamplingParams(**values)
@@ -196,7 +196,7 @@ def item_to_pb(key: str, ref: EmbeddingRef | None, *, own: bool = False) -> llm_
     return llm_pb2.Item(key=key, ref=ref_to_pb(ref) if ref else None, own=own)
 
 
-# ---- what it answers
+# ---- a generation's answer
 
 
 def delta_to_pb(delta: Delta) -> llm_pb2.TokenDelta:
@@ -209,7 +209,7 @@ def delta_to_pb(delta: Delta) -> llm_pb2.TokenDelta:
 
 
 def delta_pieces(delta: Delta) -> Iterator[llm_pb2.TokenDelta]:
-    """The delta in messages of about PIECE_BYTES; what ends the choice is on the last."""
+    """The delta in messages of about PIECE_BYTES; the finish reason is on the last."""
     width = len(delta.logprobs[0].top) + 1 if delta.logprobs else 0
     size = max(PIECE_BYTES // (4 + width * LOGPROB_BYTES), 1)
     count = len(delta.token_ids)

@@ -1,7 +1,7 @@
-"""Errors at the edge: OpticNerveError to gRPC status and back, class and fields kept.
+"""OpticNerveError to gRPC status and back, with class and fields.
 
-Generic clients read the status; from the ``ErrorDetail`` in the trailing metadata
-``opticnerve-error-bin`` our callers raise the same class again.
+Generic clients read the status; our callers raise the same class again, from the ``ErrorDetail`` in
+the trailing metadata ``opticnerve-error-bin``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_MESSAGE = 1000  # Characters. Metadata that are too large end a call without
 
 STATUS_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
-# For a status without details: of a peer that died, a proxy, a method that does not exist.
+# For a status without details: from a proxy, a dead peer or an unknown method.
 CLASS_BY_STATUS: dict[grpc.StatusCode, type[OpticNerveError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
     grpc.StatusCode.UNIMPLEMENTED: errors.UnsupportedFeature,

@@ -376,7 +376,7 @@ def test_a_message_that_does_not_parse_is_one_line_and_an_invalid_request(method
     asyncio.run(scenario())
     told = the_only_line(caplog)
     assert told["status"] == "INVALID_ARGUMENT" and told["method"] == method.partition("/")[2]
-    assert "not what this method takes" in told["reason"]
+    assert "does not parse as this method's request" in told["reason"]
 
 
 async def started(**config):

@@ -103,7 +103,7 @@ PICTURES: dict[str, Callable[[], bytes]] = {
 def pass_s() -> float:
     """What a pixel of an ordinary JPEG takes on this machine."""
     data = save(photo(2400, 1600), "JPEG")
-    return cpu_s(data) / structure(data).passes
+    return cpu_s(data) / structure(data).decode_cost
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_work_is_foreseen(name: str, pass_s: float) -> None:
     """Within a wide margin, for CPUs differ and are busy: without what is counted here, hostile
     files are off by a hundred times and more."""
     data = PICTURES[name]()
-    foreseen = structure(data).passes * pass_s
+    foreseen = structure(data).decode_cost * pass_s
     try:
         taken = cpu_s(data)
     except InvalidMedia:
@@ -123,7 +123,7 @@ def test_work_is_foreseen(name: str, pass_s: float) -> None:
 
 def test_a_jpeg_of_a_thousand_scans_is_refused_unread() -> None:
     data = hostile.many_scans(1000)
-    assert len(data) < 500_000 and structure(data).passes > 12_000_000 * 1000
+    assert len(data) < 500_000 and structure(data).decode_cost > 12_000_000 * 1000
     started = time.process_time()
     with pytest.raises(InvalidMedia, match="baseline JPEG") as caught:
         parse_structure(data)
@@ -135,16 +135,16 @@ def test_scans_are_counted_wherever_they_hide() -> None:
     plain = hostile.many_scans(0, (640, 480))
     end = plain.rindex(b"\xff\xd9")
     scan = plain[plain.rindex(b"\xff\xda") : end]
-    usual = structure(plain).passes
+    usual = structure(plain).decode_cost
     comment = b"\xff\xfe\x00\x06\xff\xd9\xff\xda"  # What it says is no end, and no scan.
     hidden = plain[:end] + (comment + b"\xff\xff" + scan) * 50 + b"\xff\xd9"
     reserved = plain[:end] + b"\xff\x02\xff\xff" + scan * 50 + b"\xff\xd9"
     behind = plain + scan * 50
     big = plain[:end] + b"\xff\x00\xff\xd0" * 600_000 + scan * 50 + b"\xff\xd9"
-    assert structure(hidden).passes > usual + 50 * 640 * 480
-    assert structure(reserved).passes > usual + 50 * 640 * 480
-    assert structure(big).passes > usual + 50 * 640 * 480
-    assert structure(behind).passes < usual + 640 * 480
+    assert structure(hidden).decode_cost > usual + 50 * 640 * 480
+    assert structure(reserved).decode_cost > usual + 50 * 640 * 480
+    assert structure(big).decode_cost > usual + 50 * 640 * 480
+    assert structure(behind).decode_cost < usual + 640 * 480
 
 
 def test_pictures_as_they_are_saved_are_accepted_up_to_the_largest() -> None:
@@ -153,7 +153,7 @@ def test_pictures_as_they_are_saved_are_accepted_up_to_the_largest() -> None:
     at, end = data.index(b"\xff\xc2"), data.rindex(b"\xff\xd9")
     data[at + 5 : at + 9] = struct.pack(">HH", 9459, 9459)
     data[end:end] = bytes(20_000_000)
-    assert parse_structure(data).passes < DEFAULT_MAX_PASSES
+    assert parse_structure(data).decode_cost < DEFAULT_MAX_PASSES
     assert 9459 * 9459 < DEFAULT_MAX_PIXELS < 9460 * 9460
 
 
@@ -213,7 +213,7 @@ def test_the_emptiest_pictures_hold_their_pixels(format: str) -> None:
 
 def test_a_picture_of_no_bytes_is_counted_in_full() -> None:
     found = structure(hostile.one_colour_webp(16_383, 5_461))
-    assert found.passes > 89_000_000 and found.memory > 1_400_000_000
+    assert found.decode_cost > 89_000_000 and found.memory > 1_400_000_000
 
 
 def compressed_text(kind: bytes) -> bytes:

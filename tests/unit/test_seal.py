@@ -28,8 +28,8 @@ def test_what_was_signed_fits_in_however_many_pieces() -> None:
     seal = Seal(SECRET)
     mac = seal.mac(key(1), [DATA[:7], memoryview(DATA)[7:]])
     assert len(mac) == MAC_BYTES
-    assert Seal(SECRET).fits(mac, key(1), DATA, "redis")
-    assert Seal(SECRET).fits(mac, key(1), bytearray(DATA), "redis")
+    assert Seal(SECRET).verify(mac, key(1), DATA, "redis")
+    assert Seal(SECRET).verify(mac, key(1), bytearray(DATA), "redis")
 
 
 def test_no_other_value_key_or_secret_fits() -> None:
@@ -38,12 +38,12 @@ def test_no_other_value_key_or_secret_fits() -> None:
     changed = bytearray(DATA)
     changed[len(DATA) // 2] ^= 1
     others = [
-        seal.fits(mac, key(1), changed, "redis"),
-        seal.fits(mac, key(1), DATA[:-1], "redis"),
-        seal.fits(mac, key(2), DATA, "redis"),
-        seal.fits(b"", key(1), DATA, "redis"),
-        seal.fits(bytes(MAC_BYTES), key(1), DATA, "redis"),
-        Seal("t" * 32).fits(mac, key(1), DATA, "redis"),
+        seal.verify(mac, key(1), changed, "redis"),
+        seal.verify(mac, key(1), DATA[:-1], "redis"),
+        seal.verify(mac, key(2), DATA, "redis"),
+        seal.verify(b"", key(1), DATA, "redis"),
+        seal.verify(bytes(MAC_BYTES), key(1), DATA, "redis"),
+        Seal("t" * 32).verify(mac, key(1), DATA, "redis"),
     ]
     assert not any(others)
     assert refused("redis") - before == len(others)
@@ -54,12 +54,12 @@ def test_refusals_are_told_of_once_in_a_while(
 ) -> None:
     seal = Seal(SECRET)
     for _ in range(100):
-        seal.fits(b"", key(1), DATA, "fetch")
+        seal.verify(b"", key(1), DATA, "fetch")
     (record,) = caplog.records
     assert "fetch" in record.getMessage() and "--store-key-file" in record.getMessage()
     monkeypatch.setattr(module, "WARN_EVERY_S", 0.0)
-    seal.fits(b"", key(1), DATA, "fetch")
-    assert "101 such values" in caplog.records[-1].getMessage()
+    seal.verify(b"", key(1), DATA, "fetch")
+    assert "(101 so far)" in caplog.records[-1].getMessage()
 
 
 def test_a_secrets_id_is_its_own_and_no_part_of_it(tmp_path: Path) -> None:

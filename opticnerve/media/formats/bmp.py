@@ -35,4 +35,4 @@ def _structure(window: Window, width: int, height: int, bits: int, compression: 
     else:
         window.check_room(pixels, len(window) * 8 // max(bits, 1))
         passes = pixels
-    return Structure("bmp", width, height, passes=passes, memory=pixels * _BYTES_PER_PIXEL)
+    return Structure("bmp", width, height, decode_cost=passes, memory=pixels * _BYTES_PER_PIXEL)

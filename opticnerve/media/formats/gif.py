@@ -45,7 +45,7 @@ def read_structure(data: bytes | memoryview) -> Structure:
     window.check_room(drawn, len(window) * _MAX_PIXELS_PER_BYTE)
     pixels = width * height
     passes, memory = pixels * _PASSES + pieces * PIECE_PASSES, pixels * _BYTES_PER_PIXEL
-    return Structure("gif", width, height, frames=frames, passes=passes, memory=memory)
+    return Structure("gif", width, height, frames=frames, decode_cost=passes, memory=memory)
 
 
 def _has_pixels(window: Window, at: int, start: int) -> bool:

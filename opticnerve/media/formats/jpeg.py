@@ -85,7 +85,9 @@ def read_structure(data: bytes | memoryview) -> Structure:
         raise window.damaged("it has no frame header")
     passes, memory = _cost(window, frame, segments)
     orientation = exif.orientation(b"".join(blocks), xmp)
-    return Structure("jpeg", frame.width, frame.height, orientation, passes=passes, memory=memory)
+    return Structure(
+        "jpeg", frame.width, frame.height, orientation, decode_cost=passes, memory=memory
+    )
 
 
 def strip(data: bytes | memoryview) -> bytes | memoryview:

@@ -36,7 +36,7 @@ def read_structure(data: bytes | memoryview) -> Structure:
     frames = _frames(window, chunks)
     passes, memory = _cost(window, width, height, chunks)
     orientation = metadata.orientation()
-    return Structure("png", width, height, orientation, frames, passes=passes, memory=memory)
+    return Structure("png", width, height, orientation, frames, decode_cost=passes, memory=memory)
 
 
 def strip(data: bytes | memoryview) -> bytes | memoryview:

@@ -54,7 +54,7 @@ def _structure(
         height,
         orientation,
         frames,
-        passes=pixels * _PASSES + pieces * PIECE_PASSES,
+        decode_cost=pixels * _PASSES + pieces * PIECE_PASSES,
         memory=pixels * _BYTES_PER_PIXEL,
     )
 

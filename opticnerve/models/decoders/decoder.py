@@ -30,7 +30,7 @@ SMALL_HEAD = 1 << 22  # Elements of a weight that may be kept in two forms.
 
 
 class PackedLanguage:
-    """Implements ``opticnerve.models.family.Language``."""
+    """Implements ``opticnerve.models.family.LanguageModel``."""
 
     def __init__(self, decoder: nn.Module, spec: DecoderSpec) -> None:
         """``decoder`` has a ``model`` and an ``lm_head``, loaded."""
@@ -89,7 +89,7 @@ class PackedLanguage:
         deepstack: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See ``family.Language``. Run it under ``torch.inference_mode``."""
+        """See ``family.LanguageModel``. Run it under ``torch.inference_mode``."""
         if self.fused is not None:
             return self.fused.forward(inputs_embeds, positions, deepstack, rows)
         hidden = self._forward_layers(inputs_embeds, positions, deepstack)

@@ -147,7 +147,7 @@ class FusedDecoder:
         deepstack: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See ``family.Language.forward``."""
+        """See ``family.LanguageModel.forward``."""
         factors = self.rotary(positions)
         last = len(self.layers) - 1
         early = rows if len(deepstack) <= last else None  # A level's indices are those of tokens.

@@ -37,7 +37,7 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """A transformers decoder and its head. ``load`` makes it a ``family.Language``."""
+    """A transformers decoder and its head. ``load`` makes it a ``family.LanguageModel``."""
 
     model_class: Any  # The decoder without its head; made from ``config``.
     config: Any  # transformers' configuration of the text model.
