@@ -160,30 +160,23 @@ def _pack_decodes(works: list[Work], slots: SlotTable, block_size: int) -> Batch
     reading = [i for i, work in enumerate(works) if work.last_token_on_device]
     wanting = [i for i, work in enumerate(works) if work.samples]
     rows = np.arange(len(works))
-    if len(reading) == len(works):
-        token_ids = np.zeros(len(works), dtype=np.int64)
-        read_indices, read_slots = rows, of
-    else:
-        known = [
-            0 if work.last_token_on_device else work.seq.token_ids[work.start] for work in works
-        ]
-        token_ids = np.array(known, dtype=np.int64)
-        read_indices, read_slots = rows[reading], of[reading]
-    dims = slots.position_dims
-    positions = np.empty((dims, len(works)), dtype=np.int64)
+    token_ids = np.zeros(len(works), dtype=np.int64)
+    positions = np.empty((slots.position_dims, len(works)), dtype=np.int64)
     positions[:] = starts + slots.delta[of]
     for i, work in enumerate(works):
+        if not work.last_token_on_device:
+            token_ids[i] = work.seq.token_ids[work.start]
         if work.start < work.seq.num_prompt:
             positions[:, i : i + 1] = slots.positions(work.slot, work.start, 1)
     block, offset = np.divmod(starts, block_size)
     width = int(block.max()) + 1
-    everyone = len(wanting) == len(works)
+    all_read, all_wanted = len(reading) == len(works), len(wanting) == len(works)
     return Batch(
         works=tuple(works),
         first_indices=rows.tolist(),
         token_ids=token_ids,
-        read_indices=read_indices,
-        read_slots=read_slots,
+        read_indices=rows if all_read else rows[reading],
+        read_slots=of if all_read else of[reading],
         positions=positions,
         attention=AttentionStep(
             token_slots=slots.pages[of, block] * block_size + offset,
@@ -191,8 +184,8 @@ def _pack_decodes(works: list[Work], slots: SlotTable, block_size: int) -> Batch
             decode_lengths=starts + 1,
         ),
         logit_works=wanting,
-        logit_indices=rows if everyone else rows[wanting],
-        logit_slots=of if everyone else of[wanting],
+        logit_indices=rows if all_wanted else rows[wanting],
+        logit_slots=of if all_wanted else of[wanting],
         output_positions=np.array([_output_position(works[i]) for i in wanting], dtype=np.int64),
     )
 
