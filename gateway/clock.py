@@ -1,4 +1,4 @@
-"""A request's clock: the point in time by which it must end, and where its time goes."""
+"""A request's deadline, and its timings by stage."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def expired() -> DeadlineExceeded:
 
 
 class Stopwatch:
-    """Where a request's time goes, in milliseconds by stage. The gateway's stages are measured
-    here, those of workers are added."""
+    """A request's timings: milliseconds by stage. The gateway's stages are measured here, those of
+    workers are added."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -97,7 +97,7 @@ class Stopwatch:
         self._last_token = now
 
     def report(self, items: Sequence[Encoded | None], bytes_sent: int) -> dict[str, Any]:
-        """Timings as clients are shown them. ``items``: in the order of the request."""
+        """Timings for the answer. ``items``: in the order of the request."""
         stages = self._all_stages(item for item in items if item)
         stages["total"] = (time.monotonic() - self.began) * 1000
         shown: dict[str, Any] = {f"{name}_ms": round(ms, 3) for name, ms in stages.items()}
@@ -106,12 +106,12 @@ class Stopwatch:
         return shown
 
     def log_fields(self, items: Iterable[Encoded]) -> dict[str, float]:
-        """What the request's line in the log says of the stages so far."""
+        """The stages so far, for the request's log line."""
         stages = self._all_stages(items)
         return {f"{name}_ms": stages[name] for name in LOGGED if name in stages}
 
     def _all_stages(self, items: Iterable[Encoded]) -> dict[str, float]:
-        """With the stages of encoding (of several pictures the longest) and the TTFT."""
+        """All stages, with those of encoding (the longest of several pictures) and the TTFT."""
         encoding: dict[str, float] = {}
         for item in items:
             for stage, value in item.timings.items():

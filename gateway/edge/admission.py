@@ -2,11 +2,11 @@
 
 Beyond either bound a request is refused at once with 429 and Retry-After, so that accepted requests
 keep their pace and memory stays bounded. A request is counted once its body has arrived: clients
-that send slowly, or stop sending, keep nobody out.
+that send slowly, or stop sending, do not keep others out.
 
-What a request takes counts for its key, or without keys for its address: its holder. While there
-are several holders, the last quarter of each bound is for those below an equal share: no holder can
-keep the others out, and one alone may have everything.
+Each request counts for its holder: its API key, or without keys its address. While there are
+several holders, the last quarter of each bound is reserved for holders below an equal share: no
+holder can keep the others out, and a holder that is alone may use all of it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ TRIM_DELAY_S = 1.0
 
 
 class SharedCapacity:
-    """An amount of something, and how much of it each holder has.
+    """A bounded amount, and how much of it each holder uses.
 
-    A holder that finds no room is refused by ``check``, or waits in ``acquire``: in the order of
-    asking, but past holders that have their share already. Belongs to one event loop.
+    Without room a holder is refused by ``check``, or waits in ``acquire``: FIFO, skipping holders
+    at their limit. Belongs to one event loop.
     """
 
     def __init__(
         self, what: str, most: int, most_each: int = 0, holders: Callable[[], int] = lambda: 1
     ) -> None:
-        """``what``: its name in errors. ``most_each``: what one holder may have; 0 stands for
-        ``most``. ``holders()``: how many there are to share it."""
+        """``what``: the amount's name in errors. ``most_each``: the limit of one holder; 0 stands
+        for ``most``. ``holders()``: the number of holders that share it."""
         self.what = what
         self.most = most
         self.most_each = most_each or most

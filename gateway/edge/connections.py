@@ -1,13 +1,13 @@
-"""Clients' connections: how many there may be, which one is closed where they run short, and how
-long one may wait for its client.
+"""Clients' connections: how many are allowed, which one is closed for a new one, and how long a
+connection may wait for its client.
 
 A connection waits for the headers of a request, for more of a body, or for its client to read more
 of an answer; otherwise it is at work, and never closed for another. Bytes that do not complete the
-headers are no progress, so a client cannot keep a connection by sending slowly. One that sends
-requests before the last one is answered counts as waiting, and never as idle.
+headers are no progress, so a client cannot keep a connection by sending slowly. A connection with
+pipelined requests counts as waiting, and never as idle.
 
-Bodies of thousands of chunks of a byte or so are read as fast as their holder's share of the event
-loop allows.
+Bodies of thousands of tiny chunks are read at a limited rate per holder, because each chunk takes
+time of the event loop.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ OTHER_FILES = 256  # Open files besides connections: libraries, logs, media bein
 
 @dataclass(slots=True, eq=False)
 class HeldConnections:
-    """The connections of one holder. Those that wait stand in order, longest without progress
+    """The connections of one holder. Waiting ones are in order: the longest without progress is
     first."""
 
     size: int = 0
     idle: dict[Connection, None] = field(default_factory=dict)  # Between requests.
-    stalled: dict[Connection, None] = field(default_factory=dict)  # Within one, or with more sent.
-    paced_until: float = 0.0  # When the chunks read so far are paid for, on the loop's clock.
+    stalled: dict[Connection, None] = field(default_factory=dict)  # Within a request, or pipelined.
+    paced_until: float = 0.0  # On the loop's clock: no more chunks are read before.
 
     def waiting(self, wait: Wait) -> dict[Connection, None]:
         return self.idle if wait is Wait.HEAD else self.stalled
 
     def find_dispensable(self, no_progress_since: float, *, same_holder: bool) -> Connection | None:
-        """The connection to close for a new one. ``same_holder``: as the new one's; then
-        none is closed within a request that made progress after ``no_progress_since``."""
+        """The connection to close for a new one; None if there is none. ``same_holder``: whether
+        the new one has the same holder; then no connection is closed within a request that made
+        progress after ``no_progress_since``."""
         idle, stalled = next(iter(self.idle), None), next(iter(self.stalled), None)
         for connection in (idle, stalled):
             if connection is not None and connection.since <= no_progress_since:
@@ -58,13 +59,13 @@ class HeldConnections:
 
 
 class Connections:
-    """All connections of one server. Over the limit, the holder of most loses one that waits for
-    its client; where that is the new one's holder and all are at work, the new one is closed. So
-    one holder may have all connections while nobody else wants any."""
+    """All connections of one server. Over the limit, the holder with most connections loses one
+    that waits for its client; if that is the new one's holder and all of its connections are at
+    work, the new one is closed. So one holder may have all connections while no other needs any."""
 
     def __init__(self, most: int, most_per_address: int = 0, stall_timeout_s: float = 30.0) -> None:
-        """``most_per_address``: 0 is no bound. ``stall_timeout_s``: in which a client must read
-        ``PROGRESS_BYTES`` of what is ready for it."""
+        """``most_per_address``: 0: unbounded. ``stall_timeout_s``: the time in which a client must
+        read ``PROGRESS_BYTES`` of an answer that is ready."""
         self.most = most
         self.most_per_address = most_per_address
         self.stall_timeout_s = stall_timeout_s
@@ -110,7 +111,7 @@ class Connections:
             self._full_addresses.discard(connection.address)
 
     def update(self, connection: Connection) -> None:
-        """To be called after anything that may change what a connection waits for, or its
+        """To be called after each event that may change what a connection waits for, or its
         holder."""
         if connection not in self._all:
             return
@@ -123,8 +124,8 @@ class Connections:
             self._set_wait(connection, wait)
 
     def pacing_delay_s(self, connection: Connection, chunks: int) -> float:
-        """How long to read nothing from a connection that just brought ``chunks`` chunks of a body.
-        Parsing a chunk costs the same however small it is, so small ones are paid for in time."""
+        """How long to read nothing from a connection that just sent ``chunks`` chunks of a body.
+        Parsing a chunk costs the same however small it is, so the rate of chunks is limited."""
         if chunks <= FREE_BODY_CHUNKS or connection not in self._all:
             return 0.0
         held, now = self._by_holder[connection.holder], connection.loop.time()
@@ -146,7 +147,7 @@ class Connections:
             del self._by_holder[connection.holder]
 
     def _set_wait(self, connection: Connection, wait: Wait | None) -> None:
-        """Begins a wait, also the same one again after some progress."""
+        """Begins a wait, or begins the same one again after progress."""
         held, loop = self._by_holder[connection.holder], connection.loop
         if connection.timer is not None:
             connection.timer.cancel()
@@ -164,16 +165,16 @@ class Connections:
             connection.timer = loop.call_later(CHECK_S, self._check_progress, connection)
 
     def _check_progress(self, connection: Connection) -> None:
-        """Closes a connection whose answer is not read. Of a body that stops arriving,
-        ``gateway.api.http`` informs the client."""
+        """Closes a connection whose client does not read its answer. A body that stops arriving is
+        left to ``gateway.api.http``, which sends the client an error."""
         if connection.progress() - connection.progress_before >= PROGRESS_BYTES:
             self._set_wait(connection, connection.wait)
             return
         stalled_s = connection.loop.time() - connection.since
         if connection.wait is Wait.READER and stalled_s >= self.stall_timeout_s:
             log.info(
-                "%s took less than %d bytes of what it was answered in %g s: its connection is "
-                "closed; see --stall-timeout-s",
+                "%s read less than %d bytes of an answer in %g s: its connection is closed; see "
+                "--stall-timeout-s",
                 connection.holder, PROGRESS_BYTES, self.stall_timeout_s,
             )  # fmt: skip
             connection.close()
@@ -199,8 +200,8 @@ class Connections:
 
 
 def allow_files(connections: int, workers: int) -> None:
-    """Lets this process open as many files as so many connections of clients and workers need, by
-    raising the soft limit. Raises ConfigError where the hard limit is too low."""
+    """Raises the soft limit on open files to what the connections of clients and workers need.
+    Raises ConfigError if the hard limit is too low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     others = OTHER_FILES + workers
     wanted = connections + others

@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 
 _WHOLE_URL = re.compile(r"https?://[^/]+(/.*)?", re.IGNORECASE | re.DOTALL)
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/@\[\]]+)(?::[0-9]*)?")
-MAX_METHOD_CHARACTERS = 20  # In the log, as of a path that no route has.
-MAX_PATH_CHARACTERS = 100
-MAX_SHOWN = 80  # Of a header that an error message repeats.
+MAX_METHOD_CHARACTERS = 20  # In the log.
+MAX_PATH_CHARACTERS = 100  # In the log, of a path without a route.
+MAX_SHOWN = 80  # Characters of a header that an error message repeats.
 CLIENT_LEFT = "cut by the client"
 PROBE_PATHS = frozenset({"/live", "/ready", "/health", "/metrics"})  # Logged as debug lines.
 ANY = "*"
@@ -46,7 +46,7 @@ def request_id(scope: Scope) -> str:
 
 
 class RequestScope:
-    """Gives a request its id, normalises its path, counts it and writes its line in the log."""
+    """Gives a request its id, normalises its path, counts it and writes its log line."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -131,22 +131,22 @@ async def _end_stream(send: Send, error: OpticNerveError) -> None:
 
 
 def _normalised(path: str) -> str:
-    """Without slashes at its end, and without the host where the request names a whole URL, as
-    clients of proxies do."""
+    """Without trailing slashes, and without the host if the request line has a whole URL, which a
+    proxy's clients send."""
     found = _WHOLE_URL.fullmatch(path)
     path = (found[1] or "/") if found else path
     return path.rstrip("/") or path[:1]
 
 
 def _route(scope: Scope) -> str:
-    """The path that the route declares, never what a client typed; empty where there is none."""
+    """The path as the route declares it, without the client's text; empty without a route."""
     route: Any = scope.get("route")
     return str(route.path) if route else ""
 
 
 class Authentication:
-    """Lets only known keys pass. Sets the request's state: ``caller`` is the ``Caller``, and
-    ``holder`` the one in whose share of the server the request counts."""
+    """Checks the API key. Sets the request's state: ``caller``, the ``Caller``, and ``holder``, the
+    name for which the request counts in every bound."""
 
     def __init__(self, app: ASGIApp, keys: Keys, *, public_models: bool) -> None:
         self.app = app
@@ -168,10 +168,10 @@ class Authentication:
 
 
 class PageGuard:
-    """Keeps web pages out of a gateway that needs no key because it listens on this machine alone.
+    """Refuses web pages' requests to a gateway without keys, which listens on loopback alone.
 
     A page opened here can make the browser send requests to loopback addresses, under a host name
-    of its own (DNS rebinding) or across origins. Programs name the host as they call it, and send
+    of its own (DNS rebinding) or across origins. Programs send this machine's name as Host, and
     no Origin. So the Host must be a name of this machine or one of ``hosts``, and the Origin, if
     any, this server's or one of ``origins``. ``*`` in either allows any.
     """
@@ -220,8 +220,8 @@ class Cancellation:
     """Cancels a request whose client disconnected, streaming or not, at any stage; and one that
     still runs when the gateway's drain is over, which then raises Unavailable.
 
-    Once the body is read, only this layer receives from the client; ``receive`` of the application
-    then returns when there is a disconnect.
+    Once the body is read, only this layer receives from the client; the application's ``receive``
+    then returns when the client disconnects.
     """
 
     def __init__(self, app: ASGIApp, running: Running) -> None:
@@ -245,7 +245,7 @@ class Cancellation:
 
 
 class _ClientChannel:
-    """Both directions of one request. ``answered``: the whole answer is sent."""
+    """The messages of one request, in both directions. ``answered``: the answer is complete."""
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self.answered = False

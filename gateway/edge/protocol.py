@@ -1,6 +1,6 @@
-"""HTTP/1 on one client's connection: uvicorn's protocol, with a strict parser, which knows what it
-waits for. Where two parsers could read different requests from the same bytes, the request is
-refused, so that none is smuggled past a proxy."""
+"""HTTP/1 on one client's connection: uvicorn's protocol with a strict parser, which reports what
+the connection waits for. Bytes that two parsers could read as different requests are refused, so
+that no request is smuggled past a proxy."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-READ_BYTES = 2**14  # Read and parsed in one step; more where a body of known length follows.
+READ_BYTES = 2**14  # Read and parsed in one step; more within a body of known length.
 MAX_READ_BYTES = 2**18
 VERSIONS = (b"1.0", b"1.1")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
-_QUOTED = re.compile(r"[:,]? (?:bytearray\()?b['\"].*", re.DOTALL)  # h11 quotes what it refuses.
+_QUOTED = re.compile(
+    r"[:,]? (?:bytearray\()?b['\"].*", re.DOTALL
+)  # h11's messages quote the client's bytes.
 
 
 class Wait(Enum):
-    """What a connection expects of its client."""
+    """What a connection waits for its client to do."""
 
     HEAD = "a request's headers"
     BODY = "more of its body"
@@ -47,8 +49,8 @@ class StrictParser(h11.Connection):
     one digit, and Content-Length beside Transfer-Encoding.
 
     ``fault``: why a request was refused, without anything that the client sent, which may be a key.
-    ``has_more``: bytes have come after the request that is being answered. ``body_left``: bytes to
-    come of a body of known length. ``chunks``: chunks of bodies that have come.
+    ``has_more``: bytes have arrived after the request that is being answered. ``body_left``: bytes
+    still to arrive of a body of known length. ``chunks``: chunks of bodies that have arrived.
     """
 
     def __init__(self) -> None:
@@ -92,8 +94,8 @@ class StrictParser(h11.Connection):
 
 
 class PacedFlow(FlowControl):
-    """Stops reading while it answers a request after which more has come: uvicorn would read on,
-    and keep whatever a client sends ahead. Stops too while the connection's chunks are paced."""
+    """Stops reading while a request is answered and pipelined bytes have arrived: uvicorn would
+    read on, and keep all of them in memory. Stops also while the connection's chunks are paced."""
 
     def __init__(self, transport: asyncio.Transport, parser: StrictParser) -> None:
         super().__init__(transport)
@@ -128,13 +130,13 @@ def holder_of(client: tuple[str, int] | None, key_name: str | None = None) -> st
 
 
 class Connection(H11Protocol):
-    """Reports to ``owner`` whenever it may wait for something else. ``wait``, ``since``,
-    ``progress_before`` and ``timer`` belong to the owner."""
+    """Calls ``owner.update`` after each event that may change what it waits for. ``wait``,
+    ``since``, ``progress_before`` and ``timer`` are set by the owner."""
 
     conn: StrictParser
 
     def __init__(self, owner: Connections, **given: Any) -> None:
-        """``given``: by uvicorn."""
+        """``given``: uvicorn's arguments."""
         super().__init__(**given)
         self.owner = owner
         self.conn = StrictParser()
@@ -166,7 +168,7 @@ class Connection(H11Protocol):
             self.flow.pause_for(self.loop, delay_s)
 
     def _limit_reads(self) -> None:
-        """One read may bring thousands of chunks, each of which costs time to parse."""
+        """Bounds one read, which could bring thousands of chunks that each cost time to parse."""
         size = min(max(READ_BYTES, self.conn.body_left), MAX_READ_BYTES)
         self.transport.max_size = size  # type: ignore[attr-defined]  # asyncio's size of one recv.
 
@@ -190,7 +192,7 @@ class Connection(H11Protocol):
         self.owner.update(self)
 
     def expects(self) -> Wait | None:
-        """What it waits for; None while it is at work."""
+        """What the connection waits for; None while it is at work."""
         if self.flow.write_paused:
             return Wait.READER
         if self.cycle is None or self.cycle.response_complete:
@@ -225,7 +227,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def close(self) -> None:
-        """Gives up what is not yet received of a request or sent of an answer."""
+        """Closes the connection, and aborts a request or answer that is not complete."""
         self.owner.remove(self)
         unsent = self.transport.get_write_buffer_size()
         if unsent or self.transport.is_closing() or self.expects() is not Wait.HEAD:

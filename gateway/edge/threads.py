@@ -1,7 +1,7 @@
 """Threads for work that would block the event loop.
 
 Two executors, so that short work does not wait behind long work, and few threads, since each one
-that runs Python makes the event loop wait for the interpreter's lock. An executor runs its work in
+that runs Python makes the event loop wait for the GIL. An executor runs its work in
 the order of arrival. Work should consist of steps that are short or release the lock.
 """
 
@@ -34,5 +34,5 @@ async def off_loop(size: int, work: Callable[P, T], *args: P.args, **kwargs: P.k
 
 
 async def off_loop_above(limit: int, size: int, work: Callable[[*Ts], T], *args: *Ts) -> T:
-    """Runs ``work`` here where ``size`` is at most ``limit``, else as ``off_loop`` does."""
+    """Runs ``work`` on the event loop if ``size`` is at most ``limit``, else in a thread."""
     return await off_loop(size, work, *args) if size > limit else work(*args)

@@ -1,4 +1,4 @@
-"""The body of a media server's answer: bounded while it arrives, its content encoding undone."""
+"""Reads the body of a media server's answer: bounded while it arrives, and decoded."""
 
 from __future__ import annotations
 
@@ -22,17 +22,15 @@ _CODING_NAME = re.compile(r"[a-z0-9_, -]{0,40}")
 async def read_body(
     response: httpcore2.Response, max_bytes: int, param: str | None, hold: Callable[[int], None]
 ) -> bytes:
-    """The decoded body of a response. ``max_bytes`` bounds it as it is sent and as it is decoded;
+    """The decoded body of a response. ``max_bytes`` bounds both its encoded and its decoded bytes;
     ``hold`` is called with the number of each piece's decoded bytes.
 
-    Raises PayloadTooLarge, UnreadableAnswer, and what ``hold`` raises.
+    Raises PayloadTooLarge, UnreadableAnswer, and the errors of ``hold``.
     """
     coding = coding_of(header(response, b"content-encoding"))
     if coding not in ("", *CODINGS):
         read = " and ".join(CODINGS)
-        raise UnreadableAnswer(
-            f"got bytes in the encoding {coding}, unasked, and only {read} are read"
-        )
+        raise UnreadableAnswer(f"got bytes in the encoding {coding}, but only {read} are supported")
     announced = header(response, b"content-length")
     if announced.isdecimal() and int(announced[:20]) > max_bytes:
         raise too_large(max_bytes, param)
@@ -45,7 +43,7 @@ async def read_body(
             if received > max_bytes:
                 raise too_large(max_bytes, param)
             if chunks > FREE_MEDIA_CHUNKS + received // LEAST_CHUNK_BYTES:
-                raise UnreadableAnswer("was answered in chunks of a few bytes, and far too many")
+                raise UnreadableAnswer("was answered in far too many chunks of a few bytes")
             for piece in decoder.pieces(chunk):
                 body += piece
                 if len(body) > max_bytes:
@@ -55,7 +53,7 @@ async def read_body(
         decoder.check_end()
     except zlib.error as error:
         raise UnreadableAnswer(
-            f"got bytes that are no whole {coding}, which their encoding is said to be"
+            f"got bytes that are no whole {coding}, though their Content-Encoding says so"
         ) from error
     return bytes(body)
 
@@ -70,25 +68,25 @@ def header(response: httpcore2.Response, name: bytes) -> str:
 
 
 def coding_of(header: str) -> str:
-    """A Content-Encoding without names that change nothing: "" for bytes sent as they are."""
+    """A Content-Encoding in its normal form, without ``identity``; "" for bytes without one."""
     names = [name.strip().lower() for name in header.split(",")]
     coding = ", ".join({"x-gzip": "gzip"}.get(name, name) for name in names if name not in IDENTITY)
     return coding if _CODING_NAME.fullmatch(coding) else "unknown"
 
 
 class ContentDecoder:
-    """Decodes gzip, of one member or several, and deflate, with zlib's frame or without. It yields
-    pieces, so that a few bytes that stand for gigabytes never take more memory than one piece."""
+    """Decodes gzip, of one or several members, and deflate, with or without zlib's frame. Yields
+    pieces, so that a decompression bomb takes no more memory than one piece."""
 
     def __init__(self, coding: str) -> None:
-        """``coding``: one of CODINGS, or "" for bytes that are sent as they are."""
+        """``coding``: one of CODINGS, or "" for bytes without an encoding."""
         self._coding = coding
         self._zlib = zlib.decompressobj(zlib.MAX_WBITS | 32)  # Detects gzip and zlib frames.
         self._head = b""
         self._members = 1
 
     def pieces(self, chunk: bytes) -> Iterator[bytes]:
-        """What ``chunk`` decodes to, in pieces of at most PIECE_BYTES where it is encoded. Raises
+        """The decoded bytes of ``chunk``, in pieces of at most PIECE_BYTES if it is encoded. Raises
         zlib.error."""
         if not self._coding:
             yield chunk
@@ -115,7 +113,7 @@ class ContentDecoder:
             chunk = self._zlib.unconsumed_tail or self._zlib.unused_data
 
     def check_end(self) -> None:
-        """Raises zlib.error where encoded bytes are missing. No bytes at all are complete."""
+        """Raises zlib.error if encoded bytes are missing. An empty body is complete."""
         if self._head and not self._zlib.eof:
             raise zlib.error("cut short")
 

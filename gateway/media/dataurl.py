@@ -56,7 +56,7 @@ def _unescaped(url: str, start: int) -> Iterator[bytes]:
     two hexadecimal digits."""
     while start < len(url):
         piece = url[start : start + PIECE_CHARACTERS]
-        if start + len(piece) < len(url):  # Never cuts an escape in two.
+        if start + len(piece) < len(url):  # Does not split an escape.
             cut = piece.find("%", len(piece) - 2)
             piece = piece if cut < 0 else piece[:cut]
         start += len(piece)

@@ -1,9 +1,9 @@
-"""Reading the bytes of one media item from where a request says they are.
+"""Fetches the bytes of one media item by its URL.
 
-Every hop of an HTTP fetch takes the same steps: one parser (httpx2.URL) for check and fetch, the
-name resolved once, every address checked, the connection made to a checked address while the name
-stays in Host and TLS, redirects followed here. Size and time are bounded while reading. Errors say
-what to do; they never quote what was fetched, nor an address that a name resolved to.
+Each hop of an HTTP fetch takes the same steps: the URL is parsed by one parser (httpx2.URL) for
+check and fetch, its name resolved once, every address checked, and a checked address connected to,
+while Host and TLS keep the name. Redirects are followed here. Size and time are bounded while
+reading. Errors say what to do; they quote neither fetched bytes nor a resolved address.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _HEADERS = (
 )
 _FAULTS = (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException)
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_HOST = re.compile(r"[A-Za-z0-9._:-]+")  # Without percent signs nothing is left to decode.
+_HOST = re.compile(r"[A-Za-z0-9._:-]+")  # No percent signs, so nothing is decoded later.
 _INSTEAD = "send the picture's bytes as a data: URL"
 
 
@@ -69,7 +69,7 @@ class _Fetch:
         )
 
     def broken(self, error: Exception) -> MediaFetchFailed:
-        """For an answer that was not read to its end."""
+        """The error for an answer that was not read to its end."""
         return self.failed(str(error) if isinstance(error, UnreadableAnswer) else "broke off")
 
     def redirect(self, target: httpx2.URL, location: str) -> httpx2.URL:
@@ -84,7 +84,7 @@ class _Fetch:
 
 
 class MediaFetcher:
-    """Fetches items by URL. One a gateway."""
+    """Fetches items by URL; one per gateway."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class MediaFetcher:
         self._resolve = resolve or Resolver()
         self._is_allowed = (lambda _: True) if config.allow_private_media else is_allowed
         self._tls = tls or httpx2.create_ssl_context()
-        # An encoding can make a picture larger than it is; TLS adds little.
+        # A content encoding can be larger than the picture; TLS adds little.
         self._network = MediaNetwork(2 * config.max_media_bytes + EXTRA_MEDIA_BYTES)
         self._slots = SharedCapacity("fetches", MAX_FETCHES, MAX_FETCHES_PER_ADDRESS)
 
@@ -107,9 +107,9 @@ class MediaFetcher:
     ) -> bytes:
         """The bytes at ``url`` (data:, http:, https:, file:), at most ``max_media_bytes``.
 
-        ``hold`` is called with numbers of bytes as they arrive. ``param`` names the request's field
-        in errors. Raises InvalidRequest for a URL that is not read here, MediaFetchFailed for one
-        that could not be read, PayloadTooLarge, and what ``hold`` raises.
+        ``hold`` is called with numbers of bytes as they arrive. ``param``: the request's field, for
+        errors. Raises InvalidRequest for a URL that is not allowed, MediaFetchFailed for one that
+        could not be read, PayloadTooLarge, and the errors of ``hold``.
         """
         scheme = url.partition(":")[0].lower()
         if scheme in ("http", "https"):
@@ -164,7 +164,7 @@ class MediaFetcher:
                 raise fetch.broken(error) from error
 
     async def _addresses(self, target: httpx2.URL, fetch: _Fetch) -> list[str]:
-        """The addresses of ``target``; raises unless all of them may be fetched from."""
+        """The addresses of ``target``. Raises InvalidRequest unless all of them are allowed."""
         host, param, domains = _host(target), fetch.param, self._config.allowed_media_domains
         if domains and not in_domains(host, domains):
             raise InvalidRequest(
@@ -197,8 +197,8 @@ class MediaFetcher:
         connections: contextlib.AsyncExitStack,
         fetch: _Fetch,
     ) -> httpcore2.Response:
-        """A response whose body is unread, from the first address that accepts a connection, which
-        ``connections`` closes."""
+        """The response of the first address that accepts a connection, its body unread;
+        ``connections`` closes the connection."""
         cause: Exception | None = None
         for address in addresses:
             try:
@@ -219,7 +219,7 @@ class MediaFetcher:
             port=_port(target),
             target=target.raw_path,
         )
-        # The timeout is that of the whole fetch; an address that does not answer leaves some of it.
+        # A third of the whole fetch's timeout, so that other addresses can be tried.
         extensions = {
             "timeout": {"connect": self._config.media_timeout_s / 3},
             "sni_hostname": _host(target),

@@ -1,13 +1,14 @@
-"""The hosts of media URLs: which of them are fetched from, and at which addresses.
+"""The hosts of media URLs: which addresses are allowed, and how names are resolved.
 
-An address is fetched from if it is public unicast, judged by where a packet would arrive: tunnelled
+An address is allowed if it is public unicast, judged by where a packet would arrive: tunnelled
 forms count as the IPv4 address inside.
 
 Names are resolved by the system's resolver, in threads, because it alone knows this machine's hosts
-file, search domains and name services. It blocks for many seconds where a name server does not
-answer, and cannot be cancelled. So a name is waited for a few seconds, and then not tried again for
-a while. Threads are limited, and shared by site, since the owner of one silent name server can
-make up any number of names; some are reserved for names that were resolved before.
+file, search domains and name services. It blocks for many seconds if a name server does not
+answer, and cannot be cancelled. So a look-up is abandoned after a few seconds, and the name not
+tried again for a while. Threads are limited, also per registered domain, since the owner of one
+silent name server can make up any number of names; some are reserved for names that were resolved
+before.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def in_domains(host: str, domains: tuple[str, ...]) -> bool:
 
 
 class Resolver:
-    """Resolves names; one a gateway. Results are not cached: a name may move."""
+    """Resolves names; one per gateway. Results are not cached, since they may change."""
 
     def __init__(self, look_up: LookUp = socket.getaddrinfo) -> None:
         self._look_up = look_up
@@ -134,7 +135,7 @@ class Resolver:
         return found
 
     async def _start(self, name: str, host: str, port: int) -> asyncio.Future[list[str] | OSError]:
-        """Starts a look-up in a thread, once there is a slot for it; its result to come."""
+        """Starts a look-up in a thread, once there is a slot for it. Returns its future result."""
         self._check_silence(name)
         slots = self._known if name in self._resolved else self._new
         holder = site(name)
@@ -186,7 +187,7 @@ class Resolver:
 
 
 def site(name: str) -> str:
-    """Roughly what one owner registers: a name's last two labels, or three below names such as
+    """The registered domain, roughly: a name's last two labels, or three below names such as
     ``co.uk``."""
     labels = name.split(".")
     shared = len(labels[-1]) == 2 and labels[-2:-1] and labels[-2] in SHARED_SECOND_LABELS

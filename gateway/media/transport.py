@@ -29,7 +29,7 @@ class UnreadableAnswer(httpcore2.ReadError):
 
 
 class PacedStream(ByteStream):
-    """The bytes of a connection, before TLS. Reads are delayed where many were small."""
+    """The bytes of a connection, below TLS. Reads are delayed after many small ones."""
 
     def __init__(self, inner: ByteStream, max_bytes: int) -> None:
         self._inner = inner
@@ -46,7 +46,7 @@ class PacedStream(ByteStream):
         self._delay = small and self._small_reads > FREE_SMALL_READS
         self._left -= len(data)
         if self._left < 0:
-            raise UnreadableAnswer("brought much more than a picture's bytes")
+            raise UnreadableAnswer("sent far more than a picture's bytes")
         return data
 
     async def send(self, item: bytes) -> None:
@@ -137,7 +137,7 @@ class MediaNetwork(httpcore2.AsyncNetworkBackend):
     """Connects to addresses; does not resolve names."""
 
     def __init__(self, max_bytes: int) -> None:
-        """``max_bytes``: what one connection may bring in all."""
+        """``max_bytes``: the most that one connection may receive."""
         self._max_bytes = max_bytes
 
     async def connect_tcp(

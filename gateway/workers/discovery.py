@@ -1,4 +1,4 @@
-"""Where the addresses of a pool's workers come from.
+"""Discovers the addresses of a pool's workers.
 
 An address is ``host:port``, or ``dns:///name:port`` for all addresses behind a name, which may
 change.
@@ -19,8 +19,8 @@ DNS_SCHEME = "dns:///"
 
 
 async def watch(name: str) -> AsyncIterator[set[str]]:
-    """The addresses behind ``name:port``, resolved again and again for as long as it is iterated.
-    Where the resolver does not answer, the last ones stay."""
+    """The addresses behind ``name:port``, resolved periodically while this is iterated. If the
+    resolver does not answer, nothing is yielded."""
     while True:
         found = await resolve(name)
         if found is not None:
@@ -43,8 +43,8 @@ async def resolve(name: str) -> set[str] | None:
 
 
 def same_family(addresses: set[str]) -> list[str]:
-    """The larger of the IPv6 and IPv4 addresses: two of one machine are often one of each, as
-    localhost's are."""
+    """The larger set of IPv6 or IPv4 addresses: one machine often has one of each, such as
+    localhost."""
     six = {each for each in addresses if each.startswith("[")}
     four = addresses - six
     return sorted(six if len(six) >= len(four) else four)

@@ -1,10 +1,10 @@
-"""Encoding an item on a pool of encoders: the compressed bytes go out, a reference comes back.
+"""Encodes items on a pool of encoders: sends the compressed bytes, and gets a reference.
 
 An item waits for an encoder with room until its request's deadline, in the order of the requests;
-a request that would wait too long is refused when it comes. Encoding is idempotent: if an encoder
-dies, the call goes to another one, or to the same one after its restart, within the deadline. An
-item is refused for a while after two encoders died while they had it. Requests for one key at the
-same time share one run.
+a request that would wait too long is refused on arrival. Encoding is idempotent: if an encoder
+dies, the call is retried on another one, or on the same one after its restart, within the deadline.
+An item is refused for a while after two encoders died while they encoded it. Concurrent requests
+for one key share one run.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _max_patches_in_flight(max_batch_patches: int, patches_per_s: float) -> int:
 
 
 class References(LRU[str, EmbeddingRef]):
-    """References to embeddings made lately, by content key; about 1 KiB each, never tensors.
+    """The most recent references to embeddings, by content key; about 1 KiB each, without tensors.
 
     An entry may be out of date: an LLM worker that finds no rows behind a reference asks for the
     item (``EmbeddingNeeded``), and the entry is removed.
@@ -110,7 +110,7 @@ class References(LRU[str, EmbeddingRef]):
         super().__init__(capacity)
 
     def remember(self, ref: EmbeddingRef) -> None:
-        """Keeps the reference without inline rows, if it names another place of them."""
+        """Keeps the reference without inline rows, if the rows can also be read elsewhere."""
         location = replace(ref.location, inline=b"")
         if location.shm_tier_id or location.redis or location.fetch_address:
             self[ref.key] = ref.at(location)
@@ -118,15 +118,15 @@ class References(LRU[str, EmbeddingRef]):
 
 @dataclass(frozen=True, slots=True)
 class _EncodeRun:
-    """One run of attempts to encode an item, for all requests that want it."""
+    """One run of attempts to encode an item, for all requests that wait for it."""
 
-    request_id: str  # Of the request that started it; encoders log this id.
+    request_id: str  # The id of the request that started it, which encoders log.
     called: list[str] = field(default_factory=list)  # Addresses of the encoders that were tried.
 
 
 @dataclass(frozen=True, slots=True)
 class _Claim:
-    """The encoder work of an item that is admitted."""
+    """The encoder work of an admitted item."""
 
     share: str
     weight: float
@@ -138,7 +138,7 @@ class _Claim:
 
 
 class Encoders:
-    """Encodes items on a pool, and remembers their references."""
+    """Encodes items on a pool, and caches their references."""
 
     def __init__(
         self,
@@ -160,14 +160,14 @@ class Encoders:
         self._deaths: LRU[str, tuple[int, float]] = LRU(MAX_SUSPECTS)
 
     def admit(self, items: Iterable[Encodable], deadline: Deadline) -> None:
-        """Counts a request's items as work that later requests wait for; ``leave`` ends that.
-        Raises Overloaded as ``check`` does."""
+        """Counts a request's items as encoder work ahead of later requests, until ``leave``. Raises
+        Overloaded as ``check`` does."""
         fresh = self.check(items, deadline)
         self._admitted.update({item.key: _Claim.of(item) for item in fresh})
 
     def check(self, items: Iterable[Encodable], deadline: Deadline) -> Collection[Encodable]:
-        """Those of a request's items that would wait for an encoder: not an item with a known
-        reference, or with a run under way.
+        """The items of a request that need a new run: without a known reference, and not admitted
+        yet.
 
         Raises Overloaded if one of them would have to wait too long: beyond the request's
         deadline, or longer than ``max_wait_s``.
@@ -190,8 +190,8 @@ class Encoders:
         return fresh
 
     def _ahead_of(self, items: Collection[Encodable]) -> int:
-        """Patches that are encoded before one of a request's new ``items``: all that its own
-        share has waiting, and of each other share as much, by weight, as that and the largest new
+        """Patches that fair queueing encodes before a request's new ``items``: all that wait for
+        its own share, and for each other share as much, by weight, as those and the largest new
         item together."""
         patches: dict[str, float] = {}  # Waiting, divided by the weight of their share.
         weights: dict[str, float] = {}
@@ -224,7 +224,7 @@ class Encoders:
             except DeadlineExceeded:
                 if not joined or deadline.remaining() == 0:
                     raise
-                continue  # The request that started the run is out of time; ours is not.
+                continue  # Only the request that started the run is past its deadline.
             return Encoded(done.ref, done.cached, 0 if joined else done.bytes_sent, done.timings)
 
     async def _join(self, item: Encodable, deadline: Deadline, request_id: str) -> Encoded:
@@ -280,7 +280,7 @@ class Encoders:
                     if lost.delivered:
                         self._blame(item.key, worker)
                         tried.add(worker.address)
-                except Overloaded as error:  # By other gateways' work: the item keeps waiting here.
+                except Overloaded as error:  # Other gateways' work fills it: the item waits here.
                     self.pool.report_full(worker, error.retry_after_s)
                 except Mispaired as error:
                     refusal = error

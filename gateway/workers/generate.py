@@ -1,9 +1,9 @@
 """One request's embeddings, and its generation with failover.
 
-All items are encoded at once, and references come as they finish. Another LLM worker continues a
-generation when its worker is lost: a call that breaks before its first token is sent again; one
-that breaks later continues on another worker, which gets the output of every choice so far. No
-token is lost or comes twice.
+All items are encoded at once, and their references sent as they become known. If an LLM worker is
+lost, another one continues: a call that breaks before its first token is sent again; one that
+breaks later is continued by a worker that gets the output of every choice so far. No token is lost
+or repeated.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ async def describe_llm(channel: grpc.aio.Channel, timeout_s: float) -> Descripti
 
 @dataclass(frozen=True)
 class GenerateSpec:
-    """What to generate; the same for every worker that is tried."""
+    """What to generate; the same for each worker that is tried."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -77,7 +77,7 @@ class GenerateSpec:
 
 @dataclass
 class _Item:
-    """One item of a request, and what became of it."""
+    """One item of a request, and the state of its encoding."""
 
     item: Encodable
     task: asyncio.Task[Encoded] | None = None
@@ -91,8 +91,8 @@ class RequestEmbeddings:
     """The embeddings of a request's distinct items, by content key.
 
     Entering the context starts to encode every item without a known reference, all at once;
-    leaving it cancels encodings under way. An error that leaves it and names a key gets the name of
-    the request's field that holds the item instead.
+    leaving it cancels encodings that run. An error that leaves it with a key as ``param`` gets the
+    path of the item's field in the request instead.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class RequestEmbeddings:
     # ---- references
 
     def known(self, key: str) -> EmbeddingRef | None:
-        """The reference, or None if it is not here yet."""
+        """The reference, or None if it is not known yet."""
         return self._items[key].ref
 
     async def ready(self, key: str) -> EmbeddingRef:
@@ -143,14 +143,14 @@ class RequestEmbeddings:
         """Encodes the item again. Raises EmbeddingNotFound beyond ``POLICY.max_reencodes``."""
         entry = self._items.get(key)
         if entry is None:
-            raise EmbeddingNotFound("the LLM worker asks for a picture that was not sent to it")
+            raise EmbeddingNotFound("the LLM worker asked for a picture that is not in the request")
         if entry.ref is not None or entry.task is None or entry.task.done():
             if reason != "PREEMPTED":
                 entry.losses += 1
                 entry.item = replace(entry.item, lost=True)
             if entry.losses > POLICY.max_reencodes:
                 raise EmbeddingNotFound(
-                    "a picture's embedding was lost again and again between encoder and LLM "
+                    "a picture's embedding was lost repeatedly between encoder and LLM "
                     "worker; check that both reach the same store and have one --store-key-file",
                 )
             self._encoders.references.pop(key)
@@ -199,7 +199,7 @@ class RequestEmbeddings:
 
 
 def _retrieve(task: asyncio.Task[Encoded]) -> None:
-    """Marks a failure as seen, or asyncio would log it where nobody waits for the task."""
+    """Retrieves a failure, which asyncio would log if no one awaited the task."""
     if not task.cancelled():
         task.exception()
 
@@ -272,7 +272,7 @@ class FailoverGeneration:
         self._unwanted.add(choice)
 
     def usage(self) -> Usage:
-        """Usage by our own count, for a generation that is left before its end."""
+        """Usage by our own count, for a generation that is aborted because no more is needed."""
         return Usage(
             prompt_tokens=len(self._spec.token_ids),
             completion_tokens=sum(map(len, self._tokens.values())),

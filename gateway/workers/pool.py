@@ -1,8 +1,8 @@
-"""The workers of one kind: watching them, and lending them to work.
+"""The workers of one kind: watches them, and lends them to requests.
 
-A pool has one channel a worker, and asks each for its health and description, more often while it
-does not serve. It lends serving workers in the order and by the choice of its ``Dispatcher``. A
-worker whose connection breaks gets no work from then on, until its next good health check.
+A pool has one channel to each worker, and polls its health and description, more often while it
+does not serve. Its ``Dispatcher`` decides which request gets which serving worker. A worker whose
+connection breaks gets no work until its next good health check.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from opticnerve.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
-UNUSABLE_WAIT_S = 5.0  # How long a request waits while a flag of every worker has to be corrected.
-MAX_SHOWN_ADDRESSES = 8  # Of one name, in a log line.
+UNUSABLE_WAIT_S = 5.0  # How long a request waits while every worker is misconfigured.
+MAX_SHOWN_ADDRESSES = 8  # In a log line.
 MIN_PAUSE_S, MAX_PAUSE_S = 0.05, 5.0  # For a worker that refused work.
 
 
@@ -43,7 +43,7 @@ class Changes:
 
 
 class WorkerPool:
-    """Workers of one kind. ``start`` and ``close`` frame its life."""
+    """The workers of one kind, between ``start`` and ``close``."""
 
     def __init__(
         self,
@@ -72,12 +72,12 @@ class WorkerPool:
 
     @property
     def configured(self) -> bool:
-        """Whether any address was given at all."""
+        """Whether the pool has addresses."""
         return bool(self._addresses)
 
     @property
     def unusable(self) -> bool:
-        """Whether all workers answer but can be given no work, so that waiting rarely helps."""
+        """Whether all workers are misconfigured, so that waiting rarely helps."""
         return bool(self._workers) and all(
             worker.state is WorkerState.UNUSABLE for worker in self._workers.values()
         )
@@ -115,7 +115,7 @@ class WorkerPool:
     async def lease(self, request: LeaseRequest, absence_s: float) -> AsyncIterator[Worker]:
         """Lends a worker, once it is this request's turn and one has room.
 
-        ``absence_s``: how long it waits while no worker serves. Raises Unavailable,
+        ``absence_s``: how long to wait while no worker serves. Raises Unavailable,
         DeadlineExceeded.
         """
         self.dispatcher.add(request)
@@ -126,7 +126,7 @@ class WorkerPool:
         finally:
             if request.worker is None:
                 self.dispatcher.remove(request)
-            else:  # Also where it was lent and cancelled in one turn of the event loop.
+            else:  # Also if it was lent and cancelled in one turn of the event loop.
                 request.worker.take_back(request.cost, request.heavy)
                 self.dispatcher.dispatch()
 
@@ -223,7 +223,7 @@ class WorkerPool:
         await worker.channel.close()
 
     async def _warn_of_several(self, address: str) -> None:
-        """Warns of a name with several addresses: gRPC calls one, and the others get no work."""
+        """Warns if a name has several addresses: gRPC calls one, so the others get no work."""
         found: set[str] | None = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PROBE_TIMEOUT_S):
@@ -231,7 +231,7 @@ class WorkerPool:
         several = same_family(found or set())
         if len(several) > 1:
             log.warning(
-                "%s %s has %d addresses (%s), and one of them gets all the work; to spread it, "
+                "%s %s has %d addresses (%s), but only one gets work; to use all of them, "
                 "write dns:///%s",
                 self.kind, address, len(several), ", ".join(several[:MAX_SHOWN_ADDRESSES]), address,
             )  # fmt: skip
