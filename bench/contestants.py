@@ -13,7 +13,7 @@ import torch
 
 from llm_service.engine.client import ThreadEngineClient
 from llm_service.engine.engine import Emit, Engine
-from llm_service.policy.protocol import FailedEvent, GenerateRequest, TokensEvent
+from llm_service.policy.messages import FailedEvent, GenerateRequest, TokensEvent
 from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Plan, Span
 from tests.local_engine import LocalEngine

@@ -210,7 +210,7 @@ def half(side: str, model: str) -> dict[str, float]:
         touch(tensors)
         return figures(before, sum(storages.values()))
     import opticnerve.models.qwen2_vl.language  # noqa: F401
-    from llm_service.device.attention.backend import ATTENTION_NAME
+    from llm_service.device.attention.base import ATTENTION_NAME
 
     before = resident()
     checkpoint = Checkpoint.open(model, side="llm")

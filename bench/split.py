@@ -40,17 +40,17 @@ from gateway.output.detokenizer import Vocabulary
 from gateway.prompt.renderer import ChatRenderer
 from gateway.sampling import Defaults, SamplingLimits, resolve_sampling
 from llm_service.device.attention import make_backend
-from llm_service.device.attention.backend import ATTENTION_NAME
+from llm_service.device.attention.base import ATTENTION_NAME
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
 from llm_service.engine.engine import Engine
-from llm_service.policy.limits import EngineConfig
-from llm_service.policy.protocol import GenerateRequest, TokensEvent
+from llm_service.policy.engine_config import EngineConfig
+from llm_service.policy.messages import GenerateRequest, TokensEvent
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
+from opticnerve.content_keys import content_key
 from opticnerve.generation.values import Sampling
-from opticnerve.keys import content_key
 from opticnerve.media.decode import decode
-from opticnerve.media.structure import parse_structure
+from opticnerve.media.probe import parse_structure
 from opticnerve.models.registry import (
     load_language,
     load_tower,

@@ -32,7 +32,7 @@ from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.redis_store import RedisStore
 from opticnerve.embeddings.shm_store import ShmStore
-from opticnerve.embeddings.tier import create_tier_directory, remove_tier
+from opticnerve.owned_directories import create_tier_directory, remove_tier
 from tests.redis import PATIENT, RedisServer, find_redis_server
 
 ROWS, COLUMNS = 1369, 3584

@@ -22,8 +22,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from opticnerve.embeddings.tier import is_locked, make_private
 from opticnerve.errors import PoisonousItem, StoreError
+from opticnerve.owned_directories import is_locked, make_private
 
 log = logging.getLogger(__name__)
 

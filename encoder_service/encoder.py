@@ -20,11 +20,12 @@ from encoder_service import metrics
 from encoder_service.backends.base import Capacity, Embedding, VisionModel
 from encoder_service.batcher import Backlog, Batcher, BatchResult, Recovery
 from encoder_service.crash_record import CrashRecord
+from encoder_service.pictures.decode_pool import DecodeJob, PreprocessPool
 from encoder_service.pictures.decode_process import DecodeTask, Pixels, decode_and_cut
-from encoder_service.pictures.preprocess import DecodeJob, PreprocessPool
-from encoder_service.results import Results
+from encoder_service.publisher import Results
 from opticnerve.config import EncoderConfig
 from opticnerve.config.shared import MIN_IMAGE_PIXELS
+from opticnerve.content_keys import content_key
 from opticnerve.embeddings.ref import EmbeddingRef, TensorSpec, tensor_names
 from opticnerve.embeddings.store import check_key
 from opticnerve.errors import (
@@ -36,9 +37,8 @@ from opticnerve.errors import (
     PlanMismatch,
     UnsupportedFeature,
 )
-from opticnerve.keys import content_key
 from opticnerve.media.plan import WHITE, Modality, Overrides, Plan, Structure
-from opticnerve.media.structure import parse_structure
+from opticnerve.media.probe import parse_structure
 from opticnerve.single_flight import Flights
 
 STAGED_BATCHES = 2  # Decoded batches: one on the device, one waiting for it.

@@ -13,21 +13,21 @@ from pathlib import Path
 import torch
 
 from encoder_service.backends.base import VisionModel
-from encoder_service.backends.torch import TorchBackend
+from encoder_service.backends.torch_backend import TorchBackend
 from encoder_service.crash_record import CrashRecord
 from encoder_service.encoder import Encoder
-from encoder_service.pictures.sizing import largest_plan, shrink
-from encoder_service.results import Results
+from encoder_service.pictures.largest_picture import largest_plan, shrink
+from encoder_service.publisher import Results
 from encoder_service.servicer import SERVICE, EncoderServicer
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.checkpoints.fingerprint import encoder_fingerprint
 from opticnerve.config import EncoderConfig, ModelConfig
 from opticnerve.embeddings.open import OpenStore, local_tier, open_worker_store
-from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.shm_store import ShmStore
+from opticnerve.embeddings.signing import Seal
 from opticnerve.embeddings.store import Store
-from opticnerve.embeddings.tier import base_directory
 from opticnerve.models.registry import load_tower, make_layout, make_preprocessor
+from opticnerve.owned_directories import base_directory
 from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc.server import Server, serving
 

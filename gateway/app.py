@@ -12,10 +12,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.api import chat, completions, health, models, openapi, template
-from gateway.api.call import WARNINGS
+from gateway.api import apply_template, chat, completions, health, models, openapi
 from gateway.api.http import ErrorResponse
 from gateway.api.models import ServedNames
+from gateway.api.routing import WARNINGS
 from gateway.api.schemas.parsing import problem_text
 from gateway.edge.admission import Admission
 from gateway.edge.auth import Keys, needs_key
@@ -36,7 +36,7 @@ from opticnerve.process import Running
 APIS = (
     chat.router,
     completions.router,
-    template.router,
+    apply_template.router,
     models.router,
     health.router,
     openapi.router,

@@ -21,8 +21,8 @@ from gateway.media.reader import Fetched, MediaReader
 from gateway.output.choices import Choices
 from gateway.output.detokenizer import Vocabulary
 from gateway.output.events import AnswerEvent, ChoiceEnd, End, Text
+from gateway.prompt.completion_prompt import read_plain
 from gateway.prompt.placeholders import ExpandedPrompt
-from gateway.prompt.plain import read_plain
 from gateway.prompt.renderer import ChatRenderer
 from gateway.sampling import (
     Defaults,
@@ -35,8 +35,8 @@ from gateway.workers.encode import Encodable, Encoders
 from gateway.workers.generate import FailoverGeneration, GenerateSpec, RequestEmbeddings
 from gateway.workers.pairing import Pair, Pairing
 from gateway.workers.pool import WorkerPool
+from opticnerve.content_keys import tenant_salt
 from opticnerve.generation.values import Delta, Done, Sampling, Usage
-from opticnerve.keys import tenant_salt
 from opticnerve.media.plan import Plan
 from opticnerve.telemetry import logs
 

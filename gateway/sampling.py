@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from gateway.api.schemas.sampling import SamplingFields
 from gateway.job import UNLIMITED, GenerationOptions, PromptKind, prompt_too_long
 from gateway.prompt.tokenizer import Tokenizer
-from opticnerve.checkpoints.settings import read_object
+from opticnerve.checkpoints.json_files import read_object
 from opticnerve.errors import (
     CheckpointError,
     ConfigError,

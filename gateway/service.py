@@ -19,8 +19,8 @@ from gateway.app import Gateway, make_app
 from gateway.edge.admission import Admission
 from gateway.edge.auth import Keys
 from gateway.edge.connections import Connections, allow_files
+from gateway.edge.http1 import Connection
 from gateway.edge.limits import IDLE_TIMEOUT_S
-from gateway.edge.protocol import Connection
 from gateway.media.fetch import MediaFetcher
 from gateway.media.reader import MediaReader
 from gateway.output.detokenizer import Vocabulary
@@ -28,10 +28,10 @@ from gateway.pipeline import Pipeline
 from gateway.prompt.renderer import ChatRenderer
 from gateway.sampling import load_defaults
 from gateway.workers.encode import Encoders, describe_encoder
+from gateway.workers.encoder_check import ReachabilityCheck
 from gateway.workers.generate import describe_llm
 from gateway.workers.pairing import Pairing
 from gateway.workers.pool import Changes, WorkerPool
-from gateway.workers.reachability import ReachabilityCheck
 from opticnerve import addresses
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig

@@ -8,7 +8,7 @@ from prometheus_client import Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from llm_service.policy.protocol import EngineStats
+from llm_service.policy.messages import EngineStats
 from opticnerve.telemetry.metrics import CACHE_LOOKUPS, STAGE_SECONDS, collected
 
 __all__ = ["CACHE_LOOKUPS", "STAGE_SECONDS", "TOKENS", "collected", "engine_stats"]

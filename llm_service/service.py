@@ -11,8 +11,8 @@ from llm_service import metrics
 from llm_service.device.attention import make_backend
 from llm_service.engine import build
 from llm_service.engine.client import EngineClient, ProcessEngineClient, ThreadEngineClient
-from llm_service.policy.limits import EngineConfig
-from llm_service.policy.protocol import FailedEvent, GenerateRequest
+from llm_service.policy.engine_config import EngineConfig
+from llm_service.policy.messages import FailedEvent, GenerateRequest
 from llm_service.rows.fetcher import Fetcher
 from llm_service.rows.store_rows import OVERFLOW_BYTES, StoreRows
 from llm_service.wire.servicer import SERVICE, LLMServicer, Loaded
@@ -24,7 +24,7 @@ from opticnerve.checkpoints.loader import resolve_device, resolve_dtype
 from opticnerve.config import LLMConfig
 from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.open import local_tier, open_worker_store
-from opticnerve.embeddings.seal import Seal
+from opticnerve.embeddings.signing import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import ConfigError, EngineFailure, StartupError
 from opticnerve.generation.values import Sampling

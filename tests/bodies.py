@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from gateway.api.apply_template import ApplyTemplateRequest
 from gateway.api.chat import ChatRequest
 from gateway.api.completions import CompletionRequest
 from gateway.api.schemas.base import Strict
 from gateway.api.schemas.parsing import Ignored, parse
-from gateway.api.template import ApplyTemplateRequest
 from opticnerve.errors import InvalidRequest
 
 URL = "https://example.com/a.png"

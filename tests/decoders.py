@@ -11,7 +11,7 @@ from PIL import Image
 
 from encoder_service.pictures.decode_process import DecoderProcess, DecodeTask
 from opticnerve.media.plan import Grid, Modality, Plan
-from opticnerve.media.structure import parse_structure
+from opticnerve.media.probe import parse_structure
 from tests.hostile import save
 from tests.system import wait_for
 

@@ -23,12 +23,12 @@ from encoder_service.batcher import Recovery
 from encoder_service.servicer import EncoderServicer
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import EncoderConfig, RpcConfig, StoreConfig
+from opticnerve.content_keys import content_key
 from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import OpticNerveError
-from opticnerve.keys import content_key
 from opticnerve.media.plan import Overrides, Plan
-from opticnerve.media.structure import parse_structure
+from opticnerve.media.probe import parse_structure
 from opticnerve.models.family import Layout
 from opticnerve.models.registry import make_layout
 from opticnerve.pb import encoder_pb2 as pb

@@ -15,9 +15,9 @@ from typing import Any
 
 from llm_service.engine.engine import Emit, Engine
 from llm_service.policy.block_manager import BlockManager
-from llm_service.policy.limits import EngineConfig
-from llm_service.policy.plan import StepPlan, Work, WorkResult
-from llm_service.policy.protocol import GenerateRequest
+from llm_service.policy.engine_config import EngineConfig
+from llm_service.policy.messages import GenerateRequest
+from llm_service.policy.step_plan import StepPlan, Work, WorkResult
 from opticnerve.errors import EmbeddingEvicted, EmbeddingUnavailable
 from opticnerve.generation.values import ChoiceOutput, Logprob, PositionLogprobs
 from opticnerve.media.plan import Span, SpanAttention

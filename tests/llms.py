@@ -22,7 +22,7 @@ from opticnerve.config import LLMConfig, ModelConfig, RpcConfig, StoreConfig
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.ref import EmbeddingRef, Location
-from opticnerve.embeddings.seal import Seal
+from opticnerve.embeddings.signing import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.media.plan import Modality, Overrides, Plan, Span, Structure
 from opticnerve.models.family import Layout, Tower

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from llm_service.device.attention import make_backend
-from llm_service.device.attention.backend import ATTENTION_NAME
+from llm_service.device.attention.base import ATTENTION_NAME
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
 from llm_service.engine.engine import Engine, EngineConfig, Message
-from llm_service.policy.protocol import (
+from llm_service.policy.messages import (
     FailedEvent,
     GenerateRequest,
     PromptLogprobsEvent,

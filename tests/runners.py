@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_service.device.attention.backend import ATTENTION_NAME
-from llm_service.policy.protocol import GenerateRequest
+from llm_service.device.attention.base import ATTENTION_NAME
+from llm_service.policy.messages import GenerateRequest
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Grid, Modality, Span

@@ -13,9 +13,9 @@ from typing import Any
 from llm_service.engine.client import EngineClient, ProcessEngineClient, ThreadEngineClient
 from llm_service.engine.engine import Emit, Engine
 from llm_service.engine.stream import EventStream
-from llm_service.policy.limits import EngineConfig
-from llm_service.policy.plan import StepPlan, WorkResult
-from llm_service.policy.protocol import Event, GenerateRequest, TokensEvent
+from llm_service.policy.engine_config import EngineConfig
+from llm_service.policy.messages import Event, GenerateRequest, TokensEvent
+from llm_service.policy.step_plan import StepPlan, WorkResult
 from opticnerve.errors import (
     ConfigError,
     DeviceLost,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from bench.gpu.models import Picture, Prompt, Room, Said, Split
 from llm_service.device.attention import make_backend
-from llm_service.device.attention.backend import AttentionStep, Chunk, PageShape
+from llm_service.device.attention.base import AttentionStep, Chunk, PageShape
 from opticnerve.models.towers import varlen
 from tests.reference import image_rows
 

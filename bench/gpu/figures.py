@@ -28,8 +28,8 @@ from bench.gpu.checks import (
     tower_case,
 )
 from bench.gpu.models import TEXT_IDS, Room, Split, wall_ms
-from llm_service.policy.plan import StepPlan, WorkResult
-from llm_service.policy.protocol import GenerateRequest, PrefilledEvent
+from llm_service.policy.messages import GenerateRequest, PrefilledEvent
+from llm_service.policy.step_plan import StepPlan, WorkResult
 from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Grid
 from tests.local_engine import LocalEngine

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from encoder_service.backends.torch import TorchBackend
-from llm_service.device.attention.backend import ATTENTION_NAME
-from llm_service.policy.protocol import FinishedEvent, GenerateRequest
+from encoder_service.backends.torch_backend import TorchBackend
+from llm_service.device.attention.base import ATTENTION_NAME
+from llm_service.policy.messages import FinishedEvent, GenerateRequest
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.generation.values import PositionLogprobs, Sampling
 from opticnerve.media.plan import Modality, Overrides, Plan, Span, Structure

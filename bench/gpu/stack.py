@@ -26,14 +26,14 @@ from bench.gpu.checks import Figures, Seen, Skipped
 from bench.gpu.figures import MODEL
 from bench.gpu.models import TEXT_IDS, Room, Split, picture_span
 from encoder_service.batcher import Batcher
-from encoder_service.pictures.preprocess import FairQueue
+from encoder_service.pictures.decode_pool import FairQueue
 from llm_service.engine.client import ThreadEngineClient
 from llm_service.engine.engine import Emit, Engine
-from llm_service.policy.protocol import FailedEvent, GenerateRequest, TokensEvent
+from llm_service.policy.messages import FailedEvent, GenerateRequest, TokensEvent
 from opticnerve.generation.values import Sampling
 from opticnerve.media.decode import decode
 from opticnerve.media.plan import Plan, Span
-from opticnerve.media.structure import parse_structure
+from opticnerve.media.probe import parse_structure
 from tests.reference import picture
 
 SERVICES = ("encoder_service.service", "llm_service.service", "gateway.service")

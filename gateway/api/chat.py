@@ -20,7 +20,7 @@ from gateway.api.answer import (
     logprobs_json,
     streamed,
 )
-from gateway.api.call import Call, make_router
+from gateway.api.routing import Call, make_router
 from gateway.api.schemas.base import INTEGRAL, Unused, fault
 from gateway.api.schemas.generate import GenerateFields, OutputLength
 from gateway.api.schemas.messages import TemplateFields

@@ -19,7 +19,7 @@ from gateway.api.answer import (
     StreamUsage,
     streamed,
 )
-from gateway.api.call import Call, make_router
+from gateway.api.routing import Call, make_router
 from gateway.api.schemas.base import UnsupportedField
 from gateway.api.schemas.generate import GenerateFields, OutputLength
 from gateway.api.schemas.sampling import TokenId

@@ -13,8 +13,8 @@ from pydantic import Field
 from starlette.responses import PlainTextResponse, Response
 from typing_extensions import TypedDict
 
-from gateway.api.call import Call, make_router
 from gateway.api.http import JSONResponse
+from gateway.api.routing import Call, make_router
 from gateway.edge.auth import ANONYMOUS
 from gateway.workers.pairing import Pairing
 from gateway.workers.pool import WorkerPool

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from gateway.api import sse
 from gateway.api.schemas.base import Body
-from gateway.api.schemas.outline import Outline, count_values, split_long_strings
+from gateway.api.schemas.long_json import Outline, count_values, split_long_strings
 from gateway.api.schemas.parsing import Ignored, parse
 from gateway.edge.admission import Ticket
 from gateway.edge.limits import PROGRESS_BYTES, VALUE_BYTES

@@ -11,8 +11,8 @@ from fastapi import Path
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
-from gateway.api.call import Call, make_router
 from gateway.api.http import JSONResponse
+from gateway.api.routing import Call, make_router
 from opticnerve.errors import ModelNotFound
 
 ANY = "*"

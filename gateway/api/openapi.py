@@ -13,8 +13,8 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute
 from typing_extensions import TypedDict
 
-from gateway.api.call import Call, make_router
 from gateway.api.http import REF, JSONResponse
+from gateway.api.routing import Call, make_router
 from opticnerve import __version__
 
 KEY = {"type": "http", "scheme": "bearer", "description": "One of the server's API keys."}

@@ -17,6 +17,7 @@ import resource
 from collections import Counter
 from dataclasses import dataclass, field
 
+from gateway.edge.http1 import Connection, Wait
 from gateway.edge.limits import (
     BODY_CHUNKS_PER_S,
     FIRST_HEAD_TIMEOUT_S,
@@ -25,7 +26,6 @@ from gateway.edge.limits import (
     NO_PROGRESS_S,
     PROGRESS_BYTES,
 )
-from gateway.edge.protocol import Connection, Wait
 from opticnerve.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from opticnerve.errors import (
     PoisonousItem,
     Unavailable,
 )
-from opticnerve.media.formats.window import MAX_PIECES
+from opticnerve.media.formats.byte_reader import MAX_PIECES
 from opticnerve.media.plan import LIGHT_MEMORY, LIGHT_PASSES
 
 Number = TypeVar("Number", int, float)

@@ -19,7 +19,7 @@ from gateway import metrics
 from gateway.api import sse
 from gateway.api.http import ErrorResponse, typed
 from gateway.edge.auth import ANONYMOUS, Keys, needs_key
-from gateway.edge.protocol import holder_of
+from gateway.edge.http1 import holder_of
 from opticnerve import addresses
 from opticnerve.errors import Forbidden, OpticNerveError, Unauthenticated, UnsupportedMediaType
 from opticnerve.process import LAST_WORDS_S, Running

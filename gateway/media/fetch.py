@@ -30,9 +30,9 @@ from gateway.edge.limits import (
     MAX_URL_CHARACTERS,
 )
 from gateway.edge.threads import off_loop_above
-from gateway.media.body import header, read_body
 from gateway.media.dataurl import is_data_url, read_data_url, too_large
 from gateway.media.hosts import Resolver, in_domains, is_public, is_unusual_ipv4
+from gateway.media.response_body import header, read_body
 from gateway.media.transport import MediaNetwork, MediaStream, UnreadableAnswer
 from opticnerve import __version__
 from opticnerve.config import GatewayConfig

@@ -14,10 +14,10 @@ from gateway.clock import Deadline
 from gateway.edge.threads import off_loop_above
 from gateway.media.fetch import MediaFetcher
 from opticnerve.config import GatewayConfig
+from opticnerve.content_keys import content_key
 from opticnerve.errors import InvalidRequest, OpticNerveError
-from opticnerve.keys import content_key
 from opticnerve.media.plan import Overrides, Plan, parse_background
-from opticnerve.media.structure import parse_structure
+from opticnerve.media.probe import parse_structure
 from opticnerve.models.family import Layout
 
 OFF_LOOP_BYTES = 2**13  # Larger items are parsed and hashed in a thread.

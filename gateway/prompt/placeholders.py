@@ -17,7 +17,7 @@ from gateway.prompt.tokenizer import (
     merge_added,
     read_source,
 )
-from opticnerve.checkpoints.settings import read_object
+from opticnerve.checkpoints.json_files import read_object
 from opticnerve.checkpoints.tokenizer_files import named_tokens, read_tokenizer_config
 from opticnerve.errors import CheckpointError, InvalidRequest
 from opticnerve.media.plan import Modality, Plan, Span

@@ -22,7 +22,7 @@ from gateway.edge.limits import MAX_PROMPT_CHARACTERS
 from gateway.job import ChatPrompt, prompt_too_long
 from gateway.prompt import placeholders
 from gateway.prompt.placeholders import ExpandedPrompt
-from gateway.prompt.provenance import Marks
+from gateway.prompt.special_token_guard import Marks
 from gateway.prompt.template import ChatTemplate, clock, load_template
 from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.errors import ContextLengthExceeded, InvalidRequest
@@ -210,7 +210,7 @@ class ChatRenderer:
 
 
 class Rendering:
-    """Renders the messages of one chat two or three times, see ``gateway.prompt.provenance``."""
+    """Renders the messages of one chat two or three times; ``special_token_guard`` says why."""
 
     def __init__(
         self,

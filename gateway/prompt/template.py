@@ -1,8 +1,8 @@
 """The model's own chat template, rendered as Hugging Face renders it, in a sandbox.
 
 A template is compiled three times: unchanged, and twice with aliases instead of its special tokens
-(see ``gateway.prompt.provenance``). The unchanged one renders the prompt; the others show the
-provenance of its special tokens.
+(see ``gateway.prompt.special_token_guard``). The unchanged one renders the prompt; the others show
+where its special tokens come from.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gateway.edge.limits import MAX_PROMPT_CHARACTERS, TEMPLATE_TIMEOUT_S
-from gateway.prompt.provenance import Aliases
-from opticnerve.checkpoints.settings import read_object
+from gateway.prompt.special_token_guard import Aliases
+from opticnerve.checkpoints.json_files import read_object
 from opticnerve.errors import CheckpointError, ConfigError, ContextLengthExceeded, InvalidRequest
 
 MAX_MESSAGE = 500  # Characters of a template's own message that an error repeats.

@@ -2,8 +2,8 @@
 
 It is read from tokenizer.json and the tokens that tokenizer_config.json adds, as Hugging Face does
 for the supported families. Ids equal Hugging Face's with one difference, see
-``gateway.prompt.provenance``: this tokenizer knows special tokens by their aliases, so they are
-special only in text that ``Aliases.hide`` has changed.
+``gateway.prompt.special_token_guard``: this tokenizer knows special tokens by their aliases, so
+they are special only in text that ``Aliases.hide`` has changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from gateway.prompt.provenance import Aliases
+from gateway.prompt.special_token_guard import Aliases
 from opticnerve.checkpoints.tokenizer_files import (
     added_entries,
     named_tokens,

@@ -33,7 +33,7 @@ from opticnerve.errors import (
     PayloadTooLarge,
     Unavailable,
 )
-from opticnerve.generation.stream import GenerateStream, StreamPolicy
+from opticnerve.generation.generate_stream import GenerateStream, StreamPolicy
 from opticnerve.generation.values import ChoiceOutput, Delta, Done, Sampling, Usage
 from opticnerve.media.plan import Span
 from opticnerve.pb import llm_pb2 as pb

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_service.device.attention.backend import AttentionStep, Chunk
-from llm_service.policy.plan import Work
+from llm_service.device.attention.base import AttentionStep, Chunk
 from llm_service.policy.sequence import Sequence
+from llm_service.policy.step_plan import Work
 from opticnerve.media.plan import SpanAttention
 
 if TYPE_CHECKING:

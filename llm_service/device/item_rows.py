@@ -10,8 +10,8 @@ import torch
 
 from llm_service.device.batch import Batch
 from llm_service.device.memory import to_device
-from llm_service.policy.plan import Segment
-from llm_service.policy.rows import RowSource
+from llm_service.policy.row_source import RowSource
+from llm_service.policy.step_plan import Segment
 from opticnerve.embeddings.ref import tensor_names
 from opticnerve.errors import EmbeddingCorrupt
 from opticnerve.models.family import LanguageModel

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from llm_service.device.attention.backend import AttentionBackend, PageShape, active
+from llm_service.device.attention.base import AttentionBackend, PageShape, active
 from llm_service.device.batch import Batch, SlotTable, pack
 from llm_service.device.item_rows import ItemRows, Overwrite
 from llm_service.device.memory import cache_budget, to_device
 from llm_service.device.sampler import Drawn, Sampler, position_logprobs
-from llm_service.policy.plan import StepPlan, Work, WorkResult
-from llm_service.policy.rows import RowSource
+from llm_service.policy.row_source import RowSource
+from llm_service.policy.step_plan import StepPlan, Work, WorkResult
 from opticnerve.errors import (
     ConfigError,
     DeviceLost,

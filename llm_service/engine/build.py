@@ -7,12 +7,12 @@ import logging
 import torch
 
 from llm_service.device.attention import make_backend
-from llm_service.device.attention.backend import ATTENTION_NAME
+from llm_service.device.attention.base import ATTENTION_NAME
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
 from llm_service.engine.engine import Emit, Engine
-from llm_service.engine.host import RowsDamaged, Send
-from llm_service.policy.limits import EngineConfig
-from llm_service.policy.rows import RowSource
+from llm_service.engine.main import RowsDamaged, Send
+from llm_service.policy.engine_config import EngineConfig
+from llm_service.policy.row_source import RowSource
 from llm_service.rows.store_rows import StoreRows
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import LLMConfig

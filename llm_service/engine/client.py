@@ -20,9 +20,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from llm_service.engine import host
+from llm_service.engine import main
 from llm_service.engine.engine import Message
-from llm_service.engine.host import (
+from llm_service.engine.main import (
     STOP_TIMEOUT_S,
     EngineEnded,
     EngineFactory,
@@ -31,8 +31,8 @@ from llm_service.engine.host import (
     RowsDamaged,
 )
 from llm_service.engine.stream import EventStream
-from llm_service.policy.limits import EngineConfig
-from llm_service.policy.protocol import (
+from llm_service.policy.engine_config import EngineConfig
+from llm_service.policy.messages import (
     Abort,
     CheckIntegrity,
     Command,
@@ -251,9 +251,9 @@ class ThreadEngineClient(EngineClient):
 
     def _launch(self) -> None:
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        factory = host.import_factory(self._factory)
+        factory = main.import_factory(self._factory)
         self._thread = threading.Thread(
-            target=host.run_engine,
+            target=main.run_engine,
             args=(factory, self._factory_config, self._inbox, self._receive),
             name="engine",
             daemon=True,
@@ -276,7 +276,7 @@ class ProcessEngineClient(EngineClient):
         self._pipe, theirs = context.Pipe()
         self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._process = context.Process(
-            target=host.run_engine_process,
+            target=main.run_engine_process,
             args=(theirs, self._factory, self._factory_config),
             daemon=True,
         )

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from llm_service.policy.block_manager import BlockManager
-from llm_service.policy.limits import EngineConfig, check_request
-from llm_service.policy.plan import Runner, StepPlan, Work, WorkResult
-from llm_service.policy.protocol import (
+from llm_service.policy.engine_config import EngineConfig, check_request
+from llm_service.policy.messages import (
     Abort,
     AbortedEvent,
     CheckIntegrity,
@@ -36,9 +35,10 @@ from llm_service.policy.protocol import (
     Stop,
     TokensEvent,
 )
-from llm_service.policy.rows import RowSource
+from llm_service.policy.row_source import RowSource
 from llm_service.policy.scheduler import Scheduler
 from llm_service.policy.sequence import GenerationState, Sequence, Status
+from llm_service.policy.step_plan import Runner, StepPlan, Work, WorkResult
 from opticnerve.errors import (
     DeviceLost,
     EmbeddingUnavailable,

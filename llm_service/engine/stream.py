@@ -10,13 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 
-from llm_service.policy.protocol import (
-    AbortedEvent,
-    Event,
-    FailedEvent,
-    FinishedEvent,
-    TokensEvent,
-)
+from llm_service.policy.messages import AbortedEvent, Event, FailedEvent, FinishedEvent, TokensEvent
 
 RELEASE_TIMEOUT_S = 30.0  # The engine ends its step and releases an aborted request.
 TERMINAL = (FinishedEvent, FailedEvent, AbortedEvent)

@@ -18,9 +18,9 @@ from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 
-from llm_service.policy.protocol import GenerateRequest
+from llm_service.policy.messages import GenerateRequest
 from llm_service.policy.sequence import Sequence, Status
-from opticnerve.keys import hash_parts
+from opticnerve.content_keys import hash_parts
 from opticnerve.media.plan import Span, SpanAttention
 
 UNIT = 16  # Tokens per link of the hash chain.

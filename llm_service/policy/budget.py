@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llm_service.policy.plan import StepPlan, Work
 from llm_service.policy.sequence import Sequence, Status
+from llm_service.policy.step_plan import StepPlan, Work
 from opticnerve.media.plan import SpanAttention
 
 # Before the first step: those of a slow CPU, so that the first chunks are too small, if anything.

@@ -23,11 +23,11 @@ from itertools import chain
 
 from llm_service.policy.block_manager import BlockManager, whole_spans
 from llm_service.policy.budget import Budget, CostModel
-from llm_service.policy.limits import EngineConfig
-from llm_service.policy.plan import StepPlan, Work, work_on
-from llm_service.policy.rows import Leases, RowSource
+from llm_service.policy.engine_config import EngineConfig
+from llm_service.policy.row_source import Leases, RowSource
 from llm_service.policy.sequence import GenerationState, Sequence, Status
 from llm_service.policy.shares import Sharer, Shares, Turns, decodes, order, remove
+from llm_service.policy.step_plan import StepPlan, Work, work_on
 from opticnerve.media.plan import SpanAttention
 
 TEXT_FRACTION = 1 / 4  # Of a step's prefill tokens, reserved for prompts without pictures.

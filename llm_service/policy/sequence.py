@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from enum import Enum
 
-from llm_service.policy.protocol import GenerateRequest
+from llm_service.policy.messages import GenerateRequest
 from opticnerve.generation.values import FinishReason, PositionLogprobs, Timings, Usage
 
 

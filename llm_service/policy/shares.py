@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import chain
 
-from llm_service.policy.protocol import GenerateRequest
+from llm_service.policy.messages import GenerateRequest
 from llm_service.policy.sequence import GenerationState, Sequence
 
 

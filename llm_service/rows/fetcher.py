@@ -25,7 +25,7 @@ from opticnerve import addresses
 from opticnerve.addresses import Hosts
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.ref import EmbeddingRef, TensorSpec, check_shapes, tensors_key
-from opticnerve.embeddings.seal import Seal
+from opticnerve.embeddings.signing import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import (
     EmbeddingCorrupt,

@@ -41,7 +41,7 @@ class _Lease:
 
 
 class StoreRows:
-    """A RowSource over this host's tier; see ``llm_service.policy.rows`` for the contract.
+    """A RowSource over this host's tier; see ``llm_service.policy.row_source`` for the contract.
 
     The engine's thread only looks up: tensors are loaded by ``load``, on another thread, once a
     lease, and kept until the lease ends; a file that is unlinked meanwhile lives on in its

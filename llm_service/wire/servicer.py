@@ -14,8 +14,8 @@ import grpc
 from llm_service import metrics
 from llm_service.engine.client import EngineClient
 from llm_service.engine.stream import EventStream
-from llm_service.policy.limits import check_request
-from llm_service.policy.protocol import (
+from llm_service.policy.engine_config import check_request
+from llm_service.policy.messages import (
     AbortedEvent,
     Event,
     FailedEvent,
@@ -27,7 +27,7 @@ from llm_service.policy.protocol import (
     TokensEvent,
 )
 from llm_service.rows.fetcher import Fetcher
-from llm_service.wire.needed_rows import AskCaller, NeededRows
+from llm_service.wire.row_resolver import AskCaller, NeededRows
 from opticnerve import addresses
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.embeddings.store import check_key

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import opticnerve.demo
 from opticnerve.checkpoints import hub
 from opticnerve.checkpoints.digests import Digests
-from opticnerve.checkpoints.settings import read_object
+from opticnerve.checkpoints.json_files import read_object
 from opticnerve.checkpoints.tokenizer_files import eos_token_id
+from opticnerve.content_keys import hash_parts
 from opticnerve.errors import CheckpointError
-from opticnerve.keys import hash_parts
 from opticnerve.models.registry import find_family, make_layout
 from opticnerve.tensors.header import TensorEntry, read_header
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from opticnerve.checkpoints.loader import wanted
-from opticnerve.keys import hash_parts
+from opticnerve.content_keys import hash_parts
 from opticnerve.models.registry import find_family, make_layout
 from opticnerve.tensors.dtypes import dtype_name
 

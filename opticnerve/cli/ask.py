@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from opticnerve.cli.chat_client import gateway_url, picture_url, print_answer, user_message
-from opticnerve.cli.stack import serve
+from opticnerve.cli.serve import serve
 from opticnerve.config.command_line import Parser, argument_type, number_type
 from opticnerve.errors import InvalidRequest, OpticNerveError, StartupError
-from opticnerve.media.pictures import is_url, read_picture
-from opticnerve.media.structure import parse_structure
+from opticnerve.media.load import is_url, read_picture
+from opticnerve.media.probe import parse_structure
 
 DESCRIPTION = (
     "Asks a question about pictures and streams the answer. With --url a running gateway answers; "

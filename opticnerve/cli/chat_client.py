@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from opticnerve.errors import OpticNerveError, Unavailable, from_openai
-from opticnerve.media.pictures import Picture, is_url, read_picture
+from opticnerve.media.load import Picture, is_url, read_picture
 
 NO_GATEWAY = "what answers at this URL is no gateway; check --url"
 TIMEOUT_S = 600.0

@@ -33,14 +33,14 @@ from opticnerve.config.command_line import (
 )
 from opticnerve.config.options import PREFIX, build, options, to_command_line, without_service_links
 from opticnerve.config.up import up_options
-from opticnerve.embeddings.tier import (
+from opticnerve.errors import StartupError, StoreError
+from opticnerve.extras import require_extra
+from opticnerve.owned_directories import (
     base_directory,
     create_tier_directory,
     remove_tier,
     sweep_dead_tiers,
 )
-from opticnerve.errors import StartupError, StoreError
-from opticnerve.extras import require_extra
 from opticnerve.process import follow_parent, handle_signals, ignore_hangup, on_hangup
 from opticnerve.secret import make_secret, read_secret
 
@@ -139,7 +139,7 @@ def check_early(gateway: GatewayConfig, workers: int) -> None:
         addresses.check_free(metrics.metrics_host or host, port, "--metrics-port")
     checkpoint = Checkpoint.configured(gateway.model)
     checkpoint.check()
-    importlib.import_module("gateway.preflight").check(gateway, checkpoint, workers)
+    importlib.import_module("gateway.startup_check").check(gateway, checkpoint, workers)
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ from opticnerve.generation.values import (
     Sampling,
     Usage,
 )
-from opticnerve.media.pictures import Picture
+from opticnerve.media.load import Picture
 
 __all__ = [
     "AsyncEncoderClient",

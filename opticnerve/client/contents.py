@@ -14,7 +14,7 @@ from opticnerve.embeddings.ref import EmbeddingRef, Location, tensors_key
 from opticnerve.errors import InvalidRequest
 from opticnerve.extras import require_extra
 from opticnerve.generation.values import check_integer, check_number, read_token_ids
-from opticnerve.media.pictures import Picture, is_picture
+from opticnerve.media.load import Picture, is_picture
 from opticnerve.media.plan import Grid, Modality, Plan, Span, SpanAttention
 
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Self
 
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.client.contents import EncodedPicture
+from opticnerve.content_keys import content_key
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import EmbeddingCorrupt, Mispaired
 from opticnerve.extras import require_extra
 from opticnerve.generation.values import UINT64, check_integer
-from opticnerve.keys import content_key
-from opticnerve.media.pictures import Picture, read_picture
+from opticnerve.media.load import Picture, read_picture
 from opticnerve.media.plan import WHITE, Overrides
-from opticnerve.media.structure import parse_structure
+from opticnerve.media.probe import parse_structure
 from opticnerve.models.family import Layout
 from opticnerve.models.registry import make_layout
 from opticnerve.pb import encoder_pb2, encoder_pb2_grpc

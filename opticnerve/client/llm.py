@@ -24,7 +24,7 @@ from opticnerve.client.encoder import AsyncEncoderClient
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import EmbeddingUnavailable, InvalidRequest, PayloadTooLarge
-from opticnerve.generation.stream import GenerateStream, StreamPolicy
+from opticnerve.generation.generate_stream import GenerateStream, StreamPolicy
 from opticnerve.generation.values import (
     Delta,
     Done,
@@ -54,7 +54,7 @@ class AsyncLLMClient:
     ``store`` (from ``opticnerve.embeddings.open.open_store``) carries the caller's tensors that are
     too large for a message. The worker must reach the same store; if it has a
     ``--store-key-file``, open the store with ``seal=Seal.load(FILE)``
-    (``opticnerve.embeddings.seal``). The caller closes both. ``rpc_token_file``: the worker's.
+    (``opticnerve.embeddings.signing``). The caller closes both. ``rpc_token_file``: the worker's.
     Raises the errors of ``opticnerve.errors``.
     """
 

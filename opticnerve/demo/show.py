@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opticnerve.cli.chat_client import gateway_url, print_answer, user_message
-from opticnerve.cli.stack import serve
+from opticnerve.cli.serve import serve
 from opticnerve.config.command_line import Parser, argument_type
 from opticnerve.demo.chats import TURNS, Turn
 from opticnerve.errors import OpticNerveError, StartupError

@@ -33,8 +33,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from opticnerve.embeddings.tier import is_locked, make_private
 from opticnerve.errors import StoreError, StoreFull
+from opticnerve.owned_directories import is_locked, make_private
 
 SUFFIX = ".safetensors"
 ALIVE = "alive"  # The lock of a holder.

@@ -12,8 +12,8 @@ from opticnerve import addresses
 from opticnerve.config import StoreConfig, options
 from opticnerve.embeddings.memory_store import DEFAULT_CAPACITY, MemoryStore
 from opticnerve.embeddings.redis_store import MAX_BYTES, RedisStore
-from opticnerve.embeddings.seal import Seal
 from opticnerve.embeddings.shm_store import ShmStore
+from opticnerve.embeddings.signing import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import ConfigError, StartupError, StoreError
 from opticnerve.telemetry import metrics

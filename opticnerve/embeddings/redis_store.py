@@ -32,8 +32,8 @@ from redis.retry import Retry
 from opticnerve.addresses import host_port
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory_store import MemoryStore
-from opticnerve.embeddings.seal import MAC_BYTES, Seal
 from opticnerve.embeddings.shm_store import ShmStore
+from opticnerve.embeddings.signing import MAC_BYTES, Seal
 from opticnerve.embeddings.store import Entry, StoreState, check_key
 from opticnerve.errors import EmbeddingCorrupt, StoreError
 from opticnerve.tensors.header import LENGTH

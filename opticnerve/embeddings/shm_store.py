@@ -20,10 +20,10 @@ import torch
 
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.ledger import Ledger, Temporary, translated
-from opticnerve.embeddings.preallocated import Preallocator
+from opticnerve.embeddings.shm_preallocation import Preallocator
 from opticnerve.embeddings.store import Entry, StoreState, check_key, check_rows
-from opticnerve.embeddings.tier import default_directory
 from opticnerve.errors import EmbeddingCorrupt, StoreError, StoreFull
+from opticnerve.owned_directories import default_directory
 from opticnerve.tensors.dtypes import FLOATING
 
 MAX_CAPACITY = 2 * 2**30

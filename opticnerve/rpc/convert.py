@@ -16,7 +16,7 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from opticnerve.embeddings.ref import DTYPES, EmbeddingRef, Location, TensorSpec
-from opticnerve.embeddings.seal import Seal
+from opticnerve.embeddings.signing import Seal
 from opticnerve.embeddings.store import StoreState
 from opticnerve.generation.values import (
     ChoiceOutput,

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from encoder_service.backends.torch import TorchBackend
+from encoder_service.backends.torch_backend import TorchBackend
 from gateway.pipeline import Pipeline
 from llm_service.policy.scheduler import Scheduler
 

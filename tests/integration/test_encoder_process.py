@@ -21,7 +21,7 @@ from opticnerve.config.shared import MIN_IMAGE_PIXELS
 from opticnerve.errors import OpticNerveError, Unavailable
 from opticnerve.media.decode import decode
 from opticnerve.media.plan import Overrides
-from opticnerve.media.structure import parse_structure
+from opticnerve.media.probe import parse_structure
 from opticnerve.models.registry import load_tower, make_layout, make_preprocessor
 from opticnerve.telemetry import logs
 from tests import encoders

@@ -18,6 +18,7 @@ from prometheus_client import REGISTRY
 
 from encoder_service.servicer import SERVICE, EncoderServicer
 from opticnerve.config import RpcConfig
+from opticnerve.content_keys import content_key
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.errors import (
@@ -36,7 +37,6 @@ from opticnerve.errors import (
     Unavailable,
     UnsupportedFeature,
 )
-from opticnerve.keys import content_key
 from opticnerve.media.plan import Overrides, Plan
 from opticnerve.pb import embedding_pb2, encoder_pb2_grpc
 from opticnerve.pb import encoder_pb2 as pb

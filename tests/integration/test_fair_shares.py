@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from llm_service.policy.protocol import GenerateRequest, TokensEvent
+from llm_service.policy.messages import GenerateRequest, TokensEvent
 from opticnerve.generation.values import Sampling
 from tests.local_engine import LocalEngine
 from tests.runners import load_demo, tokens

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from gateway.workers import encoder_check as reachability
 from gateway.workers import pool as pools
-from gateway.workers import reachability
 from opticnerve.config import RpcConfig
 from opticnerve.pb import embedding_pb2
 from tests import encoders

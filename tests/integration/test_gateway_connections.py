@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from gateway.edge import connections
-from gateway.edge.protocol import READ_BYTES, Connection, Wait
+from gateway.edge.http1 import READ_BYTES, Connection, Wait
 from opticnerve.errors import ConfigError
 from tests.fakes import until
 from tests.gateways import body, connected, rest, stack

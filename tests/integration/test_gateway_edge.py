@@ -52,7 +52,7 @@ async def test_what_is_no_http_is_a_400_that_says_why_and_the_end(caplog):
             assert set(error) == {"message", "type", "param", "code"}
             assert error["code"] == "not_http" and fault in error["message"], sent
             assert "secret" not in error["message"] and "secret" not in caplog.text
-            (told,) = [r.fields for r in caplog.records if r.name == "gateway.edge.protocol"]
+            (told,) = [r.fields for r in caplog.records if r.name == "gateway.edge.http1"]
             assert told["status"] == 400 and told["code"] == "not_http", sent
             assert fault in told["reason"] and "Traceback" not in caplog.text
 

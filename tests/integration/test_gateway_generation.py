@@ -19,7 +19,7 @@ from opticnerve.errors import (
     Overloaded,
     Unavailable,
 )
-from opticnerve.generation.stream import StreamPolicy
+from opticnerve.generation.generate_stream import StreamPolicy
 from opticnerve.generation.values import Delta, Done, FinishReason, Sampling
 from opticnerve.media.plan import Grid, Modality, Span
 from opticnerve.pb import llm_pb2

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from gateway import service
-from gateway.api import call
+from gateway.api import routing as call
 from opticnerve.config import TelemetryConfig
 from opticnerve.embeddings.store import StoreState
 from opticnerve.pb import embedding_pb2

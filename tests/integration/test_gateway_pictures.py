@@ -9,8 +9,8 @@ import time
 import pytest
 
 from gateway.media import reader as media
+from opticnerve.content_keys import content_key
 from opticnerve.errors import EmbeddingCorrupt, InvalidMedia, Overloaded, PayloadTooLarge
-from opticnerve.keys import content_key
 from opticnerve.media.plan import Overrides
 from tests import hostile
 from tests.fakes import until

@@ -6,7 +6,7 @@ import pytest
 
 from gateway.edge.auth import Keys
 from opticnerve.checkpoints.checkpoint import Checkpoint
-from opticnerve.keys import tenant_salt
+from opticnerve.content_keys import tenant_salt
 from tests import encoders, llms
 from tests.encoders import FakeBackend
 from tests.gateways import body, data_url, over, stack, user

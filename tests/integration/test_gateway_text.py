@@ -10,7 +10,7 @@ import time
 import pytest
 
 from gateway.api.http import OFF_LOOP_BYTES
-from gateway.api.schemas.outline import split_long_strings
+from gateway.api.schemas.long_json import split_long_strings
 from gateway.edge.threads import LONG_BYTES
 from tests.gateways import body, stack, user
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from encoder_service.pictures import preprocess
+from encoder_service.pictures import decode_pool as preprocess
 from opticnerve.errors import EngineFailure, InvalidMedia, PoisonousItem
-from opticnerve.media.structure import parse_structure
+from opticnerve.media.probe import parse_structure
 from tests import hostile
 from tests.decoders import ANY, HOPELESS, children_cpu_s, cpu_s, resident
 from tests.encoders import Running, picture, refusal, running

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from llm_service.device.attention.backend import ATTENTION_NAME
-from llm_service.policy.protocol import FinishedEvent, GenerateRequest
+from llm_service.device.attention.base import ATTENTION_NAME
+from llm_service.policy.messages import FinishedEvent, GenerateRequest
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Modality, Overrides, Plan, Span, Structure

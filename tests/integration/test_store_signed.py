@@ -21,7 +21,7 @@ from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.redis_store import PREFIX, SIGNED_PREFIX, RedisStore
 from opticnerve.embeddings.ref import EmbeddingRef, Location
-from opticnerve.embeddings.seal import MAC_BYTES, Seal
+from opticnerve.embeddings.signing import MAC_BYTES, Seal
 from opticnerve.errors import EmbeddingNotFound
 from opticnerve.rpc import convert
 from opticnerve.secret import make_secret, read_secret

@@ -11,7 +11,7 @@ import torch
 
 from llm_service.device.attention import make_backend
 from llm_service.device.attention import sdpa as sdpa_module
-from llm_service.device.attention.backend import (
+from llm_service.device.attention.base import (
     AttentionStep,
     Chunk,
     PageShape,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from llm_service.policy.block_manager import BlockManager, extend_hashes
-from llm_service.policy.protocol import GenerateRequest
+from llm_service.policy.messages import GenerateRequest
 from llm_service.policy.sequence import GenerationState, Sequence, Status
 from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention

@@ -375,7 +375,7 @@ def test_nothing_here_imports_torch_or_transformers() -> None:
         "import sys\n"
         "from opticnerve.checkpoints.checkpoint import Checkpoint\n"
         "from opticnerve.models.registry import make_layout\n"
-        "import opticnerve.media.structure, opticnerve.media.decode, opticnerve.keys\n"
+        "import opticnerve.media.probe, opticnerve.media.decode, opticnerve.content_keys\n"
         "make_layout(Checkpoint.open(None)); Checkpoint.open(None).pair_id\n"
         "loaded = {'torch', 'transformers', 'huggingface_hub', 'grpc'} & set(sys.modules)\n"
         "sys.exit(f'imported: {loaded}' if loaded else 0)\n"

@@ -105,7 +105,7 @@ import logging, os
 before = dict(os.environ), logging.root.level, list(logging.root.handlers)
 names = ("opticnerve", "grpc", "httpx2", "asyncio")
 levels = {name: logging.getLogger(name).level for name in names}
-import opticnerve, opticnerve.client, opticnerve.cli.stack
+import opticnerve, opticnerve.client, opticnerve.cli.serve
 opticnerve.serve
 after = dict(os.environ), logging.root.level, list(logging.root.handlers)
 assert before == after

@@ -26,7 +26,7 @@ from opticnerve.embeddings import codec
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.errors import InvalidMedia, InvalidRequest
 from opticnerve.media.decode import decode
-from opticnerve.media.pictures import read_picture
+from opticnerve.media.load import read_picture
 from opticnerve.media.plan import Grid, Span
 from tests.encoders import demo_layout, picture
 

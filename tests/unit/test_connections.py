@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from gateway.edge.connections import CHECK_S, Connections
+from gateway.edge.http1 import Wait, holder_of
 from gateway.edge.limits import (
     BODY_CHUNKS_PER_S,
     FIRST_HEAD_TIMEOUT_S,
@@ -15,7 +16,6 @@ from gateway.edge.limits import (
     NO_PROGRESS_S,
     PROGRESS_BYTES,
 )
-from gateway.edge.protocol import Wait, holder_of
 
 
 class Clock:

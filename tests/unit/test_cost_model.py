@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_service.policy.budget import CostModel
-from llm_service.policy.plan import StepPlan, Work
-from llm_service.policy.protocol import GenerateRequest
+from llm_service.policy.messages import GenerateRequest
 from llm_service.policy.sequence import GenerationState, Sequence
+from llm_service.policy.step_plan import StepPlan, Work
 from tests.fake_runner import Machine
 
 TARGET_S = 0.2

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.api.schemas import outline
-from gateway.api.schemas.outline import count_values
+from gateway.api.schemas import long_json as outline
+from gateway.api.schemas.long_json import count_values
 
 PLENTY = 10**9
 TEXT = st.text(st.sampled_from('ab,[{}]:"\\\n\u00e9'), max_size=12)

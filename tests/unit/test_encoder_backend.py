@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from encoder_service.backends.base import Capacity
-from encoder_service.backends.torch import CPU_BATCH_PATCHES, CPU_WARM_PATCHES, TorchBackend
+from encoder_service.backends.torch_backend import CPU_BATCH_PATCHES, CPU_WARM_PATCHES, TorchBackend
 from encoder_service.batcher import Recovery
-from encoder_service.pictures.sizing import largest_plan, permitted_patches, shrink
+from encoder_service.pictures.largest_picture import largest_plan, permitted_patches, shrink
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import StartupError
 from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Structure

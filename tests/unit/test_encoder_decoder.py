@@ -25,7 +25,7 @@ from encoder_service.pictures.decode_process import (
 )
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import InvalidMedia
-from opticnerve.media.structure import parse_structure
+from opticnerve.media.probe import parse_structure
 from opticnerve.models import registry
 from tests import hostile
 from tests.checkpoints import FAMILIES

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder_service.pictures.preprocess import FairQueue
+from encoder_service.pictures.decode_pool import FairQueue
 
 
 class Line:

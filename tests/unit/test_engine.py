@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from llm_service.engine.engine import Engine, Message
-from llm_service.policy.limits import EngineConfig
-from llm_service.policy.protocol import (
+from llm_service.policy.engine_config import EngineConfig
+from llm_service.policy.messages import (
     AbortedEvent,
     EngineStats,
     Event,

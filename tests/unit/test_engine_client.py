@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm_service.engine.stream import coalesce
-from llm_service.policy.protocol import (
+from llm_service.policy.messages import (
     AbortedEvent,
     Event,
     FailedEvent,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llm_service.engine.client import EngineClient, ProcessEngineClient, ThreadEngineClient
-from llm_service.policy.protocol import AbortedEvent, FailedEvent
+from llm_service.policy.messages import AbortedEvent, FailedEvent
 from opticnerve.errors import (
     ConfigError,
     DeviceLost,

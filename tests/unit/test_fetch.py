@@ -10,8 +10,8 @@ from random import Random
 import pytest
 
 from gateway.edge.limits import MAX_GZIP_MEMBERS
-from gateway.media.body import PIECE_BYTES, ContentDecoder
 from gateway.media.fetch import MediaFetcher
+from gateway.media.response_body import PIECE_BYTES, ContentDecoder
 from opticnerve.errors import MediaFetchFailed, Overloaded, PayloadTooLarge
 from tests.media_server import BODY, FakeResolver, Server, deflated, fails, run
 

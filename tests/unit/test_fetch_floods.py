@@ -15,8 +15,8 @@ import pytest
 
 from gateway.edge.admission import SharedCapacity
 from gateway.edge.limits import FREE_SMALL_READS, LEAST_CHUNK_BYTES, SMALL_READ_DELAY_S
-from gateway.media import body as bodies
 from gateway.media import fetch as fetching
+from gateway.media import response_body as bodies
 from gateway.media.fetch import MediaFetcher
 from gateway.media.transport import PacedStream
 from opticnerve.config import GatewayConfig

@@ -18,7 +18,7 @@ from examples.demo_training import scenes
 from opticnerve.errors import InvalidMedia, PlanMismatch
 from opticnerve.media.decode import decode
 from opticnerve.media.plan import Grid, Modality, Plan
-from opticnerve.media.structure import parse_structure
+from opticnerve.media.probe import parse_structure
 
 
 def plan_of(data: bytes) -> Plan:

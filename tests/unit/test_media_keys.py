@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 
-from opticnerve.keys import content_key, tenant_salt
+from opticnerve.content_keys import content_key, tenant_salt
 from opticnerve.media.plan import WHITE, Overrides
 
 SETTINGS = {"family": "f", "min_pixels": 1, "mean": (0.5, 0.25)}

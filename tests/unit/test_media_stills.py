@@ -11,7 +11,7 @@ import pytest
 from opticnerve.errors import InvalidMedia
 from opticnerve.media.decode import decode
 from opticnerve.media.plan import Grid, Modality, Plan
-from opticnerve.media.structure import parse_structure
+from opticnerve.media.probe import parse_structure
 from tests.unit.test_media_structure import chunk, encode, pillow
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from opticnerve.errors import InvalidMedia
 from opticnerve.media.plan import Structure
-from opticnerve.media.structure import parse_structure
+from opticnerve.media.probe import parse_structure
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 WITH_EXIF = ("PNG", "JPEG", "WEBP")

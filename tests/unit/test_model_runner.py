@@ -14,10 +14,10 @@ from llm_service.device.attention.sdpa import SdpaBackend
 from llm_service.device.batch import SlotTable, pack
 from llm_service.device.memory import available_memory
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
-from llm_service.policy.plan import StepPlan, Work
-from llm_service.policy.protocol import FailedEvent, GenerateRequest, TokensEvent
+from llm_service.policy.messages import FailedEvent, GenerateRequest, TokensEvent
 from llm_service.policy.sequence import GenerationState
 from llm_service.policy.sequence import Sequence as Choice
+from llm_service.policy.step_plan import StepPlan, Work
 from opticnerve.errors import (
     ConfigError,
     DeviceLost,
@@ -70,7 +70,7 @@ def execute_prefill(demo: tuple[Any, Any], embeddings: dict[str, Any]) -> tuple[
 
 
 def work_of(ask: GenerateRequest, slot: int, table: tuple[int, ...], **changes: Any) -> Work:
-    from llm_service.policy.plan import Segment
+    from llm_service.policy.step_plan import Segment
 
     seq = Choice(GenerationState(ask, 0, 0.0), 0)
     span = ask.spans[0] if ask.spans else None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_service.policy.protocol import FinishedEvent
+from llm_service.policy.messages import FinishedEvent
 from opticnerve.generation.values import ChoiceOutput, PositionLogprobs
 from tests.checkpoints import DEMO
 from tests.local_engine import LocalEngine

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from llm_service.wire.needed_rows import MAX_REPEATS, AskCaller, NeededRows
+from llm_service.wire.row_resolver import MAX_REPEATS, AskCaller, NeededRows
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.errors import (
     EmbeddingCorrupt,

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pydantic_core import from_json
 
 from gateway.api.chat import ChatRequest
-from gateway.api.schemas import outline
-from gateway.api.schemas.outline import count_values, split_long_strings
+from gateway.api.schemas import long_json as outline
+from gateway.api.schemas.long_json import count_values, split_long_strings
 from gateway.api.schemas.parsing import parse
 from gateway.edge.limits import MAX_NAME_CHARACTERS, MAX_OUTLINE_BYTES
 from opticnerve.errors import InvalidRequest, OpticNerveError, PayloadTooLarge

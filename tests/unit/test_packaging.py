@@ -33,7 +33,7 @@ PLACES = {
         "opticnerve/models/",
         "opticnerve/tensors/dtypes.py",
     ),
-    "openai": ("opticnerve/cli/stack.py",),
+    "openai": ("opticnerve/cli/serve.py",),
 }
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import AutoTokenizer, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from gateway.api.apply_template import ApplyTemplateRequest
 from gateway.api.schemas.parsing import parse
-from gateway.api.template import ApplyTemplateRequest
 from gateway.prompt import placeholders
 from gateway.prompt.renderer import ChatRenderer
 from opticnerve.checkpoints.checkpoint import Checkpoint

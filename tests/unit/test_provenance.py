@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
+from gateway.api.apply_template import ApplyTemplateRequest
 from gateway.api.chat import ChatRequest
 from gateway.api.schemas.parsing import parse
-from gateway.api.template import ApplyTemplateRequest
-from gateway.prompt.provenance import Aliases, Marks, free_character
 from gateway.prompt.renderer import ChatRenderer
+from gateway.prompt.special_token_guard import Aliases, Marks, free_character
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import ContextLengthExceeded, InvalidRequest
 from opticnerve.media.plan import Modality

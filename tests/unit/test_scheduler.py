@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_service.policy.block_manager import BlockManager
-from llm_service.policy.limits import EngineConfig
-from llm_service.policy.plan import StepPlan
-from llm_service.policy.protocol import GenerateRequest
+from llm_service.policy.engine_config import EngineConfig
+from llm_service.policy.messages import GenerateRequest
 from llm_service.policy.scheduler import Scheduler
 from llm_service.policy.sequence import GenerationState, Sequence, Status
+from llm_service.policy.step_plan import StepPlan
 from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention
 from tests.fake_runner import FakeRows, Machine

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionMessage
 
+from gateway.api.apply_template import ApplyTemplateRequest
 from gateway.api.chat import ChatRequest
 from gateway.api.schemas import parsing
 from gateway.api.schemas.messages import FunctionCall, ItemSource, ToolCall, call_arguments
 from gateway.api.schemas.parsing import UNSUPPORTED, UNSUPPORTED_PARTS, Ignored, parse
-from gateway.api.template import ApplyTemplateRequest
 from opticnerve.errors import InvalidRequest, UnsupportedFeature
 from opticnerve.media.plan import Overrides
 

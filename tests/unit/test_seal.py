@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
-from opticnerve.embeddings import seal as module
+from opticnerve.embeddings import signing as module
 from opticnerve.embeddings.open import is_elsewhere, open_store
-from opticnerve.embeddings.seal import MAC_BYTES, Seal
+from opticnerve.embeddings.signing import MAC_BYTES, Seal
 from opticnerve.errors import ConfigError
 from opticnerve.secret import make_secret
 from tests.stores import key

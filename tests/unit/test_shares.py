@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_service.policy.protocol import GenerateRequest
+from llm_service.policy.messages import GenerateRequest
 from llm_service.policy.sequence import GenerationState, Sequence, Status
 from llm_service.policy.shares import Shares
 from opticnerve.generation.values import Sampling

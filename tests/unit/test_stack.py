@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opticnerve.cli import chat_client, stack
+from opticnerve.cli import chat_client
+from opticnerve.cli import serve as stack
 from opticnerve.errors import InvalidRequest, OpticNerveError, Overloaded, StartupError, Unavailable
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from llm_service.engine.engine import Engine, Message
-from llm_service.policy.limits import EngineConfig
-from llm_service.policy.protocol import FinishedEvent, GenerateRequest, TokensEvent
+from llm_service.policy.engine_config import EngineConfig
+from llm_service.policy.messages import FinishedEvent, GenerateRequest, TokensEvent
 from opticnerve.errors import EngineFailure
 from opticnerve.generation.values import Sampling
 from opticnerve.media.plan import Grid, Modality, Span, SpanAttention

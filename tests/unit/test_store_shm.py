@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from opticnerve.embeddings import ledger, tier
+from opticnerve import owned_directories as tier
+from opticnerve.embeddings import ledger
 from opticnerve.embeddings import shm_store as shm
 from opticnerve.embeddings.shm_store import ShmStore
-from opticnerve.embeddings.tier import is_locked
 from opticnerve.errors import EmbeddingCorrupt, StoreError, StoreFull
+from opticnerve.owned_directories import is_locked
 from tests.stores import KIB, MIB, fetched, key, rows
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from opticnerve.embeddings import tier
+from opticnerve import owned_directories as tier
 from opticnerve.embeddings.ledger import Ledger
 from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.errors import StoreError
@@ -21,7 +21,7 @@ from opticnerve.errors import StoreError
 OWNER = """
 import sys, time
 from pathlib import Path
-from opticnerve.embeddings.tier import create_tier_directory
+from opticnerve.owned_directories import create_tier_directory
 print(create_tier_directory(Path(sys.argv[1])), flush=True)
 time.sleep(600)
 """

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from gateway.api.apply_template import ApplyTemplateRequest
 from gateway.api.schemas.parsing import parse
-from gateway.api.template import ApplyTemplateRequest
 from gateway.prompt.renderer import ChatRenderer
 from gateway.prompt.template import ChatTemplate, load_template
 from gateway.prompt.tokenizer import Tokenizer

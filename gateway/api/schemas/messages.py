@@ -23,7 +23,7 @@ from gateway.api.schemas.base import (
     fault,
     no_larger,
 )
-from gateway.api.schemas.outline import count_values, split_long_strings
+from gateway.api.schemas.long_json import count_values, split_long_strings
 from gateway.edge.limits import MAX_ARGUMENT_VALUES, MAX_TEMPLATE_KWARGS
 from gateway.edge.threads import LONG_BYTES
 from gateway.job import ChatPrompt

@@ -24,7 +24,7 @@ from gateway.api.schemas.base import (
     check_strings,
     join,
 )
-from gateway.api.schemas.outline import Outline
+from gateway.api.schemas.long_json import Outline
 from opticnerve.errors import InvalidRequest, UnsupportedFeature
 
 M = TypeVar("M", bound=Body)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm_service.device.attention.backend import AttentionBackend
+from llm_service.device.attention.base import AttentionBackend
 from llm_service.device.attention.sdpa import SdpaBackend
 from opticnerve.errors import ConfigError
 

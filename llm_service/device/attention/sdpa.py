@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from llm_service.device.attention.backend import AttentionBackend, AttentionStep, Chunk, PageShape
+from llm_service.device.attention.base import AttentionBackend, AttentionStep, Chunk, PageShape
 from llm_service.device.memory import to_device
 
 # Decoding splits into batches of alike lengths while padding more than doubles the work.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opticnerve.media.formats.window import Window
+from opticnerve.media.formats.byte_reader import Window
 from opticnerve.media.plan import Structure
 
 MAGIC = b"BM"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opticnerve.media.formats.window import PIECE_PASSES, Window
+from opticnerve.media.formats.byte_reader import PIECE_PASSES, Window
 from opticnerve.media.plan import Structure
 
 MAGIC = (b"GIF87a", b"GIF89a")

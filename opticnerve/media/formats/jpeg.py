@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opticnerve.media.formats import exif
-from opticnerve.media.formats.window import PIECE_PASSES, Window
+from opticnerve.media.formats.byte_reader import PIECE_PASSES, Window
 from opticnerve.media.plan import Structure
 
 MAGIC = b"\xff\xd8\xff"

@@ -6,7 +6,7 @@ import re
 import zlib
 
 from opticnerve.media.formats import exif
-from opticnerve.media.formats.window import PIECE_PASSES, Window
+from opticnerve.media.formats.byte_reader import PIECE_PASSES, Window
 from opticnerve.media.plan import Structure
 
 MAGIC = b"\x89PNG\r\n\x1a\n"

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from opticnerve.media.formats import exif
-from opticnerve.media.formats.window import PIECE_PASSES, Window
+from opticnerve.media.formats.byte_reader import PIECE_PASSES, Window
 from opticnerve.media.plan import Structure
 
 _IMAGES = frozenset({b"VP8 ", b"VP8L"})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from opticnerve.models.pictures import check_size, resize, value_table
+from opticnerve.models.picture_sizes import check_size, resize, value_table
 
 if TYPE_CHECKING:
     from PIL import Image

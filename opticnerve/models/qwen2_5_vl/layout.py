@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opticnerve.checkpoints.settings import number
+from opticnerve.checkpoints.json_files import number
 from opticnerve.media.plan import Modality, Span
 from opticnerve.models.qwen2_vl.layout import Qwen2VLLayout
 

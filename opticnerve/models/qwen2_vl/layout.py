@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opticnerve.checkpoints.settings import PixelSettings, integer, positive
+from opticnerve.checkpoints.json_files import PixelSettings, integer, positive
 from opticnerve.errors import CheckpointError, InvalidRequest
 from opticnerve.media.plan import NO_OVERRIDES, Grid, Modality, Overrides, Plan, Span, Structure
 from opticnerve.models.family import Expansion, RowRun
-from opticnerve.models.pictures import check_aspect, picture_plan, processor_settings
+from opticnerve.models.picture_sizes import check_aspect, picture_plan, processor_settings
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint

@@ -13,7 +13,7 @@ from PIL import Image
 
 from encoder_service.backends.base import Capacity, Embedding
 from encoder_service.batcher import Recovery
-from encoder_service.pictures.sizing import permitted_patches
+from encoder_service.pictures.largest_picture import permitted_patches
 from opticnerve.errors import StartupError, device_is_lost
 from opticnerve.media.plan import Plan
 from opticnerve.models.family import Preprocessor, Tower

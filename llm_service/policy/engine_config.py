@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from llm_service.policy.protocol import GenerateRequest
+from llm_service.policy.messages import GenerateRequest
 from opticnerve.errors import ContextLengthExceeded, InvalidRequest
 from opticnerve.media.plan import SpanAttention
 

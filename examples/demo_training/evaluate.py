@@ -1,6 +1,6 @@
 """Held-out accuracy of a checkpoint by kind of question, number of shapes and picture size.
 
-    python -m examples.demo_training.judge CHECKPOINT
+    python -m examples.demo_training.evaluate CHECKPOINT
 
 An answer counts when greedy decoding gives it word for word. Seeds 0 to 1,023 are never trained on.
 """
@@ -12,7 +12,13 @@ from transformers import Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from examples.demo_training import questions, scenes
-from examples.demo_training.chats import Encoder, collate, evaluate, forward, same_size_attention
+from examples.demo_training.train_chats import (
+    Encoder,
+    collate,
+    evaluate,
+    forward,
+    same_size_attention,
+)
 
 QUESTIONS = [
     questions.ask_describe,

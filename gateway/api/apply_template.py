@@ -8,8 +8,8 @@ from pydantic import Field
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
-from gateway.api.call import Call, make_router
 from gateway.api.http import JSONResponse
+from gateway.api.routing import Call, make_router
 from gateway.api.schemas.messages import TemplateFields
 from gateway.clock import Stopwatch
 from opticnerve.media.plan import Modality, Span, SpanAttention

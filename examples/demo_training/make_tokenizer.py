@@ -1,6 +1,6 @@
 """Makes the demo checkpoint's tokenizer, template, config and processor settings (no weights).
 
-python -m examples.demo_training.files MODEL_DIR
+python -m examples.demo_training.make_tokenizer MODEL_DIR
 """
 
 import json

@@ -1,8 +1,9 @@
 """Trains the demo checkpoint on synthetic picture conversations (see scenes.py).
 
-    python -m examples.demo_training.files MODEL_DIR
-    python -m examples.demo_training.tower MODEL_DIR OUT_DIR --seconds 540
-    python -m examples.demo_training.chats MODEL_DIR OUT_DIR --init OUT_DIR/vision --seconds 4500
+    python -m examples.demo_training.make_tokenizer MODEL_DIR
+    python -m examples.demo_training.train_tower MODEL_DIR OUT_DIR --seconds 540
+    python -m examples.demo_training.train_chats MODEL_DIR OUT_DIR --seconds 4500 \
+        --init OUT_DIR/vision
 
 MODEL_DIR holds config.json, the tokenizer and the image processor's settings. Needs
 torch >= 2.10 (Muon).

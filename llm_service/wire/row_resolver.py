@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from llm_service.engine.client import EngineClient
-from llm_service.policy.protocol import NeedRowsEvent
+from llm_service.policy.messages import NeedRowsEvent
 from llm_service.rows.fetcher import Fetcher
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import (

@@ -15,9 +15,9 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
 
 from llm_service.engine.engine import Engine, Message
-from llm_service.policy.limits import EngineConfig
-from llm_service.policy.protocol import Command, RowsReady, Stop
-from llm_service.policy.rows import RowSource
+from llm_service.policy.engine_config import EngineConfig
+from llm_service.policy.messages import Command, RowsReady, Stop
+from llm_service.policy.row_source import RowSource
 from opticnerve.errors import EngineFailure, OpticNerveError
 
 log = logging.getLogger(__name__)

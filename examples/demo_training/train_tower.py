@@ -1,6 +1,6 @@
 """The tower's first lesson, alone: what is in each cell of a scene, and which text is drawn.
 
-python -m examples.demo_training.tower MODEL_DIR OUT_DIR --seconds 600
+python -m examples.demo_training.train_tower MODEL_DIR OUT_DIR --seconds 600
 """
 
 import argparse
@@ -15,7 +15,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from examples.demo_training import scenes
-from examples.demo_training.chats import patches, read_settings, same_size_attention
+from examples.demo_training.train_chats import patches, read_settings, same_size_attention
 
 NONE = len(scenes.SHAPES)
 

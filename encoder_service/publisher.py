@@ -17,7 +17,7 @@ from encoder_service.backends.base import Embedding
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
-from opticnerve.embeddings.seal import Seal
+from opticnerve.embeddings.signing import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import EngineFailure, NotFound, StoreError
 

@@ -20,7 +20,7 @@ from opticnerve.media.plan import Grid, Modality, Plan, Structure
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
-    from opticnerve.checkpoints.settings import PixelSettings
+    from opticnerve.checkpoints.json_files import PixelSettings
 
 MAX_ASPECT = 200  # The long side over the short one.
 

@@ -27,7 +27,7 @@ from opticnerve.config.options import to_command_line
 from opticnerve.config.up import up_options
 from opticnerve.errors import ConfigError, InvalidRequest, StartupError, Unavailable, did_you_mean
 from opticnerve.extras import require_extra
-from opticnerve.media.pictures import Picture, is_picture, is_url
+from opticnerve.media.load import Picture, is_picture, is_url
 
 if TYPE_CHECKING:
     from openai import OpenAI
