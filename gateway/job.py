@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gateway.edge.admission import Ticket
     from gateway.edge.auth import Caller
 
-UNLIMITED = -1  # As max_tokens: as many tokens as the context leaves.
+UNLIMITED = -1  # The value of max_tokens for as many tokens as the context leaves.
 
 
 class PromptKind:

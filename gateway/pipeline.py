@@ -55,7 +55,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What all requests of one gateway share."""
+    """The steps of a request, with the objects that all requests of a gateway share."""
 
     renderer: ChatRenderer
     vocabulary: Vocabulary
@@ -140,7 +140,7 @@ class Pipeline:
     # ---- steps
 
     async def _start(self, job: Job) -> tuple[GenerateSpec, RequestEmbeddings]:
-        """What to generate, and the embeddings that it needs."""
+        """Everything before generation. Returns its request, and the embeddings that it needs."""
         assert job.prompt is not None
         kind = type(job.prompt)
         priority = job.caller.priority(job.options.priority)

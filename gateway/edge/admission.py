@@ -139,7 +139,7 @@ class Admission:
 
 
 class Ticket:
-    """What one request holds; ``Admission.arrive`` releases it."""
+    """The capacity that one request holds; ``Admission.arrive`` releases it."""
 
     def __init__(self, admission: Admission, holder: str) -> None:
         self._admission = admission

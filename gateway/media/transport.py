@@ -20,7 +20,7 @@ from anyio.streams.tls import TLSAttribute, TLSStream
 
 from gateway.edge.limits import FREE_SMALL_READS, MAX_MEDIA_HEAD_BYTES, SMALL_READ_DELAY_S
 
-HEAD_STEP_BYTES = 2**12  # Of headers, parsed before other tasks run.
+HEAD_STEP_BYTES = 2**12  # Bytes of headers that are parsed before other tasks run.
 SMALL_READ_BYTES = 2**12
 
 

@@ -30,7 +30,7 @@ _BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # The usual spelling of a pl
 class ExpandedPrompt:
     """A prompt for the decoder. A span's ``item`` is the item's index in the request."""
 
-    prompt: str  # As Hugging Face's template renders it: one placeholder for each item.
+    prompt: str  # Text with one placeholder for each item, as Hugging Face renders it.
     token_ids: tuple[int, ...]
     spans: tuple[Span, ...] = ()
 

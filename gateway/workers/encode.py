@@ -47,7 +47,7 @@ DEATHS_REMEMBERED_S = 600.0  # After an item's last one.
 PAUSE_S = 0.02  # Between attempts, so that a pool that refuses everything is not hammered.
 MAX_BATCHES_IN_FLIGHT = 3  # For one encoder: one runs, one is decoded, one is uploaded.
 MAX_IN_FLIGHT_S = 30.0  # Work sent to one encoder; well within the timeout of a call.
-HEAVY_FRACTION = 0.5  # Of an encoder's queue, for pictures that are heavy to decode.
+HEAVY_FRACTION = 0.5  # The part of an encoder's queue for pictures that are heavy to decode.
 PASS_S = 5e-9  # Time of one core to decode one pixel in one pass.
 
 
@@ -154,7 +154,7 @@ class Encoders:
         self.worker_wait_s = worker_wait_s
         self.max_wait_s = max_wait_s
         self._flights: Flights[Encoded] = Flights()
-        self._runs: dict[str, _EncodeRun] = {}  # Of the flights, by key.
+        self._runs: dict[str, _EncodeRun] = {}  # By the key of their flight.
         self._admitted: dict[str, _Claim] = {}  # Items that are not encoded yet, by key.
         # By key: how many workers died while they had the item, and when the last one did.
         self._deaths: LRU[str, tuple[int, float]] = LRU(MAX_SUSPECTS)
@@ -340,7 +340,7 @@ class Encoders:
 
 
 def _without_unproven_address(ref: EmbeddingRef, worker: Worker) -> EmbeddingRef:
-    """Without a ``fetch_address`` that is not proven to be this encoder's: LLM workers call it."""
+    """Removes the ``fetch_address`` if the encoder has a fault, as it may be another process's."""
     return ref if worker.fault is None else ref.at(replace(ref.location, fetch_address=""))
 
 

@@ -79,7 +79,8 @@ class ReachabilityCheck:
         )
 
     async def _find_wrong_process(self, encoder: Worker, description: Description) -> str:
-        """What answers in the encoder's place, "another process" or "nothing"; empty: itself."""
+        """The answerer at the advertised address if it is not the encoder: "another process" or
+        "nothing"; else empty."""
         instance_id, address = asked = description.instance_id, description.fetch_address
         last, now = self._answers.get(encoder), time.monotonic()
         expired = last is not None and last.wrong_process and now - last.at >= RECHECK_S

@@ -47,7 +47,7 @@ POLICY = StreamPolicy()
 
 
 async def describe_llm(channel: grpc.aio.Channel, timeout_s: float) -> Description:
-    """What an LLM worker reports about itself."""
+    """An LLM worker's answer to Describe."""
     answer = await llm_pb2_grpc.LLMStub(channel).Describe(
         pb.DescribeLLMRequest(), timeout=timeout_s
     )
@@ -62,7 +62,7 @@ async def describe_llm(channel: grpc.aio.Channel, timeout_s: float) -> Descripti
 
 @dataclass(frozen=True)
 class GenerateSpec:
-    """What to generate; the same for each worker that is tried."""
+    """A generation's request, which is the same for each worker that is tried."""
 
     request_id: str
     token_ids: tuple[int, ...]

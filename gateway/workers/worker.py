@@ -42,7 +42,7 @@ class WorkerState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a worker reports about itself, of either kind.
+    """A worker's answer to Describe, of either kind.
 
     Cost is in the pool's unit: patches for encoders, sequences for LLM workers.
     """
@@ -63,7 +63,7 @@ class Description:
     limits: dict[str, int] = field(default_factory=dict)
     load: dict[str, int] = field(default_factory=dict)
     store: StoreState | None = None
-    instance_id: str = ""  # Of the process; empty: not reported.
+    instance_id: str = ""  # The process's id; empty: not reported.
     fetch_address: str = ""  # In the references that an encoder returns.
     extra: dict[str, str] = field(default_factory=dict)
 
@@ -204,7 +204,7 @@ class WorkerLost(Unavailable):
 
 
 def call_error(error: grpc.RpcError, *, delivered: bool) -> OpticNerveError:
-    """What a failed call of a worker means: WorkerLost, or the worker's own typed error. Raise it
+    """The typed error of a failed call: WorkerLost, or the worker's own error. Raise it
     ``from`` the RpcError."""
     if not isinstance(error, grpc.aio.AioRpcError):
         return from_rpc(error)

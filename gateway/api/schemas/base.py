@@ -1,4 +1,4 @@
-"""What every request model shares: strict types, null for absent, no infinities."""
+"""Base classes of the request models: strict types, null for absent fields, no infinities."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ class UnsupportedField:
     """A field that other servers support and this one does not."""
 
     neutral: tuple[Any, ...]  # Values that ask for nothing, besides null.
-    instead: str  # What to do.
+    instead: str  # Advice to the client.
 
 
 class Body(Strict):
