@@ -6,7 +6,7 @@ Without a model: random weights in the Qwen2-VL architecture, 0.49B parameters o
 and 0.17B of tower, bf16, one file. Each side starts in a fresh process, imports what its service
 imports, opens the checkpoint and loads its half as the service does; "whole" is transformers'
 ``from_pretrained``. Then ``opticnerve up`` serves the checkpoint, answers questions about pictures,
-and its processes are read while they run: activations and KV pages (of 4,096 tokens) count.
+and its processes are read while they run: activations and KV blocks (of 4,096 tokens) count.
 
 Figures are from /proc/PID/status, in MB of 10^6 bytes: resident memory after loading, of it what is
 not a file's (RssAnon), the most there ever was (VmHWM), and the weights themselves.

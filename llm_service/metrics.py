@@ -23,7 +23,7 @@ TOKENS = Counter(
 def engine_stats(stats: EngineStats) -> Iterator[Metric]:
     """The engine's current state."""
     yield GaugeMetricFamily(
-        "opticnerve_kv_blocks_free", "KV pages that no sequence holds", stats.free_blocks
+        "opticnerve_kv_blocks_free", "KV blocks that no sequence holds", stats.free_blocks
     )
     sequences = GaugeMetricFamily(
         "opticnerve_sequences", "Sequences by state (running, waiting)", labels=["state"]
@@ -33,7 +33,7 @@ def engine_stats(stats: EngineStats) -> Iterator[Metric]:
     yield sequences
     yield CounterMetricFamily(
         "opticnerve_preemptions_total",
-        "Sequences preempted for want of KV pages",
+        "Sequences preempted for want of KV blocks",
         stats.preemptions,
     )
     yield SummaryMetricFamily(

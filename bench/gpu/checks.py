@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from bench.gpu.models import Picture, Prompt, Room, Said, Split
 from llm_service.device.attention import make_backend
-from llm_service.device.attention.base import AttentionStep, Chunk, PageShape
+from llm_service.device.attention.base import AttentionStep, BlockShape, Chunk
 from opticnerve.models.towers import varlen
 from tests.reference import image_rows
 
@@ -159,7 +159,7 @@ def decoder_case(
     totals = [cached + new for cached, new in zip(case.cached, case.new, strict=True)]
     pages = _tables(totals)
     backend = make_backend("auto")
-    shape = PageShape(1, kv_heads, dim, BLOCK)
+    shape = BlockShape(1, kv_heads, dim, BLOCK)
     backend.allocate(shape, sum(map(len, pages)), dtype, room.device)
     keys = [
         torch.randn(total, 2 * kv_heads, dim, device=room.device, dtype=dtype) for total in totals

@@ -27,15 +27,15 @@ class SlotTable:
 
     These are arrays over slots, so that a step of decoding sequences is a few vectorised look-ups.
 
-    ``delta``: position minus index of a token past the prompt. ``pages``: the block tables, written
-    as they grow.
+    ``delta``: position minus index of a token past the prompt. ``blocks``: the block tables,
+    written as they grow.
     """
 
-    def __init__(self, num_slots: int, max_pages: int, layout: Layout) -> None:
+    def __init__(self, num_slots: int, max_blocks: int, layout: Layout) -> None:
         self._layout = layout
         self.position_dims = layout.position_dims
         self.delta = np.zeros(num_slots, dtype=np.int64)
-        self.pages = np.zeros((num_slots, max_pages), dtype=np.int64)
+        self.blocks = np.zeros((num_slots, max_blocks), dtype=np.int64)
         self._sequences: list[Sequence | None] = [None] * num_slots
         self._tables: list[tuple[int, ...]] = [()] * num_slots
         self._positions: list[NDArray[np.int64]] = [np.zeros((1, 0), dtype=np.int64)] * num_slots
@@ -57,14 +57,14 @@ class SlotTable:
         self._tables[slot] = ()
         self._placeholders.pop(slot, None)
 
-    def update_pages(self, slot: int, table: tuple[int, ...]) -> None:
-        """Updates the slot's row to ``table``; most steps change nothing or add a page."""
+    def update_blocks(self, slot: int, table: tuple[int, ...]) -> None:
+        """Updates the slot's row to ``table``; most steps change nothing or add a block."""
         known = self._tables[slot]
         if table is known:
             return
         same = len(known) if table[: len(known)] == known else 0
         if len(table) > same:
-            self.pages[slot, same : len(table)] = table[same:]
+            self.blocks[slot, same : len(table)] = table[same:]
         self._tables[slot] = table
 
     def positions(self, slot: int, start: int, count: int) -> NDArray[np.int64]:
@@ -113,7 +113,7 @@ class Batch:
 
 
 def pack(works: list[Work], slots: SlotTable, block_size: int) -> Batch:
-    """Packs ``works``; their slots are admitted and have their pages."""
+    """Packs ``works``; their slots are admitted and have their blocks."""
     decodes = [work for work in works if work.num_tokens == 1]
     decodes.sort(key=_start, reverse=True)
     if len(decodes) == len(works):
@@ -142,7 +142,7 @@ def pack(works: list[Work], slots: SlotTable, block_size: int) -> Batch:
         positions=np.concatenate(positions, axis=1),
         attention=AttentionStep(
             token_slots=np.concatenate(token_slots),
-            decode_pages=head.attention.decode_pages if head else np.zeros((0, 0), np.int64),
+            decode_blocks=head.attention.decode_blocks if head else np.zeros((0, 0), np.int64),
             decode_lengths=head.attention.decode_lengths if head else np.zeros(0, np.int64),
             chunks=tuple(map(_chunk, chunks, firsts[len(decodes) :], repeat(slots))),
         ),
@@ -179,8 +179,8 @@ def _pack_decodes(works: list[Work], slots: SlotTable, block_size: int) -> Batch
         read_slots=of if all_read else of[reading],
         positions=positions,
         attention=AttentionStep(
-            token_slots=slots.pages[of, block] * block_size + offset,
-            decode_pages=slots.pages[of, :width],
+            token_slots=slots.blocks[of, block] * block_size + offset,
+            decode_blocks=slots.blocks[of, :width],
             decode_lengths=starts + 1,
         ),
         logit_works=wanting,
@@ -197,7 +197,7 @@ def _chunk_arrays(work: Work, slots: SlotTable, block_size: int) -> tuple[Ints, 
     known = work.seq.token_ids[work.start : end]
     ids[: len(known)] = known
     block, offset = np.divmod(np.arange(work.start, end), block_size)
-    token_slots = slots.pages[work.slot, block] * block_size + offset
+    token_slots = slots.blocks[work.slot, block] * block_size + offset
     return ids, slots.positions(work.slot, work.start, work.num_tokens), token_slots
 
 
@@ -206,7 +206,7 @@ def _chunk(work: Work, first_index: int, slots: SlotTable) -> Chunk:
         first_index=first_index,
         num_tokens=work.num_tokens,
         start=work.start,
-        pages=slots.pages[work.slot, : len(work.block_table)].copy(),
+        blocks=slots.blocks[work.slot, : len(work.block_table)].copy(),
         bidirectional=_bidirectional(work.seq, work.start, work.start + work.num_tokens),
     )
 

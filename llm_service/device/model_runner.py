@@ -1,4 +1,4 @@
-"""Owns the device memory: weights, KV pages, the last token of each slot.
+"""Owns the device memory: weights, KV blocks, the last token of each slot.
 
 ``execute`` turns a StepPlan into WorkResults with one forward pass. An error of one sequence is
 returned in its result.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from llm_service.device.attention.base import AttentionBackend, PageShape, active
+from llm_service.device.attention.base import AttentionBackend, BlockShape, active
 from llm_service.device.batch import Batch, SlotTable, pack
 from llm_service.device.item_rows import ItemRows, Overwrite
 from llm_service.device.memory import cache_budget, to_device
@@ -64,14 +64,14 @@ class ModelRunner:
         self._rows = ItemRows(rows, language, layout.deepstack_levels)
         self._device = torch.device(language.device)
         self.block_size = _block_size(backend, limits.block_size)
-        shape = PageShape(
+        shape = BlockShape(
             language.num_layers, language.num_kv_heads, language.head_dim, self.block_size
         )
         self.num_blocks = _num_blocks(shape, limits, language)
         self.backend_name = backend.name
         self._shape = shape
-        max_pages = -(-limits.max_model_len // self.block_size)
-        self._slots = SlotTable(limits.max_num_seqs, max_pages, layout)
+        max_blocks = -(-limits.max_model_len // self.block_size)
+        self._slots = SlotTable(limits.max_num_seqs, max_blocks, layout)
         self._sampler = Sampler(language.vocab_size, limits.max_num_seqs, self._device)
         self._last_tokens = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=self._device)
         backend.allocate(shape, self.num_blocks, language.dtype, self._device)
@@ -80,11 +80,11 @@ class ModelRunner:
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Bytes that the KV pages take when all are in use."""
+        """Bytes that the KV blocks take when all are in use."""
         return self.num_blocks * self._shape.bytes_per_block(self._language.dtype.itemsize)
 
     def close(self) -> None:
-        """Frees the KV pages; the runner cannot be used afterwards."""
+        """Frees the KV blocks; the runner cannot be used afterwards."""
         self._backend.free()
 
     # ---- one step
@@ -104,7 +104,7 @@ class ModelRunner:
         for slot in plan.freed_slots:
             self._slots.release(slot)
             self._sampler.release(slot)
-        self._backend.copy_pages(plan.copies)
+        self._backend.copy_blocks(plan.copies)
         results: dict[int, WorkResult] = {}
         overwrites: dict[int, list[Overwrite]] = {}
         works = []
@@ -124,7 +124,7 @@ class ModelRunner:
         try:
             if not self._slots.holds(work.slot, work.seq):
                 self._admit(work)
-            self._slots.update_pages(work.slot, work.block_table)
+            self._slots.update_blocks(work.slot, work.block_table)
             if work.segments:
                 overwrites[work.slot] = [self._rows.read(segment) for segment in work.segments]
         except torch.AcceleratorError:
@@ -214,7 +214,7 @@ class ModelRunner:
         return results
 
     def _not_finite(self, work: Work) -> EngineFailure:
-        """Scrubs the pages, so that their values do not spread to the next sequence."""
+        """Scrubs the blocks, so that their values do not spread to the next sequence."""
         log.error("request %s: the model's output is not finite", work.seq.request_id)
         self._backend.scrub(work.block_table)
         return EngineFailure("the model's output for this request is not finite")
@@ -262,15 +262,15 @@ def _to_host(drawn: Drawn) -> tuple[list[int], list[float], list[bool]]:
 
 
 def _block_size(backend: AttentionBackend, wanted: int) -> int:
-    if wanted and wanted not in backend.page_sizes:
-        sizes = ", ".join(map(str, backend.page_sizes))
+    if wanted and wanted not in backend.block_sizes:
+        sizes = ", ".join(map(str, backend.block_sizes))
         raise ConfigError(
-            f"the {backend.name} backend has no pages of {wanted} tokens, but {sizes}"
+            f"the {backend.name} backend has no blocks of {wanted} tokens, but {sizes}"
         )
-    return wanted or backend.page_sizes[0]
+    return wanted or backend.block_sizes[0]
 
 
-def _num_blocks(shape: PageShape, limits: RunnerLimits, language: LanguageModel) -> int:
+def _num_blocks(shape: BlockShape, limits: RunnerLimits, language: LanguageModel) -> int:
     """From kv_cache_tokens; else what fits memory, up to what all slots could use."""
     useful = limits.max_num_seqs * -(-limits.max_model_len // shape.block_size)
     if limits.kv_cache_tokens:

@@ -85,7 +85,7 @@ def _announce(
 ) -> None:
     """Logs the model, its device and the sizes that were chosen."""
     log.info(
-        "%s on %s in %s: %d threads, attention %s, max_model_len %d, %d KV pages of %d tokens "
+        "%s on %s in %s: %d threads, attention %s, max_model_len %d, %d KV blocks of %d tokens "
         "(%d MiB), max_num_seqs %d, max_num_batched_tokens %d, max_step_ms %g",
         checkpoint.name,
         language.device,

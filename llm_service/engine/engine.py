@@ -59,7 +59,7 @@ class Engine:
     """Drives one runner. ``runner`` owns the device, ``rows`` the embeddings.
 
     An exception in one request fails that request. One raised by ``runner.execute`` fails the
-    step's sequences, whose pages of this step are not shared yet, and the engine continues;
+    step's sequences, whose blocks of this step are not shared yet, and the engine continues;
     DeviceLost and errors of the engine itself leave ``run``.
     """
 

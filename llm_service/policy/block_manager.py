@@ -1,13 +1,13 @@
-"""Accounting of KV pages: reference counts and the prefix cache. No tensors.
+"""Accounting of KV blocks: reference counts and the prefix cache. No tensors.
 
-A page is free, or held by one or more sequences (reference count), or idle: held by none and kept
+A block is free, or held by one or more sequences (reference count), or idle: held by none and kept
 for its contents until its room is needed (least recently used first). The prefix cache maps the
-hash of everything that decides a page's contents to the page: the tokens before and in it, the
-identity of every item that overlaps it, and the salt of the request. Only whole computed pages are
+hash of everything that decides a block's contents to the block: the tokens before and in it, the
+identity of every item that overlaps it, and the salt of the request. Only whole computed blocks are
 cached.
 
-Hashes are chained over units of 16 tokens, whatever the page size, so that two workers with
-different attention backends name the same prefix alike; a page goes by the hash of its last unit.
+Hashes are chained over units of 16 tokens, whatever the block size, so that two workers with
+different attention backends name the same prefix alike; a block goes by the hash of its last unit.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ _SCHEME = "opticnerve-prefix-3"
 
 
 class BlockManager:
-    """Pages of ``block_size`` tokens (a multiple of 16), numbered from 0."""
+    """Blocks of ``block_size`` tokens (a multiple of 16), numbered from 0."""
 
     def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
         if num_blocks < 1 or block_size < UNIT or block_size % UNIT:
-            raise ValueError(f"{num_blocks} pages of {block_size} tokens; want multiples of {UNIT}")
+            raise ValueError(
+                f"{num_blocks} blocks of {block_size} tokens; want multiples of {UNIT}"
+            )
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
@@ -45,26 +47,26 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
-        """Pages that no sequence holds."""
+        """Blocks that no sequence holds."""
         return len(self._free) + len(self._idle)
 
-    def pages_for(self, num_tokens: int) -> int:
+    def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     # ---- a sequence's life: allocate, grow, commit, release
 
     def lacking(self, seq: Sequence, reserve: int = 0) -> int:
-        """How many pages are missing to ``allocate`` the sequence and leave ``reserve`` free; 0 or
+        """How many blocks are missing to ``allocate`` the sequence and leave ``reserve`` free; 0 or
         less if it fits."""
         hit = self._match(seq)
         idle_hits = sum(1 for block in hit if not self._references[block])
-        needed = self.pages_for(seq.num_tokens) - len(hit)
+        needed = self.blocks_for(seq.num_tokens) - len(hit)
         return needed + reserve - (self.num_free - idle_hits)
 
     def freed_for(self, seq: Sequence) -> Callable[[Sequence], int]:
-        """A function that counts the pages that a running sequence would free for ``seq``: those it
-        holds alone, except cached ones that ``seq`` would start with, which ``lacking`` has counted
-        already."""
+        """A function that counts the blocks that a running sequence would free for ``seq``: those
+        it holds alone, except cached ones that ``seq`` would start with, which ``lacking`` has
+        counted already."""
         hit = set(self._match(seq))
 
         def count(victim: Sequence) -> int:
@@ -74,27 +76,27 @@ class BlockManager:
         return count
 
     def allocate(self, seq: Sequence) -> int:
-        """Takes pages for all tokens, the cached prefix included; returns its length in tokens."""
+        """Takes blocks for all tokens, the cached prefix included; returns its length in tokens."""
         hit = self._match(seq)
         for block in hit:
             self._add_reference(block)
-        fresh = [self._take() for _ in range(self.pages_for(seq.num_tokens) - len(hit))]
+        fresh = [self._take() for _ in range(self.blocks_for(seq.num_tokens) - len(hit))]
         seq.block_table = (*hit, *fresh)
         seq.num_cached_blocks = len(hit)
         seq.num_computed = len(hit) * self.block_size
         return seq.num_computed
 
     def can_grow(self, seq: Sequence, num_tokens: int) -> bool:
-        """Whether the sequence's pages can be made to hold ``num_tokens``."""
-        return self.pages_for(num_tokens) - len(seq.block_table) <= self.num_free
+        """Whether the sequence's blocks can be made to hold ``num_tokens``."""
+        return self.blocks_for(num_tokens) - len(seq.block_table) <= self.num_free
 
     def grow(self, seq: Sequence, num_tokens: int) -> None:
-        fresh = self.pages_for(num_tokens) - len(seq.block_table)
+        fresh = self.blocks_for(num_tokens) - len(seq.block_table)
         if fresh > 0:
             seq.block_table += tuple(self._take() for _ in range(fresh))
 
     def commit(self, seq: Sequence) -> None:
-        """Adds whole computed pages to the prefix cache."""
+        """Adds whole computed blocks to the prefix cache."""
         whole = seq.num_computed // self.block_size
         if not self.prefix_caching or seq.request.skip_prefix_cache:
             return
@@ -107,7 +109,7 @@ class BlockManager:
         seq.num_cached_blocks = max(seq.num_cached_blocks, whole)
 
     def release(self, seq: Sequence) -> None:
-        """Releases the sequence's pages; its last ones are reused first."""
+        """Releases the sequence's blocks; its last ones are reused first."""
         for block in reversed(seq.block_table):
             self._references[block] -= 1
             if self._references[block]:
@@ -122,16 +124,16 @@ class BlockManager:
 
     def can_fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> bool:
         """Whether ``child`` can start with the first ``num_tokens`` that ``parent`` computed."""
-        own = self.pages_for(child.num_tokens) - num_tokens // self.block_size
+        own = self.blocks_for(child.num_tokens) - num_tokens // self.block_size
         return num_tokens <= parent.num_computed and own <= self.num_free
 
     def fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> list[tuple[int, int]]:
-        """Shares whole pages and returns (source, destination) of the partial one to copy."""
+        """Shares whole blocks and returns (source, destination) of the partial one to copy."""
         whole = num_tokens // self.block_size
         shared = parent.block_table[:whole]
         for block in shared:
             self._add_reference(block)
-        fresh = [self._take() for _ in range(self.pages_for(child.num_tokens) - whole)]
+        fresh = [self._take() for _ in range(self.blocks_for(child.num_tokens) - whole)]
         child.block_table = (*shared, *fresh)
         child.num_cached_blocks = min(parent.num_cached_blocks, whole)
         child.hashes = parent.hashes[:whole]
@@ -145,14 +147,14 @@ class BlockManager:
         return len(self._match(seq)) * self.block_size
 
     def evict_from_prefix_cache(self, seq: Sequence) -> None:
-        """Removes a running sequence's pages from the prefix cache: their contents may be bad."""
+        """Removes a running sequence's blocks from the prefix cache: their contents may be bad."""
         for block in seq.block_table:
             name = self._hash_of.pop(block, None)
             if name is not None:
                 del self._cached[name]
 
     def _match(self, seq: Sequence) -> list[int]:
-        """Cached pages that ``seq`` may start with: at least one token stays to be computed, and
+        """Cached blocks that ``seq`` may start with: at least one token stays to be computed, and
         no bidirectional span is cut, since all of its tokens see each other."""
         request = seq.request
         if not self.prefix_caching or request.skip_prefix_cache:
@@ -171,10 +173,10 @@ class BlockManager:
             del hit[cut // self.block_size :]
         return hit
 
-    # ---- single pages
+    # ---- single blocks
 
     def _take(self) -> int:
-        """Takes a page with one reference; callers have checked that there is one."""
+        """Takes a block with one reference; callers have checked that there is one."""
         if self._free:
             block = self._free.popleft()
         else:
@@ -189,34 +191,34 @@ class BlockManager:
         self._references[block] += 1
 
     def check_integrity(self, sequences: Iterable[Sequence] = ()) -> None:
-        """Raises RuntimeError if the counts do not match the pages that ``sequences`` hold."""
+        """Raises RuntimeError if the counts do not match the blocks that ``sequences`` hold."""
         held: Counter[int] = Counter()
         for seq in sequences:
             self._check_sequence(seq)
             held.update(seq.block_table)
         for block, references in enumerate(self._references):
-            _require(references == held[block], f"page {block}: {references} != {held[block]}")
+            _require(references == held[block], f"block {block}: {references} != {held[block]}")
         free = [*self._free, *self._idle]
-        _require(len(free) == len(set(free)), "a page is free twice")
+        _require(len(free) == len(set(free)), "a block is free twice")
         _require(
             set(free) == {block for block in range(self.num_blocks) if not held[block]},
-            "free pages are not those without a holder",
+            "free blocks are not those without a holder",
         )
         _require(
             {block: name for name, block in self._cached.items()} == self._hash_of,
             "cache and hashes differ",
         )
-        _require(set(self._idle) <= set(self._hash_of), "an idle page is not cached")
-        _require(not set(self._free) & set(self._hash_of), "a free page is cached")
+        _require(set(self._idle) <= set(self._hash_of), "an idle block is not cached")
+        _require(not set(self._free) & set(self._hash_of), "a free block is cached")
 
     def _check_sequence(self, seq: Sequence) -> None:
         table = seq.block_table
-        _require(len(table) == len(set(table)), f"{seq}: a page twice")
-        _require(seq.num_computed <= len(table) * self.block_size, f"{seq}: too few pages")
+        _require(len(table) == len(set(table)), f"{seq}: a block twice")
+        _require(seq.num_computed <= len(table) * self.block_size, f"{seq}: too few blocks")
         _require(seq.num_computed <= seq.num_tokens, f"{seq}: computed more than there is")
-        _require(seq.num_cached_blocks <= len(table), f"{seq}: shares pages that it does not hold")
+        _require(seq.num_cached_blocks <= len(table), f"{seq}: shares blocks that it does not hold")
         if seq.status is not Status.RUNNING:
-            _require(not table, f"{seq}: pages without running")
+            _require(not table, f"{seq}: blocks without running")
         cut = whole_spans(seq, seq.num_computed)
         _require(cut == seq.num_computed, f"{seq}: half a bidirectional span")
 
@@ -241,10 +243,10 @@ def whole_spans(seq: Sequence, end: int) -> int:
 # ---- hashes
 
 
-def extend_hashes(seq: Sequence, num_pages: int, block_size: int) -> None:
-    """Makes ``seq.hashes`` cover the first ``num_pages`` pages, all of whose tokens are known."""
+def extend_hashes(seq: Sequence, num_blocks: int, block_size: int) -> None:
+    """Makes ``seq.hashes`` cover the first ``num_blocks`` blocks, all of whose tokens are known."""
     hashes = seq.hashes
-    while len(hashes) < num_pages:
+    while len(hashes) < num_blocks:
         parent = hashes[-1] if hashes else _root(seq.request)
         start = len(hashes) * block_size
         for unit in range(start, start + block_size, UNIT):

@@ -113,7 +113,7 @@ class Budget:
 
     tokens: int  # Of any kind.
     prefill: int
-    timed: bool  # Time bounds ``prefill``: chunks are cut at pages.
+    timed: bool  # Time bounds ``prefill``: chunks are cut at blocks.
     block_size: int
     for_text: int = 0  # Part of ``prefill`` reserved for prompts without pictures.
     for_decoding: int = 0  # Part of ``tokens`` reserved for decoding sequences.
@@ -140,9 +140,9 @@ class Budget:
         """
         end = min(start + self.chunk(seq), seq.num_tokens)
         if self.timed and end < seq.num_tokens:
-            page_end = end - end % self.block_size
-            if page_end > start or self.begun:
-                end = max(page_end, start)
+            block_end = end - end % self.block_size
+            if block_end > start or self.begun:
+                end = max(block_end, start)
         span_end = _span_end(seq, start)
         # A stream of waiting sequences would otherwise leave nothing to decoding.
         reserved = 0 if seq.status is Status.RUNNING else self.for_decoding

@@ -16,8 +16,8 @@ MAX_CHOICES = 128
 class EngineConfig:
     """The engine's settings, with the sizes that depend on the model and the device."""
 
-    num_blocks: int  # KV pages.
-    block_size: int  # Tokens a page, a multiple of 16.
+    num_blocks: int  # KV blocks.
+    block_size: int  # Tokens a block, a multiple of 16.
     max_model_len: int  # Prompt and output tokens of one sequence.
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048

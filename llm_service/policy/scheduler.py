@@ -9,7 +9,7 @@ progress, and no sequence waits for ever.
 
 While any sequence decodes, the step's prefill tokens are bounded by the time that they are
 expected to take, since every decoding sequence waits for the step's end. The first sequence that
-prefills gets at least a page of tokens, or a whole bidirectional span. A quarter of a step's
+prefills gets at least a block of tokens, or a whole bidirectional span. A quarter of a step's
 prefill is reserved for prompts without pictures, if there are any, so that text does not wait for
 a burst of pictures.
 """
@@ -35,7 +35,7 @@ MAX_REFUSALS = 32  # Sharers that may be refused before a step stops admitting.
 
 
 class Scheduler:
-    """Owns the sequences, the slots, the leases and, through ``blocks``, the pages."""
+    """Owns the sequences, the slots, the leases and, through ``blocks``, the blocks."""
 
     def __init__(self, config: EngineConfig, blocks: BlockManager, rows: RowSource) -> None:
         self.config = config
@@ -47,14 +47,14 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # Prompt tokens taken from the prefix cache.
         self._step = 0
-        # Every decoding sequence has a token in each step, and a page of tokens is left to prefill.
+        # Every decoding sequence has a token in each step, and a block is left to prefill.
         most = max(1, config.max_num_batched_tokens - blocks.block_size)
         self._num_slots = min(config.max_num_seqs, most)
         self._free_slots = list(range(self._num_slots))[::-1]
         self._max_waiting_for_rows = max(1, self._num_slots // 2)  # Slots that may wait for rows.
         self._freed_slots: list[int] = []  # Since the last plan.
-        self._copies: list[tuple[Sequence, int, int]] = []  # Pages of forks, for the next plan.
-        self.copied: list[Sequence] = []  # Forks whose pages the last plan copied.
+        self._copies: list[tuple[Sequence, int, int]] = []  # Blocks of forks, for the next plan.
+        self.copied: list[Sequence] = []  # Forks whose blocks the last plan copied.
         self._leases = Leases(rows, config.row_bytes)
         self._needs: list[tuple[Sequence, tuple[str, ...]]] = []
 
@@ -139,7 +139,7 @@ class Scheduler:
     # ---- decoding
 
     def _grow(self, decoding: list[Sequence]) -> set[Sharer]:
-        """Allocates a page for the next token where one is needed; returns the sharers of sequences
+        """Allocates a block for the next token if one is needed; returns the sharers of sequences
         that were preempted for it."""
         preempted: set[Sharer] = set()
         for seq in decoding:
@@ -213,7 +213,7 @@ class Scheduler:
     ) -> list[Sequence] | None:
         """The sequences to preempt to admit a waiting one; None: it has to wait.
 
-        Once a sequence was refused for want of pages, the free ones are reserved for it: those
+        Once a sequence was refused for want of blocks, the free ones are reserved for it: those
         behind it may claim only what their sharers are entitled to.
         """
         lacks_slot = not self._free_slots
@@ -228,7 +228,7 @@ class Scheduler:
         if self.shares.of(seq) not in admission.preempted:  # Else it would be preempted again.
             if not lacks_slot and lacking <= 0:
                 return []
-            wanted = self.blocks.pages_for(seq.num_tokens)
+            wanted = self.blocks.blocks_for(seq.num_tokens)
             freed = self.blocks.freed_for(seq)
             victims = self.shares.claim(seq, lacks_slot, lacking, wanted, freed, works)
         if victims is None:
@@ -329,7 +329,7 @@ class Scheduler:
     # ---- after a step
 
     def advance(self, seq: Sequence, num_computed: int) -> None:
-        """Records that the keys and values of the first ``num_computed`` tokens are in pages."""
+        """Records that the keys and values of the first ``num_computed`` tokens are in blocks."""
         seq.num_computed = num_computed
         if num_computed // self.blocks.block_size > seq.num_cached_blocks:
             self.blocks.commit(seq)
@@ -351,7 +351,7 @@ class Scheduler:
         self._enter(child)
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError if queues, slots, pages or leases do not agree."""
+        """Raises RuntimeError if queues, slots, blocks or leases do not agree."""
         waiting = list(self.shares.waiting())
         self.blocks.check_integrity([*self.running, *waiting])
         for queue, status in ((self.running, Status.RUNNING), (waiting, Status.WAITING)):
@@ -371,5 +371,5 @@ class _Admission:
     turns: Turns
     preempted: set[Sharer]  # Those whose sequences were preempted in this step.
     no_pictures: bool = False
-    refusals: int = 0  # For want of slots or pages.
-    reserve: int = 0  # Free pages that the first refused sequence waits for.
+    refusals: int = 0  # For want of slots or blocks.
+    reserve: int = 0  # Free blocks that the first refused sequence waits for.

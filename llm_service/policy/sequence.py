@@ -12,7 +12,7 @@ from opticnerve.generation.values import FinishReason, PositionLogprobs, Timings
 
 
 class Status(Enum):
-    WAITING = "waiting"  # Holds nothing: no pages, no slot, no leases.
+    WAITING = "waiting"  # Holds nothing: no blocks, no slot, no leases.
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -99,7 +99,7 @@ class Sequence:
     """State of one choice: its tokens, how many are computed, and the resources it holds.
 
     ``request``, ``choice`` and ``num_prompt`` never change, and ``token_ids`` only grows; the rest
-    is written by the scheduler and the engine alone. Pages, slot and leases are
+    is written by the scheduler and the engine alone. Blocks, slot and leases are
     held exactly while ``status`` is RUNNING.
     """
 
@@ -133,10 +133,10 @@ class Sequence:
         self.order = (request.priority, generation.arrival, choice)  # Lower runs first.
         self.token_ids = [*request.token_ids, *output_ids]  # Prompt, then output.
         self.num_prompt = len(request.token_ids)
-        self.num_computed = 0  # Tokens whose keys and values are in pages.
-        self.num_cached_blocks = 0  # Leading pages that are in the prefix cache.
+        self.num_computed = 0  # Tokens whose keys and values are in blocks.
+        self.num_cached_blocks = 0  # Leading blocks that are in the prefix cache.
         self.block_table: tuple[int, ...] = ()
-        self.hashes: list[bytes] = []  # Of leading whole pages, as many as were needed so far.
+        self.hashes: list[bytes] = []  # Of leading whole blocks, as many as were needed so far.
         self.slot = -1
         self.status = Status.WAITING
         self.leases: dict[str, int] = {}  # Key -> end of its last span.
@@ -173,7 +173,7 @@ class Sequence:
         return FinishReason.LENGTH if output >= sampling.max_tokens else None
 
     def suspend(self) -> None:
-        """Forgets what was computed; the caller has released pages, slot and leases."""
+        """Forgets what was computed; the caller has released blocks, slot and leases."""
         self.num_computed = 0
         self.num_cached_blocks = 0
         self.block_table = ()

@@ -1,6 +1,6 @@
 """Fair shares of the decoder: prefill order, admission and preemption. No tensors, no clock.
 
-Prefill, slots and KV pages are shared among *sharers*, by weight: all requests with one ``share``
+Prefill, slots and KV blocks are shared among *sharers*, by weight: all requests with one ``share``
 name are one sharer, and a request without a name is a sharer of its own, with all of its choices. A
 sharer that wants less than its share leaves the rest to the others, so that one alone may use all.
 
@@ -10,15 +10,15 @@ sharer that wants less than its share leaves the rest to the others, so that one
   the others' count, as in the Virtual Token Counter (Sheng et al., OSDI 2024): idle time earns no
   credit. Between two sharers that are always busy, the difference is at most the longest prompt.
   Prompts of one length are served in order of arrival.
-* Slots (each for one running sequence) and KV pages are shared max-min. A sharer that runs nothing
-  may take a slot from any that runs several; beyond that, slots and pages are taken only from
+* Slots (each for one running sequence) and KV blocks are shared max-min. A sharer that runs nothing
+  may take a slot from any that runs several; beyond that, slots and blocks are taken only from
   sharers that still have more, by weight, after the loss, so that nothing is taken back. Each
   running sequence has a token in each step, so shares of slots are shares of decoding.
 
 Within a sharer its requests share, so that a request with many choices does not delay the others.
 Of the waiting sequences, those of a request that runs nothing come before further choices of one
 that runs; otherwise the order is priority, then arrival. A request that runs nothing may also take
-a slot and pages from one of the same sharer that runs several sequences, which keeps one. The
+a slot and blocks from one of the same sharer that runs several sequences, which keeps one. The
 sequence that a sharer loses first is the last of its request that runs the most.
 
 Lower priority numbers come first and are never preempted for higher ones. The engine does not check
@@ -60,8 +60,8 @@ class Sharer:
         return bool(self.waiting) or not all(map(decodes, self.running))
 
     @property
-    def pages(self) -> int:
-        """KV pages that it holds; one that its sequences share counts for each of them."""
+    def blocks(self) -> int:
+        """KV blocks that it holds; one that its sequences share counts for each of them."""
         return sum(len(seq.block_table) for seq in self.running)
 
     def preemption_order(self) -> list[tuple[int, Sequence]]:
@@ -178,7 +178,7 @@ class Shares:
         sharer.served += tokens / sharer.weight
         self._now += tokens / self._weight
 
-    # ---- slots and pages
+    # ---- slots and blocks
 
     @property
     def has_multiple_slots(self) -> bool:
@@ -202,15 +202,15 @@ class Shares:
         self,
         seq: Sequence,
         lacks_slot: bool,
-        pages: int,
+        blocks: int,
         wanted: int,
         freed: Callable[[Sequence], int],
         spared: Collection[Sequence] = (),
     ) -> list[Sequence] | None:
         """The sequences to preempt for ``seq``, or None if its sharer is not entitled to so much.
 
-        ``lacks_slot``: it needs a slot too; ``pages``: how many it lacks of the ``wanted`` that it
-        will hold. ``freed``: how many pages preempting one sequence would give it; ``spared`` are
+        ``lacks_slot``: it needs a slot too; ``blocks``: how many it lacks of the ``wanted`` that it
+        will hold. ``freed``: how many blocks preempting one sequence would give it; ``spared`` are
         not preempted. If no other sharer has too much, its own sharer's other requests may.
         """
         mine = self.of(seq)
@@ -219,24 +219,24 @@ class Shares:
         ]
         own = _Holder(mine, seq, spared, own=True)
         slots = (len(mine.running) + 1) / mine.weight if mine.running else 0.0
-        held = (mine.pages + wanted) / mine.weight
+        held = (mine.blocks + wanted) / mine.weight
         victims: list[Sequence] = []
-        while lacks_slot or pages > 0:
+        while lacks_slot or blocks > 0:
             able = [holder for holder in holders if holder.takeable]
-            by_weight = _Holder.slots_by_weight if lacks_slot else _Holder.pages_by_weight
+            by_weight = _Holder.slots_by_weight if lacks_slot else _Holder.blocks_by_weight
             richest = max(able, key=by_weight, default=None)
             if richest is None or by_weight(richest) <= (slots if lacks_slot else held):
                 richest = own
             if not richest.takeable:
                 return None
             victims.append(richest.take())
-            pages -= freed(victims[-1])
+            blocks -= freed(victims[-1])
             lacks_slot = False
         return victims
 
     def pick_victim(self, running: list[Sequence]) -> Sequence:
         """The sequence to preempt if a running one cannot grow: of those with the largest priority
-        number, the last of the sharer that holds most pages by weight.
+        number, the last of the sharer that holds most blocks by weight.
 
         ``running`` is in order; its first is never chosen, so that it always makes progress.
         """
@@ -245,7 +245,7 @@ class Shares:
         lasts = {sharer.preemption_order()[-1][1]: sharer for sharer in sharers}
         most, victim = 0.0, running[-1]
         for seq, sharer in lasts.items():
-            held = sharer.pages / sharer.weight
+            held = sharer.blocks / sharer.weight
             if seq is running[0] or seq.request.priority < highest or held < most:
                 continue
             if held > most or seq.order > victim.order:
@@ -309,7 +309,7 @@ class _Holder:
     ) -> None:
         self._weight = sharer.weight
         self._slots = len(sharer.running)
-        self._pages = sharer.pages
+        self._blocks = sharer.blocks
         if not own:
             slots = [each for _, each in sharer.preemption_order()[1:]]
         elif sharer.has_multiple_slots and seq.generation not in sharer.slots:
@@ -325,14 +325,14 @@ class _Holder:
     def slots_by_weight(self) -> float:
         return self._slots / self._weight
 
-    def pages_by_weight(self) -> float:
-        return self._pages / self._weight
+    def blocks_by_weight(self) -> float:
+        return self._blocks / self._weight
 
     def take(self) -> Sequence:
         """The last takeable one, in the order of ``preemption_order``."""
         seq = self.takeable.pop()
         self._slots -= 1
-        self._pages -= len(seq.block_table)
+        self._blocks -= len(seq.block_table)
         return seq
 
 

@@ -46,7 +46,7 @@ class Work:
     slot: int  # Row of the device's per-sequence state, stable while the sequence runs.
     start: int  # First token to compute: tokens before it are in the KV cache.
     num_tokens: int
-    block_table: tuple[int, ...]  # KV pages of tokens [0, start + num_tokens).
+    block_table: tuple[int, ...]  # KV blocks of tokens [0, start + num_tokens).
     segments: tuple[Segment, ...]
     samples: bool  # Samples the token after the chunk; otherwise prefill continues.
     prompt_logprobs: bool = False  # Log-probabilities of every prompt token of this chunk.
@@ -59,7 +59,7 @@ class Work:
 
 
 def work_on(seq: Sequence, num_tokens: int, block_size: int) -> Work:
-    """The sequence's next ``num_tokens``, for which it has pages."""
+    """The sequence's next ``num_tokens``, for which it has blocks."""
     start = seq.num_computed
     end = start + num_tokens
     table = seq.block_table
@@ -82,7 +82,7 @@ class StepPlan:
     """One forward pass. ``works`` are in the order in which their tokens are packed.
 
     The runner first forgets ``freed_slots`` (one of them may belong to a new sequence in this
-    very plan; a preempted sequence's slot is freed too), then makes ``copies``, whole pages, all
+    very plan; a preempted sequence's slot is freed too), then makes ``copies``, whole blocks, all
     read before any is written, then computes. A sequence that returns after preemption has its
     output in ``seq.token_ids`` and ``last_token_on_device`` false.
     """
@@ -90,7 +90,7 @@ class StepPlan:
     step: int
     works: tuple[Work, ...]
     freed_slots: tuple[int, ...] = ()  # Slots released since the last plan.
-    copies: tuple[tuple[int, int], ...] = ()  # KV pages (source, destination) of forked choices.
+    copies: tuple[tuple[int, int], ...] = ()  # KV blocks (source, destination) of forked choices.
 
     @property
     def num_tokens(self) -> int:

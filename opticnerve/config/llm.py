@@ -41,7 +41,7 @@ class LLMConfig:
     )
     max_waiting: int = _engine(1024, "requests that may wait before more are refused", minimum=1)
     kv_cache_tokens: int = _engine(0, "tokens in the KV cache; 0: sized from memory")
-    no_prefix_caching: bool = _engine(False, "do not share KV pages between requests")
+    no_prefix_caching: bool = _engine(False, "do not share KV blocks between requests")
     attention: str = _engine("auto", "attention backend", choices=("auto", "sdpa"))
     engine: str = _engine(
         "thread",

@@ -229,7 +229,7 @@ class Usage:
 @dataclass(frozen=True, slots=True)
 class Timings:
     """Milliseconds by stage, as the worker measured them; ``preemptions``: how often a choice gave
-    its KV pages up and was computed again."""
+    its KV blocks up and was computed again."""
 
     queue_ms: float = 0.0
     embedding_wait_ms: float = 0.0

@@ -113,7 +113,7 @@ def ask(stack, *urls, text="What do you see?", **parameters):
 
 
 def idle(stack):
-    """No sequence runs and every KV page is free, as the LLM workers say themselves."""
+    """No sequence runs and every KV block is free, as the LLM workers say themselves."""
     health = stack._http.get("/health").json()
     workers = health["llms"]["workers"]
     return all(

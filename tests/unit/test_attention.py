@@ -13,8 +13,8 @@ from llm_service.device.attention import make_backend
 from llm_service.device.attention import sdpa as sdpa_module
 from llm_service.device.attention.base import (
     AttentionStep,
+    BlockShape,
     Chunk,
-    PageShape,
     active,
     paged_attention,
 )
@@ -56,7 +56,7 @@ class Bench:
         self.rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
         self.backend = SdpaBackend()
-        shape = PageShape(LAYERS, KV_HEADS, DIM, BLOCK)
+        shape = BlockShape(LAYERS, KV_HEADS, DIM, BLOCK)
         self.backend.allocate(shape, num_blocks, torch.float32, torch.device("cpu"))
         self.free = list(self.rng.permutation(num_blocks))
 
@@ -99,7 +99,7 @@ class Bench:
         self.backend.prepare(
             AttentionStep(
                 token_slots=np.array(slots, dtype=np.int64),
-                decode_pages=tables,
+                decode_blocks=tables,
                 decode_lengths=np.array([len(h.keys) for h in decodes], dtype=np.int64),
                 chunks=tuple(described),
             )
@@ -190,7 +190,7 @@ def test_copied_pages_continue_alone() -> None:
     child = History(
         [parent.pages[0], int(bench.free.pop())], list(parent.keys), list(parent.values)
     )
-    bench.backend.copy_pages(((parent.pages[1], child.pages[1]),))
+    bench.backend.copy_blocks(((parent.pages[1], child.pages[1]),))
     bench.step([parent, child], [])
     bench.step([parent, child], [])
 
@@ -221,7 +221,7 @@ def test_transformers_interface_reaches_the_active_backend() -> None:
     bench.backend.prepare(
         AttentionStep(
             token_slots=np.arange(3, dtype=np.int64),
-            decode_pages=np.zeros((0, 0), dtype=np.int64),
+            decode_blocks=np.zeros((0, 0), dtype=np.int64),
             decode_lengths=np.zeros(0, dtype=np.int64),
             chunks=(Chunk(0, 3, 0, np.zeros(1, dtype=np.int64)),),
         )

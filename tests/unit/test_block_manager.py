@@ -243,7 +243,7 @@ class Pages(RuleBasedStateMachine):
         end = min(seq.num_computed + count, seq.num_tokens)
         first = seq.num_computed // 16
         seq.num_computed = end
-        for index in range(first, self.blocks.pages_for(end)):
+        for index in range(first, self.blocks.blocks_for(end)):
             page = seq.block_table[index]
             assert self.blocks._references[page] == 1 or page not in self.blocks._hash_of
             self.contents[page] = tuple(seq.token_ids[: 16 * (index + 1)])

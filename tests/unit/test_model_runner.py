@@ -266,7 +266,7 @@ def test_packing_puts_decodes_first_and_keeps_track(demo: tuple[Any, Any]) -> No
     last = work_of(request("e", tokens(17)), 3, (3, 4), start=16, num_tokens=1, samples=False)
     for work in (chunk, decode, last):
         slots.admit(work.slot, work.seq)
-        slots.update_pages(work.slot, work.block_table)
+        slots.update_blocks(work.slot, work.block_table)
     batch = pack([chunk, decode, last], slots, 16)
     assert batch.works == (decode, last, chunk)
     assert batch.first_indices == [0, 1, 2]
@@ -277,7 +277,7 @@ def test_packing_puts_decodes_first_and_keeps_track(demo: tuple[Any, Any]) -> No
     assert batch.attention.decode_lengths.tolist() == [21, 17]
     assert batch.attention.token_slots.tolist()[:2] == [2 * 16 + 4, 4 * 16]
     (described,) = batch.attention.chunks
-    assert described.bidirectional == ((6, 15),) and described.pages.tolist() == [5, 6]
+    assert described.bidirectional == ((6, 15),) and described.blocks.tolist() == [5, 6]
     positions, delta = demo[1].positions(22, chunk.seq.request.spans)
     np.testing.assert_array_equal(batch.positions[:, 2:], positions)
     np.testing.assert_array_equal(
@@ -288,8 +288,8 @@ def test_packing_puts_decodes_first_and_keeps_track(demo: tuple[Any, Any]) -> No
 def test_block_tables_follow_the_plan(demo: tuple[Any, Any]) -> None:
     slots = SlotTable(1, 8, demo[1])
     for table in ((4,), (4, 5), (4, 5, 6), (9, 5, 6), (9, 5), (1, 2, 3, 7)):
-        slots.update_pages(0, table)
-        assert slots.pages[0, : len(table)].tolist() == list(table)
+        slots.update_blocks(0, table)
+        assert slots.blocks[0, : len(table)].tolist() == list(table)
 
 
 # ---- memory

@@ -85,7 +85,7 @@ class Desk:
             assert self.slots.setdefault(work.slot, work.seq) is work.seq
             assert 0 <= work.slot < self.config.max_num_seqs
             end = work.start + work.num_tokens
-            assert len(work.block_table) == self.blocks.pages_for(end)
+            assert len(work.block_table) == self.blocks.blocks_for(end)
             assert work.samples == (end == work.seq.num_tokens)
         assert len(set(self.slots.values())) == len(self.slots)
 

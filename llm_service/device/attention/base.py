@@ -1,14 +1,14 @@
-"""The interface of an attention backend, which owns the KV pages and attends over them.
+"""The interface of an attention backend, which owns the KV blocks and attends over them.
 
 A step packs its tokens in this order: the D decoding sequences, one token each, longest sequence
 first, then the chunks of the others, back to back. The runner describes the step once
 (``AttentionStep``), the backend turns that into tensors of its device (``prepare``), and every
-layer then calls ``attend``, which writes the step's keys and values into pages and attends over
+layer then calls ``attend``, which writes the step's keys and values into blocks and attends over
 them.
 
 A model's layers reach the backend through one custom op: ``ATTENTION_NAME`` is registered with
 transformers, whose layers then call ``paged_attention``, and for fused layers, which call
-``attend_packed``. Which pages they mean is decided by the runner that is executing in this thread
+``attend_packed``. Which blocks they mean is decided by the runner that is executing in this thread
 (``active``), so that one process may hold several engines.
 """
 
@@ -33,16 +33,16 @@ ATTENTION_NAME = "opticnerve_paged"
 
 
 @dataclass(frozen=True, slots=True)
-class PageShape:
+class BlockShape:
     """Dimensions of a KV cache."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    block_size: int  # Tokens a page.
+    block_size: int  # Tokens a block.
 
     def bytes_per_block(self, element_size: int) -> int:
-        """Bytes of one page, over all layers, keys and values."""
+        """Bytes of one block, over all layers, keys and values."""
         per_token = 2 * self.num_kv_heads * self.head_dim * element_size
         return self.num_layers * self.block_size * per_token
 
@@ -53,8 +53,8 @@ class Chunk:
 
     first_index: int  # Of its packed tokens.
     num_tokens: int
-    start: int  # Tokens of the sequence that are in pages already.
-    pages: NDArray[np.int64]  # Pages of tokens [0, start + num_tokens).
+    start: int  # Tokens of the sequence that are in blocks already.
+    blocks: NDArray[np.int64]  # Blocks of tokens [0, start + num_tokens).
     # Ranges [begin, end) of the chunk whose tokens see one another both ways.
     bidirectional: tuple[tuple[int, int], ...] = ()
 
@@ -63,27 +63,27 @@ class Chunk:
 class AttentionStep:
     """One step's attention, on the host. T packed tokens, D of them decoding."""
 
-    token_slots: NDArray[np.int64]  # [T]: page * block_size + offset that each token is written to.
-    decode_pages: NDArray[np.int64]  # [D, most pages of one of them], padded with any valid page.
+    token_slots: NDArray[np.int64]  # [T]: block * block_size + offset to write each token to.
+    decode_blocks: NDArray[np.int64]  # [D, most blocks of one], padded with any valid block.
     # [D], never rising: tokens attended over, the new one included.
     decode_lengths: NDArray[np.int64]
     chunks: tuple[Chunk, ...] = ()
 
 
 class AttentionBackend(ABC):
-    """Pages of every layer, and the arithmetic over them.
+    """Blocks of every layer, and the arithmetic over them.
 
     One step at a time: ``prepare``, then ``attend`` once a layer, in any thread.
     """
 
     name: ClassVar[str]
-    page_sizes: ClassVar[tuple[int, ...]]  # Tokens a page that it can use, preferred first.
+    block_sizes: ClassVar[tuple[int, ...]]  # Tokens a block that it can use, preferred first.
 
     @abstractmethod
     def allocate(
-        self, shape: PageShape, num_blocks: int, dtype: torch.dtype, device: torch.device
+        self, shape: BlockShape, num_blocks: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Makes ``num_blocks`` zeroed pages a layer."""
+        """Makes ``num_blocks`` zeroed blocks a layer."""
 
     @abstractmethod
     def prepare(self, step: AttentionStep) -> None:
@@ -96,24 +96,24 @@ class AttentionBackend(ABC):
         """``query`` [T, heads, head_dim], ``key_value`` [T, 2 * kv_heads, head_dim]: the keys of
         every head, then the values. Neither needs to be contiguous, but for its last dimension.
 
-        Writes keys and values into the layer's pages and returns [T, heads, head_dim].
+        Writes keys and values into the layer's blocks and returns [T, heads, head_dim].
         """
 
     @abstractmethod
-    def copy_pages(self, copies: tuple[tuple[int, int], ...]) -> None:
-        """Copies whole pages (source, destination) of every layer."""
+    def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
+        """Copies whole blocks (source, destination) of every layer."""
 
     @abstractmethod
-    def scrub(self, pages: tuple[int, ...]) -> None:
-        """Replaces values that are not finite by zeros in these pages.
+    def scrub(self, blocks: tuple[int, ...]) -> None:
+        """Replaces values that are not finite by zeros in these blocks.
 
-        Pages are reused without being cleared, and attention multiplies values beyond a sequence's
+        Blocks are reused without being cleared, and attention multiplies values beyond a sequence's
         end by zero: a NaN there would spread to the next sequence.
         """
 
     @abstractmethod
     def free(self) -> None:
-        """Frees the pages."""
+        """Frees the blocks."""
 
 
 # ---- from a model's layers to the backend
@@ -131,7 +131,7 @@ _active = _Active()
 
 @contextmanager
 def active(backend: AttentionBackend) -> Iterator[None]:
-    """Layers that run in this thread attend over ``backend``'s pages."""
+    """Layers that run in this thread attend over ``backend``'s blocks."""
     before, _active.backend = _active.backend, backend
     try:
         yield

@@ -1,4 +1,4 @@
-"""Attention with torch's scaled_dot_product_attention over gathered pages.
+"""Attention with torch's scaled_dot_product_attention over gathered blocks.
 
 Made for the CPU; on CUDA it is the reference that faster backends are compared with. Decoding
 sequences go in one batch, padded to the longest (or in a few batches, where lengths differ much);
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from llm_service.device.attention.base import AttentionBackend, AttentionStep, Chunk, PageShape
+from llm_service.device.attention.base import AttentionBackend, AttentionStep, BlockShape, Chunk
 from llm_service.device.memory import to_device
 
 # Decoding splits into batches of alike lengths while padding more than doubles the work.
@@ -31,7 +31,7 @@ class _Group:
 
     begin: int
     end: int
-    pages: torch.Tensor  # [rows * pages each]
+    blocks: torch.Tensor  # [rows * blocks each]
     length: int  # Of the longest.
     mask: torch.Tensor | None  # [rows, 1, 1, length], added to scores; None: all are as long.
 
@@ -48,11 +48,11 @@ class _Tile:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One chunk. ``pages`` is None where all of its keys are in the step itself."""
+    """One chunk. ``blocks`` is None where all of its keys are in the step itself."""
 
     begin: int
     end: int
-    pages: torch.Tensor | None
+    blocks: torch.Tensor | None
     tiles: tuple[_Tile, ...]
 
 
@@ -81,28 +81,28 @@ def split_by_length(lengths: NDArray[np.int64]) -> list[tuple[int, int]]:
 
 
 class SdpaBackend(AttentionBackend):
-    """Pages are [blocks + 1, block_size, 2, kv_heads, head_dim] a layer: one gather brings keys
-    and values. The extra page stays zero; it pads shorter sequences of a batch."""
+    """Blocks are [blocks + 1, block_size, 2, kv_heads, head_dim] a layer: one gather brings keys
+    and values. The extra block stays zero; it pads shorter sequences of a batch."""
 
     name: ClassVar[str] = "sdpa"
-    page_sizes: ClassVar[tuple[int, ...]] = (16, 32, 64, 128)
+    block_sizes: ClassVar[tuple[int, ...]] = (16, 32, 64, 128)
 
     def __init__(self) -> None:
-        self._shape = PageShape(0, 0, 0, 0)
+        self._shape = BlockShape(0, 0, 0, 0)
         self._layers: list[torch.Tensor] = []
         self._device = torch.device("cpu")
         self._dtype = torch.float32
-        self._null_page = 0
+        self._null_block = 0
         self._slots = torch.empty(0, dtype=torch.int64)
         self._groups: tuple[_Group, ...] = ()
         self._runs: tuple[_Run, ...] = ()
         self._gathered = torch.empty(0)
 
     def allocate(
-        self, shape: PageShape, num_blocks: int, dtype: torch.dtype, device: torch.device
+        self, shape: BlockShape, num_blocks: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         size = (num_blocks + 1, shape.block_size, 2, shape.num_kv_heads, shape.head_dim)
-        self._shape, self._dtype, self._device, self._null_page = shape, dtype, device, num_blocks
+        self._shape, self._dtype, self._device, self._null_block = shape, dtype, device, num_blocks
         self._layers = [
             torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.num_layers)
         ]
@@ -118,20 +118,20 @@ class SdpaBackend(AttentionBackend):
         self._slots = to_device(step.token_slots, self._device)
         self._groups = self._make_groups(step)
         self._runs = tuple(self._make_run(chunk) for chunk in step.chunks)
-        used = [group.pages for group in self._groups]
-        used += [run.pages for run in self._runs if run.pages is not None]
+        used = [group.blocks for group in self._groups]
+        used += [run.blocks for run in self._runs if run.blocks is not None]
         self._make_room(max(map(len, used), default=0))
 
-    def _make_room(self, num_pages: int) -> None:
+    def _make_room(self, num_blocks: int) -> None:
         """One buffer takes what is gathered, layer after layer: memory of this size, allocated
         anew each time, would go back to the system and be faulted in again."""
-        if len(self._gathered) < num_pages:
-            shape = (2 * num_pages, *self._layers[0].shape[1:])
+        if len(self._gathered) < num_blocks:
+            shape = (2 * num_blocks, *self._layers[0].shape[1:])
             self._gathered = torch.empty(shape, dtype=self._dtype, device=self._device)
 
-    def _gather(self, pages: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Pages ``index`` of one layer, valid until the next call."""
-        return torch.index_select(pages, 0, index, out=self._gathered[: len(index)])
+    def _gather(self, blocks: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Blocks ``index`` of one layer, valid until the next call."""
+        return torch.index_select(blocks, 0, index, out=self._gathered[: len(index)])
 
     def _make_groups(self, step: AttentionStep) -> tuple[_Group, ...]:
         if not len(step.decode_lengths):
@@ -142,15 +142,15 @@ class SdpaBackend(AttentionBackend):
     def _make_group(self, step: AttentionStep, begin: int, end: int) -> _Group:
         lengths = step.decode_lengths[begin:end]
         longest = int(lengths[0])
-        block = self._shape.block_size
-        pages = step.decode_pages[begin:end, : -(-longest // block)]
+        block_size = self._shape.block_size
+        blocks = step.decode_blocks[begin:end, : -(-longest // block_size)]
         mask = None
         if int(lengths[-1]) < longest:
-            used = np.arange(0, pages.shape[1] * block, block) < lengths[:, None]
-            pages = np.where(used, pages, self._null_page)
+            used = np.arange(0, blocks.shape[1] * block_size, block_size) < lengths[:, None]
+            blocks = np.where(used, blocks, self._null_block)
             beyond = np.arange(longest) >= lengths[:, None]
             mask = self._additive(beyond).view(end - begin, 1, 1, longest)
-        flat = np.ascontiguousarray(pages).reshape(-1)
+        flat = np.ascontiguousarray(blocks).reshape(-1)
         return _Group(begin, end, to_device(flat, self._device), longest, mask)
 
     def _make_run(self, chunk: Chunk) -> _Run:
@@ -162,8 +162,8 @@ class SdpaBackend(AttentionBackend):
             self._make_tile(chunk, first, min(first + TILE_ROWS, chunk.num_tokens))
             for first in range(0, chunk.num_tokens, TILE_ROWS)
         )
-        pages = None if chunk.start == 0 else to_device(chunk.pages, self._device)
-        return _Run(chunk.first_index, end, pages, tiles)
+        blocks = None if chunk.start == 0 else to_device(chunk.blocks, self._device)
+        return _Run(chunk.first_index, end, blocks, tiles)
 
     def _make_tile(self, chunk: Chunk, first: int, last: int) -> _Tile:
         """Tokens [first, last) of the chunk; a bidirectional range may reach beyond ``last``."""
@@ -189,26 +189,26 @@ class SdpaBackend(AttentionBackend):
     def attend(
         self, layer: int, query: torch.Tensor, key_value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        pages = self._layers[layer]
-        pages.view(-1, *key_value.shape[1:]).index_copy_(0, self._slots, key_value)
+        blocks = self._layers[layer]
+        blocks.view(-1, *key_value.shape[1:]).index_copy_(0, self._slots, key_value)
         if not self._runs:
-            parts = [self._decode(pages, group, query, scale) for group in self._groups]
+            parts = [self._decode(blocks, group, query, scale) for group in self._groups]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for group in self._groups:
-            out[group.begin : group.end] = self._decode(pages, group, query, scale)
+            out[group.begin : group.end] = self._decode(blocks, group, query, scale)
         for run in self._runs:
-            self._attend_run(pages, run, query, key_value, scale, out)
+            self._attend_run(blocks, run, query, key_value, scale, out)
         return out
 
     def _decode(
-        self, pages: torch.Tensor, group: _Group, query: torch.Tensor, scale: float
+        self, blocks: torch.Tensor, group: _Group, query: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """The heads that share a key head go as its queries: nothing is repeated."""
         _, heads, head_dim = query.shape
-        kv_heads = pages.shape[3]
+        kv_heads = blocks.shape[3]
         size = group.end - group.begin
-        gathered = self._gather(pages, group.pages).view(size, -1, 2, kv_heads, head_dim)[
+        gathered = self._gather(blocks, group.blocks).view(size, -1, 2, kv_heads, head_dim)[
             :, : group.length
         ]
         keys, values = gathered.permute(2, 0, 3, 1, 4).unbind(0)
@@ -221,18 +221,18 @@ class SdpaBackend(AttentionBackend):
 
     def _attend_run(
         self,
-        pages: torch.Tensor,
+        blocks: torch.Tensor,
         run: _Run,
         query: torch.Tensor,
         key_value: torch.Tensor,
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        kv_heads, head_dim = pages.shape[3:]
-        if run.pages is None:
+        kv_heads, head_dim = blocks.shape[3:]
+        if run.blocks is None:
             keys, values = key_value[run.begin : run.end].chunk(2, dim=1)
         else:
-            gathered = self._gather(pages, run.pages).view(-1, 2, kv_heads, head_dim)
+            gathered = self._gather(blocks, run.blocks).view(-1, 2, kv_heads, head_dim)
             keys, values = gathered.unbind(1)
         grouped = query.shape[1] != kv_heads
         for tile in run.tiles:
@@ -249,16 +249,16 @@ class SdpaBackend(AttentionBackend):
 
     # ---- upkeep
 
-    def copy_pages(self, copies: tuple[tuple[int, int], ...]) -> None:
+    def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
         if not copies:
             return
         pairs = to_device(np.array(copies, dtype=np.int64), self._device)
         source, destination = pairs.unbind(1)
-        for pages in self._layers:
-            pages.index_copy_(0, destination, pages.index_select(0, source))
+        for blocks in self._layers:
+            blocks.index_copy_(0, destination, blocks.index_select(0, source))
 
-    def scrub(self, pages: tuple[int, ...]) -> None:
-        index = to_device(np.array(pages, dtype=np.int64), self._device)
+    def scrub(self, blocks: tuple[int, ...]) -> None:
+        index = to_device(np.array(blocks, dtype=np.int64), self._device)
         for layer in self._layers:
             clean = torch.nan_to_num(layer.index_select(0, index), nan=0.0, posinf=0.0, neginf=0.0)
             layer.index_copy_(0, index, clean)
