@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class SlotTable:
-    """Host-side state of each running sequence, by slot: its pages and positions.
+    """Host-side state of each running sequence, by slot: its blocks and positions.
 
     These are arrays over slots, so that a step of decoding sequences is a few vectorised look-ups.
 

@@ -95,8 +95,7 @@ def _gateway(url: str | None, model: str | None) -> Iterator[str]:
 
 
 def _message(question: str, pictures: Sequence[str]) -> dict[str, Any]:
-    """The question as a message. Raises StartupError for anything that is wrong with it, so that no
-    stack is started in vain."""
+    """The question as a message. Raises StartupError if it is wrong, before a stack is started."""
     _check_order(question, pictures)
     return user_message(question, [_read(picture) for picture in pictures])
 

@@ -19,8 +19,8 @@ TIMEOUT_S = 600.0
 
 
 def gateway_url(text: str) -> str:
-    """The base URL of a gateway, for a URL as users have it: with or without a scheme, and with or
-    without ``/v1`` or the whole route behind it. Raises ValueError."""
+    """The base URL of a gateway, from a URL with or without a scheme, ``/v1`` or the whole route.
+    Raises ValueError."""
     wrong = f"{text!r} is no address such as http://127.0.0.1:8000"
     try:
         parts = urlsplit(text if "://" in text else f"http://{text}")
@@ -53,7 +53,7 @@ def picture_url(picture: Picture) -> str:
 
 def stream_chat(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The chunks of one streamed chat completion. Raises the gateway's error with its class,
-    Unavailable where nothing answers, and OpticNerveError for what is no gateway's answer."""
+    Unavailable if nothing answers, and OpticNerveError if the answer is not a gateway's."""
     key = os.environ.get("OPENAI_API_KEY", "none")
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     headers = {"Authorization": f"Bearer {key}"}
@@ -114,7 +114,7 @@ def print_answer(url: str, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def error_of(answer: httpx2.Response) -> OpticNerveError:
-    """The error in a gateway's answer that has been read whole, as an exception of its class."""
+    """The typed error of a gateway's complete error response."""
     try:
         body = answer.json()
     except ValueError:  # A proxy's answer, say.

@@ -1,4 +1,4 @@
-"""``opticnerve up``: hands its flags on to the services that know them, and runs the supervisor."""
+"""``opticnerve up``: passes its flags on to the services and runs the supervisor."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ async def run(given: dict[str, Any]) -> int:
 async def _supervise(
     supervisor: Supervisor, gateway: GatewayConfig, files: contextlib.ExitStack
 ) -> None:
-    """Runs the children until a signal: the first lets their work end, the second cuts it, the
-    third kills them and removes ``files``."""
+    """Runs the children until a signal: the first lets running work finish, the second ends
+    it, the third kills them and removes ``files``."""
 
     def stop() -> None:
         supervisor.stop()
@@ -129,8 +129,8 @@ def _stop_message(gateway: GatewayConfig, *, ready: bool) -> str:
 
 
 def check_early(gateway: GatewayConfig, workers: int) -> None:
-    """Finds once, before anything starts, what each worker would find after it has loaded torch,
-    or the gateway, which starts last. Raises StartupError."""
+    """Checks the configuration before any process starts, so that errors do not appear only after
+    a worker has loaded torch, or in the gateway, which starts last. Raises StartupError."""
     require_extra("worker", "up")
     host, metrics = gateway.listen_host, gateway.telemetry
     addresses.check_free(host, gateway.port)

@@ -73,7 +73,7 @@ class MultiMediaInfo:
                 self.add(token_id, item)
 
     def add(self, token_id: int, content: Content) -> None:
-        """Adds a content of this placeholder. Raises InvalidRequest if it is none."""
+        """Adds a content for this placeholder. Raises InvalidRequest for another type."""
         if not is_picture(content) and not isinstance(content, (EmbeddingRef, Tensors)):
             content = Tensors(_as_tensor(content))
         read_token_ids("contents", [token_id])
@@ -90,7 +90,7 @@ class MultiMediaInfo:
 
 
 def _as_tensor(content: object) -> Any:
-    """Raises InvalidRequest for what does not speak DLPack, StartupError without torch."""
+    """Raises InvalidRequest for an object without DLPack, StartupError without torch."""
     require_extra("worker", "a content that is a tensor")
     from opticnerve.embeddings import codec
 
@@ -106,8 +106,8 @@ def _is_several(contents: object) -> bool:
 
 @dataclass(frozen=True)
 class Placed:
-    """One content, ready to send: its reference, and its picture in case the rows get lost.
-    ``span``: as if it stood at the beginning of the prompt."""
+    """One content, ready to send: its reference, and its picture in case the rows are lost.
+    ``span``: with offsets as at the beginning of the prompt."""
 
     token_id: int
     ref: EmbeddingRef

@@ -140,8 +140,8 @@ class AsyncEncoderClient:
         )
 
     async def _fetch_bytes(self, ref: EmbeddingRef) -> bytes:
-        """Sends the token only to the encoder and to addresses that it has named: a reference may
-        come from anybody."""
+        """Sends the token only to the encoder and to addresses that it reported: a reference may
+        come from an untrusted source."""
         address = ref.location.fetch_address
         if address in ("", self.address):
             return await self._fetch_from(self._stub, ref.key)

@@ -81,7 +81,7 @@ class AsyncLLMClient:
         await self.close()
 
     async def close(self) -> None:
-        """Ends every generation under way."""
+        """Aborts every running generation."""
         await self._channel.close()
 
     async def describe(self, timeout_s: float | None = None) -> llm_pb2.DescribeLLMResponse:
@@ -118,7 +118,7 @@ class AsyncLLMClient:
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        """New tokens as they come. Closing the iterator early aborts the generation.
+        """New tokens as they arrive. Closing the iterator early aborts the generation.
 
         ``token_ids`` has a run of placeholders for every content, as many as it has rows.
         ``contents`` may be the mapping that a ``MultiMediaInfo`` is made of. The answer ends with
@@ -157,8 +157,8 @@ class AsyncLLMClient:
         return GenerateStream(self._stub, start, source, timeout_s or self.timeout_s, POLICY)
 
     async def _resolve(self, sampling: Sampling | None, timeout_s: float | None) -> Sampling:
-        """With ``eos_token_ids``. The worker is asked for them each time: another one may have this
-        address by now."""
+        """``sampling`` with ``eos_token_ids``, requested each time, because another worker may have
+        this address by now."""
         if not isinstance(sampling, Sampling | None):
             kind = type(sampling).__name__
             raise InvalidRequest(f"sampling is a Sampling(...), not {kind}", param="sampling")
@@ -201,8 +201,8 @@ async def _events(stream: GenerateStream) -> AsyncGenerator[Delta | Done, None]:
 
 
 def items_of(refs: Sequence[EmbeddingRef]) -> list[llm_pb2.Item]:
-    """The items of Start with their references. A reference with inline rows that would make Start
-    large is left out: it follows in a message of its own."""
+    """The items of Start with their references. References with large inline rows are left out and
+    sent in separate messages."""
     items, room = [], START_INLINE_BYTES
     for ref in refs:
         inline = bool(ref.location.inline)
