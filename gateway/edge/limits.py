@@ -26,6 +26,7 @@ from opticnerve.errors import (
     PoisonousItem,
     Unavailable,
 )
+from opticnerve.generation.values import MAX_CHOICES
 from opticnerve.media.formats.byte_reader import MAX_PIECES
 from opticnerve.media.plan import LIGHT_MEMORY, LIGHT_PASSES
 
@@ -112,7 +113,7 @@ MAX_PROMPT_CHARACTERS = _fixed(2**24, "characters of a prompt", ContextLengthExc
 TEMPLATE_TIMEOUT_S = _fixed(10.0, "seconds for templating a prompt", ContextLengthExceeded)
 
 _heading("Generation")
-MAX_CHOICES = _fixed(128, "choices (`n`), whatever the flag says", InvalidRequest)
+_fixed(MAX_CHOICES, "choices (`n`), whatever the flag says", InvalidRequest)
 _flag("max_n", "choices (`n`)", InvalidRequest)
 _flag("max_logprobs", "alternatives of a token (`top_logprobs`)", InvalidRequest)
 MAX_STOPS = _fixed(16, "stop strings", InvalidRequest)

@@ -7,9 +7,8 @@ from itertools import pairwise
 
 from llm_service.policy.messages import GenerateRequest
 from opticnerve.errors import ContextLengthExceeded, InvalidRequest
+from opticnerve.generation.values import MAX_CHOICES
 from opticnerve.media.plan import SpanAttention
-
-MAX_CHOICES = 128
 
 
 @dataclass(frozen=True, slots=True)

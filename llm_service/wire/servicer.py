@@ -38,7 +38,7 @@ from opticnerve.errors import (
     Unavailable,
     UnsupportedFeature,
 )
-from opticnerve.generation.values import Delta, Done, Sampling
+from opticnerve.generation.values import MAX_WEIGHT, MIN_WEIGHT, Delta, Done, Sampling
 from opticnerve.media.plan import Modality
 from opticnerve.models.family import Layout
 from opticnerve.pb import embedding_pb2, llm_pb2_grpc
@@ -53,7 +53,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 SERVICE = "opticnerve.v1.LLM"
 START_S = 10.0  # Timeout for the Start message of a call.
 MAX_MESSAGE_BYTES = 7 * 2**20  # PromptLogprobs travel in one message.
-MIN_WEIGHT, MAX_WEIGHT = 0.01, 1000.0  # Weight of one share, relative to others'.
 
 _numbers = itertools.count()
 

@@ -21,6 +21,7 @@ from opticnerve.errors import InvalidRequest
 UINT32 = 2**32 - 1
 UINT64 = 2**64 - 1
 MAX_BIAS = 1e30  # Dividing it by any temperature stays within fp32.
+MAX_CHOICES = 128
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 1000.0  # Of a key's share of the workers, relative to others'.
 
 

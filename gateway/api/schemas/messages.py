@@ -48,7 +48,7 @@ SOURCE_START = 256  # Characters of a source that decide whether it is a URL or 
 
 
 def _trimmed(value: str) -> str:
-    """Strips white space, as browsers do from URLs. Raises PydanticCustomError for nothing else."""
+    """Strips white space, as browsers do from URLs. Raises PydanticCustomError if it is empty."""
     value = value.strip()
     if not value:
         raise PydanticCustomError("blank", "should not be empty")

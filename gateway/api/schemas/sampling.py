@@ -11,11 +11,11 @@ from gateway.edge.limits import (
     MAX_ALLOWED_TOKENS,
     MAX_BAD_WORDS,
     MAX_BIASES,
-    MAX_CHOICES,
     MAX_STOP_TOKENS,
     MAX_STOPS,
     MAX_WORD_CHARACTERS,
 )
+from opticnerve.generation.values import MAX_CHOICES
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1), INTEGRAL]
 Word = Annotated[str, Field(max_length=MAX_WORD_CHARACTERS)]  # An empty one has no effect.
