@@ -21,10 +21,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import Generic, TypeVar
 
 from encoder_service import metrics
+from encoder_service.backends.base import Recovery
 from opticnerve.errors import OpticNerveError, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
@@ -134,14 +134,6 @@ class Backlog:
             raise RuntimeError(f"no items, but {self.patches} patches, {self.num_bytes} bytes")
         if min(self.items, self.patches, self.num_bytes) < 0:
             raise RuntimeError("released more than was admitted")
-
-
-class Recovery(Enum):
-    """What to do with a batch whose ``run`` raised an exception."""
-
-    SPLIT = auto()  # Memory ran out: halve the batch and run both halves; a single item fails.
-    ISOLATE = auto()  # Some item is bad: run each alone, so that only the bad one fails.
-    STOP = auto()  # The device is lost: this batch fails, and so will every later one.
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from encoder_service import service
-from encoder_service.backends.base import Capacity, Embedding, VisionModel
-from encoder_service.batcher import Recovery
+from encoder_service.backends.base import Capacity, Embedding, Recovery, VisionModel
 from encoder_service.servicer import EncoderServicer
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import EncoderConfig, RpcConfig, StoreConfig

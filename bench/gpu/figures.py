@@ -167,7 +167,7 @@ def _prefill_s(split: Split, tokens: int, budget: int) -> float:
 def _decoder_flops(split: Split, tokens: int) -> float:
     """Products of layers, causal attention; of the head, one row."""
     language = split.language
-    config, width = language.config, language.num_heads * language.head_dim
+    config, width = language.spec.config, language.num_heads * language.head_dim
     attention = 2 * width + 2 * language.num_kv_heads * language.head_dim  # q and output, k and v.
     weights = language.num_layers * config.hidden_size * (attention + 3 * config.intermediate_size)
     return 2.0 * tokens * weights + 2.0 * tokens**2 * width * language.num_layers

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder_service.batcher import Recovery
 from opticnerve.media.plan import Plan
 
 if TYPE_CHECKING:
@@ -28,6 +28,14 @@ class Capacity:
 
     max_batch_patches: int
     max_item_patches: int
+
+
+class Recovery(Enum):
+    """What to do with a batch for which ``encode`` raised an exception."""
+
+    SPLIT = auto()  # Memory ran out: halve the batch and run both halves; a single item fails.
+    ISOLATE = auto()  # Some item is bad: run each alone, so that only the bad one fails.
+    STOP = auto()  # The device is lost: this batch fails, and so will every later one.
 
 
 class Backend(Protocol):

@@ -11,8 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from encoder_service.backends.base import Capacity, Embedding
-from encoder_service.batcher import Recovery
+from encoder_service.backends.base import Capacity, Embedding, Recovery
 from encoder_service.pictures.largest_picture import permitted_patches
 from opticnerve.errors import StartupError, device_is_lost
 from opticnerve.media.plan import Plan

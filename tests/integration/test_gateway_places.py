@@ -192,7 +192,7 @@ async def test_a_key_that_has_its_share_is_refused_and_others_are_served():
         theirs = [await answer for answer in asked]
         assert sorted(answer.status_code for answer in theirs) == [200] * 6 + [429] * 6
         refused = next(answer for answer in theirs if answer.status_code == 429)
-        assert "its share" in refused.json()["error"]["message"]
+        assert "its fair share" in refused.json()["error"]["message"]
         assert refused.headers["retry-after"]
 
 

@@ -47,14 +47,14 @@ def test_constraints_that_cannot_be_met_are_no_error_of_ours(
 
     async def scenario() -> None:
         async with running(tmp_path) as worker:
-            with pytest.raises(InvalidRequest, match="no token to choose"):
+            with pytest.raises(InvalidRequest, match="exclude every token"):
                 await read(await worker.open(start))
 
     with caplog.at_level(logging.INFO):
         asyncio.run(scenario())
     assert [record for record in caplog.records if record.levelno > logging.INFO] == []
     (told,) = [record for record in caplog.records if record.name == "opticnerve.rpc.calls"]
-    assert "no token to choose" in told.fields["reason"] and told.exc_info is None
+    assert "exclude every token" in told.fields["reason"] and told.exc_info is None
     assert told.fields["code"] == "invalid_request_error"
 
 

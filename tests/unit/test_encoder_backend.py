@@ -8,9 +8,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from encoder_service.backends.base import Capacity
+from encoder_service.backends.base import Capacity, Recovery
 from encoder_service.backends.torch_backend import CPU_BATCH_PATCHES, CPU_WARM_PATCHES, TorchBackend
-from encoder_service.batcher import Recovery
 from encoder_service.pictures.largest_picture import largest_plan, permitted_patches, shrink
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import StartupError

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder_service.batcher import Batcher, Recovery
+from encoder_service.backends.base import Recovery
+from encoder_service.batcher import Batcher
 from opticnerve.errors import Unavailable
 
 WAIT_S = 60.0
