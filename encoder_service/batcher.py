@@ -1,8 +1,4 @@
-"""The work of one device: the backlog of accepted items, and its batches. Knows no tensors.
-
-The backlog bounds memory and waiting time, and measures throughput. An item that does not fit is
-refused with a retry hint: before its bytes are read, and again once they have arrived. It counts
-only once they have, so that a caller that sends no bytes does not keep others out.
+"""Batches for one device. Knows no tensors.
 
 Batches are made by cost, not by count. As soon as the device is free it takes the items that wait,
 first in first out, up to ``max_cost``. An item that does not fit waits for the next batch,
@@ -13,7 +9,6 @@ own, so that neither a forward pass nor a busy event loop keeps the other waitin
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 import traceback
@@ -23,117 +18,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from encoder_service import metrics
 from encoder_service.backends.base import Recovery
-from opticnerve.errors import OpticNerveError, Overloaded, Unavailable
+from opticnerve.errors import OpticNerveError, Unavailable
 
 log = logging.getLogger(__name__)
 
 CLOSE_S = 5.0  # For the batch on the device to end.
 T = TypeVar("T")
 R = TypeVar("R")
-
-MIN_RETRY_S = 0.1
-MAX_RETRY_S = 60.0
-UNKNOWN_RETRY_S = 1.0  # Before the first item, while the throughput is unknown.
-DECAY_S = 10.0  # Seconds of work after which a measurement counts 1/e.
-
-
-class BacklogPlace:
-    """One accepted item's place in the backlog. ``release`` is idempotent."""
-
-    def __init__(self, backlog: Backlog, patches: int, num_bytes: int) -> None:
-        self.patches = patches
-        self.num_bytes = num_bytes
-        self._backlog: Backlog | None = backlog
-
-    def release(self) -> None:
-        backlog, self._backlog = self._backlog, None
-        if backlog is not None:
-            backlog._add(-1, -self.patches, -self.num_bytes)
-
-
-class Backlog:
-    """The items that the encoder has accepted and not finished. Belongs to one event loop.
-
-    Bounds: ``max_patches``, ``max_items`` and ``max_bytes`` (compressed). One item always fits an
-    empty backlog, however large it is. ``clock`` returns seconds.
-    """
-
-    def __init__(
-        self,
-        max_patches: int,
-        max_items: int,
-        max_bytes: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.max_patches = max_patches
-        self.max_items = max_items
-        self.max_bytes = max_bytes
-        self.patches = 0
-        self.items = 0
-        self.num_bytes = 0
-        self._clock = clock
-        self._since = 0.0  # When the backlog stopped being empty, or an item was last encoded.
-        self._recent_patches = 0.0  # Encoded, in ``_recent_seconds``; the newest count most.
-        self._recent_seconds = 0.0
-
-    def can_admit(self, patches: int, num_bytes: int) -> bool:
-        return self.items == 0 or (
-            self.items < self.max_items
-            and self.patches + patches <= self.max_patches
-            and self.num_bytes + num_bytes <= self.max_bytes
-        )
-
-    def check_room(self, patches: int, num_bytes: int) -> None:
-        """Raises Overloaded if an item could not be admitted now."""
-        if not self.can_admit(patches, num_bytes):
-            raise Overloaded(
-                f"the encoder's queue is full: {self.items} items, {self.patches} patches",
-                retry_after_s=self.retry_after_s,
-            )
-
-    def admit(self, patches: int, num_bytes: int) -> BacklogPlace:
-        """Takes a place, which the caller releases. Raises Overloaded if there is none."""
-        self.check_room(patches, num_bytes)
-        if self.items == 0:
-            self._since = self._clock()
-        self._add(1, patches, num_bytes)
-        return BacklogPlace(self, patches, num_bytes)
-
-    def _add(self, items: int, patches: int, num_bytes: int) -> None:
-        self.items += items
-        self.patches += patches
-        self.num_bytes += num_bytes
-        metrics.PATCHES_PENDING.set(self.patches)
-
-    def record(self, patches: int) -> None:
-        """An item of ``patches`` has been encoded; its place is still taken."""
-        now = self._clock()
-        passed, self._since = now - self._since, now
-        decay = math.exp(-passed / DECAY_S)
-        self._recent_patches = self._recent_patches * decay + patches
-        self._recent_seconds = self._recent_seconds * decay + passed
-
-    @property
-    def patches_per_s(self) -> float:
-        """Throughput from arrival to embedding while there is work; 0 before the first item."""
-        return self._recent_patches / max(self._recent_seconds, 1e-6)
-
-    @property
-    def retry_after_s(self) -> float:
-        """Seconds until about half of the backlog will be done, by the throughput so far."""
-        if self.patches_per_s == 0:
-            return UNKNOWN_RETRY_S
-        wait = self.patches / 2 / self.patches_per_s
-        return min(max(wait, MIN_RETRY_S), MAX_RETRY_S)
-
-    def check_integrity(self) -> None:
-        """Raises RuntimeError when an idle backlog still counts something."""
-        if self.items == 0 and (self.patches or self.num_bytes):
-            raise RuntimeError(f"no items, but {self.patches} patches, {self.num_bytes} bytes")
-        if min(self.items, self.patches, self.num_bytes) < 0:
-            raise RuntimeError("released more than was admitted")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from PIL import Image
 
 from encoder_service import metrics
 from encoder_service.backends.base import Capacity, Embedding, Recovery, VisionModel
-from encoder_service.batcher import Backlog, Batcher, BatchResult
+from encoder_service.backlog import Backlog
+from encoder_service.batcher import Batcher, BatchResult
 from encoder_service.crash_record import CrashRecord
 from encoder_service.pictures.decode_pool import DecodeJob, PreprocessPool
 from encoder_service.pictures.decode_process import DecodeTask, Pixels, decode_and_cut

@@ -26,7 +26,7 @@ from bench.gpu.checks import Figures, Seen, Skipped
 from bench.gpu.figures import MODEL
 from bench.gpu.models import TEXT_IDS, Room, Split, picture_span
 from encoder_service.batcher import Batcher
-from encoder_service.pictures.decode_pool import FairQueue
+from encoder_service.fair_queue import FairQueue
 from llm_service.engine.client import ThreadEngineClient
 from llm_service.engine.engine import Emit, Engine
 from llm_service.policy.messages import FailedEvent, GenerateRequest, TokensEvent

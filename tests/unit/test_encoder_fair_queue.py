@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder_service.pictures.decode_pool import FairQueue
+from encoder_service.fair_queue import FairQueue
 
 
 class Line:

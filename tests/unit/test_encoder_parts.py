@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from encoder_service.batcher import MAX_RETRY_S, UNKNOWN_RETRY_S, Backlog
+from encoder_service.backlog import MAX_RETRY_S, UNKNOWN_RETRY_S, Backlog
 from encoder_service.crash_record import FORGET_AFTER_S, CrashRecord
-from encoder_service.pictures.decode_pool import FairQueue, PreprocessPool
+from encoder_service.fair_queue import FairQueue
+from encoder_service.pictures.decode_pool import PreprocessPool
 from opticnerve.errors import Overloaded, PoisonousItem
 from opticnerve.single_flight import Flights
 from tests.preprocessors import mean_colour
