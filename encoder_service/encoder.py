@@ -41,6 +41,7 @@ from opticnerve.errors import (
 from opticnerve.media.plan import WHITE, Modality, Overrides, Plan, Structure
 from opticnerve.media.probe import parse_structure
 from opticnerve.single_flight import Flights
+from opticnerve.telemetry.metrics import STAGE_SECONDS
 
 STAGED_BATCHES = 2  # Decoded batches: one on the device, one waiting for it.
 QUEUE_BATCHES = 16
@@ -349,4 +350,4 @@ def _observe(timings: StageTimings) -> None:
     metrics.ITEMS_ENCODED.inc()
     for stage in ("queue", "preprocess", "encode", "put"):
         seconds = getattr(timings, f"{stage}_ms") / 1e3
-        metrics.STAGE_SECONDS.labels(stage=stage).observe(seconds)
+        STAGE_SECONDS.labels(stage=stage).observe(seconds)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from encoder_service import metrics
 from encoder_service.backends.base import Embedding
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory_store import MemoryStore
@@ -20,6 +19,7 @@ from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.embeddings.signing import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import EngineFailure, NotFound, StoreError
+from opticnerve.telemetry.metrics import CACHE_LOOKUPS
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Results:
         self._threads.shutdown(wait=True)
 
     def _counted(self, ref: EmbeddingRef | None) -> EmbeddingRef | None:
-        metrics.CACHE_LOOKUPS.labels(tier=self._tier, result="hit" if ref else "miss").inc()
+        CACHE_LOOKUPS.labels(tier=self._tier, result="hit" if ref else "miss").inc()
         return ref
 
     async def _run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -9,9 +9,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Summa
 from prometheus_client.metrics_core import Metric
 
 from llm_service.policy.messages import EngineStats
-from opticnerve.telemetry.metrics import CACHE_LOOKUPS, STAGE_SECONDS, collected
-
-__all__ = ["CACHE_LOOKUPS", "STAGE_SECONDS", "TOKENS", "collected", "engine_stats"]
 
 TOKENS = Counter(
     "opticnerve_llm_tokens_total",

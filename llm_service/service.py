@@ -7,10 +7,10 @@ import logging
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
 import opticnerve
-from llm_service import metrics
 from llm_service.device.attention import make_backend
 from llm_service.engine import build
 from llm_service.engine.client import EngineClient, ProcessEngineClient, ThreadEngineClient
+from llm_service.metrics import engine_stats
 from llm_service.policy.engine_config import EngineConfig
 from llm_service.policy.messages import FailedEvent, GenerateRequest
 from llm_service.rows.fetcher import Fetcher
@@ -34,6 +34,7 @@ from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc.server import Server, serving
 from opticnerve.rpc.token import load_token
+from opticnerve.telemetry.metrics import collected
 from opticnerve.tensors.dtypes import dtype_name
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def open_worker(settings: LLMConfig) -> AbstractAsyncContextManager[LLMServicer]
         engine = _open_engine(settings, store, rows)
         stack.push_async_callback(engine.close)
         await _start(engine)
-        stack.enter_context(metrics.collected(lambda: metrics.engine_stats(engine.stats)))
+        stack.enter_context(collected(lambda: engine_stats(engine.stats)))
         servicer.loaded = Loaded(
             engine,
             fetcher,

@@ -43,7 +43,7 @@ from opticnerve.telemetry import logs
 from opticnerve.telemetry.metrics import CACHE_LOOKUPS
 
 PAUSE_S = 0.02  # Between attempts.
-POLICY = StreamPolicy()
+STREAM_POLICY = StreamPolicy()
 
 
 async def describe_llm(channel: grpc.aio.Channel, timeout_s: float) -> Description:
@@ -140,7 +140,7 @@ class RequestEmbeddings:
         return (await asyncio.shield(entry.task)).ref
 
     async def again(self, key: str, reason: str) -> EmbeddingRef:
-        """Encodes the item again. Raises EmbeddingNotFound beyond ``POLICY.max_reencodes``."""
+        """Encodes the item again. Raises EmbeddingNotFound after too many losses."""
         entry = self._items.get(key)
         if entry is None:
             raise EmbeddingNotFound("the LLM worker asked for a picture that is not in the request")
@@ -148,7 +148,7 @@ class RequestEmbeddings:
             if reason != "PREEMPTED":
                 entry.losses += 1
                 entry.item = replace(entry.item, lost=True)
-            if entry.losses > POLICY.max_reencodes:
+            if entry.losses > STREAM_POLICY.max_reencodes:
                 raise EmbeddingNotFound(
                     "a picture's embedding was lost repeatedly between encoder and LLM "
                     "worker; check that both reach the same store and have one --store-key-file",
@@ -290,7 +290,7 @@ class FailoverGeneration:
             self._start(),
             self._embeddings,
             self._deadline.remaining(),
-            POLICY,
+            STREAM_POLICY,
         )
         try:
             async with contextlib.aclosing(stream.events()) as received:

@@ -19,7 +19,6 @@ from typing import ParamSpec, TypeVar
 
 import grpc
 
-from llm_service import metrics
 from llm_service.rows.store_rows import StoreRows, Tensors
 from opticnerve import addresses
 from opticnerve.addresses import Hosts
@@ -42,6 +41,7 @@ from opticnerve.rpc.channel import open_channel
 from opticnerve.rpc.errors import from_rpc
 from opticnerve.single_flight import Flights
 from opticnerve.telemetry import logs
+from opticnerve.telemetry.metrics import CACHE_LOOKUPS
 from opticnerve.tensors.header import LENGTH
 
 FETCH_TIMEOUT_S = 30.0
@@ -188,7 +188,7 @@ class Fetcher:
                 return None
             data = await self._fetch(ref)
         result = "miss" if data is None else "hit"
-        metrics.CACHE_LOOKUPS.labels(tier=source, result=result).inc()
+        CACHE_LOOKUPS.labels(tier=source, result=result).inc()
         return data
 
     def _may_call(self, address: str) -> bool:
@@ -245,7 +245,7 @@ class Fetcher:
                 self._check(ref, tensors)
 
         found = self._rows.load(key, check)
-        metrics.CACHE_LOOKUPS.labels(tier="shm", result="hit" if found else "miss").inc()
+        CACHE_LOOKUPS.labels(tier="shm", result="hit" if found else "miss").inc()
         return found
 
     def _own_name(self, key: str) -> str:

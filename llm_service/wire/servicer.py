@@ -11,9 +11,9 @@ from typing import Any
 
 import grpc
 
-from llm_service import metrics
 from llm_service.engine.client import EngineClient
 from llm_service.engine.stream import EventStream
+from llm_service.metrics import TOKENS
 from llm_service.policy.engine_config import check_request
 from llm_service.policy.messages import (
     AbortedEvent,
@@ -47,6 +47,7 @@ from opticnerve.rpc import convert
 from opticnerve.rpc.calls import FINISHED, WorkerServicer
 from opticnerve.rpc.errors import from_failure
 from opticnerve.telemetry import logs
+from opticnerve.telemetry.metrics import CACHE_LOOKUPS, STAGE_SECONDS
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -373,14 +374,14 @@ def _sampling(message: pb.SamplingParams, loaded: Loaded) -> Sampling:
 def observe(done: Done) -> None:
     """Counts a finished request."""
     usage, timings = done.usage, done.timings
-    tokens = metrics.TOKENS
+    tokens = TOKENS
     tokens.labels(kind="prompt").inc(usage.prompt_tokens)
     tokens.labels(kind="cached").inc(usage.cached_tokens)
     tokens.labels(kind="image").inc(usage.embedding_tokens)
     tokens.labels(kind="completion").inc(usage.completion_tokens)
     prefix = "hit" if usage.cached_tokens else "miss"
-    metrics.CACHE_LOOKUPS.labels(tier="prefix", result=prefix).inc()
-    stages = metrics.STAGE_SECONDS
+    CACHE_LOOKUPS.labels(tier="prefix", result=prefix).inc()
+    stages = STAGE_SECONDS
     stages.labels(stage="prefill").observe(timings.prefill_ms / 1e3)
     stages.labels(stage="decode").observe(timings.decode_ms / 1e3)
     if usage.embedding_tokens:

@@ -42,7 +42,7 @@ from opticnerve.rpc.token import load_token
 
 MAX_INLINE_BYTES = 7 * 2**20  # A message holds 8 MiB.
 START_INLINE_BYTES = 2**20  # Tensors in the Start message; others follow it.
-POLICY = StreamPolicy()
+STREAM_POLICY = StreamPolicy()
 
 Contents: TypeAlias = MultiMediaInfo | Mapping[int, Any]
 
@@ -154,7 +154,7 @@ class AsyncLLMClient:
             sampling=convert.sampling_to_pb(resolved),
         )
         source = ContentReferences(refs, placed, self._encoder)
-        return GenerateStream(self._stub, start, source, timeout_s or self.timeout_s, POLICY)
+        return GenerateStream(self._stub, start, source, timeout_s or self.timeout_s, STREAM_POLICY)
 
     async def _resolve(self, sampling: Sampling | None, timeout_s: float | None) -> Sampling:
         """``sampling`` with ``eos_token_ids``, requested each time, because another worker may have
@@ -230,11 +230,11 @@ class ContentReferences:
         return self._refs[key]
 
     async def again(self, key: str, reason: str) -> EmbeddingRef:
-        """Raises EmbeddingUnavailable beyond ``POLICY.max_reencodes``, and for a reference whose
+        """Raises EmbeddingUnavailable after too many losses, and for a reference whose
         picture the client does not have."""
         self._resent[key] += 1
         ref = self._refs.get(key)
-        if ref is None or self._resent[key] > POLICY.max_reencodes:
+        if ref is None or self._resent[key] > STREAM_POLICY.max_reencodes:
             raise EmbeddingUnavailable(
                 "the worker lost the embedding again after it was sent again"
             )

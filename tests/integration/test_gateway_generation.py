@@ -128,7 +128,7 @@ async def test_an_item_that_will_not_come_fails_the_request_as_it_failed(
     worker_reacts, monkeypatch
 ):
     policy = StreamPolicy(fail_grace_s=20 if worker_reacts else 0.01)
-    monkeypatch.setattr(generation, "POLICY", policy)
+    monkeypatch.setattr(generation, "STREAM_POLICY", policy)
     async with FakeLLM() as llm, over(llm) as pool:
         refs = Refs()
         if not worker_reacts:
