@@ -19,6 +19,8 @@ from bench.gpu.__main__ import Check, Outcome, Run
 from bench.gpu.checks import CheckFailed, Seen, Skipped
 from bench.gpu.models import TWIN, Room
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

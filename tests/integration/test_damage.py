@@ -28,6 +28,8 @@ from tests.encoders import FakeBackend, Running, picture
 from tests.gateways import body, data_url, over, user
 from tests.llms import Worker
 
+pytestmark = pytest.mark.slow
+
 DAMAGE = bytes(range(1, 51))
 
 

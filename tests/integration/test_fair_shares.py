@@ -18,6 +18,8 @@ from opticnerve.generation.values import Sampling
 from tests.local_engine import LocalEngine
 from tests.runners import load_demo, tokens
 
+pytestmark = pytest.mark.slow
+
 CHOICES = 32
 PLACES = 4
 FIRST = 3  # Steps to the first token of a prompt that fits one.

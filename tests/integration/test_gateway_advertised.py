@@ -21,7 +21,7 @@ from tests.fakes import FakeEncoder, until
 from tests.gateways import PAIR_ID, data_url, stack, user
 from tests.system import free_port
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop"), pytest.mark.slow]
 
 
 @contextlib.asynccontextmanager

@@ -13,7 +13,7 @@ from gateway.output.choices import Choices
 from tests.fakes import until
 from tests.gateways import END, PAIR_ID, body, events, ids, stack, user
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop"), pytest.mark.slow]
 
 
 async def test_a_whole_answer():

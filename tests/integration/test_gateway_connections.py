@@ -15,7 +15,7 @@ from opticnerve.errors import ConfigError
 from tests.fakes import until
 from tests.gateways import body, connected, rest, stack
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop"), pytest.mark.slow]
 
 
 async def drip(writer, text=b"x"):

@@ -11,7 +11,7 @@ from gateway.app import Api
 from opticnerve.config import TelemetryConfig
 from tests.gateways import body, data_url, events, keys_of, stack, user
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop"), pytest.mark.slow]
 
 ON_THE_GATEWAYS_PORT = TelemetryConfig(metrics_port=-1)
 OWN_PORT = TelemetryConfig(metrics_port=0)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.gateways import body, connected, keys_of, rest, stack
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop"), pytest.mark.slow]
 
 BARE = {"encoders": 0, "llms": 0, "ready": False}
 GET = b"GET /live HTTP/1.1\r\nhost: localhost\r\n"

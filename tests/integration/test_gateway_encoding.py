@@ -164,6 +164,7 @@ async def test_where_every_encoder_is_full_the_item_waits():
             await encoders.encode(item("b" * 64), Deadline.after(0.1), "r")
 
 
+@pytest.mark.slow
 async def test_a_slow_encoder_has_no_more_than_it_can_encode_in_one_calls_time(monkeypatch):
     """The rest waits here until the request's deadline, instead of there until the call's."""
     monkeypatch.setattr(encoding, "MAX_IN_FLIGHT_S", 0.5)

@@ -17,7 +17,7 @@ from opticnerve.pb import embedding_pb2
 from tests.fakes import until
 from tests.gateways import DEADLINES_S, body, data_url, ids, stack, user
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop"), pytest.mark.slow]
 
 
 async def turn(s, fake, pool, serving):

@@ -12,7 +12,7 @@ from opticnerve.telemetry.logs import Formatter
 from tests.fakes import until
 from tests.gateways import body, data_url, ids, stack, user
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop"), pytest.mark.slow]
 
 CHAT = "method=POST path=/v1/chat/completions"
 

@@ -16,7 +16,7 @@ from tests import hostile
 from tests.fakes import until
 from tests.gateways import END, data_url, events, ids, stack, user
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop"), pytest.mark.slow]
 
 
 async def test_pictures_go_to_encoders_once_and_their_references_are_kept():

@@ -13,7 +13,7 @@ from gateway.edge.limits import PROGRESS_BYTES
 from tests.fakes import until
 from tests.gateways import body, connected, keys_of, rest, stack
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop"), pytest.mark.slow]
 
 BARE = {"encoders": 0, "llms": 0, "ready": False}
 ADA, BOB = ({"authorization": f"Bearer sk-{name}"} for name in ("ada", "bob"))

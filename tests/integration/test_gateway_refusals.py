@@ -10,7 +10,7 @@ import pytest
 from tests.fakes import until
 from tests.gateways import DEADLINES_S, body, data_url, events, keys_of, stack, user
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop"), pytest.mark.slow]
 
 
 @pytest.mark.slow

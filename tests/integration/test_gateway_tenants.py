@@ -11,7 +11,7 @@ from tests import encoders, llms
 from tests.encoders import FakeBackend
 from tests.gateways import body, data_url, over, stack, user
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop"), pytest.mark.slow]
 
 KEY_FILE = """\
 ada: sk-ada tenant=acme

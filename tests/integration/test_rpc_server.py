@@ -22,6 +22,8 @@ from opticnerve.rpc.channel import CHANNEL_OPTIONS, chunks, is_serving, open_cha
 from opticnerve.rpc.server import Server
 from opticnerve.secret import make_secret
 
+pytestmark = pytest.mark.slow
+
 SERVICE = "opticnerve.v1.Encoder"
 
 

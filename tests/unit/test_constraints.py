@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,6 +83,7 @@ def check_step(
         running[slot].position += 1
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(PARAMS, TEXT), min_size=1, max_size=3), st.data())
 def test_steps_equal_the_reference_whatever_comes_and_goes(
     starts: list[tuple[Sampling, list[int]]], data: st.DataObject

@@ -14,6 +14,8 @@ from llm_service.policy.sequence import GenerationState, Sequence
 from llm_service.policy.step_plan import StepPlan, Work
 from tests.fake_runner import Machine
 
+pytestmark = pytest.mark.slow
+
 TARGET_S = 0.2
 MOST_TOKENS = 2048
 CPU = Machine(0.015, 0.003, 0.0017)

@@ -62,6 +62,7 @@ def flip(path: Path, key: str, at: int) -> None:
         file.write(bytes([byte ^ 1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, -1])
 def test_one_byte_of_any_tensor_is_another_checkpoint(path: Path, at: int) -> None:
     keys = list(Checkpoint.open(str(path)).tensor_index())

@@ -23,6 +23,8 @@ from opticnerve.config import GatewayConfig
 from opticnerve.errors import MediaFetchFailed, OpticNerveError
 from tests.media_server import Server, run
 
+pytestmark = pytest.mark.slow
+
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 MAX_BYTES = 2**20

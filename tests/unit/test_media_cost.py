@@ -20,6 +20,8 @@ from tests import hostile
 from tests.decoders import plan_of
 from tests.hostile import save
 
+pytestmark = pytest.mark.slow
+
 ANY = 10**15
 
 

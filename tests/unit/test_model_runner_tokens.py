@@ -15,6 +15,8 @@ from tests.checkpoints import DEMO
 from tests.local_engine import LocalEngine
 from tests.runners import ids_of, load_demo, request, rows, tokens, with_picture
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def demo() -> tuple[Any, Any]:

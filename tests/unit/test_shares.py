@@ -97,6 +97,7 @@ sharers = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(sharers, st.integers(1, 40), st.randoms())
 @settings(max_examples=40, deadline=None)
 def test_places_are_shared_by_weight_whoever_came_first(

@@ -22,6 +22,8 @@ from opticnerve.errors import EmbeddingCorrupt, InvalidRequest
 from tests.damage import UNFIT, UNREADABLE, values
 from tests.stores import MIB, Local, key
 
+pytestmark = pytest.mark.slow
+
 GOOD = {"rows": torch.arange(32.0).reshape(4, 8)}
 HUGE = UNREADABLE["no rows beyond torch"]
 
