@@ -1,10 +1,9 @@
 """Content keys: SHA-256 over everything that decides an embedding.
 
-A content key names an embedding in caches, in messages and in single flight. It covers
-everything that decides the embedding: the item's bytes as received, the processor settings, the
-request's overrides of them, and the encoder's fingerprint; never of a URL. A cache salt separates
-callers that must not learn of each other's pictures, not even from response times: callers with
-different salts share no embedding.
+A content key names an embedding in caches, in messages and in single flight. It covers the item's
+bytes as received, the processor settings, the request's overrides of them, and the encoder's
+fingerprint. A URL is never part of it. A cache salt separates callers that must not learn of each
+other's pictures, not even from response times: callers with different salts share no embedding.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Directories of shared-memory tiers: location, ownership and removal.
+"""Directories that a process or a user owns, removed when the owner is gone: of shared-memory
+tiers, and of a supervisor's small files, such as secrets.
 
-Three kinds:
+Three kinds of tiers:
 
 * one that a user names (``shm:///dir``) is never removed;
 * one that a supervisor makes for its children (``create_tier_directory``) lives as long as the
@@ -119,7 +120,7 @@ def sweep_dead_tiers(base: Path | None = None) -> list[Path]:
                     shutil.rmtree(path, ignore_errors=True)
                     removed.append(path)
     if removed:
-        log.info("removed %d embedding tiers of dead processes", len(removed))
+        log.info("removed %d directories of dead processes", len(removed))
     return removed
 
 

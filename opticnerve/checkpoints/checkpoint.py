@@ -226,7 +226,7 @@ class Checkpoint:
 def _locate(
     model: str | None, revision: str | None, download_dir: str | None
 ) -> tuple[Path, str, str | None]:
-    """(directory, served name, hub id or None) of the checkpoint that ``--model`` names."""
+    """(directory, served name, hub id or None) of the checkpoint that MODEL names."""
     if model is None:
         return Path(opticnerve.demo.__file__).parent / "checkpoint", DEMO_NAME, None
     path = Path(os.path.expanduser(model))  # Path.expanduser raises for an unknown user.

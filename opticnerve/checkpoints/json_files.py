@@ -1,4 +1,5 @@
-"""A checkpoint's JSON files and the numbers in them, with one clear error for what is wrong."""
+"""A checkpoint's JSON files, the numbers in them and an image processor's settings of pixels, with
+one clear error for what is wrong."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ COMMANDS = {
     "ask": ("opticnerve.cli.ask", "ask about pictures; the answer is streamed"),
     "demo": ("opticnerve.demo.show", "the built-in checkpoint answers about bundled pictures"),
 }
-PREFIX = "opticnerve: "  # Of the line that says why a command could not start; stack.py reads it.
+PREFIX = "opticnerve: "  # Of the line that says why a command could not start; serve.py reads it.
 
 
 def usage() -> str:

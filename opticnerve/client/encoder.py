@@ -15,7 +15,7 @@ from opticnerve.errors import EmbeddingCorrupt, Mispaired
 from opticnerve.extras import require_extra
 from opticnerve.generation.values import UINT64, check_integer
 from opticnerve.media.load import Picture, read_picture
-from opticnerve.media.plan import WHITE, Overrides
+from opticnerve.media.plan import NO_OVERRIDES, WHITE, Overrides
 from opticnerve.media.probe import parse_structure
 from opticnerve.models.family import Layout
 from opticnerve.models.registry import make_layout
@@ -27,8 +27,6 @@ from opticnerve.rpc.token import load_token
 
 if TYPE_CHECKING:
     import torch
-
-NO_OVERRIDES = Overrides()
 
 
 class AsyncEncoderClient:

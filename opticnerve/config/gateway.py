@@ -8,6 +8,7 @@ from functools import partial
 from opticnerve import addresses
 from opticnerve.config import shared
 from opticnerve.config.options import Group, option
+from opticnerve.generation.values import MAX_CHOICES
 from opticnerve.media.plan import parse_background
 
 _address = partial(option, group=Group.ADDRESS)
@@ -168,10 +169,10 @@ class GatewayConfig:
     request_timeout_s: float = _limits(600.0, "deadline of one request, end to end")
     max_logprobs: int = shared.MAX_LOGPROBS()
     max_n: int = _limits(
-        128,
+        MAX_CHOICES,
         "largest `n` of a request; its choices share one request's share of the decoder",
         minimum=1,
-        maximum=128,
+        maximum=MAX_CHOICES,
     )
     telemetry: shared.TelemetryConfig = shared.TelemetryConfig()
 

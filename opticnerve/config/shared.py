@@ -10,6 +10,7 @@ from pathlib import Path
 from opticnerve import addresses
 from opticnerve.config.options import Group, option
 from opticnerve.errors import ConfigError
+from opticnerve.media.plan import DEFAULT_MAX_PASSES, DEFAULT_MAX_PIXELS
 
 _model = partial(option, group=Group.MODEL)
 _address = partial(option, group=Group.ADDRESS)
@@ -33,8 +34,8 @@ PASSES_HELP = (
 )
 PIXELS_HELP = "pixels of one picture before it is resized; larger ones are refused"
 _picture = partial(option, group=Group.PICTURES)
-MAX_IMAGE_PIXELS = partial(_picture, 89_478_485, PIXELS_HELP, minimum=MIN_IMAGE_PIXELS)
-MAX_DECODE_PASSES = partial(_picture, 2**30, PASSES_HELP, minimum=MIN_DECODE_PASSES)
+MAX_IMAGE_PIXELS = partial(_picture, DEFAULT_MAX_PIXELS, PIXELS_HELP, minimum=MIN_IMAGE_PIXELS)
+MAX_DECODE_PASSES = partial(_picture, DEFAULT_MAX_PASSES, PASSES_HELP, minimum=MIN_DECODE_PASSES)
 MAX_LOGPROBS = partial(option, 20, "largest `top_logprobs` of a request", group=Group.LIMITS)
 
 

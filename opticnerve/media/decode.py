@@ -10,8 +10,8 @@ from PIL import Image, ImageFile
 
 from opticnerve.errors import InvalidMedia, PlanMismatch
 from opticnerve.media.formats import jpeg, png, webp
-from opticnerve.media.plan import WHITE, Plan
-from opticnerve.media.probe import DEFAULT_MAX_PASSES, DEFAULT_MAX_PIXELS, parse_structure
+from opticnerve.media.plan import DEFAULT_MAX_PASSES, DEFAULT_MAX_PIXELS, WHITE, Plan
+from opticnerve.media.probe import parse_structure
 
 # Pillow's limit warns at some size and raises at twice that. Ours is a setting, and checked before
 # Pillow gets the bytes.

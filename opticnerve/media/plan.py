@@ -82,6 +82,11 @@ class Overrides:
 
 NO_OVERRIDES = Overrides()
 
+DEFAULT_MAX_PIXELS = 89_478_485
+DEFAULT_MAX_PASSES = 2**30
+"""A little more than the largest picture costs as a progressive JPEG with the usual ten scans: some
+seconds of one core."""
+
 
 def parse_background(text: str) -> int | None:
     """0xRRGGBB of a colour as Pillow's ImageColor reads it (``white``, ``#ff8800``,

@@ -9,13 +9,9 @@ from collections.abc import Callable
 
 from opticnerve.errors import InvalidMedia
 from opticnerve.media.formats import bmp, gif, jpeg, png, webp
-from opticnerve.media.plan import Structure
+from opticnerve.media.plan import DEFAULT_MAX_PASSES, DEFAULT_MAX_PIXELS, Structure
 
 SUPPORTED = "PNG, JPEG, WebP, GIF and BMP are supported"
-DEFAULT_MAX_PIXELS = 89_478_485
-DEFAULT_MAX_PASSES = 2**30
-"""A little more than the largest picture costs as a progressive JPEG with the usual ten scans: some
-seconds of one core."""
 
 _HEAD_BYTES = 64
 

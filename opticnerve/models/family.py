@@ -69,7 +69,7 @@ class RowRun:
 class Expansion:
     """What replaces the one placeholder token that the chat template wrote for an item.
 
-    ``token_ids`` may hold other tokens than placeholders (row breaks, tile markers); ``runs`` are
+    ``token_ids`` may hold other tokens than placeholders (row breaks); ``runs`` are
     the placeholders among them.
     """
 
@@ -121,7 +121,7 @@ class Preprocessor(Protocol):
     def __call__(self, image: Image.Image, plan: Plan) -> NDArray[np.float32]:
         """``image``: RGB, already oriented, of the plan's displayed size.
 
-        Returns float32 [num_patches, patch_dim] (or [tiles, 3, H, W] where the family says so).
+        Returns float32 [num_patches, patch_dim] (or [1, 3, height, width], as LLaVA's).
         """
         ...
 
@@ -170,7 +170,7 @@ class LanguageModel(Protocol):
         """One packed step.
 
         ``inputs_embeds`` [tokens, hidden_size]; ``positions`` int64 [position_dims, tokens].
-        Keys and values are the attention function's: it writes them to pages and attends (see
+        Keys and values are the attention function's: it writes them to blocks and attends (see
         ``decoders.decoder`` for how it is called). ``deepstack``: for layer i, (indices [m], rows
         [m, hidden_size]) added after that layer. ``rows``: int64 [n], the tokens whose hidden
         states are wanted; None: all. Returns the last hidden states [n, hidden_size], normalised.

@@ -14,8 +14,8 @@ from PIL import Image
 
 from opticnerve.errors import InvalidMedia
 from opticnerve.media.decode import decode
-from opticnerve.media.plan import Structure
-from opticnerve.media.probe import DEFAULT_MAX_PASSES, DEFAULT_MAX_PIXELS, parse_structure
+from opticnerve.media.plan import DEFAULT_MAX_PASSES, DEFAULT_MAX_PIXELS, Structure
+from opticnerve.media.probe import parse_structure
 from tests import hostile
 from tests.decoders import plan_of
 from tests.hostile import save

@@ -28,7 +28,11 @@ BATCH_ROPE_TYPES = ("dynamic", "longrope")  # Their frequencies depend on the wh
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One layer's attention. Its scale is the transformers layer's own."""
+    """One layer's attention. Its scale is the transformers layer's own.
+
+    A window, another rotary table and a soft cap are declared so that loading such a decoder is
+    refused: the attention backends do not compute them.
+    """
 
     window: int | None = None  # Tokens that a token attends to, itself included; None: all.
     rotary: str = ROTARY  # Attribute of the model that holds this layer's rotary embedding.
