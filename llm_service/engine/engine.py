@@ -1,8 +1,8 @@
 """The engine: schedule, run, commit. Works on token ids and keys; no text, no gRPC.
 
-One thread owns an Engine and everything it refers to, and uses no file and no network. It takes
-commands and sends lists of events to ``emit``. Every accepted request ends in exactly one of
-FinishedEvent, FailedEvent and AbortedEvent.
+One thread owns an Engine, and uses no file and no network. Of what the engine refers to, other
+threads use only its rows, which they load. It takes commands and sends lists of events to ``emit``.
+Every accepted request ends in exactly one of FinishedEvent, FailedEvent and AbortedEvent.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class FinishedEvent:
 
     request_id: str
     usage: Usage
-    timings: Timings  # Without get_ms: the engine reads no rows.
+    timings: Timings  # Without get_ms, which the servicer measures.
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,8 +89,8 @@ class Fetcher:
         self._holders: Counter[str] = Counter()  # Requests by the name of a caller's own rows.
 
     async def ensure(self, ref: EmbeddingRef) -> None:
-        """Returns when the rows of ``ref`` are on this host, checked against it, and loaded if the
-        engine of this process holds a lease on them.
+        """Returns when the rows of ``ref`` were on this host, checked against it, and loaded if the
+        engine of this process held a lease on them. If they are gone again, the engine asks again.
 
         Calls for one key at the same time share one run; if it fails, each tries its own
         reference. Raises EmbeddingNotFound, EmbeddingEvicted or EmbeddingCorrupt, and
@@ -106,7 +106,10 @@ class Fetcher:
 
     async def find(self, key: str) -> bool:
         """Loads rows of ``key`` without a reference; returns whether this host has them."""
-        return await self._on_thread(self._load, key)
+        found = await self._on_thread(self._load, key)
+        if found:  # A miss is counted once there is a reference.
+            CACHE_LOOKUPS.labels(tier="shm", result="hit").inc()
+        return found
 
     async def present(self, keys: Iterable[str]) -> set[str]:
         """Those of ``keys`` whose rows are on this host, unread."""
@@ -156,17 +159,20 @@ class Fetcher:
 
     async def _bring(self, ref: EmbeddingRef) -> None:
         found = await self._on_thread(self._load, ref.key, ref)
-        corrupt = self._rows.take_damaged(ref.key)
+        CACHE_LOOKUPS.labels(tier="shm", result="hit" if found else "miss").inc()
         if found:
             return
+        corrupt = self._rows.take_damaged(ref.key)
         for source in ("inline", "redis", "fetch"):
             try:
                 data = await self._read(source, ref)
                 if data is None:
                     continue
                 await self._on_thread(self._keep, ref, data, source == "inline")
-                if await self._on_thread(self._load, ref.key, ref):
-                    return
+                loaded = await self._on_thread(self._load, ref.key, ref)
+                if loaded or not self._rows.take_damaged(ref.key):
+                    return  # Evicted at once, they are asked for again, by the same reference.
+                corrupt = True
             except EmbeddingCorrupt as error:
                 log.warning("%.12s by %s is damaged: %s", ref.key, source, error.message)
                 corrupt = True
@@ -244,9 +250,7 @@ class Fetcher:
             if ref is not None:
                 self._check(ref, tensors)
 
-        found = self._rows.load(key, check)
-        CACHE_LOOKUPS.labels(tier="shm", result="hit" if found else "miss").inc()
-        return found
+        return self._rows.load(key, check)
 
     def _own_name(self, key: str) -> str:
         return hashlib.blake2b(key.encode(), key=self._secret, digest_size=32).hexdigest()

@@ -46,7 +46,7 @@ class StoreRows:
     The engine's thread only looks up: tensors are loaded by ``load``, on another thread, once a
     lease, and kept until the lease ends; a file that is unlinked meanwhile lives on in its
     mapping. Pins and deletions in the tier are made by a thread of its own, in the order of the
-    engine's calls. Loaded rows are bounded as leases are: by the tier's capacity.
+    engine's calls. Leases bound the rows that are loaded, by the tier's capacity.
 
     ``overflow`` holds what the tier does not take. ``report`` is called with each key whose rows
     were damaged and deleted, from any thread.
@@ -108,7 +108,7 @@ class StoreRows:
             lease.tensors = None
         self._report(key)
         deletion = self._deletions[key] = self._in_background(self._delete, key)
-        deletion.add_done_callback(lambda _: self._deletions.pop(key, None))
+        deletion.add_done_callback(lambda done: self._end_deletion(key, done))
 
     def close(self) -> None:
         """Releases every lease and waits for the background work."""
@@ -165,6 +165,10 @@ class StoreRows:
         return None
 
     # ---- the lease thread
+
+    def _end_deletion(self, key: str, deletion: Future[None]) -> None:
+        if self._deletions.get(key) is deletion:  # Otherwise a later one has begun.
+            del self._deletions[key]
 
     def _in_background(
         self, work: Callable[P, None], *args: P.args, **kwargs: P.kwargs

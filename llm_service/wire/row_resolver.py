@@ -190,6 +190,8 @@ class NeededRows:
         item = self._items[key]
         item.wanted = False
         self._stop_timer(item)
+        # Also for a sequence that was preempted meanwhile, or will be: its rows need no encoder.
+        self._engine.rows_available(self._request_id, (key,))
         self._engine.rows_ready(key)
 
     def _ask(self, key: str) -> None:

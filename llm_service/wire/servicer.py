@@ -138,7 +138,11 @@ class GenerateCall:
 
     async def run(self, messages: AsyncIterator[pb.GenerateIn]) -> None:
         with self._loaded.fetcher.hold_own(self._keys):
-            self._stream = self._loaded.engine.submit(self._request)
+            try:
+                self._stream = self._loaded.engine.submit(self._request)
+            except BaseException:
+                self._needed.close()
+                raise
             reader = asyncio.create_task(self._read(messages))
             try:
                 while batch := await self._stream.read():

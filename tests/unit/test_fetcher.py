@@ -17,6 +17,7 @@ from opticnerve.embeddings.open import local_tier
 from opticnerve.embeddings.redis_store import RedisStore
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.errors import EmbeddingCorrupt, EmbeddingNotFound, InvalidRequest
+from opticnerve.telemetry.metrics import CACHE_LOOKUPS
 
 KEY = "a" * 64
 ROWS = {"rows": torch.arange(32.0).reshape(4, 8)}
@@ -56,6 +57,29 @@ def test_bytes_that_are_corrupt_where_all_find_them_are_deleted() -> None:
             await fetcher.ensure(ref(Location(redis=True)))
             assert KEY in store.held
             assert store.local.contains([KEY]) == {KEY}
+        finally:
+            await fetcher.close()
+
+    asyncio.run(main())
+
+
+def lookups(result: str) -> float:
+    return CACHE_LOOKUPS.labels(tier="shm", result=result)._value.get()
+
+
+def test_each_picture_is_looked_up_once_as_metrics_count() -> None:
+    """Looking before there is a reference, and reading again what was fetched, are no look-ups."""
+    store = Elsewhere({KEY: codec.to_bytes(ROWS, {})})
+
+    async def main() -> None:
+        fetcher = Fetcher(store, StoreRows(local_tier(store)), 8)
+        try:
+            hits, misses = lookups("hit"), lookups("miss")
+            assert not await fetcher.find(KEY)
+            await fetcher.ensure(ref(Location(redis=True)))
+            assert (lookups("hit"), lookups("miss")) == (hits, misses + 1)
+            assert await fetcher.find(KEY)
+            assert (lookups("hit"), lookups("miss")) == (hits + 1, misses + 1)
         finally:
             await fetcher.close()
 

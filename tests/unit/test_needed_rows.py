@@ -96,6 +96,20 @@ def test_a_reference_that_comes_before_it_is_wanted_is_reported() -> None:
     asyncio.run(body())
 
 
+def test_rows_that_arrive_are_available_should_their_sequence_be_preempted() -> None:
+    """Else a preempted sequence counts as waiting for an encoder, although its rows are here."""
+
+    async def body() -> None:
+        made = world(None)
+        made.rows.wanted([KEY], False)
+        await settle()
+        made.rows.ready(ref())
+        await settle()
+        assert made.ready == [KEY] and made.found == [{KEY}]
+
+    asyncio.run(body())
+
+
 def raising(error: Exception) -> Callable[[EmbeddingRef], Awaitable[None]]:
     async def fail(given: EmbeddingRef) -> None:
         raise error
