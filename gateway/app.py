@@ -98,7 +98,7 @@ class Api(FastAPI):
 def _not_allowed(scope: Scope, error: HTTPException) -> ErrorResponse:
     allowed = (error.headers or {}).get("Allow", "")
     also = ", HEAD" if allowed == "GET" else ""
-    method = scope["method"][:20]
+    method = scope["state"]["method"][:20]  # HEAD is served as GET.
     refusal = MethodNotAllowed(f"{scope['route'].path} takes {allowed}, not {method}")
     return ErrorResponse(refusal, {"allow": allowed + also})
 

@@ -206,8 +206,8 @@ def num_logprobs(options: GenerationOptions, limits: SamplingLimits) -> int | No
 
 def check_token_ids(ids: Collection[int], limits: SamplingLimits, param: str) -> None:
     """Raises InvalidRequest for an id that the model does not have."""
-    unknown = next((i for i in ids if limits.vocab_size and i >= limits.vocab_size), None)
-    if unknown is not None:
+    if limits.vocab_size and max(ids, default=0) >= limits.vocab_size:
+        unknown = next(i for i in ids if i >= limits.vocab_size)
         raise InvalidRequest(
             f"{param}: {unknown} is no token id; this model has {limits.vocab_size}", param=param
         )

@@ -136,7 +136,7 @@ class WrittenChoice:
     end: ChoiceEnd | None = None
 
     def add(self, more: Text | ChoiceEnd) -> int:
-        """Adds an event; returns the bytes of memory that it takes."""
+        """Adds an event; returns its size: characters of text, bytes of log-probabilities."""
         if isinstance(more, ChoiceEnd):
             self.end = more
             return 0

@@ -140,11 +140,11 @@ class Call(Request):
 
     async def answer(self, job: Job, writer: AnswerWriter, *, stream: bool) -> Response:
         """The answer, whole or streamed. An error before its first event is an HTTP status."""
+        headers = self.warnings()
         made = self.gateway.pipeline.run(job)
         first = await anext(made)
         writer.system_fingerprint = job.system_fingerprint
         writer.logprobs = job.options.top_logprobs is not None
-        headers = self.warnings()
         if stream:
             chunks = writer.chunks(first, made)
             return PiecewiseResponse(chunks, made, {**EVENT_STREAM, **headers}, job.deadline)

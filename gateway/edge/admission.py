@@ -177,6 +177,8 @@ class Ticket:
         self._held.clear()
 
     def _take(self, bound: SharedCapacity, amount: int = 1) -> None:
+        if not amount:
+            return  # Else a holder that has more than its share by now would be refused nothing.
         bound.check(self._holder, amount)
         bound.add(self._holder, amount)
         self._held[bound] += amount

@@ -56,7 +56,9 @@ class RequestScope:
         scope = {**scope, "path": _normalised(scope["path"])}
         if method == "HEAD":  # Every route that takes GET takes it; the server sends no body.
             scope["method"] = "GET"
-        identity = scope.setdefault("state", {})["request_id"] = request_id(scope)
+        state = scope.setdefault("state", {})
+        identity = state["request_id"] = request_id(scope)
+        state["method"] = method
         event = logs.begin_event(identity)
         status = 0  # Until the answer begins.
 

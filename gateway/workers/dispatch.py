@@ -3,11 +3,11 @@
 Work waits here and not at the workers. A worker is given only what keeps it busy, so that the order
 is kept, work whose client has left is never sent, and a slow worker hoards nothing. The earliest
 deadline goes first, which is the order of arrival, since all requests have the same timeout; work
-behind other work of its own request counts as due that much later. Between clients (API keys or
-tenants) the order is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): the client that
-got the least so far, by cost and weight, goes first; a client that had nothing waiting earns no
-credit by that. Work without a key shares one queue, in order of arrival. Heavy work, which keeps a
-worker's device waiting, has room of its own at the workers, and other work passes it.
+behind other work of its own request counts as due that much later. Between API keys the
+order is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): the key that got the least
+so far, by cost and weight, goes first; a key that had nothing waiting earns no credit by that. Work
+without a key shares one queue, in order of arrival. Heavy work, which keeps a worker's device
+waiting, has room of its own at the workers, and other work passes it.
 
 A worker that is expected to finish the work first is chosen. Where it has no room, a slower one
 takes the work only if it would finish before the others had finished everything that waits: within
@@ -35,7 +35,7 @@ class LeaseRequest:
 
     ``avoid``: addresses that are used only if no other worker serves. ``delay_within_request_s``:
     how long the earlier work of its own request takes. ``share``: the fair-queueing key, which
-    is the name of an API key or tenant; ``weight``: its part relative to others'.
+    is the name of an API key; ``weight``: its part relative to others'.
     """
 
     cost: int
@@ -91,12 +91,13 @@ class Dispatcher:
         its kind (heavy or not) behind it.
         """
         reserved_for: dict[bool, set[Worker]] = {False: set(), True: set()}
-        num_serving = len(self.serving())
+        serving = self.serving()
         for request in self._in_turn():
-            if all(len(workers) == num_serving for workers in reserved_for.values()):
+            if all(len(workers) == len(serving) for workers in reserved_for.values()):
                 return
-            able = self.serving(request.accepts)
-            able = [worker for worker in able if worker.address not in request.avoid] or able
+            accepts, avoid = request.accepts, request.avoid
+            able = [worker for worker in serving if accepts is None or accepts(worker)]
+            able = [worker for worker in able if worker.address not in avoid] or able
             reserved = reserved_for[request.heavy]
             if reserved.issuperset(able):
                 continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -83,7 +84,7 @@ class GenerateStream:
         self._stub = stub
         self._start = start
         self._source = source
-        self._timeout_s = timeout_s
+        self._ends = time.monotonic() + timeout_s  # Of all attempts.
         self._policy = policy
 
     async def events(self) -> AsyncGenerator[Delta | Done, None]:
@@ -104,7 +105,10 @@ class GenerateStream:
                     raise Unavailable("the LLM worker ended the call") from error
 
     async def _attempt(self, delay_s: float) -> AsyncGenerator[Delta | Done, None]:
-        call = self._stub.Generate(timeout=self._timeout_s)
+        remaining_s = max(0.0, self._ends - time.monotonic())
+        wait_ms = min(self._start.embedding_wait_ms, int(remaining_s * 1e3))
+        self._start.embedding_wait_ms = max(wait_ms, 1) if self._start.embedding_wait_ms else 0
+        call = self._stub.Generate(timeout=remaining_s)
         feeder = _Feeder(call, self._source, self._policy.fail_grace_s)
         try:
             self.delivered = await feeder.start(self._start, delay_s)

@@ -56,6 +56,15 @@ async def test_it_says_why_a_request_is_refused(caplog):
         assert line.isprintable() and line.isascii() and len(line) < 600 and "secret" not in line
 
 
+async def test_a_refused_head_is_called_head(caplog):
+    """Routes that take GET serve it as GET."""
+    caplog.set_level(logging.INFO)
+    async with stack() as s:
+        assert (await s.client.head("/v1/chat/completions")).status_code == 405
+    (line,) = [line for _, line in lines(caplog) if "status=405" in line]
+    assert "method=HEAD" in line and "takes POST, not HEAD" in line
+
+
 async def test_a_whole_answer_tells_workers_tokens_and_stages(caplog):
     caplog.set_level(logging.INFO)
     async with stack() as s:

@@ -42,6 +42,17 @@ def test_bytes_are_bounded_over_all_requests():
     assert admission.bytes.held == 0
 
 
+def test_nothing_more_is_not_refused():
+    """The end of an answer holds no bytes: its holder may have more than its share by then."""
+    admission = Admission(max_requests=9, max_bytes=100, holders=lambda: 2)
+    with admission.arrive("ada") as first, admission.arrive("bob") as second:
+        first.hold_bytes(70)
+        second.hold_bytes(10)
+        with pytest.raises(Overloaded):
+            first.hold_bytes(10)
+        first.hold_bytes(0)
+
+
 def test_a_request_that_fails_gives_everything_back():
     admission = Admission(max_requests=1, max_bytes=100)
     with pytest.raises(RuntimeError), admission.arrive("ada") as ticket:
