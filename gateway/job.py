@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gateway.clock import Stopwatch
@@ -30,6 +31,59 @@ class PromptKind:
 
 
 @dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call. ``parameters``: the JSON schema of its arguments, an
+    object's; None: any object. ``strict``: whether the arguments must follow the schema even if the
+    model is free to call or not."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] | None = None
+    strict: bool = False
+
+
+class CallMode(StrEnum):
+    """Whether an answer calls tools."""
+
+    NONE = "none"
+    AUTO = "auto"  # The model decides.
+    REQUIRED = "required"  # One call at least, and nothing else.
+    NAMED = "named"  # One call, of ToolUse.name, and nothing else.
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The tools of a request, and how an answer may call them. ``parallel``: whether it may have
+    more than one call."""
+
+    tools: tuple[Tool, ...]
+    mode: CallMode = CallMode.AUTO
+    name: str = ""
+    parallel: bool = True
+
+
+class FormatKind(StrEnum):
+    """What an output format is given as."""
+
+    JSON_OBJECT = "json_object"  # Any JSON object.
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFormat:
+    """The form that an answer must have. ``value``: a JSON schema (a mapping, or a boolean), the
+    text of a regular expression or a grammar, or a tuple of texts, by ``kind``. ``param``: the
+    request's field, for errors."""
+
+    kind: FormatKind
+    value: Any
+    param: str = "response_format"
+
+
+@dataclass(frozen=True, slots=True)
 class ChatPrompt(PromptKind):
     """Messages, which the model's chat template renders, and the pictures in them, in order.
     ``size``: the work of rendering and encoding, in characters of text."""
@@ -45,6 +99,7 @@ class ChatPrompt(PromptKind):
     continue_final_message: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = None
     reasoning_effort: str | None = None
+    tools: tuple[Tool, ...] = ()  # Those that the template shows to the model.
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +166,8 @@ class GenerationOptions:
     priority: int | None = None  # None: the caller's default.
     cache_salt: str = ""
     running_usage: bool = False  # Every event has the usage so far.
+    format: OutputFormat | None = None
+    tools: ToolUse | None = None
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""Answers of the generating APIs: usage, log-probabilities, and a writer that turns events into one
-body or a stream of chunks.
+"""Answers of the generating APIs: usage, log-probabilities, and the base of the writers that turn
+events into one body or a stream of chunks.
 
 The typed dictionaries describe the JSON that is sent, also for the OpenAPI document.
 """
@@ -7,19 +7,30 @@ The typed dictionaries describe the JSON that is sent, also for the OpenAPI docu
 from __future__ import annotations
 
 import time
-import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, NotRequired
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from gateway.api.http import content
-from gateway.api.sse import DONE, dumps, event, with_json
-from gateway.output.events import AnswerEvent, ChoiceEnd, End, Text, TextLogprobs, TokenLogprob
-from opticnerve.errors import AnswerTooLarge, EngineFailure
+from gateway.api.sse import dumps, failure
+from gateway.job import Job
+from gateway.output.events import (
+    AnswerEvent,
+    ChoiceEnd,
+    End,
+    OutputEvent,
+    Reasoning,
+    Text,
+    TextLogprobs,
+    TokenLogprob,
+    ToolCallArguments,
+    ToolCallStart,
+)
+from opticnerve.errors import AnswerTooLarge, EngineFailure, OpticNerveError
 from opticnerve.generation.values import Usage
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity.
@@ -126,64 +137,68 @@ def _token(token: TokenLogprob) -> TopLogprob:
 
 
 @dataclass(slots=True)
-class WrittenChoice:
+class WholeCall:
+    """A tool call of a whole answer."""
+
+    call_id: str
+    name: str
+    arguments: list[str] = field(default_factory=list)  # Pieces of a JSON object's text.
+
+
+@dataclass(slots=True)
+class WholeChoice:
     """A choice of a whole answer. ``logprobs``: the list's entries as encoded JSON, a kilobyte per
     token: as objects they would take ten times the memory, and encoding all of them at the end
     would block the event loop. None if the request asks for none."""
 
     logprobs: list[bytes] | None
     texts: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    calls: list[WholeCall] = field(default_factory=list)
     end: ChoiceEnd | None = None
 
-    def add(self, more: Text | ChoiceEnd) -> int:
+    def add(self, more: OutputEvent | ChoiceEnd) -> int:
         """Adds an event; returns its size: characters of text, bytes of log-probabilities."""
-        if isinstance(more, ChoiceEnd):
-            self.end = more
-            return 0
-        self.texts.append(more.text)
+        size = 0
+        match more:
+            case ChoiceEnd():
+                self.end = more
+                return 0
+            case Text():
+                self.texts.append(more.text)
+                size = len(more.text)
+            case Reasoning():
+                self.reasoning.append(more.text)
+                size = len(more.text)
+            case ToolCallStart():
+                self.calls.append(WholeCall(more.call_id, more.name))
+                size = len(more.call_id) + len(more.name)
+            case ToolCallArguments():
+                self.calls[more.index].arguments.append(more.text)
+                size = len(more.text)
         pieces = [dumps(_content(at)) for at in more.logprobs or ()]
         if self.logprobs is not None:
             self.logprobs += pieces
-        return len(more.text) + sum(map(len, pieces))
+        return size + sum(map(len, pieces))
 
 
 class AnswerWriter(ABC):
-    """Writes a job's events as one API's JSON: ``body`` a whole answer, ``chunks`` a stream."""
-
-    id_prefix: ClassVar[str]
-    whole_object: ClassVar[str]
-    chunk_object: ClassVar[str]
+    """Writes a job's events in one API's format: ``body`` a whole answer, ``chunks`` a stream."""
 
     def __init__(self, model: str, *, usage: bool = False, timings: bool = False) -> None:
         """``usage``: whether a stream ends with it. ``timings``: whether the answer has them."""
         self.system_fingerprint: str | None = None
         # Whether the choices of a whole answer have log-probabilities, even if the list is empty.
         self.logprobs = False
-        self._id = f"{self.id_prefix}{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
         self._usage = usage
         self._timings = timings
 
-    # ---- a choice as JSON, which each API defines
-
-    def opening(self, choice: int) -> Mapping[str, Any] | None:
-        """The choice in its first chunk, before its text; None for no such chunk."""
-        return None
-
-    @abstractmethod
-    def text(self, more: Text) -> Mapping[str, Any]:
-        """The choice in a chunk with text."""
-
-    @abstractmethod
-    def ending(self, end: ChoiceEnd) -> Mapping[str, Any]:
-        """The choice in its last chunk."""
-
-    @abstractmethod
-    def whole(self, text: str, end: ChoiceEnd) -> Mapping[str, Any]:
-        """The choice in a whole answer, without ``logprobs``."""
-
-    # ---- bodies
+    def begin(self, job: Job) -> None:
+        """Called before the first event."""
+        self.system_fingerprint = job.system_fingerprint
+        self.logprobs = job.options.top_logprobs is not None
 
     async def body(
         self,
@@ -196,12 +211,12 @@ class AnswerWriter(ABC):
 
         Raises AnswerTooLarge, Overloaded, and the errors of ``events``.
         """
-        choices: dict[int, WrittenChoice] = {}
+        choices: dict[int, WholeChoice] = {}
         total = 0
         last = first
         while not isinstance(last, End):
             if last.choice not in choices:
-                choices[last.choice] = WrittenChoice([] if self.logprobs else None)
+                choices[last.choice] = WholeChoice([] if self.logprobs else None)
             size = choices[last.choice].add(last)
             total += size
             if total > max_bytes:
@@ -211,56 +226,24 @@ class AnswerWriter(ABC):
                 )
             hold(size)
             last = await anext(events)
-        head = {**self._head(self.whole_object), "usage": usage_json(last.usage)}
-        encoded = b",".join(self._whole(choices[index]) for index in sorted(choices))
-        return with_json({**head, **self._extra(last)}, "choices", b"[" + encoded + b"]")
+        if any(choice.end is None for choice in choices.values()):
+            raise EngineFailure("the LLM worker ended the generation before a choice had ended")
+        return self.whole_answer([choices[index] for index in sorted(choices)], last)
 
-    async def chunks(
+    @abstractmethod
+    def whole_answer(self, choices: Sequence[WholeChoice], end: End) -> bytes:
+        """The body of a whole answer. Every choice has its ``end``."""
+
+    @abstractmethod
+    def chunks(
         self, first: AnswerEvent, events: AsyncGenerator[AnswerEvent, None]
     ) -> AsyncGenerator[bytes, None]:
         """The server-sent events of a stream, with its end. Raises the errors of ``events``."""
-        begun: set[int] = set()
-        shown = 0  # Output tokens in the chunks so far.
-        last = first
-        while not isinstance(last, End):
-            data = b""
-            if last.choice not in begun:
-                begun.add(last.choice)
-                usage = last.usage and replace(last.usage, completion_tokens=shown)
-                opening = self.opening(last.choice)
-                data = b"" if opening is None else self._chunk(opening, usage)
-            choice = self.text(last) if isinstance(last, Text) else self.ending(last)
-            yield data + self._chunk(choice, last.usage)
-            shown = last.usage.completion_tokens if last.usage else 0
-            last = await anext(events)
-        if self._usage or self._timings:
-            head, usage_at_end = self._head(self.chunk_object), usage_json(last.usage)
-            yield event({**head, "choices": [], "usage": usage_at_end, **self._extra(last)})
-        yield DONE
 
-    def _whole(self, choice: WrittenChoice) -> bytes:
-        if choice.end is None:
-            raise EngineFailure("the LLM worker ended the generation before a choice had ended")
-        body = self.whole("".join(choice.texts), choice.end)
-        if choice.logprobs is None:
-            return with_json(body, "logprobs", b"null")
-        content = b",".join(choice.logprobs)
-        return with_json(body, "logprobs", b'{"content":[' + content + b'],"refusal":null}')
+    def failure(self, error: OpticNerveError) -> bytes:
+        """The end of a stream that fails."""
+        return failure(error)
 
-    def _chunk(self, choice: Mapping[str, Any], usage: Usage | None) -> bytes:
-        body = {**self._head(self.chunk_object), "choices": [choice]}
-        if self._usage:
-            body["usage"] = usage and usage_json(usage)
-        return event(body)
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model,
-            "system_fingerprint": self.system_fingerprint,
-        }
-
-    def _extra(self, end: End) -> dict[str, Any]:
+    def timings_of(self, end: End) -> dict[str, Any]:
+        """The answer's ``timings``, if the request asks for them."""
         return {"timings": end.timings} if self._timings else {}

@@ -12,20 +12,21 @@ from typing_extensions import TypedDict
 from gateway.api.answer import (
     TIMINGS_HEADER,
     AnswerHead,
-    AnswerWriter,
     ChoiceLogprobs,
     CompletionUsage,
     StopReason,
     StreamUsage,
+    WholeChoice,
     logprobs_json,
     streamed,
 )
+from gateway.api.choice_writer import ChoiceWriter
 from gateway.api.routing import Call, make_router
 from gateway.api.schemas.base import INTEGRAL, Unused, fault
 from gateway.api.schemas.generate import GenerateFields, OutputLength
 from gateway.api.schemas.messages import TemplateFields
 from gateway.job import GenerationOptions
-from gateway.output.events import ChoiceEnd, EndReason, Text
+from gateway.output.events import ChoiceEnd, EndReason, OutputEvent, Text
 
 router = make_router("generation")
 
@@ -121,7 +122,7 @@ class ChatCompletionChunk(AnswerHead):
     usage: NotRequired[StreamUsage]
 
 
-class ChatWriter(AnswerWriter):
+class ChatWriter(ChoiceWriter):
     id_prefix = "chatcmpl-"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
@@ -129,7 +130,8 @@ class ChatWriter(AnswerWriter):
     def opening(self, choice: int) -> Mapping[str, Any]:
         return _chunk_choice(choice, {"role": "assistant", "content": ""})
 
-    def text(self, more: Text) -> ChunkChoice:
+    def output(self, more: OutputEvent) -> ChunkChoice:
+        assert isinstance(more, Text)
         return _chunk_choice(more.choice, {"content": more.text}, logprobs_json(more.logprobs))
 
     def ending(self, end: ChoiceEnd) -> ChunkChoice:
@@ -137,10 +139,11 @@ class ChatWriter(AnswerWriter):
         choice = _chunk_choice(end.choice, {"content": ""})
         return {**choice, "finish_reason": end.finish_reason, "stop_reason": end.stop_reason}
 
-    def whole(self, text: str, end: ChoiceEnd) -> ChatCompletionChoice:
+    def whole(self, choice: WholeChoice, end: ChoiceEnd) -> ChatCompletionChoice:
+        content = "".join(choice.texts)
         return {
             "index": end.choice,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": {"role": "assistant", "content": content, "refusal": None},
             "finish_reason": end.finish_reason,
             "stop_reason": end.stop_reason,
         }

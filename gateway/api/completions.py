@@ -13,18 +13,19 @@ from typing_extensions import TypedDict
 from gateway.api.answer import (
     TIMINGS_HEADER,
     AnswerHead,
-    AnswerWriter,
     CompletionUsage,
     StopReason,
     StreamUsage,
+    WholeChoice,
     streamed,
 )
+from gateway.api.choice_writer import ChoiceWriter
 from gateway.api.routing import Call, make_router
 from gateway.api.schemas.base import UnsupportedField
 from gateway.api.schemas.generate import GenerateFields, OutputLength
 from gateway.api.schemas.sampling import TokenId
 from gateway.job import GenerationOptions, TextPrompt, TokenPrompt
-from gateway.output.events import ChoiceEnd, EndReason, Text
+from gateway.output.events import ChoiceEnd, EndReason, OutputEvent, Text
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default for this route.
 
@@ -100,23 +101,28 @@ class CompletionChunk(AnswerHead):
     usage: NotRequired[StreamUsage]
 
 
-class CompletionWriter(AnswerWriter):
+class CompletionWriter(ChoiceWriter):
     id_prefix = "cmpl-"
     whole_object = chunk_object = "text_completion"
 
-    def text(self, more: Text) -> CompletionChoice:
+    def output(self, more: OutputEvent) -> CompletionChoice:
+        assert isinstance(more, Text)
         return {"index": more.choice, "text": more.text, "logprobs": None, "finish_reason": None}
 
     def ending(self, end: ChoiceEnd) -> CompletionChoice:
-        return {**self.whole("", end), "logprobs": None}
+        return {**_ended("", end), "logprobs": None}
 
-    def whole(self, text: str, end: ChoiceEnd) -> CompletionChoice:
-        return {
-            "index": end.choice,
-            "text": text,
-            "finish_reason": end.finish_reason,
-            "stop_reason": end.stop_reason,
-        }
+    def whole(self, choice: WholeChoice, end: ChoiceEnd) -> CompletionChoice:
+        return _ended("".join(choice.texts), end)
+
+
+def _ended(text: str, end: ChoiceEnd) -> CompletionChoice:
+    return {
+        "index": end.choice,
+        "text": text,
+        "finish_reason": end.finish_reason,
+        "stop_reason": end.stop_reason,
+    }
 
 
 @router.post(

@@ -13,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from gateway.api import sse
 from gateway.api.answer import AnswerWriter
 from gateway.api.http import ERRORS, read_body, typed
 from gateway.api.schemas.base import Body
@@ -24,6 +23,7 @@ from gateway.clock import Deadline
 from gateway.edge.admission import Ticket
 from gateway.edge.limits import ERROR_DELIVERY_S
 from gateway.job import AnyPrompt, GenerationOptions, Job
+from opticnerve.errors import OpticNerveError
 from opticnerve.telemetry import logs
 from opticnerve.telemetry.logs import printable
 
@@ -56,11 +56,14 @@ class PiecewiseResponse(StreamingResponse):
         source: AsyncGenerator[Any, None],
         headers: Mapping[str, str],
         deadline: Deadline,
+        failure: Callable[[OpticNerveError], bytes],
     ) -> None:
+        """``failure``: the end of a stream that fails."""
         super().__init__(pieces, headers=headers)
         self._pieces = pieces
         self._source = source
         self._deadline = deadline
+        self._failure = failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
@@ -79,7 +82,7 @@ class PiecewiseResponse(StreamingResponse):
             async for data in self._pieces:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         except Exception as error:
-            data = sse.failure(typed(error))
+            data = self._failure(typed(error))
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
@@ -143,16 +146,16 @@ class Call(Request):
         headers = self.warnings()
         made = self.gateway.pipeline.run(job)
         first = await anext(made)
-        writer.system_fingerprint = job.system_fingerprint
-        writer.logprobs = job.options.top_logprobs is not None
+        writer.begin(job)
         if stream:
             chunks = writer.chunks(first, made)
-            return PiecewiseResponse(chunks, made, {**EVENT_STREAM, **headers}, job.deadline)
+            headers = {**EVENT_STREAM, **headers}
+            return PiecewiseResponse(chunks, made, headers, job.deadline, writer.failure)
         async with contextlib.aclosing(made):
             most = self.gateway.config.max_answer_bytes
             body = await writer.body(first, made, job.ticket.hold_bytes, most)
         headers |= {"content-type": "application/json", "content-length": str(len(body))}
-        return PiecewiseResponse(_pieces(body), made, headers, job.deadline)
+        return PiecewiseResponse(_pieces(body), made, headers, job.deadline, writer.failure)
 
     def warnings(self) -> dict[str, str]:
         """The header that lists fields without effect. Their names are the client's text, so only

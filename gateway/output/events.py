@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from opticnerve.generation.values import Usage
 
-EndReason = Literal["stop", "length"]
+EndReason = Literal["stop", "length", "tool_calls"]
 """The finish reasons of a successful answer, as OpenAI names them."""
 
 
@@ -38,6 +38,40 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Reasoning:
+    """More of what the model thinks before it answers; the fields are those of ``Text``."""
+
+    choice: int
+    text: str
+    logprobs: tuple[TextLogprobs, ...] | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallStart:
+    """The choice calls a tool. ``index``: from 0, within the choice. The call's arguments follow,
+    and no other event of the choice comes between them."""
+
+    choice: int
+    index: int
+    call_id: str
+    name: str
+    logprobs: tuple[TextLogprobs, ...] | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallArguments:
+    """More of the arguments of the call ``index``: a piece of a JSON object's text."""
+
+    choice: int
+    index: int
+    text: str
+    logprobs: tuple[TextLogprobs, ...] | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChoiceEnd:
     """A choice is complete. ``stop_reason``: the request's stop string or stop token id that ended
     it; None if the model's end-of-sequence token or the length did."""
@@ -56,4 +90,7 @@ class End:
     timings: Mapping[str, Any]
 
 
-AnswerEvent = Text | ChoiceEnd | End
+OutputEvent = Text | Reasoning | ToolCallStart | ToolCallArguments
+"""More output of a choice."""
+
+AnswerEvent = OutputEvent | ChoiceEnd | End
