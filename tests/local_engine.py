@@ -125,8 +125,9 @@ class LocalEngine:
         return answers
 
     def prompt_logprobs(self) -> dict[str, tuple[PositionLogprobs, ...]]:
-        return {
-            message.request_id: message.positions
-            for message in self.messages
-            if isinstance(message, PromptLogprobsEvent)
-        }
+        found: dict[str, tuple[PositionLogprobs, ...]] = {}
+        for message in self.messages:
+            if isinstance(message, PromptLogprobsEvent):
+                before = found.get(message.request_id, ())
+                found[message.request_id] = before + message.positions
+        return found

@@ -220,7 +220,7 @@ class Engine:
             end = work.start + work.num_tokens
             self.scheduler.advance(seq, end)
             if work.prompt_logprobs:
-                seq.generation.add_prompt_logprobs(work.start, end, result.prompt_logprobs)
+                self._send_prompt_logprobs(work, end, result.prompt_logprobs)
             if result.token_id is not None:
                 seq.generation.last_token_at = now
                 self._append(seq, result.token_id, result.logprobs)
@@ -240,6 +240,13 @@ class Engine:
         if isinstance(failure, EngineFailure):
             self.blocks.evict_from_prefix_cache(seq)
         self._fail(seq.generation, failure)
+
+    def _send_prompt_logprobs(
+        self, work: Work, end: int, found: tuple[PositionLogprobs, ...]
+    ) -> None:
+        positions = work.seq.generation.take_prompt_logprobs(work.start, end, found)
+        if positions:
+            self._events.append(PromptLogprobsEvent(work.seq.request_id, positions))
 
     def _append(self, seq: Sequence, token: int, logprobs: PositionLogprobs | None) -> None:
         if seq.generation.first_token_at is None:
@@ -265,14 +272,10 @@ class Engine:
             self._close_choice(seq)
 
     def _first_token(self, leader: Sequence) -> None:
-        """The prompt is computed: sends its log-probabilities and starts the other choices."""
+        """The prompt is computed: starts the other choices."""
         generation = leader.generation
         generation.first_token_at = generation.last_token_at
-        request = generation.request
-        self._events.append(PrefilledEvent(request.request_id, generation.cached_tokens))
-        if request.sampling.prompt_logprobs is not None:
-            positions = tuple(generation.prompt_logprobs)
-            self._events.append(PromptLogprobsEvent(request.request_id, positions))
+        self._events.append(PrefilledEvent(leader.request_id, generation.cached_tokens))
         while (child := generation.begin()) is not None:
             self.scheduler.fork(leader, child)
             if child.finish_reason is not None:

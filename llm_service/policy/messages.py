@@ -111,7 +111,8 @@ class PrefilledEvent:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobsEvent:
-    """One entry for every prompt token, once, before the first token of any choice."""
+    """The next prompt tokens' entries. Each token has one, and all come before the first token of
+    any choice."""
 
     request_id: str
     positions: tuple[PositionLogprobs, ...]

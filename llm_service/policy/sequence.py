@@ -32,7 +32,7 @@ class GenerationState:
         self._unbegun = deque(choice for choice in range(request.sampling.n) if choice not in ended)
         self.span_ends = [span.token_offset + span.num_tokens for span in request.spans]
         self.ending_ids = frozenset(request.sampling.ending_ids)
-        self.prompt_logprobs: list[PositionLogprobs] = []  # Collected so far, from token 0.
+        self.num_prompt_logprobs = 0  # Prompt tokens whose log-probabilities were taken.
         self.cached_tokens = 0
         self.available_keys: set[str] = set()  # Items whose rows are available without encoding.
         self.submitted_at = now
@@ -43,10 +43,9 @@ class GenerationState:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether positions of the prompt are still to be collected."""
-        return self.request.sampling.prompt_logprobs is not None and len(
-            self.prompt_logprobs
-        ) < len(self.request.token_ids)
+        """Whether some tokens of the prompt still need their log-probabilities."""
+        wanted = self.request.sampling.prompt_logprobs is not None
+        return wanted and self.num_prompt_logprobs < len(self.request.token_ids)
 
     def begin(self) -> Sequence | None:
         """Starts the next choice, in the order of their numbers; None after the last."""
@@ -61,19 +60,20 @@ class GenerationState:
         """Index of the first span that ends after ``token``; len(spans) if none does."""
         return bisect_right(self.span_ends, token)
 
-    def add_prompt_logprobs(
+    def take_prompt_logprobs(
         self, start: int, end: int, found: tuple[PositionLogprobs, ...]
-    ) -> None:
-        """Appends ``found``, of positions start+1 .. end, up to the prompt's end and without those
-        collected before a preemption. The first token and placeholders have none."""
-        known = self.prompt_logprobs
-        if not known:
-            known.append(PositionLogprobs())
-        spans = self.request.spans
-        for position in range(len(known), min(end + 1, len(self.request.token_ids))):
+    ) -> tuple[PositionLogprobs, ...]:
+        """Those of ``found``, of positions start+1 .. end, that belong to the prompt and were not
+        taken before a preemption; with the first token's. That one and placeholders have none."""
+        first, spans = self.num_prompt_logprobs, self.request.spans
+        taken = []
+        for position in range(first, min(end + 1, len(self.request.token_ids))):
             index = self.span_at(position)
             covered = index < len(spans) and spans[index].token_offset <= position
-            known.append(PositionLogprobs() if covered else found[position - start - 1])
+            absent = covered or position == 0
+            taken.append(PositionLogprobs() if absent else found[position - start - 1])
+        self.num_prompt_logprobs += len(taken)
+        return tuple(taken)
 
     def usage(self) -> Usage:
         return Usage(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,7 +53,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 SERVICE = "opticnerve.v1.LLM"
 START_S = 10.0  # Timeout for the Start message of a call.
-MAX_MESSAGE_BYTES = 7 * 2**20  # PromptLogprobs travel in one message.
 
 _numbers = itertools.count()
 
@@ -156,21 +155,25 @@ class GenerateCall:
                 self._needed.close()
                 await asyncio.shield(asyncio.create_task(self._stream.release()))
 
-    def _messages(self, batch: Iterable[Event]) -> list[pb.GenerateOut]:
-        """The messages for events of the engine. Raises the error of a request that failed."""
-        out = [pb.GenerateOut()]
+    def _messages(self, batch: Iterable[Event]) -> Iterator[pb.GenerateOut]:
+        """The messages for events of the engine, each made when the one before is sent. Raises the
+        error of a request that failed."""
+        out = pb.GenerateOut()
         for event in batch:
             match event:
                 case TokensEvent(delta=delta):
                     self._note(delta)
                     for piece in convert.delta_pieces(delta):
-                        if out[-1].ByteSize() >= convert.PIECE_BYTES:
-                            out.append(pb.GenerateOut())
-                        out[-1].deltas.append(piece)
+                        if out.ByteSize() >= convert.PIECE_BYTES:
+                            yield out
+                            out = pb.GenerateOut()
+                        out.deltas.append(piece)
                 case AskCaller(keys=()):
                     pass  # A later message was wrong: ``run`` raises its error.
                 case AskCaller():
-                    out += (self._embedding_needed(event), pb.GenerateOut())
+                    out.embedding_needed.CopyFrom(self._embedding_needed(event))
+                    yield out
+                    out = pb.GenerateOut()
                 case NeedRowsEvent():
                     self._needed.wanted(event.keys, event.preempted)
                 case PrefilledEvent():
@@ -178,28 +181,29 @@ class GenerateCall:
                         cached_tokens=event.cached_tokens,
                         ttft_ms=(time.perf_counter() - self._started) * 1e3,
                     )
-                    out[-1].prefilled.CopyFrom(pb.Prefilled(cached_tokens=event.cached_tokens))
-                case PromptLogprobsEvent():
-                    positions = map(convert.position_to_pb, event.positions)
-                    prompt = pb.PromptLogprobs(positions=positions)
-                    out += (pb.GenerateOut(prompt_logprobs=prompt), pb.GenerateOut())
+                    out.prefilled.CopyFrom(pb.Prefilled(cached_tokens=event.cached_tokens))
+                case PromptLogprobsEvent(positions=positions):
+                    for part in convert.prompt_pieces(positions):
+                        out.prompt_logprobs.CopyFrom(part)
+                        yield out
+                        out = pb.GenerateOut()
                 case FinishedEvent():
-                    out[-1].done.CopyFrom(self._done(event))
+                    out.done.CopyFrom(self._done(event))
                 case FailedEvent(error=error):
                     if isinstance(error, OpticNerveError):
                         error.param = self._keys.get(error.param or "", error.param)
                     raise error
                 case AbortedEvent():
                     raise Unavailable("the LLM worker is stopping; use another", retry_after_s=1.0)
-        return [message for message in out if message.ByteSize()]
+        if out.ByteSize():
+            yield out
 
-    def _embedding_needed(self, event: AskCaller) -> pb.GenerateOut:
+    def _embedding_needed(self, event: AskCaller) -> pb.EmbeddingNeeded:
         """The question for rows, by the caller's own keys."""
-        needed = pb.EmbeddingNeeded(
+        return pb.EmbeddingNeeded(
             keys=[self._keys.get(key, key) for key in event.keys],
             reason=pb.NeededReason.Value(f"NEEDED_REASON_{event.reason}"),
         )
-        return pb.GenerateOut(embedding_needed=needed)
 
     def _done(self, event: FinishedEvent) -> pb.Done:
         done = Done(event.usage, replace(event.timings, get_ms=self._needed.get_s * 1e3))
@@ -294,7 +298,6 @@ def read_start(start: pb.Start, loaded: Loaded, local_names: Mapping[str, str]) 
             f"weight must be between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}", param="weight"
         )
     check_request(request, loaded.engine.config)
-    _check_prompt_logprobs(request)
     if spans:
         loaded.layout.positions(len(request.token_ids), spans)
     return request
@@ -340,17 +343,6 @@ def rows_used(request: GenerateRequest) -> dict[str, int]:
         key = request.items[span.item]
         rows[key] = max(rows[key], span.row_start + span.num_tokens)
     return rows
-
-
-def _check_prompt_logprobs(request: GenerateRequest) -> None:
-    count = request.sampling.prompt_logprobs
-    if count is None:
-        return
-    if len(request.token_ids) * (count + 1) * convert.LOGPROB_BYTES > MAX_MESSAGE_BYTES:
-        raise InvalidRequest(
-            "the log-probabilities of a prompt of this length do not fit a message; ask for fewer",
-            param="prompt_logprobs",
-        )
 
 
 def _sampling(message: pb.SamplingParams, loaded: Loaded) -> Sampling:

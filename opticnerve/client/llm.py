@@ -24,11 +24,13 @@ from opticnerve.client.encoder import AsyncEncoderClient
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import EmbeddingUnavailable, InvalidRequest, PayloadTooLarge
-from opticnerve.generation.generate_stream import GenerateStream, StreamPolicy
+from opticnerve.generation.generate_stream import GenerateStream, StreamEvent, StreamPolicy
 from opticnerve.generation.values import (
     Delta,
     Done,
     Generation,
+    PositionLogprobs,
+    PromptPiece,
     Sampling,
     Usage,
     read_token_ids,
@@ -102,12 +104,16 @@ class AsyncLLMClient:
         """The whole answer. See ``stream``."""
         stream = await self._open(token_ids, contents, sampling, request_id, timeout_s)
         deltas, usage = [], Usage()
+        prompt: list[PositionLogprobs] = []
         async for event in _events(stream):
-            if isinstance(event, Delta):
-                deltas.append(event)
-            else:
-                usage = event.usage
-        return whole_answer(deltas, usage, stream.prompt_logprobs)
+            match event:
+                case PromptPiece(logprobs=logprobs):
+                    prompt += logprobs
+                case Delta():
+                    deltas.append(event)
+                case Done():
+                    usage = event.usage
+        return whole_answer(deltas, usage, tuple(prompt))
 
     async def stream(
         self,
@@ -192,7 +198,7 @@ class AsyncLLMClient:
         return replace(placed, ref=placed.ref.at(location))
 
 
-async def _events(stream: GenerateStream) -> AsyncGenerator[Delta | Done, None]:
+async def _events(stream: GenerateStream) -> AsyncGenerator[StreamEvent, None]:
     """The stream's events, with its errors typed."""
     with typed_errors():
         async with contextlib.aclosing(stream.events()) as events:

@@ -18,7 +18,7 @@ import grpc
 
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import EngineFailure, OpticNerveError, Unavailable
-from opticnerve.generation.values import Delta, Done, PositionLogprobs
+from opticnerve.generation.values import Delta, Done, PromptPiece
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
@@ -27,6 +27,8 @@ from opticnerve.rpc.errors import to_detail
 if TYPE_CHECKING:
     ClientCall = grpc.aio.StreamStreamCall[pb.GenerateIn, pb.GenerateOut]
     FindReference = Callable[[str], Awaitable[EmbeddingRef]]
+
+StreamEvent = PromptPiece | Delta | Done
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +70,8 @@ class StreamPolicy:
 
 
 class GenerateStream:
-    """One call. ``events()`` yields deltas, then Done; closing it aborts the generation."""
+    """One call. ``events()`` yields the prompt's log-probabilities, if the sampling asks for them,
+    then deltas, then Done; closing it aborts the generation."""
 
     def __init__(
         self,
@@ -80,14 +83,13 @@ class GenerateStream:
     ) -> None:
         self.delivered = False  # The worker's host has the request.
         self.cached_tokens = 0  # Of the prompt; known from the first delta on.
-        self.prompt_logprobs: tuple[PositionLogprobs, ...] = ()
         self._stub = stub
         self._start = start
         self._source = source
         self._ends = time.monotonic() + timeout_s  # Of all attempts.
         self._policy = policy
 
-    async def events(self) -> AsyncGenerator[Delta | Done, None]:
+    async def events(self) -> AsyncGenerator[StreamEvent, None]:
         """Raises the source's error if an embedding cannot be sent, grpc.RpcError if the call
         fails, EngineFailure if it ends before Done, Unavailable if gRPC hides its status."""
         for delay_s in self._policy.write_delays_s:
@@ -104,7 +106,7 @@ class GenerateStream:
                 if begun or delay_s == self._policy.write_delays_s[-1]:
                     raise Unavailable("the LLM worker ended the call") from error
 
-    async def _attempt(self, delay_s: float) -> AsyncGenerator[Delta | Done, None]:
+    async def _attempt(self, delay_s: float) -> AsyncGenerator[StreamEvent, None]:
         remaining_s = max(0.0, self._ends - time.monotonic())
         wait_ms = min(self._start.embedding_wait_ms, int(remaining_s * 1e3))
         self._start.embedding_wait_ms = max(wait_ms, 1) if self._start.embedding_wait_ms else 0
@@ -119,7 +121,7 @@ class GenerateStream:
                     self.cached_tokens = message.prefilled.cached_tokens
                 if message.HasField("prompt_logprobs"):
                     positions = message.prompt_logprobs.positions
-                    self.prompt_logprobs = convert.positions_from_pb(positions)
+                    yield PromptPiece(convert.positions_from_pb(positions))
                 for delta in message.deltas:
                     yield convert.delta_from_pb(delta)
                 if message.HasField("done"):

@@ -204,6 +204,14 @@ class PositionLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptPiece:
+    """Log-probabilities of the next prompt tokens. Every token has one, in order, and all come
+    before the first token of an answer."""
+
+    logprobs: tuple[PositionLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New tokens of one choice, in order and never twice, the one that ended it included.
 

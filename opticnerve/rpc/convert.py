@@ -7,7 +7,7 @@ that is added to both is converted without further code.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence
+from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence, Sequence
 from dataclasses import fields, replace
 from enum import Enum
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from opticnerve.pb import embedding_pb2 as pb
 from opticnerve.pb import llm_pb2
 
 PIECE_BYTES = 2**20  # Deltas in one message; deltas for a slow reader are merged.
+PROMPT_PIECE_BYTES = 2**15  # Log-probabilities of a prompt in one message, converted at a time.
 LOGPROB_BYTES = 14  # One log-probability in a message.
 
 E = TypeVar("E", bound=Enum)
@@ -256,6 +257,15 @@ def positions_from_pb(messages: Iterable[llm_pb2.PositionLogprobs]) -> tuple[Pos
         )
         for message in messages
     )
+
+
+def prompt_pieces(positions: Sequence[PositionLogprobs]) -> Iterator[llm_pb2.PromptLogprobs]:
+    """A prompt's log-probabilities in messages of about PROMPT_PIECE_BYTES."""
+    width = max(len(position.top) for position in positions) + 1 if positions else 1
+    size = max(PROMPT_PIECE_BYTES // (width * LOGPROB_BYTES), 1)
+    for begin in range(0, len(positions), size):
+        piece = positions[begin : begin + size]
+        yield llm_pb2.PromptLogprobs(positions=map(position_to_pb, piece))
 
 
 def _logprob_to_pb(logprob: Logprob) -> llm_pb2.TokenLogprob:

@@ -539,8 +539,8 @@ def test_a_choice_elsewhere_keeps_its_number() -> None:
     assert bench.tokens("b", choice=2) == bench.tokens("a", choice=2)
 
 
-def test_prompt_logprobs_come_once_before_the_first_token() -> None:
-    bench = Bench(FakeRows({"red"}))
+def test_prompt_logprobs_come_with_each_chunk_before_the_first_token() -> None:
+    bench = Bench(FakeRows({"red"}), max_num_batched_tokens=16)
     ask = request(
         "a",
         50,
@@ -550,14 +550,18 @@ def test_prompt_logprobs_come_once_before_the_first_token() -> None:
     )
     bench.run(ask)
     kinds = [type(event) for event in bench.events["a"]]
-    assert kinds.count(PromptLogprobsEvent) == 1
-    assert kinds.index(PromptLogprobsEvent) < kinds.index(TokensEvent)
-    positions = bench.of("a", PromptLogprobsEvent)[0].positions
+    assert kinds.count(PromptLogprobsEvent) > 1
+    assert PromptLogprobsEvent not in kinds[kinds.index(TokensEvent) :]
+    positions = scores(bench, "a")
     assert len(positions) == 50
     absent = {0, 33, 34, 35, 36}
     for index, entry in enumerate(positions):
         expected = PositionLogprobs(Logprob(ask.token_ids[index], float(index), 1))
         assert entry == (PositionLogprobs() if index in absent else expected)
+
+
+def scores(bench: Bench, name: str) -> list[PositionLogprobs]:
+    return [entry for event in bench.of(name, PromptLogprobsEvent) for entry in event.positions]
 
 
 def test_prompt_logprobs_survive_preemption() -> None:
@@ -570,8 +574,8 @@ def test_prompt_logprobs_survive_preemption() -> None:
     assert seq.num_computed == 48
     bench.engine.scheduler.preempt(seq)
     bench.run()
-    (event,) = bench.of("s", PromptLogprobsEvent)
-    assert [entry.sampled[0] for entry in event.positions[1:]] == list(scored.token_ids[1:])
+    found = scores(bench, "s")
+    assert [entry.sampled[0] for entry in found[1:]] == list(scored.token_ids[1:])
     assert bench.tokens("s") == oracle(scored)
 
 

@@ -269,8 +269,11 @@ class World:
         given |= {output.choice: len(output.output_ids) for output in request.outputs}
         ended_already = all(given[choice] == len(each) for choice, each in tokens.items())
         if request.sampling.prompt_logprobs is not None and not ended_already:
-            assert len(scores) == 1
-            assert len(scores[0].positions) == len(request.token_ids)
+            assert sum(len(each.positions) for each in scores) == len(request.token_ids)
+            last = events.index(scores[-1])
+            assert not any(
+                event.delta.token_ids for event in events[:last] if isinstance(event, TokensEvent)
+            )
         else:
             assert not scores
 

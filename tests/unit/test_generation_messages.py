@@ -140,3 +140,14 @@ def test_stages_are_the_milliseconds() -> None:
         if each.type == FieldDescriptor.TYPE_DOUBLE
     ]
     assert [f"{name}_ms" for name in Timings(1, 2, 3, 4, 5, 6).stages] == milliseconds
+
+
+def test_a_long_prompts_logprobs_travel_in_small_messages() -> None:
+    top = tuple(Logprob(token, -1.0 - token, token + 1) for token in range(20))
+    scored = PositionLogprobs(top[0], top)
+    positions = (PositionLogprobs(), *[scored] * 2_000)
+    pieces = list(convert.prompt_pieces(positions))
+    assert all(piece.ByteSize() <= 2 * convert.PROMPT_PIECE_BYTES for piece in pieces)
+    found = [convert.positions_from_pb(piece.positions) for piece in pieces]
+    assert tuple(each for piece in found for each in piece) == positions and len(pieces) > 10
+    assert list(convert.prompt_pieces(())) == []
