@@ -17,6 +17,7 @@ from gateway.api.http import ErrorResponse
 from gateway.api.models import ServedNames
 from gateway.api.routing import WARNINGS
 from gateway.api.schemas.parsing import problem_text
+from gateway.api.unserved import not_found
 from gateway.edge.admission import Admission
 from gateway.edge.auth import Keys, needs_key
 from gateway.edge.connections import Connections
@@ -30,7 +31,7 @@ from gateway.edge.middleware import (
 from gateway.pipeline import Pipeline
 from opticnerve import addresses
 from opticnerve.config import GatewayConfig
-from opticnerve.errors import InvalidRequest, MethodNotAllowed, NotFound
+from opticnerve.errors import InvalidRequest, MethodNotAllowed
 from opticnerve.process import Running
 
 APIS = (
@@ -82,8 +83,7 @@ class Api(FastAPI):
             raise InvalidRequest(f"{param}: {problem_text(problem)}", param=param) from error
         except HTTPException as error:
             if error.status_code != 405:
-                shown = f"there is no {scope['path'][:100]!r} here; see /v1/models and /health"
-                raise NotFound(shown) from error
+                raise not_found(scope["path"], self.routes) from error
             await _not_allowed(scope, error)(scope, receive, send)
 
     @functools.cached_property

@@ -1,0 +1,86 @@
+"""Paths that are not served: a 404 that says what this server serves, and what to use instead.
+
+The answer comes from the path alone, for every method; no body is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.routing import BaseRoute
+
+from opticnerve.errors import NotFound
+from opticnerve.telemetry.logs import printable
+
+MAX_SHOWN_PATH = 100  # Characters of a path that an error message repeats.
+
+EMBEDDINGS = "it generates text, and makes no embeddings or scores; run a server of such a model"
+SPEECH = "it neither hears nor speaks; send a transcript as text"
+PICTURES = "it reads pictures, in the messages of a chat, and makes none"
+BATCHES = "it keeps no files; run a file of requests with `opticnerve batch IN OUT`"
+STATE = "it keeps nothing between requests; send the whole conversation with each"
+OTHERS = "send OpenAI's requests instead, to /v1/chat/completions"
+
+UNSERVED: dict[str, str] = {
+    "/v1/embeddings": EMBEDDINGS,
+    "/v1/rerank": EMBEDDINGS,
+    "/v1/score": EMBEDDINGS,
+    "/v1/pooling": EMBEDDINGS,
+    "/v1/classify": EMBEDDINGS,
+    "/v1/audio": SPEECH,
+    "/v1/images": PICTURES,
+    "/v1/videos": PICTURES,
+    "/v1/moderations": "it judges no text; ask a model about it in a chat",
+    "/v1/files": BATCHES,
+    "/v1/uploads": BATCHES,
+    "/v1/batches": BATCHES,
+    "/v1/messages/batches": BATCHES,
+    "/v1/fine_tuning": "it trains nothing; start it with a checkpoint that is trained",
+    "/v1/assistants": STATE,
+    "/v1/threads": STATE,
+    "/v1/vector_stores": STATE,
+    "/v1/conversations": STATE,
+    "/v1/containers": STATE,
+    "/v1/evals": STATE,
+    "/v1/chat/completions": STATE,  # A stored answer's path has more steps.
+    "/v1/responses": STATE,
+    "/v1/organization": "it has no accounts; --api-key-file names its keys",
+    "/v1/edits": "ask for the change in a chat",
+    "/v1/engines": "it is /v1/models that lists what is served",
+    "/v1/complete": "use /v1/messages or /v1/completions",
+    "/generate": OTHERS,
+    "/generate_stream": OTHERS,
+    "/invocations": OTHERS,
+    "/inference/v1/generate": OTHERS,
+    "/api": OTHERS,
+}
+"""What is said of a path of another server, and of every path below it."""
+
+
+def not_found(path: str, routes: Sequence[BaseRoute]) -> NotFound:
+    """The error of a request to ``path``, where no route is. ``routes``: those that there are."""
+    served = [str(getattr(route, "path", "")) for route in routes]
+    shown = printable(path, MAX_SHOWN_PATH)
+    near = _with_one_v1(path)
+    if near in served:
+        return NotFound(
+            f"there is no {shown} here, but {near}: a client's base URL ends in /v1, once",
+            code="not_served",
+        )
+    apis = sorted({path for path in served if path.startswith("/v1/") and "{" not in path})
+    parents = [path[:at] for at, char in enumerate(f"{path}/") if char == "/"]
+    advice = next((UNSERVED[each] for each in reversed(parents) if each in UNSERVED), None)
+    if advice is None:
+        return NotFound(
+            f"there is no {shown} here; this server serves {', '.join(apis)}; /docs describes them",
+            code="not_served",
+        )
+    return NotFound(
+        f"{shown} is not served: {advice}; this server serves {', '.join(apis)}",
+        code="not_served",
+    )
+
+
+def _with_one_v1(path: str) -> str:
+    """``path`` as it is meant by a client whose base URL lacks ``/v1``, or has it twice."""
+    return "/v1/" + path.lstrip("/").removeprefix("v1/").removeprefix("v1/")
