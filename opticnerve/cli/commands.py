@@ -19,6 +19,7 @@ COMMANDS = {
     "encoder": ("encoder_service.__main__", "a vision encoder: pictures to embeddings"),
     "llm": ("llm_service.__main__", "an LLM decoder: tokens and embeddings to tokens"),
     "ask": ("opticnerve.cli.ask", "ask about pictures; the answer is streamed"),
+    "batch": ("opticnerve.cli.batch", "answer a file of requests, in OpenAI's batch format"),
     "demo": ("opticnerve.demo.show", "the built-in checkpoint answers about bundled pictures"),
 }
 PREFIX = "opticnerve: "  # Of the line that says why a command could not start; serve.py reads it.

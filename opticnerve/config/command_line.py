@@ -94,10 +94,15 @@ def warn_of_passwords(known: Iterable[Option], given: Mapping[str, Any]) -> None
 def service_parser(command: str, description: str, known: Iterable[Option]) -> Parser:
     """A parser with a flag for each option; a flag that is not given is None."""
     parser = Parser(command, description, "[MODEL] [flags]", EPILOG)
+    add_options(parser, known)
+    return parser
+
+
+def add_options(parser: Parser, known: Iterable[Option]) -> None:
+    """Adds a flag for each option, under the title of its group."""
     groups = {title: parser.add_argument_group(title) for title in Group}  # Printed if not empty.
     for item in known:
         _add(groups[Group(item.spec.group)], item)
-    return parser
 
 
 def _add(group: argparse._ArgumentGroup, item: Option) -> None:
