@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NotRequired, TypeVar
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -136,26 +136,69 @@ def _token(token: TokenLogprob) -> TopLogprob:
     return {"token": text, "logprob": logprob, "bytes": list(token.spelled)}
 
 
-@dataclass(slots=True)
-class WholeCall:
-    """A tool call of a whole answer."""
+@dataclass(slots=True, kw_only=True)
+class WholePart:
+    """Consecutive output of one kind in a whole answer. ``logprobs``: entries as encoded JSON, a
+    kilobyte per token: as objects they would take ten times the memory, and encoding all of them
+    at the end would block the event loop."""
+
+    pieces: list[str] = field(default_factory=list)  # Of its text.
+    logprobs: list[bytes] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+class WholeText(WholePart):
+    pass
+
+
+class WholeReasoning(WholePart):
+    pass
+
+
+@dataclass(slots=True, kw_only=True)
+class WholeCall(WholePart):
+    """A tool call; its text is a JSON object, the arguments."""
 
     call_id: str
     name: str
-    arguments: list[str] = field(default_factory=list)  # Pieces of a JSON object's text.
+
+    @property
+    def arguments(self) -> str:
+        return self.text
+
+
+P = TypeVar("P", bound=WholePart)
 
 
 @dataclass(slots=True)
 class WholeChoice:
-    """A choice of a whole answer. ``logprobs``: the list's entries as encoded JSON, a kilobyte per
-    token: as objects they would take ten times the memory, and encoding all of them at the end
-    would block the event loop. None if the request asks for none."""
+    """A choice of a whole answer, as parts in the order in which the model wrote them.
+    ``with_logprobs``: whether the request asks for log-probabilities."""
 
-    logprobs: list[bytes] | None
-    texts: list[str] = field(default_factory=list)
-    reasoning: list[str] = field(default_factory=list)
-    calls: list[WholeCall] = field(default_factory=list)
+    with_logprobs: bool = False
+    parts: list[WholePart] = field(default_factory=list)
     end: ChoiceEnd | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        return [piece for part in self._of(WholeText) for piece in part.pieces]
+
+    @property
+    def reasoning(self) -> list[str]:
+        return [piece for part in self._of(WholeReasoning) for piece in part.pieces]
+
+    @property
+    def calls(self) -> list[WholeCall]:
+        return list(self._of(WholeCall))
+
+    @property
+    def logprobs(self) -> list[bytes] | None:
+        """An entry per token, in order; None if the request asks for none."""
+        entries = [entry for part in self.parts for entry in part.logprobs]
+        return entries if self.with_logprobs else None
 
     def add(self, more: OutputEvent | ChoiceEnd) -> int:
         """Adds an event; returns its size: characters of text, bytes of log-probabilities."""
@@ -165,21 +208,62 @@ class WholeChoice:
                 self.end = more
                 return 0
             case Text():
-                self.texts.append(more.text)
-                size = len(more.text)
+                part = self._last(WholeText) or self._begin(WholeText())
             case Reasoning():
-                self.reasoning.append(more.text)
-                size = len(more.text)
+                part = self._last(WholeReasoning) or self._begin(WholeReasoning())
             case ToolCallStart():
-                self.calls.append(WholeCall(more.call_id, more.name))
+                part = self._begin(WholeCall(call_id=more.call_id, name=more.name))
                 size = len(more.call_id) + len(more.name)
             case ToolCallArguments():
-                self.calls[more.index].arguments.append(more.text)
-                size = len(more.text)
-        pieces = [dumps(_content(at)) for at in more.logprobs or ()]
-        if self.logprobs is not None:
-            self.logprobs += pieces
-        return size + sum(map(len, pieces))
+                part = self.parts[-1]
+        if not isinstance(more, ToolCallStart):
+            part.pieces.append(more.text)
+            size = len(more.text)
+        entries = [dumps(_content(at)) for at in more.logprobs or ()]
+        part.logprobs += entries
+        return size + sum(map(len, entries))
+
+    def _of(self, kind: type[P]) -> Iterator[P]:
+        return (part for part in self.parts if isinstance(part, kind))
+
+    def _last(self, kind: type[WholePart]) -> WholePart | None:
+        """The last part, if it is of this kind."""
+        return self.parts[-1] if self.parts and isinstance(self.parts[-1], kind) else None
+
+    def _begin(self, part: WholePart) -> WholePart:
+        self.parts.append(part)
+        return part
+
+
+class WholeAnswer:
+    """The choices of an answer as they arrive, within a bound on their size."""
+
+    def __init__(self, logprobs: bool, hold: Callable[[int], None], max_bytes: int) -> None:
+        """``logprobs``: whether choices have them, even if the list is empty. ``hold`` counts the
+        bytes that are held until the answer is complete."""
+        self._logprobs = logprobs
+        self._hold = hold
+        self._left = self._max_bytes = max_bytes
+        self._choices: dict[int, WholeChoice] = {}
+
+    def add(self, more: OutputEvent | ChoiceEnd) -> WholeChoice:
+        """Adds an event; returns its choice. Raises AnswerTooLarge, Overloaded."""
+        choice = self._choices.setdefault(more.choice, WholeChoice(self._logprobs))
+        size = choice.add(more)
+        self._left -= size
+        if self._left < 0:
+            raise AnswerTooLarge(
+                f"the answer is larger than {self._max_bytes} bytes; stream it, ask for fewer "
+                "choices, tokens or top_logprobs, or raise --max-answer-bytes"
+            )
+        self._hold(size)
+        return choice
+
+    def ended(self) -> list[WholeChoice]:
+        """The choices in order. Raises EngineFailure if one of them has not ended."""
+        if any(choice.end is None for choice in self._choices.values()):
+            raise EngineFailure("the LLM worker ended the generation before a choice had ended")
+        return [self._choices[index] for index in sorted(self._choices)]
 
 
 class AnswerWriter(ABC):
@@ -211,24 +295,12 @@ class AnswerWriter(ABC):
 
         Raises AnswerTooLarge, Overloaded, and the errors of ``events``.
         """
-        choices: dict[int, WholeChoice] = {}
-        total = 0
+        answer = WholeAnswer(self.logprobs, hold, max_bytes)
         last = first
         while not isinstance(last, End):
-            if last.choice not in choices:
-                choices[last.choice] = WholeChoice([] if self.logprobs else None)
-            size = choices[last.choice].add(last)
-            total += size
-            if total > max_bytes:
-                raise AnswerTooLarge(
-                    f"the answer is larger than {max_bytes} bytes; stream it, ask for fewer "
-                    "choices, tokens or top_logprobs, or raise --max-answer-bytes"
-                )
-            hold(size)
+            answer.add(last)
             last = await anext(events)
-        if any(choice.end is None for choice in choices.values()):
-            raise EngineFailure("the LLM worker ended the generation before a choice had ended")
-        return self.whole_answer([choices[index] for index in sorted(choices)], last)
+        return self.whole_answer(answer.ended(), last)
 
     @abstractmethod
     def whole_answer(self, choices: Sequence[WholeChoice], end: End) -> bytes:

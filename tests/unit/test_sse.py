@@ -10,9 +10,19 @@ from typing import Any
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from gateway.api import sse
-from gateway.api.answer import logprobs_json
+from gateway.api.answer import WholeCall, WholeChoice, WholeReasoning, WholeText, logprobs_json
 from gateway.api.chat import ChatWriter
-from gateway.output.events import AnswerEvent, ChoiceEnd, End, Text, TextLogprobs, TokenLogprob
+from gateway.output.events import (
+    AnswerEvent,
+    ChoiceEnd,
+    End,
+    Reasoning,
+    Text,
+    TextLogprobs,
+    TokenLogprob,
+    ToolCallArguments,
+    ToolCallStart,
+)
 from opticnerve.errors import EngineFailure
 from opticnerve.generation.values import Usage
 
@@ -101,6 +111,37 @@ def test_bytes_are_counted_once() -> None:
     body = asyncio.run(writer.body(first, made(*others), held.append, 10**6))
     (piece,) = json.loads(body)["choices"][0]["logprobs"]["content"]
     assert held == [2 + len(sse.dumps(piece)), 1, 0]
+
+
+def test_parts_of_a_whole_answer_are_in_the_order_of_the_model() -> None:
+    choice = WholeChoice(True)
+    for event in (
+        Reasoning(0, "Hm", (LOGPROB,)),
+        Reasoning(0, "m."),
+        Text(0, "I "),
+        Text(0, "look.", (LOGPROB, LOGPROB)),
+        ToolCallStart(0, 0, "call_1", "look"),
+        ToolCallArguments(0, 0, '{"at"'),
+        ToolCallArguments(0, 0, ":1}"),
+        ToolCallStart(0, 1, "call_2", "see"),
+        Text(0, "So."),
+        ChoiceEnd(0, "tool_calls"),
+    ):
+        choice.add(event)
+    assert [(type(part), part.text) for part in choice.parts] == [
+        (WholeReasoning, "Hmm."),
+        (WholeText, "I look."),
+        (WholeCall, '{"at":1}'),
+        (WholeCall, ""),
+        (WholeText, "So."),
+    ]
+    assert "".join(choice.texts) == "I look.So." and "".join(choice.reasoning) == "Hmm."
+    assert [(call.call_id, call.name) for call in choice.calls] == [
+        ("call_1", "look"),
+        ("call_2", "see"),
+    ]
+    assert choice.logprobs is not None and len(choice.logprobs) == 3
+    assert choice.end is not None and choice.end.finish_reason == "tool_calls"
 
 
 def test_a_stream() -> None:
