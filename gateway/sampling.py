@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from gateway.api.schemas.sampling import SamplingFields
+from gateway.api.schemas.parsing import parse
+from gateway.api.schemas.sampling import DefaultSampling, SamplingFields
 from gateway.job import UNLIMITED, GenerationOptions, PromptKind, prompt_too_long
 from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.checkpoints.json_files import read_object
@@ -48,11 +49,16 @@ class SamplingLimits:
 
 
 def load_defaults(
-    source: str, checkpoint_path: Path, tokenizer: Tokenizer, text_config: Mapping[str, Any]
+    source: str,
+    checkpoint_path: Path,
+    tokenizer: Tokenizer,
+    text_config: Mapping[str, Any],
+    default_sampling: str | None = None,
 ) -> Defaults:
     """``source`` is ``--generation-config``: ``auto`` (the checkpoint's), ``neutral``, or a
-    directory. End-of-sequence ids always come from the model: its generation_config.json, its
-    configuration and its tokenizer, together. Raises ConfigError."""
+    directory; ``default_sampling`` the flag of that name, which wins. End-of-sequence ids always
+    come from the model: its generation_config.json, its configuration and its tokenizer, together.
+    Raises ConfigError."""
     model_config = _read(checkpoint_path / "generation_config.json")
     if source == "auto":
         chosen = model_config
@@ -71,10 +77,23 @@ def load_defaults(
     ends = {**text_config, **model_config, **chosen}.get("eos_token_id")
     eos = tuple(dict.fromkeys([*_ids(ends), *_ids(tokenizer.eos_token_id)]))
     limit = chosen.get("max_new_tokens")
-    return Defaults(
+    defaults = Defaults(
         replace(_model_sampling(chosen), eos_token_ids=eos),
         limit if _is_integer(limit) and limit > 0 else None,
     )
+    return _with_given(defaults, default_sampling) if default_sampling else defaults
+
+
+def _with_given(defaults: Defaults, text: str) -> Defaults:
+    """``defaults`` with the fields of ``--default-sampling``. Raises ConfigError."""
+    try:
+        given, _ = parse(DefaultSampling, text)
+        values = {name: getattr(given, name) for name in given.model_fields_set}
+        limit = values.pop("max_tokens", defaults.max_tokens)
+        return Defaults(_with_fields(defaults.sampling, values), limit)
+    except InvalidRequest as error:
+        param = "default_sampling"
+        raise ConfigError(f"--default-sampling: {error.message}", param=param) from error
 
 
 def _model_sampling(config: Mapping[str, Any]) -> Sampling:
@@ -143,17 +162,23 @@ def resolve_sampling(
     for name in ("stop_token_ids", "allowed_token_ids"):
         values[name] = tuple(dict.fromkeys(shared[name] or ()))
         check_token_ids(values[name], limits, name)
-    if asked.top_k is not None:
-        values["top_k"] = max(asked.top_k, 0)
-    if values.get("top_p") == 0:  # The most likely token. A worker takes 0 as off.
-        values |= {"temperature": 0.0, "top_p": 1.0}
-    sampling = replace(defaults.sampling, **values)
+    sampling = _with_fields(defaults.sampling, values)
     if sampling.min_tokens > sampling.max_tokens:
         raise InvalidRequest(
             f"min_tokens: {sampling.min_tokens} exceeds max_tokens, {sampling.max_tokens}",
             param="min_tokens",
         )
     return sampling
+
+
+def _with_fields(sampling: Sampling, values: Mapping[str, Any]) -> Sampling:
+    """``sampling`` with fields of a request. Raises InvalidRequest."""
+    values = dict(values)
+    if "top_k" in values:
+        values["top_k"] = max(values["top_k"], 0)
+    if values.get("top_p") == 0:  # The most likely token. A worker takes 0 as off.
+        values |= {"temperature": 0.0, "top_p": 1.0}
+    return replace(sampling, **values)
 
 
 def check_choices(options: GenerationOptions, max_n: int) -> None:

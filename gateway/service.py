@@ -25,8 +25,7 @@ from gateway.media.fetch import MediaFetcher
 from gateway.media.reader import MediaReader
 from gateway.output.detokenizer import Vocabulary
 from gateway.pipeline import Pipeline
-from gateway.prompt.renderer import ChatRenderer
-from gateway.sampling import load_defaults
+from gateway.startup_check import read_checkpoint
 from gateway.workers.encode import Encoders, describe_encoder
 from gateway.workers.encoder_check import ReachabilityCheck
 from gateway.workers.generate import describe_llm
@@ -132,10 +131,7 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
     token = load_token(settings.rpc_token_file)
     checkpoint = Checkpoint.configured(settings.model)
     layout = make_layout(checkpoint)
-    renderer = ChatRenderer.load(checkpoint.path, layout, settings.chat_template)
-    defaults = load_defaults(
-        settings.generation_config, checkpoint.path, renderer.tokenizer, checkpoint.text_config
-    )
+    renderer, defaults = read_checkpoint(settings, checkpoint, layout)
     export_metrics(settings.telemetry, settings.listen_host)
     async with contextlib.AsyncExitStack() as stack:
         encoders, llms = _workers(settings, token)

@@ -25,7 +25,7 @@ from gateway.prompt.placeholders import ExpandedPrompt
 from gateway.prompt.special_token_guard import Marks
 from gateway.prompt.template import ChatTemplate, clock, load_template
 from gateway.prompt.tokenizer import Tokenizer
-from opticnerve.errors import ContextLengthExceeded, InvalidRequest
+from opticnerve.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 from opticnerve.media.plan import Plan
 from opticnerve.models.family import Layout
 
@@ -53,7 +53,15 @@ class Forms:
 class ChatRenderer:
     """Renders and tokenizes chats for one checkpoint. Thread-safe: rendering keeps no state."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, layout: Layout) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        layout: Layout,
+        default_system: str = "",
+    ) -> None:
+        """``default_system``: the system message of chats that have none. Raises ConfigError for a
+        template that does not show it."""
         self.tokenizer = tokenizer
         self.template = template
         self.layout = layout
@@ -63,19 +71,34 @@ class ChatRenderer:
         self._named_hidden = {name: self._aliases.hide(text) for name, text in names.items()}
         self._forms = {role: self._probe(role) for role in ("system", "user", "assistant", "tool")}
         self._builds_pieces = self._probe_pieces()
+        self._default_system = default_system
+        if default_system and self._forms["system"] == Forms(False, False):
+            raise ConfigError(
+                "--default-system-prompt: the model's chat template shows no system message; leave "
+                "it out, or give another --chat-template",
+                param="default_system_prompt",
+            )
 
     @classmethod
-    def load(cls, path: Path, layout: Layout, chat_template: str | None = None) -> ChatRenderer:
-        """From a checkpoint directory. Raises CheckpointError and ConfigError."""
+    def load(
+        cls,
+        path: Path,
+        layout: Layout,
+        chat_template: str | None = None,
+        default_system_prompt: str | None = None,
+    ) -> ChatRenderer:
+        """From a checkpoint directory; the last arguments are the flags of these names. Raises
+        CheckpointError and ConfigError."""
         spelled = placeholders.spellings(path, layout.placeholder_ids)
         tokenizer = Tokenizer.load(path, spelled.values())
         placeholders.check_spellings(spelled, layout.placeholder_ids, tokenizer)
         source = load_template(path, tokenizer.config, chat_template)
-        return cls(tokenizer, ChatTemplate(source, tokenizer.aliases), layout)
+        default_system = _default_system(default_system_prompt or "")
+        return cls(tokenizer, ChatTemplate(source, tokenizer.aliases), layout, default_system)
 
     def render(self, asked: ChatPrompt) -> RenderedChat:
         """Raises InvalidRequest, and ContextLengthExceeded for messages that are too long."""
-        messages = self.normalise(asked.messages)
+        messages = self._with_system(self.normalise(asked.messages))
         if characters(messages) > MAX_PROMPT_CHARACTERS:
             raise self._too_long()
         variables = self._variables(asked)
@@ -112,6 +135,13 @@ class ChatRenderer:
         """Messages for the template: plain values, no None, pictures as
         ``{"type": "image"}``. Raises InvalidRequest."""
         return [self._message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+    def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages, after the default system message if they have none."""
+        if not self._default_system or any(each["role"] == "system" for each in messages):
+            return messages
+        content = self._content(self._default_system, "system")
+        return [{"role": "system", "content": content}, *messages]
 
     def _message(self, message: Message, path: str) -> dict[str, Any]:
         role = "system" if message.role == "developer" else message.role
@@ -315,6 +345,20 @@ class Rendering:
                 param="continue_final_message",
             )
         return out[:at] if out[at : at + len(self._tag)] == self._tag else out[:at].rstrip()
+
+
+def _default_system(given: str) -> str:
+    """The text of ``--default-system-prompt``: of a file, after @, or the text itself. Raises
+    ConfigError."""
+    if not given.startswith("@"):
+        return given
+    try:
+        return Path(given[1:]).read_text(encoding="utf-8").rstrip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--default-system-prompt: {given[1:][:200]!r} cannot be read: {error}",
+            param="default_system_prompt",
+        ) from error
 
 
 def _wants_prompt(asked: ChatPrompt) -> bool:

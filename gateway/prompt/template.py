@@ -211,41 +211,51 @@ def _constants(node: nodes.Node) -> Iterator[nodes.Const]:
 # ---- finding a checkpoint's template
 
 
-def load_template(path: Path, config: Mapping[str, Any], override: str | None = None) -> str:
-    """The template's source: ``--chat-template`` (a file, or the text itself), then the
-    directory's chat_template.jinja, chat_template.json, processor_config.json and
-    ``chat_template`` of tokenizer_config.json, as Hugging Face's processors look for it.
+DEFAULT = "default"  # The template that a checkpoint with several uses.
+ADDITIONAL = "additional_chat_templates"  # A directory of others, beside chat_template.jinja.
 
-    Raises ConfigError for an override that is neither file nor template, CheckpointError for a
-    checkpoint without a template.
+
+def load_template(path: Path, config: Mapping[str, Any], override: str | None = None) -> str:
+    """The template's source: ``--chat-template`` (a file, the text itself, or the name of one of
+    the checkpoint's templates), else the checkpoint's own.
+
+    Raises ConfigError for an override that is none of these, CheckpointError for a checkpoint
+    without a template.
     """
-    if override is not None:
-        return _override(override)
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return _read(file)
-    for name in ("chat_template.json", "processor_config.json"):
-        found = _default((read_object(path / name) or {}).get("chat_template"))
-        if found is not None:
-            return found
-    found = _default(config.get("chat_template"))
+    if override is not None and re.search(r"\{[{%#]", override):
+        return override
+    if override is not None and Path(override).is_file():
+        return _read(Path(override))
+    named = named_templates(path, config)
+    found = named.get(override or DEFAULT)
     if found is not None:
         return found
+    names = f"; its templates are {', '.join(sorted(named))}" if named else ""
+    if override is not None:
+        raise ConfigError(
+            f"--chat-template: {override[:200]!r} is no file, no template, and no name of a "
+            f"template of the model{names}",
+            param="chat_template",
+        )
     raise CheckpointError(
-        f"{path} has no chat template; give one with --chat-template, a file or the text itself"
+        f"{path} has no {'default ' if named else ''}chat template; give one with --chat-template: "
+        f"a file, the text itself, or a name{names}"
     )
 
 
-def _override(override: str) -> str:
-    if re.search(r"\{[{%#]", override):
-        return override
-    file = Path(override)
-    if not file.is_file():
-        raise ConfigError(
-            f"--chat-template: {override[:200]!r} is no file, and no template either",
-            param="chat_template",
-        )
-    return _read(file)
+def named_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The checkpoint's templates by name. Of several with one name, the first counts of those in
+    chat_template.jinja and ``ADDITIONAL``, chat_template.json, processor_config.json, and
+    ``chat_template`` of tokenizer_config.json, as Hugging Face's processors look for them."""
+    found = _named(config.get("chat_template"))
+    for name in ("processor_config.json", "chat_template.json"):
+        found |= _named((read_object(path / name) or {}).get("chat_template"))
+    for file in sorted((path / ADDITIONAL).glob("*.jinja")):
+        found[file.stem] = _read(file)
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        found[DEFAULT] = _read(file)
+    return found
 
 
 def _read(file: Path) -> str:
@@ -255,11 +265,12 @@ def _read(file: Path) -> str:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
-def _default(entry: Any) -> str | None:
-    """The template, or of several (a list of names and templates, or a mapping) the one named
-    "default"."""
+def _named(entry: Any) -> dict[str, str]:
+    """Templates by name: one, which is the default, a list of names and templates, or a mapping."""
+    if isinstance(entry, str):
+        return {DEFAULT: entry}
     if isinstance(entry, list):
         entry = {item["name"]: item["template"] for item in entry if isinstance(item, dict)}
-    if isinstance(entry, Mapping):
-        entry = entry.get("default")
-    return entry if isinstance(entry, str) else None
+    if not isinstance(entry, Mapping):
+        return {}
+    return {name: text for name, text in entry.items() if isinstance(text, str)}

@@ -81,7 +81,23 @@ class GatewayConfig:
         metavar="NAME,...",
     )
     chat_template: str | None = _api(
-        None, "file or text that replaces the model's chat template", metavar="FILE"
+        None,
+        "what replaces the model's chat template: a file, a template's text, or the name of one of "
+        "the model's other templates",
+        metavar="NAME|FILE",
+    )
+    default_system_prompt: str | None = _api(
+        None,
+        "system message of chats that have none: the text, or @FILE",
+        metavar="TEXT|@FILE",
+        secret=True,
+    )
+    default_sampling: str | None = _api(
+        None,
+        "values of sampling fields that a request omits, over --generation-config, such as "
+        '\'{"temperature": 0.2, "max_tokens": 512}\': temperature, top_p, top_k, min_p, '
+        "frequency_penalty, presence_penalty, repetition_penalty, max_tokens",
+        metavar="JSON",
     )
     generation_config: str = _api(
         "auto",

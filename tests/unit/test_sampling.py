@@ -206,6 +206,41 @@ def test_defaults_that_cannot_be_used(tokenizer: Tokenizer, tmp_path: Path) -> N
             load_defaults("auto", tmp_path, tokenizer, {})
 
 
+def test_defaults_of_the_flag_win(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    own = {"temperature": 0.6, "top_k": 20, "max_new_tokens": 9}
+    (tmp_path / "generation_config.json").write_text(json.dumps(own))
+
+    def loaded(**given: Any) -> Defaults:
+        return load_defaults("auto", tmp_path, tokenizer, {}, json.dumps(given))
+
+    asked = loaded(temperature=0.2, frequency_penalty=1, max_tokens=5, top_p=None)
+    expected = {"temperature": 0.2, "top_k": 20, "frequency_penalty": 1.0, "eos_token_ids": (629,)}
+    assert asked == defaults_of(**expected, max_tokens=5)
+    greedy = defaults_of(temperature=0.0, top_p=1.0, top_k=0, max_tokens=9, eos_token_ids=(629,))
+    assert loaded(top_p=0, top_k=-1) == greedy
+    value = resolved(tokenizer, defaults=asked, temperature=0.9)
+    assert (value.temperature, value.frequency_penalty, value.max_tokens) == (0.9, 1.0, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "a JSON object"),
+        ('{"temperature": 3}', "temperature: should be less than or equal to 2"),
+        ('{"top_k": 1.5}', "top_k: should be an integer"),
+        ('{"max_tokens": 0}', "max_tokens"),
+        ('{"temprature": 1}', "unknown field (did you mean temperature?)"),
+        ('{"n": 2}', "n: unknown field"),
+        ('{"stop": "x"}', "stop: unknown field"),
+    ],
+)
+def test_a_flag_of_defaults_that_is_wrong(text: str, said: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_defaults("auto", v.DEMO, tokenizer, {}, text)
+    assert caught.value.message.startswith("--default-sampling: ") and said in caught.value.message
+
+
 def test_words_are_encoded_all_at_once(tokenizer: Tokenizer) -> None:
     """As each is by itself; in a step that lets other threads go on."""
     words = ["cat", " dog", "", "cat", "b" * 1024, "\n"]

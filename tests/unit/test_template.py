@@ -292,8 +292,22 @@ def test_where_a_template_is_found(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("in file")
     assert load_template(tmp_path, config, str(tmp_path / "other")) == "in file"
     assert load_template(tmp_path, config, "{{ messages }}") == "{{ messages }}"
-    with pytest.raises(ConfigError, match="no file"):
+    with pytest.raises(ConfigError, match=r"no file.*; its templates are default$"):
         load_template(tmp_path, config, "missing.jinja")
+
+
+def test_a_template_by_its_name(tmp_path: Path) -> None:
+    several = [{"name": name, "template": f"of {name}"} for name in ("default", "rag", "tool_use")]
+    config: dict[str, Any] = {"chat_template": several}
+    assert load_template(tmp_path, config, "tool_use") == "of tool_use"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("in a file")
+    assert load_template(tmp_path, config, "tool_use") == "in a file"
+    assert load_template(tmp_path, config, "rag") == "of rag"
+    named = {"chat_template": {"rag": "of rag"}}
+    assert load_template(tmp_path, named, "rag") == "of rag"
+    with pytest.raises(CheckpointError, match=r"no default chat template.*are rag, tool_use"):
+        load_template(tmp_path, named)
 
 
 def test_no_template_and_a_broken_one(tmp_path: Path) -> None:
@@ -307,3 +321,40 @@ def test_no_template_and_a_broken_one(tmp_path: Path) -> None:
 def test_files_of_two_checkpoints() -> None:
     with pytest.raises(CheckpointError, match="token 5 stands for a picture"):
         ChatRenderer.load(v.DEMO, v.layout(5))
+
+
+# ---- a default system message
+
+
+SYSTEM = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+PARTS = "{% for m in messages %}[{{ m.role }}]{{ m.content[0].text }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [SYSTEM, PARTS])
+def test_a_default_system_prompt_is_that_of_chats_without_one(
+    template: str, tmp_path: Path
+) -> None:
+    (tmp_path / "system.txt").write_text("Be brief.\n")
+    for given in ("Be brief.", f"@{tmp_path}/system.txt"):
+        renderer = ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT, template, given)
+        shown = renderer.render(request(user("hi")))
+        assert shown.prompt == "[system]Be brief.[user]hi"
+        for role in ("system", "developer"):
+            own = {"role": role, "content": ""}
+            assert renderer.render(request(own, user("hi"))).prompt == "[system][user]hi"
+
+
+def test_a_default_system_prompt_is_text() -> None:
+    renderer = ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT, None, "<|im_end|>")
+    end = renderer.tokenizer.id_of("<|im_end|>")
+    plain = ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT, None, "Be brief.")
+    count = [each.render(request(user("hi"))).token_ids.count(end) for each in (renderer, plain)]
+    assert count[0] == count[1] > 0
+
+
+def test_a_default_system_prompt_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--default-system-prompt: .*cannot be read"):
+        ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT, None, f"@{tmp_path}/missing")
+    silent = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ConfigError, match="shows no system message"):
+        ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT, silent, "Be brief.")

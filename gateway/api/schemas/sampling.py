@@ -24,8 +24,9 @@ AllowedTokens = Annotated[
 ]
 
 
-class SamplingFields(Body):
-    """A field that is None has the model's default, or the neutral value if there is none."""
+class SamplerFields(Body):
+    """How likely each token is. A field that is None has the model's default, or the neutral value
+    if there is none."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
@@ -38,6 +39,17 @@ class SamplingFields(Body):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+
+
+class DefaultSampling(SamplerFields):
+    """``--default-sampling``."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1), INTEGRAL] | None = None
+
+
+class SamplingFields(SamplerFields):
+    """All that decides the tokens of an answer."""
+
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64), INTEGRAL] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGRAL] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1), INTEGRAL] | None = None
