@@ -3,7 +3,6 @@ tokens, tokenization. Knows nothing of HTTP, media bytes or workers."""
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from gateway.edge.limits import MAX_PROMPT_CHARACTERS
 from gateway.job import ChatPrompt, prompt_too_long
 from gateway.prompt import placeholders
 from gateway.prompt.placeholders import ExpandedPrompt
-from gateway.prompt.special_token_guard import Marks
+from gateway.prompt.rendering import Rendering
 from gateway.prompt.template import ChatTemplate, clock, load_template
 from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.errors import ConfigError, ContextLengthExceeded, InvalidRequest
@@ -30,7 +29,6 @@ from opticnerve.media.plan import Plan
 from opticnerve.models.family import Layout
 
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now"})
-CONTINUE = "\ue0fd"  # Begins the tag that marks the end of a message to be continued.
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +63,12 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         self.template = template
         self.layout = layout
-        self._aliases = tokenizer.aliases
+        self.aliases = tokenizer.aliases
         names = tokenizer.named
         self._named = dict(names)
-        self._named_hidden = {name: self._aliases.hide(text) for name, text in names.items()}
+        self._named_hidden = {name: self.aliases.hide(text) for name, text in names.items()}
         self._forms = {role: self._probe(role) for role in ("system", "user", "assistant", "tool")}
-        self._builds_pieces = self._probe_pieces()
+        self.builds_pieces = self._probe_pieces()
         self._default_system = default_system
         if default_system and self._forms["system"] == Forms(False, False):
             raise ConfigError(
@@ -220,131 +218,25 @@ class ChatRenderer:
         for role in ("user", "system", "assistant"):
             for messages in _probes(role, self._content("x", role)):
                 try:
-                    values = {"add_generation_prompt": True, **self._shared(hidden=True)}
+                    values = {"add_generation_prompt": True, **self.shared(hidden=True)}
                     out = self.template.render(
                         self.template.written, {"messages": messages, **values}
                     )
                 except InvalidRequest:
                     continue
-                if self._aliases.occur_in(out):
+                if self.aliases.occur_in(out):
                     return True
         return False
 
-    def _shared(self, *, hidden: bool) -> dict[str, Any]:
+    def shared(self, *, hidden: bool) -> dict[str, Any]:
+        """The template's variables that do not depend on the request; with ``hidden``, special
+        tokens as aliases."""
         names = self._named_hidden if hidden else self._named
         return {**names, "tools": None, "documents": None, "strftime_now": clock(datetime.now())}
 
     def _plain(self, messages: Any, variables: Mapping[str, Any]) -> str:
-        values = {**self._shared(hidden=False), **variables, "messages": messages}
+        values = {**self.shared(hidden=False), **variables, "messages": messages}
         return self.template.render(self.template.plain, values)
-
-
-class Rendering:
-    """Renders the messages of one chat two or three times; ``special_token_guard`` says why."""
-
-    def __init__(
-        self,
-        renderer: ChatRenderer,
-        messages: list[dict[str, Any]],
-        variables: Mapping[str, Any],
-        continue_final: bool,
-    ) -> None:
-        self._renderer = renderer
-        self._template = renderer.template
-        self._aliases = renderer._aliases
-        self._messages = messages
-        self._variables = variables
-        self._tag = f"{CONTINUE}{secrets.randbelow(10**18):018d}{CONTINUE} "
-        self._final = _final_text(messages) if continue_final else None
-        self._now = clock(datetime.now())
-
-    def run(self) -> tuple[str, str]:
-        """(the prompt as Hugging Face renders it, the same with aliases for special tokens).
-
-        Raises InvalidRequest, also if the template mixes user text and special tokens so that
-        their provenance cannot be found.
-        """
-        prompt = self._render(self._template.plain, self._messages, self._variables, hidden=False)
-        if self._aliases.head in prompt:
-            raise InvalidRequest("the messages contain reserved characters", param="messages")
-        self._renderer.check_length(prompt)  # The steps below take several times as long.
-        template, hidden = self._aliased(prompt)
-        if hidden is not None and not self._aliases.occur_in(hidden):
-            return prompt, hidden
-        marked = self._marked(template, prompt)
-        if marked is not None:
-            return prompt, marked
-        if hidden is not None and not self._renderer._builds_pieces:
-            return prompt, hidden  # The template writes special tokens as aliases only.
-        raise InvalidRequest(
-            "the messages contain text that spells this model's special tokens, and its chat "
-            "template changes text so that the two cannot be told apart; spell them differently",
-            param="messages",
-        )
-
-    def _aliased(self, prompt: str) -> tuple[Any, str | None]:
-        """The first template with aliases that renders the same prompt, and its rendering."""
-        for template in (self._template.written, self._template.everywhere):
-            try:
-                hidden = self._render(template, self._messages, self._variables, hidden=True)
-            except ContextLengthExceeded:
-                raise
-            except InvalidRequest:
-                continue
-            if self._aliases.reveal(hidden) == prompt:
-                return template, hidden
-        return self._template.plain, None
-
-    def _marked(self, template: Any, prompt: str) -> str | None:
-        """The prompt with an alias for every special token that is still whole when user text is
-        interrupted; None if the template treats interrupted text differently."""
-        specials = self._aliases.of
-        given = json.dumps([self._messages, self._variables], ensure_ascii=False, default=str)
-        marks = Marks(specials, prompt + self._template.source + given)
-        hidden_names = template is not self._template.plain
-        try:
-            out = self._render(
-                template,
-                marks.put(self._messages),
-                marks.put_values(self._variables),
-                hidden=hidden_names,
-            )
-        except ContextLengthExceeded:
-            raise
-        except InvalidRequest:
-            return None
-        hidden = marks.remove(self._aliases.hide(out))
-        return hidden if self._aliases.reveal(hidden) == prompt else None
-
-    def _render(
-        self,
-        template: Any,
-        messages: list[dict[str, Any]],
-        variables: Mapping[str, Any],
-        *,
-        hidden: bool,
-    ) -> str:
-        if self._final is not None:
-            messages = _tagged(messages, self._tag)
-        values = {
-            **self._renderer._shared(hidden=hidden),
-            "strftime_now": self._now,
-            **variables,
-            "messages": messages,
-        }
-        out = self._template.render(template, values)
-        return out if self._final is None else self._cut(out)
-
-    def _cut(self, out: str) -> str:
-        """The text up to the end of the message to be continued. White space at its end is kept
-        only if the template keeps it."""
-        at = out.rfind(self._tag.strip())
-        if at < 0:
-            raise InvalidRequest(
-                "continue_final_message: the model's chat template does not show the last message",
-                param="continue_final_message",
-            )
-        return out[:at] if out[at : at + len(self._tag)] == self._tag else out[:at].rstrip()
 
 
 def _default_system(given: str) -> str:
@@ -390,32 +282,6 @@ def _count_items(messages: Iterable[Mapping[str, Any]]) -> int:
         if isinstance(content, list)
         for part in content
     )
-
-
-def _final_text(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The text that continue_final_message continues. Raises InvalidRequest when there is none."""
-    content = messages[-1].get("content")
-    if isinstance(content, list):
-        content = next((p["text"] for p in reversed(content) if p["type"] == "text"), None)
-    if not content:
-        raise InvalidRequest(
-            "continue_final_message: the last message has no text to continue",
-            param="continue_final_message",
-        )
-    return str(content)
-
-
-def _tagged(messages: list[dict[str, Any]], tag: str) -> list[dict[str, Any]]:
-    """The messages with ``tag`` at the end of the last one's text."""
-    last = dict(messages[-1])
-    content = last["content"]
-    if isinstance(content, str):
-        last["content"] = content + tag
-    else:
-        at = max(i for i, part in enumerate(content) if part["type"] == "text")
-        part = {**content[at], "text": content[at]["text"] + tag}
-        last["content"] = [*content[:at], part, *content[at + 1 :]]
-    return [*messages[:-1], last]
 
 
 def _probes(role: str, content: Any) -> list[list[dict[str, Any]]]:
