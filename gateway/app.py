@@ -13,7 +13,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api import apply_template, chat, completions, health, models, openapi
-from gateway.api.http import ErrorResponse
+from gateway.api.anthropic import routes as anthropic
+from gateway.api.http import send_error
 from gateway.api.models import ServedNames
 from gateway.api.routing import WARNINGS
 from gateway.api.schemas.parsing import problem_text
@@ -37,6 +38,7 @@ from opticnerve.process import Running
 APIS = (
     chat.router,
     completions.router,
+    anthropic.router,
     apply_template.router,
     models.router,
     health.router,
@@ -84,7 +86,8 @@ class Api(FastAPI):
         except HTTPException as error:
             if error.status_code != 405:
                 raise not_found(scope["path"], self.routes) from error
-            await _not_allowed(scope, error)(scope, receive, send)
+            refusal, allowed = _not_allowed(scope, error)
+            await send_error(refusal, scope, receive, send, allow=allowed)
 
     @functools.cached_property
     def document(self) -> bytes:
@@ -95,12 +98,13 @@ class Api(FastAPI):
         return self._keyed and needs_key(path, public_models=self._public_models)
 
 
-def _not_allowed(scope: Scope, error: HTTPException) -> ErrorResponse:
+def _not_allowed(scope: Scope, error: HTTPException) -> tuple[MethodNotAllowed, str]:
+    """The error, and the methods that are allowed."""
     allowed = (error.headers or {}).get("Allow", "")
     also = ", HEAD" if allowed == "GET" else ""
     method = scope["state"]["method"][:20]  # HEAD is served as GET.
     refusal = MethodNotAllowed(f"{scope['route'].path} takes {allowed}, not {method}")
-    return ErrorResponse(refusal, {"allow": allowed + also})
+    return refusal, allowed + also
 
 
 def make_app(gateway: Gateway) -> ASGIApp:
@@ -119,6 +123,6 @@ def make_app(gateway: Gateway) -> ASGIApp:
             allow_origins=config.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", WARNINGS, "retry-after"],
+            expose_headers=["x-request-id", "request-id", WARNINGS, "retry-after"],
         )
     return RequestScope(app)

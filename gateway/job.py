@@ -155,13 +155,16 @@ class GenerationOptions:
     """How a prompt is continued.
 
     ``max_tokens``: None stands for the model's default. ``max_tokens_field``: the request's field
-    that errors about it name. ``top_logprobs``: how many of the most likely tokens have their
-    log-probability in the answer, besides the sampled one; None: no log-probabilities at all.
+    that errors about it name. ``shorten_to_fit``: whether an answer may be shorter than
+    ``max_tokens`` where the context leaves no more; otherwise such a job fails. ``top_logprobs``:
+    how many of the most likely tokens have their log-probability in the answer, besides the sampled
+    one; None: no log-probabilities at all.
     """
 
     sampling: SamplingFields
     max_tokens: int | None = None
     max_tokens_field: str = "max_tokens"
+    shorten_to_fit: bool = False
     top_logprobs: int | None = None
     priority: int | None = None  # None: the caller's default.
     cache_salt: str = ""

@@ -207,6 +207,8 @@ def output_limit(
     if room >= (asked or 1):
         most = LARGEST_MAX_TOKENS if unlimited else defaults.max_tokens or LARGEST_MAX_TOKENS
         return asked or min(most, room)
+    if room >= 1 and options.shorten_to_fit:
+        return room
     pictures = f" ({item_tokens} of them for pictures)" if item_tokens else ""
     if room < 1:
         remedy = f"send {kind.shorter}" + (", or fewer or smaller pictures" if pictures else "")

@@ -11,7 +11,6 @@ from typing_extensions import TypedDict
 from gateway.api.http import JSONResponse
 from gateway.api.routing import Call, make_router
 from gateway.api.schemas.messages import TemplateFields
-from gateway.clock import Stopwatch
 from opticnerve.media.plan import Modality, Span, SpanAttention
 
 router = make_router("generation")
@@ -46,10 +45,7 @@ class RenderedPrompt(TypedDict):
     response_model=RenderedPrompt,
 )
 async def apply_template(call: Call, body: ApplyTemplateRequest) -> Response:
-    pipeline, watch = call.gateway.pipeline, Stopwatch()
-    asked = body.prompt
-    pictures = await pipeline.read_pictures(asked, call.ticket.hold_bytes, call.deadline, watch)
-    prompt = await pipeline.render(asked, pictures.plans, watch)
+    prompt = await call.render(body.prompt)
     rendered: RenderedPrompt = {
         "prompt": prompt.prompt,
         "token_ids": list(prompt.token_ids),

@@ -1,4 +1,5 @@
-"""HTTP for all routes: bodies are read within bounds, errors have OpenAI's shape."""
+"""HTTP for all routes: bodies are read within bounds, and errors are answered in the shape of the
+API that the path belongs to."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from typing_extensions import TypedDict
 
 from gateway.api import sse
+from gateway.api.anthropic.errors import is_anthropic, to_anthropic
 from gateway.api.schemas.base import Body
 from gateway.api.schemas.long_json import Outline, count_values, split_long_strings
 from gateway.api.schemas.parsing import Ignored, parse
@@ -62,17 +64,20 @@ def content(media_type: str, shape: Any) -> dict[str, Any]:
     return {"content": {media_type: {"schema": schema}}}
 
 
-_ERROR = content("application/json", ErrorAnswer)
-ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {
-        "description": "The request is at fault, or (429) there are too many requests.",
-        **_ERROR,
-    },
-    "5XX": {
-        "description": "The server is at fault, or (503) no worker is available.",
-        **_ERROR,
-    },
-}
+def errors_of(shape: Any) -> dict[int | str, dict[str, Any]]:
+    """The responses of routes whose errors have this shape."""
+    error = content("application/json", shape)
+    client = "The request is at fault, or (429) there are too many requests."
+    server = "The server is at fault, or (503) no worker is available."
+    return {"4XX": {"description": client, **error}, "5XX": {"description": server, **error}}
+
+
+def error_body(error: OpticNerveError, scope: Scope) -> Mapping[str, Any]:
+    """The body of an answer that is an error. The path alone decides its shape, because layers
+    around the routes refuse requests too."""
+    if is_anthropic(scope["path"]):
+        return to_anthropic(error, scope["state"]["request_id"])
+    return error.to_openai()
 
 
 class JSONResponse(Response):
@@ -95,17 +100,13 @@ def error_headers(error: OpticNerveError) -> dict[str, str]:
     return headers
 
 
-class ErrorResponse(JSONResponse):
-    """An error as a whole answer, in OpenAI's shape."""
-
-    def __init__(self, error: OpticNerveError, headers: Mapping[str, str] | None = None) -> None:
-        self.error = error
-        all_headers = {**error_headers(error), **(headers or {})}
-        super().__init__(error.to_openai(), error.http_status, all_headers)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        logs.failed(self.error)
-        await super().__call__(scope, receive, send)
+async def send_error(
+    error: OpticNerveError, scope: Scope, receive: Receive, send: Send, **headers: str
+) -> None:
+    """Answers a request with an error."""
+    logs.failed(error)
+    body, all_headers = error_body(error, scope), {**error_headers(error), **headers}
+    await JSONResponse(body, error.http_status, all_headers)(scope, receive, send)
 
 
 def typed(error: Exception) -> OpticNerveError:

@@ -17,14 +17,19 @@ from gateway.api.http import REF, JSONResponse
 from gateway.api.routing import Call, make_router
 from opticnerve import __version__
 
-KEY = {"type": "http", "scheme": "bearer", "description": "One of the server's API keys."}
+_KEY = "One of the server's API keys."
+KEYS = {
+    "key": {"type": "http", "scheme": "bearer", "description": _KEY},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": _KEY},
+}
 
 DESCRIPTION = """\
-OpenAI's API for vision-language models. Errors have OpenAI's shape. Every answer has an
-`x-request-id`: the request's own, or a new one. A field of OpenAI's that is not described here
-is refused unless its value asks for nothing. Unknown fields of a body are refused,
-and those of the objects in it ignored: an answer's `x-opticnerve-warnings` names them, and known
-fields that have no effect. Where a path takes GET, it takes HEAD.
+OpenAI's API for vision-language models, and Anthropic's Messages API under `/v1/messages`. Errors
+have the shape of the API that they belong to. Every answer has an `x-request-id`: the request's
+own, or a new one. A field of either API that is not described here is refused unless its value
+asks for nothing. Unknown fields of a body are refused, and those of the objects in it ignored: an
+answer's `x-opticnerve-warnings` names them, and known fields that have no effect. Where a path
+takes GET, it takes HEAD.
 """
 TAGS = {
     "generation": "Answers about text and pictures.",
@@ -49,8 +54,8 @@ def describe(routes: Sequence[BaseRoute], needs_key: Callable[[str], bool]) -> b
         for operation in operations.values():
             _share_schemas(operation, components["schemas"])
             if needs_key(path):
-                operation["security"] = [{"key": []}]
-                components["securitySchemes"] = {"key": KEY}
+                operation["security"] = [{name: []} for name in KEYS]
+                components["securitySchemes"] = KEYS
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -60,8 +65,8 @@ def _share_schemas(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
     for response in operation["responses"].values():
         for media in response.get("content", {}).values():
             schema = media.get("schema", {})
+            schemas |= schema.pop("$defs", {})
             if "properties" in schema:
-                schemas |= schema.pop("$defs", {})
                 schemas[schema["title"]] = schema
                 media["schema"] = {"$ref": REF.format(model=schema["title"])}
 

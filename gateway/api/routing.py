@@ -14,15 +14,16 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.answer import AnswerWriter
-from gateway.api.http import ERRORS, read_body, typed
+from gateway.api.http import ErrorAnswer, errors_of, read_body, typed
 from gateway.api.schemas.base import Body
 from gateway.api.schemas.generate import GenerateFields
 from gateway.api.schemas.messages import REASONING_EFFORT
 from gateway.api.schemas.parsing import Ignored
-from gateway.clock import Deadline
+from gateway.clock import Deadline, Stopwatch
 from gateway.edge.admission import Ticket
 from gateway.edge.limits import ERROR_DELIVERY_S
 from gateway.job import AnyPrompt, GenerationOptions, Job
+from gateway.prompt.placeholders import ExpandedPrompt
 from opticnerve.errors import OpticNerveError
 from opticnerve.telemetry import logs
 from opticnerve.telemetry.logs import printable
@@ -66,6 +67,7 @@ class PiecewiseResponse(StreamingResponse):
         self._failure = failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["failure"] = self._failure
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         async with contextlib.aclosing(self._source), contextlib.aclosing(self._pieces):
             try:
@@ -138,8 +140,21 @@ class Call(Request):
 
     def writer(self, kind: type[W], body: GenerateFields) -> W:
         """The answer's writer, with usage and timings if the body or a header asks for them."""
-        by_header = self.headers.get("x-opticnerve-timings", "") in ("1", "true")
-        return kind(body.model, usage=body.stream_usage, timings=body.timings or by_header)
+        timings = body.timings or self.wants_timings
+        return kind(body.model, usage=body.stream_usage, timings=timings)
+
+    @property
+    def wants_timings(self) -> bool:
+        """Whether a header asks for timings in the answer."""
+        return self.headers.get("x-opticnerve-timings", "") in ("1", "true")
+
+    async def render(self, prompt: AnyPrompt) -> ExpandedPrompt:
+        """The prompt's token ids and spans, without a generation. Its pictures are planned. Raises
+        the errors of ``Pipeline.read_pictures`` and ``Pipeline.render``."""
+        pipeline, watch = self.gateway.pipeline, Stopwatch()
+        hold = self.ticket.hold_bytes
+        pictures = await pipeline.read_pictures(prompt, hold, self.deadline, watch)
+        return await pipeline.render(prompt, pictures.plans, watch)
 
     async def answer(self, job: Job, writer: AnswerWriter, *, stream: bool) -> Response:
         """The answer, whole or streamed. An error before its first event is an HTTP status."""
@@ -203,11 +218,12 @@ class Route(APIRoute):
             await super().handle(scope, receive, send)
 
 
-def make_router(*tags: str) -> APIRouter:
-    """A router. Its handlers' names are the operation ids, by which generated clients call them."""
+def make_router(*tags: str, errors: Any = None) -> APIRouter:
+    """A router. ``errors``: the responses that are errors; None: those in OpenAI's shape. Its
+    handlers' names are the operation ids, by which generated clients call them."""
     return APIRouter(
         route_class=Route,
         tags=list(tags),
-        responses=ERRORS,
+        responses=errors or errors_of(ErrorAnswer),
         generate_unique_id_function=lambda route: route.name,
     )

@@ -19,6 +19,11 @@ def event(body: Mapping[str, Any]) -> bytes:
     return b"data: " + dumps(body) + b"\n\n"
 
 
+def named_event(body: Mapping[str, Any]) -> bytes:
+    """One event, with its JSON's ``type`` as its name."""
+    return b"event: " + str(body["type"]).encode() + b"\n" + event(body)
+
+
 def dumps(body: Mapping[str, Any]) -> bytes:
     """Compact UTF-8 JSON. A lone surrogate, which UTF-8 cannot hold, becomes ``?``.
 

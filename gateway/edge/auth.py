@@ -129,23 +129,28 @@ class Keys:
     def required(self) -> bool:
         return bool(self.callers)
 
-    def identify(self, authorization: str | None) -> Caller:
-        """The caller whose key is in an Authorization header. Raises Unauthenticated.
+    def identify(self, authorization: str | None, api_key: str | None = None) -> Caller:
+        """The caller whose key is in a request's headers Authorization or x-api-key. A client that
+        sends both needs one key that is known. Raises Unauthenticated.
 
         Every key is compared even after a match, so that the time taken reveals nothing.
         """
         if not self.required:
             return ANONYMOUS
-        scheme, _, given = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not given.strip():
+        scheme, _, bearer = (authorization or "").partition(" ")
+        given = [bearer if scheme.lower() == "bearer" else "", api_key or ""]
+        candidates = [key.strip().encode() for key in given if key.strip()]
+        if not candidates:
             raise Unauthenticated(
-                "no API key was given; send it as 'Authorization: Bearer KEY'", param=None
+                "no API key was given; send it as 'Authorization: Bearer KEY' or as 'x-api-key: "
+                "KEY'",
+                param=None,
             )
-        candidate = given.strip().encode()
         found: Caller | None = None
-        for key, caller in self.callers.items():
-            if hmac.compare_digest(candidate, key):
-                found = caller
+        for candidate in candidates:
+            for key, caller in self.callers.items():
+                if hmac.compare_digest(candidate, key):
+                    found = caller
         if found is None:
             raise Unauthenticated("the API key is unknown to this server")
         return found

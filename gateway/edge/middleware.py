@@ -17,11 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import metrics
 from gateway.api import sse
-from gateway.api.http import ErrorResponse, typed
+from gateway.api.anthropic.errors import is_anthropic
+from gateway.api.http import send_error, typed
 from gateway.edge.auth import ANONYMOUS, Keys, needs_key
 from gateway.edge.http1 import holder_of
 from opticnerve import addresses
-from opticnerve.errors import Forbidden, OpticNerveError, Unauthenticated, UnsupportedMediaType
+from opticnerve.errors import Forbidden, Unauthenticated, UnsupportedMediaType
 from opticnerve.process import LAST_WORDS_S, Running
 from opticnerve.telemetry import logs
 from opticnerve.telemetry.logs import printable
@@ -66,7 +67,10 @@ class RequestScope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = identity
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = identity
+                if is_anthropic(scope["path"]):
+                    headers["request-id"] = identity
             await send(message)
 
         metrics.REQUESTS_IN_FLIGHT.inc()
@@ -91,10 +95,10 @@ class RequestScope:
 
 
 class Errors:
-    """Turns an error that leaves the application into an answer in OpenAI's shape.
+    """Turns an error that leaves the application into an answer.
 
-    A stream that has begun ends with the error as an event. The connection of any other answer that
-    has begun is closed.
+    A stream that has begun ends with the error as an event, in the form of its own API. The
+    connection of any other answer that has begun is closed.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -117,19 +121,20 @@ class Errors:
         except Exception as error:
             shown = typed(error)
             if not begun:
-                await ErrorResponse(shown)(scope, receive, send)
+                await send_error(shown, scope, receive, send)
             elif streaming:
-                await _end_stream(send, shown)
+                failure = scope["state"].get("failure", sse.failure)
+                await _end_stream(send, failure(shown))
             else:
                 raise
 
 
-async def _end_stream(send: Send, error: OpticNerveError) -> None:
+async def _end_stream(send: Send, data: bytes) -> None:
     """Sends the error as an event, if the client still reads. The stream stays without an end, so
     uvicorn closes its connection."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LAST_WORDS_S):
-            await send({"type": "http.response.body", "body": sse.failure(error)})
+            await send({"type": "http.response.body", "body": data})
 
 
 def _normalised(path: str) -> str:
@@ -158,7 +163,8 @@ class Authentication:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises Unauthenticated."""
         try:
-            caller = self.keys.identify(Headers(scope=scope).get("authorization"))
+            headers = Headers(scope=scope)
+            caller = self.keys.identify(headers.get("authorization"), headers.get("x-api-key"))
         except Unauthenticated:
             if needs_key(scope["path"], public_models=self.public_models):
                 raise

@@ -18,6 +18,8 @@ OWN_PORT = TelemetryConfig(metrics_port=0)
 PATHS = {
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
     "/v1/apply_template",
     "/v1/models",
     "/v1/models/{name}",
@@ -134,9 +136,18 @@ async def test_answers_are_what_the_document_says():
         answer = await s.client.post("/v1/completions", json={"model": "model", "prompt": "Once"})
         schema = answered(document, answer, "/v1/completions")
         assert conforms(document, answer.json(), schema)
+        asked = {"model": "model", "messages": [{"role": "user", "content": "What?"}]}
+        for path, fields in (
+            ("/v1/messages", {"max_tokens": 9}),
+            ("/v1/messages/count_tokens", {}),
+        ):
+            answer = await s.client.post(path, json={**asked, **fields})
+            assert conforms(document, answer.json(), answered(document, answer, path))
         for path in PATHS - {
             chat,
             "/v1/completions",
+            "/v1/messages",
+            "/v1/messages/count_tokens",
             "/v1/apply_template",
             "/metrics",
             "/docs",
@@ -174,6 +185,12 @@ async def test_chunks_are_what_the_document_says():
         schema = answered(document, answer, "/v1/completions", "text/event-stream")
         for chunk in events(answer.text)[:-1]:
             assert conforms(document, chunk, schema)
+        messages = [{"role": "user", "content": "What?"}]
+        asked = {"model": "model", "messages": messages, "max_tokens": 9, "stream": True}
+        answer = await s.client.post("/v1/messages", json=asked)
+        schema = answered(document, answer, "/v1/messages", "text/event-stream")
+        for block in answer.text.removesuffix("\n\n").split("\n\n"):
+            assert conforms(document, json.loads(block.partition("data: ")[2]), schema)
 
 
 async def test_errors_are_what_the_document_says():
@@ -186,6 +203,8 @@ async def test_errors_are_what_the_document_says():
             (chat, await s.client.get(chat), 405),
             (chat, await s.client.post(chat, content=b"x", headers={"content-type": "a/b"}), 415),
             (chat, await s.chat(), 503),
+            ("/v1/messages", await s.client.post("/v1/messages", json={}), 400),
+            ("/v1/messages", await s.client.get("/v1/messages"), 405),
             ("/v1/models/{name}", await s.client.get("/v1/models/other"), 404),
             (ready, await s.client.get(ready), 503),
             ("/health", await s.client.get("/health"), 503),
@@ -258,8 +277,9 @@ async def test_keys_are_asked_for_where_the_document_says_so(public_models):
     settings = {"telemetry": ON_THE_GATEWAYS_PORT, "public_models": public_models}
     async with stack(encoders=0, llms=0, ready=False, keys=keys, **settings) as s:
         document = await describe(s)
-        (scheme,) = document["components"]["securitySchemes"].values()
-        assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+        bearer, header = document["components"]["securitySchemes"].values()
+        assert (bearer["type"], bearer["scheme"]) == ("http", "bearer")
+        assert (header["type"], header["in"], header["name"]) == ("apiKey", "header", "x-api-key")
         opened = OPEN | ({"/v1/models", "/v1/models/{name}"} if public_models else set())
         for method, path, operation in operations(document):
             assert ("security" in operation) == (path not in opened)

@@ -19,6 +19,8 @@ def test_named_and_plain_keys(keys):
     assert keys.identify("Bearer sk-ada") == Caller("ada", "ada", 1.0, 0)
     assert keys.identify("bearer  sk-bob") == Caller("bob", "bob")
     assert keys.identify("Bearer sk-plain") == Caller("key5", "key5")
+    assert keys.identify(None, "sk-ada").name == keys.identify("Basic x", " sk-ada").name == "ada"
+    assert keys.identify("Bearer sk-eve", "sk-bob").name == "bob"  # One of the two is known.
     assert "sk-" not in repr(keys)
 
 

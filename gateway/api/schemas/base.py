@@ -148,6 +148,8 @@ class Strict(BaseModel):
     )
 
     closed: ClassVar[bool] = False
+    aliases: ClassVar[frozenset[str]] = frozenset()
+    """Names of fields whose attribute has another, because BaseModel has one of that name."""
 
     @property
     def without_effect(self) -> Iterator[str]:
@@ -163,7 +165,7 @@ class Strict(BaseModel):
         if len(value) > MAX_FIELDS:
             raise PydanticCustomError("fields", "has too many fields")
         context: ValidationContext = info.context or ValidationContext()
-        unknown = value.keys() - cls.model_fields.keys()
+        unknown = value.keys() - cls.model_fields.keys() - cls.aliases
         if cls.closed and not context.ignore_unknown:
             unknown = set()  # They stay, and validation refuses them.
         if unknown:

@@ -127,9 +127,9 @@ class ImagePart(Part, PictureSettings):
         return self
 
 
-def _tag(value: Any) -> str | None:
-    """Which part model validates ``value``. Tags are in brackets because pydantic puts them into
-    the path of a problem, where ``text`` would look like a field."""
+def type_tag(value: Any) -> str | None:
+    """Which model of a union validates ``value``, by its ``type``. Tags are in brackets because
+    pydantic puts them into the path of a problem, where ``text`` would look like a field."""
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return f"<{kind}>" if isinstance(kind, str) else None
 
@@ -139,7 +139,7 @@ AnyPart = Annotated[
     | Annotated[RefusalPart, Tag("<refusal>")]
     | Annotated[ImageUrlPart, Tag("<image_url>")]
     | Annotated[ImagePart, Tag("<image>")],
-    Discriminator(_tag),
+    Discriminator(type_tag),
 ]
 
 
@@ -330,7 +330,7 @@ class TemplateFields(Body):
         """Raises InvalidRequest for pictures that have no usable source."""
         return ChatPrompt(
             messages=self.messages,
-            size=_size(self),
+            size=rendering_size(self.messages, self.chat_template_kwargs),
             sources=self.sources,
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
@@ -339,10 +339,10 @@ class TemplateFields(Body):
         )
 
 
-def _size(fields: TemplateFields) -> int:
+def rendering_size(messages: Sequence[Message], chat_template_kwargs: Any = None) -> int:
     """The work of rendering, in characters of text; counting stops beyond LONG_BYTES."""
-    total = len(str(fields.chat_template_kwargs)) if fields.chat_template_kwargs else 0
-    for message in fields.messages:
+    total = len(str(chat_template_kwargs)) if chat_template_kwargs else 0
+    for message in messages:
         total += _message_size(message)
         if total > LONG_BYTES:
             break

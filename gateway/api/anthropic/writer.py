@@ -1,0 +1,338 @@
+"""Writes answers as Anthropic's messages, whole or as a stream of events."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field
+from pydantic_core import from_json
+from typing_extensions import TypedDict
+
+from gateway.api.answer import (
+    AnswerWriter,
+    WholeCall,
+    WholeChoice,
+    WholePart,
+    WholeReasoning,
+    WholeText,
+)
+from gateway.api.anthropic.errors import AnthropicError, to_anthropic
+from gateway.api.sse import dumps, named_event
+from gateway.job import Job
+from gateway.output.events import (
+    AnswerEvent,
+    ChoiceEnd,
+    End,
+    OutputEvent,
+    Reasoning,
+    Text,
+    ToolCallArguments,
+    ToolCallStart,
+)
+from opticnerve.errors import EngineFailure, OpticNerveError
+from opticnerve.generation.values import Usage
+
+SIGNATURE = "unsigned"
+"""Clients send thinking back only if it has a signature. This server verifies none."""
+INVALID_JSON = "INVALID_JSON"  # Anthropic's convention for an input that is no JSON object.
+
+EndCause = Literal[
+    "end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"
+]
+
+
+class TextContent(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingContent(TypedDict):
+    type: Literal["thinking"]
+    thinking: str
+    signature: str
+
+
+class ToolUseContent(TypedDict):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: Annotated[
+        dict[str, Any],
+        Field(description="What is no JSON object stands as text under INVALID_JSON."),
+    ]
+
+
+AnswerContent = TextContent | ThinkingContent | ToolUseContent
+
+
+class MessageUsage(TypedDict):
+    """The prompt's tokens are the sum of those from and not from the cache."""
+
+    input_tokens: Annotated[int, Field(description="Tokens of the prompt that were not cached.")]
+    output_tokens: int
+    cache_read_input_tokens: int
+    cache_creation_input_tokens: Annotated[
+        int, Field(description="0: every prefix is cached, and none costs more.")
+    ]
+
+
+class AnthropicMessage(TypedDict):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[AnswerContent]
+    stop_reason: EndCause | None
+    stop_sequence: str | None
+    usage: MessageUsage
+    timings: NotRequired[
+        Annotated[
+            dict[str, Any],
+            Field(description="Milliseconds by stage, if the request asks for timings."),
+        ]
+    ]
+
+
+class MessageStart(TypedDict):
+    type: Literal["message_start"]
+    message: AnthropicMessage
+
+
+class ContentBlockStart(TypedDict):
+    type: Literal["content_block_start"]
+    index: int
+    content_block: AnswerContent
+
+
+class TextDelta(TypedDict):
+    type: Literal["text_delta"]
+    text: str
+
+
+class ThinkingDelta(TypedDict):
+    type: Literal["thinking_delta"]
+    thinking: str
+
+
+class SignatureDelta(TypedDict):
+    type: Literal["signature_delta"]
+    signature: str
+
+
+class InputJsonDelta(TypedDict):
+    type: Literal["input_json_delta"]
+    partial_json: str
+
+
+class ContentBlockDelta(TypedDict):
+    type: Literal["content_block_delta"]
+    index: int
+    delta: TextDelta | ThinkingDelta | SignatureDelta | InputJsonDelta
+
+
+class ContentBlockStop(TypedDict):
+    type: Literal["content_block_stop"]
+    index: int
+
+
+class StopCause(TypedDict):
+    stop_reason: EndCause
+    stop_sequence: str | None
+
+
+class MessageDelta(TypedDict):
+    type: Literal["message_delta"]
+    delta: StopCause
+    usage: MessageUsage
+    timings: NotRequired[dict[str, Any]]
+
+
+class MessageStop(TypedDict):
+    type: Literal["message_stop"]
+
+
+MessageEvent = (
+    MessageStart
+    | ContentBlockStart
+    | ContentBlockDelta
+    | ContentBlockStop
+    | MessageDelta
+    | MessageStop
+    | AnthropicError
+)
+
+
+class MessageWriter(AnswerWriter):
+    """A message of thinking, text and tool calls. Its stream has one block open at a time."""
+
+    def __init__(
+        self, model: str, max_tokens: int, *, timings: bool = False, show_thinking: bool = True
+    ) -> None:
+        """``max_tokens``: the request's; ``show_thinking``: whether thinking blocks have their
+        text."""
+        super().__init__(model, timings=timings)
+        self._id = f"msg_{uuid.uuid4().hex}"
+        self._request_id = ""
+        self._max_tokens = max_tokens
+        self._show_thinking = show_thinking
+
+    def begin(self, job: Job) -> None:
+        super().begin(job)
+        self._request_id = job.request_id
+
+    def whole_answer(self, choices: Sequence[WholeChoice], end: End) -> bytes:
+        (choice,) = choices
+        assert choice.end is not None
+        content = list(_content(choice.parts))
+        for block in content if not self._show_thinking else ():
+            if block["type"] == "thinking":
+                block["thinking"] = ""
+        cause = self._cause(choice.end, end, calls=bool(choice.calls))
+        message = self._message(content, end.usage, cause)
+        return dumps({**message, **self.timings_of(end)})
+
+    async def chunks(
+        self, first: AnswerEvent, events: AsyncGenerator[AnswerEvent, None]
+    ) -> AsyncGenerator[bytes, None]:
+        usage = Usage() if isinstance(first, End) else first.usage or Usage()
+        start = self._message([], usage)
+        yield named_event({"type": "message_start", "message": start})
+        blocks = _Blocks(show_thinking=self._show_thinking)
+        ended: ChoiceEnd | None = None
+        last = first
+        while not isinstance(last, End):
+            if isinstance(last, ChoiceEnd):
+                made, ended = blocks.close(), last
+            else:
+                made = blocks.add(last)
+            data = b"".join(map(named_event, made))
+            if data:
+                yield data
+            last = await anext(events)
+        if ended is None:
+            raise EngineFailure("the LLM worker ended the generation before the answer had ended")
+        cause = self._cause(ended, last, calls=blocks.has_calls)
+        delta = {"type": "message_delta", "delta": cause, "usage": _usage(last.usage)}
+        yield named_event({**delta, **self.timings_of(last)})
+        yield named_event({"type": "message_stop"})
+
+    def failure(self, error: OpticNerveError) -> bytes:
+        return named_event(to_anthropic(error, self._request_id))
+
+    def _message(
+        self, content: list[AnswerContent], usage: Usage, cause: StopCause | None = None
+    ) -> AnthropicMessage:
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._model,
+            "content": content,
+            "stop_reason": cause["stop_reason"] if cause else None,
+            "stop_sequence": cause["stop_sequence"] if cause else None,
+            "usage": _usage(usage),
+        }
+
+    def _cause(self, choice: ChoiceEnd, end: End, *, calls: bool) -> StopCause:
+        """Why the answer ended. ``calls``: whether it calls tools."""
+        if isinstance(choice.stop_reason, str):
+            return {"stop_reason": "stop_sequence", "stop_sequence": choice.stop_reason}
+        cause: EndCause = "tool_use" if calls else "end_turn"
+        if choice.finish_reason == "length":
+            whole = end.usage.completion_tokens >= self._max_tokens
+            cause = "max_tokens" if whole else "model_context_window_exceeded"
+        return {"stop_reason": cause, "stop_sequence": None}
+
+
+class _Blocks:
+    """The blocks of a stream, in order. One of text begins with the first character that is not
+    white space: clients may not send blank blocks back."""
+
+    def __init__(self, *, show_thinking: bool) -> None:
+        self.has_calls = False
+        self._show_thinking = show_thinking
+        self._index = -1
+        self._open: type[OutputEvent] | None = None
+        self._blank = ""  # White space that may begin a block of text.
+
+    def add(self, more: OutputEvent) -> Iterator[Mapping[str, Any]]:
+        match more:
+            case Text():
+                yield from self._text(more.text)
+            case Reasoning() if more.text:
+                if self._blank:
+                    yield from self.close()
+                start: ThinkingContent = {"type": "thinking", "thinking": "", "signature": ""}
+                yield from self._within(Reasoning, start)
+                if self._show_thinking:
+                    yield self._delta({"type": "thinking_delta", "thinking": more.text})
+            case ToolCallStart():
+                self.has_calls = True
+                yield from self.close()
+                yield from self._within(
+                    ToolCallStart,
+                    {"type": "tool_use", "id": more.call_id, "name": more.name, "input": {}},
+                )
+            case ToolCallArguments():
+                yield self._delta({"type": "input_json_delta", "partial_json": more.text})
+
+    def close(self) -> Iterator[Mapping[str, Any]]:
+        """The end of the open block, if there is one."""
+        if self._open is Reasoning:
+            yield self._delta({"type": "signature_delta", "signature": SIGNATURE})
+        if self._open is not None:
+            self._open = None
+            yield {"type": "content_block_stop", "index": self._index}
+        self._blank = ""
+
+    def _text(self, text: str) -> Iterator[Mapping[str, Any]]:
+        if self._open is not Text:
+            text = self._blank + text
+            self._blank = text if text.isspace() else ""
+        if text and not self._blank:
+            yield from self._within(Text, {"type": "text", "text": ""})
+            yield self._delta({"type": "text_delta", "text": text})
+
+    def _within(self, kind: type[OutputEvent], start: AnswerContent) -> Iterator[Mapping[str, Any]]:
+        """Begins a block of ``kind``, unless one is open."""
+        if self._open is kind:
+            return
+        yield from self.close()
+        self._open, self._index = kind, self._index + 1
+        yield {"type": "content_block_start", "index": self._index, "content_block": start}
+
+    def _delta(self, delta: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"type": "content_block_delta", "index": self._index, "delta": delta}
+
+
+def _content(parts: Iterable[WholePart]) -> Iterator[AnswerContent]:
+    """The blocks of a whole answer; those of its stream are the same."""
+    for part in parts:
+        match part:
+            case WholeReasoning() if part.text:
+                yield {"type": "thinking", "thinking": part.text, "signature": SIGNATURE}
+            case WholeText() if part.text.strip():
+                yield {"type": "text", "text": part.text}
+            case WholeCall(call_id=call_id, name=name):
+                called = _input(part.arguments)
+                yield {"type": "tool_use", "id": call_id, "name": name, "input": called}
+
+
+def _input(text: str) -> dict[str, Any]:
+    """A call's input. One that max_tokens cut off has what was complete."""
+    try:
+        found = from_json(text, allow_partial=True) if text.strip() else {}
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {INVALID_JSON: text}
+
+
+def _usage(usage: Usage) -> MessageUsage:
+    return {
+        "input_tokens": usage.prompt_tokens - usage.cached_tokens,
+        "output_tokens": usage.completion_tokens,
+        "cache_read_input_tokens": usage.cached_tokens,
+        "cache_creation_input_tokens": 0,
+    }
