@@ -1,0 +1,94 @@
+"""Anthropic's SDK for Python."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.clients.server import KEY, MODEL, SEE, SEEN, SPELL, SPELT, STAR, chat
+
+anthropic = pytest.importorskip("anthropic")
+
+STAR_MESSAGES = [
+    {
+        "role": "user",
+        "content": [
+            {
+                "type": "image",
+                "source": {"type": "base64", "media_type": "image/png", "data": STAR},
+            },
+            {"type": "text", "text": SEE},
+        ],
+    }
+]
+
+
+@pytest.fixture
+def client(server):
+    with anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0) as made:
+        yield made
+
+
+def ask(client, messages, **parameters):
+    settings = {"model": MODEL, "max_tokens": 64, "temperature": 0}
+    return client.messages.create(messages=messages, **{**settings, **parameters})
+
+
+def test_text(client):
+    answer = ask(client, chat(SPELL))
+    assert answer.content[0].text == SPELT and answer.stop_reason == "end_turn"
+    assert answer.usage.output_tokens > 0
+
+
+def test_picture(client):
+    assert ask(client, STAR_MESSAGES).content[0].text == SEEN
+
+
+def test_stream(client):
+    with client.messages.stream(
+        model=MODEL, max_tokens=64, temperature=0, messages=STAR_MESSAGES
+    ) as stream:
+        told = "".join(stream.text_stream)
+        whole = stream.get_final_message()
+    assert told == whole.content[0].text == SEEN and whole.usage.output_tokens > 0
+
+
+def test_count_tokens(client):
+    counted = client.messages.count_tokens(model=MODEL, messages=STAR_MESSAGES)
+    assert counted.input_tokens == ask(client, STAR_MESSAGES).usage.input_tokens
+
+
+def test_tool_call(client):
+    tool = {
+        "name": "paint",
+        "description": "Paints a wall.",
+        "input_schema": {
+            "type": "object",
+            "properties": {"color": {"type": "string", "enum": ["red", "green", "blue"]}},
+            "required": ["color"],
+            "additionalProperties": False,
+        },
+    }
+    choice = {"type": "tool", "name": "paint"}
+    asked = {"tools": [tool], "tool_choice": choice}
+    (call,) = ask(client, chat("Paint it red."), **asked).content
+    assert call.type == "tool_use" and call.name == "paint"
+    assert call.input["color"] in ("red", "green", "blue")
+    with client.messages.stream(
+        model=MODEL, max_tokens=64, temperature=0, messages=chat("Paint it red."), **asked
+    ) as stream:
+        (streamed,) = stream.get_final_message().content
+    assert streamed.input == call.input
+
+
+def test_errors(client):
+    with pytest.raises(anthropic.AuthenticationError):
+        ask(client.with_options(api_key="sk-wrong"), chat(SPELL))
+    with pytest.raises(anthropic.NotFoundError):
+        ask(client, chat(SPELL), model="other")
+    with pytest.raises(anthropic.BadRequestError, match="temperature"):
+        ask(client, chat(SPELL), temperature=9)
+
+
+def test_rate_limit(client, busy):
+    with pytest.raises(anthropic.RateLimitError):
+        ask(client, chat(SPELL))

@@ -1,0 +1,55 @@
+"""LangChain's ChatOpenAI."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.clients.server import KEY, MODEL, SEEN, SPELL, SPELT, STAR_CHAT
+
+pytest.importorskip("langchain_openai")
+import openai
+from langchain_core.exceptions import ContextOverflowError
+from langchain_openai import ChatOpenAI
+
+
+def model_of(server, **parameters):
+    settings = {"model": MODEL, "api_key": KEY, "temperature": 0, "max_retries": 0}
+    return ChatOpenAI(base_url=server.v1, **{**settings, **parameters})
+
+
+@pytest.fixture
+def model(server):
+    return model_of(server)
+
+
+def test_text(model):
+    answer = model.invoke(SPELL)
+    assert answer.content == SPELT and answer.usage_metadata["output_tokens"] > 0
+
+
+def test_picture(model):
+    assert model.invoke(STAR_CHAT).content == SEEN
+
+
+def test_stream(model):
+    assert "".join(chunk.content for chunk in model.stream(STAR_CHAT)) == SEEN
+
+
+def test_batch(model):
+    assert [answer.content for answer in model.batch([SPELL, STAR_CHAT])] == [SPELT, SEEN]
+
+
+def test_errors(server, model):
+    with pytest.raises(openai.AuthenticationError):
+        model_of(server, api_key="sk-wrong").invoke(SPELL)
+    with pytest.raises(openai.NotFoundError):
+        model_of(server, model="other").invoke(SPELL)
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        model_of(server, temperature=9).invoke(SPELL)
+    with pytest.raises(ContextOverflowError):
+        model.invoke("word " * 9000)
+
+
+def test_rate_limit(model, busy):
+    with pytest.raises(openai.RateLimitError):
+        model.invoke(SPELL)
