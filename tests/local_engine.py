@@ -13,6 +13,7 @@ from llm_service.device.attention import make_backend
 from llm_service.device.attention.base import ATTENTION_NAME
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
 from llm_service.engine.engine import Engine, EngineConfig, Message
+from llm_service.engine.grammar_compiler import GrammarCompiler
 from llm_service.policy.messages import (
     FailedEvent,
     GenerateRequest,
@@ -77,6 +78,7 @@ class LocalEngine:
         kv_cache_tokens: int = 8192,
         prefix_caching: bool = True,
         block_size: int = 0,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.rows = DictRows()
         limits = RunnerLimits(max_model_len, max_num_seqs, kv_cache_tokens, block_size)
@@ -91,7 +93,7 @@ class LocalEngine:
             vocab_size=language.vocab_size,
         )
         self.messages: list[Message] = []
-        self.engine = Engine(config, self.runner, self.rows, self.messages.extend)
+        self.engine = Engine(config, self.runner, self.rows, self.messages.extend, grammars)
 
     @classmethod
     def load(
@@ -103,8 +105,9 @@ class LocalEngine:
 
     def run(self) -> None:
         """Steps until nothing can be computed, then checks every invariant."""
-        while self.engine.step():
-            pass
+        while self.engine.step() or self.engine.compiling:
+            while self.engine.compiling:
+                self.engine.handle(self.engine.inbox.get())
         self.engine.check_integrity()
 
     def generate(self, requests: Iterable[GenerateRequest]) -> dict[tuple[str, int], Answer]:

@@ -116,6 +116,7 @@ class ModelRunner:
                 results[work.slot] = WorkResult(error=error)
         if works:
             batch = pack(works, self._slots, self.block_size)
+            self._sampler.prepare(batch.logit_slots)
             results |= self._results(batch, *self._forward(batch, overwrites))
         return [results[work.slot] for work in plan.works]
 
@@ -144,7 +145,12 @@ class ModelRunner:
         seq = work.seq
         self._slots.admit(work.slot, seq)
         self._sampler.admit(
-            work.slot, seq.request.sampling, seq.choice, seq.token_ids, seq.num_prompt
+            work.slot,
+            seq.request.sampling,
+            seq.choice,
+            seq.token_ids,
+            seq.num_prompt,
+            seq.generation.grammar,
         )
 
     # ---- forward
@@ -199,18 +205,25 @@ class ModelRunner:
         slots = to_device(batch.logit_slots, self._device)
         self._last_tokens.index_copy_(0, slots, drawn.token_ids)
         token_ids, best, possible = _to_host(drawn)
-        self._sampler.observe(batch.logit_slots, token_ids)
+        ends = self._sampler.observe(batch.logit_slots, token_ids)
         logprobs = self._token_logprobs(batch, logits, drawn.token_ids)
         results: dict[int, WorkResult] = {}
         for i, index in enumerate(batch.logit_works):
             work = batch.works[index]
+            end = ends.get(work.slot)
             if not math.isfinite(best[i]):
                 results[work.slot] = WorkResult(error=self._not_finite(work))
+            elif end is not None and not end.drawn:
+                results[work.slot] = WorkResult(error=end.error, ends_grammar=True)
             elif not possible[i]:
                 nothing = InvalidRequest("the request's token constraints exclude every token")
                 results[work.slot] = WorkResult(error=nothing)
+            elif end is not None and end.error is not None:
+                results[work.slot] = WorkResult(error=end.error)
             else:
-                results[work.slot] = WorkResult(token_ids[i], logprobs.get(i))
+                results[work.slot] = WorkResult(
+                    token_ids[i], logprobs.get(i), ends_grammar=end is not None
+                )
         return results
 
     def _not_finite(self, work: Work) -> EngineFailure:

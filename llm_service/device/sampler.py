@@ -6,7 +6,8 @@ batch asks for, and a batch of plain greedy sequences is one ``max``. The order,
     1. repetition penalty over prompt and output (divides what is positive, multiplies the rest),
        frequency and presence penalties over output alone
     2. logit_bias
-    3. masks: allowed_token_ids, bad_words, and before min_tokens the ids that would end the choice
+    3. masks: allowed_token_ids, bad_words, before min_tokens the ids that would end the choice, and
+       what the grammar does not allow
     4. temperature; 0 takes the best here
     5. top_k, then top_p over what is left, then min_p
     6. one uniform number, a function of (seed, choice, output position), against the cumulative
@@ -27,7 +28,9 @@ import torch
 from numpy.typing import NDArray
 
 from llm_service.device.constraints import Constraints, constrains
+from llm_service.device.grammar_masks import GrammarEnd, GrammarMasks
 from llm_service.device.memory import to_device
+from opticnerve.generation.grammars import Grammar
 from opticnerve.generation.values import Logprob, PositionLogprobs, Sampling
 
 # Temperatures below this are greedy: dividing by them overflows, and nothing else is likely.
@@ -47,9 +50,10 @@ class Feature(IntFlag):
     MIN_P = 8
     PENALTIES = 16
     CONSTRAINTS = 32  # logit_bias, allowed_token_ids, bad_words or min_tokens.
+    GRAMMAR = 64
 
 
-REWRITES = Feature.PENALTIES | Feature.CONSTRAINTS
+REWRITES = Feature.PENALTIES | Feature.CONSTRAINTS | Feature.GRAMMAR
 
 
 def features_of(params: Sampling) -> Feature:
@@ -63,6 +67,7 @@ def features_of(params: Sampling) -> Feature:
     if params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
         asked |= Feature.PENALTIES
     asked |= Feature.CONSTRAINTS if constrains(params) else Feature.NONE
+    asked |= Feature.GRAMMAR if params.grammar else Feature.NONE
     return asked
 
 
@@ -86,6 +91,7 @@ class Sampler:
         self._numbers = np.zeros((num_slots, 7), dtype=np.float32)
         self._uniforms = UniformCache(num_slots)
         self._constraints = Constraints(vocab_size, device)
+        self._grammars = GrammarMasks(vocab_size, device)
         self._prompt_seen: torch.Tensor | None = None  # bool [slots, vocab]
         self._output_counts: torch.Tensor | None = None  # fp32 [slots, vocab]
         self._rewritten: torch.Tensor | None = None  # fp32 [rows of the largest batch yet, vocab]
@@ -93,9 +99,16 @@ class Sampler:
     # ---- slots
 
     def admit(
-        self, slot: int, params: Sampling, choice: int, token_ids: list[int], num_prompt: int
+        self,
+        slot: int,
+        params: Sampling,
+        choice: int,
+        token_ids: list[int],
+        num_prompt: int,
+        grammar: Grammar | None = None,
     ) -> None:
-        """Assigns the slot to a sequence; ``token_ids`` is its prompt, then its output."""
+        """Assigns the slot to a sequence; ``token_ids`` is its prompt, then its output. Raises
+        InvalidRequest if the output does not follow the grammar."""
         self.release(slot)
         asked = features_of(params)
         self._features[slot] = asked
@@ -114,6 +127,8 @@ class Sampler:
             self._uniforms.admit(slot, params.seed, choice)
         if asked & Feature.CONSTRAINTS:
             self._constraints.admit(slot, params, token_ids)
+        if grammar is not None:
+            self._grammars.admit(slot, grammar, params.ending_ids, token_ids[num_prompt:])
         if asked & Feature.PENALTIES:
             self._count(slot, token_ids, num_prompt)
 
@@ -121,6 +136,7 @@ class Sampler:
         """Forgets the slot's sequence."""
         self._features[slot] = Feature.NONE
         self._constraints.release(slot)
+        self._grammars.release(slot)
 
     def _count(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
         if self._prompt_seen is None or self._output_counts is None:
@@ -137,12 +153,15 @@ class Sampler:
 
     # ---- one step
 
+    def prepare(self, slots: NDArray[np.int64]) -> None:
+        """Begins what ``sample`` needs for a batch of ``slots``, before the forward pass."""
+        self._grammars.prepare(slots)
+
     def sample(
         self, logits: torch.Tensor, slots: NDArray[np.int64], positions: NDArray[np.int64]
     ) -> Drawn:
-        """``logits`` fp32 [rows, vocab], left as they are; ``positions``: output position of each.
-
-        A slot has at most one row.
+        """``logits`` fp32 [rows, vocab], left as they are; ``slots``: as in ``prepare``;
+        ``positions``: output position of each. A slot has at most one row.
         """
         best, greedy = logits.max(dim=-1)
         asked = Feature(int(np.bitwise_or.reduce(self._features[slots], initial=0)))
@@ -155,6 +174,8 @@ class Sampler:
                 logits = self._penalise(logits, slots)
             if asked & Feature.CONSTRAINTS:
                 self._constraints.apply(logits, slots, positions)
+            if asked & Feature.GRAMMAR:
+                self._grammars.apply(logits)
             best_left, greedy = logits.max(dim=-1)
         tokens = greedy
         if asked & Feature.RANDOM:
@@ -163,9 +184,11 @@ class Sampler:
             self._count_drawn(tokens, slots)
         return Drawn(tokens, best, best_left)
 
-    def observe(self, slots: NDArray[np.int64], token_ids: list[int]) -> None:
-        """Records the sampled tokens, for bad words of several tokens."""
+    def observe(self, slots: NDArray[np.int64], token_ids: list[int]) -> dict[int, GrammarEnd]:
+        """Records the sampled tokens, for bad words of several tokens and grammars; returns the
+        ends of grammars, by slot."""
         self._constraints.observe(slots, token_ids)
+        return self._grammars.observe(slots, token_ids)
 
     def _copied(self, logits: torch.Tensor) -> torch.Tensor:
         """A copy of ``logits`` in a buffer that is reused: memory of this size, allocated at each

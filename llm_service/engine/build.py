@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
@@ -10,6 +11,7 @@ from llm_service.device.attention import make_backend
 from llm_service.device.attention.base import ATTENTION_NAME
 from llm_service.device.model_runner import ModelRunner, RunnerLimits
 from llm_service.engine.engine import Emit, Engine
+from llm_service.engine.grammar_compiler import GrammarCompiler
 from llm_service.engine.main import RowsDamaged, Send
 from llm_service.policy.engine_config import EngineConfig
 from llm_service.policy.row_source import RowSource
@@ -18,6 +20,7 @@ from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import LLMConfig
 from opticnerve.embeddings.open import open_local_tier
 from opticnerve.errors import ConfigError
+from opticnerve.generation.grammars import load_vocabulary
 from opticnerve.models.family import LanguageModel, Layout
 from opticnerve.models.registry import load_language, make_layout
 from opticnerve.telemetry import logs
@@ -62,7 +65,12 @@ def build(settings: LLMConfig, rows: RowSource, emit: Emit) -> Engine:
         row_bytes=(1 + layout.deepstack_levels) * language.hidden_size * language.dtype.itemsize,
     )
     _announce(checkpoint, language, runner, config, settings.model.num_threads)
-    return Engine(config, runner, rows, emit)
+    return Engine(config, runner, rows, emit, _grammars(checkpoint, language.vocab_size))
+
+
+def _grammars(checkpoint: Checkpoint, vocab_size: int) -> GrammarCompiler:
+    ends = checkpoint.eos_token_ids
+    return GrammarCompiler(functools.partial(load_vocabulary, checkpoint.path, ends, vocab_size))
 
 
 def model_length(settings: LLMConfig, layout: Layout) -> int:

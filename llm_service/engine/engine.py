@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
+from llm_service.engine.grammar_compiler import GrammarCompiler
 from llm_service.policy.block_manager import BlockManager
 from llm_service.policy.engine_config import EngineConfig, check_request
 from llm_service.policy.messages import (
@@ -25,6 +26,7 @@ from llm_service.policy.messages import (
     FailedEvent,
     FinishedEvent,
     GenerateRequest,
+    GrammarCompiled,
     IntegrityReport,
     NeedRowsEvent,
     PrefilledEvent,
@@ -56,7 +58,8 @@ Terminal: TypeAlias = FinishedEvent | FailedEvent | AbortedEvent
 
 
 class Engine:
-    """Drives one runner. ``runner`` owns the device, ``rows`` the embeddings.
+    """Drives one runner. ``runner`` owns the device, ``rows`` the embeddings. ``grammars`` None:
+    requests that have a grammar are refused.
 
     An exception in one request fails that request. One raised by ``runner.execute`` fails the
     step's sequences, whose blocks of this step are not shared yet, and the engine continues;
@@ -65,9 +68,18 @@ class Engine:
 
     clock: Callable[[], float] = staticmethod(time.perf_counter)
 
-    def __init__(self, config: EngineConfig, runner: Runner, rows: RowSource, emit: Emit) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        rows: RowSource,
+        emit: Emit,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
         self.config = config
         self.runner = runner
+        self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._grammars = grammars or GrammarCompiler()
         self.blocks = BlockManager(config.num_blocks, config.block_size, config.prefix_caching)
         self.scheduler = Scheduler(config, self.blocks, rows)
         self._emit = emit
@@ -82,6 +94,7 @@ class Engine:
 
     def run(self, inbox: queue.SimpleQueue[Command]) -> None:
         """Works until Stop. Sleeps on the inbox while nothing can be computed."""
+        self.inbox = inbox
         while True:
             idle = not self.step()
             if idle and self.config.check_integrity:
@@ -93,6 +106,7 @@ class Engine:
                     for request_id in tuple(self._open):
                         self.abort(request_id)
                     self._flush()
+                    self._grammars.close()
                     return
                 self.handle(command)
 
@@ -134,6 +148,8 @@ class Engine:
                 self.rows_available(command.request_id, command.keys)
             case RowsFailed():
                 self.rows_failed(command.request_id, command.key, command.error)
+            case GrammarCompiled():
+                self.grammar_compiled(command.request_id)
             case CheckIntegrity():
                 self._report(command.ticket)
 
@@ -148,7 +164,8 @@ class Engine:
             log.error("request %s is already open", request.request_id)
             return
         try:
-            if self.scheduler.num_waiting_for_first_chunk >= self.config.max_waiting:
+            waiting = self.scheduler.num_waiting_for_first_chunk
+            if waiting + len(self._grammars.waiting) >= self.config.max_waiting:
                 raise Overloaded("too many requests are waiting; retry later", retry_after_s=1.0)
             check_request(request, self.config)
         except Exception as error:
@@ -158,7 +175,22 @@ class Engine:
         self._arrivals += 1
         self._open[request.request_id] = generation
         self._prompt_tokens += len(request.token_ids)
-        self._begin(generation)
+        if request.sampling.grammar:
+            self._grammars.begin(request, self.inbox.put)
+        else:
+            self._begin(generation)
+
+    def grammar_compiled(self, request_id: str) -> None:
+        """Queues the request, or fails it; one that has ended meanwhile is ignored."""
+        if not self._grammars.done(request_id):
+            return
+        generation = self._open[request_id]
+        try:
+            generation.grammar = self._grammars.take(request_id)
+        except Exception as error:
+            self._fail(generation, _typed_error(error))
+        else:
+            self._begin(generation)
 
     def _begin(self, generation: GenerationState) -> None:
         """Queues the first choice that has tokens left to generate: the others fork from it."""
@@ -221,9 +253,9 @@ class Engine:
             self.scheduler.advance(seq, end)
             if work.prompt_logprobs:
                 self._send_prompt_logprobs(work, end, result.prompt_logprobs)
-            if result.token_id is not None:
+            if result.token_id is not None or result.ends_grammar:
                 seq.generation.last_token_at = now
-                self._append(seq, result.token_id, result.logprobs)
+                self._append(seq, result)
 
     def _fail_work(self, work: Work, error: Exception) -> None:
         """Fails the request, or asks again for rows that were lost before the step used them."""
@@ -248,9 +280,15 @@ class Engine:
         if positions:
             self._events.append(PromptLogprobsEvent(work.seq.request_id, positions))
 
-    def _append(self, seq: Sequence, token: int, logprobs: PositionLogprobs | None) -> None:
+    def _append(self, seq: Sequence, result: WorkResult) -> None:
+        """Records a token, or that there is none because the grammar was complete."""
         if seq.generation.first_token_at is None:
             self._first_token(seq)
+        seq.grammar_ended = result.ends_grammar
+        token, logprobs = result.token_id, result.logprobs
+        if token is None:
+            self._send_tokens(seq)
+            return
         seq.last_token_on_device = True
         seq.token_ids.append(token)
         self._completion_tokens += 1
@@ -265,7 +303,8 @@ class Engine:
         """Sends new tokens of a choice, and closes it if it ends with them."""
         first = seq.num_output - len(tokens)
         finish = seq.finish_reason
-        stop = seq.token_ids[-1] if finish is FinishReason.STOP else None
+        by_id = finish is FinishReason.STOP and not seq.grammar_ended
+        stop = seq.token_ids[-1] if by_id else None
         delta = Delta(seq.choice, first, tokens, logprobs, finish, stop)
         self._events.append(TokensEvent(seq.request_id, delta))
         if finish is not None:
@@ -301,12 +340,18 @@ class Engine:
     def _end(self, generation: GenerationState, event: Terminal) -> None:
         """Ends a request and releases its resources; every request ends here."""
         del self._open[generation.request.request_id]
+        self._grammars.cancel(generation.request.request_id)
         for seq in generation.sequences:
             if seq.status is not Status.FINISHED:
                 self.scheduler.remove(seq)
         self._events.append(event)
 
     # ---- reporting
+
+    @property
+    def compiling(self) -> bool:
+        """Whether requests wait for their grammars; a command in the inbox will say when."""
+        return bool(self._grammars.waiting)
 
     def _flush(self) -> None:
         if self._events:
@@ -332,7 +377,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises RuntimeError if an invariant of the engine is violated."""
         self.scheduler.check_integrity()
-        queued = {seq.request_id for seq in self.scheduler.sequences()}
+        queued = {seq.request_id for seq in self.scheduler.sequences()} | self._grammars.waiting
         if queued != set(self._open):
             raise RuntimeError(f"open requests {set(self._open)} differ from queued ones {queued}")
 

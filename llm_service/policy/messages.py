@@ -76,6 +76,13 @@ class RowsFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarCompiled:
+    """The request's grammar is compiled, or cannot be: sent by the engine's own compiler."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class CheckIntegrity:
     """Asks the engine to check its invariants; an IntegrityReport with ``ticket`` answers."""
 
@@ -87,7 +94,16 @@ class Stop:
     """The engine aborts open requests and leaves its loop."""
 
 
-Command = GenerateRequest | Abort | RowsReady | RowsAvailable | RowsFailed | CheckIntegrity | Stop
+Command = (
+    GenerateRequest
+    | Abort
+    | RowsReady
+    | RowsAvailable
+    | RowsFailed
+    | GrammarCompiled
+    | CheckIntegrity
+    | Stop
+)
 
 
 # ---- engine -> servicer

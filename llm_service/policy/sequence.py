@@ -6,9 +6,13 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from llm_service.policy.messages import GenerateRequest
 from opticnerve.generation.values import FinishReason, PositionLogprobs, Timings, Usage
+
+if TYPE_CHECKING:
+    from opticnerve.generation.grammars import Grammar
 
 
 class Status(Enum):
@@ -33,6 +37,7 @@ class GenerationState:
         self.span_ends = [span.token_offset + span.num_tokens for span in request.spans]
         self.ending_ids = frozenset(request.sampling.ending_ids)
         self.num_prompt_logprobs = 0  # Prompt tokens whose log-probabilities were taken.
+        self.grammar: Grammar | None = None  # Set when it is compiled.
         self.cached_tokens = 0
         self.available_keys: set[str] = set()  # Items whose rows are available without encoding.
         self.submitted_at = now
@@ -108,6 +113,7 @@ class Sequence:
         "blocked_since",
         "choice",
         "generation",
+        "grammar_ended",
         "hashes",
         "last_token_on_device",
         "leases",
@@ -144,6 +150,7 @@ class Sequence:
         self.blocked_since: float | None = None  # Since when chunks wait for rows.
         self.last_token_on_device = False  # The runner takes it from the slot's last sample.
         self.preemptions = 0
+        self.grammar_ended = False  # Nothing can follow its output.
 
     def __repr__(self) -> str:
         return (
@@ -166,6 +173,8 @@ class Sequence:
     @property
     def finish_reason(self) -> FinishReason | None:
         """Why the choice ends with its last token; None if it continues."""
+        if self.grammar_ended:
+            return FinishReason.STOP
         sampling = self.request.sampling
         output = len(self.token_ids) - self.num_prompt
         if output > sampling.min_tokens and self.token_ids[-1] in self.generation.ending_ids:

@@ -347,8 +347,6 @@ def rows_used(request: GenerateRequest) -> dict[str, int]:
 
 def _sampling(message: pb.SamplingParams, loaded: Loaded) -> Sampling:
     """Raises InvalidRequest or UnsupportedFeature."""
-    if message.grammar:
-        raise UnsupportedFeature("structured output is not served yet", param="grammar")
     sampling = convert.sampling_from_pb(message)
     vocabulary = loaded.engine.config.vocab_size
     for name, ids in (

@@ -22,6 +22,7 @@ UINT32 = 2**32 - 1
 UINT64 = 2**64 - 1
 MAX_BIAS = 1e30  # Dividing it by any temperature stays within fp32.
 MAX_CHOICES = 128
+MAX_GRAMMAR_BYTES = 2**20
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 1000.0  # Of a key's share of the workers, relative to others'.
 
 
@@ -93,6 +94,14 @@ def _check_words(name: str, words: Iterable[object]) -> None:
             raise InvalidRequest(f"a word of {name} has at least one token", param=name)
 
 
+def _check_grammar(name: str, grammar: object) -> None:
+    """Raises InvalidRequest unless ``grammar`` is a text of at most MAX_GRAMMAR_BYTES."""
+    if not isinstance(grammar, str):
+        raise InvalidRequest(f"{name} is a text, not {type(grammar).__name__}", param=name)
+    if len(grammar.encode("utf-8", "replace")) > MAX_GRAMMAR_BYTES:
+        raise InvalidRequest(f"{name} is longer than {MAX_GRAMMAR_BYTES} bytes", param=name)
+
+
 # ---- values
 
 # How a field of Sampling is declared: its default, and in its metadata
@@ -147,6 +156,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict, metadata={"check": _check_biases})
     bad_words: tuple[tuple[int, ...], ...] = _checked((), _check_words)
     allowed_token_ids: tuple[int, ...] = _checked((), read_token_ids)
+    grammar: str = _checked("", _check_grammar)
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS:
@@ -216,7 +226,7 @@ class Delta:
     """New tokens of one choice, in order and never twice, the one that ended it included.
 
     ``first_index``: output position of ``token_ids[0]``. ``finish_reason`` is set on the choice's
-    last delta, which may have no tokens; ``stop_token_id`` with STOP.
+    last delta, which may have no tokens; ``stop_token_id`` with STOP, unless a grammar ended it.
     """
 
     choice: int

@@ -237,7 +237,7 @@ def delta_from_pb(message: llm_pb2.TokenDelta) -> Delta:
         token_ids=tuple(message.token_ids),
         logprobs=positions_from_pb(message.logprobs),
         finish_reason=reason,
-        stop_token_id=message.stop_token_id if reason is FinishReason.STOP else None,
+        stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
     )
 
 

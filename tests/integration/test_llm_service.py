@@ -682,7 +682,7 @@ def test_bad_requests_are_refused_and_harm_nobody(demo: Demo, serve: Callable[..
             InvalidRequest,
             "repetition_penalty",
         ),
-        (text.start(sampling={"grammar": "{}"}), UnsupportedFeature, "grammar"),
+        (text.start(sampling={"grammar": "x" * (2**20 + 1)}), InvalidRequest, "grammar"),
         (seen.start(**spans(far)), InvalidRequest, "spans"),
         (seen.start(**spans(span, span)), InvalidRequest, "spans"),
         (seen.start(items=[]), InvalidRequest, "spans"),

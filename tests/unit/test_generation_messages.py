@@ -45,6 +45,7 @@ SAMPLING = Sampling(
     logit_bias={6: -1.5},
     bad_words=((1,), (2, 3)),
     allowed_token_ids=(8, 9),
+    grammar="start: /a/",
 )
 
 
@@ -62,7 +63,7 @@ SAMPLING = Sampling(
     ],
 )
 def test_a_message_has_the_fields_of_its_class(cls: Any, message: Any) -> None:
-    names = {each.name for each in message.DESCRIPTOR.fields} - {"grammar"}  # Not served yet.
+    names = {each.name for each in message.DESCRIPTOR.fields}
     assert names == set(cls._fields if cls is Logprob else (each.name for each in fields(cls)))
 
 
@@ -118,6 +119,7 @@ def test_values_out_of_range_are_refused_by_name(field: str, value: Any) -> None
         Delta(1, 3, (), (), FinishReason.LENGTH),
         Delta(1, 3, (9,), (), FinishReason.STOP, 9),
         Delta(1, 3, (0,), (), FinishReason.STOP, 0),
+        Delta(1, 3, (0,), (), FinishReason.STOP),
         Delta(1, 3, (), (), FinishReason.ABORT),
     ],
 )
