@@ -171,6 +171,7 @@ class GenerationOptions:
     running_usage: bool = False  # Every event has the usage so far.
     format: OutputFormat | None = None
     tools: ToolUse | None = None
+    reasoning: bool = True  # The answer shows what the model thinks.
 
 
 @dataclass

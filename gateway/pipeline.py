@@ -18,9 +18,11 @@ from gateway.edge.auth import Caller
 from gateway.edge.threads import off_loop_above
 from gateway.job import AnyPrompt, ChatPrompt, GenerationOptions, Job, TokenPrompt
 from gateway.media.reader import Fetched, MediaReader
+from gateway.output.answer_forms import AnswerForms
 from gateway.output.choices import Choices
 from gateway.output.detokenizer import Vocabulary
-from gateway.output.events import AnswerEvent, ChoiceEnd, End, Text
+from gateway.output.events import AnswerEvent, ChoiceEnd, End, OutputEvent
+from gateway.output.thinking import Thinking
 from gateway.prompt.completion_prompt import read_plain
 from gateway.prompt.placeholders import ExpandedPrompt
 from gateway.prompt.renderer import ChatRenderer
@@ -58,6 +60,7 @@ class Pipeline:
     """The steps of a request, with the objects that all requests of a gateway share."""
 
     renderer: ChatRenderer
+    forms: AnswerForms
     vocabulary: Vocabulary
     media: MediaReader
     pairing: Pairing
@@ -72,14 +75,14 @@ class Pipeline:
     async def run(self, job: Job) -> AsyncGenerator[AnswerEvent, None]:
         """Runs a job to its end: text as it is generated, the end of each choice, then End.
         Raises typed errors."""
-        spec, embeddings = await self._start(job)
+        spec, embeddings, thinking = await self._start(job)
         async with embeddings:
             if embeddings.encoding:
                 job.ticket.count_with_pictures()
             generation = FailoverGeneration(
                 spec, self.llms, embeddings, job.deadline, self.worker_wait_s
             )
-            choices = Choices(job.options, self.vocabulary)
+            choices = self.forms.choices(job.options, self.vocabulary, thinking)
             finished: Done | None = None
             try:
                 async with contextlib.aclosing(generation.events()) as deltas:
@@ -139,18 +142,21 @@ class Pipeline:
 
     # ---- steps
 
-    async def _start(self, job: Job) -> tuple[GenerateSpec, RequestEmbeddings]:
-        """Everything before generation. Returns its request, and the embeddings that it needs."""
+    async def _start(self, job: Job) -> tuple[GenerateSpec, RequestEmbeddings, Thinking | None]:
+        """Everything before generation. Returns its request, the embeddings that it needs, and
+        how a chat's answer begins."""
         assert job.prompt is not None
         kind = type(job.prompt)
         priority = job.caller.priority(job.options.priority)
         check_choices(job.options, self.max_n)
+        self.forms.check(job.options.tools)
         pictures = await self.read_pictures(
             job.prompt, job.ticket.hold_bytes, job.deadline, job.watch
         )
         pair, items = await self._pair_early(job, pictures)
         prompt = await self.render(job.prompt, pictures.plans, job.watch)
         logs.note(prompt_tokens=len(prompt.token_ids), images=len(pictures.items) or None)
+        thinking = self.forms.thinking(job.prompt, prompt.prompt)
         job.drop_prompt()
         if pair is None:
             with job.watch.stage("pair"):
@@ -170,7 +176,8 @@ class Pipeline:
             caller=job.caller,
             priority=priority,
         )
-        return spec, RequestEmbeddings(self.encoders, items, job.request_id, job.deadline)
+        embeddings = RequestEmbeddings(self.encoders, items, job.request_id, job.deadline)
+        return spec, embeddings, thinking
 
     async def _pair_early(
         self, job: Job, pictures: Pictures
@@ -226,7 +233,7 @@ class Pipeline:
 
     def _take(
         self, job: Job, delta: Delta, generation: FailoverGeneration, choices: Choices
-    ) -> Sequence[Text | ChoiceEnd]:
+    ) -> Sequence[OutputEvent | ChoiceEnd]:
         """The events of a delta. After a failover, a choice that they end is not continued."""
         job.watch.token()
         made = choices.take(delta)

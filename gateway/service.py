@@ -23,6 +23,7 @@ from gateway.edge.http1 import Connection
 from gateway.edge.limits import IDLE_TIMEOUT_S
 from gateway.media.fetch import MediaFetcher
 from gateway.media.reader import MediaReader
+from gateway.output.answer_forms import AnswerForms
 from gateway.output.detokenizer import Vocabulary
 from gateway.pipeline import Pipeline
 from gateway.startup_check import read_checkpoint
@@ -145,6 +146,12 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
         names = ServedNames.of(settings.served_model_name, checkpoint.name, layout.max_positions)
         pipeline = Pipeline(
             renderer=renderer,
+            forms=AnswerForms.find(
+                renderer.tokenizer,
+                renderer.template,
+                settings.tool_parser,
+                settings.reasoning_parser,
+            ),
             vocabulary=Vocabulary(renderer.tokenizer),
             media=MediaReader(settings, layout, MediaFetcher(settings)),
             pairing=pairing,

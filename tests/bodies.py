@@ -69,4 +69,19 @@ BASES: dict[str, dict[str, Any]] = {
     "ImagePart": {"type": "image", "base64": "AAAA"},
     "ToolCall": {"function": {"name": "f"}},
     "FunctionCall": {"name": "f"},
+    "FunctionTool": {"type": "function", "function": {"name": "f"}},
+    "Function": {"name": "f"},
+    "FunctionName": {"name": "f"},
+    "NamedTool": {"type": "function", "function": {"name": "f"}},
+    "AllowedToolChoice": {
+        "type": "allowed_tools",
+        "allowed_tools": {
+            "mode": "auto",
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+        },
+    },
+    "AllowedTools": {
+        "mode": "auto",
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    },
 }

@@ -93,6 +93,87 @@ LLAVA = """{% for message in messages %}{% if message['role'] != 'system' %}\
 {{ part['text'] + ' ' }}{% endfor %}{% endfor %}\
 {% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 
+HERMES = """{%- macro shown(content) -%}
+{%- if content is string %}{{ content }}{% else %}
+{%- for part in content %}
+{%- if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>
+{%- else %}{{ part.text }}{% endif %}{% endfor %}{% endif -%}
+{%- endmacro -%}
+{%- if tools -%}
+<|im_start|>system
+You may call these functions:
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor -%}
+Call one by a JSON object within <tool_call></tool_call>.<|im_end|>
+{% endif -%}
+{%- for message in messages -%}
+<|im_start|>{{ 'user' if message.role == 'tool' else message.role }}
+{% if message.role == 'tool' %}<tool_response>
+{{ shown(message.content) }}
+</tool_response>{% else %}{{ shown(message.content or '') }}{% endif -%}
+{%- for call in message.tool_calls or [] %}
+<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking %}<think>
+{% endif %}{% endif -%}
+"""
+
+LLAMA_TOOLS = """{%- if tools is not none and tools %}
+{{- '<|system|>\\nFunctions:\\n' }}
+{%- for tool in tools %}{{ tool | tojson(indent=4) }}{{ '\\n\\n' }}{% endfor %}
+{{- 'Respond with {"name": function name, "parameters": its arguments by name}<|end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+{{- '<|' + message.role + '|>\\n' }}
+{%- if message.tool_calls %}
+{{- '{"name": "' + message.tool_calls[0].function.name + '", "parameters": ' }}
+{{- message.tool_calls[0].function.arguments | tojson }}{{ '}' }}
+{%- else %}{{ message.content }}{% endif %}
+{{- '<|end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+
+MISTRAL_TOOLS = """{{- bos_token }}
+{%- if tools %}{{ '[AVAILABLE_TOOLS] [' }}
+{%- for tool in tools %}{{ '{' }}
+{%- for key, value in tool.function.items() %}
+{{- '"' + key + '": ' }}{{ value | tojson }}{{ ', ' if not loop.last }}
+{%- endfor %}{{ '}' }}{{ ', ' if not loop.last }}{% endfor %}{{ '][/AVAILABLE_TOOLS]' }}{% endif %}
+{%- for message in messages %}
+{%- if message.role == 'user' %}{{ '[INST] ' + message.content + '[/INST]' }}
+{%- elif message.role == 'tool' %}
+{{- '[TOOL_RESULTS] {"content": ' + message.content + '}[/TOOL_RESULTS]' }}
+{%- elif message.tool_calls %}{{ '[TOOL_CALLS] [' }}
+{%- for call in message.tool_calls %}{{ call.function | tojson }}{% endfor %}{{ ']' + eos_token }}
+{%- else %}{{ ' ' + message.content + eos_token }}{% endif %}
+{%- endfor %}"""
+
+PYTHONIC_TOOLS = """{%- for message in messages %}
+{%- if loop.first and tools %}{{ '<|system|>\\nFunctions in JSON: ' + tools | tojson + '\\n' }}
+{{- 'Call them as [name1(key1=value1, key2=value2), name2()].<|end|>\\n' }}{% endif %}
+{{- '<|' + message.role + '|>\\n' }}
+{%- if message.tool_calls %}{{ '[' }}
+{%- for call in message.tool_calls %}{{ call.function.name + '(' }}
+{%- for key, value in call.function.arguments.items() %}
+{{- key + '=' + value | tojson }}{{ ', ' if not loop.last }}{% endfor %}{{ ')' }}
+{%- endfor %}{{ ']' }}{% else %}{{ message.content }}{% endif %}
+{{- '<|end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+
+TOOL_TEMPLATES = {
+    "hermes": HERMES,
+    "llama3_json": LLAMA_TOOLS,
+    "mistral": MISTRAL_TOOLS,
+    "pythonic": PYTHONIC_TOOLS,
+}
+"""Templates in the styles of four families, by the form of calls that they teach."""
+
 
 def layout(image_token_id: int) -> Any:
     """The part of a family's layout that rendering looks at."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, model_validator
@@ -26,7 +27,15 @@ from gateway.api.schemas.base import INTEGRAL, Unused, fault
 from gateway.api.schemas.generate import GenerateFields, OutputLength
 from gateway.api.schemas.messages import TemplateFields
 from gateway.job import GenerationOptions
-from gateway.output.events import ChoiceEnd, EndReason, OutputEvent, Text
+from gateway.output.events import (
+    ChoiceEnd,
+    EndReason,
+    OutputEvent,
+    Reasoning,
+    Text,
+    ToolCallArguments,
+    ToolCallStart,
+)
 
 router = make_router("generation")
 
@@ -40,6 +49,9 @@ class ChatRequest(TemplateFields, GenerateFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=2**31 - 1), INTEGRAL] | None = None
     metadata: Unused = None
+    include_reasoning: bool = Field(
+        True, description="Whether the answer shows what the model thinks (`reasoning_content`)."
+    )
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = Field(
@@ -72,17 +84,36 @@ class ChatRequest(TemplateFields, GenerateFields):
 
     @property
     def options(self) -> GenerationOptions:
-        return self.generation_options(
+        options = self.generation_options(
             self.max_completion_tokens or self.max_tokens,
             "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens",
             (self.top_logprobs or 0) if self.logprobs else None,
         )
+        return replace(options, tools=self.tool_use, reasoning=self.include_reasoning)
+
+
+class CalledFunction(TypedDict):
+    name: str
+    arguments: Annotated[
+        str, Field(description="A JSON object's text; its beginning if the answer was cut short.")
+    ]
+
+
+class MessageToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+ReasoningContent = Annotated[str, Field(description="What the model thinks before it answers.")]
 
 
 class ChatCompletionMessage(TypedDict):
     role: Literal["assistant"]
-    content: str
+    content: Annotated[str | None, Field(description="null if there are calls and no text.")]
     refusal: str | None
+    reasoning_content: NotRequired[ReasoningContent]
+    tool_calls: NotRequired[list[MessageToolCall]]
 
 
 class ChatCompletionChoice(TypedDict):
@@ -99,11 +130,32 @@ class ChatCompletion(AnswerHead):
     usage: CompletionUsage
 
 
+class FunctionDelta(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """The arguments of all deltas with one ``index``, together, are the call's."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
+
+
 class ChoiceDelta(TypedDict):
     role: NotRequired[
         Annotated[Literal["assistant"], Field(description="In a choice's first chunk.")]
     ]
-    content: str
+    content: NotRequired[str]
+    reasoning_content: NotRequired[ReasoningContent]
+    tool_calls: NotRequired[
+        Annotated[
+            list[ToolCallDelta],
+            Field(description="One call: its beginning, or more of its arguments."),
+        ]
+    ]
 
 
 class ChunkChoice(TypedDict):
@@ -131,8 +183,7 @@ class ChatWriter(ChoiceWriter):
         return _chunk_choice(choice, {"role": "assistant", "content": ""})
 
     def output(self, more: OutputEvent) -> ChunkChoice:
-        assert isinstance(more, Text)
-        return _chunk_choice(more.choice, {"content": more.text}, logprobs_json(more.logprobs))
+        return _chunk_choice(more.choice, _delta(more), logprobs_json(more.logprobs))
 
     def ending(self, end: ChoiceEnd) -> ChunkChoice:
         """Its ``content`` is an empty string, so that every chunk has a string there."""
@@ -140,13 +191,51 @@ class ChatWriter(ChoiceWriter):
         return {**choice, "finish_reason": end.finish_reason, "stop_reason": end.stop_reason}
 
     def whole(self, choice: WholeChoice, end: ChoiceEnd) -> ChatCompletionChoice:
-        content = "".join(choice.texts)
         return {
             "index": end.choice,
-            "message": {"role": "assistant", "content": content, "refusal": None},
+            "message": _message(choice),
             "finish_reason": end.finish_reason,
             "stop_reason": end.stop_reason,
         }
+
+
+def _delta(more: OutputEvent) -> ChoiceDelta:
+    match more:
+        case Text():
+            return {"content": more.text}
+        case Reasoning():
+            return {"reasoning_content": more.text}
+        case ToolCallStart():
+            begun: ToolCallDelta = {
+                "index": more.index,
+                "id": more.call_id,
+                "type": "function",
+                "function": {"name": more.name, "arguments": ""},
+            }
+            return {"tool_calls": [begun]}
+        case ToolCallArguments():
+            return {"tool_calls": [{"index": more.index, "function": {"arguments": more.text}}]}
+
+
+def _message(choice: WholeChoice) -> ChatCompletionMessage:
+    content = "".join(choice.texts)
+    message: ChatCompletionMessage = {
+        "role": "assistant",
+        "content": None if choice.calls and not content else content,
+        "refusal": None,
+    }
+    if choice.reasoning:
+        message["reasoning_content"] = "".join(choice.reasoning)
+    if choice.calls:
+        message["tool_calls"] = [
+            {
+                "id": call.call_id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": "".join(call.arguments)},
+            }
+            for call in choice.calls
+        ]
+    return message
 
 
 def _chunk_choice(

@@ -17,7 +17,7 @@ from gateway.api.answer import AnswerWriter
 from gateway.api.http import ErrorAnswer, errors_of, read_body, typed
 from gateway.api.schemas.base import Body
 from gateway.api.schemas.generate import GenerateFields
-from gateway.api.schemas.messages import REASONING_EFFORT
+from gateway.api.schemas.messages import REASONING_EFFORT, SHOWN_TOOLS
 from gateway.api.schemas.parsing import Ignored
 from gateway.clock import Deadline, Stopwatch
 from gateway.edge.admission import Ticket
@@ -40,6 +40,8 @@ EVENT_STREAM = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",  # Tells reverse proxies not to buffer events.
 }
+BY_TEMPLATE = {REASONING_EFFORT: REASONING_EFFORT, SHOWN_TOOLS: "tools"}
+"""What has an effect only if the chat template has a variable, and that variable's name."""
 B = TypeVar("B", bound=Body)
 W = TypeVar("W", bound=AnswerWriter)
 
@@ -175,7 +177,8 @@ class Call(Request):
     def warnings(self) -> dict[str, str]:
         """The header that lists fields without effect. Their names are the client's text, so only
         their printable characters go into the header, up to MAX_WARNING."""
-        effective = {REASONING_EFFORT} & self.gateway.pipeline.renderer.template.variables
+        variables = self.gateway.pipeline.renderer.template.variables
+        effective = {name for name, variable in BY_TEMPLATE.items() if variable in variables}
         without_effect = [name for name in self.ignored.without_effect if name not in effective]
         lists = (
             ("ignored unknown fields", self.ignored.unknown),

@@ -112,6 +112,10 @@ MAX_TEMPLATE_KWARGS = _fixed(2**14, "values and characters for the template", In
 MAX_PROMPT_CHARACTERS = _fixed(2**24, "characters of a prompt", ContextLengthExceeded)
 TEMPLATE_TIMEOUT_S = _fixed(10.0, "seconds for templating a prompt", ContextLengthExceeded)
 
+MAX_TOOLS = _fixed(128, "tools, or `allowed_tools`", InvalidRequest)
+MAX_TOOL_NAME = _fixed(128, "characters of a tool's name", InvalidRequest)
+MAX_TOOLS_SIZE = _fixed(2**18, "values and characters of all tools", InvalidRequest)
+
 _heading("Generation")
 _fixed(MAX_CHOICES, "choices (`n`), whatever the flag says", InvalidRequest)
 _flag("max_n", "choices (`n`)", InvalidRequest)

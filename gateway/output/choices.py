@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from gateway.job import GenerationOptions
 from gateway.output.detokenizer import Vocabulary
-from gateway.output.events import ChoiceEnd, EndReason, Text, TextLogprobs, TokenLogprob
+from gateway.output.events import (
+    ChoiceEnd,
+    EndReason,
+    OutputEvent,
+    Text,
+    TextLogprobs,
+    TokenLogprob,
+)
+from gateway.output.sections import Sections
 from gateway.output.stops import OutputText
 from opticnerve.errors import EngineFailure
 from opticnerve.generation.values import Delta, FinishReason, Logprob, PositionLogprobs
@@ -15,7 +23,15 @@ from opticnerve.generation.values import Delta, FinishReason, Logprob, PositionL
 class Choices:
     """The choices of one answer while they are written."""
 
-    def __init__(self, options: GenerationOptions, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self,
+        options: GenerationOptions,
+        vocabulary: Vocabulary,
+        sections: Callable[[int], Sections] | None = None,
+        shown_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """``sections``: those of a choice; None: all is text. ``shown_ids``: special tokens that
+        they need to see."""
         sampling = options.sampling
         self._vocabulary = vocabulary
         self._top_logprobs = options.top_logprobs
@@ -27,10 +43,12 @@ class Choices:
                 sampling.stop_strings,
                 include_stop=sampling.include_stop_str_in_output,
                 skip_special_tokens=sampling.skip_special_tokens,
+                shown_ids=shown_ids,
                 min_tokens=sampling.min_tokens or 0,
             )
             for _ in range(sampling.n or 1)
         ]
+        self._sections = sections and [sections(choice) for choice in range(sampling.n or 1)]
         self.finish_reasons: list[EndReason | None] = [None] * len(self._outputs)
 
     @property
@@ -46,7 +64,7 @@ class Choices:
         """Tokens of all choices, up to the stop strings that ended them."""
         return sum(output.num_tokens for output in self._outputs)
 
-    def take(self, delta: Delta) -> list[Text | ChoiceEnd]:
+    def take(self, delta: Delta) -> list[OutputEvent | ChoiceEnd]:
         """The events of ``delta``; none for a choice that has ended.
 
         Raises EngineFailure if the worker aborted the sequence.
@@ -64,10 +82,14 @@ class Choices:
             if hidden:
                 output.count_hidden()
             text += output.finish().text
-        events: list[Text | ChoiceEnd] = []
-        if text or logprobs:
-            events.append(Text(delta.choice, text, logprobs))
         end = self._end(delta, output)
+        events: list[OutputEvent | ChoiceEnd] = []
+        if self._sections is not None:
+            sections = self._sections[delta.choice]
+            events += sections.push(text, logprobs, last=end is not None)
+            end = _end_of_calls(sections, end, delta.choice)
+        elif text or logprobs:
+            events.append(Text(delta.choice, text, logprobs))
         if end is not None:
             self.finish_reasons[delta.choice] = end.finish_reason
             events.append(end)
@@ -100,3 +122,11 @@ class Choices:
 
     def _spelled(self, token: Logprob) -> TokenLogprob:
         return TokenLogprob(self._vocabulary.token_bytes(token.token_id), token.logprob)
+
+
+def _end_of_calls(sections: Sections, end: ChoiceEnd | None, choice: int) -> ChoiceEnd | None:
+    """The end of a choice that may have called tools."""
+    stopped = end is not None and end.finish_reason == "stop"
+    if sections.ended or (stopped and sections.called):
+        return ChoiceEnd(choice, "tool_calls")
+    return end

@@ -43,9 +43,11 @@ class Vocabulary:
         self.byte_level = spec is not None and spec.get("type") == "ByteLevel"
         self.pieces = _piece_rules(spec)
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A new choice's detokenizer."""
-        skipped = self.tokenizer.skipped_ids if skip_special_tokens else frozenset()
+    def detokenizer(
+        self, *, skip_special_tokens: bool = True, shown_ids: frozenset[int] = frozenset()
+    ) -> Detokenizer:
+        """A new choice's detokenizer. ``shown_ids``: special tokens that are not skipped."""
+        skipped = self.tokenizer.skipped_ids - shown_ids if skip_special_tokens else frozenset()
         if self.byte_level:
             return ByteLevel(self, skipped)
         if self.pieces is not None:

@@ -67,10 +67,14 @@ class OutputText:
         *,
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
         min_tokens: int = 0,
     ) -> None:
-        """``min_tokens``: how many tokens at the start are not searched for stop strings."""
-        self._detokenizer = vocabulary.detokenizer(skip_special_tokens=skip_special_tokens)
+        """``shown_ids``: special tokens that are not skipped. ``min_tokens``: how many tokens at
+        the start are not searched for stop strings."""
+        self._detokenizer = vocabulary.detokenizer(
+            skip_special_tokens=skip_special_tokens, shown_ids=shown_ids
+        )
         self._matcher = StopMatcher(stop)
         self._include_stop = include_stop
         self._min_tokens = min_tokens

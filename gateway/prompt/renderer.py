@@ -18,7 +18,7 @@ from gateway.api.schemas.messages import (
     call_arguments,
 )
 from gateway.edge.limits import MAX_PROMPT_CHARACTERS
-from gateway.job import ChatPrompt, prompt_too_long
+from gateway.job import ChatPrompt, Tool, prompt_too_long
 from gateway.prompt import placeholders
 from gateway.prompt.placeholders import ExpandedPrompt
 from gateway.prompt.rendering import Rendering
@@ -97,9 +97,9 @@ class ChatRenderer:
     def render(self, asked: ChatPrompt) -> RenderedChat:
         """Raises InvalidRequest, and ContextLengthExceeded for messages that are too long."""
         messages = self._with_system(self.normalise(asked.messages))
-        if characters(messages) > MAX_PROMPT_CHARACTERS:
-            raise self._too_long()
         variables = self._variables(asked)
+        if characters(messages) + characters(variables) > MAX_PROMPT_CHARACTERS:
+            raise self._too_long()
         num_items = _count_items(messages)
         rendering = Rendering(self, messages, variables, asked.continue_final_message)
         prompt, hidden = rendering.run()
@@ -193,7 +193,8 @@ class ChatRenderer:
         effort = {}
         if asked.reasoning_effort is not None and REASONING_EFFORT in self.template.variables:
             effort[REASONING_EFFORT] = asked.reasoning_effort
-        return {**effort, **given, "add_generation_prompt": _wants_prompt(asked)}
+        tools = {"tools": [as_json(tool) for tool in asked.tools]} if asked.tools else {}
+        return {**effort, **given, **tools, "add_generation_prompt": _wants_prompt(asked)}
 
     # ---- probing the template
 
@@ -255,6 +256,16 @@ def _default_system(given: str) -> str:
 
 def _wants_prompt(asked: ChatPrompt) -> bool:
     return asked.add_generation_prompt and not asked.continue_final_message
+
+
+def as_json(tool: Tool) -> dict[str, Any]:
+    """A tool in the form in which Hugging Face gives it to templates, which is OpenAI's."""
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description:
+        function["description"] = tool.description
+    if tool.parameters is not None:
+        function["parameters"] = dict(tool.parameters)
+    return {"type": "function", "function": function}
 
 
 def _part(part: Any) -> dict[str, str]:

@@ -24,7 +24,19 @@ OPEN, CLOSE = (
     "\ue0ff",
 )  # Private-use characters: without case, no white space, so filters keep them.
 NONCE_DIGITS = 24
-CHECKED_KEYS = frozenset({"role", "type"})  # Keys whose values the schema restricts.
+# Templates look for these keys, and compare these values of two of them. None of them is a special
+# token, or a part of one that a client could complete, because they do not begin or end a token.
+KEYS = frozenset(
+    {"role", "content", "type", "text", "name", "tool_call_id", "refusal", "thinking"}
+    | {"reasoning_content", "tool_calls", "id", "function", "arguments", "tools", "description"}
+    | {"parameters", "properties", "required", "enum", "items", "default", "title", "const"}
+    | {"anyOf", "oneOf", "allOf", "format", "additionalProperties", "$ref", "$defs", "nullable"}
+)
+COMPARED_KEYS = frozenset({"role", "type"})
+COMPARED_VALUES = frozenset(
+    {"system", "user", "assistant", "tool", "text", "image", "function", "object", "array"}
+    | {"string", "number", "integer", "boolean", "null"}
+)
 
 
 class Aliases:
@@ -91,26 +103,31 @@ class Marks:
 
         A mark follows white space at the start, so that the text cannot continue a special token,
         and surrounds each character that starts one, so that it cannot begin one, even reversed.
-        Values of ``role`` and ``type`` are not changed.
+        KEYS, and COMPARED_VALUES of COMPARED_KEYS, are not changed.
         """
         if isinstance(value, str):
-            if key in CHECKED_KEYS:
+            if key in COMPARED_KEYS and value in COMPARED_VALUES:
                 return value
             opened = value
             for char in self._beginnings:  # Faster than a regular expression's match objects.
                 opened = opened.replace(char, self.mark + char + self.mark)
             return self._start.sub(lambda match: match.group(1) + self.mark, opened)
         if isinstance(value, Mapping):
-            return {name: self.put(item, name) for name, item in value.items()}
+            return {
+                name if name in KEYS else self.put(name): self.put(item, name)
+                for name, item in value.items()
+            }
         if isinstance(value, list):
             return [self.put(item, key) for item in value]
         return value
 
     def put_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The template's keyword arguments, marked only where a special token could begin: most of
-        them are switches, which templates compare."""
+        """The template's keyword arguments. Tools are marked as messages are; others only where a
+        special token could begin: most of them are switches, which templates compare."""
         return {
-            name: self.put(value) if any(char in shown for char in self._beginnings) else value
+            name: self.put(value)
+            if name == "tools" or any(char in shown for char in self._beginnings)
+            else value
             for name, value in values.items()
             for shown in (str(value),)
         }

@@ -99,6 +99,18 @@ class GatewayConfig:
         "frequency_penalty, presence_penalty, repetition_penalty, max_tokens",
         metavar="JSON",
     )
+    tool_parser: str = _api(
+        "auto",
+        "how the model writes calls of tools: hermes (Qwen too), llama3_json, mistral, pythonic, "
+        "auto (as its chat template shows), or none",
+        choices=("auto", "none", "hermes", "llama3_json", "mistral", "pythonic"),
+    )
+    reasoning_parser: str = _api(
+        "auto",
+        "the markers around what the model thinks: think (<think>), mistral ([THINK]), kimi, "
+        "seed (<seed:think>), auto (those of the checkpoint), or none",
+        choices=("auto", "none", "think", "mistral", "kimi", "seed"),
+    )
     generation_config: str = _api(
         "auto",
         "sampling defaults: auto (the model's own), neutral, or those in a directory",

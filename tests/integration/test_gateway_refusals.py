@@ -142,10 +142,12 @@ async def test_a_template_that_reasons_heeds_reasoning_effort():
         answer = await s.client.post("/v1/apply_template", json=asked)
         assert answer.json()["prompt"] == "highNonehi"
         assert "x-opticnerve-warnings" not in answer.headers
-        offered = {"tools": [{"type": "function"}], "tool_choice": "none"}
-        answer = await s.client.post("/v1/apply_template", json={**asked, **offered})
-        assert answer.json()["prompt"] == "highNonehi"
-        assert answer.headers["x-opticnerve-warnings"] == "without effect: tools"
+        offered = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+        for choice, shown in {"none": "None", "auto": "[{'type': 'function', "}.items():
+            fields = {**asked, **offered, "tool_choice": choice}
+            answer = await s.client.post("/v1/apply_template", json=fields)
+            assert answer.json()["prompt"].startswith("high" + shown)
+            assert "x-opticnerve-warnings" not in answer.headers
 
 
 @pytest.mark.parametrize("encoding", ["", "identity", "Identity"])

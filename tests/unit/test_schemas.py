@@ -293,8 +293,6 @@ def test_parts_of_other_servers(kind: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
         ("response_format", {"type": "json_object"}),
         ("modalities", ["text", "audio"]),
         ("functions", [{"name": "f"}]),
@@ -416,7 +414,7 @@ def test_unknown_fields_can_be_ignored() -> None:
     with pytest.raises(InvalidRequest, match="max_tokens"):
         parse(ChatRequest, body(foo=1, max_tokens="x"), ignore_unknown=True)
     with pytest.raises(UnsupportedFeature):
-        parse(ChatRequest, body(tools=[{}]), ignore_unknown=True)
+        parse(ChatRequest, body(functions=[{}]), ignore_unknown=True)
 
 
 def test_arguments_of_earlier_calls() -> None:

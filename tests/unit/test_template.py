@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from gateway.api.apply_template import ApplyTemplateRequest
 from gateway.api.schemas.parsing import parse
+from gateway.job import ChatPrompt
 from gateway.prompt.renderer import ChatRenderer
 from gateway.prompt.template import ChatTemplate, load_template
 from gateway.prompt.tokenizer import Tokenizer
@@ -41,8 +42,8 @@ def system(words: str) -> dict[str, Any]:
     return {"role": "system", "content": words}
 
 
-def request(*messages: dict[str, Any], **fields: Any) -> ApplyTemplateRequest:
-    return parse(ApplyTemplateRequest, {"messages": list(messages), **fields})[0]
+def request(*messages: dict[str, Any], **fields: Any) -> ChatPrompt:
+    return parse(ApplyTemplateRequest, {"messages": list(messages), **fields})[0].prompt
 
 
 def placed(directory: Path, image_token: str) -> ChatRenderer:
@@ -153,6 +154,62 @@ def test_switches_reach_the_template(thinking: bool, tmp_path: Path) -> None:
     assert ("<think>" in prompt) != thinking
     think = renderer.tokenizer.id_of("<think>")
     assert (think in renderer.render(request(*chat)).token_ids) is False
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city. <b>é</b> \\n 'quotes' \"double\"",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["C"]}},
+            "required": ["city"],
+        },
+    },
+}
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "get_weather"}}
+CALL["function"] |= {"arguments": json.dumps({"city": "Łódź"})}  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("style", v.TOOL_TEMPLATES)
+def test_tools_and_their_results(style: str, tmp_path: Path) -> None:
+    make, image = v.byte_level, "<|image_pad|>"
+    if style == "mistral":
+        make, image = v.sentencepiece, "<image>"
+    directory = make(tmp_path, v.TOOL_TEMPLATES[style])
+    renderer = placed(directory, image)
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    result = {"role": "tool", "tool_call_id": "abcdefghi", "content": "4 °C"}
+    chat = [user("And in Łódź?"), called, result]
+    prompt = check(renderer, directory, *chat, tools=[WEATHER])
+    assert "get_weather" in prompt and "Łódź" in prompt
+    assert "The weather of a city" in prompt
+    hidden = renderer.render(request(*chat, tools=[WEATHER], tool_choice="none")).prompt
+    assert "The weather of a city" not in hidden
+    assert hidden == check(renderer, directory, *chat)
+
+
+def test_a_picture_among_a_tools_results(tmp_path: Path) -> None:
+    directory = v.byte_level(tmp_path, v.HERMES)
+    renderer = placed(directory, "<|image_pad|>")
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    result = {"role": "tool", "tool_call_id": "1", "content": [text("a map:"), IMAGE]}
+    asked = request(user(IMAGE, text("Where?")), called, result, tools=[WEATHER])
+    assert [source.param for source in asked.sources] == [
+        "messages[0].content[0].image_url.url",
+        "messages[2].content[1].image_url.url",
+    ]
+    rendered = renderer.render(asked)
+    assert rendered.num_items == 2
+    assert "a map:<|vision_start|><|image_pad|><|vision_end|>\n</tool_resp" in rendered.prompt
+
+
+def test_a_tool_without_parameters_has_an_empty_schema(tmp_path: Path) -> None:
+    renderer = placed(v.byte_level(tmp_path, v.HERMES), "<|image_pad|>")
+    tool = {"type": "function", "function": {"name": "f"}}
+    prompt = renderer.render(request(user("x"), tools=[tool])).prompt
+    assert '{"name": "f", "parameters": {"type": "object", "properties": {}}}' in prompt
 
 
 @pytest.mark.parametrize("ending", ["I see", "I see a ", [text("I "), text("see\n")]])

@@ -45,15 +45,16 @@ def chat_prompt(body: CountTokensRequest) -> ChatPrompt:
     for i, turn in enumerate(body.messages):
         reader.add(turn, f"messages[{i}]")
     messages, variables, use = reader.messages(), _thinking(body), body.use
+    tools = use.tools if use is not None and use.mode is not CallMode.NONE else ()
     return ChatPrompt(
         messages=messages,
-        size=rendering_size(messages, variables),
+        size=rendering_size(messages, variables, tools),
         sources=tuple(reader.sources),
         add_generation_prompt=not _continues(body.messages),
         continue_final_message=_continues(body.messages),
         chat_template_kwargs=variables,
         reasoning_effort=body.output_config.effort if body.output_config else None,
-        tools=use.tools if use is not None and use.mode is not CallMode.NONE else (),
+        tools=tools,
     )
 
 

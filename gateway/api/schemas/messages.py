@@ -15,7 +15,6 @@ from pydantic_core import PydanticCustomError
 
 from gateway.api.schemas.base import (
     INTEGRAL,
-    Body,
     BoundedList,
     Strict,
     Unused,
@@ -24,9 +23,10 @@ from gateway.api.schemas.base import (
     no_larger,
 )
 from gateway.api.schemas.long_json import count_values, split_long_strings
+from gateway.api.schemas.tools import ToolFields
 from gateway.edge.limits import MAX_ARGUMENT_VALUES, MAX_TEMPLATE_KWARGS
 from gateway.edge.threads import LONG_BYTES
-from gateway.job import ChatPrompt
+from gateway.job import ChatPrompt, Tool
 from gateway.media.dataurl import is_data_url
 from opticnerve.errors import InvalidRequest
 from opticnerve.media.plan import Overrides
@@ -36,6 +36,7 @@ Detail = Literal["auto", "low", "high", "original"]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 REASONING_EFFORT = "reasoning_effort"  # The name of a field and of a template's variable.
+SHOWN_TOOLS = "tools (the chat template does not show them to the model)"
 
 LOW_DETAIL_PIXELS = 512 * 512  # A picture's size with OpenAI's ``detail: low``.
 URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -281,7 +282,7 @@ class ProcessorSettings(Strict):
     max_pixels: Pixels | None = None
 
 
-class TemplateFields(Body):
+class TemplateFields(ToolFields):
     """The fields that decide what the chat template renders."""
 
     messages: Annotated[BoundedList[Message], Field(min_length=1)]
@@ -317,6 +318,8 @@ class TemplateFields(Body):
     def without_effect(self) -> Iterator[str]:
         if self.reasoning_effort not in (None, "none"):
             yield REASONING_EFFORT
+        if self.tool_use is not None:
+            yield SHOWN_TOOLS
         yield from super().without_effect
 
     @cached_property
@@ -328,20 +331,26 @@ class TemplateFields(Body):
     @property
     def prompt(self) -> ChatPrompt:
         """Raises InvalidRequest for pictures that have no usable source."""
+        tools = self.tool_use.tools if self.tool_use else ()
         return ChatPrompt(
             messages=self.messages,
-            size=rendering_size(self.messages, self.chat_template_kwargs),
+            size=rendering_size(self.messages, self.chat_template_kwargs, tools),
             sources=self.sources,
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
             chat_template_kwargs=self.chat_template_kwargs,
             reasoning_effort=self.reasoning_effort,
+            tools=tools,
         )
 
 
-def rendering_size(messages: Sequence[Message], chat_template_kwargs: Any = None) -> int:
+def rendering_size(
+    messages: Sequence[Message], chat_template_kwargs: Any = None, tools: Sequence[Tool] = ()
+) -> int:
     """The work of rendering, in characters of text; counting stops beyond LONG_BYTES."""
     total = len(str(chat_template_kwargs)) if chat_template_kwargs else 0
+    for tool in tools:
+        total += PIECE_COST + len(tool.description) + len(str(tool.parameters))
     for message in messages:
         total += _message_size(message)
         if total > LONG_BYTES:

@@ -48,14 +48,11 @@ MESSAGE_REWRITES = tuple(
 # value, which asks for nothing, is dropped; any other value raises UnsupportedFeature, which says
 # what to do instead. Tools that the request itself disables (``tool_choice: none``) are dropped
 # too.
-TOOLS = "describe the tools in a system message and parse the answer yourself"
+TOOLS = "send tools and tool_choice, their newer form"
 GRAMMAR = "ask for the format in a message and check the answer"
 SEARCH = "use sampling with n instead"
 
 UNSUPPORTED: dict[str, UnsupportedField] = {
-    "tools": UnsupportedField(([],), TOOLS),
-    "tool_choice": UnsupportedField(("none", "auto"), TOOLS),
-    "parallel_tool_calls": UnsupportedField((True, False), TOOLS),
     "functions": UnsupportedField(([],), TOOLS),
     "function_call": UnsupportedField(("none", "auto"), TOOLS),
     "response_format": UnsupportedField(({"type": "text"},), GRAMMAR),
@@ -68,9 +65,8 @@ UNSUPPORTED: dict[str, UnsupportedField] = {
     "regex": UnsupportedField((), GRAMMAR),
     "ebnf": UnsupportedField((), GRAMMAR),
     "grammar": UnsupportedField((), GRAMMAR),
-    "include_reasoning": UnsupportedField((True, False), "leave it out"),
-    "separate_reasoning": UnsupportedField((True, False), "leave it out"),
-    "stream_reasoning": UnsupportedField((True, False), "leave it out"),
+    "separate_reasoning": UnsupportedField((True,), "send include_reasoning: false to hide it"),
+    "stream_reasoning": UnsupportedField((True,), "send include_reasoning: false to hide it"),
     "return_token_ids": UnsupportedField((False,), "see /v1/apply_template for the prompt's"),
     "return_tokens_as_token_ids": UnsupportedField((False,), "leave it out"),
     "audio": UnsupportedField((), "ask for text"),
@@ -110,7 +106,7 @@ UNSUPPORTED_PARTS: dict[str, str] = {
 
 
 SOURCES = ("image_url", "image", "url", "base64")
-DISABLED_BY = {"tools": "tool_choice", "functions": "function_call"}  # Where that is "none".
+DISABLED_BY = {"functions": "function_call"}  # Where that is "none".
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,156 @@
+"""``[f(a=1), g(b='x')]``: calls as Python writes them, with literals as arguments. The answer is
+calls and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from gateway.edge.limits import MAX_TOOL_NAME
+from gateway.job import Tool
+from gateway.output.calls import python_text
+from gateway.output.calls.form import (
+    NAME_CHARACTERS,
+    STYLED,
+    CallForm,
+    CallReader,
+    Mark,
+    arguments_schema,
+    quoted,
+)
+from gateway.output.reader import Malformed, Reader, Steps
+
+TAGS = ("<|python_start|>", "<|python_tag|>")
+END_TAG = "<|python_end|>"
+DEFINITIONS = ("$defs", "definitions")
+PLAIN_KEYS = {"type", "properties", "required", "additionalProperties", "title", "description"}
+PLAIN_KEYS |= {"$schema", *DEFINITIONS}
+
+
+class Pythonic(CallForm):
+    name: ClassVar[str] = "pythonic"
+    markers: ClassVar[tuple[str, ...]] = (*TAGS, END_TAG)
+
+    def reader(self, names: frozenset[str]) -> Reader:
+        return PythonicReader(names)
+
+    def rules(self, tools: list[Tool], mark: Mark, *, several: bool) -> list[str]:
+        more = ' (", " call)*' if several else ""
+        calls = " | ".join(f"call_{i}" for i in range(len(tools)))
+        lines = [f'calls: "[" call{more} "]"', f"call: {calls}"]
+        for i, tool in enumerate(tools):
+            lines.append(f'call_{i}: {quoted(tool.name + "(")} arguments_{i} ")"')
+            lines += _arguments(tool, i)
+        return lines
+
+
+def _arguments(tool: Tool, number: int) -> list[str]:
+    """Keyword arguments in the order of the schema's properties, if they say all that it demands;
+    else one dictionary, unpacked. Values are JSON."""
+    schema = tool.parameters or {}
+    properties: Mapping[str, Any] = schema.get("properties") or {}
+    required = set(schema.get("required") or ())
+    names = list(properties)
+    if (
+        not names
+        or not schema.keys() <= PLAIN_KEYS
+        or not required <= properties.keys()
+        or not all(name.isidentifier() and isinstance(properties[name], Mapping) for name in names)
+    ):
+        return [f'arguments_{number}: "**" %json {json.dumps(arguments_schema(tool))}']
+    shared = {key: schema[key] for key in DEFINITIONS if key in schema}
+    # The rules "first" and "more" stand for the arguments from one property on, without and with
+    # others before them.
+    lines = [f"arguments_{number}: first_{number}_0"]
+    for i, name in enumerate(names):
+        of = f"{number}_{i}"
+        rest = f"more_{number}_{i + 1}"
+        optional = name not in required
+        skipped = f" | first_{number}_{i + 1}" if optional else ""
+        none = f" | {rest}" if optional else ""
+        value = {**shared, **properties[name], **STYLED}
+        lines += [
+            f"first_{of}: value_{of} {rest}{skipped}",
+            f'more_{of}: ", " value_{of} {rest}{none}',
+            f"value_{of}: {quoted(name + '=')} %json {json.dumps(value)}",
+        ]
+    end = f"{number}_{len(names)}"
+    return [*lines, f'first_{end}: ""', f'more_{end}: ""']
+
+
+class PythonicReader(CallReader):
+    def read(self) -> Steps[None]:
+        yield from self.attempt(self._calls())
+        yield from self.text()
+
+    def _calls(self) -> Steps[None]:
+        yield from self.spaces()
+        yield from self._tag()
+        yield from self.spaces()
+        yield from self.literal("[")
+        while True:
+            yield from self.spaces()
+            yield from self._call()
+            yield from self.spaces()
+            if self.char != ",":
+                break
+            yield
+        yield from self.literal("]")
+        yield from self.spaces()
+        if self.char == END_TAG[0]:
+            yield from self.literal(END_TAG)
+
+    def _tag(self) -> Steps[None]:
+        """One of TAGS, or nothing."""
+        common = "<|python_"
+        if self.char == common[0]:
+            yield from self.literal(common)
+            tag = next((tag for tag in TAGS if tag[len(common)] == self.char), "")
+            if not tag:
+                raise Malformed
+            yield from self.literal(tag[len(common) :])
+
+    def _call(self) -> Steps[None]:
+        self._begun = self._ended = False
+        name = self.name((yield from self.word(NAME_CHARACTERS, MAX_TOOL_NAME)))
+        yield from self.literal("(")
+        yield from self.spaces()
+        if self.char == "*":
+            yield from self._dictionary(name)
+        else:
+            yield from self._keywords(name)
+        yield from self.spaces()
+        yield from self.literal(")")
+        self.end_call()
+
+    def _dictionary(self, name: str) -> Steps[None]:
+        """``**{...}``"""
+        yield from self.literal("**")
+        if self.char != "{":
+            raise Malformed
+        self.begin_call(name)
+        yield from python_text.value(self, self.argue)
+
+    def _keywords(self, name: str) -> Steps[None]:
+        separator = "{"
+        while self.char != ")":
+            key = yield from self.word(NAME_CHARACTERS, MAX_TOOL_NAME)
+            yield from self.spaces()
+            yield from self.literal("=")
+            yield from self.spaces()
+            if not self._begun:
+                self.begin_call(name)
+            self.argue(f"{separator}{json.dumps(key)}: ")
+            yield from python_text.value(self, self.argue)
+            separator = ", "
+            yield from self.spaces()
+            if self.char == ",":
+                yield
+                yield from self.spaces()
+            elif self.char != ")":
+                raise Malformed
+        if not self._begun:
+            self.begin_call(name)
+            self.argue("{")
+        self.argue("}")

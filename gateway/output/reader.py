@@ -1,0 +1,164 @@
+"""Finds structure in text that arrives in pieces: what a model thinks, and its calls of tools.
+
+A reader is a coroutine over characters, so every cut of a text into pieces gives the same parts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from enum import Enum
+from typing import NamedTuple, TypeVar
+
+SPACE = frozenset(" \t\r\n")
+SPACES = "".join(SPACE)
+
+T = TypeVar("T")
+Steps = Generator[None, None, T]
+"""Reads ``Reader.char``, the next character, or "" at the end of the text. ``yield`` goes on to the
+character after it."""
+
+
+class PartKind(Enum):
+    TEXT = "text"
+    REASONING = "reasoning"
+    CALL = "call"  # A call begins; its text is the tool's name.
+    ARGUMENTS = "arguments"  # More of its arguments: a piece of a JSON object's text.
+    CALL_END = "call end"  # The call is complete. Without it, the text ended within the call.
+
+
+class Part(NamedTuple):
+    kind: PartKind
+    text: str = ""
+
+
+class Malformed(Exception):
+    """The text is not what the reader hoped for; its ``char`` is the first that does not fit."""
+
+
+class Reader(ABC):
+    """Turns text into parts. White space is held back until it is known whether it stands between
+    text and something else, where it is dropped."""
+
+    def __init__(self) -> None:
+        self.char = ""
+        self.kind = PartKind.TEXT  # Of what ``show`` shows.
+        self._parts: list[Part] = []
+        self._pieces: list[str] = []  # Of the last part, which may grow.
+        self._spaces = ""
+        self._held: list[str] | None = None
+        self._stop: str | None = None  # Text without it needs no steps; None: all text does.
+        self._steps = self.read()
+
+    @abstractmethod
+    def read(self) -> Steps[None]:
+        """Reads a whole text."""
+
+    def push(self, text: str) -> list[Part]:
+        """The parts that more text makes. Pieces of one kind follow each other as one part."""
+        at = 0
+        while at < len(text):
+            plain = self._plain(text, at)
+            if plain:
+                self.show(text[at : at + plain])
+                at += plain
+                continue
+            self.char = text[at]
+            next(self._steps)
+            if self._held is not None:
+                self._held.append(self.char)
+            at += 1
+        return self._take()
+
+    def finish(self) -> list[Part]:
+        """What was held back, at the end of the text."""
+        self.char = ""
+        next(self._steps, None)
+        self.show_spaces()
+        return self._take()
+
+    def _plain(self, text: str, at: int) -> int:
+        """How many characters from ``at`` on are text, whatever follows."""
+        if self._stop is None:
+            return 0
+        end = text.find(self._stop, at) if self._stop else -1
+        return (len(text) if end < 0 else end) - at
+
+    # ---- what is shown
+
+    def emit(self, kind: PartKind, text: str = "") -> None:
+        if self._parts and self._parts[-1].kind is kind is not PartKind.CALL:
+            self._pieces.append(text)
+            return
+        self._close()
+        self._parts.append(Part(kind))
+        self._pieces = [text]
+
+    def show(self, text: str) -> None:
+        """Shows text of the current kind; white space at its end waits."""
+        body = text.rstrip(SPACES)
+        if body:
+            self.emit(self.kind, self._spaces + body)
+            self._spaces = ""
+        self._spaces += text[len(body) :]
+
+    def show_spaces(self) -> None:
+        if self._spaces:
+            self.emit(self.kind, self._spaces)
+        self._spaces = ""
+
+    def drop_spaces(self) -> None:
+        self._spaces = ""
+
+    def _close(self) -> None:
+        if self._parts:
+            self._parts[-1] = self._parts[-1]._replace(text="".join(self._pieces))
+
+    def _take(self) -> list[Part]:
+        self._close()
+        made, self._parts, self._pieces = self._parts, [], []
+        return made
+
+    # ---- what may turn out to be text
+
+    def hold(self) -> None:
+        """Characters from the next on are kept, in case that they are text."""
+        self._held = []
+
+    def release(self) -> str:
+        """Ends ``hold``; the characters since."""
+        held, self._held = self._held or [], None
+        return "".join(held)
+
+    # ---- steps
+
+    def text(self, stop: str = "") -> Steps[None]:
+        """Shows text up to the character ``stop``, or to the end."""
+        self._stop = stop
+        while self.char and self.char != stop:
+            self.show(self.char)
+            yield
+        self._stop = None
+
+    def literal(self, text: str) -> Steps[None]:
+        """Raises Malformed for any other text."""
+        for character in text:
+            if self.char != character:
+                raise Malformed
+            yield
+
+    def spaces(self) -> Steps[None]:
+        while self.char in SPACE:
+            yield
+
+    def word(self, alphabet: frozenset[str], longest: int) -> Steps[str]:
+        """One or more characters of ``alphabet``. Raises Malformed for none, or too many."""
+        word = ""
+        while self.char in alphabet:
+            word += self.char
+            if len(word) > longest:
+                raise Malformed
+            yield
+        if not word:
+            raise Malformed
+        return word

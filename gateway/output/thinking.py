@@ -1,0 +1,75 @@
+"""What a model thinks before it answers: the markers around it, and where it begins and ends."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+from gateway.output.reader import Malformed, PartKind, Reader, Steps
+
+
+class ThinkingMarks(NamedTuple):
+    opening: str
+    closing: str
+
+
+MARKS = {
+    "think": ThinkingMarks("<think>", "</think>"),
+    "mistral": ThinkingMarks("[THINK]", "[/THINK]"),
+    "kimi": ThinkingMarks("◁think▷", "◁/think▷"),
+    "seed": ThinkingMarks("<seed:think>", "</seed:think>"),
+}
+
+
+class Thinking(Enum):
+    """Whether an answer begins with thinking."""
+
+    INSIDE = "inside"  # The prompt has the opening marker.
+    POSSIBLE = "possible"  # The model may write it.
+    NONE = "none"  # The prompt has both markers, which switches thinking off.
+
+
+class ThinkingReader(Reader):
+    """Reasoning, then text. Without the opening marker at the start of the answer, all is text.
+    White space around the markers is dropped."""
+
+    def __init__(self, marks: ThinkingMarks, thinking: Thinking) -> None:
+        super().__init__()
+        self._marks = marks
+        self._thinking = thinking
+
+    def read(self) -> Steps[None]:
+        if (yield from self._begins()):
+            yield from self.spaces()
+            self.kind = PartKind.REASONING
+            yield from self._reason()
+        yield from self.text()
+
+    def _begins(self) -> Steps[bool]:
+        if self._thinking is not Thinking.POSSIBLE:
+            return self._thinking is Thinking.INSIDE
+        self.hold()
+        try:
+            yield from self.spaces()
+            yield from self.literal(self._marks.opening)
+        except Malformed:
+            self.show(self.release())
+            return False
+        self.release()
+        return True
+
+    def _reason(self) -> Steps[None]:
+        closing = self._marks.closing
+        while self.char:
+            yield from self.text(closing[0])
+            self.hold()
+            try:
+                yield from self.literal(closing)
+            except Malformed:
+                self.show(self.release())
+                continue
+            self.release()
+            self.drop_spaces()
+            self.kind = PartKind.TEXT
+            yield from self.spaces()
+            return
