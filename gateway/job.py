@@ -100,6 +100,9 @@ class ChatPrompt(PromptKind):
     chat_template_kwargs: Mapping[str, Any] | None = None
     reasoning_effort: str | None = None
     tools: tuple[Tool, ...] = ()  # Those that the template shows to the model.
+    documents: Sequence[Mapping[str, str]] | None = None  # Likewise.
+    # Whether the tokenizer adds its own special tokens; None: if the template writes no BOS.
+    add_special_tokens: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,15 @@ def prompt_too_long(
 
 
 @dataclass(frozen=True, slots=True)
+class Truncation:
+    """How many tokens of a prompt are kept: the last ones, or with ``first`` the first ones.
+    ``tokens``: UNLIMITED for as many as the context has room for."""
+
+    tokens: int
+    first: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationOptions:
     """How a prompt is continued.
 
@@ -169,6 +181,8 @@ class GenerationOptions:
     priority: int | None = None  # None: the caller's default.
     cache_salt: str = ""
     running_usage: bool = False  # Every event has the usage so far.
+    truncation: Truncation | None = None
+    tokens_as_ids: bool = False  # Log-probabilities spell tokens as ``token_id:`` and the id.
     format: OutputFormat | None = None
     tools: ToolUse | None = None
     reasoning: bool = True  # The answer shows what the model thinks.

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from gateway import metrics
 from gateway.clock import Deadline, Stopwatch
 from gateway.edge.auth import Caller
+from gateway.edge.limits import MAX_TRUNCATED_CONTEXTS
 from gateway.edge.threads import off_loop_above
 from gateway.job import AnyPrompt, ChatPrompt, GenerationOptions, Job, TokenPrompt
 from gateway.media.reader import Fetched, MediaReader
@@ -24,13 +25,14 @@ from gateway.output.detokenizer import Vocabulary
 from gateway.output.events import AnswerEvent, ChoiceEnd, End, OutputEvent
 from gateway.output.thinking import Thinking
 from gateway.prompt.completion_prompt import read_plain
-from gateway.prompt.placeholders import ExpandedPrompt
+from gateway.prompt.placeholders import ExpandedPrompt, truncated
 from gateway.prompt.renderer import ChatRenderer
 from gateway.sampling import (
     Defaults,
     SamplingLimits,
     check_choices,
     check_token_ids,
+    prompt_limit,
     resolve_sampling,
 )
 from gateway.workers.encode import Encodable, Encoders
@@ -121,9 +123,10 @@ class Pipeline:
             return Pictures(tuple(items), tuple(await self.media.plan(items)))
 
     async def render(
-        self, prompt: AnyPrompt, plans: Sequence[Plan], watch: Stopwatch
+        self, prompt: AnyPrompt, plans: Sequence[Plan], watch: Stopwatch, contexts: int = 1
     ) -> ExpandedPrompt:
-        """The prompt's token ids and spans. ``plans``: those of its pictures, in order. Raises
+        """The prompt's token ids and spans. ``plans``: those of its pictures, in order.
+        ``contexts``: how many context lengths it may have, if it is truncated afterwards. Raises
         InvalidRequest, and ContextLengthExceeded for a prompt that no worker could take."""
         with watch.stage("render"):
             renderer, size = self.renderer, prompt.size
@@ -135,8 +138,11 @@ class Pipeline:
                     prompt,
                     renderer.tokenizer,
                     renderer.layout,
+                    contexts,
                 )
-            chat = await off_loop_above(OFF_LOOP_CHARACTERS, size, renderer.render, prompt)
+            chat = await off_loop_above(
+                OFF_LOOP_CHARACTERS, size, renderer.render, prompt, contexts
+            )
             size = len(chat.token_ids)
             return await off_loop_above(OFF_LOOP_TOKENS, size, renderer.build, chat, plans)
 
@@ -154,7 +160,8 @@ class Pipeline:
             job.prompt, job.ticket.hold_bytes, job.deadline, job.watch
         )
         pair, items = await self._pair_early(job, pictures)
-        prompt = await self.render(job.prompt, pictures.plans, job.watch)
+        contexts = 1 if job.options.truncation is None else MAX_TRUNCATED_CONTEXTS
+        prompt = await self.render(job.prompt, pictures.plans, job.watch, contexts)
         logs.note(prompt_tokens=len(prompt.token_ids), images=len(pictures.items) or None)
         thinking = self.forms.thinking(job.prompt, prompt.prompt)
         job.drop_prompt()
@@ -164,13 +171,15 @@ class Pipeline:
                     pictures=bool(pictures.items), deadline=job.deadline
                 )
             items = await self._name(job, pictures, pair)
+        limits = self._limits(pair)
+        prompt = self._truncated(job.options, prompt, limits)
         job.system_fingerprint = pair.system_fingerprint
         spec = GenerateSpec(
             request_id=job.request_id,
             token_ids=prompt.token_ids,
             spans=prompt.spans,
             keys=tuple(item.key for item in items),
-            sampling=await self._sampling(job.options, kind, prompt, pair),
+            sampling=await self._sampling(job.options, kind, prompt, limits),
             pair_id=pair.pair_id,
             cache_salt=self._cache_salt(job),
             caller=job.caller,
@@ -208,14 +217,29 @@ class Pipeline:
         tenant = "" if self.share_cache else job.caller.tenant
         return tenant_salt(tenant, job.options.cache_salt)
 
-    async def _sampling(
-        self, options: GenerationOptions, kind: type[AnyPrompt], prompt: ExpandedPrompt, pair: Pair
-    ) -> Sampling:
-        limits = SamplingLimits(
+    def _limits(self, pair: Pair) -> SamplingLimits:
+        return SamplingLimits(
             max_model_len=pair.max_model_len or self.renderer.layout.max_positions,
             max_logprobs=self.max_logprobs,
             vocab_size=pair.vocab_size,
         )
+
+    def _truncated(
+        self, options: GenerationOptions, prompt: ExpandedPrompt, limits: SamplingLimits
+    ) -> ExpandedPrompt:
+        """The part of the prompt that the request keeps. Raises InvalidRequest."""
+        kept = prompt_limit(options, limits)
+        if kept is None or options.truncation is None or kept >= len(prompt.token_ids):
+            return prompt
+        return truncated(prompt, kept, first=options.truncation.first)
+
+    async def _sampling(
+        self,
+        options: GenerationOptions,
+        kind: type[AnyPrompt],
+        prompt: ExpandedPrompt,
+        limits: SamplingLimits,
+    ) -> Sampling:
         if kind is TokenPrompt:
             check_token_ids(prompt.token_ids, limits, kind.field)
         resolved = functools.partial(

@@ -191,6 +191,23 @@ def check_choices(options: GenerationOptions, max_n: int) -> None:
         )
 
 
+def prompt_limit(options: GenerationOptions, limits: SamplingLimits) -> int | None:
+    """How many tokens of the prompt are kept; None: all. Raises InvalidRequest."""
+    truncation = options.truncation
+    if truncation is None:
+        return None
+    if truncation.tokens == UNLIMITED:
+        answer = 1 if options.max_tokens in (None, UNLIMITED) else options.max_tokens
+        return max(1, limits.max_model_len - (answer or 1))
+    if truncation.tokens > limits.max_model_len:
+        raise InvalidRequest(
+            f"truncate_prompt_tokens: at most {limits.max_model_len}, the model's context length; "
+            "-1 keeps as many as fit",
+            param="truncate_prompt_tokens",
+        )
+    return truncation.tokens
+
+
 def output_limit(
     options: GenerationOptions,
     kind: type[PromptKind],

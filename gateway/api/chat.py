@@ -25,7 +25,7 @@ from gateway.api.choice_writer import ChoiceWriter
 from gateway.api.routing import Call, make_router
 from gateway.api.schemas.base import INTEGRAL, Unused, fault
 from gateway.api.schemas.generate import GenerateFields, OutputLength
-from gateway.api.schemas.messages import TemplateFields
+from gateway.api.schemas.messages import TemplateFields, TextPart
 from gateway.job import GenerationOptions
 from gateway.output.events import (
     ChoiceEnd,
@@ -63,6 +63,12 @@ class ChatRequest(TemplateFields, GenerateFields):
         None, description="Has no effect; ask for it in a message."
     )
 
+    echo: bool = Field(
+        False,
+        description="The answer begins with the text of the last message, if that is the "
+        "assistant's.",
+    )
+
     @model_validator(mode="after")
     def _agrees(self) -> ChatRequest:
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
@@ -81,6 +87,17 @@ class ChatRequest(TemplateFields, GenerateFields):
         if self.verbosity not in (None, "medium"):
             yield "verbosity"
         yield from super().without_effect
+
+    @property
+    def echoed(self) -> str:
+        """The text with which the answer begins."""
+        last = self.messages[-1]
+        if not self.echo or last.role != "assistant":
+            return ""
+        content = last.content or ""
+        if isinstance(content, str):
+            return content
+        return "\n".join(part.text for part in content if isinstance(part, TextPart))
 
     @property
     def options(self) -> GenerationOptions:
@@ -178,9 +195,10 @@ class ChatWriter(ChoiceWriter):
     id_prefix = "chatcmpl-"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+    echoed = ""  # The text with which each choice begins.
 
     def opening(self, choice: int) -> Mapping[str, Any]:
-        return _chunk_choice(choice, {"role": "assistant", "content": ""})
+        return _chunk_choice(choice, {"role": "assistant", "content": self.echoed})
 
     def output(self, more: OutputEvent) -> ChunkChoice:
         return _chunk_choice(more.choice, _delta(more), logprobs_json(more.logprobs))
@@ -193,7 +211,7 @@ class ChatWriter(ChoiceWriter):
     def whole(self, choice: WholeChoice, end: ChoiceEnd) -> ChatCompletionChoice:
         return {
             "index": end.choice,
-            "message": _message(choice),
+            "message": _message(choice, self.echoed),
             "finish_reason": end.finish_reason,
             "stop_reason": end.stop_reason,
         }
@@ -217,8 +235,8 @@ def _delta(more: OutputEvent) -> ChoiceDelta:
             return {"tool_calls": [{"index": more.index, "function": {"arguments": more.text}}]}
 
 
-def _message(choice: WholeChoice) -> ChatCompletionMessage:
-    content = "".join(choice.texts)
+def _message(choice: WholeChoice, echoed: str) -> ChatCompletionMessage:
+    content = "".join([echoed, *choice.texts])
     message: ChatCompletionMessage = {
         "role": "assistant",
         "content": None if choice.calls and not content else content,
@@ -253,6 +271,7 @@ def _chunk_choice(
 )
 async def create_chat_completion(call: Call, body: ChatRequest) -> Response:
     writer = call.writer(ChatWriter, body)
+    writer.echoed = body.echoed
     job = call.job(body.prompt, body.options)
     stream = bool(body.stream)
     del body  # Frees the pictures in its messages once the job drops its prompt.

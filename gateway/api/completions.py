@@ -49,6 +49,7 @@ class CompletionRequest(GenerateFields):
     """A prompt, and how to continue it."""
 
     unsupported: ClassVar[Mapping[str, UnsupportedField]] = {
+        "echo": UnsupportedField((False,), "prepend the prompt yourself"),
         "logprobs": UnsupportedField((), "ask /v1/chat/completions for log-probabilities"),
         "suffix": UnsupportedField(
             ("",), "put what follows into the prompt, in the model's own form"

@@ -17,7 +17,7 @@ from gateway.api.answer import AnswerWriter
 from gateway.api.http import ErrorAnswer, errors_of, read_body, typed
 from gateway.api.schemas.base import Body
 from gateway.api.schemas.generate import GenerateFields
-from gateway.api.schemas.messages import REASONING_EFFORT, SHOWN_TOOLS
+from gateway.api.schemas.messages import DOCUMENTS, REASONING_EFFORT, SHOWN_TOOLS
 from gateway.api.schemas.parsing import Ignored
 from gateway.clock import Deadline, Stopwatch
 from gateway.edge.admission import Ticket
@@ -40,7 +40,11 @@ EVENT_STREAM = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",  # Tells reverse proxies not to buffer events.
 }
-BY_TEMPLATE = {REASONING_EFFORT: REASONING_EFFORT, SHOWN_TOOLS: "tools"}
+BY_TEMPLATE = {
+    REASONING_EFFORT: REASONING_EFFORT,
+    DOCUMENTS: DOCUMENTS,
+    SHOWN_TOOLS: "tools",
+}
 """What has an effect only if the chat template has a variable, and that variable's name."""
 B = TypeVar("B", bound=Body)
 W = TypeVar("W", bound=AnswerWriter)

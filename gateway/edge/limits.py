@@ -110,6 +110,9 @@ MAX_ENTRIES = _fixed(2**12, "messages, or parts of one message", InvalidRequest)
 MAX_ARGUMENT_VALUES = _fixed(2**16, "values of all earlier tool calls' arguments", InvalidRequest)
 MAX_TEMPLATE_KWARGS = _fixed(2**14, "values and characters for the template", InvalidRequest)
 MAX_PROMPT_CHARACTERS = _fixed(2**24, "characters of a prompt", ContextLengthExceeded)
+MAX_TRUNCATED_CONTEXTS = _fixed(
+    4, "context lengths of a prompt with `truncate_prompt_tokens`", ContextLengthExceeded
+)
 TEMPLATE_TIMEOUT_S = _fixed(10.0, "seconds for templating a prompt", ContextLengthExceeded)
 
 MAX_TOOLS = _fixed(128, "tools, or `allowed_tools`", InvalidRequest)

@@ -35,6 +35,7 @@ class Choices:
         sampling = options.sampling
         self._vocabulary = vocabulary
         self._top_logprobs = options.top_logprobs
+        self._tokens_as_ids = options.tokens_as_ids
         self._stop_ids = frozenset(sampling.stop_token_ids or ())
         self._shows_stop = sampling.include_stop_str_in_output
         self._outputs = [
@@ -121,6 +122,8 @@ class Choices:
         )
 
     def _spelled(self, token: Logprob) -> TokenLogprob:
+        if self._tokens_as_ids:
+            return TokenLogprob(f"token_id:{token.token_id}".encode(), token.logprob)
         return TokenLogprob(self._vocabulary.token_bytes(token.token_id), token.logprob)
 
 

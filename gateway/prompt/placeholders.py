@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gateway.job import ChatPrompt, prompt_too_long
@@ -90,14 +90,16 @@ def expand(
     token_ids: Sequence[int],
     plans: Sequence[Plan],
     max_tokens: int,
+    contexts: int = 1,
 ) -> ExpandedPrompt:
     """Replaces the i-th placeholder by the tokens of the i-th item.
 
     Raises InvalidRequest if their numbers differ or a placeholder is of another modality, and
-    ContextLengthExceeded, before the ids are built, for a prompt of more than ``max_tokens``.
+    ContextLengthExceeded, before the ids are built, for a prompt of more than ``contexts`` times
+    ``max_tokens``.
     """
     check_count(layout, token_ids, len(plans))
-    check_length(len(token_ids), plans, max_tokens)
+    check_length(len(token_ids), plans, max_tokens, contexts)
     placeholders = frozenset(layout.item_token_ids.values())
     ids: list[int] = []
     spans: list[Span] = []
@@ -132,6 +134,22 @@ def _span(start: int, run: RowRun, item: int, plan: Plan) -> Span:
     )
 
 
+def truncated(prompt: ExpandedPrompt, tokens: int, *, first: bool) -> ExpandedPrompt:
+    """The last tokens of ``prompt``, or its first ones, at most ``tokens``. Raises InvalidRequest
+    if that leaves out a picture, or a part of one."""
+    total = len(prompt.token_ids)
+    start, end = (0, tokens) if first else (max(0, total - tokens), total)
+    cut = [s for s in prompt.spans if s.token_offset < start or s.token_offset + s.num_tokens > end]
+    if cut:
+        raise InvalidRequest(
+            f"truncate_prompt_tokens: {tokens} of the prompt's {total} tokens do not include all "
+            "of its pictures; send fewer pictures, or keep more tokens",
+            param="truncate_prompt_tokens",
+        )
+    spans = (replace(span, token_offset=span.token_offset - start) for span in prompt.spans)
+    return replace(prompt, token_ids=prompt.token_ids[start:end], spans=tuple(spans))
+
+
 def _a(modality: Modality) -> str:
     """The modality as a noun with its article: ``an image``, ``a video``."""
     return f"{'an' if modality[0] in 'aeiou' else 'a'} {modality}"
@@ -152,11 +170,11 @@ def check_count(layout: Layout, token_ids: Sequence[int], pictures: int) -> None
     )
 
 
-def check_length(num_ids: int, plans: Sequence[Plan], max_tokens: int) -> None:
+def check_length(num_ids: int, plans: Sequence[Plan], max_tokens: int, contexts: int = 1) -> None:
     """Raises ContextLengthExceeded. ``num_ids`` counts one placeholder for each item."""
     picture_tokens = sum(plan.num_tokens for plan in plans)
     needed = num_ids - len(plans) + picture_tokens
-    if needed <= max_tokens:
+    if needed <= max_tokens * contexts:
         return
     if not plans:
         raise prompt_too_long(ChatPrompt, max_tokens, str(needed))

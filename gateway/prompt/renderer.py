@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.api.schemas.messages import (
+    DOCUMENTS,
     REASONING_EFFORT,
     Message,
     RefusalPart,
@@ -38,6 +39,7 @@ class RenderedChat:
     prompt: str  # Equal to Hugging Face's apply_chat_template(tokenize=False).
     token_ids: tuple[int, ...]
     num_items: int
+    contexts: int = 1  # How many context lengths it may have.
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,22 +96,26 @@ class ChatRenderer:
         default_system = _default_system(default_system_prompt or "")
         return cls(tokenizer, ChatTemplate(source, tokenizer.aliases), layout, default_system)
 
-    def render(self, asked: ChatPrompt) -> RenderedChat:
-        """Raises InvalidRequest, and ContextLengthExceeded for messages that are too long."""
+    def render(self, asked: ChatPrompt, contexts: int = 1) -> RenderedChat:
+        """``contexts``: how many context lengths the prompt may have. Raises InvalidRequest, and
+        ContextLengthExceeded for messages that are too long."""
         messages = self._with_system(self.normalise(asked.messages))
         variables = self._variables(asked)
         if characters(messages) + characters(variables) > MAX_PROMPT_CHARACTERS:
             raise self._too_long()
         num_items = _count_items(messages)
-        rendering = Rendering(self, messages, variables, asked.continue_final_message)
+        rendering = Rendering(self, messages, variables, asked.continue_final_message, contexts)
         prompt, hidden = rendering.run()
-        ids = self.tokenizer.encode(hidden, add_special_tokens=not self._starts_with_bos(hidden))
+        special = asked.add_special_tokens
+        if special is None:
+            special = not self._starts_with_bos(hidden)
+        ids = self.tokenizer.encode(hidden, add_special_tokens=special)
         placeholders.check_count(self.layout, ids, num_items)
-        return RenderedChat(prompt, tuple(ids), num_items)
+        return RenderedChat(prompt, tuple(ids), num_items, contexts)
 
-    def check_length(self, prompt: str) -> None:
+    def check_length(self, prompt: str, contexts: int) -> None:
         """Raises ContextLengthExceeded for a prompt that is certainly too long."""
-        if self.tokenizer.exceeds(prompt, self.layout.max_positions):
+        if self.tokenizer.exceeds(prompt, self.layout.max_positions * contexts):
             raise self._too_long()
 
     def _too_long(self) -> ContextLengthExceeded:
@@ -119,7 +125,12 @@ class ChatRenderer:
         """The prompt with every placeholder expanded; ``plans`` in the order of the items. Raises
         ContextLengthExceeded for a prompt that no worker could take."""
         return placeholders.expand(
-            self.layout, rendered.prompt, rendered.token_ids, plans, self.layout.max_positions
+            self.layout,
+            rendered.prompt,
+            rendered.token_ids,
+            plans,
+            self.layout.max_positions,
+            rendered.contexts,
         )
 
     def _starts_with_bos(self, hidden: str) -> bool:
@@ -193,8 +204,10 @@ class ChatRenderer:
         effort = {}
         if asked.reasoning_effort is not None and REASONING_EFFORT in self.template.variables:
             effort[REASONING_EFFORT] = asked.reasoning_effort
-        tools = {"tools": [as_json(tool) for tool in asked.tools]} if asked.tools else {}
-        return {**effort, **given, **tools, "add_generation_prompt": _wants_prompt(asked)}
+        shown: dict[str, Any] = {DOCUMENTS: asked.documents} if asked.documents else {}
+        if asked.tools:
+            shown["tools"] = [as_json(tool) for tool in asked.tools]
+        return {**effort, **given, **shown, "add_generation_prompt": _wants_prompt(asked)}
 
     # ---- probing the template
 

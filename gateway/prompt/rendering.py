@@ -27,6 +27,7 @@ class Rendering:
         messages: list[dict[str, Any]],
         variables: Mapping[str, Any],
         continue_final: bool,
+        contexts: int,
     ) -> None:
         self._renderer = renderer
         self._template = renderer.template
@@ -35,6 +36,7 @@ class Rendering:
         self._variables = variables
         self._tag = f"{CONTINUE}{secrets.randbelow(10**18):018d}{CONTINUE} "
         self._final = _final_text(messages) if continue_final else None
+        self._contexts = contexts
         self._now = clock(datetime.now())
 
     def run(self) -> tuple[str, str]:
@@ -46,7 +48,8 @@ class Rendering:
         prompt = self._render(self._template.plain, self._messages, self._variables, hidden=False)
         if self._aliases.head in prompt:
             raise InvalidRequest("the messages contain reserved characters", param="messages")
-        self._renderer.check_length(prompt)  # The steps below take several times as long.
+        # The steps below take several times as long.
+        self._renderer.check_length(prompt, self._contexts)
         template, hidden = self._aliased(prompt)
         if hidden is not None and not self._aliases.occur_in(hidden):
             return prompt, hidden

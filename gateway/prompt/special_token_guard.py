@@ -31,6 +31,7 @@ KEYS = frozenset(
     | {"reasoning_content", "tool_calls", "id", "function", "arguments", "tools", "description"}
     | {"parameters", "properties", "required", "enum", "items", "default", "title", "const"}
     | {"anyOf", "oneOf", "allOf", "format", "additionalProperties", "$ref", "$defs", "nullable"}
+    | {"contents"}  # Of documents.
 )
 COMPARED_KEYS = frozenset({"role", "type"})
 COMPARED_VALUES = frozenset(
@@ -122,11 +123,11 @@ class Marks:
         return value
 
     def put_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The template's keyword arguments. Tools are marked as messages are; others only where a
-        special token could begin: most of them are switches, which templates compare."""
+        """The template's keyword arguments. Tools and documents are marked as messages are;
+        others only where a special token could begin: most are switches, which templates compare."""
         return {
             name: self.put(value)
-            if name == "tools" or any(char in shown for char in self._beginnings)
+            if name in ("tools", "documents") or any(char in shown for char in self._beginnings)
             else value
             for name, value in values.items()
             for shown in (str(value),)

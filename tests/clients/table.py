@@ -72,7 +72,9 @@ def rows(report: Path) -> str:
 
 def row(client: Client, cases: list[xml.Element]) -> str:
     ran = [case for case in cases if case.find("skipped") is None]
-    failed = [case for case in ran if case.find("failure") is not None or case.find("error") is not None]
+    failed = [
+        case for case in ran if case.find("failure") is not None or case.find("error") is not None
+    ]
     tried = ", ".join(dict.fromkeys(words(case.get("name", "")) for case in ran))
     if not ran:
         return f"| {client.name} | | | not run |\n"

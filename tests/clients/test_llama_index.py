@@ -15,7 +15,10 @@ from llama_index.llms.openai_like import OpenAILike
 
 STAR_MESSAGE = ChatMessage(
     role="user",
-    blocks=[ImageBlock(image=base64.b64decode(STAR), image_mimetype="image/png"), TextBlock(text=SEE)],
+    blocks=[
+        ImageBlock(image=base64.b64decode(STAR), image_mimetype="image/png"),
+        TextBlock(text=SEE),
+    ],
 )
 
 

@@ -54,9 +54,7 @@ def test_stream(client):
 
 
 def test_stream_helper(client):
-    with client.chat.completions.stream(
-        model=MODEL, messages=STAR_CHAT, temperature=0
-    ) as stream:
+    with client.chat.completions.stream(model=MODEL, messages=STAR_CHAT, temperature=0) as stream:
         told = [event.delta for event in stream if event.type == "content.delta"]
         whole = stream.get_final_completion()
     assert "".join(told) == whole.choices[0].message.content == SEEN
@@ -65,9 +63,7 @@ def test_stream_helper(client):
 def test_async(server):
     async def ask() -> tuple[str, str]:
         async with openai.AsyncOpenAI(base_url=server.v1, api_key=KEY) as client:
-            asked = client.chat.completions.create(
-                model=MODEL, messages=chat(SPELL), temperature=0
-            )
+            asked = client.chat.completions.create(model=MODEL, messages=chat(SPELL), temperature=0)
             stream = await client.chat.completions.create(
                 model=MODEL, messages=STAR_CHAT, temperature=0, stream=True
             )

@@ -340,3 +340,26 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_is_built(
 def test_layouts_fit_the_interface() -> None:
     layout = SimpleNamespace(item_token_ids={Modality.IMAGE: 9}, expand=Rows().expand)
     assert placeholders.expand(layout, "p", [9], [plan(2)], 99).token_ids == (9, 9, 7)
+
+
+# ---- truncated prompts
+
+
+def test_a_prompt_that_is_truncated_keeps_whole_pictures() -> None:
+    prompt = placeholders.expand(Rows(), "p", [1, 9, 2, 3], [plan(4)], 11)
+    assert prompt.token_ids == (1, 9, 9, 7, 9, 9, 7, 2, 3)
+    last = placeholders.truncated(prompt, 8, first=False)
+    assert last.token_ids == prompt.token_ids[1:]
+    assert [(span.token_offset, span.num_tokens) for span in last.spans] == [(0, 2), (3, 2)]
+    first = placeholders.truncated(prompt, 6, first=True)
+    assert first.token_ids == prompt.token_ids[:6] and first.spans == prompt.spans
+    for tokens, begins in ((7, False), (2, False), (5, True), (1, True)):
+        with pytest.raises(InvalidRequest, match="do not include all of its pictures") as caught:
+            placeholders.truncated(prompt, tokens, first=begins)
+        assert caught.value.param == "truncate_prompt_tokens"
+
+
+def test_a_prompt_to_be_truncated_may_be_longer() -> None:
+    placeholders.expand(Rows(), "p", [1] * 28, [], 7, contexts=4)
+    with pytest.raises(ContextLengthExceeded, match="takes 7 tokens; the messages need 29"):
+        placeholders.expand(Rows(), "p", [1] * 29, [], 7, contexts=4)

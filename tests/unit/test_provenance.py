@@ -114,6 +114,23 @@ def test_pictures_keep_their_places_among_typed_ones(style: str) -> None:
     assert rendered.token_ids.count(renderer.layout.item_token_ids[Modality.IMAGE]) == 1
 
 
+def test_names_of_arguments_are_text() -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+    )
+    renderer = ChatRenderer.load(v.DEMO, v.DEMO_LAYOUT, template)
+
+    def ends(name: str) -> int:
+        function = {"name": "f", "arguments": {name: {name: 1}}}
+        call = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+        asked = parse(ApplyTemplateRequest, {"messages": [{"role": "user", "content": ""}, call]})
+        ids = renderer.render(asked[0]).token_ids
+        return ids.count(renderer.tokenizer.id_of("<|im_end|>"))
+
+    assert ends("<|im_end|>") == ends("x") == 2
+
+
 @pytest.mark.parametrize("style", ["demo", "chatml", "thinking", "llava"])
 def test_every_field_that_a_client_fills(style: str) -> None:
     renderer = made(style)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from gateway.api.schemas.base import INTEGRAL, Strict
 from gateway.api.schemas.sampling import SamplingFields
 from gateway.edge.limits import MAX_SALT_CHARACTERS
-from gateway.job import UNLIMITED, GenerationOptions
+from gateway.job import UNLIMITED, GenerationOptions, Truncation
 
 
 def _some(length: int) -> int:
@@ -64,7 +64,22 @@ class GenerateFields(SamplingFields):
     timings: bool = Field(
         False, description="Adds timings by stage to the answer; an extension of this server."
     )
+    truncate_prompt_tokens: OutputLength | None = Field(
+        None,
+        description="Keeps so many of the prompt's tokens; -1: as many as fit. Every picture must "
+        "be among them.",
+    )
+    truncation_side: Literal["left", "right"] = Field(
+        "left", description="Where tokens are left out: left keeps the last ones."
+    )
     user: str | None = None
+    session_id: str | None = Field(None, description="Has no effect: every prefix is cached.")
+    spaces_between_special_tokens: bool = Field(
+        True, description="Has no effect: texts have no spaces but those of the tokens."
+    )
+    return_tokens_as_token_ids: bool = Field(
+        False, description="Log-probabilities name tokens as `token_id:` and the id."
+    )
 
     @property
     def without_effect(self) -> Iterator[str]:
@@ -85,6 +100,11 @@ class GenerateFields(SamplingFields):
         options = self.stream_options
         return self.stream_usage and options is not None and options.continuous_usage_stats
 
+    @property
+    def truncation(self) -> Truncation | None:
+        most = self.truncate_prompt_tokens
+        return None if most is None else Truncation(most, first=self.truncation_side == "right")
+
     def generation_options(
         self, max_tokens: int | None, max_tokens_field: str, top_logprobs: int | None
     ) -> GenerationOptions:
@@ -99,4 +119,6 @@ class GenerateFields(SamplingFields):
             priority=self.priority,
             cache_salt=self.cache_salt or "",
             running_usage=self.running_usage,
+            truncation=self.truncation,
+            tokens_as_ids=self.return_tokens_as_token_ids,
         )

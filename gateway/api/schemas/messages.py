@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -18,13 +18,14 @@ from gateway.api.schemas.base import (
     BoundedList,
     Strict,
     Unused,
+    at_most,
     check_strings,
     fault,
     no_larger,
 )
 from gateway.api.schemas.long_json import count_values, split_long_strings
 from gateway.api.schemas.tools import ToolFields
-from gateway.edge.limits import MAX_ARGUMENT_VALUES, MAX_TEMPLATE_KWARGS
+from gateway.edge.limits import MAX_ARGUMENT_VALUES, MAX_FIELDS, MAX_TEMPLATE_KWARGS
 from gateway.edge.threads import LONG_BYTES
 from gateway.job import ChatPrompt, Tool
 from gateway.media.dataurl import is_data_url
@@ -35,7 +36,9 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 Detail = Literal["auto", "low", "high", "original"]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
-REASONING_EFFORT = "reasoning_effort"  # The name of a field and of a template's variable.
+# Names of fields that are also a template's variables, without which they have no effect.
+REASONING_EFFORT = "reasoning_effort"
+DOCUMENTS = "documents"
 SHOWN_TOOLS = "tools (the chat template does not show them to the model)"
 
 LOW_DETAIL_PIXELS = 512 * 512  # A picture's size with OpenAI's ``detail: low``.
@@ -293,6 +296,16 @@ class TemplateFields(ToolFields):
     reasoning_effort: Effort | None = Field(
         None, description="Sets the chat template's variable of that name, if it has one."
     )
+    documents: BoundedList[Annotated[dict[str, str], at_most(MAX_FIELDS)]] | None = Field(
+        None,
+        description="Texts for the chat template's variable of that name, if it has one, usually "
+        "each with a title and a text.",
+    )
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Whether the tokenizer adds its own special tokens, such as BOS, to those of "
+        "the chat template. By default it does where the template writes no BOS.",
+    )
 
     @model_validator(mode="after")
     def _one_ending(self) -> TemplateFields:
@@ -320,6 +333,8 @@ class TemplateFields(ToolFields):
             yield REASONING_EFFORT
         if self.tool_use is not None:
             yield SHOWN_TOOLS
+        if self.documents:
+            yield DOCUMENTS
         yield from super().without_effect
 
     @cached_property
@@ -334,23 +349,32 @@ class TemplateFields(ToolFields):
         tools = self.tool_use.tools if self.tool_use else ()
         return ChatPrompt(
             messages=self.messages,
-            size=rendering_size(self.messages, self.chat_template_kwargs, tools),
+            size=rendering_size(
+                self.messages, self.chat_template_kwargs, tools, self.documents or ()
+            ),
             sources=self.sources,
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
             chat_template_kwargs=self.chat_template_kwargs,
             reasoning_effort=self.reasoning_effort,
             tools=tools,
+            documents=self.documents,
+            add_special_tokens=self.add_special_tokens,
         )
 
 
 def rendering_size(
-    messages: Sequence[Message], chat_template_kwargs: Any = None, tools: Sequence[Tool] = ()
+    messages: Sequence[Message],
+    chat_template_kwargs: Any = None,
+    tools: Sequence[Tool] = (),
+    documents: Sequence[Mapping[str, str]] = (),
 ) -> int:
     """The work of rendering, in characters of text; counting stops beyond LONG_BYTES."""
     total = len(str(chat_template_kwargs)) if chat_template_kwargs else 0
     for tool in tools:
         total += PIECE_COST + len(tool.description) + len(str(tool.parameters))
+    for document in documents:
+        total += PIECE_COST + sum(len(name) + len(text) for name, text in document.items())
     for message in messages:
         total += _message_size(message)
         if total > LONG_BYTES:

@@ -51,6 +51,10 @@ MESSAGE_REWRITES = tuple(
 TOOLS = "send tools and tool_choice, their newer form"
 GRAMMAR = "ask for the format in a message and check the answer"
 SEARCH = "use sampling with n instead"
+NO_PLUGINS = "leave it out: this server has no plugins"
+PLACED = "leave it out: the gateway places requests itself"
+HEADER_ID = "send it as the header x-request-id"
+PIXELS = "use mm_processor_kwargs with min_pixels and max_pixels"
 
 UNSUPPORTED: dict[str, UnsupportedField] = {
     "functions": UnsupportedField(([],), TOOLS),
@@ -68,7 +72,6 @@ UNSUPPORTED: dict[str, UnsupportedField] = {
     "separate_reasoning": UnsupportedField((True,), "send include_reasoning: false to hide it"),
     "stream_reasoning": UnsupportedField((True,), "send include_reasoning: false to hide it"),
     "return_token_ids": UnsupportedField((False,), "see /v1/apply_template for the prompt's"),
-    "return_tokens_as_token_ids": UnsupportedField((False,), "leave it out"),
     "audio": UnsupportedField((), "ask for text"),
     "modalities": UnsupportedField((["text"],), 'ask for ["text"]'),
     "prediction": UnsupportedField((), "leave it out"),
@@ -79,15 +82,53 @@ UNSUPPORTED: dict[str, UnsupportedField] = {
     "best_of": UnsupportedField((1,), SEARCH),
     "length_penalty": UnsupportedField((1.0,), SEARCH),
     "early_stopping": UnsupportedField((False,), SEARCH),
-    "echo": UnsupportedField((False,), "prepend the prompt yourself"),
     "prompt_logprobs": UnsupportedField((0,), "leave it out"),
-    "add_special_tokens": UnsupportedField((False,), "leave it out: the template decides"),
-    "spaces_between_special_tokens": UnsupportedField((True,), "leave it out"),
-    "truncate_prompt_tokens": UnsupportedField((), "shorten the messages"),
-    "documents": UnsupportedField(([],), "put the documents in a message"),
     "chat_template": UnsupportedField((), "start the server with --chat-template"),
     "logits_processors": UnsupportedField(([],), "use logit_bias or allowed_token_ids"),
     "media_io_kwargs": UnsupportedField(({},), "leave it out"),
+    "request_id": UnsupportedField((), HEADER_ID),
+    "rid": UnsupportedField((), HEADER_ID),
+    "input_ids": UnsupportedField((), "send token ids as the prompt of /v1/completions"),
+    "prompt_embeds": UnsupportedField((), "send text or token ids"),
+    "thinking_token_budget": UnsupportedField((-1,), "bound the answer with max_tokens"),
+    "reasoning": UnsupportedField(({},), "use reasoning_effort"),
+    "task": UnsupportedField((), "describe the task in a message"),
+    "watermarking": UnsupportedField((False,), "leave it out"),
+    "logprob_token_ids": UnsupportedField((), "ask for top_logprobs"),
+    "repetition_detection": UnsupportedField((), "use repetition_penalty"),
+    "stop_regex": UnsupportedField(([],), "use stop, with strings"),
+    "no_stop_trim": UnsupportedField((False,), "use include_stop_str_in_output"),
+    "stream_interval": UnsupportedField((1,), "leave it out: tokens are sent as they come"),
+    "lora_path": UnsupportedField((), "start the server with a merged checkpoint"),
+    "custom_logit_processor": UnsupportedField((), "use logit_bias or allowed_token_ids"),
+    "custom_params": UnsupportedField(({},), NO_PLUGINS),
+    "vllm_xargs": UnsupportedField(({},), NO_PLUGINS),
+    "custom_labels": UnsupportedField(({},), "leave it out: metrics have no labels of requests"),
+    "extra_key": UnsupportedField((), "use cache_salt"),
+    "session_params": UnsupportedField(({},), "send the whole conversation"),
+    "ngram_corpus_id": UnsupportedField((), "leave it out"),
+    "images_config": UnsupportedField(({},), PIXELS),
+    "max_dynamic_patch": UnsupportedField((), PIXELS),
+    "min_dynamic_patch": UnsupportedField((), PIXELS),
+    "use_audio_in_video": UnsupportedField((False,), "leave it out"),
+    "return_prompt_text": UnsupportedField((False,), "see /v1/apply_template"),
+    "return_token_offsets": UnsupportedField((False,), "leave it out"),
+    "return_prompt_token_ids": UnsupportedField((False,), "use return_token_ids"),
+    "return_cached_tokens_details": UnsupportedField((False,), "see usage"),
+    "return_meta_info": UnsupportedField((False,), "use timings"),
+    "return_mm_kwargs": UnsupportedField((True, False), "leave it out"),
+    "return_hidden_states": UnsupportedField((False,), "leave it out"),
+    "return_routed_experts": UnsupportedField((False,), "leave it out"),
+    "routed_experts_start_len": UnsupportedField((0,), "leave it out"),
+    "routed_experts_prompt_start": UnsupportedField((0,), "leave it out"),
+    "kv_transfer_params": UnsupportedField(({},), PLACED),
+    "ec_transfer_params": UnsupportedField(({},), PLACED),
+    "bootstrap_host": UnsupportedField((), PLACED),
+    "bootstrap_port": UnsupportedField((), PLACED),
+    "bootstrap_room": UnsupportedField((), PLACED),
+    "routed_dp_rank": UnsupportedField((), PLACED),
+    "disagg_prefill_dp_rank": UnsupportedField((), PLACED),
+    "data_parallel_rank": UnsupportedField((), PLACED),
 }
 
 PICTURES = "send pictures: image_url, or image"
