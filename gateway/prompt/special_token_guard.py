@@ -124,7 +124,7 @@ class Marks:
 
     def put_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The template's keyword arguments. Tools and documents are marked as messages are;
-        others only where a special token could begin: most are switches, which templates compare."""
+        others only where a special token could begin: most are switches that templates compare."""
         return {
             name: self.put(value)
             if name in ("tools", "documents") or any(char in shown for char in self._beginnings)
