@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import pytest
 
 from gateway.api.anthropic.errors import is_anthropic, to_anthropic
-from gateway.api.anthropic.prompt import chat_prompt
+from gateway.api.anthropic.prompt import chat_prompt, read_prompt
 from gateway.api.anthropic.request import CountTokensRequest, MessagesRequest
 from gateway.api.anthropic.writer import SIGNATURE, MessageWriter
 from gateway.api.schemas.parsing import parse
@@ -149,6 +150,18 @@ def test_thinking_and_effort_are_variables_of_the_template() -> None:
         found = prompt(thinking={"type": kind}, output_config={"effort": "low"})
         assert found.chat_template_kwargs == {"enable_thinking": on, "thinking": on}
         assert found.reasoning_effort == "low"
+
+
+def test_many_blocks_are_read_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    monkeypatch.setattr(
+        "gateway.api.anthropic.prompt.chat_prompt",
+        lambda body: threads.append(threading.current_thread() is threading.main_thread()),
+    )
+    many = {"type": "tool_result", "tool_use_id": "a", "content": [text("x")] * 200}
+    for body in (request(), request(turn("user", many))):
+        asyncio.run(read_prompt(body))
+    assert threads == [True, False]
 
 
 # ---- options

@@ -29,16 +29,33 @@ from gateway.api.schemas.messages import (
     ToolCall,
     rendering_size,
 )
+from gateway.edge.threads import off_loop_above
 from gateway.job import CallMode, ChatPrompt
 from gateway.media.dataurl import is_data_url
 from opticnerve.errors import InvalidRequest
 
+OFF_LOOP_BLOCKS = 200  # More of them are read in a thread.
 ERROR = "Error: "  # In front of the result of a call that failed; templates know no such results.
 PICTURE = ImagePart.model_construct(type="image")  # Its place; the source stands in a list.
 
 
-def chat_prompt(body: CountTokensRequest) -> ChatPrompt:
+async def read_prompt(body: CountTokensRequest) -> ChatPrompt:
     """The prompt of a request. Raises InvalidRequest."""
+    return await off_loop_above(OFF_LOOP_BLOCKS, _num_blocks(body.messages), chat_prompt, body)
+
+
+def _num_blocks(turns: Sequence[Turn]) -> int:
+    """Turns and blocks, those in results included."""
+    total = len(turns)
+    for turn in turns:
+        for block in turn.content if isinstance(turn.content, list) else ():
+            inner = block.content if isinstance(block, ToolResultBlock) else ()
+            total += 1 + (len(inner) if isinstance(inner, list) else 0)
+    return total
+
+
+def chat_prompt(body: CountTokensRequest) -> ChatPrompt:
+    """As ``read_prompt``, in the caller's thread."""
     reader = _Reader()
     if body.system is not None:
         reader.add(Turn.model_construct(role="system", content=body.system), "system")

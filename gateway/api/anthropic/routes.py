@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 
 from gateway.api.answer import TIMINGS_HEADER
 from gateway.api.anthropic.errors import PATH, AnthropicError
-from gateway.api.anthropic.prompt import chat_prompt
+from gateway.api.anthropic.prompt import read_prompt
 from gateway.api.anthropic.request import CountTokensRequest, MessagesRequest
 from gateway.api.anthropic.writer import AnthropicMessage, MessageEvent, MessageWriter
 from gateway.api.http import JSONResponse, content, errors_of
@@ -43,7 +43,7 @@ async def create_message(call: Call, body: MessagesRequest) -> Response:
     writer = MessageWriter(
         body.model, body.max_tokens, timings=call.wants_timings, show_thinking=not hidden
     )
-    job = call.job(chat_prompt(body), body.options)
+    job = call.job(await read_prompt(body), body.options)
     stream = body.stream
     del body  # Frees the pictures in its messages once the job drops its prompt.
     return await call.answer(job, writer, stream=stream)
@@ -56,7 +56,7 @@ async def create_message(call: Call, body: MessagesRequest) -> Response:
 )
 async def count_message_tokens(call: Call, body: CountTokensRequest) -> Response:
     _warn_of_betas(call)
-    rendered = await call.render(chat_prompt(body))
+    rendered = await call.render(await read_prompt(body))
     counted: TokenCount = {"input_tokens": len(rendered.token_ids)}
     return JSONResponse(counted, headers=call.warnings())
 
