@@ -13,7 +13,7 @@ import pytest
 from gateway.api.anthropic.errors import is_anthropic, to_anthropic
 from gateway.api.anthropic.prompt import chat_prompt, read_prompt
 from gateway.api.anthropic.request import CountTokensRequest, MessagesRequest
-from gateway.api.anthropic.writer import SIGNATURE, MessageWriter
+from gateway.api.anthropic.writer import SIGNATURE, AnthropicWriter
 from gateway.api.schemas.parsing import parse
 from gateway.job import CallMode, ChatPrompt, FormatKind, OutputFormat, Tool, ToolUse
 from gateway.output.events import (
@@ -295,7 +295,7 @@ async def made(events: Any) -> AsyncGenerator[AnswerEvent, None]:
 
 
 def whole(*events: AnswerEvent, **settings: Any) -> dict[str, Any]:
-    writer = MessageWriter("m", settings.pop("most", 5), **settings)
+    writer = AnthropicWriter("m", settings.pop("most", 5), **settings)
     first, *others = events
     body = asyncio.run(writer.body(first, made(others), lambda _: None, 10**6))
     read: dict[str, Any] = json.loads(body)
@@ -304,7 +304,7 @@ def whole(*events: AnswerEvent, **settings: Any) -> dict[str, Any]:
 
 def stream(*events: AnswerEvent, **settings: Any) -> list[dict[str, Any]]:
     async def run() -> bytes:
-        writer, (first, *others) = MessageWriter("m", settings.pop("most", 5), **settings), events
+        writer, (first, *others) = AnthropicWriter("m", settings.pop("most", 5), **settings), events
         return b"".join([data async for data in writer.chunks(first, made(others))])
 
     return list(_events(asyncio.run(run())))
@@ -472,7 +472,7 @@ def test_errors_have_anthropics_types(error: OpticNerveError, kind: str) -> None
 
 
 def test_a_failed_stream_ends_with_an_event() -> None:
-    (event,) = _events(MessageWriter("m", 5).failure(Unavailable("stopping", param="x")))
+    (event,) = _events(AnthropicWriter("m", 5).failure(Unavailable("stopping", param="x")))
     assert event["error"]["details"] == {"error_code": "unavailable", "param": "x"}
 
 

@@ -152,14 +152,14 @@ ROLES: dict[type[Strict], str] = {
 """The role of the turns that a block may be in; a block that is not here may be in any."""
 
 
-class Turn(Strict):
+class AnthropicTurn(Strict):
     """A message. Turns of one role that follow each other are one."""
 
     role: Literal["user", "assistant", "system"]
     content: str | BoundedList[Block]
 
     @model_validator(mode="after")
-    def _suits(self) -> Turn:
+    def _suits(self) -> AnthropicTurn:
         for block in self.blocks:
             role = ROLES.get(type(block), self.role)
             if role != self.role:

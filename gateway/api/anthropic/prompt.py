@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.api.anthropic.blocks import (
+    AnthropicTurn,
     Base64Source,
     Block,
     ImageBlock,
@@ -14,7 +15,6 @@ from gateway.api.anthropic.blocks import (
     ThinkingBlock,
     ToolResultBlock,
     ToolUseBlock,
-    Turn,
     text_block,
 )
 from gateway.api.anthropic.request import CountTokensRequest
@@ -44,7 +44,7 @@ async def read_prompt(body: CountTokensRequest) -> ChatPrompt:
     return await off_loop_above(OFF_LOOP_BLOCKS, _num_blocks(body.messages), chat_prompt, body)
 
 
-def _num_blocks(turns: Sequence[Turn]) -> int:
+def _num_blocks(turns: Sequence[AnthropicTurn]) -> int:
     """Turns and blocks, those in results included."""
     total = len(turns)
     for turn in turns:
@@ -58,7 +58,7 @@ def chat_prompt(body: CountTokensRequest) -> ChatPrompt:
     """As ``read_prompt``, in the caller's thread."""
     reader = _Reader()
     if body.system is not None:
-        reader.add(Turn.model_construct(role="system", content=body.system), "system")
+        reader.add(AnthropicTurn.model_construct(role="system", content=body.system), "system")
     for i, turn in enumerate(body.messages):
         reader.add(turn, f"messages[{i}]")
     messages, variables, use = reader.messages(), _thinking(body), body.use
@@ -83,7 +83,7 @@ def _thinking(body: CountTokensRequest) -> dict[str, Any] | None:
     return {"enable_thinking": on, "thinking": on}
 
 
-def _continues(turns: Sequence[Turn]) -> bool:
+def _continues(turns: Sequence[AnthropicTurn]) -> bool:
     """Whether the answer continues the last turn. Raises InvalidRequest for an assistant's turn
     that has no text to continue."""
     last = turns[-1]
@@ -137,7 +137,7 @@ class _Reader:
     def messages(self) -> list[Message]:
         return [draft.message() for draft in self._drafts]
 
-    def add(self, turn: Turn, path: str) -> None:
+    def add(self, turn: AnthropicTurn, path: str) -> None:
         if not turn.blocks:
             self._at(turn.role)
         for j, block in enumerate(turn.blocks):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from gateway.api.anthropic.blocks import TextBlock, Turn
+from gateway.api.anthropic.blocks import AnthropicTurn, TextBlock
 from gateway.api.schemas.base import (
     INTEGRAL,
     Body,
@@ -80,7 +80,7 @@ class ToolSelection(Strict):
         return self
 
 
-class Thinking(Strict):
+class ThinkingSettings(Strict):
     """Whether the model thinks before it answers, if its template lets requests choose."""
 
     type: Literal["enabled", "adaptive", "disabled"]
@@ -121,13 +121,13 @@ class CountTokensRequest(Body):
     }
 
     model: str = Field(min_length=1)
-    messages: Annotated[BoundedList[Turn], Field(min_length=1)] = Field(
+    messages: Annotated[BoundedList[AnthropicTurn], Field(min_length=1)] = Field(
         description="If the last one is the assistant's, the answer continues it."
     )
     system: str | BoundedList[TextBlock] | None = None
     tools: BoundedList[Annotated[ClientTool, BeforeValidator(_own_tool)]] | None = None
     tool_choice: ToolSelection | None = None
-    thinking: Thinking | None = None
+    thinking: ThinkingSettings | None = None
     output_config: OutputConfig | None = None
     output_format: JsonFormat | None = Field(
         None, description="An earlier name of output_config.format."

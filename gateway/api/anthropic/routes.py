@@ -11,7 +11,7 @@ from gateway.api.answer import TIMINGS_HEADER
 from gateway.api.anthropic.errors import PATH, AnthropicError
 from gateway.api.anthropic.prompt import read_prompt
 from gateway.api.anthropic.request import CountTokensRequest, MessagesRequest
-from gateway.api.anthropic.writer import AnthropicMessage, MessageEvent, MessageWriter
+from gateway.api.anthropic.writer import AnthropicMessage, AnthropicWriter, MessageEvent
 from gateway.api.http import JSONResponse, content, errors_of
 from gateway.api.routing import Call, make_router
 
@@ -40,7 +40,7 @@ class TokenCount(TypedDict):
 async def create_message(call: Call, body: MessagesRequest) -> Response:
     _warn_of_betas(call)
     hidden = body.thinking is not None and body.thinking.display == "omitted"
-    writer = MessageWriter(
+    writer = AnthropicWriter(
         body.model, body.max_tokens, timings=call.wants_timings, show_thinking=not hidden
     )
     job = call.job(await read_prompt(body), body.options)

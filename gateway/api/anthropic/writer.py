@@ -164,7 +164,7 @@ MessageEvent = (
 )
 
 
-class MessageWriter(AnswerWriter):
+class AnthropicWriter(AnswerWriter):
     """A message of thinking, text and tool calls. Its stream has one block open at a time."""
 
     def __init__(
