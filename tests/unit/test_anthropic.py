@@ -260,7 +260,7 @@ def test_what_needs_anthropics_servers_is_refused(field: str) -> None:
 
 
 def test_what_has_no_effect_is_named() -> None:
-    fields = {
+    fields: dict[str, Any] = {
         "metadata": {"user_id": "u"}, "service_tier": "auto", "speed": "fast",
         "cache_control": {"type": "ephemeral"}, "context_management": {"edits": []},
         "thinking": {"type": "enabled", "budget_tokens": 2048}, "diagnostics": {}, "top_k": None,
@@ -354,11 +354,11 @@ CALLS: tuple[AnswerEvent, ...] = (
     Text(0, "\n"),
     Text(0, "\nLet me"),
     Text(0, " see."),
-    ToolCallStart(0, 0, "toolu_1", "weather"),
+    ToolCallStart(0, 0, "call_1", "weather"),
     ToolCallArguments(0, 0, '{"city": "Ro'),
     ToolCallArguments(0, 0, 'me"}'),
     Text(0, "\n"),
-    ToolCallStart(0, 1, "toolu_2", "time"),
+    ToolCallStart(0, 1, "abcdefghi", "time"),
     *end("tool_calls"),
 )
 
@@ -382,7 +382,7 @@ def test_a_message_with_thinking_text_and_calls() -> None:
     assert said["type"] == "text" and said["text"].strip() == "Let me see."
     assert calls == [
         {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Rome"}},
-        {"type": "tool_use", "id": "toolu_2", "name": "time", "input": {}},
+        {"type": "tool_use", "id": "abcdefghi", "name": "time", "input": {}},
     ]
     assert told["stop_reason"] == "tool_use" and told["id"].startswith("msg_")
     assert told["usage"] == {

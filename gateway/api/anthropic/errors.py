@@ -21,8 +21,7 @@ TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-"""Anthropic's types by HTTP status. Of the others, those below 500 are invalid_request_error, and
-the rest api_error."""
+"""Anthropic's types by HTTP status; invalid_request_error and api_error stand for the others."""
 
 
 class AnthropicErrorDetails(TypedDict):
@@ -55,9 +54,13 @@ def is_anthropic(path: str) -> bool:
     return path == PATH or path.startswith(PATH + "/")
 
 
+def anthropic_type(status: int) -> str:
+    """The error's type by its HTTP status."""
+    return TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+
+
 def to_anthropic(error: OpticNerveError, request_id: str) -> AnthropicError:
-    status = error.http_status
-    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    kind = anthropic_type(error.http_status)
     body: AnthropicErrorBody = {"type": kind, "message": error.message}
     if error.code is not None or error.param is not None:
         body["details"] = {"error_code": error.code, "param": error.param}

@@ -271,10 +271,7 @@ class _Blocks:
             case ToolCallStart():
                 self.has_calls = True
                 yield from self.close()
-                yield from self._within(
-                    ToolCallStart,
-                    {"type": "tool_use", "id": more.call_id, "name": more.name, "input": {}},
-                )
+                yield from self._within(ToolCallStart, _tool_use(more.call_id, more.name, {}))
             case ToolCallArguments():
                 yield self._delta({"type": "input_json_delta", "partial_json": more.text})
 
@@ -316,8 +313,15 @@ def _content(parts: Iterable[WholePart]) -> Iterator[AnswerContent]:
             case WholeText() if part.text.strip():
                 yield {"type": "text", "text": part.text}
             case WholeCall(call_id=call_id, name=name):
-                called = _input(part.arguments)
-                yield {"type": "tool_use", "id": call_id, "name": name, "input": called}
+                yield _tool_use(call_id, name, _input(part.arguments))
+
+
+def _tool_use(call_id: str, name: str, called: dict[str, Any]) -> ToolUseContent:
+    """A call, whose id has Anthropic's prefix in the place of OpenAI's. An id without a prefix is
+    in the form that the model's template needs."""
+    if call_id.startswith("call_"):
+        call_id = "toolu_" + call_id.removeprefix("call_")
+    return {"type": "tool_use", "id": call_id, "name": name, "input": called}
 
 
 def _input(text: str) -> dict[str, Any]:
