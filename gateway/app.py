@@ -16,6 +16,7 @@ from gateway.api import apply_template, chat, completions, health, models, opena
 from gateway.api.anthropic import routes as anthropic
 from gateway.api.http import send_error
 from gateway.api.models import ServedNames
+from gateway.api.realtime import route as realtime
 from gateway.api.routing import WARNINGS
 from gateway.api.schemas.parsing import problem_text
 from gateway.api.unserved import not_found
@@ -39,6 +40,7 @@ APIS = (
     chat.router,
     completions.router,
     anthropic.router,
+    realtime.router,
     apply_template.router,
     models.router,
     health.router,
@@ -68,6 +70,7 @@ class Api(FastAPI):
         self.state.gateway = gateway
         self._keyed = gateway.keys.required
         self._public_models = gateway.config.public_models
+        self.router.default = _not_found
         for router in APIS:
             self.router.routes.extend(router.routes)
         if gateway.config.telemetry.metrics_port < 0:
@@ -98,6 +101,11 @@ class Api(FastAPI):
         return self._keyed and needs_key(path, public_models=self._public_models)
 
 
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    """What the router calls without a route, for HTTP and WebSockets."""
+    raise not_found(scope["path"], scope["app"].routes)
+
+
 def _not_allowed(scope: Scope, error: HTTPException) -> tuple[MethodNotAllowed, str]:
     """The error, and the methods that are allowed."""
     allowed = (error.headers or {}).get("Allow", "")
@@ -114,8 +122,8 @@ def make_app(gateway: Gateway) -> ASGIApp:
     app: ASGIApp = Cancellation(Api(gateway), gateway.running)
     app = Authentication(app, gateway.keys, public_models=config.public_models)
     host = config.listen_host
-    if not gateway.keys.required and addresses.is_loopback(host):
-        app = PageGuard(app, {host, *config.allowed_hosts}, config.cors_origins)
+    local = not gateway.keys.required and addresses.is_loopback(host)
+    app = PageGuard(app, {host, *config.allowed_hosts}, config.cors_origins, local=local)
     app = Errors(app)
     if config.cors_origins:
         app = CORSMiddleware(

@@ -20,7 +20,8 @@ from gateway.edge.admission import Admission
 from gateway.edge.auth import Keys
 from gateway.edge.connections import Connections, allow_files
 from gateway.edge.http1 import Connection
-from gateway.edge.limits import IDLE_TIMEOUT_S
+from gateway.edge.limits import IDLE_TIMEOUT_S, MAX_EVENT_BYTES, PING_S
+from gateway.edge.websocket import WebSocketConnection
 from gateway.media.fetch import MediaFetcher
 from gateway.media.reader import MediaReader
 from gateway.output.answer_forms import AnswerForms
@@ -192,6 +193,7 @@ def _gateway(
         settings.max_bytes_in_flight,
         settings.max_requests_per_key,
         holders=lambda: len(keys.callers) or connections.holders,
+        max_sessions=min(settings.max_realtime_sessions, settings.max_connections // 2),
     )
     running = Running("the gateway", log, settings.drain_timeout_s, settings.shutdown_delay_s)
     return Gateway(settings, keys, connections, admission, names, pipeline, running)
@@ -215,7 +217,11 @@ class HttpServer(uvicorn.Server):
             uvicorn.Config(
                 make_app(gateway),
                 http=cast("type[asyncio.Protocol]", partial(Connection, gateway.connections)),
-                ws="none",
+                ws=WebSocketConnection,
+                ws_max_size=MAX_EVENT_BYTES,
+                ws_ping_interval=PING_S,
+                ws_ping_timeout=PING_S,
+                ws_per_message_deflate=False,  # A small message could become a large one.
                 lifespan="off",
                 log_config=None,
                 access_log=False,

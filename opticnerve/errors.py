@@ -9,7 +9,8 @@
     │   ├── AnswerTooLarge          400 INVALID_ARGUMENT      longer than the answer limit
     │   ├── UnsupportedFeature      400 UNIMPLEMENTED         known, and not served here
     │   ├── MethodNotAllowed        405 INVALID_ARGUMENT
-    │   └── UnsupportedMediaType    415 INVALID_ARGUMENT      a request body that is not JSON
+    │   ├── UnsupportedMediaType    415 INVALID_ARGUMENT      a request body that is not JSON
+    │   └── UpgradeRequired         426 INVALID_ARGUMENT      no handshake of a WebSocket
     ├── Unauthenticated             401 UNAUTHENTICATED
     ├── Forbidden                   403 PERMISSION_DENIED
     ├── NotFound                    404 NOT_FOUND
@@ -128,6 +129,11 @@ class MethodNotAllowed(InvalidRequest):
 class UnsupportedMediaType(InvalidRequest):
     http_status = 415
     default_code = "unsupported_media_type"
+
+
+class UpgradeRequired(InvalidRequest):
+    http_status = 426
+    default_code = "upgrade_required"
 
 
 class Unauthenticated(OpticNerveError):

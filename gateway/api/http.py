@@ -4,6 +4,7 @@ API that the path belongs to."""
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
@@ -37,6 +38,7 @@ REF = "#/components/schemas/{model}"
 OFF_LOOP_BYTES = 2**19  # Larger bodies, and those with more values, are parsed in a thread.
 OFF_LOOP_VALUES = 2**12
 B = TypeVar("B", bound=Body)
+T = TypeVar("T")
 
 
 class ErrorDetail(TypedDict):
@@ -95,6 +97,8 @@ def error_headers(error: OpticNerveError) -> dict[str, str]:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
+    if error.http_status == 426:
+        headers |= {"upgrade": "websocket", "sec-websocket-version": "13"}
     if error.http_status == 408:
         headers["connection"] = "close"  # The rest of the body is not read.
     return headers
@@ -134,7 +138,20 @@ async def read_body(
     _check_type(request)
     body = await _receive_body(request, config, ticket.hold_bytes)
     ticket.count_request()
-    most, ignore = config.max_request_values, config.ignore_unknown_fields
+    ignore = config.ignore_unknown_fields
+    read = functools.partial(parse, model, ignore_unknown=ignore)
+    return await read_json(body, read, config, ticket.hold_bytes)
+
+
+async def read_json(
+    body: bytearray,
+    read: Callable[[bytearray | Outline], T],
+    config: GatewayConfig,
+    hold: Callable[[int], None],
+) -> T:
+    """``read`` of JSON that has arrived, once ``hold`` has counted the memory of its values; in a
+    thread if it is long. Raises InvalidRequest, PayloadTooLarge, and the errors of both."""
+    most = config.max_request_values
     long = len(body) > OFF_LOOP_BYTES
     if not long and not body.strip():
         raise InvalidRequest("the body is empty; send a JSON object", code="invalid_json")
@@ -144,10 +161,10 @@ async def read_body(
     values = text.values if isinstance(text, Outline) else count_values(text, most)
     if values > most:
         raise _too_many(most)
-    ticket.hold_bytes(values * VALUE_BYTES)
+    hold(values * VALUE_BYTES)
     if long or values > OFF_LOOP_VALUES:
-        return await off_loop(len(body), parse, model, text, ignore_unknown=ignore)
-    return parse(model, text, ignore_unknown=ignore)
+        return await off_loop(len(body), read, text)
+    return read(text)
 
 
 def _check_type(request: Request) -> None:

@@ -28,6 +28,7 @@ UNSERVED: dict[str, str] = {
     "/v1/pooling": EMBEDDINGS,
     "/v1/classify": EMBEDDINGS,
     "/v1/audio": SPEECH,
+    "/v1/realtime": "open /v1/realtime itself as a WebSocket, with an API key",
     "/v1/images": PICTURES,
     "/v1/videos": PICTURES,
     "/v1/moderations": "it judges no text; ask a model about it in a chat",

@@ -96,7 +96,8 @@ class SharedCapacity:
 
 
 class Admission:
-    """Admits requests within three bounds: requests, requests with new pictures, and bytes."""
+    """Admits requests within three bounds: requests, requests with new pictures, and bytes; and
+    realtime sessions, whose bytes count with those of requests."""
 
     def __init__(
         self,
@@ -104,11 +105,16 @@ class Admission:
         max_bytes: int,
         max_requests_each: int = 0,
         holders: Callable[[], int] = lambda: 1,
+        max_sessions: int = 1,
     ) -> None:
-        """``max_requests_each``, ``holders``: see ``SharedCapacity``."""
+        """``max_requests_each``, of requests and of sessions; ``holders``: see
+        ``SharedCapacity``."""
         what, most = "requests in flight", max(1, int(PICTURES_FRACTION * max_requests))
         self.requests = SharedCapacity(what, max_requests, max_requests_each, holders)
         self.with_pictures = SharedCapacity(f"{what} with new pictures", most, 0, holders)
+        self.sessions = SharedCapacity(
+            "realtime sessions", max_sessions, max_requests_each, holders
+        )
         self.bytes = SharedCapacity("bytes held by requests in flight", max_bytes, 0, holders)
         self._trim_timer: asyncio.TimerHandle | None = None
 
@@ -119,6 +125,19 @@ class Admission:
         Raises Overloaded where it would not be admitted: then its body need not be read.
         """
         self.requests.check(holder)
+        with self._ticket(holder) as ticket:
+            yield ticket
+
+    @contextlib.contextmanager
+    def open_session(self, holder: str) -> Iterator[Ticket]:
+        """Surrounds one realtime session. Its ticket holds what the session keeps; each of its
+        responses is a request with a ticket of its own. Raises Overloaded."""
+        with self._ticket(holder) as ticket:
+            ticket.count_session()
+            yield ticket
+
+    @contextlib.contextmanager
+    def _ticket(self, holder: str) -> Iterator[Ticket]:
         ticket = Ticket(self, holder)
         try:
             yield ticket
@@ -139,7 +158,7 @@ class Admission:
 
 
 class Ticket:
-    """The capacity that one request holds; ``Admission.arrive`` releases it."""
+    """The capacity that one request or session holds; ``Admission`` releases it at its end."""
 
     def __init__(self, admission: Admission, holder: str) -> None:
         self._admission = admission
@@ -154,6 +173,10 @@ class Ticket:
     def count_request(self) -> None:
         """Counts the request among those being served. Raises Overloaded."""
         self._take(self._admission.requests)
+
+    def count_session(self) -> None:
+        """Counts a realtime session. Raises Overloaded."""
+        self._take(self._admission.sessions)
 
     def count_with_pictures(self) -> None:
         """Counts the request among those with new pictures, which may wait long for an encoder and

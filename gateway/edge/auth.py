@@ -26,12 +26,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from starlette.types import Scope
+
 from opticnerve.errors import ConfigError, InvalidRequest, Unauthenticated
 from opticnerve.generation.values import MAX_WEIGHT, MIN_WEIGHT
 
 log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/", "/live", "/ready", "/health", "/openapi.json", "/docs"})
+KEY_PROTOCOL = "openai-insecure-api-key."  # Followed by a key; see ``offered_key``.
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 FORM = "'name: key' or 'key', and then attributes such as tenant=acme, weight=2 or priority=-10"
 _NAME = r"[A-Za-z0-9_.@-]+"
@@ -248,6 +251,14 @@ ATTRIBUTES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "priority": ("min_priority", _read_priority),
 }
 """By name in a key file: the field of Caller, and the function that reads its text."""
+
+
+def offered_key(scope: Scope) -> str | None:
+    """The key that a browser's WebSocket offers as a subprotocol: pages cannot set headers."""
+    for offered in scope.get("subprotocols", ()):
+        if offered.startswith(KEY_PROTOCOL):
+            return str(offered).removeprefix(KEY_PROTOCOL)
+    return None
 
 
 def needs_key(path: str, *, public_models: bool) -> bool:

@@ -6,23 +6,27 @@ of an answer; otherwise it is at work, and never closed for another. Bytes that 
 headers are no progress, so a client cannot keep a connection by sending slowly. A connection with
 pipelined requests counts as waiting, and never as idle.
 
-Bodies of thousands of tiny chunks are read at a limited rate per holder, because each chunk takes
-time of the event loop.
+Bodies of thousands of tiny chunks, and WebSockets with as many frames, are read at a limited rate
+per holder, because each of them takes time of the event loop. A WebSocket is at work between its
+messages: its application bounds how long.
 """
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
 import logging
 import resource
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field
+from enum import Enum
 
-from gateway.edge.http1 import Connection, Wait
 from gateway.edge.limits import (
     BODY_CHUNKS_PER_S,
     FIRST_HEAD_TIMEOUT_S,
     FREE_BODY_CHUNKS,
-    IDLE_TIMEOUT_S,
+    IPV6_NETWORK_BITS,
     NO_PROGRESS_S,
     PROGRESS_BYTES,
 )
@@ -34,20 +38,79 @@ CHECK_S = 1.0  # Interval at which progress of a body or an answer is checked.
 OTHER_FILES = 256  # Open files besides connections: libraries, logs, media being fetched.
 
 
+class Wait(Enum):
+    """What a connection waits for its client to do."""
+
+    HEAD = "a request's headers"
+    BODY = "more of its body"
+    MESSAGE = "more of a WebSocket's message"
+    READER = "to read more of an answer"
+    TURN = "nothing: requests that were sent ahead wait for their turn"
+
+
+def holder_of(client: tuple[str, int] | None, key_name: str | None = None) -> str:
+    """The holder of a request or connection: its key, or else its address or IPv6 network."""
+    if key_name is not None:
+        return f"key {key_name}"
+    host = client[0].partition("%")[0] if client else ""
+    if ":" not in host:
+        return host
+    address = ipaddress.IPv6Address(host)
+    network = ipaddress.ip_network((address, IPV6_NETWORK_BITS), strict=False)
+    return str(address.ipv4_mapped or network)
+
+
+class ClientConnection(ABC):
+    """A client's connection, in any protocol. It calls ``owner.update`` after each event that may
+    change what it waits for. ``wait``, ``since``, ``progress_before`` and ``timer`` are set by the
+    owner."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self, owner: Connections) -> None:
+        self.owner = owner
+        self.address = self.holder = ""
+        self.wait: Wait | None = None
+        self.since = 0.0  # When the wait began, or last made progress, on the loop's clock.
+        self.progress_before = 0  # ``progress()`` at that time.
+        self.timer: asyncio.TimerHandle | None = None
+        self.head_timeout_s = FIRST_HEAD_TIMEOUT_S
+
+    @abstractmethod
+    def expects(self) -> Wait | None:
+        """What the connection waits for; None while it is at work."""
+
+    @abstractmethod
+    def progress(self) -> int:
+        """Bytes that the client has sent, or read of an answer; only differences count."""
+
+    @abstractmethod
+    def current_holder(self) -> str:
+        """The holder of its last request with a key, or its address."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closes the connection, and aborts what is not complete."""
+
+
 @dataclass(slots=True, eq=False)
 class HeldConnections:
     """The connections of one holder. Waiting ones are in order: the longest without progress is
     first."""
 
     size: int = 0
-    idle: dict[Connection, None] = field(default_factory=dict)  # Between requests.
-    stalled: dict[Connection, None] = field(default_factory=dict)  # Within a request, or pipelined.
+    idle: dict[ClientConnection, None] = field(default_factory=dict)  # Between requests.
+    stalled: dict[ClientConnection, None] = field(
+        default_factory=dict
+    )  # Within a request, or pipelined.
     paced_until: float = 0.0  # On the loop's clock: no more chunks are read before.
 
-    def waiting(self, wait: Wait) -> dict[Connection, None]:
+    def waiting(self, wait: Wait) -> dict[ClientConnection, None]:
         return self.idle if wait is Wait.HEAD else self.stalled
 
-    def find_dispensable(self, no_progress_since: float, *, same_holder: bool) -> Connection | None:
+    def find_dispensable(
+        self, no_progress_since: float, *, same_holder: bool
+    ) -> ClientConnection | None:
         """The connection to close for a new one; None if there is none. ``same_holder``: whether
         the new one has the same holder; then no connection is closed within a request that made
         progress after ``no_progress_since``."""
@@ -69,7 +132,7 @@ class Connections:
         self.most = most
         self.most_per_address = most_per_address
         self.stall_timeout_s = stall_timeout_s
-        self._all: set[Connection] = set()
+        self._all: set[ClientConnection] = set()
         self._by_holder: dict[str, HeldConnections] = {}
         self._by_address: Counter[str] = Counter()
         self._full = False
@@ -80,7 +143,7 @@ class Connections:
         """How many keys and addresses have connections."""
         return len(self._by_holder)
 
-    def add(self, connection: Connection) -> None:
+    def add(self, connection: ClientConnection) -> None:
         self._all.add(connection)
         self._by_address[connection.address] += 1
         self._assign(connection)
@@ -99,7 +162,7 @@ class Connections:
             )
         self._full = full
 
-    def remove(self, connection: Connection) -> None:
+    def remove(self, connection: ClientConnection) -> None:
         if connection not in self._all:
             return
         self._all.remove(connection)
@@ -110,7 +173,7 @@ class Connections:
             del self._by_address[connection.address]
             self._full_addresses.discard(connection.address)
 
-    def update(self, connection: Connection) -> None:
+    def update(self, connection: ClientConnection) -> None:
         """To be called after each event that may change what a connection waits for, or its
         holder."""
         if connection not in self._all:
@@ -123,7 +186,7 @@ class Connections:
         if wait is not connection.wait:
             self._set_wait(connection, wait)
 
-    def pacing_delay_s(self, connection: Connection, chunks: int) -> float:
+    def pacing_delay_s(self, connection: ClientConnection, chunks: int) -> float:
         """How long to read nothing from a connection that just sent ``chunks`` chunks of a body.
         Parsing a chunk costs the same however small it is, so the rate of chunks is limited."""
         if chunks <= FREE_BODY_CHUNKS or connection not in self._all:
@@ -132,13 +195,13 @@ class Connections:
         held.paced_until = max(now, held.paced_until) + chunks / BODY_CHUNKS_PER_S
         return held.paced_until - now
 
-    def _assign(self, connection: Connection) -> None:
+    def _assign(self, connection: ClientConnection) -> None:
         held = self._by_holder.setdefault(connection.holder, HeldConnections())
         held.size += 1
         if connection.wait is not None:
             held.waiting(connection.wait)[connection] = None
 
-    def _unassign(self, connection: Connection) -> None:
+    def _unassign(self, connection: ClientConnection) -> None:
         held = self._by_holder[connection.holder]
         held.size -= 1
         if connection.wait is not None:
@@ -146,7 +209,7 @@ class Connections:
         if not held.size:
             del self._by_holder[connection.holder]
 
-    def _set_wait(self, connection: Connection, wait: Wait | None) -> None:
+    def _set_wait(self, connection: ClientConnection, wait: Wait | None) -> None:
         """Begins a wait, or begins the same one again after progress."""
         held, loop = self._by_holder[connection.holder], connection.loop
         if connection.timer is not None:
@@ -159,36 +222,37 @@ class Connections:
         held.waiting(wait)[connection] = None
         connection.since, connection.progress_before = loop.time(), connection.progress()
         if wait is Wait.HEAD:
-            seconds = FIRST_HEAD_TIMEOUT_S if connection.cycle is None else IDLE_TIMEOUT_S
-            connection.timer = loop.call_later(seconds, connection.close)
+            connection.timer = loop.call_later(connection.head_timeout_s, connection.close)
         else:
             connection.timer = loop.call_later(CHECK_S, self._check_progress, connection)
 
-    def _check_progress(self, connection: Connection) -> None:
-        """Closes a connection whose client does not read its answer. A body that stops arriving is
-        left to ``gateway.api.http``, which sends the client an error."""
+    def _check_progress(self, connection: ClientConnection) -> None:
+        """Closes a connection whose client does not read its answer, or leaves a message
+        incomplete. A body that stops arriving is left to ``gateway.api.http``, which sends the
+        client an error."""
         if connection.progress() - connection.progress_before >= PROGRESS_BYTES:
             self._set_wait(connection, connection.wait)
             return
         stalled_s = connection.loop.time() - connection.since
-        if connection.wait is Wait.READER and stalled_s >= self.stall_timeout_s:
+        closes = connection.wait in (Wait.READER, Wait.MESSAGE)
+        if closes and stalled_s >= self.stall_timeout_s:
+            did = "read" if connection.wait is Wait.READER else "sent"
             log.info(
-                "%s read less than %d bytes of an answer in %g s: its connection is closed; see "
-                "--stall-timeout-s",
-                connection.holder, PROGRESS_BYTES, self.stall_timeout_s,
+                "%s %s less than %d bytes in %g s: its connection is closed; see --stall-timeout-s",
+                connection.holder, did, PROGRESS_BYTES, self.stall_timeout_s,
             )  # fmt: skip
             connection.close()
             return
         connection.timer = connection.loop.call_later(CHECK_S, self._check_progress, connection)
 
-    def _close_for(self, new: Connection) -> None:
+    def _close_for(self, new: ClientConnection) -> None:
         waiting = [held for held in self._by_holder.values() if held.idle or held.stalled]
         most = max(waiting, key=lambda held: held.size)  # Not empty: ``new`` waits for its headers.
         no_progress_since = new.loop.time() - NO_PROGRESS_S
         same_holder = most is self._by_holder[new.holder]
         (most.find_dispensable(no_progress_since, same_holder=same_holder) or new).close()
 
-    def _refuse(self, new: Connection) -> None:
+    def _refuse(self, new: ClientConnection) -> None:
         if new.address not in self._full_addresses:
             self._full_addresses.add(new.address)
             log.warning(

@@ -5,10 +5,8 @@ that no request is smuggled past a proxy."""
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import re
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import h11
@@ -17,7 +15,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gateway import metrics
 from gateway.api.http import JSONResponse
-from gateway.edge.limits import IPV6_NETWORK_BITS, MAX_HEAD_BYTES
+from gateway.edge.connections import ClientConnection, Wait, holder_of
+from gateway.edge.limits import IDLE_TIMEOUT_S, MAX_HEAD_BYTES
+from gateway.edge.websocket import WebSocketConnection
 from opticnerve.errors import InvalidRequest
 from opticnerve.telemetry import logs
 
@@ -35,22 +35,14 @@ _QUOTED = re.compile(
 )  # h11's messages quote the client's bytes.
 
 
-class Wait(Enum):
-    """What a connection waits for its client to do."""
-
-    HEAD = "a request's headers"
-    BODY = "more of its body"
-    READER = "to read more of an answer"
-    TURN = "nothing: requests that were sent ahead wait for their turn"
-
-
 class StrictParser(h11.Connection):
     """h11's parser of requests, which by itself accepts lines that end in LF alone, any version of
     one digit, and Content-Length beside Transfer-Encoding.
 
     ``fault``: why a request was refused, without anything that the client sent, which may be a key.
     ``has_more``: bytes have arrived after the request that is being answered. ``body_left``: bytes
-    still to arrive of a body of known length. ``chunks``: chunks of bodies that have arrived.
+    still to arrive of a body of known length. ``has_body``: whether the last request has a body.
+    ``chunks``: chunks of bodies that have arrived.
     """
 
     def __init__(self) -> None:
@@ -58,6 +50,7 @@ class StrictParser(h11.Connection):
         self.fault = ""
         self.has_more = False
         self.body_left = 0
+        self.has_body = False
         self.chunks = 0
         self._chunked = False
 
@@ -89,6 +82,7 @@ class StrictParser(h11.Connection):
         headers = dict(request.headers)
         self.body_left = int(headers.get(b"content-length", 0))  # h11 has validated it.
         self._chunked = b"transfer-encoding" in headers
+        self.has_body = self._chunked or self.body_left > 0
         if self._chunked and (b"content-length" in headers or request.http_version == b"1.0"):
             raise h11.RemoteProtocolError("Transfer-Encoding beside Content-Length or in HTTP/1.0")
 
@@ -117,34 +111,16 @@ class PacedFlow(FlowControl):
         self.resume_reading()
 
 
-def holder_of(client: tuple[str, int] | None, key_name: str | None = None) -> str:
-    """The holder of a request or connection: its key, or else its address or IPv6 network."""
-    if key_name is not None:
-        return f"key {key_name}"
-    host = client[0].partition("%")[0] if client else ""
-    if ":" not in host:
-        return host
-    address = ipaddress.IPv6Address(host)
-    network = ipaddress.ip_network((address, IPV6_NETWORK_BITS), strict=False)
-    return str(address.ipv4_mapped or network)
-
-
-class Connection(H11Protocol):
-    """Calls ``owner.update`` after each event that may change what it waits for. ``wait``,
-    ``since``, ``progress_before`` and ``timer`` are set by the owner."""
+class Connection(ClientConnection, H11Protocol):
+    """A connection while it speaks HTTP/1."""
 
     conn: StrictParser
 
     def __init__(self, owner: Connections, **given: Any) -> None:
         """``given``: uvicorn's arguments."""
-        super().__init__(**given)
-        self.owner = owner
+        H11Protocol.__init__(self, **given)
+        ClientConnection.__init__(self, owner)
         self.conn = StrictParser()
-        self.address = self.holder = ""
-        self.wait: Wait | None = None
-        self.since = 0.0  # When the wait began, or last made progress, on the loop's clock.
-        self.progress_before = 0  # ``progress()`` at that time.
-        self.timer: asyncio.TimerHandle | None = None
         self._received = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -175,9 +151,37 @@ class Connection(H11Protocol):
     def handle_events(self) -> None:
         before = self.cycle
         super().handle_events()
+        if self.cycle is not None:
+            self.head_timeout_s = IDLE_TIMEOUT_S
         self.owner.update(self)
         if self.cycle is not before:
             self.loop.call_soon(self.owner.update, self)  # Once the request's key is known.
+
+    def _should_upgrade_to_ws(self) -> bool:
+        """Whether a request that asks for a WebSocket is a handshake as RFC 6455 has it. To any
+        other request an Upgrade header means nothing."""
+        headers = dict(self.headers)
+        return (
+            self.scope["method"] == "GET"
+            and self.scope["http_version"] == "1.1"
+            and not self.conn.has_body
+            and headers.get(b"sec-websocket-version") == b"13"
+            and b"sec-websocket-key" in headers
+        )
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Hands the connection over to another protocol."""
+        ahead, _ = self.conn.trailing_data
+        self.connections.discard(self)
+        self.owner.remove(self)
+        socket = WebSocketConnection(
+            self.owner,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.app_state,
+        )
+        self.transport.set_protocol(socket)
+        socket.take_over(self.transport, event, ahead)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -192,7 +196,6 @@ class Connection(H11Protocol):
         self.owner.update(self)
 
     def expects(self) -> Wait | None:
-        """What the connection waits for; None while it is at work."""
         if self.flow.write_paused:
             return Wait.READER
         if self.cycle is None or self.cycle.response_complete:
@@ -202,14 +205,11 @@ class Connection(H11Protocol):
         return Wait.TURN if self.conn.has_more else None
 
     def progress(self) -> int:
-        """Bytes that the client has sent of a body, or read of an answer; only differences
-        count."""
         if self.wait is Wait.READER:
             return -self.transport.get_write_buffer_size()
         return self._received if self.wait is Wait.BODY else 0
 
     def current_holder(self) -> str:
-        """The holder of its last request with a key, or its address."""
         keyed = None if self.cycle is None else self.cycle.scope["state"].get("holder")
         return keyed or self.holder
 
@@ -227,7 +227,6 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def close(self) -> None:
-        """Closes the connection, and aborts a request or answer that is not complete."""
         self.owner.remove(self)
         unsent = self.transport.get_write_buffer_size()
         if unsent or self.transport.is_closing() or self.expects() is not Wait.HEAD:

@@ -1,6 +1,6 @@
 """The ASGI layers around every request, outermost first: ``RequestScope``, (CORS), ``Errors``,
-(``PageGuard``), ``Authentication``, ``Cancellation``. The server has no lifespan and no
-websockets: every scope is an HTTP request's."""
+``PageGuard``, ``Authentication``, ``Cancellation``. The server has no lifespan: every scope is an
+HTTP request's, or a WebSocket's, from its handshake to its end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import contextlib
 import logging
 import re
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,8 +20,8 @@ from gateway import metrics
 from gateway.api import sse
 from gateway.api.anthropic.errors import is_anthropic
 from gateway.api.http import send_error, typed
-from gateway.edge.auth import ANONYMOUS, Keys, needs_key
-from gateway.edge.http1 import holder_of
+from gateway.edge.auth import ANONYMOUS, Keys, needs_key, offered_key
+from gateway.edge.connections import holder_of
 from opticnerve import addresses
 from opticnerve.errors import Forbidden, Unauthenticated, UnsupportedMediaType
 from opticnerve.process import LAST_WORDS_S, Running
@@ -34,8 +35,12 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/@\[\]]+)(?::[0-9]*)?")
 MAX_METHOD_CHARACTERS = 20  # In the log.
 MAX_PATH_CHARACTERS = 100  # In the log, of a path without a route.
 MAX_SHOWN = 80  # Characters of a header that an error message repeats.
+INTERNAL_ERROR = 1011  # The code of a close frame.
 CLIENT_LEFT = "cut by the client"
 PROBE_PATHS = frozenset({"/live", "/ready", "/health", "/metrics"})  # Logged as debug lines.
+WEBSOCKET = "WEBSOCKET"  # The method of its requests, in the log.
+# What begins an answer, and its status where the message has none.
+STATUSES = {"http.response.start": 0, "websocket.http.response.start": 0, "websocket.accept": 101}
 ANY = "*"
 BROWSER_HEADERS = ("origin", "sec-fetch-site", "sec-fetch-mode")
 
@@ -46,59 +51,87 @@ def request_id(scope: Scope) -> str:
     return logs.safe_id(given) or f"req-{uuid.uuid4().hex}"
 
 
+@dataclass(slots=True)
+class Served:
+    """What the log line and the metrics of one request tell. ``route``: its path as the API
+    declares it, without the client's text; empty without a route."""
+
+    method: str
+    path: str
+    route: str = ""
+    status: int = 0  # 0: the client left before there was an answer.
+    caller: str = ""
+
+
+@contextlib.contextmanager
+def logged(served: Served, identity: str, what: str = "request") -> Iterator[Served]:
+    """Surrounds one request, which this task serves: counts it and writes its log line, whose
+    message is ``what``. The body of the context completes ``served``."""
+    event = logs.begin_event(identity)
+    in_flight = metrics.REQUESTS_IN_FLIGHT
+    if what == "request":
+        in_flight.inc()
+    try:
+        yield served
+    except Exception as error:
+        typed(error)  # For the log line.
+        raise
+    finally:
+        if what == "request":
+            in_flight.dec()
+        status = served.status or 499
+        metrics.REQUESTS.labels(served.route or "other", str(status)).inc()
+        event.write(
+            log,
+            logging.DEBUG if served.path in PROBE_PATHS else logging.INFO,
+            what,
+            method=served.method[:MAX_METHOD_CHARACTERS],
+            path=served.route or served.path[:MAX_PATH_CHARACTERS],
+            status=status,
+            key=served.caller,
+        )
+
+
 class RequestScope:
-    """Gives a request its id, normalises its path, counts it and writes its log line."""
+    """Gives a request its id, normalises its path, counts it and writes its log line. A WebSocket
+    has one line for all of its time; what it asks for has lines of its own."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        method = scope["method"]
+        is_socket = scope["type"] == "websocket"
+        method = WEBSOCKET if is_socket else scope["method"]
         scope = {**scope, "path": _normalised(scope["path"])}
         if method == "HEAD":  # Every route that takes GET takes it; the server sends no body.
             scope["method"] = "GET"
         state = scope.setdefault("state", {})
         identity = state["request_id"] = request_id(scope)
         state["method"] = method
-        event = logs.begin_event(identity)
-        status = 0  # Until the answer begins.
+        served = Served(method, scope["path"])
 
         async def watched(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            if message["type"] in STATUSES:
+                served.status = message.get("status") or STATUSES[message["type"]]
+                message.setdefault("headers", [])
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = identity
                 if is_anthropic(scope["path"]):
                     headers["request-id"] = identity
             await send(message)
 
-        metrics.REQUESTS_IN_FLIGHT.inc()
-        try:
-            await self.app(scope, receive, watched)
-        except Exception as error:
-            typed(error)  # For the log line; uvicorn closes the connection.
-            raise
-        finally:
-            metrics.REQUESTS_IN_FLIGHT.dec()
-            route, status = _route(scope), status or 499
-            metrics.REQUESTS.labels(route or "other", str(status)).inc()
-            event.write(
-                log,
-                logging.DEBUG if scope["path"] in PROBE_PATHS else logging.INFO,
-                "request",
-                method=method[:MAX_METHOD_CHARACTERS],
-                path=route or scope["path"][:MAX_PATH_CHARACTERS],
-                status=status,
-                key=str(scope["state"].get("caller", "")),
-            )
+        with logged(served, identity, "session" if is_socket else "request"):
+            try:
+                await self.app(scope, receive, watched)
+            finally:
+                served.route, served.caller = _route(scope), str(state.get("caller", ""))
 
 
 class Errors:
     """Turns an error that leaves the application into an answer.
 
-    A stream that has begun ends with the error as an event, in the form of its own API. The
-    connection of any other answer that has begun is closed.
+    A stream that has begun ends with the error as an event, in the form of its own API, an open
+    WebSocket with a close frame. The connection of any other answer that has begun is closed.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -109,7 +142,7 @@ class Errors:
 
         async def watched(message: Message) -> None:
             nonlocal begun, streaming
-            if message["type"] == "http.response.start":
+            if message["type"] in STATUSES:
                 content_type = Headers(scope=message).get("content-type", "")
                 begun, streaming = True, content_type.startswith("text/event-stream")
             elif not message.get("more_body", False):
@@ -125,6 +158,9 @@ class Errors:
             elif streaming:
                 failure = scope["state"].get("failure", sse.failure)
                 await _end_stream(send, failure(shown))
+            elif scope["type"] == "websocket":
+                with contextlib.suppress(OSError):  # The client has left.
+                    await send({"type": "websocket.close", "code": INTERNAL_ERROR})
             else:
                 raise
 
@@ -164,7 +200,8 @@ class Authentication:
         """Raises Unauthenticated."""
         try:
             headers = Headers(scope=scope)
-            caller = self.keys.identify(headers.get("authorization"), headers.get("x-api-key"))
+            api_key = headers.get("x-api-key") or offered_key(scope)
+            caller = self.keys.identify(headers.get("authorization"), api_key)
         except Unauthenticated:
             if needs_key(scope["path"], public_models=self.public_models):
                 raise
@@ -176,24 +213,34 @@ class Authentication:
 
 
 class PageGuard:
-    """Refuses web pages' requests to a gateway without keys, which listens on loopback alone.
+    """Refuses web pages that this server is not for.
 
-    A page opened here can make the browser send requests to loopback addresses, under a host name
-    of its own (DNS rebinding) or across origins. Programs send this machine's name as Host, and
-    no Origin. So the Host must be a name of this machine or one of ``hosts``, and the Origin, if
-    any, this server's or one of ``origins``. ``*`` in either allows any.
+    A page can make its visitor's browser open a WebSocket to any address, and read what comes, so a
+    WebSocket's Origin, if any, must be this server's or one of ``origins``. ``local``: the gateway
+    has no keys and listens on loopback alone. There a page can send requests too, under a host name
+    of its own (DNS rebinding) or across origins. Programs send this machine's name as Host, and no
+    Origin. So the Host must be a name of this machine or one of ``hosts``, and every request's
+    Origin is checked. ``*`` in either allows any.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str], origins: Collection[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, hosts: Collection[str], origins: Collection[str], *, local: bool
+    ) -> None:
         self.app = app
         self.hosts = {host.strip("[]").lower() for host in hosts}
         self.origins = set(origins)
+        self.local = local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises Forbidden and UnsupportedMediaType."""
+        if self.local or scope["type"] == "websocket":
+            self._check(scope)
+        await self.app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         host, origin = headers.get("host", "").lower(), headers.get("origin")
-        if host and not self._is_ours(host):
+        if self.local and host and not self._is_ours(host):
             raise Forbidden(
                 f"this server has no keys and is for this machine alone, and the request is for "
                 f"the host {printable(host, MAX_SHOWN)!r}; call it as localhost, or see "
@@ -201,18 +248,17 @@ class PageGuard:
                 code="host_not_allowed",
             )
         if origin is not None and not self._is_allowed(origin, host):
+            why = "has no keys and is for this machine alone" if self.local else "is not for it"
             raise Forbidden(
-                f"this server has no keys and is for this machine alone, and the request is from "
-                f"a page of {printable(origin, MAX_SHOWN)!r}; see --cors-origins and "
-                "--api-key-file",
+                f"the request is from a page of {printable(origin, MAX_SHOWN)!r}, and this server "
+                f"{why}; see --cors-origins{' and --api-key-file' if self.local else ''}",
                 code="origin_not_allowed",
             )
         # Without a preflight request, a page can send a body without a type, or with another one.
         from_browser = any(name in headers for name in BROWSER_HEADERS)
         typeless = not headers.get("content-type", "").strip()
-        if scope["method"] == "POST" and from_browser and typeless:
+        if scope.get("method") == "POST" and from_browser and typeless:
             raise UnsupportedMediaType("the body has no type; send JSON as application/json")
-        await self.app(scope, receive, send)
 
     def _is_ours(self, host: str) -> bool:
         found = _HOST.fullmatch(host)
@@ -229,7 +275,8 @@ class Cancellation:
     still runs when the gateway's drain is over, which then raises Unavailable.
 
     Once the body is read, only this layer receives from the client; the application's ``receive``
-    then returns when the client disconnects.
+    then returns when the client disconnects. A WebSocket's application reads from its client at
+    all times, and cancels by itself.
     """
 
     def __init__(self, app: ASGIApp, running: Running) -> None:
@@ -237,6 +284,9 @@ class Cancellation:
         self.running = running
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await self.app(scope, receive, send)
+            return
         client = _ClientChannel(receive, send)
         async with self.running.work():
             work = asyncio.ensure_future(self.app(scope, client.receive, client.send))

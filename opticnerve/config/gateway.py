@@ -173,8 +173,15 @@ class GatewayConfig:
         "answered; 0: no limit, but with several keys the last quarter of places and bytes is "
         "reserved for those that have less than an equal share",
     )
+    max_realtime_sessions: int = _limits(
+        256,
+        "open realtime sessions, at most half of --max-connections, over which a 429 is answered; "
+        "--max-requests-per-key applies to them too",
+    )
     max_bytes_in_flight: int = _limits(
-        2**30, "bytes held by requests in flight, over which a 429 is answered", size=True
+        2**30,
+        "bytes held by requests in flight and realtime sessions, over which a 429 is answered",
+        size=True,
     )
     max_request_bytes: int = _limits(64 * 2**20, "size of one HTTP request body", size=True)
     max_request_values: int = _limits(

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from gateway.edge import connections
-from gateway.edge.http1 import READ_BYTES, Connection, Wait
+from gateway.edge import connections, http1
+from gateway.edge.connections import Wait
+from gateway.edge.http1 import READ_BYTES, Connection
 from opticnerve.errors import ConfigError
 from tests.fakes import until
 from tests.gateways import body, connected, rest, stack
@@ -47,7 +48,7 @@ async def test_a_connection_without_a_whole_head_is_closed(sent, monkeypatch):
 
 
 async def test_a_body_that_nobody_reads_keeps_no_connection(monkeypatch):
-    monkeypatch.setattr(connections, "IDLE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(http1, "IDLE_TIMEOUT_S", 0.2)
     async with stack(encoders=0, llms=0, ready=False) as s, connected(s) as (reader, writer):
         head = b"POST /v1/nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n"
         writer.write(head)

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from gateway.edge.http1 import Wait
+from gateway.edge.connections import Wait
 from gateway.edge.limits import PROGRESS_BYTES
 from tests.fakes import until
 from tests.gateways import body, connected, keys_of, rest, stack

@@ -6,8 +6,7 @@ import itertools
 
 import pytest
 
-from gateway.edge.connections import CHECK_S, Connections
-from gateway.edge.http1 import Wait, holder_of
+from gateway.edge.connections import CHECK_S, Connections, Wait, holder_of
 from gateway.edge.limits import (
     BODY_CHUNKS_PER_S,
     FIRST_HEAD_TIMEOUT_S,
@@ -58,7 +57,8 @@ class Line:
     def __init__(self, owner, loop, address):
         self.owner, self.loop = owner, loop
         self.address = self.holder = address
-        self.wait = self.timer = self.cycle = self.key = None
+        self.wait = self.timer = self.key = None
+        self.head_timeout_s = FIRST_HEAD_TIMEOUT_S
         self.since, self.progress_before, self.count = 0.0, 0, 0
         self.does = Wait.HEAD
         self.open = True
@@ -79,7 +79,7 @@ class Line:
 
     def turn(self, does, key=None):
         """It begins a request, goes on with it or ends it."""
-        self.cycle, self.does, self.key = object(), does, key
+        self.head_timeout_s, self.does, self.key = IDLE_TIMEOUT_S, does, key
         self.owner.update(self)
         return self
 

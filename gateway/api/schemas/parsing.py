@@ -170,7 +170,7 @@ def parse(
     Raises InvalidRequest, whose ``param`` is the path of the first field at fault, such as
     ``messages[0].content[1].image_url.url``, and UnsupportedFeature. Values are never repeated.
     """
-    raw = dict(body) if isinstance(body, Mapping) else _decode(body)
+    raw = dict(body) if isinstance(body, Mapping) else decode(body)
     without_effect: list[str] = []
     raw = _drop_unsupported(raw, model, without_effect)
     context = ValidationContext(ignore_unknown)
@@ -254,7 +254,8 @@ def _check_part(part: Mapping[str, Any], path: str) -> None:
         )
 
 
-def _decode(body: bytes | bytearray | str | Outline) -> dict[str, Any]:
+def decode(body: bytes | bytearray | str | Outline) -> dict[str, Any]:
+    """The JSON object that is a body. Raises InvalidRequest."""
     if isinstance(body, bytes | bytearray):
         body = body.removeprefix(BOM)
     try:

@@ -1,0 +1,310 @@
+"""What a client may send in a realtime session, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from gateway.api.realtime.items import AnyInputItem, AnyNewItem, ItemId
+from gateway.api.schemas.base import (
+    INTEGRAL,
+    Body,
+    BoundedList,
+    Strict,
+    UnsupportedField,
+    at_most,
+    fault,
+    join,
+    no_larger,
+)
+from gateway.api.schemas.long_json import Outline
+from gateway.api.schemas.messages import Effort
+from gateway.api.schemas.parsing import decode, parse
+from gateway.api.schemas.sampling import SamplingFields
+from gateway.edge.limits import MAX_ITEM_CHARACTERS, MAX_SESSION_TOOLS
+from gateway.job import CallMode, Tool, ToolUse
+from opticnerve.errors import InvalidRequest, UnsupportedFeature, did_you_mean
+from opticnerve.telemetry.logs import printable
+
+TRANSCRIPT = "send a transcript as input_text"
+TEXT_ONLY = 'ask for text: output_modalities ["text"]'
+UNSUPPORTED_EVENTS = {
+    "input_audio_buffer.append": TRANSCRIPT,
+    "input_audio_buffer.clear": TRANSCRIPT,
+    "input_audio_buffer.commit": TRANSCRIPT,
+    "output_audio_buffer.clear": "answers are text; send response.cancel to end one",
+    "conversation.item.truncate": "it cuts audio; delete the item and create a shorter one",
+    "transcription_session.update": "send session.update with a session of type realtime",
+}
+UNSUPPORTED_PARTS = {
+    "input_audio": TRANSCRIPT,
+    "output_audio": "send its transcript as output_text",
+}
+MCP = "call the tool yourself, and send its result as a function_call_output"
+UNSUPPORTED_ITEMS = dict.fromkeys(
+    ("mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools"), MCP
+)
+MAX_AUDIO_FIELDS = 16  # Of an object that is looked through; its depth is the JSON parser's.
+MAX_SHOWN = 80  # Characters of an event's type that an error message repeats.
+
+EventId = Annotated[str, Field(max_length=512)]
+
+
+# ---- settings
+
+
+class RealtimeTool(Strict):
+    """A function that the model may call."""
+
+    type: Literal["function"] = "function"
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ChosenFunction(Strict):
+    type: Literal["function"]
+    name: str
+
+
+class RealtimeReasoning(Strict):
+    effort: Effort | None = None
+
+
+class ResponseDefaults(SamplingFields):
+    """What a session sets for all of its responses, and a response for itself. Besides OpenAI's
+    fields it takes the sampling fields of the other APIs."""
+
+    unsupported: ClassVar[Mapping[str, UnsupportedField]] = {
+        "audio": UnsupportedField(({},), TEXT_ONLY),
+        "output_modalities": UnsupportedField((["text"],), 'ask for ["text"]'),
+        "prompt": UnsupportedField((), "send its text as instructions"),
+        "include": UnsupportedField(([],), "leave it out"),
+        "tracing": UnsupportedField((), "leave it out"),
+        "truncation": UnsupportedField(("disabled",), "delete items that are no longer needed"),
+        "voice": UnsupportedField((), TEXT_ONLY),
+        "turn_detection": UnsupportedField((), TRANSCRIPT),
+    }
+
+    instructions: Annotated[str, Field(max_length=MAX_ITEM_CHARACTERS)] | None = None
+    max_output_tokens: (
+        Annotated[int, Field(ge=1, le=2**31 - 1), INTEGRAL] | Literal["inf"] | None
+    ) = None
+    tools: Annotated[BoundedList[RealtimeTool], no_larger(MAX_SESSION_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: RealtimeReasoning | None = None
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> ResponseDefaults:
+        if self.n not in (None, 1):
+            raise fault("n", "should be 1: a response is one answer")
+        return self
+
+    def merged(self, newer: ResponseDefaults) -> ResponseDefaults:
+        """These settings, with those that ``newer`` sets in their place."""
+        mine = ResponseDefaults.model_fields.keys()
+        changes = {name: getattr(newer, name) for name in newer.model_fields_set & mine}
+        return self.model_copy(update=changes)
+
+    def shown(self) -> dict[str, Any]:
+        """The settings as events have them; what is not set is left out."""
+        given = self.model_dump(mode="json", exclude_none=True)
+        for name, field in SamplingFields.model_fields.items():
+            if given.get(name) == field.default:
+                given.pop(name, None)
+        return {
+            "output_modalities": ["text"],
+            "instructions": "",
+            "max_output_tokens": "inf",
+            "tools": [],
+            "tool_choice": "auto",
+            **given,
+        }
+
+    def tool_use(self) -> ToolUse | None:
+        """Raises InvalidRequest for a choice of tools that are not there."""
+        tools = tuple(
+            Tool(tool.name, tool.description or "", tool.parameters, bool(tool.strict))
+            for tool in self.tools or ()
+        )
+        choice = self.tool_choice or "auto"
+        name = choice.name if isinstance(choice, ChosenFunction) else ""
+        if name and all(tool.name != name for tool in tools):
+            raise InvalidRequest("tool_choice: names no tool of tools", param="tool_choice")
+        if choice == "required" and not tools:
+            raise InvalidRequest("tool_choice: required, but there are no tools", param="tools")
+        if not tools:
+            return None
+        mode = CallMode.NAMED if isinstance(choice, ChosenFunction) else CallMode(choice)
+        return ToolUse(tools, mode, name, parallel=self.parallel_tool_calls is not False)
+
+
+class SessionSettings(ResponseDefaults):
+    type: Literal["realtime"] = "realtime"
+    model: str | None = None
+
+
+class ResponseSettings(ResponseDefaults):
+    conversation: Literal["auto", "none"] = "auto"
+    input: BoundedList[AnyInputItem] | None = None
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], at_most(16)] | None = None
+
+
+def _no_settings() -> ResponseSettings:
+    return ResponseSettings.model_validate({})
+
+
+# ---- events
+
+
+class ClientEvent(Body):
+    type: str
+    event_id: EventId | None = None
+
+
+class SessionUpdate(ClientEvent):
+    session: SessionSettings
+
+
+class ItemCreate(ClientEvent):
+    item: AnyNewItem
+    previous_item_id: ItemId | None = None
+
+
+class ItemDelete(ClientEvent):
+    item_id: ItemId
+
+
+class ItemRetrieve(ClientEvent):
+    item_id: ItemId
+
+
+class ResponseCreate(ClientEvent):
+    response: ResponseSettings = Field(default_factory=_no_settings)
+
+
+class ResponseCancel(ClientEvent):
+    response_id: ItemId | None = None
+
+
+EVENTS: dict[str, type[ClientEvent]] = {
+    "session.update": SessionUpdate,
+    "conversation.item.create": ItemCreate,
+    "conversation.item.delete": ItemDelete,
+    "conversation.item.retrieve": ItemRetrieve,
+    "response.create": ResponseCreate,
+    "response.cancel": ResponseCancel,
+}
+SETTINGS: dict[str, type[ResponseDefaults]] = {
+    "session": SessionSettings,
+    "response": ResponseSettings,
+}
+
+
+def read_event(
+    text: bytearray | Outline, *, ignore_unknown: bool = False
+) -> tuple[str | None, ClientEvent | InvalidRequest]:
+    """The client's id of an event, if it has one, and the event, or what is wrong with it. Raises
+    InvalidRequest for text that is no event at all."""
+    raw = decode(text)
+    given = raw.get("event_id")
+    event_id = given if isinstance(given, str) and len(given) <= 512 else None
+    try:
+        return event_id, _event(raw, ignore_unknown)
+    except InvalidRequest as error:
+        return event_id, error
+
+
+def _event(raw: dict[str, Any], ignore_unknown: bool) -> ClientEvent:
+    kind = _kind(raw.get("type"))
+    _check_items(raw)
+    for name, model in SETTINGS.items():
+        if isinstance(settings := raw.get(name), dict):
+            raw[name] = _read_settings(model, settings, name, ignore_unknown)
+    return parse(EVENTS[kind], raw, ignore_unknown=ignore_unknown)[0]
+
+
+def _kind(kind: Any) -> str:
+    """An event's type. Raises InvalidRequest."""
+    if isinstance(kind, str) and kind in UNSUPPORTED_EVENTS:
+        raise UnsupportedFeature(
+            f"{kind}: this server takes text and pictures; {UNSUPPORTED_EVENTS[kind]}",
+            param="type",
+        )
+    if isinstance(kind, str) and kind in EVENTS:
+        return kind
+    known = ", ".join(EVENTS)
+    if not isinstance(kind, str):
+        raise InvalidRequest(f"type: should be one of {known}", param="type", code="invalid_event")
+    shown, near = printable(kind, MAX_SHOWN), did_you_mean(kind[:MAX_SHOWN], EVENTS)
+    raise InvalidRequest(
+        f"type: there is no event {shown!r}{near or f'; it should be one of {known}'}",
+        param="type",
+        code="invalid_event",
+    )
+
+
+def _read_settings(
+    model: type[ResponseDefaults], settings: Mapping[str, Any], path: str, ignore_unknown: bool
+) -> ResponseDefaults:
+    """Settings are read as a body is, so that unknown fields are refused and unsupported ones
+    named."""
+    if settings.get("type") == "transcription":
+        raise UnsupportedFeature(
+            f"{path}.type: sessions of type transcription are not supported; {TRANSCRIPT}",
+            param=f"{path}.type",
+        )
+    try:
+        return parse(model, _without_nulls(settings), ignore_unknown=ignore_unknown)[0]
+    except InvalidRequest as error:
+        at = join(path, error.param) if error.param else path
+        raise type(error)(f"{path}.{error.message}", param=at, code=error.code) from error
+
+
+def _without_nulls(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without an ``audio`` that sets nothing: clients send ``turn_detection: null``."""
+    return {
+        name: value for name, value in settings.items() if name != "audio" or not _is_null(value)
+    }
+
+
+def _is_null(value: Any) -> bool:
+    if isinstance(value, dict) and len(value) <= MAX_AUDIO_FIELDS:
+        return all(map(_is_null, value.values()))
+    return value is None
+
+
+def _check_items(raw: Mapping[str, Any]) -> None:
+    """Raises UnsupportedFeature for items and parts that other servers take. Malformed ones are
+    left to the models."""
+    if "item" in raw:
+        _check_item(raw["item"], "item")
+    response = raw.get("response")
+    given = response.get("input") if isinstance(response, dict) else None
+    for place, item in enumerate(given if isinstance(given, list) else ()):
+        _check_item(item, f"response.input[{place}]")
+
+
+def _check_item(item: Any, path: str) -> None:
+    if not isinstance(item, dict):
+        return
+    _refuse_kind(item, path, UNSUPPORTED_ITEMS, "items")
+    content = item.get("content")
+    for place, part in enumerate(content if isinstance(content, list) else ()):
+        if isinstance(part, dict):
+            _refuse_kind(part, f"{path}.content[{place}]", UNSUPPORTED_PARTS, "parts")
+
+
+def _refuse_kind(
+    value: Mapping[str, Any], path: str, unsupported: Mapping[str, str], what: str
+) -> None:
+    kind = value.get("type")
+    if isinstance(kind, str) and (instead := unsupported.get(kind)):
+        raise UnsupportedFeature(
+            f'{path}: {what} of type "{kind}" are not supported by this server; {instead}',
+            param=f"{path}.type",
+        )

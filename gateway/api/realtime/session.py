@@ -1,0 +1,375 @@
+"""One realtime session: what a client's events do, and the responses under way.
+
+Knows no sockets: events come in as text, and go out through ``send``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gateway.api.http import read_json, typed
+from gateway.api.realtime.client_events import (
+    ClientEvent,
+    ItemCreate,
+    ItemDelete,
+    ItemRetrieve,
+    ResponseCancel,
+    ResponseCreate,
+    ResponseDefaults,
+    ResponseSettings,
+    SessionSettings,
+    SessionUpdate,
+    read_event,
+)
+from gateway.api.realtime.conversation import Conversation
+from gateway.api.realtime.items import Item, ItemReference, chat_of, new_id
+from gateway.api.realtime.writer import ResponseWriter, ServerEvent, with_ids
+from gateway.api.schemas.messages import Message
+from gateway.api.schemas.sampling import SamplingFields
+from gateway.clock import Deadline, expired
+from gateway.edge.admission import Ticket
+from gateway.edge.auth import Caller
+from gateway.edge.limits import ERROR_DELIVERY_S, MAX_SESSION_RESPONSES
+from gateway.edge.middleware import WEBSOCKET, Served, logged
+from gateway.edge.threads import off_loop_above
+from gateway.job import UNLIMITED, ChatPrompt, GenerationOptions, Job, ToolUse
+from gateway.output.events import AnswerEvent, End
+from opticnerve.errors import (
+    Cancelled,
+    InvalidRequest,
+    OpticNerveError,
+    Overloaded,
+    Unavailable,
+)
+from opticnerve.telemetry import logs
+
+if TYPE_CHECKING:
+    from gateway.app import Gateway
+
+PATH = "/v1/realtime"
+OFF_LOOP_ITEMS = 64  # A prompt of more items is made in a thread.
+NUMBER_CHARACTERS = (
+    8  # Of a session's id, replaced by a response's number in the id of its request.
+)
+
+
+class ClientLeft(Exception):
+    """There is nobody to send to."""
+
+
+class ClientCancelled(Exception):
+    """The client asked for a response's end."""
+
+
+Send = Callable[[ServerEvent], Awaitable[None]]
+"""Sends one event, once the client has read enough of those before it. Raises ClientLeft."""
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Whose session it is; ``request_id`` is that of the handshake."""
+
+    caller: Caller
+    holder: str
+    request_id: str
+
+
+class RunningResponse:
+    """A response under way, up to its last events."""
+
+    def __init__(self, writer: ResponseWriter, in_conversation: bool, request_id: str) -> None:
+        self.writer = writer
+        self.in_conversation = in_conversation
+        self.request_id = request_id
+        self._cancelled = False
+        self._wait: asyncio.Timeout | None = None  # Around the wait for the pipeline.
+
+    def cancel(self) -> None:
+        """Ends the generation, but no send: the client gets all events to the response's end."""
+        if self._wait is not None and not self._cancelled:
+            self._wait.reschedule(asyncio.get_running_loop().time())
+        self._cancelled = True
+
+    async def next(self, events: AsyncGenerator[AnswerEvent, None]) -> AnswerEvent:
+        """The next of the pipeline's events. Raises ClientCancelled."""
+        if not self._cancelled:
+            self._wait = asyncio.timeout(None)
+            try:
+                async with self._wait:
+                    return await anext(events)
+            except TimeoutError:
+                if not self._cancelled:
+                    raise
+            finally:
+                self._wait = None
+        raise ClientCancelled
+
+
+class Session:
+    """A session of one client. ``ticket`` holds the bytes of its conversation and events."""
+
+    def __init__(
+        self, gateway: Gateway, client: Client, ticket: Ticket, model: str, send: Send
+    ) -> None:
+        self.id = new_id("sess")
+        self.conversation = Conversation(ticket, gateway.config.max_request_bytes)
+        self._gateway = gateway
+        self._client = client
+        self._ticket = ticket
+        self._settings: ResponseDefaults = SessionSettings.model_validate({"model": model})
+        self._settings_bytes = 0
+        self._send = send
+        self._responses: dict[str, RunningResponse] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._count = 0  # Of responses so far.
+        self._stopping = False
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._tasks)
+
+    async def open(self) -> None:
+        await self._emit([{"type": "session.created", "session": self._shown()}])
+
+    async def take(self, text: bytearray) -> None:
+        """Does what an event of the client says. What is wrong with it is answered with an
+        ``error`` event, and the session goes on."""
+        held = 0
+
+        def hold(num_bytes: int) -> None:
+            nonlocal held
+            self._ticket.hold_bytes(num_bytes)
+            held += num_bytes
+
+        event_id = None
+        try:
+            ignore = self._gateway.config.ignore_unknown_fields
+            read = functools.partial(read_event, ignore_unknown=ignore)
+            event_id, event = await read_json(text, read, self._gateway.config, hold)
+            if isinstance(event, InvalidRequest):
+                raise event
+            await self._obey(event)
+        except OpticNerveError as error:
+            await self.tell(error, event_id)
+        except ClientLeft:
+            raise
+        except Exception as error:
+            await self.tell(typed(error), event_id)
+        finally:
+            self._ticket.free_bytes(held)
+
+    async def tell(self, error: OpticNerveError, event_id: str | None = None) -> None:
+        """Sends an error. ``event_id``: the client's, of the event at fault."""
+        detail = {**error.to_openai()["error"], "event_id": event_id}
+        logs.note(error=error.code or error.type)
+        await self._emit([{"type": "error", "error": detail}])
+
+    async def drain(self) -> None:
+        """Begins no more responses, and returns when those under way have ended."""
+        self._stopping = True
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def close(self) -> None:
+        """Ends all responses without a word, and frees what they hold."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        logs.note(responses=self._count)
+
+    # ---- client events
+
+    async def _obey(self, event: ClientEvent) -> None:
+        match event:
+            case SessionUpdate():
+                await self._update(event.session)
+            case ItemCreate():
+                await self._create_item(event)
+            case ItemDelete(item_id=item_id):
+                self.conversation.remove(item_id)
+                await self._emit([{"type": "conversation.item.deleted", "item_id": item_id}])
+            case ItemRetrieve(item_id=item_id):
+                item = self.conversation.get(item_id, "item_retrieve_invalid_item_id")
+                await self._emit([{"type": "conversation.item.retrieved", "item": item.shown()}])
+            case ResponseCreate():
+                await self._create_response(event.response)
+            case ResponseCancel():
+                self._cancel_response(event.response_id)
+
+    async def _update(self, newer: SessionSettings) -> None:
+        self._gateway.names.check(newer.model, "session.model")
+        settings = self._settings.merged(newer)
+        settings.tool_use()  # A session may not have a choice that each response would refuse.
+        size = len(settings.model_dump_json())
+        self._ticket.hold_bytes(size)
+        self._ticket.free_bytes(self._settings_bytes)
+        self._settings, self._settings_bytes = settings, size
+        await self._emit([{"type": "session.updated", "session": self._shown()}])
+
+    async def _create_item(self, event: ItemCreate) -> None:
+        item = Item.of(event.item)
+        previous = self.conversation.add(item, event.previous_item_id)
+        told = {"previous_item_id": previous, "item": item.shown()}
+        kinds = ("conversation.item.added", "conversation.item.done")
+        await self._emit({"type": kind, **told} for kind in kinds)
+
+    def _cancel_response(self, response_id: str | None) -> None:
+        for response in self._responses.values():
+            if response_id == response.writer.id or (not response_id and response.in_conversation):
+                response.cancel()
+                return
+        raise InvalidRequest(
+            "there is no such response in progress",
+            param="response_id" if response_id else None,
+            code="response_cancel_not_active",
+        )
+
+    # ---- responses
+
+    async def _create_response(self, given: ResponseSettings) -> None:
+        self._check_response(given)
+        settings = self._settings.merged(given)
+        tools = settings.tool_use()
+        items = tuple(self.conversation) if given.input is None else self._input(given)
+        prompt = await off_loop_above(OFF_LOOP_ITEMS, len(items), _prompt, settings, tools, items)
+        in_conversation = given.conversation == "auto"
+        writer = ResponseWriter(
+            self.conversation if in_conversation else None,
+            settings.max_output_tokens or "inf",
+            given.metadata,
+        )
+        self._count += 1
+        number = f"-{self._count}"
+        identity = self._client.request_id[: logs.MAX_ID - NUMBER_CHARACTERS] + number
+        response = RunningResponse(writer, in_conversation, identity)
+        self._responses[writer.id] = response
+        await self._emit(writer.begin())
+        task = asyncio.create_task(self._respond(response, prompt, _options(settings, tools)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _check_response(self, given: ResponseSettings) -> None:
+        if self._stopping:
+            raise stopping()
+        if given.conversation == "auto" and any(
+            each.in_conversation for each in self._responses.values()
+        ):
+            raise InvalidRequest(
+                "the conversation has a response in progress; wait for its response.done, cancel "
+                'it, or create this one with conversation "none"',
+                param="response.conversation",
+                code="conversation_already_has_active_response",
+            )
+        if len(self._responses) >= MAX_SESSION_RESPONSES:
+            raise Overloaded(
+                f"the session has {MAX_SESSION_RESPONSES} responses in progress; wait until one "
+                "has ended"
+            )
+
+    def _input(self, given: ResponseSettings) -> tuple[Item, ...]:
+        return tuple(
+            self.conversation.get(new.id, "item_reference_invalid_item_id")
+            if isinstance(new, ItemReference)
+            else Item.of(new)
+            for new in given.input or ()
+        )
+
+    async def _respond(
+        self, response: RunningResponse, prompt: ChatPrompt, options: GenerationOptions
+    ) -> None:
+        """Runs one response to its end. It is one request, with a line of its own in the log."""
+        writer = response.writer
+        caller = str(self._client.caller)
+        with logged(Served(WEBSOCKET, PATH, PATH, caller=caller), response.request_id) as served:
+            try:
+                last = writer.take(await self._generate(response, prompt, options))
+                served.status = 200
+            except ClientLeft:
+                return
+            except ClientCancelled:
+                served.status, last = Cancelled.http_status, writer.end("cancelled")
+                logs.note(ended="cancelled by the client")
+            except Exception as error:
+                shown = typed(error)
+                served.status, last = shown.http_status, writer.end("failed", shown)
+            finally:
+                del self._responses[writer.id]  # Before response.done: the client may go on then.
+            with contextlib.suppress(ClientLeft):
+                await self._emit(last)
+
+    async def _generate(
+        self, response: RunningResponse, prompt: ChatPrompt, options: GenerationOptions
+    ) -> End:
+        """Sends the events of a response as they come; returns the last of the pipeline's."""
+        gateway, client = self._gateway, self._client
+        deadline = Deadline.after(gateway.config.request_timeout_s)
+        late = asyncio.timeout(deadline.remaining() + ERROR_DELIVERY_S)
+        try:
+            async with gateway.running.work(), late:
+                with gateway.admission.arrive(client.holder) as ticket:
+                    ticket.count_request()
+                    job = Job(prompt, options, response.request_id, client.caller, deadline, ticket)
+                    async with contextlib.aclosing(gateway.pipeline.run(job)) as events:
+                        while not isinstance(event := await response.next(events), End):
+                            await self._emit(response.writer.take(event))
+                        return event
+        except TimeoutError as error:
+            if late.expired():  # The client does not read.
+                raise expired() from error
+            raise
+
+    # ---- server events
+
+    async def _emit(self, events: Iterable[ServerEvent]) -> None:
+        for event in with_ids(events):
+            await self._send(event)
+
+    def _shown(self) -> dict[str, Any]:
+        return {"object": "realtime.session", "id": self.id, **self._settings.shown()}
+
+
+def stopping() -> Unavailable:
+    return Unavailable(
+        "the gateway is stopping; open a new session", code="server_stopping", retry_after_s=1.0
+    )
+
+
+def _prompt(
+    settings: ResponseDefaults, tools: ToolUse | None, items: tuple[Item, ...]
+) -> ChatPrompt:
+    """Raises InvalidRequest if there is nothing to answer."""
+    messages, sources, size = chat_of(items)
+    if settings.instructions:
+        system = {"role": "system", "content": settings.instructions}
+        messages.insert(0, Message.model_validate(system))
+        size += len(settings.instructions)
+    if not messages:
+        raise InvalidRequest(
+            "there is nothing to answer; create an item first, or give instructions or input",
+            param="response.input",
+        )
+    return ChatPrompt(
+        messages=messages,
+        size=size,
+        sources=tuple(sources),
+        reasoning_effort=settings.reasoning.effort if settings.reasoning else None,
+        tools=tools.tools if tools else (),
+    )
+
+
+def _options(settings: ResponseDefaults, tools: ToolUse | None) -> GenerationOptions:
+    most = settings.max_output_tokens
+    fields = {name: getattr(settings, name) for name in SamplingFields.model_fields}
+    return GenerationOptions(
+        sampling=SamplingFields.model_construct(**fields),
+        max_tokens=UNLIMITED if most == "inf" else most,
+        max_tokens_field="max_output_tokens",
+        running_usage=True,  # So that a response that is cut has its usage.
+        tools=tools,
+    )
