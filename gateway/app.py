@@ -17,6 +17,7 @@ from gateway.api.anthropic import routes as anthropic
 from gateway.api.http import send_error
 from gateway.api.models import ServedNames
 from gateway.api.realtime import route as realtime
+from gateway.api.responses import routes as responses
 from gateway.api.routing import WARNINGS
 from gateway.api.schemas.parsing import problem_text
 from gateway.api.unserved import not_found
@@ -41,6 +42,7 @@ APIS = (
     completions.router,
     anthropic.router,
     realtime.router,
+    responses.router,
     apply_template.router,
     models.router,
     health.router,

@@ -11,6 +11,7 @@ import pytest
 from gateway.api.apply_template import ApplyTemplateRequest
 from gateway.api.chat import ChatRequest
 from gateway.api.completions import CompletionRequest
+from gateway.api.responses.request import ResponsesRequest
 from gateway.api.schemas.base import Strict
 from gateway.api.schemas.parsing import Ignored, parse
 from opticnerve.errors import InvalidRequest
@@ -56,11 +57,32 @@ def models(kind: Any, found: list[type[Strict]]) -> list[type[Strict]]:
     return found
 
 
-MODELS = [*models(ChatRequest, []), ApplyTemplateRequest, CompletionRequest]
+MODELS = [
+    *models(ResponsesRequest, models(ChatRequest, [])),
+    ApplyTemplateRequest,
+    CompletionRequest,
+]
 BASES: dict[str, dict[str, Any]] = {
     "ChatRequest": body(),
     "ApplyTemplateRequest": {"messages": [user()]},
     "CompletionRequest": {"model": "model", "prompt": "Once"},
+    "ResponsesRequest": {"model": "model", "input": "hi"},
+    "InputText": {"type": "input_text", "text": "x"},
+    "InputImage": {"type": "input_image", "image_url": URL},
+    "AnswerText": {"type": "output_text", "text": "x"},
+    "InputMessage": {"role": "user", "content": "x"},
+    "InputCall": {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+    "InputCallOutput": {"type": "function_call_output", "call_id": "c", "output": "x"},
+    "InputReasoning": {"type": "reasoning"},
+    "InputReasoningText": {"type": "reasoning_text", "text": "x"},
+    "ChosenTool": {"type": "function", "name": "f"},
+    "AllowedToolList": {
+        "type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]
+    },
+    "TextFormat": {"type": "text"},
+    "JsonObjectFormat": {"type": "json_object"},
+    "ResponsesTool": {"type": "function", "name": "f"},
+    "JsonSchemaFormat": {"type": "json_schema", "name": "f", "schema": {}},
     "Message": {"role": "assistant"},
     "TextPart": {"type": "text", "text": "x"},
     "RefusalPart": {"type": "refusal", "refusal": "x"},
@@ -84,4 +106,4 @@ BASES: dict[str, dict[str, Any]] = {
         "mode": "auto",
         "tools": [{"type": "function", "function": {"name": "f"}}],
     },
-}
+}  # fmt: skip

@@ -101,9 +101,11 @@ _TIMINGS_HEADER = {
 TIMINGS_HEADER = {"parameters": [_TIMINGS_HEADER]}
 
 
-def streamed(chunk: Any) -> dict[int | str, dict[str, Any]]:
+def streamed(
+    chunk: Any, stream: str = "its chunks as server-sent events, then `[DONE]`"
+) -> dict[int | str, dict[str, Any]]:
     """The responses of a route whose answer may be a stream of ``chunk``s."""
-    text = "The answer; with `stream`, its chunks as server-sent events, then `[DONE]`."
+    text = f"The answer; with `stream`, {stream}."
     return {200: {"description": text, **content("text/event-stream", chunk)}}
 
 

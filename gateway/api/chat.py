@@ -45,6 +45,7 @@ router = make_router("generation")
 class ChatRequest(TemplateFields, GenerateFields):
     """A chat, and how to continue it."""
 
+    max_tokens: OutputLength | None = None
     max_completion_tokens: OutputLength | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=2**31 - 1), INTEGRAL] | None = None

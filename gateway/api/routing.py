@@ -88,15 +88,16 @@ class PiecewiseResponse(StreamingResponse):
         """Sends the pieces. An error is sent as an event, after which the stream ends."""
         try:
             async for data in self._pieces:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                for start in range(0, len(data), PIECE_BYTES):
+                    piece = data[start : start + PIECE_BYTES]
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
         except Exception as error:
             data = self._failure(typed(error))
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
-async def _pieces(body: bytes) -> AsyncGenerator[bytes, None]:
-    for start in range(0, len(body), PIECE_BYTES):
-        yield body[start : start + PIECE_BYTES]
+async def _alone(body: bytes) -> AsyncGenerator[bytes, None]:
+    yield body
 
 
 class Call(Request):
@@ -176,7 +177,7 @@ class Call(Request):
             most = self.gateway.config.max_answer_bytes
             body = await writer.body(first, made, job.ticket.hold_bytes, most)
         headers |= {"content-type": "application/json", "content-length": str(len(body))}
-        return PiecewiseResponse(_pieces(body), made, headers, job.deadline, writer.failure)
+        return PiecewiseResponse(_alone(body), made, headers, job.deadline, writer.failure)
 
     def warnings(self) -> dict[str, str]:
         """The header that lists fields without effect. Their names are the client's text, so only

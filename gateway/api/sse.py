@@ -24,7 +24,7 @@ def named_event(body: Mapping[str, Any]) -> bytes:
     return b"event: " + str(body["type"]).encode() + b"\n" + event(body)
 
 
-def dumps(body: Mapping[str, Any]) -> bytes:
+def dumps(body: Mapping[str, Any] | str) -> bytes:
     """Compact UTF-8 JSON. A lone surrogate, which UTF-8 cannot hold, becomes ``?``.
 
     Unicode's other line breaks are escaped: SSE has only CR and LF, but clients that split text
@@ -36,7 +36,13 @@ def dumps(body: Mapping[str, Any]) -> bytes:
 
 def with_json(body: Mapping[str, Any], name: str, value: bytes) -> bytes:
     """``body`` as JSON, with one more field whose value is encoded already."""
-    return dumps(body)[:-1] + b',"' + name.encode() + b'":' + value + b"}"
+    return with_encoded(body, {name: value})
+
+
+def with_encoded(body: Mapping[str, Any], encoded: Mapping[str, bytes]) -> bytes:
+    """``body``, which has a field, as JSON with more fields whose values are encoded already."""
+    more = (b',"' + name.encode() + b'":' + value for name, value in encoded.items())
+    return b"".join((dumps(body)[:-1], *more, b"}"))
 
 
 def failure(error: OpticNerveError) -> bytes:

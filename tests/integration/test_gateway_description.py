@@ -20,6 +20,7 @@ PATHS = {
     "/v1/completions",
     "/v1/messages",
     "/v1/messages/count_tokens",
+    "/v1/responses",
     "/v1/apply_template",
     "/v1/models",
     "/v1/models/{name}",
@@ -31,6 +32,19 @@ PATHS = {
     "/",
     "/openapi.json",
     "/docs",
+}
+FULL_RESPONSE = {
+    "model": "model",
+    "input": [{"role": "user", "content": [{"type": "input_text", "text": "What?"}]}],
+    "instructions": "Be brief.",
+    "include": ["message.output_text.logprobs"],
+    "top_logprobs": 2,
+    "timings": True,
+    "tools": [{"type": "function", "name": "look", "parameters": {"type": "object"}}],
+    "tool_choice": "none",
+    "text": {"format": {"type": "text"}},
+    "reasoning": {"effort": "low"},
+    "metadata": {"a": "b"},
 }
 OPEN = {"/health", "/live", "/ready", "/", "/openapi.json", "/docs"}
 
@@ -143,11 +157,14 @@ async def test_answers_are_what_the_document_says():
         ):
             answer = await s.client.post(path, json={**asked, **fields})
             assert conforms(document, answer.json(), answered(document, answer, path))
+        answer = await s.client.post("/v1/responses", json=FULL_RESPONSE)
+        assert conforms(document, answer.json(), answered(document, answer, "/v1/responses"))
         for path in PATHS - {
             chat,
             "/v1/completions",
             "/v1/messages",
             "/v1/messages/count_tokens",
+            "/v1/responses",
             "/v1/apply_template",
             "/metrics",
             "/docs",
@@ -191,6 +208,11 @@ async def test_chunks_are_what_the_document_says():
         schema = answered(document, answer, "/v1/messages", "text/event-stream")
         for block in answer.text.removesuffix("\n\n").split("\n\n"):
             assert conforms(document, json.loads(block.partition("data: ")[2]), schema)
+        answer = await s.client.post("/v1/responses", json={**FULL_RESPONSE, "stream": True})
+        schema = answered(document, answer, "/v1/responses", "text/event-stream")
+        for block in answer.text.strip().split("\n\n"):
+            data = json.loads(block.partition("\ndata: ")[2])
+            assert conforms(document, data, schema)
 
 
 async def test_errors_are_what_the_document_says():

@@ -14,6 +14,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 
 from gateway.api.chat import ChatRequest
 from gateway.api.completions import CompletionRequest
+from gateway.api.responses.request import ResponsesRequest
 from gateway.api.schemas.base import INTEGRAL, Strict
 from gateway.api.schemas.parsing import UNSUPPORTED, Ignored, parse
 from gateway.prompt.renderer import ChatRenderer
@@ -190,6 +191,7 @@ INTEGERS = [
     for model in MODELS
     for name, listed in integers(model)
     if name != "prompt"  # Its list may hold one text instead.
+    and (model, name) != (ResponsesRequest, "n")  # It can only be 1.
 ]
 
 
@@ -206,7 +208,9 @@ def test_all_integers_are_looked_at() -> None:
 def test_a_whole_number_may_be_written_as_a_float(
     model: type[Strict], name: str, listed: bool
 ) -> None:
-    base = BASES.get(model.__name__, {}) | ({"logprobs": True} if name == "top_logprobs" else {})
+    base = BASES.get(model.__name__, {})
+    if (model, name) == (ChatRequest, "top_logprobs"):
+        base = {**base, "logprobs": True}
 
     def validated(value: Any) -> Any:
         return getattr(model.model_validate({**base, name: [value] if listed else value}), name)

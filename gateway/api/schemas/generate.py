@@ -48,7 +48,6 @@ class StreamOptions(Strict):
 
 class GenerateFields(SamplingFields):
     model: str = Field(min_length=1)
-    max_tokens: OutputLength | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Priority | None = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -255,11 +255,16 @@ def _as_url(part: ImagePart, path: str) -> tuple[str, str]:
 
 def call_arguments(call: ToolCall, path: str) -> Any:
     """A call's arguments as an object, which templates expect. Raises InvalidRequest."""
-    arguments, param = call.function.arguments, f"{path}.function.arguments"
+    arguments = call.function.arguments
     if not isinstance(arguments, str):
         return arguments
+    return read_arguments(arguments, f"{path}.function.arguments")
+
+
+def read_arguments(text: str, param: str) -> dict[str, Any]:
+    """The JSON object in ``text``. Raises InvalidRequest."""
     try:
-        value = _arguments(arguments, param)
+        value = _arguments(text, param)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{param}: should be a JSON object", param=param) from error
     if not isinstance(value, dict):
@@ -276,6 +281,18 @@ def _arguments(text: str, param: str) -> Any:
     value = json.loads(text) if text.strip() else {}
     check_strings(value, param)
     return value
+
+
+def check_arguments(field: str, arguments: Iterable[str | dict[str, Any]]) -> None:
+    """Bounds the arguments of all calls together: JSON inside a string, which ``count_values``
+    of the body skips. Raises PydanticCustomError."""
+    left = MAX_ARGUMENT_VALUES
+    for each in arguments:
+        if isinstance(each, str):
+            left -= count_values(each.encode("utf-8", "replace"), left)
+        if left < 0:
+            most = f"should have at most {MAX_ARGUMENT_VALUES} values"
+            raise fault(field, f"the arguments of all tool calls {most}")
 
 
 class ProcessorSettings(Strict):
@@ -316,15 +333,8 @@ class TemplateFields(ToolFields):
 
     @model_validator(mode="after")
     def _bounded_arguments(self) -> TemplateFields:
-        """Arguments may be JSON inside a string, which count_values() skips: bounded here."""
-        left = MAX_ARGUMENT_VALUES
-        for message in self.messages:
-            for call in message.tool_calls or ():
-                if isinstance(call.function.arguments, str):
-                    left -= count_values(call.function.arguments.encode("utf-8", "replace"), left)
-                if left < 0:
-                    most = f"should have at most {MAX_ARGUMENT_VALUES} values"
-                    raise fault("messages", f"the arguments of all tool_calls {most}")
+        calls = (call for message in self.messages for call in message.tool_calls or ())
+        check_arguments("messages", (call.function.arguments for call in calls))
         return self
 
     @property

@@ -1,0 +1,149 @@
+"""The settings of a request for a response: functions, the form of its text, reasoning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from gateway.api.responses.items import RUNS_NO_TOOLS
+from gateway.api.schemas.base import BoundedList, Strict, Unused, no_larger
+from gateway.api.schemas.messages import Effort, type_tag
+from gateway.edge.limits import MAX_SCHEMA
+from gateway.job import FormatKind, OutputFormat, Tool
+from opticnerve.errors import UnsupportedFeature
+
+FUNCTION_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+
+Schema = Annotated[dict[str, Any], no_larger(MAX_SCHEMA)]
+
+
+class ResponsesTool(Strict):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    name: str = Field(pattern=FUNCTION_NAME)
+    description: str | None = None
+    parameters: Schema | None = Field(None, description="A JSON schema of an object.")
+    strict: bool | None = None
+    defer_loading: Unused = None
+    allowed_callers: Unused = None
+    output_schema: Unused = None
+
+    @property
+    def tool(self) -> Tool:
+        return Tool(self.name, self.description or "", self.parameters, bool(self.strict))
+
+
+class ChosenTool(Strict):
+    """The function that is called."""
+
+    type: Literal["function"]
+    name: str
+
+
+class AllowedToolList(Strict):
+    """The functions that may be called, of those that the model sees."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[BoundedList[ChosenTool], Field(min_length=1)]
+
+
+ResponsesToolChoice = (
+    Literal["none", "auto", "required"]
+    | Annotated[
+        Annotated[ChosenTool, Tag("<function>")]
+        | Annotated[AllowedToolList, Tag("<allowed_tools>")],
+        Discriminator(
+            type_tag,
+            custom_error_type="tool_choice",
+            custom_error_message="should be none, auto, required, or an object with the type "
+            "function or allowed_tools",
+        ),
+    ]
+)
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(Strict):
+    aliases: ClassVar[frozenset[str]] = frozenset({"schema"})
+
+    type: Literal["json_schema"]
+    name: str = Field(pattern=FUNCTION_NAME)
+    json_schema: Schema = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+AnyFormat = Annotated[
+    Annotated[TextFormat, Tag("<text>")]
+    | Annotated[JsonObjectFormat, Tag("<json_object>")]
+    | Annotated[JsonSchemaFormat, Tag("<json_schema>")],
+    Discriminator(
+        type_tag,
+        custom_error_type="format",
+        custom_error_message="should have the type text, json_object or json_schema",
+    ),
+]
+
+
+class TextSettings(Strict):
+    """The form of the answer's text."""
+
+    format: AnyFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = Field(
+        None, description="Has no effect; ask for it in a message."
+    )
+
+    @property
+    def output_format(self) -> OutputFormat | None:
+        if isinstance(self.format, JsonObjectFormat):
+            return OutputFormat(FormatKind.JSON_OBJECT, None, "text.format")
+        if isinstance(self.format, JsonSchemaFormat):
+            return OutputFormat(
+                FormatKind.JSON_SCHEMA, self.format.json_schema, "text.format.schema"
+            )
+        return None
+
+
+Summary = Literal["auto", "concise", "detailed"]
+
+
+class ReasoningSettings(Strict):
+    effort: Effort | None = Field(
+        None, description="Sets the chat template's variable reasoning_effort, if it has one."
+    )
+    summary: Summary | None = Field(
+        None,
+        description="With any value, the reasoning itself, unabridged, is the items' summary; "
+        "else it is their content.",
+    )
+    generate_summary: Summary | None = Field(None, description="The older name of summary.")
+
+
+def check_tools(tools: Any, choice: Any) -> None:
+    """Raises UnsupportedFeature for tools that are no functions. Both are fields of the body before
+    validation, which finds whatever is malformed."""
+    for i, tool in enumerate(tools if isinstance(tools, list) else ()):
+        _check_tool(tool, f"tools[{i}]")
+    if isinstance(choice, dict) and choice.get("type") != "allowed_tools":
+        _check_tool(choice, "tool_choice")
+
+
+def _check_tool(tool: Any, path: str) -> None:
+    kind = tool.get("type") if isinstance(tool, Mapping) else None
+    if isinstance(kind, str) and kind != "function":
+        raise UnsupportedFeature(
+            f'{path}: tools of type "{kind[:40]}" are not supported by this server; '
+            f"{RUNS_NO_TOOLS}",
+            param=f"{path}.type",
+        )
