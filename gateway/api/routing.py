@@ -43,6 +43,7 @@ EVENT_STREAM = {
 BY_TEMPLATE = {
     REASONING_EFFORT: REASONING_EFFORT,
     DOCUMENTS: DOCUMENTS,
+    "reasoning.effort": REASONING_EFFORT,
     SHOWN_TOOLS: "tools",
 }
 """What has an effect only if the chat template has a variable, and that variable's name."""

@@ -23,7 +23,7 @@ from gateway.pipeline import Pipeline
 from opticnerve.errors import EngineFailure
 from opticnerve.generation.values import Usage
 from tests.fakes import until
-from tests.gateways import PAIR_ID, data_url, keys_of, stack
+from tests.gateways import PAIR_ID, data_url, keys_of, stack, tokenizer
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
@@ -291,6 +291,11 @@ async def test_what_is_ignored_is_told():
         assert answer.headers["x-opticnerve-warnings"] == (
             "ignored unknown fields: reasoning.x; without effect: include[0], reasoning.effort"
         )
+    template = "{{ reasoning_effort }}: {{ messages[0].content }}"
+    async with stack(chat_template=template) as s:
+        answer = await ask(s, reasoning={"effort": "low"})
+        assert "x-opticnerve-warnings" not in answer.headers
+        assert tokenizer().decode(list(s.llm.starts[0].token_ids)) == "low: What?"
 
 
 async def test_log_probabilities_and_timings():
