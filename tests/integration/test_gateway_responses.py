@@ -4,13 +4,15 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import gc
 import json
 
 import openai
 import pydantic
 import pytest
 
-from gateway.job import CallMode, FormatKind
+from gateway.api.responses.request import ResponsesRequest
+from gateway.job import CallMode, ChatPrompt, FormatKind
 from gateway.output.events import (
     ChoiceEnd,
     End,
@@ -323,6 +325,23 @@ async def test_a_long_request_is_repeated_whole():
         await until(s.idle)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_of_a_request_only_what_is_repeated_stays_while_it_is_answered(stream):
+    go = asyncio.Event()
+    async with stack() as s:
+        s.llm.step = lambda fake, index: go.wait()
+        fields = {"instructions": "Be brief.", "stream": stream}
+        answer = asyncio.create_task(ask(s, "long " * 100, **fields))
+        await s.llm.started.wait()
+        assert 0 < s.gateway.admission.bytes.held < 1000
+        gc.collect()
+        kept = [held for held in gc.get_objects() if type(held) in (ResponsesRequest, ChatPrompt)]
+        assert kept == []
+        go.set()
+        assert (await answer).status_code == 200
+        await until(s.idle)
+
+
 async def test_a_client_that_leaves_frees_everything():
     async with stack() as s:
         held = asyncio.Event()
@@ -338,6 +357,23 @@ async def test_a_client_that_leaves_frees_everything():
         ):
             await held.wait()
         await until(s.idle)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "resp_1"),
+        ("DELETE", "resp_1"),
+        ("POST", "resp_1/cancel"),
+        ("GET", "resp_1/input_items"),
+    ],
+)
+async def test_no_response_is_kept(method, path):
+    async with stack(encoders=0, llms=0, ready=False) as s:
+        answer = await s.client.request(method, f"/v1/responses/{path}")
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (404, "not_served")
+        assert "it keeps nothing between requests" in error["message"]
 
 
 async def test_a_key_is_asked_for():

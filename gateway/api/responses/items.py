@@ -22,8 +22,8 @@ UNSUPPORTED_PARTS: dict[str, str] = {
 }
 RUNS_NO_TOOLS = "this server runs no tools; declare a function, and send its calls and outputs"
 KEEPS_NOTHING = (
-    "this server keeps no items: send the item itself (clients send whole items if their own "
-    "setting store is false; in the AI SDK it is providerOptions.openai.store)"
+    "this server keeps no items; send the item itself, as clients do that are told to store "
+    "nothing (the AI SDK: providerOptions.openai.store = false)"
 )
 ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 
