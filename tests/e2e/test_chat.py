@@ -35,6 +35,21 @@ def test_the_demos_turns(client):
 
 
 @pytest.mark.parametrize("stream", [True, False])
+def test_responses_answer_as_chats_do(client, stream):
+    items = []
+    for turn in TURNS:
+        items = items if turn.follows else []
+        pictures = [{"type": "input_image", "image_url": bundled(name), "detail": "auto"}
+                    for name in turn.pictures]  # fmt: skip
+        parts = [*pictures, {"type": "input_text", "text": turn.question}]
+        items.append({"role": "user", "content": parts})
+        given = client.responses.create(model="model", input=items, temperature=0, stream=stream)
+        response = list(given)[-1].response if stream else given
+        assert response.output_text == turn.answer
+        items += [item.model_dump() for item in response.output]
+
+
+@pytest.mark.parametrize("stream", [True, False])
 def test_a_completion_of_a_rendered_chat_is_the_chats_answer(stack, client, stream):
     question = {"role": "user", "content": "What is the capital of France?"}
     answer = ask(client, question, max_tokens=24)

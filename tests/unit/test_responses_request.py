@@ -236,7 +236,7 @@ def test_functions() -> None:
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", '"web_search"'),
         ({"tools": [SEE, {"type": "mcp", "server_label": "x"}]}, "tools[1].type", '"mcp"'),
         ({"tools": [SEE], "tool_choice": {"type": "file_search"}}, "tool_choice.type", "function"),
-        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0]", "openai.store = false"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0]", "store = false"),
         ({"input": [{"id": "msg_1"}]}, "input[0]", "send the item itself"),
         ({"input": [{"type": "computer_call", "id": "x"}]}, "input[0]", "runs no tools"),
         ({"input": [user({"type": "input_file", "file_id": "x"})]},

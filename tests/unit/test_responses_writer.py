@@ -144,7 +144,10 @@ def test_a_whole_response() -> None:
 
 
 def test_a_response_repeats_its_request() -> None:
-    form = {"type": "json_schema", "name": "a", "schema": {"type": "object"}, "strict": True}
+    form = {
+        "type": "json_schema", "name": "a", "description": None, "strict": True,
+        "schema": {"type": "object", "properties": {"a": {"const": None}}},
+    }  # fmt: skip
     fields = {
         "instructions": "Be brief.",
         "tools": [TOOL],

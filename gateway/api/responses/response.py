@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 
 from gateway.api.answer import ContentLogprob
 from gateway.api.responses.request import ResponsesRequest
-from gateway.api.responses.settings import ResponsesTool
+from gateway.api.responses.settings import JsonSchemaFormat, ResponsesTool
 from opticnerve.errors import OpticNerveError
 from opticnerve.generation.values import Sampling, Usage
 
@@ -187,7 +187,14 @@ def repeated(body: ResponsesRequest, defaults: Sampling) -> RepeatedFields:
 def _text(body: ResponsesRequest) -> dict[str, Any]:
     text = body.text
     form = text.format if text else None
-    shown = {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)
+    shown: dict[str, Any] = {"type": form.type if form else "text"}
+    if isinstance(form, JsonSchemaFormat):
+        shown |= {
+            "name": form.name,
+            "description": form.description,
+            "schema": form.json_schema,
+            "strict": form.strict,
+        }
     return {"format": shown, "verbosity": (text.verbosity if text else None) or "medium"}
 
 
