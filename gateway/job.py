@@ -147,8 +147,8 @@ def prompt_too_long(
     """The error of a prompt that needs ``needed`` tokens, where ``max_tokens`` fit. ``remedy``
     replaces the advice to send a shorter one."""
     return ContextLengthExceeded(
-        f"{ContextLengthExceeded.lead}: this model takes {max_tokens} tokens; {kind.need} "
-        f"{needed}; {remedy or f'send {kind.shorter}'}",
+        f"{ContextLengthExceeded.lead}, {max_tokens} tokens; {kind.need} {needed}; "
+        f"{remedy or f'send {kind.shorter}'}",
         param=kind.field,
     )
 

@@ -106,9 +106,12 @@ class MediaFetchFailed(InvalidRequest):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Messages begin with ``lead``: proxies look for such words to try a model with more room."""
+    """Messages begin with ``lead``: clients look for its words to shorten the chat, proxies to try a
+    model with more room."""
 
-    lead: ClassVar[str] = "the request is longer than the model's context length"
+    lead: ClassVar[str] = (
+        "the prompt is too long: with its answer it is longer than the model's context length"
+    )
     default_code = "context_length_exceeded"
 
 

@@ -149,7 +149,7 @@ class ChatTemplate:
                 size += len(piece)
                 if size > MAX_PROMPT_CHARACTERS or time.monotonic() > deadline:
                     raise ContextLengthExceeded(
-                        f"{ContextLengthExceeded.lead}: the chat template wrote too much; send "
+                        f"{ContextLengthExceeded.lead}; the chat template wrote too much; send "
                         "shorter messages",
                         param="messages",
                     )

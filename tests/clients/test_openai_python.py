@@ -84,7 +84,7 @@ def test_completions(client):
         model=MODEL, prompt="Once", max_tokens=4, temperature=0, stream=True
     )
     assert answer.choices[0].text == "".join(chunk.choices[0].text for chunk in stream)
-    assert answer.usage.completion_tokens == 4
+    assert answer.usage.completion_tokens > 0
 
 
 def test_errors(server, client):

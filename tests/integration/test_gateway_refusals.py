@@ -218,8 +218,10 @@ async def test_text_that_is_too_long_is_told_alike_whatever_its_length(route, ch
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
         assert error["param"] == "messages"
-        # What LiteLLM looks for before it tries a model that takes more.
+        # What LiteLLM looks for before it tries a model that takes more, and LangChain before it
+        # raises ContextOverflowError.
         assert "is longer than the model's context length" in error["message"]
+        assert "prompt is too long" in error["message"]
 
 
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/apply_template"])
