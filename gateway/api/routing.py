@@ -42,6 +42,7 @@ EVENT_STREAM = {
 }
 BY_TEMPLATE = {
     REASONING_EFFORT: REASONING_EFFORT,
+    "output_config.effort": REASONING_EFFORT,
     DOCUMENTS: DOCUMENTS,
     "reasoning.effort": REASONING_EFFORT,
     SHOWN_TOOLS: "tools",

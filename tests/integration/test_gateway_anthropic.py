@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from tests import vocabularies as v
 from tests.fakes import until
 from tests.gateways import DEADLINES_S, END, data_url, ids, keys_of, stack, tokenizer, user
 
@@ -207,3 +208,63 @@ async def test_the_answer_is_as_long_as_the_context_allows():
         answer = await ask(s, long)
         assert answer.status_code == 400
         assert failed(answer)["details"]["error_code"] == "context_length_exceeded"
+
+
+WORDS = {"role": "user", "content": "And in Oslo?"}
+WEATHER = {"name": "weather", "input_schema": {"type": "object"}}
+ANSWER = (
+    "<think>\nRain?\n</think>\n\nI look.\n"
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+)
+
+
+def thinking_caller():
+    """A model whose answer has thinking, text and a call."""
+    return stack(
+        tokens=[*ids(ANSWER), END], encoders=0, chat_template=v.HERMES, reasoning_parser="think"
+    )
+
+
+async def test_calls_and_their_results():
+    async with thinking_caller() as s:
+        told = (await ask(s, WORDS, tools=[WEATHER], max_tokens=200)).json()
+        thought, said, called = told["content"]
+        assert (thought["thinking"].strip(), said["text"].strip()) == ("Rain?", "I look.")
+        assert called["id"].startswith("toolu_") and told["stop_reason"] == "tool_use"
+        assert (called["name"], called["input"]) == ("weather", {"city": "Oslo"})
+        result = {"type": "tool_result", "tool_use_id": called["id"], "content": "Rain."}
+        turns = [
+            {"role": "assistant", "content": told["content"]},
+            {"role": "user", "content": [result]},
+        ]
+        assert (await ask(s, WORDS, *turns, tools=[WEATHER])).status_code == 200
+        first, second = (tokenizer().decode(list(start.token_ids)) for start in s.llm.starts)
+        assert '"weather"' in first and "Rain." not in first
+        assert '{"name": "weather", "arguments": {"city": "Oslo"}}' in second and "Rain." in second
+        unseen = await ask(s, WORDS, tools=[WEATHER], tool_choice={"type": "none"})
+        assert [block["type"] for block in unseen.json()["content"]] == ["thinking", "text"]
+        assert '"weather"' not in tokenizer().decode(list(s.llm.starts[2].token_ids))
+
+
+async def test_a_stream_of_calls_is_the_whole_answer():
+    fields = {"tools": [WEATHER], "max_tokens": 200}
+    async with thinking_caller() as s:
+        whole = (await ask(s, WORDS, **fields)).json()
+        told = events((await ask(s, WORDS, **fields, stream=True)).text)
+        starts = [data["content_block"] for name, data in told if name == "content_block_start"]
+        kinds = [block["type"] for block in whole["content"]]
+        assert [block["type"] for block in starts] == kinds == ["thinking", "text", "tool_use"]
+        deltas = [data["delta"] for name, data in told if name == "content_block_delta"]
+        parts = [delta.get("partial_json", "") for delta in deltas]
+        assert (
+            json.loads("".join(parts)) == whole["content"][-1]["input"]
+            and sum(map(bool, parts)) > 2
+        )
+        assert told[-2][1]["delta"]["stop_reason"] == whole["stop_reason"] == "tool_use"
+
+
+async def test_thinking_may_be_left_out():
+    async with thinking_caller() as s:
+        thinking = {"type": "adaptive", "display": "omitted"}
+        told = (await ask(s, WORDS, tools=[WEATHER], thinking=thinking, max_tokens=200)).json()
+        assert [block["type"] for block in told["content"]] == ["text", "tool_use"]

@@ -175,6 +175,9 @@ def test_options() -> None:
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 3)
     assert sampling.stop_strings == ("x",) and options.max_tokens == 9 and options.running_usage
     assert options.tools is None and options.format is None and sampling.n is None
+    for display in (None, "summarized", "omitted"):
+        thinking = {"type": "enabled", "display": display}
+        assert request(thinking=thinking).options.reasoning == (display != "omitted")
 
 
 @pytest.mark.parametrize(
@@ -184,14 +187,15 @@ def test_options() -> None:
         ({"type": "auto", "disable_parallel_tool_use": True}, CallMode.AUTO, "", False),
         ({"type": "any"}, CallMode.REQUIRED, "", True),
         ({"type": "tool", "name": "weather"}, CallMode.NAMED, "weather", True),
-        ({"type": "none"}, CallMode.NONE, "", True),
     ],
 )
 def test_tools(choice: Any, mode: CallMode, name: str, parallel: bool) -> None:
     body = request(tools=[{**TOOL, "strict": True, "cache_control": {}}], tool_choice=choice)
     tool = Tool("weather", "Now.", SCHEMA, True)
     assert body.options.tools == ToolUse((tool,), mode, name, parallel)
-    assert chat_prompt(body).tools == (() if mode is CallMode.NONE else (tool,))
+    assert chat_prompt(body).tools == (tool,)
+    none = request(tools=[TOOL], tool_choice={"type": "none"})
+    assert none.options.tools is None and chat_prompt(none).tools == ()
 
 
 @pytest.mark.parametrize("field", ["output_config", "output_format"])
@@ -232,7 +236,10 @@ def test_formats(field: str) -> None:
         ),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0]", "type bash_20250124"),
         ({"tools": [{"name": "x"}]}, "tools[0].input_schema", "required"),
-        ({"tools": [TOOL, TOOL]}, "tools", "different names"),
+        ({"tools": [TOOL, TOOL]}, "tools", "of one name"),
+        ({"tools": [{**TOOL, "name": "a b"}]}, "tools[0].name", "pattern"),
+        ({"tools": [{**TOOL, "input_schema": {"type": "array"}}]}, "tools[0].input_schema", "obj"),
+        ({"tools": [{**TOOL, "description": "x" * 2**18}]}, "tools", "at most"),
         ({"tool_choice": {"type": "any"}}, "tool_choice", "needs tools"),
         ({"tool_choice": {"type": "tool"}, "tools": [TOOL]}, "tool_choice.name", "required"),
         (
@@ -428,17 +435,6 @@ def test_a_named_call_is_tool_use_too() -> None:
 def test_input_that_is_no_object_is_kept(arguments: str, told: Any) -> None:
     events = (ToolCallStart(0, 0, "a", "b"), ToolCallArguments(0, 0, arguments), *end("length"))
     assert whole(*events)["content"][0]["input"] == told
-
-
-def test_thinking_that_is_not_to_be_shown() -> None:
-    events = (Reasoning(0, "secret"), Text(0, "x"), *end("stop"))
-    for message in (
-        whole(*events, show_thinking=False),
-        assembled(stream(*events, show_thinking=False)),
-    ):
-        assert message["content"][0] == {
-            "type": "thinking", "thinking": "", "signature": SIGNATURE
-        }  # fmt: skip
 
 
 def test_usage_and_timings_of_a_stream() -> None:

@@ -30,7 +30,7 @@ from gateway.api.schemas.messages import (
     rendering_size,
 )
 from gateway.edge.threads import off_loop_above
-from gateway.job import CallMode, ChatPrompt
+from gateway.job import ChatPrompt
 from gateway.media.dataurl import is_data_url
 from opticnerve.errors import InvalidRequest
 
@@ -61,8 +61,8 @@ def chat_prompt(body: CountTokensRequest) -> ChatPrompt:
         reader.add(AnthropicTurn.model_construct(role="system", content=body.system), "system")
     for i, turn in enumerate(body.messages):
         reader.add(turn, f"messages[{i}]")
-    messages, variables, use = reader.messages(), _thinking(body), body.use
-    tools = use.tools if use is not None and use.mode is not CallMode.NONE else ()
+    messages, variables, use = reader.messages(), _thinking(body), body.tool_use
+    tools = use.tools if use else ()
     return ChatPrompt(
         messages=messages,
         size=rendering_size(messages, variables, tools),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from gateway.api.anthropic.blocks import AnthropicTurn, TextBlock
@@ -17,10 +17,12 @@ from gateway.api.schemas.base import (
     UnsupportedField,
     Unused,
     fault,
+    no_larger,
 )
-from gateway.api.schemas.messages import Effort
+from gateway.api.schemas.messages import SHOWN_TOOLS, Effort
 from gateway.api.schemas.sampling import SamplingFields, Word
-from gateway.edge.limits import MAX_STOPS
+from gateway.api.schemas.tools import ToolName, check_names, check_parameters
+from gateway.edge.limits import MAX_STOPS, MAX_TOOLS, MAX_TOOLS_SIZE
 from gateway.job import (
     CallMode,
     FormatKind,
@@ -30,12 +32,8 @@ from gateway.job import (
     ToolUse,
 )
 
-MODES = {
-    "auto": CallMode.AUTO,
-    "any": CallMode.REQUIRED,
-    "tool": CallMode.NAMED,
-    "none": CallMode.NONE,
-}
+EFFORT = "output_config.effort"
+MODES = {"auto": CallMode.AUTO, "any": CallMode.REQUIRED, "tool": CallMode.NAMED}
 
 
 def _own_tool(value: Any) -> Any:
@@ -55,9 +53,13 @@ class ClientTool(Strict):
     """A tool that the client runs."""
 
     type: Literal["custom"] = "custom"
-    name: Annotated[str, Field(min_length=1, max_length=128)]
+    name: ToolName
     description: str = ""
-    input_schema: dict[str, Any] = Field(description="The JSON schema of the tool's input.")
+    input_schema: Annotated[
+        dict[str, Any],
+        AfterValidator(check_parameters),
+        Field(description="The JSON schema of the tool's input."),
+    ]
     strict: bool = Field(False, description="Whether the input always follows its schema.")
     cache_control: Unused = Field(None, description="Has no effect: every prefix is cached.")
 
@@ -66,8 +68,16 @@ class ClientTool(Strict):
         return Tool(self.name, self.description, self.input_schema, self.strict)
 
 
+ClientTools = Annotated[
+    list[Annotated[ClientTool, BeforeValidator(_own_tool)]],
+    Field(max_length=MAX_TOOLS, fail_fast=True),
+    no_larger(MAX_TOOLS_SIZE),
+]
+
+
 class ToolSelection(Strict):
-    """How the answer may use tools. ``name``: the tool's, with the type ``tool``."""
+    """How the answer may use tools; ``none``: the model does not see them. ``name``: the tool's,
+    with the type ``tool``."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -88,7 +98,7 @@ class ThinkingSettings(Strict):
         None, description="Has no effect; what the model thinks counts towards max_tokens."
     )
     display: Literal["summarized", "omitted"] | None = Field(
-        None, description="omitted: the answer's thinking blocks are empty."
+        None, description="omitted: the answer has no thinking blocks."
     )
 
 
@@ -125,7 +135,7 @@ class CountTokensRequest(Body):
         description="If the last one is the assistant's, the answer continues it."
     )
     system: str | BoundedList[TextBlock] | None = None
-    tools: BoundedList[Annotated[ClientTool, BeforeValidator(_own_tool)]] | None = None
+    tools: ClientTools | None = None
     tool_choice: ToolSelection | None = None
     thinking: ThinkingSettings | None = None
     output_config: OutputConfig | None = None
@@ -140,9 +150,9 @@ class CountTokensRequest(Body):
 
     @model_validator(mode="after")
     def _agrees(self) -> CountTokensRequest:
-        choice, names = self.tool_choice, {tool.name for tool in self.tools or ()}
-        if len(names) < len(self.tools or ()):
-            raise fault("tools", "should have different names")
+        choice, tools = self.tool_choice, [each.tool for each in self.tools or ()]
+        check_names(tools)
+        names = {tool.name for tool in tools}
         if choice is not None and choice.type in ("any", "tool") and not names:
             raise fault("tool_choice", "needs tools")
         if choice is not None and choice.type == "tool" and choice.name not in names:
@@ -160,15 +170,17 @@ class CountTokensRequest(Body):
         if self.thinking and self.thinking.budget_tokens is not None:
             yield "thinking.budget_tokens"
         if self.output_config and self.output_config.effort:
-            yield "reasoning_effort"
+            yield EFFORT
+        if self.tool_use is not None:
+            yield SHOWN_TOOLS
         yield from super().without_effect
 
     @property
-    def use(self) -> ToolUse | None:
-        """The tools, and how the answer may call them."""
-        if not self.tools:
-            return None
+    def tool_use(self) -> ToolUse | None:
+        """None if the model may call nothing."""
         choice = self.tool_choice or ToolSelection(type="auto")
+        if not self.tools or choice.type == "none":
+            return None
         return ToolUse(
             tools=tuple(each.tool for each in self.tools),
             mode=MODES[choice.type],
@@ -225,5 +237,6 @@ class MessagesRequest(CountTokensRequest):
             shorten_to_fit=True,
             running_usage=self.stream,
             format=self.format,
-            tools=self.use,
+            tools=self.tool_use,
+            reasoning=self.thinking is None or self.thinking.display != "omitted",
         )

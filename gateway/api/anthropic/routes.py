@@ -39,10 +39,7 @@ class TokenCount(TypedDict):
 )
 async def create_message(call: Call, body: MessagesRequest) -> Response:
     _warn_of_betas(call)
-    hidden = body.thinking is not None and body.thinking.display == "omitted"
-    writer = AnthropicWriter(
-        body.model, body.max_tokens, timings=call.wants_timings, show_thinking=not hidden
-    )
+    writer = AnthropicWriter(body.model, body.max_tokens, timings=call.wants_timings)
     job = call.job(await read_prompt(body), body.options)
     stream = body.stream
     del body  # Frees the pictures in its messages once the job drops its prompt.

@@ -167,16 +167,12 @@ MessageEvent = (
 class AnthropicWriter(AnswerWriter):
     """A message of thinking, text and tool calls. Its stream has one block open at a time."""
 
-    def __init__(
-        self, model: str, max_tokens: int, *, timings: bool = False, show_thinking: bool = True
-    ) -> None:
-        """``max_tokens``: the request's; ``show_thinking``: whether thinking blocks have their
-        text."""
+    def __init__(self, model: str, max_tokens: int, *, timings: bool = False) -> None:
+        """``max_tokens``: the request's."""
         super().__init__(model, timings=timings)
         self._id = f"msg_{uuid.uuid4().hex}"
         self._request_id = ""
         self._max_tokens = max_tokens
-        self._show_thinking = show_thinking
 
     def begin(self, job: Job) -> None:
         super().begin(job)
@@ -186,9 +182,6 @@ class AnthropicWriter(AnswerWriter):
         (choice,) = choices
         assert choice.end is not None
         content = list(_content(choice.parts))
-        for block in content if not self._show_thinking else ():
-            if block["type"] == "thinking":
-                block["thinking"] = ""
         cause = self._cause(choice.end, end, calls=bool(choice.calls))
         message = self._message(content, end.usage, cause)
         return dumps({**message, **self.timings_of(end)})
@@ -199,7 +192,7 @@ class AnthropicWriter(AnswerWriter):
         usage = Usage() if isinstance(first, End) else first.usage or Usage()
         start = self._message([], usage)
         yield named_event({"type": "message_start", "message": start})
-        blocks = _Blocks(show_thinking=self._show_thinking)
+        blocks = _Blocks()
         ended: ChoiceEnd | None = None
         last = first
         while not isinstance(last, End):
@@ -250,9 +243,8 @@ class _Blocks:
     """The blocks of a stream, in order. One of text begins with the first character that is not
     white space: clients may not send blank blocks back."""
 
-    def __init__(self, *, show_thinking: bool) -> None:
+    def __init__(self) -> None:
         self.has_calls = False
-        self._show_thinking = show_thinking
         self._index = -1
         self._open: type[OutputEvent] | None = None
         self._blank = ""  # White space that may begin a block of text.
@@ -266,8 +258,7 @@ class _Blocks:
                     yield from self.close()
                 start: ThinkingContent = {"type": "thinking", "thinking": "", "signature": ""}
                 yield from self._within(Reasoning, start)
-                if self._show_thinking:
-                    yield self._delta({"type": "thinking_delta", "thinking": more.text})
+                yield self._delta({"type": "thinking_delta", "thinking": more.text})
             case ToolCallStart():
                 self.has_calls = True
                 yield from self.close()

@@ -16,7 +16,8 @@ ToolName = Annotated[
 ]
 
 
-def _for_an_object(schema: dict[str, Any]) -> dict[str, Any]:
+def check_parameters(schema: dict[str, Any]) -> dict[str, Any]:
+    """Raises PydanticCustomError for a schema that is not an object's."""
     if schema.get("type", "object") != "object":
         raise PydanticCustomError("parameters", "should be the schema of an object")
     return schema
@@ -24,7 +25,7 @@ def _for_an_object(schema: dict[str, Any]) -> dict[str, Any]:
 
 Parameters = Annotated[
     dict[str, Any],
-    AfterValidator(_for_an_object),
+    AfterValidator(check_parameters),
     Field(description="The JSON schema of the arguments; without it, there are none."),
 ]
 
