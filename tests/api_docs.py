@@ -184,7 +184,7 @@ class Reference:
 
     def _parts(self) -> Iterator[str]:
         yield "## Routes\n"
-        apart = {p for m, p, each in self._operations() if m == "POST" or each.get("parameters")}
+        apart = {path for method, path, each in self._operations() if self._is_long(method, each)}
         rows = []
         for method, path, operation in self._operations():
             shown, told = f"{method} {path}", plain(operation["summary"])
@@ -203,6 +203,11 @@ class Reference:
         yield from self._errors()
         yield from self._objects()
 
+    @staticmethod
+    def _is_long(method: str, operation: Schema) -> bool:
+        """Whether a route has a section of its own."""
+        return method == "POST" or "parameters" in operation or "description" in operation
+
     def _operations(self) -> Iterator[tuple[str, str, Schema]]:
         for path, item in self.document["paths"].items():
             for method, operation in item.items():
@@ -210,6 +215,8 @@ class Reference:
 
     def _route(self, method: str, path: str, operation: Schema) -> Iterator[str]:
         yield f"## {method} {path}\n\n{operation['summary']}. Answers {self._answer(operation)}.\n"
+        if "description" in operation:
+            yield f"{operation['description'].strip()}\n"
         yield table(
             "parameter",
             "in",
@@ -234,7 +241,10 @@ class Reference:
         return code(parameter["name"]), parameter["in"], kind, parameter.get("description", "")
 
     def _answer(self, operation: Schema) -> str:
-        content = operation["responses"]["200"].get("content", {})
+        status, response = next(iter(operation["responses"].items()))
+        content = response.get("content", {})
+        if not content:
+            return f"{status}: {plain(response['description'])}".rstrip(".")
         kinds = {media: self.kind(each["schema"], null=True) for media, each in content.items()}
         told = kinds.pop("application/json", "text")
         if "text/event-stream" in kinds:
