@@ -100,6 +100,7 @@ class ChatPrompt(PromptKind):
     chat_template_kwargs: Mapping[str, Any] | None = None
     reasoning_effort: str | None = None
     tools: tuple[Tool, ...] = ()  # Those that the template shows to the model.
+    chat_template: str | None = None  # Instead of the model's own.
     documents: Sequence[Mapping[str, str]] | None = None  # Likewise.
     # Whether the tokenizer adds its own special tokens; None: if the template writes no BOS.
     add_special_tokens: bool | None = None

@@ -26,7 +26,8 @@ from gateway.output.events import AnswerEvent, ChoiceEnd, End, OutputEvent
 from gateway.output.thinking import Thinking
 from gateway.prompt.completion_prompt import read_plain
 from gateway.prompt.placeholders import ExpandedPrompt, truncated
-from gateway.prompt.renderer import ChatRenderer
+from gateway.prompt.renderer import ChatRenderer, RenderedChat
+from gateway.prompt.request_templates import RequestTemplates
 from gateway.sampling import (
     Defaults,
     SamplingLimits,
@@ -40,6 +41,7 @@ from gateway.workers.generate import FailoverGeneration, GenerateSpec, RequestEm
 from gateway.workers.pairing import Pair, Pairing
 from gateway.workers.pool import WorkerPool
 from opticnerve.content_keys import tenant_salt
+from opticnerve.errors import UnsupportedFeature
 from opticnerve.generation.values import Delta, Done, Sampling, Usage
 from opticnerve.media.plan import Plan
 from opticnerve.telemetry import logs
@@ -72,6 +74,7 @@ class Pipeline:
     max_logprobs: int
     max_n: int
     worker_wait_s: float
+    request_templates: RequestTemplates | None = None  # If requests may have templates.
     share_cache: bool = False  # See --share-cache.
 
     async def run(self, job: Job) -> AsyncGenerator[AnswerEvent, None]:
@@ -140,11 +143,23 @@ class Pipeline:
                     renderer.layout,
                     contexts,
                 )
-            chat = await off_loop_above(
-                OFF_LOOP_CHARACTERS, size, renderer.render, prompt, contexts
-            )
+            chat = await self._render_chat(prompt, contexts)
             size = len(chat.token_ids)
             return await off_loop_above(OFF_LOOP_TOKENS, size, renderer.build, chat, plans)
+
+    async def _render_chat(self, prompt: ChatPrompt, contexts: int) -> RenderedChat:
+        """Raises InvalidRequest, and ContextLengthExceeded."""
+        if prompt.chat_template is None:
+            return await off_loop_above(
+                OFF_LOOP_CHARACTERS, prompt.size, self.renderer.render, prompt, contexts
+            )
+        if self.request_templates is None:
+            raise UnsupportedFeature(
+                "chat_template: this server has not been started with --allow-request-template; "
+                "leave it out, or render the prompt and send it to /v1/completions",
+                param="chat_template",
+            )
+        return await self.request_templates.render(prompt, contexts)
 
     # ---- steps
 

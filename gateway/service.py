@@ -27,6 +27,7 @@ from gateway.media.reader import MediaReader
 from gateway.output.answer_forms import AnswerForms
 from gateway.output.detokenizer import Vocabulary
 from gateway.pipeline import Pipeline
+from gateway.prompt.request_templates import RequestTemplates
 from gateway.startup_check import read_checkpoint
 from gateway.workers.encode import Encoders, describe_encoder
 from gateway.workers.encoder_check import ReachabilityCheck
@@ -145,6 +146,9 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
         pairing = Pairing(encoders.pool, llms, own_pair_id, settings.worker_wait_s)
         stack.callback(asyncio.create_task(pairing.watch_until_ready()).cancel)
         names = ServedNames.of(settings.served_model_name, checkpoint.name, layout.max_positions)
+        templates = RequestTemplates(renderer) if settings.allow_request_template else None
+        if templates is not None:
+            stack.callback(templates.close)
         pipeline = Pipeline(
             renderer=renderer,
             forms=AnswerForms.find(
@@ -159,6 +163,7 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
             encoders=encoders,
             llms=llms,
             defaults=defaults,
+            request_templates=templates,
             max_logprobs=settings.max_logprobs,
             max_n=settings.max_n,
             worker_wait_s=settings.worker_wait_s,

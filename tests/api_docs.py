@@ -23,8 +23,8 @@ from gateway.api.anthropic.request import CountTokensRequest
 from gateway.api.http import REF
 from gateway.api.schemas.base import Body, UnsupportedField
 from gateway.api.schemas.generate import GenerateFields
-from gateway.api.schemas.messages import TemplateFields
 from gateway.api.schemas.parsing import UNSUPPORTED, UNSUPPORTED_PARTS
+from gateway.api.schemas.template_fields import TemplateFields
 from gateway.api.unserved import UNSERVED
 from gateway.app import APIS
 from gateway.edge.auth import needs_key

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 
 from gateway.api.http import JSONResponse
 from gateway.api.routing import Call, make_router
-from gateway.api.schemas.messages import TemplateFields
+from gateway.api.schemas.template_fields import TemplateFields
 from opticnerve.media.plan import Modality, Span, SpanAttention
 
 router = make_router("generation")

@@ -25,7 +25,8 @@ from gateway.api.choice_writer import ChoiceWriter
 from gateway.api.routing import Call, make_router
 from gateway.api.schemas.base import INTEGRAL, Unused, fault
 from gateway.api.schemas.generate import GenerateFields, OutputLength
-from gateway.api.schemas.messages import TemplateFields, TextPart
+from gateway.api.schemas.messages import TextPart
+from gateway.api.schemas.template_fields import TemplateFields
 from gateway.job import GenerationOptions
 from gateway.output.events import (
     ChoiceEnd,

@@ -115,6 +115,9 @@ MAX_TRUNCATED_CONTEXTS = _fixed(
     4, "context lengths of a prompt with `truncate_prompt_tokens`", ContextLengthExceeded
 )
 TEMPLATE_TIMEOUT_S = _fixed(10.0, "seconds for templating a prompt", ContextLengthExceeded)
+MAX_TEMPLATE_CHARACTERS = _fixed(2**16, "characters of `chat_template`", InvalidRequest)
+MAX_TEMPLATES_WAITING = _fixed(8, "requests that render one, or wait to", Overloaded)
+TEMPLATE_MEMORY_BYTES = _fixed(2**30, "bytes of memory to render it", InvalidRequest)
 
 MAX_TOOLS = _fixed(128, "tools, or `allowed_tools`", InvalidRequest)
 MAX_TOOL_NAME = _fixed(128, "characters of a tool's name", InvalidRequest)

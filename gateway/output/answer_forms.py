@@ -15,7 +15,7 @@ from gateway.output.choices import Choices
 from gateway.output.detokenizer import Vocabulary
 from gateway.output.sections import Sections
 from gateway.output.thinking import MARKS, Thinking, ThinkingMarks, ThinkingReader
-from gateway.prompt.template import ChatTemplate
+from gateway.prompt.template import Renderable
 from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.errors import InvalidRequest, UnsupportedFeature
 
@@ -34,7 +34,7 @@ class AnswerForms:
 
     @classmethod
     def find(
-        cls, tokenizer: Tokenizer, template: ChatTemplate, tool_parser: str, reasoning_parser: str
+        cls, tokenizer: Tokenizer, template: Renderable, tool_parser: str, reasoning_parser: str
     ) -> AnswerForms:
         """Those that ``--tool-parser`` and ``--reasoning-parser`` name, or the checkpoint shows."""
         marks = MARKS.get(reasoning_parser)
@@ -170,7 +170,7 @@ class AnswerForms:
         return quoted(marker) if number is None else f"<[{number}]>"
 
 
-def _has(marks: ThinkingMarks, template: ChatTemplate, tokenizer: Tokenizer) -> bool:
+def _has(marks: ThinkingMarks, template: Renderable, tokenizer: Tokenizer) -> bool:
     tokens = all(tokenizer.id_of(mark) is not None for mark in marks)
     return tokens or any(mark in template.source for mark in marks)
 

@@ -23,7 +23,7 @@ from gateway.job import ChatPrompt, Tool, prompt_too_long
 from gateway.prompt import placeholders
 from gateway.prompt.placeholders import ExpandedPrompt
 from gateway.prompt.rendering import Rendering
-from gateway.prompt.template import ChatTemplate, clock, load_template
+from gateway.prompt.template import ChatTemplate, Renderable, clock, load_template
 from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 from opticnerve.media.plan import Plan
@@ -56,7 +56,7 @@ class ChatRenderer:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        template: ChatTemplate,
+        template: Renderable,
         layout: Layout,
         default_system: str = "",
     ) -> None:
@@ -95,6 +95,14 @@ class ChatRenderer:
         source = load_template(path, tokenizer.config, chat_template)
         default_system = _default_system(default_system_prompt or "")
         return cls(tokenizer, ChatTemplate(source, tokenizer.aliases), layout, default_system)
+
+    def with_template(self, template: Renderable) -> ChatRenderer:
+        """A renderer with another template, whose chats have the same default system message if it
+        shows one. Raises what ``template`` raises."""
+        made = ChatRenderer(self.tokenizer, template, self.layout)
+        if made._forms["system"] != Forms(False, False):
+            made._default_system = self._default_system
+        return made
 
     def render(self, asked: ChatPrompt, contexts: int = 1) -> RenderedChat:
         """``contexts``: how many context lengths the prompt may have. Raises InvalidRequest, and

@@ -43,12 +43,16 @@ COMPARED_VALUES = frozenset(
 class Aliases:
     """Two-way mapping between special tokens and their aliases. Immutable."""
 
-    def __init__(self, specials: Iterable[str], others: Iterable[str] = ()) -> None:
+    def __init__(
+        self, specials: Iterable[str], others: Iterable[str] = (), nonce: str | None = None
+    ) -> None:
         """``specials`` get aliases. ``others``: added tokens that users may write. They matter only
-        for finding special tokens, where the longest match at the leftmost place wins."""
-        nonce = "".join(secrets.choice("0123456789") for _ in range(NONCE_DIGITS))
+        for finding special tokens, where the longest match at the leftmost place wins. ``nonce``:
+        that of another process with the same aliases."""
+        nonce = nonce or "".join(secrets.choice("0123456789") for _ in range(NONCE_DIGITS))
         self.head = OPEN + nonce
-        ordered = list(dict.fromkeys(specials))
+        ordered, others = list(dict.fromkeys(specials)), list(others)
+        self.arguments = {"specials": ordered, "others": others, "nonce": nonce}
         self.of = {text: f"{self.head}{i:05d}{CLOSE}" for i, text in enumerate(ordered)}
         self.back = {alias: text for text, alias in self.of.items()}
         names = sorted({*ordered, *others} - {""}, key=len, reverse=True)

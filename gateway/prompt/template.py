@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 from jinja2 import meta, nodes
@@ -92,6 +92,23 @@ def make_environment() -> ImmutableSandboxedEnvironment:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["namespace"] = TemplateNamespace
     return environment
+
+
+class Renderable(Protocol):
+    """A template in three forms, which ``render`` takes; see ``ChatTemplate``."""
+
+    source: str
+    plain: Any
+    written: Any
+    everywhere: Any
+
+    @property
+    def variables(self) -> frozenset[str]: ...
+
+    @property
+    def reserved_names(self) -> frozenset[str]: ...
+
+    def render(self, template: Any, variables: Mapping[str, Any]) -> str: ...
 
 
 class ChatTemplate:

@@ -86,6 +86,11 @@ class GatewayConfig:
         "the model's other templates",
         metavar="NAME|FILE",
     )
+    allow_request_template: bool = _api(
+        False,
+        "render a chat with the request's own `chat_template`, if it has one; one after another, "
+        "in a process with bounded time and memory",
+    )
     default_system_prompt: str | None = _api(
         None,
         "system message of chats that have none: the text, or @FILE",

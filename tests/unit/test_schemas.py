@@ -299,7 +299,6 @@ def test_parts_of_other_servers(kind: str) -> None:
         ("use_beam_search", True),
         ("best_of", 2),
         ("best_of", True),  # Not 1.
-        ("chat_template", "{{ x }}"),
         ("guided_json", {}),
     ],
 )

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -18,16 +17,15 @@ from gateway.api.schemas.base import (
     BoundedList,
     Strict,
     Unused,
-    at_most,
     check_strings,
     fault,
-    no_larger,
 )
 from gateway.api.schemas.long_json import count_values, split_long_strings
-from gateway.api.schemas.tools import ToolFields
-from gateway.edge.limits import MAX_ARGUMENT_VALUES, MAX_FIELDS, MAX_TEMPLATE_KWARGS
+from gateway.edge.limits import (
+    MAX_ARGUMENT_VALUES,
+)
 from gateway.edge.threads import LONG_BYTES
-from gateway.job import ChatPrompt, Tool
+from gateway.job import Tool
 from gateway.media.dataurl import is_data_url
 from opticnerve.errors import InvalidRequest
 from opticnerve.media.plan import Overrides
@@ -300,77 +298,6 @@ class ProcessorSettings(Strict):
 
     min_pixels: Pixels | None = None
     max_pixels: Pixels | None = None
-
-
-class TemplateFields(ToolFields):
-    """The fields that decide what the chat template renders."""
-
-    messages: Annotated[BoundedList[Message], Field(min_length=1)]
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    chat_template_kwargs: Annotated[dict[str, Any], no_larger(MAX_TEMPLATE_KWARGS)] | None = None
-    mm_processor_kwargs: ProcessorSettings | None = None
-    reasoning_effort: Effort | None = Field(
-        None, description="Sets the chat template's variable of that name, if it has one."
-    )
-    documents: BoundedList[Annotated[dict[str, str], at_most(MAX_FIELDS)]] | None = Field(
-        None,
-        description="Texts for the chat template's variable of that name, if it has one, usually "
-        "each with a title and a text.",
-    )
-    add_special_tokens: bool | None = Field(
-        None,
-        description="Whether the tokenizer adds its own special tokens, such as BOS, to those of "
-        "the chat template. By default it does where the template writes no BOS.",
-    )
-
-    @model_validator(mode="after")
-    def _one_ending(self) -> TemplateFields:
-        given = "add_generation_prompt" in self.model_fields_set
-        if self.continue_final_message and self.add_generation_prompt and given:
-            raise fault("continue_final_message", "excludes add_generation_prompt")
-        return self
-
-    @model_validator(mode="after")
-    def _bounded_arguments(self) -> TemplateFields:
-        calls = (call for message in self.messages for call in message.tool_calls or ())
-        check_arguments("messages", (call.function.arguments for call in calls))
-        return self
-
-    @property
-    def without_effect(self) -> Iterator[str]:
-        if self.reasoning_effort not in (None, "none"):
-            yield REASONING_EFFORT
-        if self.tool_use is not None:
-            yield SHOWN_TOOLS
-        if self.documents:
-            yield DOCUMENTS
-        yield from super().without_effect
-
-    @cached_property
-    def sources(self) -> tuple[ItemSource, ...]:
-        """Every picture, in order. Raises InvalidRequest."""
-        settings = self.mm_processor_kwargs or ProcessorSettings()
-        return tuple(item_sources(self.messages, settings.min_pixels, settings.max_pixels))
-
-    @property
-    def prompt(self) -> ChatPrompt:
-        """Raises InvalidRequest for pictures that have no usable source."""
-        tools = self.tool_use.tools if self.tool_use else ()
-        return ChatPrompt(
-            messages=self.messages,
-            size=rendering_size(
-                self.messages, self.chat_template_kwargs, tools, self.documents or ()
-            ),
-            sources=self.sources,
-            add_generation_prompt=self.add_generation_prompt,
-            continue_final_message=self.continue_final_message,
-            chat_template_kwargs=self.chat_template_kwargs,
-            reasoning_effort=self.reasoning_effort,
-            tools=tools,
-            documents=self.documents,
-            add_special_tokens=self.add_special_tokens,
-        )
 
 
 def rendering_size(

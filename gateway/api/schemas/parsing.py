@@ -83,7 +83,6 @@ UNSUPPORTED: dict[str, UnsupportedField] = {
     "length_penalty": UnsupportedField((1.0,), SEARCH),
     "early_stopping": UnsupportedField((False,), SEARCH),
     "prompt_logprobs": UnsupportedField((0,), "leave it out"),
-    "chat_template": UnsupportedField((), "start the server with --chat-template"),
     "logits_processors": UnsupportedField(([],), "use logit_bias or allowed_token_ids"),
     "media_io_kwargs": UnsupportedField(({},), "leave it out"),
     "request_id": UnsupportedField((), HEADER_ID),
