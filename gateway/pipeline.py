@@ -100,7 +100,7 @@ class Pipeline:
                         if choices.ended and not generation.complete:
                             break  # Stop strings ended all choices; closing aborts the call.
                 done = finished or Done(generation.usage())
-                yield _end(job, spec, done, choices.num_tokens, embeddings)
+                yield _end(job, spec, done, choices, embeddings)
             finally:
                 logs.note(
                     completion_tokens=choices.num_tokens,
@@ -288,11 +288,11 @@ def _end(
     job: Job,
     spec: GenerateSpec,
     done: Done,
-    completion_tokens: int,
+    choices: Choices,
     embeddings: RequestEmbeddings,
 ) -> End:
     """The last event, with our own count of tokens, and the timings of gateway and worker."""
-    usage = _counted(done.usage, completion_tokens)
+    usage = _counted(done.usage, choices.num_tokens)
     for name, milliseconds in done.timings.stages.items():
         job.watch.add(name, milliseconds)
     metrics.TOKENS.labels("prompt").inc(usage.prompt_tokens)
@@ -301,7 +301,8 @@ def _end(
     metrics.TOKENS.labels("completion").inc(usage.completion_tokens)
     outcomes = embeddings.outcomes()
     timings = job.watch.report([outcomes.get(key) for key in spec.keys], embeddings.bytes_sent)
-    return End(usage, {**timings, "preemptions": done.timings.preemptions})
+    timings["preemptions"] = done.timings.preemptions
+    return End(usage, timings, choices.num_reasoning_tokens)
 
 
 def _counted(usage: Usage, completion_tokens: int) -> Usage:

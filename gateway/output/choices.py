@@ -51,6 +51,7 @@ class Choices:
         ]
         self._sections = sections and [sections(choice) for choice in range(sampling.n or 1)]
         self.finish_reasons: list[EndReason | None] = [None] * len(self._outputs)
+        self.num_reasoning_tokens = 0  # Of all choices, their end markers included.
 
     @property
     def ended(self) -> bool:
@@ -87,7 +88,10 @@ class Choices:
         events: list[OutputEvent | ChoiceEnd] = []
         if self._sections is not None:
             sections = self._sections[delta.choice]
+            thought = sections.thinks
             events += sections.push(text, logprobs, last=end is not None)
+            if thought or sections.thinks:
+                self.num_reasoning_tokens += piece.num_tokens
             end = _end_of_calls(sections, end, delta.choice)
         elif text or logprobs:
             events.append(Text(delta.choice, text, logprobs))

@@ -84,10 +84,12 @@ class ChoiceEnd:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The answer is complete. ``timings``: milliseconds by stage, as clients see them."""
+    """The answer is complete. ``timings``: milliseconds by stage, as clients see them.
+    ``reasoning_tokens``: how many of the output tokens are reasoning."""
 
     usage: Usage
     timings: Mapping[str, Any]
+    reasoning_tokens: int = 0
 
 
 OutputEvent = Text | Reasoning | ToolCallStart | ToolCallArguments

@@ -53,6 +53,11 @@ class Sections:
         """Whether there are calls, and all of them are complete."""
         return self._index >= 0 and not self._open
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the text so far ends in reasoning."""
+        return self._thinking is not None and self._thinking.kind is PartKind.REASONING
+
     def push(
         self, text: str, logprobs: tuple[TextLogprobs, ...] | None, *, last: bool
     ) -> list[OutputEvent]:

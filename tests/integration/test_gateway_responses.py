@@ -24,8 +24,10 @@ from gateway.output.events import (
 from gateway.pipeline import Pipeline
 from opticnerve.errors import EngineFailure
 from opticnerve.generation.values import Usage
+from tests import vocabularies
 from tests.fakes import until
-from tests.gateways import PAIR_ID, data_url, keys_of, stack, tokenizer
+from tests.gateways import END as IM_END
+from tests.gateways import PAIR_ID, data_url, ids, keys_of, stack, tokenizer
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 
@@ -255,6 +257,33 @@ async def test_a_failure_of_a_whole_response_is_a_status():
         assert answer.status_code == 500 and answer.json()["error"]["code"] == "engine_failure"
 
 
+# ---- tools and reasoning, as the model's own text
+
+LOOK = {"type": "function", "name": "look", "parameters": {"type": "object"}}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_reasoning_and_calls_in_a_models_text(stream):
+    thought = "<think>I should look.</think>"
+    text = thought + 'I look.<tool_call>{"name": "look", "arguments": {}}</tool_call>'
+    settings = {"chat_template": vocabularies.HERMES, "reasoning_parser": "think"}
+    async with stack(tokens=[*ids(text), IM_END], **settings) as s:
+        answer = await ask(s, tools=[LOOK], stream=stream)
+        response = told(answer)[-1]["response"] if stream else answer.json()
+        reasoning, said, call = response["output"]
+        assert reasoning["content"] == [{"type": "reasoning_text", "text": "I should look."}]
+        assert said["content"][0]["text"] == "I look."
+        assert (call["name"], call["arguments"]) == ("look", "{}")
+        assert (response["status"], call["status"]) == ("completed", "completed")
+        details = response["usage"]["output_tokens_details"]
+        assert len(ids("I should look.")) <= details["reasoning_tokens"] <= len(ids(thought))
+        output = {"type": "function_call_output", "call_id": call["call_id"], "output": "A cat."}
+        items = [{"role": "user", "content": "?"}, *response["output"], output]
+        assert (await ask(s, items, tools=[LOOK])).status_code == 200
+        prompt = tokenizer().decode(list(s.llm.starts[1].token_ids))
+        assert '"name": "look"' in prompt.partition("I look.")[2] and "A cat." in prompt
+
+
 # ---- errors and headers
 
 
@@ -316,12 +345,12 @@ async def test_log_probabilities_and_timings():
 
 
 async def test_a_long_request_is_repeated_whole():
-    tools = [{"type": "function", "name": "look", "description": "x" * 600_000}]
+    said = "x" * 600_000
     async with scripted(Text(0, "A."), ChoiceEnd(0, "stop"), END) as (s, _):
-        events = told(await ask(s, tools=tools, stream=True))
+        events = told(await ask(s, instructions=said, stream=True))
         for event in (events[0], events[-1]):
-            assert event["response"]["tools"][0]["description"] == "x" * 600_000
-        assert (await ask(s, tools=tools)).json()["tools"][0]["name"] == "look"
+            assert event["response"]["instructions"] == said
+        assert (await ask(s, instructions=said)).json()["instructions"] == said
         await until(s.idle)
 
 

@@ -194,7 +194,8 @@ def test_forms_of_the_text(form: dict[str, Any], made: OutputFormat | None) -> N
 
 
 def test_functions() -> None:
-    look, see = Tool("look", "", {"type": "object"}, True), Tool("see")
+    look = Tool("look", "", {"type": "object"}, True)
+    see = Tool("see", "", {"type": "object", "properties": {}})
     both = (look, see)
     for choice, use in (
         (None, ToolUse(both)),
@@ -286,7 +287,7 @@ def test_what_is_not_supported(fields: dict[str, Any], param: str, said: str) ->
         ({"tool_choice": "required"}, "tool_choice", "needs"),
         ({"tools": [SEE], "tool_choice": "any"}, "tool_choice", "'required'"),
         ({"tools": [SEE], "tool_choice": {"type": "function", "name": "look"}}, "tool_choice",
-         "not in tools"),
+         "among tools"),
         ({"text": {"format": {"type": "yaml"}}}, "text.format", "json_schema"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema",
          "required"),

@@ -40,7 +40,7 @@ from opticnerve.generation.values import Sampling, Usage
 
 EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
 LOGPROB = TextLogprobs(TokenLogprob("é".encode(), -0.5), (TokenLogprob(b"e", -1.0),))
-END = End(Usage(20, 5, 16, 9), {"total_ms": 2.5})
+END = End(Usage(20, 5, 16, 9), {"total_ms": 2.5}, 3)
 LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
 TOOL = {
     "type": "function", "name": "look", "description": "Looks.",
@@ -139,6 +139,7 @@ def test_a_whole_response() -> None:
     assert usage is not None
     assert (usage.input_tokens, usage.output_tokens, usage.total_tokens) == (20, 5, 25)
     assert usage.input_tokens_details.cached_tokens == 16
+    assert usage.output_tokens_details.reasoning_tokens == 3
     assert body["usage"]["input_tokens_details"]["image_tokens"] == 9
     assert body["timings"] == {"total_ms": 2.5}
 

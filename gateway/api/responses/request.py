@@ -11,12 +11,11 @@ from pydantic import Field, model_validator
 
 from gateway.api.responses.items import InputCall, InputItem, check_supported
 from gateway.api.responses.settings import (
-    AllowedToolList,
-    ChosenTool,
     ReasoningSettings,
-    ResponsesTool,
     ResponsesToolChoice,
+    ResponsesTools,
     TextSettings,
+    call_choice,
     check_tools,
 )
 from gateway.api.responses.transcript import Transcript
@@ -30,6 +29,7 @@ from gateway.api.schemas.base import (
 )
 from gateway.api.schemas.generate import GenerateFields, OutputLength
 from gateway.api.schemas.messages import (
+    SHOWN_TOOLS,
     ProcessorSettings,
     check_arguments,
     read_arguments,
@@ -41,7 +41,7 @@ from gateway.edge.limits import (
     MAX_METADATA_VALUE,
     MAX_TEMPLATE_KWARGS,
 )
-from gateway.job import CallMode, ChatPrompt, GenerationOptions, ToolUse
+from gateway.job import ChatPrompt, GenerationOptions, Tool, ToolUse
 
 LOGPROBS = "message.output_text.logprobs"
 Includable = Literal[
@@ -103,7 +103,7 @@ class ResponsesRequest(GenerateFields):
     max_output_tokens: OutputLength | None = None
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
-    tools: BoundedList[ResponsesTool] | None = None
+    tools: ResponsesTools | None = None
     tool_choice: ResponsesToolChoice | None = None
     parallel_tool_calls: bool = True
     max_tool_calls: Number | None = Field(
@@ -138,20 +138,8 @@ class ResponsesRequest(GenerateFields):
         return self
 
     @model_validator(mode="after")
-    def _callable(self) -> ResponsesRequest:
-        names = [tool.name for tool in self.tools or ()]
-        if len(set(names)) < len(names):
-            raise fault("tools", "two functions have the same name")
-        chosen: list[ChosenTool] = []
-        match self.tool_choice:
-            case ChosenTool() as choice:
-                chosen = [choice]
-            case AllowedToolList(tools=allowed):
-                chosen = allowed
-            case "required" if not names:
-                raise fault("tool_choice", "needs functions in tools")
-        if any(choice.name not in names for choice in chosen):
-            raise fault("tool_choice", "names a function that is not in tools")
+    def _known_tools(self) -> ResponsesRequest:
+        call_choice(self.tool_choice).check(self._offered)
         return self
 
     @model_validator(mode="after")
@@ -178,6 +166,8 @@ class ResponsesRequest(GenerateFields):
             yield "text.verbosity"
         if self.reasoning and self.reasoning.effort not in (None, "none"):
             yield "reasoning.effort"
+        if self.tool_use is not None:
+            yield SHOWN_TOOLS
         yield from super().without_effect
 
     @property
@@ -198,32 +188,25 @@ class ResponsesRequest(GenerateFields):
         return transcript
 
     @property
+    def _offered(self) -> tuple[Tool, ...]:
+        return tuple(tool.tool for tool in self.tools or ())
+
+    @property
     def tool_use(self) -> ToolUse | None:
         """None if the model may call nothing; it then sees no tools either."""
-        if not self.tools or self.tool_choice == "none":
-            return None
-        tools, parallel = tuple(tool.tool for tool in self.tools), self.parallel_tool_calls
-        match self.tool_choice:
-            case ChosenTool(name=name):
-                return ToolUse(tools, CallMode.NAMED, name, parallel)
-            case AllowedToolList(mode=mode, tools=allowed):
-                names = {choice.name for choice in allowed}
-                tools = tuple(tool for tool in tools if tool.name in names)
-                return ToolUse(tools, CallMode(mode), parallel=parallel)
-            case mode:
-                return ToolUse(tools, CallMode(mode or CallMode.AUTO), parallel=parallel)
+        return call_choice(self.tool_choice).use(self._offered, parallel=self.parallel_tool_calls)
 
     @property
     def prompt(self) -> ChatPrompt:
         messages = self.transcript.messages
-        shown = () if self.tool_use is None else self.tools or ()
+        tools = () if self.tool_use is None else self._offered
         return ChatPrompt(
             messages=messages,
-            size=rendering_size(messages, self.chat_template_kwargs),
+            size=rendering_size(messages, self.chat_template_kwargs, tools),
             sources=tuple(self.transcript.sources),
             chat_template_kwargs=self.chat_template_kwargs,
             reasoning_effort=self.reasoning.effort if self.reasoning else None,
-            tools=tuple(tool.tool for tool in shown),
+            tools=tools,
         )
 
     @property

@@ -10,8 +10,9 @@ from typing_extensions import TypedDict
 from gateway.api.answer import ContentLogprob
 from gateway.api.responses.request import ResponsesRequest
 from gateway.api.responses.settings import JsonSchemaFormat, ResponsesTool
+from gateway.output.events import End
 from opticnerve.errors import OpticNerveError
-from opticnerve.generation.values import Sampling, Usage
+from opticnerve.generation.values import Sampling
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
@@ -213,7 +214,8 @@ def _tool(tool: ResponsesTool) -> dict[str, Any]:
     }
 
 
-def usage_of(usage: Usage) -> ResponseUsage:
+def usage_of(end: End) -> ResponseUsage:
+    usage = end.usage
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {
@@ -222,7 +224,7 @@ def usage_of(usage: Usage) -> ResponseUsage:
             "image_tokens": usage.embedding_tokens,
         },
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": end.reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
 

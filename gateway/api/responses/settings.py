@@ -8,47 +8,42 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from gateway.api.responses.items import RUNS_NO_TOOLS
-from gateway.api.schemas.base import BoundedList, Strict, Unused, no_larger
+from gateway.api.schemas.base import Strict, Unused, no_larger
 from gateway.api.schemas.messages import Effort, type_tag
-from gateway.edge.limits import MAX_SCHEMA
-from gateway.job import FormatKind, OutputFormat, Tool
+from gateway.api.schemas.tools import CallChoice, Function, FunctionName
+from gateway.edge.limits import MAX_SCHEMA, MAX_TOOLS, MAX_TOOLS_SIZE
+from gateway.job import CallMode, FormatKind, OutputFormat
 from opticnerve.errors import UnsupportedFeature
 
-FUNCTION_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+FORMAT_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 Schema = Annotated[dict[str, Any], no_larger(MAX_SCHEMA)]
 
 
-class ResponsesTool(Strict):
-    """A function that the model may call."""
-
+class ResponsesTool(Function):
     type: Literal["function"]
-    name: str = Field(pattern=FUNCTION_NAME)
-    description: str | None = None
-    parameters: Schema | None = Field(None, description="A JSON schema of an object.")
-    strict: bool | None = None
     defer_loading: Unused = None
     allowed_callers: Unused = None
     output_schema: Unused = None
 
-    @property
-    def tool(self) -> Tool:
-        return Tool(self.name, self.description or "", self.parameters, bool(self.strict))
+
+ResponsesTools = Annotated[
+    list[ResponsesTool], Field(max_length=MAX_TOOLS, fail_fast=True), no_larger(MAX_TOOLS_SIZE)
+]
 
 
-class ChosenTool(Strict):
-    """The function that is called."""
+class ChosenTool(FunctionName):
+    """A call of one function, and nothing else."""
 
     type: Literal["function"]
-    name: str
 
 
 class AllowedToolList(Strict):
-    """The functions that may be called, of those that the model sees."""
+    """As without the other functions."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[BoundedList[ChosenTool], Field(min_length=1)]
+    tools: Annotated[list[ChosenTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
 
 
 ResponsesToolChoice = (
@@ -66,6 +61,16 @@ ResponsesToolChoice = (
 )
 
 
+def call_choice(choice: ResponsesToolChoice | None) -> CallChoice:
+    match choice:
+        case ChosenTool(name=name):
+            return CallChoice(CallMode.NAMED, frozenset({name}))
+        case AllowedToolList(mode=mode, tools=allowed):
+            return CallChoice(CallMode(mode), frozenset(each.name for each in allowed))
+        case mode:
+            return CallChoice(CallMode(mode or CallMode.AUTO))
+
+
 class TextFormat(Strict):
     type: Literal["text"]
 
@@ -78,7 +83,7 @@ class JsonSchemaFormat(Strict):
     aliases: ClassVar[frozenset[str]] = frozenset({"schema"})
 
     type: Literal["json_schema"]
-    name: str = Field(pattern=FUNCTION_NAME)
+    name: str = Field(pattern=FORMAT_NAME)
     json_schema: Schema = Field(alias="schema")
     description: str | None = None
     strict: bool | None = None

@@ -98,7 +98,7 @@ class ResponsesWriter(AnswerWriter):
             "error": error and failure_of(error),
             "incomplete_details": cut,
             "model": self._model,
-            "usage": end and usage_of(end.usage),
+            "usage": end and usage_of(end),
             "system_fingerprint": self.system_fingerprint,
             **(self.timings_of(end) if end else {}),
         }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -81,11 +82,36 @@ Tools = Annotated[
 ]
 
 
-def check_names(tools: list[Tool], field: str = "tools") -> None:
+def check_names(tools: Sequence[Tool]) -> None:
     """Raises PydanticCustomError for two tools of one name."""
-    names = [tool.name for tool in tools]
-    if len(set(names)) < len(names):
-        raise fault(field, "should not have two functions of one name")
+    if len({tool.name for tool in tools}) < len(tools):
+        raise fault("tools", "should not have two functions of one name")
+
+
+class CallChoice(NamedTuple):
+    """How an answer may call the tools of a request. ``names``: of the only functions that it may
+    call; empty: all."""
+
+    mode: CallMode
+    names: frozenset[str] = frozenset()
+
+    def check(self, tools: Sequence[Tool]) -> None:
+        """Raises PydanticCustomError for two tools of one name, and for a choice of none."""
+        check_names(tools)
+        if self.mode in (CallMode.REQUIRED, CallMode.NAMED) and not tools:
+            raise fault("tool_choice", "needs tools")
+        if not self.names <= {tool.name for tool in tools}:
+            raise fault("tool_choice", "should name functions among tools")
+
+    def use(self, tools: Sequence[Tool], *, parallel: bool) -> ToolUse | None:
+        """None if the model may call nothing."""
+        if not tools or self.mode is CallMode.NONE:
+            return None
+        if self.mode is CallMode.NAMED:
+            (name,) = self.names
+            return ToolUse(tuple(tools), self.mode, name, parallel)
+        allowed = tuple(tool for tool in tools if not self.names or tool.name in self.names)
+        return ToolUse(allowed, self.mode, parallel=parallel)
 
 
 class ToolFields(Body):
@@ -103,37 +129,25 @@ class ToolFields(Body):
 
     @model_validator(mode="after")
     def _known_tools(self) -> ToolFields:
-        offered = [each.function.tool for each in self.tools or ()]
-        check_names(offered)
-        choice = self.tool_choice
-        if choice in (None, "none", "auto"):
-            return self
-        if not offered:
-            raise fault("tool_choice", "needs tools")
-        names = {tool.name for tool in offered}
-        if not {each.function.name for each in _chosen(choice)} <= names:
-            raise fault("tool_choice", "should name functions among tools")
+        self._choice.check(self._offered)
         return self
+
+    @property
+    def _offered(self) -> list[Tool]:
+        return [each.function.tool for each in self.tools or ()]
+
+    @property
+    def _choice(self) -> CallChoice:
+        choice = self.tool_choice
+        if isinstance(choice, NamedTool):
+            return CallChoice(CallMode.NAMED, frozenset({choice.function.name}))
+        if isinstance(choice, AllowedToolChoice):
+            allowed = choice.allowed_tools
+            names = frozenset(each.function.name for each in allowed.tools)
+            return CallChoice(CallMode(allowed.mode), names)
+        return CallChoice(CallMode(choice or CallMode.AUTO))
 
     @property
     def tool_use(self) -> ToolUse | None:
         """None if the model may call nothing."""
-        tools = tuple(each.function.tool for each in self.tools or ())
-        choice, mode, name = self.tool_choice, CallMode.AUTO, ""
-        if isinstance(choice, str):
-            mode = CallMode(choice)
-        elif isinstance(choice, NamedTool):
-            mode, name = CallMode.NAMED, choice.function.name
-        elif isinstance(choice, AllowedToolChoice):
-            mode = CallMode(choice.allowed_tools.mode)
-            allowed = {each.function.name for each in _chosen(choice)}
-            tools = tuple(tool for tool in tools if tool.name in allowed)
-        if not tools or mode is CallMode.NONE:
-            return None
-        return ToolUse(tools, mode, name, self.parallel_tool_calls)
-
-
-def _chosen(choice: ToolChoice | None) -> list[NamedTool]:
-    if isinstance(choice, AllowedToolChoice):
-        return choice.allowed_tools.tools
-    return [choice] if isinstance(choice, NamedTool) else []
+        return self._choice.use(self._offered, parallel=self.parallel_tool_calls)
