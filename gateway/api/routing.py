@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import typing
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi.routing import APIRoute, APIRouter
@@ -17,7 +18,13 @@ from gateway.api.answer import AnswerWriter
 from gateway.api.http import ErrorAnswer, errors_of, read_body, typed
 from gateway.api.schemas.base import Body
 from gateway.api.schemas.generate import GenerateFields
-from gateway.api.schemas.messages import DOCUMENTS, REASONING_EFFORT, SHOWN_TOOLS
+from gateway.api.schemas.messages import (
+    DOCUMENTS,
+    REASONING_EFFORT,
+    SHOWN_TOOLS,
+    SWITCHED_THINKING,
+    THINKING_SWITCHES,
+)
 from gateway.api.schemas.parsing import Ignored
 from gateway.clock import Deadline, Stopwatch
 from gateway.edge.admission import Ticket
@@ -40,14 +47,15 @@ EVENT_STREAM = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",  # Tells reverse proxies not to buffer events.
 }
-BY_TEMPLATE = {
-    REASONING_EFFORT: REASONING_EFFORT,
-    "output_config.effort": REASONING_EFFORT,
-    DOCUMENTS: DOCUMENTS,
-    "reasoning.effort": REASONING_EFFORT,
-    SHOWN_TOOLS: "tools",
+BY_TEMPLATE: dict[str, AbstractSet[str]] = {
+    REASONING_EFFORT: {REASONING_EFFORT},
+    "output_config.effort": {REASONING_EFFORT},
+    "reasoning.effort": {REASONING_EFFORT},
+    DOCUMENTS: {DOCUMENTS},
+    SWITCHED_THINKING: THINKING_SWITCHES,
+    SHOWN_TOOLS: {"tools"},
 }
-"""What has an effect only if the chat template has a variable, and that variable's name."""
+"""What has an effect only if the chat template has one of these variables."""
 B = TypeVar("B", bound=Body)
 W = TypeVar("W", bound=AnswerWriter)
 
@@ -185,7 +193,7 @@ class Call(Request):
         """The header that lists fields without effect. Their names are the client's text, so only
         their printable characters go into the header, up to MAX_WARNING."""
         variables = self.gateway.pipeline.renderer.template.variables
-        effective = {name for name, variable in BY_TEMPLATE.items() if variable in variables}
+        effective = {name for name, any_of in BY_TEMPLATE.items() if any_of & variables}
         without_effect = [name for name in self.ignored.without_effect if name not in effective]
         lists = (
             ("ignored unknown fields", self.ignored.unknown),

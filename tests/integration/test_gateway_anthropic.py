@@ -112,6 +112,19 @@ async def test_the_header_of_betas_has_no_effect():
             assert answer.status_code == 200 and told == "without effect: the header anthropic-beta"
 
 
+async def test_what_a_template_has_no_variable_for_is_named():
+    asked = {"thinking": {"type": "disabled"}, "output_config": {"effort": "low"}}
+    template = "{{ enable_thinking }} {{ reasoning_effort }}: {{ messages[0].content }}"
+    words = {"role": "user", "content": "Why?"}
+    async with stack(encoders=0, chat_template=template) as s:
+        answer = await ask(s, words, **asked)
+        assert "x-opticnerve-warnings" not in answer.headers
+        assert tokenizer().decode(list(s.llm.starts[0].token_ids)) == "False low: Why?"
+    async with stack(encoders=0) as s:
+        told = (await ask(s, words, **asked)).headers["x-opticnerve-warnings"]
+        assert "thinking (the chat template" in told and "output_config.effort" in told
+
+
 async def test_keys_come_in_either_header():
     async with stack(keys=keys_of(ada="sk-ada")) as s:
         for headers, status in (

@@ -14,6 +14,7 @@ from gateway.api.anthropic.errors import is_anthropic, to_anthropic
 from gateway.api.anthropic.prompt import chat_prompt, read_prompt
 from gateway.api.anthropic.request import CountTokensRequest, MessagesRequest
 from gateway.api.anthropic.writer import SIGNATURE, AnthropicWriter
+from gateway.api.schemas.messages import SWITCHED_THINKING
 from gateway.api.schemas.parsing import parse
 from gateway.job import CallMode, ChatPrompt, FormatKind, OutputFormat, Tool, ToolUse
 from gateway.output.events import (
@@ -279,7 +280,7 @@ def test_what_has_no_effect_is_named() -> None:
     )
     assert ignored.unknown == ("messages[0].content[0].transformations",)
     assert set(ignored.without_effect) == {
-        "speed", "context_management", "thinking.budget_tokens", "diagnostics"
+        "speed", "context_management", "thinking.budget_tokens", "diagnostics", SWITCHED_THINKING
     }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from gateway.api.anthropic.blocks import (
 )
 from gateway.api.anthropic.request import CountTokensRequest
 from gateway.api.schemas.messages import (
+    THINKING_SWITCHES,
     FunctionCall,
     ImagePart,
     ItemSource,
@@ -76,11 +77,10 @@ def chat_prompt(body: CountTokensRequest) -> ChatPrompt:
 
 
 def _thinking(body: CountTokensRequest) -> dict[str, Any] | None:
-    """The variables by which templates switch thinking on and off, under both usual names."""
+    """The template's variables that switch thinking on and off."""
     if body.thinking is None:
         return None
-    on = body.thinking.type != "disabled"
-    return {"enable_thinking": on, "thinking": on}
+    return dict.fromkeys(sorted(THINKING_SWITCHES), body.thinking.type != "disabled")
 
 
 def _continues(turns: Sequence[AnthropicTurn]) -> bool:

@@ -19,7 +19,7 @@ from gateway.api.schemas.base import (
     fault,
     no_larger,
 )
-from gateway.api.schemas.messages import SHOWN_TOOLS, Effort
+from gateway.api.schemas.messages import SHOWN_TOOLS, SWITCHED_THINKING, Effort
 from gateway.api.schemas.sampling import SamplingFields, Word
 from gateway.api.schemas.tools import ToolName, check_names, check_parameters
 from gateway.edge.limits import MAX_STOPS, MAX_TOOLS, MAX_TOOLS_SIZE
@@ -167,6 +167,8 @@ class CountTokensRequest(Body):
             yield "context_management"
         if self.speed not in (None, "standard"):
             yield "speed"
+        if self.thinking is not None:
+            yield SWITCHED_THINKING
         if self.thinking and self.thinking.budget_tokens is not None:
             yield "thinking.budget_tokens"
         if self.output_config and self.output_config.effort:

@@ -37,6 +37,9 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 # Names of fields that are also a template's variables, without which they have no effect.
 REASONING_EFFORT = "reasoning_effort"
 DOCUMENTS = "documents"
+THINKING_SWITCHES = frozenset({"enable_thinking", "thinking"})
+"""Variables by which templates let a request switch thinking on and off."""
+SWITCHED_THINKING = "thinking (the chat template does not let requests choose)"
 SHOWN_TOOLS = "tools (the chat template does not show them to the model)"
 
 LOW_DETAIL_PIXELS = 512 * 512  # A picture's size with OpenAI's ``detail: low``.
