@@ -23,8 +23,9 @@ from gateway.api.schemas.long_json import Outline
 from gateway.api.schemas.messages import Effort
 from gateway.api.schemas.parsing import decode, parse
 from gateway.api.schemas.sampling import SamplingFields
-from gateway.edge.limits import MAX_ITEM_CHARACTERS, MAX_SESSION_TOOLS
-from gateway.job import CallMode, Tool, ToolUse
+from gateway.api.schemas.tools import Function, FunctionName, check_names
+from gateway.edge.limits import MAX_ITEM_CHARACTERS, MAX_TOOLS, MAX_TOOLS_SIZE
+from gateway.job import CallMode, ToolUse
 from opticnerve.errors import InvalidRequest, UnsupportedFeature, did_you_mean
 from opticnerve.telemetry.logs import printable
 
@@ -46,6 +47,7 @@ MCP = "call the tool yourself, and send its result as a function_call_output"
 UNSUPPORTED_ITEMS = dict.fromkeys(
     ("mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools"), MCP
 )
+UNSUPPORTED_TOOLS = {"mcp": MCP}
 MAX_AUDIO_FIELDS = 16  # Of an object that is looked through; its depth is the JSON parser's.
 MAX_SHOWN = 80  # Characters of an event's type that an error message repeats.
 
@@ -55,19 +57,19 @@ EventId = Annotated[str, Field(max_length=512)]
 # ---- settings
 
 
-class RealtimeTool(Strict):
+class RealtimeTool(Function):
     """A function that the model may call."""
 
     type: Literal["function"] = "function"
-    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,128}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
 
-class ChosenFunction(Strict):
+RealtimeTools = Annotated[
+    list[RealtimeTool], Field(max_length=MAX_TOOLS, fail_fast=True), no_larger(MAX_TOOLS_SIZE)
+]
+
+
+class ChosenFunction(FunctionName):
     type: Literal["function"]
-    name: str
 
 
 class RealtimeReasoning(Strict):
@@ -93,7 +95,7 @@ class ResponseDefaults(SamplingFields):
     max_output_tokens: (
         Annotated[int, Field(ge=1, le=2**31 - 1), INTEGRAL] | Literal["inf"] | None
     ) = None
-    tools: Annotated[BoundedList[RealtimeTool], no_larger(MAX_SESSION_TOOLS)] | None = None
+    tools: RealtimeTools | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
     parallel_tool_calls: bool | None = None
     reasoning: RealtimeReasoning | None = None
@@ -125,21 +127,26 @@ class ResponseDefaults(SamplingFields):
             **given,
         }
 
+    @model_validator(mode="after")
+    def _different_names(self) -> ResponseDefaults:
+        check_names([each.tool for each in self.tools or ()])
+        return self
+
     def tool_use(self) -> ToolUse | None:
-        """Raises InvalidRequest for a choice of tools that are not there."""
-        tools = tuple(
-            Tool(tool.name, tool.description or "", tool.parameters, bool(tool.strict))
-            for tool in self.tools or ()
-        )
-        choice = self.tool_choice or "auto"
-        name = choice.name if isinstance(choice, ChosenFunction) else ""
-        if name and all(tool.name != name for tool in tools):
-            raise InvalidRequest("tool_choice: names no tool of tools", param="tool_choice")
-        if choice == "required" and not tools:
-            raise InvalidRequest("tool_choice: required, but there are no tools", param="tools")
-        if not tools:
+        """None if the model may call nothing. Raises InvalidRequest for a choice of tools that are
+        not there: settings come one by one, so it is checked once they are together."""
+        tools = tuple(each.tool for each in self.tools or ())
+        choice, mode, name = self.tool_choice, CallMode.AUTO, ""
+        if isinstance(choice, ChosenFunction):
+            mode, name = CallMode.NAMED, choice.name
+            if all(tool.name != name for tool in tools):
+                raise InvalidRequest("tool_choice: names no function among tools", param="tools")
+        elif choice is not None:
+            mode = CallMode(choice)
+            if mode is CallMode.REQUIRED and not tools:
+                raise InvalidRequest("tool_choice: required, but there are no tools", param="tools")
+        if not tools or mode is CallMode.NONE:
             return None
-        mode = CallMode.NAMED if isinstance(choice, ChosenFunction) else CallMode(choice)
         return ToolUse(tools, mode, name, parallel=self.parallel_tool_calls is not False)
 
 
@@ -279,30 +286,31 @@ def _is_null(value: Any) -> bool:
 
 
 def _check_items(raw: Mapping[str, Any]) -> None:
-    """Raises UnsupportedFeature for items and parts that other servers take. Malformed ones are
-    left to the models."""
+    """Raises UnsupportedFeature for items, parts and tools that other servers take. Malformed ones
+    are left to the models."""
     if "item" in raw:
         _check_item(raw["item"], "item")
-    response = raw.get("response")
-    given = response.get("input") if isinstance(response, dict) else None
-    for place, item in enumerate(given if isinstance(given, list) else ()):
+    for name in SETTINGS:
+        for place, tool in enumerate(_entries(raw.get(name), "tools")):
+            _refuse_kind(tool, f"{name}.tools[{place}]", UNSUPPORTED_TOOLS, "tools")
+    for place, item in enumerate(_entries(raw.get("response"), "input")):
         _check_item(item, f"response.input[{place}]")
 
 
+def _entries(value: Any, name: str) -> list[Any]:
+    """The list that is the field ``name`` of an object, if it is one."""
+    entries = value.get(name) if isinstance(value, dict) else None
+    return entries if isinstance(entries, list) else []
+
+
 def _check_item(item: Any, path: str) -> None:
-    if not isinstance(item, dict):
-        return
     _refuse_kind(item, path, UNSUPPORTED_ITEMS, "items")
-    content = item.get("content")
-    for place, part in enumerate(content if isinstance(content, list) else ()):
-        if isinstance(part, dict):
-            _refuse_kind(part, f"{path}.content[{place}]", UNSUPPORTED_PARTS, "parts")
+    for place, part in enumerate(_entries(item, "content")):
+        _refuse_kind(part, f"{path}.content[{place}]", UNSUPPORTED_PARTS, "parts")
 
 
-def _refuse_kind(
-    value: Mapping[str, Any], path: str, unsupported: Mapping[str, str], what: str
-) -> None:
-    kind = value.get("type")
+def _refuse_kind(value: Any, path: str, unsupported: Mapping[str, str], what: str) -> None:
+    kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and (instead := unsupported.get(kind)):
         raise UnsupportedFeature(
             f'{path}: {what} of type "{kind}" are not supported by this server; {instead}',

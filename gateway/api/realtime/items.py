@@ -12,14 +12,13 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from gateway.api.schemas.base import BoundedList, Strict, fault
 from gateway.api.schemas.messages import (
-    CALL_COST,
-    PIECE_COST,
     Detail,
     FunctionCall,
     ItemSource,
     Message,
     Source,
     ToolCall,
+    type_tag,
 )
 from gateway.edge.limits import MAX_ITEM_CHARACTERS, VALUE_BYTES
 from gateway.media.dataurl import is_data_url
@@ -51,18 +50,12 @@ class OutputTextPart(Strict):
     text: Words
 
 
-def _tag(value: Any) -> str | None:
-    """Which model validates ``value``; see ``gateway.api.schemas.messages``."""
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"<{kind}>" if isinstance(kind, str) else None
-
-
 AnyItemPart = Annotated[
     Annotated[InputTextPart, Tag("<input_text>")]
     | Annotated[InputImagePart, Tag("<input_image>")]
     | Annotated[OutputTextPart, Tag("<output_text>")],
     Discriminator(
-        _tag,
+        type_tag,
         custom_error_type="part_type",
         custom_error_message="should be of type input_text, input_image or output_text",
     ),
@@ -123,7 +116,7 @@ AnyNewItem = Annotated[
     | Annotated[FunctionCallItem, Tag("<function_call>")]
     | Annotated[FunctionCallOutputItem, Tag("<function_call_output>")],
     Discriminator(
-        _tag,
+        type_tag,
         custom_error_type="item_type",
         custom_error_message="should be of type message, function_call or function_call_output",
     ),
@@ -134,7 +127,7 @@ AnyInputItem = Annotated[
     | Annotated[FunctionCallOutputItem, Tag("<function_call_output>")]
     | Annotated[ItemReference, Tag("<item_reference>")],
     Discriminator(
-        _tag,
+        type_tag,
         custom_error_type="item_type",
         custom_error_message="should be of type message, function_call, function_call_output or "
         "item_reference",
@@ -206,17 +199,13 @@ def _shown_part(part: InputTextPart | InputImagePart | OutputTextPart) -> dict[s
 # ---- as a chat
 
 
-def chat_of(items: Iterable[Item]) -> tuple[list[Message], list[ItemSource], int]:
-    """The items as messages of a chat; the pictures in them, in order; and the size of the
-    messages, in characters of text. Function calls belong to the assistant's message before
-    them."""
+def chat_of(items: Iterable[Item]) -> tuple[list[Message], list[ItemSource]]:
+    """The items as messages of a chat, and the pictures in them, in order. Function calls belong to
+    the assistant's message before them."""
     turns: list[dict[str, Any]] = []
     sources: list[ItemSource] = []
-    size = 0
     for item in items:
-        size += PIECE_COST + sum(map(len, item.strings()))
         if item.type == "function_call":
-            size += CALL_COST
             if not turns or turns[-1]["role"] != "assistant":
                 turns.append({"role": "assistant"})
             turns[-1].setdefault("tool_calls", []).append(_call(item))
@@ -225,7 +214,7 @@ def chat_of(items: Iterable[Item]) -> tuple[list[Message], list[ItemSource], int
         else:
             turns.append({"role": item.role, "content": _content(item)})
             sources += _sources(item)
-    return [Message.model_validate(turn) for turn in turns], sources, size
+    return [Message.model_validate(turn) for turn in turns], sources
 
 
 def _call(item: Item) -> ToolCall:

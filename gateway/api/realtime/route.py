@@ -36,15 +36,9 @@ BURST_S = 1.0  # Of events that are not paced.
 OFF_LOOP_CHARACTERS = 2**18  # A longer event is encoded in a thread.
 
 DESCRIPTION = """\
-OpenAI's realtime events, with text and pictures. A client sends `session.update`,
-`conversation.item.create`, `.delete` and `.retrieve`, `response.create` and `response.cancel`. A
-picture is a part `input_image` of a user's message, with a `data:` or `https:` URL; events show it
-without its bytes. Besides OpenAI's settings, a session and a response take the sampling fields of
-the other APIs, such as `temperature`. Audio is refused with an `error` event.
-
-`model` in the query is optional. Browsers offer their key as the subprotocol
-`openai-insecure-api-key.KEY`, beside `realtime`; their page's origin must be this server's or one
-of `--cors-origins`. A request that is no handshake gets a 426.
+OpenAI's realtime events, with text and pictures; docs/api.md lists them. `model` in the query is
+optional. Browsers offer their key as the subprotocol `openai-insecure-api-key.KEY`, beside
+`realtime`. A request that is no handshake gets a 426.
 """
 
 router = make_router("generation")

@@ -29,7 +29,7 @@ from gateway.api.realtime.client_events import (
 from gateway.api.realtime.conversation import Conversation
 from gateway.api.realtime.items import Item, ItemReference, chat_of, new_id
 from gateway.api.realtime.writer import ResponseWriter, ServerEvent, with_ids
-from gateway.api.schemas.messages import Message
+from gateway.api.schemas.messages import Message, rendering_size
 from gateway.api.schemas.sampling import SamplingFields
 from gateway.clock import Deadline, expired
 from gateway.edge.admission import Ticket
@@ -344,22 +344,22 @@ def _prompt(
     settings: ResponseDefaults, tools: ToolUse | None, items: tuple[Item, ...]
 ) -> ChatPrompt:
     """Raises InvalidRequest if there is nothing to answer."""
-    messages, sources, size = chat_of(items)
+    messages, sources = chat_of(items)
     if settings.instructions:
         system = {"role": "system", "content": settings.instructions}
         messages.insert(0, Message.model_validate(system))
-        size += len(settings.instructions)
     if not messages:
         raise InvalidRequest(
             "there is nothing to answer; create an item first, or give instructions or input",
             param="response.input",
         )
+    shown = tools.tools if tools else ()
     return ChatPrompt(
         messages=messages,
-        size=size,
+        size=rendering_size(messages, tools=shown),
         sources=tuple(sources),
         reasoning_effort=settings.reasoning.effort if settings.reasoning else None,
-        tools=tools.tools if tools else (),
+        tools=shown,
     )
 
 
