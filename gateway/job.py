@@ -110,7 +110,8 @@ class ChatPrompt(PromptKind):
 class TextPrompt(PromptKind):
     """Text that goes to the model as it is. Special tokens in it are special, except that
     placeholders of pictures are text. ``add_special_tokens``: whether the tokenizer adds its own,
-    such as BOS."""
+    such as BOS. ``sources``: its pictures, in the order of the places in it that ``marker`` marks,
+    of which there are as many."""
 
     field: ClassVar[str] = "prompt"
     need: ClassVar[str] = "the prompt needs"
@@ -118,6 +119,8 @@ class TextPrompt(PromptKind):
 
     text: str
     add_special_tokens: bool = True
+    sources: tuple[ItemSource, ...] = ()
+    marker: str = ""
 
     @property
     def size(self) -> int:
@@ -131,6 +134,7 @@ class TokenPrompt(PromptKind):
     field: ClassVar[str] = TextPrompt.field
     need: ClassVar[str] = TextPrompt.need
     shorter: ClassVar[str] = TextPrompt.shorter
+    sources: ClassVar[tuple[ItemSource, ...]] = ()
 
     token_ids: tuple[int, ...]
 
@@ -171,7 +175,10 @@ class GenerationOptions:
     that errors about it name. ``shorten_to_fit``: whether an answer may be shorter than
     ``max_tokens`` where the context leaves no more; otherwise such a job fails. ``top_logprobs``:
     how many of the most likely tokens have their log-probability in the answer, besides the sampled
-    one; None: no log-probabilities at all.
+    one; None: no log-probabilities at all. ``top_logprobs_field``: the request's field of that
+    number. ``end_logprobs``: whether the token that ended a choice, whose text is not shown, has
+    them too. ``prompt_logprobs``: as ``top_logprobs``, for every token of the prompt. ``echo``: the
+    answer has the prompt, and with ``top_logprobs`` its tokens' log-probabilities.
     """
 
     sampling: SamplingFields
@@ -179,6 +186,10 @@ class GenerationOptions:
     max_tokens_field: str = "max_tokens"
     shorten_to_fit: bool = False
     top_logprobs: int | None = None
+    top_logprobs_field: str = "top_logprobs"
+    end_logprobs: bool = False
+    prompt_logprobs: int | None = None
+    echo: bool = False
     priority: int | None = None  # None: the caller's default.
     cache_salt: str = ""
     running_usage: bool = False  # Every event has the usage so far.

@@ -22,6 +22,7 @@ from gateway.media.reader import Fetched, MediaReader
 from gateway.output.answer_forms import AnswerForms
 from gateway.output.choices import Choices
 from gateway.output.detokenizer import Vocabulary
+from gateway.output.echo import Echo
 from gateway.output.events import AnswerEvent, ChoiceEnd, End, OutputEvent
 from gateway.output.thinking import Thinking
 from gateway.prompt.completion_prompt import read_plain
@@ -42,7 +43,7 @@ from gateway.workers.pairing import Pair, Pairing
 from gateway.workers.pool import WorkerPool
 from opticnerve.content_keys import tenant_salt
 from opticnerve.errors import UnsupportedFeature
-from opticnerve.generation.values import Delta, Done, Sampling, Usage
+from opticnerve.generation.values import Delta, Done, PromptPiece, Sampling, Usage
 from opticnerve.media.plan import Plan
 from opticnerve.telemetry import logs
 
@@ -78,9 +79,9 @@ class Pipeline:
     share_cache: bool = False  # See --share-cache.
 
     async def run(self, job: Job) -> AsyncGenerator[AnswerEvent, None]:
-        """Runs a job to its end: text as it is generated, the end of each choice, then End.
-        Raises typed errors."""
-        spec, embeddings, thinking = await self._start(job)
+        """Runs a job to its end: the prompt, if the job asks for it, text as it is generated, the
+        end of each choice, then End. Raises typed errors."""
+        spec, embeddings, echo, thinking = await self._start(job)
         async with embeddings:
             if embeddings.encoding:
                 job.ticket.count_with_pictures()
@@ -95,6 +96,8 @@ class Pipeline:
                         if isinstance(delta, Done):
                             finished = delta
                             break
+                        for echoed in echo.take(delta):
+                            yield echoed
                         for event in self._take(job, delta, generation, choices):
                             yield event
                         if choices.ended and not generation.complete:
@@ -117,7 +120,7 @@ class Pipeline:
     ) -> Pictures:
         """The prompt's pictures; ``hold`` counts their bytes. Raises InvalidRequest,
         MediaFetchFailed, PayloadTooLarge, Overloaded, DeadlineExceeded."""
-        if not isinstance(prompt, ChatPrompt) or not prompt.sources:
+        if not prompt.sources:
             return Pictures()
         self.media.check_count(prompt.sources)
         with watch.stage("fetch"):
@@ -126,23 +129,24 @@ class Pipeline:
             return Pictures(tuple(items), tuple(await self.media.plan(items)))
 
     async def render(
-        self, prompt: AnyPrompt, plans: Sequence[Plan], watch: Stopwatch, contexts: int = 1
+        self,
+        prompt: AnyPrompt,
+        plans: Sequence[Plan],
+        watch: Stopwatch,
+        contexts: int = 1,
+        *,
+        locate: bool = False,
     ) -> ExpandedPrompt:
         """The prompt's token ids and spans. ``plans``: those of its pictures, in order.
-        ``contexts``: how many context lengths it may have, if it is truncated afterwards. Raises
-        InvalidRequest, and ContextLengthExceeded for a prompt that no worker could take."""
+        ``contexts``: how many context lengths it may have, if it is truncated afterwards.
+        ``locate``: whether the places of a text's tokens are needed. Raises InvalidRequest, and
+        ContextLengthExceeded for a prompt that no worker could take."""
         with watch.stage("render"):
             renderer, size = self.renderer, prompt.size
             if not isinstance(prompt, ChatPrompt):
-                return await off_loop_above(
-                    OFF_LOOP_CHARACTERS,
-                    size,
-                    read_plain,
-                    prompt,
-                    renderer.tokenizer,
-                    renderer.layout,
-                    contexts,
-                )
+                read = functools.partial(read_plain, locate=locate)
+                given = prompt, renderer.tokenizer, renderer.layout, contexts, plans
+                return await off_loop_above(OFF_LOOP_CHARACTERS, size, read, *given)
             chat = await self._render_chat(prompt, contexts)
             size = len(chat.token_ids)
             return await off_loop_above(OFF_LOOP_TOKENS, size, renderer.build, chat, plans)
@@ -163,9 +167,11 @@ class Pipeline:
 
     # ---- steps
 
-    async def _start(self, job: Job) -> tuple[GenerateSpec, RequestEmbeddings, Thinking | None]:
-        """Everything before generation. Returns its request, the embeddings that it needs, and
-        how a chat's answer begins."""
+    async def _start(
+        self, job: Job
+    ) -> tuple[GenerateSpec, RequestEmbeddings, Echo, Thinking | None]:
+        """Everything before generation. Returns its request, the embeddings that it needs, what the
+        answer shows of the prompt, and how a chat's answer begins."""
         assert job.prompt is not None
         kind = type(job.prompt)
         priority = job.caller.priority(job.options.priority)
@@ -176,7 +182,9 @@ class Pipeline:
         )
         pair, items = await self._pair_early(job, pictures)
         contexts = 1 if job.options.truncation is None else MAX_TRUNCATED_CONTEXTS
-        prompt = await self.render(job.prompt, pictures.plans, job.watch, contexts)
+        prompt = await self.render(
+            job.prompt, pictures.plans, job.watch, contexts, locate=job.options.echo
+        )
         logs.note(prompt_tokens=len(prompt.token_ids), images=len(pictures.items) or None)
         thinking = self.forms.thinking(job.prompt, prompt.prompt)
         job.drop_prompt()
@@ -201,7 +209,17 @@ class Pipeline:
             priority=priority,
         )
         embeddings = RequestEmbeddings(self.encoders, items, job.request_id, job.deadline)
-        return spec, embeddings, thinking
+        return spec, embeddings, await self._echo(job.options, prompt), thinking
+
+    async def _echo(self, options: GenerationOptions, prompt: ExpandedPrompt) -> Echo:
+        """What the answer shows of the prompt. Token ids become text."""
+        ids, located = prompt.token_ids, self.vocabulary.located
+        shown: tuple[str | None, Sequence[int] | None] = None, None
+        if options.echo and prompt.starts is not None:
+            shown = prompt.prompt, prompt.starts
+        elif options.echo:
+            shown = await off_loop_above(OFF_LOOP_CHARACTERS, len(ids), located, ids)
+        return Echo(self.vocabulary, ids, *shown, as_ids=options.tokens_as_ids)
 
     async def _pair_early(
         self, job: Job, pictures: Pictures
@@ -271,9 +289,16 @@ class Pipeline:
         return await off_loop_above(OFF_LOOP_SAMPLING, size, resolved)
 
     def _take(
-        self, job: Job, delta: Delta, generation: FailoverGeneration, choices: Choices
+        self,
+        job: Job,
+        delta: PromptPiece | Delta,
+        generation: FailoverGeneration,
+        choices: Choices,
     ) -> Sequence[OutputEvent | ChoiceEnd]:
-        """The events of a delta. After a failover, a choice that they end is not continued."""
+        """The choices' events of a delta. After a failover, a choice that they end is not
+        continued."""
+        if isinstance(delta, PromptPiece):
+            return []
         job.watch.token()
         made = choices.take(delta)
         if choices.has_ended(delta.choice):

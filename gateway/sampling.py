@@ -155,7 +155,8 @@ def resolve_sampling(
     values |= {
         "max_tokens": output_limit(options, kind, prompt_tokens, item_tokens, defaults, limits),
         "seed": secrets.randbits(64) if asked.seed is None else asked.seed % 2**64,
-        "logprobs": num_logprobs(options, limits),
+        "logprobs": num_logprobs(options.top_logprobs, options.top_logprobs_field, limits),
+        "prompt_logprobs": num_prompt_logprobs(options, limits),
         "logit_bias": _bias(asked.logit_bias or {}, limits),
         "bad_words": _bad_words(asked.bad_words or (), tokenizer),
     }
@@ -221,6 +222,8 @@ def output_limit(
     room = limits.max_model_len - prompt_tokens
     unlimited = options.max_tokens == UNLIMITED
     asked = None if unlimited else options.max_tokens
+    if asked == 0:
+        asked = 1  # A worker computes a prompt by writing a token after it, which is not shown.
     if room >= (asked or 1):
         most = LARGEST_MAX_TOKENS if unlimited else defaults.max_tokens or LARGEST_MAX_TOKENS
         return asked or min(most, room)
@@ -238,14 +241,20 @@ def output_limit(
     raise error
 
 
-def num_logprobs(options: GenerationOptions, limits: SamplingLimits) -> int | None:
-    """How many alternatives of each token; None: no log-probabilities. Raises InvalidRequest."""
-    wanted = options.top_logprobs
+def num_logprobs(wanted: int | None, name: str, limits: SamplingLimits) -> int | None:
+    """How many alternatives of each token; None: no log-probabilities. ``name``: of the request's
+    field. Raises InvalidRequest."""
     if wanted is not None and wanted > limits.max_logprobs:
-        raise InvalidRequest(
-            f"top_logprobs: at most {limits.max_logprobs} on this server", param="top_logprobs"
-        )
+        raise InvalidRequest(f"{name}: at most {limits.max_logprobs} on this server", param=name)
     return wanted
+
+
+def num_prompt_logprobs(options: GenerationOptions, limits: SamplingLimits) -> int | None:
+    """As ``num_logprobs``, for the prompt's tokens."""
+    asked = num_logprobs(options.prompt_logprobs, "prompt_logprobs", limits)
+    if not options.echo or options.top_logprobs is None:
+        return asked
+    return max(asked or 0, options.top_logprobs)
 
 
 def check_token_ids(ids: Collection[int], limits: SamplingLimits, param: str) -> None:

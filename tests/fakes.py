@@ -244,6 +244,10 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
         todo = {choice: ids for choice, ids in scripts.items() if choice not in ended}
         first = min((sent.get(choice, 0) for choice in todo), default=0)
         yield llm_pb2.GenerateOut(prefilled=llm_pb2.Prefilled(cached_tokens=self.cached_tokens))
+        for piece in self._prompt_logprobs(start):
+            yield llm_pb2.GenerateOut(prompt_logprobs=piece)
+            if self.step is not None:
+                await self.step(self, -1)
         for index in range(first, max(map(len, todo.values()), default=0)):
             if self.step is not None:
                 await self.step(self, index)
@@ -289,12 +293,33 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
     def _logprobs(self, start: llm_pb2.Start, token: int) -> list[llm_pb2.PositionLogprobs]:
         if not start.sampling.HasField("logprobs"):
             return []
+        return [self._position(token, start.sampling.logprobs)]
+
+    def _prompt_logprobs(self, start: llm_pb2.Start) -> list[llm_pb2.PromptLogprobs]:
+        """Pieces of three tokens."""
+        if not start.sampling.HasField("prompt_logprobs"):
+            return []
+        pictures = {
+            place
+            for span in start.spans
+            for place in range(span.token_offset, span.token_offset + span.num_tokens)
+        }
+        positions = [
+            llm_pb2.PositionLogprobs()
+            if place == 0 or place in pictures
+            else self._position(token, start.sampling.prompt_logprobs)
+            for place, token in enumerate(start.token_ids)
+        ]
+        places = range(0, len(positions), 3)
+        return [llm_pb2.PromptLogprobs(positions=positions[place : place + 3]) for place in places]
+
+    def _position(self, token: int, count: int) -> llm_pb2.PositionLogprobs:
         best = [
             llm_pb2.TokenLogprob(token_id=(token + i) % 600, logprob=-0.5 - i, rank=i + 1)
-            for i in range(start.sampling.logprobs)
+            for i in range(count)
         ]
         sampled = llm_pb2.TokenLogprob(token_id=token, logprob=-0.5, rank=1)
-        return [llm_pb2.PositionLogprobs(sampled=sampled, top=best)]
+        return llm_pb2.PositionLogprobs(sampled=sampled, top=best)
 
     async def Describe(self, request: Any, context: Any) -> llm_pb2.DescribeLLMResponse:
         return llm_pb2.DescribeLLMResponse(

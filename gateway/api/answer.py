@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, NotRequired, TypeVar
 
 from pydantic import Field
@@ -23,6 +24,9 @@ from gateway.output.events import (
     ChoiceEnd,
     End,
     OutputEvent,
+    PromptEvent,
+    PromptText,
+    PromptToken,
     Reasoning,
     Text,
     TextLogprobs,
@@ -121,6 +125,35 @@ def usage_json(usage: Usage) -> CompletionUsage:
     }
 
 
+class PromptLogprob(TypedDict):
+    logprob: float
+    rank: Annotated[int, Field(description="1 for the most likely.")]
+    decoded_token: str
+
+
+PromptLogprobs = Annotated[
+    list[dict[str, PromptLogprob] | None],
+    Field(
+        description="With `prompt_logprobs`: for each token of the prompt its own log-probability "
+        "and those of the most likely ones, by token id; null for the first, and for a picture's."
+    ),
+]
+
+
+def prompt_entry(token: PromptToken, most: int) -> dict[str, PromptLogprob] | None:
+    """The entry of ``prompt_logprobs`` for one token, with ``most`` of the most likely ones."""
+    if token.own is None:
+        return None
+    return {
+        str(each.token_id): {
+            "logprob": max(each.logprob, LEAST_LOGPROB),
+            "rank": each.rank,
+            "decoded_token": each.spelled.decode("utf-8", "replace"),
+        }
+        for each in (token.own, *token.top[:most])
+    }
+
+
 def logprobs_json(logprobs: Iterable[TextLogprobs] | None) -> ChoiceLogprobs | None:
     if logprobs is None:
         return None
@@ -178,9 +211,14 @@ P = TypeVar("P", bound=WholePart)
 @dataclass(slots=True)
 class WholeChoice:
     """A choice of a whole answer, as parts in the order in which the model wrote them.
-    ``with_logprobs``: whether the request asks for log-probabilities."""
+    ``with_logprobs``: whether the request asks for log-probabilities. ``prompt_text`` and
+    ``prompt_logprobs`` (entries as encoded JSON, each with ``prompt_most`` of the most likely
+    tokens) are in the first of the choices that continue a prompt."""
 
     with_logprobs: bool = False
+    prompt_most: int | None = None  # None if the request asks for no log-probabilities of a prompt.
+    prompt_text: str = ""
+    prompt_logprobs: list[bytes] = field(default_factory=list)
     parts: list[WholePart] = field(default_factory=list)
     end: ChoiceEnd | None = None
 
@@ -202,6 +240,17 @@ class WholeChoice:
         entries = [entry for part in self.parts for entry in part.logprobs]
         return entries if self.with_logprobs else None
 
+    def add_prompt(self, more: PromptEvent) -> int:
+        """Adds an event of the prompt; returns its size, as ``add``."""
+        if isinstance(more, PromptText):
+            self.prompt_text = more.text
+            return len(more.text)
+        if self.prompt_most is None:
+            return 0
+        pieces = [dumps(prompt_entry(token, self.prompt_most)) for token in more.tokens]
+        self.prompt_logprobs += pieces
+        return sum(map(len, pieces))
+
     def add(self, more: OutputEvent | ChoiceEnd) -> int:
         """Adds an event; returns its size: characters of text, bytes of log-probabilities."""
         size = 0
@@ -221,9 +270,13 @@ class WholeChoice:
         if not isinstance(more, ToolCallStart):
             part.pieces.append(more.text)
             size = len(more.text)
-        entries = [dumps(_content(at)) for at in more.logprobs or ()]
+        return size + self.add_logprobs(part, more.logprobs or ())
+
+    def add_logprobs(self, part: WholePart, found: Sequence[TextLogprobs]) -> int:
+        """Adds those of the part's next tokens; returns their size in bytes."""
+        entries = [dumps(_content(at)) for at in found]
         part.logprobs += entries
-        return size + sum(map(len, entries))
+        return sum(map(len, entries))
 
     def _of(self, kind: type[P]) -> Iterator[P]:
         return (part for part in self.parts if isinstance(part, kind))
@@ -240,18 +293,27 @@ class WholeChoice:
 class WholeAnswer:
     """The choices of an answer as they arrive, within a bound on their size."""
 
-    def __init__(self, logprobs: bool, hold: Callable[[int], None], max_bytes: int) -> None:
+    def __init__(
+        self,
+        logprobs: bool,
+        hold: Callable[[int], None],
+        max_bytes: int,
+        new: Callable[[], WholeChoice] | None = None,
+    ) -> None:
         """``logprobs``: whether choices have them, even if the list is empty. ``hold`` counts the
-        bytes that are held until the answer is complete."""
-        self._logprobs = logprobs
+        bytes that are held until the answer is complete. ``new`` makes a choice of another kind
+        than a WholeChoice."""
+        self._new = new or partial(WholeChoice, logprobs)
         self._hold = hold
         self._left = self._max_bytes = max_bytes
         self._choices: dict[int, WholeChoice] = {}
 
-    def add(self, more: OutputEvent | ChoiceEnd) -> WholeChoice:
+    def add(self, more: PromptEvent | OutputEvent | ChoiceEnd) -> WholeChoice:
         """Adds an event; returns its choice. Raises AnswerTooLarge, Overloaded."""
-        choice = self._choices.setdefault(more.choice, WholeChoice(self._logprobs))
-        size = choice.add(more)
+        choice = self._choices.get(more.choice)
+        if choice is None:
+            choice = self._choices[more.choice] = self._new()
+        size = choice.add_prompt(more) if isinstance(more, PromptEvent) else choice.add(more)
         self._left -= size
         if self._left < 0:
             raise AnswerTooLarge(
@@ -276,6 +338,7 @@ class AnswerWriter(ABC):
         self.system_fingerprint: str | None = None
         # Whether the choices of a whole answer have log-probabilities, even if the list is empty.
         self.logprobs = False
+        self.prompt_most: int | None = None  # See WholeChoice.
         self._created = int(time.time())
         self._model = model
         self._usage = usage
@@ -285,6 +348,7 @@ class AnswerWriter(ABC):
         """Called before the first event."""
         self.system_fingerprint = job.system_fingerprint
         self.logprobs = job.options.top_logprobs is not None
+        self.prompt_most = job.options.prompt_logprobs
 
     async def body(
         self,
@@ -297,12 +361,16 @@ class AnswerWriter(ABC):
 
         Raises AnswerTooLarge, Overloaded, and the errors of ``events``.
         """
-        answer = WholeAnswer(self.logprobs, hold, max_bytes)
+        answer = WholeAnswer(self.logprobs, hold, max_bytes, self.new_choice)
         last = first
         while not isinstance(last, End):
             answer.add(last)
             last = await anext(events)
         return self.whole_answer(answer.ended(), last)
+
+    def new_choice(self) -> WholeChoice:
+        """A choice of a whole answer, to be collected."""
+        return WholeChoice(self.logprobs, self.prompt_most)
 
     @abstractmethod
     def whole_answer(self, choices: Sequence[WholeChoice], end: End) -> bytes:

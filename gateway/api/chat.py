@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -15,6 +15,7 @@ from gateway.api.answer import (
     AnswerHead,
     ChoiceLogprobs,
     CompletionUsage,
+    PromptLogprobs,
     StopReason,
     StreamUsage,
     WholeChoice,
@@ -23,13 +24,15 @@ from gateway.api.answer import (
 )
 from gateway.api.choice_writer import ChoiceWriter
 from gateway.api.routing import Call, make_router
-from gateway.api.schemas.base import INTEGRAL, Unused, fault
-from gateway.api.schemas.generate import GenerateFields, OutputLength
+from gateway.api.schemas.base import Unused, fault
+from gateway.api.schemas.generate import GenerateFields, NumLogprobs, OutputLength
 from gateway.api.schemas.messages import TextPart
 from gateway.api.schemas.template_fields import TemplateFields
+from gateway.api.sse import add_json
 from gateway.job import GenerationOptions
 from gateway.output.events import (
     ChoiceEnd,
+    End,
     EndReason,
     OutputEvent,
     Reasoning,
@@ -49,7 +52,7 @@ class ChatRequest(TemplateFields, GenerateFields):
     max_tokens: OutputLength | None = None
     max_completion_tokens: OutputLength | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=2**31 - 1), INTEGRAL] | None = None
+    top_logprobs: NumLogprobs | None = None
     metadata: Unused = None
     include_reasoning: bool = Field(
         True, description="Whether the answer shows what the model thinks (`reasoning_content`)."
@@ -147,6 +150,7 @@ class ChatCompletion(AnswerHead):
     object: Literal["chat.completion"]
     choices: list[ChatCompletionChoice]
     usage: CompletionUsage
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class FunctionDelta(TypedDict):
@@ -217,6 +221,13 @@ class ChatWriter(ChoiceWriter):
             "finish_reason": end.finish_reason,
             "stop_reason": end.stop_reason,
         }
+
+    def whole_answer(self, choices: Sequence[WholeChoice], end: End) -> bytes:
+        body = super().whole_answer(choices, end)
+        if self.prompt_most is None:
+            return body
+        entries = b",".join(choices[0].prompt_logprobs)
+        return add_json(body, "prompt_logprobs", b"[" + entries + b"]")
 
 
 def _delta(more: OutputEvent) -> ChoiceDelta:

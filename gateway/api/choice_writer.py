@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import uuid
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from gateway.api.answer import AnswerWriter, WholeChoice, usage_json
 from gateway.api.sse import DONE, event, with_json
-from gateway.output.events import AnswerEvent, ChoiceEnd, End, OutputEvent
+from gateway.output.events import AnswerEvent, ChoiceEnd, End, OutputEvent, PromptEvent
 from opticnerve.generation.values import Usage
 
 
@@ -31,6 +31,10 @@ class ChoiceWriter(AnswerWriter):
         """The choice in its first chunk, before its output; None for no such chunk."""
         return None
 
+    def prompt(self, more: PromptEvent) -> Iterator[bytes]:
+        """The chunks with more of the prompt; none unless the API streams it."""
+        return iter(())
+
     @abstractmethod
     def output(self, more: OutputEvent) -> Mapping[str, Any]:
         """The choice in a chunk with output."""
@@ -39,16 +43,20 @@ class ChoiceWriter(AnswerWriter):
     def ending(self, end: ChoiceEnd) -> Mapping[str, Any]:
         """The choice in its last chunk."""
 
-    @abstractmethod
     def whole(self, choice: WholeChoice, end: ChoiceEnd) -> Mapping[str, Any]:
-        """The choice in a whole answer, without ``logprobs``."""
+        """The choice in a whole answer, without ``logprobs``; for ``encoded``."""
+        raise NotImplementedError
 
     # ---- bodies
 
     def whole_answer(self, choices: Sequence[WholeChoice], end: End) -> bytes:
         head = {**self._head(self.whole_object), "usage": usage_json(end.usage)}
-        encoded = b",".join(map(self._whole, choices))
+        encoded = b",".join(self.encoded(choices))
         return with_json({**head, **self.timings_of(end)}, "choices", b"[" + encoded + b"]")
+
+    def encoded(self, choices: Sequence[WholeChoice]) -> Iterator[bytes]:
+        """The JSON of each choice."""
+        return map(self._whole, choices)
 
     async def chunks(
         self, first: AnswerEvent, events: AsyncGenerator[AnswerEvent, None]
@@ -57,6 +65,11 @@ class ChoiceWriter(AnswerWriter):
         shown = 0  # Output tokens in the chunks so far.
         last = first
         while not isinstance(last, End):
+            if isinstance(last, PromptEvent):
+                for data in self.prompt(last):
+                    yield data
+                last = await anext(events)
+                continue
             data = b""
             if last.choice not in begun:
                 begun.add(last.choice)
@@ -85,6 +98,11 @@ class ChoiceWriter(AnswerWriter):
         if self._usage:
             body["usage"] = usage and usage_json(usage)
         return event(body)
+
+    def encoded_chunk(self, choice: bytes) -> bytes:
+        """A chunk whose choice is encoded JSON; without usage."""
+        head = self._head(self.chunk_object) | ({"usage": None} if self._usage else {})
+        return b"data: " + with_json(head, "choices", b"[" + choice + b"]") + b"\n\n"
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {

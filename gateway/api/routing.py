@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import typing
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +30,7 @@ from gateway.clock import Deadline, Stopwatch
 from gateway.edge.admission import Ticket
 from gateway.edge.limits import ERROR_DELIVERY_S
 from gateway.job import AnyPrompt, GenerationOptions, Job
+from gateway.job_group import JobGroup
 from gateway.prompt.placeholders import ExpandedPrompt
 from opticnerve.errors import OpticNerveError
 from opticnerve.telemetry import logs
@@ -144,6 +145,14 @@ class Call(Request):
         return parsed
 
     def job(self, prompt: AnyPrompt, options: GenerationOptions) -> Job:
+        return self.jobs([prompt], options)[0]
+
+    def jobs(self, prompts: Sequence[AnyPrompt], options: GenerationOptions) -> list[Job]:
+        """A job for each prompt. Each frees an equal part of the body's bytes."""
+        part = self.ticket.bytes // len(prompts)
+        return [self._job(prompt, options, part) for prompt in prompts]
+
+    def _job(self, prompt: AnyPrompt, options: GenerationOptions, body_bytes: int) -> Job:
         state = self.state
         return Job(
             prompt=prompt,
@@ -152,7 +161,7 @@ class Call(Request):
             caller=state.caller,
             deadline=self.deadline,
             ticket=self.ticket,
-            body_bytes=self.ticket.bytes,
+            body_bytes=body_bytes,
         )
 
     def writer(self, kind: type[W], body: GenerateFields) -> W:
@@ -175,9 +184,17 @@ class Call(Request):
 
     async def answer(self, job: Job, writer: AnswerWriter, *, stream: bool) -> Response:
         """The answer, whole or streamed. An error before its first event is an HTTP status."""
+        return await self.answer_all([job], writer, stream=stream)
+
+    async def answer_all(
+        self, jobs: Sequence[Job], writer: AnswerWriter, *, stream: bool
+    ) -> Response:
+        """As ``answer``, with the choices of all jobs, which have equal options."""
         headers = self.warnings()
-        made = self.gateway.pipeline.run(job)
+        run = self.gateway.pipeline.run
+        made = run(jobs[0]) if len(jobs) == 1 else JobGroup(run, jobs).events()
         first = await anext(made)
+        job = next((job for job in jobs if job.system_fingerprint), jobs[0])
         writer.begin(job)
         if stream:
             chunks = writer.chunks(first, made)

@@ -24,7 +24,7 @@ def named_event(body: Mapping[str, Any]) -> bytes:
     return b"event: " + str(body["type"]).encode() + b"\n" + event(body)
 
 
-def dumps(body: Mapping[str, Any] | str) -> bytes:
+def dumps(body: Any) -> bytes:
     """Compact UTF-8 JSON. A lone surrogate, which UTF-8 cannot hold, becomes ``?``.
 
     Unicode's other line breaks are escaped: SSE has only CR and LF, but clients that split text
@@ -43,6 +43,11 @@ def with_encoded(body: Mapping[str, Any], encoded: Mapping[str, bytes]) -> bytes
     """``body``, which has a field, as JSON with more fields whose values are encoded already."""
     more = (b',"' + name.encode() + b'":' + value for name, value in encoded.items())
     return b"".join((dumps(body)[:-1], *more, b"}"))
+
+
+def add_json(body: bytes, name: str, value: bytes) -> bytes:
+    """The object ``body``, which has fields, with one more; all is encoded JSON."""
+    return body[:-1] + b',"' + name.encode() + b'":' + value + b"}"
 
 
 def failure(error: OpticNerveError) -> bytes:

@@ -134,9 +134,12 @@ MAX_SESSION_S = _fixed(3600.0, "seconds of one session", "`session_expired`, clo
 PING_S = _fixed(20.0, "seconds between pings, and for their answers", CLOSED)
 
 _heading("Generation")
+MAX_PROMPTS = _fixed(1024, "prompts of one completion request", InvalidRequest)
+MAX_PROMPTS_AT_ONCE = _fixed(16, "of these at once, each counted as a request in flight", WAITS)
+MAX_MARKER_CHARACTERS = _fixed(64, "characters of `image_marker`", InvalidRequest)
 _fixed(MAX_CHOICES, "choices (`n`), whatever the flag says", InvalidRequest)
 _flag("max_n", "choices (`n`)", InvalidRequest)
-_flag("max_logprobs", "alternatives of a token (`top_logprobs`)", InvalidRequest)
+_flag("max_logprobs", "alternatives of a token (`top_logprobs` and its like)", InvalidRequest)
 MAX_STOPS = _fixed(16, "stop strings", InvalidRequest)
 MAX_STOP_TOKENS = _fixed(256, "token ids that stop (`stop_token_ids`)", InvalidRequest)
 MAX_BAD_WORDS = _fixed(256, "words that may not be written (`bad_words`)", InvalidRequest)

@@ -46,9 +46,9 @@ class MediaReader:
         """Raises InvalidRequest for more pictures than --max-images."""
         if len(sources) > self.config.max_images:
             raise InvalidRequest(
-                f"the messages contain {len(sources)} pictures, and at most "
-                f"{self.config.max_images} are accepted in one request",
-                param="messages",
+                f"there are {len(sources)} pictures, and at most {self.config.max_images} are "
+                "accepted in one request",
+                param=sources[0].param.partition("[")[0],
                 code="too_many_images",
             )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from gateway.job import GenerationOptions
 from gateway.output.detokenizer import Vocabulary
@@ -12,12 +13,11 @@ from gateway.output.events import (
     OutputEvent,
     Text,
     TextLogprobs,
-    TokenLogprob,
 )
 from gateway.output.sections import Sections
 from gateway.output.stops import OutputText
 from opticnerve.errors import EngineFailure
-from opticnerve.generation.values import Delta, FinishReason, Logprob, PositionLogprobs
+from opticnerve.generation.values import Delta, FinishReason, PositionLogprobs
 
 
 class Choices:
@@ -36,6 +36,8 @@ class Choices:
         self._vocabulary = vocabulary
         self._top_logprobs = options.top_logprobs
         self._tokens_as_ids = options.tokens_as_ids
+        self._end_logprobs = options.end_logprobs
+        self._none_wanted = options.max_tokens == 0
         self._stop_ids = frozenset(sampling.stop_token_ids or ())
         self._shows_stop = sampling.include_stop_str_in_output
         self._outputs = [
@@ -75,15 +77,19 @@ class Choices:
             return []
         if delta.finish_reason is FinishReason.ABORT:
             raise EngineFailure("the LLM worker aborted the generation; send the request again")
+        if self._none_wanted:
+            self.finish_reasons[delta.choice] = "length"
+            return [ChoiceEnd(delta.choice, "length")]
         output = self._outputs[delta.choice]
         hidden = self._hides_last(delta)
         piece = output.push(delta.token_ids[:-1] if hidden else delta.token_ids)
-        text = piece.text
-        logprobs = self._logprobs(delta.logprobs[: piece.num_tokens])
+        text, starts = piece.text, piece.starts
         if delta.finish_reason is not None and output.stopped is None:
             if hidden:
                 output.count_hidden()
+                starts += (output.num_characters,) if self._end_logprobs else ()
             text += output.finish().text
+        logprobs = self._logprobs(delta.logprobs, starts)
         end = self._end(delta, output)
         events: list[OutputEvent | ChoiceEnd] = []
         if self._sections is not None:
@@ -115,20 +121,19 @@ class Choices:
             return ChoiceEnd(delta.choice, "stop", delta.stop_token_id if asked else None)
         return ChoiceEnd(delta.choice, "length") if delta.finish_reason else None
 
-    def _logprobs(self, positions: Iterable[PositionLogprobs]) -> tuple[TextLogprobs, ...] | None:
+    def _logprobs(
+        self, positions: Iterable[PositionLogprobs], starts: Sequence[int]
+    ) -> tuple[TextLogprobs, ...] | None:
+        """Those of the first ``len(starts)`` positions."""
         most = self._top_logprobs
         if most is None:
             return None
+        spelled = partial(self._vocabulary.spelled_logprob, as_id=self._tokens_as_ids)
         return tuple(
-            TextLogprobs(self._spelled(at.sampled), tuple(map(self._spelled, at.top[:most])))
-            for at in positions
+            TextLogprobs(spelled(at.sampled), tuple(map(spelled, at.top[:most])), start)
+            for at, start in zip(positions, starts, strict=False)
             if at.sampled is not None
         )
-
-    def _spelled(self, token: Logprob) -> TokenLogprob:
-        if self._tokens_as_ids:
-            return TokenLogprob(f"token_id:{token.token_id}".encode(), token.logprob)
-        return TokenLogprob(self._vocabulary.token_bytes(token.token_id), token.logprob)
 
 
 def _end_of_calls(sections: Sections, end: ChoiceEnd | None, choice: int) -> ChoiceEnd | None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from gateway.output.events import TokenLogprob
 from gateway.prompt.tokenizer import Tokenizer
+from opticnerve.generation.values import Logprob
 
 REPLACEMENT = "\ufffd"
 BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -62,6 +64,28 @@ class Vocabulary:
             piece = self.piece(token_id)
             return bytes([piece]) if isinstance(piece, int) else piece.encode()
         return self.tokenizer.decode([token_id]).encode()
+
+    def spelled(self, token_id: int, *, as_id: bool) -> bytes:
+        """What log-probabilities call a token. ``as_id``: not its bytes but ``token_id:`` and the
+        id."""
+        return f"token_id:{token_id}".encode() if as_id else self.token_bytes(token_id)
+
+    def spelled_logprob(self, token: Logprob, *, as_id: bool) -> TokenLogprob:
+        spelled = self.spelled(token.token_id, as_id=as_id)
+        return TokenLogprob(spelled, token.logprob, token.token_id, token.rank)
+
+    def located(self, token_ids: Iterable[int]) -> tuple[str, list[int]]:
+        """The text of all tokens, special ones included, and how many characters come before each
+        of them."""
+        detokenizer = self.detokenizer(skip_special_tokens=False)
+        pieces: list[str] = []
+        starts: list[int] = []
+        total = 0
+        for token_id in token_ids:
+            starts.append(total)
+            pieces.append(detokenizer.push(token_id))
+            total += len(pieces[-1])
+        return "".join([*pieces, detokenizer.flush()]), starts
 
     def spelled_bytes(self, token_id: int) -> bytes:
         """Byte-level BPE: the bytes that a token's characters stand for."""

@@ -13,17 +13,54 @@ EndReason = Literal["stop", "length", "tool_calls"]
 
 
 class TokenLogprob(NamedTuple):
-    """One token, as the bytes that it spells, and the natural log of its probability."""
+    """One token, as the bytes that it spells, and the natural log of its probability. ``rank``: 1
+    for the most likely."""
 
     spelled: bytes
     logprob: float
+    token_id: int = 0
+    rank: int = 1
 
 
 class TextLogprobs(NamedTuple):
-    """At one position of a text: the sampled token, and the most likely ones, best first."""
+    """At one position of a text: the sampled token, and the most likely ones, best first.
+    ``start``: how many characters of the choice's text come before the token."""
 
     sampled: TokenLogprob
     top: tuple[TokenLogprob, ...] = ()
+    start: int = 0
+
+
+class PromptToken(NamedTuple):
+    """A token of a prompt, as the bytes that it spells. ``start``: how many characters of the
+    prompt's text come before it; 0 if the job does not ask for that text. ``own``: its
+    log-probability; None for the first token and those of pictures, which the model does not
+    predict. ``top``: those of the most likely tokens at its position, best first."""
+
+    spelled: bytes
+    start: int = 0
+    own: TokenLogprob | None = None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptText:
+    """The prompt as text: before all other events of a job that echoes it. ``choice``: the first of
+    the choices that continue it."""
+
+    choice: int
+    text: str
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """The next tokens of the prompt, all of which come before any output of the choices that
+    continue it. ``choice``: the first of these."""
+
+    choice: int
+    tokens: tuple[PromptToken, ...]
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,4 +132,6 @@ class End:
 OutputEvent = Text | Reasoning | ToolCallStart | ToolCallArguments
 """More output of a choice."""
 
-AnswerEvent = OutputEvent | ChoiceEnd | End
+PromptEvent = PromptText | PromptTokens
+
+AnswerEvent = PromptEvent | OutputEvent | ChoiceEnd | End

@@ -49,12 +49,16 @@ class StopMatcher:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The text of some tokens. ``num_tokens``: how many of them, without those after a stop
-    string."""
+    """The text of some tokens. ``starts``: for each of them, without those after a stop string, how
+    many characters of the choice come before it."""
 
     text: str
-    num_tokens: int
+    starts: tuple[int, ...] = ()
     stop: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.starts)
 
 
 class OutputText:
@@ -79,19 +83,22 @@ class OutputText:
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self.num_tokens = 0
+        self.num_characters = 0  # Of all tokens' text, what is held back included.
         self.stopped: str | None = None
 
     def push(self, token_ids: Iterable[int]) -> Piece:
         """Adds tokens in order. Those after a stop string are neither shown nor counted."""
         shown: list[str] = []
-        count = 0
+        starts: list[int] = []
         for token_id in token_ids:
             if self.stopped is not None:
                 break
-            count += 1
+            starts.append(self.num_characters)
             self.num_tokens += 1
-            shown.append(self._match(self._detokenizer.push(token_id)))
-        return Piece("".join(shown), count, self.stopped)
+            text = self._detokenizer.push(token_id)
+            self.num_characters += len(text)
+            shown.append(self._match(text))
+        return Piece("".join(shown), tuple(starts), self.stopped)
 
     def count_hidden(self) -> None:
         """Counts a token whose text is not shown: the stop token that ended the choice."""
@@ -100,11 +107,11 @@ class OutputText:
     def finish(self) -> Piece:
         """The text that was held back, at the end of the choice."""
         if self.stopped is not None:
-            return Piece("", 0, self.stopped)
+            return Piece("", stop=self.stopped)
         shown = self._match(self._detokenizer.flush())
         if self.stopped is None:
             shown += self._matcher.flush()
-        return Piece(shown, 0, self.stopped)
+        return Piece(shown, stop=self.stopped)
 
     def _match(self, text: str) -> str:
         """The part of ``text`` that can be shown now; sets ``stopped`` if it has a stop string."""

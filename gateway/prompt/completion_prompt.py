@@ -1,20 +1,29 @@
-"""Prompts of text or token ids: without a chat template, and without pictures."""
+"""Prompts of text or token ids: without a chat template."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from gateway.job import TextPrompt, TokenPrompt, prompt_too_long
-from gateway.prompt.placeholders import ExpandedPrompt
+from gateway.prompt.placeholders import ExpandedPrompt, expand, expand_starts
 from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.errors import InvalidRequest
+from opticnerve.media.plan import Modality, Plan
 from opticnerve.models.family import Layout
 
 
 def read_plain(
-    prompt: TextPrompt | TokenPrompt, tokenizer: Tokenizer, layout: Layout, contexts: int = 1
+    prompt: TextPrompt | TokenPrompt,
+    tokenizer: Tokenizer,
+    layout: Layout,
+    contexts: int = 1,
+    plans: Sequence[Plan] = (),
+    *,
+    locate: bool = False,
 ) -> ExpandedPrompt:
-    """The prompt's token ids, at most ``contexts`` context lengths.
+    """The prompt's token ids, at most ``contexts`` context lengths. ``plans``: those of its
+    pictures, in order. ``locate``: whether the places of a text's tokens are needed.
 
     Raises InvalidRequest for ids that stand for pictures, and ContextLengthExceeded for a prompt
     that no worker could take.
@@ -25,14 +34,30 @@ def read_plain(
     most = layout.max_positions
     if tokenizer.exceeds(prompt.text, most * contexts):  # Cheaper than encoding all of it.
         raise prompt_too_long(TextPrompt, most, "many more")
-    names = tokenizer.special_ids
-    pictures = frozenset(names[i] for i in layout.placeholder_ids.values() if i in names)
-    ids = tokenizer.encode_prompt(
-        prompt.text, add_special_tokens=prompt.add_special_tokens, plain=pictures
-    )
-    if len(ids) > most * contexts:
-        raise prompt_too_long(TextPrompt, most, str(len(ids)))
-    return ExpandedPrompt(prompt.text, tuple(ids))
+    hidden, marked = _hide(prompt, tokenizer, layout)
+    add = prompt.add_special_tokens
+    if not locate:
+        ids = tokenizer.encode(hidden, add_special_tokens=add)
+        return expand(layout, prompt.text, ids, plans, most, contexts, TextPrompt)
+    ids, starts = tokenizer.locate(hidden, marked, add_special_tokens=add)
+    found = expand(layout, prompt.text, ids, plans, most, contexts, TextPrompt)
+    return replace(found, starts=expand_starts(layout, ids, plans, starts))
+
+
+def _hide(
+    prompt: TextPrompt, tokenizer: Tokenizer, layout: Layout
+) -> tuple[str, Mapping[str, str]]:
+    """The text with aliases for its special tokens and for the marks of its pictures; and which
+    alias stands for a mark. Placeholders of pictures are text. What the model expects around them
+    is special where there are pictures."""
+    names, aliases = tokenizer.special_ids, tokenizer.aliases
+    ids = layout.item_token_ids if prompt.sources else layout.placeholder_ids
+    plain = frozenset(names[i] for i in ids.values() if i in names)
+    if not prompt.sources:
+        return aliases.hide(prompt.text, plain), {}
+    alias = aliases.of[names[layout.item_token_ids[Modality.IMAGE]]]
+    parts = prompt.text.split(prompt.marker)
+    return alias.join(aliases.hide(part, plain) for part in parts), {alias: prompt.marker}
 
 
 def _check_ids(ids: Sequence[int], layout: Layout, contexts: int) -> None:
@@ -42,7 +67,7 @@ def _check_ids(ids: Sequence[int], layout: Layout, contexts: int) -> None:
     found = next((token_id for token_id in ids if token_id in pictures), None)
     if found is not None:
         raise InvalidRequest(
-            f"prompt: {found} stands for a picture, which a prompt cannot contain; send pictures "
-            "in messages, to /v1/chat/completions",
+            f"prompt: {found} stands for a picture, which token ids cannot contain; send a text "
+            "with images, or messages to /v1/chat/completions",
             param="prompt",
         )

@@ -7,9 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 
-from gateway.job import ChatPrompt, prompt_too_long
+from gateway.job import ChatPrompt, PromptKind, prompt_too_long
 from gateway.prompt.tokenizer import (
     Tokenizer,
     added_tokens,
@@ -30,9 +31,10 @@ _BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # The usual spelling of a pl
 class ExpandedPrompt:
     """A prompt for the decoder. A span's ``item`` is the item's index in the request."""
 
-    prompt: str  # Text with one placeholder for each item, as Hugging Face renders it.
+    prompt: str  # Text with one placeholder for each item; empty if only ids are known.
     token_ids: tuple[int, ...]
     spans: tuple[Span, ...] = ()
+    starts: tuple[int, ...] | None = None  # Where each token begins in the text, in characters.
 
     @property
     def num_item_tokens(self) -> int:
@@ -91,15 +93,17 @@ def expand(
     plans: Sequence[Plan],
     max_tokens: int,
     contexts: int = 1,
+    kind: type[PromptKind] = ChatPrompt,
 ) -> ExpandedPrompt:
-    """Replaces the i-th placeholder by the tokens of the i-th item.
+    """Replaces the i-th placeholder by the tokens of the i-th item. ``kind``: the prompt's, for
+    errors.
 
     Raises InvalidRequest if their numbers differ or a placeholder is of another modality, and
     ContextLengthExceeded, before the ids are built, for a prompt of more than ``contexts`` times
     ``max_tokens``.
     """
     check_count(layout, token_ids, len(plans))
-    check_length(len(token_ids), plans, max_tokens, contexts)
+    check_length(len(token_ids), plans, max_tokens, contexts, kind)
     placeholders = frozenset(layout.item_token_ids.values())
     ids: list[int] = []
     spans: list[Span] = []
@@ -119,6 +123,20 @@ def expand(
         spans += [_span(len(ids), run, item, plan) for run in expansion.runs]
         ids += expansion.token_ids
     return ExpandedPrompt(prompt, tuple(ids), tuple(spans))
+
+
+def expand_starts(
+    layout: Layout, token_ids: Sequence[int], plans: Sequence[Plan], starts: Sequence[int]
+) -> tuple[int, ...]:
+    """Where each token of an expanded prompt begins; ``starts``: where each of ``token_ids`` does.
+    The tokens of an item begin at its placeholder."""
+    placeholders = frozenset(layout.item_token_ids.values())
+    sizes = (len(layout.expand(plan).token_ids) for plan in plans)
+    return tuple(
+        place
+        for token_id, start in zip(token_ids, starts, strict=True)
+        for place in repeat(start, next(sizes) if token_id in placeholders else 1)
+    )
 
 
 def _span(start: int, run: RowRun, item: int, plan: Plan) -> Span:
@@ -147,7 +165,8 @@ def truncated(prompt: ExpandedPrompt, tokens: int, *, first: bool) -> ExpandedPr
             param="truncate_prompt_tokens",
         )
     spans = (replace(span, token_offset=span.token_offset - start) for span in prompt.spans)
-    return replace(prompt, token_ids=prompt.token_ids[start:end], spans=tuple(spans))
+    kept = prompt.token_ids[start:end]
+    return ExpandedPrompt("", kept, tuple(spans))
 
 
 def _a(modality: Modality) -> str:
@@ -170,18 +189,23 @@ def check_count(layout: Layout, token_ids: Sequence[int], pictures: int) -> None
     )
 
 
-def check_length(num_ids: int, plans: Sequence[Plan], max_tokens: int, contexts: int = 1) -> None:
+def check_length(
+    num_ids: int,
+    plans: Sequence[Plan],
+    max_tokens: int,
+    contexts: int = 1,
+    kind: type[PromptKind] = ChatPrompt,
+) -> None:
     """Raises ContextLengthExceeded. ``num_ids`` counts one placeholder for each item."""
     picture_tokens = sum(plan.num_tokens for plan in plans)
     needed = num_ids - len(plans) + picture_tokens
     if needed <= max_tokens * contexts:
         return
     if not plans:
-        raise prompt_too_long(ChatPrompt, max_tokens, str(needed))
+        raise prompt_too_long(kind, max_tokens, str(needed))
     raise prompt_too_long(
-        ChatPrompt,
+        kind,
         max_tokens,
         f"{needed} ({picture_tokens} of them for pictures)",
-        f"send {ChatPrompt.shorter}, fewer pictures, or pictures with lower min_pixels and "
-        "max_pixels",
+        f"send {kind.shorter}, fewer pictures, or pictures with lower min_pixels and max_pixels",
     )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -73,6 +74,16 @@ class Aliases:
         if OPEN not in text:
             return text
         return self._aliases.sub(lambda match: self.back.get(match.group(), match.group()), text)
+
+    def places(self, hidden: str, places: Iterable[int], spelled: Mapping[str, str]) -> list[int]:
+        """Where places in ``hidden`` are once its aliases are revealed. ``spelled``: the texts of
+        those aliases that stand for others than their special tokens."""
+        texts = {**self.back, **spelled}
+        ends, longer = [0], [0]  # Of aliases: their ends, and by how much they are longer so far.
+        for match in self._aliases.finditer(hidden):
+            ends.append(match.end())
+            longer.append(longer[-1] + len(match.group()) - len(texts[match.group()]))
+        return [place - longer[bisect_right(ends, place) - 1] for place in places]
 
     def occur_in(self, text: str) -> bool:
         """Whether ``text`` contains a special token under its own name."""

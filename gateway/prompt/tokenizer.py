@@ -198,15 +198,18 @@ class Tokenizer:
                 return True
         return False
 
-    def encode_prompt(
-        self,
-        text: str,
-        *,
-        add_special_tokens: bool = True,
-        plain: frozenset[str] = frozenset(),
-    ) -> list[int]:
-        """Ids of a string prompt: special tokens are special, except those in ``plain``."""
-        return self.encode(self.aliases.hide(text, plain), add_special_tokens=add_special_tokens)
+    def locate(
+        self, hidden: str, spelled: Mapping[str, str], *, add_special_tokens: bool
+    ) -> tuple[list[int], list[int]]:
+        """Ids of text in which special tokens are written as aliases, and where each begins, in
+        characters of the text without aliases; see ``Aliases.places``. A token begins where the one
+        before ends, even if the tokenizer does not count the space between them to either."""
+        encoding = self._backend.encode(hidden, add_special_tokens=add_special_tokens)
+        starts, end = [], 0
+        for first, last in encoding.offsets:
+            starts.append(min(first, end) if last > first else end)
+            end = max(end, last)
+        return encoding.ids, self.aliases.places(hidden, starts, spelled)
 
     # ---- ids to text
 

@@ -33,8 +33,15 @@ from opticnerve.errors import (
     PayloadTooLarge,
     Unavailable,
 )
-from opticnerve.generation.generate_stream import GenerateStream, StreamPolicy
-from opticnerve.generation.values import ChoiceOutput, Delta, Done, Sampling, Usage
+from opticnerve.generation.generate_stream import GenerateStream, StreamEvent, StreamPolicy
+from opticnerve.generation.values import (
+    ChoiceOutput,
+    Delta,
+    Done,
+    PromptPiece,
+    Sampling,
+    Usage,
+)
 from opticnerve.media.plan import Span
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
@@ -224,9 +231,11 @@ class FailoverGeneration:
         self._finished: set[int] = set()  # Choices that the worker has ended.
         self._unwanted: set[int] = set()  # Choices that need no more tokens.
         self._cached_tokens = 0  # Prompt tokens from the current worker's prefix cache.
+        self._scored = 0  # Prompt tokens whose log-probabilities have come, from any worker.
 
-    async def events(self) -> AsyncGenerator[Delta | Done, None]:
-        """Deltas, then Done. Raises typed errors; the module's docstring says what is retried."""
+    async def events(self) -> AsyncGenerator[StreamEvent, None]:
+        """The events of ``GenerateStream``, each once. Raises typed errors; the module's docstring
+        says what is retried."""
         deaths = 0
         refusal: OpticNerveError | None = None
         tried: set[str] = set()
@@ -282,7 +291,7 @@ class FailoverGeneration:
 
     # ---- one attempt
 
-    async def _attempt(self, worker: Worker) -> AsyncGenerator[Delta | Done, None]:
+    async def _attempt(self, worker: Worker) -> AsyncGenerator[StreamEvent, None]:
         self._deadline.check()
         logs.append(llm=worker.address)
         stream = GenerateStream(
@@ -292,11 +301,16 @@ class FailoverGeneration:
             self._deadline.remaining(),
             STREAM_POLICY,
         )
+        scored = 0  # Prompt tokens whose log-probabilities have come from this worker.
         try:
             async with contextlib.aclosing(stream.events()) as received:
                 async for event in received:
                     self._cached_tokens = stream.cached_tokens
-                    yield self._take(event) if isinstance(event, Delta) else event
+                    if isinstance(event, PromptPiece):
+                        yield self._score(event, scored)
+                        scored += len(event.logprobs)
+                    else:
+                        yield self._take(event) if isinstance(event, Delta) else event
         except grpc.RpcError as error:
             raise call_error(error, delivered=stream.delivered) from error
 
@@ -308,7 +322,7 @@ class FailoverGeneration:
             token_ids=spec.token_ids,
             spans=[convert.span_to_pb(span) for span in spec.spans],
             items=[convert.item_to_pb(key, known(key)) for key in spec.keys],
-            sampling=convert.sampling_to_pb(spec.sampling),
+            sampling=convert.sampling_to_pb(self._sampling()),
             priority=spec.priority,
             share=spec.caller.share,
             weight=spec.caller.weight,
@@ -319,6 +333,22 @@ class FailoverGeneration:
                 for choice, ids in self._tokens.items()
             ],
         )
+
+    def _sampling(self) -> Sampling:
+        """That of the request, without the log-probabilities of a prompt that are all here: a
+        worker that computes them reads no cached prefix."""
+        if self._scored < len(self._spec.token_ids):
+            return self._spec.sampling
+        return replace(self._spec.sampling, prompt_logprobs=None)
+
+    def _score(self, piece: PromptPiece, before: int) -> PromptPiece:
+        """Those of a piece that are new. ``before``: how many came before from the same worker.
+        Raises EngineFailure for more than the prompt has tokens."""
+        new = piece.logprobs[max(0, self._scored - before) :]
+        self._scored += len(new)
+        if self._scored > len(self._spec.token_ids):
+            raise EngineFailure("the LLM worker sent log-probabilities beyond the prompt's end")
+        return PromptPiece(new)
 
     def _take(self, delta: Delta) -> Delta:
         """Adds a delta to the output. Raises EngineFailure if it does not continue its choice."""

@@ -26,6 +26,7 @@ from gateway.output.events import (
     ChoiceEnd,
     End,
     OutputEvent,
+    PromptEvent,
     Reasoning,
     Text,
     ToolCallArguments,
@@ -196,6 +197,7 @@ class AnthropicWriter(AnswerWriter):
         ended: ChoiceEnd | None = None
         last = first
         while not isinstance(last, End):
+            assert not isinstance(last, PromptEvent)  # No job of this API asks for its prompt.
             if isinstance(last, ChoiceEnd):
                 made, ended = blocks.close(), last
             else:

@@ -12,7 +12,14 @@ from gateway.api.responses.output import ResponseOutput, UnnumberedEvent
 from gateway.api.responses.response import ItemStatus, failure_of, usage_of
 from gateway.api.sse import dumps, with_encoded
 from gateway.job import Job
-from gateway.output.events import AnswerEvent, ChoiceEnd, End, OutputEvent, ToolCallStart
+from gateway.output.events import (
+    AnswerEvent,
+    ChoiceEnd,
+    End,
+    OutputEvent,
+    PromptEvent,
+    ToolCallStart,
+)
 from opticnerve.errors import OpticNerveError
 
 
@@ -53,6 +60,7 @@ class ResponsesWriter(AnswerWriter):
             yield self._event(UnnumberedEvent(f"response.{name}", {}, response))
         last = first
         while not isinstance(last, End):
+            assert not isinstance(last, PromptEvent)  # No job of this API asks for its prompt.
             if made := b"".join(map(self._event, self._take(last))):
                 yield made
             last = await anext(events)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from gateway.api.schemas.base import INTEGRAL, Strict
+from gateway.api.schemas.base import INTEGRAL, Strict, fault
 from gateway.api.schemas.sampling import SamplingFields
 from gateway.edge.limits import MAX_SALT_CHARACTERS
 from gateway.job import UNLIMITED, GenerationOptions, Truncation
@@ -23,6 +23,7 @@ def _some(length: int) -> int:
 
 
 Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1), INTEGRAL]
+NumLogprobs = Annotated[int, Field(ge=0, le=2**31 - 1), INTEGRAL]
 CacheSalt = Annotated[str, Field(max_length=MAX_SALT_CHARACTERS)]
 OutputLength = Annotated[
     int,
@@ -55,6 +56,12 @@ class GenerateFields(SamplingFields):
         description="Lower runs first. The minimum is 0, or the API key's own; the default is 0, "
         "or that minimum if it is higher.",
     )
+    prompt_logprobs: NumLogprobs | None = Field(
+        None,
+        description="The log-probabilities of each token of the prompt, and of so many of the most "
+        "likely tokens at its place. Not in a stream. A prompt that has them reads no cached "
+        "prefix.",
+    )
     cache_salt: CacheSalt | None = Field(
         None,
         description="Only requests with the same salt share cached prefixes and pictures and, "
@@ -79,6 +86,12 @@ class GenerateFields(SamplingFields):
     return_tokens_as_token_ids: bool = Field(
         False, description="Log-probabilities name tokens as `token_id:` and the id."
     )
+
+    @model_validator(mode="after")
+    def _whole_prompt(self) -> GenerateFields:
+        if self.stream and self.prompt_logprobs is not None:
+            raise fault("prompt_logprobs", "is not in a stream; leave stream out")
+        return self
 
     @property
     def without_effect(self) -> Iterator[str]:
@@ -115,6 +128,7 @@ class GenerateFields(SamplingFields):
             max_tokens=max_tokens,
             max_tokens_field=max_tokens_field,
             top_logprobs=top_logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             priority=self.priority,
             cache_salt=self.cache_salt or "",
             running_usage=self.running_usage,

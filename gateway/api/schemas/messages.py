@@ -230,25 +230,38 @@ def _source(
     elif part.base64 is not None:
         whole = is_data_url(part.base64)
         url, param = part.base64 if whole else "data:;base64," + part.base64, f"{path}.base64"
+    elif part.url is not None:
+        url, param = part.url, f"{path}.url"
     else:
-        url, param = _as_url(part, path)
+        url, param = as_url(part.image or "", f"{path}.image"), f"{path}.image"
     low = next((b.min_pixels for b in bounds if b.min_pixels is not None), min_pixels)
     high = next((b.max_pixels for b in bounds if b.max_pixels is not None), max_pixels)
-    if low is not None and high is not None and low > high:
-        raise InvalidRequest(f"{path}: min_pixels {low} exceeds max_pixels {high}", param=path)
+    _check_bounds(low, high, path)
     return ItemSource(url, param, low, high, any(b.detail == "low" for b in bounds))
 
 
-def _as_url(part: ImagePart, path: str) -> tuple[str, str]:
-    """The part's URL and its path. ``image`` is a URL if it has a scheme, else bare base64."""
-    if part.url is not None:
-        return part.url, f"{path}.url"
-    image, param = part.image or "", f"{path}.image"
+def picture(given: str | ImageUrl, path: str) -> ItemSource:
+    """A picture that is in no message. Raises InvalidRequest as ``item_sources`` does."""
+    if isinstance(given, str):
+        return ItemSource(as_url(given, path), path)
+    low, high = given.min_pixels, given.max_pixels
+    _check_bounds(low, high, path)
+    return ItemSource(as_url(given.url, path), path, low, high, given.detail == "low")
+
+
+def _check_bounds(low: int | None, high: int | None, path: str) -> None:
+    if low is not None and high is not None and low > high:
+        raise InvalidRequest(f"{path}: min_pixels {low} exceeds max_pixels {high}", param=path)
+
+
+def as_url(image: str, param: str) -> str:
+    """``image`` if it has a scheme; else, since it is bare base64, a URL of it. Raises
+    InvalidRequest."""
     beginning = image[:SOURCE_START]
     if URL_SCHEME.match(beginning):
-        return image, param
+        return image
     if BASE64.fullmatch(beginning.strip()) and len(image) >= 16:
-        return "data:;base64," + image, param
+        return "data:;base64," + image
     raise InvalidRequest(
         f"{param}: should be a URL (data:, https:, http:, file:) or base64", param=param
     )

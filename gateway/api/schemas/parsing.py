@@ -82,7 +82,6 @@ UNSUPPORTED: dict[str, UnsupportedField] = {
     "best_of": UnsupportedField((1,), SEARCH),
     "length_penalty": UnsupportedField((1.0,), SEARCH),
     "early_stopping": UnsupportedField((False,), SEARCH),
-    "prompt_logprobs": UnsupportedField((0,), "leave it out"),
     "logits_processors": UnsupportedField(([],), "use logit_bias or allowed_token_ids"),
     "media_io_kwargs": UnsupportedField(({},), "leave it out"),
     "request_id": UnsupportedField((), HEADER_ID),
