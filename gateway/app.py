@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.api import apply_template, chat, completions, health, models, openapi
+from gateway.api import apply_template, chat, completions, health, models, openapi, tokens
 from gateway.api.anthropic import routes as anthropic
 from gateway.api.http import send_error
 from gateway.api.models import ServedNames
@@ -44,6 +44,7 @@ APIS = (
     realtime.router,
     responses.router,
     apply_template.router,
+    tokens.router,
     models.router,
     health.router,
     openapi.router,

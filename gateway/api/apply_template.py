@@ -45,7 +45,7 @@ class RenderedPrompt(TypedDict):
     response_model=RenderedPrompt,
 )
 async def apply_template(call: Call, body: ApplyTemplateRequest) -> Response:
-    prompt = await call.render(body.prompt)
+    prompt = await call.render(body.chat)
     rendered: RenderedPrompt = {
         "prompt": prompt.prompt,
         "token_ids": list(prompt.token_ids),

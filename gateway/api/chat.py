@@ -285,7 +285,7 @@ def _chunk_choice(
 async def create_chat_completion(call: Call, body: ChatRequest) -> Response:
     writer = call.writer(ChatWriter, body)
     writer.echoed = body.echoed
-    job = call.job(body.prompt, body.options)
+    job = call.job(body.chat, body.options)
     stream = bool(body.stream)
     del body  # Frees the pictures in its messages once the job drops its prompt.
     return await call.answer(job, writer, stream=stream)

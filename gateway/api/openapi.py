@@ -33,6 +33,7 @@ takes GET, it takes HEAD.
 """
 TAGS = {
     "generation": "Answers about text and pictures.",
+    "tokens": "The model's tokenizer.",
     "models": "What is served, by name.",
     "server": "Health, readiness and version.",
     "description": "This API's OpenAPI document, and a page that shows it.",

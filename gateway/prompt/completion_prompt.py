@@ -44,6 +44,12 @@ def read_plain(
     return replace(found, starts=expand_starts(layout, ids, plans, starts))
 
 
+def encode_text(prompt: TextPrompt, tokenizer: Tokenizer, layout: Layout) -> list[int]:
+    """The ids of a text of any length, without pictures."""
+    hidden, _ = _hide(prompt, tokenizer, layout)
+    return tokenizer.encode(hidden, add_special_tokens=prompt.add_special_tokens)
+
+
 def _hide(
     prompt: TextPrompt, tokenizer: Tokenizer, layout: Layout
 ) -> tuple[str, Mapping[str, str]]:

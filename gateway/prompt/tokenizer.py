@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -130,6 +130,11 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def added(self) -> Collection[Added]:
+        """All added tokens."""
+        return self._added.values()
 
     @property
     def special_ids(self) -> Mapping[int, str]:

@@ -86,7 +86,7 @@ class TemplateFields(ToolFields):
         return tuple(item_sources(self.messages, settings.min_pixels, settings.max_pixels))
 
     @property
-    def prompt(self) -> ChatPrompt:
+    def chat(self) -> ChatPrompt:
         """Raises InvalidRequest for pictures that have no usable source."""
         tools = self.tool_use.tools if self.tool_use else ()
         return ChatPrompt(
