@@ -435,7 +435,7 @@ def test_documents_are_a_variable_of_the_template() -> None:
         '<|im_start|>B: two{"title": "B", "text": "two"}<|im_end|>hi'
     )
     assert renderer.render(request(user("hi"), documents=[])).prompt == "hi"
-    assert asked.prompt.size > request(user("hi")).prompt.size
+    assert asked.size > request(user("hi")).size
 
 
 def test_text_and_names_of_documents_spell_no_special_tokens() -> None:
