@@ -9,6 +9,9 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic_core import from_json
 
 from gateway.api.anthropic.errors import is_anthropic, to_anthropic
 from gateway.api.anthropic.prompt import chat_prompt, read_prompt
@@ -352,7 +355,7 @@ def assembled(events: list[dict[str, Any]]) -> dict[str, Any]:
         is_open = event["type"] != "content_block_stop"
     assert not is_open
     for index, written in parts.items():
-        message["content"][index]["input"] = json.loads(written)
+        message["content"][index]["input"] = from_json(written, allow_partial=True)
     return {**message, **delta["delta"], "usage": delta["usage"]}
 
 
@@ -381,6 +384,35 @@ def test_a_stream_is_the_whole_answer_in_pieces() -> None:
     ):
         told, streamed = whole(*events), assembled(stream(*events))
         assert {**told, "id": ""} == {**streamed, "id": ""}
+
+
+PIECES = st.sampled_from(["", " ", "\n", "a", " b ", "c"])
+CALLED = st.sampled_from(["", "{}", '{"city": "Ro', '{"city": "Rome", "days": [1, 2]}'])
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(
+        st.one_of(
+            st.builds(Text, st.just(0), PIECES),
+            st.builds(Reasoning, st.just(0), PIECES),
+            st.lists(CALLED, max_size=1),
+        ),
+        max_size=8,
+    )
+)
+def test_any_stream_is_the_whole_answer_in_pieces(drawn: list[Any]) -> None:
+    events: list[AnswerEvent] = []
+    for index, each in enumerate(drawn):
+        if isinstance(each, list):  # A call, its arguments in pieces of three characters.
+            written = "".join(each)
+            events.append(ToolCallStart(0, index, f"call_{index}", "weather"))
+            pieces = [written[at : at + 3] for at in range(0, len(written), 3)]
+            events += [ToolCallArguments(0, index, piece) for piece in pieces]
+        else:
+            events.append(each)
+    events += end("stop")
+    assert {**whole(*events), "id": ""} == {**assembled(stream(*events)), "id": ""}
 
 
 def test_a_message_with_thinking_text_and_calls() -> None:

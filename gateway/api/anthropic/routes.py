@@ -7,12 +7,12 @@ from dataclasses import replace
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
-from gateway.api.answer import TIMINGS_HEADER
+from gateway.api.answer import TIMINGS_HEADER, streamed
 from gateway.api.anthropic.errors import PATH, AnthropicError
 from gateway.api.anthropic.prompt import read_prompt
 from gateway.api.anthropic.request import CountTokensRequest, MessagesRequest
 from gateway.api.anthropic.writer import AnthropicMessage, AnthropicWriter, MessageEvent
-from gateway.api.http import JSONResponse, content, errors_of
+from gateway.api.http import JSONResponse, errors_of
 from gateway.api.routing import Call, make_router
 
 BETA = "anthropic-beta"
@@ -28,13 +28,7 @@ class TokenCount(TypedDict):
     PATH,
     summary="Answer a conversation about text and pictures, in Anthropic's format",
     response_model=AnthropicMessage,
-    responses={
-        200: {
-            "description": "The answer; with `stream`, its events, each of which is named by its "
-            "`type`.",
-            **content("text/event-stream", MessageEvent),
-        }
-    },
+    responses=streamed(MessageEvent, "its events, each named by its `type`"),
     openapi_extra=TIMINGS_HEADER,
 )
 async def create_message(call: Call, body: MessagesRequest) -> Response:

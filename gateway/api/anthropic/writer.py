@@ -247,51 +247,49 @@ class _Blocks:
 
     def __init__(self) -> None:
         self.has_calls = False
+        self._kind: type[OutputEvent] | None = None  # Of the last event.
         self._index = -1
-        self._open: type[OutputEvent] | None = None
+        self._is_open = False
         self._blank = ""  # White space that may begin a block of text.
 
     def add(self, more: OutputEvent) -> Iterator[Mapping[str, Any]]:
+        if isinstance(more, ToolCallArguments):
+            yield self._delta({"type": "input_json_delta", "partial_json": more.text})
+            return
+        if isinstance(more, ToolCallStart) or type(more) is not self._kind:
+            yield from self.close()
+            self._kind = type(more)
         match more:
             case Text():
                 yield from self._text(more.text)
             case Reasoning() if more.text:
-                if self._blank:
-                    yield from self.close()
-                start: ThinkingContent = {"type": "thinking", "thinking": "", "signature": ""}
-                yield from self._within(Reasoning, start)
+                yield from self._begin({"type": "thinking", "thinking": "", "signature": ""})
                 yield self._delta({"type": "thinking_delta", "thinking": more.text})
             case ToolCallStart():
                 self.has_calls = True
-                yield from self.close()
-                yield from self._within(ToolCallStart, _tool_use(more.call_id, more.name, {}))
-            case ToolCallArguments():
-                yield self._delta({"type": "input_json_delta", "partial_json": more.text})
+                yield from self._begin(_tool_use(more.call_id, more.name, {}))
 
     def close(self) -> Iterator[Mapping[str, Any]]:
         """The end of the open block, if there is one."""
-        if self._open is Reasoning:
+        if self._is_open and self._kind is Reasoning:
             yield self._delta({"type": "signature_delta", "signature": SIGNATURE})
-        if self._open is not None:
-            self._open = None
+        if self._is_open:
             yield {"type": "content_block_stop", "index": self._index}
-        self._blank = ""
+        self._is_open, self._blank = False, ""
 
     def _text(self, text: str) -> Iterator[Mapping[str, Any]]:
-        if self._open is not Text:
+        if not self._is_open:
             text = self._blank + text
             self._blank = text if text.isspace() else ""
         if text and not self._blank:
-            yield from self._within(Text, {"type": "text", "text": ""})
+            yield from self._begin({"type": "text", "text": ""})
             yield self._delta({"type": "text_delta", "text": text})
 
-    def _within(self, kind: type[OutputEvent], start: AnswerContent) -> Iterator[Mapping[str, Any]]:
-        """Begins a block of ``kind``, unless one is open."""
-        if self._open is kind:
-            return
-        yield from self.close()
-        self._open, self._index = kind, self._index + 1
-        yield {"type": "content_block_start", "index": self._index, "content_block": start}
+    def _begin(self, start: AnswerContent) -> Iterator[Mapping[str, Any]]:
+        """Begins a block, unless one is open."""
+        if not self._is_open:
+            self._is_open, self._index = True, self._index + 1
+            yield {"type": "content_block_start", "index": self._index, "content_block": start}
 
     def _delta(self, delta: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"type": "content_block_delta", "index": self._index, "delta": delta}
