@@ -249,7 +249,7 @@ def test_formats(field: str) -> None:
         (
             {"tool_choice": {"type": "tool", "name": "x"}, "tools": [TOOL]},
             "tool_choice",
-            "does not have",
+            "among tools",
         ),
         ({"thinking": {"type": "on"}}, "thinking.type", "'enabled'"),
         ({"output_format": {"type": "json_schema"}}, "output_format.schema", "required"),
@@ -297,7 +297,7 @@ def test_tokens_are_counted_for_a_prompt_alone() -> None:
 
 
 def end(reason: Any, stop: str | int | None = None) -> tuple[ChoiceEnd, End]:
-    return ChoiceEnd(0, reason, stop), End(Usage(10, 5, 4), {"total_ms": 1})
+    return ChoiceEnd(0, reason, stop), End(Usage(10, 5, 4), {"total_ms": 1}, 2)
 
 
 async def made(events: Any) -> AsyncGenerator[AnswerEvent, None]:
@@ -430,6 +430,7 @@ def test_a_message_with_thinking_text_and_calls() -> None:
         "output_tokens": 5,
         "cache_read_input_tokens": 4,
         "cache_creation_input_tokens": 0,
+        "output_tokens_details": {"thinking_tokens": 2},
     }
 
 

@@ -21,7 +21,7 @@ from gateway.api.schemas.base import (
 )
 from gateway.api.schemas.messages import SHOWN_TOOLS, SWITCHED_THINKING, Effort
 from gateway.api.schemas.sampling import SamplingFields, Word
-from gateway.api.schemas.tools import ToolName, check_names, check_parameters
+from gateway.api.schemas.tools import CallChoice, ToolName, check_parameters
 from gateway.edge.limits import MAX_STOPS, MAX_TOOLS, MAX_TOOLS_SIZE
 from gateway.job import (
     CallMode,
@@ -33,7 +33,12 @@ from gateway.job import (
 )
 
 EFFORT = "output_config.effort"
-MODES = {"auto": CallMode.AUTO, "any": CallMode.REQUIRED, "tool": CallMode.NAMED}
+MODES = {
+    "auto": CallMode.AUTO,
+    "any": CallMode.REQUIRED,
+    "tool": CallMode.NAMED,
+    "none": CallMode.NONE,
+}
 
 
 def _own_tool(value: Any) -> Any:
@@ -88,6 +93,11 @@ class ToolSelection(Strict):
         if self.type == "tool" and self.name is None:
             raise fault("name", "required, with the type tool")
         return self
+
+    @property
+    def calls(self) -> CallChoice:
+        name = self.name if self.type == "tool" else None
+        return CallChoice(MODES[self.type], frozenset() if name is None else frozenset({name}))
 
 
 class ThinkingSettings(Strict):
@@ -150,13 +160,7 @@ class CountTokensRequest(Body):
 
     @model_validator(mode="after")
     def _agrees(self) -> CountTokensRequest:
-        choice, tools = self.tool_choice, [each.tool for each in self.tools or ()]
-        check_names(tools)
-        names = {tool.name for tool in tools}
-        if choice is not None and choice.type in ("any", "tool") and not names:
-            raise fault("tool_choice", "needs tools")
-        if choice is not None and choice.type == "tool" and choice.name not in names:
-            raise fault("tool_choice", "names a tool that tools does not have")
+        self._selection.calls.check(self._offered)
         if self.output_format and self.output_config and self.output_config.format:
             raise fault("output_format", "excludes output_config.format; give one of them")
         return self
@@ -180,15 +184,17 @@ class CountTokensRequest(Body):
     @property
     def tool_use(self) -> ToolUse | None:
         """None if the model may call nothing."""
-        choice = self.tool_choice or ToolSelection(type="auto")
-        if not self.tools or choice.type == "none":
-            return None
-        return ToolUse(
-            tools=tuple(each.tool for each in self.tools),
-            mode=MODES[choice.type],
-            name=choice.name or "" if choice.type == "tool" else "",
-            parallel=not choice.disable_parallel_tool_use,
-        )
+        chosen = self._selection
+        parallel = not chosen.disable_parallel_tool_use
+        return chosen.calls.use(self._offered, parallel=parallel)
+
+    @property
+    def _offered(self) -> list[Tool]:
+        return [each.tool for each in self.tools or ()]
+
+    @property
+    def _selection(self) -> ToolSelection:
+        return self.tool_choice or ToolSelection(type="auto")
 
     @property
     def format(self) -> OutputFormat | None:

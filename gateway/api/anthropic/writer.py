@@ -68,6 +68,10 @@ class ToolUseContent(TypedDict):
 AnswerContent = TextContent | ThinkingContent | ToolUseContent
 
 
+class OutputTokensDetails(TypedDict):
+    thinking_tokens: int
+
+
 class MessageUsage(TypedDict):
     """The prompt's tokens are the sum of those from and not from the cache."""
 
@@ -76,6 +80,9 @@ class MessageUsage(TypedDict):
     cache_read_input_tokens: int
     cache_creation_input_tokens: Annotated[
         int, Field(description="0: every prefix is cached, and none costs more.")
+    ]
+    output_tokens_details: NotRequired[
+        Annotated[OutputTokensDetails, Field(description="At the end of an answer.")]
     ]
 
 
@@ -184,14 +191,14 @@ class AnthropicWriter(AnswerWriter):
         assert choice.end is not None
         content = list(_content(choice.parts))
         cause = self._cause(choice.end, end, calls=bool(choice.calls))
-        message = self._message(content, end.usage, cause)
+        message = self._message(content, _final_usage(end), cause)
         return dumps({**message, **self.timings_of(end)})
 
     async def chunks(
         self, first: AnswerEvent, events: AsyncGenerator[AnswerEvent, None]
     ) -> AsyncGenerator[bytes, None]:
         usage = Usage() if isinstance(first, End) else first.usage or Usage()
-        start = self._message([], usage)
+        start = self._message([], _usage(usage))
         yield named_event({"type": "message_start", "message": start})
         blocks = _Blocks()
         ended: ChoiceEnd | None = None
@@ -209,7 +216,7 @@ class AnthropicWriter(AnswerWriter):
         if ended is None:
             raise EngineFailure("the LLM worker ended the generation before the answer had ended")
         cause = self._cause(ended, last, calls=blocks.has_calls)
-        delta = {"type": "message_delta", "delta": cause, "usage": _usage(last.usage)}
+        delta = {"type": "message_delta", "delta": cause, "usage": _final_usage(last)}
         yield named_event({**delta, **self.timings_of(last)})
         yield named_event({"type": "message_stop"})
 
@@ -217,7 +224,7 @@ class AnthropicWriter(AnswerWriter):
         return named_event(to_anthropic(error, self._request_id))
 
     def _message(
-        self, content: list[AnswerContent], usage: Usage, cause: StopCause | None = None
+        self, content: list[AnswerContent], usage: MessageUsage, cause: StopCause | None = None
     ) -> AnthropicMessage:
         return {
             "id": self._id,
@@ -227,7 +234,7 @@ class AnthropicWriter(AnswerWriter):
             "content": content,
             "stop_reason": cause["stop_reason"] if cause else None,
             "stop_sequence": cause["stop_sequence"] if cause else None,
-            "usage": _usage(usage),
+            "usage": usage,
         }
 
     def _cause(self, choice: ChoiceEnd, end: End, *, calls: bool) -> StopCause:
@@ -330,4 +337,11 @@ def _usage(usage: Usage) -> MessageUsage:
         "output_tokens": usage.completion_tokens,
         "cache_read_input_tokens": usage.cached_tokens,
         "cache_creation_input_tokens": 0,
+    }
+
+
+def _final_usage(end: End) -> MessageUsage:
+    return {
+        **_usage(end.usage),
+        "output_tokens_details": {"thinking_tokens": end.reasoning_tokens},
     }
