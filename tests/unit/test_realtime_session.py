@@ -128,6 +128,12 @@ class Talk:
         return event["error"]
 
 
+def text_of(message):
+    """The text of a message of a prompt."""
+    content = message.content
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
 def kinds(events):
     return [event["type"] for event in events]
 
@@ -210,12 +216,12 @@ async def test_the_whole_conversation_goes_to_the_model_with_each_turn():
         first, second = (job.prompt for job in talk.pipeline.jobs)
         assert [message.role for message in first.messages] == ["system", "user"]
         parts = first.messages[1].content
-        assert [part.type for part in parts] == ["text", "image_url", "text"]
+        assert [part.type for part in parts] == ["text", "image", "text"]
         assert [message.role for message in second.messages] == [
             *("system", "user", "assistant", "user")
         ]
         assert second.messages[0].content == "Be long."
-        assert second.messages[2].content == "Hello" and second.messages[3].content == "And now?"
+        assert text_of(second.messages[2]) == "Hello" and text_of(second.messages[3]) == "And now?"
         for prompt in (first, second):
             (source,) = prompt.sources
             assert source.param == f"{asked}.content[1].image_url" and source.low_detail
@@ -305,7 +311,7 @@ async def test_calls_of_functions_and_their_outputs():
         await talk.respond()
         messages = talk.pipeline.jobs[1].prompt.messages
         assert [message.role for message in messages] == ["user", "assistant", "tool", "tool"]
-        assert messages[1].content == "I look."
+        assert text_of(messages[1]) == "I look."
         assert [call.id for call in messages[1].tool_calls] == ["call_1", "call_2"]
         assert messages[2].tool_call_id == "call_1" and messages[2].content == "a cat"
 
@@ -407,7 +413,7 @@ async def test_responses_outside_of_the_conversation():
         assert done["conversation_id"] is None
         assert not any(kind.startswith("conversation.") for kind in kinds(events))
         assert len(talk.session.conversation) == 1
-        contents = [message.content for message in talk.pipeline.jobs[0].prompt.messages]
+        contents = [text_of(message) for message in talk.pipeline.jobs[0].prompt.messages]
         assert contents == ["Hi", "Sum"]
         error = await talk.refused(
             "response.create", response={"input": [{"type": "item_reference", "id": "x"}]}

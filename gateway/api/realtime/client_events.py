@@ -8,13 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from gateway.api.realtime.items import AnyInputItem, AnyNewItem, ItemId
+from gateway.api.responses.items import RUNS_NO_TOOLS, UNSUPPORTED_ITEMS, UNSUPPORTED_PARTS
+from gateway.api.responses.request import Metadata
 from gateway.api.schemas.base import (
     INTEGRAL,
     Body,
     BoundedList,
     Strict,
     UnsupportedField,
-    at_most,
     fault,
     join,
     no_larger,
@@ -31,6 +32,8 @@ from opticnerve.telemetry.logs import printable
 
 TRANSCRIPT = "send a transcript as input_text"
 TEXT_ONLY = 'ask for text: output_modalities ["text"]'
+
+# Types of events, parts, items and tools that are not supported, with advice.
 UNSUPPORTED_EVENTS = {
     "input_audio_buffer.append": TRANSCRIPT,
     "input_audio_buffer.clear": TRANSCRIPT,
@@ -39,15 +42,9 @@ UNSUPPORTED_EVENTS = {
     "conversation.item.truncate": "it cuts audio; delete the item and create a shorter one",
     "transcription_session.update": "send session.update with a session of type realtime",
 }
-UNSUPPORTED_PARTS = {
-    "input_audio": TRANSCRIPT,
-    "output_audio": "send its transcript as output_text",
-}
-MCP = "call the tool yourself, and send its result as a function_call_output"
-UNSUPPORTED_ITEMS = dict.fromkeys(
-    ("mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools"), MCP
-)
-UNSUPPORTED_TOOLS = {"mcp": MCP}
+PARTS = {**UNSUPPORTED_PARTS, "output_audio": "send its transcript as output_text"}
+ITEMS = {kind: advice for kind, advice in UNSUPPORTED_ITEMS.items() if kind != "item_reference"}
+TOOLS = {"mcp": RUNS_NO_TOOLS}
 MAX_AUDIO_FIELDS = 16  # Of an object that is looked through; its depth is the JSON parser's.
 MAX_SHOWN = 80  # Characters of an event's type that an error message repeats.
 
@@ -158,7 +155,7 @@ class SessionSettings(ResponseDefaults):
 class ResponseSettings(ResponseDefaults):
     conversation: Literal["auto", "none"] = "auto"
     input: BoundedList[AnyInputItem] | None = None
-    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], at_most(16)] | None = None
+    metadata: Metadata | None = None
 
 
 def _no_settings() -> ResponseSettings:
@@ -292,7 +289,7 @@ def _check_items(raw: Mapping[str, Any]) -> None:
         _check_item(raw["item"], "item")
     for name in SETTINGS:
         for place, tool in enumerate(_entries(raw.get(name), "tools")):
-            _refuse_kind(tool, f"{name}.tools[{place}]", UNSUPPORTED_TOOLS, "tools")
+            _refuse_kind(tool, f"{name}.tools[{place}]", TOOLS, "tools")
     for place, item in enumerate(_entries(raw.get("response"), "input")):
         _check_item(item, f"response.input[{place}]")
 
@@ -304,9 +301,9 @@ def _entries(value: Any, name: str) -> list[Any]:
 
 
 def _check_item(item: Any, path: str) -> None:
-    _refuse_kind(item, path, UNSUPPORTED_ITEMS, "items")
+    _refuse_kind(item, path, ITEMS, "items")
     for place, part in enumerate(_entries(item, "content")):
-        _refuse_kind(part, f"{path}.content[{place}]", UNSUPPORTED_PARTS, "parts")
+        _refuse_kind(part, f"{path}.content[{place}]", PARTS, "parts")
 
 
 def _refuse_kind(value: Any, path: str, unsupported: Mapping[str, str], what: str) -> None:

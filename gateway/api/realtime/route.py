@@ -36,9 +36,21 @@ BURST_S = 1.0  # Of events that are not paced.
 OFF_LOOP_CHARACTERS = 2**18  # A longer event is encoded in a thread.
 
 DESCRIPTION = """\
-OpenAI's realtime events, with text and pictures; docs/api.md lists them. `model` in the query is
-optional. Browsers offer their key as the subprotocol `openai-insecure-api-key.KEY`, beside
-`realtime`. A request that is no handshake gets a 426.
+OpenAI's realtime events, with text and pictures; audio is refused with an `error` event. A client
+sends `session.update`, `conversation.item.create`, `conversation.item.delete`,
+`conversation.item.retrieve`, `response.create` and `response.cancel`. Items are messages, function
+calls and their outputs, in the form of the Responses API; events show an item without the bytes of
+its pictures. Beside OpenAI's settings, a session and a response take the sampling fields of the
+other APIs, such as `temperature`.
+
+The conversation is on the connection alone, and is not truncated: delete items that are no longer
+needed. Each `response.create` is one request under all limits. What is wrong with it once it has
+begun, such as a picture that cannot be read, is the error of its `response.done`.
+
+`model` in the query is optional. Browsers offer their key as the subprotocol
+`openai-insecure-api-key.KEY`, beside `realtime`; their page's origin must be this server's or one
+of `--cors-origins`. Ephemeral keys and WebRTC are not served. A request that is no handshake gets a
+426.
 """
 
 router = make_router("generation")

@@ -27,9 +27,9 @@ from gateway.api.realtime.client_events import (
     read_event,
 )
 from gateway.api.realtime.conversation import Conversation
-from gateway.api.realtime.items import Item, ItemReference, chat_of, new_id
+from gateway.api.realtime.items import Item, ItemReference, new_id, transcript_of
 from gateway.api.realtime.writer import ResponseWriter, ServerEvent, with_ids
-from gateway.api.schemas.messages import Message, rendering_size
+from gateway.api.schemas.messages import rendering_size
 from gateway.api.schemas.sampling import SamplingFields
 from gateway.clock import Deadline, expired
 from gateway.edge.admission import Ticket
@@ -344,20 +344,17 @@ def _prompt(
     settings: ResponseDefaults, tools: ToolUse | None, items: tuple[Item, ...]
 ) -> ChatPrompt:
     """Raises InvalidRequest if there is nothing to answer."""
-    messages, sources = chat_of(items)
-    if settings.instructions:
-        system = {"role": "system", "content": settings.instructions}
-        messages.insert(0, Message.model_validate(system))
-    if not messages:
+    transcript = transcript_of(settings.instructions, items)
+    if not transcript.messages:
         raise InvalidRequest(
             "there is nothing to answer; create an item first, or give instructions or input",
             param="response.input",
         )
     shown = tools.tools if tools else ()
     return ChatPrompt(
-        messages=messages,
-        size=rendering_size(messages, tools=shown),
-        sources=tuple(sources),
+        messages=transcript.messages,
+        size=rendering_size(transcript.messages, tools=shown),
+        sources=tuple(transcript.sources),
         reasoning_effort=settings.reasoning.effort if settings.reasoning else None,
         tools=shown,
     )

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from gateway.api.realtime.conversation import Conversation
-from gateway.api.realtime.items import Item, OutputTextPart, new_id
+from gateway.api.realtime.items import Given, Item, new_id
+from gateway.api.responses.items import AnswerText, InputCall, InputMessage
 from gateway.output.events import (
     AnswerEvent,
     ChoiceEnd,
@@ -56,8 +57,7 @@ class ResponseWriter:
                     yield from self._text(text)
             case ToolCallStart():
                 yield from self._close_item("completed")
-                item = Item(new_id("item"), "function_call", name=event.name, call_id=event.call_id)
-                yield from self._open_item(item)
+                yield from self._open_item(_call(event.name, event.call_id, ""))
             case ToolCallArguments(text=text):
                 yield from self._delta("response.function_call_arguments.delta", text)
             case ChoiceEnd():
@@ -71,20 +71,20 @@ class ResponseWriter:
         """The end of the response, whatever was written."""
         complete = status == "completed"
         if not self._output and (complete or status == "incomplete"):
-            yield from self._open_item(Item(new_id("item"), "message"))
+            yield from self._open_item(_message())
         yield from self._close_item("completed" if complete else "incomplete")
         yield {"type": "response.done", "response": self._shown(status, error)}
 
     # ---- items
 
     def _text(self, text: str) -> Iterator[ServerEvent]:
-        if self._open is None or self._open.type != "message":
+        if self._open is None or not isinstance(self._open.given, InputMessage):
             yield from self._close_item("completed")
-            yield from self._open_item(Item(new_id("item"), "message"))
+            yield from self._open_item(_message())
         yield from self._delta("response.output_text.delta", text)
 
-    def _open_item(self, item: Item) -> Iterator[ServerEvent]:
-        item.status = "in_progress"
+    def _open_item(self, given: Given) -> Iterator[ServerEvent]:
+        item = Item(new_id("item"), given, "in_progress")
         if self._conversation is not None:
             self._previous = self._conversation.add(item)
         self._open, self._pieces = item, []
@@ -92,7 +92,7 @@ class ResponseWriter:
         yield self._about("response.output_item.added", item=item.shown())
         if self._conversation is not None:
             yield self._in_conversation("conversation.item.added", item)
-        if item.type == "message":
+        if isinstance(given, InputMessage):
             part = {"type": "text", "text": ""}
             yield self._about("response.content_part.added", **self._place(), part=part)
 
@@ -109,16 +109,17 @@ class ResponseWriter:
         item, text, place = self._open, "".join(self._pieces), self._place()
         self._open, self._pieces = None, []
         item.status = status
-        if item.type == "message":
-            item.content = (OutputTextPart(type="output_text", text=text),)
+        if isinstance(item.given, InputCall):
+            name = item.given.name
+            item.given = _call(name, item.given.call_id, text)
+            yield self._about(
+                "response.function_call_arguments.done", **place, name=name, arguments=text
+            )
+        else:
+            item.given = _message(text)
             part = {"type": "text", "text": text}
             yield self._about("response.output_text.done", **place, text=text)
             yield self._about("response.content_part.done", **place, part=part)
-        else:
-            item.text = text
-            yield self._about(
-                "response.function_call_arguments.done", **place, name=item.name, arguments=text
-            )
         if self._conversation is not None:
             yield self._in_conversation("conversation.item.done", item)
         yield self._about("response.output_item.done", item=item.shown())
@@ -132,9 +133,10 @@ class ResponseWriter:
     def _place(self) -> dict[str, Any]:
         """Where the open item's text is."""
         assert self._open is not None
-        if self._open.type == "message":
-            return {"item_id": self._open.id, "content_index": 0}
-        return {"item_id": self._open.id, "call_id": self._open.call_id}
+        given = self._open.given
+        if isinstance(given, InputCall):
+            return {"item_id": self._open.id, "call_id": given.call_id}
+        return {"item_id": self._open.id, "content_index": 0}
 
     def _in_conversation(self, kind: str, item: Item) -> ServerEvent:
         return {"type": kind, "previous_item_id": self._previous, "item": item.shown()}
@@ -155,6 +157,17 @@ class ResponseWriter:
             "usage": None if self._usage is None else _usage(self._usage),
             "metadata": self._metadata,
         }
+
+
+def _message(*texts: str) -> InputMessage:
+    parts = [AnswerText.model_construct(type="output_text", text=text) for text in texts]
+    return InputMessage.model_construct(role="assistant", content=parts)
+
+
+def _call(name: str, call_id: str, arguments: str) -> InputCall:
+    return InputCall.model_construct(
+        type="function_call", name=name, call_id=call_id, arguments=arguments
+    )
 
 
 REASONS = {"cancelled": "client_cancelled", "incomplete": "max_output_tokens"}

@@ -67,33 +67,35 @@ class Transcript:
             self._message("user", items)
             return
         for i, item in enumerate(items):
-            self._add(item, f"input[{i}]")
-        self._end_turn()
+            self.add(item, f"input[{i}]")
+        self.end_turn()
 
-    def _add(self, item: InputItem, path: str) -> None:
+    def add(self, item: InputItem, path: str) -> None:
+        """``path``: the item's place, for errors."""
         match item:
             case InputReasoning():
                 if self._turn.has_begun_to_answer:
-                    self._end_turn()
+                    self.end_turn()
                 self._turn.reasoning += [item.text] if item.text else []
             case InputMessage(role="assistant"):
                 if self._turn.has_begun_to_answer:
-                    self._end_turn()
+                    self.end_turn()
                 self._turn.content = self._content(item.content, f"{path}.content")
             case InputMessage():
-                self._end_turn()
+                self.end_turn()
                 self._message(item.role, self._content(item.content, f"{path}.content"))
             case InputCall():
                 self._called[item.call_id] = item.name
                 function = FunctionCall(name=item.name, arguments=item.arguments)
                 self._turn.calls.append(ToolCall(id=item.call_id, function=function))
             case InputCallOutput():
-                self._end_turn()
+                self.end_turn()
                 content = self._content(item.output, f"{path}.output")
                 name = item.name or self._called.get(item.call_id)
                 self._message("tool", content, tool_call_id=item.call_id, name=name)
 
-    def _end_turn(self) -> None:
+    def end_turn(self) -> None:
+        """To be called after the last item, too."""
         turn, self._turn = self._turn, _Turn()
         if turn.has_begun_to_answer or turn.reasoning:
             reasoning = "\n\n".join(turn.reasoning) or None
