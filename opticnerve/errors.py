@@ -106,8 +106,8 @@ class MediaFetchFailed(InvalidRequest):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Messages begin with ``lead``: clients look for its words to shorten the chat, proxies to try a
-    model with more room."""
+    """Messages begin with ``lead``: clients look for its words to shorten the chat, and proxies to
+    try a model with more room."""
 
     lead: ClassVar[str] = (
         "the prompt is too long: with its answer it is longer than the model's context length"
