@@ -317,8 +317,8 @@ class WholeAnswer:
         self._left -= size
         if self._left < 0:
             raise AnswerTooLarge(
-                f"the answer is larger than {self._max_bytes} bytes; stream it, ask for fewer "
-                "choices, tokens or top_logprobs, or raise --max-answer-bytes"
+                f"the answer is larger than {self._max_bytes} bytes; ask for fewer choices, tokens "
+                "or top_logprobs, stream a chat, or raise --max-answer-bytes"
             )
         self._hold(size)
         return choice

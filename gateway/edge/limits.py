@@ -148,6 +148,7 @@ MAX_WORD_CHARACTERS = _fixed(1024, "characters of a stop string or bad word", In
 MAX_BIASES = _fixed(1024, "tokens with a bias (`logit_bias`)", InvalidRequest)
 MAX_ALLOWED_TOKENS = _fixed(2**16, "tokens allowed (`allowed_token_ids`)", InvalidRequest)
 MAX_SALT_CHARACTERS = _fixed(1024, "characters of `cache_salt`", InvalidRequest)
+MAX_LABEL = _fixed(1024, "characters of a label that a response repeats", InvalidRequest)
 MAX_METADATA = _fixed(16, "entries of a response's `metadata`", InvalidRequest)
 MAX_METADATA_KEY = _fixed(64, "characters of such an entry's key", InvalidRequest)
 MAX_METADATA_VALUE = _fixed(512, "characters of such an entry's value", InvalidRequest)

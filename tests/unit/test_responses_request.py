@@ -294,6 +294,9 @@ def test_what_is_not_supported(fields: dict[str, Any], param: str, said: str) ->
         ({"text": {"format": {"type": "json_schema", "name": "a", "schema": 5}}},
          "text.format.schema", "an object"),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort", "'high'"),
+        ({"user": "x" * 1025}, "user", "at most 1024"),
+        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {},
+                              "description": "x" * 70_000}}}, "text.format", "at most 65536"),
         ({"colour": 1}, "colour", "unknown field"),
     ],
 )  # fmt: skip

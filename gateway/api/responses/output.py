@@ -193,7 +193,8 @@ class ResponseOutput:
     def _close(self, status: ItemStatus) -> Iterator[UnnumberedEvent]:
         if self._open is None:
             return
-        events = list(self._open.closing(status))
+        part, events = self._open.part, list(self._open.closing(status))
         self.encoded.append(events[-1].encoded["item"])
+        part.pieces, part.logprobs = [], []  # The item has them.
         self._open = None
         yield from events

@@ -36,6 +36,7 @@ from gateway.api.schemas.messages import (
     rendering_size,
 )
 from gateway.edge.limits import (
+    MAX_LABEL,
     MAX_METADATA,
     MAX_METADATA_KEY,
     MAX_METADATA_VALUE,
@@ -55,6 +56,7 @@ Includable = Literal[
     "code_interpreter_call.outputs",
 ]
 Number = Annotated[int, Field(ge=0, le=2**31 - 1), INTEGRAL]
+Label = Annotated[str, Field(max_length=MAX_LABEL)]
 Metadata = Annotated[
     dict[
         Annotated[str, Field(max_length=MAX_METADATA_KEY)],
@@ -116,8 +118,9 @@ class ResponsesRequest(GenerateFields):
     metadata: Metadata | None = Field(None, description="Repeated in the answer.")
     chat_template_kwargs: Annotated[dict[str, Any], no_larger(MAX_TEMPLATE_KWARGS)] | None = None
     mm_processor_kwargs: ProcessorSettings | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    user: Label | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
     prompt_cache_retention: str | None = Field(
         None, description="Has no effect: every prefix is cached."
     )

@@ -14,10 +14,9 @@ from gateway.api.schemas.tools import CallChoice, Function, FunctionName
 from gateway.edge.limits import MAX_SCHEMA, MAX_TOOLS, MAX_TOOLS_SIZE
 from gateway.job import CallMode, FormatKind, OutputFormat
 from opticnerve.errors import UnsupportedFeature
+from opticnerve.telemetry.logs import printable
 
 FORMAT_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
-
-Schema = Annotated[dict[str, Any], no_larger(MAX_SCHEMA)]
 
 
 class ResponsesTool(Function):
@@ -84,7 +83,7 @@ class JsonSchemaFormat(Strict):
 
     type: Literal["json_schema"]
     name: str = Field(pattern=FORMAT_NAME)
-    json_schema: Schema = Field(alias="schema")
+    json_schema: dict[str, Any] = Field(alias="schema")
     description: str | None = None
     strict: bool | None = None
 
@@ -104,7 +103,7 @@ AnyFormat = Annotated[
 class TextSettings(Strict):
     """The form of the answer's text."""
 
-    format: AnyFormat | None = None
+    format: Annotated[AnyFormat, no_larger(MAX_SCHEMA)] | None = None
     verbosity: Literal["low", "medium", "high"] | None = Field(
         None, description="Has no effect; ask for it in a message."
     )
@@ -148,7 +147,7 @@ def _check_tool(tool: Any, path: str) -> None:
     kind = tool.get("type") if isinstance(tool, Mapping) else None
     if isinstance(kind, str) and kind != "function":
         raise UnsupportedFeature(
-            f'{path}: tools of type "{kind[:40]}" are not supported by this server; '
+            f'{path}: tools of type "{printable(kind, 40)}" are not supported by this server; '
             f"{RUNS_NO_TOOLS}",
             param=f"{path}.type",
         )
