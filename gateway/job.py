@@ -76,11 +76,15 @@ class FormatKind(StrEnum):
 class OutputFormat:
     """The form that an answer must have. ``value``: a JSON schema (a mapping, or a boolean), the
     text of a regular expression or a grammar, or a tuple of texts, by ``kind``. ``param``: the
-    request's field, for errors."""
+    request's field, for errors. ``strict``: a schema that cannot be enforced as a whole is refused.
+    ``whitespace``: a regular expression of what may stand between the parts of JSON; empty:
+    nothing."""
 
     kind: FormatKind
     value: Any
     param: str = "response_format"
+    strict: bool = True
+    whitespace: str | None = None  # None: this server's.
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +218,7 @@ class Job:
     body_bytes: int = 0  # Bytes that the ticket holds for the prompt.
     watch: Stopwatch = field(default_factory=Stopwatch)
     system_fingerprint: str | None = None  # Set before the first event.
+    not_enforced: Sequence[str] = ()  # Of the format's schema; set before the first event too.
 
     def drop_prompt(self) -> None:
         """Frees the prompt and the body's bytes, once the prompt is rendered."""

@@ -16,7 +16,8 @@ from gateway import metrics
 from gateway.clock import Deadline, Stopwatch
 from gateway.edge.auth import Caller
 from gateway.edge.limits import MAX_TRUNCATED_CONTEXTS
-from gateway.edge.threads import off_loop_above
+from gateway.edge.threads import off_loop_above, off_loop_for_grammars
+from gateway.grammar import Grammars
 from gateway.job import AnyPrompt, ChatPrompt, GenerationOptions, Job, TokenPrompt
 from gateway.media.reader import Fetched, MediaReader
 from gateway.output.answer_forms import AnswerForms
@@ -66,6 +67,7 @@ class Pipeline:
 
     renderer: ChatRenderer
     forms: AnswerForms
+    grammars: Grammars
     vocabulary: Vocabulary
     media: MediaReader
     pairing: Pairing
@@ -177,6 +179,7 @@ class Pipeline:
         priority = job.caller.priority(job.options.priority)
         check_choices(job.options, self.max_n)
         self.forms.check(job.options.tools)
+        grammar = await self._grammar(job)
         pictures = await self.read_pictures(
             job.prompt, job.ticket.hold_bytes, job.deadline, job.watch
         )
@@ -202,7 +205,10 @@ class Pipeline:
             token_ids=prompt.token_ids,
             spans=prompt.spans,
             keys=tuple(item.key for item in items),
-            sampling=await self._sampling(job.options, kind, prompt, limits),
+            sampling=replace(
+                await self._sampling(job.options, kind, prompt, limits),
+                grammar=self.forms.after_thinking(grammar, thinking),
+            ),
             pair_id=pair.pair_id,
             cache_salt=self._cache_salt(job),
             caller=job.caller,
@@ -220,6 +226,19 @@ class Pipeline:
         elif options.echo:
             shown = await off_loop_above(OFF_LOOP_CHARACTERS, len(ids), located, ids)
         return Echo(self.vocabulary, ids, *shown, as_ids=options.tokens_as_ids)
+
+    async def _grammar(self, job: Job) -> str:
+        """The grammar of an answer in the format, or with the tools, of a request; empty: any text
+        will do. Checked before anything is fetched. Raises InvalidRequest."""
+        options = job.options
+        if options.format is None and options.tools is None:
+            return ""
+        answer = await self.grammars.build(options.format) if options.format else ""
+        grammar = await off_loop_for_grammars(self.forms.grammar, options, answer)
+        if grammar:
+            param = options.format.param if options.format else "tools"
+            job.not_enforced = await self.grammars.check(grammar, param)
+        return grammar
 
     async def _pair_early(
         self, job: Job, pictures: Pictures

@@ -22,6 +22,7 @@ from gateway.edge.connections import Connections, allow_files
 from gateway.edge.http1 import Connection
 from gateway.edge.limits import IDLE_TIMEOUT_S, MAX_EVENT_BYTES, PING_S
 from gateway.edge.websocket import WebSocketConnection
+from gateway.grammar import Grammars
 from gateway.media.fetch import MediaFetcher
 from gateway.media.reader import MediaReader
 from gateway.output.answer_forms import AnswerForms
@@ -157,6 +158,7 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
                 settings.tool_parser,
                 settings.reasoning_parser,
             ),
+            grammars=Grammars(renderer.tokenizer),
             vocabulary=Vocabulary(renderer.tokenizer),
             media=MediaReader(settings, layout, MediaFetcher(settings)),
             pairing=pairing,

@@ -63,6 +63,7 @@ MODELS = [
     CompletionRequest,
 ]
 BASES: dict[str, dict[str, Any]] = {
+    "ResponseFormat": {"type": "text"},
     "ChatRequest": body(),
     "ApplyTemplateRequest": {"messages": [user()]},
     "CompletionRequest": {"model": "model", "prompt": "Once"},

@@ -25,8 +25,9 @@ from gateway.api.answer import (
 from gateway.api.choice_writer import ChoiceWriter
 from gateway.api.routing import Call, make_router
 from gateway.api.schemas.base import Unused, fault
-from gateway.api.schemas.generate import GenerateFields, NumLogprobs, OutputLength
+from gateway.api.schemas.generate import NumLogprobs, OutputLength
 from gateway.api.schemas.messages import TextPart
+from gateway.api.schemas.structured import StructuredFields
 from gateway.api.schemas.template_fields import TemplateFields
 from gateway.api.sse import add_json
 from gateway.job import GenerationOptions
@@ -46,7 +47,7 @@ router = make_router("generation")
 
 # Unsupported fields are dropped or refused before this model validates the body: see
 # gateway.api.schemas.parsing.
-class ChatRequest(TemplateFields, GenerateFields):
+class ChatRequest(TemplateFields, StructuredFields):
     """A chat, and how to continue it."""
 
     max_tokens: OutputLength | None = None

@@ -26,9 +26,10 @@ from gateway.api.choice_writer import ChoiceWriter
 from gateway.api.legacy_logprobs import LegacyLogprobs, Scores, legacy_json, of_output, of_prompt
 from gateway.api.routing import Call, make_router
 from gateway.api.schemas.base import INTEGRAL, BoundedList, UnsupportedField, fault
-from gateway.api.schemas.generate import GenerateFields, NumLogprobs
+from gateway.api.schemas.generate import NumLogprobs
 from gateway.api.schemas.messages import ImageUrl, Source, picture
 from gateway.api.schemas.sampling import TokenId
+from gateway.api.schemas.structured import StructuredFields
 from gateway.api.sse import add_json, dumps, with_json
 from gateway.edge.limits import MAX_MARKER_CHARACTERS, MAX_PROMPTS
 from gateway.job import UNLIMITED, GenerationOptions, Job, TextPrompt, TokenPrompt
@@ -71,7 +72,7 @@ Prompts = Annotated[
 Marker = Annotated[str, Field(min_length=1, max_length=MAX_MARKER_CHARACTERS)]
 
 
-class CompletionRequest(GenerateFields):
+class CompletionRequest(StructuredFields):
     """Prompts, and how to continue them."""
 
     unsupported: ClassVar[Mapping[str, UnsupportedField]] = {

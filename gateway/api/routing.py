@@ -190,11 +190,11 @@ class Call(Request):
         self, jobs: Sequence[Job], writer: AnswerWriter, *, stream: bool
     ) -> Response:
         """As ``answer``, with the choices of all jobs, which have equal options."""
-        headers = self.warnings()
         run = self.gateway.pipeline.run
         made = run(jobs[0]) if len(jobs) == 1 else JobGroup(run, jobs).events()
         first = await anext(made)
         job = next((job for job in jobs if job.system_fingerprint), jobs[0])
+        headers = self.warnings(job.not_enforced)
         writer.begin(job)
         if stream:
             chunks = writer.chunks(first, made)
@@ -206,15 +206,17 @@ class Call(Request):
         headers |= {"content-type": "application/json", "content-length": str(len(body))}
         return PiecewiseResponse(_alone(body), made, headers, job.deadline, writer.failure)
 
-    def warnings(self) -> dict[str, str]:
-        """The header that lists fields without effect. Their names are the client's text, so only
-        their printable characters go into the header, up to MAX_WARNING."""
+    def warnings(self, not_enforced: Sequence[str] = ()) -> dict[str, str]:
+        """The header that lists fields without effect, and what of a schema has none. Their names
+        are the client's text, so only their printable characters go into the header, up to
+        MAX_WARNING."""
         variables = self.gateway.pipeline.renderer.template.variables
         effective = {name for name, any_of in BY_TEMPLATE.items() if any_of & variables}
         without_effect = [name for name in self.ignored.without_effect if name not in effective]
         lists = (
             ("ignored unknown fields", self.ignored.unknown),
             ("without effect", without_effect),
+            ("not enforced", not_enforced),
         )
         text = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists if names)
         if not text:

@@ -1,6 +1,6 @@
 """Threads for work that would block the event loop.
 
-Two executors, so that short work does not wait behind long work, and few threads, since each one
+Three executors, so that short work does not wait behind long work, and few threads, since each one
 that runs Python makes the event loop wait for the GIL. An executor runs its work in
 the order of arrival. Work should consist of steps that are short or release the lock.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ _LONG = ThreadPoolExecutor(1, thread_name_prefix="long")
 _SHORT = ThreadPoolExecutor(
     max(2, min(4, len(os.sched_getaffinity(0)))), thread_name_prefix="short"
 )
+_GRAMMARS = ThreadPoolExecutor(2, thread_name_prefix="grammars")
 P = ParamSpec("P")
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -28,9 +30,17 @@ async def off_loop(size: int, work: Callable[P, T], *args: P.args, **kwargs: P.k
     """Runs ``work`` in a thread and returns its result. ``size``: the bytes or characters that it
     reads. Work whose caller is cancelled before a thread is free does not run."""
     executor = _LONG if size > LONG_BYTES else _SHORT
+    return await _run(executor, functools.partial(work, *args, **kwargs))
+
+
+async def off_loop_for_grammars(work: Callable[[*Ts], T], *args: *Ts) -> T:
+    """Like ``off_loop``, on threads of their own for grammars, some of which take a second."""
+    return await _run(_GRAMMARS, functools.partial(work, *args))
+
+
+async def _run(executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
     context = contextvars.copy_context()  # Carries the request's id into the thread's log lines.
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(executor, lambda: context.run(work, *args, **kwargs))
+    return await asyncio.get_running_loop().run_in_executor(executor, lambda: context.run(work))
 
 
 async def off_loop_above(limit: int, size: int, work: Callable[[*Ts], T], *args: *Ts) -> T:

@@ -22,7 +22,7 @@ MAX_REASON = 300  # Characters of the library's reason that an error repeats.
 STACK_BYTES = 2**28  # Of a compiling thread; compiling recurses along references.
 
 LIMITS = LLParserLimits(
-    initial_lexer_fuel=1_000_000,
+    initial_lexer_fuel=300_000,
     step_lexer_fuel=200_000,
     step_max_items=50_000,
     max_lexer_states=20_000,  # Of a kilobyte or two each.

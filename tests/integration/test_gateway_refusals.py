@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop"), pytest.mar
         ({"max_tokens": 100_000}, 400, "context_length_exceeded"),
         ({"messages": [user("x " * 9000)]}, 400, "context_length_exceeded"),
         ({"messages": [user("?", "data:image/png;base64,@")]}, 400, "invalid_base64"),
-        ({"response_format": {"type": "json_object"}}, 400, "unsupported"),
+        ({"modalities": ["audio"]}, 400, "unsupported"),
+        ({"guided_regex": "(unclosed"}, 400, "invalid_grammar"),
         ({"top_logprobs": 21, "logprobs": True}, 400, None),
     ],
 )

@@ -293,13 +293,12 @@ def test_parts_of_other_servers(kind: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("response_format", {"type": "json_object"}),
         ("modalities", ["text", "audio"]),
         ("functions", [{"name": "f"}]),
         ("use_beam_search", True),
         ("best_of", 2),
         ("best_of", True),  # Not 1.
-        ("guided_json", {}),
+        ("ebnf", 'root ::= "a"'),
     ],
 )
 def test_fields_of_other_servers(name: str, value: Any) -> None:

@@ -49,7 +49,7 @@ MESSAGE_REWRITES = tuple(
 # what to do instead. Tools that the request itself disables (``tool_choice: none``) are dropped
 # too.
 TOOLS = "send tools and tool_choice, their newer form"
-GRAMMAR = "ask for the format in a message and check the answer"
+GRAMMAR = "send it in structured_outputs, as json, regex or grammar"
 SEARCH = "use sampling with n instead"
 NO_PLUGINS = "leave it out: this server has no plugins"
 PLACED = "leave it out: the gateway places requests itself"
@@ -59,12 +59,6 @@ PIXELS = "use mm_processor_kwargs with min_pixels and max_pixels"
 UNSUPPORTED: dict[str, UnsupportedField] = {
     "functions": UnsupportedField(([],), TOOLS),
     "function_call": UnsupportedField(("none", "auto"), TOOLS),
-    "response_format": UnsupportedField(({"type": "text"},), GRAMMAR),
-    "structured_outputs": UnsupportedField(({},), GRAMMAR),
-    "guided_json": UnsupportedField((), GRAMMAR),
-    "guided_regex": UnsupportedField((), GRAMMAR),
-    "guided_choice": UnsupportedField((), GRAMMAR),
-    "guided_grammar": UnsupportedField((), GRAMMAR),
     "json_schema": UnsupportedField((), GRAMMAR),
     "regex": UnsupportedField((), GRAMMAR),
     "ebnf": UnsupportedField((), GRAMMAR),

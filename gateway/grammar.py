@@ -1,0 +1,139 @@
+"""From an output format to the grammar that LLM workers obey, and its check before any worker is
+involved."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+from llguidance import LLTokenizer, TokenizerWrapper
+from llguidance.gbnf_to_lark import gbnf_to_lark
+
+from gateway.edge.limits import MAX_GRAMMAR_RULES, MAX_LISTED_CHOICES, MAX_SCHEMA_CHARACTERS
+from gateway.edge.threads import off_loop_for_grammars
+from gateway.grammar_bounds import check_lark, check_length, check_regex, check_schema
+from gateway.job import FormatKind, OutputFormat
+from gateway.prompt.tokenizer import Tokenizer
+from opticnerve.errors import InvalidRequest
+from opticnerve.generation.grammars import compile_grammar, grammar_error
+
+# Between the parts of JSON. A model that may write white space without end sometimes does.
+WHITESPACE = r"[ \t\r\n]{1,64}"
+_RULE = re.compile(r"::=")  # Of GBNF; Lark has a single colon.
+_IN_REGEX = re.compile(r"\\.|/|\n|\r", re.DOTALL)
+
+
+class Grammars:
+    """The formats of answers in one checkpoint's vocabulary."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    async def build(self, format: OutputFormat) -> str:
+        """The format as a grammar, not checked. Raises InvalidRequest."""
+        return await off_loop_for_grammars(grammar_of, format)
+
+    async def check(self, grammar: str, param: str) -> list[str]:
+        """Raises InvalidRequest, with the reason, for a grammar that no worker could obey. Returns
+        what of it is not enforced."""
+        return await off_loop_for_grammars(self.check_now, grammar, param)
+
+    def check_now(self, grammar: str, param: str) -> list[str]:
+        """``check``, on this thread."""
+        matcher = compile_grammar(grammar, self._vocabulary, param).matcher
+        matcher.compute_bitmask()  # Some limits are found at the first token.
+        if matcher.is_error():
+            raise grammar_error(matcher.get_error(), param)
+        return matcher.get_grammar_warnings()
+
+    @cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        """A small one in which every text can be written: single bytes, and the checkpoint's
+        special tokens under their ids, so that a grammar can refer to them."""
+        special = self._tokenizer.special_ids
+        size = max(self._tokenizer.vocab_size, *special, 0) + 1
+        tokens = [b""] * size + [bytes([byte]) for byte in range(256)]
+        for number, text in special.items():
+            tokens[number] = text.encode()
+        end = self._tokenizer.eos_token_id
+        parts = SimpleNamespace(
+            eos_token_id=size if end is None else end,
+            bos_token_id=None,
+            tokens=tokens,
+            special_token_ids=[*special],
+        )
+        return LLTokenizer(TokenizerWrapper(_Bytes(parts, size)))
+
+
+class _Bytes:
+    """A tokenizer of single bytes, whose tokens stand from ``first`` on."""
+
+    def __init__(self, parts: SimpleNamespace, first: int) -> None:
+        vars(self).update(vars(parts))
+        self._first = first
+
+    def __call__(self, text: bytes) -> list[int]:
+        return [self._first + byte for byte in text]
+
+
+def grammar_of(format: OutputFormat) -> str:
+    """The format in llguidance's dialect of Lark. Raises InvalidRequest."""
+    match format.kind:
+        case FormatKind.JSON_OBJECT:
+            return _json_grammar({"type": "object"}, format)
+        case FormatKind.JSON_SCHEMA:
+            return _json_grammar(format.value, format)
+        case FormatKind.REGEX:
+            check_regex(format.value, format.param)
+            return f"start: /{_IN_REGEX.sub(_escaped, format.value)}/"
+        case FormatKind.CHOICE:
+            return _choice_grammar(format.value, format.param)
+        case FormatKind.GRAMMAR:
+            return _lark(format.value, format.param)
+
+
+def _json_grammar(schema: Any, format: OutputFormat) -> str:
+    """A grammar of JSON. Properties come in the schema's order."""
+    if schema is False:
+        raise InvalidRequest(f"{format.param}: no value satisfies it", param=format.param)
+    space = WHITESPACE if format.whitespace is None else format.whitespace
+    options = {
+        "whitespace_flexible": False,
+        **({"whitespace_pattern": space} if space else {}),
+        "lenient": not format.strict,
+    }
+    stated = schema if isinstance(schema, Mapping) else {}
+    return f"start: %json {check_schema({**stated, 'x-guidance': options}, format.param)}"
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """What a regular expression between slashes cannot hold, in a form that it can."""
+    return {"/": r"\/", "\n": r"\n", "\r": r"\r", "\\\n": r"\n"}.get(found.group(), found.group())
+
+
+def _choice_grammar(texts: Sequence[str], param: str) -> str:
+    if len(texts) > MAX_LISTED_CHOICES:
+        raise InvalidRequest(f"{param}: at most {MAX_LISTED_CHOICES} choices", param=param)
+    quoted = " | ".join(json.dumps(text) for text in texts)
+    check_length(quoted, MAX_SCHEMA_CHARACTERS, param)
+    return f"start: CHOICE\nCHOICE: {quoted}"
+
+
+def _lark(grammar: str, param: str) -> str:
+    """``grammar``, or its translation if it is GBNF (llama.cpp's and xgrammar's EBNF)."""
+    if grammar.lstrip().startswith("{"):
+        raise InvalidRequest(f"{param}: should be Lark or GBNF, not JSON", param=param)
+    if _RULE.search(grammar) and not re.search(r"^\s*start\s*:(?!:)", grammar, re.MULTILINE):
+        if len(_RULE.findall(grammar)) > MAX_GRAMMAR_RULES:
+            raise InvalidRequest(f"{param}: at most {MAX_GRAMMAR_RULES} rules", param=param)
+        check_length(grammar, MAX_SCHEMA_CHARACTERS, param)
+        try:
+            grammar = gbnf_to_lark(grammar)
+        except Exception as error:  # Bare ones, of the library's converter.
+            raise grammar_error(f"as GBNF: {error}", param) from error
+    check_lark(grammar, param)
+    return grammar
