@@ -198,6 +198,7 @@ class GenerationOptions:
     cache_salt: str = ""
     running_usage: bool = False  # Every event has the usage so far.
     truncation: Truncation | None = None
+    token_ids: bool = False  # The answer has the ids of its tokens, and of the prompt's.
     tokens_as_ids: bool = False  # Log-probabilities spell tokens as ``token_id:`` and the id.
     format: OutputFormat | None = None
     tools: ToolUse | None = None

@@ -24,7 +24,7 @@ from gateway.output.answer_forms import AnswerForms
 from gateway.output.choices import Choices
 from gateway.output.detokenizer import Vocabulary
 from gateway.output.echo import Echo
-from gateway.output.events import AnswerEvent, ChoiceEnd, End, OutputEvent
+from gateway.output.events import AnswerEvent, ChoiceEnd, End, OutputEvent, TokenIds
 from gateway.output.thinking import Thinking
 from gateway.prompt.completion_prompt import read_plain
 from gateway.prompt.placeholders import ExpandedPrompt, truncated
@@ -225,7 +225,13 @@ class Pipeline:
             shown = prompt.prompt, prompt.starts
         elif options.echo:
             shown = await off_loop_above(OFF_LOOP_CHARACTERS, len(ids), located, ids)
-        return Echo(self.vocabulary, ids, *shown, as_ids=options.tokens_as_ids)
+        return Echo(
+            self.vocabulary,
+            ids,
+            *shown,
+            as_ids=options.tokens_as_ids,
+            show_ids=options.token_ids,
+        )
 
     async def _grammar(self, job: Job) -> str:
         """The grammar of an answer in the format, or with the tools, of a request; empty: any text
@@ -313,13 +319,17 @@ class Pipeline:
         delta: PromptPiece | Delta,
         generation: FailoverGeneration,
         choices: Choices,
-    ) -> Sequence[OutputEvent | ChoiceEnd]:
+    ) -> Sequence[TokenIds | OutputEvent | ChoiceEnd]:
         """The choices' events of a delta. After a failover, a choice that they end is not
         continued."""
         if isinstance(delta, PromptPiece):
             return []
         job.watch.token()
-        made = choices.take(delta)
+        before = choices.tokens_of(delta.choice)
+        made: list[TokenIds | OutputEvent | ChoiceEnd] = [*choices.take(delta)]
+        ids = delta.token_ids[: choices.tokens_of(delta.choice) - before]
+        if ids and job.options.token_ids:
+            made.insert(0, TokenIds(delta.choice, ids))
         if choices.has_ended(delta.choice):
             generation.leave(delta.choice)
         if job.options.running_usage:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +31,7 @@ from gateway.output.events import (
     Reasoning,
     Text,
     TextLogprobs,
+    TokenIds,
     TokenLogprob,
     ToolCallArguments,
     ToolCallStart,
@@ -213,12 +215,14 @@ class WholeChoice:
     """A choice of a whole answer, as parts in the order in which the model wrote them.
     ``with_logprobs``: whether the request asks for log-probabilities. ``prompt_text`` and
     ``prompt_logprobs`` (entries as encoded JSON, each with ``prompt_most`` of the most likely
-    tokens) are in the first of the choices that continue a prompt."""
+    tokens) and ``prompt_ids`` are in the first of the choices that continue a prompt."""
 
     with_logprobs: bool = False
     prompt_most: int | None = None  # None if the request asks for no log-probabilities of a prompt.
     prompt_text: str = ""
     prompt_logprobs: list[bytes] = field(default_factory=list)
+    prompt_ids: array[int] = field(default_factory=lambda: array("I"))
+    token_ids: array[int] = field(default_factory=lambda: array("I"))
     parts: list[WholePart] = field(default_factory=list)
     end: ChoiceEnd | None = None
 
@@ -239,6 +243,12 @@ class WholeChoice:
         """An entry per token, in order; None if the request asks for none."""
         entries = [entry for part in self.parts for entry in part.logprobs]
         return entries if self.with_logprobs else None
+
+    def add_ids(self, more: TokenIds) -> int:
+        """Adds token ids; returns their size in bytes."""
+        added = self.prompt_ids if more.of_prompt else self.token_ids
+        added.extend(more.token_ids)
+        return len(more.token_ids) * added.itemsize
 
     def add_prompt(self, more: PromptEvent) -> int:
         """Adds an event of the prompt; returns its size, as ``add``."""
@@ -308,12 +318,15 @@ class WholeAnswer:
         self._left = self._max_bytes = max_bytes
         self._choices: dict[int, WholeChoice] = {}
 
-    def add(self, more: PromptEvent | OutputEvent | ChoiceEnd) -> WholeChoice:
+    def add(self, more: PromptEvent | TokenIds | OutputEvent | ChoiceEnd) -> WholeChoice:
         """Adds an event; returns its choice. Raises AnswerTooLarge, Overloaded."""
         choice = self._choices.get(more.choice)
         if choice is None:
             choice = self._choices[more.choice] = self._new()
-        size = choice.add_prompt(more) if isinstance(more, PromptEvent) else choice.add(more)
+        if isinstance(more, TokenIds):
+            size = choice.add_ids(more)
+        else:
+            size = choice.add_prompt(more) if isinstance(more, PromptEvent) else choice.add(more)
         self._left -= size
         if self._left < 0:
             raise AnswerTooLarge(

@@ -22,7 +22,7 @@ from gateway.api.answer import (
     logprobs_json,
     streamed,
 )
-from gateway.api.choice_writer import ChoiceWriter
+from gateway.api.choice_writer import ChoiceWriter, ShownIds
 from gateway.api.routing import Call, make_router
 from gateway.api.schemas.base import Unused, fault
 from gateway.api.schemas.generate import NumLogprobs, OutputLength
@@ -145,6 +145,7 @@ class ChatCompletionChoice(TypedDict):
     finish_reason: EndReason
     stop_reason: StopReason
     logprobs: NotRequired[ChoiceLogprobs | None]
+    token_ids: NotRequired[ShownIds]
 
 
 class ChatCompletion(AnswerHead):
@@ -152,6 +153,7 @@ class ChatCompletion(AnswerHead):
     choices: list[ChatCompletionChoice]
     usage: CompletionUsage
     prompt_logprobs: NotRequired[PromptLogprobs]
+    prompt_token_ids: NotRequired[ShownIds]
 
 
 class FunctionDelta(TypedDict):
@@ -188,6 +190,7 @@ class ChunkChoice(TypedDict):
     logprobs: ChoiceLogprobs | None
     finish_reason: EndReason | None
     stop_reason: NotRequired[StopReason]
+    token_ids: NotRequired[ShownIds]
 
 
 class ChatCompletionChunk(AnswerHead):
@@ -196,12 +199,14 @@ class ChatCompletionChunk(AnswerHead):
     object: Literal["chat.completion.chunk"]
     choices: list[ChunkChoice]
     usage: NotRequired[StreamUsage]
+    prompt_token_ids: NotRequired[ShownIds]
 
 
 class ChatWriter(ChoiceWriter):
     id_prefix = "chatcmpl-"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+    prompt_ids_by_choice = False
     echoed = ""  # The text with which each choice begins.
 
     def opening(self, choice: int) -> Mapping[str, Any]:

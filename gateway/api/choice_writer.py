@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import uuid
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+from pydantic_core import to_json
 
 from gateway.api.answer import AnswerWriter, WholeChoice, usage_json
-from gateway.api.sse import DONE, event, with_json
-from gateway.output.events import AnswerEvent, ChoiceEnd, End, OutputEvent, PromptEvent
+from gateway.api.sse import DONE, add_json, dumps, event, with_json
+from gateway.job import Job
+from gateway.output.events import AnswerEvent, ChoiceEnd, End, OutputEvent, PromptEvent, TokenIds
 from opticnerve.generation.values import Usage
+
+ShownIds = Annotated[list[int], Field(description="With `return_token_ids`.")]
+
+
+def ids_json(ids: Iterable[int]) -> bytes:
+    """A list of token ids, perhaps a whole context, as JSON."""
+    return to_json(list(ids))
 
 
 class ChoiceWriter(AnswerWriter):
@@ -21,9 +32,21 @@ class ChoiceWriter(AnswerWriter):
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
+    prompt_ids_by_choice: ClassVar[bool]  # Whether choices have the prompt's ids, or the answer.
+
     def __init__(self, model: str, *, usage: bool = False, timings: bool = False) -> None:
         super().__init__(model, usage=usage, timings=timings)
         self._id = f"{self.id_prefix}{uuid.uuid4().hex}"
+        self._n = 1
+        self._shows_ids = False
+        # Of a stream, to be sent with a choice's next chunk.
+        self._ids: dict[int, list[int]] = {}
+        self._prompt_ids: dict[int, Sequence[int]] = {}
+
+    def begin(self, job: Job) -> None:
+        super().begin(job)
+        self._n = job.options.sampling.n or 1
+        self._shows_ids = job.options.token_ids
 
     # ---- a choice as JSON, which each API defines
 
@@ -51,8 +74,25 @@ class ChoiceWriter(AnswerWriter):
 
     def whole_answer(self, choices: Sequence[WholeChoice], end: End) -> bytes:
         head = {**self._head(self.whole_object), "usage": usage_json(end.usage)}
-        encoded = b",".join(self.encoded(choices))
-        return with_json({**head, **self.timings_of(end)}, "choices", b"[" + encoded + b"]")
+        encoded: Iterable[bytes] = self.encoded(choices)
+        if self._shows_ids:
+            encoded = self._with_ids(encoded, choices)
+        listed = b"[" + b",".join(encoded) + b"]"
+        body = with_json({**head, **self.timings_of(end)}, "choices", listed)
+        if self._shows_ids and not self.prompt_ids_by_choice:
+            body = add_json(body, "prompt_token_ids", ids_json(choices[0].prompt_ids))
+        return body
+
+    def _with_ids(
+        self, encoded: Iterable[bytes], choices: Sequence[WholeChoice]
+    ) -> Iterator[bytes]:
+        """The choices with token ids."""
+        for place, (body, choice) in enumerate(zip(encoded, choices, strict=True)):
+            shown = add_json(body, "token_ids", ids_json(choice.token_ids))
+            if self.prompt_ids_by_choice:
+                first = choices[place // self._n * self._n]
+                shown = add_json(shown, "prompt_token_ids", ids_json(first.prompt_ids))
+            yield shown
 
     def encoded(self, choices: Sequence[WholeChoice]) -> Iterator[bytes]:
         """The JSON of each choice."""
@@ -70,12 +110,16 @@ class ChoiceWriter(AnswerWriter):
                     yield data
                 last = await anext(events)
                 continue
+            if isinstance(last, TokenIds):
+                self._keep(last)
+                last = await anext(events)
+                continue
             data = b""
             if last.choice not in begun:
                 begun.add(last.choice)
                 usage = last.usage and replace(last.usage, completion_tokens=shown)
                 opening = self.opening(last.choice)
-                data = b"" if opening is None else self._chunk(opening, usage)
+                data = b"" if opening is None else self._chunk(opening, usage, opens=True)
             choice = self.ending(last) if isinstance(last, ChoiceEnd) else self.output(last)
             yield data + self._chunk(choice, last.usage)
             shown = last.usage.completion_tokens if last.usage else 0
@@ -93,11 +137,41 @@ class ChoiceWriter(AnswerWriter):
         content = b",".join(choice.logprobs)
         return with_json(body, "logprobs", b'{"content":[' + content + b'],"refusal":null}')
 
-    def _chunk(self, choice: Mapping[str, Any], usage: Usage | None) -> bytes:
+    def _keep(self, more: TokenIds) -> None:
+        """Token ids for the next chunks of their choices."""
+        if not more.of_prompt:
+            self._ids.setdefault(more.choice, []).extend(more.token_ids)
+            return
+        several = self._n if self.prompt_ids_by_choice else 1
+        for choice in range(more.choice, more.choice + several):
+            self._prompt_ids[choice] = more.token_ids
+
+    def _chunk(
+        self, choice: Mapping[str, Any], usage: Usage | None, *, opens: bool = False
+    ) -> bytes:
         body = {**self._head(self.chunk_object), "choices": [choice]}
         if self._usage:
             body["usage"] = usage and usage_json(usage)
-        return event(body)
+        if not self._shows_ids:
+            return event(body)
+        return self._chunk_with_ids(body, choice, opens=opens)
+
+    def _chunk_with_ids(
+        self, body: dict[str, Any], choice: Mapping[str, Any], *, opens: bool
+    ) -> bytes:
+        """``opens``: the chunk comes before the choice's output."""
+        index: int = choice["index"]
+        prompt = self._prompt_ids.pop(index if self.prompt_ids_by_choice else 0, None)
+        del body["choices"]
+        encoded = dumps(choice)
+        if not opens:
+            encoded = add_json(encoded, "token_ids", ids_json(self._ids.pop(index, ())))
+        if prompt is not None and self.prompt_ids_by_choice:
+            encoded = add_json(encoded, "prompt_token_ids", ids_json(prompt))
+        data = with_json(body, "choices", b"[" + encoded + b"]")
+        if prompt is not None and not self.prompt_ids_by_choice:
+            data = add_json(data, "prompt_token_ids", ids_json(prompt))
+        return b"data: " + data + b"\n\n"
 
     def encoded_chunk(self, choice: bytes) -> bytes:
         """A chunk whose choice is encoded JSON; without usage."""

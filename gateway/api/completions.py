@@ -22,7 +22,7 @@ from gateway.api.answer import (
     WholePart,
     streamed,
 )
-from gateway.api.choice_writer import ChoiceWriter
+from gateway.api.choice_writer import ChoiceWriter, ShownIds
 from gateway.api.legacy_logprobs import LegacyLogprobs, Scores, legacy_json, of_output, of_prompt
 from gateway.api.routing import Call, make_router
 from gateway.api.schemas.base import INTEGRAL, BoundedList, UnsupportedField, fault
@@ -171,6 +171,8 @@ class CompletionChoice(TypedDict):
     finish_reason: EndReason | None
     stop_reason: NotRequired[StopReason]
     prompt_logprobs: NotRequired[PromptLogprobs]
+    token_ids: NotRequired[ShownIds]
+    prompt_token_ids: NotRequired[ShownIds]
 
 
 class Completion(AnswerHead):
@@ -212,12 +214,12 @@ class WholeCompletion(WholeChoice):
 class CompletionWriter(ChoiceWriter):
     id_prefix = "cmpl-"
     whole_object = chunk_object = "text_completion"
+    prompt_ids_by_choice = True
 
     def begin(self, job: Job) -> None:
         super().begin(job)
         self._most = job.options.top_logprobs
         self._echo = job.options.echo
-        self._n = job.options.sampling.n or 1
         self._echoed: dict[int, int] = {}  # Characters of the prompt, by its first choice.
 
     # ---- a stream

@@ -63,6 +63,10 @@ class Choices:
     def has_ended(self, choice: int) -> bool:
         return self.finish_reasons[choice] is not None
 
+    def tokens_of(self, choice: int) -> int:
+        """Tokens of one choice, up to the stop string that ended it."""
+        return self._outputs[choice].num_tokens
+
     @property
     def num_tokens(self) -> int:
         """Tokens of all choices, up to the stop strings that ended them."""

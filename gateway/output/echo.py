@@ -1,4 +1,5 @@
-"""What an answer shows of its prompt: the text, and the log-probabilities of its tokens."""
+"""What an answer shows of its prompt: the text, the ids of its tokens and their
+log-probabilities."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from gateway.output.detokenizer import Vocabulary
-from gateway.output.events import PromptEvent, PromptText, PromptToken, PromptTokens
+from gateway.output.events import PromptEvent, PromptText, PromptToken, PromptTokens, TokenIds
 from opticnerve.generation.values import Delta, PositionLogprobs, PromptPiece
 
 
@@ -21,19 +22,25 @@ class Echo:
         starts: Sequence[int] | None = None,
         *,
         as_ids: bool = False,
+        show_ids: bool = False,
     ) -> None:
         """``text``: the prompt's, None if it is not to be shown; ``starts``: where each token
-        begins in it, in characters. ``as_ids``: tokens are named by their ids."""
+        begins in it, in characters. ``as_ids``: tokens are named by their ids. ``show_ids``:
+        the ids are shown."""
         self._vocabulary = vocabulary
         self._token_ids = token_ids
         self._text = text
         self._starts = starts
         self._as_ids = as_ids
+        self._show_ids = show_ids
         self._told = 0  # Tokens so far.
 
-    def take(self, event: PromptPiece | Delta) -> list[PromptEvent]:
+    def take(self, event: PromptPiece | Delta) -> list[PromptEvent | TokenIds]:
         """The events that ``event`` brings, or that must come before those of a delta."""
-        events: list[PromptEvent] = []
+        events: list[PromptEvent | TokenIds] = []
+        if self._show_ids:
+            events.append(TokenIds(0, tuple(self._token_ids), of_prompt=True))
+            self._show_ids = False
         if self._text is not None:
             events.append(PromptText(0, self._text))
             self._text = None

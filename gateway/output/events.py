@@ -132,6 +132,19 @@ class End:
 OutputEvent = Text | Reasoning | ToolCallStart | ToolCallArguments
 """More output of a choice."""
 
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """Token ids, for jobs that ask for them: the next ones of a choice, before the events of their
+    text, or with ``of_prompt`` all of the prompt, before all other events. ``choice`` is then the
+    first of the choices that continue it."""
+
+    choice: int
+    token_ids: tuple[int, ...]
+    of_prompt: bool = False
+    usage: Usage | None = None
+
+
 PromptEvent = PromptText | PromptTokens
 
-AnswerEvent = PromptEvent | OutputEvent | ChoiceEnd | End
+AnswerEvent = PromptEvent | TokenIds | OutputEvent | ChoiceEnd | End

@@ -162,3 +162,41 @@ async def test_pictures_are_kept_whole_or_the_prompt_is_refused():
         answer = await s.chat(before, after, truncate_prompt_tokens=least - 1)
         assert answer.json()["error"]["param"] == "truncate_prompt_tokens"
         await until(s.idle)
+
+
+# ---- token ids
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stop", [None, "re."])
+async def test_token_ids_of_a_chat(stream, stop):
+    written = [*ids("Hello there."), END]
+    kept = written if stop is None else written[: len(ids("Hello there."))]
+    fields = {"return_token_ids": True, "n": 2, "stop": stop, "stream": stream}
+    async with stack(tokens=written) as s:
+        told = bodies(await s.chat(user("Hi", data_url()), **fields), stream)
+        assert told[0]["prompt_token_ids"] == list(s.llm.starts[0].token_ids)
+        assert not any("prompt_token_ids" in part for part in told[1:])
+        found = {}
+        for choice in (choice for part in told for choice in part["choices"]):
+            found[choice["index"]] = found.get(choice["index"], []) + choice.get("token_ids", [])
+        assert found == {0: kept, 1: kept}
+        told = bodies(await s.chat(user("Hi"), stream=stream), stream)
+        assert "token_ids" not in str(told)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_token_ids_of_completions(stream):
+    prompts = [ids("One"), ids("One two")]
+    fields = {"return_token_ids": True, "n": 2, "stream": stream}
+    async with stack() as s:
+        told = bodies(await complete(s, prompts, **fields), stream)
+        shown, found = {}, {}
+        for choice in (choice for part in told for choice in part["choices"]):
+            index = choice["index"]
+            found[index] = found.get(index, []) + choice["token_ids"]
+            if "prompt_token_ids" in choice:
+                assert index not in shown
+                shown[index] = choice["prompt_token_ids"]
+        assert shown == {0: prompts[0], 1: prompts[0], 2: prompts[1], 3: prompts[1]}
+        assert found == dict.fromkeys(range(4), s.llm.tokens)

@@ -29,6 +29,7 @@ from gateway.output.events import (
     PromptEvent,
     Reasoning,
     Text,
+    TokenIds,
     ToolCallArguments,
     ToolCallStart,
 )
@@ -204,7 +205,7 @@ class AnthropicWriter(AnswerWriter):
         ended: ChoiceEnd | None = None
         last = first
         while not isinstance(last, End):
-            assert not isinstance(last, PromptEvent)  # No job of this API asks for its prompt.
+            assert not isinstance(last, PromptEvent | TokenIds)  # None asks for these.
             if isinstance(last, ChoiceEnd):
                 made, ended = blocks.close(), last
             else:

@@ -18,6 +18,7 @@ from gateway.output.events import (
     End,
     OutputEvent,
     PromptEvent,
+    TokenIds,
     ToolCallStart,
 )
 from opticnerve.errors import OpticNerveError
@@ -60,7 +61,7 @@ class ResponsesWriter(AnswerWriter):
             yield self._event(UnnumberedEvent(f"response.{name}", {}, response))
         last = first
         while not isinstance(last, End):
-            assert not isinstance(last, PromptEvent)  # No job of this API asks for its prompt.
+            assert not isinstance(last, PromptEvent | TokenIds)  # None asks for these.
             if made := b"".join(map(self._event, self._take(last))):
                 yield made
             last = await anext(events)

@@ -83,6 +83,11 @@ class GenerateFields(SamplingFields):
     spaces_between_special_tokens: bool = Field(
         True, description="Has no effect: texts have no spaces but those of the tokens."
     )
+    return_token_ids: bool = Field(
+        False,
+        description="Each choice has `token_ids`, also of tokens whose text is not shown; the "
+        "prompt's are `prompt_token_ids`.",
+    )
     return_tokens_as_token_ids: bool = Field(
         False, description="Log-probabilities name tokens as `token_id:` and the id."
     )
@@ -133,5 +138,6 @@ class GenerateFields(SamplingFields):
             cache_salt=self.cache_salt or "",
             running_usage=self.running_usage,
             truncation=self.truncation,
+            token_ids=self.return_token_ids,
             tokens_as_ids=self.return_tokens_as_token_ids,
         )

@@ -65,7 +65,6 @@ UNSUPPORTED: dict[str, UnsupportedField] = {
     "grammar": UnsupportedField((), GRAMMAR),
     "separate_reasoning": UnsupportedField((True,), "send include_reasoning: false to hide it"),
     "stream_reasoning": UnsupportedField((True,), "send include_reasoning: false to hide it"),
-    "return_token_ids": UnsupportedField((False,), "see /v1/apply_template for the prompt's"),
     "audio": UnsupportedField((), "ask for text"),
     "modalities": UnsupportedField((["text"],), 'ask for ["text"]'),
     "prediction": UnsupportedField((), "leave it out"),
