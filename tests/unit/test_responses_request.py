@@ -234,6 +234,7 @@ def test_functions() -> None:
         ({"max_tokens": 5}, "max_tokens", "max_output_tokens"),
         ({"messages": []}, "messages", "input"),
         ({"response_format": {"type": "json_object"}}, "response_format", "text.format"),
+        ({"guided_regex": "a"}, "guided_regex", "text.format"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", '"web_search"'),
         ({"tools": [SEE, {"type": "mcp", "server_label": "x"}]}, "tools[1].type", '"mcp"'),
         ({"tools": [SEE], "tool_choice": {"type": "file_search"}}, "tool_choice.type", "function"),

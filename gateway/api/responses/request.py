@@ -87,6 +87,10 @@ _UNSUPPORTED = {
     "max_tokens": UnsupportedField((), "use max_output_tokens"),
     "max_completion_tokens": UnsupportedField((), "use max_output_tokens"),
     "response_format": UnsupportedField(({"type": "text"},), "use text.format"),
+    **dict.fromkeys(
+        ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        UnsupportedField((), "use text.format for a JSON schema, or /v1/chat/completions"),
+    ),
     "reasoning_effort": UnsupportedField((), "use reasoning.effort"),
     "verbosity": UnsupportedField(("medium",), "use text.verbosity"),
     "logprobs": UnsupportedField((False,), f'use include: ["{LOGPROBS}"]'),
