@@ -155,8 +155,10 @@ class WebSocketConnection(ClientConnection, WSProtocol):
         if len(self._message) + len(piece) > self.config.ws_max_size:
             self._fail(TOO_LARGE, f"a message is larger than {self.config.ws_max_size} bytes")
             return
+        hold = self.scope["state"].get("hold")
         try:
-            self.scope["state"].get("hold", int)(len(piece))
+            if hold is not None:
+                hold(len(piece))
         except Overloaded as error:
             self._fail(TRY_LATER, error.message)
             return

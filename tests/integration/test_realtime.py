@@ -141,10 +141,10 @@ async def test_a_picture_that_cannot_be_read_fails_its_response_by_name():
 
 async def test_a_cancel_frees_what_the_response_held():
     async with stack() as s, session(s) as client:
-        await hold_first_token(s)
+        generating = hold_first_token(s)
         await client.user("Hi")
         await client.send("response.create")
-        await s.llm.started.wait()
+        await generating.wait()
         await client.send("response.cancel")
         done = (await client.event("response.done"))["response"]
         assert done["status"] == "cancelled"
@@ -154,22 +154,27 @@ async def test_a_cancel_frees_what_the_response_held():
 
 async def test_a_client_that_leaves_frees_all():
     async with stack() as s:
-        await hold_first_token(s)
+        generating = hold_first_token(s)
         async with session(s) as client:
             await client.user("Hi", {"image_url": data_url()})
             await client.send("response.create")
-            await s.llm.started.wait()
+            await generating.wait()
             assert s.gateway.admission.bytes.held
             client.ws.transport.abort()
         await asyncio.wait_for(s.llm.cancelled.wait(), 10)
         await settle(s)
 
 
-async def hold_first_token(s):
+def hold_first_token(s):
+    """Lets the LLM write nothing; what is returned is set once it would."""
+    generating = asyncio.Event()
+
     async def wait(llm, index):
+        generating.set()
         await asyncio.Event().wait()
 
     s.llm.step = wait
+    return generating
 
 
 # ---- who may open a session
@@ -319,10 +324,10 @@ async def test_a_stopped_gateway_ends_sessions_after_their_responses():
 
 async def test_a_response_that_outlasts_the_drain_fails():
     async with stack(drain_timeout_s=0.2) as s, session(s) as client:
-        await hold_first_token(s)
+        generating = hold_first_token(s)
         await client.user("Hi")
         await client.send("response.create")
-        await s.llm.started.wait()
+        await generating.wait()
         s.server.running.stop()
         done = (await client.event("response.done"))["response"]
         assert done["status_details"]["error"]["code"] == "unavailable"

@@ -413,6 +413,7 @@ async def test_responses_outside_of_the_conversation():
         assert done["conversation_id"] is None
         assert not any(kind.startswith("conversation.") for kind in kinds(events))
         assert len(talk.session.conversation) == 1
+        assert talk.pipeline.jobs[0].body_bytes > 400  # Of what came with the response.
         contents = [text_of(message) for message in talk.pipeline.jobs[0].prompt.messages]
         assert contents == ["Hi", "Sum"]
         error = await talk.refused(

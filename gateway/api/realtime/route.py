@@ -149,10 +149,12 @@ async def _read(socket: WebSocket, session: Session, ticket: Ticket) -> OpticNer
             logs.note(closed=message["code"])
             return None
         text = message["bytes"]
+        num_bytes = len(text)
         try:
             await session.take(text)
         finally:
-            ticket.free_bytes(len(text))
+            del message, text  # It may be long until there is another message.
+            ticket.free_bytes(num_bytes)
         due = max(due, clock() - BURST_S) + 1 / EVENTS_PER_S
         if due > clock():
             await asyncio.sleep(due - clock())

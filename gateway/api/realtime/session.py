@@ -53,9 +53,7 @@ if TYPE_CHECKING:
 
 PATH = "/v1/realtime"
 OFF_LOOP_ITEMS = 64  # A prompt of more items is made in a thread.
-NUMBER_CHARACTERS = (
-    8  # Of a session's id, replaced by a response's number in the id of its request.
-)
+NUMBER_CHARACTERS = 8  # At the end of a response's request id: which of the session's it is.
 
 
 class ClientLeft(Exception):
@@ -80,12 +78,16 @@ class Client:
 
 
 class RunningResponse:
-    """A response under way, up to its last events."""
+    """A response under way, up to its last events. ``prompt``: until its job has it.
+    ``input_bytes``: the bytes of items that came with it."""
 
-    def __init__(self, writer: ResponseWriter, in_conversation: bool, request_id: str) -> None:
+    def __init__(
+        self, writer: ResponseWriter, request_id: str, prompt: ChatPrompt, input_bytes: int
+    ) -> None:
         self.writer = writer
-        self.in_conversation = in_conversation
         self.request_id = request_id
+        self.prompt: ChatPrompt | None = prompt
+        self.input_bytes = input_bytes
         self._cancelled = False
         self._wait: asyncio.Timeout | None = None  # Around the wait for the pipeline.
 
@@ -221,7 +223,9 @@ class Session:
 
     def _cancel_response(self, response_id: str | None) -> None:
         for response in self._responses.values():
-            if response_id == response.writer.id or (not response_id and response.in_conversation):
+            if response_id == response.writer.id or (
+                not response_id and response.writer.in_conversation
+            ):
                 response.cancel()
                 return
         raise InvalidRequest(
@@ -238,19 +242,20 @@ class Session:
         tools = settings.tool_use()
         items = tuple(self.conversation) if given.input is None else self._input(given)
         prompt = await off_loop_above(OFF_LOOP_ITEMS, len(items), _prompt, settings, tools, items)
-        in_conversation = given.conversation == "auto"
         writer = ResponseWriter(
-            self.conversation if in_conversation else None,
+            self.conversation if given.conversation == "auto" else None,
             settings.max_output_tokens or "inf",
             given.metadata,
         )
         self._count += 1
         number = f"-{self._count}"
         identity = self._client.request_id[: logs.MAX_ID - NUMBER_CHARACTERS] + number
-        response = RunningResponse(writer, in_conversation, identity)
+        input_bytes = 0 if given.input is None else sum(item.size for item in items)
+        response = RunningResponse(writer, identity, prompt, input_bytes)
+        del prompt, items, given  # Frees pictures that came with the response once it is rendered.
         self._responses[writer.id] = response
         await self._emit(writer.begin())
-        task = asyncio.create_task(self._respond(response, prompt, _options(settings, tools)))
+        task = asyncio.create_task(self._respond(response, _options(settings, tools)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -258,7 +263,7 @@ class Session:
         if self._stopping:
             raise stopping()
         if given.conversation == "auto" and any(
-            each.in_conversation for each in self._responses.values()
+            each.writer.in_conversation for each in self._responses.values()
         ):
             raise InvalidRequest(
                 "the conversation has a response in progress; wait for its response.done, cancel "
@@ -280,15 +285,13 @@ class Session:
             for new in given.input or ()
         )
 
-    async def _respond(
-        self, response: RunningResponse, prompt: ChatPrompt, options: GenerationOptions
-    ) -> None:
+    async def _respond(self, response: RunningResponse, options: GenerationOptions) -> None:
         """Runs one response to its end. It is one request, with a line of its own in the log."""
         writer = response.writer
         caller = str(self._client.caller)
         with logged(Served(WEBSOCKET, PATH, PATH, caller=caller), response.request_id) as served:
             try:
-                last = writer.take(await self._generate(response, prompt, options))
+                last = writer.take(await self._generate(response, options))
                 served.status = 200
             except ClientLeft:
                 return
@@ -303,9 +306,7 @@ class Session:
             with contextlib.suppress(ClientLeft):
                 await self._emit(last)
 
-    async def _generate(
-        self, response: RunningResponse, prompt: ChatPrompt, options: GenerationOptions
-    ) -> End:
+    async def _generate(self, response: RunningResponse, options: GenerationOptions) -> End:
         """Sends the events of a response as they come; returns the last of the pipeline's."""
         gateway, client = self._gateway, self._client
         deadline = Deadline.after(gateway.config.request_timeout_s)
@@ -314,7 +315,17 @@ class Session:
             async with gateway.running.work(), late:
                 with gateway.admission.arrive(client.holder) as ticket:
                     ticket.count_request()
-                    job = Job(prompt, options, response.request_id, client.caller, deadline, ticket)
+                    ticket.hold_bytes(response.input_bytes)
+                    job = Job(
+                        prompt=response.prompt,
+                        options=options,
+                        request_id=response.request_id,
+                        caller=client.caller,
+                        deadline=deadline,
+                        ticket=ticket,
+                        body_bytes=response.input_bytes,
+                    )
+                    response.prompt = None
                     async with contextlib.aclosing(gateway.pipeline.run(job)) as events:
                         while not isinstance(event := await response.next(events), End):
                             await self._emit(response.writer.take(event))

@@ -44,6 +44,10 @@ class ResponseWriter:
         self._usage: Usage | None = None
         self._length = False  # The answer ended at its longest.
 
+    @property
+    def in_conversation(self) -> bool:
+        return self._conversation is not None
+
     def begin(self) -> Iterator[ServerEvent]:
         yield {"type": "response.created", "response": self._shown("in_progress")}
 
@@ -62,6 +66,8 @@ class ResponseWriter:
                 yield from self._delta("response.function_call_arguments.delta", text)
             case ChoiceEnd():
                 self._length = event.finish_reason == "length"
+                if not self._output:  # An answer has an item, if an empty one.
+                    yield from self._open_item(_message())
             case End():
                 yield from self.end("incomplete" if self._length else "completed")
 
@@ -69,10 +75,7 @@ class ResponseWriter:
         self, status: ResponseStatus, error: OpticNerveError | None = None
     ) -> Iterator[ServerEvent]:
         """The end of the response, whatever was written."""
-        complete = status == "completed"
-        if not self._output and (complete or status == "incomplete"):
-            yield from self._open_item(_message())
-        yield from self._close_item("completed" if complete else "incomplete")
+        yield from self._close_item("completed" if status == "completed" else "incomplete")
         yield {"type": "response.done", "response": self._shown(status, error)}
 
     # ---- items
