@@ -125,7 +125,7 @@ async def _serve(socket: WebSocket, session: Session, ticket: Ticket, running: R
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await session.close()
     if ending is not None:
         await session.tell(ending)
