@@ -15,8 +15,8 @@ from typing_extensions import TypedDict
 from gateway.api.routing import Call, make_router
 from gateway.api.schemas.base import Body, BoundedList, fault
 from gateway.api.schemas.messages import Message
-from gateway.api.schemas.template_fields import TemplateFields
 from gateway.api.schemas.sampling import TokenId
+from gateway.api.schemas.template_fields import TemplateFields
 from gateway.api.sse import dumps
 from gateway.edge.limits import MAX_TOKENIZE_CHARACTERS
 from gateway.edge.threads import off_loop_above
