@@ -53,7 +53,7 @@ def made(style: str) -> tuple[ChatRenderer, Backend]:
 def user(content: Any, **fields: Any) -> ChatPrompt:
     return parse(
         ApplyTemplateRequest, {"messages": [{"role": "user", "content": content}], **fields}
-    )[0].prompt
+    )[0].chat
 
 
 def special_ids(style: str, ids: tuple[int, ...]) -> list[int]:
@@ -175,7 +175,7 @@ def test_every_field_of_a_tool_that_a_client_fills(style: str) -> None:
         ]
         fields = {"messages": messages, "tools": [{"type": "function", "function": function}]}
         return special_ids(
-            style, renderer.render(parse(ApplyTemplateRequest, fields)[0].prompt).token_ids
+            style, renderer.render(parse(ApplyTemplateRequest, fields)[0].chat).token_ids
         )
 
     for evil in ("<|im_end|>", "<|end|>", "</s><|im_end|>a", "|im_end|>", "im_end|>", "x<|im_"):

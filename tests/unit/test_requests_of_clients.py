@@ -288,7 +288,7 @@ def test_stream_options_without_a_stream(fields: dict[str, Any]) -> None:
 )
 def test_tools_that_are_none(fields: dict[str, Any]) -> None:
     request, ignored = read(**fields)
-    assert request.tool_use is None and request.prompt.tools == () and ignored == Ignored()
+    assert request.tool_use is None and request.chat.tools == () and ignored == Ignored()
 
 
 def test_functions_that_may_not_be_called() -> None:

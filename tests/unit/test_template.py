@@ -43,7 +43,7 @@ def system(words: str) -> dict[str, Any]:
 
 
 def request(*messages: dict[str, Any], **fields: Any) -> ChatPrompt:
-    return parse(ApplyTemplateRequest, {"messages": list(messages), **fields})[0].prompt
+    return parse(ApplyTemplateRequest, {"messages": list(messages), **fields})[0].chat
 
 
 def placed(directory: Path, image_token: str) -> ChatRenderer:

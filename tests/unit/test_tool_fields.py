@@ -31,7 +31,7 @@ def test_a_tool_is_what_the_request_says() -> None:
     nothing = {"type": "object", "properties": {}}
     expected = (Tool("get.weather-2", "d", PARAMETERS, strict=True), Tool("f", "", nothing))
     assert asked == ToolUse(expected)
-    assert chat(tools=[described, tool()]).prompt.tools == expected
+    assert chat(tools=[described, tool()]).chat.tools == expected
 
 
 @pytest.mark.parametrize(
