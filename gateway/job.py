@@ -219,7 +219,7 @@ class Job:
     body_bytes: int = 0  # Bytes that the ticket holds for the prompt.
     watch: Stopwatch = field(default_factory=Stopwatch)
     system_fingerprint: str | None = None  # Set before the first event.
-    not_enforced: Sequence[str] = ()  # Of the format's schema; set before the first event too.
+    not_enforced: Sequence[str] = ()  # Of schemas; set before the first event too.
 
     def drop_prompt(self) -> None:
         """Frees the prompt and the body's bytes, once the prompt is rendered."""

@@ -178,7 +178,7 @@ class Pipeline:
         kind = type(job.prompt)
         priority = job.caller.priority(job.options.priority)
         check_choices(job.options, self.max_n)
-        self.forms.check(job.options.tools)
+        self.forms.check(job.options.tools, job.prompt)
         grammar = await self._grammar(job)
         pictures = await self.read_pictures(
             job.prompt, job.ticket.hold_bytes, job.deadline, job.watch
@@ -244,6 +244,7 @@ class Pipeline:
         if grammar:
             param = options.format.param if options.format else "tools"
             job.not_enforced = await self.grammars.check(grammar, param)
+        job.not_enforced = [*job.not_enforced, *self.forms.not_enforced(options)]
         return grammar
 
     async def _pair_early(

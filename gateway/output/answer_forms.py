@@ -4,7 +4,7 @@ these come an answer's sections, and the grammar of an answer that must call too
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from gateway.job import AnyPrompt, CallMode, ChatPrompt, GenerationOptions, Tool, ToolUse
@@ -17,15 +17,16 @@ from gateway.output.sections import Sections
 from gateway.output.thinking import MARKS, Thinking, ThinkingMarks, ThinkingReader
 from gateway.prompt.template import Renderable
 from gateway.prompt.tokenizer import Tokenizer
-from opticnerve.errors import InvalidRequest, UnsupportedFeature
+from opticnerve.errors import InvalidRequest
 
+TAIL = 100  # Characters at a prompt's end in which a marker may stand.
 CONSTRAINED = "ask for tool_choice required, or for one function, whose calls are constrained"
 
 
 @dataclass(frozen=True)
 class AnswerForms:
-    """``calls`` None: the form of calls is not known. ``marks`` None: the model does not think.
-    ``shows_tools``: whether the chat template has a variable for tools."""
+    """Those of one checkpoint. ``calls`` None: the form of calls is not known. ``marks`` None: the
+    model does not think. ``shows_tools``: whether the chat template has a variable for tools."""
 
     tokenizer: Tokenizer
     calls: CallForm | None = None
@@ -45,15 +46,13 @@ class AnswerForms:
 
     # ---- a request
 
-    def check(self, use: ToolUse | None) -> None:
+    def check(self, use: ToolUse | None, prompt: AnyPrompt) -> None:
         """Raises InvalidRequest if the model would not see the tools, or its calls would not be
         recognized."""
-        if use is None:
+        if use is None or use.mode is not CallMode.AUTO:
             return
-        if use.mode is not CallMode.AUTO:
-            message = "tool_choice: only auto and none are served yet"
-            raise UnsupportedFeature(message, param="tool_choice")
-        if not self.shows_tools:
+        own_template = isinstance(prompt, ChatPrompt) and prompt.chat_template is not None
+        if not self.shows_tools and not own_template:
             why = "this model's chat template does not show them to the model"
             remedy = f"start the server with a --chat-template that does, or {CONSTRAINED}"
         elif self.calls is None:
@@ -62,6 +61,15 @@ class AnswerForms:
         else:
             return
         raise InvalidRequest(f"tools: {why}; {remedy}", param="tools")
+
+    def not_enforced(self, options: GenerationOptions) -> Iterator[str]:
+        """What of the tools is not enforced: within text, only calls that begin with a marker
+        can be constrained."""
+        use = options.tools
+        if use is None or use.mode is not CallMode.AUTO or self.form_of(use).trigger:
+            return
+        if any(tool.strict for tool in use.tools):
+            yield "strict (of tools that the model may choose to call)"
 
     def grammar(self, options: GenerationOptions, answer: str) -> str:
         """The grammar of an answer with the request's tools, from the one of its output format;
@@ -97,13 +105,13 @@ class AnswerForms:
         if self.marks is None:
             return Thinking.NONE
         opening, closing = self.marks
-        end = rendered.rstrip()
+        end = rendered[-TAIL:].rstrip()
         if end.endswith(opening):
             return Thinking.INSIDE
         if end.endswith(closing):
             return Thinking.NONE
         if prompt.continue_final_message:
-            inside = end.rfind(opening) > end.rfind(closing)
+            inside = rendered.rfind(opening) > rendered.rfind(closing)
             return Thinking.INSIDE if inside else Thinking.NONE
         return Thinking.POSSIBLE
 
@@ -113,9 +121,10 @@ class AnswerForms:
             return grammar
         opening, closing = map(self._mark, self.marks)
         lazy = "[lazy]" if closing == quoted(self.marks.closing) else ""
-        begins = "thinking" if thinking is Thinking.INSIDE else f"({opening} thinking)?"
+        begins = "thought" if thinking is Thinking.INSIDE else f"({opening} thought)?"
         rules = [
-            f"start: {begins} gap @answer",
+            f"start: {begins} @answer",
+            "thought: thinking gap",
             f"thinking{lazy}: TEXT {closing}",
             "TEXT: /(?s:.*)/",
             "gap: /\\n{0,2}/",
@@ -130,7 +139,10 @@ class AnswerForms:
         if thinking is None:
             return Choices(options, vocabulary)
         return Choices(
-            options, vocabulary, self._sections(options, thinking), self._shown_ids(options)
+            options,
+            vocabulary,
+            self._sections(options, thinking),
+            self._shown_ids(options, thinking),
         )
 
     def _sections(
@@ -139,7 +151,7 @@ class AnswerForms:
         """Makes the sections of a choice; None if all of it is text."""
         use = options.tools
         form = None if use is None or use.mode is CallMode.NONE else self.form_of(use)
-        marks = self.marks
+        marks = None if thinking is Thinking.NONE else self.marks
         if form is None and marks is None:
             return None
 
@@ -155,10 +167,10 @@ class AnswerForms:
 
         return make
 
-    def _shown_ids(self, options: GenerationOptions) -> frozenset[int]:
+    def _shown_ids(self, options: GenerationOptions, thinking: Thinking) -> frozenset[int]:
         """Tokens that the sections look for, even if they are special."""
         use = options.tools
-        markers = self.marks or ()
+        markers = () if self.marks is None or thinking is Thinking.NONE else tuple(self.marks)
         if use is not None and use.mode is not CallMode.NONE:
             markers = (*markers, *self.form_of(use).markers)
         ids = map(self.tokenizer.id_of, markers)

@@ -54,8 +54,16 @@ class Reader(ABC):
     def read(self) -> Steps[None]:
         """Reads a whole text."""
 
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is held, and all that follows is text."""
+        return self._stop == "" and not self._spaces and self.kind is PartKind.TEXT
+
     def push(self, text: str) -> list[Part]:
         """The parts that more text makes. Pieces of one kind follow each other as one part."""
+        if self._stop and self._stop not in text:  # A fast way for most of a text.
+            self.show(text)
+            return self._take()
         at = 0
         while at < len(text):
             plain = self._plain(text, at)

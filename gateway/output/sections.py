@@ -75,7 +75,7 @@ class Sections:
     def _read(self, text: str, last: bool) -> list[Part]:
         parts = [Part(PartKind.TEXT, text)] if text else []
         for reader in (self._thinking, self._calls):
-            if reader is not None:
+            if reader is not None and not reader.is_done:
                 parts = _through(reader, parts, last)
         return parts
 

@@ -209,9 +209,11 @@ class ChatRenderer:
                 raise InvalidRequest(
                     f"{param}: {name[:80]} cannot be set by a request", param=param
                 )
-        effort = {}
+        effort: dict[str, Any] = {}
         if asked.reasoning_effort is not None and REASONING_EFFORT in self.template.variables:
             effort[REASONING_EFFORT] = asked.reasoning_effort
+        if asked.reasoning_effort == "none" and "enable_thinking" in self.template.variables:
+            effort["enable_thinking"] = False
         shown: dict[str, Any] = {DOCUMENTS: asked.documents} if asked.documents else {}
         if asked.tools:
             shown["tools"] = [as_json(tool) for tool in asked.tools]

@@ -7,7 +7,7 @@ import pydantic
 import pytest
 
 from tests import vocabularies as v
-from tests.gateways import END, events, ids, stack, user
+from tests.gateways import END, data_url, events, ids, stack, user
 from tests.integration.test_gateway_completions import openai_client
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
@@ -147,6 +147,21 @@ async def test_log_probabilities_of_calls_are_complete_and_in_order(stream):
             assert "".join(tokens) == text
 
 
+async def test_a_tools_result_may_be_a_picture():
+    called = {"id": "1", "type": "function", "function": {"name": "news", "arguments": ARGUMENTS}}
+    result = user("a map:", data_url())["content"]
+    messages = [
+        user("And in Oslo?", data_url("blue")),
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "1", "content": result},
+    ]
+    async with stack(chat_template=v.HERMES) as s:
+        answer = await s.client.post("/v1/chat/completions", json=asked(messages=messages))
+        assert answer.status_code == 200, answer.text
+        (start,) = s.llm.starts
+        assert [span.item for span in start.spans] == [0, 1] and len(s.encoder.calls) == 2
+
+
 async def test_text_is_no_call_without_tools_or_with_none():
     async with serving() as s:
         for fields in ({"tools": []}, {"tool_choice": "none"}):
@@ -169,13 +184,50 @@ async def test_tools_that_would_not_be_seen_or_heard():
             assert error["param"] == "tools" and remedy in error["message"]
 
 
-async def test_markers_that_are_special_tokens():
-    """A worker writes the token; it is hidden from clients, and not from the reader of calls."""
-    template = v.LLAMA_TOOLS.replace("Functions", "<|vision_start|> Functions")
-    text = f'{{"name": "news", "parameters": {ARGUMENTS}}}'
-    async with serving(text, template) as s:
-        (choice,) = (await s.client.post("/v1/chat/completions", json=asked())).json()["choices"]
-        assert choice["message"]["tool_calls"][0]["function"]["name"] == "news"
+NAMED = {"type": "function", "function": {"name": "news"}}
+
+
+async def test_workers_get_the_grammar_of_calls_that_must_be_made():
+    async with serving(call("news")) as s:
+        for fields in ({"tool_choice": "required"}, {"tool_choice": NAMED}):
+            answer = await s.client.post("/v1/chat/completions", json=asked(**fields))
+            assert answer.json()["choices"][0]["finish_reason"] == "tool_calls"
+        await s.client.post("/v1/chat/completions", json=asked())
+        thinking = {"chat_template_kwargs": {"enable_thinking": True}}
+        fields = asked(tool_choice="required", **thinking)
+        answer = await s.client.post("/v1/chat/completions", json=fields)
+        assert "reasoning_content" in answer.json()["choices"][0]["message"]
+        required, named, free, after = (start.sampling.grammar for start in s.llm.starts)
+        assert (
+            required != named and "weather" in json.loads(required)["grammars"][1]["lark_grammar"]
+        )
+        assert "weather" not in named and free == ""
+        assert "start: thought @answer" in json.loads(after)["grammars"][0]["lark_grammar"]
+
+
+async def test_a_strict_tool_that_the_model_may_choose():
+    tools = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
+    async with serving() as s:
+        answer = await s.client.post("/v1/chat/completions", json=asked(tools=tools))
+        assert "x-opticnerve-warnings" not in answer.headers
+        assert "weather" in s.llm.starts[0].sampling.grammar
+    async with serving(template=v.LLAMA_TOOLS) as s:
+        answer = await s.client.post("/v1/chat/completions", json=asked(tools=tools))
+        assert "not enforced: strict" in answer.headers["x-opticnerve-warnings"]
+        assert s.llm.starts[0].sampling.grammar == ""
+
+
+async def test_a_bad_schema_is_refused_before_any_worker_is_asked():
+    schema = {"type": "object", "properties": {"a": {"type": "nothing"}}}
+    bad = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    async with serving() as s:
+        for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+            fields = asked(tools=[bad], tool_choice=choice)
+            answer = await s.client.post("/v1/chat/completions", json=fields)
+            assert answer.status_code == 400
+            error = answer.json()["error"]
+            assert error["param"] == "tools" and "nothing" in error["message"]
+        assert s.llm.starts == []
 
 
 # ---- reasoning

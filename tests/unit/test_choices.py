@@ -1,16 +1,21 @@
 """Token deltas to what a client reads, one choice at a time."""
 
 import pytest
+from tokenizers import Tokenizer as Backend
 
 from gateway.api.answer import logprobs_json
 from gateway.api.chat import ChatRequest
+from gateway.output.answer_forms import AnswerForms
+from gateway.output.calls.detect import find_form
 from gateway.output.choices import Choices
 from gateway.output.detokenizer import Vocabulary
-from gateway.output.events import ChoiceEnd, Text
+from gateway.output.events import ChoiceEnd, Text, ToolCallArguments, ToolCallStart
+from gateway.output.thinking import Thinking
 from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import EngineFailure
 from opticnerve.generation.values import Delta, FinishReason, Logprob, PositionLogprobs
+from tests import vocabularies as v
 
 END = 629  # <|im_end|> of the demo checkpoint.
 
@@ -93,3 +98,35 @@ def test_log_probabilities_stop_with_the_text(choices, tokenizer):
 def test_an_abort_is_no_answer(choices):
     with pytest.raises(EngineFailure):
         choices().take(delta([], FinishReason.ABORT))
+
+
+CALLED = {
+    "llama3_json": '<|python_tag|>{"name": "f", "parameters": {"a": 1}}',
+    "mistral": '[TOOL_CALLS]f[ARGS]{"a": 1}',
+}
+
+
+@pytest.mark.parametrize("form", CALLED)
+def test_markers_that_are_special_tokens_are_seen_by_the_reader_of_calls_alone(form):
+    """Clients see special tokens only on demand."""
+    backend = Backend.from_str(v._byte_level())
+    backend.add_special_tokens(["<|python_tag|>", "[TOOL_CALLS]", "[ARGS]"])
+    tokenizer = Tokenizer(backend.to_str(), {})
+    forms = AnswerForms(tokenizer, find_form(form, ""), shows_tools=True)
+    function = {"type": "function", "function": {"name": "f"}}
+    ids = tokenizer.encode(tokenizer.aliases.hide(CALLED[form]))
+    assert len(set(ids) & tokenizer.skipped_ids) in (1, 2)
+    for tools in ([function], []):
+        fields = {"messages": [{"role": "user", "content": "x"}], "tools": tools}
+        request = ChatRequest.model_validate({"model": "m", **fields})
+        made = forms.choices(request.options, Vocabulary(tokenizer), Thinking.NONE)
+        given = [event for token in ids for event in made.take(delta([token]))]
+        given += made.take(delta([], FinishReason.STOP, END))
+        if tools:
+            assert isinstance(given[0], ToolCallStart) and given[0].name == "f"
+            arguments = [each.text for each in given if isinstance(each, ToolCallArguments)]
+            assert "".join(arguments) == '{"a": 1}'
+            assert given[-1] == ChoiceEnd(0, "tool_calls")
+        else:
+            shown = "".join(each.text for each in given if isinstance(each, Text))
+            assert "[" not in shown and "<|" not in shown and "f" in shown

@@ -212,6 +212,15 @@ def test_a_tool_without_parameters_has_an_empty_schema(tmp_path: Path) -> None:
     assert '{"name": "f", "parameters": {"type": "object", "properties": {}}}' in prompt
 
 
+def test_no_effort_is_no_thinking(tmp_path: Path) -> None:
+    renderer = placed(v.byte_level(tmp_path, v.THINKING), "<|image_pad|>")
+    silent = request(user("q"), chat_template_kwargs={"enable_thinking": False})
+    prompt = renderer.render(silent).prompt
+    assert renderer.render(request(user("q"), reasoning_effort="none")).prompt == prompt
+    other = renderer.render(request(user("q"), reasoning_effort="low")).prompt
+    assert "</think>" in prompt and "</think>" not in other
+
+
 @pytest.mark.parametrize("ending", ["I see", "I see a ", [text("I "), text("see\n")]])
 @pytest.mark.parametrize("template", [v.CHATML, None])
 def test_the_last_message_is_continued(ending: Any, template: str | None, tmp_path: Path) -> None:

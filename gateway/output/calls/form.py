@@ -10,15 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from gateway.edge.limits import MAX_TOOL_NAME
+from gateway.grammar_bounds import check_schema
 from gateway.job import CallMode, Tool, ToolUse
 from gateway.output.calls import json_text
 from gateway.output.reader import SPACES, Malformed, PartKind, Reader, Steps
 
 NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_-.:/")
-STYLED = {
-    "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-}
-"""In a schema: how constrained arguments are spaced, which is as templates write earlier calls."""
+STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""How constrained arguments are spaced, which is as templates write earlier calls."""
 OPENING_KEYS = {"additionalProperties", "unevaluatedProperties", "patternProperties", "$ref"}
 OPENING_KEYS |= {"allOf", "anyOf", "oneOf"}
 
@@ -46,14 +45,16 @@ class CallForm(ABC):
         return f"call_{uuid.uuid4().hex[:24]}"
 
     def grammar(self, use: ToolUse, mark: Mark) -> str:
-        """Calls and nothing else; with CallMode.AUTO, text in which each call is one of ``use``.
-        Calls of tools that are not strict then have any arguments."""
+        """Calls and nothing else, or with CallMode.AUTO, text in which each call is one of ``use``.
+        Calls of tools that are not strict then have any arguments. Raises InvalidRequest for
+        schemas that are too large."""
         free = use.mode is CallMode.AUTO
         tools = [
             tool for tool in use.tools if use.mode is not CallMode.NAMED or tool.name == use.name
         ]
         tools = [Tool(tool.name) if free and not tool.strict else tool for tool in tools]
         several = use.parallel and use.mode is not CallMode.NAMED
+        check_schema([tool.parameters for tool in tools], "tools")
         rules = self.rules(tools, mark, several=several)
         trigger = mark(self.trigger) if self.trigger else '""'
         if not free:
@@ -68,12 +69,24 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def arguments_schema(tool: Tool) -> Mapping[str, Any]:
-    """The schema of a tool's arguments, for a grammar. Where the tool's own lists properties and
-    does not say whether there may be others, there are none: functions rarely take any."""
+def arguments(tool: Tool) -> str:
+    """A tool's arguments, in a grammar. Where its schema lists properties and does not say whether
+    there may be others, there are none: functions rarely take any."""
     schema = tool.parameters or {}
     closed = {} if schema.keys() & OPENING_KEYS else {"additionalProperties": False}
-    return {"type": "object", **(closed if "properties" in schema else {}), **schema, **STYLED}
+    closed = closed if "properties" in schema else {}
+    return json_value({"type": "object", **closed, **schema, **library_options(tool)})
+
+
+def json_value(schema: Mapping[str, Any]) -> str:
+    """A value of a schema, in a grammar."""
+    return f"%json {json.dumps(schema, ensure_ascii=False)}"
+
+
+def library_options(tool: Tool) -> Mapping[str, Any]:
+    """How the grammar library reads a tool's schema. Keywords that it does not know are errors of a
+    strict tool, and have no effect on others."""
+    return {"x-guidance": {**STYLE, "lenient": not tool.strict}}
 
 
 def json_rules(tools: list[Tool], arguments_key: str) -> list[str]:
@@ -82,7 +95,7 @@ def json_rules(tools: list[Tool], arguments_key: str) -> list[str]:
     for i, tool in enumerate(tools):
         head = quoted(f'{{"name": {quoted(tool.name)}, "{arguments_key}": ')
         lines.append(f'call_{i}: {head} arguments_{i} "}}"')
-        lines.append(f"arguments_{i}: %json {json.dumps(arguments_schema(tool))}")
+        lines.append(f"arguments_{i}: {arguments(tool)}")
     return lines
 
 
@@ -100,7 +113,8 @@ class CallReader(Reader):
 
     def show(self, text: str) -> None:
         super().show(text)
-        self._after_call = self._after_call and not text.strip(SPACES)
+        if self._after_call and text.strip(SPACES):
+            self._after_call = False
 
     def attempt(self, steps: Steps[None]) -> Steps[None]:
         """Reads calls. Where the text departs from their form, it is text again: from its
@@ -135,6 +149,10 @@ class CallReader(Reader):
         self.emit(PartKind.CALL_END)
         self._ended = True
         self.hold()
+
+    @property
+    def is_done(self) -> bool:
+        return super().is_done and not self._after_call
 
     def show_spaces(self) -> None:
         if self._after_call:

@@ -3,7 +3,6 @@ tokenizer's version 11 each call as ``[TOOL_CALLS]name[ARGS]{...}``."""
 
 from __future__ import annotations
 
-import json
 import secrets
 import string
 from typing import ClassVar
@@ -16,7 +15,7 @@ from gateway.output.calls.form import (
     CallForm,
     CallReader,
     Mark,
-    arguments_schema,
+    arguments,
     json_rules,
     quoted,
 )
@@ -55,7 +54,7 @@ class MistralNamed(Mistral):
         ]
         for i, tool in enumerate(tools):
             lines.append(f"call_{i}: {quoted(tool.name)} {mark(ARGS)} arguments_{i}")
-            lines.append(f"arguments_{i}: %json {json.dumps(arguments_schema(tool))}")
+            lines.append(f"arguments_{i}: {arguments(tool)}")
         return lines
 
 

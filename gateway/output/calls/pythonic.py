@@ -4,6 +4,7 @@ calls and nothing else."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -12,11 +13,12 @@ from gateway.job import Tool
 from gateway.output.calls import python_text
 from gateway.output.calls.form import (
     NAME_CHARACTERS,
-    STYLED,
     CallForm,
     CallReader,
     Mark,
-    arguments_schema,
+    arguments,
+    json_value,
+    library_options,
     quoted,
 )
 from gateway.output.reader import Malformed, Reader, Steps
@@ -26,6 +28,9 @@ END_TAG = "<|python_end|>"
 DEFINITIONS = ("$defs", "definitions")
 PLAIN_KEYS = {"type", "properties", "required", "additionalProperties", "title", "description"}
 PLAIN_KEYS |= {"$schema", *DEFINITIONS}
+MOST_KEYWORDS = 100  # Of all tools; a grammar of many rules takes long to compile.
+MOST_DEFINITIONS = 4_000  # Characters; each keyword repeats them.
+REFERENCE = re.compile(r'"\$ref": "(?!#/(?:\$defs|definitions)/)')  # To no definition.
 
 
 class Pythonic(CallForm):
@@ -38,28 +43,45 @@ class Pythonic(CallForm):
     def rules(self, tools: list[Tool], mark: Mark, *, several: bool) -> list[str]:
         more = ' (", " call)*' if several else ""
         calls = " | ".join(f"call_{i}" for i in range(len(tools)))
+        schemas = {tool.name: tool.parameters or {} for tool in tools}
+        plain = {name: schema for name, schema in schemas.items() if _is_plain(schema)}
+        if sum(len(schema["properties"]) for schema in plain.values()) > MOST_KEYWORDS:
+            plain = {}
         lines = [f'calls: "[" call{more} "]"', f"call: {calls}"]
         for i, tool in enumerate(tools):
             lines.append(f'call_{i}: {quoted(tool.name + "(")} arguments_{i} ")"')
-            lines += _arguments(tool, i)
+            if tool.name in plain:
+                lines += _keywords(tool, i)
+            else:  # One dictionary, unpacked.
+                lines.append(f'arguments_{i}: "**" {arguments(tool)}')
         return lines
 
 
-def _arguments(tool: Tool, number: int) -> list[str]:
-    """Keyword arguments in the order of the schema's properties, if they say all that it demands;
-    else one dictionary, unpacked. Values are JSON."""
+def _is_plain(schema: Mapping[str, Any]) -> bool:
+    """Whether the properties and which of them are required say all that the schema demands, so
+    that each property can be an argument by itself."""
+    properties, required = schema.get("properties"), schema.get("required", [])
+    if not isinstance(properties, Mapping) or not isinstance(required, list):
+        return False
+    return (
+        schema.keys() <= PLAIN_KEYS
+        and all(isinstance(name, str) and name in properties for name in required)
+        and all(key.isidentifier() and isinstance(properties[key], Mapping) for key in properties)
+        and len(json.dumps(_definitions(schema))) <= MOST_DEFINITIONS
+        and not REFERENCE.search(json.dumps(schema))
+    )
+
+
+def _definitions(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: schema[key] for key in DEFINITIONS if key in schema}
+
+
+def _keywords(tool: Tool, number: int) -> list[str]:
+    """Keyword arguments in the order of the schema's properties, whose values are JSON."""
     schema = tool.parameters or {}
-    properties: Mapping[str, Any] = schema.get("properties") or {}
-    required = set(schema.get("required") or ())
+    properties, required = schema["properties"], schema.get("required", ())
     names = list(properties)
-    if (
-        not names
-        or not schema.keys() <= PLAIN_KEYS
-        or not required <= properties.keys()
-        or not all(name.isidentifier() and isinstance(properties[name], Mapping) for name in names)
-    ):
-        return [f'arguments_{number}: "**" %json {json.dumps(arguments_schema(tool))}']
-    shared = {key: schema[key] for key in DEFINITIONS if key in schema}
+    shared = _definitions(schema)
     # The rules "first" and "more" stand for the arguments from one property on, without and with
     # others before them.
     lines = [f"arguments_{number}: first_{number}_0"]
@@ -69,11 +91,11 @@ def _arguments(tool: Tool, number: int) -> list[str]:
         optional = name not in required
         skipped = f" | first_{number}_{i + 1}" if optional else ""
         none = f" | {rest}" if optional else ""
-        value = {**shared, **properties[name], **STYLED}
+        value = {**shared, **properties[name], **library_options(tool)}
         lines += [
             f"first_{of}: value_{of} {rest}{skipped}",
             f'more_{of}: ", " value_{of} {rest}{none}',
-            f"value_{of}: {quoted(name + '=')} %json {json.dumps(value)}",
+            f"value_{of}: {quoted(name + '=')} {json_value(value)}",
         ]
     end = f"{number}_{len(names)}"
     return [*lines, f'first_{end}: ""', f'more_{end}: ""']
