@@ -91,13 +91,6 @@ class AnswerHead(TypedDict):
     ]
 
 
-StreamUsage = Annotated[
-    CompletionUsage | None,
-    Field(
-        description="In the last chunk, with stream_options.include_usage; in every chunk, for all "
-        "choices so far, with continuous_usage_stats too."
-    ),
-]
 _TIMINGS_HEADER = {
     "name": "x-opticnerve-timings",
     "in": "header",

@@ -17,12 +17,11 @@ from gateway.api.answer import (
     CompletionUsage,
     PromptLogprobs,
     StopReason,
-    StreamUsage,
     WholeChoice,
     logprobs_json,
     streamed,
 )
-from gateway.api.choice_writer import ChoiceWriter, ShownIds
+from gateway.api.choice_writer import ChoiceWriter, ShownIds, StreamUsage
 from gateway.api.routing import Call, make_router
 from gateway.api.schemas.base import Unused, fault
 from gateway.api.schemas.generate import NumLogprobs, OutputLength

@@ -11,12 +11,19 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from pydantic_core import to_json
 
-from gateway.api.answer import AnswerWriter, WholeChoice, usage_json
+from gateway.api.answer import AnswerWriter, CompletionUsage, WholeChoice, usage_json
 from gateway.api.sse import DONE, add_json, dumps, event, with_json
 from gateway.job import Job
 from gateway.output.events import AnswerEvent, ChoiceEnd, End, OutputEvent, PromptEvent, TokenIds
 from opticnerve.generation.values import Usage
 
+StreamUsage = Annotated[
+    CompletionUsage | None,
+    Field(
+        description="In the last chunk, with stream_options.include_usage; in every chunk, for all "
+        "choices so far, with continuous_usage_stats too."
+    ),
+]
 ShownIds = Annotated[list[int], Field(description="With `return_token_ids`.")]
 
 

@@ -17,12 +17,11 @@ from gateway.api.answer import (
     CompletionUsage,
     PromptLogprobs,
     StopReason,
-    StreamUsage,
     WholeChoice,
     WholePart,
     streamed,
 )
-from gateway.api.choice_writer import ChoiceWriter, ShownIds
+from gateway.api.choice_writer import ChoiceWriter, ShownIds, StreamUsage
 from gateway.api.legacy_logprobs import LegacyLogprobs, Scores, legacy_json, of_output, of_prompt
 from gateway.api.routing import Call, make_router
 from gateway.api.schemas.base import INTEGRAL, BoundedList, UnsupportedField, fault

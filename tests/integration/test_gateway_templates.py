@@ -34,7 +34,7 @@ def templates():
 
 def render(templates, template, *messages, **fields):
     asked = chat(*messages, chat_template=template, **fields)
-    return templates.render(asked.prompt, 1)
+    return templates.render(asked.chat, 1)
 
 
 async def test_a_template_is_rendered_as_a_servers_own(templates):
