@@ -118,7 +118,7 @@ MAX_TOKENIZE_CHARACTERS = _fixed(2**20, "characters of a text for /tokenize", In
 TEMPLATE_TIMEOUT_S = _fixed(10.0, "seconds for templating a prompt", ContextLengthExceeded)
 MAX_TEMPLATE_CHARACTERS = _fixed(2**16, "characters of `chat_template`", InvalidRequest)
 MAX_TEMPLATES_WAITING = _fixed(8, "requests that render one, or wait to", Overloaded)
-TEMPLATE_MEMORY_BYTES = _fixed(2**30, "bytes of memory to render it", InvalidRequest)
+TEMPLATE_MEMORY_BYTES = _fixed(2**29, "bytes of memory to render it", InvalidRequest)
 
 MAX_TOOLS = _fixed(128, "tools, or `allowed_tools`", InvalidRequest)
 MAX_TOOL_NAME = _fixed(128, "characters of a tool's name", InvalidRequest)

@@ -97,6 +97,8 @@ class TemplateProcess:
     def begin(self) -> None:
         """Called before the questions of a request, which have TEMPLATE_TIMEOUT_S together. Raises
         Unavailable."""
+        if self._process is not None and self._process.poll() is not None:
+            self._end()  # Something else has ended it.
         if self._pipe is None:
             self._start()
         self._deadline = time.monotonic() + TEMPLATE_TIMEOUT_S

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import lru_cache
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from gateway.edge.limits import TEMPLATE_MEMORY_BYTES
@@ -37,10 +38,11 @@ def main(handle: int, parent_pid: int) -> None:
     ignore_hangup()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the group; the parent decides.
     os.nice(NICE)
+    memory = _address_space() + TEMPLATE_MEMORY_BYTES
     for kind, most in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_AS, TEMPLATE_MEMORY_BYTES),
+        (resource.RLIMIT_AS, memory),
     ):
         resource.setrlimit(kind, (most, most))
     with Connection(handle) as pipe, contextlib.suppress(EOFError, ConnectionError):
@@ -53,6 +55,12 @@ def main(handle: int, parent_pid: int) -> None:
 
         while True:
             pipe.send_bytes(_answer(template, json.loads(pipe.recv_bytes())))
+
+
+def _address_space() -> int:
+    """Bytes that are mapped now. Libraries map more on machines with more cores."""
+    pages = Path("/proc/self/statm").read_text().split()[0]
+    return int(pages) * resource.getpagesize()
 
 
 def _answer(template: Callable[[str], ChatTemplate], asked: Mapping[str, Any]) -> bytes:

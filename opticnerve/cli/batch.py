@@ -59,7 +59,7 @@ def parser() -> Parser:
         "--errors",
         metavar="FILE",
         type=Path,
-        help="file for the answers of requests that failed, which to ask again delete it "
+        help="file for the answers of requests that failed; delete it to ask them again "
         "(default: OUT)",
     )
     who = made.add_argument_group("Who answers")

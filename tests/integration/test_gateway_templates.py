@@ -101,6 +101,10 @@ async def test_the_process_has_no_secrets_and_ends(monkeypatch, templates):
     await render(templates, PLAIN)
     await render(templates, PLAIN)
     ((process, environment),) = started
+    process.kill()
+    await asyncio.to_thread(process.wait, 30)
+    await render(templates, PLAIN)  # Another one is started.
+    process, environment = started[1]
     assert not any(name.startswith("OPTICNERVE") for name in environment)
     templates.close()
     assert await asyncio.to_thread(process.wait, 30) != 0
