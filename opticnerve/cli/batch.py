@@ -115,7 +115,12 @@ def main(argv: Sequence[str]) -> int:
             if url is None:
                 print("starting a server for this batch", file=sys.stderr)
                 url = exits.enter_context(serve(**flags)).url
-            asyncio.run(run(work, url))
+            try:
+                asyncio.run(run(work, url))
+            except KeyboardInterrupt:
+                work.stopped = "interrupted"
+                work.report()
+                raise
         return work.report()
 
 

@@ -219,6 +219,17 @@ def test_nobody_at_the_url(here, capsys):
     assert "nothing answers at" in capsys.readouterr().err
 
 
+def test_a_batch_that_is_interrupted_says_what_is_left(here, capsys, monkeypatch):
+    def interrupted(work):
+        work.close()
+        raise KeyboardInterrupt
+
+    write(here / "in.jsonl", *map(line, "abc"))
+    monkeypatch.setattr("opticnerve.cli.batch.asyncio.run", interrupted)
+    assert batch("--url", "http://127.0.0.1:1") == 130
+    assert "interrupted; 3 of 3 requests are left" in capsys.readouterr().err
+
+
 # ---- what is refused before anything is asked
 
 
