@@ -276,7 +276,7 @@ def test_what_is_not_supported(fields: dict[str, Any], param: str, said: str) ->
         ({"input": [{**CALL, "arguments": {}}]}, "input[0].arguments", "string"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id", "required"),
         ({"input": [{**OUTPUT, "output": None}]}, "input[0].output", "string"),
-        ({"n": 2}, "n", "one answer"),
+        ({"n": 2}, "n", "less than or equal to 1"),
         ({"max_output_tokens": 0}, "max_output_tokens", "greater than"),
         ({"include": ["everything"]}, "include[0]", "logprobs"),
         ({"metadata": {"a": 1}}, "metadata.a", "a string"),

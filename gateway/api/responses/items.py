@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag
 
-from gateway.api.schemas.base import BoundedList, Strict, Unused, fault
+from gateway.api.schemas.base import BoundedList, Strict, Unused
 from gateway.api.schemas.messages import Part, PictureSettings, RefusalPart, Source, type_tag
 from opticnerve.errors import UnsupportedFeature
 
@@ -47,17 +47,11 @@ class AnswerText(Part):
 
 class InputImage(Part, PictureSettings):
     type: Literal["input_image"]
-    image_url: Source | None = Field(None, description="An http, https, data or file URL.")
+    image_url: Source = Field(description="An http, https, data or file URL.")
     file_id: None = Field(None, description="Refused: send image_url.")
     prompt_cache_breakpoint: Unused = Field(
         None, description="Has no effect: every prefix is cached."
     )
-
-    @model_validator(mode="after")
-    def _has_source(self) -> InputImage:
-        if self.image_url is None:
-            raise fault("image_url", "required: a URL, which may be a data: URL")
-        return self
 
 
 InputPart = Annotated[

@@ -24,7 +24,6 @@ from gateway.api.schemas.base import (
     BoundedList,
     UnsupportedField,
     at_most,
-    fault,
     no_larger,
 )
 from gateway.api.schemas.generate import GenerateFields, OutputLength
@@ -107,6 +106,9 @@ class ResponsesRequest(GenerateFields):
     )
     instructions: str | None = Field(None, description="A system message before the input.")
     max_output_tokens: OutputLength | None = None
+    n: Annotated[int, Field(ge=1, le=1), INTEGRAL] | None = Field(
+        None, description="A response is one answer."
+    )
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
     tools: ResponsesTools | None = None
@@ -137,12 +139,6 @@ class ResponsesRequest(GenerateFields):
             check_supported(value.get("input"))
             check_tools(value.get("tools"), value.get("tool_choice"))
         return value
-
-    @model_validator(mode="after")
-    def _one_answer(self) -> ResponsesRequest:
-        if self.n not in (None, 1):
-            raise fault("n", "should be 1: a response is one answer; send several requests")
-        return self
 
     @model_validator(mode="after")
     def _known_tools(self) -> ResponsesRequest:

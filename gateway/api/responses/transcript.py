@@ -126,5 +126,4 @@ class Transcript:
         high = self._settings.max_pixels if high is None else high
         if low is not None and high is not None and low > high:
             raise InvalidRequest(f"{path}: min_pixels {low} exceeds max_pixels {high}", param=path)
-        assert part.image_url is not None
         return ItemSource(part.image_url, f"{path}.image_url", low, high, part.detail == "low")
