@@ -3,9 +3,11 @@
 import io
 import json
 import subprocess
+from typing import Literal
 
 import grpc
 import httpx2
+import pydantic
 import pytest
 from PIL import Image, ImageDraw
 
@@ -47,6 +49,18 @@ def test_responses_answer_as_chats_do(client, stream):
         response = list(given)[-1].response if stream else given
         assert response.output_text == turn.answer
         items += [item.model_dump() for item in response.output]
+
+
+class Seen(pydantic.BaseModel):
+    shape: Literal["star", "circle", "cross"]
+    several: bool
+
+
+def test_a_response_in_a_form(client):
+    picture = {"type": "input_image", "image_url": bundled("star.png"), "detail": "auto"}
+    items = [{"role": "user", "content": [picture, {"type": "input_text", "text": "What?"}]}]
+    parsed = client.responses.parse(model="model", input=items, text_format=Seen)
+    assert isinstance(parsed.output_parsed, Seen)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -185,6 +185,10 @@ def test_settings() -> None:
             {"type": "json_schema", "name": "a", "schema": SCHEMA, "strict": True},
             OutputFormat(FormatKind.JSON_SCHEMA, SCHEMA, "text.format.schema"),
         ),
+        (
+            {"type": "json_schema", "name": "a", "schema": SCHEMA},
+            OutputFormat(FormatKind.JSON_SCHEMA, SCHEMA, "text.format.schema", strict=False),
+        ),
     ],
 )
 def test_forms_of_the_text(form: dict[str, Any], made: OutputFormat | None) -> None:

@@ -85,7 +85,11 @@ class JsonSchemaFormat(Strict):
     name: str = Field(pattern=FORMAT_NAME)
     json_schema: dict[str, Any] = Field(alias="schema")
     description: str | None = None
-    strict: bool | None = None
+    strict: bool | None = Field(
+        None,
+        description="Whether a schema that cannot be enforced as a whole is refused. Otherwise a "
+        "warning's header names what is not enforced.",
+    )
 
 
 AnyFormat = Annotated[
@@ -110,12 +114,12 @@ class TextSettings(Strict):
 
     @property
     def output_format(self) -> OutputFormat | None:
-        if isinstance(self.format, JsonObjectFormat):
+        form = self.format
+        if isinstance(form, JsonObjectFormat):
             return OutputFormat(FormatKind.JSON_OBJECT, None, "text.format")
-        if isinstance(self.format, JsonSchemaFormat):
-            return OutputFormat(
-                FormatKind.JSON_SCHEMA, self.format.json_schema, "text.format.schema"
-            )
+        if isinstance(form, JsonSchemaFormat):
+            kind, strict = FormatKind.JSON_SCHEMA, bool(form.strict)
+            return OutputFormat(kind, form.json_schema, "text.format.schema", strict)
         return None
 
 
