@@ -158,7 +158,6 @@ MAX_LABEL = _fixed(1024, "characters of a label that a response repeats", Invali
 MAX_METADATA = _fixed(16, "entries of a response's `metadata`", InvalidRequest)
 MAX_METADATA_KEY = _fixed(64, "characters of such an entry's key", InvalidRequest)
 MAX_METADATA_VALUE = _fixed(512, "characters of such an entry's value", InvalidRequest)
-MAX_SCHEMA = _fixed(2**16, "values and characters of a schema", InvalidRequest)
 MAX_LLM_DEATHS = _fixed(2, "LLM workers lost while they had one generation", Unavailable)
 _flag("max_answer_bytes", "bytes of an answer that is not streamed", AnswerTooLarge)
 

@@ -301,7 +301,7 @@ def test_what_is_not_supported(fields: dict[str, Any], param: str, said: str) ->
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort", "'high'"),
         ({"user": "x" * 1025}, "user", "at most 1024"),
         ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {},
-                              "description": "x" * 70_000}}}, "text.format", "at most 65536"),
+                              "description": "x" * 140_000}}}, "text.format", "at most 131072"),
         ({"colour": 1}, "colour", "unknown field"),
     ],
 )  # fmt: skip

@@ -11,7 +11,7 @@ from gateway.api.responses.items import RUNS_NO_TOOLS
 from gateway.api.schemas.base import Strict, Unused, no_larger
 from gateway.api.schemas.messages import Effort, type_tag
 from gateway.api.schemas.tools import CallChoice, Function, FunctionName
-from gateway.edge.limits import MAX_SCHEMA, MAX_TOOLS, MAX_TOOLS_SIZE
+from gateway.edge.limits import MAX_SCHEMA_CHARACTERS, MAX_TOOLS, MAX_TOOLS_SIZE
 from gateway.job import CallMode, FormatKind, OutputFormat
 from opticnerve.errors import UnsupportedFeature
 from opticnerve.telemetry.logs import printable
@@ -107,7 +107,7 @@ AnyFormat = Annotated[
 class TextSettings(Strict):
     """The form of the answer's text."""
 
-    format: Annotated[AnyFormat, no_larger(MAX_SCHEMA)] | None = None
+    format: Annotated[AnyFormat, no_larger(MAX_SCHEMA_CHARACTERS)] | None = None
     verbosity: Literal["low", "medium", "high"] | None = Field(
         None, description="Has no effect; ask for it in a message."
     )
