@@ -19,7 +19,7 @@ from fastapi.routing import APIRoute
 from gateway.api import openapi
 from gateway.api.anthropic.blocks import UNSUPPORTED_BLOCKS
 from gateway.api.anthropic.errors import anthropic_type
-from gateway.api.anthropic.request import CountTokensRequest
+from gateway.api.anthropic.request import ConversationFields
 from gateway.api.http import REF
 from gateway.api.schemas.base import Body, UnsupportedField
 from gateway.api.schemas.generate import GenerateFields
@@ -35,7 +35,7 @@ START, END = "<!-- reference: python -m tests.api_docs -->\n", "<!-- end of refe
 SHARED: dict[type[Body], str] = {
     GenerateFields: "Fields of generations",
     TemplateFields: "Fields of chats",
-    CountTokensRequest: "Fields of Anthropic's conversations",
+    ConversationFields: "Fields of Anthropic's conversations",
 }
 """Fields that several routes share, by their heading."""
 NAMES = {"array": "list", "object": "object", "null": "null"}

@@ -17,7 +17,7 @@ from gateway.api.anthropic.blocks import (
     ToolUseBlock,
     text_block,
 )
-from gateway.api.anthropic.request import CountTokensRequest
+from gateway.api.anthropic.request import ConversationFields
 from gateway.api.schemas.messages import (
     THINKING_SWITCHES,
     FunctionCall,
@@ -40,7 +40,7 @@ ERROR = "Error: "  # In front of the result of a call that failed; templates kno
 PICTURE = ImagePart.model_construct(type="image")  # Its place; the source stands in a list.
 
 
-async def read_prompt(body: CountTokensRequest) -> ChatPrompt:
+async def read_prompt(body: ConversationFields) -> ChatPrompt:
     """The prompt of a request. Raises InvalidRequest."""
     return await off_loop_above(OFF_LOOP_BLOCKS, _num_blocks(body.messages), chat_prompt, body)
 
@@ -55,7 +55,7 @@ def _num_blocks(turns: Sequence[AnthropicTurn]) -> int:
     return total
 
 
-def chat_prompt(body: CountTokensRequest) -> ChatPrompt:
+def chat_prompt(body: ConversationFields) -> ChatPrompt:
     """As ``read_prompt``, in the caller's thread."""
     reader = _Reader()
     if body.system is not None:
@@ -76,7 +76,7 @@ def chat_prompt(body: CountTokensRequest) -> ChatPrompt:
     )
 
 
-def _thinking(body: CountTokensRequest) -> dict[str, Any] | None:
+def _thinking(body: ConversationFields) -> dict[str, Any] | None:
     """The template's variables that switch thinking on and off."""
     if body.thinking is None:
         return None

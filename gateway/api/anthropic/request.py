@@ -129,7 +129,7 @@ class OutputConfig(Strict):
 _STATELESS = "this server keeps nothing between requests; send all messages"
 
 
-class CountTokensRequest(Body):
+class ConversationFields(Body):
     """The fields that make up the prompt."""
 
     unsupported: ClassVar[Mapping[str, UnsupportedField]] = {
@@ -159,7 +159,7 @@ class CountTokensRequest(Body):
     workspace_id: Unused = None
 
     @model_validator(mode="after")
-    def _agrees(self) -> CountTokensRequest:
+    def _agrees(self) -> ConversationFields:
         self._selection.calls.check(self._offered)
         if self.output_format and self.output_config and self.output_config.format:
             raise fault("output_format", "excludes output_config.format; give one of them")
@@ -206,7 +206,11 @@ class CountTokensRequest(Body):
         return OutputFormat(FormatKind.JSON_SCHEMA, found.json_schema, f"{param}.schema")
 
 
-class MessagesRequest(CountTokensRequest):
+class CountTokensRequest(ConversationFields):
+    """A conversation whose tokens are counted."""
+
+
+class MessagesRequest(ConversationFields):
     """A conversation, and how to answer it."""
 
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1), INTEGRAL] = Field(
