@@ -1,4 +1,5 @@
-"""Random JSON schemas, of the keywords that structured output enforces."""
+"""Random JSON schemas, of the keywords that structured output enforces. Most values are bounded: a
+model at a high temperature ends no number by itself."""
 
 from __future__ import annotations
 
@@ -62,14 +63,14 @@ def _scalar(source: random.Random) -> dict[str, Any]:
     return source.choice(
         [
             {"type": "integer", "minimum": low, "maximum": low + source.randint(0, 200)},
-            {"type": "number", "exclusiveMinimum": low, "maximum": low + 1.5},
-            {"type": "integer", "multipleOf": source.choice([2, 5, 10])},
+            {"type": "number", "minimum": low, "exclusiveMaximum": low + 9, "multipleOf": 0.5},
+            {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 500},
             {"type": "boolean"},
             {"enum": source.sample([*WORDS, 1, 2.5, None, True], 3)},
             {"const": source.choice(WORDS)},
             {"type": "string", "maxLength": source.randint(0, 12)},
             {"type": "string", "pattern": source.choice(PATTERNS)},
             {"type": "string", "format": source.choice(FORMATS)},
-            {"type": ["integer", "null"]},
+            {"type": ["integer", "null"], "exclusiveMinimum": 0, "maximum": 99},
         ]
     )

@@ -25,6 +25,7 @@ from opticnerve.generation.grammars import load_vocabulary
 from opticnerve.generation.values import ChoiceOutput, FinishReason, Sampling
 from tests.checkpoints import DEMO, EOS, VOCAB_SIZE
 from tests.local_engine import LocalEngine
+from tests.random_schemas import random_schema
 from tests.runners import load_demo, request, tokens
 
 SCHEMA = {
@@ -57,6 +58,23 @@ def asks(name: str, grammar: str = OBJECT, **sampling: Any) -> GenerateRequest:
 
 def text(ids: list[int] | tuple[int, ...]) -> str:
     return str(vocabulary().decode_str([token for token in ids if token != EOS]))
+
+
+@pytest.mark.slow
+def test_random_schemas_at_a_high_temperature() -> None:
+    """``bench.structured`` does the same with a thousand."""
+    engine = make_engine(max_num_seqs=16)
+    schemas = {f"r{seed}": random_schema(seed) for seed in range(60)}
+    requests = [
+        asks(name, f"start: %json {json.dumps(schema)}", seed=seed, max_tokens=200)
+        for seed, (name, schema) in enumerate(schemas.items())
+    ]
+    ended = 0
+    for (name, _), answer in engine.generate(requests).items():
+        if reasons(engine, name) == [FinishReason.STOP]:
+            jsonschema.validate(json.loads(text(answer.token_ids)), schemas[name])
+            ended += 1
+    assert ended > 30
 
 
 def reasons(engine: LocalEngine, name: str) -> list[FinishReason]:
