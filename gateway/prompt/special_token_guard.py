@@ -25,8 +25,8 @@ OPEN, CLOSE = (
     "\ue0ff",
 )  # Private-use characters: without case, no white space, so filters keep them.
 NONCE_DIGITS = 24
-# Templates look for these keys, and compare these values of two of them. None of them is a special
-# token, or a part of one that a client could complete, because they do not begin or end a token.
+# Templates look up these keys, and compare these values of two of them, so that they stay as they
+# are. None of them is a special token.
 KEYS = frozenset(
     {"role", "content", "type", "text", "name", "tool_call_id", "refusal", "thinking"}
     | {"reasoning_content", "tool_calls", "id", "function", "arguments", "tools", "description"}

@@ -15,7 +15,16 @@ from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer as Backend
 
 from gateway.api.schemas.sampling import SamplingFields
-from gateway.job import CallMode, FormatKind, GenerationOptions, OutputFormat, Tool, ToolUse
+from gateway.job import (
+    CallMode,
+    ChatPrompt,
+    FormatKind,
+    GenerationOptions,
+    OutputFormat,
+    TextPrompt,
+    Tool,
+    ToolUse,
+)
 from gateway.output.answer_forms import AnswerForms
 from gateway.output.calls.detect import FORMS
 from gateway.output.calls.form import CallForm
@@ -156,6 +165,24 @@ def test_calls_follow_the_reasoning(form: str, marks: str, thinking: Thinking) -
     assert kinds == {Thinking.POSSIBLE: {True, False}, Thinking.INSIDE: {True}}.get(
         thinking, {False}
     )
+
+
+@pytest.mark.parametrize(
+    ("rendered", "continued", "thinking"),
+    [
+        ("<|im_start|>assistant\n", False, Thinking.POSSIBLE),
+        ("<|im_start|>assistant\n<think>\n", False, Thinking.INSIDE),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", False, Thinking.NONE),
+        ("<|im_start|>assistant\n<think>\nFirst,", True, Thinking.INSIDE),
+        ("<|im_start|>assistant\n<think>\nFirst.</think> Yes", True, Thinking.NONE),
+        ("<|im_start|>assistant\nYes", True, Thinking.NONE),
+    ],
+)
+def test_how_an_answer_begins(rendered: str, continued: bool, thinking: Thinking) -> None:
+    prompt = ChatPrompt((), 1, continue_final_message=continued)
+    assert forms("hermes", "think").thinking(prompt, rendered) is thinking
+    assert forms("hermes").thinking(prompt, rendered) is Thinking.NONE
+    assert forms("hermes", "think").thinking(TextPrompt(rendered), rendered) is None
 
 
 def fits(grammar: str, text: str) -> bool:
