@@ -46,6 +46,15 @@ def picture(*urls):
 
 PIECES = b"\xff\xd8" + b"\xff\xe1\x00\x02" * 2**15  # A JPEG of empty segments.
 SPACED = "data:;base64," + "A " * 130_000  # Short enough to be decoded on the loop.
+
+
+def tools(schema):
+    """As many tools as a request may have, which must be called."""
+    function = {"name": "f", "parameters": schema}
+    offered = [{"type": "function", "function": {**function, "name": f"f{i}"}} for i in range(128)]
+    return json.dumps(body(tools=offered, tool_choice="required")).encode()
+
+
 KINDS = {
     "bad_words": (
         lambda: json.dumps(body(bad_words=[f"{i:04d}" + "b" * 1020 for i in range(256)])).encode(),
@@ -67,6 +76,12 @@ KINDS = {
     "white space": (lambda: b" " * LONG + json.dumps(body()).encode(), (413,)),
     "a salt": (lambda: json.dumps(body(cache_salt="s" * LONG)).encode(), (400,)),
     "a model": (lambda: json.dumps({**body(), "model": "m" * LONG}).encode(), (404,)),
+    "tools of many values": (
+        lambda: tools({"properties": {f"p{i}": {"enum": [1, 2]} for i in range(100)}}),
+        (200, 400),
+    ),
+    "tools of long strings": (lambda: tools({"description": "<" * 2000}), (200, 400)),
+    "nested tools": (lambda: tools(json.loads('{"not":' * 90 + "{}" + "}" * 90)), (200, 400)),
     "arguments": (
         lambda: json.dumps(
             body(
