@@ -15,6 +15,7 @@ from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer as Backend
 
 from gateway.api.schemas.sampling import SamplingFields
+from gateway.grammar import Grammars
 from gateway.job import (
     CallMode,
     ChatPrompt,
@@ -141,6 +142,16 @@ def test_what_a_grammar_writes_is_read_as_calls(form: str, mode: CallMode) -> No
             texts.add(text)
             check(read(made, use, Thinking.NONE, text), use)
     assert len(texts) > 3
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_the_gateway_accepts_its_own_grammars(form: str) -> None:
+    made = forms(form, "think")
+    for mode in (CallMode.REQUIRED, CallMode.AUTO):
+        grammar = made.grammar(options(ToolUse(TOOLS, mode)), "")
+        assert bool(grammar) == (mode is CallMode.REQUIRED or form in MARKED)
+        for text in {grammar, made.after_thinking(grammar, Thinking.POSSIBLE)} - {""}:
+            assert Grammars(vocabulary()[0]).check_now(text, "tools") == []
 
 
 @pytest.mark.parametrize("form", ["hermes", "pythonic"])
