@@ -1,6 +1,6 @@
 """Finds structure in text that arrives in pieces: what a model thinks, and its calls of tools.
 
-A reader is a coroutine over characters, so every cut of a text into pieces gives the same parts.
+A reader is a coroutine over characters, so every cut of a text into pieces gives the same sections.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Steps = Generator[None, None, T]
 character after it."""
 
 
-class PartKind(Enum):
+class SectionKind(Enum):
     TEXT = "text"
     REASONING = "reasoning"
     CALL = "call"  # A call begins; its text is the tool's name.
@@ -27,8 +27,8 @@ class PartKind(Enum):
     CALL_END = "call end"  # The call is complete. Without it, the text ended within the call.
 
 
-class Part(NamedTuple):
-    kind: PartKind
+class Section(NamedTuple):
+    kind: SectionKind
     text: str = ""
 
 
@@ -37,14 +37,14 @@ class Malformed(Exception):
 
 
 class Reader(ABC):
-    """Turns text into parts. White space is held back until it is known whether it stands between
-    text and something else, where it is dropped."""
+    """Turns text into sections. White space is held back until it is known whether it stands
+    between text and something else, where it is dropped."""
 
     def __init__(self) -> None:
         self.char = ""
-        self.kind = PartKind.TEXT  # Of what ``show`` shows.
-        self._parts: list[Part] = []
-        self._pieces: list[str] = []  # Of the last part, which may grow.
+        self.kind = SectionKind.TEXT  # Of what ``show`` shows.
+        self._sections: list[Section] = []
+        self._pieces: list[str] = []  # Of the last section, which may grow.
         self._spaces = ""
         self._held: list[str] | None = None
         self._stop: str | None = None  # Text without it needs no steps; None: all text does.
@@ -57,10 +57,10 @@ class Reader(ABC):
     @property
     def is_done(self) -> bool:
         """Whether nothing is held, and all that follows is text."""
-        return self._stop == "" and not self._spaces and self.kind is PartKind.TEXT
+        return self._stop == "" and not self._spaces and self.kind is SectionKind.TEXT
 
-    def push(self, text: str) -> list[Part]:
-        """The parts that more text makes. Pieces of one kind follow each other as one part."""
+    def push(self, text: str) -> list[Section]:
+        """The sections that more text makes, or that it makes longer."""
         if self._stop and self._stop not in text:  # A fast way for most of a text.
             self.show(text)
             return self._take()
@@ -78,7 +78,7 @@ class Reader(ABC):
             at += 1
         return self._take()
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[Section]:
         """What was held back, at the end of the text."""
         self.char = ""
         next(self._steps, None)
@@ -94,12 +94,12 @@ class Reader(ABC):
 
     # ---- what is shown
 
-    def emit(self, kind: PartKind, text: str = "") -> None:
-        if self._parts and self._parts[-1].kind is kind is not PartKind.CALL:
+    def emit(self, kind: SectionKind, text: str = "") -> None:
+        if self._sections and self._sections[-1].kind is kind is not SectionKind.CALL:
             self._pieces.append(text)
             return
         self._close()
-        self._parts.append(Part(kind))
+        self._sections.append(Section(kind))
         self._pieces = [text]
 
     def show(self, text: str) -> None:
@@ -119,12 +119,12 @@ class Reader(ABC):
         self._spaces = ""
 
     def _close(self) -> None:
-        if self._parts:
-            self._parts[-1] = self._parts[-1]._replace(text="".join(self._pieces))
+        if self._sections:
+            self._sections[-1] = self._sections[-1]._replace(text="".join(self._pieces))
 
-    def _take(self) -> list[Part]:
+    def _take(self) -> list[Section]:
         self._close()
-        made, self._parts, self._pieces = self._parts, [], []
+        made, self._sections, self._pieces = self._sections, [], []
         return made
 
     # ---- what may turn out to be text

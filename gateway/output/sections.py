@@ -14,7 +14,7 @@ from gateway.output.events import (
     ToolCallArguments,
     ToolCallStart,
 )
-from gateway.output.reader import Part, PartKind, Reader
+from gateway.output.reader import Reader, Section, SectionKind
 
 
 class Sections:
@@ -56,7 +56,7 @@ class Sections:
     @property
     def thinks(self) -> bool:
         """Whether the text so far ends in reasoning."""
-        return self._thinking is not None and self._thinking.kind is PartKind.REASONING
+        return self._thinking is not None and self._thinking.kind is SectionKind.REASONING
 
     def push(
         self, text: str, logprobs: tuple[TextLogprobs, ...] | None, *, last: bool
@@ -64,7 +64,7 @@ class Sections:
         """The events of more text. ``last``: it is the choice's end."""
         if logprobs is not None:
             self._logprobs = (self._logprobs or ()) + logprobs
-        events = [event for part in self._read(text, last) if (event := self._event(part))]
+        events = [event for section in self._read(text, last) if (event := self._event(section))]
         if self._logprobs and (events or last or self.ended):
             events = events or [self._nothing()]
             events[0] = replace(events[0], logprobs=self._logprobs)
@@ -72,31 +72,31 @@ class Sections:
         self._last = events[-1] if events else self._last
         return events
 
-    def _read(self, text: str, last: bool) -> list[Part]:
-        parts = [Part(PartKind.TEXT, text)] if text else []
+    def _read(self, text: str, last: bool) -> list[Section]:
+        sections = [Section(SectionKind.TEXT, text)] if text else []
         for reader in (self._thinking, self._calls):
             if reader is not None and not reader.is_done:
-                parts = _through(reader, parts, last)
-        return parts
+                sections = _through(reader, sections, last)
+        return sections
 
-    def _event(self, part: Part) -> OutputEvent | None:
-        """The event of a part; None for one that is not shown."""
+    def _event(self, section: Section) -> OutputEvent | None:
+        """The event of a section; None for one that is not shown."""
         if self.ended:
             return None
         choice = self._choice
-        match part.kind:
-            case PartKind.TEXT:
-                return Text(choice, part.text)
-            case PartKind.REASONING:
-                return Reasoning(choice, part.text) if self._show_reasoning else None
-            case PartKind.CALL:
+        match section.kind:
+            case SectionKind.TEXT:
+                return Text(choice, section.text)
+            case SectionKind.REASONING:
+                return Reasoning(choice, section.text) if self._show_reasoning else None
+            case SectionKind.CALL:
                 self._index += 1
                 self._open = True
                 assert self._form is not None
-                return ToolCallStart(choice, self._index, self._form.call_id(), part.text)
-            case PartKind.ARGUMENTS:
-                return ToolCallArguments(choice, self._index, part.text)
-            case PartKind.CALL_END:
+                return ToolCallStart(choice, self._index, self._form.call_id(), section.text)
+            case SectionKind.ARGUMENTS:
+                return ToolCallArguments(choice, self._index, section.text)
+            case SectionKind.CALL_END:
                 self._open = False
                 self.ended = not self._several
         return None
@@ -108,9 +108,9 @@ class Sections:
         return replace(self._last, text="", logprobs=None)
 
 
-def _through(reader: Reader, parts: Sequence[Part], last: bool) -> list[Part]:
-    """The parts that ``reader`` makes of the texts among ``parts``."""
-    made: list[Part] = []
-    for part in parts:
-        made += reader.push(part.text) if part.kind is PartKind.TEXT else [part]
+def _through(reader: Reader, sections: Sequence[Section], last: bool) -> list[Section]:
+    """The sections that ``reader`` makes of the texts among ``sections``."""
+    made: list[Section] = []
+    for section in sections:
+        made += reader.push(section.text) if section.kind is SectionKind.TEXT else [section]
     return made + reader.finish() if last else made

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-from gateway.output.reader import Malformed, PartKind, Reader, Steps
+from gateway.output.reader import Malformed, Reader, SectionKind, Steps
 
 
 class ThinkingMarks(NamedTuple):
@@ -41,7 +41,7 @@ class ThinkingReader(Reader):
     def read(self) -> Steps[None]:
         if (yield from self._begins()):
             yield from self.spaces()
-            self.kind = PartKind.REASONING
+            self.kind = SectionKind.REASONING
             yield from self._reason()
         yield from self.text()
 
@@ -70,6 +70,6 @@ class ThinkingReader(Reader):
                 continue
             self.release()
             self.drop_spaces()
-            self.kind = PartKind.TEXT
+            self.kind = SectionKind.TEXT
             yield from self.spaces()
             return

@@ -13,7 +13,7 @@ from gateway.edge.limits import MAX_TOOL_NAME
 from gateway.grammar_bounds import check_schema
 from gateway.job import CallMode, Tool, ToolUse
 from gateway.output.calls import json_text
-from gateway.output.reader import SPACES, Malformed, PartKind, Reader, Steps
+from gateway.output.reader import SPACES, Malformed, Reader, SectionKind, Steps
 
 NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_-.:/")
 STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -137,16 +137,16 @@ class CallReader(Reader):
     def begin_call(self, name: str) -> None:
         self.drop_spaces()
         self.release()
-        self.emit(PartKind.CALL, name)
+        self.emit(SectionKind.CALL, name)
         self._begun, self._ended = True, False
         self._after_call = True
 
     def argue(self, text: str) -> None:
-        self.emit(PartKind.ARGUMENTS, text)
+        self.emit(SectionKind.ARGUMENTS, text)
 
     def end_call(self) -> None:
         """The arguments are complete. What closes the call in its form is held."""
-        self.emit(PartKind.CALL_END)
+        self.emit(SectionKind.CALL_END)
         self._ended = True
         self.hold()
 
