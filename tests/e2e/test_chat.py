@@ -56,11 +56,18 @@ class Seen(pydantic.BaseModel):
     several: bool
 
 
-def test_a_response_in_a_form(client):
+def test_a_response_in_a_form_and_one_that_calls(client):
     picture = {"type": "input_image", "image_url": bundled("star.png"), "detail": "auto"}
     items = [{"role": "user", "content": [picture, {"type": "input_text", "text": "What?"}]}]
     parsed = client.responses.parse(model="model", input=items, text_format=Seen)
     assert isinstance(parsed.output_parsed, Seen)
+    look = {"type": "function", "name": "look", "parameters": Seen.model_json_schema()}
+    with client.responses.stream(
+        model="model", input=items, tools=[look], tool_choice={"type": "function", "name": "look"}
+    ) as stream:
+        (call,) = stream.get_final_response().output
+    assert (call.type, call.name, call.status) == ("function_call", "look", "completed")
+    Seen.model_validate_json(call.arguments)
 
 
 @pytest.mark.parametrize("stream", [True, False])
