@@ -112,6 +112,21 @@ async def test_the_header_of_betas_has_no_effect():
             assert answer.status_code == 200 and told == "without effect: the header anthropic-beta"
 
 
+async def test_an_answer_of_a_given_form():
+    schema = {"type": "object", "properties": {"city": {"enum": ["Oslo"]}}}
+    async with stack() as s:
+        for form in ("output_config", "output_format"):
+            given = {"type": "json_schema", "schema": schema}
+            given = {"format": given} if form == "output_config" else given
+            assert (await ask(s, **{form: given})).status_code == 200
+        first, second = (start.sampling.grammar for start in s.llm.starts)
+        assert first == second and "Oslo" in first
+        bad = {"format": {"type": "json_schema", "schema": {"type": "nope"}}}
+        answer = await ask(s, output_config=bad)
+        assert answer.status_code == 400
+        assert failed(answer)["details"]["param"] == "output_config.format.schema"
+
+
 async def test_what_a_template_has_no_variable_for_is_named():
     asked = {"thinking": {"type": "disabled"}, "output_config": {"effort": "low"}}
     template = "{{ enable_thinking }} {{ reasoning_effort }}: {{ messages[0].content }}"
@@ -257,6 +272,14 @@ async def test_calls_and_their_results():
         unseen = await ask(s, WORDS, tools=[WEATHER], tool_choice={"type": "none"})
         assert [block["type"] for block in unseen.json()["content"]] == ["thinking", "text"]
         assert '"weather"' not in tokenizer().decode(list(s.llm.starts[2].token_ids))
+
+
+async def test_calls_that_must_be_made_are_constrained():
+    async with thinking_caller() as s:
+        for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
+            fields = {"tools": [WEATHER], "tool_choice": choice, "max_tokens": 200}
+            assert (await ask(s, WORDS, **fields)).json()["stop_reason"] == "tool_use"
+        assert all("weather" in start.sampling.grammar for start in s.llm.starts)
 
 
 async def test_a_stream_of_calls_is_the_whole_answer():

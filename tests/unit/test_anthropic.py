@@ -253,6 +253,11 @@ def test_formats(field: str) -> None:
         ),
         ({"thinking": {"type": "on"}}, "thinking.type", "'enabled'"),
         ({"output_format": {"type": "json_schema"}}, "output_format.schema", "required"),
+        (
+            {"output_format": {"type": "json_schema", "schema": {"title": "x" * 2**18}}},
+            "output_format.schema",
+            "at most",
+        ),
         ({"temprature": 1}, "temprature", "did you mean temperature"),
     ],
 )

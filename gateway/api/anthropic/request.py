@@ -22,7 +22,7 @@ from gateway.api.schemas.base import (
 from gateway.api.schemas.messages import SHOWN_TOOLS, SWITCHED_THINKING, Effort
 from gateway.api.schemas.sampling import SamplingFields, Word
 from gateway.api.schemas.tools import CallChoice, ToolName, check_parameters
-from gateway.edge.limits import MAX_STOPS, MAX_TOOLS, MAX_TOOLS_SIZE
+from gateway.edge.limits import MAX_SCHEMA_CHARACTERS, MAX_STOPS, MAX_TOOLS, MAX_TOOLS_SIZE
 from gateway.job import (
     CallMode,
     FormatKind,
@@ -116,7 +116,9 @@ class JsonFormat(Strict):
     aliases: ClassVar[frozenset[str]] = frozenset({"schema"})
 
     type: Literal["json_schema"]
-    json_schema: dict[str, Any] = Field(alias="schema", description="The answer's JSON schema.")
+    json_schema: Annotated[dict[str, Any], no_larger(MAX_SCHEMA_CHARACTERS)] = Field(
+        alias="schema", description="The answer's JSON schema."
+    )
 
 
 class OutputConfig(Strict):
