@@ -1,10 +1,11 @@
 # make demo: the whole stack answers questions about bundled pictures.  make test: everything tested.
 # make test-fast: the half of the tests that needs no other process, in two minutes.
+# make test-clients: client programs of others, installed and tried against a whole stack.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-fast lint serve bench measure gpu protos clean redis
+.PHONY: demo test test-fast test-clients lint serve bench measure gpu protos clean redis
 
 demo: $(INSTALLED)
 	$(BIN)/opticnerve demo
@@ -14,6 +15,9 @@ test: $(INSTALLED) redis
 
 test-fast: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not process" $(PYTEST_ARGS)
+
+test-clients: $(INSTALLED)  # ARGS="newest node": only those of tests/clients/table.py.
+	$(BIN)/python -m tests.clients.run $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from opticnerve.demo.chats import PICTURES
 from tests.clients.server import KEY, MODEL, PLACES, Server
 
 READY = "OpticNerve is ready at "
@@ -34,7 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A whole stack of the demo checkpoint, which ends with the session."""
+    """A whole stack of the demo checkpoint, which ends with the session; or that at SERVER_URL,
+    started with the same flags."""
+    if url := os.environ.get("SERVER_URL"):
+        yield Server(url)
+        return
     keys = tmp_path_factory.mktemp("stack") / "keys"
     keys.write_text(f"clients: {KEY}\n")
     command = [

@@ -31,7 +31,20 @@ STAR_CHAT: list[dict[str, Any]] = [
         ],
     }
 ]
-COLORS = ["red", "green", "blue"]  # Of a schema's enum: the demo checkpoint ends no free string.
+
+# The demo checkpoint knows no tools and may never end a free string: what it must write is one of
+# a few words.
+COLORS = ["red", "green", "blue"]
+PAINTED: dict[str, Any] = {
+    "type": "object",
+    "properties": {"color": {"type": "string", "enum": COLORS}},
+    "required": ["color"],
+    "additionalProperties": False,
+}
+PAINT = {
+    "type": "function",
+    "function": {"name": "paint", "description": "Paints a wall.", "parameters": PAINTED},
+}
 
 
 def chat(text: str) -> list[dict[str, Any]]:

@@ -1,58 +1,72 @@
-"""The table of client programs in docs/clients.md.
+"""The client programs that are tested, and their table in docs/clients.md.
 
-    python -m tests.clients.table REPORT
-
-writes it from the JUnit report of a run of these tests, in the clients' environment, whose
-installed versions it names. A unit test holds its rows to the tests.
+`make test-clients` writes the table from the JUnit reports of its runs; a unit test holds its rows
+to the tests.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import xml.etree.ElementTree as xml
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "clients.md"
+NODE = "node"  # The environment of clients from npm.
 NODE_MODULES = Path(__file__).parent / "node" / "node_modules"
+ENVIRONMENTS = ROOT / ".venv-clients"
 START, END = "<!-- clients: make test-clients -->\n", "<!-- end of clients -->\n"
-HEAD = "| client | version | tried | result |\n|---|---|---|---|\n"
+HEAD = "| client | version | what was tried | result |\n|---|---|---|---|\n"
 
 
 @dataclass(frozen=True)
 class Client:
-    """A row. ``packages``: the distribution of Python, or of Node if ``node``."""
+    """A row. ``module``: of its tests, without ``test_``. ``package``: of PyPI, or of npm if the
+    environment is NODE; the others are named like their file in ``requirements``."""
 
     name: str
-    module: str  # Of its tests, without ``test_``.
+    module: str
     package: str
-    node: bool = False
+    environment: str
 
+    @property
+    def tests(self) -> Path:
+        return Path(__file__).with_name(f"test_{self.module}.py")
+
+    @property
     def version(self) -> str:
-        """Raises PackageNotFoundError, or FileNotFoundError, where it is not installed."""
-        if not self.node:
-            return metadata.version(self.package)
-        installed = (NODE_MODULES / self.package / "package.json").read_text()
-        return str(json.loads(installed)["version"])
+        """The installed version; empty if there is none."""
+        if self.environment == NODE:
+            installed = NODE_MODULES / self.package / "package.json"
+            return json.loads(installed.read_text())["version"] if installed.exists() else ""
+        folders = (ENVIRONMENTS / self.environment).glob("lib/python3.*/site-packages")
+        found = metadata.distributions(name=self.package, path=list(map(str, folders)))
+        return next((each.version for each in found), "")
 
 
 CLIENTS = (
-    Client("openai (Python)", "openai_python", "openai"),
-    Client("openai (Node)", "openai_node", "openai", node=True),
-    Client("Vercel AI SDK (`ai`)", "ai_sdk", "ai", node=True),
-    Client("anthropic (Python)", "anthropic_python", "anthropic"),
-    Client("@anthropic-ai/sdk (Node)", "anthropic_node", "@anthropic-ai/sdk", node=True),
-    Client("LiteLLM", "litellm", "litellm"),
-    Client("LangChain (`langchain-openai`)", "langchain", "langchain-openai"),
-    Client("LlamaIndex (`openai-like`)", "llama_index", "llama-index-llms-openai-like"),
-    Client("instructor", "instructor", "instructor"),
-    Client("lm-evaluation-harness", "lm_eval", "lm-eval"),
-    Client("guidellm", "guidellm", "guidellm"),
-    Client("schemathesis, on `/openapi.json`", "schemathesis", "schemathesis"),
+    Client("openai, Python", "openai_python", "openai", "newest"),
+    Client("openai 2, Python", "openai_python", "openai", "openai2"),
+    Client("openai, Node", "openai_node", "openai", NODE),
+    Client("AI SDK (`@ai-sdk/openai`, `@ai-sdk/openai-compatible`)", "ai_sdk", "ai", NODE),
+    Client("anthropic, Python", "anthropic_python", "anthropic", "newest"),
+    Client("`@anthropic-ai/sdk`, Node", "anthropic_node", "@anthropic-ai/sdk", NODE),
+    Client("LiteLLM (`openai/`, `hosted_vllm/`)", "litellm", "litellm", "newest"),
+    Client("LangChain (`langchain-openai`)", "langchain", "langchain-openai", "newest"),
+    Client("LlamaIndex", "llama_index", "llama-index-llms-openai-like", "openai2"),
+    Client("instructor", "instructor", "instructor", "openai2"),
+    Client("lm-evaluation-harness", "lm_eval", "lm-eval", "evaluation"),
+    Client("guidellm", "guidellm", "guidellm", "evaluation"),
+    Client("schemathesis", "schemathesis", "schemathesis", "newest"),
 )
+
+
+def report(environment: str) -> Path:
+    """The JUnit report of the last run in an environment."""
+    return ENVIRONMENTS / f"{environment}.xml"
 
 
 def words(test: str) -> str:
@@ -61,33 +75,34 @@ def words(test: str) -> str:
     return (parameters.strip("]").partition("-")[0] if name == "case" else name).replace("_", " ")
 
 
-def rows(report: Path) -> str:
-    """Raises KeyError for tests of a client that has no row."""
-    cases: dict[str, list[xml.Element]] = {client.module: [] for client in CLIENTS}
-    for case in xml.parse(report).iter("testcase"):
-        name = case.get("classname") or case.get("name") or ""  # A skipped module has no class.
-        cases[name.rpartition(".test_")[2]].append(case)
-    return "".join(row(client, cases[client.module]) for client in CLIENTS)
+def cases(client: Client) -> list[xml.Element]:
+    """What its environment's report has of it."""
+    if not report(client.environment).exists():
+        return []
+    found = xml.parse(report(client.environment)).iter("testcase")
+    # The case of a module that was skipped as a whole has no class, but the module's name.
+    named = [(case.get("classname") or case.get("name") or "", case) for case in found]
+    return [case for name, case in named if name.endswith(f".test_{client.module}")]
 
 
-def row(client: Client, cases: list[xml.Element]) -> str:
-    ran = [case for case in cases if case.find("skipped") is None]
-    failed = [
-        case for case in ran if case.find("failure") is not None or case.find("error") is not None
-    ]
-    tried = ", ".join(dict.fromkeys(words(case.get("name", "")) for case in ran))
+def row(client: Client) -> str:
+    ran = [case for case in cases(client) if case.find("skipped") is None]
     if not ran:
         return f"| {client.name} | | | not run |\n"
-    result = "; ".join(f"**fails: {words(case.get('name', ''))}**" for case in failed) or "passes"
-    return f"| {client.name} | {client.version()} | {tried} | {result} |\n"
+    failed = [case for case in ran if {"failure", "error"} & {told.tag for told in case}]
+    return f"| {client.name} | {client.version} | {_named(ran)} | {_result(failed)} |\n"
 
 
-def with_table(text: str, table: str) -> str:
+def _named(tests: Iterable[xml.Element]) -> str:
+    return ", ".join(dict.fromkeys(words(each.get("name", "")) for each in tests))
+
+
+def _result(failed: list[xml.Element]) -> str:
+    return f"**fails:** {_named(failed)}" if failed else "passes"
+
+
+def with_table(text: str) -> str:
     """The document with the table between its marks."""
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    return before + START + "\n" + HEAD + table + "\n" + END + after
-
-
-if __name__ == "__main__":
-    DOCUMENT.write_text(with_table(DOCUMENT.read_text(), rows(Path(sys.argv[1]))))
+    return before + START + "\n" + HEAD + "".join(map(row, CLIENTS)) + "\n" + END + after

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.clients.server import KEY, MODEL, SEE, SEEN, SPELL, SPELT, STAR, chat
+from tests.clients.server import COLORS, KEY, MODEL, PAINTED, SEE, SEEN, SPELL, SPELT, STAR, chat
 
 anthropic = pytest.importorskip("anthropic")
 
@@ -28,9 +28,12 @@ def client(server):
         yield made
 
 
+# The package has no parameter for the temperature any more.
+SETTINGS = {"model": MODEL, "max_tokens": 64, "extra_body": {"temperature": 0}}
+
+
 def ask(client, messages, **parameters):
-    settings = {"model": MODEL, "max_tokens": 64, "temperature": 0}
-    return client.messages.create(messages=messages, **{**settings, **parameters})
+    return client.messages.create(messages=messages, **{**SETTINGS, **parameters})
 
 
 def test_text(client):
@@ -44,9 +47,7 @@ def test_picture(client):
 
 
 def test_stream(client):
-    with client.messages.stream(
-        model=MODEL, max_tokens=64, temperature=0, messages=STAR_MESSAGES
-    ) as stream:
+    with client.messages.stream(messages=STAR_MESSAGES, **SETTINGS) as stream:
         told = "".join(stream.text_stream)
         whole = stream.get_final_message()
     assert told == whole.content[0].text == SEEN and whole.usage.output_tokens > 0
@@ -58,24 +59,13 @@ def test_count_tokens(client):
 
 
 def test_tool_call(client):
-    tool = {
-        "name": "paint",
-        "description": "Paints a wall.",
-        "input_schema": {
-            "type": "object",
-            "properties": {"color": {"type": "string", "enum": ["red", "green", "blue"]}},
-            "required": ["color"],
-            "additionalProperties": False,
-        },
-    }
+    tool = {"name": "paint", "description": "Paints a wall.", "input_schema": PAINTED}
     choice = {"type": "tool", "name": "paint"}
     asked = {"tools": [tool], "tool_choice": choice}
     (call,) = ask(client, chat("Paint it red."), **asked).content
     assert call.type == "tool_use" and call.name == "paint"
-    assert call.input["color"] in ("red", "green", "blue")
-    with client.messages.stream(
-        model=MODEL, max_tokens=64, temperature=0, messages=chat("Paint it red."), **asked
-    ) as stream:
+    assert call.input["color"] in COLORS
+    with client.messages.stream(messages=chat("Paint it red."), **SETTINGS, **asked) as stream:
         (streamed,) = stream.get_final_message().content
     assert streamed.input == call.input
 
@@ -86,7 +76,7 @@ def test_errors(client):
     with pytest.raises(anthropic.NotFoundError):
         ask(client, chat(SPELL), model="other")
     with pytest.raises(anthropic.BadRequestError, match="temperature"):
-        ask(client, chat(SPELL), temperature=9)
+        ask(client, chat(SPELL), extra_body={"temperature": 9})
 
 
 def test_rate_limit(client, busy):

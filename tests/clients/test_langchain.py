@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Literal
 
-from tests.clients.server import KEY, MODEL, SEEN, SPELL, SPELT, STAR_CHAT
+import pytest
+from pydantic import BaseModel
+
+from tests.clients.server import KEY, MODEL, PAINT, SEEN, SPELL, SPELT, STAR_CHAT
 
 pytest.importorskip("langchain_openai")
 import openai
 from langchain_core.exceptions import ContextOverflowError
 from langchain_openai import ChatOpenAI
+
+
+class Painted(BaseModel):
+    """Paints a wall."""
+
+    color: Literal["red", "green", "blue"]
 
 
 def model_of(server, **parameters):
@@ -37,6 +46,19 @@ def test_stream(model):
 
 def test_batch(model):
     assert [answer.content for answer in model.batch([SPELL, STAR_CHAT])] == [SPELT, SEEN]
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_structured_output(model, method):
+    found = model.with_structured_output(Painted, method=method).invoke(STAR_CHAT)
+    assert isinstance(found, Painted)
+
+
+@pytest.mark.parametrize("choice", ["paint", "any"])
+def test_tool_call(model, choice):
+    bound = model.bind_tools([PAINT], tool_choice=choice, parallel_tool_calls=False)
+    (call,) = bound.invoke("Paint it red.").tool_calls
+    assert call["name"] == "paint" and Painted.model_validate(call["args"])
 
 
 def test_errors(server, model):

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import pytest
+from pydantic import BaseModel
 
-from tests.clients.server import KEY, MODEL, SEEN, SPELL, SPELT, STAR_CHAT, chat
+from tests.clients.server import KEY, MODEL, PAINT, SEEN, SPELL, SPELT, STAR_CHAT, chat
 
 litellm = pytest.importorskip("litellm")
+
+
+class Painted(BaseModel):
+    color: Literal["red", "green", "blue"]
 
 
 @pytest.fixture(params=["openai", "hosted_vllm"])
@@ -38,6 +44,18 @@ def test_stream(ask):
     whole = litellm.stream_chunk_builder(chunks)
     assert whole.choices[0].message.content == SEEN
     assert whole.choices[0].finish_reason == "stop" and whole.usage.completion_tokens > 0
+
+
+def test_structured_output(ask):
+    answer = ask(messages=STAR_CHAT, response_format=Painted)
+    assert Painted.model_validate_json(answer.choices[0].message.content)
+
+
+def test_tool_call(ask):
+    choice = {"type": "function", "function": {"name": "paint"}}
+    answer = ask(messages=chat("Paint it red."), tools=[PAINT], tool_choice=choice)
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "paint" and Painted.model_validate_json(call.function.arguments)
 
 
 def test_errors(ask):

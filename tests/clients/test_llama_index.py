@@ -1,25 +1,30 @@
 """LlamaIndex's OpenAILike."""
 
-from __future__ import annotations
-
 import base64
+from typing import Literal
 
 import pytest
+from pydantic import BaseModel
 
-from tests.clients.server import KEY, MODEL, SEE, SEEN, SPELL, SPELT, STAR
+from tests.clients.server import COLORS, KEY, MODEL, SEE, SEEN, SPELL, SPELT, STAR
 
 pytest.importorskip("llama_index.llms.openai_like")
 import openai
 from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
+from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
 
-STAR_MESSAGE = ChatMessage(
-    role="user",
-    blocks=[
-        ImageBlock(image=base64.b64decode(STAR), image_mimetype="image/png"),
-        TextBlock(text=SEE),
-    ],
-)
+STAR_BLOCK = ImageBlock(image=base64.b64decode(STAR), image_mimetype="image/png")
+STAR_MESSAGE = ChatMessage(role="user", blocks=[STAR_BLOCK, TextBlock(text=SEE)])
+
+
+class Painted(BaseModel):
+    color: Literal["red", "green", "blue"]
+
+
+def paint(color: Literal["red", "green", "blue"]) -> str:
+    """Paints a wall."""
+    return f"It is {color}."
 
 
 def model_of(server, **parameters):
@@ -44,6 +49,18 @@ def test_picture(model):
 
 def test_stream(model):
     assert "".join(piece.delta for piece in model.stream_chat([STAR_MESSAGE])) == SEEN
+
+
+def test_structured_output(server):
+    model = model_of(server, should_use_structured_outputs=True)
+    assert isinstance(model.as_structured_llm(Painted).chat([STAR_MESSAGE]).raw, Painted)
+
+
+def test_tool_call(model):
+    tool = FunctionTool.from_defaults(paint)
+    answer = model.chat_with_tools([tool], "Paint it red.", tool_required=True)
+    (call,) = model.get_tool_calls_from_response(answer)
+    assert call.tool_name == "paint" and call.tool_kwargs["color"] in COLORS
 
 
 def test_completions(server):
