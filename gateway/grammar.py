@@ -21,8 +21,9 @@ from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.errors import InvalidRequest
 from opticnerve.generation.grammars import compile_grammar, grammar_error
 
-# Between the parts of JSON. A model that may write white space without end sometimes does.
-WHITESPACE = r"[ \t\r\n]{1,64}"
+# Between the parts of JSON, as indented JSON has it. A model that may write white space without end
+# sometimes does.
+WHITESPACE = r"(\r?\n[ \t]{0,32}|[ \t]{1,4})"
 _RULE = re.compile(r"::=")  # Of GBNF; Lark has a single colon.
 _IN_REGEX = re.compile(r"\\.|/|\n|\r", re.DOTALL)
 
