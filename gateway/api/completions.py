@@ -113,6 +113,13 @@ class CompletionRequest(StructuredFields):
     )
 
     @model_validator(mode="after")
+    def _bounded(self) -> CompletionRequest:
+        choices = len(self.sources) * (self.n or 1)
+        if choices > MAX_PROMPTS:
+            raise fault("prompt", f"asks for {choices} choices, and at most {MAX_PROMPTS} are made")
+        return self
+
+    @model_validator(mode="after")
     def _marked(self) -> CompletionRequest:
         if self.images is None and self.image_marker is None:
             return self

@@ -135,7 +135,7 @@ MAX_SESSION_S = _fixed(3600.0, "seconds of one session", "`session_expired`, clo
 PING_S = _fixed(20.0, "seconds between pings, and for their answers", CLOSED)
 
 _heading("Generation")
-MAX_PROMPTS = _fixed(1024, "prompts of one completion request", InvalidRequest)
+MAX_PROMPTS = _fixed(1024, "prompts of one completion request, times `n`", InvalidRequest)
 MAX_PROMPTS_AT_ONCE = _fixed(16, "of these at once, each counted as a request in flight", WAITS)
 MAX_MARKER_CHARACTERS = _fixed(64, "characters of `image_marker`", InvalidRequest)
 _fixed(MAX_CHOICES, "choices (`n`), whatever the flag says", InvalidRequest)
@@ -162,7 +162,7 @@ MAX_LLM_DEATHS = _fixed(2, "LLM workers lost while they had one generation", Una
 _flag("max_answer_bytes", "bytes of an answer that is not streamed", AnswerTooLarge)
 
 _heading("Pictures")
-_flag("max_images", "pictures of one request", InvalidRequest, "too_many_images")
+_flag("max_images", "pictures of one prompt", InvalidRequest, "too_many_images")
 _flag("max_media_bytes", "bytes of one picture's file", PayloadTooLarge)
 _flag("max_image_pixels", "pixels of one picture", InvalidMedia)
 _flag("max_decode_passes", "pixels times passes of decoding one picture", InvalidMedia)

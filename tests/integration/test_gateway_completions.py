@@ -125,6 +125,7 @@ async def test_a_stop_string_and_timings(stream):
         ({"prompt": [[1], []]}, None, "prompt[1]"),
         ({"prompt": [[1], ["a"]]}, None, "prompt[1][0]"),
         ({"prompt": ["a"] * 2_000}, None, "prompt"),
+        ({"prompt": ["a"] * 100, "n": 11}, None, "prompt"),
         ({"prompt": ["a", "a word, " * 100_000]}, "context_length_exceeded", "prompt[1]"),
         ({"prompt": {}}, None, "prompt"),
         ({"prompt": ""}, None, "prompt"),
