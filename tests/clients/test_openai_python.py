@@ -158,6 +158,7 @@ def test_responses_tool_call(client):
 
 
 def test_realtime(client):
+    pytest.importorskip("websockets", reason="openai[realtime] is not installed")
     with client.realtime.connect(model=MODEL) as connection:
         session = {"type": "realtime", "output_modalities": ["text"]}
         connection.session.update(session=session)
