@@ -17,6 +17,8 @@ from opticnerve.errors import InvalidRequest
 HELLO = {"type": "input_text", "text": "Hello"}
 AUDIO = {"type": "input_audio", "audio": "AAAA"}
 TOOL = {"type": "function", "name": "look", "description": "Looks.", "parameters": {}}
+CALL = {"type": "function_call", "name": "look", "arguments": "{}"}
+MANY_VALUES = json.dumps({"a": [[]] * 70_000})
 
 
 def read(kind, **fields):
@@ -28,6 +30,10 @@ def read(kind, **fields):
 
 def item(**fields):
     return read("conversation.item.create", item={"type": "message", **fields})
+
+
+def call(**fields):
+    return read("conversation.item.create", item={**CALL, **fields})
 
 
 def update(**settings):
@@ -74,6 +80,11 @@ def test_audio_events_say_what_to_send_instead(kind):
         (read("conversation.item.create", item={"type": "mcp_call"}), "item.type", "unsupported"),
         (read("conversation.item.create", item={"type": "x"}), "item", None),
         (read("conversation.item.create", item=3), "item", None),
+        (call(arguments='{"a": '), "item.arguments", None),
+        (call(arguments="[]"), "item.arguments", None),
+        (call(arguments=MANY_VALUES), "item", None),
+        (create(input=[{**CALL, "arguments": "{"}]), "response.input[0].arguments", None),
+        (create(input=[CALL, {**CALL, "arguments": MANY_VALUES}]), "response.input", None),
         (read("conversation.item.delete"), "item_id", None),
         (create(input=[{"type": "message", "role": "user", "content": [AUDIO]}]),
          "response.input[0].content[0].type", "unsupported"),

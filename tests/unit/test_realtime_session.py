@@ -316,6 +316,44 @@ async def test_calls_of_functions_and_their_outputs():
         assert messages[2].tool_call_id == "call_1" and messages[2].content == "a cat"
 
 
+async def test_a_call_that_was_cut_off_is_not_shown_to_the_model():
+    async with Talk() as talk:
+        talk.pipeline.events = [
+            Text(0, "I look."),
+            ToolCallStart(0, 0, "call_1", "look"),
+            ToolCallArguments(0, 0, '{"at":'),
+            ChoiceEnd(0, "length"),
+        ]
+        await talk.user("Look.")
+        _, done = await talk.respond(tools=[TOOL])
+        assert done["status"] == "incomplete"
+        cut = done["output"][1]
+        assert cut["status"] == "incomplete" and cut["arguments"] == '{"at":'
+        await talk.say("conversation.item.delete", item_id=cut["id"])
+        again = {name: cut[name] for name in ("type", "id", "status", "name", "arguments")}
+        added, _ = await talk.say("conversation.item.create", item=again)
+        assert added["item"]["status"] == "incomplete"
+        talk.pipeline.events = HELLO
+        _, done = await talk.respond()
+        assert done["status"] == "completed"
+        shown = talk.pipeline.jobs[1].prompt.messages
+        assert [message.role for message in shown] == ["user", "assistant"]
+        assert shown[1].tool_calls is None
+
+
+async def test_arguments_of_all_calls_are_bounded_together():
+    async with Talk() as talk:
+        call = {
+            "type": "function_call",
+            "name": "look",
+            "arguments": json.dumps({"a": [[]] * 20_000}),
+        }
+        for _ in range(2):
+            await talk.say("conversation.item.create", item=call)
+        error = await talk.refused("response.create")
+        assert error["param"] == "response.input" and "65536 values" in error["message"]
+
+
 async def test_tools_that_cannot_be_chosen_are_refused():
     async with Talk() as talk:
         await talk.user("Hi")
@@ -474,6 +512,20 @@ async def test_bytes_of_a_session_count_with_those_of_all():
         item = {"type": "function_call_output", "call_id": "c", "output": "y"}
         error = await talk.refused("conversation.item.create", item=item)
         assert error["code"] == "overloaded"
+
+
+async def test_a_response_holds_its_items_until_its_prompt_is_rendered():
+    async with Talk() as talk:
+        talk.pipeline.gate.clear()
+        item = await talk.user({"type": "input_image", "image_url": "data:," + "A" * 2**20})
+        await talk.say("response.create")
+        await until(lambda: talk.pipeline.jobs)
+        await talk.say("conversation.item.delete", item_id=item)
+        assert talk.admission.bytes.held > 2**20
+        talk.pipeline.jobs[0].drop_prompt()
+        assert talk.admission.bytes.held < 2**20
+        talk.pipeline.gate.set()
+        await until(lambda: not talk.session.busy)
 
 
 async def test_a_client_that_has_left_ends_its_responses():

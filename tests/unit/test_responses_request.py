@@ -128,6 +128,13 @@ def test_reasoning_that_only_another_server_can_read_is_left_out() -> None:
     assert messages([user(text("?")), hidden]) == [{"role": "user", "content": ["?"]}]
 
 
+def test_a_call_that_was_cut_off_is_left_out() -> None:
+    cut = {**CALL, "call_id": "c2", "arguments": '{"at": ', "status": "incomplete"}
+    (asked, answered) = messages([user(text("?")), {**CALL, "status": "completed"}, cut])
+    assert asked["role"] == "user"
+    assert answered["tool_calls"] == [("c1", "look", '{"at": 1}')]
+
+
 def test_an_earlier_refusal_is_text() -> None:
     (message,) = request(
         [{"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}]
@@ -266,6 +273,8 @@ def test_what_is_not_supported(fields: dict[str, Any], param: str, said: str) ->
     [
         ({"input": None}, "input", "string"),
         ({"input": []}, "input", "at least 1"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input", "nothing to answer"),
+        ({"input": [{**CALL, "status": "done"}]}, "input[0].status", "'incomplete'"),
         ({"input": [{"content": "x"}]}, "input[0]", "should have the type message"),
         ({"input": [{"type": "massage"}]}, "input[0]", "should have the type message"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role", "'user'"),

@@ -8,7 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from gateway.api.realtime.items import AnyInputItem, AnyNewItem, ItemId
-from gateway.api.responses.items import RUNS_NO_TOOLS, UNSUPPORTED_ITEMS, UNSUPPORTED_PARTS
+from gateway.api.responses.items import (
+    RUNS_NO_TOOLS,
+    UNSUPPORTED_ITEMS,
+    UNSUPPORTED_PARTS,
+    check_calls,
+)
 from gateway.api.responses.request import Metadata
 from gateway.api.schemas.base import (
     INTEGRAL,
@@ -157,6 +162,11 @@ class ResponseSettings(ResponseDefaults):
     input: BoundedList[AnyInputItem] | None = None
     metadata: Metadata | None = None
 
+    @model_validator(mode="after")
+    def _readable_calls(self) -> ResponseSettings:
+        check_calls("input", {f"input[{i}]": new for i, new in enumerate(self.input or ())})
+        return self
+
 
 def _no_settings() -> ResponseSettings:
     return ResponseSettings.model_validate({})
@@ -177,6 +187,11 @@ class SessionUpdate(ClientEvent):
 class ItemCreate(ClientEvent):
     item: AnyNewItem
     previous_item_id: ItemId | None = None
+
+    @model_validator(mode="after")
+    def _readable_call(self) -> ItemCreate:
+        check_calls("item", {"item": self.item})
+        return self
 
 
 class ItemDelete(ClientEvent):

@@ -138,7 +138,7 @@ class Item:
 
     @classmethod
     def of(cls, given: MessageItem | CallItem | CallOutputItem) -> Item:
-        item = cls(given.id or new_id("item"), given)
+        item = cls(given.id or new_id("item"), given, given.status or "completed")
         item.size += sum(map(held_bytes, texts(given)))
         for part in given.content if isinstance(given, MessageItem) else ():
             item.size += VALUE_BYTES

@@ -29,7 +29,7 @@ from gateway.api.realtime.client_events import (
 from gateway.api.realtime.conversation import Conversation
 from gateway.api.realtime.items import Item, ItemReference, new_id, transcript_of
 from gateway.api.realtime.writer import ResponseWriter, ServerEvent, with_ids
-from gateway.api.schemas.messages import rendering_size
+from gateway.api.schemas.messages import check_arguments, rendering_size
 from gateway.api.schemas.sampling import SamplingFields
 from gateway.clock import Deadline, expired
 from gateway.edge.admission import Ticket
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from gateway.app import Gateway
 
 PATH = "/v1/realtime"
-OFF_LOOP_ITEMS = 64  # A prompt of more items is made in a thread.
+OFF_LOOP_BYTES = 2**17  # A prompt whose items hold more is made in a thread.
 NUMBER_CHARACTERS = 8  # At the end of a response's request id: which of the session's it is.
 
 
@@ -79,7 +79,7 @@ class Client:
 
 class RunningResponse:
     """A response under way, up to its last events. ``prompt``: until its job has it.
-    ``input_bytes``: the bytes of items that came with it."""
+    ``input_bytes``: of its items, which the conversation holds too, but may free before."""
 
     def __init__(
         self, writer: ResponseWriter, request_id: str, prompt: ChatPrompt, input_bytes: int
@@ -241,7 +241,8 @@ class Session:
         settings = self._settings.merged(given)
         tools = settings.tool_use()
         items = tuple(self.conversation) if given.input is None else self._input(given)
-        prompt = await off_loop_above(OFF_LOOP_ITEMS, len(items), _prompt, settings, tools, items)
+        size = sum(item.size for item in items)
+        prompt = await off_loop_above(OFF_LOOP_BYTES, size, _prompt, settings, tools, items)
         writer = ResponseWriter(
             self.conversation if given.conversation == "auto" else None,
             settings.max_output_tokens or "inf",
@@ -250,8 +251,7 @@ class Session:
         self._count += 1
         number = f"-{self._count}"
         identity = self._client.request_id[: logs.MAX_ID - NUMBER_CHARACTERS] + number
-        input_bytes = 0 if given.input is None else sum(item.size for item in items)
-        response = RunningResponse(writer, identity, prompt, input_bytes)
+        response = RunningResponse(writer, identity, prompt, size)
         del prompt, items, given  # Frees pictures that came with the response once it is rendered.
         self._responses[writer.id] = response
         await self._emit(writer.begin())
@@ -354,13 +354,15 @@ def stopping() -> Unavailable:
 def _prompt(
     settings: ResponseDefaults, tools: ToolUse | None, items: tuple[Item, ...]
 ) -> ChatPrompt:
-    """Raises InvalidRequest if there is nothing to answer."""
+    """Raises InvalidRequest if there is nothing to answer, or the calls are too large."""
     transcript = transcript_of(settings.instructions, items)
     if not transcript.messages:
         raise InvalidRequest(
             "there is nothing to answer; create an item first, or give instructions or input",
             param="response.input",
         )
+    calls = (call for message in transcript.messages for call in message.tool_calls or ())
+    check_arguments("response.input", (call.function.arguments for call in calls))
     shown = tools.tools if tools else ()
     return ChatPrompt(
         messages=transcript.messages,

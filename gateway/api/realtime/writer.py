@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from gateway.api.realtime.conversation import Conversation
-from gateway.api.realtime.items import Given, Item, new_id
+from gateway.api.realtime.items import Given, Item, ItemStatus, new_id
 from gateway.api.responses.items import AnswerText, InputCall, InputMessage
 from gateway.output.events import (
     AnswerEvent,
@@ -61,7 +61,7 @@ class ResponseWriter:
                     yield from self._text(text)
             case ToolCallStart():
                 yield from self._close_item("completed")
-                yield from self._open_item(_call(event.name, event.call_id, ""))
+                yield from self._open_item(_call(event.name, event.call_id, "", "in_progress"))
             case ToolCallArguments(text=text):
                 yield from self._delta("response.function_call_arguments.delta", text)
             case ChoiceEnd():
@@ -114,7 +114,7 @@ class ResponseWriter:
         item.status = status
         if isinstance(item.given, InputCall):
             name = item.given.name
-            item.given = _call(name, item.given.call_id, text)
+            item.given = _call(name, item.given.call_id, text, status)
             yield self._about(
                 "response.function_call_arguments.done", **place, name=name, arguments=text
             )
@@ -167,9 +167,9 @@ def _message(*texts: str) -> InputMessage:
     return InputMessage.model_construct(role="assistant", content=parts)
 
 
-def _call(name: str, call_id: str, arguments: str) -> InputCall:
+def _call(name: str, call_id: str, arguments: str, status: ItemStatus) -> InputCall:
     return InputCall.model_construct(
-        type="function_call", name=name, call_id=call_id, arguments=arguments
+        type="function_call", name=name, call_id=call_id, arguments=arguments, status=status
     )
 
 

@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from gateway.api.schemas.base import BoundedList, Strict, Unused
-from gateway.api.schemas.messages import Part, PictureSettings, RefusalPart, Source, type_tag
+from gateway.api.schemas.messages import (
+    Part,
+    PictureSettings,
+    RefusalPart,
+    Source,
+    check_arguments,
+    read_arguments,
+    type_tag,
+)
 from opticnerve.errors import UnsupportedFeature
 
 UNSUPPORTED_PARTS: dict[str, str] = {
@@ -88,8 +96,15 @@ class InputCall(ItemFields):
     call_id: str
     name: str
     arguments: str = Field(description="A JSON object as text.")
+    status: Literal["completed", "incomplete", "in_progress"] | None = Field(
+        None, description="A call that is not completed is left out: it was cut off."
+    )
     namespace: Unused = None
     caller: Unused = None
+
+    @property
+    def is_complete(self) -> bool:
+        return self.status in (None, "completed")
 
 
 class InputCallOutput(ItemFields):
@@ -163,6 +178,19 @@ UNSUPPORTED_ITEMS: dict[str, str] = {
     ),
 }  # fmt: skip
 """Types of items that OpenAI's API takes and this server does not, with advice."""
+
+
+def check_calls(param: str, items: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest for complete calls whose arguments are no objects, or hold too many
+    values together. ``param``: the field that has the ``items``, which are by their paths."""
+    calls = {
+        path: item
+        for path, item in items.items()
+        if isinstance(item, InputCall) and item.is_complete
+    }
+    check_arguments(param, (call.arguments for call in calls.values()))
+    for path, call in calls.items():
+        read_arguments(call.arguments, f"{path}.arguments")
 
 
 def check_supported(items: Any) -> None:

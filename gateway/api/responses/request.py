@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from gateway.api.responses.items import InputCall, InputItem, check_supported
+from gateway.api.responses.items import InputItem, check_calls, check_supported
 from gateway.api.responses.settings import (
     ReasoningSettings,
     ResponsesToolChoice,
@@ -24,14 +24,13 @@ from gateway.api.schemas.base import (
     BoundedList,
     UnsupportedField,
     at_most,
+    fault,
     no_larger,
 )
 from gateway.api.schemas.generate import GenerateFields, OutputLength
 from gateway.api.schemas.messages import (
     SHOWN_TOOLS,
     ProcessorSettings,
-    check_arguments,
-    read_arguments,
     rendering_size,
 )
 from gateway.edge.limits import (
@@ -148,12 +147,10 @@ class ResponsesRequest(GenerateFields):
     @model_validator(mode="after")
     def _readable(self) -> ResponsesRequest:
         """Translates the input here, so that a long one does not keep the event loop waiting."""
-        items = () if isinstance(self.input, str) else self.input
-        calls = [(i, item) for i, item in enumerate(items) if isinstance(item, InputCall)]
-        check_arguments("input", (call.arguments for _, call in calls))
-        for i, call in calls:
-            read_arguments(call.arguments, f"input[{i}].arguments")
-        assert self.transcript.messages
+        if not isinstance(self.input, str):
+            check_calls("input", {f"input[{i}]": item for i, item in enumerate(self.input)})
+        if not self.transcript.messages:
+            raise fault("input", "holds nothing to answer; send a message")
         return self
 
     @property

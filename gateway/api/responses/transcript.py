@@ -84,7 +84,7 @@ class Transcript:
             case InputMessage():
                 self.end_turn()
                 self._message(item.role, self._content(item.content, f"{path}.content"))
-            case InputCall():
+            case InputCall() if item.is_complete:
                 self._called[item.call_id] = item.name
                 function = FunctionCall(name=item.name, arguments=item.arguments)
                 self._turn.calls.append(ToolCall(id=item.call_id, function=function))

@@ -297,16 +297,19 @@ def _arguments(text: str, param: str) -> Any:
     return value
 
 
-def check_arguments(field: str, arguments: Iterable[str | dict[str, Any]]) -> None:
+def check_arguments(param: str, arguments: Iterable[str | dict[str, Any]]) -> None:
     """Bounds the arguments of all calls together: JSON inside a string, which ``count_values``
-    of the body skips. Raises PydanticCustomError."""
+    of the body skips. ``param``: the field that has the calls. Raises InvalidRequest."""
     left = MAX_ARGUMENT_VALUES
     for each in arguments:
         if isinstance(each, str):
             left -= count_values(each.encode("utf-8", "replace"), left)
         if left < 0:
-            most = f"should have at most {MAX_ARGUMENT_VALUES} values"
-            raise fault(field, f"the arguments of all tool calls {most}")
+            raise InvalidRequest(
+                f"{param}: the arguments of all tool calls should have at most "
+                f"{MAX_ARGUMENT_VALUES} values; leave out earlier calls",
+                param=param,
+            )
 
 
 class ProcessorSettings(Strict):
