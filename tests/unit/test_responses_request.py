@@ -246,6 +246,8 @@ def test_functions() -> None:
         ({"messages": []}, "messages", "input"),
         ({"response_format": {"type": "json_object"}}, "response_format", "text.format"),
         ({"guided_regex": "a"}, "guided_regex", "text.format"),
+        ({"return_token_ids": True, "stream": True}, "return_token_ids", "/v1/chat/completions"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs", "/v1/chat/completions"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", '"web_search"'),
         ({"tools": [SEE, {"type": "mcp", "server_label": "x"}]}, "tools[1].type", '"mcp"'),
         ({"tools": [SEE], "tool_choice": {"type": "file_search"}}, "tool_choice.type", "function"),

@@ -92,6 +92,8 @@ _UNSUPPORTED = {
     "reasoning_effort": UnsupportedField((), "use reasoning.effort"),
     "verbosity": UnsupportedField(("medium",), "use text.verbosity"),
     "logprobs": UnsupportedField((False,), f'use include: ["{LOGPROBS}"]'),
+    "prompt_logprobs": UnsupportedField((), "use /v1/chat/completions"),
+    "return_token_ids": UnsupportedField((False,), "use /v1/chat/completions"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -56,12 +57,6 @@ class GenerateFields(SamplingFields):
         description="Lower runs first. The minimum is 0, or the API key's own; the default is 0, "
         "or that minimum if it is higher.",
     )
-    prompt_logprobs: NumLogprobs | None = Field(
-        None,
-        description="The log-probabilities of each token of the prompt, and of so many of the most "
-        "likely tokens at its place. Not in a stream. A prompt that has them reads no cached "
-        "prefix.",
-    )
     cache_salt: CacheSalt | None = Field(
         None,
         description="Only requests with the same salt share cached prefixes and pictures and, "
@@ -83,20 +78,9 @@ class GenerateFields(SamplingFields):
     spaces_between_special_tokens: bool = Field(
         True, description="Has no effect: texts have no spaces but those of the tokens."
     )
-    return_token_ids: bool = Field(
-        False,
-        description="Each choice has `token_ids`, also of tokens whose text is not shown; the "
-        "prompt's are `prompt_token_ids`.",
-    )
     return_tokens_as_token_ids: bool = Field(
         False, description="Log-probabilities name tokens as `token_id:` and the id."
     )
-
-    @model_validator(mode="after")
-    def _whole_prompt(self) -> GenerateFields:
-        if self.stream and self.prompt_logprobs is not None:
-            raise fault("prompt_logprobs", "is not in a stream; leave stream out")
-        return self
 
     @property
     def without_effect(self) -> Iterator[str]:
@@ -133,11 +117,39 @@ class GenerateFields(SamplingFields):
             max_tokens=max_tokens,
             max_tokens_field=max_tokens_field,
             top_logprobs=top_logprobs,
-            prompt_logprobs=self.prompt_logprobs,
             priority=self.priority,
             cache_salt=self.cache_salt or "",
             running_usage=self.running_usage,
             truncation=self.truncation,
-            token_ids=self.return_token_ids,
             tokens_as_ids=self.return_tokens_as_token_ids,
+        )
+
+
+class TokenFields(GenerateFields):
+    """What an answer shows of tokens, its own and the prompt's."""
+
+    prompt_logprobs: NumLogprobs | None = Field(
+        None,
+        description="The log-probabilities of each token of the prompt, and of so many of the most "
+        "likely tokens at its place. Not in a stream. A prompt that has them reads no cached "
+        "prefix.",
+    )
+    return_token_ids: bool = Field(
+        False,
+        description="Each choice has `token_ids`, also of tokens whose text is not shown; the "
+        "prompt's are `prompt_token_ids`.",
+    )
+
+    @model_validator(mode="after")
+    def _whole_prompt(self) -> TokenFields:
+        if self.stream and self.prompt_logprobs is not None:
+            raise fault("prompt_logprobs", "is not in a stream; leave stream out")
+        return self
+
+    def generation_options(
+        self, max_tokens: int | None, max_tokens_field: str, top_logprobs: int | None
+    ) -> GenerationOptions:
+        options = super().generation_options(max_tokens, max_tokens_field, top_logprobs)
+        return replace(
+            options, prompt_logprobs=self.prompt_logprobs, token_ids=self.return_token_ids
         )

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
 from gateway.api.schemas.base import Strict, Unused, fault
-from gateway.api.schemas.generate import GenerateFields
+from gateway.api.schemas.generate import TokenFields
 from gateway.job import FormatKind, GenerationOptions, OutputFormat
 from opticnerve.errors import UnsupportedFeature
 
@@ -112,7 +112,7 @@ class StructuredOutputs(Strict):
 NOTHING = StructuredOutputs.model_validate({})
 
 
-class StructuredFields(GenerateFields):
+class StructuredFields(TokenFields):
     """At most one of them asks for a form."""
 
     response_format: ResponseFormat | None = None
