@@ -162,6 +162,7 @@ class AnswerForms:
                 form=form,
                 names=frozenset(tool.name for tool in use.tools) if use else frozenset(),
                 several=use is None or use.parallel,
+                calls_only=use is not None and use.mode in (CallMode.REQUIRED, CallMode.NAMED),
                 show_reasoning=options.reasoning,
             )
 

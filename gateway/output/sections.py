@@ -32,16 +32,19 @@ class Sections:
         form: CallForm | None = None,
         names: frozenset[str] = frozenset(),
         several: bool = True,
+        calls_only: bool = False,
         show_reasoning: bool = True,
     ) -> None:
         """``thinking``: a reader of reasoning; None: there is none. ``form``: of calls of the tools
-        ``names``; None: calls are text. ``several``: whether there may be more than one."""
+        ``names``; None: calls are text. ``several``: whether there may be more than one.
+        ``calls_only``: what is no call is the beginning of one that was cut off, and not shown."""
         self.ended = False
         self._choice = choice
         self._thinking = thinking
         self._form = form
         self._calls = None if form is None else form.reader(names)
         self._several = several
+        self._calls_only = calls_only
         self._show_reasoning = show_reasoning
         self._index = -1  # Of the last call.
         self._open = False  # It is not complete.
@@ -86,7 +89,7 @@ class Sections:
         choice = self._choice
         match section.kind:
             case SectionKind.TEXT:
-                return Text(choice, section.text)
+                return None if self._calls_only else Text(choice, section.text)
             case SectionKind.REASONING:
                 return Reasoning(choice, section.text) if self._show_reasoning else None
             case SectionKind.CALL:

@@ -245,3 +245,11 @@ def test_the_flags_name_what_there_is() -> None:
     choices = {each.name: each.spec.choices for each in options(GatewayConfig)}
     assert choices["tool_parser"] == ("auto", "none", *FORMS)
     assert choices["reasoning_parser"] == ("auto", "none", *MARKS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_call_that_must_be_made_and_is_cut_before_its_name_is_no_text(form: str) -> None:
+    for cut in ('{"name": "f", "para', '<tool_call>\n{"name": "f', '[TOOL_CALLS][{"na', "[f"):
+        assert read(sections(form, calls_only=True), [cut]) == []
+    thought = sections(form, Thinking.INSIDE, calls_only=True)
+    assert read(thought, ["Hm.</think>\n\n", '{"na']) == [("reasoning", "Hm.")]
