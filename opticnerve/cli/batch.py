@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
 import sys
@@ -40,8 +41,8 @@ EPILOG = (
     "A line of IN: "
     '{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}. '
     "The answers are in the order in which they come; custom_id tells which is which. Exit status: "
-    "0 if every request has an answer, 1 if some failed or the server was lost, 2 if nothing was "
-    "asked."
+    "0 if every request has an answer, 1 if some failed or the server was lost, 2 if it could not "
+    "begin, or its files could not be read or written."
 )
 RETRIED = frozenset({408, 429, 502, 503})  # Another attempt may succeed.
 REFUSING = frozenset({401, 403})  # All requests would be refused.
@@ -87,7 +88,8 @@ def parser() -> Parser:
         metavar="SECONDS",
         type=number_type(float),
         default=600.0,
-        help="how long a request is sent again while the server is busy or away (default: 600)",
+        help="how long a request is sent again while the server is busy or away; then it has "
+        "failed if the server answers others, and else the batch stops (default: 600)",
     )
     how.add_argument(
         "--answer-timeout-s",
@@ -148,7 +150,8 @@ class Settings:
 @dataclass
 class Work:
     """A batch: its files, and which of its requests are answered. ``stopped``: why it ends early;
-    what is left is asked when it is given again."""
+    what is left is asked when it is given again. ``answered_at``: when the server last answered.
+    ``doubted``: a request that was lost since then, or whose server was."""
 
     settings: Settings
     answers: AnswerFile
@@ -157,6 +160,8 @@ class Work:
     answered: set[bytes] = field(default_factory=set)
     failed: int = 0
     stopped: str = ""
+    answered_at: float = -math.inf  # As time.monotonic() has it.
+    doubted: RequestLost | None = None
 
     @property
     def left(self) -> int:
@@ -168,7 +173,25 @@ class Work:
             if request.digest not in self.answered:
                 yield request
 
-    def add(self, request: BatchRequest, answer: Mapping[str, Any]) -> None:
+    def answer(self, request: BatchRequest, answer: Mapping[str, Any]) -> None:
+        """Adds what the server answered, which shows that a doubted request failed by itself."""
+        self.answered_at = time.monotonic()
+        if self.doubted is not None:
+            self._add(self.doubted.request, self.doubted.line)
+            self.doubted = None
+        self._add(request, answer)
+
+    def lose(self, lost: RequestLost) -> None:
+        """Adds a request that the server did not answer, though it answered others meanwhile.
+        Otherwise the next request tells which of the two is lost. Raises ServerLost."""
+        if self.answered_at >= lost.since:
+            self._add(lost.request, lost.line)
+        elif self.doubted is None:
+            self.doubted = lost
+        else:
+            raise ServerLost(str(lost))
+
+    def _add(self, request: BatchRequest, answer: Mapping[str, Any]) -> None:
         failed = has_failed(answer)
         (self.errors if failed else self.answers).append(answer)
         self.answered.add(request.digest)
@@ -235,6 +258,8 @@ async def run(work: Work, url: str) -> None:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(settings.concurrency, work.left)):
                         group.create_task(_answer_all(http, work, todo, bar))
+                if work.doubted is not None:
+                    work.stopped = str(work.doubted)
             except* ServerLost as lost:
                 work.stopped = str(lost.exceptions[0])
             except* StartupError as errors:
@@ -243,6 +268,15 @@ async def run(work: Work, url: str) -> None:
 
 class ServerLost(Exception):
     """The server has not answered for as long as a request is sent again, or refuses the key."""
+
+
+class RequestLost(Exception):
+    """A request has no answer, for as long as it is sent again. ``since``: when it was first sent.
+    ``line``: its line of the output, unless the server is lost."""
+
+    def __init__(self, request: BatchRequest, since: float, line: Mapping[str, Any], why: str):
+        super().__init__(why)
+        self.request, self.since, self.line = request, since, line
 
 
 async def _greet(http: httpx2.AsyncClient, url: str) -> None:
@@ -260,34 +294,39 @@ async def _answer_all(
 ) -> None:
     """Takes requests from ``todo``, which others take from too, until there are none."""
     for request in todo:
-        work.add(request, await _answer(http, request, work.settings.retry_s))
+        try:
+            work.answer(request, await _answer(http, request, work.settings.retry_s))
+        except RequestLost as lost:
+            work.lose(lost)
         bar.set_postfix(failed=work.failed, refresh=False)
-        bar.update()
+        bar.update(len(work.answered) - bar.n)
 
 
 async def _answer(
     http: httpx2.AsyncClient, request: BatchRequest, retry_s: float
 ) -> Mapping[str, Any]:
     """The line that answers ``request``. It is sent again while the server is busy or away, up to
-    ``retry_s`` after the first such attempt. Raises ServerLost if it then has no answer."""
+    ``retry_s`` after the first such attempt. Raises RequestLost if it then has no answer, and
+    ServerLost if the key is refused."""
     body = json.dumps(request.body, separators=(",", ":")).encode()
-    deadline, attempt = None, 0
+    since, deadline, attempt = time.monotonic(), None, 0
     while True:
-        answer, lost = None, ""
+        answer, why = None, ""
         try:
             answer = await http.post(request.url, content=body)
         except httpx2.RequestError as error:
-            lost = _why(error)
-        if answer is not None and answer.status_code in REFUSING:
-            raise ServerLost(error_of(answer).message)
-        if answer is not None and answer.status_code not in RETRIED:
-            return _line(request, answer)
+            why = _why(error)
+        else:
+            if answer.status_code in REFUSING:
+                raise ServerLost(error_of(answer).message)
+            if answer.status_code not in RETRIED:
+                return _line(request, answer)
+            why = f"{answer.status_code}: {error_of(answer).message}"
         now = time.monotonic()
         deadline = now + retry_s if deadline is None else deadline
         if now >= deadline:
-            if answer is None:
-                raise ServerLost(f"no answer from the server for {retry_s:g} s ({lost})")
-            return _line(request, answer)
+            why = f"no answer from the server for {retry_s:g} s ({why})"
+            raise RequestLost(request, since, _lost_line(request, answer, why), why)
         await asyncio.sleep(min(_delay_s(answer, attempt), deadline - now))
         attempt += 1
 
@@ -315,6 +354,15 @@ def _line(request: BatchRequest, answer: httpx2.Response) -> Mapping[str, Any]:
             "body": body,
         },
     )
+
+
+def _lost_line(
+    request: BatchRequest, answer: httpx2.Response | None, why: str
+) -> Mapping[str, Any]:
+    """The line of a request that was not answered: the server's last refusal, if it has one."""
+    if answer is not None:
+        return _line(request, answer)
+    return answer_line(request.custom_id, None, {"code": "connection_lost", "message": why})
 
 
 def _why(error: httpx2.RequestError) -> str:

@@ -137,8 +137,8 @@ def answer_line(
     response: Mapping[str, Any] | None,
     error: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A line of the output. ``response``: status_code, request_id and body; None for an answer that
-    is no JSON, which ``error`` describes."""
+    """A line of the output. ``response``: status_code, request_id and body; None where there is no
+    answer, or none of JSON, which ``error`` describes."""
     identity = f"{ID_PREFIX}{uuid.uuid4().hex}"
     return {"id": identity, "custom_id": custom_id, "response": response, "error": error}
 

@@ -181,28 +181,61 @@ def test_retry_after_is_obeyed(here, monkeypatch):
     assert len(waited) == 2 and all(7 <= seconds <= 8.75 for seconds in waited)
 
 
-def test_a_server_that_stays_busy_is_an_answer(here):
-    write(here / "in.jsonl", line("a"))
-    with Server(lambda *_: (429, {}, '{"error": {}}')).url() as url:
-        assert batch("--url", url, "--retry-s", 0) == 1
-    assert read(here / "out.jsonl")[0]["response"]["status_code"] == 429
+LOST = [(429, {}, '{"error": {"message": "busy"}}'), (503, {}, "{}"), None]
 
 
-def test_a_server_that_is_lost_ends_the_batch_which_goes_on_later(here, capsys):
+@pytest.mark.parametrize("lost", LOST)
+def test_one_request_that_is_lost_does_not_end_the_batch(lost, here, capsys):
+    """Neither where another is answered while it is asked, nor where the next one is."""
+    answered = threading.Event()
+
+    def script(path, body):
+        if body["of"] == "lost":
+            assert answered.wait(10)
+            return lost
+        answered.set()
+        return 200, {}, "{}"
+
+    write(here / "in.jsonl", *map(line, ["lost", "a"]))
+    with Server(script).url() as url:
+        for concurrency, retry_s in ((2, 0.1), (1, 0)):
+            (here / "out.jsonl").unlink(missing_ok=True)
+            assert batch("--url", url, "--retry-s", retry_s, "--concurrency", concurrency) == 1
+            assert "2 requests: 1 answered, 1 failed" in capsys.readouterr().err
+            answers = {each["custom_id"]: each for each in read(here / "out.jsonl")}
+            assert len(answers) == 2
+            if lost is None:
+                assert answers["lost"]["error"]["code"] == "connection_lost"
+            else:
+                assert answers["lost"]["response"]["status_code"] == lost[0]
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_a_server_that_is_lost_ends_the_batch_which_goes_on_later(lost, here, capsys):
     write(here / "in.jsonl", *map(line, "abc"))
 
     def script(path, body):
-        return (200, {}, "{}") if body["of"] == "a" else None
+        return (200, {}, "{}") if body["of"] == "a" else lost
 
     with Server(script).url() as url:
-        assert batch("--url", url, "--retry-s", 0, "--concurrency", 1) == 1
-    said = capsys.readouterr().err
-    assert "no answer from the server for 0 s" in said and "2 of 3 requests are left" in said
+        for left in (2, 2):
+            assert batch("--url", url, "--retry-s", 0, "--concurrency", 1) == 1
+            said = capsys.readouterr().err
+            assert "no answer from the server for 0 s" in said
+            assert f"{left} of 3 requests are left" in said
     assert [each["custom_id"] for each in read(here / "out.jsonl")] == ["a"]
     server = Server()
     with server.url() as url:
         assert batch("--url", url) == 0
     assert sorted(body["of"] for _, body in server.asked) == ["b", "c"]
+
+
+def test_the_only_request_is_lost(here, capsys):
+    write(here / "in.jsonl", line("a"))
+    with Server(lambda *_: None).url() as url:
+        assert batch("--url", url, "--retry-s", 0) == 1
+    assert "1 of 1 requests are left" in capsys.readouterr().err
+    assert read(here / "out.jsonl") == []
 
 
 def test_a_key_that_is_refused_asks_nothing(here, capsys):
