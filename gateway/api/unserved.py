@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from starlette.routing import BaseRoute
 
+from gateway.api.anthropic.errors import is_anthropic
 from opticnerve.errors import NotFound
 from opticnerve.telemetry.logs import printable
 
@@ -59,25 +60,28 @@ UNSERVED: dict[str, str] = {
 
 
 def not_found(path: str, routes: Sequence[BaseRoute]) -> NotFound:
-    """The error of a request to ``path``, where no route is. ``routes``: those that there are."""
+    """The error of a request to ``path``, where no route is, or none for WebSockets. ``routes``:
+    those that there are."""
     served = [str(getattr(route, "path", "")) for route in routes]
     shown = printable(path, MAX_SHOWN_PATH)
+    if path in served:
+        return NotFound(f"{shown} is no WebSocket; /v1/realtime is one", code="not_served")
     near = _with_one_v1(path)
     if near in served:
-        return NotFound(
-            f"there is no {shown} here, but {near}: a client's base URL ends in /v1, once",
-            code="not_served",
-        )
+        advice = "a client's base URL ends in /v1, once"
+        if path.startswith("/v1/v1/") and is_anthropic(near):
+            advice = "Anthropic's clients take the base URL without /v1"
+        return NotFound(f"there is no {shown} here, but {near}: {advice}", code="not_served")
     apis = sorted({path for path in served if path.startswith("/v1/") and "{" not in path})
     parents = [path[:at] for at, char in enumerate(f"{path}/") if char == "/"]
-    advice = next((UNSERVED[each] for each in reversed(parents) if each in UNSERVED), None)
-    if advice is None:
+    instead = next((UNSERVED[each] for each in reversed(parents) if each in UNSERVED), None)
+    if instead is None:
         return NotFound(
             f"there is no {shown} here; this server serves {', '.join(apis)}; /docs describes them",
             code="not_served",
         )
     return NotFound(
-        f"{shown} is not served: {advice}; this server serves {', '.join(apis)}",
+        f"{shown} is not served: {instead}; this server serves {', '.join(apis)}",
         code="not_served",
     )
 

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
 
 from tests.gateways import connected, stack
 
@@ -38,6 +40,33 @@ async def test_what_is_not_served(path, advice):
             assert (answer.status_code, error["code"]) == (404, "not_served")
             assert error["type"] == "not_found_error" and error["param"] is None
             assert advice in error["message"] and "/v1/chat/completions" in error["message"]
+
+
+async def test_anthropics_clients_take_a_base_url_without_v1():
+    """The clients themselves add /v1; those that do not are told of it as OpenAI's are."""
+    async with stack(encoders=0, llms=0, ready=False) as s:
+        for path, advice in (
+            ("/v1/v1/messages", "Anthropic's clients take the base URL without /v1"),
+            ("/v1/v1/messages/count_tokens", "Anthropic's clients take the base URL without /v1"),
+            ("/messages", "ends in /v1, once"),
+        ):
+            answer = await s.client.post(path, json={})
+            told = answer.json()
+            assert answer.status_code == 404 and told["type"] == "error"
+            assert told["error"]["type"] == "not_found_error"
+            assert advice in told["error"]["message"]
+            assert told["request_id"] == answer.headers["request-id"]
+
+
+async def test_a_path_that_is_no_websocket():
+    async with stack(encoders=0, llms=0, ready=False) as s:
+        url = str(s.client.base_url).replace("http", "ws", 1)
+        for path in ("/v1/messages", "/v1/responses"):
+            with pytest.raises(InvalidStatus) as refused:
+                await connect(f"{url}{path}")
+            answer = refused.value.response
+            message = json.loads(answer.body)["error"]["message"]
+            assert answer.status_code == 404 and f"{path} is no WebSocket" in message
 
 
 async def test_the_body_is_not_waited_for():

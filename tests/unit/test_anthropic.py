@@ -512,5 +512,5 @@ def test_a_failed_stream_ends_with_an_event() -> None:
 
 
 def test_the_path_decides() -> None:
-    assert all(map(is_anthropic, ("/v1/messages", "/v1/messages/batches")))
-    assert not any(map(is_anthropic, ("/v1/messages2", "/v1/chat/completions", "/")))
+    assert all(map(is_anthropic, ("/v1/messages", "/v1/messages/batches", "/v1/v1/messages")))
+    assert not any(map(is_anthropic, ("/v1/messages2", "/v1/chat/messages", "/")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, NotRequired
 
 from pydantic import Field
@@ -10,6 +11,8 @@ from typing_extensions import TypedDict
 from opticnerve.errors import OpticNerveError
 
 PATH = "/v1/messages"
+PATHS = re.compile(r"(/v1){0,2}/messages(/.*)?", re.DOTALL)
+"""Those below PATH, and those that a client with a wrong base URL asks for."""
 
 TYPES = {
     401: "authentication_error",
@@ -51,7 +54,7 @@ class AnthropicError(TypedDict):
 
 def is_anthropic(path: str) -> bool:
     """Whether answers on this path are in the shape of Anthropic's API."""
-    return path == PATH or path.startswith(PATH + "/")
+    return PATHS.fullmatch(path) is not None
 
 
 def anthropic_type(status: int) -> str:
