@@ -267,6 +267,21 @@ def test_what_is_refused(fields: dict[str, Any], param: str, told: str) -> None:
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [turn("user", {"type": "document"})]},
+        {"messages": [turn("user", {"type": "web_search_tool_result"})]},
+        {"messages": [turn("user", {"type": "image", "source": {"type": "file"}})]},
+        {"tools": [{"type": "bash_20250124", "name": "bash"}]},
+    ],
+)
+def test_what_is_unsupported_has_the_code_of_it(fields: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedFeature) as caught:
+        request(**fields)
+    assert caught.value.code == "unsupported"
+
+
 @pytest.mark.parametrize("field", ["container", "mcp_servers", "thread"])
 def test_what_needs_anthropics_servers_is_refused(field: str) -> None:
     with pytest.raises(UnsupportedFeature) as caught:

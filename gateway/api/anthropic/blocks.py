@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from gateway.api.schemas.base import BoundedList, Strict, Unused, fault
+from gateway.api.schemas.base import UNSUPPORTED_KIND, BoundedList, Strict, Unused, fault
 from gateway.api.schemas.messages import Part, Source, TextPart, type_tag
 
 _RUNS_NO_TOOLS = "this server runs no tools itself; leave the block out"
@@ -49,7 +49,8 @@ class UrlSource(Strict):
 def _no_file(value: Any) -> Any:
     if isinstance(value, dict) and value.get("type") == "file":
         raise PydanticCustomError(
-            "file", "uploaded files are not supported; send the picture as base64, or its url"
+            UNSUPPORTED_KIND,
+            "uploaded files are not supported; send the picture as base64, or its url",
         )
     return value
 
@@ -102,7 +103,7 @@ def _supported(value: Any) -> Any:
         kind, instead = "of server tools' results", _RUNS_NO_TOOLS
     if instead is not None:
         message = "blocks of type {kind} are not supported; {instead}"
-        raise PydanticCustomError("unsupported", message, {"kind": kind, "instead": instead})
+        raise PydanticCustomError(UNSUPPORTED_KIND, message, {"kind": kind, "instead": instead})
     return value
 
 

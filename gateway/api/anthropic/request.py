@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from gateway.api.anthropic.blocks import AnthropicTurn, TextBlock
 from gateway.api.schemas.base import (
     INTEGRAL,
+    UNSUPPORTED_KIND,
     Body,
     BoundedList,
     Strict,
@@ -46,7 +47,7 @@ def _own_tool(value: Any) -> Any:
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind != "custom":
         raise PydanticCustomError(
-            "tool",
+            UNSUPPORTED_KIND,
             "tools of type {kind} are not supported by this server; describe a tool of your own "
             "by name, description and input_schema",
             {"kind": kind[:40] if kind.isprintable() else "other than custom"},

@@ -58,6 +58,10 @@ Unused = Annotated[Any, AfterValidator(lambda _: None)]
 """Any JSON, which is dropped: for fields that clients send and that have no effect here."""
 
 
+UNSUPPORTED_KIND = "unsupported"
+"""The type of a PydanticCustomError for what other servers take and this one does not."""
+
+
 def fault(name: str, message: str) -> PydanticCustomError:
     """The error of a validator that compares several fields, attributed to the field ``name``."""
     return PydanticCustomError("fault", message, {"field": name})

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails, from_json
 from gateway.api.schemas.base import (
     BOM,
     ESCAPED_SURROGATE,
+    UNSUPPORTED_KIND,
     Body,
     UnsupportedField,
     ValidationContext,
@@ -279,20 +280,18 @@ def _refusal(
 ) -> InvalidRequest:
     """One error for all problems; those of one field, from the branches of a union, are joined.
     ``known``: the names that a field of the body may have."""
-    found: dict[str, tuple[int, list[str]]] = {}
+    found: dict[str, dict[str, str]] = {}  # By path: kinds of problems, by their texts.
     for problem in problems[:MAX_LOOKED_AT]:
-        path, depth = _path(problem, raw)
-        texts = found.setdefault(path, (depth, []))[1]
-        text = problem_text(problem)
-        if text not in texts:
-            texts.append(text)
+        found.setdefault(_path(problem, raw), {})[problem_text(problem)] = problem["type"]
     paths = [path for path in found if not _explained(path, found)]
-    lines = [_line(path, found[path][1], known) for path in paths[:MAX_NAMED]]
+    lines = [_line(path, list(found[path]), known) for path in paths[:MAX_NAMED]]
     if len(paths) > MAX_NAMED:
         more = "many" if len(problems) > MAX_LOOKED_AT else str(len(paths) - MAX_NAMED)
         lines.append(f"and {more} more")
-    code = "unknown_field" if all(p["type"] == "extra_forbidden" for p in problems) else None
-    return InvalidRequest("; ".join(lines), param=paths[0] or None, code=code)
+    kinds = {kind for path in paths for kind in found[path].values()}
+    error = UnsupportedFeature if kinds == {UNSUPPORTED_KIND} else InvalidRequest
+    code = "unknown_field" if kinds == {"extra_forbidden"} else None
+    return error("; ".join(lines), param=paths[0] or None, code=code)
 
 
 def _line(path: str, texts: Sequence[str], known: Collection[str]) -> str:
@@ -334,14 +333,14 @@ def _either(texts: Sequence[str]) -> str:
     return same + " or ".join(text.removeprefix(same) for text in texts)
 
 
-def _path(problem: ErrorDetails, raw: Any) -> tuple[str, int]:
-    """The path of a problem in the body, and its depth. pydantic's ``loc`` also names branches of
-    unions: a step that the body does not have is such a name, unless the field is missing."""
+def _path(problem: ErrorDetails, raw: Any) -> str:
+    """The path of a problem in the body. pydantic's ``loc`` also names branches of unions: a step
+    that the body does not have is such a name, unless the field is missing."""
     loc = problem["loc"]
     if problem["type"] == "fault":
         loc = (*loc, problem["ctx"]["field"])
     absent = problem["type"] in ("missing", "fault")
-    path, depth = "", 0
+    path = ""
     for place, step in enumerate(loc):
         last = place == len(loc) - 1
         if isinstance(step, int) and isinstance(raw, list) and 0 <= step < len(raw):
@@ -350,10 +349,7 @@ def _path(problem: ErrorDetails, raw: Any) -> tuple[str, int]:
             path, raw = join(path, step), raw[step]
         elif last and absent and isinstance(step, str) and isinstance(raw, Mapping):
             path = join(path, step)
-        else:
-            continue
-        depth += 1
-    return path, depth
+    return path
 
 
 def _unknown(raw: Any, context: ValidationContext, path: str) -> Iterator[str]:
