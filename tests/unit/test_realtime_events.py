@@ -73,6 +73,8 @@ def test_audio_events_say_what_to_send_instead(kind):
         (item(role="user", content=[AUDIO]), "item.content[0].type", "unsupported"),
         (item(role="user", content=[HELLO, {"type": "x"}]), "item.content[1]", None),
         (item(role="user", content=[{**HELLO, "type": "output_text"}]), "item.content", None),
+        (item(role="assistant", content=[{**HELLO, "type": "text"}]), "item.content[0].type",
+         "unsupported"),
         (item(role="system", content=[{"type": "input_image", "image_url": "x"}]), None, None),
         (item(role="user", content=[]), "item.content", None),
         (item(role="tool", content=[HELLO]), "item.role", None),
@@ -101,6 +103,15 @@ def test_faults_are_named(event, param, code):
     assert event.code == code
 
 
+def test_the_parts_of_a_role_are_named():
+    assert (
+        "output_text in an assistant's message"
+        in item(role="assistant", content=[{**HELLO, "type": "text"}]).message
+    )
+    wrong = item(role="assistant", content=[HELLO])
+    assert wrong.message.endswith("should have parts of type output_text, for the role assistant")
+
+
 def test_what_clients_send_back_is_taken():
     """An item as an event had it, settings as session.created had them."""
     shown = {"id": "item_1", "object": "realtime.item", "status": "completed"}
@@ -111,9 +122,9 @@ def test_what_clients_send_back_is_taken():
                       tool_choice="auto", max_output_tokens="inf", instructions="",
                       audio={"input": {"turn_detection": None}}, truncation="disabled")  # fmt: skip
     assert isinstance(settings, SessionUpdate)
-    assert settings.session.tool_use().tools[0].description == "Looks."
+    assert settings.session.tool_use("session").tools[0].description == "Looks."
     assert isinstance(create(audio={"output": {}}), ResponseCreate)
-    assert create(tool_choice="none", tools=[TOOL]).response.tool_use() is None
+    assert create(tool_choice="none", tools=[TOOL]).response.tool_use("session") is None
 
 
 def test_an_id_is_told_even_if_the_event_is_wrong_and_long_ids_are_not():

@@ -359,8 +359,21 @@ async def test_tools_that_cannot_be_chosen_are_refused():
         await talk.user("Hi")
         for session in ({"tool_choice": "required"}, {"tool_choice": {**TOOL, "name": "other"}}):
             error = await talk.refused("session.update", session=session)
-            assert error["type"] == "invalid_request_error"
+            assert error["param"] == "session.tool_choice"
+            assert error["message"].startswith("session.tool_choice: ")
+        error = await talk.refused("response.create", response={"tool_choice": "required"})
+        assert error["param"] == "response.tool_choice"
         assert "tool_choice" not in talk.session._settings.model_fields_set
+
+
+async def test_a_session_without_tools_has_no_choice_of_them():
+    async with Talk() as talk:
+        session = {"tools": [TOOL], "tool_choice": "required"}
+        await talk.say("session.update", session=session)
+        (updated,) = await talk.say("session.update", session={"tools": []})
+        assert updated["type"] == "session.updated"
+        assert updated["session"]["tools"] == []
+        assert updated["session"]["tool_choice"] == "auto"
 
 
 @pytest.mark.parametrize("response_id", [False, True])

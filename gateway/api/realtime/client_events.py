@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from gateway.api.realtime.items import AnyInputItem, AnyNewItem, ItemId
 from gateway.api.responses.items import (
@@ -15,6 +16,7 @@ from gateway.api.responses.items import (
     check_calls,
 )
 from gateway.api.responses.request import Metadata
+from gateway.api.responses.settings import ChosenTool, call_choice
 from gateway.api.schemas.base import (
     INTEGRAL,
     Body,
@@ -29,9 +31,9 @@ from gateway.api.schemas.long_json import Outline
 from gateway.api.schemas.messages import Effort
 from gateway.api.schemas.parsing import decode, parse
 from gateway.api.schemas.sampling import SamplingFields
-from gateway.api.schemas.tools import Function, FunctionName, check_names
+from gateway.api.schemas.tools import Function, check_names
 from gateway.edge.limits import MAX_ITEM_CHARACTERS, MAX_TOOLS, MAX_TOOLS_SIZE
-from gateway.job import CallMode, ToolUse
+from gateway.job import ToolUse
 from opticnerve.errors import InvalidRequest, UnsupportedFeature, did_you_mean
 from opticnerve.telemetry.logs import printable
 
@@ -47,9 +49,11 @@ UNSUPPORTED_EVENTS = {
     "conversation.item.truncate": "it cuts audio; delete the item and create a shorter one",
     "transcription_session.update": "send session.update with a session of type realtime",
 }
-PARTS = {**UNSUPPORTED_PARTS, "output_audio": "send its transcript as output_text"}
-ITEMS = {kind: advice for kind, advice in UNSUPPORTED_ITEMS.items() if kind != "item_reference"}
-TOOLS = {"mcp": RUNS_NO_TOOLS}
+REFUSED_PARTS = {**UNSUPPORTED_PARTS, "output_audio": "send its transcript as output_text"}
+REFUSED_ITEMS = {
+    kind: advice for kind, advice in UNSUPPORTED_ITEMS.items() if kind != "item_reference"
+}
+REFUSED_TOOLS = {"mcp": RUNS_NO_TOOLS}
 MAX_AUDIO_FIELDS = 16  # Of an object that is looked through; its depth is the JSON parser's.
 MAX_SHOWN = 80  # Characters of an event's type that an error message repeats.
 
@@ -68,10 +72,6 @@ class RealtimeTool(Function):
 RealtimeTools = Annotated[
     list[RealtimeTool], Field(max_length=MAX_TOOLS, fail_fast=True), no_larger(MAX_TOOLS_SIZE)
 ]
-
-
-class ChosenFunction(FunctionName):
-    type: Literal["function"]
 
 
 class RealtimeReasoning(Strict):
@@ -98,7 +98,7 @@ class ResponseDefaults(SamplingFields):
         Annotated[int, Field(ge=1, le=2**31 - 1), INTEGRAL] | Literal["inf"] | None
     ) = None
     tools: RealtimeTools | None = None
-    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning: RealtimeReasoning | None = None
 
@@ -112,6 +112,8 @@ class ResponseDefaults(SamplingFields):
         """These settings, with those that ``newer`` sets in their place."""
         mine = ResponseDefaults.model_fields.keys()
         changes = {name: getattr(newer, name) for name in newer.model_fields_set & mine}
+        if newer.tools == []:
+            changes.setdefault("tool_choice", None)  # It was among the tools that are gone.
         return self.model_copy(update=changes)
 
     def shown(self) -> dict[str, Any]:
@@ -134,22 +136,18 @@ class ResponseDefaults(SamplingFields):
         check_names([each.tool for each in self.tools or ()])
         return self
 
-    def tool_use(self) -> ToolUse | None:
+    def tool_use(self, path: str) -> ToolUse | None:
         """None if the model may call nothing. Raises InvalidRequest for a choice of tools that are
-        not there: settings come one by one, so it is checked once they are together."""
-        tools = tuple(each.tool for each in self.tools or ())
-        choice, mode, name = self.tool_choice, CallMode.AUTO, ""
-        if isinstance(choice, ChosenFunction):
-            mode, name = CallMode.NAMED, choice.name
-            if all(tool.name != name for tool in tools):
-                raise InvalidRequest("tool_choice: names no function among tools", param="tools")
-        elif choice is not None:
-            mode = CallMode(choice)
-            if mode is CallMode.REQUIRED and not tools:
-                raise InvalidRequest("tool_choice: required, but there are no tools", param="tools")
-        if not tools or mode is CallMode.NONE:
-            return None
-        return ToolUse(tools, mode, name, parallel=self.parallel_tool_calls is not False)
+        not there: settings come one by one, so it is checked once they are together. ``path``: of
+        the event's settings."""
+        tools = [each.tool for each in self.tools or ()]
+        choice = call_choice(self.tool_choice)
+        try:
+            choice.check(tools)
+        except PydanticCustomError as error:
+            param = f"{path}.tool_choice"
+            raise InvalidRequest(f"{param}: {error.message()}", param=param) from error
+        return choice.use(tools, parallel=self.parallel_tool_calls is not False)
 
 
 class SessionSettings(ResponseDefaults):
@@ -304,7 +302,7 @@ def _check_items(raw: Mapping[str, Any]) -> None:
         _check_item(raw["item"], "item")
     for name in SETTINGS:
         for place, tool in enumerate(_entries(raw.get(name), "tools")):
-            _refuse_kind(tool, f"{name}.tools[{place}]", TOOLS, "tools")
+            _refuse_kind(tool, f"{name}.tools[{place}]", REFUSED_TOOLS, "tools")
     for place, item in enumerate(_entries(raw.get("response"), "input")):
         _check_item(item, f"response.input[{place}]")
 
@@ -316,9 +314,9 @@ def _entries(value: Any, name: str) -> list[Any]:
 
 
 def _check_item(item: Any, path: str) -> None:
-    _refuse_kind(item, path, ITEMS, "items")
+    _refuse_kind(item, path, REFUSED_ITEMS, "items")
     for place, part in enumerate(_entries(item, "content")):
-        _refuse_kind(part, f"{path}.content[{place}]", PARTS, "parts")
+        _refuse_kind(part, f"{path}.content[{place}]", REFUSED_PARTS, "parts")
 
 
 def _refuse_kind(value: Any, path: str, unsupported: Mapping[str, str], what: str) -> None:

@@ -40,10 +40,10 @@ def new_id(kind: str) -> str:
 # ---- as clients send them
 
 
-PARTS: dict[str, type[InputText | AnswerText] | tuple[type[InputText], type[InputImage]]] = {
-    "system": InputText,
-    "user": (InputText, InputImage),
-    "assistant": AnswerText,
+PARTS_BY_ROLE = {
+    "system": ("input_text",),
+    "user": ("input_text", "input_image"),
+    "assistant": ("output_text",),
 }
 
 
@@ -56,8 +56,10 @@ class MessageItem(InputMessage):
 
     @model_validator(mode="after")
     def _parts_of_its_role(self) -> MessageItem:
-        if not all(isinstance(part, PARTS[self.role]) for part in self.content):
-            raise fault("content", f"has parts that no message of role {self.role} has")
+        kinds = PARTS_BY_ROLE[self.role]
+        if any(part.type not in kinds for part in self.content):
+            named = " or ".join(kinds)
+            raise fault("content", f"should have parts of type {named}, for the role {self.role}")
         if sum(map(len, texts(self))) > MAX_ITEM_CHARACTERS:
             raise fault("content", f"should have at most {MAX_ITEM_CHARACTERS} characters of text")
         return self
@@ -143,7 +145,7 @@ class Item:
         for part in given.content if isinstance(given, MessageItem) else ():
             item.size += VALUE_BYTES
             if isinstance(part, InputImage):
-                item.size += held_bytes(part.image_url or "")
+                item.size += held_bytes(part.image_url)
         return item
 
     def shown(self) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def held_bytes(text: str) -> int:
 def _shown_part(part: InputPart) -> dict[str, Any]:
     match part:
         case InputImage():
-            url = None if is_data_url(part.image_url or "") else part.image_url
+            url = None if is_data_url(part.image_url) else part.image_url
             return {"type": part.type, "image_url": url, "detail": part.detail or "auto"}
         case InputText() | AnswerText():
             return {"type": part.type, "text": part.text}

@@ -207,7 +207,9 @@ class Session:
     async def _update(self, newer: SessionSettings) -> None:
         self._gateway.names.check(newer.model, "session.model")
         settings = self._settings.merged(newer)
-        settings.tool_use()  # A session may not have a choice that each response would refuse.
+        settings.tool_use(
+            "session"
+        )  # A session may not have a choice that each response would refuse.
         size = len(settings.model_dump_json())
         self._ticket.hold_bytes(size)
         self._ticket.free_bytes(self._settings_bytes)
@@ -239,7 +241,7 @@ class Session:
     async def _create_response(self, given: ResponseSettings) -> None:
         self._check_response(given)
         settings = self._settings.merged(given)
-        tools = settings.tool_use()
+        tools = settings.tool_use("response")
         items = tuple(self.conversation) if given.input is None else self._input(given)
         size = sum(item.size for item in items)
         prompt = await off_loop_above(OFF_LOOP_BYTES, size, _prompt, settings, tools, items)

@@ -23,7 +23,7 @@ UNSUPPORTED_PARTS: dict[str, str] = {
     "input_file": "send its text, or its pages as pictures",
     "input_audio": "send a transcript as text",
     "input_video": "send pictures of it",
-    "text": "use input_text",
+    "text": "use input_text, or output_text in an assistant's message",
     "image_url": "use input_image",
     "image": "use input_image",
     "computer_screenshot": "use input_image",
@@ -33,7 +33,7 @@ KEEPS_NOTHING = (
     "this server keeps no items; send the item itself, as clients do that are told to store "
     "nothing (the AI SDK: providerOptions.openai.store = false)"
 )
-ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
 
 
 class InputText(Part):
@@ -152,7 +152,7 @@ InputItem = Annotated[
     Discriminator(
         _item_tag,
         custom_error_type="item",
-        custom_error_message=f"should have the type {', '.join(ITEMS[:-1])} or {ITEMS[-1]}",
+        custom_error_message=f"should have the type {', '.join(ITEM_TYPES[:-1])} or {ITEM_TYPES[-1]}",
     ),
 ]
 
