@@ -19,9 +19,9 @@ from gateway.api.anthropic.blocks import (
 )
 from gateway.api.anthropic.request import ConversationFields
 from gateway.api.schemas.messages import (
+    PICTURE,
     THINKING_SWITCHES,
     FunctionCall,
-    ImagePart,
     ItemSource,
     Message,
     Part,
@@ -37,7 +37,6 @@ from opticnerve.errors import InvalidRequest
 
 OFF_LOOP_BLOCKS = 200  # More of them are read in a thread.
 ERROR = "Error: "  # In front of the result of a call that failed; templates know no such results.
-PICTURE = ImagePart.model_construct(type="image")  # Its place; the source stands in a list.
 
 
 async def read_prompt(body: ConversationFields) -> ChatPrompt:

@@ -26,6 +26,7 @@ from gateway.api.schemas.base import (
     fault,
     join,
     no_larger,
+    unsupported_kind,
 )
 from gateway.api.schemas.long_json import Outline
 from gateway.api.schemas.messages import Effort
@@ -322,7 +323,4 @@ def _check_item(item: Any, path: str) -> None:
 def _refuse_kind(value: Any, path: str, unsupported: Mapping[str, str], what: str) -> None:
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and (instead := unsupported.get(kind)):
-        raise UnsupportedFeature(
-            f'{path}: {what} of type "{kind}" are not supported by this server; {instead}',
-            param=f"{path}.type",
-        )
+        raise unsupported_kind(path, what, kind, instead)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from gateway.api.schemas.base import BoundedList, Strict, Unused
+from gateway.api.schemas.base import BoundedList, Strict, Unused, unsupported_kind
 from gateway.api.schemas.messages import (
     Part,
     PictureSettings,
@@ -33,7 +33,6 @@ KEEPS_NOTHING = (
     "this server keeps no items; send the item itself, as clients do that are told to store "
     "nothing (the AI SDK: providerOptions.openai.store = false)"
 )
-ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
 
 
 class InputText(Part):
@@ -152,7 +151,8 @@ InputItem = Annotated[
     Discriminator(
         _item_tag,
         custom_error_type="item",
-        custom_error_message=f"should have the type {', '.join(ITEM_TYPES[:-1])} or {ITEM_TYPES[-1]}",
+        custom_error_message="should have the type message, function_call, function_call_output or "
+        "reasoning",
     ),
 ]
 
@@ -203,7 +203,7 @@ def check_supported(items: Any) -> None:
         if kind is None and "role" not in item and "id" in item:
             kind = "item_reference"  # Its type may be left out.
         if isinstance(kind, str) and kind in UNSUPPORTED_ITEMS:
-            raise _unsupported(f'{path}: items of type "{kind}"', UNSUPPORTED_ITEMS[kind], path)
+            raise unsupported_kind(path, "items", kind, UNSUPPORTED_ITEMS[kind])
         for name in ("content", "output"):
             parts = item.get(name)
             for j, part in enumerate(parts if isinstance(parts, list) else ()):
@@ -214,12 +214,10 @@ def check_supported(items: Any) -> None:
 def _check_part(part: Mapping[str, Any], path: str) -> None:
     kind = part.get("type")
     if isinstance(kind, str) and kind in UNSUPPORTED_PARTS:
-        what = f'{path}: parts of type "{kind}"'
-        raise _unsupported(what, UNSUPPORTED_PARTS[kind], f"{path}.type")
+        raise unsupported_kind(path, "parts", kind, UNSUPPORTED_PARTS[kind])
     if kind == "input_image" and part.get("file_id") is not None:
-        instead = "send the picture itself as image_url, which may be a data: URL"
-        raise _unsupported(f"{path}.file_id: uploaded files", instead, f"{path}.file_id")
-
-
-def _unsupported(what: str, instead: str, param: str) -> UnsupportedFeature:
-    return UnsupportedFeature(f"{what} are not supported by this server; {instead}", param=param)
+        raise UnsupportedFeature(
+            f"{path}.file_id: uploaded files are not supported by this server; send the picture "
+            "itself as image_url, which may be a data: URL",
+            param=f"{path}.file_id",
+        )

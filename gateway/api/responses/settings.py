@@ -8,12 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from gateway.api.responses.items import RUNS_NO_TOOLS
-from gateway.api.schemas.base import Strict, Unused, no_larger
+from gateway.api.schemas.base import Strict, Unused, no_larger, unsupported_kind
 from gateway.api.schemas.messages import Effort, type_tag
 from gateway.api.schemas.tools import CallChoice, Function, FunctionName
 from gateway.edge.limits import MAX_SCHEMA_CHARACTERS, MAX_TOOLS, MAX_TOOLS_SIZE
 from gateway.job import CallMode, FormatKind, OutputFormat
-from opticnerve.errors import UnsupportedFeature
 from opticnerve.telemetry.logs import printable
 
 FORMAT_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
@@ -150,8 +149,4 @@ def check_tools(tools: Any, choice: Any) -> None:
 def _check_tool(tool: Any, path: str) -> None:
     kind = tool.get("type") if isinstance(tool, Mapping) else None
     if isinstance(kind, str) and kind != "function":
-        raise UnsupportedFeature(
-            f'{path}: tools of type "{printable(kind, 40)}" are not supported by this server; '
-            f"{RUNS_NO_TOOLS}",
-            param=f"{path}.type",
-        )
+        raise unsupported_kind(path, "tools", printable(kind, 40), RUNS_NO_TOOLS)

@@ -18,8 +18,8 @@ from gateway.api.responses.items import (
     InputText,
 )
 from gateway.api.schemas.messages import (
+    PICTURE,
     FunctionCall,
-    ImagePart,
     ItemSource,
     Message,
     Part,
@@ -28,10 +28,8 @@ from gateway.api.schemas.messages import (
     Role,
     TextPart,
     ToolCall,
+    check_bounds,
 )
-from opticnerve.errors import InvalidRequest
-
-PICTURE = ImagePart.model_construct(type="image")  # Its place; the source stands in a list.
 
 
 @dataclass(slots=True)
@@ -124,6 +122,5 @@ class Transcript:
         low, high = part.min_pixels, part.max_pixels
         low = self._settings.min_pixels if low is None else low
         high = self._settings.max_pixels if high is None else high
-        if low is not None and high is not None and low > high:
-            raise InvalidRequest(f"{path}: min_pixels {low} exceeds max_pixels {high}", param=path)
+        check_bounds(low, high, path)
         return ItemSource(part.image_url, f"{path}.image_url", low, high, part.detail == "low")

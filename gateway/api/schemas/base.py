@@ -21,7 +21,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from gateway.edge.limits import MAX_ENTRIES, MAX_FIELDS
-from opticnerve.errors import InvalidRequest
+from opticnerve.errors import InvalidRequest, UnsupportedFeature
 
 MAX_SHOWN_NAME = 80  # Characters of a field's name that an error message repeats.
 BOM = b"\xef\xbb\xbf"  # The byte order mark, with which some editors and clients begin UTF-8.
@@ -196,6 +196,15 @@ class Strict(BaseModel):
             if cls._may_be_absent(name):
                 resolved["properties"][name] = _nullable(field_schema)
         return schema
+
+
+def unsupported_kind(path: str, what: str, kind: str, instead: str) -> UnsupportedFeature:
+    """The error of an object at ``path`` whose type other servers take. ``what``: such as parts;
+    ``kind``: its type; ``instead``: advice to the client."""
+    return UnsupportedFeature(
+        f'{path}: {what} of type "{kind}" are not supported by this server; {instead}',
+        param=f"{path}.type",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,6 +183,10 @@ class Message(Strict):
         return self
 
 
+PICTURE = ImagePart.model_construct(type="image")
+"""A picture's place in a message whose pictures stand in a list beside it."""
+
+
 @dataclass(frozen=True, slots=True)
 class ItemSource:
     """One picture of a request, before it is fetched. ``param`` is its path in the body."""
@@ -236,7 +240,7 @@ def _source(
         url, param = as_url(part.image or "", f"{path}.image"), f"{path}.image"
     low = next((b.min_pixels for b in bounds if b.min_pixels is not None), min_pixels)
     high = next((b.max_pixels for b in bounds if b.max_pixels is not None), max_pixels)
-    _check_bounds(low, high, path)
+    check_bounds(low, high, path)
     return ItemSource(url, param, low, high, any(b.detail == "low" for b in bounds))
 
 
@@ -245,11 +249,12 @@ def picture(given: str | ImageUrl, path: str) -> ItemSource:
     if isinstance(given, str):
         return ItemSource(as_url(given, path), path)
     low, high = given.min_pixels, given.max_pixels
-    _check_bounds(low, high, path)
+    check_bounds(low, high, path)
     return ItemSource(as_url(given.url, path), path, low, high, given.detail == "low")
 
 
-def _check_bounds(low: int | None, high: int | None, path: str) -> None:
+def check_bounds(low: int | None, high: int | None, path: str) -> None:
+    """Raises InvalidRequest for bounds of the picture at ``path`` that cross."""
     if low is not None and high is not None and low > high:
         raise InvalidRequest(f"{path}: min_pixels {low} exceeds max_pixels {high}", param=path)
 

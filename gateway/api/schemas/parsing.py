@@ -24,6 +24,7 @@ from gateway.api.schemas.base import (
     ValidationContext,
     check_strings,
     join,
+    unsupported_kind,
 )
 from gateway.api.schemas.long_json import Outline
 from opticnerve.errors import InvalidRequest, UnsupportedFeature
@@ -234,10 +235,7 @@ def _check_parts(messages: Any) -> None:
 def _check_part(part: Mapping[str, Any], path: str) -> None:
     kind = part.get("type")
     if isinstance(kind, str) and (instead := UNSUPPORTED_PARTS.get(kind)):
-        raise UnsupportedFeature(
-            f'{path}: parts of type "{kind}" are not supported by this server; {instead}',
-            param=f"{path}.type",
-        )
+        raise unsupported_kind(path, "parts", kind, instead)
     if part.get("uuid") is not None and not any(part.get(name) for name in SOURCES):
         raise UnsupportedFeature(
             f"{path}.uuid: not supported by this server; send the picture itself, whose "
