@@ -47,7 +47,7 @@ class WebSocketConnection(ClientConnection, WSProtocol):
     over ``ws_max_size``, and one for which there is no memory close the connection, with a code.
 
     ``scope["state"]["hold"]``, if the application sets it, counts the bytes of a message as they
-    arrive, and may raise Overloaded; the application frees them.
+    arrive, and may raise Overloaded; the application frees them, and takes it away at its end.
     """
 
     def __init__(self, owner: Connections, **given: Any) -> None:

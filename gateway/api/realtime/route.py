@@ -91,7 +91,7 @@ async def open_session(socket: WebSocket) -> None:
         except ClientLeft:
             logs.note(ended=CLIENT_LEFT)
         finally:
-            await session.close()
+            del state["hold"]
 
 
 def _model(socket: WebSocket, gateway: Gateway) -> str:

@@ -207,9 +207,7 @@ class Session:
     async def _update(self, newer: SessionSettings) -> None:
         self._gateway.names.check(newer.model, "session.model")
         settings = self._settings.merged(newer)
-        settings.tool_use(
-            "session"
-        )  # A session may not have a choice that each response would refuse.
+        settings.tool_use("session")  # A choice that every response would refuse is refused here.
         size = len(settings.model_dump_json())
         self._ticket.hold_bytes(size)
         self._ticket.free_bytes(self._settings_bytes)
