@@ -93,8 +93,8 @@ class ChatPrompt(PromptKind):
     ``size``: the work of rendering and encoding, in characters of text."""
 
     field: ClassVar[str] = "messages"
-    need: ClassVar[str] = "the messages need"
-    shorter: ClassVar[str] = "shorter messages"
+    need: ClassVar[str] = "the conversation needs"
+    shorter: ClassVar[str] = "a shorter conversation"
 
     messages: Sequence[Message]
     size: int

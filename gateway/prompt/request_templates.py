@@ -160,6 +160,7 @@ class TemplateProcess:
 
 def _too_much() -> InvalidRequest:
     return InvalidRequest(
-        "chat_template: it took too much time or memory; simplify it, or send shorter messages",
+        "chat_template: it took too much time or memory; simplify it, or send a shorter "
+        "conversation",
         param="chat_template",
     )

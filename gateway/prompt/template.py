@@ -167,7 +167,7 @@ class ChatTemplate:
                 if size > MAX_PROMPT_CHARACTERS or time.monotonic() > deadline:
                     raise ContextLengthExceeded(
                         f"{ContextLengthExceeded.lead}; the chat template wrote too much; send "
-                        "shorter messages",
+                        "a shorter conversation",
                         param="messages",
                     )
         except InvalidRequest:

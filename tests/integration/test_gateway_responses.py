@@ -309,6 +309,7 @@ async def test_refusals_name_the_requests_own_fields(fields, status, param, code
         answer = await s.client.post("/v1/responses", json={**MODEL, "input": "?", **fields})
         error = answer.json()["error"]
         assert (answer.status_code, error["param"], error["code"]) == (status, param, code), error
+        assert "messages" not in error["message"]
         assert not s.llm.starts and s.idle()
 
 

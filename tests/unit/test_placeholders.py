@@ -333,7 +333,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Rows, "expand", lambda self, plan: pytest.fail("it was built"))
-    with pytest.raises(ContextLengthExceeded, match=r"7 tokens; .* need 8 \(6 of .* min_pixels"):
+    with pytest.raises(ContextLengthExceeded, match=r"7 tokens; .* needs 8 \(6 of .* min_pixels"):
         placeholders.expand(Rows(), "p", [1, 9, 2, 9], [plan(4), plan(2)], 7)
 
 
@@ -361,5 +361,5 @@ def test_a_prompt_that_is_truncated_keeps_whole_pictures() -> None:
 
 def test_a_prompt_to_be_truncated_may_be_longer() -> None:
     placeholders.expand(Rows(), "p", [1] * 28, [], 7, contexts=4)
-    with pytest.raises(ContextLengthExceeded, match="7 tokens; the messages need 29"):
+    with pytest.raises(ContextLengthExceeded, match="7 tokens; the conversation needs 29"):
         placeholders.expand(Rows(), "p", [1] * 29, [], 7, contexts=4)

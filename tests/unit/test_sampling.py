@@ -124,9 +124,9 @@ def test_log_probabilities(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("fields", "prompt", "images", "param", "texts"),
     [
-        ({"max_tokens": 61}, 40, 0, "max_tokens", ["100 tokens", "need 40", "61", "at most 60"]),
+        ({"max_tokens": 61}, 40, 0, "max_tokens", ["100 tokens", "needs 40", "61", "at most 60"]),
         ({"max_completion_tokens": 61}, 40, 0, "max_completion_tokens", ["at most 60"]),
-        ({}, 100, 0, "messages", ["need 100", "shorter messages"]),
+        ({}, 100, 0, "messages", ["needs 100", "a shorter conversation"]),
         ({"max_tokens": 5}, 150, 90, "messages", ["90 of them for pictures", "smaller pictures"]),
     ],
 )
