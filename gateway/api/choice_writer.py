@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic_core import to_json
 
 from gateway.api.answer import AnswerWriter, CompletionUsage, WholeChoice, usage_json
-from gateway.api.sse import DONE, add_json, dumps, event, with_json
+from gateway.api.sse import DONE, add_json, dumps, event, with_encoded
 from gateway.job import Job
 from gateway.output.events import AnswerEvent, ChoiceEnd, End, OutputEvent, PromptEvent, TokenIds
 from opticnerve.generation.values import Usage
@@ -85,7 +85,7 @@ class ChoiceWriter(AnswerWriter):
         if self._shows_ids:
             encoded = self._with_ids(encoded, choices)
         listed = b"[" + b",".join(encoded) + b"]"
-        body = with_json({**head, **self.timings_of(end)}, "choices", listed)
+        body = with_encoded({**head, **self.timings_of(end)}, {"choices": listed})
         if self._shows_ids and not self.prompt_ids_by_choice:
             body = add_json(body, "prompt_token_ids", ids_json(choices[0].prompt_ids))
         return body
@@ -140,9 +140,9 @@ class ChoiceWriter(AnswerWriter):
         assert choice.end is not None
         body = self.whole(choice, choice.end)
         if choice.logprobs is None:
-            return with_json(body, "logprobs", b"null")
+            return with_encoded(body, {"logprobs": b"null"})
         content = b",".join(choice.logprobs)
-        return with_json(body, "logprobs", b'{"content":[' + content + b'],"refusal":null}')
+        return with_encoded(body, {"logprobs": b'{"content":[' + content + b'],"refusal":null}'})
 
     def _keep(self, more: TokenIds) -> None:
         """Token ids for the next chunks of their choices."""
@@ -175,7 +175,7 @@ class ChoiceWriter(AnswerWriter):
             encoded = add_json(encoded, "token_ids", ids_json(self._ids.pop(index, ())))
         if prompt is not None and self.prompt_ids_by_choice:
             encoded = add_json(encoded, "prompt_token_ids", ids_json(prompt))
-        data = with_json(body, "choices", b"[" + encoded + b"]")
+        data = with_encoded(body, {"choices": b"[" + encoded + b"]"})
         if prompt is not None and not self.prompt_ids_by_choice:
             data = add_json(data, "prompt_token_ids", ids_json(prompt))
         return b"data: " + data + b"\n\n"
@@ -183,7 +183,7 @@ class ChoiceWriter(AnswerWriter):
     def encoded_chunk(self, choice: bytes) -> bytes:
         """A chunk whose choice is encoded JSON; without usage."""
         head = self._head(self.chunk_object) | ({"usage": None} if self._usage else {})
-        return b"data: " + with_json(head, "choices", b"[" + choice + b"]") + b"\n\n"
+        return b"data: " + with_encoded(head, {"choices": b"[" + choice + b"]"}) + b"\n\n"
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {

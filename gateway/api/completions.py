@@ -29,7 +29,7 @@ from gateway.api.schemas.generate import NumLogprobs
 from gateway.api.schemas.messages import ImageUrl, Source, picture
 from gateway.api.schemas.sampling import TokenId
 from gateway.api.schemas.structured import StructuredFields
-from gateway.api.sse import add_json, dumps, with_json
+from gateway.api.sse import add_json, dumps, with_encoded
 from gateway.edge.limits import MAX_MARKER_CHARACTERS, MAX_PROMPTS
 from gateway.job import UNLIMITED, GenerationOptions, Job, TextPrompt, TokenPrompt
 from gateway.output.events import (
@@ -239,7 +239,7 @@ class CompletionWriter(ChoiceWriter):
             scores = dumps(legacy_json(entries))
         for choice in range(more.choice, more.choice + self._n):
             body = {"index": choice, "text": text, "finish_reason": None}
-            yield self.encoded_chunk(with_json(body, "logprobs", scores))
+            yield self.encoded_chunk(with_encoded(body, {"logprobs": scores}))
 
     def output(self, more: OutputEvent) -> CompletionChoice:
         assert isinstance(more, Text)
@@ -268,7 +268,7 @@ class CompletionWriter(ChoiceWriter):
             scores = b"null"
             if self._most is not None:
                 scores = choice.scores.json(len(first.prompt_text), first.prompt_scores)
-            body = with_json(_ended(text, choice.end), "logprobs", scores)
+            body = with_encoded(_ended(text, choice.end), {"logprobs": scores})
             if self.prompt_most is not None:
                 entries = b"[" + b",".join(first.prompt_logprobs) + b"]"
                 body = add_json(body, "prompt_logprobs", entries)

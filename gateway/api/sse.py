@@ -34,11 +34,6 @@ def dumps(body: Any) -> bytes:
     return (text if text.isascii() else text.translate(_BREAKS)).encode("utf-8", "replace")
 
 
-def with_json(body: Mapping[str, Any], name: str, value: bytes) -> bytes:
-    """``body`` as JSON, with one more field whose value is encoded already."""
-    return with_encoded(body, {name: value})
-
-
 def with_encoded(body: Mapping[str, Any], encoded: Mapping[str, bytes]) -> bytes:
     """``body``, which has a field, as JSON with more fields whose values are encoded already."""
     more = (b',"' + name.encode() + b'":' + value for name, value in encoded.items())
