@@ -1,5 +1,5 @@
-"""Answers of the generating APIs: usage, log-probabilities, and the base of the writers that turn
-events into one body or a stream of chunks.
+"""Answers of the generating APIs: log-probabilities, and the base of the writers that turn events
+into one body or a stream of chunks.
 
 The typed dictionaries describe the JSON that is sent, also for the OpenAPI document.
 """
@@ -37,7 +37,6 @@ from gateway.output.events import (
     ToolCallStart,
 )
 from opticnerve.errors import AnswerTooLarge, EngineFailure, OpticNerveError
-from opticnerve.generation.values import Usage
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity.
 
@@ -45,18 +44,6 @@ StopReason = Annotated[
     str | int | None,
     Field(description="The stop string or token that ended it; null for end-of-sequence."),
 ]
-
-
-class PromptTokensDetails(TypedDict):
-    cached_tokens: int
-    image_tokens: int
-
-
-class CompletionUsage(TypedDict):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
 
 
 class TopLogprob(TypedDict):
@@ -106,18 +93,6 @@ def streamed(
     """The responses of a route whose answer may be a stream of ``chunk``s."""
     text = f"The answer; with `stream`, {stream}."
     return {200: {"description": text, **content("text/event-stream", chunk)}}
-
-
-def usage_json(usage: Usage) -> CompletionUsage:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {
-            "cached_tokens": usage.cached_tokens,
-            "image_tokens": usage.embedding_tokens,
-        },
-    }
 
 
 class PromptLogprob(TypedDict):

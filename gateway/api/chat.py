@@ -14,14 +14,13 @@ from gateway.api.answer import (
     TIMINGS_HEADER,
     AnswerHead,
     ChoiceLogprobs,
-    CompletionUsage,
     PromptLogprobs,
     StopReason,
     WholeChoice,
     logprobs_json,
     streamed,
 )
-from gateway.api.choice_writer import ChoiceWriter, ShownIds, StreamUsage
+from gateway.api.choice_writer import ChoiceWriter, CompletionUsage, ShownIds, StreamUsage
 from gateway.api.routing import Call, make_router
 from gateway.api.schemas.base import Unused, fault
 from gateway.api.schemas.generate import NumLogprobs, OutputLength

@@ -6,16 +6,37 @@ import uuid
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NotRequired
 
 from pydantic import Field
 from pydantic_core import to_json
+from typing_extensions import TypedDict
 
-from gateway.api.answer import AnswerWriter, CompletionUsage, WholeChoice, usage_json
+from gateway.api.answer import AnswerWriter, WholeChoice
 from gateway.api.sse import DONE, add_json, dumps, event, with_encoded
 from gateway.job import Job
 from gateway.output.events import AnswerEvent, ChoiceEnd, End, OutputEvent, PromptEvent, TokenIds
 from opticnerve.generation.values import Usage
+
+
+class PromptTokensDetails(TypedDict):
+    cached_tokens: int
+    image_tokens: int
+
+
+class CompletionTokensDetails(TypedDict):
+    reasoning_tokens: int
+
+
+class CompletionUsage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: NotRequired[
+        Annotated[CompletionTokensDetails, Field(description="If the model has thought.")]
+    ]
+
 
 StreamUsage = Annotated[
     CompletionUsage | None,
@@ -30,6 +51,21 @@ ShownIds = Annotated[list[int], Field(description="With `return_token_ids`.")]
 def ids_json(ids: Iterable[int]) -> bytes:
     """A list of token ids, perhaps a whole context, as JSON."""
     return to_json(list(ids))
+
+
+def usage_json(usage: Usage, reasoning_tokens: int = 0) -> CompletionUsage:
+    shown: CompletionUsage = {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cached_tokens,
+            "image_tokens": usage.embedding_tokens,
+        },
+    }
+    if reasoning_tokens:
+        shown["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return shown
 
 
 class ChoiceWriter(AnswerWriter):
@@ -80,7 +116,8 @@ class ChoiceWriter(AnswerWriter):
     # ---- bodies
 
     def whole_answer(self, choices: Sequence[WholeChoice], end: End) -> bytes:
-        head = {**self._head(self.whole_object), "usage": usage_json(end.usage)}
+        usage = usage_json(end.usage, end.reasoning_tokens)
+        head = {**self._head(self.whole_object), "usage": usage}
         encoded: Iterable[bytes] = self.encoded(choices)
         if self._shows_ids:
             encoded = self._with_ids(encoded, choices)
@@ -132,8 +169,9 @@ class ChoiceWriter(AnswerWriter):
             shown = last.usage.completion_tokens if last.usage else 0
             last = await anext(events)
         if self._usage or self._timings:
-            head, usage_at_end = self._head(self.chunk_object), usage_json(last.usage)
-            yield event({**head, "choices": [], "usage": usage_at_end, **self.timings_of(last)})
+            head = {**self._head(self.chunk_object), "choices": []}
+            usage_at_end = usage_json(last.usage, last.reasoning_tokens)
+            yield event({**head, "usage": usage_at_end, **self.timings_of(last)})
         yield DONE
 
     def _whole(self, choice: WholeChoice) -> bytes:

@@ -14,14 +14,13 @@ from typing_extensions import TypedDict
 from gateway.api.answer import (
     TIMINGS_HEADER,
     AnswerHead,
-    CompletionUsage,
     PromptLogprobs,
     StopReason,
     WholeChoice,
     WholePart,
     streamed,
 )
-from gateway.api.choice_writer import ChoiceWriter, ShownIds, StreamUsage
+from gateway.api.choice_writer import ChoiceWriter, CompletionUsage, ShownIds, StreamUsage
 from gateway.api.legacy_logprobs import LegacyLogprobs, Scores, legacy_json, of_output, of_prompt
 from gateway.api.routing import Call, make_router
 from gateway.api.schemas.base import INTEGRAL, BoundedList, UnsupportedField, fault

@@ -228,7 +228,7 @@ def _too_large(limit: int) -> PayloadTooLarge:
 
 def _too_many(limit: int) -> PayloadTooLarge:
     return PayloadTooLarge(
-        f"the body holds more than {limit} values (objects, lists and their entries); send fewer "
+        f"there are more than {limit} values (objects, lists and their entries); send fewer "
         "messages, parts or fields, or raise --max-request-values",
         code="too_many_values",
     )

@@ -248,6 +248,21 @@ async def test_reasoning_is_told_apart(stream):
             assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_usage_has_the_tokens_of_reasoning(stream):
+    for text, thinks in ((THOUGHT, True), ("Yes.", False)):
+        async with serving(text) as s:
+            shown = {
+                "stream": stream,
+                "stream_options": {"include_usage": True} if stream else None,
+            }
+            answer = await s.client.post("/v1/chat/completions", json=asked(tools=[], **shown))
+            usage = (events(answer.text)[-2] if stream else answer.json())["usage"]
+            details = usage.get("completion_tokens_details", {"reasoning_tokens": 0})
+            assert 0 <= details["reasoning_tokens"] < usage["completion_tokens"]
+            assert (details["reasoning_tokens"] > 0) == thinks
+
+
 async def test_a_template_may_begin_the_reasoning():
     async with serving("It is far.\n</think>\n\nYes.") as s:
         for thinking, reasoning in ((True, "It is far."), (False, None)):

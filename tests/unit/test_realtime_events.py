@@ -44,6 +44,14 @@ def create(**response):
     return read("response.create", response=response)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"), [(b"{", "not valid JSON: EOF"), (b"[]", "should be a JSON object")]
+)
+def test_text_that_is_no_event(text, told):
+    with pytest.raises(InvalidRequest, match=f"^{told}"):
+        read_event(bytearray(text))
+
+
 @pytest.mark.parametrize("kind", UNSUPPORTED_EVENTS)
 def test_audio_events_say_what_to_send_instead(kind):
     error = read(kind, audio="AAAA")

@@ -189,8 +189,8 @@ def _decoded(raw: memoryview) -> Iterator[str]:
         ascii = ascii and piece.isascii()
         if total > MAX_TEXT_CHARACTERS and not ascii:
             raise PayloadTooLarge(
-                f"the body holds a text of more than {MAX_TEXT_CHARACTERS} characters, which is "
-                "more than any prompt; send a shorter one"
+                f"a text of more than {MAX_TEXT_CHARACTERS} characters is longer "
+                "than any prompt; send a shorter one"
             )
         yield piece
         place = stop
@@ -217,10 +217,10 @@ def _cut(raw: memoryview, start: int) -> int:
 def _check_size(size: int) -> None:
     if size > MAX_OUTLINE_BYTES:
         raise PayloadTooLarge(
-            f"the body holds more than {MAX_OUTLINE_BYTES} bytes besides long strings: numbers, "
+            f"there are more than {MAX_OUTLINE_BYTES} bytes besides long strings: numbers, "
             "names, white space, short strings; send fewer or shorter ones"
         )
 
 
 def _invalid(reason: str) -> InvalidRequest:
-    return InvalidRequest(f"the body is not valid JSON: {reason}", code="invalid_json")
+    return InvalidRequest(f"not valid JSON: {reason}", code="invalid_json")

@@ -245,7 +245,7 @@ def _check_part(part: Mapping[str, Any], path: str) -> None:
 
 
 def decode(body: bytes | bytearray | str | Outline) -> dict[str, Any]:
-    """The JSON object that is a body. Raises InvalidRequest."""
+    """The JSON object that is a body, or a WebSocket's message. Raises InvalidRequest."""
     if isinstance(body, bytes | bytearray):
         body = body.removeprefix(BOM)
     try:
@@ -255,11 +255,9 @@ def decode(body: bytes | bytearray | str | Outline) -> dict[str, Any]:
         reason = str(error)[:200]
         if isinstance(body, Outline):  # Its lines and columns are not the body's.
             reason = reason.partition(" at line ")[0]
-        raise InvalidRequest(
-            f"the body is not valid JSON: {reason}", code="invalid_json"
-        ) from error
+        raise InvalidRequest(f"not valid JSON: {reason}", code="invalid_json") from error
     if not isinstance(raw, dict):
-        raise InvalidRequest("the body should be a JSON object")
+        raise InvalidRequest("should be a JSON object")
     return raw
 
 
