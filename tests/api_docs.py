@@ -89,7 +89,7 @@ def number(value: float) -> str:
         size = abs(whole) + offset
         if size >= 2**24 and size & (size - 1) == 0:
             return f"{'-' if whole < 0 else ''}2^{size.bit_length() - 1}{sign}"
-    return f"{value:g}"
+    return str(whole) if whole == value else f"{value:g}"
 
 
 def between(low: float | None, high: float | None, unit: str = "") -> list[str]:
@@ -190,10 +190,8 @@ class Reference:
             shown, told = f"{method} {path}", plain(operation["summary"])
             if not needs_key(path, public_models=False):
                 told += " (no key)"
-            if path in apart:
-                rows.append((link(shown, code(shown)), told, ""))
-            else:
-                rows.append((code(shown), told, self._answer(operation)))
+            title = link(shown, code(shown)) if path in apart else code(shown)
+            rows.append((title, told, self._answer(operation, streamed=False)))
         yield table("route", "what", "answers", rows=rows)
         for method, path, operation in self._operations():
             if path in apart:
@@ -240,14 +238,14 @@ class Reference:
         kind = self.kind(parameter["schema"], null=False)
         return code(parameter["name"]), parameter["in"], kind, parameter.get("description", "")
 
-    def _answer(self, operation: Schema) -> str:
+    def _answer(self, operation: Schema, *, streamed: bool = True) -> str:
         status, response = next(iter(operation["responses"].items()))
         content = response.get("content", {})
         if not content:
             return f"{status}: {plain(response['description'])}".rstrip(".")
         kinds = {media: self.kind(each["schema"], null=True) for media, each in content.items()}
         told = kinds.pop("application/json", "text")
-        if "text/event-stream" in kinds:
+        if streamed and "text/event-stream" in kinds:
             told += f"; with `stream`, events of {kinds['text/event-stream']}"
         return told
 
@@ -301,8 +299,12 @@ class Reference:
         yield "Parts of messages, and blocks of Anthropic's, by their type:\n"
         refused = {**UNSUPPORTED_PARTS, **UNSUPPORTED_BLOCKS}.items()
         yield table("type", "what to do instead", rows=((code(k), v) for k, v in refused))
-        yield "Paths, and those below them:\n"
-        unserved = ((code(path), advice) for path, advice in UNSERVED.items())
+        yield "Paths, and those below them; where `/...` is at the end, those alone:\n"
+        served = {route.path_format for route in self.routes}
+        unserved = (
+            (code(f"{path}/..." if path in served else path), advice)
+            for path, advice in UNSERVED.items()
+        )
         yield table("path", "a 404 that says", rows=unserved)
 
     @staticmethod

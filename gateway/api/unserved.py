@@ -56,7 +56,7 @@ UNSERVED: dict[str, str] = {
     "/inference/v1/generate": OTHERS,
     "/api": OTHERS,
 }
-"""What is said of a path of another server, and of every path below it."""
+"""What is said of a path of another server, and of every path below it, unless a route has it."""
 
 
 def not_found(path: str, routes: Sequence[BaseRoute]) -> NotFound:

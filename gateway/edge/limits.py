@@ -115,7 +115,11 @@ MAX_TRUNCATED_CONTEXTS = _fixed(
     4, "context lengths of a prompt with `truncate_prompt_tokens`", ContextLengthExceeded
 )
 MAX_TOKENIZE_CHARACTERS = _fixed(2**20, "characters of a text for /tokenize", InvalidRequest)
-TEMPLATE_TIMEOUT_S = _fixed(10.0, "seconds for templating a prompt", ContextLengthExceeded)
+TEMPLATE_TIMEOUT_S = _fixed(
+    10.0,
+    "seconds of a rendering, checked at each piece it writes; of all with `chat_template`",
+    ContextLengthExceeded,
+)
 MAX_TEMPLATE_CHARACTERS = _fixed(2**16, "characters of `chat_template`", InvalidRequest)
 MAX_TEMPLATES_WAITING = _fixed(8, "requests that render one, or wait to", Overloaded)
 TEMPLATE_MEMORY_BYTES = _fixed(2**29, "bytes of memory to render it", InvalidRequest)
