@@ -25,6 +25,7 @@ from opticnerve.generation.grammars import compile_grammar, grammar_error
 # sometimes does.
 WHITESPACE = r"(\r?\n[ \t]{0,32}|[ \t]{1,4})"
 _RULE = re.compile(r"::=")  # Of GBNF; Lark has a single colon.
+_LARK_START = re.compile(r"^[ \t]*start[ \t]*:(?!:)", re.MULTILINE)
 _IN_REGEX = re.compile(r"\\.|/|\n|\r", re.DOTALL)
 
 
@@ -126,12 +127,12 @@ def _choice_grammar(texts: Sequence[str], param: str) -> str:
 
 def _lark(grammar: str, param: str) -> str:
     """``grammar``, or its translation if it is GBNF (llama.cpp's and xgrammar's EBNF)."""
+    check_length(grammar, MAX_SCHEMA_CHARACTERS, param)
     if grammar.lstrip().startswith("{"):
         raise InvalidRequest(f"{param}: should be Lark or GBNF, not JSON", param=param)
-    if _RULE.search(grammar) and not re.search(r"^\s*start\s*:(?!:)", grammar, re.MULTILINE):
+    if _RULE.search(grammar) and not _LARK_START.search(grammar):
         if len(_RULE.findall(grammar)) > MAX_GRAMMAR_RULES:
             raise InvalidRequest(f"{param}: at most {MAX_GRAMMAR_RULES} rules", param=param)
-        check_length(grammar, MAX_SCHEMA_CHARACTERS, param)
         try:
             grammar = gbnf_to_lark(grammar)
         except Exception as error:  # Bare ones, of the library's converter.

@@ -1,8 +1,9 @@
 """Bounds on what a grammar becomes, checked on its text before it is compiled.
 
 The library expands exact repetitions: ``(a{1000}){1000}`` is a text of a million characters, and
-each of its steps takes seconds. Compiling a schema takes time that grows with the square of a list,
-or with the number that another must be a multiple of. The library's own limits bound the rest.
+each of its steps takes seconds. Compiling takes time that grows with the square of a schema's list,
+or of a rule's length, or with the number that another must be a multiple of. The library's own
+limits bound the rest.
 """
 
 from __future__ import annotations
@@ -42,17 +43,19 @@ INTERSECTION = 10_000.0
 MULTIPLE = 12.0
 PATTERN_KEYS = ("pattern", "whitespace_pattern", "item_separator", "key_separator")
 _REGEX = re.compile(
-    r"\\[pPxuU]\{[^}]*\}|\\.|\(\?P?<\w*>|\(\?(?P<flags>[\w-]*)[:)]|\{(?P<least>\d+)(?:,\d*)?\}|.",
+    r"\\[pPxuU]\{[^}\\]*\}|\\.|\(\?P?<\w*>|\(\?(?P<flags>[\w-]*)[:)]|\{(?P<least>\d+)(?:,\d*)?\}|.",
     re.DOTALL,
 )
+RULE = 0.003  # By the square of a rule's tokens.
+# As the library has them. What opens a token that nothing closes is "other"; no text is read twice.
 _LARK = re.compile(
     r"""(?P<comment>(?://|\#)[^\n]*)
-      | (?P<string>"(?:\\.|[^"\\\n])*"i?)
-      | (?P<regex>/(?:\\.|[^/\\\n])+/[imslux]*)
-      | (?P<json>%(?:json|regex|llguidance)\b\s*)
+      | (?P<string>"(?:\\.|[^"\\\n])*+"i?)
+      | (?P<regex>/(?:\\.|[^/\\])++/[imslux]*)
+      | (?P<directive>%(?:json|regex|llguidance)\b\s*)
       | (?P<rule>^[ \t]*[?!]?(?P<name>[A-Za-z_][\w-]*)(?:\.-?\d+)?(?:\[[^\]\n]*\])?[ \t]*:)
-      | (?:\{\s*(?P<least>\d+)\s*(?:,\s*\d*\s*)?\} | ~\s*(?P<times>\d+)(?:\s*\.\.\s*\d+)?)
-      | (?P<special><[^>\n]*>)
+      | (?:\{\s*(?P<least>\d+)\s*(?:,\s*+\d*\s*)?\} | ~\s*(?P<times>\d+)(?:\s*\.\.\s*\d+)?)
+      | (?P<special><[^<>\s]+>)
       | (?P<reference>[A-Za-z_][\w-]*)
       | (?P<other>[()\[\]]|\S)""",
     re.VERBOSE | re.MULTILINE,
@@ -69,7 +72,7 @@ def check_schema(schema: Any, param: str) -> str:
     """The schema as JSON. Raises InvalidRequest for one that is too large, or becomes too large."""
     text = json.dumps(schema, ensure_ascii=False)
     check_length(text, MAX_SCHEMA_CHARACTERS, param)
-    _check_values(schema, param)
+    _check_work(_values_work(schema, param), param)
     return text
 
 
@@ -79,6 +82,7 @@ def check_lark(grammar: str, param: str) -> None:
     rules = list(_rules(grammar, param))
     if len(rules) > MAX_GRAMMAR_RULES:
         raise InvalidRequest(f"{param}: at most {MAX_GRAMMAR_RULES} rules", param=param)
+    _check_work(sum(rule.work for rule in rules), param)
     by_name = {rule.name: rule for rule in rules}
     graph = {rule.name: {*rule.terminals} & by_name.keys() for rule in rules}
     sizes: dict[str, int] = {}
@@ -107,8 +111,18 @@ def _check_expansion(size: int, param: str) -> None:
         )
 
 
-def _check_values(schema: Any, param: str) -> None:
-    """Bounds the patterns and texts in a schema, and the work of compiling it."""
+def _check_work(work: float, param: str) -> None:
+    if work > MAX_SCHEMA_WORK:
+        raise InvalidRequest(
+            f"{param}: it takes too long to compile: send one with fewer alternatives or "
+            "properties in one place, fewer ranges, formats and patterns, smaller multiples",
+            param=param,
+        )
+
+
+def _values_work(schema: Any, param: str) -> float:
+    """Microseconds that a schema takes to compile. Raises InvalidRequest for patterns and texts in
+    it that are too long."""
     work, todo = 0.0, [schema]
     while todo:
         value = todo.pop()
@@ -121,12 +135,7 @@ def _check_values(schema: Any, param: str) -> None:
             work += _work(value)
             for pattern in _patterns(value):
                 check_regex(pattern, param)
-        if work > MAX_SCHEMA_WORK:
-            raise InvalidRequest(
-                f"{param}: the schema takes too long to compile: send one with fewer alternatives "
-                "or properties in one place, fewer ranges, formats and patterns, smaller multiples",
-                param=param,
-            )
+    return work
 
 
 def _work(schema: Mapping[str, Any]) -> float:
@@ -138,11 +147,13 @@ def _work(schema: Mapping[str, Any]) -> float:
         if isinstance(listed, list | Mapping):
             work += cost * len(listed) ** 2
     work += sum(cost for key, cost in FIXED.items() if key in schema)
-    if INTERSECTED & schema.keys():
-        work += INTERSECTION * len(schema.get("allOf") or "x")
+    for key in INTERSECTED & schema.keys():
+        intersected = schema[key]
+        work += INTERSECTION * (len(intersected) if isinstance(intersected, list) else 1)
     divisor = schema.get("multipleOf")
-    if isinstance(divisor, int | float):
-        work += MULTIPLE * int("".join(map(str, Decimal(str(divisor)).as_tuple().digits)))
+    if isinstance(divisor, int | float) and not isinstance(divisor, bool):
+        digits = "".join(map(str, Decimal(str(divisor)).as_tuple().digits))
+        work += MULTIPLE * _number(digits)
     return work
 
 
@@ -160,10 +171,12 @@ def _patterns(schema: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclass(slots=True)
 class _Rule:
-    """Its size without the terminals that it refers to, and how often it has each of them."""
+    """Its size without the terminals that it refers to, and how often it has each of them.
+    ``work``: microseconds of compiling it."""
 
     name: str = ""
     size: int = 0
+    work: float = 0.0
     terminals: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: _Rule, times: int = 1) -> None:
@@ -247,28 +260,26 @@ def _regex_size(regex: str, param: str) -> int:
 
 
 def _number(digits: str) -> int:
-    return int(digits) if len(digits) < 10 else 10**9
+    return int(digits or 0) if len(digits) < 10 else 10**9
 
 
 def _rules(grammar: str, param: str) -> Iterator[_Rule]:
     """The rules and terminals of a Lark grammar. Raises InvalidRequest."""
-    name, nesting, place = "", _Nesting(), 0
+    rule, nesting, tokens, place = _Rule(), _Nesting(), 0, 0
     while found := _LARK.search(grammar, place):
         place = found.end()
+        tokens += 1
         match found.lastgroup:
             case "rule" | "name":
-                yield _named(name, nesting)
-                name, nesting = found["name"], _Nesting()
+                yield _summed(rule, nesting, tokens)
+                rule, nesting, tokens = _Rule(found["name"]), _Nesting(), 0
             case "string":
                 nesting.item(_Rule(size=len(found["string"])))
             case "regex":
-                regex, _, flags = found["regex"][1:].rpartition("/")
-                check_length(regex, MAX_REGEX_CHARACTERS, param)
-                if "x" in flags:
-                    raise InvalidRequest(f"{param}: the flag x is not supported", param=param)
-                nesting.item(_Rule(size=_regex_size(regex, param)))
-            case "json":
-                place = _json_end(grammar, place, param)
+                nesting.item(_Rule(size=_lark_regex_size(found["regex"], param)))
+            case "directive":
+                value, place = _json_at(grammar, place, param)
+                rule.work += _values_work(value, param)
                 nesting.item(_Rule(size=1))
             case "reference":
                 used = found["reference"]
@@ -278,29 +289,45 @@ def _rules(grammar: str, param: str) -> Iterator[_Rule]:
                 nesting.repeat(_number(found["least"] or found["times"]))
             case "special":
                 nesting.item(_Rule(size=1))
-            case "other" if found["other"] == "|":
-                nesting.alternative()
-            case "other" if found["other"] in "([":
-                nesting.open()
-            case "other" if found["other"] in ")]":
-                nesting.close()
-    yield _named(name, nesting)
+            case "other":
+                _punctuation(found["other"], nesting, param)
+    yield _summed(rule, nesting, tokens)
 
 
-def _named(name: str, nesting: _Nesting) -> _Rule:
-    rule = nesting.total()
-    rule.name = name
+def _punctuation(sign: str, nesting: _Nesting, param: str) -> None:
+    """Raises InvalidRequest for the beginning of a token that nothing closes."""
+    if sign in '"/<':
+        raise InvalidRequest(f"{param}: a {sign} in the grammar is not closed", param=param)
+    if sign == "|":
+        nesting.alternative()
+    elif sign in "([":
+        nesting.open()
+    elif sign in ")]":
+        nesting.close()
+
+
+def _summed(rule: _Rule, nesting: _Nesting, tokens: int) -> _Rule:
+    rule.add(nesting.total())
+    if not rule.name.isupper():  # Terminals are bounded by their size.
+        rule.work += RULE * tokens**2
     return rule
 
 
-def _json_end(grammar: str, start: int, param: str) -> int:
-    """The end of the JSON in a grammar. Raises InvalidRequest."""
+def _lark_regex_size(token: str, param: str) -> int:
+    """Raises InvalidRequest."""
+    regex, _, flags = token[1:].rpartition("/")
+    check_length(regex, MAX_REGEX_CHARACTERS, param)
+    if "x" in flags:
+        raise InvalidRequest(f"{param}: the flag x is not supported", param=param)
+    return _regex_size(regex, param)
+
+
+def _json_at(grammar: str, start: int, param: str) -> tuple[Any, int]:
+    """The JSON in a grammar, and its end. Raises InvalidRequest."""
     try:
-        value, end = json.JSONDecoder(object_pairs_hook=_unique).raw_decode(grammar, start)
+        return json.JSONDecoder(object_pairs_hook=_unique).raw_decode(grammar, start)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{param}: JSON in the grammar cannot be read", param=param) from error
-    _check_values(value, param)
-    return end
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -61,13 +61,13 @@ def refusal(format: OutputFormat) -> InvalidRequest:
         (OutputFormat(FormatKind.CHOICE, ("yes", 'no "é" 😀', "a/b")), 'no "é" 😀', "no"),
         (OutputFormat(FormatKind.CHOICE, ("a", "ab")), "ab", "b"),
         (OutputFormat(FormatKind.GRAMMAR, 'start: WORD "!"\nWORD: /[a-z]+/'), "abc!", "abc"),
-        (OutputFormat(FormatKind.GRAMMAR, 'start: <|im_end|> "a"'), "", "a"),
+        (OutputFormat(FormatKind.GRAMMAR, 'start: <|im_start|> "a"'), "<|im_start|>a", "a"),
         (OutputFormat(FormatKind.GRAMMAR, 'root ::= ("yes" | no) "/"?\nno ::= "n" [o-p]+'),
          "nop/", "n/"),
     ],
 )  # fmt: skip
 def test_formats(format: OutputFormat, right: str, wrong: str) -> None:
-    assert accepts(format, right) or not right
+    assert accepts(format, right)
     assert not accepts(format, wrong)
 
 
@@ -101,6 +101,8 @@ def test_white_space_between_the_parts_of_json_is_bounded() -> None:
         (OutputFormat(FormatKind.GRAMMAR, "root ::= nowhere"), "as GBNF"),
         (OutputFormat(FormatKind.GRAMMAR, '{"grammars": []}'), "not JSON"),
         (OutputFormat(FormatKind.GRAMMAR, "A: B\nB: A\nstart: A"), "refers to itself"),
+        (OutputFormat(FormatKind.GRAMMAR, 'start: "a'), 'a " in the grammar is not closed'),
+        (OutputFormat(FormatKind.GRAMMAR, 'start: "a" < b'), "a < in the grammar is not closed"),
     ],
 )
 def test_refusals_give_the_reason(format: OutputFormat, says: str) -> None:
@@ -173,6 +175,15 @@ TOO_MUCH = {
     "patterns in a grammar": OutputFormat(
         FormatKind.GRAMMAR, 'start: %json {"pattern": "(a{1000}){1000}"}'
     ),
+    "new lines": OutputFormat(FormatKind.GRAMMAR, "::=" + "\n" * 10**6),
+    "an open string": OutputFormat(FormatKind.GRAMMAR, "start: " + r'\"' * 60_000),
+    "an open pattern": OutputFormat(FormatKind.GRAMMAR, "start: /" + r"\/" * 60_000),
+    "open tokens": OutputFormat(FormatKind.GRAMMAR, "start: " + "<" * 120_000),
+    "an open repetition": OutputFormat(FormatKind.GRAMMAR, 'start: "a"{1,' + " " * 120_000),
+    "alternatives": OutputFormat(FormatKind.GRAMMAR, "start: " + '"a"|' * 30_000 + '"b"'),
+    "many schemas": OutputFormat(
+        FormatKind.GRAMMAR, "start: " + ' %json {"multipleOf": 50000}' * 30
+    ),
     "names twice": OutputFormat(
         FormatKind.GRAMMAR, 'start: %json {"pattern": "(a{1000}){1000}", "pattern": "a"}'
     ),
@@ -193,6 +204,15 @@ COMPILED = {
     "a large enum": schema({"enum": [f"value {i}" for i in range(2000)]}),
     "many choices": OutputFormat(FormatKind.CHOICE, tuple(f"choice {i}" for i in range(4000))),
     "many properties": schema(properties(300)),
+    "many alternatives": OutputFormat(
+        FormatKind.GRAMMAR, "start: " + "|".join(f'"{i}"' for i in range(6000))
+    ),
+    "a terminal of words": OutputFormat(
+        FormatKind.GRAMMAR, "start: WORD\nWORD: " + "|".join(f'"{i}"' for i in range(14_000))
+    ),
+    "comments": OutputFormat(
+        FormatKind.GRAMMAR, 'start: "a" // an open "\n  | /b\n/ # and <\n  | "//"i'
+    ),
     "decimals": schema({"type": "number", "multipleOf": 0.01, "minimum": 0, "maximum": 1e6}),
 }
 
