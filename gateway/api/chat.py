@@ -24,7 +24,6 @@ from gateway.api.choice_writer import ChoiceWriter, CompletionUsage, ShownIds, S
 from gateway.api.routing import Call, make_router
 from gateway.api.schemas.base import Unused, fault
 from gateway.api.schemas.generate import NumLogprobs, OutputLength
-from gateway.api.schemas.messages import TextPart
 from gateway.api.schemas.structured import StructuredFields
 from gateway.api.schemas.template_fields import TemplateFields
 from gateway.api.sse import add_json
@@ -96,12 +95,7 @@ class ChatRequest(TemplateFields, StructuredFields):
     def echoed(self) -> str:
         """The text with which the answer begins."""
         last = self.messages[-1]
-        if not self.echo or last.role != "assistant":
-            return ""
-        content = last.content or ""
-        if isinstance(content, str):
-            return content
-        return "\n".join(part.text for part in content if isinstance(part, TextPart))
+        return last.text if self.echo and last.role == "assistant" else ""
 
     @property
     def options(self) -> GenerationOptions:

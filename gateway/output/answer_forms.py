@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from gateway.api.schemas.messages import Message
 from gateway.job import AnyPrompt, CallMode, ChatPrompt, GenerationOptions, Tool, ToolUse
 from gateway.output.calls.detect import find_form
 from gateway.output.calls.form import CallForm, quoted
@@ -104,16 +105,13 @@ class AnswerForms:
             return None
         if self.marks is None:
             return Thinking.NONE
-        opening, closing = self.marks
-        end = rendered[-TAIL:].rstrip()
-        if end.endswith(opening):
-            return Thinking.INSIDE
-        if end.endswith(closing):
-            return Thinking.NONE
         if prompt.continue_final_message:
-            inside = rendered.rfind(opening) > rendered.rfind(closing)
+            inside = _ends_in_thought(prompt.messages[-1], rendered, self.marks)
             return Thinking.INSIDE if inside else Thinking.NONE
-        return Thinking.POSSIBLE
+        end = rendered[-TAIL:].rstrip() if prompt.add_generation_prompt else ""
+        if end.endswith(self.marks.opening):
+            return Thinking.INSIDE
+        return Thinking.NONE if end.endswith(self.marks.closing) else Thinking.POSSIBLE
 
     def after_thinking(self, grammar: str, thinking: Thinking | None) -> str:
         """The grammar of thinking, which is free, and then an answer."""
@@ -186,6 +184,19 @@ class AnswerForms:
 def _has(marks: ThinkingMarks, template: Renderable, tokenizer: Tokenizer) -> bool:
     tokens = all(tokenizer.id_of(mark) is not None for mark in marks)
     return tokens or any(mark in template.source for mark in marks)
+
+
+def _ends_in_thought(message: Message, rendered: str, marks: ThinkingMarks) -> bool:
+    """Whether thinking goes on at the end of ``message``, with which the prompt ends: it has an
+    open marker, or the template wrote one before it. Markers in other messages mean nothing."""
+    opening, closing = marks
+    text = message.text.strip()
+    if message.role != "assistant":
+        return False
+    if opening in text or closing in text:
+        return text.rfind(opening) > text.rfind(closing)
+    before = rendered[-len(text) - TAIL :].rstrip().removesuffix(text)
+    return before.rstrip().endswith(opening)
 
 
 def _joined(top: str, **grammars: str) -> str:

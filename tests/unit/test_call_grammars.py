@@ -15,6 +15,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer as Backend
 
+from gateway.api.schemas.messages import Message
 from gateway.api.schemas.sampling import SamplingFields
 from gateway.grammar import Grammars
 from gateway.grammar_bounds import FIXED, INTERSECTED, SQUARED
@@ -183,19 +184,39 @@ def test_calls_follow_the_reasoning(form: str, marks: str, thinking: Thinking) -
 @pytest.mark.parametrize(
     ("rendered", "continued", "thinking"),
     [
-        ("<|im_start|>assistant\n", False, Thinking.POSSIBLE),
-        ("<|im_start|>assistant\n<think>\n", False, Thinking.INSIDE),
-        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", False, Thinking.NONE),
-        ("<|im_start|>assistant\n<think>\nFirst,", True, Thinking.INSIDE),
-        ("<|im_start|>assistant\n<think>\nFirst.</think> Yes", True, Thinking.NONE),
-        ("<|im_start|>assistant\nYes", True, Thinking.NONE),
+        ("<|im_start|>assistant\n", None, Thinking.POSSIBLE),
+        ("<|im_start|>assistant\n<think>\n", None, Thinking.INSIDE),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", None, Thinking.NONE),
+        ("<think>?<|im_start|>assistant\n", None, Thinking.POSSIBLE),
+        ("<|im_start|>assistant\n<think>\nFirst,", "<think>\nFirst,", Thinking.INSIDE),
+        ("<|im_start|>assistant\n<think>\n", "<think>", Thinking.INSIDE),
+        ("<|im_start|>assistant\n<think>\nFirst,", "First, ", Thinking.INSIDE),
+        (
+            "<|im_start|>assistant\n<think>\nFirst.</think> Yes",
+            "<think>\nFirst.</think> Yes",
+            Thinking.NONE,
+        ),
+        ("<|im_start|>assistant\n<think>\n</think>\nYes", "Yes", Thinking.NONE),
+        ("<|im_start|>assistant\nYes", "Yes", Thinking.NONE),
+        ("What is <think>?<|im_start|>assistant\nIt", "It", Thinking.NONE),
+        ("</think> <think>: hm<|im_start|>assistant\nIt", "It", Thinking.NONE),
     ],
 )
-def test_how_an_answer_begins(rendered: str, continued: bool, thinking: Thinking) -> None:
-    prompt = ChatPrompt((), 1, continue_final_message=continued)
+def test_how_an_answer_begins(rendered: str, continued: str | None, thinking: Thinking) -> None:
+    messages = (Message(role="assistant", content=continued or ""),)
+    prompt = ChatPrompt(messages, 1, continue_final_message=continued is not None)
     assert forms("hermes", "think").thinking(prompt, rendered) is thinking
     assert forms("hermes").thinking(prompt, rendered) is Thinking.NONE
     assert forms("hermes", "think").thinking(TextPrompt(rendered), rendered) is None
+
+
+def test_markers_that_a_user_wrote_begin_no_reasoning() -> None:
+    think = forms("hermes", "think")
+    asked = Message(role="user", content="What is <think>")
+    prompt = ChatPrompt((asked,), 1, add_generation_prompt=False)
+    assert think.thinking(prompt, "<|user|>\nWhat is <think>") is Thinking.POSSIBLE
+    prompt = replace(prompt, continue_final_message=True)
+    assert think.thinking(prompt, "<|user|>\nWhat is <think>") is Thinking.NONE
 
 
 def fits(grammar: str, text: str) -> bool:

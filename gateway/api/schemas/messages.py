@@ -182,6 +182,13 @@ class Message(Strict):
             raise fault("content", "should be a string or a list of parts")
         return self
 
+    @property
+    def text(self) -> str:
+        """Its text, or its parts' texts, one a line."""
+        if isinstance(self.content, list):
+            return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+        return self.content or ""
+
 
 PICTURE = ImagePart.model_construct(type="image")
 """A picture's place in a message whose pictures stand in a list beside it."""
