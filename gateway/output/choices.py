@@ -53,7 +53,6 @@ class Choices:
         ]
         self._sections = sections and [sections(choice) for choice in range(sampling.n or 1)]
         self.finish_reasons: list[EndReason | None] = [None] * len(self._outputs)
-        self.num_reasoning_tokens = 0  # Of all choices, their end markers included.
 
     @property
     def ended(self) -> bool:
@@ -71,6 +70,11 @@ class Choices:
     def num_tokens(self) -> int:
         """Tokens of all choices, up to the stop strings that ended them."""
         return sum(output.num_tokens for output in self._outputs)
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Tokens of all choices' reasoning, its markers included."""
+        return sum(each.num_reasoning_tokens for each in self._sections or ())
 
     def take(self, delta: Delta) -> list[OutputEvent | ChoiceEnd]:
         """The events of ``delta``; none for a choice that has ended.
@@ -98,10 +102,7 @@ class Choices:
         events: list[OutputEvent | ChoiceEnd] = []
         if self._sections is not None:
             sections = self._sections[delta.choice]
-            thought = sections.thinks
-            events += sections.push(text, logprobs, last=end is not None)
-            if thought or sections.thinks:
-                self.num_reasoning_tokens += piece.num_tokens
+            events += sections.push(text, logprobs, piece.starts, last=end is not None)
             end = _end_of_calls(sections, end, delta.choice)
         elif text or logprobs:
             events.append(Text(delta.choice, text, logprobs))

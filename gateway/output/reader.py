@@ -42,6 +42,7 @@ class Reader(ABC):
 
     def __init__(self) -> None:
         self.char = ""
+        self.place = 0  # Of ``char``: how many characters come before it.
         self.kind = SectionKind.TEXT  # Of what ``show`` shows.
         self._sections: list[Section] = []
         self._pieces: list[str] = []  # Of the last section, which may grow.
@@ -63,19 +64,21 @@ class Reader(ABC):
         """The sections that more text makes, or that it makes longer."""
         if self._stop and self._stop not in text:  # A fast way for most of a text.
             self.show(text)
+            self.place += len(text)
             return self._take()
-        at = 0
+        at, begin = 0, self.place
         while at < len(text):
             plain = self._plain(text, at)
             if plain:
                 self.show(text[at : at + plain])
                 at += plain
                 continue
-            self.char = text[at]
+            self.char, self.place = text[at], begin + at
             next(self._steps)
             if self._held is not None:
                 self._held.append(self.char)
             at += 1
+        self.place = begin + len(text)
         return self._take()
 
     def finish(self) -> list[Section]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from gateway.output.calls.form import CallForm
@@ -15,30 +15,36 @@ from gateway.output.events import (
     ToolCallStart,
 )
 from gateway.output.reader import Reader, Section, SectionKind
+from gateway.output.thinking import ThinkingReader
+
+MOST_HELD = 32  # Log-probabilities that wait for text.
 
 
 class Sections:
     """Turns the text of one choice into events, whatever the pieces that it arrives in.
 
-    ``ended``: the only call that the choice may have is complete. Log-probabilities go with the
-    next event, which may be one of a later piece.
+    ``ended``: the only call that the choice may have is complete. ``num_reasoning_tokens``: those
+    of its reasoning, markers included. Log-probabilities go with the next event, which may be one
+    of a later piece; those of reasoning that is not shown are not shown either.
     """
 
     def __init__(
         self,
         choice: int,
         *,
-        thinking: Reader | None = None,
+        thinking: ThinkingReader | None = None,
         form: CallForm | None = None,
         names: frozenset[str] = frozenset(),
         several: bool = True,
         calls_only: bool = False,
         show_reasoning: bool = True,
     ) -> None:
-        """``thinking``: a reader of reasoning; None: there is none. ``form``: of calls of the tools
-        ``names``; None: calls are text. ``several``: whether there may be more than one.
+        """``thinking``: the reader of reasoning; None: there is none. ``form``: of calls of the
+        tools ``names``; None: calls are text. ``several``: whether there may be more than one.
         ``calls_only``: what is no call is the beginning of one that was cut off, and not shown."""
         self.ended = False
+        self.num_reasoning_tokens = 0
+        self._undecided = 0  # Tokens that may turn out to be reasoning.
         self._choice = choice
         self._thinking = thinking
         self._form = form
@@ -48,7 +54,7 @@ class Sections:
         self._show_reasoning = show_reasoning
         self._index = -1  # Of the last call.
         self._open = False  # It is not complete.
-        self._logprobs: tuple[TextLogprobs, ...] | None = None
+        self._logprobs: list[TextLogprobs] = []
         self._last: OutputEvent = Text(choice, "")
 
     @property
@@ -56,24 +62,38 @@ class Sections:
         """Whether there are calls, and all of them are complete."""
         return self._index >= 0 and not self._open
 
-    @property
-    def thinks(self) -> bool:
-        """Whether the text so far ends in reasoning."""
-        return self._thinking is not None and self._thinking.kind is SectionKind.REASONING
-
     def push(
-        self, text: str, logprobs: tuple[TextLogprobs, ...] | None, *, last: bool
+        self,
+        text: str,
+        logprobs: Iterable[TextLogprobs] | None = None,
+        starts: Sequence[int] = (),
+        *,
+        last: bool,
     ) -> list[OutputEvent]:
-        """The events of more text. ``last``: it is the choice's end."""
-        if logprobs is not None:
-            self._logprobs = (self._logprobs or ()) + logprobs
+        """The events of more text. ``starts``: for each of its tokens, how many characters of the
+        choice come before it. ``last``: it is the choice's end."""
         events = [event for section in self._read(text, last) if (event := self._event(section))]
-        if self._logprobs and (events or last or self.ended):
+        self._logprobs += logprobs or ()
+        if self._thinking is not None:
+            self._count_reasoning(self._thinking.end, starts)
+            if not self._show_reasoning:
+                end = self._thinking.end
+                self._logprobs = [at for at in self._logprobs if at.start >= end]
+        held = len(self._logprobs)
+        if held and (events or last or self.ended or held >= MOST_HELD):
             events = events or [self._nothing()]
-            events[0] = replace(events[0], logprobs=self._logprobs)
-            self._logprobs = ()
+            events[0] = replace(events[0], logprobs=tuple(self._logprobs))
+            self._logprobs = []
         self._last = events[-1] if events else self._last
         return events
+
+    def _count_reasoning(self, end: float, starts: Sequence[int]) -> None:
+        """``end``: of the reasoning, as far as it is known."""
+        if not end:
+            self._undecided += len(starts)
+            return
+        self.num_reasoning_tokens += self._undecided + sum(start < end for start in starts)
+        self._undecided = 0
 
     def _read(self, text: str, last: bool) -> list[Section]:
         sections = [Section(SectionKind.TEXT, text)] if text else []

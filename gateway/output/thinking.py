@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import NamedTuple
 
@@ -31,17 +32,22 @@ class Thinking(Enum):
 
 class ThinkingReader(Reader):
     """Reasoning, then text. Without the opening marker at the start of the answer, all is text.
-    White space around the markers is dropped."""
+    White space around the markers is dropped.
+
+    ``end``: how many characters the reasoning and its markers are; 0 while there is none, infinite
+    while it goes on.
+    """
 
     def __init__(self, marks: ThinkingMarks, thinking: Thinking) -> None:
         super().__init__()
+        self.end = math.inf if thinking is Thinking.INSIDE else 0.0
         self._marks = marks
         self._thinking = thinking
 
     def read(self) -> Steps[None]:
         if (yield from self._begins()):
             yield from self.spaces()
-            self.kind = SectionKind.REASONING
+            self.kind, self.end = SectionKind.REASONING, math.inf
             yield from self._reason()
         yield from self.text()
 
@@ -70,6 +76,6 @@ class ThinkingReader(Reader):
                 continue
             self.release()
             self.drop_spaces()
-            self.kind = SectionKind.TEXT
+            self.kind, self.end = SectionKind.TEXT, self.place
             yield from self.spaces()
             return

@@ -4,6 +4,7 @@ which form a chat template teaches."""
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -11,8 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.output.calls.detect import FORMS, find_form
-from gateway.output.events import Reasoning, Text, ToolCallArguments, ToolCallStart
-from gateway.output.sections import Sections
+from gateway.output.events import (
+    OutputEvent,
+    Reasoning,
+    Text,
+    TextLogprobs,
+    TokenLogprob,
+    ToolCallArguments,
+    ToolCallStart,
+)
+from gateway.output.sections import MOST_HELD, Sections
 from gateway.output.thinking import MARKS, Thinking, ThinkingReader
 from opticnerve.config import GatewayConfig
 from opticnerve.config.options import options
@@ -214,6 +223,37 @@ def test_texts_with_thoughts(thinking: Thinking, text: str, expected: Shown) -> 
 def test_thoughts_that_are_not_shown() -> None:
     made = sections("hermes", Thinking.INSIDE, show_reasoning=False)
     assert read(made, ["hm", "</think> Yes"]) == [("text", "Yes")]
+
+
+TOKENS = ["<think>", "a", "b", "</thi", "nk>", "\n", "", "Y", "es"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 9])
+@pytest.mark.parametrize("shown", [True, False])
+def test_tokens_of_reasoning_in_any_pieces(size: int, shown: bool) -> None:
+    """Each token of reasoning counts, and those that are hidden have no log-probabilities."""
+    starts = [*accumulate(map(len, TOKENS[:-1]), initial=0)]
+    logprobs = [TextLogprobs(TokenLogprob(b"", -1.0), (), start) for start in starts]
+    made = sections("hermes", Thinking.POSSIBLE, show_reasoning=shown)
+    events: list[OutputEvent] = []
+    for at in range(0, 9, size):
+        part = slice(at, at + size)
+        text = "".join(TOKENS[part])
+        events += made.push(text, logprobs[part], starts[part], last=at + size >= 9)
+    assert made.num_reasoning_tokens == 5
+    found = [entry for event in events for entry in event.logprobs or ()]
+    assert found == (logprobs if shown else logprobs[5:])
+
+
+def test_log_probabilities_wait_in_small_numbers_for_text_that_is_held_back() -> None:
+    made = sections("hermes")
+    found: list[int] = []
+    for at, char in enumerate([*"<tool_call>", *" " * 200, *hermes(A)[11:], ""]):
+        entry = TextLogprobs(TokenLogprob(b"", -1.0), (), at)
+        for event in made.push(char, (entry,), last=not char):
+            assert len(event.logprobs or ()) <= MOST_HELD
+            found += [each.start for each in event.logprobs or ()]
+    assert made.called and found == [*range(len(found))] and len(found) > 200
 
 
 # ---- which form
