@@ -18,7 +18,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from gateway.api.http import content
-from gateway.api.sse import dumps, failure
+from gateway.api.sse import dumps, failure, ids_json
 from gateway.job import Job
 from gateway.output.events import (
     AnswerEvent,
@@ -38,6 +38,7 @@ from gateway.output.events import (
 )
 from opticnerve.errors import AnswerTooLarge, EngineFailure, OpticNerveError
 
+ID_BYTES = 7  # Of a token id in JSON, with its comma.
 LEAST_LOGPROB = -9999.0  # JSON has no infinity.
 
 StopReason = Annotated[
@@ -183,13 +184,14 @@ class WholeChoice:
     """A choice of a whole answer, as parts in the order in which the model wrote them.
     ``with_logprobs``: whether the request asks for log-probabilities. ``prompt_text`` and
     ``prompt_logprobs`` (entries as encoded JSON, each with ``prompt_most`` of the most likely
-    tokens) and ``prompt_ids`` are in the first of the choices that continue a prompt."""
+    tokens) and ``prompt_ids`` (a list as encoded JSON) are in the first of the choices that
+    continue a prompt."""
 
     with_logprobs: bool = False
     prompt_most: int | None = None  # None if the request asks for no log-probabilities of a prompt.
     prompt_text: str = ""
     prompt_logprobs: list[bytes] = field(default_factory=list)
-    prompt_ids: array[int] = field(default_factory=lambda: array("I"))
+    prompt_ids: bytes = b"[]"
     token_ids: array[int] = field(default_factory=lambda: array("I"))
     parts: list[WholePart] = field(default_factory=list)
     end: ChoiceEnd | None = None
@@ -213,10 +215,12 @@ class WholeChoice:
         return entries if self.with_logprobs else None
 
     def add_ids(self, more: TokenIds) -> int:
-        """Adds token ids; returns their size in bytes."""
-        added = self.prompt_ids if more.of_prompt else self.token_ids
-        added.extend(more.token_ids)
-        return len(more.token_ids) * added.itemsize
+        """Adds token ids; returns their size in bytes of JSON."""
+        if more.of_prompt:
+            self.prompt_ids = ids_json(more.token_ids)
+            return len(self.prompt_ids)
+        self.token_ids.extend(more.token_ids)
+        return len(more.token_ids) * ID_BYTES
 
     def add_prompt(self, more: PromptEvent) -> int:
         """Adds an event of the prompt; returns its size, as ``add``."""

@@ -9,11 +9,10 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, NotRequired
 
 from pydantic import Field
-from pydantic_core import to_json
 from typing_extensions import TypedDict
 
 from gateway.api.answer import AnswerWriter, WholeChoice
-from gateway.api.sse import DONE, add_json, dumps, event, with_encoded
+from gateway.api.sse import DONE, add_json, dumps, event, ids_json, with_encoded
 from gateway.job import Job
 from gateway.output.events import AnswerEvent, ChoiceEnd, End, OutputEvent, PromptEvent, TokenIds
 from opticnerve.generation.values import Usage
@@ -48,11 +47,6 @@ StreamUsage = Annotated[
 ShownIds = Annotated[list[int], Field(description="With `return_token_ids`.")]
 
 
-def ids_json(ids: Iterable[int]) -> bytes:
-    """A list of token ids, perhaps a whole context, as JSON."""
-    return to_json(list(ids))
-
-
 def usage_json(usage: Usage, reasoning_tokens: int = 0) -> CompletionUsage:
     shown: CompletionUsage = {
         "prompt_tokens": usage.prompt_tokens,
@@ -84,7 +78,7 @@ class ChoiceWriter(AnswerWriter):
         self._shows_ids = False
         # Of a stream, to be sent with a choice's next chunk.
         self._ids: dict[int, list[int]] = {}
-        self._prompt_ids: dict[int, Sequence[int]] = {}
+        self._prompt_ids: dict[int, bytes] = {}
 
     def begin(self, job: Job) -> None:
         super().begin(job)
@@ -124,7 +118,7 @@ class ChoiceWriter(AnswerWriter):
         listed = b"[" + b",".join(encoded) + b"]"
         body = with_encoded({**head, **self.timings_of(end)}, {"choices": listed})
         if self._shows_ids and not self.prompt_ids_by_choice:
-            body = add_json(body, "prompt_token_ids", ids_json(choices[0].prompt_ids))
+            body = add_json(body, "prompt_token_ids", choices[0].prompt_ids)
         return body
 
     def _with_ids(
@@ -135,7 +129,7 @@ class ChoiceWriter(AnswerWriter):
             shown = add_json(body, "token_ids", ids_json(choice.token_ids))
             if self.prompt_ids_by_choice:
                 first = choices[place // self._n * self._n]
-                shown = add_json(shown, "prompt_token_ids", ids_json(first.prompt_ids))
+                shown = add_json(shown, "prompt_token_ids", first.prompt_ids)
             yield shown
 
     def encoded(self, choices: Sequence[WholeChoice]) -> Iterator[bytes]:
@@ -188,8 +182,9 @@ class ChoiceWriter(AnswerWriter):
             self._ids.setdefault(more.choice, []).extend(more.token_ids)
             return
         several = self._n if self.prompt_ids_by_choice else 1
+        shown = ids_json(more.token_ids)
         for choice in range(more.choice, more.choice + several):
-            self._prompt_ids[choice] = more.token_ids
+            self._prompt_ids[choice] = shown
 
     def _chunk(
         self, choice: Mapping[str, Any], usage: Usage | None, *, opens: bool = False
@@ -212,10 +207,10 @@ class ChoiceWriter(AnswerWriter):
         if not opens:
             encoded = add_json(encoded, "token_ids", ids_json(self._ids.pop(index, ())))
         if prompt is not None and self.prompt_ids_by_choice:
-            encoded = add_json(encoded, "prompt_token_ids", ids_json(prompt))
+            encoded = add_json(encoded, "prompt_token_ids", prompt)
         data = with_encoded(body, {"choices": b"[" + encoded + b"]"})
         if prompt is not None and not self.prompt_ids_by_choice:
-            data = add_json(data, "prompt_token_ids", ids_json(prompt))
+            data = add_json(data, "prompt_token_ids", prompt)
         return b"data: " + data + b"\n\n"
 
     def encoded_chunk(self, choice: bytes) -> bytes:

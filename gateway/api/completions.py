@@ -39,6 +39,7 @@ from gateway.output.events import (
     PromptText,
     Text,
     TextLogprobs,
+    TokenIds,
 )
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default for this route.
@@ -58,13 +59,13 @@ def _form(prompt: Any) -> str:
 
 
 Words = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+PromptIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 SEVERAL = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 Prompts = Annotated[
     Annotated[Words, Tag("<text>")]
-    | Annotated[TokenIds, Tag("<ids>")]
+    | Annotated[PromptIds, Tag("<ids>")]
     | Annotated[list[Words], SEVERAL, Tag("<texts>")]
-    | Annotated[list[TokenIds], SEVERAL, Tag("<lists>")],
+    | Annotated[list[PromptIds], SEVERAL, Tag("<lists>")],
     Discriminator(_form),
 ]
 Marker = Annotated[str, Field(min_length=1, max_length=MAX_MARKER_CHARACTERS)]
@@ -204,6 +205,9 @@ class WholeCompletion(WholeChoice):
     copies: int = 1
     scores: Scores = field(default_factory=Scores)
     prompt_scores: Scores = field(default_factory=Scores)
+
+    def add_ids(self, more: TokenIds) -> int:
+        return WholeChoice.add_ids(self, more) * (self.copies if more.of_prompt else 1)
 
     def add_prompt(self, more: PromptEvent) -> int:
         size = WholeChoice.add_prompt(self, more)

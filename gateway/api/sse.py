@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from pydantic_core import to_json
 
 from opticnerve.errors import OpticNerveError
 
@@ -43,6 +45,11 @@ def with_encoded(body: Mapping[str, Any], encoded: Mapping[str, bytes]) -> bytes
 def add_json(body: bytes, name: str, value: bytes) -> bytes:
     """The object ``body``, which has fields, with one more; all is encoded JSON."""
     return body[:-1] + b',"' + name.encode() + b'":' + value + b"}"
+
+
+def ids_json(ids: Iterable[int]) -> bytes:
+    """A list of token ids, perhaps a whole context, as JSON."""
+    return to_json(list(ids))
 
 
 def failure(error: OpticNerveError) -> bytes:

@@ -200,3 +200,13 @@ async def test_token_ids_of_completions(stream):
                 shown[index] = choice["prompt_token_ids"]
         assert shown == {0: prompts[0], 1: prompts[0], 2: prompts[1], 3: prompts[1]}
         assert found == dict.fromkeys(range(4), s.llm.tokens)
+
+
+async def test_the_prompts_ids_count_in_each_choice_of_an_answer():
+    prompt, fields = [100] * 500, {"return_token_ids": True, "n": 8}
+    async with stack(max_answer_bytes=8 * 1800) as s:
+        answer = await complete(s, prompt, **fields)
+        assert answer.status_code == 400, len(answer.content)
+        assert answer.json()["error"]["code"] == "answer_too_large"
+        assert (await complete(s, prompt, **fields | {"n": 6})).status_code == 200
+        await until(s.idle)
