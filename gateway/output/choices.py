@@ -143,7 +143,8 @@ class Choices:
 
 def _end_of_calls(sections: Sections, end: ChoiceEnd | None, choice: int) -> ChoiceEnd | None:
     """The end of a choice that may have called tools."""
-    stopped = end is not None and end.finish_reason == "stop"
-    if sections.ended or (stopped and sections.called):
+    if sections.ended:
+        end = ChoiceEnd(choice, "stop")
+    if end is not None and end.finish_reason == "stop" and sections.called:
         return ChoiceEnd(choice, "tool_calls")
     return end

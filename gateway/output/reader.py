@@ -24,7 +24,7 @@ class SectionKind(Enum):
     REASONING = "reasoning"
     CALL = "call"  # A call begins; its text is the tool's name.
     ARGUMENTS = "arguments"  # More of its arguments: a piece of a JSON object's text.
-    CALL_END = "call end"  # The call is complete. Without it, the text ended within the call.
+    CALL_END = "call end"  # Its arguments are complete. Without it, they are cut, or unreadable.
 
 
 class Section(NamedTuple):

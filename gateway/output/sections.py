@@ -53,14 +53,14 @@ class Sections:
         self._calls_only = calls_only
         self._show_reasoning = show_reasoning
         self._index = -1  # Of the last call.
-        self._open = False  # It is not complete.
+        self._complete = 0  # Calls whose arguments are.
         self._logprobs: list[TextLogprobs] = []
         self._last: OutputEvent = Text(choice, "")
 
     @property
     def called(self) -> bool:
         """Whether there are calls, and all of them are complete."""
-        return self._index >= 0 and not self._open
+        return 0 < self._complete == self._index + 1
 
     def push(
         self,
@@ -114,13 +114,12 @@ class Sections:
                 return Reasoning(choice, section.text) if self._show_reasoning else None
             case SectionKind.CALL:
                 self._index += 1
-                self._open = True
                 assert self._form is not None
                 return ToolCallStart(choice, self._index, self._form.call_id(), section.text)
             case SectionKind.ARGUMENTS:
                 return ToolCallArguments(choice, self._index, section.text)
             case SectionKind.CALL_END:
-                self._open = False
+                self._complete += 1
                 self.ended = not self._several
         return None
 

@@ -185,7 +185,14 @@ def test_only_one_call() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "called"), [("x", False), (hermes(A), True), (hermes(A)[:-20], False)]
+    ("text", "called"),
+    [
+        ("x", False),
+        (hermes(A), True),
+        (hermes(A)[:-20], False),
+        (hermes('{"a": 1, oops}'), False),
+        (hermes('{"a": 1, oops}') + hermes(A), False),
+    ],
 )
 def test_whether_calls_are_complete(text: str, called: bool) -> None:
     made = sections("hermes")

@@ -130,3 +130,17 @@ def test_markers_that_are_special_tokens_are_seen_by_the_reader_of_calls_alone(f
         else:
             shown = "".join(each.text for each in given if isinstance(each, Text))
             assert "[" not in shown and "<|" not in shown and "f" in shown
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_choice_whose_call_cannot_be_read_has_only_stopped(tokenizer, parallel):
+    forms = AnswerForms(tokenizer, find_form("hermes", ""), shows_tools=True)
+    function = {"type": "function", "function": {"name": "f"}}
+    fields = {"tools": [function], "parallel_tool_calls": parallel}
+    fields["messages"] = [{"role": "user", "content": "x"}]
+    options = ChatRequest.model_validate({"model": "m", **fields}).options
+    for arguments, reason in (('{"a": 1}', "tool_calls"), ('{"a": 1, oops}', "stop")):
+        made = forms.choices(options, Vocabulary(tokenizer), Thinking.NONE)
+        ids = tokenizer.encode(f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>')
+        end = made.take(delta([*ids, END], FinishReason.STOP, END))[-1]
+        assert end == ChoiceEnd(0, reason)

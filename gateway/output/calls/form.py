@@ -118,18 +118,16 @@ class CallReader(Reader):
 
     def attempt(self, steps: Steps[None]) -> Steps[None]:
         """Reads calls. Where the text departs from their form, it is text again: from its
-        beginning, or if a call has begun already, from there on."""
+        beginning, or if a call has begun already, from there on; that call is not complete."""
         self._begun = self._ended = False
         self.hold()
         try:
             yield from steps
         except Malformed:
             held = self.release()
-            if self._begun and not self._ended:
-                if self.char:
-                    self.end_call()
-                    self.release()
-            elif self.char or not self._ended:  # An end of the text within a closing is no text.
+            shown = self._begun and not self._ended  # As the beginning of a call.
+            closes = self._ended and not self.char  # An end of the text within a closing.
+            if not shown and not closes:
                 self.show(held)
         else:
             self.release()
