@@ -53,11 +53,13 @@ PAINT = {
 }
 TREE = {"type": "object", "properties": {"leaf": {"enum": [1]}, "tree": {"$ref": "#"}}}
 EITHER = {"anyOf": [{"properties": {"q": {"maxLength": 2, "type": "string"}}, "required": ["q"]}]}
+WIDE = {name: {"enum": [1]} for name in ("größe", "b" * 200)}
 TOOLS = (
     Tool("paint", "", PAINT, strict=True),
     Tool("stop.now", "", {"type": "object", "properties": {}}),
     Tool("either", "", EITHER),
     Tool("grow", "", {**TREE, "additionalProperties": False}),
+    Tool("wide", "", {"type": "object", "properties": WIDE, "required": [*WIDE]}),
 )
 SCHEMAS = {tool.name: tool.parameters for tool in TOOLS}
 ALL_FORMS: dict[str, CallForm] = {name: form() for name, form in FORMS.items()}
@@ -145,6 +147,14 @@ def test_what_a_grammar_writes_is_read_as_calls(form: str, mode: CallMode) -> No
             texts.add(text)
             check(read(made, use, Thinking.NONE, text), use)
     assert len(texts) > 3
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_arguments_that_are_no_names_of_python(form: str) -> None:
+    made, use = forms(form), ToolUse(TOOLS, CallMode.NAMED, "wide")
+    text = written(made.grammar(options(use), ""), 1)
+    assert text is not None
+    check(read(made, use, Thinking.NONE, text), use)
 
 
 @pytest.mark.parametrize("form", ALL_FORMS)

@@ -66,10 +66,16 @@ def _is_plain(schema: Mapping[str, Any]) -> bool:
     return (
         schema.keys() <= PLAIN_KEYS
         and all(isinstance(name, str) and name in properties for name in required)
-        and all(key.isidentifier() and isinstance(properties[key], Mapping) for key in properties)
+        and all(map(_is_keyword, properties))
+        and all(isinstance(value, Mapping) for value in properties.values())
         and len(json.dumps(_definitions(schema))) <= MOST_DEFINITIONS
         and not REFERENCE.search(json.dumps(schema))
     )
+
+
+def _is_keyword(name: str) -> bool:
+    """Whether a property can be a keyword argument that the reader knows."""
+    return name.isascii() and name.isidentifier() and len(name) <= MAX_TOOL_NAME
 
 
 def _definitions(schema: Mapping[str, Any]) -> dict[str, Any]:
