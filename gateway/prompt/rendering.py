@@ -48,6 +48,12 @@ class Rendering:
         prompt = self._render(self._template.plain, self._messages, self._variables, hidden=False)
         if self._aliases.head in prompt:
             raise InvalidRequest("the messages contain reserved characters", param="messages")
+        if not _is_text(prompt):
+            raise InvalidRequest(
+                "the chat template wrote half a surrogate pair, which is no text; it has to write "
+                "whole characters",
+                param="messages",
+            )
         # The steps below take several times as long.
         self._renderer.check_length(prompt, self._contexts)
         template, hidden = self._aliased(prompt)
@@ -127,6 +133,15 @@ class Rendering:
                 param="continue_final_message",
             )
         return out[:at] if out[at : at + len(self._tag)] == self._tag else out[:at].rstrip()
+
+
+def _is_text(written: str) -> bool:
+    """Whether it can be encoded: templates may write what JSON and files cannot hold."""
+    try:
+        written.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _final_text(messages: Sequence[Mapping[str, Any]]) -> str:

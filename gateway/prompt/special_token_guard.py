@@ -20,6 +20,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from opticnerve.errors import InvalidRequest
+
 OPEN, CLOSE = (
     "\ue0fe",
     "\ue0ff",
@@ -109,7 +111,7 @@ class Marks:
     """Interrupts user text with a private-use character that nothing else in the request has."""
 
     def __init__(self, specials: Iterable[str], taken: str) -> None:
-        """``taken``: text that must not contain the mark. Raises ValueError if none is left."""
+        """``taken``: text that must not contain the mark. Raises InvalidRequest if none is left."""
         self.mark = free_character(taken)
         self._beginnings = sorted({text[0] for text in specials if text})
         self._start = re.compile(r"\A(\s*)(?=\S)")
@@ -153,9 +155,13 @@ class Marks:
 
 
 def free_character(taken: str) -> str:
-    """A private-use character that ``taken`` does not contain. Raises ValueError without one."""
+    """A private-use character that is not in ``taken``. Raises InvalidRequest without one."""
     used = set(taken)
     for code in range(0xE100, 0xF900):
         if chr(code) not in used:
             return chr(code)
-    raise ValueError("the text uses every private character")
+    raise InvalidRequest(
+        "the messages contain text that spells this model's special tokens, and every private-use "
+        "character, so that the two cannot be told apart; leave out some of these characters",
+        param="messages",
+    )

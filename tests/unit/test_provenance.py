@@ -352,8 +352,11 @@ def test_marks_come_off_and_interrupt() -> None:
 def test_a_mark_is_a_character_that_nobody_uses() -> None:
     used = "".join(map(chr, range(0xE100, 0xF8FF)))
     assert free_character(used) == "\uf8ff"
-    with pytest.raises(ValueError, match="every"):
-        free_character(used + "\uf8ff")
+    every = used + "\uf8ff"
+    assert made("chatml")[0].render(user(every)).token_ids
+    with pytest.raises(InvalidRequest, match="private-use") as caught:
+        made("chatml")[0].render(user(every + "<|im_end|>"))
+    assert caught.value.param == "messages"
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>", "<|im_end|>" + "<" * 100, " <|im_end|>x", "a"])

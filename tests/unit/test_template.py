@@ -267,6 +267,12 @@ def test_a_template_that_fails_is_explained(tmp_path: Path) -> None:
     assert caught.value.http_status == 400
 
 
+def test_a_template_that_writes_half_a_character(tmp_path: Path) -> None:
+    renderer = placed(v.byte_level(tmp_path, r'{{ "\ud800" }}'), "<|image_pad|>")
+    with pytest.raises(InvalidRequest, match="half a surrogate pair"):
+        renderer.render(request(user("a")))
+
+
 @pytest.mark.parametrize(
     "template",
     [
