@@ -47,7 +47,9 @@ class Grammars:
     def check_now(self, grammar: str, param: str) -> list[str]:
         """``check``, on this thread."""
         matcher = compile_grammar(grammar, self._vocabulary, param).matcher
-        matcher.compute_bitmask()  # Some limits are found at the first token.
+        allowed = int.from_bytes(matcher.compute_bitmask(), "little")
+        if allowed:  # Some limits are found at the first token.
+            matcher.consume_token((allowed & -allowed).bit_length() - 1)
         if matcher.is_error():
             raise grammar_error(matcher.get_error(), param)
         return matcher.get_grammar_warnings()

@@ -44,8 +44,9 @@ class Place:
     end: GrammarEnd | None = None
 
     def advance(self, token_ids: Sequence[int]) -> None:
-        """Consumes output that follows what was consumed before."""
-        if not self.matcher.consume_tokens(list(token_ids)):
+        """Consumes output that follows what was consumed before; between tokens, which may take
+        milliseconds each, other threads may run."""
+        if not all(self.matcher.consume_token(token) for token in token_ids):
             self.end = GrammarEnd(grammar_error(self.matcher.get_error()))
         elif self.matcher.is_stopped():
             self.end = GrammarEnd()

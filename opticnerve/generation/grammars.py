@@ -25,6 +25,7 @@ LIMITS = LLParserLimits(
     initial_lexer_fuel=300_000,
     step_lexer_fuel=200_000,
     step_max_items=50_000,
+    max_items_in_row=500,  # A token of an ambiguous grammar takes the cube of it: 4 ms.
     max_lexer_states=20_000,  # Of a kilobyte or two each.
     max_grammar_size=200_000,
     precompute_large_lexemes=False,

@@ -146,6 +146,7 @@ TOO_MUCH = {
     "deep": schema(nested(190)),
     "long": schema({"const": ["x" * 1000] * 200}),
     "properties": schema(properties(5000)),
+    "properties that may follow": schema(properties(200)),
     "a list of objects": schema({"enum": [{"a": i} for i in range(4000)]}),
     "intersections of alternatives": schema(
         {"allOf": [{"anyOf": [properties(i + j) for j in range(10)]} for i in range(10)]}
@@ -203,9 +204,9 @@ COMPILED = {
     "many states": OutputFormat(FormatKind.REGEX, "(a|b)*a(a|b){40}"),
     "a large enum": schema({"enum": [f"value {i}" for i in range(2000)]}),
     "many choices": OutputFormat(FormatKind.CHOICE, tuple(f"choice {i}" for i in range(4000))),
-    "many properties": schema(properties(300)),
+    "many properties": schema({**properties(300), "required": [f"p{i}" for i in range(200)]}),
     "many alternatives": OutputFormat(
-        FormatKind.GRAMMAR, "start: " + "|".join(f'"{i}"' for i in range(6000))
+        FormatKind.GRAMMAR, "start: " + "|".join(f'"{i}"' for i in range(400))
     ),
     "a terminal of words": OutputFormat(
         FormatKind.GRAMMAR, "start: WORD\nWORD: " + "|".join(f'"{i}"' for i in range(14_000))

@@ -217,6 +217,17 @@ def test_a_grammar_that_exceeds_a_limit_fails_its_request_alone() -> None:
     assert reasons(engine, "good") == [FinishReason.STOP]
 
 
+def test_an_ambiguous_grammar_fails_before_its_tokens_take_long() -> None:
+    """Its rows grow with the output, and the work with their cube."""
+    engine = make_engine()
+    for ask in (asks("hard", 'start: s\ns: s s s | s s | "a" | "b"'), asks("good")):
+        engine.engine.submit(replace(ask, sampling=replace(ask.sampling, ignore_eos=True)))
+    engine.run()
+    error = failure(engine, "hard")
+    assert isinstance(error, InvalidRequest) and "max is 500" in error.message
+    assert reasons(engine, "good") == [FinishReason.STOP]
+
+
 def test_a_vocabulary_that_cannot_be_read_refuses_grammars_alone() -> None:
     engine = LocalEngine(*load_demo())
     engine.engine.submit(asks("r"))
