@@ -1,11 +1,15 @@
-"""From an output format to the grammar that LLM workers obey, and its check before any worker is
-involved."""
+"""From a request's format and tools to the grammar that LLM workers obey, and its check before any
+worker is involved."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -16,36 +20,88 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from gateway.edge.limits import MAX_GRAMMAR_RULES, MAX_LISTED_CHOICES, MAX_SCHEMA_CHARACTERS
 from gateway.edge.threads import off_loop_for_grammars
 from gateway.grammar_bounds import check_lark, check_length, check_regex, check_schema
-from gateway.job import FormatKind, OutputFormat
-from gateway.prompt.tokenizer import Tokenizer
+from gateway.job import FormatKind, GenerationOptions, OutputFormat
+from gateway.output.answer_forms import AnswerForms
+from gateway.output.thinking import Thinking
 from opticnerve.errors import InvalidRequest
 from opticnerve.generation.grammars import compile_grammar, grammar_error
+from opticnerve.generation.values import MAX_GRAMMAR_BYTES
+from opticnerve.lru import LRU
 
 # Between the parts of JSON, as indented JSON has it. A model that may write white space without end
 # sometimes does.
 WHITESPACE = r"(\r?\n[ \t]{0,32}|[ \t]{1,4})"
+RECENT = 32  # Grammars that are kept: most requests of an application have the same one.
 _RULE = re.compile(r"::=")  # Of GBNF; Lark has a single colon.
 _LARK_START = re.compile(r"^[ \t]*start[ \t]*:(?!:)", re.MULTILINE)
 _IN_REGEX = re.compile(r"\\.|/|\n|\r", re.DOTALL)
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerGrammar:
+    """The grammar of an answer; empty: any text will do. ``not_enforced``: what of the request's
+    format and tools it leaves out."""
+
+    text: str = ""
+    not_enforced: tuple[str, ...] = ()
+
+
 class Grammars:
-    """The formats of answers in one checkpoint's vocabulary."""
+    """The grammars of answers in one checkpoint's forms and vocabulary."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, forms: AnswerForms) -> None:
+        self._forms = forms
+        self._tokenizer = forms.tokenizer
+        self._recent: LRU[str, Future[AnswerGrammar]] = LRU(RECENT)
+        self._lock = threading.Lock()  # Of ``_recent``.
 
-    async def build(self, format: OutputFormat) -> str:
-        """The format as a grammar, not checked. Raises InvalidRequest."""
-        return await off_loop_for_grammars(grammar_of, format)
+    async def find(self, options: GenerationOptions, *, chat: bool) -> AnswerGrammar:
+        """The grammar of the answer to a request, checked. ``chat``: whether it may begin with
+        thinking. Raises InvalidRequest, with the reason, for one that no worker could obey."""
+        if options.format is None and options.tools is None:
+            return AnswerGrammar()
+        return await off_loop_for_grammars(self._find, options, chat)
 
-    async def check(self, grammar: str, param: str) -> list[str]:
-        """Raises InvalidRequest, with the reason, for a grammar that no worker could obey. Returns
-        what of it is not enforced."""
-        return await off_loop_for_grammars(self.check_now, grammar, param)
+    def _find(self, options: GenerationOptions, chat: bool) -> AnswerGrammar:
+        """A recent one; requests for the same one at the same time wait for the first."""
+        asked = repr((options.format, options.tools, chat))
+        key = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()
+        with self._lock:
+            found = self._recent.get(key)
+            if mine := found is None:
+                found = self._recent[key] = Future()
+        if mine:
+            try:
+                found.set_result(self._make(options, chat))
+            except BaseException as error:
+                with self._lock:
+                    self._recent.pop(key)
+                found.set_exception(error)
+        return found.result()
+
+    def _make(self, options: GenerationOptions, chat: bool) -> AnswerGrammar:
+        """Checks the format alone first, so that the errors of the whole grammar are those of the
+        tools, and the whole as it will be sent, with thinking before it."""
+        format = options.format
+        if options.tools is not None and options.tools.calls_only:
+            format = None
+        answer = grammar_of(format) if format else ""
+        param = field_of_grammar(options)
+        not_enforced = self.check_now(answer, param) if answer else []
+        grammar = self._forms.grammar(options, answer)
+        sent = self._forms.after_thinking(grammar, Thinking.POSSIBLE) if chat else grammar
+        if grammar != answer:
+            param = "tools"
+        if len(sent.encode()) > MAX_GRAMMAR_BYTES:
+            raise InvalidRequest(f"{param}: its grammar is too long; send less", param=param)
+        if sent != answer:
+            not_enforced += self.check_now(sent, param)
+        not_enforced += self._forms.not_enforced(options)
+        return AnswerGrammar(grammar, tuple(dict.fromkeys(not_enforced)))
 
     def check_now(self, grammar: str, param: str) -> list[str]:
-        """``check``, on this thread."""
+        """Raises InvalidRequest, with the reason, for a grammar that no worker could obey. Returns
+        what of it is not enforced."""
         matcher = compile_grammar(grammar, self._vocabulary, param).matcher
         allowed = int.from_bytes(matcher.compute_bitmask(), "little")
         if allowed:  # Some limits are found at the first token.
@@ -82,6 +138,21 @@ class _Bytes:
 
     def __call__(self, text: bytes) -> list[int]:
         return [self._first + byte for byte in text]
+
+
+def field_of_grammar(options: GenerationOptions) -> str:
+    """The request's field that its grammar comes from."""
+    tools, format = options.tools, options.format
+    return "tools" if format is None or (tools and tools.calls_only) else format.param
+
+
+def name_field(error: InvalidRequest, options: GenerationOptions) -> None:
+    """An error of a worker about the grammar, which no client knows, is about the field that it
+    comes from."""
+    if error.param == "grammar":
+        reason = error.message.removeprefix("grammar").lstrip(": ")
+        error.param = field_of_grammar(options)
+        error.message = f"{error.param}: {reason}"
 
 
 def grammar_of(format: OutputFormat) -> str:

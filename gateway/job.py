@@ -61,6 +61,11 @@ class ToolUse:
     name: str = ""
     parallel: bool = True
 
+    @property
+    def calls_only(self) -> bool:
+        """Whether an answer is calls, and no text."""
+        return self.mode in (CallMode.REQUIRED, CallMode.NAMED)
+
 
 class FormatKind(StrEnum):
     """What an output format is given as."""
@@ -219,7 +224,7 @@ class Job:
     body_bytes: int = 0  # Bytes that the ticket holds for the prompt.
     watch: Stopwatch = field(default_factory=Stopwatch)
     system_fingerprint: str | None = None  # Set before the first event.
-    not_enforced: Sequence[str] = ()  # Of schemas; set before the first event too.
+    not_enforced: Sequence[str] = ()  # Of formats and tools; set before the first event too.
 
     def drop_prompt(self) -> None:
         """Frees the prompt and the body's bytes, once the prompt is rendered."""

@@ -16,8 +16,8 @@ from gateway import metrics
 from gateway.clock import Deadline, Stopwatch
 from gateway.edge.auth import Caller
 from gateway.edge.limits import MAX_TRUNCATED_CONTEXTS
-from gateway.edge.threads import off_loop_above, off_loop_for_grammars
-from gateway.grammar import Grammars
+from gateway.edge.threads import off_loop_above
+from gateway.grammar import Grammars, name_field
 from gateway.job import AnyPrompt, ChatPrompt, GenerationOptions, Job, TokenPrompt
 from gateway.media.reader import Fetched, MediaReader
 from gateway.output.answer_forms import AnswerForms
@@ -43,7 +43,7 @@ from gateway.workers.generate import FailoverGeneration, GenerateSpec, RequestEm
 from gateway.workers.pairing import Pair, Pairing
 from gateway.workers.pool import WorkerPool
 from opticnerve.content_keys import tenant_salt
-from opticnerve.errors import UnsupportedFeature
+from opticnerve.errors import InvalidRequest, UnsupportedFeature
 from opticnerve.generation.values import Delta, Done, PromptPiece, Sampling, Usage
 from opticnerve.media.plan import Plan
 from opticnerve.telemetry import logs
@@ -106,6 +106,9 @@ class Pipeline:
                             break  # Stop strings ended all choices; closing aborts the call.
                 done = finished or Done(generation.usage())
                 yield _end(job, spec, done, choices, embeddings)
+            except InvalidRequest as error:
+                name_field(error, job.options)
+                raise
             finally:
                 logs.note(
                     completion_tokens=choices.num_tokens,
@@ -179,7 +182,9 @@ class Pipeline:
         priority = job.caller.priority(job.options.priority)
         check_choices(job.options, self.max_n)
         self.forms.check(job.options.tools, job.prompt)
-        grammar = await self._grammar(job)
+        async with job.deadline.timeout():
+            grammar = await self.grammars.find(job.options, chat=kind is ChatPrompt)
+        job.not_enforced = grammar.not_enforced
         pictures = await self.read_pictures(
             job.prompt, job.ticket.hold_bytes, job.deadline, job.watch
         )
@@ -207,7 +212,7 @@ class Pipeline:
             keys=tuple(item.key for item in items),
             sampling=replace(
                 await self._sampling(job.options, kind, prompt, limits),
-                grammar=self.forms.after_thinking(grammar, thinking),
+                grammar=self.forms.after_thinking(grammar.text, thinking),
             ),
             pair_id=pair.pair_id,
             cache_salt=self._cache_salt(job),
@@ -232,20 +237,6 @@ class Pipeline:
             as_ids=options.tokens_as_ids,
             show_ids=options.token_ids,
         )
-
-    async def _grammar(self, job: Job) -> str:
-        """The grammar of an answer in the format, or with the tools, of a request; empty: any text
-        will do. Checked before anything is fetched. Raises InvalidRequest."""
-        options = job.options
-        if options.format is None and options.tools is None:
-            return ""
-        answer = await self.grammars.build(options.format) if options.format else ""
-        grammar = await off_loop_for_grammars(self.forms.grammar, options, answer)
-        if grammar:
-            param = options.format.param if options.format else "tools"
-            job.not_enforced = await self.grammars.check(grammar, param)
-        job.not_enforced = [*job.not_enforced, *self.forms.not_enforced(options)]
-        return grammar
 
     async def _pair_early(
         self, job: Job, pictures: Pictures

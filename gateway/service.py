@@ -150,15 +150,16 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
         templates = RequestTemplates(renderer) if settings.allow_request_template else None
         if templates is not None:
             stack.callback(templates.close)
+        forms = AnswerForms.find(
+            renderer.tokenizer,
+            renderer.template,
+            settings.tool_parser,
+            settings.reasoning_parser,
+        )
         pipeline = Pipeline(
             renderer=renderer,
-            forms=AnswerForms.find(
-                renderer.tokenizer,
-                renderer.template,
-                settings.tool_parser,
-                settings.reasoning_parser,
-            ),
-            grammars=Grammars(renderer.tokenizer),
+            forms=forms,
+            grammars=Grammars(forms),
             vocabulary=Vocabulary(renderer.tokenizer),
             media=MediaReader(settings, layout, MediaFetcher(settings)),
             pairing=pairing,

@@ -64,10 +64,14 @@ class AnswerForms:
         raise InvalidRequest(f"tools: {why}; {remedy}", param="tools")
 
     def not_enforced(self, options: GenerationOptions) -> Iterator[str]:
-        """What of the tools is not enforced: within text, only calls that begin with a marker
-        can be constrained."""
-        use = options.tools
-        if use is None or use.mode is not CallMode.AUTO or self.form_of(use).trigger:
+        """What of the format and the tools is not enforced: where the answer is calls only, the
+        format; within text, calls that begin with no marker."""
+        use, format = options.tools, options.format
+        if use is None:
+            return
+        if use.calls_only and format is not None:
+            yield f"{format.param} (tool_choice demands calls alone)"
+        if use.mode is not CallMode.AUTO or self.form_of(use).trigger:
             return
         if any(tool.strict for tool in use.tools):
             yield "strict (of tools that the model may choose to call)"
@@ -80,7 +84,7 @@ class AnswerForms:
             return answer
         form = self.form_of(use)
         strict = any(tool.strict for tool in use.tools)
-        if use.mode is not CallMode.AUTO:
+        if use.calls_only:
             return form.grammar(use, self._mark)
         if not answer:
             return form.grammar(use, self._mark) if strict and form.trigger else ""
@@ -160,7 +164,7 @@ class AnswerForms:
                 form=form,
                 names=frozenset(tool.name for tool in use.tools) if use else frozenset(),
                 several=use is None or use.parallel,
-                calls_only=use is not None and use.mode in (CallMode.REQUIRED, CallMode.NAMED),
+                calls_only=use is not None and use.calls_only,
                 show_reasoning=options.reasoning,
             )
 
@@ -208,4 +212,4 @@ def _joined(top: str, **grammars: str) -> str:
         else:
             first, others = {"lark_grammar": text}, []
         joined += [{**first, "name": name}, *others]
-    return json.dumps({"grammars": joined})
+    return json.dumps({"grammars": joined}, ensure_ascii=False)

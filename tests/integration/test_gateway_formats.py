@@ -1,9 +1,11 @@
 """Formats on their way through the gateway: checked first, sent to the worker with the sampling."""
 
 import json
+import threading
 
 import pytest
 
+from opticnerve.generation.grammars import grammar_error
 from tests.gateways import body, data_url, stack, user
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
@@ -53,3 +55,39 @@ async def test_a_header_names_what_of_a_schema_is_not_enforced(stream):
         assert warning.startswith("not enforced: ") and "uniqueItems" in warning
         grammar = s.llm.starts[0].sampling.grammar.removeprefix("start: %json ")
         assert json.loads(grammar)["x-guidance"]["lenient"] is True
+
+
+async def test_what_a_worker_finds_is_about_the_field_that_the_client_sent():
+    async def fail(llm, index):
+        raise grammar_error("Parser Error: too many items")
+
+    async with stack() as s:
+        s.llm.step = fail
+        asked = body(response_format=named({"type": "object"}))
+        answer = await s.client.post("/v1/chat/completions", json=asked)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "invalid_grammar")
+        assert error["param"] == "response_format.json_schema.schema"
+        assert error["message"] == f"{error['param']}: Parser Error: too many items"
+
+
+async def test_a_format_waits_no_longer_than_its_request(monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr("gateway.grammar.grammar_of", lambda format: go.wait() and "start: /a/")
+    async with stack(request_timeout_s=0.3) as s:
+        asked = body(response_format=named({"type": "object"}))
+        try:
+            answer = await s.client.post("/v1/chat/completions", json=asked)
+            assert answer.status_code == 504 and not s.llm.starts
+        finally:
+            go.set()
+
+
+async def test_a_format_that_calls_make_void_is_named():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    async with stack() as s:
+        asked = body(response_format=named({}), tools=tools, tool_choice="required")
+        answer = await s.client.post("/v1/chat/completions", json=asked)
+        assert answer.status_code == 200, answer.text
+        warning = answer.headers["x-opticnerve-warnings"]
+        assert "response_format.json_schema.schema (tool_choice" in warning

@@ -164,7 +164,7 @@ def test_the_gateway_accepts_its_own_grammars(form: str) -> None:
         grammar = made.grammar(options(ToolUse(TOOLS, mode)), "")
         assert bool(grammar) == (mode is CallMode.REQUIRED or form in MARKED)
         for text in {grammar, made.after_thinking(grammar, Thinking.POSSIBLE)} - {""}:
-            assert Grammars(vocabulary()[0]).check_now(text, "tools") == []
+            assert Grammars(forms(form)).check_now(text, "tools") == []
 
 
 @pytest.mark.parametrize("form", ["hermes", "pythonic"])

@@ -3,19 +3,25 @@ it. Nothing here takes longer than about a second: what would is refused by its 
 
 from __future__ import annotations
 
+import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from gateway.grammar import Grammars, grammar_of
-from gateway.job import FormatKind, OutputFormat
+from gateway.api.schemas.sampling import SamplingFields
+from gateway.grammar import AnswerGrammar, Grammars, grammar_of
+from gateway.job import CallMode, FormatKind, GenerationOptions, OutputFormat, Tool, ToolUse
+from gateway.output.answer_forms import AnswerForms
+from gateway.output.calls.hermes import Hermes
+from gateway.output.calls.llama_json import LlamaJson
 from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.errors import InvalidRequest
 from opticnerve.generation.grammars import compile_grammar, load_vocabulary
 from tests.checkpoints import DEMO, EOS, VOCAB_SIZE
 
-GRAMMARS = Grammars(Tokenizer.load(DEMO))
+GRAMMARS = Grammars(AnswerForms(Tokenizer.load(DEMO), LlamaJson()))
 VOCABULARY = load_vocabulary(DEMO, (EOS,), VOCAB_SIZE)
 PAIR = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
@@ -223,10 +229,42 @@ def test_what_is_large_and_not_too_much_compiles(name: str) -> None:
     GRAMMARS.check_now(grammar_of(COMPILED[name]), "response_format")
 
 
+def asked(format: OutputFormat | None, tools: ToolUse | None = None) -> GenerationOptions:
+    return GenerationOptions(SamplingFields.model_construct(), format=format, tools=tools)
+
+
 @pytest.mark.anyio
-async def test_grammars_are_built_and_checked_off_the_loop() -> None:
-    text = await GRAMMARS.build(schema(PAIR))
-    assert json.dumps(PAIR["properties"]) in text
-    assert await GRAMMARS.check(text, "response_format") == []
-    with pytest.raises(InvalidRequest, match=r"^tools: "):
-        await GRAMMARS.check("start: nowhere", "tools")
+async def test_the_same_grammar_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def counting(grammar: str, *args: Any) -> Any:
+        compiled.append(grammar)
+        return compile_grammar(grammar, *args)
+
+    monkeypatch.setattr("gateway.grammar.compile_grammar", counting)
+    grammars = Grammars(GRAMMARS._forms)
+    same = (grammars.find(asked(schema(dict(PAIR))), chat=False) for _ in range(9))
+    first, *others = await asyncio.gather(*same)
+    assert json.dumps(PAIR["properties"]) in first.text and compiled == [first.text]
+    assert others == [first] * 8
+    bad = asked(schema({"type": "strin"}))
+    for _ in range(2):
+        with pytest.raises(InvalidRequest):
+            await grammars.find(bad, chat=False)
+    assert await grammars.find(asked(None), chat=True) == AnswerGrammar()
+
+
+@pytest.mark.anyio
+async def test_errors_name_the_field_at_fault() -> None:
+    good, bad = schema(PAIR), schema({"type": "strin"})
+    tool = Tool("f", "", {"properties": {"a": {"type": "string", "pattern": "(?=x)"}}}, strict=True)
+    for mode in (CallMode.AUTO, CallMode.REQUIRED):
+        with pytest.raises(InvalidRequest) as caught:
+            grammars = Grammars(replace(GRAMMARS._forms, calls=Hermes()))
+            await grammars.find(asked(good, ToolUse((tool,), mode)), chat=True)
+        assert caught.value.param == "tools"
+    with pytest.raises(InvalidRequest) as caught:
+        await GRAMMARS.find(asked(bad, ToolUse((tool,), CallMode.NONE)), chat=True)
+    assert caught.value.param == "response_format"
+    void = await GRAMMARS.find(asked(bad, ToolUse((Tool("f"),), CallMode.REQUIRED)), chat=True)
+    assert void.not_enforced == ("response_format (tool_choice demands calls alone)",)
