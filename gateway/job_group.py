@@ -28,7 +28,7 @@ class JobGroup:
         self._run = run
         self._jobs = jobs
         self._todo: Iterator[tuple[int, Job]] = iter(enumerate(jobs))
-        self._came: asyncio.Queue[tuple[int, AnswerEvent | Exception]] = asyncio.Queue(1)
+        self._came: asyncio.Queue[tuple[int, AnswerEvent | BaseException]] = asyncio.Queue(1)
         self._usage: dict[int, Usage] = {}  # So far, by job.
         self._ends: dict[int, End] = {}
         self._began = time.monotonic()
@@ -42,7 +42,7 @@ class JobGroup:
         try:
             while len(self._ends) < len(self._jobs):
                 index, event = await self._came.get()
-                if isinstance(event, Exception):
+                if isinstance(event, BaseException):
                     raise of_prompt(event, index)
                 if isinstance(event, End):
                     self._ends[index] = event
@@ -63,7 +63,9 @@ class JobGroup:
                 async with contextlib.aclosing(self._run(job)) as events:
                     async for event in events:
                         await self._came.put((index, event))
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                if _is_being_cancelled():
+                    raise
                 await self._came.put((index, error))
                 return
 
@@ -88,6 +90,12 @@ class JobGroup:
         return End(usage, {"total_ms": whole, "prompts": [end.timings for end in ends]})
 
 
+def _is_being_cancelled() -> bool:
+    """Whether the current task itself is cancelled, and not only some work that it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 def count_places(ticket: Ticket, most: int) -> int:
     """How many jobs may run at once, up to ``most``. The request has a place; each further one is
     counted as a request, as far as there is room, because it is as much work."""
@@ -99,7 +107,7 @@ def count_places(ticket: Ticket, most: int) -> int:
     return places
 
 
-def of_prompt(error: Exception, index: int) -> Exception:
+def of_prompt(error: BaseException, index: int) -> BaseException:
     """The error of the job ``index``, which names it."""
     if not isinstance(error, OpticNerveError):
         return error
