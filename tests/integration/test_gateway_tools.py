@@ -136,10 +136,11 @@ async def test_an_answer_that_is_cut_short_within_a_call():
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_log_probabilities_of_calls_are_complete_and_in_order(stream):
-    text = f"<think>hm</think>{TEXT}"
-    async with serving(text, reasoning_parser="think") as s:
-        for fields in ({}, {"include_reasoning": False}):
-            fields = asked(logprobs=True, stream=stream, **fields)
+    """Those of reasoning that is not shown are not shown either."""
+    thought = "<think>hm</think>"
+    async with serving(thought + TEXT, reasoning_parser="think") as s:
+        for shows, text in ((True, thought + TEXT), (False, TEXT)):
+            fields = asked(logprobs=True, stream=stream, include_reasoning=shows)
             answer = await s.client.post("/v1/chat/completions", json=fields)
             chunks = events(answer.text)[:-1] if stream else [answer.json()]
             found = [chunk["choices"][0]["logprobs"] for chunk in chunks]
