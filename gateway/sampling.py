@@ -156,7 +156,7 @@ def resolve_sampling(
         "max_tokens": output_limit(options, kind, prompt_tokens, item_tokens, defaults, limits),
         "seed": secrets.randbits(64) if asked.seed is None else asked.seed % 2**64,
         "logprobs": num_logprobs(options.top_logprobs, options.top_logprobs_field, limits),
-        "prompt_logprobs": num_prompt_logprobs(options, limits),
+        "prompt_logprobs": prompt_alternatives(options, limits),
         "logit_bias": _bias(asked.logit_bias or {}, limits),
         "bad_words": _bad_words(asked.bad_words or (), tokenizer),
     }
@@ -249,7 +249,7 @@ def num_logprobs(wanted: int | None, name: str, limits: SamplingLimits) -> int |
     return wanted
 
 
-def num_prompt_logprobs(options: GenerationOptions, limits: SamplingLimits) -> int | None:
+def prompt_alternatives(options: GenerationOptions, limits: SamplingLimits) -> int | None:
     """As ``num_logprobs``, for the prompt's tokens."""
     asked = num_logprobs(options.prompt_logprobs, "prompt_logprobs", limits)
     if not options.echo or options.top_logprobs is None:

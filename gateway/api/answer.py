@@ -171,10 +171,6 @@ class WholeCall(WholePart):
     call_id: str
     name: str
 
-    @property
-    def arguments(self) -> str:
-        return self.text
-
 
 P = TypeVar("P", bound=WholePart)
 

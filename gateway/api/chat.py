@@ -260,7 +260,7 @@ def _message(choice: WholeChoice, echoed: str) -> ChatCompletionMessage:
             {
                 "id": call.call_id,
                 "type": "function",
-                "function": {"name": call.name, "arguments": "".join(call.arguments)},
+                "function": {"name": call.name, "arguments": call.text},
             }
             for call in choice.calls
         ]

@@ -146,21 +146,18 @@ class ChoiceWriter(AnswerWriter):
             if isinstance(last, PromptEvent):
                 for data in self.prompt(last):
                     yield data
-                last = await anext(events)
-                continue
-            if isinstance(last, TokenIds):
+            elif isinstance(last, TokenIds):
                 self._keep(last)
-                last = await anext(events)
-                continue
-            data = b""
-            if last.choice not in begun:
-                begun.add(last.choice)
-                usage = last.usage and replace(last.usage, completion_tokens=shown)
-                opening = self.opening(last.choice)
-                data = b"" if opening is None else self._chunk(opening, usage, opens=True)
-            choice = self.ending(last) if isinstance(last, ChoiceEnd) else self.output(last)
-            yield data + self._chunk(choice, last.usage)
-            shown = last.usage.completion_tokens if last.usage else 0
+            else:
+                data = b""
+                if last.choice not in begun:
+                    begun.add(last.choice)
+                    usage = last.usage and replace(last.usage, completion_tokens=shown)
+                    opening = self.opening(last.choice)
+                    data = b"" if opening is None else self._chunk(opening, usage, opens=True)
+                choice = self.ending(last) if isinstance(last, ChoiceEnd) else self.output(last)
+                yield data + self._chunk(choice, last.usage)
+                shown = last.usage.completion_tokens if last.usage else 0
             last = await anext(events)
         if self._usage or self._timings:
             head = {**self._head(self.chunk_object), "choices": []}

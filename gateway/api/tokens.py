@@ -28,7 +28,7 @@ from opticnerve.checkpoints.tokenizer_files import NAMED
 from opticnerve.errors import InvalidRequest
 
 OFF_LOOP_CHARACTERS = 8_000  # Longer texts are tokenized in a thread.
-OFF_LOOP_TOKENS = 2_000  # Likewise, longer lists of tokens.
+OFF_LOOP_IDS = 2_000  # Likewise, longer lists of tokens.
 
 router = make_router("tokens")
 
@@ -104,7 +104,7 @@ async def tokenize(call: Call, body: TokenizeRequest) -> Response:
         text = TextPrompt(body.prompt, body.add_special_tokens is not False)
         given = text, renderer.tokenizer, renderer.layout
         ids = await off_loop_above(OFF_LOOP_CHARACTERS, text.size, encode_text, *given)
-    told = await off_loop_above(OFF_LOOP_TOKENS, len(ids), _told, ids, most, spell)
+    told = await off_loop_above(OFF_LOOP_IDS, len(ids), _told, ids, most, spell)
     return _answer(call, told)
 
 
@@ -125,7 +125,7 @@ def _told(ids: Sequence[int], max_model_len: int, spell: Tokenizer | None) -> by
 @router.post("/detokenize", summary="The text of tokens", response_model=Detokenized)
 async def detokenize(call: Call, body: DetokenizeRequest) -> Response:
     tokenizer, ids = call.gateway.pipeline.renderer.tokenizer, body.tokens
-    told = await off_loop_above(OFF_LOOP_TOKENS, len(ids), _text, ids, tokenizer)
+    told = await off_loop_above(OFF_LOOP_IDS, len(ids), _text, ids, tokenizer)
     return _answer(call, told)
 
 

@@ -27,7 +27,7 @@ class Thinking(Enum):
 
     INSIDE = "inside"  # The prompt has the opening marker.
     POSSIBLE = "possible"  # The model may write it.
-    NONE = "none"  # The prompt has both markers, which switches thinking off.
+    NONE = "none"  # It does not: the model never thinks, or the prompt has ended its thinking.
 
 
 class ThinkingReader(Reader):

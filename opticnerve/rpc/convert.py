@@ -34,7 +34,7 @@ from opticnerve.pb import embedding_pb2 as pb
 from opticnerve.pb import llm_pb2
 
 PIECE_BYTES = 2**20  # Deltas in one message; deltas for a slow reader are merged.
-PROMPT_PIECE_BYTES = 2**14  # Log-probabilities of a prompt in one message, converted at a time.
+PROMPT_PIECE_BYTES = 2**14  # Log-probabilities of a prompt in one message; making more takes long.
 LOGPROB_BYTES = 14  # One log-probability in a message.
 
 E = TypeVar("E", bound=Enum)

@@ -312,7 +312,7 @@ def _content(parts: Iterable[WholePart]) -> Iterator[AnswerContent]:
             case WholeText() if part.text.strip():
                 yield {"type": "text", "text": part.text}
             case WholeCall(call_id=call_id, name=name):
-                yield _tool_use(call_id, name, _input(part.arguments))
+                yield _tool_use(call_id, name, _input(part.text))
 
 
 def _tool_use(call_id: str, name: str, called: dict[str, Any]) -> ToolUseContent:

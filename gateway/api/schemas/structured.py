@@ -34,7 +34,7 @@ Schema = Annotated[
     AfterValidator(_read_schema),
 ]
 Pattern = Annotated[str, Field(min_length=1)]
-Choices = Annotated[list[str], Field(min_length=1)]
+ChoiceTexts = Annotated[list[str], Field(min_length=1)]
 
 
 class NamedSchema(Strict):
@@ -85,7 +85,7 @@ class StructuredOutputs(Strict):
 
     json_schema: Schema | None = Field(None, alias="json")
     regex: Pattern | None = None
-    choice: Choices | None = None
+    choice: ChoiceTexts | None = None
     grammar: Pattern | None = Field(None, description="In Lark (llguidance's dialect) or GBNF.")
     json_object: bool | None = None
     whitespace_pattern: str | None = Field(
@@ -119,7 +119,7 @@ class StructuredFields(TokenFields):
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = Field(None, description="As structured_outputs.json.")
     guided_regex: Pattern | None = Field(None, description="As structured_outputs.regex.")
-    guided_choice: Choices | None = Field(None, description="As structured_outputs.choice.")
+    guided_choice: ChoiceTexts | None = Field(None, description="As structured_outputs.choice.")
     guided_grammar: Pattern | None = Field(None, description="As structured_outputs.grammar.")
     guided_whitespace_pattern: str | None = Field(
         None, description="As structured_outputs.whitespace_pattern."
