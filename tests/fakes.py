@@ -287,7 +287,7 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
             token_ids=[token],
             logprobs=self._logprobs(start, token),
             finish_reason=finish,
-            stop_token_id=token if last else 0,
+            stop_token_id=token if finish == llm_pb2.FINISH_REASON_STOP else None,
         )
 
     def _logprobs(self, start: llm_pb2.Start, token: int) -> list[llm_pb2.PositionLogprobs]:

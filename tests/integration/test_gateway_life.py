@@ -255,9 +255,9 @@ async def test_many_empty_messages_hold_nobody_up(monkeypatch):
     async with stack() as s:
         threads = []
 
-        def render(request, render=s.gateway.pipeline.renderer.render):
+        def render(*given, render=s.gateway.pipeline.renderer.render):
             threads.append(threading.current_thread())
-            return render(request)
+            return render(*given)
 
         monkeypatch.setattr(s.gateway.pipeline.renderer, "render", render)
         answer = await s.chat(*[{"role": "user", "content": ""}] * 4_000)

@@ -317,9 +317,9 @@ async def test_what_would_wait_too_long_is_refused_before_it_is_rendered(monkeyp
         s.encoder.script = lambda _: go.wait()
         renderer = s.gateway.pipeline.renderer
 
-        def render(prompt, render=renderer.render):
-            rendered.append(prompt)
-            return render(prompt)
+        def render(*given, render=renderer.render):
+            rendered.append(given)
+            return render(*given)
 
         monkeypatch.setattr(renderer, "render", render)
         first = asyncio.create_task(s.chat(user("What?", data_url("red"))))
