@@ -10,8 +10,10 @@ from llguidance import LLTokenizer
 from llm_service.policy.messages import GenerateRequest, GrammarCompiled
 from opticnerve.errors import UnsupportedFeature
 from opticnerve.generation.grammars import Grammar, compile_grammar
+from opticnerve.lru import LRU
 
 THREADS = 2  # So that a grammar that takes long does not delay all others.
+RECENT = 32  # Grammars that are kept: most requests of an application have the same one.
 
 
 class GrammarCompiler:
@@ -22,7 +24,8 @@ class GrammarCompiler:
         compilation raises. None: there is no vocabulary."""
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="grammar")
         self._vocabulary = None if load is None else self._pool.submit(load)
-        self._compiling: dict[str, Future[Grammar]] = {}
+        self._compiling: dict[str, Future[Grammar]] = {}  # By request.
+        self._recent: LRU[str, Future[Grammar]] = LRU(RECENT)  # By grammar.
 
     @property
     def waiting(self) -> Set[str]:
@@ -30,9 +33,12 @@ class GrammarCompiler:
         return self._compiling.keys()
 
     def begin(self, request: GenerateRequest, send: Callable[[GrammarCompiled], None]) -> None:
-        """Compiles the request's grammar; ``send`` is called on any thread when that is done."""
-        request_id = request.request_id
-        compiling = self._pool.submit(self._compile, request.sampling.grammar)
+        """Compiles the request's grammar, unless that is done or under way for another; ``send`` is
+        called on any thread when it is done."""
+        request_id, grammar = request.request_id, request.sampling.grammar
+        compiling = self._recent.get(grammar)
+        if compiling is None or _failed(compiling):
+            compiling = self._recent[grammar] = self._pool.submit(self._compile, grammar)
         self._compiling[request_id] = compiling
         compiling.add_done_callback(lambda _: send(GrammarCompiled(request_id)))
 
@@ -53,9 +59,14 @@ class GrammarCompiler:
     def cancel(self, request_id: str) -> None:
         """The request waits no longer."""
         compiling = self._compiling.pop(request_id, None)
-        if compiling is not None:
+        if compiling is not None and compiling not in self._compiling.values():
             compiling.cancel()
 
     def close(self) -> None:
         """Compiles nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _failed(compiling: Future[Grammar]) -> bool:
+    """Whether it is cancelled, or has raised an error, which only the requests of its time get."""
+    return compiling.done() and (compiling.cancelled() or compiling.exception() is not None)

@@ -22,7 +22,7 @@ from llm_service.policy.messages import (
     TokensEvent,
 )
 from opticnerve.errors import InvalidRequest, UnsupportedFeature
-from opticnerve.generation.grammars import load_vocabulary
+from opticnerve.generation.grammars import compile_grammar, load_vocabulary
 from opticnerve.generation.values import ChoiceOutput, FinishReason, Sampling
 from tests.checkpoints import DEMO, EOS, VOCAB_SIZE
 from tests.local_engine import LocalEngine
@@ -245,6 +245,34 @@ def test_a_request_may_end_while_its_grammar_compiles() -> None:
     engine.run()
     ended = [m for m in engine.messages if isinstance(m, AbortedEvent | FinishedEvent)]
     assert [type(event) for event in ended] == [AbortedEvent, FinishedEvent]
+
+
+def test_the_same_grammar_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def counting(grammar: str, *args: Any) -> Any:
+        compiled.append(grammar)
+        return compile_grammar(grammar, *args)
+
+    monkeypatch.setattr("llm_service.engine.grammar_compiler.compile_grammar", counting)
+    engine = make_engine()
+    engine.engine.submit(asks("gone"))
+    engine.engine.submit(asks("stays"))
+    engine.engine.handle(Abort("gone"))  # The other one waits for the same grammar.
+    engine.run()
+    assert reasons(engine, "stays") == [FinishReason.STOP]
+    assert outputs(engine, asks("a", seed=1), asks("b", seed=1)) == 2 * outputs(
+        make_engine(), asks("a", seed=1)
+    )
+    assert compiled == [OBJECT] * 2  # One in each engine.
+
+
+def test_prompt_logprobs_come_with_a_grammar() -> None:
+    engine = make_engine()
+    ask = asks("r", prompt_logprobs=1)
+    (ids,) = outputs(engine, ask)
+    jsonschema.validate(json.loads(text(ids)), SCHEMA)
+    assert len(engine.prompt_logprobs()["r"]) == len(ask.token_ids)
 
 
 def test_logprobs_are_those_of_raw_logits() -> None:
