@@ -93,7 +93,8 @@ class LocalEngine:
             vocab_size=language.vocab_size,
         )
         self.messages: list[Message] = []
-        self.engine = Engine(config, self.runner, self.rows, self.messages.extend, grammars)
+        self.grammars = grammars or GrammarCompiler()
+        self.engine = Engine(config, self.runner, self.rows, self.messages.extend, self.grammars)
 
     @classmethod
     def load(
@@ -105,8 +106,8 @@ class LocalEngine:
 
     def run(self) -> None:
         """Steps until nothing can be computed, then checks every invariant."""
-        while self.engine.step() or self.engine.compiling:
-            while self.engine.compiling:
+        while self.engine.step() or self.grammars.waiting:
+            while self.grammars.waiting:
                 self.engine.handle(self.engine.inbox.get())
         self.engine.check_integrity()
 

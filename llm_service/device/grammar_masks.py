@@ -28,7 +28,8 @@ Words = NDArray[np.int32]
 @dataclass(frozen=True, slots=True)
 class GrammarEnd:
     """The end of a choice by its grammar: nothing can follow its output, or ``error``. ``drawn``:
-    with the step's token; otherwise it was at its end before."""
+    whether the token that the step drew belongs to the output; it does not if the output had come
+    to its end before."""
 
     error: OpticNerveError | None = None
     drawn: bool = True

@@ -214,7 +214,7 @@ class ModelRunner:
             if not math.isfinite(best[i]):
                 results[work.slot] = WorkResult(error=self._not_finite(work))
             elif end is not None and not end.drawn:
-                results[work.slot] = WorkResult(error=end.error, ends_grammar=True)
+                results[work.slot] = WorkResult(error=end.error, ends_grammar=end.error is None)
             elif not possible[i]:
                 nothing = InvalidRequest("the request's token constraints exclude every token")
                 results[work.slot] = WorkResult(error=nothing)

@@ -348,11 +348,6 @@ class Engine:
 
     # ---- reporting
 
-    @property
-    def compiling(self) -> bool:
-        """Whether requests wait for their grammars; a command in the inbox will say when."""
-        return bool(self._grammars.waiting)
-
     def _flush(self) -> None:
         if self._events:
             events, self._events = self._events, []
