@@ -72,8 +72,26 @@ def check_schema(schema: Any, param: str) -> str:
     """The schema as JSON. Raises InvalidRequest for one that is too large, or becomes too large."""
     text = json.dumps(schema, ensure_ascii=False)
     check_length(text, MAX_SCHEMA_CHARACTERS, param)
-    _check_work(_values_work(schema, param), param)
+    _check_work(schema_work(schema, param), param)
     return text
+
+
+def schema_work(schema: Any, param: str) -> float:
+    """Microseconds that a schema takes to compile. Raises InvalidRequest for patterns and texts in
+    it that are too long."""
+    work, todo = 0.0, [schema]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, str):
+            _check_expansion(len(value), param)
+        elif isinstance(value, list):
+            todo += value
+        elif isinstance(value, Mapping):
+            todo += value.values()
+            work += _work(value)
+            for pattern in _patterns(value):
+                check_regex(pattern, param)
+    return work
 
 
 def check_lark(grammar: str, param: str) -> None:
@@ -118,24 +136,6 @@ def _check_work(work: float, param: str) -> None:
             "properties in one place, fewer ranges, formats and patterns, smaller multiples",
             param=param,
         )
-
-
-def _values_work(schema: Any, param: str) -> float:
-    """Microseconds that a schema takes to compile. Raises InvalidRequest for patterns and texts in
-    it that are too long."""
-    work, todo = 0.0, [schema]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, str):
-            _check_expansion(len(value), param)
-        elif isinstance(value, list):
-            todo += value
-        elif isinstance(value, Mapping):
-            todo += value.values()
-            work += _work(value)
-            for pattern in _patterns(value):
-                check_regex(pattern, param)
-    return work
 
 
 def _work(schema: Mapping[str, Any]) -> float:
@@ -279,7 +279,7 @@ def _rules(grammar: str, param: str) -> Iterator[_Rule]:
                 nesting.item(_Rule(size=_lark_regex_size(found["regex"], param)))
             case "directive":
                 value, place = _json_at(grammar, place, param)
-                rule.work += _values_work(value, param)
+                rule.work += schema_work(value, param)
                 nesting.item(_Rule(size=1))
             case "reference":
                 used = found["reference"]

@@ -279,6 +279,14 @@ def test_a_large_set_of_tools_stays_a_small_grammar() -> None:
     assert LLMatcher.validate_grammar(grammar, limits=LIMITS) == ""
 
 
+def test_definitions_that_compile_slowly_are_not_repeated_for_each_keyword() -> None:
+    slow = {"allOf": [{"anyOf": [PAINT, EITHER, {"type": "integer"}]}] * 3}
+    properties = {f"p{i}": {"$ref": "#/$defs/slow"} for i in range(20)}
+    tool = Tool("f", "", {"type": "object", "properties": properties, "$defs": {"slow": slow}})
+    use = ToolUse((tool, TOOLS[0]), CallMode.REQUIRED)
+    assert forms("pythonic").grammar(options(use), "").count("allOf") == 1
+
+
 NONSENSE: list[Any] = [5, None, "x", [[]], {"a": 5}, {"é b": {}}, {"a": {"type": 5}}, True]
 NONSENSE += [float("nan"), float("inf"), 10**4000, -1, 0]
 KEYS = {"required", "additionalProperties", "multipleOf", "const", *SQUARED, *FIXED, *INTERSECTED}

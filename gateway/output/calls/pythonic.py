@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from gateway.edge.limits import MAX_TOOL_NAME
+from gateway.grammar_bounds import schema_work
 from gateway.job import Tool
 from gateway.output.calls import python_text
 from gateway.output.calls.form import (
@@ -30,6 +31,7 @@ PLAIN_KEYS = {"type", "properties", "required", "additionalProperties", "title",
 PLAIN_KEYS |= {"$schema", *DEFINITIONS}
 MOST_KEYWORDS = 100  # Of all tools; a grammar of many rules takes long to compile.
 MOST_DEFINITIONS = 4_000  # Characters; each keyword repeats them.
+MOST_REPEATED_WORK = 50_000  # Microseconds of compiling them for each keyword, of all tools.
 REFERENCE = re.compile(r'"\$ref": "(?!#/(?:\$defs|definitions)/)')  # To no definition.
 
 
@@ -45,7 +47,7 @@ class Pythonic(CallForm):
         calls = " | ".join(f"call_{i}" for i in range(len(tools)))
         schemas = {tool.name: tool.parameters or {} for tool in tools}
         plain = {name: schema for name, schema in schemas.items() if _is_plain(schema)}
-        if sum(len(schema["properties"]) for schema in plain.values()) > MOST_KEYWORDS:
+        if not _is_little(plain.values()):
             plain = {}
         lines = [f'calls: "[" call{more} "]"', f"call: {calls}"]
         for i, tool in enumerate(tools):
@@ -76,6 +78,14 @@ def _is_plain(schema: Mapping[str, Any]) -> bool:
 def _is_keyword(name: str) -> bool:
     """Whether a property can be a keyword argument that the reader knows."""
     return name.isascii() and name.isidentifier() and len(name) <= MAX_TOOL_NAME
+
+
+def _is_little(schemas: Collection[Mapping[str, Any]]) -> bool:
+    """Whether keywords of all properties make a grammar that compiles soon."""
+    numbers = [len(schema["properties"]) for schema in schemas]
+    works = [schema_work(_definitions(schema), "tools") for schema in schemas]
+    repeated = sum(number * work for number, work in zip(numbers, works, strict=True))
+    return sum(numbers) <= MOST_KEYWORDS and repeated <= MOST_REPEATED_WORK
 
 
 def _definitions(schema: Mapping[str, Any]) -> dict[str, Any]:
