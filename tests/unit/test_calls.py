@@ -171,10 +171,12 @@ def test_every_split_shows_the_same(
         assert whole == ([("text", text)] if text else [])
 
 
-def test_nesting_is_bounded() -> None:
-    text = hermes('{"a": ' + "[" * 1000)
-    shown = read(sections("hermes"), [text])
-    assert shown[0][0] == "call" and shown[1][0] == "text"
+@pytest.mark.parametrize("form", ["hermes", "llama3_json", "pythonic"])
+def test_arguments_may_be_nested_however_deep(form: str) -> None:
+    """A grammar of a recursive schema has no bound either."""
+    deep = '{"a": [' * 1000 + "]}" * 1000
+    text = {"llama3_json": LLAMA.replace(A, deep), "pythonic": f"[f(**{deep})]"}
+    assert read(sections(form), [text.get(form, hermes(deep))]) == [("call", "f", deep)]
 
 
 def test_only_one_call() -> None:

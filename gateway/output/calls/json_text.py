@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from gateway.output.reader import SPACE, Malformed, Reader, Steps
 
-MAX_NESTING = 64  # Levels of objects and lists.
+BRACKETS = {"{": "}", "[": "]"}
 WORDS = {word[0]: word for word in ("true", "false", "null")}
 DIGITS = frozenset(string.digits)
 HEX_DIGITS = frozenset(string.hexdigits)
@@ -23,13 +23,51 @@ def escape(character: str) -> str:
     return json.dumps(character, ensure_ascii=False)[1:-1]
 
 
-def value(at: Reader, write: Write, depth: int = 0) -> Steps[None]:
-    """Any value. Raises Malformed."""
-    if at.char == "{":
-        yield from _entries(at, write, "}", depth + 1)
-    elif at.char == "[":
-        yield from _entries(at, write, "]", depth + 1)
-    elif at.char == '"':
+def value(at: Reader, write: Write) -> Steps[None]:
+    """Any value, however deep. Raises Malformed."""
+    ends: list[str] = []  # Of the objects and lists that are open.
+    while True:
+        opened = at.char in BRACKETS
+        if opened:
+            ends.append(BRACKETS[at.char])
+            yield from copy(at, write, at.char)
+            yield from _blank(at, write)
+        else:
+            yield from _scalar(at, write)
+        while ends:
+            more = opened and at.char != ends[-1]
+            if not opened:
+                more = yield from _comma(at, write)
+            if more:
+                if ends[-1] == "}":
+                    yield from _key(at, write)
+                break
+            yield from copy(at, write, ends[-1])
+            ends.pop()
+            opened = False
+        else:
+            return
+
+
+def _comma(at: Reader, write: Write) -> Steps[bool]:
+    """What stands after an entry. Returns whether another one follows."""
+    yield from _blank(at, write)
+    if at.char != ",":
+        return False
+    yield from copy(at, write, ",")
+    yield from _blank(at, write)
+    return True
+
+
+def _key(at: Reader, write: Write) -> Steps[None]:
+    yield from text(at, write)
+    yield from _blank(at, write)
+    yield from copy(at, write, ":")
+    yield from _blank(at, write)
+
+
+def _scalar(at: Reader, write: Write) -> Steps[None]:
+    if at.char == '"':
         yield from text(at, write)
     elif at.char in WORDS:
         for character in WORDS[at.char]:
@@ -51,29 +89,6 @@ def copy(at: Reader, write: Write, character: str) -> Steps[None]:
         raise Malformed
     write(character)
     yield
-
-
-def _entries(at: Reader, write: Write, end: str, depth: int) -> Steps[None]:
-    """An object or a list, from its bracket to ``end``."""
-    if depth > MAX_NESTING:
-        raise Malformed
-    yield from copy(at, write, at.char)
-    yield from _blank(at, write)
-    while at.char != end:
-        if end == "}":
-            yield from text(at, write)
-            yield from _blank(at, write)
-            yield from copy(at, write, ":")
-            yield from _blank(at, write)
-        yield from value(at, write, depth)
-        yield from _blank(at, write)
-        if at.char == end:
-            break
-        yield from copy(at, write, ",")
-        yield from _blank(at, write)
-        if at.char == end:
-            raise Malformed
-    yield from copy(at, write, end)
 
 
 def text(at: Reader, write: Write) -> Steps[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 
 from gateway.output.calls import json_text
-from gateway.output.calls.json_text import MAX_NESTING, Write
+from gateway.output.calls.json_text import Write
 from gateway.output.reader import Malformed, Reader, Steps
 
 WORDS = {
@@ -15,7 +15,7 @@ WORDS = {
     **{word: word for word in json_text.WORDS.values()},
 }
 LETTERS = frozenset(string.ascii_letters)
-BRACKETS = {"[": "]", "(": ")"}  # Of lists, and of tuples, which JSON has as lists.
+BRACKETS = {"{": "}", "[": "]", "(": ")"}  # The last of tuples, which JSON has as lists.
 ESCAPES = {
     "n": "\n",
     "t": "\t",
@@ -33,11 +33,46 @@ ESCAPES = {
 CODES = {"x": 2, "u": 4, "U": 8}  # Escapes of characters by code, and their number of digits.
 
 
-def value(at: Reader, write: Write, depth: int = 0) -> Steps[None]:
-    """Any literal. Raises Malformed."""
-    if at.char == "{" or at.char in BRACKETS:
-        yield from _entries(at, write, depth + 1)
-    elif at.char and at.char in "'\"":
+def value(at: Reader, write: Write) -> Steps[None]:
+    """Any literal, however deep. A comma may follow the last entry. Raises Malformed."""
+    ends: list[str] = []  # Of the dictionaries, lists and tuples that are open.
+    while True:
+        opened = at.char in BRACKETS
+        if opened:
+            ends.append(BRACKETS[at.char])
+            write("{" if at.char == "{" else "[")
+            yield
+            yield from at.spaces()
+        else:
+            yield from _scalar(at, write)
+        while ends:
+            end = ends[-1]
+            if not opened:
+                yield from _comma(at, end)
+            if at.char != end:
+                if not opened:
+                    write(", ")
+                if end == "}":
+                    yield from _key(at, write)
+                break
+            write("}" if end == "}" else "]")
+            yield
+            ends.pop()
+            opened = False
+        else:
+            return
+
+
+def _comma(at: Reader, end: str) -> Steps[None]:
+    """What stands between an entry and the next one, or ``end``."""
+    yield from at.spaces()
+    if at.char != end:
+        yield from at.literal(",")
+        yield from at.spaces()
+
+
+def _scalar(at: Reader, write: Write) -> Steps[None]:
+    if at.char and at.char in "'\"":
         yield from _text(at, write)
     elif at.char in LETTERS:
         word = yield from at.word(LETTERS, 5)
@@ -46,31 +81,6 @@ def value(at: Reader, write: Write, depth: int = 0) -> Steps[None]:
         write(WORDS[word])
     else:
         yield from _number(at, write)
-
-
-def _entries(at: Reader, write: Write, depth: int) -> Steps[None]:
-    """A dictionary, list or tuple. A comma may follow the last entry."""
-    if depth > MAX_NESTING:
-        raise Malformed
-    is_object = at.char == "{"
-    end = "}" if is_object else BRACKETS[at.char]
-    write("{" if is_object else "[")
-    yield
-    yield from at.spaces()
-    first = True
-    while at.char != end:
-        if not first:
-            write(", ")
-        first = False
-        if is_object:
-            yield from _key(at, write)
-        yield from value(at, write, depth)
-        yield from at.spaces()
-        if at.char != end:
-            yield from at.literal(",")
-            yield from at.spaces()
-    write("}" if is_object else "]")
-    yield
 
 
 def _key(at: Reader, write: Write) -> Steps[None]:
