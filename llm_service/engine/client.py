@@ -30,7 +30,7 @@ from llm_service.engine.main import (
     FromEngine,
     RowsDamaged,
 )
-from llm_service.engine.stream import EventStream
+from llm_service.engine.stream import EventStream, Unread
 from llm_service.policy.engine_config import EngineConfig
 from llm_service.policy.messages import (
     Abort,
@@ -69,6 +69,7 @@ class EngineClient:
         self._config: EngineConfig | None = None
         self.stats = EngineStats()  # As of the engine's last events.
         self._streams: dict[str, EventStream] = {}
+        self._unread = Unread()
         self._checks: dict[int, asyncio.Future[str]] = {}  # Integrity checks, by ticket.
         self._num_checks = 0
         self._arrived: deque[FromEngine] = deque()
@@ -154,7 +155,7 @@ class EngineClient:
             raise EngineFailure("the engine is not running")
         if request.request_id in self._streams:
             raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
-        stream = EventStream(request.request_id, self.abort)
+        stream = EventStream(request.request_id, self.abort, self._unread)
         self._streams[request.request_id] = stream
         self._post(request)
         return stream

@@ -8,14 +8,31 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from llm_service.policy.messages import AbortedEvent, Event, FailedEvent, FinishedEvent, TokensEvent
+from llm_service.policy.messages import (
+    AbortedEvent,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    PromptLogprobsEvent,
+    TokensEvent,
+)
+from opticnerve.errors import Overloaded
 
 RELEASE_TIMEOUT_S = 30.0  # The engine ends its step and releases an aborted request.
 TERMINAL = (FinishedEvent, FailedEvent, AbortedEvent)
 
+MOST_UNREAD = 2**23  # Log-probabilities of prompts that wait for readers: about a gigabyte.
+
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Unread:
+    """How many log-probabilities of prompts wait for the readers of all streams."""
+
+    entries: int = 0
 
 
 class EventStream:
@@ -23,15 +40,18 @@ class EventStream:
 
     One reader, by ``async for event in stream`` or ``read()``. Tokens that arrive between two reads
     are merged into one TokensEvent a choice. As a context (``with client.submit(...) as
-    stream``) it aborts the request when left before the end.
+    stream``) it aborts the request when left before the end. A request whose prompt's
+    log-probabilities would be too many to wait for a slow reader fails with Overloaded.
     """
 
-    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+    def __init__(self, request_id: str, abort: Callable[[str], None], unread: Unread) -> None:
         self.request_id = request_id
         self.ended = False  # The terminal event has arrived, perhaps unread.
         self._abort = abort
         self._closed = False
         self._pending: deque[Event] = deque()
+        self._unread = unread
+        self._own_unread = 0
         self._wake: asyncio.Future[None] | None = None
 
     async def read(self) -> list[Event]:
@@ -44,10 +64,8 @@ class EventStream:
                 await self._wake
             finally:
                 self._wake = None
-        if len(self._pending) == 1:
-            return [self._pending.popleft()]
         events = coalesce(self._pending)
-        self._pending.clear()
+        self._clear()
         return events
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -66,7 +84,7 @@ class EventStream:
         if not self._closed and not self.ended:
             self._abort(self.request_id)
         self._closed = True
-        self._pending.clear()
+        self._clear()
         self._wake_reader()
 
     async def release(self) -> None:
@@ -87,9 +105,35 @@ class EventStream:
         """Appends an event; called by the EngineClient."""
         if isinstance(event, TERMINAL):
             self.ended = True
-        if not self._closed:
-            self._pending.append(event)
-            self._wake_reader()
+        if self._closed:
+            return
+        if isinstance(event, PromptLogprobsEvent):
+            event = self._counted(event)
+        self._pending.append(event)
+        self._wake_reader()
+
+    def _counted(self, event: PromptLogprobsEvent) -> Event:
+        """The event; if there are too many unread ones, the request's failure instead of all."""
+        added = sum(1 + len(position.top) for position in event.positions)
+        if self._unread.entries + added > MOST_UNREAD:
+            self._clear()
+            self._abort(self.request_id)
+            return FailedEvent(
+                self.request_id,
+                Overloaded(
+                    "too many log-probabilities of prompts wait for slow readers; read faster, or "
+                    "ask for fewer alternatives",
+                    retry_after_s=1.0,
+                ),
+            )
+        self._own_unread += added
+        self._unread.entries += added
+        return event
+
+    def _clear(self) -> None:
+        self._pending.clear()
+        self._unread.entries -= self._own_unread
+        self._own_unread = 0
 
     def _wake_reader(self) -> None:
         if self._wake is not None and not self._wake.done():

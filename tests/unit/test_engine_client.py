@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_service.engine.stream import coalesce
+from llm_service.engine.stream import EventStream, Unread, coalesce
 from llm_service.policy.messages import (
     AbortedEvent,
     Event,
@@ -23,8 +23,9 @@ from opticnerve.errors import (
     EmbeddingNotFound,
     EngineFailure,
     InvalidRequest,
+    Overloaded,
 )
-from opticnerve.generation.values import Delta, FinishReason
+from opticnerve.generation.values import Delta, FinishReason, Logprob, PositionLogprobs
 from tests.fake_runner import oracle
 from tests.scripted_engines import (
     BROKEN,
@@ -183,6 +184,29 @@ def test_slow_readers_get_tokens_merged() -> None:
         NeedRowsEvent("a", ("k",)),
         TokensEvent("a", Delta(0, 3, (4,))),
     ]
+
+
+@pytest.mark.anyio
+async def test_log_probabilities_that_nobody_reads_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llm_service.engine.stream.MOST_UNREAD", 10)
+    aborted: list[str] = []
+    unread = Unread()
+    slow, quick = (EventStream(name, aborted.append, unread) for name in ("a", "b"))
+    position = PositionLogprobs(Logprob(1, -1.0, 1), (Logprob(1, -1.0, 1),))
+    for _ in range(20):
+        quick.push(PromptLogprobsEvent("b", (position,)))
+        assert len(await quick.read()) == 1
+    for _ in range(6):
+        slow.push(PromptLogprobsEvent("a", (position,)))
+    slow.push(AbortedEvent("a"))
+    failed, end = await slow.read()
+    assert isinstance(failed, FailedEvent) and isinstance(failed.error, Overloaded)
+    assert aborted == ["a"] and isinstance(end, AbortedEvent) and slow.ended
+    quick.push(PromptLogprobsEvent("b", (position,) * 5))
+    quick.close()
+    assert unread.entries == 0
 
 
 def test_messages_cross_processes() -> None:
