@@ -471,9 +471,15 @@ def test_why_it_stopped(reason: Any, stop: Any, most: int, told: str) -> None:
         assert message["stop_sequence"] == (stop if told == "stop_sequence" else None)
 
 
-def test_a_named_call_is_tool_use_too() -> None:
-    events = (ToolCallStart(0, 0, "a", "b"), ToolCallArguments(0, 0, "{}"), *end("stop"))
-    assert whole(*events)["stop_reason"] == assembled(stream(*events))["stop_reason"] == "tool_use"
+@pytest.mark.parametrize(
+    ("arguments", "reason", "told"),
+    [("{}", "tool_calls", "tool_use"), ('{"a": 1, ', "stop", "end_turn")],
+)
+def test_a_call_that_cannot_be_read_is_no_use_of_a_tool(
+    arguments: str, reason: Any, told: str
+) -> None:
+    events = (ToolCallStart(0, 0, "a", "b"), ToolCallArguments(0, 0, arguments), *end(reason))
+    assert whole(*events)["stop_reason"] == assembled(stream(*events))["stop_reason"] == told
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ class AnthropicWriter(AnswerWriter):
         (choice,) = choices
         assert choice.end is not None
         content = list(_content(choice.parts))
-        cause = self._cause(choice.end, end, calls=bool(choice.calls))
+        cause = self._cause(choice.end, end)
         message = self._message(content, _final_usage(end), cause)
         return dumps({**message, **self.timings_of(end)})
 
@@ -216,7 +216,7 @@ class AnthropicWriter(AnswerWriter):
             last = await anext(events)
         if ended is None:
             raise EngineFailure("the LLM worker ended the generation before the answer had ended")
-        cause = self._cause(ended, last, calls=blocks.has_calls)
+        cause = self._cause(ended, last)
         delta = {"type": "message_delta", "delta": cause, "usage": _final_usage(last)}
         yield named_event({**delta, **self.timings_of(last)})
         yield named_event({"type": "message_stop"})
@@ -238,11 +238,11 @@ class AnthropicWriter(AnswerWriter):
             "usage": usage,
         }
 
-    def _cause(self, choice: ChoiceEnd, end: End, *, calls: bool) -> StopCause:
-        """Why the answer ended. ``calls``: whether it calls tools."""
+    def _cause(self, choice: ChoiceEnd, end: End) -> StopCause:
+        """Why the answer ended. One with a call that cannot be read is no use of a tool."""
         if isinstance(choice.stop_reason, str):
             return {"stop_reason": "stop_sequence", "stop_sequence": choice.stop_reason}
-        cause: EndCause = "tool_use" if calls else "end_turn"
+        cause: EndCause = "tool_use" if choice.finish_reason == "tool_calls" else "end_turn"
         if choice.finish_reason == "length":
             whole = end.usage.completion_tokens >= self._max_tokens
             cause = "max_tokens" if whole else "model_context_window_exceeded"
@@ -254,7 +254,6 @@ class _Blocks:
     white space: clients may not send blank blocks back."""
 
     def __init__(self) -> None:
-        self.has_calls = False
         self._kind: type[OutputEvent] | None = None  # Of the last event.
         self._index = -1
         self._is_open = False
@@ -274,7 +273,6 @@ class _Blocks:
                 yield from self._begin({"type": "thinking", "thinking": "", "signature": ""})
                 yield self._delta({"type": "thinking_delta", "thinking": more.text})
             case ToolCallStart():
-                self.has_calls = True
                 yield from self._begin(_tool_use(more.call_id, more.name, {}))
 
     def close(self) -> Iterator[Mapping[str, Any]]:
