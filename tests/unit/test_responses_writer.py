@@ -181,6 +181,13 @@ def test_a_response_that_was_cut_off() -> None:
     assert body["completed_at"] is None
 
 
+def test_a_call_whose_arguments_cannot_be_read_is_incomplete() -> None:
+    call = [ToolCallStart(0, 0, "call_1", "look"), ToolCallArguments(0, 0, '{"at": 1, ')]
+    body = whole([*call, Text(0, "oops}"), ChoiceEnd(0, "stop"), END])
+    assert [item["status"] for item in body["output"]] == ["incomplete", "completed"]
+    assert body["status"] == "completed"
+
+
 def test_an_answer_without_output_is_an_empty_message() -> None:
     (message,) = whole([Text(0, ""), ChoiceEnd(0, "stop"), END])["output"]
     assert message["content"] == [

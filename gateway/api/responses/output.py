@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+from pydantic_core import from_json
+
 from gateway.api.answer import WholeCall, WholePart, WholeReasoning, WholeText
 from gateway.api.responses.response import ItemStatus
 from gateway.api.sse import dumps, with_encoded
@@ -150,6 +152,20 @@ class CallWriter(ItemWriter):
 
     def encoded(self, part: bytes, text: bytes) -> Mapping[str, bytes]:
         return {"arguments": text}
+
+    def closing(self, status: ItemStatus) -> Iterator[UnnumberedEvent]:
+        """A call whose arguments are no JSON is never complete, although the answer may be."""
+        return super().closing(status if _is_json(self.part.text) else "incomplete")
+
+
+def _is_json(arguments: str) -> bool:
+    """Whether a call's arguments, if it has any, can be read."""
+    try:
+        if arguments:
+            from_json(arguments)
+    except ValueError:
+        return False
+    return True
 
 
 class ResponseOutput:
