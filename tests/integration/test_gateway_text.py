@@ -16,6 +16,7 @@ from tests.gateways import body, stack, user
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_loop")]
 LONG = 2**24
+LONGEST_S = 0.2  # Of a turn of the loop on a busy machine; what is unbounded takes seconds.
 
 
 def post(port, payload):
@@ -115,9 +116,9 @@ async def test_no_text_holds_the_loop(kind):
             watching.cancel()
             assert status in statuses, answer
             longest.append(turns.longest)
-            if turns.longest < 0.05:
+            if turns.longest < LONGEST_S:
                 break
-        assert min(longest) < 0.05
+        assert min(longest) < LONGEST_S
         assert (await s.chat()).status_code == 200
 
 
