@@ -197,23 +197,17 @@ class Pipeline:
         thinking = self.forms.thinking(job.prompt, prompt.prompt)
         job.drop_prompt()
         if pair is None:
-            with job.watch.stage("pair"):
-                pair = await self.pairing.choose(
-                    pictures=bool(pictures.items), deadline=job.deadline
-                )
-            items = await self._name(job, pictures, pair)
+            pair, items = await self._pair(job, pictures)
         limits = self._limits(pair)
         prompt = self._truncated(job.options, prompt, limits)
+        sampling = await self._sampling(job.options, kind, prompt, limits)
         job.system_fingerprint = pair.system_fingerprint
         spec = GenerateSpec(
             request_id=job.request_id,
             token_ids=prompt.token_ids,
             spans=prompt.spans,
             keys=tuple(item.key for item in items),
-            sampling=replace(
-                await self._sampling(job.options, kind, prompt, limits),
-                grammar=self.forms.after_thinking(grammar.text, thinking),
-            ),
+            sampling=replace(sampling, grammar=self.forms.after_thinking(grammar.text, thinking)),
             pair_id=pair.pair_id,
             cache_salt=self._cache_salt(job),
             caller=job.caller,
@@ -251,6 +245,12 @@ class Pipeline:
         items = await self._name(job, pictures, pair)
         self.encoders.check(items, job.deadline)
         return pair, items
+
+    async def _pair(self, job: Job, pictures: Pictures) -> tuple[Pair, list[Encodable]]:
+        """As ``_pair_early``, but waits for a pair. Raises Unavailable, DeadlineExceeded."""
+        with job.watch.stage("pair"):
+            pair = await self.pairing.choose(pictures=bool(pictures.items), deadline=job.deadline)
+        return pair, await self._name(job, pictures, pair)
 
     async def _name(self, job: Job, pictures: Pictures, pair: Pair) -> list[Encodable]:
         """The pictures with their content keys, ready for the pair's encoders."""

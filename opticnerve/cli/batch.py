@@ -75,6 +75,12 @@ def parser() -> Parser:
         metavar="KEY",
         help="the server's key (default: OPENAI_API_KEY, which other users do not see in `ps`)",
     )
+    _add_pace(made)
+    add_options(made, up_options())
+    return made
+
+
+def _add_pace(made: Parser) -> None:
     how = made.add_argument_group("Pace")
     how.add_argument(
         "--concurrency",
@@ -98,8 +104,6 @@ def parser() -> Parser:
         default=900.0,
         help="silence after which a connection counts as lost (default: 900)",
     )
-    add_options(made, up_options())
-    return made
 
 
 def main(argv: Sequence[str]) -> int:
@@ -148,7 +152,7 @@ class Settings:
 
 
 @dataclass
-class Work:
+class Batch:
     """A batch: its files, and which of its requests are answered. ``stopped``: why it ends early;
     what is left is asked when it is given again. ``answered_at``: when the server last answered.
     ``doubted``: a request that was lost since then, or whose server was."""
@@ -213,7 +217,7 @@ class Work:
 
 
 @contextlib.contextmanager
-def open_work(settings: Settings) -> Iterator[Work]:
+def open_work(settings: Settings) -> Iterator[Batch]:
     """Checks the batch, and opens its files. Raises StartupError."""
     named = [settings.requests, settings.answers, *filter(None, [settings.errors])]
     if len({path.resolve() for path in named}) < len(named):
@@ -224,7 +228,7 @@ def open_work(settings: Settings) -> Iterator[Work]:
         errors = answers
         if settings.errors is not None:
             errors = files.enter_context(AnswerFile(settings.errors))
-        work = Work(settings, answers, errors, len(numbers))
+        work = Batch(settings, answers, errors, len(numbers))
         for file in {answers, errors}:
             for digest, failed in file.recover(numbers):
                 if digest in work.answered:
@@ -238,7 +242,7 @@ def open_work(settings: Settings) -> Iterator[Work]:
 # ---- doing it
 
 
-async def run(work: Work, url: str) -> None:
+async def run(work: Batch, url: str) -> None:
     """Asks for what is left. Raises StartupError if the server is not there or takes no key; if it
     is lost later, ``work.stopped`` says so."""
     settings = work.settings
@@ -290,7 +294,7 @@ async def _greet(http: httpx2.AsyncClient, url: str) -> None:
 
 
 async def _answer_all(
-    http: httpx2.AsyncClient, work: Work, todo: Iterator[BatchRequest], bar: tqdm[Any]
+    http: httpx2.AsyncClient, work: Batch, todo: Iterator[BatchRequest], bar: tqdm[Any]
 ) -> None:
     """Takes requests from ``todo``, which others take from too, until there are none."""
     for request in todo:
