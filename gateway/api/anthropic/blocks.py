@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from gateway.api.schemas.base import UNSUPPORTED_KIND, BoundedList, Strict, Unused, fault
-from gateway.api.schemas.messages import Part, Source, TextPart, type_tag
+from gateway.api.schemas.messages import Part, Source, TextPart, by_type
 
 _RUNS_NO_TOOLS = "this server runs no tools itself; leave the block out"
 UNSUPPORTED_BLOCKS = {
@@ -59,11 +59,7 @@ class ImageBlock(Part):
     type: Literal["image"]
     source: Annotated[
         Annotated[Base64Source, Tag("<base64>")] | Annotated[UrlSource, Tag("<url>")],
-        Discriminator(
-            type_tag,
-            custom_error_type="source",
-            custom_error_message="should have the type base64 or url",
-        ),
+        by_type("source", "base64 or url"),
         BeforeValidator(_no_file),
     ]
 
@@ -109,11 +105,7 @@ def _supported(value: Any) -> Any:
 
 ResultBlock = Annotated[
     Annotated[TextBlock, Tag("<text>")] | Annotated[ImageBlock, Tag("<image>")],
-    Discriminator(
-        type_tag,
-        custom_error_type="block",
-        custom_error_message="should have the type text or image",
-    ),
+    by_type("block", "text or image"),
     BeforeValidator(_supported),
 ]
 
@@ -134,12 +126,7 @@ Block = Annotated[
     | Annotated[ToolResultBlock, Tag("<tool_result>")]
     | Annotated[ThinkingBlock, Tag("<thinking>")]
     | Annotated[RedactedThinkingBlock, Tag("<redacted_thinking>")],
-    Discriminator(
-        type_tag,
-        custom_error_type="block",
-        custom_error_message="should have the type text, image, tool_use, tool_result, thinking "
-        "or redacted_thinking",
-    ),
+    by_type("block", "text, image, tool_use, tool_result, thinking or redacted_thinking"),
     BeforeValidator(_supported),
 ]
 

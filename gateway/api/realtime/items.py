@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from gateway.api.responses.items import (
     AnswerText,
@@ -21,7 +21,7 @@ from gateway.api.responses.items import (
 )
 from gateway.api.responses.transcript import Transcript
 from gateway.api.schemas.base import BoundedList, Strict, Unused, fault
-from gateway.api.schemas.messages import ProcessorSettings, type_tag
+from gateway.api.schemas.messages import ProcessorSettings, by_type
 from gateway.edge.limits import MAX_ITEM_CHARACTERS, VALUE_BYTES
 from gateway.media.dataurl import is_data_url
 
@@ -91,23 +91,14 @@ AnyNewItem = Annotated[
     Annotated[MessageItem, Tag("<message>")]
     | Annotated[CallItem, Tag("<function_call>")]
     | Annotated[CallOutputItem, Tag("<function_call_output>")],
-    Discriminator(
-        type_tag,
-        custom_error_type="item",
-        custom_error_message="should have the type message, function_call or function_call_output",
-    ),
+    by_type("item", "message, function_call or function_call_output"),
 ]
 AnyInputItem = Annotated[
     Annotated[MessageItem, Tag("<message>")]
     | Annotated[CallItem, Tag("<function_call>")]
     | Annotated[CallOutputItem, Tag("<function_call_output>")]
     | Annotated[ItemReference, Tag("<item_reference>")],
-    Discriminator(
-        type_tag,
-        custom_error_type="item",
-        custom_error_message="should have the type message, function_call, function_call_output or "
-        "item_reference",
-    ),
+    by_type("item", "message, function_call, function_call_output or item_reference"),
 ]
 
 

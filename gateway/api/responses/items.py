@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
 from gateway.api.schemas.base import BoundedList, Strict, Unused, unsupported_kind
 from gateway.api.schemas.messages import (
@@ -13,6 +13,7 @@ from gateway.api.schemas.messages import (
     PictureSettings,
     RefusalPart,
     Source,
+    by_type,
     check_arguments,
     read_arguments,
     type_tag,
@@ -66,11 +67,7 @@ InputPart = Annotated[
     | Annotated[InputImage, Tag("<input_image>")]
     | Annotated[AnswerText, Tag("<output_text>")]
     | Annotated[RefusalPart, Tag("<refusal>")],
-    Discriminator(
-        type_tag,
-        custom_error_type="part",
-        custom_error_message="should have the type input_text, input_image, output_text or refusal",
-    ),
+    by_type("part", "input_text, input_image, output_text or refusal"),
 ]
 
 
@@ -148,12 +145,7 @@ InputItem = Annotated[
     | Annotated[InputCall, Tag("<function_call>")]
     | Annotated[InputCallOutput, Tag("<function_call_output>")]
     | Annotated[InputReasoning, Tag("<reasoning>")],
-    Discriminator(
-        _item_tag,
-        custom_error_type="item",
-        custom_error_message="should have the type message, function_call, function_call_output or "
-        "reasoning",
-    ),
+    by_type("item", "message, function_call, function_call_output or reasoning", _item_tag),
 ]
 
 UNSUPPORTED_ITEMS: dict[str, str] = {

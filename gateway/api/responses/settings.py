@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag
 
 from gateway.api.responses.items import RUNS_NO_TOOLS
 from gateway.api.schemas.base import Strict, Unused, no_larger, unsupported_kind
-from gateway.api.schemas.messages import Effort, type_tag
+from gateway.api.schemas.messages import Effort, by_type, type_tag
 from gateway.api.schemas.tools import CallChoice, Function, FunctionName
 from gateway.edge.limits import MAX_SCHEMA_CHARACTERS, MAX_TOOLS, MAX_TOOLS_SIZE
 from gateway.job import CallMode, FormatKind, OutputFormat
@@ -95,11 +95,7 @@ AnyFormat = Annotated[
     Annotated[TextFormat, Tag("<text>")]
     | Annotated[JsonObjectFormat, Tag("<json_object>")]
     | Annotated[JsonSchemaFormat, Tag("<json_schema>")],
-    Discriminator(
-        type_tag,
-        custom_error_type="format",
-        custom_error_message="should have the type text, json_object or json_schema",
-    ),
+    by_type("format", "text, json_object or json_schema"),
 ]
 
 

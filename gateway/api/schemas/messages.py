@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -137,6 +137,13 @@ def type_tag(value: Any) -> str | None:
     pydantic puts them into the path of a problem, where ``text`` would look like a field."""
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return f"<{kind}>" if isinstance(kind, str) else None
+
+
+def by_type(what: str, types: str, tag: Callable[[Any], str | None] = type_tag) -> Discriminator:
+    """Which model of a union validates a value. ``what`` and ``types`` are for the error of a value
+    that has none of them."""
+    message = f"should have the type {types}"
+    return Discriminator(tag, custom_error_type=what, custom_error_message=message)
 
 
 AnyPart = Annotated[
