@@ -13,6 +13,7 @@ request ends in any way. Code that serves the request adds fields at any depth: 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -205,6 +206,16 @@ def failed(error: OpticNerveError, cause: BaseException | None = None) -> None:
 # ---- a process
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the traceback that gRPC logs of a call that is cancelled before its handler has
+    begun (grpcio's ``_handle_exceptions``): callers leave at any time, and nothing has failed."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (
+        isinstance(error, asyncio.CancelledError)
+        and record.getMessage().startswith("Exception not handled by _handle_exceptions")
+    )
+
+
 def configure(level: str, form: str = "text") -> None:
     """Configures the process's root logger; a command's main calls it once. Python's warnings
     become records too, and in JSON so do uncaught exceptions of the process and its threads."""
@@ -216,6 +227,7 @@ def configure(level: str, form: str = "text") -> None:
     # HTTP clients log whole URLs, which may hold keys.
     for noisy in ("httpx", "httpx2", "httpcore", "httpcore2", "grpc", "urllib3", "filelock"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     logging.captureWarnings(True)
     if form == "json":
         sys.excepthook = _unexpected

@@ -144,6 +144,23 @@ def test_whatever_ends_a_process_is_json_too(how):
         assert ended.returncode == 2 and last["message"] == "opticnerve: no room"
 
 
+@pytest.mark.process
+def test_a_call_that_is_cut_before_its_handler_begins_leaves_no_traceback():
+    """The record as grpcio makes it; every other error of a call is logged."""
+    code = """if True:
+        import asyncio, logging
+        from opticnerve.telemetry import logs
+        logs.configure("info")
+        for error in (asyncio.CancelledError(), RuntimeError("kept")):
+            logging.getLogger("grpc._cython.cygrpc").error(
+                "Exception not handled by _handle_exceptions in servicer method [/a/B]",
+                exc_info=error,
+            )
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "RuntimeError: kept" in done.stderr and "CancelledError" not in done.stderr
+
+
 def test_what_children_write_is_passed_on_in_the_form_that_was_asked_for():
     line = logs.Formatter("json").format(record("ready"))
     assert logs.relayed("llm", "ready") == "llm        | ready"
