@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import AttentionInterface, AutoModelForImageTextToText
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from opticnerve.media.plan import Plan, Span
+from tests.families import samples
 
 CAUSAL = "opticnerve_test_causal"
 
@@ -23,18 +24,23 @@ def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def image_processor(path: Path, family: str) -> Any:
-    """The Pillow-backed image processor of a checkpoint."""
-    cls = CLIPImageProcessorPil if family == "llava" else Qwen2VLImageProcessorPil
-    return cls.from_pretrained(path)
+    """The Pillow-backed image processor of a sample's checkpoint."""
+    return samples()[family].image_processor(path)
 
 
 def image_rows(model: Any, family: str, inputs: Any) -> torch.Tensor:
     """Embedding rows of one picture, from an image processor's output for it."""
-    with torch.inference_mode():
-        if family == "llava":
-            return model.model.get_image_features(inputs["pixel_values"]).pooler_output[0]
-        features = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
-        return features.pooler_output[0]
+    return samples()[family].rows(model, inputs)["rows"]
+
+
+def place(layout: Any, plan: Plan, offset: int, item: int) -> tuple[tuple[int, ...], list[Span]]:
+    """The tokens of an item whose expansion begins at ``offset`` of a prompt, and its spans."""
+    expansion = layout.expand(plan)
+    spans = [
+        Span(offset + run.offset, run.num_tokens, item, run.row_start, plan.modality, plan.grid)
+        for run in expansion.runs
+    ]
+    return expansion.token_ids, spans
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

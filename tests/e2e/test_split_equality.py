@@ -20,7 +20,8 @@ from opticnerve.media.plan import Modality
 from opticnerve.models.registry import make_layout
 from tests.checkpoints import DEMO, FAMILIES, make_checkpoint
 from tests.e2e.conftest import data_url, png
-from tests.reference import image_processor, load_reference, picture
+from tests.families import samples
+from tests.reference import load_reference, picture
 
 MAX_GAP = 1e-3
 MAX_TOKENS = 16
@@ -31,17 +32,15 @@ SMALL = {"max_num_batched_tokens": 24, "kv_cache_tokens": 384, "max_num_seqs": 8
 class Whole:
     """Hugging Face's side: a chat in, the bytes of each greedy token out."""
 
-    def __init__(self, path):
+    def __init__(self, name, path):
         self.checkpoint = Checkpoint.open(str(path))
         self.layout = make_layout(self.checkpoint)
         self.renderer = ChatRenderer.load(self.checkpoint.path, self.layout)
         self.vocabulary = Vocabulary(self.renderer.tokenizer)
         self.model = load_reference(path)
         self.model.generation_config.eos_token_id = None
-        self.processor = image_processor(path, self.layout.family)
-        from transformers import AutoTokenizer
-
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.sample = samples()[name]
+        self.processor = self.sample.processor(path)
         self.close_calls = 0
 
     def inputs(self, messages):
@@ -51,38 +50,15 @@ class Whole:
             for part in message["content"]
             if part["type"] == "image"
         ]
-        text = self.tokenizer.apply_chat_template(
+        text = self.processor.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
-        given = {}
-        if images:
-            given = dict(self.processor(images=images, return_tensors="pt"))
-            text = self._expand(text, given)
-        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=self._adds_bos(text))
-        given["input_ids"] = ids["input_ids"]
-        return given
-
-    def _adds_bos(self, text):
-        return self.layout.family == "llava" and not text.startswith("<s>")
-
-    def _expand(self, text, given):
-        """One placeholder becomes as many as its picture has rows."""
-        token = self.renderer.tokenizer.token_of(self.layout.item_token_ids[Modality.IMAGE])
-        head, *rest = text.split(token)
-        if "image_grid_thw" in given:
-            counts = [int(grid.prod()) // 4 for grid in given["image_grid_thw"]]
-        else:
-            side = given["pixel_values"].shape[-1] // self.layout.patch_size
-            counts = [side * side] * len(rest)
-        assert len(counts) == len(rest)
-        return head + "".join(token * n + tail for n, tail in zip(counts, rest, strict=True))
+        return self.sample.process(self.processor, text, images)
 
     def forward_inputs(self, given, more=()):
         ids = torch.cat([given["input_ids"], torch.tensor([[*more]], dtype=torch.int64)], dim=1)
-        made = {**given, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if "image_grid_thw" in given:
-            made["mm_token_type_ids"] = (ids == self.layout.item_token_ids[Modality.IMAGE]).int()
-        return made
+        image = self.layout.item_token_ids[Modality.IMAGE]
+        return {**given, **self.sample.token_inputs(ids, image)}
 
     def generate(self, given, max_tokens):
         with torch.inference_mode():
@@ -176,7 +152,7 @@ def chats():
 @pytest.mark.parametrize("family", ["demo", *FAMILIES])
 def test_three_services_equal_the_unsplit_model(family, tmp_path):
     path = DEMO if family == "demo" else make_checkpoint(family, tmp_path / family, seed=5)
-    whole = Whole(path)
+    whole = Whole("qwen2_vl" if family == "demo" else family, path)
     model = None if family == "demo" else path
     with opticnerve.serve(model, dtype="float32", generation_config="neutral", **SMALL) as stack:
         for messages in chats():  # One by one, cold.

@@ -28,19 +28,20 @@ from opticnerve.models.registry import (
     make_preprocessor,
 )
 from tests.checkpoints import DEMO, EOS, FAMILIES, make_checkpoint
+from tests.families import samples
 from tests.local_engine import LocalEngine
+from tests.reference import place
 
 pytestmark = pytest.mark.slow
 MAX_GAP = 1e-3
 MAX_TOKENS = 20
-VISION_START, VISION_END = 630, 631
 
 
 @dataclass(frozen=True)
 class Picture:
     key: str
     plan: Plan
-    pixels: np.ndarray = field(compare=False)
+    image: Image.Image = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Model:
         self.whole.generation_config.pad_token_id = EOS
         checkpoint = Checkpoint.open(str(path))
         self.layout = make_layout(checkpoint)
+        self.sample = samples()["qwen2_vl" if name == "demo" else name]
+        self.processor = self.sample.image_processor(path)
         self.preprocess = make_preprocessor(checkpoint, self.layout)
         self.tower = load_tower(checkpoint, torch.float32, "cpu")
         self.language = load_language(checkpoint, torch.float32, "cpu", ATTENTION_NAME)
@@ -77,7 +80,7 @@ class Model:
         blocks = random.integers(0, 255, (5, 5, 3), dtype=np.uint8)
         image = Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
         plan = self.layout.plan(Structure("png", *size), Overrides())
-        return Picture(f"{seed}-{size}", plan, self.preprocess(image, plan))
+        return Picture(f"{seed}-{size}", plan, image)
 
     def prompt(self, *parts: int | Picture | tuple[int, ...], seed: int = 0) -> Prompt:
         random = np.random.default_rng(seed)
@@ -86,17 +89,11 @@ class Model:
         pictures = tuple(part for part in parts if isinstance(part, Picture))
         for part in parts:
             if isinstance(part, Picture):
-                wrapped = self.layout.family != "llava"
-                ids += [VISION_START] * wrapped
-                grid = part.plan.grid
-                for run in self.layout.expand(part.plan).runs:
-                    offset = len(ids) + run.offset
-                    item = pictures.index(part)
-                    spans.append(
-                        Span(offset, run.num_tokens, item, run.row_start, Modality.IMAGE, grid)
-                    )
-                ids += self.layout.expand(part.plan).token_ids
-                ids += [VISION_END] * wrapped
+                before, after = self.sample.around
+                ids += before
+                tokens, placed = place(self.layout, part.plan, len(ids), pictures.index(part))
+                spans += placed
+                ids += (*tokens, *after)
             elif isinstance(part, tuple):
                 ids += part
             else:
@@ -107,16 +104,10 @@ class Model:
 
     def inputs(self, prompt: Prompt, more: list[int] | None = None) -> dict[str, Any]:
         ids = torch.tensor([[*prompt.token_ids, *(more or [])]])
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs = self.sample.token_inputs(ids, self.layout.item_token_ids[Modality.IMAGE])
         if prompt.pictures:
-            pixels = np.concatenate([picture.pixels for picture in prompt.pictures])
-            inputs["pixel_values"] = torch.from_numpy(pixels)
-            if self.layout.position_dims == 3:
-                grids = [picture.plan.grid for picture in prompt.pictures]
-                inputs["image_grid_thw"] = torch.tensor([(g.t, g.h, g.w) for g in grids])
-                inputs["mm_token_type_ids"] = (
-                    ids == self.layout.item_token_ids[Modality.IMAGE]
-                ).int()
+            images = [picture.image for picture in prompt.pictures]
+            inputs |= self.sample.image_inputs(self.processor, images)
         return inputs
 
     def reference(self, prompt: Prompt) -> list[int]:
@@ -153,7 +144,8 @@ class Model:
         for index, prompt in enumerate(prompts):
             for picture in prompt.pictures:
                 if picture.key not in engine.rows.items:
-                    (rows,) = self.tower.encode([picture.pixels], [picture.plan])
+                    pixels = self.preprocess(picture.image, picture.plan)
+                    (rows,) = self.tower.encode([pixels], [picture.plan])
                     engine.rows.items[picture.key] = rows
             made.append(
                 GenerateRequest(

@@ -21,26 +21,31 @@ from opticnerve import models
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.checkpoints.loader import wanted
 from opticnerve.errors import PlanMismatch, UnsupportedCheckpoint
-from opticnerve.media.plan import Modality, Span, Structure
+from opticnerve.media.plan import Modality, Structure
 from opticnerve.models import registry
 from opticnerve.models.decoders.spec import LayerSpec
 from opticnerve.models.family import Family
-from tests.checkpoints import LAYOUTS
-from tests.reference import CAUSAL, picture
+from tests.checkpoints import FAMILIES, LAYOUTS
+from tests.families import Sample, samples
+from tests.reference import CAUSAL, picture, place
 
 DECLARED = sorted(set(registry.families().values()), key=lambda family: family.name)
 SIZES = [(56, 56), (100, 80), (57, 201), (300, 200)]
 
 
-@pytest.fixture(scope="module", params=DECLARED, ids=lambda family: family.name)
-def family(request: pytest.FixtureRequest) -> Family:
-    found: Family = request.param
-    return found
+@pytest.fixture(scope="module", params=FAMILIES)
+def sample(request: pytest.FixtureRequest) -> Sample:
+    return samples()[request.param]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(family: Family, random_checkpoint: Callable[..., Path]) -> Checkpoint:
-    return Checkpoint.open(str(random_checkpoint(family.name)), side="encoder")
+def family(sample: Sample) -> Family:
+    return next(family for family in DECLARED if family.name == sample.family)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(sample: Sample, random_checkpoint: Callable[..., Path]) -> Checkpoint:
+    return Checkpoint.open(str(random_checkpoint(sample.name)), side="encoder")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +61,10 @@ def tower(checkpoint: Checkpoint) -> Any:
 @pytest.fixture(scope="module")
 def language(checkpoint: Checkpoint) -> Any:
     return registry.load_language(checkpoint, "float32", "cpu", CAUSAL)
+
+
+def test_every_family_is_tested() -> None:
+    assert {family.name for family in DECLARED} == {each.family for each in samples().values()}
 
 
 # ---- the declaration
@@ -87,10 +96,10 @@ def test_layouts_and_preprocessing_import_no_torch() -> None:
 
 @pytest.mark.parametrize("naming", LAYOUTS)
 def test_every_tensor_belongs_to_one_half(
-    naming: str, family: Family, random_checkpoint: Callable[..., Path]
+    naming: str, sample: Sample, family: Family, random_checkpoint: Callable[..., Path]
 ) -> None:
     """That each half takes all of its own is what loading checks."""
-    path = random_checkpoint(family.name, layout=naming)
+    path = random_checkpoint(sample.name, layout=naming)
     keys = Checkpoint.open(str(path)).tensor_index()
     is_vision, is_language = wanted(family.vision_keys), wanted(family.language_keys)
     assert {key for key in keys if is_vision(key) == is_language(key)} == set()
@@ -122,8 +131,8 @@ def test_an_expansion_has_the_tokens_that_were_planned(layout: Any, size: tuple[
 
 def test_positions_have_a_shape_and_go_on_after_the_prompt(layout: Any) -> None:
     plan = layout.plan(Structure("png", 100, 80))
-    tokens = len(layout.expand(plan).token_ids)
-    spans = [Span(3, tokens, 0, 0, plan.modality, plan.grid)]
+    ids, spans = place(layout, plan, 3, 0)
+    tokens = len(ids)
     for length, given in ((0, []), (5, []), (tokens + 6, spans)):
         positions, delta = layout.positions(length, given)
         assert positions.shape == (layout.position_dims, length)

@@ -19,7 +19,8 @@ from opticnerve.models.decoders import decoder
 from opticnerve.models.decoders.decoder import PackedLanguage
 from opticnerve.models.decoders.linear import can_halve
 from tests.checkpoints import FAMILIES, make_checkpoint
-from tests.reference import CAUSAL, image_processor, load_reference, picture
+from tests.families import samples
+from tests.reference import CAUSAL, load_reference, picture, place
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -110,8 +111,8 @@ def test_rows_overwrite_placeholders_as_in_the_unsplit_model(
     ids: list[int] = [10, 11, 12]
     spans = []
     for i, plan in enumerate(plans):
-        tokens = layout.expand(plan).token_ids
-        spans.append(Span(len(ids), len(tokens), i, 0, plan.modality, plan.grid))
+        tokens, placed = place(layout, plan, len(ids), i)
+        spans += placed
         ids += [*tokens, 20 + i, 30 + i]
     encoded = tower.encode([preprocess(*pair) for pair in zip(images, plans, strict=True)], plans)
 
@@ -119,19 +120,27 @@ def test_rows_overwrite_placeholders_as_in_the_unsplit_model(
     token_ids = torch.tensor(ids)
     with torch.inference_mode():
         embeds = language.embed(token_ids)
-        for span, item in zip(spans, encoded, strict=True):
-            embeds[span.token_offset : span.token_offset + span.num_tokens] = item["rows"]
+        indices = torch.cat([_tokens(span) for span in spans])
+        embeds[indices] = torch.cat([item["rows"] for item in encoded])
         positions, _ = layout.positions(len(ids), spans)
-        hidden = language.forward(embeds, torch.from_numpy(positions))
+        levels = [
+            (indices, torch.cat([item[f"deepstack.{i}"] for item in encoded]))
+            for i in range(layout.deepstack_levels)
+        ]
+        hidden = language.forward(embeds, torch.from_numpy(positions), levels)
         logits = language.logits(hidden)
 
-    inputs = image_processor(path, family)(images, return_tensors="pt")
-    mm_types = (token_ids == layout.item_token_ids[Modality.IMAGE]).int()
-    extra = {} if family == "llava" else {"mm_token_type_ids": mm_types[None]}
+    sample = samples()[family]
+    inputs = sample.image_inputs(sample.image_processor(path), images)
+    inputs |= sample.token_inputs(token_ids[None], layout.item_token_ids[Modality.IMAGE])
     with torch.inference_mode():
-        expected = load_reference(path)(token_ids[None], **inputs, **extra).logits[0]
+        expected = load_reference(path)(**inputs).logits[0]
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-4)
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+
+
+def _tokens(span: Span) -> torch.Tensor:
+    return torch.arange(span.token_offset, span.token_offset + span.num_tokens)
 
 
 def test_the_demo_equals_the_unsplit_model() -> None:

@@ -25,6 +25,7 @@ from opticnerve.errors import CheckpointError, ConfigError
 from opticnerve.models import registry
 from opticnerve.models.decoders import decoder, linear
 from tests.checkpoints import FAMILIES, make_checkpoint, write_weights
+from tests.families import samples, tensors_of
 from tests.reference import CAUSAL, load_reference
 
 MakeCheckpoint = Callable[..., Path]
@@ -45,26 +46,11 @@ def load_side(path: Path, side: Any) -> Any:
     return registry.load_language(checkpoint, "float32", "cpu", CAUSAL)
 
 
-def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and every buffer, those of no checkpoint too."""
-    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-
-
 def expect_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype, name
         assert torch.equal(tensor, theirs[name]), name
-
-
-def reference_tower(model: Any, family: str) -> dict[str, torch.Tensor]:
-    if family != "llava":
-        return tensors_of(model.model.visual)
-    tower = {f"tower.{k}": v for k, v in tensors_of(model.model.vision_tower).items()}
-    last = f"tower.encoder.layers.{model.config.vision_config.num_hidden_layers - 1}."
-    tower = {k: v for k, v in tower.items() if not k.startswith((last, "tower.post_layernorm"))}
-    projector = tensors_of(model.model.multi_modal_projector)
-    return tower | {f"projector.{name}": tensor for name, tensor in projector.items()}
 
 
 @pytest.mark.parametrize("layout", ["new", "old"])
@@ -79,11 +65,13 @@ def test_each_half_equals_the_same_tensors_of_the_full_model(
 ) -> None:
     path = random_checkpoint(family, layout=layout, shards=shards)
     reference = load_reference(path)
-    expect_equal(tensors_of(load_side(path, "encoder").module), reference_tower(reference, family))
+    expect_equal(
+        tensors_of(load_side(path, "encoder").module), samples()[family].tower_tensors(reference)
+    )
 
     monkeypatch.setattr(decoder, "fuse", lambda *_: None)  # Fused layers hold joined tensors,
     monkeypatch.setattr(linear, "can_pack", lambda dtype: False)  # packed weights no storage.
-    text = {f"model.{k}": v for k, v in tensors_of(reference.model.language_model).items()}
+    text = samples()[family].language_tensors(reference)
     language = load_side(path, "llm")
     (head,) = language._head.tensors()
     ours = {**tensors_of(language.decoder), "lm_head.weight": head}
@@ -101,7 +89,7 @@ def test_llava_with_the_middle_key_layout(tmp_path: Path) -> None:
     )
     expect_equal(
         tensors_of(load_side(path, "encoder").module),
-        reference_tower(load_reference(path), "llava"),
+        samples()["llava"].tower_tensors(load_reference(path)),
     )
 
 

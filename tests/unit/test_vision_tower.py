@@ -21,6 +21,7 @@ from opticnerve.models.qwen2_5_vl.vision import window_order
 from opticnerve.models.towers import varlen
 from opticnerve.models.towers.tower import position_ids
 from tests.checkpoints import FAMILIES, make_checkpoint
+from tests.families import samples
 from tests.reference import image_processor, image_rows, load_reference, picture
 
 MakeCheckpoint = Callable[..., Path]
@@ -56,11 +57,13 @@ def test_a_mixed_batch_equals_the_unsplit_model_one_by_one(
     pixels = [preprocess(image, plan) for image, plan in zip(images, plans, strict=True)]
     encoded = tower.encode(pixels, plans)
     for image, plan, item in zip(images, plans, encoded, strict=True):
-        expected = image_rows(reference, family, processor(image, return_tensors="pt"))
-        assert item.keys() == {"rows"}
-        assert item["rows"].shape == (plan.num_tokens, tower.hidden_size)
-        assert item["rows"].untyped_storage().nbytes() == item["rows"].nbytes  # Not the batch's.
-        expect_close(item["rows"], expected)
+        inputs = samples()[family].image_inputs(processor, [image])
+        expected = samples()[family].rows(reference, inputs)
+        assert item.keys() == expected.keys()
+        for name, rows in item.items():
+            assert rows.shape == (plan.num_tokens, tower.hidden_size)
+            assert rows.untyped_storage().nbytes() == rows.nbytes  # Not the batch's.
+            expect_close(rows, expected[name])
 
 
 def test_the_demo_tower_equals_the_unsplit_model() -> None:
