@@ -87,9 +87,7 @@ class FakeBackend:
     def go(self) -> None:
         self._free.set()
 
-    def encode(
-        self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
-    ) -> list[Embedding]:
+    def encode(self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]) -> list[Embedding]:
         if self._begun:
             self.batches.append(len(plans))
             self.entered.release()

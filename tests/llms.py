@@ -34,7 +34,7 @@ from opticnerve.rpc.channel import open_channel
 from opticnerve.rpc.errors import from_rpc
 from opticnerve.rpc.token import load_token
 from tests.checkpoints import DEMO, EOS
-from tests.reference import load_reference
+from tests.reference import load_reference, pixel_values
 
 WAIT_S = 60.0
 VISION_START, VISION_END = 630, 631
@@ -47,7 +47,7 @@ class Picture:
 
     key: str
     plan: Plan
-    pixels: NDArray[np.float32] = field(compare=False)
+    pixels: NDArray[np.uint8] = field(compare=False)
     rows: dict[str, torch.Tensor] = field(compare=False)
 
     def ref(self, location: Location = NOWHERE) -> EmbeddingRef:
@@ -114,8 +114,8 @@ class Demo:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if prompt.pictures:
             grids = [picture.plan.grid for picture in prompt.pictures]
-            pixels = np.concatenate([picture.pixels for picture in prompt.pictures])
-            inputs["pixel_values"] = torch.from_numpy(pixels)
+            pixels = [picture.pixels for picture in prompt.pictures]
+            inputs["pixel_values"] = pixel_values(self.layout, pixels)
             inputs["image_grid_thw"] = torch.tensor([(g.t, g.h, g.w) for g in grids])
             inputs["mm_token_type_ids"] = (ids == self.layout.item_token_ids[Modality.IMAGE]).int()
         return inputs

@@ -9,6 +9,6 @@ from PIL import Image
 from opticnerve.media.plan import Plan
 
 
-def mean_colour(image: Image.Image, plan: Plan) -> NDArray[np.float32]:
-    """float32 [3]. Like a tower's, it resizes first, and takes little memory of its own."""
-    return np.asarray(image.resize((1, 1), Image.Resampling.BOX), np.float32)[0, 0]
+def mean_colour(image: Image.Image, plan: Plan) -> NDArray[np.uint8]:
+    """uint8 [3]. Like a tower's, it resizes first, and takes little memory of its own."""
+    return np.asarray(image.resize((1, 1), Image.Resampling.BOX))[0, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from transformers import AttentionInterface, AutoModelForImageTextToText
 
 from opticnerve.media.plan import Plan, Span
+from opticnerve.models.towers.pixels import PixelTable
 from tests.families import samples
 
 CAUSAL = "opticnerve_test_causal"
@@ -26,6 +28,17 @@ def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> Any:
 def image_processor(path: Path, family: str) -> Any:
     """The Pillow-backed image processor of a sample's checkpoint."""
     return samples()[family].image_processor(path)
+
+
+def pixel_values(layout: Any, pixels: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
+    """``pixels`` of several pictures as Hugging Face's processors return them: float32 [patches,
+    channels * frames * patch²] for layouts of patches, [tiles, 3, height, width] for others."""
+    table = PixelTable(layout.pixels, torch.float32, "cpu")
+    values = table(torch.from_numpy(np.concatenate(pixels))).permute(0, 3, 1, 2)
+    frames = getattr(layout, "temporal_patch_size", None)
+    if frames is None:
+        return values.contiguous()
+    return values[:, :, None].expand(-1, -1, frames, -1, -1).flatten(1)
 
 
 def image_rows(model: Any, family: str, inputs: Any) -> torch.Tensor:

@@ -255,7 +255,7 @@ def _rows(room: Room, name: str, dtype: torch.dtype, pictures: list[Picture]) ->
     for each in pictures:
         grid = each.plan.grid
         inputs = {
-            "pixel_values": torch.from_numpy(each.pixels).to(room.device, dtype),
+            "pixel_values": each.values.to(room.device, dtype),
             "image_grid_thw": torch.tensor([(grid.t, grid.h, grid.w)], device=room.device),
         }
         rows.append(image_rows(whole, family, inputs).float().cpu())
@@ -313,10 +313,10 @@ def _logprobs(
     ids = torch.tensor([[*prompt.token_ids, *said.token_ids[:-1]]], device=room.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if prompt.pictures:
-        pixels = np.concatenate([each.pixels for each in prompt.pictures])
+        pixels = torch.cat([each.values for each in prompt.pictures])
         grids = [each.plan.grid for each in prompt.pictures]
         sizes = [(grid.t, grid.h, grid.w) for grid in grids]
-        inputs["pixel_values"] = torch.from_numpy(pixels).to(room.device, dtype)
+        inputs["pixel_values"] = pixels.to(room.device, dtype)
         inputs["image_grid_thw"] = torch.tensor(sizes, device=room.device)
         inputs["mm_token_type_ids"] = (ids == whole.config.image_token_id).int()
     with torch.inference_mode():

@@ -82,7 +82,7 @@ def tower(room: Room) -> Seen:
     figures: Figures = {"patches_a_picture": count}
     for batch in room.sizes.tower_batches:
         patches = torch.randn(
-            batch * count, picture.pixels.shape[1], device=room.device, dtype=room.dtype
+            batch * count, picture.values.shape[1], device=room.device, dtype=room.dtype
         )
         ms = room.median_ms(lambda p=patches, b=batch: _forward(split, p, [grid] * b))  # type: ignore[misc]
         figures[f"{batch}_patches_per_s"] = batch * count / ms * 1000

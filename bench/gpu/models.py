@@ -28,7 +28,7 @@ from opticnerve.models.registry import (
 )
 from tests.checkpoints import DEMO, make_checkpoint
 from tests.local_engine import LocalEngine
-from tests.reference import load_reference, picture
+from tests.reference import load_reference, picture, pixel_values
 
 VISION_START, VISION_END = 630, 631  # Of the demo's tokenizer, which every checkpoint here has.
 TEXT_IDS = (5, 600)
@@ -116,7 +116,8 @@ TWIN = Sizes(  # The same heads, narrow enough for two cores.
 class Picture:
     key: str
     plan: Plan
-    pixels: NDArray[np.float32]
+    pixels: NDArray[np.uint8]
+    values: torch.Tensor  # The same as transformers' processors return them.
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,7 @@ class Split:
     def picture(self, size: tuple[int, int], seed: int) -> Picture:
         plan = self.layout.plan(Structure("png", *size), Overrides())
         pixels = self.preprocess(picture(*size, seed=seed), plan)
-        return Picture(f"{seed}-{size}", plan, pixels)
+        return Picture(f"{seed}-{size}", plan, pixels, pixel_values(self.layout, [pixels]))
 
     def prompt(self, *parts: int | Picture, seed: int = 0) -> Prompt:
         """Parts are numbers of random text tokens, or pictures."""

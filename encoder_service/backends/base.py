@@ -48,9 +48,7 @@ class Backend(Protocol):
     hidden_size: int
     preprocess: Preprocessor
 
-    def encode(
-        self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
-    ) -> list[Embedding]:
+    def encode(self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]) -> list[Embedding]:
         """One forward pass over a batch; blocks until the results are in host memory."""
         ...
 

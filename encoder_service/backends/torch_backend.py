@@ -44,9 +44,7 @@ class TorchBackend:
         self.hidden_size = tower.hidden_size
         self._on_cuda = tower.device.type == "cuda"
 
-    def encode(
-        self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
-    ) -> list[Embedding]:
+    def encode(self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]) -> list[Embedding]:
         with torch.no_grad():
             outputs = self._tower.encode(pixels, plans)
             return [

@@ -57,7 +57,7 @@ class DecodeTask:
 class Pixels:
     """A decoded picture."""
 
-    values: NDArray[np.float32]  # The tower's input, as the family's preprocessor returns it.
+    values: NDArray[np.uint8]  # The tower's input, as the family's preprocessor returns it.
     seconds: float  # Decode time.
 
 
@@ -156,13 +156,13 @@ class DecoderProcess:
         return self._pipe
 
 
-def _map(handle: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The floats in a file of shared memory, which exists as long as the array does."""
+def _map(handle: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The pixels in a file of shared memory, which exists as long as the array does."""
     try:
         memory = mmap.mmap(handle, 0)
     finally:
         os.close(handle)
-    return np.frombuffer(memory, dtype=np.float32).reshape(shape)
+    return np.frombuffer(memory, dtype=np.uint8).reshape(shape)
 
 
 # ---- in the process
@@ -204,7 +204,7 @@ def _serve(pipe: Connection, preprocess: Preprocessor, parent_pid: int, timeout_
         os.close(handle)
 
 
-def _write_memfd(values: NDArray[np.float32]) -> int:
+def _write_memfd(values: NDArray[np.uint8]) -> int:
     """A descriptor of an unnamed shared-memory file that holds ``values``."""
     handle = os.memfd_create("pixels")
     os.ftruncate(handle, values.nbytes)

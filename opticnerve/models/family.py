@@ -118,10 +118,12 @@ class Preprocessor(Protocol):
     It runs in the encoder's CPU pool, several at once, and is pickled for processes that decode.
     """
 
-    def __call__(self, image: Image.Image, plan: Plan) -> NDArray[np.float32]:
+    def __call__(self, image: Image.Image, plan: Plan) -> NDArray[np.uint8]:
         """``image``: RGB, already oriented, of the plan's displayed size.
 
-        Returns float32 [num_patches, patch_dim] (or [1, 3, height, width], as LLaVA's).
+        Returns contiguous 8-bit pixels, red first: uint8 [num_patches, patch, patch, 3] in the
+        tower's order of patches, or [tiles, height, width, 3] for a tower of whole squares. The
+        tower rescales and normalises them, see ``towers.pixels``.
         """
         ...
 
@@ -134,9 +136,10 @@ class Tower(Protocol):
     device: torch.device
 
     def encode(
-        self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
+        self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]
     ) -> list[dict[str, torch.Tensor]]:
-        """Encodes a batch in one forward pass.
+        """Encodes a batch in one forward pass. ``pixels``: what the preprocessor returned for
+        each item. Raises PlanMismatch where they are not those that the plan has.
 
         Returns for each item its named tensors, each [num_tokens, hidden_size] in ``dtype`` on
         ``device``: "rows", and "deepstack.<i>" where the family has such levels.

@@ -1,9 +1,6 @@
-"""What families share about pictures: their plans, and the way from pixels to a tower's floats.
+"""What families share about pictures: their settings, their plans, and sizes in pixels.
 
-With numpy and Pillow, no torch. The floats equal those of the Pillow-backed Hugging Face image
-processors bit by bit. An 8-bit value has only 256 outcomes in each channel, so rescaling and
-normalising are one look-up. Pillow's resize and the look-up run without the interpreter's lock,
-several pictures at once.
+With Pillow, no torch. Pillow resizes without the interpreter's lock, several pictures at once.
 """
 
 from __future__ import annotations
@@ -11,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from opticnerve.errors import CheckpointError, InvalidMedia, PlanMismatch
@@ -20,7 +15,6 @@ from opticnerve.media.plan import Grid, Modality, Plan, Structure
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
-    from opticnerve.checkpoints.json_files import PixelSettings
 
 MAX_ASPECT = 200  # The long side over the short one.
 
@@ -62,24 +56,6 @@ def picture_plan(
         decode_cost=structure.decode_cost,
         is_heavy=structure.is_heavy,
     )
-
-
-def value_table(pixels: PixelSettings) -> NDArray[np.float32]:
-    """float32 [3, 256]: the outcome of each 8-bit value in each channel.
-
-    As in the reference, values are rescaled in float64, stored as float32 and normalised in
-    float32.
-    """
-    values = np.arange(256, dtype=np.float64)
-    if pixels.do_rescale:
-        values = values * pixels.rescale_factor
-    table = np.repeat(values.astype(np.float32)[None], 3, axis=0)
-    if pixels.do_normalize:
-        mean, std = (
-            np.array(part, dtype=np.float32)[:, None] for part in (pixels.mean, pixels.std)
-        )
-        table = (table - mean) / std
-    return table
 
 
 def resize(image: Image.Image, width: int, height: int, resample: int) -> Image.Image:

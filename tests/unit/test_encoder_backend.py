@@ -135,8 +135,8 @@ def large_plan(patches: int) -> Plan:
 
 
 def on_cuda(tower: Tower, cuda: FakeCuda) -> TorchBackend:
-    def preprocess(image: Image.Image, plan: Plan) -> NDArray[np.float32]:
-        return np.empty(0, np.float32)
+    def preprocess(image: Image.Image, plan: Plan) -> NDArray[np.uint8]:
+        return np.empty(0, np.uint8)
 
     backend = TorchBackend(tower, preprocess, lambda plan, patches: large_plan(max(patches, 16)))
     backend._on_cuda = True

@@ -152,14 +152,15 @@ def test_pixels_are_the_towers_input_and_rows_are_those_planned(
     preprocess = registry.make_preprocessor(checkpoint, layout)
     plan, image = layout.plan(Structure("png", *size)), picture(*size)
     pixels = preprocess(image, plan)
-    assert pixels.dtype == np.float32 and pixels.flags.c_contiguous
+    assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous and pixels.shape[-1] == 3
     elsewhere = pickle.loads(pickle.dumps(preprocess))  # As for a process that decodes.
     assert np.array_equal(elsewhere(image, plan), pixels)
     [item] = tower.encode([pixels], [plan])
     assert item["rows"].shape == (plan.num_tokens, tower.hidden_size)
     assert tower.hidden_size == layout.hidden_size
-    with pytest.raises(PlanMismatch):
-        tower.encode([pixels[..., :-1, :]], [plan])
+    for wrong in (pixels[:-1], pixels[..., :-1, :], pixels[..., :2], pixels.astype(np.float32)):
+        with pytest.raises(PlanMismatch, match="where the plan has"):
+            tower.encode([wrong], [plan])
 
 
 # ---- the language half

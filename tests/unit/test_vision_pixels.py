@@ -1,29 +1,34 @@
-"""Pixels equal those of the Pillow-backed Hugging Face image processors, bit by bit."""
+"""Pixels through a tower's table equal those of the Pillow-backed Hugging Face image processors,
+bit by bit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import PlanMismatch
 from opticnerve.media.plan import Structure
 from opticnerve.models import registry
-from opticnerve.models.family import Layout, Preprocessor
+from opticnerve.models.family import Preprocessor
+from opticnerve.models.towers.pixels import PixelTable
 from tests.checkpoints import FAMILIES, make_checkpoint
-from tests.reference import image_processor, picture
+from tests.families import samples
+from tests.reference import image_processor, picture, pixel_values
 
 MakeCheckpoint = Callable[..., Path]
 
 SIZES = [(56, 56), (100, 80), (300, 200), (57, 201), (120, 120), (28, 400), (1024, 768), (9, 13)]
 
 
-def open_side(path: Path) -> tuple[Layout, Preprocessor]:
+def open_side(path: Path) -> tuple[Any, Preprocessor]:
     checkpoint = Checkpoint.open(str(path), side="encoder")
     layout = registry.make_layout(checkpoint)
     return layout, registry.make_preprocessor(checkpoint, layout)
@@ -38,11 +43,13 @@ def test_pixels_equal_the_reference(
     layout, preprocess = open_side(path)
     image = picture(*size)
     plan = layout.plan(Structure("png", *size))
-    expected = image_processor(path, family)(image, return_tensors="np")
+    sample = samples()[family]
+    expected = sample.image_inputs(sample.image_processor(path), [image])
     pixels = preprocess(image, plan)
-    assert pixels.dtype == np.float32
+    assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
-    assert np.array_equal(pixels, expected["pixel_values"])
+    values = PixelTable(layout.pixels, torch.float32, "cpu")(torch.from_numpy(pixels))
+    assert np.array_equal(values, samples()[family].pixels(expected))
     if "image_grid_thw" in expected:
         assert expected["image_grid_thw"].tolist() == [[plan.grid.t, plan.grid.h, plan.grid.w]]
 
@@ -64,7 +71,8 @@ def test_other_settings_are_obeyed(
     layout, preprocess = open_side(path)
     image = picture(90, 130)
     expected = image_processor(path, family)(image, return_tensors="np")["pixel_values"]
-    assert np.array_equal(preprocess(image, layout.plan(Structure("png", 90, 130))), expected)
+    pixels = preprocess(image, layout.plan(Structure("png", 90, 130)))
+    assert np.array_equal(pixel_values(layout, [pixels]), expected)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava"])

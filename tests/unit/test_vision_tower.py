@@ -221,6 +221,7 @@ def test_a_video_plan_is_encoded_too(random_checkpoint: MakeCheckpoint) -> None:
     _, _, tower = open_side(random_checkpoint("qwen2_vl"))
     grid = Grid(2, 4, 6)
     plan = Plan(Modality.VIDEO, "mp4", 84, 56, 1, 84, 56, grid, 12, grid.num_patches, frames=4)
-    pixels = np.random.default_rng(0).standard_normal((grid.num_patches, 1176), dtype=np.float32)
+    shape = (grid.num_patches, 14, 14, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     [item] = tower.encode([pixels], [plan])
     assert item["rows"].shape == (12, tower.hidden_size)

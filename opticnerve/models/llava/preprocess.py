@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from opticnerve.models.picture_sizes import check_size, resize, value_table
+from opticnerve.models.picture_sizes import check_size, resize
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,20 +19,18 @@ if TYPE_CHECKING:
 class CenterCrop:
     """A ``Preprocessor`` that resizes the shortest edge and cuts out the centre.
 
-    Returns float32 [1, 3, height, width].
+    Returns uint8 [1, height, width, 3].
     """
 
     def __init__(self, layout: LlavaLayout) -> None:
         self.resample = layout.pixels.resample
         self.resized_size = layout.resized_size
-        self._table = value_table(layout.pixels)
 
-    def __call__(self, image: Image.Image, plan: Plan) -> NDArray[np.float32]:
+    def __call__(self, image: Image.Image, plan: Plan) -> NDArray[np.uint8]:
         check_size(image, plan)
         image = resize(image, *self.resized_size(*image.size), self.resample)
         image = _center_crop(image, plan.resized_width, plan.resized_height)
-        planes = np.asarray(image).transpose(2, 0, 1)
-        return np.stack([np.take(self._table[c], planes[c]) for c in range(3)])[None]
+        return np.asarray(image)[None]
 
 
 def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from transformers import CLIPVisionModel, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from opticnerve.checkpoints.loader import transformers_config
-from opticnerve.errors import CheckpointError, PlanMismatch, UnsupportedCheckpoint
+from opticnerve.errors import CheckpointError, UnsupportedCheckpoint
 from opticnerve.models.llava.layout import LlavaLayout
+from opticnerve.models.towers.pixels import check_pixels, upload
 from opticnerve.models.towers.tower import ModuleTower, TowerSpec, without_batch
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from opticnerve.checkpoints.checkpoint import Checkpoint
     from opticnerve.media.plan import Plan
 
@@ -53,27 +55,26 @@ class ClipTower(ModuleTower):
     """Implements ``opticnerve.models.family.Tower``; every picture is one square."""
 
     def encode(
-        self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
+        self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]
     ) -> list[dict[str, torch.Tensor]]:
         """See ``family.Tower``. Raises PlanMismatch when pixels and plan differ."""
         for picture, plan in zip(pixels, plans, strict=True):
-            if picture.shape != (1, 3, plan.resized_height, plan.resized_width):
-                raise PlanMismatch(f"a picture of shape {picture.shape} does not fit its plan")
+            check_pixels(picture, 1, plan.resized_height, plan.resized_width, 3)
         with torch.inference_mode():
-            batch = torch.from_numpy(np.concatenate(pixels)).to(self.device, self.dtype)
-            return [{"rows": without_batch(item)} for item in self.module(batch)]
+            values = self.table(upload(pixels, self.device)).permute(0, 3, 1, 2)
+            return [{"rows": without_batch(item)} for item in self.module(values)]
 
 
 def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
     """Raises CheckpointError for a tower that is not CLIP's, or lacks a layer that is read."""
-    strategy = LlavaLayout(checkpoint).strategy  # The layout refuses other towers.
+    layout = LlavaLayout(checkpoint)  # It refuses other towers.
     config = transformers_config(LlavaConfig, checkpoint)
     depth = config.vision_config.num_hidden_layers
     layers = _feature_layers(config.vision_feature_layer, depth)
     unused = "|".join(str(i) for i in range(max(layers), depth)) or "none"
     return TowerSpec(
-        make_module=lambda: ClipProjector(config, layers, strategy),
-        make_tower=lambda module: ClipTower(module, config.text_config.hidden_size),
+        make_module=lambda: ClipProjector(config, layers, layout.strategy),
+        make_tower=lambda module: ClipTower(module, layout.pixels, config.text_config.hidden_size),
         recomputed={"tower.embeddings.position_ids": _position_ids},
         ignored=(
             r".*vision_tower\..*post_layernorm\.",

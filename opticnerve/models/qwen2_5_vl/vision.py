@@ -14,7 +14,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
 )
 
+from opticnerve.checkpoints.json_files import PixelSettings
 from opticnerve.checkpoints.loader import transformers_config
+from opticnerve.models.picture_sizes import processor_settings
 from opticnerve.models.towers import varlen
 from opticnerve.models.towers.tower import PatchTower, TowerSpec, patch_tower
 
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 class WindowTower(PatchTower):
     """Adds to PatchTower the order of merge blocks by windows."""
 
-    def __init__(self, module: Any, hidden_size: int) -> None:
-        super().__init__(module, hidden_size)
+    def __init__(self, module: Any, pixels: PixelSettings, hidden_size: int) -> None:
+        super().__init__(module, pixels, hidden_size)
         config = module.config
         self.window = config.window_size // config.patch_size // config.spatial_merge_size
 
@@ -72,5 +74,9 @@ def window_order(h: int, w: int, window: int) -> tuple[NDArray[np.int64], tuple[
 def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
     config = transformers_config(Qwen2_5_VLConfig, checkpoint).vision_config
     return patch_tower(
-        Qwen2_5_VisionTransformerPretrainedModel, config, config.out_hidden_size, WindowTower
+        Qwen2_5_VisionTransformerPretrainedModel,
+        config,
+        PixelSettings.read(processor_settings(checkpoint)),
+        config.out_hidden_size,
+        WindowTower,
     )

@@ -17,11 +17,12 @@ from opticnerve.checkpoints.loader import (
     load_module,
     rotary_buffers,
 )
-from opticnerve.errors import PlanMismatch
 from opticnerve.models.towers import varlen
+from opticnerve.models.towers.pixels import PixelTable, check_pixels, upload
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
+    from opticnerve.checkpoints.json_files import PixelSettings
     from opticnerve.media.plan import Grid, Plan
     from opticnerve.models.family import KeyMap, Tower
 
@@ -60,12 +61,13 @@ class TowerSpec:
 class ModuleTower:
     """What the towers here share: a torch module, and where and in what it computes."""
 
-    def __init__(self, module: Any, hidden_size: int) -> None:
+    def __init__(self, module: Any, pixels: PixelSettings, hidden_size: int) -> None:
         self.module = module
         self.hidden_size = hidden_size
         weight = next(module.parameters())
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device
+        self.table = PixelTable(pixels, self.dtype, self.device)
 
 
 def without_batch(rows: torch.Tensor) -> torch.Tensor:
@@ -81,21 +83,22 @@ class PatchTower(ModuleTower):
     ``pooler_output``.
     """
 
-    def __init__(self, module: Any, hidden_size: int) -> None:
-        super().__init__(module, hidden_size)
+    def __init__(self, module: Any, pixels: PixelSettings, hidden_size: int) -> None:
+        super().__init__(module, pixels, hidden_size)
+        self.patch_size: int = module.config.patch_size
+        self.frames: int = module.config.temporal_patch_size
         self.merge_size: int = module.config.spatial_merge_size
         varlen.use(module)
 
     def encode(
-        self, pixels: Sequence[NDArray[np.float32]], plans: Sequence[Plan]
+        self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]
     ) -> list[dict[str, torch.Tensor]]:
         """See ``family.Tower``. Raises PlanMismatch when patches and plan differ."""
         for patches, plan in zip(pixels, plans, strict=True):
-            if len(patches) != plan.num_patches:
-                raise PlanMismatch(f"{len(patches)} patches where the plan has {plan.num_patches}")
-        packed = np.concatenate(pixels) if len(pixels) > 1 else pixels[0]
+            check_pixels(patches, plan.num_patches, self.patch_size, self.patch_size, 3)
         with torch.inference_mode():
-            patches = torch.from_numpy(packed).to(self.device, self.dtype)
+            values = self.table(upload(pixels, self.device)).permute(0, 3, 1, 2)
+            patches = values[:, :, None].expand(-1, -1, self.frames, -1, -1).flatten(1)
             rows = self.forward(patches, [plan.grid for plan in plans])
             items = rows.split([plan.num_tokens for plan in plans])
             return [{"rows": without_batch(item)} for item in items]
@@ -126,12 +129,16 @@ class PatchTower(ModuleTower):
 
 
 def patch_tower(
-    module_class: Any, config: Any, hidden_size: int, tower_class: type[PatchTower] = PatchTower
+    module_class: Any,
+    config: Any,
+    pixels: PixelSettings,
+    hidden_size: int,
+    tower_class: type[PatchTower] = PatchTower,
 ) -> TowerSpec:
     """A transformers tower of ``module_class``, made from ``config``, its vision configuration."""
     return TowerSpec(
         make_module=lambda: module_class(config),
-        make_tower=lambda module: tower_class(module, hidden_size),
+        make_tower=lambda module: tower_class(module, pixels, hidden_size),
         recomputed=rotary_buffers("rotary_pos_emb"),
     )
 
