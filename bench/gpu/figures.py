@@ -74,15 +74,15 @@ def _product(room: Room) -> float:
 
 
 def tower(room: Room) -> Seen:
-    """Patches a second of the device alone, and of ``encode`` with its copies; and what the
-    convolution that embeds patches costs beside the matrix product that it is."""
+    """Patches a second of the device alone, and of ``encode`` with its copies; and what embedding
+    patches by one product takes, beside the convolution that it stands for."""
     split = room.split(MODEL, room.dtype)
     picture = split.picture((room.sizes.side, room.sizes.side), seed=0)
     count, grid = picture.plan.num_patches, picture.plan.grid
     figures: Figures = {"patches_a_picture": count}
     for batch in room.sizes.tower_batches:
         patches = torch.randn(
-            batch * count, picture.values.shape[1], device=room.device, dtype=room.dtype
+            batch * count, *picture.pixels.shape[1:], device=room.device, dtype=room.dtype
         )
         ms = room.median_ms(lambda p=patches, b=batch: _forward(split, p, [grid] * b))  # type: ignore[misc]
         figures[f"{batch}_patches_per_s"] = batch * count / ms * 1000
@@ -106,11 +106,14 @@ def _forward(split: Split, patches: torch.Tensor, grids: list[Grid]) -> torch.Te
 
 
 def _patch_embedding(room: Room, split: Split, patches: torch.Tensor) -> Figures:
-    embedding: Any = split.tower.module.patch_embed  # type: ignore[attr-defined]
-    weight = embedding.proj.weight.flatten(1)
+    tower: Any = split.tower
+    embedding, frames = tower.module.patch_embed, tower.frames
+    weight = embedding.weight.unflatten(1, (frames, *patches.shape[1:])).permute(0, 4, 1, 2, 3)
+    repeated = patches.permute(0, 3, 1, 2)[:, :, None].expand(-1, -1, frames, -1, -1)
+    weight, repeated = weight.contiguous(), repeated.contiguous()
     with torch.inference_mode():
-        convolution = room.median_ms(lambda: embedding(patches))
-        product = room.median_ms(lambda: F.linear(patches, weight))
+        convolution = room.median_ms(lambda: F.conv3d(repeated, weight))
+        product = room.median_ms(lambda: embedding(patches))
     return {"patch_convolution_ms": convolution, "patch_product_ms": product}
 
 

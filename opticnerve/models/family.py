@@ -122,8 +122,9 @@ class Preprocessor(Protocol):
         """``image``: RGB, already oriented, of the plan's displayed size.
 
         Returns contiguous 8-bit pixels, red first: uint8 [num_patches, patch, patch, 3] in the
-        tower's order of patches, or [tiles, height, width, 3] for a tower of whole squares. The
-        tower rescales and normalises them, see ``towers.pixels``.
+        tower's order of patches (of a video, [num_patches, frames, patch, patch, 3]), or [tiles,
+        height, width, 3] for a tower of whole squares. The tower rescales and normalises them, see
+        ``towers.pixels``.
         """
         ...
 
@@ -142,7 +143,8 @@ class Tower(Protocol):
         each item. Raises PlanMismatch where they are not those that the plan has.
 
         Returns for each item its named tensors, each [num_tokens, hidden_size] in ``dtype`` on
-        ``device``: "rows", and "deepstack.<i>" where the family has such levels.
+        ``device``: "rows", and "deepstack.<i>" where the family has such levels. On a CPU each has
+        memory of its own; on another device several may share the batch's.
         """
         ...
 

@@ -14,11 +14,12 @@ from transformers import AttentionInterface
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from opticnerve.checkpoints.checkpoint import Checkpoint
-from opticnerve.errors import CheckpointError
+from opticnerve.errors import CheckpointError, PlanMismatch
 from opticnerve.media.plan import Grid, Modality, Plan, Structure
 from opticnerve.models import registry
 from opticnerve.models.qwen2_5_vl.vision import window_order
 from opticnerve.models.towers import varlen
+from opticnerve.models.towers.patches import PatchEmbedding, TileEmbedding, use_products
 from opticnerve.models.towers.tower import position_ids
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.families import samples
@@ -88,11 +89,12 @@ def test_frames_of_a_video_attend_within_themselves(
     _, _, tower = open_side(path)
     reference = load_reference(path)
     grids = [Grid(3, 6, 10), Grid(1, 4, 4), Grid(2, 14, 6)]
-    patches = torch.randn(sum(g.num_patches for g in grids), 1176)
+    patches = torch.randn(sum(g.num_patches for g in grids), 2, 14, 14, 3)
+    theirs = patches.permute(0, 4, 1, 2, 3).flatten(1)
     with torch.inference_mode():
         rows = tower.forward(patches, grids)
         sizes = torch.tensor([(g.t, g.h, g.w) for g in grids])
-        expect_close(rows, reference.model.visual(patches, grid_thw=sizes).pooler_output)
+        expect_close(rows, reference.model.visual(theirs, grid_thw=sizes).pooler_output)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
@@ -117,7 +119,7 @@ def test_attention_is_called_once_a_layer_and_never_over_the_whole_batch(
     monkeypatch.setattr(varlen.F, "scaled_dot_product_attention", measured)
     grids = [Grid(1, 8, 8)] * 5 + [Grid(1, 4, 12)] * 3
     with torch.inference_mode():
-        tower.forward(torch.randn(sum(g.num_patches for g in grids), 1176), grids)
+        tower.forward(torch.randn(sum(g.num_patches for g in grids), 14, 14, 3), grids)
     depth = tower.module.config.depth
     assert len(calls) == depth
     assert max(lengths) == 64  # The largest picture's patches.
@@ -217,11 +219,55 @@ def test_llava_refuses_a_layer_that_the_tower_has_not(tmp_path: Path) -> None:
         open_side(path)
 
 
-def test_a_video_plan_is_encoded_too(random_checkpoint: MakeCheckpoint) -> None:
-    _, _, tower = open_side(random_checkpoint("qwen2_vl"))
-    grid = Grid(2, 4, 6)
-    plan = Plan(Modality.VIDEO, "mp4", 84, 56, 1, 84, 56, grid, 12, grid.num_patches, frames=4)
-    shape = (grid.num_patches, 14, 14, 3)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    [item] = tower.encode([pixels], [plan])
-    assert item["rows"].shape == (12, tower.hidden_size)
+def test_a_video_is_encoded_beside_a_picture(random_checkpoint: MakeCheckpoint) -> None:
+    sizing, preprocess, tower = open_side(random_checkpoint("qwen2_vl"))
+    still = sizing.plan(Structure("png", 84, 56))
+    pixels = preprocess(picture(84, 56), still)
+    grid = Grid(2, still.grid.h, still.grid.w)
+    video = Plan(Modality.VIDEO, "mp4", 84, 56, 1, 84, 56, grid, 12, grid.num_patches, frames=4)
+    frames = np.stack([pixels, pixels], axis=1)
+    moving = np.concatenate([frames, 255 - frames])
+    both = tower.encode([pixels, moving], [still, video])
+    assert both[1]["rows"].shape == (12, tower.hidden_size)
+    [alone] = tower.encode([pixels], [still])
+    expect_close(both[0]["rows"], alone["rows"])
+    expect_close(both[1]["rows"][:6], alone["rows"])  # Its first two frames are the picture.
+    with pytest.raises(PlanMismatch):
+        tower.encode([np.concatenate([pixels, pixels])], [video])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_patch_embedding_is_one_product(bias: bool) -> None:
+    torch.manual_seed(1)
+    convolution = torch.nn.Conv3d(3, 40, (2, 14, 14), (2, 14, 14), bias=bias)
+    embedding = PatchEmbedding(convolution)
+    moving = torch.randn(50, 2, 14, 14, 3)
+    with torch.inference_mode():
+        expected = convolution(moving.permute(0, 4, 1, 2, 3)).flatten(1)
+        torch.testing.assert_close(embedding(moving), expected, rtol=0, atol=5e-6)
+        still = moving[:, 0]
+        repeated = torch.stack([still, still], dim=1)
+        expected = convolution(repeated.permute(0, 4, 1, 2, 3)).flatten(1)
+        torch.testing.assert_close(embedding(still), expected, rtol=0, atol=5e-6)
+
+
+def test_convolutions_of_adjacent_patches_become_products_and_no_others() -> None:
+    torch.manual_seed(2)
+    kinds = [
+        torch.nn.Conv2d(3, 24, 14, 14),
+        torch.nn.Conv2d(3, 24, (14, 7), (14, 7), padding="valid", bias=False),
+        torch.nn.Conv2d(3, 24, 14, 7),
+        torch.nn.Conv2d(3, 24, 14, 14, padding=1),
+        torch.nn.Conv2d(3, 24, 14, 14, dilation=2),
+        torch.nn.Conv2d(3, 24, 14, 14, groups=3),
+    ]
+    module = torch.nn.ModuleDict({str(i): torch.nn.Sequential(x) for i, x in enumerate(kinds)})
+    use_products(module)
+    pixels = torch.randn(2, 75, 60, 3).permute(0, 3, 1, 2)
+    for i, convolution in enumerate(kinds):
+        [made] = module[str(i)]
+        assert isinstance(made, TileEmbedding) == (i < 2)
+        with torch.inference_mode():
+            torch.testing.assert_close(made(pixels), convolution(pixels), rtol=0, atol=5e-6)
+    with pytest.raises(ValueError, match="overlap"):
+        PatchEmbedding(torch.nn.Conv3d(3, 8, (2, 14, 14), (1, 14, 14)))

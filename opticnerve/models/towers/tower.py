@@ -17,7 +17,9 @@ from opticnerve.checkpoints.loader import (
     load_module,
     rotary_buffers,
 )
+from opticnerve.media.plan import Modality
 from opticnerve.models.towers import varlen
+from opticnerve.models.towers.patches import PatchEmbedding, use_products
 from opticnerve.models.towers.pixels import PixelTable, check_pixels, upload
 
 if TYPE_CHECKING:
@@ -59,9 +61,13 @@ class TowerSpec:
 
 
 class ModuleTower:
-    """What the towers here share: a torch module, and where and in what it computes."""
+    """What the towers here share: a torch module, and where and in what it computes.
+
+    ``table`` is what ``encode`` puts pixels through first.
+    """
 
     def __init__(self, module: Any, pixels: PixelSettings, hidden_size: int) -> None:
+        use_products(module)
         self.module = module
         self.hidden_size = hidden_size
         weight = next(module.parameters())
@@ -71,16 +77,17 @@ class ModuleTower:
 
 
 def without_batch(rows: torch.Tensor) -> torch.Tensor:
-    """``rows`` in memory of their own: a view would keep the whole batch's alive."""
+    """``rows`` in host memory of their own: a view would keep the whole batch's alive. Rows on a
+    device stay as they are; they are copied to the host, batch by batch."""
     whole = rows.untyped_storage().nbytes() == rows.numel() * rows.element_size()
-    return rows if whole else rows.clone()
+    return rows if whole or rows.device.type != "cpu" else rows.clone()
 
 
 class PatchTower(ModuleTower):
     """Implements ``opticnerve.models.family.Tower`` over a transformers tower such as Qwen2-VL's.
 
     ``module``: forward(patches, grid_thw=..., **precomputed), with merged rows as its
-    ``pooler_output``.
+    ``pooler_output``; its ``patch_embed`` has the convolution ``proj``.
     """
 
     def __init__(self, module: Any, pixels: PixelSettings, hidden_size: int) -> None:
@@ -88,6 +95,7 @@ class PatchTower(ModuleTower):
         self.patch_size: int = module.config.patch_size
         self.frames: int = module.config.temporal_patch_size
         self.merge_size: int = module.config.spatial_merge_size
+        module.patch_embed = PatchEmbedding(module.patch_embed.proj)
         varlen.use(module)
 
     def encode(
@@ -95,16 +103,27 @@ class PatchTower(ModuleTower):
     ) -> list[dict[str, torch.Tensor]]:
         """See ``family.Tower``. Raises PlanMismatch when patches and plan differ."""
         for patches, plan in zip(pixels, plans, strict=True):
-            check_pixels(patches, plan.num_patches, self.patch_size, self.patch_size, 3)
+            frames = (self.frames,) if plan.modality is Modality.VIDEO else ()
+            check_pixels(patches, plan.num_patches, *frames, self.patch_size, self.patch_size, 3)
         with torch.inference_mode():
-            values = self.table(upload(pixels, self.device)).permute(0, 3, 1, 2)
-            patches = values[:, :, None].expand(-1, -1, self.frames, -1, -1).flatten(1)
+            patches = self.table(upload(self._alike(pixels), self.device))
             rows = self.forward(patches, [plan.grid for plan in plans])
             items = rows.split([plan.num_tokens for plan in plans])
             return [{"rows": without_batch(item)} for item in items]
 
+    def _alike(self, pixels: Sequence[NDArray[np.uint8]]) -> Sequence[NDArray[np.uint8]]:
+        """``pixels``, with a still picture's frames repeated (without a copy) beside a video."""
+        if len({item.ndim for item in pixels}) == 1:
+            return pixels
+        shape = (self.frames, self.patch_size, self.patch_size, 3)
+        return [
+            np.broadcast_to(item[:, None], (len(item), *shape)) if item.ndim == 4 else item
+            for item in pixels
+        ]
+
     def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """[patches, patch_dim] of all pictures -> [tokens, hidden_size]."""
+        """Values of all pictures' patches, as ``PatchEmbedding`` takes them, -> [tokens,
+        hidden_size]."""
         sizes = torch.tensor([(grid.t, grid.h, grid.w) for grid in grids])
         rows: torch.Tensor = self.module(
             patches, grid_thw=sizes, **self.precompute(grids)

@@ -1,0 +1,84 @@
+"""Patch embeddings as matrix products.
+
+A convolution whose stride is its kernel multiplies each patch by one matrix, once. As a convolution
+that is slow: on one CPU core the 3,996 patches of a 1036x756 picture took a Conv3d of 1,280
+channels 1,519 ms, the product 241. Weights are permuted once, to the order in which pixels come:
+row, column, channel.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class PatchEmbedding(nn.Module):  # type: ignore[misc]
+    """Takes the place of a transformers patch embedding whose ``proj``, a Conv3d, covers one patch
+    of a few frames.
+
+    A still picture is its own next frames, so one product by the sum of the frames' weights does:
+    half the work for two frames. In float32 rows of a random tower 1,280 wide differ from the
+    convolution's by at most 4.5e-6, of values up to 3.1. In bfloat16 the sum is rounded once more:
+    relative to float32 rows the error is 0.0029, the convolution's 0.0023.
+    """
+
+    def __init__(self, convolution: nn.Conv3d) -> None:
+        super().__init__()
+        if not tiles(convolution):
+            raise ValueError(f"patches overlap or are not adjacent: {convolution}")
+        weight = convolution.weight.detach().permute(0, 2, 3, 4, 1)  # [out, frames, p, p, 3]
+        self.weight = _constant(weight.flatten(1))
+        self.still_weight = _constant(weight.float().sum(1).flatten(1).to(weight.dtype))
+        self.bias = convolution.bias
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """[patches, p, p, 3] of still pictures, or [patches, frames, p, p, 3] -> [patches, out]."""
+        weight = self.still_weight if patches.ndim == 4 else self.weight
+        return F.linear(patches.flatten(1), weight, self.bias)
+
+
+class TileEmbedding(nn.Module):  # type: ignore[misc]
+    """Takes the place of a Conv2d that embeds the patches of whole pictures or tiles."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.sides = cast(tuple[int, int], convolution.kernel_size)
+        self.weight = _constant(convolution.weight.detach().permute(0, 2, 3, 1).flatten(1))
+        self.bias = convolution.bias
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[tiles, channels, height, width], best a view of channels last -> [tiles, out, rows,
+        columns], a view of channels last. Sides that a patch does not divide are cut."""
+        high, wide = self.sides
+        rows, columns = pixels.shape[2] // high, pixels.shape[3] // wide
+        whole = pixels[:, :, : rows * high, : columns * wide].permute(0, 2, 3, 1)
+        patches = whole.unflatten(2, (columns, wide)).unflatten(1, (rows, high)).transpose(2, 3)
+        embedded = F.linear(patches.flatten(3), self.weight, self.bias)
+        return embedded.permute(0, 3, 1, 2)
+
+
+def use_products(module: nn.Module) -> None:
+    """Puts a ``TileEmbedding`` in the place of each Conv2d in ``module`` that it can stand for."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Conv2d) and tiles(child):
+                setattr(parent, name, TileEmbedding(child))
+
+
+def tiles(convolution: nn.Conv2d | nn.Conv3d) -> bool:
+    """Whether its patches lie side by side: the convolution is one product a patch."""
+    ones = (1,) * len(convolution.kernel_size)
+    padding: Any = convolution.padding
+    return (
+        convolution.stride == convolution.kernel_size
+        and convolution.dilation == ones
+        and convolution.groups == 1
+        and padding in ("valid", (0,) * len(ones))
+    )
+
+
+def _constant(weight: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.contiguous(), requires_grad=False)
