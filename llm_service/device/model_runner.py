@@ -74,7 +74,7 @@ class ModelRunner:
         self._slots = SlotTable(limits.max_num_seqs, max_blocks, layout)
         self._sampler = Sampler(language.vocab_size, limits.max_num_seqs, self._device)
         self._last_tokens = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=self._device)
-        backend.allocate(shape, self.num_blocks, language.dtype, self._device)
+        backend.allocate(shape, self.num_blocks, language.dtype, self._device, language.layers)
 
     # ---- life
 

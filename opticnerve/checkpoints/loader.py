@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,18 +102,21 @@ def module_name(key_map: KeyMap, key: str) -> str:
     raise KeyError(key)
 
 
-def rotary_buffers(module: str) -> dict[str, Recompute]:
-    """``recomputed`` entries of a transformers rotary embedding at ``module``."""
+def rotary_buffers(module: str, kinds: Iterable[str | None] = (None,)) -> dict[str, Recompute]:
+    """``recomputed`` entries of a transformers rotary embedding at ``module``. ``kinds``: names of
+    its tables, for one that has several; None: it has one."""
 
     def fresh(owner: nn.Module, name: str) -> torch.Tensor:
         with torch.device("cpu"):
             buffer: torch.Tensor = getattr(type(owner)(owner.config), name)
         return buffer
 
-    return {
-        f"{module}.inv_freq": lambda owner: fresh(owner, "inv_freq"),
-        f"{module}.original_inv_freq": lambda owner: fresh(owner, "original_inv_freq"),
-    }
+    names = [
+        name if kind is None else f"{kind}_{name}"
+        for kind in kinds
+        for name in ("inv_freq", "original_inv_freq")
+    ]
+    return {f"{module}.{name}": partial(fresh, name=name) for name in names}
 
 
 def transformers_config(config_class: Any, checkpoint: Checkpoint) -> Any:

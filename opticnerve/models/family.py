@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from opticnerve.models.decoders.spec import LayerSpec
+
 KeyMap = Sequence[tuple[str, str]]
 """Ordered (regular expression, replacement) pairs. The first that matches the start of a
 checkpoint's key renames it to the module's; a key that none matches belongs to the other half."""
@@ -155,6 +157,7 @@ class LanguageModel(Protocol):
     hidden_size: int
     vocab_size: int
     num_layers: int
+    layers: Sequence[LayerSpec]  # What the attention function must know of each.
     num_heads: int
     num_kv_heads: int
     head_dim: int

@@ -20,9 +20,11 @@ from llm_service.device.attention.base import (
 )
 from llm_service.device.attention.sdpa import SdpaBackend
 from opticnerve.errors import ConfigError, EngineFailure
+from opticnerve.models.decoders.spec import LayerSpec
 
 HEADS, KV_HEADS, DIM, LAYERS, BLOCK = 6, 2, 8, 2, 4
 SCALE = DIM**-0.5
+PLAIN = LayerSpec()
 
 
 @dataclass
@@ -35,29 +37,33 @@ class History:
 
 
 def by_hand(
-    history: History, query: torch.Tensor, position: int, last: int | None = None
+    history: History, query: torch.Tensor, position: int, last: int, spec: LayerSpec
 ) -> torch.Tensor:
-    """Token ``position`` attends over everything up to ``last`` (itself by default)."""
-    stop = (position if last is None else last) + 1
+    """Token ``position`` attends over everything up to ``last``, as far back as ``spec`` has it."""
+    seen = slice(0 if spec.window is None else max(position + 1 - spec.window, 0), last + 1)
     out = torch.empty(HEADS, DIM)
     for head in range(HEADS):
         shared = head // (HEADS // KV_HEADS)
-        keys = torch.stack([key[shared] for key in history.keys[:stop]])
-        values = torch.stack([value[shared] for value in history.values[:stop]])
+        keys = torch.stack([key[shared] for key in history.keys[seen]])
+        values = torch.stack([value[shared] for value in history.values[seen]])
         scores = (keys @ query[head]) * SCALE
+        if spec.soft_cap is not None:
+            scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
         out[head] = torch.softmax(scores, dim=0) @ values
     return out
 
 
 class Bench:
-    """Drives a backend and the reference with the same steps."""
+    """Drives a backend and the reference with the same steps, in each of two layers."""
 
-    def __init__(self, num_blocks: int = 64, seed: int = 0) -> None:
+    def __init__(self, num_blocks: int = 64, seed: int = 0, second: LayerSpec = PLAIN) -> None:
         self.rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
         self.backend = SdpaBackend()
         shape = BlockShape(LAYERS, KV_HEADS, DIM, BLOCK)
-        self.backend.allocate(shape, num_blocks, torch.float32, torch.device("cpu"))
+        self.layers = (PLAIN, second)
+        device = torch.device("cpu")
+        self.backend.allocate(shape, num_blocks, torch.float32, device, self.layers)
         self.free = list(self.rng.permutation(num_blocks))
 
     def sequence(self) -> History:
@@ -67,7 +73,7 @@ class Bench:
         self,
         decodes: list[History],
         chunks: list[tuple[History, int]],
-        layer: int = 0,
+        layers: tuple[int, ...] = (0, 1),
         bidirectional: tuple[tuple[int, int], ...] = (),
     ) -> None:
         """Runs one step and compares every token of it."""
@@ -104,22 +110,44 @@ class Bench:
                 chunks=tuple(described),
             )
         )
-        got = self.backend.attend(layer, query, torch.cat((key, value), dim=1), SCALE)
+        for layer in layers:
+            got = self.backend.attend(layer, query, torch.cat((key, value), dim=1), SCALE)
+            self.compare(got, query, list(zip(work, starts, strict=True)), layer, bidirectional)
+
+    def compare(
+        self,
+        got: torch.Tensor,
+        query: torch.Tensor,
+        work: list[tuple[tuple[History, int], int]],
+        layer: int,
+        bidirectional: tuple[tuple[int, int], ...],
+    ) -> None:
         row = 0
-        for (history, count), start in zip(work, starts, strict=True):
+        for (history, count), start in work:
             for offset in range(count):
                 last = start + offset
                 for begin, end in bidirectional:
                     if begin <= offset < end:
                         last = start + end - 1
-                want = by_hand(history, query[row], start + offset, last)
+                want = by_hand(history, query[row], start + offset, last, self.layers[layer])
                 torch.testing.assert_close(got[row], want, atol=1e-5, rtol=1e-4)
                 row += 1
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_random_mixes_of_decodes_and_chunks(seed: int) -> None:
-    bench = Bench(num_blocks=200, seed=seed)
+SPECS = {
+    "plain": PLAIN,
+    "a short window": LayerSpec(window=3),
+    "a window of a block": LayerSpec(window=BLOCK),
+    "a window over blocks": LayerSpec(window=9),
+    "capped": LayerSpec(soft_cap=0.5),
+    "capped, with a window": LayerSpec(window=6, soft_cap=0.5),
+}
+
+
+@pytest.mark.parametrize("second", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_mixes_of_decodes_and_chunks(seed: int, second: LayerSpec) -> None:
+    bench = Bench(num_blocks=200, seed=seed, second=second)
     rng = bench.rng
     running: list[History] = []
     for _ in range(8):
@@ -136,14 +164,15 @@ def test_random_mixes_of_decodes_and_chunks(seed: int) -> None:
         running += [history for history, _ in fresh]
 
 
-def test_very_different_lengths_are_split_and_still_right() -> None:
-    bench = Bench(num_blocks=200)
+@pytest.mark.parametrize("second", SPECS.values(), ids=SPECS)
+def test_very_different_lengths_are_split_and_still_right(second: LayerSpec) -> None:
+    bench = Bench(num_blocks=200, second=second)
     lengths = [90, 3, 1, 40, 2, 5, 1, 1, 44, 2]
     histories = [bench.sequence() for _ in lengths]
     for history, length in zip(histories, lengths, strict=True):
         bench.step([], [(history, length)])
     bench.step(histories, [])
-    assert len(bench.backend._groups) > 1
+    assert len(bench.backend._views[0].groups) > 1
     bench.step(histories[::-1], [(bench.sequence(), 7)])
 
 
@@ -157,30 +186,56 @@ def test_split_by_length_covers_everything_once_and_bounds_padding() -> None:
     assert sdpa_module.split_by_length(np.array([9, 8, 8, 7])) == [(0, 4)]
 
 
-def test_a_bidirectional_range_sees_itself_whole() -> None:
-    bench = Bench()
+@pytest.mark.parametrize("second", SPECS.values(), ids=SPECS)
+def test_a_bidirectional_range_sees_itself_whole(second: LayerSpec) -> None:
+    """With a window, each of its tokens sees as far back as the window has it."""
+    bench = Bench(second=second)
     history = bench.sequence()
     bench.step([], [(history, 5)])
     bench.step([], [(history, 9)], bidirectional=((2, 6),))
     bench.step([], [(bench.sequence(), 6)], bidirectional=((0, 3), (4, 6)))
 
 
-def test_long_chunks_are_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("second", SPECS.values(), ids=SPECS)
+def test_long_chunks_are_tiled(second: LayerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdpa_module, "TILE_ROWS", 4)
-    bench = Bench()
+    bench = Bench(second=second)
+    bench.step([], [(bench.sequence(), 14)])
     history = bench.sequence()
     bench.step([], [(history, 6)])
     bench.step([], [(history, 11)], bidirectional=((2, 6),))
-    assert len(bench.backend._runs[0].tiles) == 3
+    assert len(bench.backend._views[0].runs[0].tiles) == 3
+
+
+def test_a_window_gathers_no_more_than_it_reaches() -> None:
+    bench = Bench(second=LayerSpec(window=5))
+    one, two = bench.sequence(), bench.sequence()
+    bench.step([], [(one, 30), (two, 41)])
+    bench.step([one], [(two, 3)])
+    plain, windowed = bench.backend._views
+    assert [len(group.blocks) for group in plain.groups] == [8]
+    assert [len(group.blocks) for group in windowed.groups] == [2]
+    runs = [view.runs[0].blocks for view in (plain, windowed)]
+    assert [len(blocks) for blocks in runs if blocks is not None] == [11, 2]
+
+
+def test_a_window_that_hides_nothing_is_prepared_once() -> None:
+    bench = Bench(second=LayerSpec(window=7))
+    history = bench.sequence()
+    bench.step([], [(history, 6)])
+    bench.step([history], [])
+    assert bench.backend._views[0] is bench.backend._views[1]
+    bench.step([history], [])
+    assert bench.backend._views[0] is not bench.backend._views[1]
 
 
 def test_layers_have_pages_of_their_own() -> None:
     bench = Bench()
     one, two = bench.sequence(), bench.sequence()
-    bench.step([], [(one, 5)], layer=0)
+    bench.step([], [(one, 5)], layers=(0,))
     two.pages = list(one.pages)
-    bench.step([], [(two, 5)], layer=1)
-    bench.step([one], [], layer=0)
+    bench.step([], [(two, 5)], layers=(1,))
+    bench.step([one], [], layers=(0,))
 
 
 def test_copied_pages_continue_alone() -> None:

@@ -23,7 +23,6 @@ from opticnerve.checkpoints.loader import wanted
 from opticnerve.errors import PlanMismatch, UnsupportedCheckpoint
 from opticnerve.media.plan import Modality, Structure
 from opticnerve.models import registry
-from opticnerve.models.decoders.spec import LayerSpec
 from opticnerve.models.family import Family
 from tests.checkpoints import FAMILIES, LAYOUTS
 from tests.families import Sample, samples
@@ -173,23 +172,6 @@ def test_a_decoder_is_declared_layer_by_layer(
     assert len(spec.layers) == language.num_layers
     assert spec.position_dims == layout.position_dims
     assert language.hidden_size == layout.hidden_size
-
-
-@pytest.mark.parametrize(
-    ("layer", "said"),
-    [
-        (LayerSpec(window=16), "sliding-window"),
-        (LayerSpec(rotary="rotary_emb_local"), "rotary embeddings of their own"),
-        (LayerSpec(soft_cap=50.0), "caps attention scores"),
-    ],
-)
-def test_layers_that_no_attention_computes_yet_are_refused(
-    layer: LayerSpec, said: str, family: Family, checkpoint: Checkpoint
-) -> None:
-    spec = family.load_part(family.decoder)(checkpoint)
-    spec = replace(spec, layers=(layer, *spec.layers[1:]))
-    with pytest.raises(UnsupportedCheckpoint, match=said):
-        spec.load(checkpoint, family.language_keys, "float32", "cpu", CAUSAL)
 
 
 def test_scales_and_caps_are_applied(family: Family, checkpoint: Checkpoint, language: Any) -> None:

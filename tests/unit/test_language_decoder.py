@@ -260,21 +260,6 @@ def test_rotary_scaling_that_does_not_is_served(tmp_path: Path) -> None:
     torch.testing.assert_close(text_logits(load(path), ids), expected, rtol=0, atol=1e-4)
 
 
-def test_sliding_windows_are_refused(tmp_path: Path) -> None:
-    path = changed(
-        make_checkpoint("qwen2_vl", tmp_path),
-        "text_config",
-        {
-            "use_sliding_window": True,
-            "sliding_window": 16,
-            "max_window_layers": 1,
-            "layer_types": None,
-        },
-    )
-    with pytest.raises(UnsupportedCheckpoint, match="sliding-window"):
-        load(path)
-
-
 def test_an_unknown_attention_function_is_refused(random_checkpoint: MakeCheckpoint) -> None:
     checkpoint = Checkpoint.open(str(random_checkpoint("qwen2_vl")), side="llm")
     with pytest.raises(ConfigError, match="'nowhere'"):

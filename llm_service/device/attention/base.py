@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from transformers import AttentionInterface
 
 from opticnerve.errors import EngineFailure
 from opticnerve.models.decoders.fused import register_packed
+
+if TYPE_CHECKING:
+    from opticnerve.models.decoders.spec import LayerSpec
 
 ATTENTION_NAME = "opticnerve_paged"
 
@@ -81,9 +84,19 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def allocate(
-        self, shape: BlockShape, num_blocks: int, dtype: torch.dtype, device: torch.device
+        self,
+        shape: BlockShape,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        layers: Sequence[LayerSpec] = (),
     ) -> None:
-        """Makes ``num_blocks`` zeroed blocks a layer."""
+        """Makes ``num_blocks`` zeroed blocks a layer.
+
+        ``layers``: the window and the soft cap of each layer; none given: plain attention in all.
+        A layer with a window has as many blocks as the others: all of a sequence's are kept, so
+        that one block table and one prefix cache serve every layer.
+        """
 
     @abstractmethod
     def prepare(self, step: AttentionStep) -> None:
@@ -169,7 +182,8 @@ def paged_attention(
 ) -> tuple[torch.Tensor, None]:
     """The attention function for transformers: [1, heads, T, head_dim] -> [1, T, heads, head_dim].
 
-    The mask is None: the backend knows which spans are not causal.
+    The mask is None: the backend knows which spans are not causal, and the window and the soft cap
+    of each layer.
     """
     if attention_mask is not None:
         raise EngineFailure("paged attention takes no mask; the model made one")

@@ -41,13 +41,15 @@ class PackedLanguage:
         self.position_dims = spec.position_dims
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
-        self.num_layers: int = config.num_hidden_layers
+        self.layers = spec.layers
+        self.num_layers = len(spec.layers)
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_dim: int = model.layers[0].self_attn.head_dim  # Before layers are fused.
         self.dtype: torch.dtype = model.embed_tokens.weight.dtype
         self.device: torch.device = model.embed_tokens.weight.device
         self._embedding = model.embed_tokens.weight
+        self._scale = float(torch.tensor(spec.embedding_scale, dtype=self.dtype))  # As rounded.
         self._model = model
         self._head = self._make_head()
         self.fused = fuse(model, config._attn_implementation, spec)
@@ -79,8 +81,7 @@ class PackedLanguage:
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 [tokens] -> [tokens, hidden_size]."""
         rows = F.embedding(token_ids, self._embedding).to(self.dtype)
-        scale = self.spec.embedding_scale
-        return rows if scale == 1.0 else rows * scale
+        return rows if self._scale == 1.0 else rows * self._scale
 
     def forward(
         self,
@@ -104,9 +105,14 @@ class PackedLanguage:
         """Through the layers as transformers has them."""
         hidden = inputs_embeds[None]
         ids = positions[:, None] if self.position_dims == 3 else positions
-        rotary = self._model.rotary_emb(hidden, ids)
-        for i, layer in enumerate(self._model.layers):
-            hidden = layer(hidden, position_embeddings=rotary)
+        factors = {
+            kind: self._model.rotary_emb(hidden, ids, *(() if kind is None else (kind,)))
+            for kind in {layer.rotary for layer in self.layers}
+        }
+        text_ids = positions if self.position_dims == 1 else None
+        for i, (layer, spec) in enumerate(zip(self._model.layers, self.layers, strict=True)):
+            rotary = factors[spec.rotary]
+            hidden = layer(hidden, position_embeddings=rotary, position_ids=text_ids)
             if i < len(deepstack):
                 indices, added = deepstack[i]
                 hidden[0].index_add_(0, indices, added.to(hidden.dtype))

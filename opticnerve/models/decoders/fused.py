@@ -163,7 +163,8 @@ class FusedDecoder:
 
 def fuse(model: Any, attention: str, spec: DecoderSpec) -> FusedDecoder | None:
     """``model`` fused; None, and nothing done, for layers whose arithmetic is another."""
-    if attention not in AttentionInterface() or not spec.fusable:
+    several = any(layer.rotary is not None for layer in spec.layers)
+    if attention not in AttentionInterface() or not spec.fusable or several:
         return None
     with torch.no_grad():
         fused = FusedDecoder(model, attention, spec.position_dims)

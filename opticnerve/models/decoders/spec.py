@@ -1,20 +1,21 @@
 """A decoder as a family declares it, and its loading.
 
 The declaration says what differs between decoders of this kind, layer by layer where layers
-differ. What the attention backends cannot compute yet is refused when the model is loaded.
+differ.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from opticnerve.checkpoints.loader import load_module, rotary_buffers
-from opticnerve.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
+from opticnerve.checkpoints.loader import Recompute, load_module, rotary_buffers
+from opticnerve.errors import CheckpointError, ConfigError
 from opticnerve.models.decoders.decoder import PackedLanguage
 
 if TYPE_CHECKING:
@@ -28,14 +29,12 @@ BATCH_ROPE_TYPES = ("dynamic", "longrope")  # Their frequencies depend on the wh
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One layer's attention. Its scale is the transformers layer's own.
-
-    A window, another rotary table and a soft cap are declared so that loading such a decoder is
-    refused: the attention backends do not compute them.
-    """
+    """One layer's attention. Its scale is the transformers layer's own."""
 
     window: int | None = None  # Tokens that a token attends to, itself included; None: all.
-    rotary: str = ROTARY  # Attribute of the model that holds this layer's rotary embedding.
+    # The rotary table, for a rotary embedding that has several, by what transformers calls them:
+    # "sliding_attention". None: it has one.
+    rotary: str | None = None
     soft_cap: float | None = None  # Of attention scores.
 
 
@@ -51,6 +50,7 @@ class DecoderSpec:
     fusable: bool  # Every layer computes what ``fused.FusedLayer`` does.
     embedding_scale: float = 1.0  # Multiplies input embeddings of tokens, not an item's rows.
     logit_soft_cap: float | None = None
+    recomputed: Mapping[str, Recompute] = field(default_factory=dict)  # As in ``load_module``.
 
     def load(
         self,
@@ -72,7 +72,10 @@ class DecoderSpec:
             dtype=dtype,
             device=device,
             tied={"lm_head.weight": "model.embed_tokens.weight"} if self.tied else {},
-            recomputed=rotary_buffers(f"model.{ROTARY}"),
+            recomputed={
+                **rotary_buffers(f"model.{ROTARY}", {layer.rotary for layer in self.layers}),
+                **self.recomputed,
+            },
             ignored=IGNORED,
         )
         self.config._attn_implementation = attention  # Once built: see varlen.use.
@@ -80,28 +83,15 @@ class DecoderSpec:
 
     def check_supported(self, checkpoint: Checkpoint) -> None:
         """Raises CheckpointError for a decoder that would not compute what the model means."""
-        rope = self.config.rope_parameters or {}
-        if rope.get("rope_type") in BATCH_ROPE_TYPES:
-            raise CheckpointError(
-                f"{checkpoint.path} has rotary embeddings of type {rope['rope_type']!r}, whose "
-                "frequencies depend on every sequence of a batch; it is not supported. Take the "
-                "scaling out of rope_scaling to serve the model at its original length"
-            )
-        if any(layer.window is not None for layer in self.layers):
-            raise UnsupportedCheckpoint(
-                f"{checkpoint.path} has layers with sliding-window attention, which are not "
-                "supported; set use_sliding_window to false in config.json if the window is longer "
-                "than you need"
-            )
-        if any(layer.rotary != ROTARY for layer in self.layers):
-            raise UnsupportedCheckpoint(
-                f"{checkpoint.path} has layers with rotary embeddings of their own, which are not "
-                "supported"
-            )
-        if any(layer.soft_cap is not None for layer in self.layers):
-            raise UnsupportedCheckpoint(
-                f"{checkpoint.path} caps attention scores, which is not supported"
-            )
+        for kind in {layer.rotary for layer in self.layers}:
+            rope = self.config.rope_parameters or {}
+            rope = rope if kind is None else rope.get(kind) or {}
+            if rope.get("rope_type") in BATCH_ROPE_TYPES:
+                raise CheckpointError(
+                    f"{checkpoint.path} has rotary embeddings of type {rope['rope_type']!r}, whose "
+                    "frequencies depend on every sequence of a batch; it is not supported. Take "
+                    "the scaling out of rope_scaling to serve the model at its original length"
+                )
 
 
 class Decoder(nn.Module):  # type: ignore[misc]
