@@ -46,6 +46,8 @@ class Family:
     decoder: str  # (Checkpoint) -> DecoderSpec, see ``decoders.spec``.
     vision_keys: KeyMap  # Tower and projector.
     language_keys: KeyMap  # Decoder and head: ``model.*`` and ``lm_head.*`` of the module.
+    # (Tower) -> TowerGraph, see ``towers.graph``. "": the tower cannot be exported.
+    graph: str = ""
 
     @property
     def name(self) -> str:

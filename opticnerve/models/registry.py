@@ -19,6 +19,7 @@ from opticnerve.models.family import Family
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
     from opticnerve.models.family import LanguageModel, Layout, Preprocessor, Tower
+    from opticnerve.models.towers.graph import TowerGraph
 
 
 @cache
@@ -57,6 +58,18 @@ def load_tower(checkpoint: Checkpoint, dtype: Any, device: Any) -> Tower:
     spec = family.load_part(family.tower)(checkpoint)
     tower: Tower = spec.load(checkpoint, family.vision_keys, dtype, device)
     return tower
+
+
+def load_graph(checkpoint: Checkpoint, dtype: Any, device: Any) -> TowerGraph:
+    """The vision half of ``checkpoint`` as a graph that can be exported; arguments and errors as
+    ``load_tower`` has them. Raises UnsupportedCheckpoint for a family whose tower cannot be."""
+    family = find_family(checkpoint.config)
+    if not family.graph:
+        raise UnsupportedCheckpoint(
+            f"{family.title} has no tower that can be exported; serve it with --backend torch"
+        )
+    graph: TowerGraph = family.load_part(family.graph)(load_tower(checkpoint, dtype, device))
+    return graph
 
 
 def load_language(checkpoint: Checkpoint, dtype: Any, device: Any, attention: str) -> LanguageModel:
