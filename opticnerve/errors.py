@@ -33,6 +33,7 @@
     │   └── DeviceLost              500 INTERNAL              no step can succeed any more
     └── StartupError                500 INTERNAL              the process cannot start; exits 2
         ├── ConfigError                                       a flag or environment variable
+        ├── FamilyError                                       model families that cannot be used
         └── CheckpointError                                   unsupported, incomplete or damaged
             └── UnsupportedCheckpoint
 
@@ -273,6 +274,10 @@ class StartupError(OpticNerveError):
 
 class ConfigError(StartupError):
     pass
+
+
+class FamilyError(StartupError):
+    """A model family is broken, or several claim one model_type."""
 
 
 class CheckpointError(StartupError):

@@ -1,63 +1,143 @@
 """Finds the family that serves a checkpoint, and makes its parts.
 
-Every folder of ``opticnerve/models`` that declares a ``FAMILY`` is one. Nothing here imports torch
-until a tower or a language model is loaded.
+Every folder of ``opticnerve/models`` that declares a ``FAMILY`` is one, and so is what other
+distributions name in the entry-point group ``opticnerve.families``: a package that declares
+``FAMILY``, or the declaration itself (``package:FAMILY``). Nothing here imports torch until a part
+of a tower or a language model is asked for.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from opticnerve import models
-from opticnerve.errors import UnsupportedCheckpoint
+from opticnerve.errors import FamilyError, UnsupportedCheckpoint
 from opticnerve.models.family import Family
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
+    from opticnerve.models.decoders.spec import DecoderSpec
     from opticnerve.models.family import LanguageModel, Layout, Preprocessor, Tower
     from opticnerve.models.towers.graph import TowerGraph
+    from opticnerve.models.towers.tower import TowerSpec
+
+ENTRY_POINTS = "opticnerve.families"
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """What was found. Only a checkpoint that needs a family with a fault hears of the fault."""
+
+    families: Mapping[str, Family]  # By each model_type of config.json that they serve.
+    conflicts: Mapping[str, str]  # By model_type: why none of the families that claim it serves it.
+    broken: tuple[str, ...]  # Installed families that cannot be used, each with its reason.
+
+
+def families() -> Mapping[str, Family]:
+    """Every usable family, by each ``model_type`` of config.json that it serves."""
+    return discover().families
 
 
 @cache
-def families() -> Mapping[str, Family]:
-    """Every declared family, by each ``model_type`` of config.json that it serves."""
-    found: dict[str, Family] = {}
+def discover() -> Discovery:
+    """Looks for families once in a process; imports their declarations, not their parts."""
+    declared: list[tuple[Family, str]] = []  # With where each comes from, for messages.
+    broken: list[str] = []
     for module in iter_modules(models.__path__):
-        if not module.ispkg:
-            continue
-        family: Any = getattr(import_module(f"{models.__name__}.{module.name}"), "FAMILY", None)
-        for model_type in family.model_types if isinstance(family, Family) else ():
-            if model_type in found:
-                raise RuntimeError(f"two families declare the model_type {model_type!r}")
-            found[model_type] = family
-    return found
+        if module.ispkg:
+            package = import_module(f"{models.__name__}.{module.name}")
+            family = getattr(package, "FAMILY", None)
+            if isinstance(family, Family):
+                declared.append((family, family.package))
+    for point in entry_points(group=ENTRY_POINTS):
+        source = f"{point.name} of {_distribution(point)}"
+        try:
+            declared.append((_load_installed(point), source))
+        except Exception as error:  # Whatever the import of a foreign package raises.
+            broken.append(f"the family {source} cannot be used: {type(error).__name__}: {error}")
+    return Discovery(*_by_model_type(declared), tuple(broken))
+
+
+def _load_installed(point: EntryPoint) -> Family:
+    found = point.load()
+    family = found if isinstance(found, Family) else getattr(found, "FAMILY", None)
+    if not isinstance(family, Family):
+        raise FamilyError(f"{point.value} is no Family, and declares no FAMILY")
+    return family
+
+
+def _distribution(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unnamed distribution"
+
+
+def _by_model_type(
+    declared: list[tuple[Family, str]],
+) -> tuple[dict[str, Family], dict[str, str]]:
+    """(families, conflicts) by model_type. Names are unique too: content keys hold them."""
+    claims: dict[str, list[tuple[Family, str]]] = defaultdict(list)
+    names: dict[str, list[str]] = defaultdict(list)
+    for family, source in declared:
+        names[family.name].append(source)
+        for model_type in family.model_types:
+            claims[model_type].append((family, source))
+    served: dict[str, Family] = {}
+    conflicts: dict[str, str] = {}
+    for model_type, claimants in claims.items():
+        family, _ = claimants[0]
+        sources = [source for _, source in claimants]
+        if len(claimants) > 1:
+            conflicts[model_type] = _conflict(f"the model_type {model_type!r}", sources)
+        elif len(names[family.name]) > 1:
+            conflicts[model_type] = _conflict(f"the name {family.name!r}", names[family.name])
+        else:
+            served[model_type] = family
+    return served, conflicts
+
+
+def _conflict(what: str, sources: list[str]) -> str:
+    return f"several families have {what}: {', '.join(sources)}; uninstall all but one of them"
 
 
 def make_layout(checkpoint: Checkpoint) -> Layout:
     """Sizing, placeholders and positions of ``checkpoint``. Raises CheckpointError."""
     family = find_family(checkpoint.config)
-    layout: Layout = family.load_part(family.layout)(checkpoint)
+    layout: Layout = _part(family, family.layout)(checkpoint)
     return layout
 
 
 def make_preprocessor(checkpoint: Checkpoint, layout: Layout) -> Preprocessor:
     """From a decoded picture to the tower's input; ``layout`` is the checkpoint's."""
     family = find_family(checkpoint.config)
-    preprocessor: Preprocessor = family.load_part(family.preprocess)(layout)
+    preprocessor: Preprocessor = _part(family, family.preprocess)(layout)
     return preprocessor
+
+
+def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
+    """The vision half as its family declares it. Imports torch. Raises CheckpointError."""
+    family = find_family(checkpoint.config)
+    spec: TowerSpec = _part(family, family.tower)(checkpoint)
+    return spec
+
+
+def describe_decoder(checkpoint: Checkpoint) -> DecoderSpec:
+    """The language half as its family declares it. Imports torch. Raises CheckpointError."""
+    family = find_family(checkpoint.config)
+    spec: DecoderSpec = _part(family, family.decoder)(checkpoint)
+    return spec
 
 
 def load_tower(checkpoint: Checkpoint, dtype: Any, device: Any) -> Tower:
     """Vision tower and projector of ``checkpoint`` on ``device``; ``dtype`` and ``device`` as
     ``--dtype`` and ``--device`` have them, or torch's. Raises CheckpointError, ConfigError."""
-    family = find_family(checkpoint.config)
-    spec = family.load_part(family.tower)(checkpoint)
-    tower: Tower = spec.load(checkpoint, family.vision_keys, dtype, device)
-    return tower
+    keys = find_family(checkpoint.config).vision_keys
+    return describe_tower(checkpoint).load(checkpoint, keys, dtype, device)
 
 
 def load_graph(checkpoint: Checkpoint, dtype: Any, device: Any) -> TowerGraph:
@@ -75,18 +155,28 @@ def load_graph(checkpoint: Checkpoint, dtype: Any, device: Any) -> TowerGraph:
 def load_language(checkpoint: Checkpoint, dtype: Any, device: Any, attention: str) -> LanguageModel:
     """Language model and head of ``checkpoint`` on ``device``. ``attention`` names a function in
     transformers' attention interface. Raises CheckpointError, ConfigError."""
-    family = find_family(checkpoint.config)
-    spec = family.load_part(family.decoder)(checkpoint)
-    language: LanguageModel = spec.load(checkpoint, family.language_keys, dtype, device, attention)
-    return language
+    keys = find_family(checkpoint.config).language_keys
+    return describe_decoder(checkpoint).load(checkpoint, keys, dtype, device, attention)
+
+
+def _part(family: Family, part: str) -> Any:
+    """Raises FamilyError for a part that is not there or cannot be imported."""
+    try:
+        return family.load_part(part)
+    except (ImportError, AttributeError) as error:
+        raise FamilyError(f"{part} of {family.package} cannot be imported: {error}") from error
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
     """The family that serves ``config``, a checkpoint's config.json. Raises UnsupportedCheckpoint,
-    which says what was found and what is served."""
-    family = families().get(str(config.get("model_type")))
+    which says what was found and what is served, and FamilyError where families conflict."""
+    found, model_type = discover(), str(config.get("model_type"))
+    if model_type in found.conflicts:
+        raise FamilyError(found.conflicts[model_type])
+    family = found.families.get(model_type)
     if family is None:
-        raise UnsupportedCheckpoint(f"this checkpoint {_obstacle(config)}; {_supported()}")
+        said = (f"this checkpoint {_obstacle(config)}", _supported(), *found.broken)
+        raise UnsupportedCheckpoint("; ".join(said))
     if "quantization_config" in config:
         method = _mapping(config["quantization_config"]).get("quant_method", "unknown")
         raise UnsupportedCheckpoint(

@@ -20,7 +20,7 @@ import torch
 from opticnerve import models
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.checkpoints.loader import wanted
-from opticnerve.errors import PlanMismatch, UnsupportedCheckpoint
+from opticnerve.errors import FamilyError, PlanMismatch, UnsupportedCheckpoint
 from opticnerve.media.plan import Modality, Structure
 from opticnerve.models import registry
 from opticnerve.models.family import Family
@@ -216,10 +216,10 @@ def declare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         (folder / "__init__.py").write_text(DECLARATION.format(model_type=model_type))
         (folder / "layout.py").write_text("def read(checkpoint): return checkpoint.config['a']\n")
         monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
-        registry.families.cache_clear()
+        registry.discover.cache_clear()
 
     yield add
-    registry.families.cache_clear()
+    registry.discover.cache_clear()
     for name in [name for name in sys.modules if name.startswith("opticnerve.models.fake_vl")]:
         del sys.modules[name]
 
@@ -237,6 +237,11 @@ def test_a_new_folder_is_a_family(declare: Callable[[str], None], tmp_path: Path
 
 
 def test_two_families_of_one_model_type_are_an_error(declare: Callable[[str], None]) -> None:
-    declare(DECLARED[0].model_types[0])
-    with pytest.raises(RuntimeError, match="two families"):
-        registry.families()
+    taken = DECLARED[0].model_types[0]
+    declare(taken)
+    with pytest.raises(FamilyError, match=rf"model_type '{taken}': .*fake_vl") as caught:
+        registry.find_family({"model_type": taken})
+    assert DECLARED[0].package in caught.value.message
+    assert set(registry.families()) == {
+        model_type for family in DECLARED for model_type in family.model_types
+    } - {taken}, "the others are served all the same"
