@@ -56,18 +56,21 @@ def added_entries(source: str) -> list[Any]:
 def eos_token_id(path: Path) -> int | None:
     """The id of the tokenizer's ``eos_token``; None where the files do not say. Raises
     CheckpointError."""
-    config = read_tokenizer_config(path)
-    name = named_tokens(config).get("eos_token")
-    if name is None:
-        return None
-    listed = config.get("added_tokens_decoder")
+    name = named_tokens(read_tokenizer_config(path)).get("eos_token")
+    return None if name is None else added_token_id(path, name)
+
+
+def added_token_id(path: Path, text: str) -> int | None:
+    """The id of the added token that is spelled ``text``; None where the files do not say. Raises
+    CheckpointError."""
+    listed = read_tokenizer_config(path).get("added_tokens_decoder")
     for number, entry in listed.items() if isinstance(listed, dict) else ():
-        if token_text(entry) == name and number.isdecimal():
+        if token_text(entry) == text and number.isdecimal():
             return int(number)
     try:
         source = (path / "tokenizer.json").read_text(encoding="utf-8")
         added = added_entries(source)
-        return next((int(entry["id"]) for entry in added if token_text(entry) == name), None)
+        return next((int(entry["id"]) for entry in added if token_text(entry) == text), None)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:

@@ -39,7 +39,9 @@ class Family:
 
     package: str  # The declaring package: its __name__.
     title: str  # As its users call it: "Qwen2-VL".
-    model_types: tuple[str, ...]  # Of config.json.
+    # Of config.json: "llava", or "llava/pixtral" where the model_type of its vision_config decides
+    # between families. The longer one goes before the other.
+    model_types: tuple[str, ...]
     layout: str  # (Checkpoint) -> Layout
     preprocess: str  # (Layout) -> Preprocessor
     tower: str  # (Checkpoint) -> TowerSpec, see ``towers.tower``.

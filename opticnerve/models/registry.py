@@ -170,10 +170,12 @@ def _part(family: Family, part: str) -> Any:
 def find_family(config: Mapping[str, Any]) -> Family:
     """The family that serves ``config``, a checkpoint's config.json. Raises UnsupportedCheckpoint,
     which says what was found and what is served, and FamilyError where families conflict."""
-    found, model_type = discover(), str(config.get("model_type"))
-    if model_type in found.conflicts:
-        raise FamilyError(found.conflicts[model_type])
-    family = found.families.get(model_type)
+    found, kind = discover(), str(config.get("model_type"))
+    tower = _mapping(config.get("vision_config")).get("model_type")
+    for model_type in (f"{kind}/{tower}", kind):
+        if model_type in found.conflicts:
+            raise FamilyError(found.conflicts[model_type])
+    family = found.families.get(f"{kind}/{tower}") or found.families.get(kind)
     if family is None:
         said = (f"this checkpoint {_obstacle(config)}", _supported(), *found.broken)
         raise UnsupportedCheckpoint("; ".join(said))

@@ -236,6 +236,15 @@ def test_a_new_folder_is_a_family(declare: Callable[[str], None], tmp_path: Path
         registry.find_family({"model_type": "other", "vision_config": {}})
 
 
+def test_the_vision_towers_type_may_decide(declare: Callable[[str], None]) -> None:
+    """Between a family of a model_type, and one of the same with another vision tower."""
+    shared = DECLARED[0].model_types[0]
+    declare(f"{shared}/fake_tower")
+    for tower, name in (("fake_tower", "fake_vl"), ("other_tower", DECLARED[0].name)):
+        config = {"model_type": shared, "vision_config": {"model_type": tower}}
+        assert registry.find_family(config).name == name
+
+
 def test_two_families_of_one_model_type_are_an_error(declare: Callable[[str], None]) -> None:
     taken = DECLARED[0].model_types[0]
     declare(taken)

@@ -132,7 +132,7 @@ def test_extreme_aspects_are_refused(llava: Any) -> None:
     ("config", "said"),
     [
         ({"vision_config": None}, "original authors' layout"),
-        ({"vision_config": {"model_type": "pixtral"}}, "'pixtral'"),
+        ({"vision_config": {"model_type": "dinov2"}}, "'dinov2'"),
         ({"vision_feature_select_strategy": "pooled"}, "'pooled'"),
     ],
 )

@@ -18,13 +18,10 @@ from opticnerve.errors import CheckpointError, InvalidRequest, UnsupportedCheckp
 from opticnerve.media.plan import NO_OVERRIDES, Grid, Modality, Overrides, Plan, Span, Structure
 from opticnerve.models.family import Expansion, RowRun
 from opticnerve.models.picture_sizes import check_aspect, picture_plan, processor_settings
+from opticnerve.models.text_models import count_positions, text_sizes
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
-
-# Published configs leave out what equals the text model's own defaults:
-# model_type -> (hidden_size, max_position_embeddings).
-TEXT_DEFAULTS = {"llama": (4096, 2048), "mistral": (4096, 4096 * 32), "qwen2": (4096, 32768)}
 
 
 class LlavaLayout:
@@ -41,10 +38,7 @@ class LlavaLayout:
     def __init__(self, checkpoint: Checkpoint) -> None:
         config, vision = checkpoint.config, checkpoint.vision_config
         _check_architecture(vision)
-        text = _text_config(checkpoint)
-        hidden, positions = TEXT_DEFAULTS.get(str(text.get("model_type")), (None, None))
-        self.hidden_size = positive(text, "hidden_size", hidden)
-        self.max_positions = positive(text, "max_position_embeddings", positions)
+        self.hidden_size, self.max_positions = text_sizes(checkpoint)
         index = integer(config, "image_token_index", 32000)
         image_token_id = integer(config, "image_token_id", index)
         self.item_token_ids = {Modality.IMAGE: image_token_id}
@@ -108,10 +102,7 @@ class LlavaLayout:
     # ---- positions
 
     def positions(self, num_tokens: int, spans: Sequence[Span]) -> tuple[NDArray[np.int64], int]:
-        """int64 [1, num_tokens]; output counts on."""
-        if any(span.token_offset + span.num_tokens > num_tokens for span in spans):
-            raise InvalidRequest("spans leave the prompt", param="spans")
-        return np.arange(num_tokens, dtype=np.int64)[None], 0
+        return count_positions(num_tokens, spans)
 
     # ---- identity
 
@@ -137,15 +128,6 @@ def _check_architecture(vision: Mapping[str, Any]) -> None:
         raise UnsupportedCheckpoint(
             f"this LLaVA checkpoint's vision tower is {kind!r}; clip_vision_model is supported"
         )
-
-
-def _text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    text = checkpoint.config.get("text_config")
-    if text is None:
-        return {"model_type": "llama"}  # What the reference takes when nothing is said.
-    if not isinstance(text, Mapping):
-        raise CheckpointError("text_config is no JSON object; fetch config.json again")
-    return {"model_type": "llama", **text}
 
 
 def _size(value: Any, name: str) -> int | tuple[int, int]:
