@@ -161,7 +161,7 @@ class LanguageModel(Protocol):
     hidden_size: int
     vocab_size: int
     num_layers: int
-    layers: Sequence[LayerSpec]  # What the attention function must know of each.
+    layers: tuple[LayerSpec, ...]  # What the attention function must know of each.
     num_heads: int
     num_kv_heads: int
     head_dim: int
