@@ -47,10 +47,12 @@ class TorchBackend:
     def encode(self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]) -> list[Embedding]:
         with torch.no_grad():
             outputs = self._tower.encode(pixels, plans)
-            return [
-                {name: tensor.cpu().contiguous() for name, tensor in output.items()}
-                for output in outputs
+            copies: list[Embedding] = [
+                {name: _begin_copy(tensor) for name, tensor in output.items()} for output in outputs
             ]
+        if self._on_cuda:
+            torch.cuda.current_stream(self._tower.device).synchronize()
+        return copies
 
     def classify(self, error: Exception) -> Recovery:
         text = str(error)
@@ -132,3 +134,9 @@ class TorchBackend:
     def close(self) -> None:
         if self._on_cuda:
             torch.cuda.empty_cache()
+
+
+def _begin_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in host memory, contiguous. From CUDA into pinned memory, without waiting: its
+    values are there once the stream is done."""
+    return tensor.contiguous().to("cpu", non_blocking=True)

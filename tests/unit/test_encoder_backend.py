@@ -110,22 +110,27 @@ class FakeCuda:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, total: int, per_patch: int) -> None:
         self.total, self.per_patch, self.peak, self.ran = total, per_patch, 0, []
+        self.waits = 0
         for name, function in {
             "mem_get_info": lambda device: (total, total),
             "memory_allocated": lambda device: 0,
             "max_memory_allocated": lambda device: self.peak,
             "reset_peak_memory_stats": lambda device: None,
             "empty_cache": lambda: None,
+            "current_stream": lambda device: self,
         }.items():
             monkeypatch.setattr(torch.cuda, name, function)
 
-    def encode(self, pixels: object, plans: list[Plan]) -> list[object]:
+    def synchronize(self) -> None:
+        self.waits += 1
+
+    def encode(self, pixels: object, plans: list[Plan]) -> list[dict[str, torch.Tensor]]:
         patches = sum(plan.num_patches for plan in plans)
         self.peak = patches * self.per_patch
         if self.peak > self.total:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.ran.append(patches)
-        return []
+        return [{"rows": torch.ones(2, 3).T, "deepstack.0": torch.ones(2, 3)} for _ in plans]
 
 
 def large_plan(patches: int) -> Plan:
@@ -155,6 +160,14 @@ def test_a_cuda_batch_is_sized_from_free_memory(
     assert capacity.max_item_patches == permitted_patches(large_plan(4000))
     assert cuda.ran[-1] == 4000
     assert on_cuda(tower, cuda).warm(large_plan(4000), 123).max_batch_patches == 123
+
+
+def test_a_batch_is_waited_for_once(tower: Tower, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch, total=10_000_000, per_patch=1000)
+    plan = large_plan(16)
+    encoded = on_cuda(tower, cuda).encode([np.empty(0, np.uint8)] * 3, [plan] * 3)
+    assert cuda.waits == 1
+    assert all(tensor.is_contiguous() for item in encoded for tensor in item.values())
 
 
 def test_an_item_too_large_for_the_device_is_halved_until_it_fits(
