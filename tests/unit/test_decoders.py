@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,9 +21,19 @@ from llm_service.device.attention.base import (
 )
 from llm_service.device.attention.sdpa import SdpaBackend
 from opticnerve.models.decoders.decoder import PackedLanguage
+from opticnerve.models.decoders.fused import PRE_NORM, LayerForm, Norm
 from opticnerve.models.decoders.spec import Decoder, DecoderSpec, LayerSpec, llama_like
 
 BLOCK = 16
+GEMMA = LayerForm(
+    after_attention="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    after_mlp="post_feedforward_layernorm",
+    centred=True,
+)
+GLM = LayerForm(
+    after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm", neighbours=True
+)
 SIZES: dict[str, Any] = {
     "vocab_size": 200,
     "hidden_size": 64,
@@ -56,8 +66,11 @@ def _plain(config: Any, model_class: Any) -> DecoderSpec:
 
 
 def _unfused(config: Any, model_class: Any) -> DecoderSpec:
-    layers = (LayerSpec(),) * config.num_hidden_layers
-    return DecoderSpec(model_class, config, False, 1, layers, fusable=False)
+    return replace(_plain(config, model_class), fusable=False)
+
+
+def _glm(config: Any, model_class: Any) -> DecoderSpec:
+    return replace(_plain(config, model_class), form=GLM)
 
 
 def _gemma(config: Any, model_class: Any) -> DecoderSpec:
@@ -72,7 +85,8 @@ def _gemma(config: Any, model_class: Any) -> DecoderSpec:
             LayerSpec(windows[kind], kind if several else None, config.attn_logit_softcapping)
             for kind in config.layer_types
         ),
-        fusable=False,
+        fusable=True,
+        form=GEMMA,
         embedding_scale=config.hidden_size**0.5,
         logit_soft_cap=config.final_logit_softcapping,
     )
@@ -119,9 +133,9 @@ KINDS = {
         {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
         _plain,
     ),
-    "qwen3": Kind("Qwen3ForCausalLM", "Qwen3Model", "Qwen3Config", {}, _unfused),
-    "qwen3_moe": Kind("Qwen3MoeForCausalLM", "Qwen3MoeModel", "Qwen3MoeConfig", MOE, _unfused),
-    "glm4": Kind("Glm4ForCausalLM", "Glm4Model", "Glm4Config", {}, _unfused),
+    "qwen3": Kind("Qwen3ForCausalLM", "Qwen3Model", "Qwen3Config", {}, _plain),
+    "qwen3_moe": Kind("Qwen3MoeForCausalLM", "Qwen3MoeModel", "Qwen3MoeConfig", MOE, _plain),
+    "glm4": Kind("Glm4ForCausalLM", "Glm4Model", "Glm4Config", {}, _glm),
     "gemma2": Kind(
         "Gemma2ForCausalLM",
         "Gemma2Model",
@@ -144,21 +158,45 @@ KINDS = {
 }
 
 
-def make(name: str) -> tuple[Any, PackedLanguage]:
+def make(name: str, fused: bool = True) -> tuple[Any, PackedLanguage]:
     """(transformers' model, ours with its weights)."""
     kind = KINDS[name]
     config = getattr(transformers, kind.config)(**SIZES, **kind.settings)
     config._attn_implementation = "eager"
     torch.manual_seed(5)
     whole = getattr(transformers, kind.causal_lm)(config).eval().requires_grad_(False)
-    for parameter in whole.parameters():  # Deviations at which every part matters.
-        parameter.copy_(torch.randn_like(parameter) / max(parameter.shape[-1], 1) ** 0.5)
+    _draw(whole)
     ours = getattr(transformers, kind.config)(**SIZES, **kind.settings)
     model_class = getattr(transformers, kind.model)
     module: Any = Decoder(model_class, ours).eval().requires_grad_(False)
     module.load_state_dict(whole.state_dict())
     ours._attn_implementation = ATTENTION_NAME
-    return whole, PackedLanguage(module, kind.describe(ours, model_class))
+    spec = kind.describe(ours, model_class)
+    return whole, PackedLanguage(module, spec if fused else replace(spec, fusable=False))
+
+
+def _draw(model: Any) -> None:
+    """Weights of deviations at which every part matters."""
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+
+
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+HALF = MROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+SHARED = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+}
+SPATIAL: dict[str, tuple[dict[str, Any], LayerForm]] = {
+    "Qwen2VLText": ({"rope_parameters": MROPE}, PRE_NORM),
+    "Qwen3VLText": ({"rope_parameters": MROPE}, PRE_NORM),
+    "Qwen3VLMoeText": ({"rope_parameters": MROPE, **MOE}, PRE_NORM),
+    "Glm4vText": ({"rope_parameters": HALF}, GLM),
+    "Glm4vMoeText": ({"rope_parameters": HALF, **SHARED}, PRE_NORM),
+}
 
 
 class Pages:
@@ -174,7 +212,10 @@ class Pages:
         self.length = 0
 
     def logits(
-        self, ids: torch.Tensor, bidirectional: tuple[tuple[int, int], ...] = ()
+        self,
+        ids: torch.Tensor,
+        bidirectional: tuple[tuple[int, int], ...] = (),
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Of the sequence's next tokens."""
         places = np.arange(self.length, self.length + len(ids))
@@ -189,7 +230,8 @@ class Pages:
         self.length += len(ids)
         with torch.inference_mode(), active(self.backend):
             self.backend.prepare(step)
-            positions = torch.from_numpy(places)[None]
+            if positions is None:
+                positions = torch.from_numpy(places)[None]
             hidden = self.language.forward(self.language.embed(ids), positions)
             return self.language.logits(hidden)
 
@@ -199,12 +241,49 @@ def in_steps(language: PackedLanguage, ids: torch.Tensor, lengths: Sequence[int]
     return torch.cat([pages.logits(part) for part in ids.split(list(lengths))])
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "layers of transformers"])
 @pytest.mark.parametrize("name", KINDS)
-def test_chunks_and_tokens_equal_the_whole_model(name: str) -> None:
-    whole, language = make(name)
+def test_chunks_and_tokens_equal_the_whole_model(name: str, fused: bool) -> None:
+    whole, language = make(name, fused)
+    assert (language.fused is not None) == (fused and name != "ministral3")
     ids = torch.randint(3, 200, (70,), generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         expected = whole(ids[None]).logits[0]
     for lengths in ([70], [5, 1, 1, 30, 1, 12, 20], [33, 30, *[1] * 7]):
         got = in_steps(language, ids, lengths)
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "layers of transformers"])
+@pytest.mark.parametrize("name", SPATIAL)
+def test_positions_of_three_dimensions_equal_the_whole_model(name: str, fused: bool) -> None:
+    settings, form = SPATIAL[name]
+    model_class = getattr(transformers, f"{name}Model")
+    whole, ours = (getattr(transformers, f"{name}Config")(**SIZES, **settings) for _ in range(2))
+    whole._attn_implementation = "eager"
+    torch.manual_seed(6)
+    model = model_class(whole).eval().requires_grad_(False)
+    _draw(model)
+    module: Any = Decoder(model_class, ours).eval().requires_grad_(False)
+    module.model.load_state_dict(model.state_dict())
+    ours._attn_implementation = ATTENTION_NAME
+    layers = (LayerSpec(),) * ours.num_hidden_layers
+    language = PackedLanguage(
+        module, DecoderSpec(model_class, ours, False, 3, layers, fusable=fused, form=form)
+    )
+    ids = torch.randint(3, 200, (40,))
+    positions = torch.randint(0, 60, (3, 40))
+    with torch.inference_mode():
+        hidden = model(input_ids=ids[None], position_ids=positions[:, None]).last_hidden_state[0]
+        expected = language.logits(hidden)
+    got = Pages(language).logits(ids, positions=positions)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
+
+
+def test_a_norm_that_counts_from_one_keeps_its_digits_in_half_precision() -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    module = Gemma3RMSNorm(64).to(torch.bfloat16).requires_grad_(False)
+    module.weight.copy_(torch.randn(64) / 50)
+    x = torch.randn(30, 64).to(torch.bfloat16)
+    torch.testing.assert_close(Norm(module, centred=True).forward(x), module(x), rtol=0, atol=0)

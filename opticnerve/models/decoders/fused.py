@@ -5,14 +5,19 @@ v come from one matrix product, gate and up from another, and q and k are rotate
 and as complex numbers: about 12 operations a layer instead of 50. In float32 the results equal
 those of transformers' layers; in half precision norms and rotations round only once.
 
-A rotation turns column i of a head against column i + head_dim / 2. Rows of the q and k weights are
-interleaved at load, so that these two columns are neighbours. Attention scores are sums over
+A rotation turns one column of a head against another. Rows of the q and k weights are put in
+another order at load where these two columns are not neighbours. Attention scores are sums over
 columns and do not change.
+
+What layers compute beyond that is declared (``LayerForm``) or found in the layer itself: norms of q
+and k, biases, the activation, how many columns are rotated. A feed-forward that is not gated, as a
+mixture of experts, runs as transformers has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +29,7 @@ from opticnerve.models.decoders.linear import Linear, num_bytes
 from opticnerve.process import return_freed_memory
 
 if TYPE_CHECKING:
-    from opticnerve.models.decoders.spec import DecoderSpec
+    from opticnerve.models.decoders.spec import DecoderSpec, LayerSpec
 
 PackedAttention = Callable[[torch.Tensor, torch.Tensor, int, float], torch.Tensor]
 """(query [tokens, heads, head_dim], keys then values [tokens, 2 * kv_heads, head_dim], index of
@@ -39,14 +44,118 @@ def register_packed(name: str, function: PackedAttention) -> None:
     _packed_attention[name] = function
 
 
+@dataclass(frozen=True, slots=True)
+class LayerForm:
+    """What differs between layers that are fused: where they normalise, and what they rotate.
+
+    Norms go by the names of their attributes in transformers' layers. None: there is no such norm.
+    """
+
+    before_attention: str = "input_layernorm"
+    after_attention: str | None = None  # Of what attention adds.
+    before_mlp: str = "post_attention_layernorm"
+    after_mlp: str | None = None  # Of what the feed-forward adds.
+    centred: bool = False  # Norms multiply by 1 + weight, as in Gemma.
+    neighbours: bool = False  # Columns 2i and 2i + 1 are rotated, as in GLM; else i and i + n / 2.
+
+
+PRE_NORM = LayerForm()  # Llama's.
+
+
+class Norm:
+    """A root-mean-square norm over the last dimension: ``forward``."""
+
+    __slots__ = ("_eps", "_shape", "_weight", "forward")
+
+    def __init__(self, module: Any, centred: bool) -> None:
+        self._eps = _eps(module)
+        self._weight = _norm_weight(module, centred)
+        self._shape = tuple(self._weight.shape)
+        same = self._weight.dtype == module.weight.dtype
+        self.forward = self._plain if same else self._in_float32
+
+    def num_bytes(self) -> int:
+        return num_bytes(self._weight)
+
+    def _plain(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self._shape, self._weight, self._eps)
+
+    def _in_float32(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self._shape, self._weight, self._eps).to(x.dtype)
+
+
+def _eps(module: Any) -> float:
+    eps: float = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    return eps
+
+
+def _norm_weight(module: Any, centred: bool) -> torch.Tensor:
+    """1 + weight needs more digits than half precision has: it is in float32."""
+    weight: torch.Tensor = module.weight
+    return 1.0 + weight.float() if centred else weight
+
+
+class HeadNorm:
+    """The norms of q and k, over each head."""
+
+    def __init__(self, attn: Any, heads: int, kv_heads: int, centred: bool) -> None:
+        q, k = (_norm_weight(norm, centred).float() for norm in (attn.q_norm, attn.k_norm))
+        self.weight = torch.cat((q.expand(heads, -1), k.expand(kv_heads, -1)))
+        self._eps = _eps(attn.q_norm)
+
+    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+        """float32 [tokens, heads and kv_heads, head_dim] -> the same, in memory of its own."""
+        return F.rms_norm(heads, self.weight.shape[1:], None, self._eps).mul_(self.weight)
+
+
+class GatedMlp:
+    """A feed-forward down(activation(gate) * up). Takes the weights of ``mlp``, whose projections
+    are dropped as they are joined."""
+
+    def __init__(self, mlp: Any) -> None:
+        if hasattr(mlp, "gate_up_proj"):
+            self.gate_up = Linear(mlp.gate_up_proj.weight, mlp.gate_up_proj.bias)
+            del mlp.gate_up_proj
+        else:
+            self.gate_up = Linear(*_join(mlp.gate_proj, mlp.up_proj))
+            del mlp.gate_proj, mlp.up_proj
+        self.down = Linear(mlp.down_proj.weight, mlp.down_proj.bias)
+        del mlp.down_proj
+        act = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
+        self.activation: Callable[[torch.Tensor], torch.Tensor] = act.forward
+
+    def num_bytes(self) -> int:
+        return self.gate_up.num_bytes() + self.down.num_bytes()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up.forward(x).chunk(2, dim=-1)
+        return self.down.forward(self.activation(gate) * up)
+
+
+class ModuleMlp:
+    """A feed-forward as transformers has it, such as a mixture of experts."""
+
+    def __init__(self, mlp: Any) -> None:
+        self.mlp = mlp
+
+    def num_bytes(self) -> int:
+        return sum(map(num_bytes, self.mlp.parameters()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        added: torch.Tensor = self.mlp(x[None])
+        return added[0]
+
+
 class FusedLayer:
-    """One pre-norm layer with rotary attention and a gated SiLU feed-forward.
+    """One layer with rotary attention and a feed-forward, of ``form``.
 
     Takes the weights of ``layer``, whose projections are dropped as they are joined. No
     ``nn.Module``: looking a weight up in one costs as much as a small operation.
     """
 
-    def __init__(self, layer: Any, attention: PackedAttention) -> None:
+    def __init__(
+        self, layer: Any, form: LayerForm, rotary_dim: int, attention: PackedAttention
+    ) -> None:
         attn, mlp = layer.self_attn, layer.mlp
         self.attention = attention
         self.index: int = attn.layer_idx
@@ -54,23 +163,29 @@ class FusedLayer:
         self.head_dim: int = attn.head_dim
         self.num_heads = attn.q_proj.out_features // attn.head_dim
         self.num_rotated = self.num_heads + attn.k_proj.out_features // attn.head_dim
-        self.input_norm: torch.Tensor = layer.input_layernorm.weight
-        self.post_norm: torch.Tensor = layer.post_attention_layernorm.weight
-        self.eps: float = layer.input_layernorm.variance_epsilon
-        self.width = tuple(self.input_norm.shape)
-        for rotated in (attn.q_proj, attn.k_proj):
-            _interleave(rotated, self.head_dim)
+        self.rotary_dim: int | None = None if rotary_dim == self.head_dim else rotary_dim
+        self.before_attention = Norm(getattr(layer, form.before_attention), form.centred)
+        self.after_attention = _optional_norm(layer, form.after_attention, form.centred)
+        self.before_mlp = Norm(getattr(layer, form.before_mlp), form.centred)
+        self.after_mlp = _optional_norm(layer, form.after_mlp, form.centred)
+        if not form.neighbours:
+            for name in ("q_proj", "k_proj", "q_norm", "k_norm"):
+                _interleave(getattr(attn, name, None), self.head_dim, rotary_dim)
+        self.head_norm: HeadNorm | None = None
+        if hasattr(attn, "q_norm"):
+            kv_heads = self.num_rotated - self.num_heads
+            self.head_norm = HeadNorm(attn, self.num_heads, kv_heads, form.centred)
         self.qkv = Linear(*_join(attn.q_proj, attn.k_proj, attn.v_proj))
         self.out = Linear(attn.o_proj.weight, attn.o_proj.bias)
         del attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj
-        self.gate_up = Linear(*_join(mlp.gate_proj, mlp.up_proj))
-        self.down = Linear(mlp.down_proj.weight, mlp.down_proj.bias)
-        del mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.mlp = GatedMlp(mlp) if hasattr(mlp, "down_proj") else ModuleMlp(mlp)
 
     def weight_bytes(self) -> int:
-        linears = (self.qkv, self.out, self.gate_up, self.down)
-        norms = num_bytes(self.input_norm) + num_bytes(self.post_norm)
-        return norms + sum(linear.num_bytes() for linear in linears)
+        norms = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
+        held = sum(norm.num_bytes() for norm in norms if norm is not None)
+        if self.head_norm is not None:
+            held += num_bytes(self.head_norm.weight)
+        return held + self.qkv.num_bytes() + self.out.num_bytes() + self.mlp.num_bytes()
 
     def forward(
         self, hidden: torch.Tensor, factors: torch.Tensor, rows: torch.Tensor | None = None
@@ -80,45 +195,66 @@ class FusedLayer:
         With ``rows``, keys and values of every token are stored, and only these tokens are computed
         beyond attention. ``factors``: see RotaryTable.
         """
-        normed = F.rms_norm(hidden, self.width, self.input_norm, self.eps)
-        mixed = self._attend(normed, factors)
+        mixed = self._attend(self.before_attention.forward(hidden), factors)
         if rows is not None:
             hidden, mixed = hidden[rows], mixed[rows]
             if not len(rows):
                 return hidden
-        hidden = hidden + self.out.forward(mixed)
-        normed = F.rms_norm(hidden, self.width, self.post_norm, self.eps)
-        gate, up = self.gate_up.forward(normed).chunk(2, dim=-1)
-        return hidden.add_(self.down.forward(F.silu(gate) * up))
+        mixed = self.out.forward(mixed)
+        if self.after_attention is not None:
+            mixed = self.after_attention.forward(mixed)
+        hidden = hidden + mixed
+        added = self.mlp.forward(self.before_mlp.forward(hidden))
+        if self.after_mlp is not None:
+            added = self.after_mlp.forward(added)
+        return hidden.add_(added)
 
     def _attend(self, normed: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         tokens = len(normed)
         heads = self.qkv.forward(normed).view(tokens, -1, self.head_dim)
-        _rotate_(heads[:, : self.num_rotated], factors)
+        self._turn_(heads[:, : self.num_rotated], factors)
         mixed = self.attention(
             heads[:, : self.num_heads], heads[:, self.num_heads :], self.index, self.scaling
         )
         return mixed.reshape(tokens, -1)
 
+    def _turn_(self, heads: torch.Tensor, factors: torch.Tensor) -> None:
+        """Normalises q and k, and rotates pairs of neighbouring columns, in place."""
+        wide = heads.float()  # A float32 tensor is returned as it is, not copied.
+        if self.head_norm is not None:
+            wide = self.head_norm.forward(wide)
+        turned = wide if self.rotary_dim is None else wide[..., : self.rotary_dim]
+        torch.view_as_complex(turned.unflatten(-1, (-1, 2))).mul_(factors)
+        if wide is not heads:
+            heads.copy_(wide)
+
 
 class RotaryTable:
-    """A step's rotary factors: complex64 [tokens, 1, head_dim / 2].
+    """A step's rotary factors: complex64 [tokens, 1, rotary_dim / 2].
 
     With three position dimensions, each column is rotated by one of them. Frequencies come from
     ``rotary``, transformers' rotary embedding; which dimension rotates which column is found by
-    calling it with one dimension set at a time.
+    calling it with one dimension set at a time. ``kind``: see ``spec.LayerSpec.rotary``.
     """
 
-    def __init__(self, rotary: Any, position_dims: int) -> None:
-        self.frequencies: torch.Tensor = rotary.inv_freq.float()  # [head_dim / 2]
-        self.length = self.frequencies.new_full((1,), rotary.attention_scaling)
+    def __init__(self, rotary: Any, kind: str | None, position_dims: int, neighbours: bool) -> None:
+        prefix = "" if kind is None else f"{kind}_"
+        frequencies: torch.Tensor = getattr(rotary, f"{prefix}inv_freq")
+        self.frequencies = frequencies.float()  # [rotary_dim / 2]
+        self.length = self.frequencies.new_full((1,), getattr(rotary, f"{prefix}attention_scaling"))
         self.columns: torch.Tensor | None = None
         if position_dims > 1:
             device = self.frequencies.device
             one_by_one = torch.eye(position_dims, dtype=torch.int64, device=device)
             _, sin = rotary(self.frequencies.new_zeros(1), one_by_one[:, None])
-            dimensions = sin[0].abs().argmax(0)  # [head_dim]: the only one that is not zero.
-            self.columns = dimensions[: len(self.frequencies)]
+            dimensions = sin[0].abs().argmax(0)  # [rotary_dim]: the only one that is not zero.
+            pairs = dimensions[::2] if neighbours else dimensions[: len(self.frequencies)]
+            self.columns = pairs
+
+    @property
+    def rotary_dim(self) -> int:
+        """Columns of a head that are rotated, its first."""
+        return 2 * len(self.frequencies)
 
     def __call__(self, positions: torch.Tensor) -> torch.Tensor:
         """``positions``: int64 [position_dims, tokens]."""
@@ -129,16 +265,24 @@ class RotaryTable:
 class FusedDecoder:
     """Layers and last norm of a decoder. Takes over the weights of ``model``."""
 
-    def __init__(self, model: Any, attention: str, position_dims: int) -> None:
-        self.layers = [FusedLayer(each, _packed(attention, each)) for each in model.layers]
-        self.norm: torch.Tensor = model.norm.weight
-        self.eps: float = model.norm.variance_epsilon
-        self.width = tuple(self.norm.shape)
-        self.rotary = RotaryTable(model.rotary_emb, position_dims)
+    def __init__(self, model: Any, attention: str, spec: DecoderSpec) -> None:
+        form = spec.form
+        self.tables = {
+            kind: RotaryTable(model.rotary_emb, kind, spec.position_dims, form.neighbours)
+            for kind in {layer.rotary for layer in spec.layers}
+        }
+        self.kinds = [layer.rotary for layer in spec.layers]
+        self.layers = [
+            FusedLayer(
+                each, form, self.tables[layer.rotary].rotary_dim, _packed(attention, each, layer)
+            )
+            for each, layer in zip(model.layers, spec.layers, strict=True)
+        ]
+        self.norm = Norm(model.norm, form.centred)
 
     def weight_bytes(self) -> int:
         """Memory of the weights."""
-        return num_bytes(self.norm) + sum(layer.weight_bytes() for layer in self.layers)
+        return self.norm.num_bytes() + sum(layer.weight_bytes() for layer in self.layers)
 
     def forward(
         self,
@@ -148,61 +292,61 @@ class FusedDecoder:
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``family.LanguageModel.forward``."""
-        factors = self.rotary(positions)
+        factors = {kind: table(positions) for kind, table in self.tables.items()}
         last = len(self.layers) - 1
         early = rows if len(deepstack) <= last else None  # A level's indices are those of tokens.
-        for i, layer in enumerate(self.layers):
-            hidden = layer.forward(hidden, factors, early if i == last else None)
+        for i, (layer, kind) in enumerate(zip(self.layers, self.kinds, strict=True)):
+            hidden = layer.forward(hidden, factors[kind], early if i == last else None)
             if i < len(deepstack):
                 indices, added = deepstack[i]
                 hidden.index_add_(0, indices, added.to(hidden.dtype))
         if rows is not None and early is None:
             hidden = hidden[rows]
-        return F.rms_norm(hidden, self.width, self.norm, self.eps)
+        return self.norm.forward(hidden)
 
 
 def fuse(model: Any, attention: str, spec: DecoderSpec) -> FusedDecoder | None:
     """``model`` fused; None, and nothing done, for layers whose arithmetic is another."""
-    several = any(layer.rotary is not None for layer in spec.layers)
-    if attention not in AttentionInterface() or not spec.fusable or several:
+    if attention not in AttentionInterface() or not spec.fusable:
         return None
     with torch.no_grad():
-        fused = FusedDecoder(model, attention, spec.position_dims)
+        fused = FusedDecoder(model, attention, spec)
     return_freed_memory()
     return fused
 
 
-def _packed(name: str, layer: Any) -> PackedAttention:
+def _packed(name: str, layer: Any, spec: LayerSpec) -> PackedAttention:
     """The attention of that name as fused layers call it."""
     if name in _packed_attention:
         return _packed_attention[name]
     function, source = AttentionInterface()[name], layer.self_attn
+    limits = {"sliding_window": spec.window, "softcap": spec.soft_cap}
 
     def attend(
         query: torch.Tensor, key_value: torch.Tensor, index: int, scale: float
     ) -> torch.Tensor:
         heads = (query, *key_value.chunk(2, dim=1))
         q, k, v = (each.transpose(0, 1)[None] for each in heads)
-        mixed: torch.Tensor = function(source, q, k, v, None, scaling=scale)[0]
+        mixed: torch.Tensor = function(source, q, k, v, None, scaling=scale, **limits)[0]
         return mixed[0]
 
     return attend
 
 
-def _rotate_(heads: torch.Tensor, factors: torch.Tensor) -> None:
-    """Rotates pairs of neighbouring columns of [tokens, heads, head_dim], in place."""
-    wide = heads.float()  # A float32 tensor is returned as it is, not copied.
-    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(factors)
-    if wide is not heads:
-        heads.copy_(wide)
+def _optional_norm(layer: Any, name: str | None, centred: bool) -> Norm | None:
+    return None if name is None else Norm(getattr(layer, name), centred)
 
 
-def _interleave(projection: nn.Linear, head_dim: int) -> None:
-    """Rows i and i + head_dim / 2 of every head become neighbours."""
-    for tensor in (projection.weight, projection.bias):
-        if tensor is not None:
-            halves = tensor.data.unflatten(0, (-1, 2, head_dim // 2))
-            tensor.data = halves.transpose(1, 2).reshape(tensor.shape)
+def _interleave(module: nn.Module | None, head_dim: int, rotary_dim: int) -> None:
+    """Rows i and i + rotary_dim / 2 of every head become neighbours: of a projection, or of a norm
+    over heads; None: nothing to do."""
+    if module is None:
+        return
+    order = torch.arange(head_dim)
+    order[:rotary_dim] = order[:rotary_dim].view(2, -1).T.flatten()
+    for tensor in module.parameters(recurse=False):
+        heads = tensor.data.unflatten(0, (-1, head_dim))
+        tensor.data = heads[:, order.to(tensor.device)].flatten(0, 1)
 
 
 def _join(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:

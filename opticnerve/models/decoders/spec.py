@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from opticnerve.checkpoints.loader import Recompute, load_module, rotary_buffers
 from opticnerve.errors import CheckpointError, ConfigError
 from opticnerve.models.decoders.decoder import PackedLanguage
+from opticnerve.models.decoders.fused import PRE_NORM, LayerForm
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
@@ -47,7 +48,8 @@ class DecoderSpec:
     tied: bool  # Whether the head is the embedding where the checkpoint holds no other.
     position_dims: int
     layers: tuple[LayerSpec, ...]
-    fusable: bool  # Every layer computes what ``fused.FusedLayer`` does.
+    fusable: bool  # Every layer computes what ``fused.FusedLayer`` does, in this form:
+    form: LayerForm = PRE_NORM
     embedding_scale: float = 1.0  # Multiplies input embeddings of tokens, not an item's rows.
     logit_soft_cap: float | None = None
     recomputed: Mapping[str, Recompute] = field(default_factory=dict)  # As in ``load_module``.
@@ -121,5 +123,5 @@ def llama_like(config: Any, model_class: Any, position_dims: int) -> DecoderSpec
         tied=config.tie_word_embeddings,
         position_dims=position_dims,
         layers=tuple(map(LayerSpec, windows)),
-        fusable=text.hidden_act in ("silu", "swish"),
+        fusable=True,
     )
