@@ -3,12 +3,19 @@ the process that will start it. Imports neither the routes nor the pipeline."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from gateway.api.schemas.messages import Message
 from gateway.edge.auth import Keys
 from gateway.edge.connections import allow_files
+from gateway.job import ChatPrompt
 from gateway.prompt.renderer import ChatRenderer
+from gateway.prompt.template import find_template
 from gateway.sampling import Defaults, load_defaults
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
+from opticnerve.errors import CheckpointError, InvalidRequest
+from opticnerve.media.plan import Modality
 from opticnerve.models.family import Layout
 from opticnerve.models.registry import make_layout
 
@@ -37,3 +44,37 @@ def read_checkpoint(
         settings.default_sampling,
     )
     return renderer, defaults
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFacts:
+    """How a gateway makes prompts for a checkpoint."""
+
+    template: str  # Where the chat template is from.
+    placeholder: str  # The token that the template writes for a picture, and its id.
+    placeholder_id: int
+    vocabulary: int  # Tokens of the tokenizer.
+    named_tokens: dict[str, str]  # "bos_token" and its like.
+    special_tokens: int
+
+
+def describe_prompt(settings: GatewayConfig, checkpoint: Checkpoint, layout: Layout) -> PromptFacts:
+    """Reads tokenizer and template, and renders a chat with two pictures. Raises ConfigError, and
+    CheckpointError for a template that does not write one placeholder for each picture."""
+    renderer, _ = read_checkpoint(settings, checkpoint, layout)
+    tokenizer, token_id = renderer.tokenizer, layout.item_token_ids[Modality.IMAGE]
+    picture = {"type": "image_url", "image_url": {"url": "data:,"}}
+    content = [picture, picture, {"type": "text", "text": "What do you see?"}]
+    message = Message.model_validate({"role": "user", "content": content})
+    try:
+        renderer.render(ChatPrompt(messages=[message], size=0))
+    except InvalidRequest as error:
+        raise CheckpointError(f"no picture can be asked about: {error.message}") from error
+    return PromptFacts(
+        template=find_template(checkpoint.path, tokenizer.config, settings.chat_template)[1],
+        placeholder=tokenizer.token_of(token_id) or "",
+        placeholder_id=token_id,
+        vocabulary=tokenizer.vocab_size,
+        named_tokens=dict(tokenizer.named),
+        special_tokens=len(tokenizer.special_ids),
+    )

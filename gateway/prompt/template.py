@@ -233,16 +233,23 @@ ADDITIONAL = "additional_chat_templates"  # A directory of others, beside chat_t
 
 
 def load_template(path: Path, config: Mapping[str, Any], override: str | None = None) -> str:
-    """The template's source: ``--chat-template`` (a file, the text itself, or the name of one of
-    the checkpoint's templates), else the checkpoint's own.
+    """The template's source; see ``find_template``."""
+    return find_template(path, config, override)[0]
+
+
+def find_template(
+    path: Path, config: Mapping[str, Any], override: str | None = None
+) -> tuple[str, str]:
+    """The template's source, and where it is from: ``--chat-template`` (a file, the text itself, or
+    the name of one of the checkpoint's templates), else the checkpoint's own.
 
     Raises ConfigError for an override that is none of these, CheckpointError for a checkpoint
     without a template.
     """
     if override is not None and re.search(r"\{[{%#]", override):
-        return override
+        return override, "--chat-template"
     if override is not None and Path(override).is_file():
-        return _read(Path(override))
+        return _read(Path(override)), override
     named = named_templates(path, config)
     found = named.get(override or DEFAULT)
     if found is not None:
@@ -260,18 +267,19 @@ def load_template(path: Path, config: Mapping[str, Any], override: str | None = 
     )
 
 
-def named_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The checkpoint's templates by name. Of several with one name, the first counts of those in
-    chat_template.jinja and ``ADDITIONAL``, chat_template.json, processor_config.json, and
-    ``chat_template`` of tokenizer_config.json, as Hugging Face's processors look for them."""
-    found = _named(config.get("chat_template"))
+def named_templates(path: Path, config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The checkpoint's templates by name, each with its file. Of several with one name, the first
+    counts of those in chat_template.jinja and ``ADDITIONAL``, chat_template.json,
+    processor_config.json, and ``chat_template`` of tokenizer_config.json, as Hugging Face's
+    processors look for them."""
+    found = _named(config.get("chat_template"), "tokenizer_config.json")
     for name in ("processor_config.json", "chat_template.json"):
-        found |= _named((read_object(path / name) or {}).get("chat_template"))
+        found |= _named((read_object(path / name) or {}).get("chat_template"), name)
     for file in sorted((path / ADDITIONAL).glob("*.jinja")):
-        found[file.stem] = _read(file)
+        found[file.stem] = (_read(file), f"{ADDITIONAL}/{file.name}")
     file = path / "chat_template.jinja"
     if file.is_file():
-        found[DEFAULT] = _read(file)
+        found[DEFAULT] = (_read(file), file.name)
     return found
 
 
@@ -282,12 +290,12 @@ def _read(file: Path) -> str:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
-def _named(entry: Any) -> dict[str, str]:
+def _named(entry: Any, file: str) -> dict[str, tuple[str, str]]:
     """Templates by name: one, which is the default, a list of names and templates, or a mapping."""
     if isinstance(entry, str):
-        return {DEFAULT: entry}
+        entry = {DEFAULT: entry}
     if isinstance(entry, list):
         entry = {item["name"]: item["template"] for item in entry if isinstance(item, dict)}
     if not isinstance(entry, Mapping):
         return {}
-    return {name: text for name, text in entry.items() if isinstance(text, str)}
+    return {name: (text, file) for name, text in entry.items() if isinstance(text, str)}

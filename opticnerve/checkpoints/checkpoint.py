@@ -105,6 +105,17 @@ class Checkpoint:
         nested = self.config.get("vision_config")
         return nested if isinstance(nested, Mapping) else {}
 
+    @property
+    def dtype(self) -> str:
+        """The type of weights that config.json names, as ``--dtype`` has it; "float32" where it
+        names none."""
+        named = (
+            section.get(key)
+            for section in (self.config, self.text_config)
+            for key in ("dtype", "torch_dtype")
+        )
+        return next((str(name) for name in named if name), "float32")
+
     def check(self) -> None:
         """Raises CheckpointError for what would fail at load, before torch is imported or any
         process is started: a layout that is not served, weights that are missing or cut short.
@@ -127,7 +138,7 @@ class Checkpoint:
         Downloads the shards that hold them where they are missing. Raises CheckpointError for
         weights that are missing, cut short, pickled only, or not where the index says.
         """
-        weight_map = self._weight_map
+        weight_map = self.weight_map
         if weight_map is None:
             self._ensure([SINGLE_FILE])
             entries = read_header(self.path / SINGLE_FILE)
@@ -145,8 +156,8 @@ class Checkpoint:
         return {key: headers[weight_map[key]][key] for key in keys}
 
     @cached_property
-    def _weight_map(self) -> dict[str, str] | None:
-        """Key -> shard file name; None for a checkpoint of a single file."""
+    def weight_map(self) -> dict[str, str] | None:
+        """Key -> shard file name; None for a checkpoint of one file. Raises CheckpointError."""
         index = read_object(self.path / INDEX_FILE)
         if index is None:
             return None
@@ -157,6 +168,12 @@ class Checkpoint:
         ):
             raise CheckpointError(f"{self.path / INDEX_FILE} has no usable weight_map")
         return {str(key): name for key, name in weight_map.items()}
+
+    @property
+    def missing_weights(self) -> tuple[str, ...]:
+        """Weight files that are not here. Downloads nothing. Raises CheckpointError."""
+        files = {SINGLE_FILE} if self.weight_map is None else set(self.weight_map.values())
+        return tuple(sorted(name for name in files if not (self.path / name).is_file()))
 
     def _ensure(self, files: Iterable[str]) -> None:
         """Downloads ``files`` that are missing. Raises CheckpointError, which names those that

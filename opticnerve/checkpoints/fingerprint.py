@@ -10,8 +10,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from opticnerve.checkpoints.loader import wanted
 from opticnerve.content_keys import hash_parts
+from opticnerve.models.family import wanted
 from opticnerve.models.registry import find_family, make_layout
 from opticnerve.tensors.dtypes import dtype_name
 

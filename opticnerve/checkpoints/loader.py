@@ -12,7 +12,6 @@ replacing or truncating the files later changes nothing.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from io import BufferedReader
@@ -22,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from opticnerve.checkpoints.sizes import HalfSize
 from opticnerve.errors import CheckpointError, ConfigError
+from opticnerve.models.family import module_name, wanted
 from opticnerve.tensors.dtypes import FLOATING, dtype_name
 
 if TYPE_CHECKING:
@@ -66,10 +67,7 @@ def load_module(
     dtype = resolve_dtype(dtype, checkpoint, device)
     with torch.device("meta"):
         module = make_module()
-    sources = _sources(checkpoint, key_map, ignored)
-    expected = module.state_dict()
-    tied = {target: source for target, source in (tied or {}).items() if target not in sources}
-    _check(checkpoint, expected, sources, tied)
+    sources, tied = _match(checkpoint, module, key_map, tied, ignored)
     weights = _read(sources, dtype, device)
     module.load_state_dict(weights, strict=False, assign=True)
     for target, source in tied.items():
@@ -81,25 +79,39 @@ def load_module(
     return module.requires_grad_(False).eval()
 
 
-def wanted(key_map: KeyMap, ignored: Sequence[str] = ()) -> Callable[[str], bool]:
-    """Whether a checkpoint's key belongs to the half that ``key_map`` describes, and is used."""
-    renamed = [re.compile(pattern) for pattern, _ in key_map]
-    unused = [re.compile(pattern) for pattern in ignored]
+def check_module(
+    make_module: Callable[[], nn.Module],
+    checkpoint: Checkpoint,
+    key_map: KeyMap,
+    *,
+    tied: Mapping[str, str] | None = None,
+    ignored: Sequence[str] = (),
+) -> HalfSize:
+    """What ``load_module`` would load, without reading or downloading a weight. Its tensors are
+    compared with the module's where all weight files are here. Raises what ``load_module`` raises.
+    """
+    with torch.device("meta"):
+        module = make_module()
+    if checkpoint.missing_weights:
+        expected = [item for name, item in module.state_dict().items() if name not in (tied or {})]
+        return HalfSize(len(expected), sum(item.numel() for item in expected), "configuration")
+    sources, _ = _match(checkpoint, module, key_map, tied, ignored)
+    return HalfSize.of_entries(entry for _, entry in sources.values())
 
-    def is_wanted(key: str) -> bool:
-        return any(p.match(key) for p in renamed) and not any(p.match(key) for p in unused)
 
-    return is_wanted
-
-
-def module_name(key_map: KeyMap, key: str) -> str:
-    """The module's name of a checkpoint's ``key``, by the first pattern that matches its start.
-    Raises KeyError."""
-    for pattern, replacement in key_map:
-        match = re.match(pattern, key)
-        if match:
-            return match.expand(replacement) + key[match.end() :]
-    raise KeyError(key)
+def _match(
+    checkpoint: Checkpoint,
+    module: nn.Module,
+    key_map: KeyMap,
+    tied: Mapping[str, str] | None,
+    ignored: Sequence[str],
+) -> tuple[dict[str, tuple[str, TensorEntry]], dict[str, str]]:
+    """The sources of the module's tensors, and of ``tied`` what they lack. Raises
+    CheckpointError unless these are all of the module's."""
+    sources = _sources(checkpoint, key_map, ignored)
+    tied = {target: source for target, source in (tied or {}).items() if target not in sources}
+    _check(checkpoint, module.state_dict(), sources, tied)
+    return sources, tied
 
 
 def rotary_buffers(module: str, kinds: Iterable[str | None] = (None,)) -> dict[str, Recompute]:
@@ -158,9 +170,7 @@ def resolve_dtype(
         return dtype
     automatic = dtype == "auto"
     if automatic:
-        config, text = checkpoint.config, checkpoint.text_config
-        named = (section.get(key) for section in (config, text) for key in ("dtype", "torch_dtype"))
-        dtype = next((str(name) for name in named if name), "float32")
+        dtype = checkpoint.dtype
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}", param="dtype")
     if automatic and device.type == "cpu" and not cpu_computes(DTYPES[dtype]):

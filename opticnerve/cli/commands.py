@@ -18,6 +18,7 @@ COMMANDS = {
     "gateway": ("gateway.service", "the HTTP front: OpenAI's API, templates, routing"),
     "encoder": ("encoder_service.__main__", "a vision encoder: pictures to embeddings"),
     "llm": ("llm_service.__main__", "an LLM decoder: tokens and embeddings to tokens"),
+    "check": ("opticnerve.cli.check", "whether a checkpoint will be served, from its files alone"),
     "ask": ("opticnerve.cli.ask", "ask about pictures; the answer is streamed"),
     "batch": ("opticnerve.cli.batch", "answer a file of requests, in OpenAI's batch format"),
     "demo": ("opticnerve.demo.show", "the built-in checkpoint answers about bundled pictures"),

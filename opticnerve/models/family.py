@@ -7,7 +7,8 @@ config.json: a new family adds a folder, and edits no other file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +27,27 @@ if TYPE_CHECKING:
 KeyMap = Sequence[tuple[str, str]]
 """Ordered (regular expression, replacement) pairs. The first that matches the start of a
 checkpoint's key renames it to the module's; a key that none matches belongs to the other half."""
+
+
+def wanted(key_map: KeyMap, ignored: Sequence[str] = ()) -> Callable[[str], bool]:
+    """Whether a checkpoint's key belongs to the half that ``key_map`` describes, and is used."""
+    renamed = [re.compile(pattern) for pattern, _ in key_map]
+    unused = [re.compile(pattern) for pattern in ignored]
+
+    def is_wanted(key: str) -> bool:
+        return any(p.match(key) for p in renamed) and not any(p.match(key) for p in unused)
+
+    return is_wanted
+
+
+def module_name(key_map: KeyMap, key: str) -> str:
+    """The module's name of a checkpoint's ``key``, by the first pattern that matches its start.
+    Raises KeyError."""
+    for pattern, replacement in key_map:
+        match = re.match(pattern, key)
+        if match:
+            return match.expand(replacement) + key[match.end() :]
+    raise KeyError(key)
 
 
 @dataclass(frozen=True, slots=True)

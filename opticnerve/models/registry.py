@@ -23,6 +23,7 @@ from opticnerve.models.family import Family
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
+    from opticnerve.checkpoints.sizes import HalfSize
     from opticnerve.models.decoders.spec import DecoderSpec
     from opticnerve.models.family import LanguageModel, Layout, Preprocessor, Tower
     from opticnerve.models.towers.graph import TowerGraph
@@ -157,6 +158,14 @@ def load_language(checkpoint: Checkpoint, dtype: Any, device: Any, attention: st
     transformers' attention interface. Raises CheckpointError, ConfigError."""
     keys = find_family(checkpoint.config).language_keys
     return describe_decoder(checkpoint).load(checkpoint, keys, dtype, device, attention)
+
+
+def check_halves(checkpoint: Checkpoint) -> tuple[HalfSize, HalfSize]:
+    """The sizes of the vision and the language half, which are not loaded. Imports torch. Raises
+    CheckpointError for what loading them would find."""
+    family = find_family(checkpoint.config)
+    vision = describe_tower(checkpoint).check(checkpoint, family.vision_keys)
+    return vision, describe_decoder(checkpoint).check(checkpoint, family.language_keys)
 
 
 def _part(family: Family, part: str) -> Any:

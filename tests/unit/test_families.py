@@ -19,11 +19,10 @@ import torch
 
 from opticnerve import models
 from opticnerve.checkpoints.checkpoint import Checkpoint
-from opticnerve.checkpoints.loader import wanted
 from opticnerve.errors import FamilyError, PlanMismatch, UnsupportedCheckpoint
 from opticnerve.media.plan import Modality, Structure
 from opticnerve.models import registry
-from opticnerve.models.family import Family
+from opticnerve.models.family import Family, wanted
 from tests.checkpoints import FAMILIES, LAYOUTS
 from tests.families import Sample, samples
 from tests.reference import CAUSAL, picture, place
@@ -190,7 +189,7 @@ def test_scales_and_caps_are_applied(family: Family, checkpoint: Checkpoint, lan
 
 
 DECLARATION = """
-from opticnerve.models.family import Family
+from opticnerve.models.family import Family, wanted
 
 FAMILY = Family(
     package=__name__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,17 @@ TEXT_KEY = "model.language_model.layers.1.mlp.down_proj.weight"
 VISION_PREFIXES = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
+class _Loaded:
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+
 def load_side(path: Path, side: Any) -> Any:
     checkpoint = Checkpoint.open(str(path), side=side)
-    if side == "encoder":
-        return registry.load_tower(checkpoint, "float32", "cpu")
+    if side == "encoder":  # The module as loaded: a tower may turn its weights for products.
+        spec = replace(registry.describe_tower(checkpoint), make_tower=_Loaded)
+        keys = registry.find_family(checkpoint.config).vision_keys
+        return spec.load(checkpoint, keys, "float32", "cpu")
     return registry.load_language(checkpoint, "float32", "cpu", CAUSAL)
 
 

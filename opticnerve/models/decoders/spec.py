@@ -14,13 +14,14 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from opticnerve.checkpoints.loader import Recompute, load_module, rotary_buffers
+from opticnerve.checkpoints.loader import Recompute, check_module, load_module, rotary_buffers
 from opticnerve.errors import CheckpointError, ConfigError
 from opticnerve.models.decoders.decoder import PackedLanguage
 from opticnerve.models.decoders.fused import PRE_NORM, LayerForm
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
+    from opticnerve.checkpoints.sizes import HalfSize
     from opticnerve.models.family import KeyMap
 
 ROTARY = "rotary_emb"
@@ -68,12 +69,12 @@ class DecoderSpec:
         if attention != "eager" and attention not in AttentionInterface():
             raise ConfigError(f"no attention function is registered as {attention!r}")
         module = load_module(
-            lambda: Decoder(self.model_class, self.config),
+            self._make_module,
             checkpoint,
             keys,
             dtype=dtype,
             device=device,
-            tied={"lm_head.weight": "model.embed_tokens.weight"} if self.tied else {},
+            tied=self._tied_weights(),
             recomputed={
                 **rotary_buffers(f"model.{ROTARY}", {layer.rotary for layer in self.layers}),
                 **self.recomputed,
@@ -82,6 +83,19 @@ class DecoderSpec:
         )
         self.config._attn_implementation = attention  # Once built: see varlen.use.
         return PackedLanguage(module, self)
+
+    def check(self, checkpoint: Checkpoint, keys: KeyMap) -> HalfSize:
+        """What ``load`` would load. Raises what it would raise, see ``loader.check_module``."""
+        self.check_supported(checkpoint)
+        return check_module(
+            self._make_module, checkpoint, keys, tied=self._tied_weights(), ignored=IGNORED
+        )
+
+    def _make_module(self) -> Decoder:
+        return Decoder(self.model_class, self.config)
+
+    def _tied_weights(self) -> dict[str, str]:
+        return {"lm_head.weight": "model.embed_tokens.weight"} if self.tied else {}
 
     def check_supported(self, checkpoint: Checkpoint) -> None:
         """Raises CheckpointError for a decoder that would not compute what the model means."""

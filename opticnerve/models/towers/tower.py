@@ -14,6 +14,7 @@ from torch import nn
 
 from opticnerve.checkpoints.loader import (
     Recompute,
+    check_module,
     load_module,
     rotary_buffers,
 )
@@ -25,6 +26,7 @@ from opticnerve.models.towers.pixels import PixelTable, check_pixels, upload
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
     from opticnerve.checkpoints.json_files import PixelSettings
+    from opticnerve.checkpoints.sizes import HalfSize
     from opticnerve.media.plan import Grid, Plan
     from opticnerve.models.family import KeyMap, Tower
 
@@ -58,6 +60,10 @@ class TowerSpec:
             ignored=self.ignored,
         )
         return self.make_tower(module)
+
+    def check(self, checkpoint: Checkpoint, keys: KeyMap) -> HalfSize:
+        """What ``load`` would load. Raises what it would raise, see ``loader.check_module``."""
+        return check_module(self.make_module, checkpoint, keys, ignored=self.ignored)
 
 
 class ModuleTower:

@@ -1,0 +1,141 @@
+"""``opticnerve check``: what it says of a checkpoint, and of one that cannot be served."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.cli import check, commands
+from opticnerve.models import registry
+from tests.checkpoints import DEMO
+
+WEIGHTS = DEMO / "model.safetensors"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the demo's checkpoint, to change."""
+    return Path(shutil.copytree(DEMO, tmp_path / "copy"))
+
+
+def told(capsys: pytest.CaptureFixture[str], *argv: object, status: int = 0) -> dict[str, Any]:
+    assert commands.main(["check", *map(str, argv), "--json"]) == status
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+def edit(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_it_tells_what_each_service_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    report = told(capsys)
+    assert report["served"] and report["family"] == "qwen2_vl" and report["dtype"] == "bfloat16"
+    vision, language = report["vision"], report["language"]
+    assert vision["source"] == language["source"] == "headers"
+    tensors = Checkpoint.open(None).tensor_index()
+    assert vision["tensors"] + language["tensors"] == len(tensors)
+    stored = sum(entry.num_bytes for entry in tensors.values())  # In bf16 too.
+    assert report["encoder_bytes"] + report["llm_bytes"] == stored
+    assert report["prompt"]["template"] == "chat_template.jinja"
+    assert report["prompt"]["placeholder"] == "<|image_pad|>"
+    assert report["eos_token_ids"] == [629]
+    assert [each["prompt_tokens"] for each in report["pictures"]] == [12, 12, 6]
+
+
+def test_it_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main(["check", str(DEMO)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("checkpoint will be served\n")
+    assert "KV cache       1 KiB a token" in text and "1600x400: 6 tokens" in text
+    assert "3D positions" in text and "not checked here" not in text
+
+
+def test_the_cache_is_what_the_engine_reserves() -> None:
+    text = registry.describe_decoder(Checkpoint.open(None)).config.to_dict()
+    language = registry.load_language(Checkpoint.open(None), "float32", "cpu", "eager")
+    each = 2 * language.num_layers * language.num_kv_heads * language.head_dim
+    assert check.cache_bytes_per_token(text, "bfloat16") == 2 * each
+
+
+def test_without_weights_sizes_follow_from_the_configuration(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = told(capsys, copy)
+    (copy / WEIGHTS.name).unlink()
+    report = told(capsys, copy)
+    assert report["missing_weights"] == [WEIGHTS.name]
+    for half in ("vision", "language"):
+        assert report[half] == whole[half] | {"source": "configuration"}
+
+
+def test_without_torch_it_says_what_it_could_not_check(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = told(capsys, copy)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    report = told(capsys, copy)
+    assert "needs torch" in report["left_out"][0]
+    for name in ("vision", "language", "cache_bytes_per_token", "pictures", "prompt"):
+        assert report[name] == whole[name]
+    (copy / WEIGHTS.name).unlink()
+    report = told(capsys, copy)
+    assert report["vision"] is None and report["encoder_bytes"] is None
+    names = dict.fromkeys(Checkpoint.open(None).tensor_index(), "model-1.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    report = told(capsys, copy)
+    assert report["vision"] == whole["vision"] | {"elements": None, "source": "index"}
+
+
+def test_what_loading_refuses_is_refused_in_its_words(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shallow = {**Checkpoint.open(None).vision_config, "depth": 3}
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("config.json", {"model_type": "bert"}, "model_type 'bert'"),
+        ("config.json", {"quantization_config": {"quant_method": "awq"}}, "quantized (awq)"),
+        ("config.json", {"vision_config": shallow}, "tensors that have no place in the model"),
+        ("config.json", {"image_token_id": 1}, "neither the tokenizer nor"),
+        ("preprocessor_config.json", {"patch_size": 16}, "not of one checkpoint"),
+    ]
+    for file, fields, said in cases:
+        before = (copy / file).read_text()
+        edit(copy / file, **fields)
+        error = told(capsys, copy, status=1)["error"]
+        assert said in error["message"], error
+        assert error["type"] in ("UnsupportedCheckpoint", "CheckpointError")
+        (copy / file).write_text(before)
+
+
+def test_a_template_without_pictures_is_refused(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}{% endfor %}")
+    assert commands.main(["check", str(copy)]) == 1
+    assert "wrote 0 placeholders for pictures" in capsys.readouterr().out
+    given = ["--chat-template", str(DEMO / "chat_template.jinja")]
+    assert told(capsys, copy, *given)["prompt"]["template"] == given[1]
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_weights_that_never_load_are_refused(
+    name: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / WEIGHTS.name).unlink()
+    (copy / name).write_bytes(WEIGHTS.read_bytes()[:1000])
+    error = told(capsys, copy, status=1)["error"]
+    said = "pickles only" if name.endswith(".bin") else "damaged or was not downloaded whole"
+    assert said in error["message"]
+
+
+def test_tied_weights_are_counted_once() -> None:
+    checkpoint = Checkpoint.open(None)
+    spec = registry.describe_decoder(checkpoint)
+    keys = registry.find_family(checkpoint.config).language_keys
+    assert spec.tied and spec.check(checkpoint, keys).elements == 1_698_752
