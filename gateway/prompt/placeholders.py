@@ -86,6 +86,16 @@ def check_spellings(
             )
 
 
+def surround(hidden: str, layout: Layout, tokenizer: Tokenizer) -> str:
+    """``hidden``, in which placeholders are aliases, with the layout's surroundings around them."""
+    before, after = layout.surroundings
+    if before or after:
+        for token_id in layout.item_token_ids.values():
+            alias = tokenizer.aliases.of[tokenizer.special_ids[token_id]]
+            hidden = hidden.replace(alias, before + alias + after)
+    return hidden
+
+
 def expand(
     layout: Layout,
     prompt: str,
@@ -149,6 +159,7 @@ def _span(start: int, run: RowRun, item: int, plan: Plan) -> Span:
         modality=plan.modality,
         grid_thw=plan.grid,
         seconds_per_grid=plan.seconds_per_grid,
+        attention=plan.attention,
     )
 
 

@@ -78,14 +78,22 @@ class Aliases:
         return self._aliases.sub(lambda match: self.back.get(match.group(), match.group()), text)
 
     def places(self, hidden: str, places: Iterable[int], spelled: Mapping[str, str]) -> list[int]:
-        """Where places in ``hidden`` are once its aliases are revealed. ``spelled``: the texts of
-        those aliases that stand for others than their special tokens."""
+        """Where places in ``hidden`` are once its aliases are revealed. ``spelled``: aliases, with
+        what surrounds them, that stand for other texts than their special tokens. Places within an
+        alias and its surroundings are where these begin."""
         texts = {**self.back, **spelled}
-        ends, longer = [0], [0]  # Of aliases: their ends, and by how much they are longer so far.
-        for match in self._aliases.finditer(hidden):
+        known = re.compile("|".join([*map(re.escape, spelled), self._aliases.pattern]))
+        starts, ends, longer = [], [0], [0]  # Of aliases; and by how much they are longer so far.
+        for match in known.finditer(hidden):
+            starts.append(match.start())
             ends.append(match.end())
             longer.append(longer[-1] + len(match.group()) - len(texts[match.group()]))
-        return [place - longer[bisect_right(ends, place) - 1] for place in places]
+        starts.append(len(hidden))
+        found = []
+        for place in places:
+            passed = bisect_right(ends, place) - 1
+            found.append(min(place, starts[passed]) - longer[passed])
+        return found
 
     def occur_in(self, text: str) -> bool:
         """Whether ``text`` contains a special token under its own name."""

@@ -150,7 +150,8 @@ def place_ref(token_id: int, ref: EmbeddingRef, picture: Picture | None = None) 
     if plan is None:
         span = Span(0, ref.num_rows, 0, 0, Modality.IMAGE, Grid(1, 1, ref.num_rows))
     else:
-        span = Span(0, ref.num_rows, 0, 0, plan.modality, plan.grid, plan.seconds_per_grid)
+        placed = (plan.modality, plan.grid, plan.seconds_per_grid, plan.attention)
+        span = Span(0, ref.num_rows, 0, 0, *placed)
     return Placed(token_id, ref, span, picture)
 
 

@@ -109,7 +109,8 @@ def parse_background(text: str) -> int | None:
 class Plan:
     """How one item will be decoded, resized, cut and counted. See ``embedding.proto``.
 
-    ``decode_cost`` and ``is_heavy`` are the structure's; messages and equality leave them out.
+    ``decode_cost`` and ``is_heavy`` are the structure's, ``attention`` is the family's; messages to
+    encoders and equality leave them out.
     """
 
     modality: Modality
@@ -126,6 +127,8 @@ class Plan:
     seconds_per_grid: float = 0.0
     decode_cost: int = field(default=0, compare=False)
     is_heavy: bool = field(default=False, compare=False)
+    # How the tokens of the item's spans attend to one another.
+    attention: SpanAttention = field(default=SpanAttention.CAUSAL, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

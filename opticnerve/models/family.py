@@ -114,6 +114,9 @@ class Layout(Protocol):
     # Every token that stands for media, by its name in processors ("image_token"). No text may
     # become one. Their spelling is the tokenizer's.
     placeholder_ids: Mapping[str, int]
+    # Text that processors put before and after an item's placeholder, which templates do not write.
+    # It is put there before the prompt is tokenized: it may form one token with its neighbours.
+    surroundings: tuple[str, str]
     hidden_size: int  # Columns of an embedding: the language model's width.
     deepstack_levels: int  # "deepstack.<i>" tensors that an embedding has beside its rows.
     max_positions: int  # max_position_embeddings of the language model.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from opticnerve.errors import CheckpointError, InvalidMedia, PlanMismatch
-from opticnerve.media.plan import Grid, Modality, Plan, Structure
+from opticnerve.media.plan import Grid, Modality, Plan, SpanAttention, Structure
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
@@ -39,7 +39,11 @@ def check_aspect(width: int, height: int) -> None:
 
 
 def picture_plan(
-    structure: Structure, resized: tuple[int, int], grid: Grid, num_tokens: int
+    structure: Structure,
+    resized: tuple[int, int],
+    grid: Grid,
+    num_tokens: int,
+    attention: SpanAttention = SpanAttention.CAUSAL,
 ) -> Plan:
     """The plan of a picture that the tower sees at ``resized`` (width, height)."""
     return Plan(
@@ -55,6 +59,7 @@ def picture_plan(
         num_patches=grid.num_patches,
         decode_cost=structure.decode_cost,
         is_heavy=structure.is_heavy,
+        attention=attention,
     )
 
 

@@ -16,11 +16,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from gateway.api.apply_template import ApplyTemplateRequest
 from gateway.api.schemas.parsing import parse
+from gateway.job import TextPrompt
 from gateway.prompt import placeholders
+from gateway.prompt.completion_prompt import read_plain
 from gateway.prompt.renderer import ChatRenderer
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
-from opticnerve.media.plan import Grid, Modality, Plan, Structure
+from opticnerve.media.plan import Grid, Modality, Plan, SpanAttention, Structure
 from opticnerve.models.family import Expansion, RowRun
 from opticnerve.models.registry import make_layout
 from tests.checkpoints import make_checkpoint
@@ -116,6 +118,44 @@ def test_typed_placeholders_take_no_picture(made: Made) -> None:
     plans = plans_for(renderer, 2)
     check_spans(renderer, renderer.build(rendered, plans), plans)
     assert made.image_token in rendered.prompt
+
+
+# ---- text around placeholders
+
+AROUND = ("\n\n", "\n\n")
+
+
+def test_what_surrounds_a_placeholder_is_tokenized_with_its_neighbours(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As processors do it that write more than the placeholder into the text."""
+    renderer = made.renderer
+    monkeypatch.setattr(type(renderer.layout), "surroundings", AROUND)
+    rendered = renderer.render(chat([text("one\n"), IMAGE, IMAGE, text("\n\ntwo")]))
+    assert AROUND[0] + made.image_token not in rendered.prompt
+    plans = plans_for(renderer, 2)
+    prompt = renderer.build(rendered, plans)
+    written = rendered.prompt.replace(made.image_token, made.image_token.join(AROUND))
+    assert list(prompt.token_ids) == expected_ids(made, written, plans)
+    check_spans(renderer, prompt, plans)
+
+
+def test_tokens_of_what_surrounds_a_mark_begin_where_the_mark_does(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer = made.renderer
+    layout, tokenizer = renderer.layout, renderer.tokenizer
+    plans = plans_for(renderer, 1)
+    asked = TextPrompt("one\n<mark>\ntwo", sources=(IMAGE,), marker="<mark>")
+    without = read_plain(asked, tokenizer, layout, plans=plans, locate=True)
+    monkeypatch.setattr(type(layout), "surroundings", AROUND)
+    found = read_plain(asked, tokenizer, layout, plans=plans, locate=True)
+    assert len(found.token_ids) >= len(without.token_ids) and found.starts is not None
+    (span,) = found.spans
+    assert set(found.starts[span.token_offset : span.token_offset + span.num_tokens]) == {4}
+    assert list(found.starts) == sorted(found.starts)
+    last = found.starts[-1]
+    assert asked.text[last:] in "two" and last == (without.starts or ())[-1]
 
 
 # ---- placeholders of other names
@@ -310,6 +350,13 @@ def test_time_travels_with_the_span() -> None:
     timed = replace(plan(2), seconds_per_grid=0.5)
     (span,) = placeholders.expand(Rows(), "p", [9], [timed], 99).spans
     assert span.seconds_per_grid == 0.5
+
+
+def test_attention_travels_with_the_span() -> None:
+    plans = [plan(2), replace(plan(4), attention=SpanAttention.BIDIRECTIONAL)]
+    spans = placeholders.expand(Rows(), "p", [9, 9], plans, 99).spans
+    causal, both = SpanAttention.CAUSAL, SpanAttention.BIDIRECTIONAL
+    assert [span.attention for span in spans] == [causal, both, both]
 
 
 @pytest.mark.parametrize(("ids", "count"), [([1], 1), ([9, 9], 1), ([9], 0)])
