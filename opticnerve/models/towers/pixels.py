@@ -30,8 +30,9 @@ class PixelTable:
         self._channels = torch.arange(0, 768, 256, dtype=torch.int32, device=device)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 [..., 3], red first -> floats of the same shape."""
-        places = pixels + self._channels
+        """uint8 [..., width, 3], red first -> floats of the same shape."""
+        channels = self._channels.repeat(pixels.shape[-2])  # Long rows are added to faster.
+        places = pixels.flatten(-2) + channels
         return self._values.index_select(0, places.flatten()).view(pixels.shape)
 
 

@@ -1,0 +1,212 @@
+"""What preparing a picture costs, and encoding it, beside Hugging Face's own parts.
+
+    python -m bench.preprocess [--rounds N] [--depth N] [--cpu] [--quick]
+
+Preparing: from a 1024x768 JPEG's bytes to a tower's floats, by stage, on one thread. Ours resizes
+and cuts 8-bit pixels; a table on the tower's device, here the CPU too, makes them floats. "as it
+was" made floats, and the doubled frame, before the tower. Hugging Face's processors get the picture
+that Pillow decoded; what they do beside Pillow's resizing counts as cutting. torchvision is
+installed for this run, in a folder of its own.
+
+Encoding: the tower and projector of one picture against transformers' own, with the widths of a
+published model and a few of its layers, in float32, on one thread; and how far the rows differ.
+
+Figures are medians over rounds in which each contestant takes its turn. ``--cpu`` counts the
+thread's CPU time, for a machine that others use too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import io
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import report
+
+JPEG_SIZE = (1024, 768)
+STAGES = ("decode", "resize", "cut", "table")
+OURS, WAS, PILLOW, TORCHVISION = "ours", "as it was", "Pillow-backed", "torchvision-backed"
+
+Clock = Callable[[], float]
+Say = Callable[[str], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15, help="of preparing; a third of encoding")
+    parser.add_argument("--depth", type=int, default=4, help="layers of the towers")
+    parser.add_argument("--cpu", action="store_true", help="measure CPU time, not wall time")
+    parser.add_argument("--quick", action="store_true", help="3 rounds, towers of 2 layers")
+    args = parser.parse_args()
+    rounds, depth = (3, 2) if args.quick else (args.rounds, args.depth)
+    clock = time.thread_time if args.cpu else time.perf_counter
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        results = run(rounds, depth, clock, Path(folder), lambda text: print(text, file=sys.stderr))
+    show(results)
+    print("written to", report.save("preprocess", results).relative_to(Path.cwd()))
+
+
+def run(rounds: int, depth: int, clock: Clock, folder: Path, say: Say) -> dict[str, Any]:
+    from bench.preprocess.ways import add_torchvision
+
+    say("installing torchvision ...")
+    missing = add_torchvision(folder / "torchvision")
+    if missing:
+        say(f"torchvision cannot be had, and its rows are left out: {missing}")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from bench.preprocess.published import PUBLISHED
+
+    results: dict[str, Any] = {
+        "clock": "wall" if clock is time.perf_counter else "cpu",
+        "rounds": rounds,
+        "depth": depth,
+        "preparing": {},
+        "encoding": {},
+    }
+    for family, published in PUBLISHED.items():
+        say(f"{published.model}: a random checkpoint with its widths and {depth} layers ...")
+        path = published.write(family, depth, folder)
+        say(f"{published.model}: preparing, {rounds} rounds")
+        results["preparing"][published.model] = preparing(family, path, rounds, clock, not missing)
+        say(f"{published.model}: encoding, {max(rounds // 3, 2)} rounds")
+        results["encoding"][published.model] = encoding(family, path, max(rounds // 3, 2), clock)
+        gc.collect()
+    return results
+
+
+# ---- preparing
+
+
+def preparing(
+    family: str, path: Path, rounds: int, clock: Clock, with_torchvision: bool
+) -> dict[str, Any]:
+    """Milliseconds by stage, and bytes a picture, by contestant."""
+    from bench.preprocess.ways import Ours, Way, theirs, torchvision_processor
+    from tests.families import samples
+
+    jpeg = _jpeg(JPEG_SIZE)
+    ours = Ours(path, jpeg, clock)
+    ways: dict[str, Way] = {
+        OURS: ours,
+        WAS: ours.as_it_was,
+        PILLOW: theirs(samples()[family].image_processor(path), clock),
+    }
+    if with_torchvision:
+        ways[TORCHVISION] = theirs(torchvision_processor(family, path), clock)
+    outcomes = {name: way(jpeg)[1] for name, way in ways.items()}  # The first is not measured.
+    if not torch.equal(torch.from_numpy(outcomes[WAS]), outcomes[PILLOW]):
+        raise SystemExit("the floats as they were are not those of the Pillow-backed processor")
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for turn in range(rounds):
+        for name in _in_turn(list(ways), turn):
+            seen[name].append(ways[name](jpeg)[0])
+    return {
+        name: {
+            "bytes": outcomes[name].nbytes,
+            "total_ms": 1e3 * statistics.median(sum(stages.values()) for stages in seen[name]),
+            **{
+                f"{stage}_ms": 1e3 * statistics.median(stages[stage] for stages in seen[name])
+                for stage in seen[name][0]
+            },
+        }
+        for name in ways
+    }
+
+
+def _jpeg(size: tuple[int, int]) -> bytes:
+    """A picture of smooth areas with some noise, at a photograph's usual quality."""
+    from tests.reference import picture
+
+    file = io.BytesIO()
+    picture(*size).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def _in_turn(names: list[str], turn: int) -> list[str]:
+    first = turn % len(names)
+    return names[first:] + names[:first]
+
+
+# ---- encoding
+
+
+def encoding(family: str, path: Path, rounds: int, clock: Clock) -> dict[str, Any]:
+    """Milliseconds a picture of our tower and of transformers', and how far the rows differ."""
+    from opticnerve.checkpoints.checkpoint import Checkpoint
+    from opticnerve.media.plan import Structure
+    from opticnerve.models import registry
+    from tests.families import samples
+    from tests.reference import load_reference, picture
+
+    checkpoint, sample = Checkpoint.open(str(path), side="encoder"), samples()[family]
+    layout = registry.make_layout(checkpoint)
+    image = picture(448, 336)
+    plan = layout.plan(Structure("png", *image.size))
+    pixels = registry.make_preprocessor(checkpoint, layout)(image, plan)
+    tower = registry.load_tower(checkpoint, torch.float32, "cpu")
+    whole = load_reference(path)
+    inputs = sample.image_inputs(sample.image_processor(path), [image])
+    contestants: dict[str, Callable[[], torch.Tensor]] = {
+        "ours": lambda: tower.encode([pixels], [plan])[0]["rows"],
+        "transformers": lambda: sample.rows(whole, inputs)["rows"],
+    }
+    rows = {name: encode() for name, encode in contestants.items()}
+    difference = (rows["ours"] - rows["transformers"]).abs().max()
+    seen: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds):
+        for name in _in_turn(list(contestants), turn):
+            started = clock()
+            contestants[name]()
+            seen[name].append(1e3 * (clock() - started))
+    return {
+        "patches": plan.num_patches,
+        "ours_ms": statistics.median(seen["ours"]),
+        "transformers_ms": statistics.median(seen["transformers"]),
+        "largest_difference": float(difference / rows["transformers"].abs().max()),
+    }
+
+
+# ---- telling
+
+
+def show(results: Mapping[str, Any]) -> None:
+    rows = [
+        (
+            model,
+            name,
+            *(f"{of[f'{stage}_ms']:.1f}" if f"{stage}_ms" in of else "-" for stage in STAGES),
+            f"{of['total_ms']:.1f}",
+            f"{of['bytes'] / 1e6:.2f}",
+        )
+        for model, ways in results["preparing"].items()
+        for name, of in ways.items()
+    ]
+    print(report.table(("a 1024x768 JPEG, ms", "", *STAGES, "in all", "MB"), rows), end="\n\n")
+    rows = [
+        (
+            model,
+            of["patches"],
+            f"{of['ours_ms']:.0f}",
+            f"{of['transformers_ms']:.0f}",
+            f"{of['transformers_ms'] / of['ours_ms']:.2f}x",
+            f"{of['largest_difference']:.1e}",
+        )
+        for model, of in results["encoding"].items()
+    ]
+    header = (f"a picture, {results['depth']} layers", "patches", "ours, ms", "transformers, ms")
+    print(report.table((*header, "", "rows differ by"), rows), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
