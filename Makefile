@@ -29,7 +29,7 @@ serve: $(INSTALLED)
 	$(BIN)/opticnerve up $(ARGS)
 
 bench: $(INSTALLED) redis
-	for name in store split engine memory; do $(BIN)/python -m bench.$$name || exit 1; done
+	for name in store split engine memory preprocess; do $(BIN)/python -m bench.$$name || exit 1; done
 	$(BIN)/python -m bench.load --quick
 
 measure: $(INSTALLED)  # ARGS="--before COMMIT" adds that commit's figures.

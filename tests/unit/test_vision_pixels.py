@@ -14,16 +14,18 @@ import torch
 from PIL import Image
 
 from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.checkpoints.json_files import PixelSettings
 from opticnerve.errors import PlanMismatch
 from opticnerve.media.plan import Structure
 from opticnerve.models import registry
 from opticnerve.models.family import Preprocessor
-from opticnerve.models.towers.pixels import PixelTable
+from opticnerve.models.towers.pixels import PixelTable, upload, value_table
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.families import samples
 from tests.reference import image_processor, picture, pixel_values
 
 MakeCheckpoint = Callable[..., Path]
+CPU = torch.device("cpu")
 
 SIZES = [(56, 56), (100, 80), (300, 200), (57, 201), (120, 120), (28, 400), (1024, 768), (9, 13)]
 
@@ -48,7 +50,7 @@ def test_pixels_equal_the_reference(
     pixels = preprocess(image, plan)
     assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
-    values = PixelTable(layout.pixels, torch.float32, "cpu")(torch.from_numpy(pixels))
+    values = PixelTable(layout.pixels, torch.float32, CPU)(upload([pixels], CPU))
     assert np.array_equal(values, samples()[family].pixels(expected))
     if "image_grid_thw" in expected:
         assert expected["image_grid_thw"].tolist() == [[plan.grid.t, plan.grid.h, plan.grid.w]]
@@ -94,3 +96,15 @@ def test_a_turned_picture_has_its_displayed_size(random_checkpoint: MakeCheckpoi
     assert replace(plan, width=80, height=100, orientation=1) == upright
     image = picture(80, 100)
     assert np.array_equal(preprocess(image, plan), preprocess(image, upright))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_batch_is_uploaded_in_order_and_rounded_once(dtype: torch.dtype) -> None:
+    """Every value of every channel, as two items, of which one cannot be written to."""
+    values = np.arange(256, dtype=np.uint8).repeat(3).reshape(64, 2, 2, 3)
+    values.flags.writeable = False
+    batch = upload([values[:10], values[10:]], CPU)
+    assert np.array_equal(batch, values)
+    floats = PixelTable(PixelSettings(), dtype, CPU)(batch).reshape(256, 3)
+    expected = torch.from_numpy(value_table(PixelSettings()).T.copy()).to(dtype)
+    assert floats.dtype is dtype and torch.equal(floats, expected)
