@@ -181,7 +181,7 @@ def layout(image_token_id: int) -> Any:
         item_token_ids={Modality.IMAGE: image_token_id},
         placeholder_ids={"image_token": image_token_id},
         max_positions=8192,
-        surroundings=("", ""),
+        rewrite=None,
     )
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gateway.job import TextPrompt, TokenPrompt, prompt_too_long
-from gateway.prompt.placeholders import ExpandedPrompt, expand, expand_starts, surround
+from gateway.prompt.placeholders import ExpandedPrompt, expand, expand_starts, picture_text
 from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.errors import InvalidRequest
-from opticnerve.media.plan import Modality, Plan
+from opticnerve.media.plan import Plan
 from opticnerve.models.family import Layout
 
 
@@ -54,15 +54,14 @@ def _hide(
     prompt: TextPrompt, tokenizer: Tokenizer, layout: Layout
 ) -> tuple[str, Mapping[str, str]]:
     """The text with aliases for its special tokens and for the marks of its pictures; and which
-    alias, with what surrounds it, stands for a mark. Placeholders of pictures are text. What the
-    model expects around them is special where there are pictures."""
+    aliases, with the text between them, stand for a mark. Placeholders of pictures are text. What
+    the model expects around them is special where there are pictures."""
     names, aliases = tokenizer.special_ids, tokenizer.aliases
     ids = layout.item_token_ids if prompt.sources else layout.placeholder_ids
     plain = frozenset(names[i] for i in ids.values() if i in names)
     if not prompt.sources:
         return aliases.hide(prompt.text, plain), {}
-    alias = aliases.of[names[layout.item_token_ids[Modality.IMAGE]]]
-    mark = surround(alias, layout, tokenizer)
+    mark = picture_text(layout, tokenizer)
     parts = prompt.text.split(prompt.marker)
     return mark.join(aliases.hide(part, plain) for part in parts), {mark: prompt.marker}
 

@@ -86,14 +86,25 @@ def check_spellings(
             )
 
 
-def surround(hidden: str, layout: Layout, tokenizer: Tokenizer) -> str:
-    """``hidden``, in which placeholders are aliases, with the layout's surroundings around them."""
-    before, after = layout.surroundings
-    if before or after:
-        for token_id in layout.item_token_ids.values():
-            alias = tokenizer.aliases.of[tokenizer.special_ids[token_id]]
-            hidden = hidden.replace(alias, before + alias + after)
-    return hidden
+def picture_text(layout: Layout, tokenizer: Tokenizer) -> str:
+    """What stands for a picture in a text that is to be tokenized, with aliases for its tokens."""
+    aliases = _aliases(layout, tokenizer)
+    text = "{image_token}" if layout.rewrite is None else layout.rewrite.text
+    return text.format_map(aliases)
+
+
+def rewrite(hidden: str, layout: Layout, tokenizer: Tokenizer) -> str:
+    """A rendered chat, in which special tokens are aliases, with the layout's ``Rewrite``."""
+    if layout.rewrite is None:
+        return hidden
+    written = _aliases(layout, tokenizer)[layout.rewrite.written]
+    return hidden.replace(written, picture_text(layout, tokenizer))
+
+
+def _aliases(layout: Layout, tokenizer: Tokenizer) -> dict[str, str]:
+    """The alias of each placeholder that the tokenizer has, by name."""
+    names, ids = tokenizer.special_ids, layout.placeholder_ids
+    return {name: tokenizer.aliases.of[names[i]] for name, i in ids.items() if i in names}
 
 
 def expand(

@@ -117,7 +117,7 @@ class ChatRenderer:
         special = asked.add_special_tokens
         if special is None:
             special = not self._starts_with_bos(hidden)
-        hidden = placeholders.surround(hidden, self.layout, self.tokenizer)
+        hidden = placeholders.rewrite(hidden, self.layout, self.tokenizer)
         ids = self.tokenizer.encode(hidden, add_special_tokens=special)
         placeholders.check_count(self.layout, ids, num_items)
         return RenderedChat(prompt, tuple(ids), num_items, contexts)

@@ -78,9 +78,9 @@ class Aliases:
         return self._aliases.sub(lambda match: self.back.get(match.group(), match.group()), text)
 
     def places(self, hidden: str, places: Iterable[int], spelled: Mapping[str, str]) -> list[int]:
-        """Where places in ``hidden`` are once its aliases are revealed. ``spelled``: aliases, with
-        what surrounds them, that stand for other texts than their special tokens. Places within an
-        alias and its surroundings are where these begin."""
+        """Where places in ``hidden`` are once its aliases are revealed. ``spelled``: parts of
+        ``hidden``, with aliases in them, that stand for other texts. Places within such a part are
+        where it begins."""
         texts = {**self.back, **spelled}
         known = re.compile("|".join([*map(re.escape, spelled), self._aliases.pattern]))
         starts, ends, longer = [], [0], [0]  # Of aliases; and by how much they are longer so far.

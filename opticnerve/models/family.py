@@ -105,6 +105,15 @@ class Expansion:
     runs: tuple[RowRun, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """How processors change a template's text before they tokenize it: what they add may form one
+    token with its neighbours. Tokens go by their names in ``Layout.placeholder_ids``."""
+
+    written: str  # What templates write for a picture: "boi_token".
+    text: str  # What replaces it, with the placeholder in it: "\n\n{boi_token}{image_token}".
+
+
 class Layout(Protocol):
     """Sizing, placeholders and positions of one checkpoint. Holds no tensors, decodes nothing."""
 
@@ -114,9 +123,7 @@ class Layout(Protocol):
     # Every token that stands for media, by its name in processors ("image_token"). No text may
     # become one. Their spelling is the tokenizer's.
     placeholder_ids: Mapping[str, int]
-    # Text that processors put before and after an item's placeholder, which templates do not write.
-    # It is put there before the prompt is tokenized: it may form one token with its neighbours.
-    surroundings: tuple[str, str]
+    rewrite: Rewrite | None  # None: templates write the placeholder, and the text stays as it is.
     hidden_size: int  # Columns of an embedding: the language model's width.
     deepstack_levels: int  # "deepstack.<i>" tensors that an embedding has beside its rows.
     max_positions: int  # max_position_embeddings of the language model.

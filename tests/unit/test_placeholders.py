@@ -23,7 +23,7 @@ from gateway.prompt.renderer import ChatRenderer
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
 from opticnerve.media.plan import Grid, Modality, Plan, SpanAttention, Structure
-from opticnerve.models.family import Expansion, RowRun
+from opticnerve.models.family import Expansion, Rewrite, RowRun
 from opticnerve.models.registry import make_layout
 from tests.checkpoints import make_checkpoint
 
@@ -123,14 +123,15 @@ def test_typed_placeholders_take_no_picture(made: Made) -> None:
 # ---- text around placeholders
 
 AROUND = ("\n\n", "\n\n")
+REWRITE = Rewrite("image_token", "{image_token}".join(AROUND))
 
 
-def test_what_surrounds_a_placeholder_is_tokenized_with_its_neighbours(
+def test_what_is_written_around_a_placeholder_is_tokenized_with_its_neighbours(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As processors do it that write more than the placeholder into the text."""
     renderer = made.renderer
-    monkeypatch.setattr(type(renderer.layout), "surroundings", AROUND)
+    monkeypatch.setattr(type(renderer.layout), "rewrite", REWRITE)
     rendered = renderer.render(chat([text("one\n"), IMAGE, IMAGE, text("\n\ntwo")]))
     assert AROUND[0] + made.image_token not in rendered.prompt
     plans = plans_for(renderer, 2)
@@ -140,7 +141,7 @@ def test_what_surrounds_a_placeholder_is_tokenized_with_its_neighbours(
     check_spans(renderer, prompt, plans)
 
 
-def test_tokens_of_what_surrounds_a_mark_begin_where_the_mark_does(
+def test_tokens_of_what_is_written_around_a_mark_begin_where_the_mark_does(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     renderer = made.renderer
@@ -148,7 +149,7 @@ def test_tokens_of_what_surrounds_a_mark_begin_where_the_mark_does(
     plans = plans_for(renderer, 1)
     asked = TextPrompt("one\n<mark>\ntwo", sources=(IMAGE,), marker="<mark>")
     without = read_plain(asked, tokenizer, layout, plans=plans, locate=True)
-    monkeypatch.setattr(type(layout), "surroundings", AROUND)
+    monkeypatch.setattr(type(layout), "rewrite", REWRITE)
     found = read_plain(asked, tokenizer, layout, plans=plans, locate=True)
     assert len(found.token_ids) >= len(without.token_ids) and found.starts is not None
     (span,) = found.spans

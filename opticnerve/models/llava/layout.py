@@ -34,7 +34,7 @@ class LlavaLayout:
     family = "llava"
     position_dims = 1
     deepstack_levels = 0
-    surroundings = ("", "")
+    rewrite = None
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         config, vision = checkpoint.config, checkpoint.vision_config

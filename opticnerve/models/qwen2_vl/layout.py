@@ -62,7 +62,7 @@ class Qwen2VLLayout:
     family = "qwen2_vl"
     position_dims = 3
     deepstack_levels = 0
-    surroundings = ("", "")
+    rewrite = None
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         config, vision = checkpoint.config, checkpoint.vision_config
