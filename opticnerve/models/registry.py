@@ -141,15 +141,15 @@ def load_tower(checkpoint: Checkpoint, dtype: Any, device: Any) -> Tower:
     return describe_tower(checkpoint).load(checkpoint, keys, dtype, device)
 
 
-def load_graph(checkpoint: Checkpoint, dtype: Any, device: Any) -> TowerGraph:
-    """The vision half of ``checkpoint`` as a graph that can be exported; arguments and errors as
-    ``load_tower`` has them. Raises UnsupportedCheckpoint for a family whose tower cannot be."""
+def make_graph(checkpoint: Checkpoint, tower: Tower) -> TowerGraph:
+    """``tower``, which is the checkpoint's, as a graph that can be exported. Raises
+    UnsupportedCheckpoint for a family whose tower cannot be."""
     family = find_family(checkpoint.config)
     if not family.graph:
         raise UnsupportedCheckpoint(
             f"{family.title} has no tower that can be exported; serve it with --backend torch"
         )
-    graph: TowerGraph = family.load_part(family.graph)(load_tower(checkpoint, dtype, device))
+    graph: TowerGraph = family.load_part(family.graph)(tower)
     return graph
 
 

@@ -9,6 +9,7 @@ FAMILY = Family(
     layout=".layout:LlavaLayout",
     preprocess=".preprocess:CenterCrop",
     tower=".vision:describe_tower",
+    graph=".vision:describe_graph",
     decoder=".language:describe_decoder",
     # Published as vision_tower.vision_model.*; later with "model." before it, then without
     # "vision_model".

@@ -14,6 +14,7 @@ from opticnerve.checkpoints.loader import transformers_config
 from opticnerve.errors import CheckpointError, UnsupportedCheckpoint
 from opticnerve.models.llava.layout import LlavaLayout
 from opticnerve.models.towers.pixels import check_pixels, upload
+from opticnerve.models.towers.tile_graph import TileGraph
 from opticnerve.models.towers.tower import ModuleTower, TowerSpec, without_batch
 
 if TYPE_CHECKING:
@@ -82,6 +83,13 @@ def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
             r".*vision_tower\..*embeddings\.position_ids$",  # Computed; old checkpoints carry it.
         ),
     )
+
+
+def describe_graph(tower: ClipTower) -> TileGraph:
+    module = tower.module
+    embeddings = module.tower.embeddings
+    tokens = embeddings.num_positions - module.first_row
+    return TileGraph(tower, embeddings.image_size, embeddings.num_patches, tokens)
 
 
 def _feature_layers(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:

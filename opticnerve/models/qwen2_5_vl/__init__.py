@@ -10,6 +10,7 @@ FAMILY = Family(
     layout=".layout:Qwen25VLLayout",
     preprocess="opticnerve.models.qwen2_vl.preprocess:Patchify",
     tower=".vision:describe_tower",
+    graph=".graph:WindowGraph",
     decoder=".language:describe_decoder",
     vision_keys=VISION_KEYS,
     language_keys=LANGUAGE_KEYS,

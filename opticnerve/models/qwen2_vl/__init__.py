@@ -19,6 +19,7 @@ FAMILY = Family(
     layout=".layout:Qwen2VLLayout",
     preprocess=".preprocess:Patchify",
     tower=".vision:describe_tower",
+    graph="opticnerve.models.towers.patch_graph:PatchGraph",
     decoder=".language:describe_decoder",
     vision_keys=VISION_KEYS,
     language_keys=LANGUAGE_KEYS,

@@ -6,14 +6,17 @@ dynamic sizes, ``pictures`` and ``patches``, that ``towers.export`` writes as ON
 TensorRT, TensorRT for RTX and onnxruntime.
 
 A call has a bucket: ``patches``, to which every picture of the call is padded. A padded key is
-masked, so padding changes no row. Where towers attend within pictures only, the frames of a video
-and the tiles of a picture are pictures of the graph, too.
+masked, so padding changes no row. Towers attend within pictures only, so that frames of a video
+and tiles of a picture are pictures of the graph, too.
 """
 
 from __future__ import annotations
 
+import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -32,10 +35,19 @@ own) stays finite."""
 PICTURES, PATCHES = "pictures", "patches"
 MAX_PICTURES, MAX_PATCHES = 4096, 2**20  # Bounds of the export's dimensions, not of an engine.
 
+Sizes = tuple[int | str, ...]
 Tensors = Mapping[str, torch.Tensor]
 
 
-class TowerGraph(Protocol):
+@dataclass(frozen=True, slots=True)
+class GraphInput:
+    """``shape``: numbers, and ``PICTURES`` or ``PATCHES`` where a call decides."""
+
+    shape: Sizes
+    dtype: torch.dtype
+
+
+class TowerGraph(ABC):
     """Tower and projector of one checkpoint as a graph, and the way to it and from it.
 
     Outputs are "rows" and "deepstack.<i>", each [pictures, tokens, hidden_size], of the padded
@@ -43,51 +55,109 @@ class TowerGraph(Protocol):
     """
 
     module: nn.Module | None  # forward(**inputs) -> outputs in order; None once released.
-    dtype: torch.dtype  # Of weights and outputs, and of inputs unless ``example`` says otherwise.
+    dtype: torch.dtype  # Of weights and outputs.
     device: torch.device  # Where ``prepare`` computes.
     hidden_size: int
-    input_names: tuple[str, ...]
+    inputs: Mapping[str, GraphInput]  # In the graph's order.
     output_names: tuple[str, ...]
-    unit: int  # A bucket is a multiple of it.
-    fixed_patches: int | None  # The one bucket of a tower that sees one size; else None.
+    unit: int = 1  # A bucket is a multiple of it.
+    fixed_patches: int | None = None  # The one bucket of a tower that sees one size.
 
-    def pictures(self, plan: Plan) -> int:
-        """How many of a call's pictures an item takes: its frames or tiles."""
-        ...
+    # ---- shapes
 
-    def patches(self, plan: Plan) -> int:
-        """The smallest bucket, a multiple of ``unit``, that holds each of the item's pictures."""
-        ...
-
-    def example(self, patches: int, pictures: int) -> dict[str, torch.Tensor]:
-        """Inputs of that bucket, random and unmasked, by name."""
-        ...
-
-    def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
-        """``torch.export``'s dimensions by input."""
-        ...
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(self.inputs)
 
     def shapes(self, pictures: int, patches: int) -> dict[str, tuple[int, ...]]:
         """The shape of each input, for optimization profiles."""
-        ...
+        sizes = {PICTURES: pictures, PATCHES: patches}
+        return {
+            name: tuple(sizes[size] if isinstance(size, str) else size for size in each.shape)
+            for name, each in self.inputs.items()
+        }
 
     def output_shapes(self, pictures: int, patches: int) -> dict[str, tuple[int, ...]]:
         """The shape of each output."""
-        ...
+        shape = (pictures, self.tokens(patches), self.hidden_size)
+        return dict.fromkeys(self.output_names, shape)
 
+    def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
+        """``torch.export``'s dimensions by input. The largest are far beyond any engine's."""
+        sizes = {
+            PICTURES: torch.export.Dim(PICTURES, min=1, max=MAX_PICTURES),
+            PATCHES: self.unit
+            * torch.export.Dim("units", min=1, max=max(MAX_PATCHES // self.unit, 2)),
+        }
+        return {
+            name: {i: sizes[size] for i, size in enumerate(each.shape) if isinstance(size, str)}
+            for name, each in self.inputs.items()
+        }
+
+    def example(self, pictures: int, patches: int) -> dict[str, torch.Tensor]:
+        """Inputs of that bucket, zeros, on ``device``."""
+        return {
+            name: torch.zeros(shape, dtype=self.inputs[name].dtype, device=self.device)
+            for name, shape in self.shapes(pictures, patches).items()
+        }
+
+    @abstractmethod
+    def tokens(self, patches: int) -> int:
+        """Rows of a picture of ``patches``, padding included."""
+
+    # ---- calls
+
+    @abstractmethod
+    def pictures(self, plan: Plan) -> int:
+        """How many of a call's pictures an item takes: its frames or tiles."""
+
+    @abstractmethod
+    def patches(self, plan: Plan) -> int:
+        """The smallest bucket, a multiple of ``unit``, that holds each of the item's pictures."""
+
+    @abstractmethod
     def prepare(
         self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan], patches: int
     ) -> dict[str, torch.Tensor]:
-        """Inputs of one call, contiguous, on ``device``: the items' pictures, padded to a bucket of
-        ``patches``. Raises PlanMismatch when pixels and plan differ."""
-        ...
+        """Inputs of one call, contiguous, on ``device``: the items' pictures one after the other,
+        each padded to a bucket of ``patches``. Raises PlanMismatch when pixels and plan differ."""
 
+    @abstractmethod
     def split(self, outputs: Tensors, plans: Sequence[Plan]) -> list[dict[str, torch.Tensor]]:
         """Named tensors of each item, [num_tokens, hidden_size] and without padding, from the
-        outputs of the call that ``prepare`` made of the same plans. Copies: outputs may be
-        overwritten afterwards."""
-        ...
+        outputs of the call that ``prepare`` made of the same plans. Each is a copy: the outputs may
+        be overwritten afterwards."""
 
     def release(self) -> None:
         """Drops ``module`` and its weights; ``prepare`` and ``split`` go on working."""
-        ...
+        self.module = None
+
+
+def share_weights(module: Any) -> Any:
+    """A copy of ``module`` whose submodules may be replaced, around the same weights.
+
+    transformers' RMS norms, which compute in several primitive steps, become torch's one operation.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    twin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    for name, part in list(twin.named_modules()):
+        if hasattr(part, "variance_epsilon"):
+            norm = nn.RMSNorm(part.weight.shape, part.variance_epsilon, device="meta")
+            norm.weight = part.weight
+            twin.set_submodule(name, norm)
+    return twin.eval()
+
+
+def attend_by_products(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention as two products and a softmax, which every engine knows how to fuse.
+
+    [rows, length, heads, dim] each -> the same. Query and key hold the scale of scores. ``mask``,
+    [rows, 1, 1 or length, length], is added to the scores. ONNX's Attention would be one node, but
+    onnxruntime wants a mask of every query there, and TensorRT for RTX does not take float32.
+    """
+    scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
+    if mask is not None:
+        scores = scores + mask
+    return (scores.softmax(dim=-1) @ value.transpose(1, 2)).transpose(1, 2)

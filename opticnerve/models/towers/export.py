@@ -1,0 +1,31 @@
+"""Writes a tower's graph as ONNX: one file for TensorRT, TensorRT for RTX and onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from opticnerve.models.towers.graph import TowerGraph
+
+OPSET = 23  # The first with RMSNormalization.
+EXAMPLE_PICTURES, EXAMPLE_UNITS = 2, 3  # No size of the example may look like a constant 1.
+
+
+def export(graph: TowerGraph, path: Path) -> None:
+    """Writes ``graph`` to ``path``, its weights beside it as ``<path>.data``, in the precision that
+    the graph is in. Needs the onnx and onnxscript packages; takes tens of seconds."""
+    if graph.module is None:
+        raise ValueError("the graph's module was released")
+    patches = graph.fixed_patches or EXAMPLE_UNITS * graph.unit
+    program = torch.onnx.export(
+        graph.module,
+        kwargs=graph.example(EXAMPLE_PICTURES, patches),
+        dynamic_shapes=graph.dynamic_shapes(),
+        input_names=list(graph.inputs),
+        output_names=list(graph.output_names),
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    program.save(path, external_data=True)
