@@ -279,6 +279,7 @@ class FusedDecoder:
             for each, layer in zip(model.layers, spec.layers, strict=True)
         ]
         self.norm = Norm(model.norm, form.centred)
+        self.query_scale = spec.query_scale
 
     def weight_bytes(self) -> int:
         """Memory of the weights."""
@@ -293,6 +294,9 @@ class FusedDecoder:
     ) -> torch.Tensor:
         """See ``family.LanguageModel.forward``."""
         factors = {kind: table(positions) for kind, table in self.tables.items()}
+        if self.query_scale is not None:
+            scale = self._scale(self.query_scale(positions[0]))
+            factors = {kind: each * scale for kind, each in factors.items()}
         last = len(self.layers) - 1
         early = rows if len(deepstack) <= last else None  # A level's indices are those of tokens.
         for i, (layer, kind) in enumerate(zip(self.layers, self.kinds, strict=True)):
@@ -303,6 +307,13 @@ class FusedDecoder:
         if rows is not None and early is None:
             hidden = hidden[rows]
         return self.norm.forward(hidden)
+
+    def _scale(self, of_queries: torch.Tensor) -> torch.Tensor:
+        """[tokens] -> [tokens, heads and kv_heads, 1]: keys keep their lengths."""
+        layer = self.layers[0]
+        scale = of_queries.new_ones(len(of_queries), layer.num_rotated, 1)
+        scale[:, : layer.num_heads, 0] = of_queries[:, None]
+        return scale
 
 
 def fuse(model: Any, attention: str, spec: DecoderSpec) -> FusedDecoder | None:

@@ -6,7 +6,7 @@ differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ class DecoderSpec:
     form: LayerForm = PRE_NORM
     embedding_scale: float = 1.0  # Multiplies input embeddings of tokens, not an item's rows.
     logit_soft_cap: float | None = None
+    # Multiplies queries, all of whose columns are rotated: positions [tokens] -> float32 [tokens].
+    query_scale: Callable[[torch.Tensor], torch.Tensor] | None = None
     recomputed: Mapping[str, Recompute] = field(default_factory=dict)  # As in ``load_module``.
 
     def load(
@@ -127,7 +129,7 @@ def llama_like(config: Any, model_class: Any, position_dims: int) -> DecoderSpec
     text = config.text_config
     kinds = getattr(text, "layer_types", None)
     if kinds is None:  # Mistral's window is every layer's.
-        windows = [text.sliding_window if text.model_type == "mistral" else None]
+        windows = [text.sliding_window if text.model_type in ("mistral", "ministral3") else None]
         windows *= text.num_hidden_layers
     else:
         windows = [text.sliding_window if kind == "sliding_attention" else None for kind in kinds]

@@ -1,4 +1,4 @@
-"""LLaVA-1.5's decoder, which is one of several text models."""
+"""LLaVA's decoder, which is one of several text models."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ MODELS: dict[str, Any] = {"llama": LlamaModel, "mistral": MistralModel, "qwen2":
 
 def describe_decoder(checkpoint: Checkpoint) -> DecoderSpec:
     """Raises UnsupportedCheckpoint for a text model of another kind."""
-    config = transformers_config(LlavaConfig, checkpoint)
+    return text_decoder(transformers_config(LlavaConfig, checkpoint))
+
+
+def text_decoder(config: Any) -> DecoderSpec:
+    """The decoder of ``config``, transformers' configuration of a whole model. Raises
+    UnsupportedCheckpoint for a text model that is none of MODELS."""
     kind = config.text_config.model_type
     if kind not in MODELS:
         raise UnsupportedCheckpoint(
-            f"this LLaVA checkpoint's language model is {kind!r}; supported are {', '.join(MODELS)}"
+            f"this checkpoint's language model is {kind!r}; supported are {', '.join(MODELS)}"
         )
     return llama_like(config, MODELS[kind], position_dims=1)

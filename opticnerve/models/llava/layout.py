@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,23 +35,43 @@ class LlavaLayout:
     position_dims = 1
     deepstack_levels = 0
     rewrite = None
+    # What transformers takes where config.json does not say; of several towers, the first.
+    towers: ClassVar[Mapping[str, int]] = {"clip_vision_model": 32}  # And their patch sizes.
+    text_model: ClassVar[str] = "llama"
+    image_token: ClassVar[int] = 32000
+    usual_strategy: ClassVar[str] = "default"
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         config, vision = checkpoint.config, checkpoint.vision_config
-        _check_architecture(vision)
-        self.hidden_size, self.max_positions = text_sizes(checkpoint)
-        index = integer(config, "image_token_index", 32000)
+        self.tower = self._read_tower(vision)
+        self.hidden_size, self.max_positions = text_sizes(checkpoint, self.text_model)
+        index = integer(config, "image_token_index", self.image_token)
         image_token_id = integer(config, "image_token_id", index)
         self.item_token_ids = {Modality.IMAGE: image_token_id}
         self.placeholder_ids = {"image_token": image_token_id}
-        self.patch_size = positive(vision, "patch_size", 32)
+        self.patch_size = positive(vision, "patch_size", self.towers[self.tower])
         self.image_size = positive(vision, "image_size", 224)
-        self.strategy = str(config.get("vision_feature_select_strategy") or "default")
+        self.strategy = str(config.get("vision_feature_select_strategy") or self.usual_strategy)
         if self.strategy not in ("default", "full"):
             raise UnsupportedCheckpoint(
                 f"vision_feature_select_strategy is {self.strategy!r}; default and full are served"
             )
         self._read_processor(checkpoint)
+
+    def _read_tower(self, vision: Mapping[str, Any]) -> str:
+        """The tower's model_type."""
+        if not vision:
+            raise UnsupportedCheckpoint(
+                "this LLaVA checkpoint has no vision_config: it is in the original authors' "
+                "layout; use its Hugging Face conversion (llava-hf/…)"
+            )
+        kind = str(vision.get("model_type", next(iter(self.towers))))
+        if kind not in self.towers:
+            raise UnsupportedCheckpoint(
+                f"this LLaVA checkpoint's vision tower is {kind!r}; supported are "
+                f"{', '.join(self.towers)}"
+            )
+        return kind
 
     def _read_processor(self, checkpoint: Checkpoint) -> None:
         processor = processor_settings(checkpoint)
@@ -61,10 +81,10 @@ class LlavaLayout:
                 "switch do_pad off, as the published LLaVA-1.5 has it"
             )
         self.pixels = PixelSettings.read(processor)
-        self.size = _size(processor.get("size", {"shortest_edge": 224}), "size")
+        self.size = read_size(processor.get("size", {"shortest_edge": 224}), "size")
         self.crop_size: tuple[int, int] | None = None
         if processor.get("do_center_crop", True):
-            crop = _size(processor.get("crop_size", 224), "crop_size")
+            crop = read_size(processor.get("crop_size", 224), "crop_size")
             self.crop_size = (crop, crop) if isinstance(crop, int) else crop
         seen = self.crop_size or self.size
         if seen != (self.image_size, self.image_size):
@@ -84,12 +104,7 @@ class LlavaLayout:
         return (self.size, longer) if width <= height else (longer, self.size)
 
     def plan(self, structure: Structure, overrides: Overrides = NO_OVERRIDES) -> Plan:
-        if overrides.min_pixels is not None or overrides.max_pixels is not None:
-            raise InvalidRequest(
-                "this model sees every picture at one size: leave out min_pixels and max_pixels",
-                param="min_pixels" if overrides.min_pixels is not None else "max_pixels",
-            )
-        check_aspect(*structure.displayed_size)
+        check_item(structure.displayed_size, overrides)
         side = self.image_size // self.patch_size
         tokens = side * side + (self.strategy == "full")
         return picture_plan(
@@ -118,20 +133,18 @@ class LlavaLayout:
         }
 
 
-def _check_architecture(vision: Mapping[str, Any]) -> None:
-    if not vision:
-        raise UnsupportedCheckpoint(
-            "this LLaVA checkpoint has no vision_config: it is in the original authors' layout; "
-            "use its Hugging Face conversion (llava-hf/…)"
+def check_item(size: tuple[int, int], overrides: Overrides) -> None:
+    """Raises InvalidRequest for bounds of pixels, which these models do not have, and InvalidMedia
+    for a picture that is too long. ``size``: (width, height) as displayed."""
+    if overrides.min_pixels is not None or overrides.max_pixels is not None:
+        raise InvalidRequest(
+            "this model sees pictures at sizes of its own: leave out min_pixels and max_pixels",
+            param="min_pixels" if overrides.min_pixels is not None else "max_pixels",
         )
-    kind = vision.get("model_type", "clip_vision_model")
-    if kind != "clip_vision_model":
-        raise UnsupportedCheckpoint(
-            f"this LLaVA checkpoint's vision tower is {kind!r}; clip_vision_model is supported"
-        )
+    check_aspect(*size)
 
 
-def _size(value: Any, name: str) -> int | tuple[int, int]:
+def read_size(value: Any, name: str) -> int | tuple[int, int]:
     """A shortest edge, or (width, height)."""
     if isinstance(value, int):
         return positive({name: value}, name)

@@ -1,13 +1,13 @@
-"""LLaVA-1.5's CLIP tower and projector."""
+"""LLaVA-1.5's CLIP tower and projector, and what its successors share with it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import CLIPVisionModel, LlavaConfig
+from transformers import CLIPVisionModel, LlavaConfig, SiglipVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from opticnerve.checkpoints.loader import transformers_config
@@ -23,26 +23,41 @@ if TYPE_CHECKING:
 
     from opticnerve.checkpoints.checkpoint import Checkpoint
     from opticnerve.media.plan import Plan
+    from opticnerve.models.family import Tower
 
 
-class ClipProjector(nn.Module):  # type: ignore[misc]
-    """The tower's first layers, up to the last that the projector reads, and the projector.
+TOWERS: dict[str, Any] = {
+    "clip_vision_model": CLIPVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+}
+UNREAD = ("post_layernorm", "head")  # They pool rows, which the projector does not read.
 
-    ``layers``: indices of the hidden states that the projector reads; 0 is the embeddings.
+
+class SquareProjector(nn.Module):  # type: ignore[misc]
+    """The first layers of a CLIP or SigLIP tower, up to the last that the projector reads, and the
+    projector.
+
+    ``config``: transformers' of the whole model.
     """
 
-    def __init__(self, config: Any, layers: Sequence[int], strategy: str) -> None:
+    def __init__(self, config: Any, layout: LlavaLayout) -> None:
         super().__init__()
-        self.tower: Any = CLIPVisionModel(config.vision_config)
-        del self.tower.encoder.layers[max(layers) :]
-        del self.tower.post_layernorm  # Pools rows, which the projector does not read.
+        vision = config.vision_config
+        # Indices of hidden states; 0 is the embeddings.
+        self.layers = feature_layers(config.vision_feature_layer, vision.num_hidden_layers)
+        self.tower: Any = TOWERS[vision.model_type](vision)
+        del self.tower.encoder.layers[max(self.layers) :]
+        for name in UNREAD:
+            if hasattr(self.tower, name):
+                delattr(self.tower, name)
         self.projector = LlavaMultiModalProjector(config)
-        self.layers = tuple(layers)
-        self.first_row = 1 if strategy == "default" else 0  # Row 0 is the class token.
+        self.first_row = 1 if layout.strategy == "default" else 0  # Row 0 is the class token.
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """[pictures, 3, height, width] -> [pictures, tokens, hidden_size]."""
-        hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixels))
+        hidden = self.tower.embeddings(pixels)
+        if hasattr(self.tower, "pre_layrnorm"):  # CLIP's.
+            hidden = self.tower.pre_layrnorm(hidden)
         states = [hidden]
         for layer in self.tower.encoder.layers:
             hidden = layer(hidden, attention_mask=None)
@@ -70,15 +85,26 @@ def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
     """Raises CheckpointError for a tower that is not CLIP's, or lacks a layer that is read."""
     layout = LlavaLayout(checkpoint)  # It refuses other towers.
     config = transformers_config(LlavaConfig, checkpoint)
+    return square_tower(
+        config,
+        lambda: SquareProjector(config, layout),
+        lambda module: ClipTower(module, layout.pixels, layout.hidden_size),
+    )
+
+
+def square_tower(
+    config: Any, make_module: Callable[[], nn.Module], make_tower: Callable[[Any], Tower]
+) -> TowerSpec:
+    """The declaration of a tower whose module is a ``SquareProjector`` of ``config``."""
     depth = config.vision_config.num_hidden_layers
-    layers = _feature_layers(config.vision_feature_layer, depth)
-    unused = "|".join(str(i) for i in range(max(layers), depth)) or "none"
+    last = max(feature_layers(config.vision_feature_layer, depth))
+    unused = "|".join(map(str, range(last, depth))) or "none"
     return TowerSpec(
-        make_module=lambda: ClipProjector(config, layers, layout.strategy),
-        make_tower=lambda module: ClipTower(module, layout.pixels, config.text_config.hidden_size),
+        make_module=make_module,
+        make_tower=make_tower,
         recomputed={"tower.embeddings.position_ids": _position_ids},
         ignored=(
-            r".*vision_tower\..*post_layernorm\.",
+            rf".*vision_tower\.(?:.*\.)?(?:{'|'.join(UNREAD)})\.",
             rf".*vision_tower\..*encoder\.layers\.(?:{unused})\.",
             r".*vision_tower\..*embeddings\.position_ids$",  # Computed; old checkpoints carry it.
         ),
@@ -92,7 +118,7 @@ def describe_graph(tower: ClipTower) -> TileGraph:
     return TileGraph(tower, embeddings.image_size, embeddings.num_patches, tokens)
 
 
-def _feature_layers(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
+def feature_layers(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
     """Indices of hidden states, 0 to ``depth``; the configuration may count from the end."""
     wanted = (layers,) if isinstance(layers, int) else tuple(layers)
     found = tuple(i + depth + 1 if i < 0 else i for i in wanted)
