@@ -66,7 +66,8 @@ def tenant_salt(tenant: str, requested: str) -> str:
 
 
 def _overrides(overrides: Overrides) -> bytes:
-    """Without a background, the bytes are those of releases that had no such setting: their callers
-    dropped transparency too, so their keys stay valid."""
+    """Settings at their neutral values are left out: the bytes are those of releases that had no
+    such setting, so their keys stay valid."""
     pixels = b"%d,%d" % (overrides.min_pixels or 0, overrides.max_pixels or 0)
-    return pixels if overrides.background is None else pixels + b",%06x" % overrides.background
+    background = b"" if overrides.background is None else b",%06x" % overrides.background
+    return pixels + background + (b",several" if overrides.one_of_several else b"")

@@ -60,7 +60,8 @@ class MediaReader:
         Raises InvalidRequest, MediaFetchFailed, PayloadTooLarge, DeadlineExceeded.
         """
         async with deadline.timeout():
-            return await all_of(*(self._fetch(source, hold) for source in sources))
+            several = len(sources) > 1
+            return await all_of(*(self._fetch(source, several, hold) for source in sources))
 
     async def plan(self, items: Sequence[Fetched]) -> list[Plan]:
         """Sizes of all pictures, from their structure. Raises InvalidMedia."""
@@ -79,14 +80,18 @@ class MediaReader:
 
         return [await off_loop_above(OFF_LOOP_BYTES, len(item.data), key, item) for item in items]
 
-    async def _fetch(self, source: ItemSource, hold: Callable[[int], None]) -> Fetched:
+    async def _fetch(
+        self, source: ItemSource, several: bool, hold: Callable[[int], None]
+    ) -> Fetched:
         data = await self.fetcher.fetch(source.url, param=source.param, hold=hold)
-        return Fetched(source.param, self._overrides(source), data)
+        return Fetched(source.param, self._overrides(source, several), data)
 
-    def _overrides(self, source: ItemSource) -> Overrides:
-        """The item's own bounds, limited by the server's, and the server's background."""
+    def _overrides(self, source: ItemSource, several: bool) -> Overrides:
+        """The item's own bounds, limited by the server's, and the server's background. ``several``:
+        whether the prompt has more than one picture."""
         least, most = self.config.min_pixels or None, self.config.max_pixels or None
-        default_most: int | None = self.layout.settings().get("max_pixels")
+        settings = self.layout.settings()
+        default_most: int | None = settings.get("max_pixels")
         asked = source.overrides(default_most)
         low = asked.min_pixels if asked.min_pixels is not None else least
         high = asked.max_pixels if asked.max_pixels is not None else most
@@ -94,7 +99,7 @@ class MediaReader:
             high = min(high, most)
         if low is not None and high is not None:
             low = min(low, high)
-        return Overrides(low, high, self._background)
+        return Overrides(low, high, self._background, several and "several_pictures" in settings)
 
     def _plan(self, item: Fetched) -> Plan:
         try:

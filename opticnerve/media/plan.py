@@ -78,6 +78,9 @@ class Overrides:
     # 0xRRGGBB, shown where the picture is transparent. None: transparency is dropped, as Hugging
     # Face's processors do, and transparent pixels show their colours.
     background: int | None = WHITE
+    # Whether its prompt has more pictures. Set only where the settings of the model's layout have
+    # ``several_pictures``: others see a picture in the same way in every prompt.
+    one_of_several: bool = False
 
 
 NO_OVERRIDES = Overrides()

@@ -146,7 +146,12 @@ class Layout(Protocol):
         ...
 
     def settings(self) -> Mapping[str, Any]:
-        """The processor settings that decide an item's pixels; hashed into content keys."""
+        """The processor settings that decide an item's pixels; hashed into content keys.
+
+        The gateway also reads ``max_pixels``, the most that a picture has unless a request says
+        otherwise, and ``several_pictures``, how pictures are planned in a prompt that has more
+        than one, where that differs (``Overrides.one_of_several``).
+        """
         ...
 
 

@@ -97,12 +97,18 @@ def overrides_to_pb(overrides: Overrides) -> pb.ProcessorOverrides:
         min_pixels=overrides.min_pixels or 0,
         max_pixels=overrides.max_pixels or 0,
         background=overrides.background,
+        one_of_several=overrides.one_of_several,
     )
 
 
 def overrides_from_pb(message: pb.ProcessorOverrides) -> Overrides:
     background = message.background if message.HasField("background") else None
-    return Overrides(message.min_pixels or None, message.max_pixels or None, background)
+    return Overrides(
+        message.min_pixels or None,
+        message.max_pixels or None,
+        background,
+        message.one_of_several,
+    )
 
 
 def span_to_pb(span: Span) -> llm_pb2.Span:

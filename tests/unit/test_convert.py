@@ -49,7 +49,12 @@ def test_every_field_travels() -> None:
     assert convert.plan_from_pb(convert.plan_to_pb(PLAN)) == PLAN
     assert convert.span_from_pb(convert.span_to_pb(SPAN)) == SPAN
     assert convert.ref_from_pb(convert.ref_to_pb(REF)) == REF
-    for overrides in (Overrides(), Overrides(1, 2, None), Overrides(background=0)):
+    for overrides in (
+        Overrides(),
+        Overrides(1, 2, None),
+        Overrides(background=0),
+        Overrides(one_of_several=True),
+    ):
         assert convert.overrides_from_pb(convert.overrides_to_pb(overrides)) == overrides
 
 

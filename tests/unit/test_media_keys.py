@@ -45,6 +45,7 @@ def test_every_part_counts() -> None:
         (b"picture", SETTINGS, Overrides(background=0), "fp"),
         (b"picture", SETTINGS, Overrides(background=0xFF), "fp"),
         (b"picture", SETTINGS, Overrides(0, 0xFF, background=None), "fp"),
+        (b"picture", SETTINGS, Overrides(one_of_several=True), "fp"),
         (b"picture", SETTINGS, Overrides(), "fp2"),
         (b"2picture", SETTINGS, Overrides(), "fp"),
         (b"", SETTINGS, Overrides(), "fppicture"),

@@ -1,0 +1,67 @@
+"""LLaVA-OneVision's layout: LLaVA-NeXT's tiles, whose features shrink where they are too many.
+
+Of several pictures in one prompt none is cut into tiles: each is one square, padded to keep its
+aspect, with one learned row at its end. Source: LLaVA-OneVision (2024).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from opticnerve.checkpoints.json_files import integer
+from opticnerve.errors import UnsupportedCheckpoint
+from opticnerve.media.plan import NO_OVERRIDES, Grid, Overrides, Plan, Structure
+from opticnerve.models.llava.layout import check_item
+from opticnerve.models.llava_next.layout import LlavaNextLayout
+from opticnerve.models.picture_sizes import picture_plan
+
+if TYPE_CHECKING:
+    from opticnerve.checkpoints.checkpoint import Checkpoint
+
+EDGES = range(384, 2305, 384)
+TOLERANCE = 1.1  # Features that are no more than this too many, along a side, do not shrink.
+
+
+class LlavaOnevisionLayout(LlavaNextLayout):
+    """``max_tiles``: how many tiles' features a picture may have, beside its square's."""
+
+    family = "llava_onevision"
+    towers: ClassVar[Mapping[str, int]] = {"siglip_vision_model": 16, "clip_vision_model": 32}
+    text_model: ClassVar[str] = "qwen2"
+    image_token: ClassVar[int] = 151646
+    usual_strategy: ClassVar[str] = "full"
+    usual_side: ClassVar[int] = 384
+    usual_pinpoints: ClassVar[tuple[tuple[int, int], ...]] = tuple(
+        (high, wide) for high in EDGES for wide in EDGES
+    )
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        config = checkpoint.config
+        index = integer(config, "video_token_index", 151647)
+        self.placeholder_ids["video_token"] = integer(config, "video_token_id", index)
+        named = config.get("vision_aspect_ratio") or "anyres_max_9"
+        found = re.fullmatch(r"anyres_max_([1-9][0-9]{0,3})", str(named))
+        if found is None:
+            raise UnsupportedCheckpoint(
+                f"vision_aspect_ratio is {named!r}; supported is anyres_max_ with a number"
+            )
+        self.max_tiles = int(found[1])
+
+    def plan(self, structure: Structure, overrides: Overrides = NO_OVERRIDES) -> Plan:
+        if not overrides.one_of_several:
+            return super().plan(structure, overrides)
+        check_item(structure.displayed_size, overrides)
+        square = (self.image_size, self.image_size)
+        return picture_plan(structure, square, Grid(1, self.side, self.side), self.side**2 + 1)
+
+    def shown(self, rows: int, columns: int) -> tuple[int, int]:
+        ratio = math.sqrt(rows * columns / (self.max_tiles * self.side**2))
+        return (int(rows // ratio), int(columns // ratio)) if ratio > TOLERANCE else (rows, columns)
+
+    def settings(self) -> Mapping[str, Any]:
+        own = {"max_tiles": self.max_tiles, "several_pictures": "squares"}
+        return {**super().settings(), **own}
