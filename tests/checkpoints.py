@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.families import DEMO, EOS, PAD, VOCAB_SIZE, Sample, samples, write_json
+from tests.families import DEMO, EOS, EXTRA, PAD, VOCAB_SIZE, Sample, samples, write_json
 
 if TYPE_CHECKING:  # Tests that need the demo alone wait for no torch.
     import torch
@@ -51,7 +51,11 @@ def make_checkpoint(
         setattr(made, name, value)
     weights = random_weights(made, seed=seed, dtype=dtype, device=device)
     if layout == "old":
-        weights = {sample.old_name(name): tensor for name, tensor in weights.items()}
+        weights = {
+            old: part
+            for name, tensor in weights.items()
+            for old, part in sample.old_tensors(name, tensor).items()
+        }
     _write_config(made, directory, sample, layout)
     write_weights(weights, directory, shards)
     sample.write_tokenizer(directory)
@@ -106,7 +110,7 @@ def _random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> 
     if len(shape) == 1:
         return 0.1 * noise
     if name.endswith(("embed_tokens.weight", "lm_head.weight")):  # Logits of deviation 4.
-        noise[VOCAB_SIZE:] *= 0.01  # Never the best: the tokenizer does not know them.
+        noise[EXTRA:] *= 0.01  # Never the best: placeholders, and what no tokenizer knows.
         return noise * (4 / math.sqrt(shape[-1]))
     if "position_embedding" in name:
         return 0.5 * noise

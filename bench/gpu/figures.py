@@ -102,7 +102,9 @@ def tower(room: Room) -> Seen:
 
 def _forward(split: Split, patches: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
     with torch.inference_mode():
-        return split.tower.forward(patches, grids)  # type: ignore[attr-defined,no-any-return]
+        named = split.tower.forward(patches, grids)  # type: ignore[attr-defined]
+    rows: torch.Tensor = named["rows"]
+    return rows
 
 
 def _patch_embedding(room: Room, split: Split, patches: torch.Tensor) -> Figures:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from opticnerve.checkpoints.experts import Place
 from opticnerve.checkpoints.sizes import HalfSize
 from opticnerve.errors import CheckpointError, ConfigError
 from opticnerve.models.family import module_name, wanted
@@ -68,7 +69,7 @@ def load_module(
     with torch.device("meta"):
         module = make_module()
     sources, tied = _match(checkpoint, module, key_map, tied, ignored)
-    weights = _read(sources, dtype, device)
+    weights = _read(sources, module, dtype, device)
     module.load_state_dict(weights, strict=False, assign=True)
     for target, source in tied.items():
         owner, leaf = _owner(module, target)
@@ -105,11 +106,12 @@ def _match(
     key_map: KeyMap,
     tied: Mapping[str, str] | None,
     ignored: Sequence[str],
-) -> tuple[dict[str, tuple[str, TensorEntry]], dict[str, str]]:
+) -> tuple[dict[Place, tuple[str, TensorEntry]], dict[str, str]]:
     """The sources of the module's tensors, and of ``tied`` what they lack. Raises
     CheckpointError unless these are all of the module's."""
     sources = _sources(checkpoint, key_map, ignored)
-    tied = {target: source for target, source in (tied or {}).items() if target not in sources}
+    held = {place.name for place in sources}
+    tied = {target: source for target, source in (tied or {}).items() if target not in held}
     _check(checkpoint, module.state_dict(), sources, tied)
     return sources, tied
 
@@ -203,36 +205,47 @@ def _log_float32(dtype: str) -> None:
 
 def _sources(
     checkpoint: Checkpoint, key_map: KeyMap, ignored: Sequence[str]
-) -> dict[str, tuple[str, TensorEntry]]:
-    """(checkpoint key, entry) of every tensor of this half, by its name in the module."""
-    sources: dict[str, tuple[str, TensorEntry]] = {}
+) -> dict[Place, tuple[str, TensorEntry]]:
+    """(checkpoint key, entry) of every tensor of this half, by its place in the module."""
+    sources: dict[Place, tuple[str, TensorEntry]] = {}
     for key, entry in checkpoint.tensor_index(wanted(key_map, ignored)).items():
-        name = module_name(key_map, key)
-        if name in sources:
+        place = Place.of(module_name(key_map, key))
+        if place in sources:
             raise CheckpointError(
-                f"{checkpoint.path} holds {name} twice, as {sources[name][0]} and as {key}"
+                f"{checkpoint.path} holds {place.name} twice, as {sources[place][0]} and as {key}"
             )
-        sources[name] = (key, entry)
+        sources[place] = (key, entry)
     return sources
 
 
 def _check(
     checkpoint: Checkpoint,
     expected: Mapping[str, torch.Tensor],
-    sources: Mapping[str, tuple[str, TensorEntry]],
+    sources: Mapping[Place, tuple[str, TensorEntry]],
     tied: Mapping[str, str],
 ) -> None:
     """Raises CheckpointError unless the tensors are exactly those of the module."""
-    missing = [name for name in expected if name not in sources and name not in tied]
-    unknown = [key for name, (key, _) in sources.items() if name not in expected]
-    misfits = [
-        f"{key} (shape {list(entry.shape)}, the model's is {list(expected[name].shape)})"
-        for name, (key, entry) in sources.items()
-        if name in expected and tuple(entry.shape) != tuple(expected[name].shape)
+    elements = dict.fromkeys(expected, 0)
+    unknown, misfits = [], []
+    for place, (key, entry) in sources.items():
+        try:
+            view = place.view(expected[place.name])
+        except (KeyError, IndexError):
+            unknown.append(key)
+            continue
+        elements[place.name] += view.numel()
+        if entry.shape != tuple(view.shape) and not place.is_exchanged(entry.shape, view):
+            misfits.append(f"{key} (shape {list(entry.shape)}, the model's is {list(view.shape)})")
+    missing = [name for name, found in elements.items() if not found and name not in tied]
+    partial = [
+        f"{name} ({found} of {expected[name].numel()} elements)"
+        for name, found in elements.items()
+        if found not in (0, expected[name].numel())
     ]
     quantized = [f"{key} ({e.dtype})" for key, e in sources.values() if e.dtype not in FLOATING]
     for names, what in (
         (missing, "lacks"),
+        (partial, "holds experts of a layer partly, or twice:"),
         (unknown, "holds tensors that have no place in the model:"),
         (misfits, "holds tensors that do not fit config.json:"),
         (quantized, "holds tensors that are not floating point:"),
@@ -242,18 +255,40 @@ def _check(
 
 
 def _read(
-    sources: Mapping[str, tuple[str, TensorEntry]], dtype: torch.dtype, device: torch.device
+    sources: Mapping[Place, tuple[str, TensorEntry]],
+    module: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, torch.Tensor]:
     """Every tensor, read file by file into memory of its own."""
-    by_file: dict[Path, list[tuple[str, TensorEntry]]] = {}
-    for name, (_, entry) in sources.items():
-        by_file.setdefault(entry.file, []).append((name, entry))
+    expected = module.state_dict()
+    dtypes = _dtypes(module, expected, dtype)
+    by_file: dict[Path, list[tuple[Place, TensorEntry]]] = {}
+    for place, (_, entry) in sources.items():
+        by_file.setdefault(entry.file, []).append((place, entry))
     tensors: dict[str, torch.Tensor] = {}
     for file, entries in by_file.items():
         with file.open("rb") as stream:
-            for name, entry in sorted(entries, key=lambda item: item[1].start):
-                tensors[name] = _read_one(stream, entry).to(device=device, dtype=dtype)
+            for place, entry in sorted(entries, key=lambda item: item[1].start):
+                whole, own = expected[place.name], dtypes[place.name]
+                tensor = _read_one(stream, entry)
+                if place.is_exchanged(entry.shape, whole):
+                    tensor = tensor.transpose(1, 2).contiguous()
+                if place.expert is None:
+                    tensors[place.name] = tensor.to(device=device, dtype=own)
+                    continue
+                if place.name not in tensors:
+                    tensors[place.name] = torch.empty(whole.shape, dtype=own, device=device)
+                place.view(tensors[place.name]).copy_(tensor)
     return tensors
+
+
+def _dtypes(module: nn.Module, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of each tensor: ``dtype``, but float32 where transformers' module insists on it."""
+    kept: set[str] = set()
+    for part in module.modules():
+        kept.update(getattr(part, "_keep_in_fp32_modules_strict", None) or ())
+    return {name: dtype if kept.isdisjoint(name.split(".")) else torch.float32 for name in names}
 
 
 def _read_one(stream: BufferedReader, entry: TensorEntry) -> torch.Tensor:

@@ -46,6 +46,7 @@ class Sample:
     # Tokens that the chat template writes around the placeholder.
     around: ClassVar[tuple[tuple[int, ...], tuple[int, ...]]] = ((), ())
     is_fused: ClassVar[bool] = True  # Whether the decoder's layers are.
+    has_experts: ClassVar[bool] = False  # Whether feed-forwards are mixtures of experts.
     mean: ClassVar[list[float]] = CLIP_MEAN
     std: ClassVar[list[float]] = CLIP_STD
 
@@ -63,6 +64,11 @@ class Sample:
     def old_name(self, name: str) -> str:
         """A tensor's name in the first published checkpoints, from transformers' own."""
         return name
+
+    def old_tensors(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the first published checkpoints hold of the tensor that transformers calls ``name``:
+        itself, renamed, or its parts."""
+        return {self.old_name(name): tensor}
 
     def old_config(self, fields: dict[str, Any]) -> dict[str, Any]:
         """config.json of the first published checkpoints."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from opticnerve import models
 from opticnerve.checkpoints.checkpoint import Checkpoint
@@ -125,6 +126,22 @@ def test_an_expansion_has_the_tokens_that_were_planned(layout: Any, size: tuple[
     assert all(one < other for one, other in pairwise(places))
     overwritten = layout.item_token_ids[plan.modality]
     assert [i for i, token in enumerate(expansion.token_ids) if token == overwritten] == places
+
+
+def test_ids_of_any_size_are_those_of_the_processor(
+    sample: Sample, checkpoint: Checkpoint, layout: Any
+) -> None:
+    """From structure alone: the placeholder becomes what Hugging Face's processor makes of it."""
+    processor = sample.processor(checkpoint.path)
+    image_token_id = layout.item_token_ids[Modality.IMAGE]
+    text = processor.tokenizer.decode([image_token_id], skip_special_tokens=False)
+    random = np.random.default_rng(5)
+    for width, height in random.integers(4, 500, (200, 2)).tolist():
+        inputs = sample.process(processor, text, [Image.new("RGB", (width, height))])
+        ids = tuple(inputs["input_ids"][0].tolist())
+        expected = layout.expand(layout.plan(Structure("png", width, height))).token_ids
+        start = len(ids) - len(expected)  # A beginning-of-sequence token may stand in front.
+        assert start in (0, 1) and ids[start:] == expected, (width, height)
 
 
 def test_positions_have_a_shape_and_go_on_after_the_prompt(layout: Any) -> None:

@@ -30,6 +30,7 @@ from tests.families import samples, tensors_of
 from tests.reference import CAUSAL, load_reference
 
 MakeCheckpoint = Callable[..., Path]
+Edit = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 TEXT_KEY = "model.language_model.layers.1.mlp.down_proj.weight"
 VISION_PREFIXES = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -286,9 +287,6 @@ def test_an_unusable_configuration_is_one_clear_error(tmp_path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"config\.json is no usable Qwen2VLConfig"):
         load_side(path, "llm")
-
-
-Edit = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 def edited(path: Path, edit: Edit) -> Path:

@@ -15,8 +15,6 @@ from opticnerve.models.family import Family, wanted
 from tests import published
 
 PENDING = {
-    "qwen3_vl",
-    "qwen3_vl_moe",
     "internvl",
     "gemma3",
     "mistral3",

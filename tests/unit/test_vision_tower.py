@@ -92,7 +92,7 @@ def test_frames_of_a_video_attend_within_themselves(
     patches = torch.randn(sum(g.num_patches for g in grids), 2, 14, 14, 3)
     theirs = patches.permute(0, 4, 1, 2, 3).flatten(1)
     with torch.inference_mode():
-        rows = tower.forward(patches, grids)
+        rows = tower.forward(patches, grids)["rows"]
         sizes = torch.tensor([(g.t, g.h, g.w) for g in grids])
         expect_close(rows, reference.model.visual(theirs, grid_thw=sizes).pooler_output)
 

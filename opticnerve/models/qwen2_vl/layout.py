@@ -24,10 +24,7 @@ from opticnerve.models.picture_sizes import check_aspect, picture_plan, processo
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
 
-MIN_PIXELS = 56 * 56
-MAX_PIXELS = 28 * 28 * 1280
 MAX_SECONDS_PER_GRID = 3600
-OTHER_PLACEHOLDERS = ("video_token", "vision_start_token", "vision_end_token", "vision_token")
 
 
 def smart_resize(
@@ -63,37 +60,61 @@ class Qwen2VLLayout:
     position_dims = 3
     deepstack_levels = 0
     rewrite = None
+    other_placeholders: tuple[str, ...] = (
+        "video_token",
+        "vision_start_token",
+        "vision_end_token",
+        "vision_token",
+    )
+    # What published files leave out, because it equals transformers' defaults.
+    defaults: Mapping[str, int] = {
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "hidden_size": 8192,
+        "max_position_embeddings": 32768,
+        "patch_size": 14,
+        "min_pixels": 56 * 56,
+        "max_pixels": 28 * 28 * 1280,
+    }
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         config, vision = checkpoint.config, checkpoint.vision_config
         processor, text = processor_settings(checkpoint), checkpoint.text_config
-        image_token_id = integer(config, "image_token_id", 151655)
-        video_token_id = integer(config, "video_token_id", 151656)
+        usual = self.defaults
+        image_token_id = integer(config, "image_token_id", usual["image_token_id"])
+        video_token_id = integer(config, "video_token_id", usual["video_token_id"])
         self.item_token_ids = {Modality.IMAGE: image_token_id, Modality.VIDEO: video_token_id}
         self.placeholder_ids = {"image_token": image_token_id}
-        for name in OTHER_PLACEHOLDERS:
+        for name in self.other_placeholders:
             if config.get(f"{name}_id") is not None:
                 self.placeholder_ids[name] = integer(config, f"{name}_id")
-        self.hidden_size = positive(text, "hidden_size", 8192)
-        self.max_positions = positive(text, "max_position_embeddings", 32768)
+        self.hidden_size = positive(text, "hidden_size", usual["hidden_size"])
+        self.max_positions = positive(
+            text, "max_position_embeddings", usual["max_position_embeddings"]
+        )
         self.pixels = PixelSettings.read(processor)
-        self.patch_size = _agreed(processor, "patch_size", vision, "patch_size", 14)
+        self.patch_size = _agreed(
+            processor, "patch_size", vision, "patch_size", usual["patch_size"]
+        )
         self.merge_size = _agreed(processor, "merge_size", vision, "spatial_merge_size", 2)
         self.temporal_patch_size = _agreed(
             processor, "temporal_patch_size", vision, "temporal_patch_size", 2
         )
-        self.min_pixels, self.max_pixels = _pixel_bounds(processor)
+        self.min_pixels, self.max_pixels = _pixel_bounds(processor, usual)
 
     # ---- pictures
 
     def plan(self, structure: Structure, overrides: Overrides = NO_OVERRIDES) -> Plan:
         width, height = structure.displayed_size
         min_pixels, max_pixels = self._bounds(overrides)
-        resized = smart_resize(
-            width, height, self.patch_size * self.merge_size, min_pixels, max_pixels
-        )
+        resized = self.resize(width, height, min_pixels, max_pixels)
         grid = Grid(1, resized[1] // self.patch_size, resized[0] // self.patch_size)
         return picture_plan(structure, resized, grid, self.num_tokens(grid))
+
+    def resize(self, width: int, height: int, low: int, high: int) -> tuple[int, int]:
+        """(width, height) that the tower sees, of about ``low`` to ``high`` pixels. Raises
+        InvalidMedia."""
+        return smart_resize(width, height, self.patch_size * self.merge_size, low, high)
 
     def _bounds(self, overrides: Overrides) -> tuple[int, int]:
         """(min, max) pixels of one item. If a request sets one bound, the model's other bound moves
@@ -197,10 +218,10 @@ def _agreed(
     return ours
 
 
-def _pixel_bounds(processor: Mapping[str, Any]) -> tuple[int, int]:
+def _pixel_bounds(processor: Mapping[str, Any], usual: Mapping[str, int]) -> tuple[int, int]:
     """(min, max) pixels, written as min_pixels/max_pixels or as a size of two edges."""
     size = processor.get("size")
     size = size if isinstance(size, Mapping) else {}
-    low = positive(size, "shortest_edge", positive(size, "min_pixels", MIN_PIXELS))
-    high = positive(size, "longest_edge", positive(size, "max_pixels", MAX_PIXELS))
+    low = positive(size, "shortest_edge", positive(size, "min_pixels", usual["min_pixels"]))
+    high = positive(size, "longest_edge", positive(size, "max_pixels", usual["max_pixels"]))
     return positive(processor, "min_pixels", low), positive(processor, "max_pixels", high)

@@ -113,9 +113,13 @@ class PatchTower(ModuleTower):
             check_pixels(patches, plan.num_patches, *frames, self.patch_size, self.patch_size, 3)
         with torch.inference_mode():
             patches = self.table(upload(self._alike(pixels), self.device))
-            rows = self.forward(patches, [plan.grid for plan in plans])
-            items = rows.split([plan.num_tokens for plan in plans])
-            return [{"rows": without_batch(item)} for item in items]
+            named = self.forward(patches, [plan.grid for plan in plans])
+            lengths = [plan.num_tokens for plan in plans]
+            items: list[dict[str, torch.Tensor]] = [{} for _ in plans]
+            for name, rows in named.items():
+                for item, own in zip(items, rows.split(lengths), strict=True):
+                    item[name] = without_batch(own)
+        return items
 
     def _alike(self, pixels: Sequence[NDArray[np.uint8]]) -> Sequence[NDArray[np.uint8]]:
         """``pixels``, with a still picture's frames repeated (without a copy) beside a video."""
@@ -127,14 +131,16 @@ class PatchTower(ModuleTower):
             for item in pixels
         ]
 
-    def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """Values of all pictures' patches, as ``PatchEmbedding`` takes them, -> [tokens,
-        hidden_size]."""
-        sizes = torch.tensor([(grid.t, grid.h, grid.w) for grid in grids])
-        rows: torch.Tensor = self.module(
-            patches, grid_thw=sizes, **self.precompute(grids)
-        ).pooler_output
-        return rows
+    def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> dict[str, torch.Tensor]:
+        """Values of all pictures' patches, as ``PatchEmbedding`` takes them, -> named tensors, each
+        [tokens, hidden_size]."""
+        sizes = grid_sizes(grids).to(self.device, non_blocking=True)
+        output = self.module(patches, grid_thw=sizes, **self.precompute(grids))
+        return self.named_rows(output)
+
+    def named_rows(self, output: Any) -> dict[str, torch.Tensor]:
+        """The tensors of an embedding, in what the module returns for the whole batch."""
+        return {"rows": output.pooler_output}
 
     def precompute(self, grids: Sequence[Grid]) -> dict[str, Any]:
         """Keyword arguments of the tower that spare it from reading the grids on the device."""
@@ -166,6 +172,11 @@ def patch_tower(
         make_tower=lambda module: tower_class(module, pixels, hidden_size),
         recomputed=rotary_buffers("rotary_pos_emb"),
     )
+
+
+def grid_sizes(grids: Sequence[Grid]) -> torch.Tensor:
+    """int64 [pictures, 3]: time, height and width, on the CPU."""
+    return torch.tensor([(grid.t, grid.h, grid.w) for grid in grids])
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,49 @@
+"""Where a checkpoint's tensor goes in a module: experts are published in other pieces than stacks.
+
+transformers stacks the experts of a layer: ``experts.gate_up_proj`` [experts, 2 * width, hidden]
+and ``experts.down_proj`` [experts, hidden, width]. A checkpoint holds these, or these with their
+last two dimensions exchanged, or every expert's projections (``experts.7.up_proj.weight``).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+STACKS = (".experts.gate_up_proj", ".experts.down_proj")
+PIECE = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+PARTS = {"gate_proj": ("gate_up_proj", 0, 2), "up_proj": ("gate_up_proj", 1, 2)}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A tensor of a module, or one expert's piece of it."""
+
+    name: str  # The module's name of the tensor.
+    expert: int | None = None  # None: the whole tensor.
+    part: int = 0  # Of ``parts`` equal ones of this expert's rows.
+    parts: int = 1
+
+    @classmethod
+    def of(cls, name: str) -> Place:
+        """``name``: a checkpoint's key, renamed as the module has it."""
+        piece = PIECE.fullmatch(name)
+        if piece is None:
+            return cls(name)
+        experts, number, projection = piece.groups()
+        stack, part, parts = PARTS.get(projection, (projection, 0, 1))
+        return cls(f"{experts}.{stack}", int(number), part, parts)
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This place in ``tensor``, the module's. Raises IndexError for an expert too many."""
+        if self.expert is None:
+            return tensor
+        return tensor[self.expert].chunk(self.parts)[self.part]
+
+    def is_exchanged(self, shape: tuple[int, ...], tensor: torch.Tensor) -> bool:
+        """Whether ``shape`` is that of a stack whose last two dimensions are to be exchanged."""
+        wanted = tuple(tensor.shape)
+        stacked = self.expert is None and self.name.endswith(STACKS) and len(wanted) == 3
+        return stacked and shape != wanted and shape == (wanted[0], wanted[2], wanted[1])

@@ -1,0 +1,65 @@
+"""Qwen3-VL's vision tower and its mergers: the last, and one for each DeepStack level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionModel
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+from opticnerve.checkpoints.json_files import PixelSettings
+from opticnerve.checkpoints.loader import transformers_config
+from opticnerve.errors import CheckpointError
+from opticnerve.models.picture_sizes import processor_settings
+from opticnerve.models.towers.tower import PatchTower, TowerSpec, grid_sizes, patch_tower
+
+if TYPE_CHECKING:
+    from opticnerve.checkpoints.checkpoint import Checkpoint
+    from opticnerve.media.plan import Grid
+
+MODELS: dict[str, tuple[Any, Any]] = {  # The same tower by two names.
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLVisionModel),
+    "qwen3_vl_moe": (Qwen3VLMoeConfig, Qwen3VLMoeVisionModel),
+}
+
+
+class DeepStackTower(PatchTower):
+    """Adds to PatchTower the interpolation of learned positions, and the DeepStack levels."""
+
+    def precompute(self, grids: Sequence[Grid]) -> dict[str, Any]:
+        module = self.module
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grid_sizes(grids),
+            num_grid_per_side=module.num_grid_per_side,
+            mode=module.interpolation_mode,
+            align_corners=module.interpolation_align_corners,
+            spatial_merge_size=self.merge_size,
+        )
+        return super().precompute(grids) | {
+            "interp_indices": indices.to(self.device, non_blocking=True),
+            "interp_weights": weights.to(self.device, non_blocking=True),
+        }
+
+    def named_rows(self, output: Any) -> dict[str, torch.Tensor]:
+        levels = {
+            f"deepstack.{level}": rows for level, rows in enumerate(output.deepstack_features)
+        }
+        return super().named_rows(output) | levels
+
+
+def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
+    """Raises CheckpointError for DeepStack levels of layers that the tower has not."""
+    config_class, module_class = MODELS[checkpoint.config["model_type"]]
+    config = transformers_config(config_class, checkpoint).vision_config
+    layers = list(config.deepstack_visual_indexes)
+    if layers != sorted(set(layers) & set(range(config.depth))):
+        raise CheckpointError(
+            f"deepstack_visual_indexes {layers} are not ascending layers of a tower of "
+            f"{config.depth} layers"
+        )
+    pixels = PixelSettings.read(processor_settings(checkpoint))
+    return patch_tower(module_class, config, pixels, config.out_hidden_size, DeepStackTower)
