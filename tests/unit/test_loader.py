@@ -138,6 +138,56 @@ def test_a_tensor_of_another_shape_is_named(family: str, side: str, tmp_path: Pa
         load_side(path, side)
 
 
+EXPERTS = "model.language_model.layers.1.mlp.experts."
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (
+            lambda w: {k: v for k, v in pieces(w).items() if k != f"{EXPERTS}2.up_proj.weight"},
+            r"partly, or twice: model\.layers\.1\.mlp\.experts\.gate_up_proj \(28160 of 30720",
+        ),
+        (
+            lambda w: w | {f"{EXPERTS}2.up_proj.weight": torch.zeros(40, 64)},
+            r"partly, or twice: .*experts\.gate_up_proj \(33280 of 30720",
+        ),
+        (
+            lambda w: w | {f"{EXPERTS}6.down_proj.weight": torch.zeros(64, 40)},
+            r"no place in the model: .*experts\.6\.down_proj",
+        ),
+        (
+            lambda w: pieces(w) | {f"{EXPERTS}2.down_proj.weight": torch.zeros(40, 64)},
+            r"2\.down_proj\.weight \(shape \[40, 64\], the model's is \[64, 40\]\)",
+        ),
+        (
+            lambda w: w | {f"{EXPERTS}down_proj": torch.zeros(64, 40, 6)},
+            r"experts\.down_proj \(shape \[64, 40, 6\], the model's is \[6, 64, 40\]\)",
+        ),
+    ],
+    ids=["one too few", "one twice", "one too many", "exchanged", "other stack"],
+)
+def test_experts_of_a_layer_are_all_there_once(edit: Edit, said: str, tmp_path: Path) -> None:
+    path = edited(make_checkpoint("glm4v_moe", tmp_path), edit)
+    with pytest.raises(CheckpointError, match=said):
+        load_side(path, "llm")
+
+
+def test_what_must_be_float32_is_not_narrowed(random_checkpoint: MakeCheckpoint) -> None:
+    """GLM-4V's router adds a correction to its scores."""
+    checkpoint = Checkpoint.open(str(random_checkpoint("glm4v_moe")), side="llm")
+    language: Any = registry.load_language(checkpoint, "bfloat16", "cpu", CAUSAL)
+    router = language.decoder.model.layers[1].mlp.gate
+    assert router.e_score_correction_bias.dtype is torch.float32
+    assert router.weight.dtype is torch.bfloat16
+
+
+def test_a_layer_that_predicts_a_token_ahead_is_left_aside(tmp_path: Path) -> None:
+    key = "model.language_model.layers.3.enorm.weight"  # The layers are 0 to 2.
+    path = edited(make_checkpoint("glm4v_moe", tmp_path), lambda w: w | {key: torch.zeros(64)})
+    load_side(path, "llm")
+
+
 @pytest.mark.parametrize(
     ("side", "key"),
     [("encoder", "model.visual.blocks.9.norm1.weight"), ("llm", "model.language_model.extra")],
@@ -293,6 +343,14 @@ def edited(path: Path, edit: Edit) -> Path:
     """The single-file checkpoint at ``path`` with other weights."""
     write_weights(edit(load_file(path / "model.safetensors")), path)
     return path
+
+
+def pieces(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Stacked experts of a checkpoint of ``glm4v_moe``, each by itself."""
+    sample = samples()["glm4v_moe"]
+    return {
+        k: v for name, each in weights.items() for k, v in sample.old_tensors(name, each).items()
+    }
 
 
 def without(key: str) -> Edit:

@@ -21,8 +21,6 @@ PENDING = {
     "llava/pixtral",
     "smolvlm",
     "idefics3",
-    "glm4v",
-    "glm4v_moe",
     "llava_next",
     "llava_onevision",
 }

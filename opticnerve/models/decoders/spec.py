@@ -56,6 +56,7 @@ class DecoderSpec:
     # Multiplies queries, all of whose columns are rotated: positions [tokens] -> float32 [tokens].
     query_scale: Callable[[torch.Tensor], torch.Tensor] | None = None
     recomputed: Mapping[str, Recompute] = field(default_factory=dict)  # As in ``load_module``.
+    ignored: tuple[str, ...] = IGNORED  # As in ``load_module``.
 
     def load(
         self,
@@ -81,7 +82,7 @@ class DecoderSpec:
                 **rotary_buffers(f"model.{ROTARY}", {layer.rotary for layer in self.layers}),
                 **self.recomputed,
             },
-            ignored=IGNORED,
+            ignored=self.ignored,
         )
         self.config._attn_implementation = attention  # Once built: see varlen.use.
         return PackedLanguage(module, self)
@@ -90,7 +91,7 @@ class DecoderSpec:
         """What ``load`` would load. Raises what it would raise, see ``loader.check_module``."""
         self.check_supported(checkpoint)
         return check_module(
-            self._make_module, checkpoint, keys, tied=self._tied_weights(), ignored=IGNORED
+            self._make_module, checkpoint, keys, tied=self._tied_weights(), ignored=self.ignored
         )
 
     def _make_module(self) -> Decoder:
