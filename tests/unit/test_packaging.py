@@ -28,6 +28,7 @@ PLACES = {
     "worker": (
         "encoder_service/",
         "llm_service/",
+        "opticnerve/checkpoints/experts.py",
         "opticnerve/checkpoints/loader.py",
         "opticnerve/embeddings/",
         "opticnerve/models/",

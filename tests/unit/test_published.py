@@ -17,12 +17,8 @@ from tests import published
 PENDING = {
     "internvl",
     "gemma3",
-    "mistral3",
-    "llava/pixtral",
     "smolvlm",
     "idefics3",
-    "llava_next",
-    "llava_onevision",
 }
 """Families still to come, by model_type: their fixtures are skipped until they are here."""
 
