@@ -38,6 +38,9 @@ def open_side(path: Path, dtype: str = "float32") -> tuple[Any, Any, Any]:
     return layout, preprocess, registry.load_tower(checkpoint, dtype, "cpu")
 
 
+PATCHES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"]  # Families of patches of any grid.
+
+
 def expect_close(rows: torch.Tensor, expected: torch.Tensor) -> None:
     """Cosine of every row at least 0.99999, difference at most 1e-4 of the largest value."""
     assert rows.shape == expected.shape
@@ -81,7 +84,7 @@ def test_the_demo_tower_equals_the_unsplit_model() -> None:
     expect_close(item["rows"], expected)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", PATCHES)
 def test_frames_of_a_video_attend_within_themselves(
     family: str, random_checkpoint: MakeCheckpoint
 ) -> None:
@@ -89,15 +92,17 @@ def test_frames_of_a_video_attend_within_themselves(
     _, _, tower = open_side(path)
     reference = load_reference(path)
     grids = [Grid(3, 6, 10), Grid(1, 4, 4), Grid(2, 14, 6)]
-    patches = torch.randn(sum(g.num_patches for g in grids), 2, 14, 14, 3)
+    side = tower.patch_size
+    patches = torch.randn(sum(g.num_patches for g in grids), 2, side, side, 3)
     theirs = patches.permute(0, 4, 1, 2, 3).flatten(1)
     with torch.inference_mode():
         rows = tower.forward(patches, grids)["rows"]
         sizes = torch.tensor([(g.t, g.h, g.w) for g in grids])
-        expect_close(rows, reference.model.visual(theirs, grid_thw=sizes).pooler_output)
+        features = reference.model.get_video_features(theirs, sizes).pooler_output
+    expect_close(rows, torch.cat(tuple(features)))
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", PATCHES)
 def test_attention_is_called_once_a_layer_and_never_over_the_whole_batch(
     family: str, random_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,14 +124,15 @@ def test_attention_is_called_once_a_layer_and_never_over_the_whole_batch(
     monkeypatch.setattr(varlen.F, "scaled_dot_product_attention", measured)
     grids = [Grid(1, 8, 8)] * 5 + [Grid(1, 4, 12)] * 3
     with torch.inference_mode():
-        tower.forward(torch.randn(sum(g.num_patches for g in grids), 14, 14, 3), grids)
+        side = tower.patch_size
+        tower.forward(torch.randn(sum(g.num_patches for g in grids), side, side, 3), grids)
     depth = tower.module.config.depth
     assert len(calls) == depth
     assert max(lengths) == 64  # The largest picture's patches.
-    if family == "qwen2_vl":
-        assert len(lengths) == 2 * depth  # Two kinds of pictures.
-    else:
+    if family == "qwen2_5_vl":
         assert len(lengths) == 2 * 2 + 2  # In two layers all windows are alike: one run.
+    else:
+        assert len(lengths) == 2 * depth  # Two kinds of pictures.
 
 
 def test_grouped_attention_equals_one_segment_at_a_time() -> None:
