@@ -9,7 +9,7 @@ of a tower or a language model is asked for.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from opticnerve.models.towers.tower import TowerSpec
 
 ENTRY_POINTS = "opticnerve.families"
+RECURRENT = {"linear_attention", "conv", "mamba", "recurrent"}  # Kinds of layers with a state.
+HYBRID = ("qwen3_5", "qwen3_5_moe")  # Models with such layers, whether they list them or not.
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,9 +211,20 @@ def _obstacle(config: Mapping[str, Any]) -> str:
         )
     if any(key in config for key in ("audio_config", "audio_encoder_config", "thinker_config")):
         return f"takes audio ({found}), which is not supported"
+    if kind in HYBRID or RECURRENT.intersection(map(str, _layer_types(config))):
+        return (
+            f"has layers with a recurrent state ({found}), such as linear attention; the engine "
+            "keeps keys and values only"
+        )
     if "vision_config" not in config and kind != "None":
         return f"has no vision tower ({found})"
     return f"has {found}"
+
+
+def _layer_types(config: Mapping[str, Any]) -> Sequence[Any]:
+    text = _mapping(config.get("text_config")) or config
+    found = text.get("layer_types")
+    return found if isinstance(found, list) else ()
 
 
 def _found(config: Mapping[str, Any]) -> str:

@@ -212,6 +212,15 @@ def test_a_broken_config(tmp_path: Path, content: str) -> None:
         ({"model_type": "mllama", "vision_config": {}}, "cross-attention"),
         ({"model_type": "qwen2_audio", "audio_config": {}}, "takes audio"),
         ({"model_type": "qwen2_5_omni", "thinker_config": {}}, "takes audio"),
+        ({"model_type": "qwen3_5", "vision_config": {}}, "recurrent state .*'qwen3_5'"),
+        (
+            {
+                "model_type": "some_vl",
+                "vision_config": {},
+                "text_config": {"layer_types": ["full_attention", "conv"]},
+            },
+            "recurrent state",
+        ),
     ],
 )
 def test_unsupported_models_are_named_with_what_is_supported(
