@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from opticnerve.models.llava_onevision.layout import LlavaOnevisionLayout
 
 
+MAX_PADDED = 4096
+"""Of a taller picture, pixels at edges may differ by a few steps from those of Hugging Face's
+processor, which pads it whole."""
+
+
 class CutTilesOrSquare(CutTiles):
     """Returns uint8 [1, side, side, 3] for a picture that is planned as one square."""
 
@@ -31,16 +36,14 @@ class CutTilesOrSquare(CutTiles):
         return np.asarray(self._padded(image))[None]
 
     def _padded(self, image: Image.Image) -> Image.Image:
-        """``image`` in the middle of a square, resized: first along its longer side, so that a
-        long strip never becomes an enormous square. Of a tall picture, a pixel may differ by one
-        step from that of the reference, which resizes widths first."""
-        side, longest = self.side, max(image.size)
-        if image.width >= image.height:
-            narrow = resize(image, side, image.height, self.resample)
-            square = Image.new("RGB", (side, longest), self.background)
-            square.paste(narrow, (0, (longest - image.height) // 2))
-        else:
-            narrow = resize(image, image.width, side, self.resample)
-            square = Image.new("RGB", (longest, side), self.background)
-            square.paste(narrow, ((longest - image.width) // 2, 0))
-        return resize(square, side, side, self.resample)
+        """``image`` in the middle of a square, resized. A long strip would become an enormous
+        square: it is resized along its longer side before it is padded."""
+        side, (width, height) = self.side, image.size
+        square = (height, height)
+        if width >= height:  # Which changes nothing: widths are resized first.
+            image, square = resize(image, side, height, self.resample), (side, width)
+        elif height > MAX_PADDED:
+            image, square = resize(image, width, side, self.resample), (height, side)
+        canvas = Image.new("RGB", square, self.background)
+        canvas.paste(image, ((square[0] - image.width) // 2, (square[1] - image.height) // 2))
+        return resize(canvas, side, side, self.resample)
