@@ -24,10 +24,16 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
 
 def cache_budget(device: torch.device) -> int:
     """Bytes that the KV cache may take on ``device``."""
+    fraction = GPU_FRACTION if device.type == "cuda" else CPU_FRACTION
+    return int(free_memory(device) * fraction)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that can still be allocated on ``device``."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free * GPU_FRACTION)
-    return int(available_memory() * CPU_FRACTION)
+        return int(free)
+    return available_memory()
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -242,11 +242,11 @@ def _weights(report: Report) -> Iterator[tuple[str, str]]:
         if size is None:
             yield name, "size unknown: neither weights nor their index are here"
             continue
-        memory = "" if num_bytes is None else f", {_gib(num_bytes)} in {report.dtype}"
+        memory = "" if num_bytes is None else f", {gib(num_bytes)} in {report.dtype}"
         yield name, f"{size.tensors} tensors{memory} (from {_SOURCES[size.source]})"
     cache = report.cache_bytes_per_token
     if cache is not None:
-        context = _gib(cache * report.max_positions)
+        context = gib(cache * report.max_positions)
         yield (
             "KV cache",
             (
@@ -301,7 +301,8 @@ def _settings(report: Report) -> str:
     return f"{listed}; a request {bounds} set min_pixels and max_pixels"
 
 
-def _gib(num_bytes: int) -> str:
+def gib(num_bytes: int) -> str:
+    """``1.26 GiB``, or ``640 MiB``."""
     return (
         f"{num_bytes / GIB:.3g} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / 2**20:.3g} MiB"
     )

@@ -19,6 +19,7 @@ COMMANDS = {
     "encoder": ("encoder_service.__main__", "a vision encoder: pictures to embeddings"),
     "llm": ("llm_service.__main__", "an LLM decoder: tokens and embeddings to tokens"),
     "check": ("opticnerve.cli.check", "whether a checkpoint will be served, from its files alone"),
+    "verify": ("opticnerve.cli.verify", "the split model against the whole one, on your machine"),
     "ask": ("opticnerve.cli.ask", "ask about pictures; the answer is streamed"),
     "batch": ("opticnerve.cli.batch", "answer a file of requests, in OpenAI's batch format"),
     "demo": ("opticnerve.demo.show", "the built-in checkpoint answers about bundled pictures"),

@@ -33,6 +33,7 @@ PLACES = {
         "opticnerve/embeddings/",
         "opticnerve/models/",
         "opticnerve/tensors/dtypes.py",
+        "opticnerve/verification/",
     ),
     "openai": ("opticnerve/cli/serve.py",),
 }

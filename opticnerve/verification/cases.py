@@ -1,0 +1,102 @@
+"""Chats by which the split model is compared with the whole one, drawn from a seed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SIZES = ((224, 224), (640, 480), (480, 640), (333, 500), (1024, 768), (800, 200), (96, 64))
+QUESTIONS = (
+    "What do you see?",
+    "Describe the picture in one sentence.",
+    "Which colours are there, and where?",
+    "What is in the upper left corner?",
+    "Count the light areas.",
+)
+LONG = "Take the following into account, however often it was said before. " * 20
+
+Part = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One chat. ``messages`` are in Hugging Face's form, in which a picture is
+    ``{"type": "image"}``; ``pictures`` are PNG files in the order of their places."""
+
+    kind: str
+    messages: tuple[Mapping[str, Any], ...]
+    pictures: tuple[bytes, ...]
+
+
+def make_cases(count: int, seed: int) -> list[Case]:
+    """``count`` chats, of every kind in turn; those of one seed are always the same."""
+    random = np.random.default_rng(seed)
+    kinds = tuple(KINDS)
+    return [
+        KINDS[kinds[i % len(kinds)]](_Draw(random, kinds[i % len(kinds)])) for i in range(count)
+    ]
+
+
+class _Draw:
+    """One chat in the making."""
+
+    def __init__(self, random: np.random.Generator, kind: str) -> None:
+        self.random = random
+        self.kind = kind
+        self.pictures: list[bytes] = []
+
+    def picture(self) -> Part:
+        width, height = SIZES[self.random.integers(len(SIZES))]
+        self.pictures.append(_png(self.random, width, height))
+        return {"type": "image"}
+
+    def text(self) -> Part:
+        asked = QUESTIONS[self.random.integers(len(QUESTIONS))]
+        return {"type": "text", "text": f"{asked} ({self.random.integers(1000)})"}
+
+    def case(self, *turns: tuple[str, list[Part]]) -> Case:
+        messages = tuple({"role": role, "content": content} for role, content in turns)
+        return Case(self.kind, messages, tuple(self.pictures))
+
+
+def _png(random: np.random.Generator, width: int, height: int) -> bytes:
+    """A picture of smooth areas with some noise: what resizing filters differ on."""
+    coarse = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    noisy = smooth.astype(np.int16) + random.integers(-30, 31, smooth.shape, dtype=np.int16)
+    buffer = io.BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _long(draw: _Draw) -> Iterator[Part]:
+    yield {"type": "text", "text": LONG}
+    yield draw.picture()
+    yield {"type": "text", "text": LONG}
+    yield draw.text()
+
+
+def _turns(draw: _Draw) -> Case:
+    return draw.case(
+        ("user", [draw.picture(), draw.text()]),
+        ("assistant", [{"type": "text", "text": "There is a picture."}]),
+        ("user", [draw.picture(), draw.text()]),
+        ("assistant", [{"type": "text", "text": "And another one."}]),
+        ("user", [draw.text()]),
+    )
+
+
+KINDS = {
+    "picture": lambda draw: draw.case(("user", [draw.picture(), draw.text()])),
+    "text alone": lambda draw: draw.case(("user", [draw.text()])),
+    "several pictures": lambda draw: draw.case(
+        ("user", [draw.picture(), draw.picture(), draw.text(), draw.picture(), draw.text()])
+    ),
+    "turns": _turns,
+    "long prompt": lambda draw: draw.case(("user", list(_long(draw)))),
+}

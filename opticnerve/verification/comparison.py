@@ -1,0 +1,162 @@
+"""What counts as equal, and how far the split model is from the whole one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from opticnerve.verification.split import Asked, Rows
+from opticnerve.verification.whole import Prefill, WholeModel
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """``max_gap``: a token may differ from the unsplit model's best only if its logit there is
+    closer to the best one's. ``min_cosine``: of each row of an embedding to the unsplit model's."""
+
+    max_gap: float
+    min_cosine: float
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Rule:
+        """In float32 the two differ by rounding alone. In 16 bits a logit of 20 has steps of an
+        eighth in bfloat16, and sums in another order differ by several."""
+        return cls(1e-3, 0.99999) if dtype == torch.float32 else cls(0.5, 0.999)
+
+
+@dataclass
+class Tally:
+    """The cases of one kind."""
+
+    cases: int = 0
+    prompts_differ: int = 0
+    tokens: int = 0
+    close_calls: int = 0  # Tokens that differ where the rule allows it.
+    wrong_tokens: int = 0
+    largest_gap: float = 0.0
+    pictures: int = 0  # Whose rows were compared.
+    wrong_pictures: int = 0
+    least_cosine: float = 1.0
+    largest_difference: float = 0.0  # Of an element of a row.
+    faults: list[str] = field(default_factory=list)  # The first few, in words.
+
+    @property
+    def equal(self) -> bool:
+        return not (self.prompts_differ or self.wrong_tokens or self.wrong_pictures)
+
+
+MAX_FAULTS = 5
+
+
+class Comparison:
+    """Compares answers, case by case; ``tallies`` by kind."""
+
+    def __init__(self, whole: WholeModel, rule: Rule) -> None:
+        self.whole = whole
+        self.rule = rule
+        self.tallies: dict[str, Tally] = {}
+
+    def add(self, asked: Asked) -> None:
+        tally = self.tallies.setdefault(asked.case.kind, Tally())
+        tally.cases += 1
+        inputs = self.whole.inputs(asked.case)
+        if inputs["input_ids"][0].tolist() != asked.prompt_ids:
+            tally.prompts_differ += 1
+            self._fault(tally, _first_difference(inputs["input_ids"][0].tolist(), asked.prompt_ids))
+            return  # Answers to another prompt say nothing.
+        prefill = None
+        for answer, ways in _distinct(asked.answers).items():
+            prefill = self.whole.prefill(inputs, list(answer))
+            self._add_tokens(tally, prefill.logits, answer, ways)
+        if prefill is not None and asked.rows:
+            self._add_rows(tally, prefill, asked, asked.rows)
+
+    def _add_tokens(
+        self, tally: Tally, logits: torch.Tensor, answer: Sequence[int], ways: Sequence[str]
+    ) -> None:
+        tally.tokens += len(answer) * len(ways)
+        gaps = logits.max(dim=-1).values - logits[range(len(answer)), list(answer)]
+        for index, gap in enumerate(gaps.tolist()):
+            if gap <= 0:
+                continue
+            tally.largest_gap = max(tally.largest_gap, gap)
+            if gap < self.rule.max_gap:
+                tally.close_calls += len(ways)
+                continue
+            tally.wrong_tokens += len(ways)
+            best = int(logits[index].argmax())
+            self._fault(
+                tally,
+                f"asked {', '.join(ways)}: token {index} of the answer is {answer[index]}, the "
+                f"unsplit model's is {best}, whose logit leads by {gap:.3g}",
+            )
+            return  # What follows has another beginning than the unsplit model's.
+
+    def _add_rows(self, tally: Tally, prefill: Prefill, asked: Asked, rows: Sequence[Rows]) -> None:
+        wanted = _rows_of_pictures(prefill, asked.spans, len(rows))
+        for index, (got, want) in enumerate(zip(rows, wanted, strict=True)):
+            tally.pictures += 1
+            if got.keys() != want.keys() or any(got[n].shape != want[n].shape for n in want):
+                tally.wrong_pictures += 1
+                self._fault(tally, f"picture {index} has tensors of other shapes")
+                continue
+            pairs = [(got[name].float(), want[name].float()) for name in want]
+            cosine = min(float(F.cosine_similarity(a, b, dim=-1).min()) for a, b in pairs)
+            difference = max(float((a - b).abs().max()) for a, b in pairs)
+            tally.least_cosine = min(tally.least_cosine, cosine)
+            tally.largest_difference = max(tally.largest_difference, difference)
+            if cosine < self.rule.min_cosine:
+                tally.wrong_pictures += 1
+                self._fault(tally, f"picture {index} has a row of cosine {cosine:.6f}")
+
+    def _fault(self, tally: Tally, text: str) -> None:
+        if len(tally.faults) < MAX_FAULTS:
+            tally.faults.append(text)
+
+
+def _distinct(answers: Mapping[str, list[int]]) -> dict[tuple[int, ...], list[str]]:
+    """The ways of asking by what they were answered."""
+    found: dict[tuple[int, ...], list[str]] = {}
+    for way, answer in answers.items():
+        found.setdefault(tuple(answer), []).append(way)
+    return found
+
+
+def _rows_of_pictures(
+    prefill: Prefill, spans: Sequence[Mapping[str, Any]], pictures: int
+) -> list[dict[str, torch.Tensor]]:
+    """What the unsplit model puts in the places of each picture, in the order of its rows."""
+    by_picture: list[list[Mapping[str, Any]]] = [[] for _ in range(pictures)]
+    starts, seen = {}, 0  # Of each span, among all placeholders of the prompt.
+    for span in sorted(spans, key=lambda each: each["token_offset"]):
+        by_picture[span["item"]].append(span)
+        starts[span["token_offset"]] = seen
+        seen += span["num_tokens"]
+
+    def pieces(source: torch.Tensor, of: list[Mapping[str, Any]], compact: bool) -> torch.Tensor:
+        parts = []
+        for span in sorted(of, key=lambda each: each["row_start"]):
+            offset = span["token_offset"]
+            start = starts[offset] if compact else offset
+            parts.append(source[start : start + span["num_tokens"]])
+        return torch.cat(parts)
+
+    return [
+        {"rows": pieces(prefill.embeddings, of, compact=False)}
+        | {
+            f"deepstack.{level}": pieces(tensor, of, compact=True)
+            for level, tensor in enumerate(prefill.deepstack)
+        }
+        for of in by_picture
+    ]
+
+
+def _first_difference(want: Sequence[int], got: Sequence[int]) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), None)
+    if at is None:
+        return f"the prompt has {len(got)} tokens, transformers' {len(want)}"
+    return f"token {at} of the prompt is {got[at]}, transformers' is {want[at]}"

@@ -1,0 +1,108 @@
+"""What `opticnerve verify` counts as equal, and what it refuses before it starts anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from opticnerve.cli import commands, verify
+from opticnerve.verification.cases import KINDS, make_cases
+from opticnerve.verification.comparison import Comparison, Rule
+from opticnerve.verification.split import Asked
+from opticnerve.verification.whole import Prefill
+
+IDS = [7, 1, 1, 8, 1, 9]  # 1 stands for a picture's rows: two of the first, one of the second.
+SPANS = [
+    {"token_offset": 1, "num_tokens": 2, "item": 0, "row_start": 0},
+    {"token_offset": 4, "num_tokens": 1, "item": 1, "row_start": 0},
+]
+
+
+class Whole:
+    """An unsplit model that always says 3, with 2 close behind and 0 far."""
+
+    def inputs(self, case: Any) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([IDS])}
+
+    def prefill(self, inputs: Any, answer: list[int]) -> Prefill:
+        logits = torch.tensor([0.0, 1.0, 4.9999, 5.0]).repeat(len(answer), 1)
+        rows = torch.arange(12.0).reshape(6, 2)
+        return Prefill(logits, rows, (rows[:3] + 100,))
+
+
+def compared(case: Any = None, **said: Any) -> Any:
+    case = case or make_cases(1, 0)[0]
+    comparison = Comparison(Whole(), Rule(1e-3, 0.999))  # type: ignore[arg-type]
+    comparison.add(Asked(case, **({"prompt_ids": IDS, "spans": SPANS} | said)))
+    return comparison.tallies[case.kind]
+
+
+def test_a_token_may_differ_only_where_logits_nearly_tie() -> None:
+    tally = compared(answers={"alone": [3, 3], "again": [3, 2]})
+    assert tally.equal and (tally.tokens, tally.close_calls) == (4, 1)
+    tally = compared(answers={"alone": [3, 1, 3], "again": [3, 1, 3]})
+    assert not tally.equal and tally.wrong_tokens == 2
+    assert tally.faults == [
+        "asked alone, again: token 1 of the answer is 1, the unsplit model's is 3, whose logit "
+        "leads by 4"
+    ]
+
+
+def test_another_prompt_is_told_and_its_answers_are_not_compared() -> None:
+    tally = compared(prompt_ids=[7, 1, 1, 6], answers={"alone": [0]})
+    assert not tally.equal and tally.tokens == 0
+    assert tally.faults == ["token 3 of the prompt is 6, transformers' is 8"]
+    assert "has 2 tokens, transformers' 6" in compared(prompt_ids=IDS[:2]).faults[0]
+
+
+def rows(*pictures: tuple[int, int], shift: float = 0.0) -> list[dict[str, torch.Tensor]]:
+    """The rows of ``Whole`` at places [first, end) of each picture, and among placeholders."""
+    all_rows, found, seen = torch.arange(12.0).reshape(6, 2), [], 0
+    for first, end in pictures:
+        level = all_rows[seen : seen + end - first] + 100
+        seen += end - first
+        found.append({"rows": all_rows[first:end] + shift, "deepstack.0": level})
+    return found
+
+
+def test_rows_are_compared_where_the_model_reads_them() -> None:
+    answers = {"alone": [3]}
+    tally = compared(answers=answers, rows=rows((1, 3), (4, 5)))
+    assert tally.equal and tally.pictures == 2 and tally.largest_difference == 0
+    assert tally.least_cosine == pytest.approx(1)
+    for wrong, pictures in (
+        (rows((1, 3), (4, 5), shift=-9), 2),  # Other rows.
+        (rows((1, 3), (4, 6)), 1),  # Too many.
+        ([{"rows": each["rows"]} for each in rows((1, 3), (4, 5))], 2),  # A level is missing.
+    ):
+        tally = compared(answers=answers, rows=wrong)
+        assert not tally.equal and tally.wrong_pictures == pictures
+
+
+def test_cases_are_of_every_kind_and_the_same_for_one_seed() -> None:
+    cases = make_cases(2 * len(KINDS), 3)
+    assert {case.kind for case in cases} == set(KINDS)
+    assert cases == make_cases(2 * len(KINDS), 3) != make_cases(2 * len(KINDS), 4)
+    for case in cases:
+        parts = [part for message in case.messages for part in message["content"]]
+        assert sum(part["type"] == "image" for part in parts) == len(case.pictures)
+
+
+def test_it_refuses_to_begin_without_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verify, "serve", None)
+    monkeypatch.setattr(verify, "_free_memory", lambda device: 2**20)
+    assert commands.main(["verify"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("this takes about ") and "1 MiB are free" in told[0]
+    assert "too little memory" in told[1] and "--force" in told[1]
+
+
+@pytest.mark.parametrize("cases", ["19", "1001"])
+def test_the_number_of_cases_is_bounded(cases: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        commands.main(["verify", "--cases", cases])
+    assert "--cases" in capsys.readouterr().err
