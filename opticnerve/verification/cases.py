@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,7 @@ def _turns(draw: _Draw) -> Case:
     )
 
 
-KINDS = {
+KINDS: dict[str, Callable[[_Draw], Case]] = {
     "picture": lambda draw: draw.case(("user", [draw.picture(), draw.text()])),
     "text alone": lambda draw: draw.case(("user", [draw.text()])),
     "several pictures": lambda draw: draw.case(

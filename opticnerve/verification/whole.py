@@ -126,7 +126,8 @@ def _load_processor(checkpoint: Checkpoint) -> Any:
     # Its check of the parts' classes looks for the image processor's torchvision-backed one.
     unchecked = {"check_argument_for_proper_class": lambda self, name, argument: None}
     settings, _ = kind.get_processor_dict(path)
-    return type(kind.__name__, (kind,), unchecked).from_args_and_dict(parts, settings)
+    made: Any = type(kind.__name__, (kind,), unchecked)
+    return made.from_args_and_dict(parts, settings)
 
 
 def _processor_class(checkpoint: Checkpoint) -> Any:
