@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,14 +22,29 @@ def export(graph: TowerGraph, path: Path) -> None:
     if graph.module is None:
         raise ValueError("the graph's module was released")
     patches = graph.fixed_patches or EXAMPLE_UNITS * graph.unit
-    program = torch.onnx.export(
-        graph.module,
-        kwargs=graph.example(EXAMPLE_PICTURES, patches),
-        dynamic_shapes=graph.dynamic_shapes(),
-        input_names=list(graph.inputs),
-        output_names=list(graph.output_names),
-        opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    )
-    program.save(path, external_data=True)
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            graph.module,
+            kwargs=graph.example(EXAMPLE_PICTURES, patches),
+            dynamic_shapes=graph.dynamic_shapes(),
+            input_names=list(graph.inputs),
+            output_names=list(graph.output_names),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+        program.save(path, external_data=True)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without the exporter's warnings: of names that it does not use, and of missing torchvision."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,150 @@
+"""Exported towers: onnxruntime computes the torch tower's rows, TensorRT for RTX builds engines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from opticnerve.models.towers.export import export
+from opticnerve.models.towers.graph import CLOSED, TowerGraph
+from tests.graphs import BATCHES, EXPORTABLE, Half, largest_difference, lowest_cosine
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+pytestmark = pytest.mark.slow
+
+Exported = tuple[Half, Path]
+
+# One family of each kind of graph is exported in half precision, too.
+HALVES = (("qwen2_5_vl", "float16"), ("llava", "bfloat16"))
+UNWANTED = {"Conv", "GatherND", "If", "Loop", "NonZero", "Resize", "Scan", "ScatterND", "Where"}
+
+
+@pytest.fixture(scope="module")
+def exported(
+    random_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Exported]:
+    """The vision half of a family in a precision, and its file; made once."""
+    made: dict[tuple[str, str], Exported] = {}
+
+    def make(family: str, dtype: str) -> Exported:
+        if (family, dtype) not in made:
+            half = Half.load(random_checkpoint(family), dtype)
+            path = tmp_path_factory.mktemp(family) / "tower.onnx"
+            export(half.graph, path)
+            made[family, dtype] = half, path
+        return made[family, dtype]
+
+    return make
+
+
+class Session:
+    """An exported graph in onnxruntime."""
+
+    def __init__(self, graph: TowerGraph, path: Path) -> None:
+        self.graph = graph
+        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        assert [each.name for each in self.session.get_inputs()] == list(graph.input_names)
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        values = {name: tensor.numpy() for name, tensor in inputs.items()}
+        outputs: list[Any] = self.session.run(list(self.graph.output_names), values)
+        named = zip(self.graph.output_names, outputs, strict=True)
+        return {name: torch.from_numpy(output) for name, output in named}
+
+
+def check_parity(half: Half, path: Path, cosine: float, difference: float) -> None:
+    run = Session(half.graph, path)
+    for i, sizes in enumerate(BATCHES):
+        pixels, plans = half.batch(sizes)
+        outputs = run(half.graph.prepare(pixels, plans, half.bucket(plans, spare=i)))
+        items, expected = half.graph.split(outputs, plans), half.tower.encode(pixels, plans)
+        assert lowest_cosine(items, expected) >= cosine
+        assert largest_difference(items, expected) <= difference
+
+
+@pytest.mark.parametrize("family", EXPORTABLE)
+def test_float32_rows_are_the_towers(family: str, exported: Callable[[str, str], Exported]) -> None:
+    """Of batches and buckets that were not traced."""
+    half, path = exported(family, "float32")
+    check_parity(half, path, 0.99999, 1e-4)
+
+
+def test_float16_rows_are_the_towers(exported: Callable[[str, str], Exported]) -> None:
+    half, path = exported("qwen2_5_vl", "float16")
+    check_parity(half, path, 0.9999, 0.01)
+
+
+@pytest.mark.parametrize("family", EXPORTABLE)
+def test_padding_does_not_leak(family: str, exported: Callable[[str, str], Exported]) -> None:
+    half, path = exported(family, "float32")
+    if half.graph.fixed_patches:
+        pytest.skip("pictures of one size are not padded")
+    run = Session(half.graph, path)
+    pixels, plans = half.batch(BATCHES[1])
+    inputs = half.graph.prepare(pixels, plans, half.bucket(plans))
+    items = half.graph.split(run(inputs), plans)
+    is_padding = (inputs["key_mask"].flatten(1) == CLOSED).numpy()
+    for name in set(inputs) - {"key_mask", "window_mask"}:
+        values = inputs[name].numpy()
+        values[is_padding] = np.random.default_rng(0).normal(size=values[is_padding].shape) * 100
+    others = half.graph.split(run(inputs), plans)
+    assert largest_difference(others, items) <= 1e-6
+
+
+@pytest.mark.parametrize("family", EXPORTABLE)
+def test_the_graph_is_dense_layers_alone(
+    family: str, exported: Callable[[str, str], Exported]
+) -> None:
+    _, path = exported(family, "float32")
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    counts = Counter(node.op_type for node in nodes)
+    assert not UNWANTED & counts.keys()
+    assert counts["Cast"] == 0, "everything has the type it is computed in"
+    assert len(nodes) <= 32 * counts["Softmax"] + 24, counts
+
+
+def test_only_rotations_are_cast_in_half_precision(
+    exported: Callable[[str, str], Exported],
+) -> None:
+    _, path = exported("qwen2_5_vl", "float16")
+    counts = Counter(n.op_type for n in onnx.load(path, load_external_data=False).graph.node)
+    assert counts["Cast"] == 2 * counts["Softmax"]
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((family, "float32") for family in EXPORTABLE), *HALVES]
+)
+def test_an_engine_is_built(
+    family: str, dtype: str, exported: Callable[[str, str], Exported]
+) -> None:
+    """Strongly typed, for another card than the one here, if any."""
+    pytest.importorskip("tensorrt_rtx_libs")
+    rtx: Any = pytest.importorskip("tensorrt_rtx_bindings")
+    half, path = exported(family, dtype)
+    builder = rtx.Builder(rtx.Logger(rtx.Logger.ERROR))
+    typed = 1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(typed)
+    parser = rtx.OnnxParser(network, rtx.Logger(rtx.Logger.ERROR))
+    parsed = parser.parse_from_file(str(path))
+    assert parsed, [str(parser.get_error(i)) for i in range(parser.num_errors)]
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(rtx.ComputeCapability.SM89, 0)
+    graph = half.graph
+    for patches in (graph.fixed_patches or 16 * graph.unit, graph.fixed_patches or 64 * graph.unit):
+        profile = builder.create_optimization_profile()
+        least, most = graph.shapes(1, patches), graph.shapes(4, patches)
+        for name in graph.input_names:
+            profile.set_shape(name, least[name], most[name], most[name])
+        config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    assert plan is not None and plan.nbytes > 0
