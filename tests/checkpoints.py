@@ -23,7 +23,7 @@ LAYOUTS = ("new", "old")
 
 
 def make_checkpoint(
-    family: str,
+    family: str | Sample,
     directory: str | Path,
     *,
     seed: int = 0,
@@ -37,16 +37,18 @@ def make_checkpoint(
     device: str = "cpu",
     **settings: Any,
 ) -> Path:
-    """Writes a random checkpoint of the sample ``family`` into ``directory`` and returns its path.
+    """Writes a random checkpoint of the sample ``family``, or the one of that name, into
+    ``directory`` and returns its path.
 
     ``layout``: "old" names tensors and configuration fields as the first published checkpoints
     do, "new" as transformers 5 does. ``text`` and ``vision`` override sizes of the two halves,
     ``config`` top-level fields, ``settings`` the image processor's. ``device`` draws the weights,
     which are float32 without a ``dtype``.
     """
-    directory, sample = Path(directory), samples()[family]
+    directory = Path(directory)
+    sample = family if isinstance(family, Sample) else samples()[family]
     directory.mkdir(parents=True, exist_ok=True)
-    made = make_config(family, tied=tied, dtype=dtype, text=text, vision=vision)
+    made = make_config(sample, tied=tied, dtype=dtype, text=text, vision=vision)
     for name, value in (config or {}).items():
         setattr(made, name, value)
     weights = random_weights(made, seed=seed, dtype=dtype, device=device)
@@ -65,7 +67,7 @@ def make_checkpoint(
 
 
 def make_config(
-    family: str,
+    family: str | Sample,
     *,
     tied: bool = False,
     dtype: torch.dtype | None = None,
@@ -75,7 +77,8 @@ def make_config(
     """The transformers configuration of a small model; ``text`` and ``vision`` override sizes."""
     import torch
 
-    config = samples()[family].config(text or {}, vision or {}, tied)
+    sample = family if isinstance(family, Sample) else samples()[family]
+    config = sample.config(text or {}, vision or {}, tied)
     for part in (config, config.text_config, config.vision_config):
         part.dtype = dtype or torch.float32
     return config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -37,8 +37,11 @@ class SquareProjector(nn.Module):  # type: ignore[misc]
     """The first layers of a CLIP or SigLIP tower, up to the last that the projector reads, and the
     projector.
 
-    ``config``: transformers' of the whole model.
+    ``config``: transformers' of the whole model. A subclass may name another projector, which is
+    made of it.
     """
+
+    projector_class: ClassVar[Any] = LlavaMultiModalProjector
 
     def __init__(self, config: Any, layout: LlavaLayout) -> None:
         super().__init__()
@@ -50,7 +53,7 @@ class SquareProjector(nn.Module):  # type: ignore[misc]
         for name in UNREAD:
             if hasattr(self.tower, name):
                 delattr(self.tower, name)
-        self.projector = LlavaMultiModalProjector(config)
+        self.projector = self.projector_class(config)
         self.first_row = 1 if layout.strategy == "default" else 0  # Row 0 is the class token.
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
