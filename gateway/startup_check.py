@@ -15,7 +15,6 @@ from gateway.sampling import Defaults, load_defaults
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import CheckpointError, InvalidRequest
-from opticnerve.media.plan import Modality
 from opticnerve.models.family import Layout
 from opticnerve.models.registry import make_layout
 
@@ -62,7 +61,9 @@ def describe_prompt(settings: GatewayConfig, checkpoint: Checkpoint, layout: Lay
     """Reads tokenizer and template, and renders a chat with two pictures. Raises ConfigError, and
     CheckpointError for a template that does not write one placeholder for each picture."""
     renderer, _ = read_checkpoint(settings, checkpoint, layout)
-    tokenizer, token_id = renderer.tokenizer, layout.item_token_ids[Modality.IMAGE]
+    tokenizer = renderer.tokenizer
+    written = "image_token" if layout.rewrite is None else layout.rewrite.written
+    token_id = layout.placeholder_ids[written]
     picture = {"type": "image_url", "image_url": {"url": "data:,"}}
     content = [picture, picture, {"type": "text", "text": "What do you see?"}]
     message = Message.model_validate({"role": "user", "content": content})

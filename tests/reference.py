@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AttentionInterface, AutoModelForImageTextToText
 
-from opticnerve.media.plan import Plan, Span
+from opticnerve.media.plan import Plan, Span, SpanAttention
 from opticnerve.models.towers.pixels import PixelTable
 from tests.families import samples
 
@@ -50,7 +51,15 @@ def place(layout: Any, plan: Plan, offset: int, item: int) -> tuple[tuple[int, .
     """The tokens of an item whose expansion begins at ``offset`` of a prompt, and its spans."""
     expansion = layout.expand(plan)
     spans = [
-        Span(offset + run.offset, run.num_tokens, item, run.row_start, plan.modality, plan.grid)
+        Span(
+            token_offset=offset + run.offset,
+            num_tokens=run.num_tokens,
+            item=item,
+            row_start=run.row_start,
+            modality=plan.modality,
+            grid_thw=plan.grid,
+            attention=plan.attention,
+        )
         for run in expansion.runs
     ]
     return expansion.token_ids, spans
@@ -66,14 +75,37 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
+_both_ways: list[tuple[int, int]] = []
+
+
+@contextmanager
+def both_ways(spans: Sequence[Span]) -> Iterator[None]:
+    """Within it, tokens of each bidirectional one of ``spans`` see one another under ``CAUSAL``."""
+    _both_ways.extend(
+        (span.token_offset, span.token_offset + span.num_tokens)
+        for span in spans
+        if span.attention is SpanAttention.BIDIRECTIONAL
+    )
+    try:
+        yield
+    finally:
+        _both_ways.clear()
+
+
 def _causal(
     module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """Plain causal attention of one sequence; fails when transformers built a mask."""
+    """Causal attention of one sequence, with the layer's window and what ``both_ways`` says; fails
+    when transformers built a mask."""
     if mask is not None:
         raise AssertionError("a mask was built")
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    for begin, end in _both_ways:
+        seen[begin:end, begin:end] = True
+    if kwargs.get("sliding_window"):
+        seen &= ~seen.tril(-kwargs["sliding_window"])
     output = F.scaled_dot_product_attention(
-        q, k, v, is_causal=q.shape[2] > 1, scale=kwargs["scaling"], enable_gqa=True
+        q, k, v, attn_mask=seen, scale=kwargs["scaling"], enable_gqa=True
     )
     return output.transpose(1, 2), None
 

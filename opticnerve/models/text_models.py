@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Published configs leave out what equals the text model's own defaults:
 # model_type -> (hidden_size, max_position_embeddings).
 DEFAULTS = {
+    "gemma3_text": (2304, 2**17),
     "llama": (4096, 2048),
     "mistral": (4096, 4096 * 32),
     "ministral3": (4096, 2**18),

@@ -18,6 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
+from gateway.prompt import placeholders
+from gateway.prompt.renderer import ChatRenderer
 from opticnerve import models
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import FamilyError, PlanMismatch, UnsupportedCheckpoint
@@ -131,15 +133,20 @@ def test_an_expansion_has_the_tokens_that_were_planned(layout: Any, size: tuple[
 def test_ids_of_any_size_are_those_of_the_processor(
     sample: Sample, checkpoint: Checkpoint, layout: Any
 ) -> None:
-    """From structure alone: the placeholder becomes what Hugging Face's processor makes of it."""
+    """From structure alone: what a template writes for a picture becomes what Hugging Face's
+    processor makes of it."""
     processor = sample.processor(checkpoint.path)
-    image_token_id = layout.item_token_ids[Modality.IMAGE]
-    text = processor.tokenizer.decode([image_token_id], skip_special_tokens=False)
+    name = "image_token" if layout.rewrite is None else layout.rewrite.written
+    written = layout.placeholder_ids[name]
+    text = processor.tokenizer.decode([written], skip_special_tokens=False)
+    tokenizer = ChatRenderer.load(checkpoint.path, layout).tokenizer
+    placed = tokenizer.encode(placeholders.picture_text(layout, tokenizer))
     random = np.random.default_rng(5)
     for width, height in random.integers(4, 500, (200, 2)).tolist():
         inputs = sample.process(processor, text, [Image.new("RGB", (width, height))])
         ids = tuple(inputs["input_ids"][0].tolist())
-        expected = layout.expand(layout.plan(Structure("png", width, height))).token_ids
+        plan = layout.plan(Structure("png", width, height))
+        expected = placeholders.expand(layout, text, placed, [plan], 2**20).token_ids
         start = len(ids) - len(expected)  # A beginning-of-sequence token may stand in front.
         assert start in (0, 1) and ids[start:] == expected, (width, height)
 
@@ -190,16 +197,19 @@ def test_a_decoder_is_declared_layer_by_layer(
     assert language.hidden_size == layout.hidden_size
 
 
-def test_scales_and_caps_are_applied(family: Family, checkpoint: Checkpoint, language: Any) -> None:
-    spec = replace(
-        family.load_part(family.decoder)(checkpoint), embedding_scale=3.0, logit_soft_cap=2.0
+def test_scales_and_caps_are_applied(family: Family, checkpoint: Checkpoint) -> None:
+    spec = family.load_part(family.decoder)(checkpoint)
+    plain, scaled = (
+        replace(spec, embedding_scale=scale, logit_soft_cap=cap).load(
+            checkpoint, family.language_keys, "float32", "cpu", CAUSAL
+        )
+        for scale, cap in ((1.0, None), (3.0, 2.0))
     )
-    scaled: Any = spec.load(checkpoint, family.language_keys, "float32", "cpu", CAUSAL)
     ids = torch.arange(5)
     with torch.inference_mode():
-        rows = language.embed(ids)
+        rows = plain.embed(ids)
         torch.testing.assert_close(scaled.embed(ids), rows * 3)
-        torch.testing.assert_close(scaled.logits(rows), 2 * torch.tanh(language.logits(rows) / 2))
+        torch.testing.assert_close(scaled.logits(rows), 2 * torch.tanh(plain.logits(rows) / 2))
 
 
 # ---- discovery

@@ -20,7 +20,7 @@ from opticnerve.models.decoders.decoder import PackedLanguage
 from opticnerve.models.decoders.linear import can_halve
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.families import samples
-from tests.reference import CAUSAL, load_reference, picture, place
+from tests.reference import CAUSAL, both_ways, load_reference, picture, place
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -129,7 +129,8 @@ def test_rows_overwrite_placeholders_as_in_the_unsplit_model(
             (indices, torch.cat([item[f"deepstack.{i}"] for item in encoded]))
             for i in range(layout.deepstack_levels)
         ]
-        hidden = language.forward(embeds, torch.from_numpy(positions), levels)
+        with both_ways(spans):
+            hidden = language.forward(embeds, torch.from_numpy(positions), levels)
         logits = language.logits(hidden)
 
     sample = samples()[family]
@@ -175,7 +176,7 @@ def test_attention_gets_one_call_a_layer_without_a_mask(
 
     def record(module: Any, q: Any, k: Any, v: Any, mask: Any, *, scaling: float, **_: Any) -> Any:
         assert k.shape == v.shape
-        assert scaling == 16**-0.5
+        assert scaling == module.scaling
         seen.append((module.layer_idx, tuple(q.shape), tuple(k.shape), mask))
         return q.transpose(1, 2), None
 

@@ -105,7 +105,7 @@ def square_tower(
     return TowerSpec(
         make_module=make_module,
         make_tower=make_tower,
-        recomputed={"tower.embeddings.position_ids": _position_ids},
+        recomputed={"tower.embeddings.position_ids": position_ids},
         ignored=(
             rf".*vision_tower\.(?:.*\.)?(?:{'|'.join(UNREAD)})\.",
             rf".*vision_tower\..*encoder\.layers\.(?:{unused})\.",
@@ -132,5 +132,6 @@ def feature_layers(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
     return found
 
 
-def _position_ids(embeddings: Any) -> torch.Tensor:
+def position_ids(embeddings: Any) -> torch.Tensor:
+    """int64 [1, positions]: a buffer of CLIP's and SigLIP's embeddings."""
     return torch.arange(embeddings.num_positions)[None]

@@ -1,0 +1,49 @@
+"""Gemma 3's decoder: five layers with a sliding window to one without, each kind with a rotary
+table of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Gemma3Config, Gemma3TextModel
+
+from opticnerve.checkpoints.loader import transformers_config
+from opticnerve.models.decoders.fused import LayerForm
+from opticnerve.models.decoders.spec import DecoderSpec, LayerSpec
+
+if TYPE_CHECKING:
+    from opticnerve.checkpoints.checkpoint import Checkpoint
+
+FORM = LayerForm(
+    after_attention="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    after_mlp="post_feedforward_layernorm",
+    centred=True,
+)
+
+
+def describe_decoder(checkpoint: Checkpoint) -> DecoderSpec:
+    """Soft caps are those of the configuration. The published checkpoints have none, and the whole
+    model of transformers does not apply them."""
+    config = transformers_config(Gemma3Config, checkpoint)
+    text = config.text_config
+    windows = {"sliding_attention": text.sliding_window, "full_attention": None}
+    return DecoderSpec(
+        Gemma3TextModel,
+        text,
+        tied=config.tie_word_embeddings,
+        position_dims=1,
+        layers=tuple(
+            LayerSpec(windows[kind], kind, text.attn_logit_softcapping) for kind in text.layer_types
+        ),
+        fusable=True,
+        form=FORM,
+        embedding_scale=text.hidden_size**0.5,
+        logit_soft_cap=text.final_logit_softcapping,
+        recomputed={"model.embed_tokens.embed_scale": _embed_scale},
+    )
+
+
+def _embed_scale(embedding: Any) -> torch.Tensor:
+    return torch.tensor(embedding.scalar_embed_scale)
