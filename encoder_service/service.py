@@ -7,57 +7,32 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
-from functools import partial
 from pathlib import Path
 
-import torch
-
 from encoder_service.backends.base import VisionModel
-from encoder_service.backends.torch_backend import TorchBackend
 from encoder_service.crash_record import CrashRecord
 from encoder_service.encoder import Encoder
-from encoder_service.pictures.largest_picture import largest_plan, shrink
+from encoder_service.model import open_model
+from encoder_service.pictures.largest_picture import largest_plan
 from encoder_service.publisher import Results
 from encoder_service.servicer import SERVICE, EncoderServicer
-from opticnerve.checkpoints.checkpoint import Checkpoint
-from opticnerve.checkpoints.fingerprint import encoder_fingerprint
-from opticnerve.config import EncoderConfig, ModelConfig
+from opticnerve.config import EncoderConfig
 from opticnerve.embeddings.open import OpenStore, local_tier, open_worker_store
 from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.embeddings.signing import Seal
 from opticnerve.embeddings.store import Store
-from opticnerve.models.registry import load_tower, make_layout, make_preprocessor
 from opticnerve.owned_directories import base_directory
 from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc.server import Server, serving
 
 log = logging.getLogger(__name__)
 
-OpenModel = Callable[[ModelConfig], VisionModel]
-
-
-def open_torch_model(config: ModelConfig) -> VisionModel:
-    """The vision half of a checkpoint, with torch. Raises StartupError."""
-    torch.set_num_threads(config.num_threads)
-    checkpoint = Checkpoint.configured(config, "encoder")
-    checkpoint.read_ahead()
-    layout = make_layout(checkpoint)
-    tower = load_tower(checkpoint, config.dtype, config.device)
-    preprocess = make_preprocessor(checkpoint, layout)
-    backend = TorchBackend(tower, preprocess, partial(shrink, layout))
-    return VisionModel(
-        checkpoint.name,
-        checkpoint.family,
-        checkpoint.pair_id,
-        encoder_fingerprint(checkpoint, tower.dtype, backend.name),
-        layout,
-        backend,
-    )
+OpenModel = Callable[[EncoderConfig], VisionModel]
 
 
 def open_worker(
     settings: EncoderConfig,
-    open_model: OpenModel = open_torch_model,
+    open_model: OpenModel = open_model,
     open_store: OpenStore = open_worker_store,
 ) -> AbstractAsyncContextManager[EncoderServicer]:
     """A serving encoder, closed when the context ends. Raises StartupError."""
@@ -72,7 +47,7 @@ def open_worker(
         def load_encoder() -> Encoder:
             seal = Seal.load(settings.store.store_key_file)
             store = open_store(settings.store, seal, stack)
-            model = open_model(settings.model)
+            model = open_model(settings)
             stack.callback(model.backend.close)
             record = stack.enter_context(closing(CrashRecord(_record_directory(store))))
             results = Results(store, model.fingerprint, server.address, seal)
@@ -108,11 +83,12 @@ def _announce(encoder: Encoder) -> None:
     """Logs what this process serves, in one line."""
     backend, capacity = encoder.model.backend, encoder.capacity
     log.info(
-        "%s on %s in %s: %d threads, %d preprocess workers, max_batch_patches %d, "
+        "%s by %s on %s in %s: %d threads, %d preprocess workers, max_batch_patches %d, "
         "max_item_patches %d, max_queue_patches %d, fingerprint %s",
         encoder.model.name,
+        backend.name,
         backend.device,
-        backend.dtype,
+        backend.precision,
         encoder.settings.model.num_threads,
         encoder.pool.workers,
         capacity.max_batch_patches,

@@ -93,6 +93,7 @@ class EncoderServicer(WorkerServicer[Encoder], encoder_pb2_grpc.EncoderServicer)
             fingerprint=model.fingerprint,
             family=model.family,
             backend=model.backend.name,
+            precision=model.backend.precision,
             device=model.backend.device,
             dtype=model.backend.dtype,
             hidden_size=model.backend.hidden_size,

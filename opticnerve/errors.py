@@ -34,8 +34,9 @@
     └── StartupError                500 INTERNAL              the process cannot start; exits 2
         ├── ConfigError                                       a flag or environment variable
         ├── FamilyError                                       model families that cannot be used
-        └── CheckpointError                                   unsupported, incomplete or damaged
-            └── UnsupportedCheckpoint
+        ├── CheckpointError                                   unsupported, incomplete or damaged
+        │   └── UnsupportedCheckpoint
+        └── UnusableEngine                                    stale, foreign, damaged or inaccurate
 
 A class knows its HTTP status, its gRPC status *by number* (so that nothing here imports
 grpc) and its OpenAI ``type`` and ``code``. Exceptions of other libraries are translated
@@ -286,6 +287,10 @@ class CheckpointError(StartupError):
 
 class UnsupportedCheckpoint(CheckpointError):
     pass
+
+
+class UnusableEngine(StartupError):
+    """A tower's engine, see ``opticnerve engine``, that is not served."""
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

@@ -7,7 +7,12 @@ from importlib.util import find_spec
 from opticnerve.errors import StartupError
 
 # Packages by extra, as pyproject.toml declares them and as they are imported.
-PACKAGES = {"worker": ("torch", "transformers", "redis"), "openai": ("openai",)}
+PACKAGES = {
+    "worker": ("torch", "transformers", "redis"),
+    "openai": ("openai",),
+    "onnx": ("onnxruntime",),
+    "engine": ("onnx", "onnxscript"),
+}
 
 
 def require_extra(extra: str, user: str) -> None:

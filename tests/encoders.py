@@ -58,7 +58,7 @@ class FakeBackend:
     """Rows are the picture's mean colour. ``hold`` makes batches wait for ``go``. The batches
     before ``begin``, those of the service's start, are not recorded and do not fail."""
 
-    name, device, dtype = "fake", "none", "F32"
+    name, device, dtype, precision = "fake", "none", "F32", "float32"
 
     def __init__(
         self,

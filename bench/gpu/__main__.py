@@ -32,7 +32,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from bench import report
-from bench.gpu import checks, figures, stack
+from bench.gpu import checks, engines, figures, stack
 from bench.gpu.models import REAL, TWIN, Room
 
 BUDGET_S = 420.0
@@ -74,6 +74,7 @@ def _correctness() -> list[Check]:
             found.append(
                 Check(f"encoder rows, {named}", partial(checks.encoder_rows, **bound), "rows")
             )
+    found.append(Check("tower engines", engines.tower_engines, "engines"))
     for model, dtype in ((m, d) for m in ("demo", WIDE) for d in (checks.EXACT, checks.HALF)):
         named = f"{model}, {checks.short(dtype)}"
         found += [

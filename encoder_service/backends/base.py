@@ -1,4 +1,4 @@
-"""The device side's interface to the encoder. One implementation a file: torch, later TensorRT."""
+"""The device side's interface to the encoder. One implementation a file: torch, and engines."""
 
 from __future__ import annotations
 
@@ -30,6 +30,14 @@ class Capacity:
     max_item_patches: int
 
 
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A size that an engine is built for."""
+
+    patches: int  # To which every picture of a call is padded.
+    pictures: int  # The most of one call.
+
+
 class Recovery(Enum):
     """What to do with a batch for which ``encode`` raised an exception."""
 
@@ -44,7 +52,8 @@ class Backend(Protocol):
 
     name: str
     device: str
-    dtype: str  # As safetensors writes it: "F32", "F16", "BF16".
+    dtype: str  # Of rows, as safetensors writes it: "F32", "F16", "BF16".
+    precision: str  # In which the tower computes: "float32", "float16", "bfloat16".
     hidden_size: int
     preprocess: Preprocessor
 

@@ -16,7 +16,7 @@ from encoder_service.pictures.largest_picture import permitted_patches
 from opticnerve.errors import StartupError, device_is_lost
 from opticnerve.media.plan import Plan
 from opticnerve.models.family import Preprocessor, Tower
-from opticnerve.tensors.dtypes import ELEMENT_TYPES
+from opticnerve.tensors.dtypes import ELEMENT_TYPES, dtype_name
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +24,28 @@ CPU_BATCH_PATCHES = 2048  # A CPU gains nothing from larger batches; smaller one
 CPU_WARM_PATCHES = 1024  # A larger item would hold a CPU's start up for minutes.
 CUDA_BATCH_PATCHES = 65_536  # No gain in throughput beyond; latency only grows.
 CUDA_MEMORY_FRACTION = 0.8  # Of free memory; the rest is for fragmentation and other processes.
-OUT_OF_MEMORY_TEXTS = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY_TEXTS = (
+    "DefaultCPUAllocator",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Failed to allocate memory",  # onnxruntime's.
+    "OutOfMemory",  # TensorRT's.
+)
 
 Shrink = Callable[[Plan, int], Plan]
 """(largest plan, patches) -> the plan of a picture of at most about so many patches."""
+
+
+def recovery_from(error: Exception, *, on_cuda: bool) -> Recovery:
+    """How to recover from an exception of a forward pass; see ``Backend.classify``."""
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY_TEXTS)
+    ):
+        if on_cuda:
+            torch.cuda.empty_cache()
+        return Recovery.SPLIT
+    return Recovery.STOP if on_cuda and device_is_lost(error) else Recovery.ISOLATE
 
 
 class TorchBackend:
@@ -41,6 +59,7 @@ class TorchBackend:
         self._shrink = shrink
         self.device = str(tower.device)
         self.dtype = ELEMENT_TYPES[tower.dtype]
+        self.precision = dtype_name(tower.dtype)
         self.hidden_size = tower.hidden_size
         self._on_cuda = tower.device.type == "cuda"
 
@@ -48,21 +67,14 @@ class TorchBackend:
         with torch.no_grad():
             outputs = self._tower.encode(pixels, plans)
             copies: list[Embedding] = [
-                {name: _begin_copy(tensor) for name, tensor in output.items()} for output in outputs
+                {name: begin_copy(tensor) for name, tensor in output.items()} for output in outputs
             ]
         if self._on_cuda:
             torch.cuda.current_stream(self._tower.device).synchronize()
         return copies
 
     def classify(self, error: Exception) -> Recovery:
-        text = str(error)
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-            isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY_TEXTS)
-        ):
-            if self._on_cuda:
-                torch.cuda.empty_cache()
-            return Recovery.SPLIT
-        return Recovery.STOP if self._on_cuda and device_is_lost(error) else Recovery.ISOLATE
+        return recovery_from(error, on_cuda=self._on_cuda)
 
     def warm(self, largest: Plan, max_batch_patches: int) -> Capacity:
         if not self._on_cuda:
@@ -136,7 +148,7 @@ class TorchBackend:
             torch.cuda.empty_cache()
 
 
-def _begin_copy(tensor: torch.Tensor) -> torch.Tensor:
+def begin_copy(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` in host memory, contiguous. From CUDA into pinned memory, without waiting: its
     values are there once the stream is done."""
     return tensor.contiguous().to("cpu", non_blocking=True)

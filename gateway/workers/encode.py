@@ -85,7 +85,7 @@ async def describe_encoder(channel: grpc.aio.Channel, timeout_s: float) -> Descr
         cost_per_s=load.patches_per_s,
         max_cost_in_flight=_max_patches_in_flight(limits.max_batch_patches, load.patches_per_s),
         max_heavy_cost_in_flight=int(limits.max_queue_patches * HEAVY_FRACTION),
-        extra={"backend": answer.backend},
+        extra={"backend": answer.backend, "precision": answer.precision},
     )
 
 

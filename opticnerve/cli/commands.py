@@ -17,6 +17,10 @@ COMMANDS = {
     "up": ("opticnerve.cli.up", "encoders, LLM workers and a gateway on this machine"),
     "gateway": ("gateway.service", "the HTTP front: OpenAI's API, templates, routing"),
     "encoder": ("encoder_service.__main__", "a vision encoder: pictures to embeddings"),
+    "engine": (
+        "encoder_service.engines.command",
+        "engines of vision towers: TensorRT, onnxruntime",
+    ),
     "llm": ("llm_service.__main__", "an LLM decoder: tokens and embeddings to tokens"),
     "check": ("opticnerve.cli.check", "whether a checkpoint will be served, from its files alone"),
     "verify": ("opticnerve.cli.verify", "the split model against the whole one, on your machine"),

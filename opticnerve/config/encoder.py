@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from opticnerve.config import shared
 from opticnerve.config.options import Group, option
 
+SIDECAR = "engine.json"  # In an engine's directory.
+ENGINE_BACKENDS = ("tensorrt", "tensorrt_rtx", "onnx")
+
+_tower = partial(option, group=Group.TOWER)
 _batches = partial(option, group=Group.BATCHES)
 _pictures = partial(option, group=Group.PICTURES)
+
+
+def check_engine_directory(text: str) -> None:
+    """Raises ValueError for a directory without an engine."""
+    if not (Path(text) / SIDECAR).is_file():
+        raise ValueError(f"{text} holds no {SIDECAR}")
 
 
 @dataclass(frozen=True)
@@ -17,6 +28,24 @@ class EncoderConfig:
     """Settings of an encoder."""
 
     model: shared.ModelConfig = shared.ModelConfig()
+    backend: str = _tower(
+        "auto",
+        "what runs the vision tower; auto: what --vision-engine was built for, without one torch",
+        choices=("auto", "torch", *ENGINE_BACKENDS),
+    )
+    vision_engine: str | None = _tower(
+        None,
+        "directory of an engine of the vision tower, from `opticnerve engine build`",
+        metavar="DIR",
+        expects=f"the directory of an engine, which holds {SIDECAR}",
+        check=check_engine_directory,
+    )
+    beyond_buckets: str = _tower(
+        "torch",
+        "pictures larger than the engine's largest bucket: encoded by torch, for which the "
+        "encoder keeps the tower's weights, or refused",
+        choices=("torch", "refuse"),
+    )
     rpc: shared.RpcConfig = shared.RpcConfig()
     store: shared.StoreConfig = shared.StoreConfig()
     max_batch_patches: int = _batches(0, "patches in one forward pass; 0: sized from the device")

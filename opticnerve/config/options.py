@@ -49,6 +49,7 @@ class Group(StrEnum):
     ADDRESS = "Address"
     WORKERS = "Workers"
     STORE = "Embedding store"
+    TOWER = "Vision tower"
     BATCHES = "Batches and queues"
     ENGINE = "Engine"
     API = "API"

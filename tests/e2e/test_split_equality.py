@@ -20,6 +20,7 @@ from opticnerve.media.plan import Modality
 from opticnerve.models.registry import make_layout
 from tests.checkpoints import DEMO, FAMILIES, make_checkpoint
 from tests.e2e.conftest import data_url, png
+from tests.engines import GRAPHS, build_engine
 from tests.families import samples
 from tests.reference import load_reference, picture
 
@@ -171,3 +172,26 @@ def test_three_services_equal_the_unsplit_model(family, tmp_path):
     print(f"{family}: {whole.close_calls} tokens differ where logits nearly tie")
     if family == "demo":
         assert whole.close_calls == 0
+
+
+@pytest.mark.parametrize("family", GRAPHS)
+def test_an_exported_tower_equals_the_unsplit_model(family, tmp_path):
+    """The encoder's rows come from onnxruntime."""
+    path = make_checkpoint(family, tmp_path / family, seed=5)
+    engine = tmp_path / "engine"
+    build_engine(path, engine)
+    whole = Whole(family, path)
+    with opticnerve.serve(
+        path,
+        dtype="float32",
+        generation_config="neutral",
+        vision_engine=str(engine),
+        **SMALL,
+    ) as stack:
+        (encoder,) = stack._http.get("/health").json()["encoders"]["workers"]
+        assert (encoder["backend"], encoder["precision"]) == ("onnx", "float32")
+        with ThreadPoolExecutor(8) as pool:
+            answers = pool.map(lambda messages: ask(stack, messages), chats())
+            for messages, ((got,), _) in zip(chats(), answers, strict=True):
+                whole.check(messages, got)
+    print(f"{family}: {whole.close_calls} tokens differ where logits nearly tie")

@@ -36,7 +36,11 @@ PLACES = {
         "opticnerve/verification/",
     ),
     "openai": ("opticnerve/cli/serve.py",),
+    "onnx": ("encoder_service/backends/onnx_runtime.py",),
 }
+# Extras whose packages others import: torch's exporter, and the library that a name chooses.
+INDIRECT = ("engine", "tensorrt-rtx")
+ONE_MACHINE = {"worker", "openai"}  # Extras of "all".
 
 
 def floor(name):
@@ -66,7 +70,10 @@ def test_constraints_satisfy_every_floor():
         if "==" in line and not line.startswith("#"):
             name, version = line.split("==")
             pinned[canonicalize_name(name)] = version
-    groups = [PROJECT["project"]["dependencies"], *(EXTRAS[name] for name in (*PLACES, "dev"))]
+    groups = [
+        PROJECT["project"]["dependencies"],
+        *(EXTRAS[name] for name in (*PLACES, *INDIRECT, "dev")),
+    ]
     for text in (text for group in groups for text in group):
         requirement = Requirement(text)
         version = pinned[canonicalize_name(requirement.name)]
@@ -121,19 +128,24 @@ def test_every_import_is_declared_where_it_is_needed_and_every_declaration_is_im
         outside = {module for module in modules if not module.startswith(places)}
         assert distribution in base or not outside, f"{distribution}: {sorted(outside)}"
         assert distribution not in base or extra is None, f"{distribution} is declared twice"
-    assert base | names(EXTRAS["worker"]) | names(EXTRAS["openai"]) <= found.keys()
+    assert base.union(*(names(EXTRAS[name]) for name in PLACES)) <= found.keys()
     for distribution in base:
         outside = {m for m in found[distribution] if not m.startswith(PLACES["worker"])}
         assert outside, f"{distribution} is needed by workers alone"
 
 
 def test_no_extra_is_without_a_place():
-    assert set(EXTRAS) == {*PLACES, "all", "dev"}
+    assert set(EXTRAS) == {*PLACES, *INDIRECT, "all", "dev"}
     (everything,) = EXTRAS["all"]
-    assert Requirement(everything).extras == set(PLACES)
-    assert {extra: set(packages) for extra, packages in extras.PACKAGES.items()} == {
-        extra: names(EXTRAS[extra]) for extra in PLACES
-    }
+    assert Requirement(everything).extras == ONE_MACHINE
+    for extra, packages in extras.PACKAGES.items():
+        assert set(packages) == names(EXTRAS[extra])
+    assert PLACES.keys() <= extras.PACKAGES.keys()
+
+
+def test_make_installs_every_extra():
+    installed = re.search(r"-e '\.\[([a-z,-]+)\]'", (ROOT / "Makefile").read_text())
+    assert installed and {*installed[1].split(","), *ONE_MACHINE} == set(EXTRAS)
 
 
 def test_what_needs_an_extra_names_it(monkeypatch):

@@ -1,0 +1,175 @@
+"""The backend of engines: a tower exported as a graph, run by onnxruntime or a TensorRT library.
+
+Pictures are padded to the smallest bucket that holds them, and those of one bucket share calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from math import prod
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from encoder_service.backends.base import Bucket, Capacity, Embedding, Recovery
+from encoder_service.backends.torch_backend import TorchBackend, begin_copy, recovery_from
+from encoder_service.pictures.largest_picture import permitted_patches
+from opticnerve.errors import InvalidRequest
+from opticnerve.tensors.dtypes import ELEMENT_TYPES, dtype_name
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from opticnerve.media.plan import Plan
+    from opticnerve.models.family import Preprocessor
+    from opticnerve.models.towers.graph import Tensors, TowerGraph
+
+
+class EngineRuntime(Protocol):
+    """Runs an engine on its device, one call at a time. Nothing is allocated in a call."""
+
+    def stream(self) -> AbstractContextManager[object]:
+        """The CUDA stream of its calls, as torch's current one; on a CPU nothing."""
+        ...
+
+    def run(self, bucket: int, pictures: int, inputs: Tensors) -> Tensors:
+        """The outputs of one call, by name, in memory that the next call overwrites. ``bucket``:
+        its index. ``inputs``: of ``pictures`` padded pictures, as ``TowerGraph.prepare`` makes
+        them. Called within ``stream()``."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class OutputBuffers:
+    """Memory for the outputs of one call, made once and large enough for every bucket."""
+
+    def __init__(self, graph: TowerGraph, buckets: Sequence[Bucket], device: torch.device) -> None:
+        self._shapes = graph.output_shapes
+        sizes = [graph.output_shapes(bucket.pictures, bucket.patches) for bucket in buckets]
+        self._flat = {
+            name: torch.empty(
+                max(prod(shapes[name]) for shapes in sizes), dtype=graph.dtype, device=device
+            )
+            for name in graph.output_names
+        }
+
+    def views(self, pictures: int, patches: int) -> dict[str, torch.Tensor]:
+        """Outputs of that size, by name; they overlap those of any other size."""
+        return {
+            name: self._flat[name][: prod(shape)].view(shape)
+            for name, shape in self._shapes(pictures, patches).items()
+        }
+
+
+class EngineBackend:
+    """``beyond`` encodes pictures that no bucket holds; None: they are refused."""
+
+    def __init__(
+        self,
+        name: str,
+        graph: TowerGraph,
+        buckets: Sequence[Bucket],
+        runtime: EngineRuntime,
+        preprocess: Preprocessor,
+        beyond: TorchBackend | None = None,
+    ) -> None:
+        self.name = name
+        self.preprocess = preprocess
+        self.device = str(graph.device)
+        self.dtype = ELEMENT_TYPES[graph.dtype]
+        self.precision = dtype_name(graph.dtype)
+        self.hidden_size = graph.hidden_size
+        self.buckets = tuple(buckets)
+        self._graph = graph
+        self._runtime = runtime
+        self._beyond = beyond
+        self._on_cuda = graph.device.type == "cuda"
+
+    def encode(self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]) -> list[Embedding]:
+        """See ``Backend``. Raises InvalidRequest for a picture that no bucket holds."""
+        made: dict[int, Embedding] = {}
+        for bucket, items in self._calls(plans):
+            some = [pixels[i] for i in items], [plans[i] for i in items]
+            made |= zip(items, self._run(bucket, *some), strict=True)
+        return [made[i] for i in range(len(plans))]
+
+    def _calls(self, plans: Sequence[Plan]) -> Iterator[tuple[int | None, list[int]]]:
+        """(index of a bucket or None, items of one call), until every item has had its call."""
+        members: dict[int | None, list[int]] = {}
+        for i, plan in enumerate(plans):
+            members.setdefault(self.bucket_of(plan), []).append(i)
+        for bucket, items in members.items():
+            if bucket is None:
+                yield bucket, items
+                continue
+            call: list[int] = []
+            room = self.buckets[bucket].pictures
+            for i in items:
+                pictures = self._graph.pictures(plans[i])
+                if pictures > room:
+                    yield bucket, call
+                    call, room = [], self.buckets[bucket].pictures
+                call.append(i)
+                room -= pictures
+            yield bucket, call
+
+    def bucket_of(self, plan: Plan) -> int | None:
+        """The index of the smallest bucket that holds the item's pictures."""
+        patches, pictures = self._graph.patches(plan), self._graph.pictures(plan)
+        fitting = (
+            i
+            for i, bucket in enumerate(self.buckets)
+            if bucket.patches >= patches and bucket.pictures >= pictures
+        )
+        return next(fitting, None)
+
+    def _run(
+        self, bucket: int | None, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]
+    ) -> list[Embedding]:
+        if bucket is None:
+            if self._beyond is None:
+                raise InvalidRequest(
+                    f"the picture would be {plans[0].num_patches} patches; this encoder's engine "
+                    f"takes up to {self.buckets[-1].patches}. Lower max_pixels",
+                    param="max_pixels",
+                )
+            return self._beyond.encode(pixels, plans)
+        pictures = sum(map(self._graph.pictures, plans))
+        with torch.inference_mode(), self._runtime.stream():
+            inputs = self._graph.prepare(pixels, plans, self.buckets[bucket].patches)
+            outputs = self._runtime.run(bucket, pictures, inputs)
+            items = self._graph.split(outputs, plans)
+            copies: list[Embedding] = [
+                {name: begin_copy(tensor) for name, tensor in item.items()} for item in items
+            ]
+            if self._on_cuda:
+                torch.cuda.current_stream(self._graph.device).synchronize()
+        return copies
+
+    def classify(self, error: Exception) -> Recovery:
+        return recovery_from(error, on_cuda=self._on_cuda)
+
+    def warm(self, largest: Plan, max_batch_patches: int) -> Capacity:
+        """On CUDA, runs a full call of every bucket, which loads or compiles its kernels. On a CPU
+        the engine's gate has run each already."""
+        if self._on_cuda:
+            with torch.inference_mode(), self._runtime.stream():
+                for i, bucket in enumerate(self.buckets):
+                    inputs = self._graph.example(bucket.pictures, bucket.patches)
+                    self._runtime.run(i, bucket.pictures, inputs)
+        batch = max_batch_patches or max(
+            bucket.patches * bucket.pictures for bucket in self.buckets
+        )
+        if self.bucket_of(largest) is not None:
+            return Capacity(batch, permitted_patches(largest))
+        if self._beyond is None:
+            return Capacity(batch, self.buckets[-1].patches)
+        return Capacity(batch, self._beyond.warm(largest, max_batch_patches).max_item_patches)
+
+    def close(self) -> None:
+        self._runtime.close()
+        if self._beyond is not None:
+            self._beyond.close()

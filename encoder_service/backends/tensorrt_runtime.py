@@ -1,0 +1,136 @@
+"""Runs an engine of TensorRT or TensorRT for RTX on a CUDA device."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from encoder_service.backends.base import Bucket
+from encoder_service.backends.engine_backend import OutputBuffers
+from encoder_service.backends.tensorrt_library import TensorrtLibrary
+from opticnerve.errors import UnusableEngine
+
+if TYPE_CHECKING:
+    from opticnerve.models.towers.graph import Tensors, TowerGraph
+
+log = logging.getLogger(__name__)
+
+
+class TensorrtRuntime:
+    """Implements ``EngineRuntime``: an execution context for each bucket, all on one stream of
+    their own, with one memory for activations and one for outputs. Inputs are read where torch has
+    them.
+
+    ``kernels``: a file for the kernels that TensorRT for RTX compiles on the device, so that the
+    next start finds them; None: none is kept.
+    """
+
+    def __init__(
+        self,
+        library: TensorrtLibrary,
+        plan: Path,
+        graph: TowerGraph,
+        buckets: Sequence[Bucket],
+        kernels: Path | None = None,
+    ) -> None:
+        """Raises UnusableEngine for a plan that the library does not load on this device."""
+        self._library = library
+        self._buckets = buckets
+        self._kernels = kernels
+        self._device = graph.device
+        with torch.cuda.device(self._device):
+            self._stream = torch.cuda.Stream(self._device)
+            self._engine = self._load(plan)
+            if self._engine.num_optimization_profiles != len(buckets):
+                raise UnusableEngine(
+                    f"{plan} has {self._engine.num_optimization_profiles} profiles for "
+                    f"{len(buckets)} buckets"
+                )
+            self._outputs = OutputBuffers(graph, buckets, self._device)
+            self._activations = torch.empty(
+                max(1, self._engine.device_memory_size_v2), dtype=torch.uint8, device=self._device
+            )
+            self._settings = self._make_settings()
+            self._contexts = [self._make_context(i) for i in range(len(buckets))]
+
+    def _load(self, plan: Path) -> Any:
+        # A reference is kept: engines use their runtime.
+        self._runtime = self._library.module.Runtime(self._library.logger)
+        engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        if engine is None:
+            raise UnusableEngine(
+                f"{self._library.name} {self._library.version} does not load {plan}: "
+                f"{self._library.take_errors()}"
+            )
+        return engine
+
+    def _make_settings(self) -> Any:
+        """How contexts are made: in memory that is given to them, with compiled kernels kept."""
+        strategy = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        settings = self._engine.create_runtime_config()
+        settings.set_execution_context_allocation_strategy(strategy)
+        self._cache = None
+        if self._kernels is not None and hasattr(settings, "create_runtime_cache"):
+            self._cache = settings.create_runtime_cache()
+            with contextlib.suppress(OSError):
+                self._cache.deserialize(self._kernels.read_bytes())
+            settings.set_runtime_cache(self._cache)
+        return settings
+
+    def _make_context(self, profile: int) -> Any:
+        context = self._engine.create_execution_context(self._settings)
+        if context is None:
+            raise UnusableEngine(f"{self._library.name}: {self._library.take_errors()}")
+        context.set_device_memory(self._activations.data_ptr(), self._activations.nbytes)
+        context.set_optimization_profile_async(profile, self._stream.cuda_stream)
+        return context
+
+    def stream(self) -> AbstractContextManager[object]:
+        stream: AbstractContextManager[object] = torch.cuda.stream(self._stream)
+        return stream
+
+    def run(self, bucket: int, pictures: int, inputs: Tensors) -> Tensors:
+        context = self._contexts[bucket]
+        outputs = self._outputs.views(pictures, self._buckets[bucket].patches)
+        accepted = True
+        for name, tensor in inputs.items():
+            accepted &= context.set_input_shape(name, tuple(tensor.shape))
+            accepted &= context.set_tensor_address(name, tensor.data_ptr())
+        for name, tensor in outputs.items():
+            accepted &= context.set_tensor_address(name, tensor.data_ptr())
+        if not (accepted and context.execute_async_v3(self._stream.cuda_stream)):
+            self._stream.synchronize()  # Raises torch's error if the device is lost.
+            raise RuntimeError(f"{self._library.name}: {self._library.take_errors()}")
+        return outputs
+
+    def close(self) -> None:
+        """Writes the kernels that were compiled, and frees what the device holds."""
+        if self._cache is not None and self._kernels is not None:
+            try:
+                replace_file(self._kernels, bytes(self._cache.serialize()))
+            except OSError as error:
+                log.warning("compiled kernels are not kept for the next start: %s", error)
+        self._stream.synchronize()
+        self._contexts.clear()
+        del self._engine, self._activations, self._outputs
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file at once, so that no reader sees half of it. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,0 +1,292 @@
+"""Builds an engine of a checkpoint's tower into a directory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from encoder_service.backends.base import Bucket
+from encoder_service.backends.engine_backend import EngineBackend
+from encoder_service.engines import gate, opening
+from encoder_service.engines.sidecar import (
+    GRAPH_FILE,
+    PLAN_FILE,
+    PROBES_FILE,
+    Sidecar,
+    describe_files,
+)
+from encoder_service.engines.tensorrt_builder import Profile, build_plan
+from encoder_service.pictures.largest_picture import largest_plan, permitted_patches
+from opticnerve.checkpoints.checkpoint import Checkpoint
+from opticnerve.checkpoints.digests import cache_directory
+from opticnerve.checkpoints.loader import DTYPES, resolve_device, resolve_dtype
+from opticnerve.config import ModelConfig
+from opticnerve.config.encoder import SIDECAR
+from opticnerve.errors import ConfigError, UnusableEngine
+from opticnerve.extras import require_extra
+from opticnerve.media.plan import DEFAULT_MAX_PIXELS
+from opticnerve.models.registry import load_tower, make_graph, make_layout, make_preprocessor
+from opticnerve.models.towers.export import export
+from opticnerve.tensors.dtypes import dtype_name
+
+if TYPE_CHECKING:
+    from encoder_service.backends.tensorrt_library import TensorrtLibrary
+    from opticnerve.media.plan import Plan
+    from opticnerve.models.towers.graph import TowerGraph
+
+log = logging.getLogger(__name__)
+
+GPU_BUCKETS, CPU_BUCKETS = (1024, 4096, 16_384), (256, 1024, 4096)
+GPU_CALL, CPU_CALL = 16_384, 4096  # Patches of one call: more gain no throughput.
+MAX_BUCKETS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class BuildSettings:
+    """What ``opticnerve engine build`` was asked for."""
+
+    model: ModelConfig
+    backend: str
+    precision: str  # "auto", or as ``--dtype`` has it.
+    buckets: tuple[int, ...]  # (): the default.
+    capabilities: tuple[str, ...]  # (): that of the device.
+
+
+class EngineBuild:
+    """One build. ``run`` writes the directory."""
+
+    def __init__(self, settings: BuildSettings) -> None:
+        """Raises StartupError for what cannot be built."""
+        self.settings = settings
+        require_extra("engine", "`opticnerve engine build`")
+        self._library = opening.load_library(settings.backend)
+        self.checkpoint = Checkpoint.configured(settings.model, "encoder")
+        self._device = resolve_device(settings.model.device)
+        self._capabilities = _capabilities(settings, self._library, self._device)
+        self.precision = _precision(settings, self.checkpoint, self._device)
+        self._layout = make_layout(self.checkpoint)
+        self._preprocess = make_preprocessor(self.checkpoint, self._layout)
+        self._largest = largest_plan(self._layout, DEFAULT_MAX_PIXELS)
+
+    def run(self, directory: Path) -> Sidecar:
+        """Builds into ``directory``, which is replaced at the end if it holds an engine. Raises
+        StartupError; UnusableEngine for an engine that fails the gate."""
+        torch.set_num_threads(self.settings.model.num_threads)
+        with _replacing(directory) as made:
+            graph, buckets, probes = self._record(made)
+            self._export(graph, buckets, made)
+            graph.release()
+            sidecar = self._describe(made, buckets)
+            if self._runs_here():
+                sidecar = self._measure(made, sidecar, graph, probes)
+            sidecar.write(made)
+        return sidecar
+
+    def _record(self, made: Path) -> tuple[TowerGraph, tuple[Bucket, ...], list[gate.Probe]]:
+        """Writes the torch tower's rows of the probes. The graph is in the engine's precision."""
+        log.info("loading %s", self.checkpoint.name)
+        tower = load_tower(self.checkpoint, torch.float32, self._device)
+        graph = make_graph(self.checkpoint, tower)
+        wanted = choose_buckets(self.settings.backend, self.settings.buckets, graph, self._largest)
+        buckets, probes = self._probes(graph, wanted)
+        rows = gate.torch_rows(tower, probes)
+        shown = tqdm(rows, "torch's rows of probe pictures", unit="picture", leave=False)
+        gate.write_rows(made / PROBES_FILE, dict(shown))
+        if self.precision != dtype_name(torch.float32):
+            del tower
+            tower = load_tower(self.checkpoint, DTYPES[self.precision], self._device)
+            graph = make_graph(self.checkpoint, tower)
+        return graph, buckets, probes
+
+    def _probes(
+        self, graph: TowerGraph, wanted: tuple[Bucket, ...]
+    ) -> tuple[tuple[Bucket, ...], list[gate.Probe]]:
+        """The buckets that pictures of this checkpoint use, and their probes."""
+        make = partial(gate.make_probes, self._layout, self._preprocess, graph)
+        used = {probe.bucket for probe in make(wanted, self._largest)}
+        buckets = tuple(bucket for i, bucket in enumerate(wanted) if i in used)
+        if not buckets or (self.settings.buckets and len(buckets) < len(wanted)):
+            unused = [bucket.patches for bucket in wanted if bucket not in buckets]
+            raise ConfigError(
+                f"no picture of this checkpoint would use buckets {unused}; the largest has "
+                f"{graph.patches(self._largest)} patches",
+                param="buckets",
+            )
+        return buckets, make(buckets, self._largest)
+
+    def _export(self, graph: TowerGraph, buckets: Sequence[Bucket], made: Path) -> None:
+        log.info("exporting the tower in %s", self.precision)
+        if self._library is None:
+            _export_quietly(graph, made / GRAPH_FILE)
+            return
+        with tempfile.TemporaryDirectory(dir=made) as scratch:
+            path = Path(scratch) / GRAPH_FILE
+            _export_quietly(graph, path)
+            self._build_plan(self._library, graph, buckets, path, made / PLAN_FILE)
+
+    def _build_plan(
+        self,
+        library: TensorrtLibrary,
+        graph: TowerGraph,
+        buckets: Sequence[Bucket],
+        path: Path,
+        plan: Path,
+    ) -> None:
+        profiles: list[Profile] = []
+        for bucket in buckets:
+            smallest = graph.shapes(1, bucket.patches)
+            largest = graph.shapes(bucket.pictures, bucket.patches)
+            profiles.append({name: (smallest[name], largest[name]) for name in largest})
+        timing = cache_directory() / "timing" / f"{library.name}-{library.version}.cache"
+        build_plan(library, path, plan, profiles, self._capabilities, timing)
+
+    def _describe(self, made: Path, buckets: tuple[Bucket, ...]) -> Sidecar:
+        backend, library = self.settings.backend, self._library
+        return Sidecar(
+            model=self.settings.model.model or self.checkpoint.name,
+            family=self.checkpoint.family,
+            fingerprint=opening.engine_fingerprint(self.checkpoint, backend, self.precision),
+            backend=backend,
+            precision=self.precision,
+            buckets=buckets,
+            library="onnxruntime" if library is None else library.name,
+            library_version=opening.library_version(backend, library),
+            compute_capabilities=self._capabilities,
+            files=describe_files(made),
+            parity=None,
+        )
+
+    def _runs_here(self) -> bool:
+        return (
+            self._library is None or opening.device_capability(self._device) in self._capabilities
+        )
+
+    def _measure(
+        self, made: Path, sidecar: Sidecar, graph: TowerGraph, probes: Sequence[gate.Probe]
+    ) -> Sidecar:
+        """The sidecar with what was measured. Raises UnusableEngine unless the engine passes."""
+        log.info("measuring the engine")
+        threads = self.settings.model.num_threads
+        runtime = opening.open_runtime(made, sidecar, self._library, graph, threads)
+        backend = EngineBackend(sidecar.backend, graph, sidecar.buckets, runtime, self._preprocess)
+        with contextlib.closing(backend):
+            rows = gate.read_rows(made / PROBES_FILE)
+            return replace(sidecar, parity=opening.check_rows(sidecar, backend, probes, rows))
+
+
+def _export_quietly(graph: TowerGraph, path: Path) -> None:
+    """Without the exporter's lines about its own steps, some dozens."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            export(graph, path)
+    finally:
+        logging.disable(disabled)
+
+
+def choose_buckets(
+    backend: str, wanted: Sequence[int], graph: TowerGraph, largest: Plan
+) -> tuple[Bucket, ...]:
+    """Buckets for ``wanted`` sizes (none: the default), rounded up to the graph's unit, and none
+    larger than the largest picture needs. Raises ConfigError for too many."""
+    default, call = (CPU_BUCKETS, CPU_CALL) if backend == "onnx" else (GPU_BUCKETS, GPU_CALL)
+    most = graph.pictures(largest)
+    if graph.fixed_patches is not None:
+        sizes = {graph.fixed_patches}
+    else:
+        limit = _round_up(permitted_patches(largest), graph.unit)
+        sizes = {min(_round_up(size, graph.unit), limit) for size in wanted or default}
+    if len(sizes) > MAX_BUCKETS:
+        raise ConfigError(f"an engine has up to {MAX_BUCKETS} buckets", param="buckets")
+    return tuple(Bucket(size, max(most, call // size, 1)) for size in sorted(sizes))
+
+
+def _round_up(size: int, unit: int) -> int:
+    return math.ceil(size / unit) * unit
+
+
+def _precision(settings: BuildSettings, checkpoint: Checkpoint, device: torch.device) -> str:
+    """Raises ConfigError for one in which the backend does not compute."""
+    if settings.precision != "auto":
+        precision = settings.precision
+    elif settings.backend == "onnx":
+        precision = "float32"
+    else:
+        target = torch.device("cuda") if device.type == "cpu" else device
+        precision = dtype_name(resolve_dtype("auto", checkpoint, target))
+    if settings.backend == "onnx" and precision == "bfloat16":
+        raise ConfigError(
+            "onnxruntime computes in float32 and float16 on a CPU, not in bfloat16",
+            param="precision",
+        )
+    return precision
+
+
+def _capabilities(
+    settings: BuildSettings, library: TensorrtLibrary | None, device: torch.device
+) -> tuple[str, ...]:
+    """The compute capabilities to build for. Raises ConfigError."""
+    here, wanted = opening.device_capability(device), settings.capabilities
+    if library is None:
+        return ()
+    if library.name == "tensorrt" and (here is None or wanted not in ((), (here,))):
+        raise ConfigError(
+            f"TensorRT builds for the device that is there ({here or 'none'}); build on the "
+            "machine that serves",
+            param="compute_capability",
+        )
+    if not wanted and here is None:
+        raise ConfigError(
+            "there is no CUDA device here: say what to build for, such as "
+            "--compute-capability 8.9,12.0",
+            param="compute_capability",
+        )
+    found = wanted or (str(here),)
+    if library.name == "tensorrt_rtx":
+        for capability in found:
+            library.compute_capability(capability)
+    return found
+
+
+@contextlib.contextmanager
+def _replacing(directory: Path) -> Iterator[Path]:
+    """A directory beside ``directory`` that takes its place at the end, and goes if that fails.
+    Raises ConfigError if ``directory`` holds anything but an engine."""
+    if (
+        directory.exists()
+        and not (directory / SIDECAR).is_file()
+        and (not directory.is_dir() or any(directory.iterdir()))
+    ):
+        raise ConfigError(
+            f"{directory} exists and holds no engine; give another one with -o", param="output"
+        )
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    except OSError as error:
+        raise ConfigError(f"cannot write to {directory.parent}: {error}", param="output") from error
+    try:
+        yield made
+        os.chmod(made, 0o755)
+        if directory.exists():
+            shutil.rmtree(directory)
+        made.rename(directory)
+    except OSError as error:
+        raise UnusableEngine(f"the engine cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)

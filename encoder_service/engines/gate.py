@@ -1,0 +1,208 @@
+"""The accuracy gate: an engine's rows of fixed probe pictures, against the torch tower's.
+
+The build records the torch tower's rows, in float32, beside the engine. What the target makes of
+the same pictures is measured against them at every load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from encoder_service.backends.base import Bucket, Embedding
+from encoder_service.engines.sidecar import Parity
+from opticnerve.embeddings import codec
+from opticnerve.errors import InvalidMedia, OpticNerveError, UnusableEngine
+from opticnerve.media.plan import Overrides, Plan, Structure
+
+if TYPE_CHECKING:
+    from opticnerve.models.family import Layout, Preprocessor, Tower
+    from opticnerve.models.towers.graph import TowerGraph
+
+Encode = Callable[[Sequence[NDArray[np.uint8]], Sequence[Plan]], Sequence[Embedding]]
+Rows = Mapping[str, torch.Tensor]
+"""Tensors of probes, float32, by "<probe's index>.<tensor's name>"."""
+
+ASPECTS = tuple(199 ** (step / 8) for step in range(-8, 9))  # Width by height, tall to wide.
+STEP = 0.93  # In which the pictures that are tried shrink.
+NEAR = 1.15  # Numbers of patches within this factor are alike, and the squarer picture is taken.
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What an engine must reach in every bucket."""
+
+    cosine: float  # At least.
+    difference: float  # At most, as a share of the largest number.
+
+
+LIMITS = {
+    "float32": Limit(0.99999, 1e-3),
+    "float16": Limit(0.999, 0.05),
+    "bfloat16": Limit(0.999, 0.1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    bucket: int  # Index of the bucket that it belongs to.
+    pixels: NDArray[np.uint8]
+    plan: Plan
+
+
+def make_probes(
+    layout: Layout,
+    preprocess: Preprocessor,
+    graph: TowerGraph,
+    buckets: Sequence[Bucket],
+    largest: Plan,
+) -> list[Probe]:
+    """For each bucket a picture that nearly fills it, and one that needs little more than the
+    bucket below. A bucket that no picture of this checkpoint would use has none."""
+    probes: list[Probe] = []
+    for i, bucket in enumerate(buckets):
+        below = buckets[i - 1].patches if i else 0
+        plans = [
+            plan
+            for plan in _candidates(layout, largest, below, bucket.patches)
+            if below < graph.patches(plan) <= bucket.patches
+            and graph.pictures(plan) <= bucket.pictures
+        ]
+        for plan in _fullest_and_emptiest(plans):
+            pixels = preprocess(probe_image(plan, len(probes)), plan)
+            probes.append(Probe(i, pixels, plan))
+    return probes
+
+
+def _candidates(layout: Layout, largest: Plan, below: int, patches: int) -> Iterator[Plan]:
+    """Plans of pictures of many shapes, from about ``patches`` down to about ``below``."""
+    area = largest.resized_width * largest.resized_height / largest.num_patches
+    for aspect in ASPECTS:
+        pixels = NEAR * patches * area
+        while pixels > max(below / NEAR, 1) * area:
+            width = max(1, round(math.sqrt(pixels * aspect)))
+            height = max(1, round(math.sqrt(pixels / aspect)))
+            with contextlib.suppress(InvalidMedia):
+                yield layout.plan(Structure("png", width, height), Overrides())
+            pixels *= STEP
+
+
+def _fullest_and_emptiest(plans: Sequence[Plan]) -> list[Plan]:
+    """Two plans, or none. Of those with about as many patches the squarest is taken."""
+    if not plans:
+        return []
+    most = max(plan.num_patches for plan in plans)
+    least = min(plan.num_patches for plan in plans)
+    full = min((p for p in plans if p.num_patches * NEAR >= most), key=_elongation)
+    empty = min((p for p in plans if p.num_patches <= least * NEAR), key=_elongation)
+    return [full, empty]
+
+
+def _elongation(plan: Plan) -> float:
+    return abs(math.log(plan.resized_width / plan.resized_height))
+
+
+def probe_image(plan: Plan, seed: int) -> Image.Image:
+    """Waves, a disc and edges in colour, of the plan's displayed size. Integers alone make it, and
+    nothing is drawn at random: it is the same on every machine."""
+    y, x = np.indices((plan.height, plan.width), dtype=np.int64)
+    u, v = x * 1024 // plan.width, y * 1024 // plan.height
+    disc = (u - 300 - 100 * (seed % 4)) ** 2 + (v - 600) ** 2 < 230**2
+    channels = [
+        abs((u * (5 + i + seed) + v * (4 + 2 * i)) % 1024 - 512) // 3 + 70 * disc for i in range(3)
+    ]
+    channels[1] += 60 * ((x // 23 + y // 17) % 2)
+    return Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
+
+
+def torch_rows(tower: Tower, probes: Sequence[Probe]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The torch tower's rows of each probe, one probe after the other; see ``Rows``."""
+    for i, probe in enumerate(probes):
+        (item,) = tower.encode([probe.pixels], [probe.plan])
+        for name, tensor in item.items():
+            yield f"{i}.{name}", tensor.float().cpu()
+
+
+def write_rows(path: Path, rows: Rows) -> None:
+    path.write_bytes(codec.to_bytes(rows, {}))
+
+
+def read_rows(path: Path) -> Rows:
+    """Raises UnusableEngine for a file that ``write_rows`` did not write."""
+    try:
+        rows, _ = codec.from_bytes(path.read_bytes())
+    except (OSError, OpticNerveError) as error:
+        raise UnusableEngine(f"{path} holds no rows to compare with; build again") from error
+    return rows
+
+
+def measure(
+    encode: Encode, probes: Sequence[Probe], buckets: Sequence[Bucket], rows: Rows
+) -> tuple[Parity, ...]:
+    """How near what ``encode`` makes of the probes is to ``rows``, by bucket. The probes of a
+    bucket are encoded together. Raises UnusableEngine for results of another shape."""
+    found = []
+    for i, bucket in enumerate(buckets):
+        mine = [(j, probe) for j, probe in enumerate(probes) if probe.bucket == i]
+        made = encode([probe.pixels for _, probe in mine], [probe.plan for _, probe in mine])
+        pairs = [
+            (tensor.float(), rows.get(f"{j}.{name}"))
+            for (j, _), item in zip(mine, made, strict=True)
+            for name, tensor in item.items()
+        ]
+        found.append(_compare(bucket, pairs))
+    return tuple(found)
+
+
+def _compare(bucket: Bucket, pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> Parity:
+    cosine, difference, largest = 1.0, 0.0, 0.0
+    for got, want in pairs:
+        if want is None or got.shape != want.shape:
+            raise UnusableEngine(
+                f"the engine's rows of a probe picture have shape {tuple(got.shape)}, the torch "
+                f"tower's {None if want is None else tuple(want.shape)}; build it again"
+            )
+        if not torch.isfinite(got).all():
+            return Parity(bucket.patches, 0.0, math.inf, float(want.abs().max()))
+        got, want = got.double(), want.double()
+        cosine = min(cosine, float(torch.cosine_similarity(got, want, dim=-1).min()))
+        difference = max(difference, float((got - want).abs().max()))
+        largest = max(largest, float(want.abs().max()))
+    return Parity(bucket.patches, cosine, difference, largest)
+
+
+def passes(parity: Parity, precision: str) -> bool:
+    limit = LIMITS[precision]
+    return parity.cosine >= limit.cosine and parity.difference <= limit.difference * max(
+        parity.largest, 1e-6
+    )
+
+
+def describe(parity: Parity, precision: str) -> str:
+    """One bucket's figures, and the limits that they are held to."""
+    limit = LIMITS[precision]
+    return (
+        f"{parity.patches} patches: cosine {parity.cosine:.7f} (at least {limit.cosine:g}), "
+        f"largest difference {parity.difference:.3g} of {parity.largest:.3g} "
+        f"(at most {limit.difference:g} of it)"
+    )
+
+
+def require(parity: Sequence[Parity], precision: str) -> None:
+    """Raises UnusableEngine, with the figures, unless every bucket passes."""
+    failed = [each for each in parity if not passes(each, precision)]
+    if failed:
+        figures = "; ".join(describe(each, precision) for each in failed)
+        raise UnusableEngine(
+            f"the engine's rows are too far from the torch tower's in {precision}: {figures}. "
+            "Build it in a higher precision, or serve with --backend torch"
+        )

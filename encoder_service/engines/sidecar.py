@@ -1,0 +1,145 @@
+"""An engine's directory: the files that a runtime loads, and a sidecar that says what they are.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from encoder_service.backends.base import Bucket
+from opticnerve.config.encoder import SIDECAR
+from opticnerve.errors import UnusableEngine
+
+GRAPH_FILE, PLAN_FILE, PROBES_FILE = "tower.onnx", "tower.plan", "probes.safetensors"
+MAX_BYTES = 2**20
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # By flag.
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """How near the rows of a bucket's probe pictures are to the torch tower's in float32."""
+
+    patches: int  # The bucket's.
+    cosine: float  # Of a row with the torch tower's, the smallest.
+    difference: float  # Of two numbers, the largest.
+    largest: float  # Number of the torch tower's rows, by magnitude.
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """What an engine is. ``engine.json`` holds it as JSON."""
+
+    model: str  # As it was given to the build; for people.
+    family: str
+    fingerprint: str  # Of an encoder that serves the engine: checkpoint, backend and precision.
+    backend: str
+    precision: str
+    buckets: Annotated[tuple[Bucket, ...], Field(min_length=1)]  # In ascending order.
+    library: str  # The module that built it, and runs it.
+    library_version: str
+    compute_capabilities: tuple[str, ...]  # Such as "8.9"; none: a CPU.
+    files: Mapping[str, File]  # By name.
+    parity: tuple[Parity, ...] | None  # By bucket; None: not measured where it was built.
+
+    format: Literal[1] = 1
+
+    def write(self, directory: Path) -> None:
+        (directory / SIDECAR).write_bytes(_reader().dump_json(self, indent=2) + b"\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> Sidecar:
+        """Raises UnusableEngine for a directory without a sidecar that can be read."""
+        path = directory / SIDECAR
+        try:
+            with path.open("rb") as stream:
+                return _reader().validate_json(stream.read(MAX_BYTES))
+        except FileNotFoundError as error:
+            raise UnusableEngine(
+                f"{directory} holds no engine: {SIDECAR} is missing. Build one with "
+                "`opticnerve engine build`"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise UnusableEngine(
+                f"{path} cannot be read as an engine's sidecar; build the engine again"
+            ) from error
+
+    def rebuild_command(self, directory: Path, capability: str | None = None) -> str:
+        """The command line that builds the engine again: for a device of ``capability``, or for
+        those that it was built for."""
+        words = ["opticnerve", "engine", "build", self.model, "--backend", self.backend]
+        flag = next((flag for flag, name in PRECISIONS.items() if name == self.precision), "auto")
+        words += ["--precision", flag]
+        words += ["--buckets", ",".join(str(bucket.patches) for bucket in self.buckets)]
+        if self.backend == "tensorrt_rtx":
+            wanted = (capability,) if capability else self.compute_capabilities
+            words += ["--compute-capability", ",".join(wanted)]
+        return shlex.join([*words, "-o", str(directory)])
+
+    def obstacles(
+        self, *, library_version: str | None, fingerprint: str | None, capability: str | None
+    ) -> Iterator[str]:
+        """Why the engine cannot be served here. None of what is given is checked: it is unknown.
+
+        ``capability``: of the device that would run it.
+        """
+        if fingerprint is not None and fingerprint != self.fingerprint:
+            yield (
+                "it was built of another checkpoint, of other processor settings, or by a version "
+                f"of OpticNerve that names them otherwise ({self.fingerprint[:12]}…; this is "
+                f"{fingerprint[:12]}…)"
+            )
+        if library_version is not None and library_version != self.library_version:
+            yield (
+                f"it was built with {self.library} {self.library_version}, here is "
+                f"{library_version}"
+            )
+        if capability is not None and capability not in self.compute_capabilities:
+            built = ", ".join(self.compute_capabilities) or "a CPU"
+            yield f"it was built for compute capability {built}, this device has {capability}"
+
+    def damage(self, directory: Path) -> Iterator[str]:
+        """Files that are not as they were built. Reads them all."""
+        for name, built in self.files.items():
+            if Path(name).name != name:
+                yield f"{name} is no file of the directory"
+                continue
+            try:
+                found = describe_file(directory / name)
+            except OSError:
+                yield f"{name} is missing or cannot be read"
+                continue
+            if found != built:
+                yield f"{name} is not the file that was built"
+
+
+@cache
+def _reader() -> TypeAdapter[Sidecar]:
+    return TypeAdapter(Sidecar)
+
+
+def describe_file(path: Path) -> File:
+    """Raises OSError."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return File(path.stat().st_size, digest)
+
+
+def describe_files(directory: Path) -> dict[str, File]:
+    """Every file of an engine's directory but the sidecar."""
+    paths = sorted(path for path in directory.iterdir() if path.name != SIDECAR)
+    return {path.name: describe_file(path) for path in paths}

@@ -1,0 +1,27 @@
+"""Engines of small checkpoints, built in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from encoder_service.engines.build import BuildSettings, EngineBuild
+from encoder_service.engines.sidecar import Sidecar
+from opticnerve.config import ModelConfig
+from tests.families import samples
+from tests.graphs import DECLARED, EXPORTABLE
+
+# One sample of each kind of graph: building takes ten seconds.
+GRAPHS = list({DECLARED[samples()[name].family].graph: name for name in EXPORTABLE}.values())
+
+
+def build_engine(
+    model: Path | None,
+    directory: Path,
+    backend: str = "onnx",
+    precision: str = "auto",
+    buckets: tuple[int, ...] = (),
+    capabilities: tuple[str, ...] = (),
+) -> Sidecar:
+    config = ModelConfig(model=None if model is None else str(model), device="cpu", threads=1)
+    settings = BuildSettings(config, backend, precision, buckets, capabilities)
+    return EngineBuild(settings).run(directory)

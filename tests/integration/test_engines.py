@@ -1,0 +1,261 @@
+"""Engines of real checkpoints: built, opened, served, and refused where they should be."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from encoder_service.backends import tensorrt_library
+from encoder_service.engines import opening
+from encoder_service.engines.sidecar import GRAPH_FILE, PLAN_FILE, Sidecar, describe_files
+from encoder_service.model import open_model
+from opticnerve.cli.commands import main
+from opticnerve.config import EncoderConfig, ModelConfig
+from opticnerve.config.encoder import SIDECAR
+from opticnerve.errors import ConfigError, InvalidRequest, StartupError, UnusableEngine
+from opticnerve.media.plan import Plan, Structure
+from tests.engines import GRAPHS, build_engine
+from tests.reference import picture
+
+pytestmark = pytest.mark.slow
+SIZES = ((84, 84), (112, 84), (60, 84), (20, 1500))  # The last is a strip: the most patches.
+BUCKETS = (64, 96)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine of the demo for onnxruntime. Read only."""
+    directory = tmp_path_factory.mktemp("engines") / "demo"
+    build_engine(None, directory, buckets=BUCKETS)
+    return directory
+
+
+@pytest.fixture
+def copied(demo: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(demo, tmp_path / "demo"))
+
+
+def settings(directory: Path | None, **options: Any) -> EncoderConfig:
+    model = {"device": "cpu", "threads": 1, **options.pop("model", {})}
+    engine = None if directory is None else str(directory)
+    return EncoderConfig(model=ModelConfig(**model), vision_engine=engine, **options)
+
+
+def items(model: Any) -> tuple[list[Any], list[Plan]]:
+    plans = [model.layout.plan(Structure("png", *size)) for size in SIZES]
+    pairs = zip(SIZES, plans, strict=True)
+    return [model.backend.preprocess(picture(*size), plan) for size, plan in pairs], plans
+
+
+# ---- served
+
+
+def test_rows_are_the_torch_tower_s_and_the_fingerprint_is_not(demo: Path) -> None:
+    torch_model = open_model(settings(None, model={"dtype": "float32"}))
+    model = open_model(settings(demo))
+    with closing(model.backend):
+        assert (model.backend.name, model.backend.precision) == ("onnx", "float32")
+        assert model.backend.device == "cpu" and model.backend.dtype == "F32"
+        pixels, plans = items(model)
+        assert plans[-1].num_patches > BUCKETS[-1] > plans[1].num_patches
+        for got, want in zip(
+            model.backend.encode(pixels, plans),
+            torch_model.backend.encode(pixels, plans),
+            strict=True,
+        ):
+            torch.testing.assert_close(got["rows"], want["rows"], rtol=1e-4, atol=1e-4)
+    assert model.pair_id == torch_model.pair_id
+    assert model.fingerprint != torch_model.fingerprint
+
+
+def test_what_no_bucket_holds_can_be_refused(demo: Path) -> None:
+    model = open_model(settings(demo, beyond_buckets="refuse"))
+    with closing(model.backend):
+        pixels, plans = items(model)
+        assert len(model.backend.encode(pixels[:-1], plans[:-1])) == len(plans) - 1
+        with pytest.raises(InvalidRequest, match="takes up to 96"):
+            model.backend.encode(pixels, plans)
+        assert model.backend.warm(plans[-1], 0).max_item_patches == 96
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"backend": "tensorrt"}, "is for onnx"),
+        ({"backend": "torch"}, "is for onnx"),
+        ({"model": {"dtype": "bfloat16"}}, "computes in float32"),
+        ({"model": {"device": "cuda"}}, "runs on cpu|is not there"),
+    ],
+)
+def test_settings_that_disagree_with_the_engine_are_refused(
+    demo: Path, options: Any, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        open_model(settings(demo, **options))
+
+
+def test_a_backend_of_engines_needs_one() -> None:
+    with pytest.raises(ConfigError, match=r"opticnerve engine build .* --backend onnx"):
+        open_model(settings(None, backend="onnx"))
+
+
+# ---- refused
+
+
+def refused(directory: Path, said: str, model: Path | None = None) -> None:
+    given = {"model": None if model is None else str(model)}
+    with pytest.raises(UnusableEngine, match=said) as caught:
+        open_model(settings(directory, model=given))
+    assert "\n" not in caught.value.message
+
+
+def rewrite(directory: Path, **changes: Any) -> None:
+    replace(Sidecar.read(directory), **changes).write(directory)
+
+
+def test_an_engine_of_another_checkpoint_is_refused(
+    demo: Path, random_checkpoint: Callable[..., Path]
+) -> None:
+    other = random_checkpoint(Sidecar.read(demo).family)
+    refused(demo, "of another checkpoint.*opticnerve engine build opticnerve-demo", other)
+
+
+def test_an_engine_of_another_library_version_is_refused(copied: Path) -> None:
+    rewrite(copied, library_version="1.0.0")
+    refused(copied, r"onnxruntime 1\.0\.0, here is .* Build it again: opticnerve engine build")
+
+
+def test_an_engine_whose_settings_of_pixels_changed_is_refused(
+    tmp_path: Path, demo: Path, random_checkpoint: Callable[..., Path]
+) -> None:
+    from tests.checkpoints import DEMO
+
+    checkpoint = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    path = checkpoint / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": [0.4, 0.4, 0.4]}))
+    refused(demo, "other processor settings", checkpoint)
+
+
+def test_a_damaged_engine_is_refused(copied: Path) -> None:
+    data = bytearray((copied / GRAPH_FILE).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copied / GRAPH_FILE).write_bytes(data)
+    refused(copied, f"{GRAPH_FILE} is not the file that was built")
+
+
+def test_an_unknown_precision_is_refused(copied: Path) -> None:
+    rewrite(copied, precision="float8")
+    refused(copied, "'float8', which is unknown")
+
+
+def test_an_inaccurate_engine_is_refused_with_the_figure(copied: Path) -> None:
+    weights = copied / f"{GRAPH_FILE}.data"
+    values = np.fromfile(weights, dtype=np.float32)
+    values[: len(values) // 2] *= 1.2
+    values.tofile(weights)
+    rewrite(copied, files=describe_files(copied))
+    refused(copied, r"64 patches: cosine 0\.\d+ \(at least 0\.99999\), largest difference")
+
+
+# ---- the command
+
+
+def test_the_command_builds_inspects_and_checks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = str(tmp_path / "engine")
+    build = ["engine", "build", "--backend", "onnx", "--precision", "fp16", "--threads", "1"]
+    assert main([*build, "--buckets", "96", "-o", directory]) == 0
+    built = capsys.readouterr().out
+    assert "onnx in float16" in built and re.search(r"96 patches: cosine (1|0\.999)", built)
+    assert f"--vision-engine {directory}" in built
+    assert main(["engine", "inspect", directory]) == 0
+    assert "96 patches" in capsys.readouterr().out
+    assert main(["engine", "check", directory, "--threads", "1"]) == 0
+    assert "measured here, against torch in float32" in capsys.readouterr().out
+    (tmp_path / "engine" / GRAPH_FILE).write_bytes(b"")
+    assert main(["engine", "inspect", directory]) == 2
+    assert f"damaged: {GRAPH_FILE}" in capsys.readouterr().out
+    assert main(["engine", "check", directory]) == 2
+    assert f"{GRAPH_FILE} is not the file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--backend", "onnx", "--precision", "bf16"], "not in bfloat16"),
+        (["--backend", "onnx", "--buckets", "4,96"], "would use buckets"),
+        (["--backend", "tensorrt_rtx"], "--compute-capability 8.9,12.0"),
+        (["--backend", "tensorrt_rtx", "--compute-capability", "9.0"], "does for 7.5, 8.0"),
+    ],
+)
+def test_what_cannot_be_built_is_said_before_it_is_tried(
+    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--device", "cpu", "-o", str(tmp_path / "engine")]
+    assert main(["engine", "build", *flags, *given]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "engine").exists() and not [*tmp_path.iterdir()]
+
+
+def test_a_directory_of_something_else_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "letter").write_text("Dear reader")
+    assert main(["engine", "build", "--backend", "onnx", "-o", str(tmp_path)]) == 2
+    assert "holds no engine" in capsys.readouterr().err
+    assert (tmp_path / "letter").read_text() == "Dear reader"
+
+
+def test_a_library_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tensorrt_library, "find_spec", lambda name: None)
+    for backend, package in (("tensorrt", "tensorrt-cu13"), ("tensorrt_rtx", "tensorrt-rtx")):
+        with pytest.raises(ConfigError, match=f"--backend {backend} needs .*{package}"):
+            opening.load_library(backend)
+    monkeypatch.setattr("opticnerve.extras.find_spec", lambda name: None)
+    with pytest.raises(StartupError, match=r"opticnerve\[onnx\]"):
+        opening.load_library("onnx")
+
+
+# ---- TensorRT for RTX, ahead of time
+
+
+@pytest.fixture
+def rtx() -> Iterator[tensorrt_library.TensorrtLibrary]:
+    if not any(map(find_spec, tensorrt_library.MODULES["tensorrt_rtx"])):
+        pytest.skip("TensorRT for RTX is not installed")
+    yield tensorrt_library.TensorrtLibrary("tensorrt_rtx")
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize(
+    ("family", "precision"), [*((name, "float16") for name in GRAPHS), (GRAPHS[0], "bfloat16")]
+)
+def test_an_engine_is_built_for_devices_that_are_not_here(
+    family: str, precision: str, random_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = tmp_path / "engine"
+    made = build_engine(
+        random_checkpoint(family), directory, "tensorrt_rtx", precision, (), ("8.9", "12.0")
+    )
+    assert Sidecar.read(directory) == made
+    assert (made.compute_capabilities, made.precision) == (("8.9", "12.0"), precision)
+    assert made.parity is None and made.files[PLAN_FILE].num_bytes > 10**5
+    assert not [*made.damage(directory)]
+    assert {path.name for path in directory.iterdir()} == {SIDECAR, *made.files}
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="runs on cuda"):
+            open_model(settings(directory, model={"model": str(random_checkpoint(family))}))

@@ -1,0 +1,122 @@
+"""An engine's sidecar: written, read, and held against the files and the machine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from encoder_service.backends.base import Bucket
+from encoder_service.engines.sidecar import Parity, Sidecar, describe_files
+from opticnerve.config.encoder import SIDECAR
+from opticnerve.errors import UnusableEngine
+
+FINGERPRINT = "f" * 64
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> tuple[Path, Sidecar]:
+    """A directory with a file and its sidecar."""
+    (tmp_path / "tower.plan").write_bytes(b"kernels")
+    made = Sidecar(
+        model="some/model",
+        family="qwen2_vl",
+        fingerprint=FINGERPRINT,
+        backend="tensorrt_rtx",
+        precision="float16",
+        buckets=(Bucket(1024, 16), Bucket(4096, 4)),
+        library="tensorrt_rtx",
+        library_version="1.7.1",
+        compute_capabilities=("8.9", "12.0"),
+        files=describe_files(tmp_path),
+        parity=(Parity(1024, 0.9999, 0.01, 3.5), Parity(4096, 0.9998, 0.02, 3.5)),
+    )
+    made.write(tmp_path)
+    return tmp_path, made
+
+
+def test_what_is_written_is_read(engine: tuple[Path, Sidecar]) -> None:
+    directory, made = engine
+    assert Sidecar.read(directory) == made
+    replace(made, parity=None).write(directory)
+    assert Sidecar.read(directory).parity is None
+    assert SIDECAR not in describe_files(directory)
+
+
+def test_a_directory_without_a_sidecar_says_what_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(UnusableEngine, match="opticnerve engine build"):
+        Sidecar.read(tmp_path)
+
+
+def drop(name: str) -> Callable[[dict[str, Any]], object]:
+    return lambda content: content.pop(name)
+
+
+def put(name: str, value: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda content: content.update({name: value})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        drop("fingerprint"), drop("buckets"), drop("parity"), put("format", 2), put("buckets", []),
+        put("buckets", [{"patches": 4}]),
+        put("files", []), put("parity", 3), put("model", None), put("backend", 1),
+    ],
+)  # fmt: skip
+def test_a_damaged_sidecar_is_refused(
+    engine: tuple[Path, Sidecar], change: Callable[[dict[str, Any]], object]
+) -> None:
+    path = engine[0] / SIDECAR
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UnusableEngine, match="build the engine again"):
+        Sidecar.read(engine[0])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", '"a"'])
+def test_what_is_no_sidecar_is_refused(engine: tuple[Path, Sidecar], text: str) -> None:
+    (engine[0] / SIDECAR).write_text(text)
+    with pytest.raises(UnusableEngine, match="build the engine again"):
+        Sidecar.read(engine[0])
+
+
+def test_files_are_held_against_their_digests(engine: tuple[Path, Sidecar]) -> None:
+    directory, made = engine
+    assert not [*made.damage(directory)]
+    (directory / "tower.plan").write_bytes(b"kernelz")
+    assert [*made.damage(directory)] == ["tower.plan is not the file that was built"]
+    (directory / "tower.plan").unlink()
+    assert [*made.damage(directory)] == ["tower.plan is missing or cannot be read"]
+    elsewhere = replace(made, files={"../tower.plan": made.files["tower.plan"]})
+    assert [*elsewhere.damage(directory)] == ["../tower.plan is no file of the directory"]
+
+
+def test_an_engine_of_another_checkpoint_library_or_device_says_so(
+    engine: tuple[Path, Sidecar],
+) -> None:
+    made = engine[1]
+    right = {"library_version": "1.7.1", "fingerprint": FINGERPRINT, "capability": "12.0"}
+    assert not [*made.obstacles(**right)]
+    for name, value, said in (
+        ("library_version", "1.8.0", "built with tensorrt_rtx 1.7.1, here is 1.8.0"),
+        ("fingerprint", "0" * 64, "another checkpoint"),
+        ("capability", "9.0", "built for compute capability 8.9, 12.0, this device has 9.0"),
+    ):
+        (obstacle,) = made.obstacles(**{**right, name: value})
+        assert said in obstacle
+
+
+def test_the_command_that_rebuilds_is_complete(engine: tuple[Path, Sidecar]) -> None:
+    words = shlex.split(engine[1].rebuild_command(Path("my engine")))
+    assert words == [
+        "opticnerve", "engine", "build", "some/model", "--backend", "tensorrt_rtx", "--precision",
+        "fp16", "--buckets", "1024,4096", "--compute-capability", "8.9,12.0", "-o", "my engine",
+    ]  # fmt: skip
+    assert "--compute-capability 8.6" in engine[1].rebuild_command(Path("x"), "8.6")
