@@ -24,6 +24,8 @@ Items = list[dict[str, torch.Tensor]]
 
 DECLARED = {family.name: family for family in registry.families().values()}
 EXPORTABLE = [name for name in FAMILIES if DECLARED[samples()[name].family].graph]
+# One sample a family: exporting takes seconds.
+FAMILIES_TO_EXPORT = list({samples()[name].family: name for name in EXPORTABLE[::-1]}.values())
 # Batches of pictures: one, several of different sizes, and windows that edges cut.
 BATCHES = (((100, 80),), ((300, 200), (57, 201), (120, 120)), ((28, 400), (260, 230)))
 

@@ -13,7 +13,7 @@ import torch
 
 from opticnerve.models.towers.export import export
 from opticnerve.models.towers.graph import CLOSED, TowerGraph
-from tests.graphs import BATCHES, EXPORTABLE, Half, largest_difference, lowest_cosine
+from tests.graphs import BATCHES, FAMILIES_TO_EXPORT, Half, largest_difference, lowest_cosine
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -71,7 +71,7 @@ def check_parity(half: Half, path: Path, cosine: float, difference: float) -> No
         assert largest_difference(items, expected) <= difference
 
 
-@pytest.mark.parametrize("family", EXPORTABLE)
+@pytest.mark.parametrize("family", FAMILIES_TO_EXPORT)
 def test_float32_rows_are_the_towers(family: str, exported: Callable[[str, str], Exported]) -> None:
     """Of batches and buckets that were not traced."""
     half, path = exported(family, "float32")
@@ -83,7 +83,7 @@ def test_float16_rows_are_the_towers(exported: Callable[[str, str], Exported]) -
     check_parity(half, path, 0.9999, 0.01)
 
 
-@pytest.mark.parametrize("family", EXPORTABLE)
+@pytest.mark.parametrize("family", FAMILIES_TO_EXPORT)
 def test_padding_does_not_leak(family: str, exported: Callable[[str, str], Exported]) -> None:
     half, path = exported(family, "float32")
     if half.graph.fixed_patches:
@@ -100,7 +100,7 @@ def test_padding_does_not_leak(family: str, exported: Callable[[str, str], Expor
     assert largest_difference(others, items) <= 1e-6
 
 
-@pytest.mark.parametrize("family", EXPORTABLE)
+@pytest.mark.parametrize("family", FAMILIES_TO_EXPORT)
 def test_the_graph_is_dense_layers_alone(
     family: str, exported: Callable[[str, str], Exported]
 ) -> None:
@@ -121,7 +121,7 @@ def test_only_rotations_are_cast_in_half_precision(
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [*((family, "float32") for family in EXPORTABLE), *HALVES]
+    ("family", "dtype"), [*((family, "float32") for family in FAMILIES_TO_EXPORT), *HALVES]
 )
 def test_an_engine_is_built(
     family: str, dtype: str, exported: Callable[[str, str], Exported]

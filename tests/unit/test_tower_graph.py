@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -104,22 +106,29 @@ def test_a_bucket_that_is_too_small_is_refused(half: Half) -> None:
         half.graph.prepare(pixels, plans, half.graph.unit)
 
 
-def test_weights_are_shared_until_they_are_released(
-    random_checkpoint: Callable[..., Path],
-) -> None:
+def test_weights_are_shared(random_checkpoint: Callable[..., Path]) -> None:
     half = Half.load(random_checkpoint("qwen2_5_vl"))
     assert half.graph.module is not None
     own = {weight.data_ptr() for weight in half.tower.module.parameters()}
     assert {weight.data_ptr() for weight in half.graph.module.parameters()} <= own
+
+
+@pytest.mark.parametrize("family", EXPORTABLE)
+def test_a_released_graph_keeps_no_layer(
+    family: str, random_checkpoint: Callable[..., Path]
+) -> None:
+    half = Half.load(random_checkpoint(family))
     pixels, plans = half.batch(BATCHES[0])
-    outputs = half.run(half.graph.prepare(pixels, plans, half.bucket(plans)))
+    inputs = half.graph.prepare(pixels, plans, half.bucket(plans))
+    outputs, expected = half.run(inputs), half.tower.encode(pixels, plans)
+    layers = [weakref.ref(half.tower.module), weakref.ref(half.graph.module)]
     half.graph.release()
-    assert half.graph.module is None
-    half.graph.prepare(pixels, plans, half.bucket(plans))
-    assert (
-        largest_difference(half.graph.split(outputs, plans), half.tower.encode(pixels, plans))
-        < 1e-4
-    )
+    half = replace(half, tower=None)
+    gc.collect()
+    assert [layer() for layer in layers] == [None, None]
+    again = half.graph.prepare(pixels, plans, half.bucket(plans))
+    assert all(torch.equal(each, again[name]) for name, each in inputs.items())
+    assert largest_difference(half.graph.split(outputs, plans), expected) < 1e-4
 
 
 def test_frames_are_pictures_of_the_graph(random_checkpoint: Callable[..., Path]) -> None:

@@ -10,6 +10,7 @@ FAMILY = Family(
     layout=".layout:Qwen3VLLayout",
     preprocess="opticnerve.models.qwen2_vl.preprocess:Patchify",
     tower=".vision:describe_tower",
+    graph=".graph:DeepStackGraph",
     decoder=".language:describe_decoder",
     vision_keys=VISION_KEYS,
     language_keys=LANGUAGE_KEYS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,25 +31,35 @@ MODELS: dict[str, tuple[Any, Any]] = {  # The same tower by two names.
 class DeepStackTower(PatchTower):
     """Adds to PatchTower the interpolation of learned positions, and the DeepStack levels."""
 
-    def precompute(self, grids: Sequence[Grid]) -> dict[str, Any]:
-        module = self.module
-        indices, weights = get_vision_interpolation_indices_and_weights(
-            grid_sizes(grids),
+    def __init__(self, module: Any, pixels: PixelSettings, hidden_size: int) -> None:
+        super().__init__(module, pixels, hidden_size)
+        self.interpolate = partial(
+            interpolate_positions,
+            self.device,
             num_grid_per_side=module.num_grid_per_side,
             mode=module.interpolation_mode,
             align_corners=module.interpolation_align_corners,
             spatial_merge_size=self.merge_size,
         )
-        return super().precompute(grids) | {
-            "interp_indices": indices.to(self.device, non_blocking=True),
-            "interp_weights": weights.to(self.device, non_blocking=True),
-        }
+
+    def precompute(self, grids: Sequence[Grid]) -> dict[str, Any]:
+        indices, weights = self.interpolate(grids)
+        return super().precompute(grids) | {"interp_indices": indices, "interp_weights": weights}
 
     def named_rows(self, output: Any) -> dict[str, torch.Tensor]:
         levels = {
             f"deepstack.{level}": rows for level, rows in enumerate(output.deepstack_features)
         }
         return super().named_rows(output) | levels
+
+
+def interpolate_positions(
+    device: torch.device, grids: Sequence[Grid], **settings: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the learned positions, int64 [patches, 4], and their weights, [patches, 4], on
+    ``device``. ``settings`` are transformers' own."""
+    indices, weights = get_vision_interpolation_indices_and_weights(grid_sizes(grids), **settings)
+    return indices.to(device, non_blocking=True), weights.to(device, non_blocking=True)
 
 
 def describe_tower(checkpoint: Checkpoint) -> TowerSpec:

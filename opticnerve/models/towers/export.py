@@ -38,7 +38,7 @@ def export(graph: TowerGraph, path: Path) -> None:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Without the exporter's warnings, of names that it does not use and of missing torchvision."""
+    """Without the exporter's warnings, of names that it renames and of missing torchvision."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
