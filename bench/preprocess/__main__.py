@@ -1,6 +1,6 @@
 """What preparing a picture costs, and encoding it, beside Hugging Face's own parts.
 
-    python -m bench.preprocess [--rounds N] [--depth N] [--cpu] [--quick]
+    python -m bench.preprocess [--only FAMILY ...] [--rounds N] [--depth N] [--cpu] [--quick]
 
 Preparing: from a 1024x768 JPEG's bytes to a tower's floats, by stage, on one thread. Ours resizes
 and cuts 8-bit pixels; a table on the tower's device, here the CPU too, makes them floats. "as it
@@ -29,6 +29,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench import report
@@ -38,11 +39,11 @@ STAGES = ("decode", "resize", "cut", "table")
 OURS, WAS, PILLOW, TORCHVISION = "ours", "as it was", "Pillow-backed", "torchvision-backed"
 
 Clock = Callable[[], float]
-Say = Callable[[str], None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", default=[], metavar="FAMILY", help="these families")
     parser.add_argument("--rounds", type=int, default=15, help="of preparing; half of encoding")
     parser.add_argument("--depth", type=int, default=4, help="layers of the towers")
     parser.add_argument("--cpu", action="store_true", help="measure CPU time, not wall time")
@@ -52,12 +53,16 @@ def main() -> None:
     clock = time.thread_time if args.cpu else time.perf_counter
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        results = run(rounds, depth, clock, Path(folder), lambda text: print(text, file=sys.stderr))
+        results = run(args.only, rounds, depth, clock, Path(folder))
     show(results)
     print("written to", report.save("preprocess", results).relative_to(Path.cwd()))
 
 
-def run(rounds: int, depth: int, clock: Clock, folder: Path, say: Say) -> dict[str, Any]:
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def run(families: list[str], rounds: int, depth: int, clock: Clock, folder: Path) -> dict[str, Any]:
     from bench.preprocess.ways import add_torchvision
 
     say("installing torchvision ...")
@@ -74,7 +79,8 @@ def run(rounds: int, depth: int, clock: Clock, folder: Path, say: Say) -> dict[s
         "preparing": {},
         "encoding": {},
     }
-    for family, published in PUBLISHED.items():
+    for family in families or PUBLISHED:
+        published = PUBLISHED[family]
         say(f"{published.model}: a random checkpoint with its widths and {depth} layers ...")
         path = published.write(family, depth, folder)
         say(f"{published.model}: preparing, {rounds} rounds")
@@ -92,21 +98,24 @@ def preparing(
     family: str, path: Path, rounds: int, clock: Clock, with_torchvision: bool
 ) -> dict[str, Any]:
     """Milliseconds by stage, and bytes a picture, by contestant."""
-    from bench.preprocess.ways import Ours, Way, theirs, torchvision_processor
+    from bench.preprocess.published import PUBLISHED
+    from bench.preprocess.ways import CPU, Ours, Way, theirs, torchvision_processor, upload
     from tests.families import samples
 
     jpeg = _jpeg(JPEG_SIZE)
     ours = Ours(path, jpeg, clock)
-    ways: dict[str, Way] = {
-        OURS: ours,
-        WAS: ours.as_it_was,
-        PILLOW: theirs(samples()[family].image_processor(path), clock),
-    }
+    sample = samples()[family]
+    ways: dict[str, Way] = {OURS: ours}
+    if PUBLISHED[family].was_before:
+        ways[WAS] = ours.as_it_was
+    processor = sample.image_processor(path)
+    ways[PILLOW] = theirs(sample, processor, clock)
     if with_torchvision:
-        ways[TORCHVISION] = theirs(torchvision_processor(family, path), clock)
+        ways[TORCHVISION] = theirs(sample, torchvision_processor(family, processor), clock)
     outcomes = {name: way(jpeg)[1] for name, way in ways.items()}  # The first is not measured.
-    if not torch.equal(torch.from_numpy(outcomes[WAS]), outcomes[PILLOW]):
-        raise SystemExit("the floats as they were are not those of the Pillow-backed processor")
+    values = ours.table(upload([outcomes[OURS]], CPU)).numpy()
+    if not np.array_equal(values, sample.pixels({"pixel_values": outcomes[PILLOW]})):
+        raise SystemExit("these floats are not those of the Pillow-backed processor")
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for turn in range(rounds):
         for name in _in_turn(list(ways), turn):

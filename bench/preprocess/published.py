@@ -9,26 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from tests.checkpoints import make_checkpoint
+from tests.families import samples
 
 
 @dataclass(frozen=True)
 class Published:
-    """``text`` and ``vision``: sizes as ``make_checkpoint`` takes them; ``depth``: the name of the
-    tower's number of layers; ``settings``: the image processor's."""
+    """``vision``, ``text``, ``config``: sizes as ``make_checkpoint`` takes them; ``depth``: the
+    name of the tower's number of layers; ``settings``: the image processor's. ``patch_size``: for
+    samples that have one of their own. ``was_before``: it was served when floats were made before
+    the tower."""
 
     model: str
     vision: Mapping[str, Any]
     text: Mapping[str, Any]
-    depth: str = "depth"
+    depth: str = "num_hidden_layers"
+    config: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    patch_size: int | None = None
+    was_before: bool = False
 
     def write(self, family: str, depth: int, directory: Path) -> Path:
         """Writes a checkpoint whose tower has ``depth`` layers; its path."""
+        if self.patch_size is not None:
+            samples()[family].patch_size = self.patch_size  # type: ignore[attr-defined]
         return make_checkpoint(
             family,
             directory / family,
             vision={**self.vision, self.depth: depth},
             text={**self.text, **SHALLOW},
+            config={**self.config},
             **self.settings,
         )
 
@@ -36,13 +45,30 @@ class Published:
 SHALLOW = {"num_hidden_layers": 1, "intermediate_size": 256}  # Decoders, which nothing here runs.
 MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 QWEN = {"min_pixels": 56 * 56, "max_pixels": 16_384 * 28 * 28}
+CLIP = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "image_size": 336,
+}
+SIGLIP = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "image_size": 384,
+}
+NEXT = {"image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]}
+EDGES = range(384, 2305, 384)
+ONEVISION = {"image_grid_pinpoints": [[high, wide] for high in EDGES for wide in EDGES]}
 
 PUBLISHED: Mapping[str, Published] = {
     "qwen2_vl": Published(
         "Qwen2-VL-2B",
         {"embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
         {"hidden_size": 1536, "num_attention_heads": 12, "rope_parameters": MROPE},
+        depth="depth",
         settings=QWEN,
+        was_before=True,
     ),
     "qwen2_5_vl": Published(
         "Qwen2.5-VL-3B",
@@ -54,18 +80,78 @@ PUBLISHED: Mapping[str, Published] = {
             "fullatt_block_indexes": [3],
         },
         {"hidden_size": 2048, "num_attention_heads": 16, "rope_parameters": MROPE},
+        depth="depth",
         settings=QWEN,
+        was_before=True,
+    ),
+    "qwen3_vl": Published(
+        "Qwen3-VL-4B",
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        {"hidden_size": 2560},
+        depth="depth",
+        settings={"min_pixels": 256 * 256, "max_pixels": 4096 * 4096},
+    ),
+    "glm4v": Published(
+        "GLM-4.1V-9B",
+        {
+            "hidden_size": 1536,
+            "intermediate_size": 13_696,
+            "num_heads": 12,
+            "image_size": 336,
+        },
+        {"hidden_size": 4096, "num_attention_heads": 256},
+        depth="depth",
+        settings={"min_pixels": 112 * 112, "max_pixels": 6144 * 28 * 28},
     ),
     "llava": Published(
         "LLaVA-1.5-7B",
+        CLIP,
+        {"hidden_size": 4096, "num_attention_heads": 32},
+        was_before=True,
+    ),
+    "llava_next": Published(
+        "LLaVA-NeXT-7B",
+        CLIP,
+        {"hidden_size": 4096, "num_attention_heads": 32},
+        config=NEXT,
+        settings=NEXT,
+    ),
+    "llava_onevision": Published(
+        "LLaVA-OneVision-7B",
+        SIGLIP,
+        {"hidden_size": 3584, "num_attention_heads": 28},
+        config=ONEVISION | {"vision_aspect_ratio": "anyres_max_9"},
+        settings=ONEVISION,
+    ),
+    "mistral3": Published(
+        "Mistral-Small-3.1-24B",
         {
             "hidden_size": 1024,
             "intermediate_size": 4096,
             "num_attention_heads": 16,
-            "image_size": 336,
+            "image_size": 1540,
+            "patch_size": 14,
         },
-        {"hidden_size": 4096, "num_attention_heads": 32},
-        depth="num_hidden_layers",
+        {"hidden_size": 5120},
+        patch_size=14,
+    ),
+    "pixtral": Published(
+        "Pixtral-12B",
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "image_size": 1024,
+            "patch_size": 16,
+        },
+        {"hidden_size": 5120},
+        patch_size=16,
     ),
 }
 """By the name of a test sample. A family without an entry is not measured."""

@@ -23,7 +23,7 @@ from opticnerve.media.probe import parse_structure
 from opticnerve.models import registry
 from opticnerve.models.picture_sizes import resize
 from opticnerve.models.towers.pixels import PixelTable, upload, value_table
-from tests.families import samples
+from tests.families import Sample, samples
 
 TORCHVISION = "torchvision==0.28.0"  # The release for the torch of constraints.txt.
 CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ def _float_patches(
     return out.reshape(h * w, -1)
 
 
-def theirs(processor: Any, clock: Clock) -> Way:
+def theirs(sample: Sample, processor: Any, clock: Clock) -> Way:
     """Hugging Face's image processor, after Pillow has decoded."""
 
     def prepare(jpeg: bytes) -> tuple[Stages, Any]:
@@ -100,7 +100,7 @@ def theirs(processor: Any, clock: Clock) -> Way:
         image = Image.open(io.BytesIO(jpeg)).convert("RGB")
         decoded = clock()
         with resizing(clock) as spent:
-            values = processor(image, return_tensors="pt")["pixel_values"]
+            values = sample.image_inputs(processor, [image])["pixel_values"]
         stages = {"decode": decoded - started, "cut": clock() - decoded - sum(spent)}
         return stages | ({"resize": sum(spent)} if spent else {}), values
 
@@ -143,10 +143,11 @@ def add_torchvision(folder: Path) -> str:
 _LIBRARY = torch.library.Library("torchvision", "FRAGMENT")  # Its operators end with it.
 
 
-def torchvision_processor(family: str, path: Path) -> Any:
-    """The torchvision-backed image processor of a checkpoint."""
+def torchvision_processor(family: str, pillow_backed: Any) -> Any:
+    """The torchvision-backed image processor of the same settings."""
     from importlib import import_module
 
     module, _, name = samples()[family].image_processor_class.partition(":")
     module = f"transformers.models.{module.replace('_pil_', '_')}"
-    return getattr(import_module(module), name.removesuffix("Pil")).from_pretrained(path)
+    kind = getattr(import_module(module), name.removesuffix("Pil"))
+    return kind.from_dict(pillow_backed.to_dict())
