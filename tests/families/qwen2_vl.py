@@ -59,7 +59,7 @@ class Qwen2VL(Sample):
             "image_processor_type": "Qwen2VLImageProcessor",
             "processor_class": "Qwen2VLProcessor",
             "patch_size": vision.patch_size,
-            "temporal_patch_size": vision.temporal_patch_size,
+            "temporal_patch_size": getattr(vision, "temporal_patch_size", 1),
             "merge_size": vision.spatial_merge_size,
         } | limits
 

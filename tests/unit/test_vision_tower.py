@@ -102,7 +102,7 @@ def test_frames_of_a_video_attend_within_themselves(
     expect_close(rows, torch.cat(tuple(features)))
 
 
-@pytest.mark.parametrize("family", PATCHES)
+@pytest.mark.parametrize("family", [*PATCHES, "paddleocr_vl"])
 def test_attention_is_called_once_a_layer_and_never_over_the_whole_batch(
     family: str, random_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +126,8 @@ def test_attention_is_called_once_a_layer_and_never_over_the_whole_batch(
     with torch.inference_mode():
         side = tower.patch_size
         tower.forward(torch.randn(sum(g.num_patches for g in grids), side, side, 3), grids)
-    depth = tower.module.config.depth
+    config = tower.module.config
+    depth = config.depth if hasattr(config, "depth") else config.num_hidden_layers
     assert len(calls) == depth
     assert max(lengths) == 64  # The largest picture's patches.
     if family == "qwen2_5_vl":

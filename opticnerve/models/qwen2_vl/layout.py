@@ -97,10 +97,13 @@ class Qwen2VLLayout:
             processor, "patch_size", vision, "patch_size", usual["patch_size"]
         )
         self.merge_size = _agreed(processor, "merge_size", vision, "spatial_merge_size", 2)
-        self.temporal_patch_size = _agreed(
-            processor, "temporal_patch_size", vision, "temporal_patch_size", 2
-        )
+        self.temporal_patch_size = self.frames(checkpoint)
         self.min_pixels, self.max_pixels = _pixel_bounds(processor, usual)
+
+    def frames(self, checkpoint: Checkpoint) -> int:
+        """How many frames a patch of the tower covers."""
+        processor, vision = processor_settings(checkpoint), checkpoint.vision_config
+        return _agreed(processor, "temporal_patch_size", vision, "temporal_patch_size", 2)
 
     # ---- pictures
 

@@ -31,6 +31,7 @@ class DeepStackGraph(PatchGraph):
         self.output_names = ("rows", *(f"deepstack.{level}" for level in range(len(levels))))
 
     def packed_inputs(self, grids: Sequence[Grid]) -> dict[str, torch.Tensor]:
-        indices, weights = self._interpolate(grids)
-        rows = (self._positions[indices] * weights[:, :, None]).sum(1).to(self.dtype)
+        found = self._interpolate(grids)
+        entries, weights = self._positions[found["interp_indices"]], found["interp_weights"]
+        rows = (entries * weights[:, :, None]).sum(1).to(self.dtype)
         return super().packed_inputs(grids) | {"position_rows": rows}

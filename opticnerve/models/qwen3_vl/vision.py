@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionModel
-from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from opticnerve.checkpoints.json_files import PixelSettings
 from opticnerve.checkpoints.loader import transformers_config
 from opticnerve.errors import CheckpointError
 from opticnerve.models.picture_sizes import processor_settings
-from opticnerve.models.towers.tower import PatchTower, TowerSpec, grid_sizes, patch_tower
+from opticnerve.models.towers.tower import Interpolation, PatchTower, TowerSpec, patch_tower
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
@@ -33,33 +31,16 @@ class DeepStackTower(PatchTower):
 
     def __init__(self, module: Any, pixels: PixelSettings, hidden_size: int) -> None:
         super().__init__(module, pixels, hidden_size)
-        self.interpolate = partial(
-            interpolate_positions,
-            self.device,
-            num_grid_per_side=module.num_grid_per_side,
-            mode=module.interpolation_mode,
-            align_corners=module.interpolation_align_corners,
-            spatial_merge_size=self.merge_size,
-        )
+        self.interpolate = Interpolation(module, self.merge_size, self.device)
 
     def precompute(self, grids: Sequence[Grid]) -> dict[str, Any]:
-        indices, weights = self.interpolate(grids)
-        return super().precompute(grids) | {"interp_indices": indices, "interp_weights": weights}
+        return super().precompute(grids) | self.interpolate(grids)
 
     def named_rows(self, output: Any) -> dict[str, torch.Tensor]:
         levels = {
             f"deepstack.{level}": rows for level, rows in enumerate(output.deepstack_features)
         }
         return super().named_rows(output) | levels
-
-
-def interpolate_positions(
-    device: torch.device, grids: Sequence[Grid], **settings: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the learned positions, int64 [patches, 4], and their weights, [patches, 4], on
-    ``device``. ``settings`` are transformers' own."""
-    indices, weights = get_vision_interpolation_indices_and_weights(grid_sizes(grids), **settings)
-    return indices.to(device, non_blocking=True), weights.to(device, non_blocking=True)
 
 
 def describe_tower(checkpoint: Checkpoint) -> TowerSpec:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from opticnerve.checkpoints.loader import (
     Recompute,
@@ -99,10 +100,14 @@ class PatchTower(ModuleTower):
     def __init__(self, module: Any, pixels: PixelSettings, hidden_size: int) -> None:
         super().__init__(module, pixels, hidden_size)
         self.patch_size: int = module.config.patch_size
-        self.frames: int = module.config.temporal_patch_size
+        self.frames: int = getattr(module.config, "temporal_patch_size", 1)
         self.merge_size: int = module.config.spatial_merge_size
-        module.patch_embed = PatchEmbedding(module.patch_embed.proj)
+        self.embed_by_product()
         varlen.use(module)
+
+    def embed_by_product(self) -> None:
+        """Puts a PatchEmbedding in the place of the module's."""
+        self.module.patch_embed = PatchEmbedding(self.module.patch_embed.proj)
 
     def encode(
         self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]
@@ -177,6 +182,31 @@ def patch_tower(
 def grid_sizes(grids: Sequence[Grid]) -> torch.Tensor:
     """int64 [pictures, 3]: time, height and width, on the CPU."""
     return torch.tensor([(grid.t, grid.h, grid.w) for grid in grids])
+
+
+class Interpolation:
+    """Of a square ``table`` of learned positions to any grid, as transformers' towers have it. The
+    table's settings are kept, not the table."""
+
+    def __init__(self, table: Any, merge: int, device: torch.device) -> None:
+        self._settings = {
+            "num_grid_per_side": table.num_grid_per_side,
+            "mode": table.interpolation_mode,
+            "align_corners": table.interpolation_align_corners,
+            "spatial_merge_size": merge,
+        }
+        self._device = device
+
+    def __call__(self, grids: Sequence[Grid]) -> dict[str, torch.Tensor]:
+        """Keyword arguments of the tower: for every patch, in the order of merge blocks, entries of
+        the table, int64 [patches, 4], and their weights, [patches, 4]."""
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grid_sizes(grids), **self._settings
+        )
+        return {
+            "interp_indices": indices.to(self._device, non_blocking=True),
+            "interp_weights": weights.to(self._device, non_blocking=True),
+        }
 
 
 @lru_cache(maxsize=256)
