@@ -109,6 +109,24 @@ PUBLISHED: Mapping[str, Published] = {
         depth="depth",
         settings={"min_pixels": 112 * 112, "max_pixels": 6144 * 28 * 28},
     ),
+    "qwen3_vl": Published(
+        "Qwen3-VL-4B",
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [1],
+        },
+        {"hidden_size": 2560, "num_attention_heads": 32},
+        settings={"min_pixels": 256 * 256, "max_pixels": 4096 * 4096},
+    ),
+    "glm4v": Published(
+        "GLM-4.1V-9B",
+        {"hidden_size": 1536, "intermediate_size": 13696, "num_heads": 12, "image_size": 336},
+        {"hidden_size": 4096, "num_attention_heads": 32},
+        settings={"min_pixels": 112 * 56, "max_pixels": 14 * 14 * 4 * 6144},
+    ),
     "llava": Published(
         "LLaVA-1.5-7B",
         CLIP,
