@@ -124,7 +124,11 @@ def expand(
     ``max_tokens``.
     """
     check_count(layout, token_ids, len(plans))
-    check_length(len(token_ids), plans, max_tokens, contexts, kind)
+    rows = [plan.num_tokens for plan in plans]  # At least so many tokens.
+    check_length(len(token_ids), rows, max_tokens, contexts, kind)
+    expansions = [layout.expand(plan) for plan in plans]
+    sizes = [len(expansion.token_ids) for expansion in expansions]
+    check_length(len(token_ids), sizes, max_tokens, contexts, kind)
     placeholders = frozenset(layout.item_token_ids.values())
     ids: list[int] = []
     spans: list[Span] = []
@@ -140,7 +144,7 @@ def expand(
                 "messages contain one",
                 param="messages",
             )
-        expansion = layout.expand(plan)
+        expansion = expansions[item]
         spans += [_span(len(ids), run, item, plan) for run in expansion.runs]
         ids += expansion.token_ids
     return ExpandedPrompt(prompt, tuple(ids), tuple(spans))
@@ -213,17 +217,18 @@ def check_count(layout: Layout, token_ids: Sequence[int], pictures: int) -> None
 
 def check_length(
     num_ids: int,
-    plans: Sequence[Plan],
+    sizes: Sequence[int],
     max_tokens: int,
     contexts: int = 1,
     kind: type[PromptKind] = ChatPrompt,
 ) -> None:
-    """Raises ContextLengthExceeded. ``num_ids`` counts one placeholder for each item."""
-    picture_tokens = sum(plan.num_tokens for plan in plans)
-    needed = num_ids - len(plans) + picture_tokens
+    """Raises ContextLengthExceeded. ``num_ids`` counts one placeholder for each item; ``sizes``:
+    the tokens of each item's expansion."""
+    picture_tokens = sum(sizes)
+    needed = num_ids - len(sizes) + picture_tokens
     if needed <= max_tokens * contexts:
         return
-    if not plans:
+    if not sizes:
         raise prompt_too_long(kind, max_tokens, str(needed))
     raise prompt_too_long(
         kind,

@@ -385,6 +385,12 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_is_built(
         placeholders.expand(Rows(), "p", [1, 9, 2, 9], [plan(4), plan(2)], 7)
 
 
+def test_separators_of_rows_count_too() -> None:
+    assert len(placeholders.expand(Rows(), "p", [1, 9], [plan(4)], 7).token_ids) == 7
+    with pytest.raises(ContextLengthExceeded, match=r"6 tokens; .* needs 7 \(6 of .* pictures"):
+        placeholders.expand(Rows(), "p", [1, 9], [plan(4)], 6)
+
+
 def test_layouts_fit_the_interface() -> None:
     layout = SimpleNamespace(item_token_ids={Modality.IMAGE: 9}, expand=Rows().expand)
     assert placeholders.expand(layout, "p", [9], [plan(2)], 99).token_ids == (9, 9, 7)
