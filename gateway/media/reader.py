@@ -16,7 +16,7 @@ from gateway.media.fetch import MediaFetcher
 from opticnerve.config import GatewayConfig
 from opticnerve.content_keys import content_key
 from opticnerve.errors import InvalidRequest, OpticNerveError
-from opticnerve.media.plan import Overrides, Plan, parse_background
+from opticnerve.media.plan import Overrides, Plan, parse_background, planned_as_several
 from opticnerve.media.probe import parse_structure
 from opticnerve.models.family import Layout
 
@@ -60,7 +60,7 @@ class MediaReader:
         Raises InvalidRequest, MediaFetchFailed, PayloadTooLarge, DeadlineExceeded.
         """
         async with deadline.timeout():
-            several = len(sources) > 1
+            several = planned_as_several(len(sources), self.layout.settings())
             return await all_of(*(self._fetch(source, several, hold) for source in sources))
 
     async def plan(self, items: Sequence[Fetched]) -> list[Plan]:
@@ -88,10 +88,9 @@ class MediaReader:
 
     def _overrides(self, source: ItemSource, several: bool) -> Overrides:
         """The item's own bounds, limited by the server's, and the server's background. ``several``:
-        whether the prompt has more than one picture."""
+        whether it is planned as one of several."""
         least, most = self.config.min_pixels or None, self.config.max_pixels or None
-        settings = self.layout.settings()
-        default_most: int | None = settings.get("max_pixels")
+        default_most: int | None = self.layout.settings().get("max_pixels")
         asked = source.overrides(default_most)
         low = asked.min_pixels if asked.min_pixels is not None else least
         high = asked.max_pixels if asked.max_pixels is not None else most
@@ -99,7 +98,7 @@ class MediaReader:
             high = min(high, most)
         if low is not None and high is not None:
             low = min(low, high)
-        return Overrides(low, high, self._background, several and "several_pictures" in settings)
+        return Overrides(low, high, self._background, several)
 
     def _plan(self, item: Fetched) -> Plan:
         try:

@@ -6,8 +6,10 @@ spans only. Imports neither torch nor grpc.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 WHITE = 0xFFFFFF
 LIGHT_PASSES = 2**25  # A picture that takes more to decode, some tenths of a second, is heavy,
@@ -78,12 +80,20 @@ class Overrides:
     # 0xRRGGBB, shown where the picture is transparent. None: transparency is dropped, as Hugging
     # Face's processors do, and transparent pixels show their colours.
     background: int | None = WHITE
-    # Whether its prompt has more pictures. Set only where the settings of the model's layout have
-    # ``several_pictures``: others see a picture in the same way in every prompt.
-    one_of_several: bool = False
+    one_of_several: bool = False  # See ``planned_as_several``.
 
 
 NO_OVERRIDES = Overrides()
+
+
+def planned_as_several(pictures: int, settings: Mapping[str, Any]) -> bool:
+    """Whether each picture of a prompt with so many ``pictures`` is ``Overrides.one_of_several``.
+
+    ``settings``: of the model's layout. Where they have no ``several_pictures``, a picture is seen
+    in the same way in every prompt.
+    """
+    return pictures > 1 and "several_pictures" in settings
+
 
 DEFAULT_MAX_PIXELS = 89_478_485
 DEFAULT_MAX_PASSES = 2**30

@@ -150,7 +150,7 @@ class Layout(Protocol):
 
         The gateway also reads ``max_pixels``, the most that a picture has unless a request says
         otherwise, and ``several_pictures``, how pictures are planned in a prompt that has more
-        than one, where that differs (``Overrides.one_of_several``).
+        than one, where that differs (``media.plan.planned_as_several``).
         """
         ...
 

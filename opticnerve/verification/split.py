@@ -14,6 +14,7 @@ import httpx2
 from opticnerve.cli.chat_client import TIMEOUT_S, error_of
 from opticnerve.client import EncoderClient
 from opticnerve.errors import Unavailable
+from opticnerve.media.plan import Overrides, planned_as_several
 from opticnerve.verification.cases import Case
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class SplitModel:
             self._together(group, way, step)
         for each in asked:
             if self.encoder is not None and self._row_bytes < MAX_ROW_BYTES:
-                each.rows = [self._fetch(self.encoder, png) for png in each.case.pictures]
+                each.rows = self._fetch(self.encoder, each.case.pictures)
         return asked
 
     def close(self) -> None:
@@ -100,9 +101,11 @@ class SplitModel:
         told = self._post("/v1/chat/completions", body | {"max_tokens": self.max_tokens})
         asked.answers[way] = told["choices"][0]["token_ids"]
 
-    def _fetch(self, encoder: EncoderClient, png: bytes) -> Rows:
-        rows = encoder.fetch(encoder.encode(png))
-        self._row_bytes += sum(tensor.nbytes for tensor in rows.values())
+    def _fetch(self, encoder: EncoderClient, pictures: Sequence[bytes]) -> list[Rows]:
+        several = planned_as_several(len(pictures), encoder.layout().settings())
+        refs = [encoder.encode(png, Overrides(one_of_several=several)) for png in pictures]
+        rows: list[Rows] = [encoder.fetch(ref) for ref in refs]
+        self._row_bytes += sum(tensor.nbytes for item in rows for tensor in item.values())
         return rows
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:

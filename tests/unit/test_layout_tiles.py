@@ -14,7 +14,7 @@ import torch
 
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import CheckpointError, InvalidRequest
-from opticnerve.media.plan import Grid, Overrides, Structure
+from opticnerve.media.plan import Grid, Overrides, Structure, planned_as_several
 from opticnerve.models import registry
 from opticnerve.models.towers.pixels import PixelTable
 from tests.checkpoints import make_checkpoint
@@ -99,6 +99,13 @@ def test_published_configurations(tmp_path: Path) -> None:
     assert made.placeholder_ids == {"image_token": 151646, "video_token": 151647}
     several = made.plan(Structure("png", 1000, 500), Overrides(one_of_several=True))
     assert (several.grid, several.num_tokens) == (Grid(1, 27, 27), 730)
+
+
+def test_only_onevision_sees_several_pictures_in_another_way(tmp_path: Path) -> None:
+    for config, several in ((NEXT, False), (ONEVISION, True)):
+        settings = layout(tmp_path, config).settings()
+        assert planned_as_several(2, settings) == several
+        assert not planned_as_several(1, settings)
 
 
 @BOTH
