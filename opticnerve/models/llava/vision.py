@@ -115,10 +115,14 @@ def square_tower(
 
 
 def describe_graph(tower: ClipTower) -> TileGraph:
-    module = tower.module
+    return TileGraph(tower, *square_sizes(tower.module))
+
+
+def square_sizes(module: Any) -> tuple[int, int, int]:
+    """(side in pixels, patches, tokens) of a square that a ``SquareProjector`` takes."""
     embeddings = module.tower.embeddings
     tokens = embeddings.num_positions - module.first_row
-    return TileGraph(tower, embeddings.image_size, embeddings.num_patches, tokens)
+    return embeddings.image_size, embeddings.num_patches, tokens
 
 
 def feature_layers(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ FAMILY = Family(
     layout=".layout:LlavaNextLayout",
     preprocess=".preprocess:CutTiles",
     tower=".vision:describe_tower",
+    graph=".vision:describe_graph",
     decoder=".language:describe_decoder",
     vision_keys=VISION_KEYS,
     language_keys=llava.LANGUAGE_KEYS,

@@ -11,6 +11,7 @@ FAMILY = Family(
     layout=".layout:LlavaOnevisionLayout",
     preprocess=".preprocess:CutTilesOrSquare",
     tower=".vision:describe_tower",
+    graph="opticnerve.models.llava_next.vision:describe_graph",
     decoder=".language:describe_decoder",
     vision_keys=VISION_KEYS,
     language_keys=LANGUAGE_KEYS,
