@@ -25,7 +25,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 FIXTURES = Path(__file__).parent / "fixtures" / "checkpoints"
 NAMES = tuple(sorted(file.stem for file in FIXTURES.glob("*.json")))
 LAYOUTS = ("published", "transformers 5")
-FIRST_BYTE = 300  # The id of the first of 256 bytes; no fixture has special tokens there.
+FIRST_BYTE = 300  # The id of the first of 257 tokens of text; no fixture has special ones there.
 ELEMENT_BYTES = 2
 
 TEMPLATE = """{%% for message in messages %%}{{ message.role + ': ' }}\
@@ -93,8 +93,9 @@ def write(
 
 
 def _tokenizer(special: Mapping[str, int]) -> dict[str, Any]:
-    """A tokenizer of bytes and special tokens."""
+    """A tokenizer of bytes, two line breaks in one token, and special tokens."""
     alphabet = {char: FIRST_BYTE + i for i, char in enumerate(sorted(ByteLevel.alphabet()))}
+    alphabet["ĊĊ"] = FIRST_BYTE + len(alphabet)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     byte_level |= {"use_regex": True}
@@ -106,7 +107,7 @@ def _tokenizer(special: Mapping[str, int]) -> dict[str, Any]:
         ],
         "pre_tokenizer": byte_level,
         "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": alphabet | dict(special), "merges": []},
+        "model": {"type": "BPE", "vocab": alphabet | dict(special), "merges": ["Ċ Ċ"]},
     }
 
 

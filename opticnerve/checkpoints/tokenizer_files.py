@@ -1,10 +1,11 @@
-"""What a checkpoint's files say of its special tokens, read without a tokenizer."""
+"""What a checkpoint's files say of its special tokens, read without a tokenizer; and the ids of
+texts that every prompt has in common."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,22 @@ def added_token_id(path: Path, text: str) -> int | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{path / 'tokenizer.json'} cannot be read; fetch it again"
-        ) from error
+        raise _unreadable(path) from error
+
+
+def encode_texts(path: Path, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """The ids of each text, as tokenizer.json of the directory ``path`` encodes it, with nothing
+    added around it. Loads the tokenizer and drops it again: a second for a large vocabulary.
+    Raises CheckpointError."""
+    from tokenizers import Tokenizer  # Here, because encoders and LLM workers do without.
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        found = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    except Exception as error:  # The library raises bare Exception for what it cannot read.
+        raise _unreadable(path) from error
+    return [tuple(ids) for ids in found]
+
+
+def _unreadable(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path / 'tokenizer.json'} cannot be read; fetch it again")

@@ -72,6 +72,9 @@ class Family:
     language_keys: KeyMap  # Decoder and head: ``model.*`` and ``lm_head.*`` of the module.
     # (Tower) -> TowerGraph, see ``towers.graph``. "": the tower cannot be exported.
     graph: str = ""
+    # Other model_types of these models, which are refused, each with the rest of "this checkpoint
+    # ...": why, and what to use instead.
+    unserved: Sequence[tuple[str, str]] = ()
 
     @property
     def name(self) -> str:

@@ -202,6 +202,10 @@ def find_family(config: Mapping[str, Any]) -> Family:
 def _obstacle(config: Mapping[str, Any]) -> str:
     """Why no family serves ``config``; whole classes of models are out of scope."""
     kind, found = str(config.get("model_type")), _found(config)
+    for family in families().values():
+        for model_type, why in family.unserved:
+            if model_type == kind:
+                return why
     if "auto_map" in config:
         return f"brings its own model code (auto_map; {found}), and remote code is never run"
     if kind.startswith("mllama") or "cross_attention_layers" in _mapping(config.get("text_config")):

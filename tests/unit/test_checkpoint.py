@@ -205,10 +205,10 @@ def test_a_broken_config(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "idefics3", "vision_config": {}}, "model_type 'idefics3'"),
+        ({"model_type": "idefics2", "vision_config": {}}, "model_type 'idefics2'"),
         ({}, "model_type None"),
         ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "no vision tower"),
-        ({"model_type": "internvl_chat", "auto_map": {}}, "remote code is never run"),
+        ({"model_type": "their_chat", "auto_map": {}}, "remote code is never run"),
         ({"model_type": "mllama", "vision_config": {}}, "cross-attention"),
         ({"model_type": "qwen2_audio", "audio_config": {}}, "takes audio"),
         ({"model_type": "qwen2_5_omni", "thinker_config": {}}, "takes audio"),

@@ -25,6 +25,7 @@ from opticnerve.checkpoints.loader import (
 from opticnerve.errors import CheckpointError, ConfigError
 from opticnerve.models import registry
 from opticnerve.models.decoders import decoder, linear
+from opticnerve.models.family import wanted
 from tests.checkpoints import FAMILIES, make_checkpoint, write_weights
 from tests.families import samples, tensors_of
 from tests.reference import CAUSAL, load_reference
@@ -37,9 +38,11 @@ VISION_PREFIXES = ("model.visual.", "model.vision_tower.", "model.multi_modal_pr
 
 
 def first_key(path: Path, side: str) -> str:
-    """A tensor of that half, as transformers names it."""
-    prefixes = VISION_PREFIXES if side == "encoder" else ("model.language_model.layers.1.",)
-    return min(k for k in load_file(path / "model.safetensors") if k.startswith(prefixes))
+    """A tensor of a layer of that half, in the checkpoint's own layout."""
+    family = registry.find_family(Checkpoint.open(str(path)).config)
+    is_ours = wanted(family.vision_keys if side == "encoder" else family.language_keys)
+    keys = [k for k in load_file(path / "model.safetensors") if is_ours(k)]
+    return min(k for k in keys if ".layers.1." in k or (side == "encoder" and k.count(".") > 2))
 
 
 class _Loaded:

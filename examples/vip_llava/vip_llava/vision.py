@@ -5,7 +5,8 @@ from transformers.models.vipllava.modeling_vipllava import VipLlavaMultiModalPro
 
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.checkpoints.loader import transformers_config
-from opticnerve.models.llava.vision import ClipTower, SquareProjector, square_tower
+from opticnerve.models.llava.vision import SquareProjector, square_tower
+from opticnerve.models.towers.tiles import TileTower
 from opticnerve.models.towers.tower import TowerSpec
 
 from .layout import VipLlavaLayout
@@ -21,5 +22,7 @@ def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
     return square_tower(
         config,
         make_module=lambda: VipProjector(config, layout),
-        make_tower=lambda module: ClipTower(module, layout.pixels, layout.hidden_size),
+        make_tower=lambda module: TileTower(
+            module, layout.pixels, layout.hidden_size, layout.image_size
+        ),
     )

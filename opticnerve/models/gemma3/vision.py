@@ -11,8 +11,9 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from opticnerve.checkpoints.loader import transformers_config
 from opticnerve.models.gemma3.layout import Gemma3Layout
-from opticnerve.models.llava.vision import ClipTower, position_ids
+from opticnerve.models.llava.vision import position_ids
 from opticnerve.models.towers.tile_graph import TileGraph
+from opticnerve.models.towers.tiles import TileTower
 from opticnerve.models.towers.tower import TowerSpec
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
     config = transformers_config(Gemma3Config, checkpoint)
     return TowerSpec(
         make_module=lambda: PooledProjector(config),
-        make_tower=lambda module: ClipTower(module, layout.pixels, layout.hidden_size),
+        make_tower=lambda module: TileTower(
+            module, layout.pixels, layout.hidden_size, layout.image_size
+        ),
         recomputed={"tower.embeddings.position_ids": position_ids},
         ignored=(
             r".*vision_tower\.(?:vision_model\.)?head\.",
@@ -52,7 +55,7 @@ def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
     )
 
 
-def describe_graph(tower: ClipTower) -> TileGraph:
+def describe_graph(tower: TileTower) -> TileGraph:
     embeddings, projector = tower.module.tower.embeddings, tower.module.projector
     tokens = projector.tokens_per_side**2
     return TileGraph(tower, embeddings.image_size, embeddings.num_patches, tokens)

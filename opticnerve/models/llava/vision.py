@@ -13,16 +13,12 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from opticnerve.checkpoints.loader import transformers_config
 from opticnerve.errors import CheckpointError, UnsupportedCheckpoint
 from opticnerve.models.llava.layout import LlavaLayout
-from opticnerve.models.towers.pixels import check_pixels, upload
 from opticnerve.models.towers.tile_graph import TileGraph
-from opticnerve.models.towers.tower import ModuleTower, TowerSpec, without_batch
+from opticnerve.models.towers.tiles import TileTower
+from opticnerve.models.towers.tower import TowerSpec
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from opticnerve.checkpoints.checkpoint import Checkpoint
-    from opticnerve.media.plan import Plan
     from opticnerve.models.family import Tower
 
 
@@ -70,20 +66,6 @@ class SquareProjector(nn.Module):  # type: ignore[misc]
         return rows
 
 
-class ClipTower(ModuleTower):
-    """Implements ``opticnerve.models.family.Tower``; every picture is one square."""
-
-    def encode(
-        self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]
-    ) -> list[dict[str, torch.Tensor]]:
-        """See ``family.Tower``. Raises PlanMismatch when pixels and plan differ."""
-        for picture, plan in zip(pixels, plans, strict=True):
-            check_pixels(picture, 1, plan.resized_height, plan.resized_width, 3)
-        with torch.inference_mode():
-            values = self.table(upload(pixels, self.device)).permute(0, 3, 1, 2)
-            return [{"rows": without_batch(item)} for item in self.module(values)]
-
-
 def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
     """Raises CheckpointError for a tower that is not CLIP's, or lacks a layer that is read."""
     layout = LlavaLayout(checkpoint)  # It refuses other towers.
@@ -91,7 +73,7 @@ def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
     return square_tower(
         config,
         lambda: SquareProjector(config, layout),
-        lambda module: ClipTower(module, layout.pixels, layout.hidden_size),
+        lambda module: TileTower(module, layout.pixels, layout.hidden_size, layout.image_size),
     )
 
 
@@ -114,7 +96,7 @@ def square_tower(
     )
 
 
-def describe_graph(tower: ClipTower) -> TileGraph:
+def describe_graph(tower: TileTower) -> TileGraph:
     return TileGraph(tower, *square_sizes(tower.module))
 
 

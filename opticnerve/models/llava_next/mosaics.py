@@ -29,9 +29,9 @@ class Mosaics:
         """[tiles of all pictures, side * side, hidden_size] -> the named tensors of each picture,
         in memory of their own."""
         tiles = features.split([plan.grid.t for plan in plans])
-        return [{"rows": self._rows(own, plan)} for own, plan in zip(tiles, plans, strict=True)]
+        return [{"rows": self.rows(own, plan)} for own, plan in zip(tiles, plans, strict=True)]
 
-    def _rows(self, tiles: torch.Tensor, plan: Plan) -> torch.Tensor:
+    def rows(self, tiles: torch.Tensor, plan: Plan) -> torch.Tensor:
         """[tiles, side * side, hidden_size] of one picture -> [num_tokens, hidden_size]."""
         if len(tiles) == 1:
             return torch.cat([tiles[0], self._newline])

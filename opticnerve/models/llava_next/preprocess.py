@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from opticnerve.models.picture_sizes import check_size, resize
+from opticnerve.models.tiles import cut
 
 if TYPE_CHECKING:
     from opticnerve.media.plan import Plan
@@ -36,7 +37,4 @@ class CutTiles:
         canvas.paste(
             fitted, ((canvas.width - fitted.width) // 2, (canvas.height - fitted.height) // 2)
         )
-        side = self.side
-        rows, columns = canvas.height // side, canvas.width // side
-        tiles = np.asarray(canvas).reshape(rows, side, columns, side, 3).swapaxes(1, 2)
-        return tiles.reshape(-1, side, side, 3)
+        return cut(canvas, self.side)

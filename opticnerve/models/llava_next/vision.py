@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,15 +12,12 @@ from opticnerve.checkpoints.loader import transformers_config
 from opticnerve.models.llava.vision import SquareProjector, square_sizes, square_tower
 from opticnerve.models.llava_next.layout import LlavaNextLayout
 from opticnerve.models.llava_next.mosaics import MosaicGraph, Mosaics
-from opticnerve.models.towers.pixels import check_pixels, upload
-from opticnerve.models.towers.tower import ModuleTower, TowerSpec
+from opticnerve.models.towers.tiles import TileTower
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from opticnerve.checkpoints.checkpoint import Checkpoint
     from opticnerve.media.plan import Plan
+    from opticnerve.models.towers.tower import TowerSpec
 
 
 class TileProjector(SquareProjector):
@@ -32,27 +28,18 @@ class TileProjector(SquareProjector):
         self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
 
 
-class TileTower(ModuleTower):
-    """Implements ``opticnerve.models.family.Tower``: all tiles of a batch run together."""
+class MosaicTower(TileTower):
+    """A picture's tiles are put together again before they become rows."""
 
     def __init__(self, module: Any, layout: LlavaNextLayout) -> None:
-        super().__init__(module, layout.pixels, layout.hidden_size)
-        self.layout = layout
+        super().__init__(module, layout.pixels, layout.hidden_size, layout.image_size)
         self.mosaics = Mosaics(layout, module.image_newline)
 
-    def encode(
-        self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]
-    ) -> list[dict[str, torch.Tensor]]:
-        """See ``family.Tower``. Raises PlanMismatch when tiles and plan differ."""
-        side = self.layout.image_size
-        for tiles, plan in zip(pixels, plans, strict=True):
-            check_pixels(tiles, plan.grid.t, side, side, 3)
-        with torch.inference_mode():
-            values = self.table(upload(pixels, self.device)).permute(0, 3, 1, 2)
-            return self.mosaics.items(self.module(values), plans)
+    def rows(self, tiles: torch.Tensor, plan: Plan) -> torch.Tensor:
+        return self.mosaics.rows(tiles, plan)
 
 
-def describe_graph(tower: TileTower) -> MosaicGraph:
+def describe_graph(tower: MosaicTower) -> MosaicGraph:
     return MosaicGraph(tower, tower.mosaics, *square_sizes(tower.module))
 
 
@@ -64,5 +51,5 @@ def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
 def tile_tower(config: Any, layout: LlavaNextLayout) -> TowerSpec:
     """A tower of tiles. ``config``: transformers' of the whole model."""
     return square_tower(
-        config, lambda: TileProjector(config, layout), lambda module: TileTower(module, layout)
+        config, lambda: TileProjector(config, layout), lambda module: MosaicTower(module, layout)
     )
