@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from PIL import Image
 
 from encoder_service import metrics
+from encoder_service.audit import Audit
 from encoder_service.backends.base import Capacity, Embedding, Recovery, VisionModel
 from encoder_service.backlog import Backlog
 from encoder_service.batcher import Batcher, BatchResult
@@ -135,6 +136,7 @@ class Encoder:
             settings.max_decode_bytes,
             settings.decode_timeout_s,
         )
+        self._audit = Audit(model.backend, settings.audit_share)
         self._suspects = asyncio.Lock()
         self._flights: Flights[EncodedItem] = Flights()
         self._batcher: Batcher[_Decoded, Embedding] = Batcher(
@@ -325,6 +327,9 @@ class Encoder:
             rows = {tensor.shape[0] for tensor in output.values()}
             if rows != {plan.num_tokens}:
                 raise EngineFailure(f"the tower made {rows} rows for {plan.num_tokens} tokens")
+        for item, output in zip(batch, outputs, strict=True):
+            if self._audit.chooses(item.request.key):
+                self._audit.check(item.request.key, item.pixels.values, item.request.plan, output)
         return outputs
 
     def _failure(self, request: ItemRequest, error: Exception) -> OpticNerveError:

@@ -67,6 +67,7 @@ class FakeBackend:
     ) -> None:
         self.hidden_size = hidden_size
         self.preprocess = mean_colour
+        self.reference: FakeBackend | None = None
         self.batches: list[int] = []
         self.entered = threading.Semaphore(0)
         self._begun = False

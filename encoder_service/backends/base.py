@@ -57,6 +57,11 @@ class Backend(Protocol):
     hidden_size: int
     preprocess: Preprocessor
 
+    @property
+    def reference(self) -> Backend | None:
+        """The torch tower in the same precision, to compare rows with; None: it is not held."""
+        ...
+
     def encode(self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]) -> list[Embedding]:
         """One forward pass over a batch; blocks until the results are in host memory."""
         ...

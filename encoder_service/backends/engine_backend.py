@@ -88,6 +88,10 @@ class EngineBackend:
         self._beyond = beyond
         self._on_cuda = graph.device.type == "cuda"
 
+    @property
+    def reference(self) -> TorchBackend | None:
+        return self._beyond
+
     def encode(self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]) -> list[Embedding]:
         """See ``Backend``. Raises InvalidRequest for a picture that no bucket holds."""
         made: dict[int, Embedding] = {}

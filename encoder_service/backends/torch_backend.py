@@ -63,6 +63,10 @@ class TorchBackend:
         self.hidden_size = tower.hidden_size
         self._on_cuda = tower.device.type == "cuda"
 
+    @property
+    def reference(self) -> TorchBackend:
+        return self
+
     def encode(self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]) -> list[Embedding]:
         with torch.no_grad():
             outputs = self._tower.encode(pixels, plans)

@@ -159,11 +159,13 @@ def measure(
             for (j, _), item in zip(mine, made, strict=True)
             for name, tensor in item.items()
         ]
-        found.append(_compare(bucket, pairs))
+        found.append(compare(bucket.patches, pairs))
     return tuple(found)
 
 
-def _compare(bucket: Bucket, pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> Parity:
+def compare(patches: int, pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> Parity:
+    """How near rows are to the torch tower's, the second of each pair. Raises UnusableEngine for
+    another shape."""
     cosine, difference, largest = 1.0, 0.0, 0.0
     for got, want in pairs:
         if want is None or got.shape != want.shape:
@@ -172,12 +174,12 @@ def _compare(bucket: Bucket, pairs: Sequence[tuple[torch.Tensor, torch.Tensor | 
                 f"tower's {None if want is None else tuple(want.shape)}; build it again"
             )
         if not torch.isfinite(got).all():
-            return Parity(bucket.patches, 0.0, math.inf, float(want.abs().max()))
+            return Parity(patches, 0.0, math.inf, float(want.abs().max()))
         got, want = got.double(), want.double()
         cosine = min(cosine, float(torch.cosine_similarity(got, want, dim=-1).min()))
         difference = max(difference, float((got - want).abs().max()))
         largest = max(largest, float(want.abs().max()))
-    return Parity(bucket.patches, cosine, difference, largest)
+    return Parity(patches, cosine, difference, largest)
 
 
 def passes(parity: Parity, precision: str) -> bool:

@@ -46,6 +46,13 @@ class EncoderConfig:
         "encoder keeps the tower's weights, or refused",
         choices=("torch", "refuse"),
     )
+    audit_share: float = _tower(
+        0.0,
+        "share of the pictures, such as 0.01, that are encoded a second time, alone and by the "
+        "torch tower; rows that differ are logged and counted in opticnerve_items_audited_total",
+        metavar="SHARE",
+        maximum=1,
+    )
     rpc: shared.RpcConfig = shared.RpcConfig()
     store: shared.StoreConfig = shared.StoreConfig()
     max_batch_patches: int = _batches(0, "patches in one forward pass; 0: sized from the device")

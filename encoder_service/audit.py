@@ -1,0 +1,71 @@
+"""The audit of what is served: a share of the pictures is encoded again, and compared.
+
+Pictures are not kept, so what was served earlier cannot be encoded again; an item is audited while
+its pixels are here. The reference is the torch tower with the item alone: it finds an engine that
+drifts, rows that depend on their batch, and a device that computes wrongly.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+from numpy.typing import NDArray
+
+from encoder_service import metrics
+from encoder_service.backends.base import Backend, Embedding, Recovery
+from encoder_service.engines.gate import compare, describe, passes
+from opticnerve.errors import ConfigError, UnusableEngine
+from opticnerve.media.plan import Plan
+
+log = logging.getLogger(__name__)
+
+KEY_DIGITS = 8  # Of a content key, which is a hash in hex.
+
+
+class Audit:
+    """``check`` is called on the device's thread, and never fails an item."""
+
+    def __init__(self, backend: Backend, share: float) -> None:
+        """Raises ConfigError for a backend that holds no torch tower."""
+        self._backend = backend
+        self._share = share
+        if share and backend.reference is None:
+            raise ConfigError(
+                "--audit-share compares with the torch tower, which this encoder does not hold: "
+                "add --beyond-buckets torch",
+                param="audit_share",
+            )
+
+    def chooses(self, key: str) -> bool:
+        """By the key: evenly, and the same items on every encoder. A warm-up's item has none."""
+        number = int(key[:KEY_DIGITS], 16) if key else 16**KEY_DIGITS
+        return number < self._share * 16**KEY_DIGITS
+
+    def check(self, key: str, pixels: NDArray[np.uint8], plan: Plan, served: Embedding) -> None:
+        """Compares the rows ``served`` with the reference's, and counts and logs the outcome."""
+        reference = self._backend.reference
+        assert reference is not None
+        try:
+            (again,) = reference.encode([pixels], [plan])
+            pairs = [(tensor.float(), again[name].float()) for name, tensor in served.items()]
+            parity = compare(plan.num_patches, pairs)
+        except (UnusableEngine, KeyError):
+            metrics.ITEMS_AUDITED.labels(result="differs").inc()
+            log.warning("audit: item %s has rows of another shape than the torch tower's", key[:12])
+            return
+        except Exception as error:
+            if self._backend.classify(error) is Recovery.STOP:
+                raise
+            metrics.ITEMS_AUDITED.labels(result="failed").inc()
+            log.warning("audit: item %s could not be encoded again: %s", key[:12], error)
+            return
+        precision = self._backend.precision
+        right = passes(parity, precision)
+        metrics.ITEMS_AUDITED.labels(result="equal" if right else "differs").inc()
+        if not right:
+            log.warning(
+                "audit: item %s differs from the torch tower's rows: %s",
+                key[:12],
+                describe(parity, precision),
+            )
