@@ -56,9 +56,9 @@ class WindowGraph(PatchGraph):
         ]
         shape = shapes["window_mask"]
         bins = torch.full(shape[:2], NO_WINDOW, device=self.device).view(-1, shape[2])
-        bins.view(-1)[places] = self._upload(np.concatenate(windows))
+        bins.view(-1).index_copy_(0, places, self._upload(np.concatenate(windows)))
         mask = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        mask.view(*bins.shape, shape[2])[bins[:, :, None] != bins[:, None]] = CLOSED
+        mask.view(*bins.shape, shape[2]).masked_fill_(bins[:, :, None] != bins[:, None], CLOSED)
         return super().masks(grids, places, shapes) | {"window_mask": mask}
 
     def _packed(self, h: int, w: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

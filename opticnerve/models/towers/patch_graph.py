@@ -201,7 +201,7 @@ class PatchGraph(TowerGraph):
             packed |= self.packed_inputs(grids)
             inputs = {name: values.new_zeros(shapes[name]) for name, values in packed.items()}
             for name, values in packed.items():
-                inputs[name].flatten(0, 1)[places] = values
+                inputs[name].flatten(0, 1).index_copy_(0, places, values)
             inputs |= self.masks(grids, places, shapes)
         return {name: inputs[name] for name in self.inputs}
 
@@ -216,7 +216,7 @@ class PatchGraph(TowerGraph):
     ) -> dict[str, torch.Tensor]:
         """Inputs that say what is padding; ``places``: where the patches of ``grids`` are."""
         key_mask = torch.full(shapes["key_mask"], CLOSED, dtype=self.dtype, device=self.device)
-        key_mask.view(-1)[places] = 0
+        key_mask.view(-1).index_fill_(0, places, 0)
         return {"key_mask": key_mask}
 
     def split(self, outputs: Tensors, plans: Sequence[Plan]) -> list[dict[str, torch.Tensor]]:
@@ -224,7 +224,9 @@ class PatchGraph(TowerGraph):
         items = []
         for places in self._places(plans, outputs["rows"].shape[1] * block):
             rows = self._upload(places[::block] // block)
-            items.append({name: each.flatten(0, 1)[rows] for name, each in outputs.items()})
+            items.append(
+                {name: each.flatten(0, 1).index_select(0, rows) for name, each in outputs.items()}
+            )
         return items
 
     def _upload(self, values: NDArray[np.int64]) -> torch.Tensor:
