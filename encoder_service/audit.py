@@ -40,7 +40,7 @@ class Audit:
     def chooses(self, key: str) -> bool:
         """By the key: evenly, and the same items on every encoder. A warm-up's item has none."""
         number = int(key[:KEY_DIGITS], 16) if key else 16**KEY_DIGITS
-        return number < self._share * 16**KEY_DIGITS
+        return bool(number < self._share * 16**KEY_DIGITS)
 
     def check(self, key: str, pixels: NDArray[np.uint8], plan: Plan, served: Embedding) -> None:
         """Compares the rows ``served`` with the reference's, and counts and logs the outcome."""
