@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from bench.gpu.models import Picture, Prompt, Room, Said, Split
 from llm_service.device.attention import make_backend
 from llm_service.device.attention.base import AttentionStep, BlockShape, Chunk
+from opticnerve.models.decoders.spec import LayerSpec
 from opticnerve.models.towers import varlen
 from tests.reference import image_rows
 
@@ -124,6 +125,7 @@ class Case:
     cached: tuple[int, ...]
     new: tuple[int, ...]
     bidirectional: tuple[tuple[int, int], ...] = ()
+    window: int | None = None
 
 
 CASES = {
@@ -133,6 +135,8 @@ CASES = {
     "cached chunk": Case((130, 37), (600, 20)),
     "mixed": Case((400, 31, 64, 0), (1, 1, 90, 50)),
     "both ways": Case((20, 0), (60, 40), ((5, 30),)),
+    "decode in a window": Case((517, 300, 64, 15, 1), (1,) * 5, window=70),
+    "mixed in a window": Case((400, 31, 64, 0), (1, 1, 90, 150), ((5, 30),), window=70),
 }
 HEADS = ((12, 2, 128), (4, 4, 64))  # Heads, key heads, their dimension.
 
@@ -160,7 +164,8 @@ def decoder_case(
     pages = _tables(totals)
     backend = make_backend("auto")
     shape = BlockShape(1, kv_heads, dim, BLOCK)
-    backend.allocate(shape, sum(map(len, pages)), dtype, room.device)
+    layers = (LayerSpec(window=case.window),)
+    backend.allocate(shape, sum(map(len, pages)), dtype, room.device, layers)
     keys = [
         torch.randn(total, 2 * kv_heads, dim, device=room.device, dtype=dtype) for total in totals
     ]
@@ -199,6 +204,8 @@ def _hidden(room: Room, start: int, end: int, case: Case) -> torch.Tensor:
     if end - start > 1:
         for first, last in case.bidirectional:
             hidden[first:last, start + first : start + last] = False
+    if case.window is not None:
+        hidden |= torch.arange(end, device=room.device) <= rows - case.window
     return hidden
 
 

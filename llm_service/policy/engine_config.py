@@ -82,7 +82,8 @@ def _check_spans(request: GenerateRequest, config: EngineConfig) -> None:
         if atomic and span.num_tokens > config.max_num_batched_tokens:
             raise InvalidRequest(
                 f"{span.num_tokens} tokens that attend to one another do not fit a step of "
-                f"{config.max_num_batched_tokens}; send a smaller picture",
+                f"{config.max_num_batched_tokens}; start the worker with a higher "
+                "--max-num-batched-tokens, or send a smaller picture",
                 param="spans",
             )
     for before, after in pairwise(request.spans):

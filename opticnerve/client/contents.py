@@ -32,7 +32,8 @@ class Tensors:
 
     ``rows`` is [num_rows, hidden_size]; ``deepstack`` has more such levels, for families that use
     them. ``grid`` counts patches before merging. Models with 3D positions need it; without it, the
-    rows have one line of positions like text, which those models refuse.
+    rows have one line of positions like text, which those models refuse. ``attention`` is
+    BIDIRECTIONAL for models whose own pictures attend so: Gemma 3.
     """
 
     rows: Any

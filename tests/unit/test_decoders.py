@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_service.device.attention.base import (
     ATTENTION_NAME,
@@ -287,3 +288,23 @@ def test_a_norm_that_counts_from_one_keeps_its_digits_in_half_precision() -> Non
     module.weight.copy_(torch.randn(64) / 50)
     x = torch.randn(30, 64).to(torch.bfloat16)
     torch.testing.assert_close(Norm(module, centred=True).forward(x), module(x), rtol=0, atol=0)
+
+
+def test_a_layer_is_few_operations() -> None:
+    """Of a kind that needs no norm beside its two: views and copies included."""
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            Counter.count += 1
+            return function(*args, **(kwargs or {}))
+
+    _, language = make("llama")
+    pages = Pages(language)
+    pages.logits(torch.arange(3, 20))
+    with torch.inference_mode(), Counter():
+        pages.logits(torch.tensor([7]))
+    assert Counter.count <= 35 * language.num_layers + 10

@@ -157,8 +157,9 @@ def test_the_demo_equals_the_unsplit_model() -> None:
     assert (language.head_dim, language.hidden_size, language.vocab_size) == (64, 192, 640)
 
 
-def test_half_precision_stays_close(random_checkpoint: MakeCheckpoint) -> None:
-    path = random_checkpoint("qwen2_vl")
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+def test_half_precision_stays_close(family: str, random_checkpoint: MakeCheckpoint) -> None:
+    path = random_checkpoint(family)
     ids = torch.randint(0, 600, (30,), generator=torch.Generator().manual_seed(6))
     with torch.inference_mode():
         expected = load_reference(path, torch.bfloat16)(ids[None]).logits[0].float()
@@ -261,6 +262,33 @@ def test_rotary_scaling_that_does_not_is_served(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = load_reference(path)(ids[None]).logits[0]
     torch.testing.assert_close(text_logits(load(path), ids), expected, rtol=0, atol=1e-4)
+
+
+WINDOWS: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None},
+    "qwen2_5_vl": {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None},
+    "llava": {"model_type": "mistral"},
+}
+
+
+@pytest.mark.parametrize("family", WINDOWS)
+def test_sliding_windows_are_the_configurations(family: str, tmp_path: Path) -> None:
+    fields = {"sliding_window": 16, **WINDOWS[family]}
+    path = changed(make_checkpoint(family, tmp_path), "text_config", fields)
+    language = load(path)
+    windows = [layer.window for layer in language.layers]
+    assert windows == ([16] * 3 if family == "llava" else [None, 16, 16])
+    ids = torch.randint(0, 600, (40,), generator=torch.Generator().manual_seed(9))
+    with torch.inference_mode():
+        expected = load_reference(path)(ids[None]).logits[0]
+    torch.testing.assert_close(text_logits(language, ids), expected, rtol=0, atol=1e-4)
+
+
+def test_layers_that_attend_otherwise_are_refused(tmp_path: Path) -> None:
+    kinds = ["full_attention", "chunked_attention", "full_attention"]
+    path = changed(make_checkpoint("qwen2_vl", tmp_path), "text_config", {"layer_types": kinds})
+    with pytest.raises(UnsupportedCheckpoint, match="chunked_attention"):
+        load(path)
 
 
 def test_an_unknown_attention_function_is_refused(random_checkpoint: MakeCheckpoint) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from opticnerve.checkpoints.loader import Recompute, check_module, load_module, rotary_buffers
-from opticnerve.errors import CheckpointError, ConfigError
+from opticnerve.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
 from opticnerve.models.decoders.decoder import PackedLanguage
 from opticnerve.models.decoders.fused import PRE_NORM, LayerForm
 
@@ -128,17 +128,28 @@ def llama_like(config: Any, model_class: Any, position_dims: int) -> DecoderSpec
     ``config``: transformers' configuration of the whole model; ``model_class``: its text model.
     """
     text = config.text_config
-    kinds = getattr(text, "layer_types", None)
-    if kinds is None:  # Mistral's window is every layer's.
-        windows = [text.sliding_window if text.model_type in ("mistral", "ministral3") else None]
-        windows *= text.num_hidden_layers
-    else:
-        windows = [text.sliding_window if kind == "sliding_attention" else None for kind in kinds]
     return DecoderSpec(
         model_class,
         text,
         tied=config.tie_word_embeddings,
         position_dims=position_dims,
-        layers=tuple(map(LayerSpec, windows)),
+        layers=tuple(map(LayerSpec, layer_windows(text))),
         fusable=True,
     )
+
+
+def layer_windows(text: Any) -> list[int | None]:
+    """The window of each layer of a text model. Raises UnsupportedCheckpoint for layers that attend
+    otherwise."""
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:  # A window is every layer's, as in Mistral.
+        whole = text.sliding_window if text.model_type in ("mistral", "ministral3") else None
+        return [whole] * text.num_hidden_layers
+    windows = {"full_attention": None, "sliding_attention": text.sliding_window}
+    unknown = sorted(set(kinds) - windows.keys())
+    if unknown:
+        raise UnsupportedCheckpoint(
+            f"the language model ({text.model_type}) has layers of {', '.join(unknown)}; "
+            f"{' and '.join(windows)} are supported"
+        )
+    return [windows[kind] for kind in kinds]

@@ -10,7 +10,7 @@ from transformers import Gemma3Config, Gemma3TextModel
 
 from opticnerve.checkpoints.loader import transformers_config
 from opticnerve.models.decoders.fused import LayerForm
-from opticnerve.models.decoders.spec import DecoderSpec, LayerSpec
+from opticnerve.models.decoders.spec import DecoderSpec, LayerSpec, layer_windows
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
@@ -28,14 +28,14 @@ def describe_decoder(checkpoint: Checkpoint) -> DecoderSpec:
     model of transformers does not apply them."""
     config = transformers_config(Gemma3Config, checkpoint)
     text = config.text_config
-    windows = {"sliding_attention": text.sliding_window, "full_attention": None}
+    layers = zip(layer_windows(text), text.layer_types, strict=True)
     return DecoderSpec(
         Gemma3TextModel,
         text,
         tied=config.tie_word_embeddings,
         position_dims=1,
         layers=tuple(
-            LayerSpec(windows[kind], kind, text.attn_logit_softcapping) for kind in text.layer_types
+            LayerSpec(window, kind, text.attn_logit_softcapping) for window, kind in layers
         ),
         fusable=True,
         form=FORM,
