@@ -24,10 +24,13 @@ With `opticnerve encoder --port 7001` and `opticnerve llm --port 7002` running:
         answer = llm.generate(prompt, {placeholder: ref}, Sampling(max_tokens=64))
         print(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
 
-The text is the caller's: the clients know token ids alone. ``encoder.fetch(ref)["rows"]`` are a
-picture's embeddings as a tensor that speaks DLPack; such tensors are contents too, as are the
-pictures themselves, in any number: ``{id: [picture, ref, tensor]}``. An answer ends where the
-checkpoint says, unless ``Sampling(eos_token_ids=...)`` says otherwise.
+The text is the caller's: the clients know token ids alone. Where a layout has a ``rewrite``, as
+Gemma 3's, it is the caller who applies it to what the template wrote, before tokenizing.
+
+``encoder.fetch(ref)["rows"]`` are a picture's embeddings as a tensor that speaks DLPack; such
+tensors are contents too, as are the pictures themselves, in any number: ``{id: [picture, ref,
+tensor]}``. An answer ends where the checkpoint says, unless ``Sampling(eos_token_ids=...)`` says
+otherwise.
 
 ``AsyncEncoderClient`` and ``AsyncLLMClient`` are the same with ``await``. Workers that were started
 with ``--rpc-token-file`` want it of their clients too: ``rpc_token_file=``. Errors are those of

@@ -70,9 +70,6 @@ class _View:
     runs: tuple[_Run, ...]
 
 
-NOTHING = _View((), ())
-
-
 def split_by_length(lengths: NDArray[np.int64]) -> list[tuple[int, int]]:
     """At most MAX_GROUPS ranges [begin, end) of ``lengths``, which come longest first.
 

@@ -8,7 +8,7 @@ The attention function is registered by name in transformers' attention interfac
 ``attention(module, q, k, v, None, scaling=...)`` it gets q [1, heads, tokens, head_dim] and k and v
 [1, kv_heads, tokens, head_dim] of the step's tokens, rotated, as views that need not be
 contiguous; it returns ([1, tokens, heads, head_dim], anything). ``module.layer_idx`` is the
-layer's index.
+layer's index, by which it finds the layer's window and soft cap in ``PackedLanguage.layers``.
 """
 
 from __future__ import annotations

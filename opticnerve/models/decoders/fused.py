@@ -56,7 +56,8 @@ class LayerForm:
     before_mlp: str = "post_attention_layernorm"
     after_mlp: str | None = None  # Of what the feed-forward adds.
     centred: bool = False  # Norms multiply by 1 + weight, as in Gemma.
-    neighbours: bool = False  # Columns 2i and 2i + 1 are rotated, as in GLM; else i and i + n / 2.
+    # Of the n columns that are rotated, 2i and 2i + 1 are a pair, as in GLM; else i and i + n / 2.
+    neighbours: bool = False
 
 
 PRE_NORM = LayerForm()  # Llama's.
@@ -246,7 +247,8 @@ class RotaryTable:
         if position_dims > 1:
             device = self.frequencies.device
             one_by_one = torch.eye(position_dims, dtype=torch.int64, device=device)
-            _, sin = rotary(self.frequencies.new_zeros(1), one_by_one[:, None])
+            named = () if kind is None else (kind,)
+            _, sin = rotary(self.frequencies.new_zeros(1), one_by_one[:, None], *named)
             dimensions = sin[0].abs().argmax(0)  # [rotary_dim]: the only one that is not zero.
             pairs = dimensions[::2] if neighbours else dimensions[: len(self.frequencies)]
             self.columns = pairs
