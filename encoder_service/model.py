@@ -66,7 +66,10 @@ def _open_engine(checkpoint: Checkpoint, settings: EncoderConfig, directory: Pat
             param="dtype",
         )
     with_torch = settings.beyond_buckets == "torch"
-    engine = open_engine(directory, checkpoint, settings.model, with_torch=with_torch)
+    audited = settings.audit_share > 0
+    engine = open_engine(
+        directory, checkpoint, settings.model, with_torch=with_torch, audited=audited
+    )
     return VisionModel(
         checkpoint.name,
         checkpoint.family,

@@ -13,6 +13,7 @@ import torch
 
 from encoder_service.backends.base import Bucket
 from encoder_service.backends.engine_backend import OutputBuffers
+from opticnerve.errors import UnusableEngine
 
 if TYPE_CHECKING:
     from opticnerve.models.towers.graph import Tensors, TowerGraph
@@ -34,14 +35,18 @@ class OnnxRuntime:
     def __init__(
         self, file: Path, graph: TowerGraph, buckets: Sequence[Bucket], threads: int
     ) -> None:
+        """Raises UnusableEngine for a file that onnxruntime does not load."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # Errors.
         # Threads that wait would take cores from the gateway and the LLM worker.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session: Any = onnxruntime.InferenceSession(
-            file, options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            self._session: Any = onnxruntime.InferenceSession(
+                file, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's have no base of their own.
+            raise UnusableEngine(f"onnxruntime {VERSION} does not load {file}: {error}") from error
         self._binding = self._session.io_binding()
         self._buckets = buckets
         self._outputs = OutputBuffers(graph, buckets, torch.device("cpu"))
@@ -55,7 +60,10 @@ class OnnxRuntime:
             self._binding.bind_input(name, *_placed(tensor))
         for name, tensor in outputs.items():
             self._binding.bind_output(name, *_placed(tensor))
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise RuntimeError(f"onnxruntime: {error}") from error
         return outputs
 
     def close(self) -> None:

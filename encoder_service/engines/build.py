@@ -106,7 +106,7 @@ class EngineBuild:
         shown = tqdm(rows, "torch's rows of probe pictures", unit="picture", leave=False)
         gate.write_rows(made / PROBES_FILE, dict(shown))
         if self.precision != dtype_name(torch.float32):
-            del tower
+            del tower, graph
             tower = load_tower(self.checkpoint, DTYPES[self.precision], self._device)
             graph = make_graph(self.checkpoint, tower)
         return graph, buckets, probes
@@ -156,7 +156,7 @@ class EngineBuild:
     def _describe(self, made: Path, buckets: tuple[Bucket, ...]) -> Sidecar:
         backend, library = self.settings.backend, self._library
         return Sidecar(
-            model=self.settings.model.model or self.checkpoint.name,
+            model=self.settings.model.model,
             family=self.checkpoint.family,
             fingerprint=opening.engine_fingerprint(self.checkpoint, backend, self.precision),
             backend=backend,

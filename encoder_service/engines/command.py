@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -108,7 +109,8 @@ def build_command(argv: Sequence[str]) -> int:
     )
     sidecar = made.run(directory)
     print("\n".join(_describe(directory, sidecar)))
-    print(f"serve it: opticnerve encoder {sidecar.model} --vision-engine {directory}")
+    words = ["opticnerve", "encoder", *([sidecar.model] if sidecar.model else [])]
+    print("serve it:", shlex.join([*words, "--vision-engine", str(directory)]))
     return 0
 
 
@@ -151,7 +153,7 @@ def _describe(directory: Path, sidecar: Sidecar) -> Iterator[str]:
     """Lines for people: everything that the sidecar holds."""
     size = sum(file.num_bytes for file in sidecar.files.values()) / 1e6
     where = ", ".join(sidecar.compute_capabilities)
-    yield f"{directory}: {sidecar.family} tower of {sidecar.model}, {size:.1f} MB"
+    yield f"{directory}: {sidecar.family} tower of {sidecar.model or 'the demo'}, {size:.1f} MB"
     yield f"  backend      {sidecar.backend} in {sidecar.precision}"
     yield f"  built with   {sidecar.library} {sidecar.library_version}"
     yield f"  runs on      {'compute capability ' + where if where else 'a CPU'}"

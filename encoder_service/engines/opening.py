@@ -17,7 +17,7 @@ from encoder_service.backends.tensorrt_library import TensorrtLibrary
 from encoder_service.backends.torch_backend import TorchBackend
 from encoder_service.engines import gate
 from encoder_service.engines.sidecar import GRAPH_FILE, PLAN_FILE, PROBES_FILE, Parity, Sidecar
-from encoder_service.pictures.largest_picture import largest_plan, shrink
+from encoder_service.pictures.largest_picture import largest_plan, permitted_patches, shrink
 from opticnerve.checkpoints.digests import cache_directory
 from opticnerve.checkpoints.fingerprint import encoder_fingerprint
 from opticnerve.checkpoints.loader import DTYPES, resolve_device
@@ -29,6 +29,7 @@ from opticnerve.models.registry import load_tower, make_graph, make_layout, make
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
+    from opticnerve.media.plan import Plan
     from opticnerve.models.family import Layout
     from opticnerve.models.towers.graph import TowerGraph
 
@@ -46,13 +47,19 @@ class OpenEngine:
 
 
 def open_engine(
-    directory: Path, checkpoint: Checkpoint, config: ModelConfig, *, with_torch: bool
+    directory: Path,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    with_torch: bool,
+    audited: bool = False,
 ) -> OpenEngine:
     """The engine of ``directory`` for ``checkpoint``, on the device of ``config``.
 
-    ``with_torch``: torch encodes what no bucket holds, for which it keeps the tower's weights.
-    Raises UnusableEngine for an engine that is stale, foreign, damaged or inaccurate, with the
-    command that builds it again; ConfigError for a device or a library that is not there.
+    ``with_torch``: torch encodes what no bucket holds. The tower's weights are kept for it where
+    there are such pictures, or where rows are ``audited``. Raises UnusableEngine for an engine
+    that is stale, foreign, damaged or inaccurate, with the command that builds it again;
+    ConfigError for a device or a library that is not there.
     """
     sidecar = Sidecar.read(directory)
     device = engine_device(sidecar.backend, config.device)
@@ -62,20 +69,29 @@ def open_engine(
     preprocess = make_preprocessor(checkpoint, layout)
     tower = load_tower(checkpoint, DTYPES[sidecar.precision], device)
     graph = make_graph(checkpoint, tower)
-    beyond = TorchBackend(tower, preprocess, partial(shrink, layout)) if with_torch else None
-    if beyond is None:
+    largest = largest_plan(layout, DEFAULT_MAX_PIXELS)
+    beyond = None
+    if with_torch and (audited or not _hold_all(sidecar, graph, largest)):
+        beyond = TorchBackend(tower, preprocess, partial(shrink, layout))
+    else:
         graph.release()
         del tower
     runtime = open_runtime(directory, sidecar, library, graph, config.num_threads)
     backend = EngineBackend(sidecar.backend, graph, sidecar.buckets, runtime, preprocess, beyond)
     try:
-        largest = largest_plan(layout, DEFAULT_MAX_PIXELS)
         probes = gate.make_probes(layout, preprocess, graph, sidecar.buckets, largest)
         check_rows(sidecar, backend, probes, gate.read_rows(directory / PROBES_FILE))
     except BaseException:
         backend.close()
         raise
     return OpenEngine(sidecar, layout, backend, probes)
+
+
+def _hold_all(sidecar: Sidecar, graph: TowerGraph, largest: Plan) -> bool:
+    """Whether the engine's buckets hold every picture that the encoder takes."""
+    return graph.fixed_patches is not None or sidecar.buckets[-1].patches >= permitted_patches(
+        largest
+    )
 
 
 def check_engine(

@@ -44,7 +44,7 @@ class File:
 class Sidecar:
     """What an engine is. ``engine.json`` holds it as JSON."""
 
-    model: str  # As it was given to the build; for people.
+    model: str | None  # As it was given to the build; None: the demo.
     family: str
     fingerprint: str  # Of an encoder that serves the engine: checkpoint, backend and precision.
     backend: str
@@ -81,7 +81,8 @@ class Sidecar:
     def rebuild_command(self, directory: Path, capability: str | None = None) -> str:
         """The command line that builds the engine again: for a device of ``capability``, or for
         those that it was built for."""
-        words = ["opticnerve", "engine", "build", self.model, "--backend", self.backend]
+        words = ["opticnerve", "engine", "build", *([self.model] if self.model else [])]
+        words += ["--backend", self.backend]
         flag = next((flag for flag, name in PRECISIONS.items() if name == self.precision), "auto")
         words += ["--precision", flag]
         words += ["--buckets", ",".join(str(bucket.patches) for bucket in self.buckets)]

@@ -25,7 +25,7 @@ from opticnerve.config import EncoderConfig, ModelConfig
 from opticnerve.config.encoder import SIDECAR
 from opticnerve.errors import ConfigError, InvalidRequest, StartupError, UnusableEngine
 from opticnerve.media.plan import Plan, Structure
-from tests.engines import GRAPHS, build_engine
+from tests.engines import build_engine
 from tests.reference import picture
 
 pytestmark = pytest.mark.slow
@@ -82,11 +82,23 @@ def test_rows_are_the_torch_tower_s_and_the_fingerprint_is_not(demo: Path) -> No
 def test_what_no_bucket_holds_can_be_refused(demo: Path) -> None:
     model = open_model(settings(demo, beyond_buckets="refuse"))
     with closing(model.backend):
+        assert model.backend.reference is None
         pixels, plans = items(model)
         assert len(model.backend.encode(pixels[:-1], plans[:-1])) == len(plans) - 1
         with pytest.raises(InvalidRequest, match="takes up to 96"):
             model.backend.encode(pixels, plans)
         assert model.backend.warm(plans[-1], 0).max_item_patches == 96
+
+
+def test_the_torch_tower_stays_only_where_it_is_needed(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For pictures beyond the buckets, or for an audit."""
+    for largest, share, kept in ((97, 0.0, True), (96, 0.0, False), (96, 0.5, True)):
+        monkeypatch.setattr(opening, "permitted_patches", lambda plan, most=largest: most)
+        model = open_model(settings(demo, audit_share=share))
+        with closing(model.backend):
+            assert (model.backend.reference is not None) is kept
 
 
 @pytest.mark.parametrize(
@@ -128,7 +140,7 @@ def test_an_engine_of_another_checkpoint_is_refused(
     demo: Path, random_checkpoint: Callable[..., Path]
 ) -> None:
     other = random_checkpoint(Sidecar.read(demo).family)
-    refused(demo, "of another checkpoint.*opticnerve engine build opticnerve-demo", other)
+    refused(demo, "of another checkpoint.*opticnerve engine build --backend onnx", other)
 
 
 def test_an_engine_of_another_library_version_is_refused(copied: Path) -> None:
@@ -157,6 +169,12 @@ def test_a_damaged_engine_is_refused(copied: Path) -> None:
 def test_an_unknown_precision_is_refused(copied: Path) -> None:
     rewrite(copied, precision="float8")
     refused(copied, "'float8', which is unknown")
+
+
+def test_a_file_that_the_library_does_not_load_is_refused(copied: Path) -> None:
+    (copied / GRAPH_FILE).write_bytes(b"no graph")
+    rewrite(copied, files=describe_files(copied))
+    refused(copied, "onnxruntime .* does not load")
 
 
 def test_an_inaccurate_engine_is_refused_with_the_figure(copied: Path) -> None:
@@ -242,7 +260,7 @@ def rtx() -> Iterator[tensorrt_library.TensorrtLibrary]:
 
 @pytest.mark.usefixtures("rtx")
 @pytest.mark.parametrize(
-    ("family", "precision"), [*((name, "float16") for name in GRAPHS), (GRAPHS[0], "bfloat16")]
+    ("family", "precision"), [("llava", "bfloat16"), ("qwen2_5_vl", "float16")]
 )
 def test_an_engine_is_built_for_devices_that_are_not_here(
     family: str, precision: str, random_checkpoint: Callable[..., Path], tmp_path: Path

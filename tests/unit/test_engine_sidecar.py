@@ -66,7 +66,7 @@ def put(name: str, value: Any) -> Callable[[dict[str, Any]], object]:
     [
         drop("fingerprint"), drop("buckets"), drop("parity"), put("format", 2), put("buckets", []),
         put("buckets", [{"patches": 4}]),
-        put("files", []), put("parity", 3), put("model", None), put("backend", 1),
+        put("files", []), put("parity", 3), put("model", 3), put("backend", 1),
     ],
 )  # fmt: skip
 def test_a_damaged_sidecar_is_refused(
@@ -119,4 +119,6 @@ def test_the_command_that_rebuilds_is_complete(engine: tuple[Path, Sidecar]) -> 
         "opticnerve", "engine", "build", "some/model", "--backend", "tensorrt_rtx", "--precision",
         "fp16", "--buckets", "1024,4096", "--compute-capability", "8.9,12.0", "-o", "my engine",
     ]  # fmt: skip
+    demo = replace(engine[1], model=None).rebuild_command(Path("x"))
+    assert demo.startswith("opticnerve engine build --backend tensorrt_rtx ")
     assert "--compute-capability 8.6" in engine[1].rebuild_command(Path("x"), "8.6")
