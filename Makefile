@@ -10,8 +10,14 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/opticnerve demo
 
+# Tests that start no process run two at a time, one thread each; the others one by one.
 test: $(INSTALLED) redis
+ifeq ($(PYTEST_ARGS),)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not process"
+	$(BIN)/python -m pytest -m process
+else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
 
 test-fast: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not process" $(PYTEST_ARGS)
