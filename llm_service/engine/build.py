@@ -21,12 +21,15 @@ from opticnerve.config import LLMConfig
 from opticnerve.embeddings.open import open_local_tier
 from opticnerve.errors import ConfigError
 from opticnerve.generation.grammars import load_vocabulary
+from opticnerve.media.plan import SpanAttention, Structure
 from opticnerve.models.family import LanguageModel, Layout
 from opticnerve.models.registry import load_language, make_layout
 from opticnerve.telemetry import logs
 from opticnerve.tensors.dtypes import dtype_name
 
 log = logging.getLogger(__name__)
+
+USUAL_PICTURE = Structure("jpeg", 1024, 768)
 
 
 def build_in_process(settings: LLMConfig, send: Send) -> Engine:
@@ -44,6 +47,7 @@ def build(settings: LLMConfig, rows: RowSource, emit: Emit) -> Engine:
     model = settings.model
     checkpoint = Checkpoint.configured(model, "llm")
     layout = make_layout(checkpoint)
+    check_step(settings, layout)
     backend = make_backend(settings.attention)
     language = load_language(checkpoint, model.dtype, model.device, ATTENTION_NAME)
     limits = RunnerLimits(
@@ -82,6 +86,19 @@ def model_length(settings: LLMConfig, layout: Layout) -> int:
             param="max_model_len",
         )
     return wanted
+
+
+def check_step(settings: LLMConfig, layout: Layout) -> None:
+    """Raises ConfigError if a usual picture, whose tokens are computed in one step where they see
+    one another, would never fit a step."""
+    plan = layout.plan(USUAL_PICTURE)
+    atomic = plan.attention is SpanAttention.BIDIRECTIONAL
+    if atomic and plan.num_tokens > settings.max_num_batched_tokens:
+        raise ConfigError(
+            f"--max-num-batched-tokens {settings.max_num_batched_tokens} is less than the "
+            f"{plan.num_tokens} tokens of a picture, which this model computes in one step",
+            param="max_num_batched_tokens",
+        )
 
 
 def _announce(
