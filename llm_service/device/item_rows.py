@@ -41,13 +41,14 @@ class ItemRows:
         key = segment.item_key
         tensors = self._source.get(key)
         try:
+            if tensors.keys() != set(self._tensor_names):
+                raise EmbeddingCorrupt(
+                    "an embedding lacks its rows or a level, or has others", param=key
+                )
             slices = {
                 level: self._slice(tensors[name], segment)
                 for level, name in enumerate(self._tensor_names, start=-1)
-                if name in tensors
             }
-            if -1 not in slices or len(slices) != len(tensors):
-                raise EmbeddingCorrupt("an embedding has no rows, or unknown levels", param=key)
         except EmbeddingCorrupt:
             self._source.discard(key)
             raise

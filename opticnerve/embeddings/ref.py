@@ -36,12 +36,13 @@ def tensor_names(levels: int) -> list[str]:
 def check_shapes(
     tensors: Iterable[TensorSpec], num_rows: int, hidden_size: int, levels: int
 ) -> None:
-    """Raises EmbeddingCorrupt unless ``tensors`` are the rows and nothing but levels of theirs that
-    the model has, each [num_rows, hidden_size]."""
-    found = {spec.name: spec for spec in tensors}
-    if ROWS not in found:
-        raise EmbeddingCorrupt("the embedding has no rows")
-    unknown = sorted(found.keys() - set(tensor_names(levels)))
+    """Raises EmbeddingCorrupt unless ``tensors`` are the rows and every level of theirs that the
+    model has, each [num_rows, hidden_size]."""
+    found, names = {spec.name: spec for spec in tensors}, tensor_names(levels)
+    missing = next((name for name in names if name not in found), None)
+    if missing is not None:
+        raise EmbeddingCorrupt(f"the embedding has no {missing}")
+    unknown = sorted(found.keys() - set(names))
     if unknown:
         raise EmbeddingCorrupt(f"the model takes no tensor {unknown[0]!r} of the embedding")
     for spec in found.values():

@@ -146,3 +146,22 @@ def test_channels_to_encoders_that_are_gone_are_given_up(monkeypatch: pytest.Mon
             await fetcher.close()
 
     asyncio.run(main())
+
+
+def test_rows_without_a_level_that_the_model_has_are_refused() -> None:
+    level = {"deepstack.0": ROWS["rows"]}
+
+    async def main() -> None:
+        for tensors, fits in ((ROWS, False), ({**ROWS, **level}, True)):
+            store = Elsewhere({KEY: codec.to_bytes(tensors, {})})
+            fetcher = Fetcher(store, StoreRows(local_tier(store)), 8, levels=1)
+            try:
+                if fits:
+                    await fetcher.ensure(ref(Location(redis=True), tensors))
+                    continue
+                with pytest.raises(EmbeddingCorrupt):
+                    await fetcher.ensure(ref(Location(redis=True), tensors))
+            finally:
+                await fetcher.close()
+
+    asyncio.run(main())

@@ -87,10 +87,10 @@ def work_of(ask: GenerateRequest, slot: int, table: tuple[int, ...], **changes: 
         ({"rows": rows()[:, :100]}, "shape"),
         ({"rows": rows()[0]}, "shape"),
         ({"rows": torch.zeros(9, WIDTH, dtype=torch.int64)}, "int64"),
-        ({"other": rows()}, "no rows"),
-        ({"rows": rows(), "deepstack.0": rows()}, "unknown levels"),
-        ({"rows": rows(), "deepstack.x": rows()}, "unknown levels"),
-        ({"rows": rows(), "deepstack.99999999999": rows()}, "unknown levels"),
+        ({"other": rows()}, "lacks its rows"),
+        ({"rows": rows(), "deepstack.0": rows()}, "has others"),
+        ({"rows": rows(), "deepstack.x": rows()}, "has others"),
+        ({"rows": rows(), "deepstack.99999999999": rows()}, "has others"),
     ],
 )
 def test_unfit_rows_fail_their_sequence_alone(
@@ -253,6 +253,15 @@ def test_deepstack_levels_go_where_their_rows_go(
         assert indices.tolist() == [0, 1, 2, 3, 4]
         torch.testing.assert_close(added, item[name][4:])
     assert recorder.calls[-1][1] == []
+
+
+def test_an_embedding_that_lacks_a_level_is_refused(
+    demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(demo[1]), "deepstack_levels", 2)
+    result, _ = execute_prefill(demo, {"a" * 64: {"rows": rows(0), "deepstack.0": rows(1)}})
+    error = result[0].error
+    assert isinstance(error, EmbeddingCorrupt) and "lacks" in error.message
 
 
 def test_packing_puts_decodes_first_and_keeps_track(demo: tuple[Any, Any]) -> None:
