@@ -2,7 +2,7 @@
 
 from opticnerve.models.family import Family
 from opticnerve.models.llava import LANGUAGE_KEYS
-from opticnerve.models.llava_next import VISION_KEYS
+from opticnerve.models.llava_next import GRAPH, VISION_KEYS
 
 FAMILY = Family(
     package=__name__,
@@ -11,7 +11,7 @@ FAMILY = Family(
     layout=".layout:LlavaOnevisionLayout",
     preprocess=".preprocess:CutTilesOrSquare",
     tower=".vision:describe_tower",
-    graph="opticnerve.models.llava_next.vision:describe_graph",
+    graph=GRAPH,
     decoder=".language:describe_decoder",
     vision_keys=VISION_KEYS,
     language_keys=LANGUAGE_KEYS,
