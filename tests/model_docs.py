@@ -1,15 +1,16 @@
 """The tables of docs/models.md, and README's: families, and the published checkpoints that are
-fixtures.
+fixtures. The files of the example in docs/adding-a-model.md.
 
     python -m tests.model_docs
 
-writes them anew from the families' declarations and from tests/fixtures/checkpoints; a test holds
-the documents to them.
+writes them anew from the families' declarations, from tests/fixtures/checkpoints and from the
+example; a test holds the documents to them.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from tests import published
 from tests.api_docs import code, table
 
 ROOT = Path(__file__).parents[1]
+GUIDE = ROOT / "docs" / "adding-a-model.md"
+EXAMPLE = ROOT / "examples" / "vip_llava"
 DOCUMENTS = (ROOT / "docs" / "models.md", ROOT / "README.md")
 GRAPH_BACKENDS = ("onnx", "tensorrt", "tensorrt_rtx")  # Of towers that can be exported.
 
@@ -78,7 +81,7 @@ def checkpoints_table() -> str:
                 _billions(fixture, family.vision_keys),
                 _billions(fixture, family.language_keys),
                 *(f"{tokens:,}" for tokens in (fixture["pictures"] or {"": "-"}).values()),
-                " ".join(fixture["notes"]),
+                " ".join(fixture["notes"]).replace("<", "&lt;"),
             )
             for family, fixture in fixtures()
             if fixture["pictures"]
@@ -109,6 +112,18 @@ def with_tables(text: str) -> str:
     return text
 
 
+def with_example(text: str) -> str:
+    """The guide with each file of the example in the block after its name."""
+    for file in sorted(EXAMPLE.rglob("*")):
+        if file.suffix in (".py", ".toml"):
+            name = re.escape(f"`{file.relative_to(EXAMPLE)}`:")
+            block = re.compile(rf"({name}\n\n```\w+\n).*?```", re.DOTALL)
+            source = file.read_text()
+            text = block.sub(lambda match, source=source: f"{match[1]}{source}```", text)
+    return text
+
+
 if __name__ == "__main__":
+    GUIDE.write_text(with_example(GUIDE.read_text()))
     for document in DOCUMENTS:
         document.write_text(with_tables(document.read_text()))

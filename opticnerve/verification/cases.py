@@ -18,7 +18,7 @@ QUESTIONS = (
     "What is in the upper left corner?",
     "Count the light areas.",
 )
-LONG = "Take the following into account, however often it was said before. " * 20
+LONG = "Take the following into account, however often it was said before. " * 14
 
 Part = Mapping[str, Any]
 

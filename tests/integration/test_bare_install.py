@@ -180,6 +180,16 @@ def test_a_command_that_needs_torch_says_so_in_one_line(bare: Path, command: str
     assert done.stderr.splitlines() == [message]
 
 
+def test_check_needs_no_extra_and_says_what_it_left_out(bare: Path) -> None:
+    done = subprocess.run(
+        [str(bare / "opticnerve"), "check", "--json"],
+        capture_output=True, text=True, env=environment(),
+    )  # fmt: skip
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["vision"]["source"] == "headers", done.stderr
+    assert "needs torch" in report["left_out"][0]
+
+
 def test_serve_raises_what_up_says(bare: Path) -> None:
     code = (
         "import opticnerve\nfrom opticnerve.errors import StartupError\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from opticnerve.cli import commands
 from opticnerve.errors import FamilyError, UnsupportedCheckpoint
 from opticnerve.models import registry
 
@@ -74,11 +75,13 @@ def test_an_entry_point_names_a_package_or_a_declaration(install: Install, value
     ],
 )
 def test_a_broken_family_is_named_and_the_others_are_served(
-    install: Install, source: str, said: str
+    install: Install, source: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = set(registry.families())
     install("acme_vl", source)
     assert set(registry.families()) == before
+    assert commands.main(["check"]) == 0
+    assert "note: the family acme_vl of acme_vl 1.2 cannot be used" in capsys.readouterr().out
     with pytest.raises(UnsupportedCheckpoint) as caught:
         registry.find_family(OTHER)
     assert "the family acme_vl of acme_vl 1.2 cannot be used" in caught.value.message

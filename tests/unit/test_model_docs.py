@@ -6,10 +6,7 @@ import re
 import pytest
 
 from opticnerve.models import registry
-from tests.model_docs import DOCUMENTS, ROOT, TABLES, with_tables
-
-GUIDE = ROOT / "docs" / "adding-a-model.md"
-EXAMPLE = ROOT / "examples" / "vip_llava"
+from tests.model_docs import DOCUMENTS, EXAMPLE, GUIDE, ROOT, TABLES, with_tables
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -30,7 +27,7 @@ def test_the_guide_shows_the_example_whole():
     files = [file for file in EXAMPLE.rglob("*") if file.suffix in (".py", ".toml")]
     assert len(files) == 5
     for file in files:
-        assert f"\n{file.read_text()}```" in text, file
+        assert f"\n{file.read_text()}```" in text, f"{file}: run python -m tests.model_docs"
 
 
 def test_what_the_guide_names_is_there():

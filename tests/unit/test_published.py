@@ -14,9 +14,6 @@ from opticnerve.models import registry
 from opticnerve.models.family import Family, wanted
 from tests import published
 
-PENDING: set[str] = set()
-"""Families still to come, by model_type: their fixtures are skipped until they are here."""
-
 
 def claimed(config: dict[str, Any]) -> str:
     """The most particular model_type by which a family may claim ``config``."""
@@ -26,11 +23,8 @@ def claimed(config: dict[str, Any]) -> str:
 
 
 def family_of(fixture: dict[str, Any]) -> Family:
-    model_type = claimed(fixture["files"]["config.json"])
-    family = registry.families().get(model_type)
-    if family is None and model_type in PENDING:
-        pytest.skip(f"no family of model_type {model_type} yet")
-    assert family is not None, f"the family of {fixture['repository']} is gone"
+    family = registry.families().get(claimed(fixture["files"]["config.json"]))
+    assert family is not None, f"no family serves {fixture['repository']}"
     return family
 
 
