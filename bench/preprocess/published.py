@@ -109,6 +109,23 @@ PUBLISHED: Mapping[str, Published] = {
         depth="depth",
         settings={"min_pixels": 112 * 112, "max_pixels": 6144 * 28 * 28},
     ),
+    "idefics3": Published(
+        "Idefics3-8B",
+        SIGLIP | {"image_size": 364},
+        {"hidden_size": 4096, "num_attention_heads": 32},
+        settings={"size": {"longest_edge": 1456}},
+    ),
+    "internvl": Published(
+        "InternVL3.5-4B",
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "image_size": [448, 448],
+        },
+        {"hidden_size": 2560},
+        settings={"max_patches": 12},
+    ),
     "llava": Published(
         "LLaVA-1.5-7B",
         CLIP,
@@ -152,6 +169,13 @@ PUBLISHED: Mapping[str, Published] = {
         },
         {"hidden_size": 5120},
         patch_size=16,
+    ),
+    "smolvlm": Published(
+        "SmolVLM2-2.2B",
+        SIGLIP,
+        {"hidden_size": 2048, "num_attention_heads": 32},
+        config={"scale_factor": 3},
+        settings={"size": {"longest_edge": 1536}},
     ),
 }
 """By the name of a test sample. A family without an entry is not measured."""

@@ -71,7 +71,9 @@ class Idefics3(Sample):
         }
 
     def processor_settings(self, config: Any) -> Any:
-        return {"image_seq_len": 4}
+        vision = config.vision_config
+        side = vision.image_size // vision.patch_size // config.scale_factor
+        return {"image_seq_len": side**2}
 
     def write_tokenizer(self, directory: Path) -> None:
         tokens = {text: EXTRA + i for i, text in enumerate(self.tokens)}

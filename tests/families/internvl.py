@@ -46,7 +46,6 @@ class InternVL(Sample):
             text_config=sizes | {"tie_word_embeddings": tied} | text,
             vision_config=tower | vision,
             image_token_id=CONTEXT,
-            image_seq_length=4,
             tie_word_embeddings=tied,
         )
 
@@ -78,7 +77,8 @@ class InternVL(Sample):
         }
 
     def processor_settings(self, config: Any) -> Any:
-        tokens = config.image_seq_length
+        (size, _), (patch, _) = config.vision_config.image_size, config.vision_config.patch_size
+        tokens = (size // patch // 2) ** 2
         return {"processor_class": "InternVLProcessor", "image_seq_length": tokens}
 
     def write_tokenizer(self, directory: Path) -> None:
