@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from encoder_service.backends.tensorrt_library import TensorrtLibrary
+from encoder_service.backends.tensorrt_library import MODULES, TensorrtLibrary
 from encoder_service.engines.tensorrt_builder import build_plan
 from opticnerve.models.towers.export import export
 from opticnerve.models.towers.graph import CLOSED, TowerGraph
@@ -25,13 +26,6 @@ pytestmark = pytest.mark.slow
 
 Exported = tuple[Half, Path]
 
-# Engines are built of every kind of graph: of patches, of windows, with DeepStack levels, of tiles.
-BUILT = (
-    ("qwen2_vl", "float32"),
-    ("qwen2_5_vl", "float16"),
-    ("qwen3_vl", "float32"),
-    ("llava", "bfloat16"),
-)
 UNWANTED = {"Conv", "GatherND", "If", "Loop", "NonZero", "Resize", "Scan", "ScatterND", "Where"}
 
 
@@ -127,20 +121,19 @@ def test_only_rotations_are_cast_in_half_precision(
     assert counts["Cast"] == 2 * counts["Softmax"]
 
 
-@pytest.mark.parametrize(("family", "dtype"), BUILT)
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_an_engine_is_built(
-    family: str, dtype: str, exported: Callable[[str, str], Exported]
+    family: str, exported: Callable[[str, str], Exported], tmp_path: Path
 ) -> None:
-    """For other cards than the one here, if any, in the types of the graph."""
-    pytest.importorskip("tensorrt_rtx_bindings")
-    half, path = exported(family, dtype)
-    graph = half.graph
-    sizes = {graph.fixed_patches} if graph.fixed_patches else {16 * graph.unit, 64 * graph.unit}
-    profiles = [
-        {name: (least, most[name]) for name, least in graph.shapes(1, patches).items()}
-        for patches in sorted(sizes)
-        for most in [graph.shapes(4, patches)]
-    ]
-    plan = path.with_suffix(".plan")
+    """Of patches, and with DeepStack levels; those of windows and of squares are built from
+    checkpoints, in half precision, where engines are tested."""
+    if not any(map(find_spec, MODULES["tensorrt_rtx"])):
+        pytest.skip("TensorRT for RTX is not installed")
+    half, path = exported(family, "float32")
+    profiles = []
+    for patches in (16 * half.graph.unit, 64 * half.graph.unit):
+        least, most = half.graph.shapes(1, patches), half.graph.shapes(4, patches)
+        profiles.append({name: (least[name], most[name]) for name in half.graph.input_names})
+    plan = tmp_path / "tower.plan"
     build_plan(TensorrtLibrary("tensorrt_rtx"), path, plan, profiles, ("8.9", "12.0"), None)
-    assert plan.stat().st_size > 0
+    assert plan.stat().st_size > 10**5

@@ -82,7 +82,7 @@ class TileGraph(TowerGraph):
         """``patches``, ``tokens``: of one tile."""
         self._table, self._size, self._tokens = tower.table, size, tokens
         self.dtype, self.device, self.hidden_size = tower.dtype, tower.device, tower.hidden_size
-        self.fixed_patches = patches
+        self.fixed_patches = self._patches = patches
         self.inputs = {"pixels": GraphInput((PICTURES, size, size, 3), self.dtype)}
         self.output_names = ("rows",)
         self.module = TileLayers(share_weights(tower.module)).eval()
@@ -94,8 +94,7 @@ class TileGraph(TowerGraph):
         return plan.grid.t
 
     def patches(self, plan: Plan) -> int:
-        assert self.fixed_patches is not None
-        return self.fixed_patches
+        return self._patches
 
     def prepare(
         self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan], patches: int
