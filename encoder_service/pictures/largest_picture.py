@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from opticnerve.errors import InvalidMedia, StartupError
-from opticnerve.media.plan import Overrides, Plan, Structure
+from opticnerve.media.plan import NO_OVERRIDES, Overrides, Plan, Structure
 from opticnerve.models.family import Layout
 
 ASPECTS = 32  # Steps from square to ASPECT_LIMIT, in both directions.
@@ -33,7 +33,7 @@ def _small_source(layout: Layout, plan: Plan) -> Plan:
     while True:
         half = Structure(plan.format, max(plan.width // 2, 1), max(plan.height // 2, 1))
         try:
-            smaller = layout.plan(half, Overrides())
+            smaller = layout.plan(half, NO_OVERRIDES)
         except InvalidMedia:
             return plan
         if smaller.num_patches != plan.num_patches or smaller.width == plan.width:
@@ -48,20 +48,24 @@ def permitted_patches(largest: Plan) -> int:
 def shrink(layout: Layout, largest: Plan, patches: int) -> Plan:
     """A plan of at most about ``patches``, or the smallest that the family can make.
 
-    Shrinks the stored picture: for a family that resizes everything to one size, nothing changes.
+    Shrinks the stored picture, and the family's bound on pixels where it has one: some families
+    enlarge what is small. For a family that resizes everything to one size, nothing changes.
     """
     pixels = largest.resized_width * largest.resized_height
     wanted = max(int(pixels * patches / largest.num_patches), 1)
-    smaller = _plan(layout, wanted, 1.0)
+    bounded = Overrides(max_pixels=wanted) if "max_pixels" in layout.settings() else NO_OVERRIDES
+    smaller = _plan(layout, wanted, 1.0, bounded)
     if smaller is None or smaller.num_patches > largest.num_patches:
         return largest
     return smaller
 
 
-def _plan(layout: Layout, pixels: int, aspect: float) -> Plan | None:
+def _plan(
+    layout: Layout, pixels: int, aspect: float, overrides: Overrides = NO_OVERRIDES
+) -> Plan | None:
     width = max(int(math.sqrt(pixels * aspect)), 1)
     height = max(pixels // width, 1)
     try:
-        return layout.plan(Structure("png", width, height), Overrides())
+        return layout.plan(Structure("png", width, height), overrides)
     except InvalidMedia:
         return None

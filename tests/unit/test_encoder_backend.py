@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from opticnerve.errors import StartupError
 from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Structure
 from opticnerve.models.family import Tower
 from opticnerve.models.registry import load_tower, make_layout, make_preprocessor
+from tests import published
 from tests.encoders import demo_layout
 
 MANY_PIXELS = 89_478_485
@@ -54,6 +57,15 @@ def test_a_smaller_plan_is_smaller_and_never_larger() -> None:
     largest = largest_plan(layout, MANY_PIXELS)
     assert shrink(layout, largest, 10**9).num_patches <= largest.num_patches
     assert shrink(layout, largest, 1).num_patches < largest.num_patches
+
+
+def test_a_family_that_enlarges_what_is_small_has_smaller_plans(tmp_path: Path) -> None:
+    published.write("smolvlm-256m-instruct", tmp_path, weights=False)
+    layout = make_layout(Checkpoint.open(str(tmp_path), side="encoder"))
+    largest = largest_plan(layout, MANY_PIXELS)
+    assert largest.num_patches == 17 * 1024
+    assert shrink(layout, largest, CPU_WARM_PATCHES).num_patches == 1024
+    assert 1024 < shrink(layout, largest, 8 * 1024).num_patches <= 8 * 1024
 
 
 def test_settings_that_admit_nothing_are_a_startup_error() -> None:
