@@ -40,10 +40,10 @@ class Half:
     graph: TowerGraph
 
     @classmethod
-    def load(cls, path: Path, dtype: str = "float32") -> Half:
+    def load(cls, path: Path, dtype: str = "float32", device: str = "cpu") -> Half:
         checkpoint = Checkpoint.open(str(path), side="encoder")
         layout = registry.make_layout(checkpoint)
-        tower = registry.load_tower(checkpoint, dtype, "cpu")
+        tower = registry.load_tower(checkpoint, dtype, device)
         preprocess = registry.make_preprocessor(checkpoint, layout)
         return cls(layout, preprocess, tower, registry.make_graph(checkpoint, tower))
 

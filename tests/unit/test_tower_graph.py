@@ -37,6 +37,18 @@ def test_it_equals_the_tower(half: Half, sizes: tuple[tuple[int, int], ...]) -> 
     assert largest_difference(items, expected) <= 1e-4
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available")
+@pytest.mark.parametrize("family", EXPORTABLE)
+def test_it_equals_the_tower_on_a_gpu(family: str, random_checkpoint: Callable[..., Path]) -> None:
+    half = Half.load(random_checkpoint(family), "float16", "cuda")
+    pixels, plans = half.batch(BATCHES[1])
+    inputs = half.graph.prepare(pixels, plans, half.bucket(plans))
+    assert {each.device.type for each in inputs.values()} == {"cuda"}
+    items, expected = half.graph.split(half.run(inputs), plans), half.tower.encode(pixels, plans)
+    assert lowest_cosine(items, expected) >= 0.999
+
+
 def test_shapes_and_types_are_those_declared(half: Half) -> None:
     pixels, plans = half.batch(BATCHES[1])
     patches, pictures = half.bucket(plans), sum(map(half.graph.pictures, plans))
