@@ -127,7 +127,10 @@ def _load_processor(checkpoint: Checkpoint) -> Any:
     unchecked = {"check_argument_for_proper_class": lambda self, name, argument: None}
     settings, _ = kind.get_processor_dict(path)
     made: Any = type(kind.__name__, (kind,), unchecked)
-    return made.from_args_and_dict(parts, settings)
+    try:
+        return made.from_args_and_dict(parts, settings)
+    except ImportError as error:  # Some need a package of their own, such as num2words.
+        raise StartupError(f"transformers' {kind.__name__} cannot be made: {error}") from error
 
 
 def _processor_class(checkpoint: Checkpoint) -> Any:
