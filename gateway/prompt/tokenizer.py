@@ -31,7 +31,8 @@ from opticnerve.process import return_freed_memory
 SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
 CHUNK_CHARACTERS = 2**15  # Encoded at a time by ``exceeds``, which skips shorter texts.
 CUT_TOKENS = 64  # At least as many as a cut through an alias or a long word adds.
-PLAIN_WORD = re.compile(r"\w+")
+# What the format of tokenizer.json itself may use: "vocab", "ByteLevel", "BPE"; TILE_1 it does not.
+PLAIN_WORD = re.compile(r"(?![A-Z]+_[A-Z0-9_]+$)\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +308,10 @@ def rename_tokens(source: str, names: Mapping[str, str]) -> str:
     """
     words = [name for name in names if PLAIN_WORD.fullmatch(name)]
     if words:
-        raise CheckpointError(f"special token {words[0]!r} is an ordinary word")
+        raise CheckpointError(
+            f"the special token or placeholder {words[0]!r} is an ordinary word, which cannot be "
+            "told from the words that tokenizer.json itself uses; it is not supported"
+        )
     literals = {
         json.dumps(name, ensure_ascii=ascii): json.dumps(alias)
         for name, alias in names.items()

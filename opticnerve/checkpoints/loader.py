@@ -316,7 +316,10 @@ def _check_nothing_left(checkpoint: Checkpoint, module: nn.Module) -> None:
     tensors = [*module.named_parameters(), *module.named_buffers()]
     left = [name for name, tensor in tensors if tensor.is_meta]
     if left:
-        raise CheckpointError(f"{checkpoint.path} leaves uninitialised: {_list(left)}")
+        raise CheckpointError(
+            f"{checkpoint.path} leaves uninitialised: {_list(left)}; a family names what no "
+            "checkpoint holds as `recomputed`"
+        )
 
 
 def _list(names: Iterable[str]) -> str:

@@ -19,7 +19,13 @@ from opticnerve.checkpoints.sizes import (
 from opticnerve.config import CheckpointConfig, GatewayConfig
 from opticnerve.config.command_line import Parser, add_options
 from opticnerve.config.options import build, options
-from opticnerve.errors import CheckpointError, InvalidMedia, InvalidRequest, StartupError
+from opticnerve.errors import (
+    CheckpointError,
+    FamilyError,
+    InvalidMedia,
+    InvalidRequest,
+    StartupError,
+)
 from opticnerve.extras import PACKAGES
 from opticnerve.media.plan import Overrides, Structure
 from opticnerve.models.family import Family, Layout, wanted
@@ -43,6 +49,10 @@ EPILOG = (
     "is left out, and said to be."
 )
 EXAMPLES = ((640, 480), (1024, 768), (1600, 400))  # Sizes of pictures.
+BOUNDS = {  # What a request may set, where it changes little.
+    "min_pixels": Overrides(min_pixels=1),
+    "max_pixels": Overrides(max_pixels=EXAMPLES[0][0] ** 2),
+}
 GIB = 2**30
 
 
@@ -78,7 +88,7 @@ class Report:
     position_dims: int
     deepstack_levels: int
     pictures: tuple[PictureTokens, ...]
-    pixel_bounds: bool  # Whether a request may set min_pixels and max_pixels.
+    pixel_bounds: tuple[str, ...]  # Those of min_pixels and max_pixels that a request may set.
     settings: Mapping[str, Any]  # The processor's, as content keys hold them.
     prompt: Mapping[str, Any]  # See gateway.startup_check.PromptFacts.
     eos_token_ids: tuple[int, ...]
@@ -112,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         report = inspect(settings, dtype)
     except StartupError as error:
-        broken = discover().broken
+        broken = [line for line in discover().broken if as_json or line not in error.message]
         if as_json:
             told = {"type": type(error).__name__, "message": error.message}
             print(json.dumps({"served": False, "error": told, "broken_families": broken}))
@@ -132,6 +142,7 @@ def inspect(settings: GatewayConfig, dtype: str = "auto") -> Report:
     Raises StartupError, as these would."""
     checkpoint = Checkpoint.configured(settings.model, "llm")
     family, layout = find_family(checkpoint.config), make_layout(checkpoint)
+    _check_layout(layout, family)
     dtype = checkpoint.dtype if dtype == "auto" else dtype
     if dtype not in DTYPE_BYTES:
         raise CheckpointError(f"config.json names the dtype {dtype!r}, which is not supported")
@@ -155,13 +166,28 @@ def inspect(settings: GatewayConfig, dtype: str = "auto") -> Report:
         position_dims=layout.position_dims,
         deepstack_levels=layout.deepstack_levels,
         pictures=tuple(_picture(layout, *size) for size in EXAMPLES),
-        pixel_bounds=_takes_bounds(layout),
+        pixel_bounds=tuple(name for name, bounds in BOUNDS.items() if _takes(layout, bounds)),
         settings=layout.settings(),
         prompt=prompt,
         eos_token_ids=checkpoint.eos_token_ids,
         left_out=left_out,
         broken_families=discover().broken,
     )
+
+
+def _check_layout(layout: Layout, family: Family) -> None:
+    """Raises FamilyError for a layout that would end a service, or mix pictures up, later."""
+    lacking = [name for name in Layout.__annotations__ if not hasattr(layout, name)]
+    if lacking:
+        raise FamilyError(
+            f"the layout of {family.title} has no {', '.join(lacking)}; what a layout has is in "
+            "opticnerve.models.family"
+        )
+    if layout.family != family.name:
+        raise FamilyError(
+            f"the layout of {family.title} says family = {layout.family!r}; its package is "
+            f"{family.name!r}"
+        )
 
 
 def _halves(
@@ -196,20 +222,31 @@ def _check_pickles(checkpoint: Checkpoint) -> None:
 
 def _picture(layout: Layout, width: int, height: int) -> PictureTokens:
     plan = layout.plan(Structure("png", width, height))
+    expansion = layout.expand(plan)
+    rows = [
+        row
+        for run in expansion.runs
+        for row in range(run.row_start, run.row_start + run.num_tokens)
+    ]
+    if sorted(rows) != list(range(plan.num_tokens)):
+        raise FamilyError(
+            f"of a picture of {width}x{height}, plan() of {layout.family} has {plan.num_tokens} "
+            f"rows, and expand() places {len(rows)}; its runs must take every row once"
+        )
     return PictureTokens(
         width,
         height,
         plan.resized_width,
         plan.resized_height,
         plan.num_tokens,
-        len(layout.expand(plan).token_ids),
+        len(expansion.token_ids),
         plan.num_patches,
     )
 
 
-def _takes_bounds(layout: Layout) -> bool:
+def _takes(layout: Layout, bounds: Overrides) -> bool:
     try:
-        layout.plan(Structure("png", *EXAMPLES[0]), Overrides(max_pixels=EXAMPLES[0][0] ** 2))
+        layout.plan(Structure("png", *EXAMPLES[0]), bounds)
     except (InvalidMedia, InvalidRequest):
         return False
     return True
@@ -297,8 +334,9 @@ def _settings(report: Report) -> str:
         if isinstance(value, int | str) and not isinstance(value, bool) and name != "family"
     }
     listed = ", ".join(f"{name} {value}" for name, value in shown.items())
-    bounds = "may" if report.pixel_bounds else "may not"
-    return f"{listed}; a request {bounds} set min_pixels and max_pixels"
+    bounds = " and ".join(report.pixel_bounds)
+    may = f"may set {bounds}" if bounds else "may not set min_pixels and max_pixels"
+    return f"{listed}; a request {may}"
 
 
 def gib(num_bytes: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.cli import check, commands
+from opticnerve.errors import CheckpointError
 from opticnerve.models import registry
-from tests.checkpoints import DEMO
+from opticnerve.models.family import Expansion, RowRun
+from tests.checkpoints import DEMO, make_checkpoint
 
 WEIGHTS = DEMO / "model.safetensors"
 
@@ -139,3 +142,56 @@ def test_tied_weights_are_counted_once() -> None:
     spec = registry.describe_decoder(checkpoint)
     keys = registry.find_family(checkpoint.config).language_keys
     assert spec.tied and spec.check(checkpoint, keys).elements == 1_698_752
+
+
+@pytest.mark.parametrize(
+    ("family", "bounds"), [("qwen2_vl", "min_pixels and max_pixels"), ("internvl", "max_pixels")]
+)
+def test_it_tells_which_bounds_a_request_may_set(
+    family: str, bounds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert commands.main(["check", str(make_checkpoint(family, tmp_path))]) == 0
+    assert capsys.readouterr().out.endswith(f"; a request may set {bounds}\n")
+
+
+@pytest.mark.parametrize(
+    ("part", "broken", "said"),
+    [
+        ("family", "other", "says family = 'other'; its package is 'qwen2_vl'"),
+        ("hidden_size", None, "has no hidden_size; what a layout has"),
+        ("expand", lambda plan: Expansion((1,), (RowRun(0, 1, 0),)), "expand() places 1; its"),
+    ],
+)
+def test_a_layout_that_breaks_its_contract_is_told(
+    part: str, broken: Any, said: str, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damaged(checkpoint: Checkpoint) -> Any:
+        layout = registry.make_layout(checkpoint)
+        if broken is None:
+            delattr(layout, part)
+        else:
+            setattr(layout, part, broken)
+        return layout
+
+    monkeypatch.setattr(check, "make_layout", damaged)
+    error = told(capsys, status=1)["error"]
+    assert error["type"] == "FamilyError" and said in error["message"], error
+
+
+def test_a_buffer_that_is_not_recomputed_is_told() -> None:
+    checkpoint = Checkpoint.open(None)
+    keys = registry.find_family(checkpoint.config).vision_keys
+    spec = replace(registry.describe_tower(checkpoint), recomputed={})
+    with pytest.raises(CheckpointError, match=r"uninitialised: .*inv_freq.*as `recomputed`"):
+        spec.load(checkpoint, keys, "float32", "cpu")
+
+
+def test_a_broken_family_is_told_once(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(copy / "config.json", model_type="bert")
+    found = replace(registry.discover(), broken=("the family acme cannot be used: why",))
+    monkeypatch.setattr(registry, "discover", lambda: found)
+    monkeypatch.setattr(check, "discover", lambda: found)
+    assert commands.main(["check", str(copy)]) == 1
+    assert capsys.readouterr().out.count("the family acme cannot be used: why") == 1

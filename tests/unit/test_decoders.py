@@ -21,6 +21,7 @@ from llm_service.device.attention.base import (
     active,
 )
 from llm_service.device.attention.sdpa import SdpaBackend
+from opticnerve.errors import FamilyError
 from opticnerve.models.decoders.decoder import PackedLanguage
 from opticnerve.models.decoders.fused import PRE_NORM, LayerForm, Norm
 from opticnerve.models.decoders.spec import Decoder, DecoderSpec, LayerSpec, llama_like
@@ -137,6 +138,18 @@ KINDS = {
     "qwen3": Kind("Qwen3ForCausalLM", "Qwen3Model", "Qwen3Config", {}, _plain),
     "qwen3_moe": Kind("Qwen3MoeForCausalLM", "Qwen3MoeModel", "Qwen3MoeConfig", MOE, _plain),
     "glm4": Kind("Glm4ForCausalLM", "Glm4Model", "Glm4Config", {}, _glm),
+    "cohere2": Kind(
+        "Cohere2ForCausalLM",
+        "Cohere2Model",
+        "Cohere2Config",
+        {
+            "sliding_window": 9,
+            "layer_types": ALTERNATING,
+            "logit_scale": 1.0,
+            "tie_word_embeddings": False,
+        },
+        _unfused,
+    ),
     "gemma2": Kind(
         "Gemma2ForCausalLM",
         "Gemma2Model",
@@ -246,7 +259,7 @@ def in_steps(language: PackedLanguage, ids: torch.Tensor, lengths: Sequence[int]
 @pytest.mark.parametrize("name", KINDS)
 def test_chunks_and_tokens_equal_the_whole_model(name: str, fused: bool) -> None:
     whole, language = make(name, fused)
-    assert (language.fused is not None) == (fused and name != "ministral3")
+    assert (language.fused is not None) == (fused and KINDS[name].describe is not _unfused)
     ids = torch.randint(3, 200, (70,), generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         expected = whole(ids[None]).logits[0]
@@ -308,3 +321,10 @@ def test_a_layer_is_few_operations() -> None:
     with torch.inference_mode(), Counter():
         pages.logits(torch.tensor([7]))
     assert Counter.count <= 35 * language.num_layers + 10
+
+
+def test_layers_without_a_declared_norm_are_told_before_they_are_loaded() -> None:
+    config = transformers.Cohere2Config(**SIZES)
+    with pytest.raises(FamilyError, match="Cohere2DecoderLayer has no 'post_attention_layernorm'"):
+        _plain(config, transformers.Cohere2Model)._make_module()
+    _unfused(config, transformers.Cohere2Model)._make_module()

@@ -223,3 +223,14 @@ def test_text_needs_neither_torch_nor_transformers_nor_grpc() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_special_token_may_be_in_capitals_but_no_word_of_the_format(tmp_path: Path) -> None:
+    directory = edit(v.byte_level(tmp_path), additional_special_tokens=["TILE_1"])
+    tokenizer = Tokenizer.load(directory)
+    (tile,) = tokenizer.encode(tokenizer.aliases.hide("TILE_1"))
+    assert tokenizer.special_ids[tile] == "TILE_1"
+    assert tile not in tokenizer.encode("TILE_1")
+    edit(directory, additional_special_tokens=["vocab"])
+    with pytest.raises(CheckpointError, match="'vocab' is an ordinary word"):
+        Tokenizer.load(directory)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
+from opticnerve.errors import FamilyError
 from opticnerve.models.decoders.linear import Linear, num_bytes
 from opticnerve.process import return_freed_memory
 
@@ -61,6 +62,18 @@ class LayerForm:
 
 
 PRE_NORM = LayerForm()  # Llama's.
+
+
+def check_form(model: Any, form: LayerForm) -> None:
+    """Raises FamilyError for layers of ``model`` that lack a norm of ``form``."""
+    for name in (form.before_attention, form.after_attention, form.before_mlp, form.after_mlp):
+        for layer in model.layers:
+            if name is not None and not hasattr(layer, name):
+                raise FamilyError(
+                    f"{type(layer).__name__} has no {name!r}, a norm of the LayerForm that the "
+                    "family declares; declare the layer's own norms, or fusable=False for one that "
+                    "computes anything else"
+                )
 
 
 class Norm:

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from opticnerve.checkpoints.loader import Recompute, check_module, load_module, rotary_buffers
 from opticnerve.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
 from opticnerve.models.decoders.decoder import PackedLanguage
-from opticnerve.models.decoders.fused import PRE_NORM, LayerForm
+from opticnerve.models.decoders.fused import PRE_NORM, LayerForm, check_form
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
@@ -95,7 +95,10 @@ class DecoderSpec:
         )
 
     def _make_module(self) -> Decoder:
-        return Decoder(self.model_class, self.config)
+        decoder = Decoder(self.model_class, self.config)
+        if self.fusable:
+            check_form(decoder.model, self.form)
+        return decoder
 
     def _tied_weights(self) -> dict[str, str]:
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.tied else {}
