@@ -8,6 +8,7 @@ import ipaddress
 import re
 import socket
 from collections.abc import Iterable
+from urllib.parse import urlsplit
 
 from opticnerve.errors import ConfigError
 
@@ -49,6 +50,21 @@ def check_target(text: str) -> str:
     """``text``, if it is HOST:PORT or dns:///NAME:PORT. Raises ValueError."""
     check_host_port(text.removeprefix("dns:///"))
     return text
+
+
+def gateway_url(text: str) -> str:
+    """The base URL of a gateway, from a URL with or without a scheme, ``/v1`` or the whole route.
+    Raises ValueError."""
+    wrong = f"{text!r} is no address such as http://127.0.0.1:8000"
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        _ = parts.port  # Parsed when it is asked for.
+    except ValueError as error:
+        raise ValueError(wrong) from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError(wrong)
+    path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
+    return f"{parts.scheme}://{parts.netloc}{path.rstrip('/')}"
 
 
 def check_host(text: str) -> str:

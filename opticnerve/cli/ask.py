@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from opticnerve.cli.chat_client import gateway_url, picture_url, print_answer, user_message
+from opticnerve.addresses import gateway_url
+from opticnerve.cli.chat_client import picture_url, print_answer, user_message
 from opticnerve.cli.serve import serve
 from opticnerve.config.command_line import Parser, argument_type, number_type
 from opticnerve.errors import InvalidRequest, OpticNerveError, StartupError

@@ -18,6 +18,7 @@ from typing import Any
 import httpx2
 from tqdm import tqdm
 
+from opticnerve.addresses import gateway_url
 from opticnerve.cli.batch_files import (
     AnswerFile,
     BatchRequest,
@@ -26,7 +27,7 @@ from opticnerve.cli.batch_files import (
     has_failed,
     read_requests,
 )
-from opticnerve.cli.chat_client import error_of, gateway_url
+from opticnerve.cli.chat_client import error_of
 from opticnerve.cli.serve import serve
 from opticnerve.config.command_line import Parser, add_options, argument_type, number_type
 from opticnerve.config.up import up_options

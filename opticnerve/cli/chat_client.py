@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 
@@ -16,21 +15,6 @@ from opticnerve.media.load import Picture, is_url, read_picture
 
 NO_GATEWAY = "what answers at this URL is no gateway; check --url"
 TIMEOUT_S = 600.0
-
-
-def gateway_url(text: str) -> str:
-    """The base URL of a gateway, from a URL with or without a scheme, ``/v1`` or the whole route.
-    Raises ValueError."""
-    wrong = f"{text!r} is no address such as http://127.0.0.1:8000"
-    try:
-        parts = urlsplit(text if "://" in text else f"http://{text}")
-        _ = parts.port  # Parsed when it is asked for.
-    except ValueError as error:
-        raise ValueError(wrong) from error
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError(wrong)
-    path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
-    return f"{parts.scheme}://{parts.netloc}{path.rstrip('/')}"
 
 
 def user_message(text: str, pictures: Iterable[Picture]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ COMMANDS = {
     "llm": ("llm_service.__main__", "an LLM decoder: tokens and embeddings to tokens"),
     "check": ("opticnerve.cli.check", "whether a checkpoint will be served, from its files alone"),
     "verify": ("opticnerve.cli.verify", "the split model against the whole one, on your machine"),
+    "health": ("opticnerve.cli.health", "whether a worker or a gateway serves; for probes"),
     "ask": ("opticnerve.cli.ask", "ask about pictures; the answer is streamed"),
     "batch": ("opticnerve.cli.batch", "answer a file of requests, in OpenAI's batch format"),
     "demo": ("opticnerve.demo.show", "the built-in checkpoint answers about bundled pictures"),

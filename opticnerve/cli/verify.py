@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from opticnerve.addresses import gateway_url
 from opticnerve.checkpoints.checkpoint import Checkpoint
-from opticnerve.cli.chat_client import gateway_url
 from opticnerve.cli.check import Report, gib, inspect
 from opticnerve.cli.serve import serve
 from opticnerve.client import EncoderClient

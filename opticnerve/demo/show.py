@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opticnerve.cli.chat_client import gateway_url, print_answer, user_message
+from opticnerve.addresses import gateway_url
+from opticnerve.cli.chat_client import print_answer, user_message
 from opticnerve.cli.serve import serve
 from opticnerve.config.command_line import Parser, argument_type
 from opticnerve.demo.chats import TURNS, Turn

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import pytest
 from PIL import Image
 
-from opticnerve.cli import ask, chat_client
+from opticnerve.addresses import gateway_url
+from opticnerve.cli import ask
 from opticnerve.cli import commands as cli
 from tests.system import free_port
 
@@ -81,7 +82,7 @@ def test_a_url_with_and_without_its_route(behind, here, capsys):
     ],
 )
 def test_addresses_of_gateways(given, expected):
-    assert chat_client.gateway_url(given) == expected
+    assert gateway_url(given) == expected
 
 
 @pytest.mark.parametrize("command", [["ask", "hi"], ["demo"]])

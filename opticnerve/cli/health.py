@@ -1,0 +1,143 @@
+"""``opticnerve health``: whether a worker or a gateway serves, as a health check of containers.
+
+Such a check runs every few seconds, so little is imported: gRPC for a worker, ``http.client`` for a
+gateway. No token and no API key is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+from opticnerve.addresses import check_host_port, gateway_url
+from opticnerve.config.command_line import Parser, argument_type, number_type
+from opticnerve.errors import DeadlineExceeded, OpticNerveError, Unavailable
+from opticnerve.telemetry import logs
+
+DESCRIPTION = (
+    "Asks a worker or a gateway whether it serves, and says so in one line. Exits 0 if it does, "
+    "1 if not."
+)
+EPILOG = "Examples: opticnerve health 127.0.0.1:7001; opticnerve health http://127.0.0.1:8000"
+MAX_ANSWER_BYTES = 2**16
+MAX_REASON = 400  # Characters.
+
+
+def parser() -> Parser:
+    made = Parser("health", DESCRIPTION, "ADDRESS [flags]", EPILOG)
+    group = made.add_argument_group("Check")
+    group.add_argument(
+        "address",
+        metavar="ADDRESS",
+        type=argument_type(_address),
+        help="HOST:PORT of an encoder or LLM worker, or the URL of a gateway, with http:// or "
+        "https:// (certificates are verified; SSL_CERT_FILE names further authorities)",
+    )
+    group.add_argument(
+        "--live",
+        action="store_true",
+        help="ask only whether the process answers, ready to serve or not",
+    )
+    group.add_argument(
+        "--timeout",
+        type=number_type(float),
+        default=3.0,
+        metavar="SECONDS",
+        help="how long an answer may take (default: 3)",
+    )
+    return made
+
+
+def _address(text: str) -> str:
+    return gateway_url(text) if "://" in text else check_host_port(text)
+
+
+def main(argv: Sequence[str]) -> int:
+    args: argparse.Namespace = parser().parse_args(argv)
+    ask = ask_gateway if "://" in args.address else ask_worker
+    try:
+        state = within(args.timeout, partial(ask, args.address, args.live, args.timeout))
+    except OpticNerveError as error:
+        print(f"{args.address} {error.message}", file=sys.stderr)
+        return 1
+    print(f"{args.address} is {state}")
+    return 0
+
+
+def within(timeout_s: float, ask: Callable[[], str]) -> str:
+    """What ``ask`` returns or raises within ``timeout_s``; else raises DeadlineExceeded.
+
+    It runs on a thread that does not keep the process alive, because neither the resolution of a
+    name nor an answer that arrives byte by byte has a time limit of its own.
+    """
+    ended: list[str | OpticNerveError] = []
+
+    def run() -> None:
+        try:
+            ended.append(ask())
+        except OpticNerveError as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run, name="health", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if not ended:
+        raise DeadlineExceeded(f"does not answer within {timeout_s:g} s")
+    if isinstance(ended[0], OpticNerveError):
+        raise ended[0]
+    return ended[0]
+
+
+def ask_worker(address: str, live: bool, timeout_s: float) -> str:
+    """The state of the worker at ``address`` by the standard gRPC health check. Raises Unavailable
+    if it does not answer or, unless ``live``, does not serve."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # Its types know no methods.
+        try:
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise Unavailable(f"does not answer: {error.code().name}") from error
+    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+        return "serving"
+    if live:
+        return "live"
+    raise Unavailable("is not serving: it is loading, draining or has lost its device")
+
+
+def ask_gateway(url: str, live: bool, timeout_s: float) -> str:
+    """The state of the gateway at ``url`` by ``/live`` or ``/ready``. Raises Unavailable if it does
+    not answer or is not ready."""
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=timeout_s)
+    try:
+        connection.request("GET", f"{parts.path}/{'live' if live else 'ready'}")
+        answer = connection.getresponse()
+        body = answer.read(MAX_ANSWER_BYTES)
+    except (OSError, http.client.HTTPException) as error:
+        raise Unavailable(f"does not answer: {error or type(error).__name__}") from error
+    finally:
+        connection.close()
+    state = "live" if live else "ready"
+    if answer.status == 200:
+        return state
+    raise Unavailable(f"is not {state}: {_reason(body) or f'status {answer.status}'}")
+
+
+def _reason(body: bytes) -> str:
+    """What ``/ready`` says is missing; empty if this is no such answer, or the gateway has API keys
+    and says it to their holders alone."""
+    try:
+        return logs.printable("; ".join(json.loads(body)["missing"]), MAX_REASON)
+    except (ValueError, KeyError, TypeError):
+        return ""
