@@ -50,6 +50,7 @@ from opticnerve.process import (
     on_hangup,
     use_one_arena,
 )
+from opticnerve.rpc.tls import ChannelTls
 from opticnerve.rpc.token import load_token
 from opticnerve.telemetry.metrics import export as export_metrics
 
@@ -133,12 +134,13 @@ def listen(settings: GatewayConfig, keys: Keys) -> Iterator[socket.socket]:
 async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gateway]:
     """The gateway with its pools and pipeline; closed on exit. Raises StartupError."""
     token = load_token(settings.rpc_token_file)
+    tls = ChannelTls.of(settings.calls, settings.certificate)
     checkpoint = Checkpoint.configured(settings.model)
     layout = make_layout(checkpoint)
     renderer, defaults = read_checkpoint(settings, checkpoint, layout)
     export_metrics(settings.telemetry, settings.listen_host)
     async with contextlib.AsyncExitStack() as stack:
-        encoders, llms = _workers(settings, token)
+        encoders, llms = _workers(settings, token, tls)
         for pool in (encoders.pool, llms):
             await pool.start()
             stack.push_async_callback(pool.close)
@@ -175,13 +177,15 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
         yield _gateway(settings, keys, names, pipeline)
 
 
-def _workers(settings: GatewayConfig, token: str | None) -> tuple[Encoders, WorkerPool]:
+def _workers(
+    settings: GatewayConfig, token: str | None, tls: ChannelTls | None
+) -> tuple[Encoders, WorkerPool]:
     """The encoders, and the pool of LLM workers."""
     changes = Changes()
-    llms = WorkerPool("LLM", settings.llm_addresses, describe_llm, changes, token)
-    check = ReachabilityCheck(llms)
+    llms = WorkerPool("LLM", settings.llm_addresses, describe_llm, changes, token, tls=tls)
+    check = ReachabilityCheck(llms, tls)
     pool = WorkerPool(
-        "encoder", settings.encoder_addresses, describe_encoder, changes, token, check
+        "encoder", settings.encoder_addresses, describe_encoder, changes, token, check, tls
     )
     encoders = Encoders(
         pool, settings.encode_timeout_s, settings.worker_wait_s, settings.max_encode_wait_s

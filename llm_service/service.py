@@ -33,6 +33,7 @@ from opticnerve.models.registry import make_layout
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc.server import Server, serving
+from opticnerve.rpc.tls import ChannelTls
 from opticnerve.rpc.token import load_token
 from opticnerve.telemetry.metrics import collected
 from opticnerve.tensors.dtypes import dtype_name
@@ -60,6 +61,7 @@ def open_worker(settings: LLMConfig) -> AbstractAsyncContextManager[LLMServicer]
             layout.hidden_size,
             levels=layout.deepstack_levels,
             token=load_token(settings.rpc.rpc_token_file),
+            tls=ChannelTls.of(settings.calls, settings.rpc.certificate),
             encoders=_callable_encoders(settings),
             seal=seal,
         )
@@ -131,15 +133,15 @@ async def _start(engine: EngineClient) -> None:
 
 
 def _callable_encoders(settings: LLMConfig) -> Hosts | None:
-    """The hosts of --fetch-from and loopback. None: any host, since callers have the token."""
+    """The hosts of --fetch-from and loopback. None: any host, since callers are known."""
     rpc, named = settings.rpc, settings.fetch_from
-    if rpc.rpc_token_file is not None and not named:
+    if rpc.knows_callers and not named:
         return None
     local = addresses.LOOPBACK if addresses.is_loopback(rpc.host) else ()
     if not (local or named):
         log.warning(
             "embeddings are read from the store only, not fetched from encoders: set "
-            "--rpc-token-file, or list the encoders in --fetch-from"
+            "--rpc-token-file or --tls-client-ca, or list the encoders in --fetch-from"
         )
     return Hosts((*local, *named))
 

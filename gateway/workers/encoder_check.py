@@ -20,6 +20,7 @@ import grpc
 from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import PROBE_TIMEOUT_S, Description, Fault, Worker
 from opticnerve.rpc.channel import is_instance, open_channel
+from opticnerve.rpc.tls import ChannelTls
 
 RECHECK_S = 2.0  # While an address is wrong.
 
@@ -37,8 +38,9 @@ class ReachabilityCheck:
     """Checks each encoder when it is discovered, and again while its address is wrong. ``llms``:
     the workers that have to get its embeddings."""
 
-    def __init__(self, llms: WorkerPool) -> None:
+    def __init__(self, llms: WorkerPool, tls: ChannelTls | None = None) -> None:
         self._llms = llms
+        self._tls = tls
         self._answers: WeakKeyDictionary[Worker, _Answer] = WeakKeyDictionary()
 
     async def __call__(self, encoder: Worker, description: Description) -> Fault | None:
@@ -85,7 +87,7 @@ class ReachabilityCheck:
         last, now = self._answers.get(encoder), time.monotonic()
         expired = last is not None and last.wrong_process and now - last.at >= RECHECK_S
         if last is None or last.asked != asked or expired:
-            process = await _ask(address, instance_id)
+            process = await _ask(open_channel(address, tls=self._tls), instance_id)
             last = self._answers[encoder] = _Answer(asked, process, now)
         return last.wrong_process
 
@@ -115,8 +117,8 @@ def _key_id(description: Description) -> str:
     return description.store.key_id if description.store else ""
 
 
-async def _ask(address: str, instance_id: str) -> str:
-    channel = open_channel(address)
+async def _ask(channel: grpc.aio.Channel, instance_id: str) -> str:
+    """Who answers at the end of ``channel``, which is closed; see ``_find_wrong_process``."""
     try:
         same = await is_instance(channel, instance_id, PROBE_TIMEOUT_S)
     except grpc.RpcError:

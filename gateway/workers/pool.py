@@ -18,6 +18,7 @@ from gateway.workers.discovery import DNS_SCHEME, resolve, same_family, watch
 from gateway.workers.dispatch import Accepts, Dispatcher, LeaseRequest
 from gateway.workers.worker import PROBE_TIMEOUT_S, Check, Describe, Worker, WorkerState
 from opticnerve.errors import Unavailable
+from opticnerve.rpc.tls import ChannelTls
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +54,18 @@ class WorkerPool:
         changes: Changes | None = None,
         token: str | None = None,
         check: Check | None = None,
+        tls: ChannelTls | None = None,
     ) -> None:
         """``kind``: "encoder" or "LLM", for messages. ``addresses``: see ``discovery``. ``token``:
-        sent with calls to the workers. ``check`` finds faults of a worker that describes itself."""
+        sent with calls to the workers, which ``tls`` encrypts. ``check`` finds faults of a worker
+        that describes itself."""
         self.kind = kind
         self.changes = changes or Changes()
         self._addresses = addresses
         self._describe = describe
         self._token = token
         self._check = check
+        self._tls = tls
         self._workers: dict[str, Worker] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.dispatcher = Dispatcher(self._workers.values())
@@ -191,7 +195,7 @@ class WorkerPool:
                 self._notify()
 
     def _add(self, address: str) -> None:
-        self._workers[address] = worker = Worker(address, self._token)
+        self._workers[address] = worker = Worker(address, self._token, self._tls)
         self._spawn(self._watch(worker))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:

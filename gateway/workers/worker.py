@@ -19,6 +19,7 @@ from opticnerve.errors import DeviceLost, OpticNerveError, Unavailable
 from opticnerve.rpc.channel import is_serving, open_channel
 from opticnerve.rpc.convert import store_state_from_pb
 from opticnerve.rpc.errors import METADATA_KEY, from_rpc
+from opticnerve.rpc.tls import ChannelTls
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +105,11 @@ REFUSED = Fault(
 class Worker:
     """One address: its channel, its state, and the cost of our work with it."""
 
-    def __init__(self, address: str, token: str | None = None) -> None:
+    def __init__(
+        self, address: str, token: str | None = None, tls: ChannelTls | None = None
+    ) -> None:
         self.address = address
-        self.channel = open_channel(address, token)
+        self.channel = open_channel(address, token, tls)
         self.state = WorkerState.STARTING
         self.description = Description()
         self.fault: Fault | None = None

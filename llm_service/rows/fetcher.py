@@ -39,6 +39,7 @@ from opticnerve.errors import (
 from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
 from opticnerve.rpc.channel import open_channel
 from opticnerve.rpc.errors import from_rpc
+from opticnerve.rpc.tls import ChannelTls
 from opticnerve.single_flight import Flights
 from opticnerve.telemetry import logs
 from opticnerve.telemetry.metrics import CACHE_LOOKUPS
@@ -70,17 +71,19 @@ class Fetcher:
         *,
         levels: int = 0,
         token: str | None = None,
+        tls: ChannelTls | None = None,
         encoders: Hosts | None = None,
         seal: Seal | None = None,
     ) -> None:
-        """``token``: sent with calls to encoders. ``encoders``: the hosts that may be called; None:
-        any that a reference names."""
+        """``token``: sent with calls to encoders, which ``tls`` encrypts. ``encoders``: the hosts
+        that may be called; None: any that a reference names."""
         self.store = store
         self._rows = rows
         self._hidden_size = hidden_size
         self._levels = levels
         self.seal = seal
         self._token = token
+        self._tls = tls
         self._encoders = encoders
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="rows")
         self._channels: dict[str, grpc.aio.Channel] = {}  # Least recently used first.
@@ -232,7 +235,7 @@ class Fetcher:
         """A channel to ``address``; closes the least recently used beyond ``MAX_CHANNELS``."""
         channel = self._channels.pop(address, None)
         if channel is None:  # With a scheme, so that gRPC sees none in a host called "unix".
-            channel = open_channel(f"dns:///{address}", self._token)
+            channel = open_channel(f"dns:///{address}", self._token, self._tls)
         self._channels[address] = channel
         while len(self._channels) > MAX_CHANNELS:
             await self._channels.pop(next(iter(self._channels))).close()

@@ -19,6 +19,7 @@ import httpx2
 from opticnerve.cli.child import Child, Role
 from opticnerve.errors import StartupError
 from opticnerve.rpc.channel import is_serving, open_channel
+from opticnerve.rpc.tls import ChannelTls
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,10 @@ class Supervisor:
         start_timeout_s: float,
         stop_timeout_s: float,
         max_restarts: int,
+        tls: ChannelTls | None = None,
     ) -> None:
-        """``gateway`` makes the gateway's child from the addresses of encoders and LLM workers."""
+        """``gateway`` makes the gateway's child from the addresses of encoders and LLM workers.
+        ``tls``: for the workers' health checks."""
         self._workers = list(workers)
         self._make_gateway = gateway
         self._children = list(workers)
@@ -47,6 +50,7 @@ class Supervisor:
         self._start_timeout_s = start_timeout_s
         self._stop_timeout_s = stop_timeout_s
         self._max_restarts = max_restarts
+        self._tls = tls
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self.url = ""
@@ -118,7 +122,7 @@ class Supervisor:
         """Starts one child and waits until it serves. Raises StartupError."""
         await child.start()
         ended = asyncio.create_task(child.wait())
-        serving = asyncio.create_task(_until_serving(child))
+        serving = asyncio.create_task(self._until_serving(child))
         try:
             done, _ = await asyncio.wait(
                 {ended, serving},
@@ -141,6 +145,21 @@ class Supervisor:
             f"{child.name} was not ready within {self._start_timeout_s:g} s (--start-timeout-s). "
             f"{last_words}"
         )
+
+    async def _until_serving(self, child: Child) -> None:
+        """Waits until the child serves; from then on it is started at the same port."""
+        address = await child.listening()
+        child.port = int(address.rsplit(":", 1)[1].rstrip("/"))
+        is_ready = _is_gateway_ready if child.role == Role.GATEWAY else self._is_worker_ready
+        while not await is_ready(address):  # noqa: ASYNC110 (another process's state)
+            await asyncio.sleep(POLL_S)
+
+    async def _is_worker_ready(self, address: str) -> bool:
+        channel = open_channel(address, tls=self._tls)
+        try:
+            return await is_serving(channel)
+        finally:
+            await channel.close()
 
     async def _watch(self, child: Child) -> None:
         """Restarts the child whenever it ends. Raises StartupError after too many crashes."""
@@ -180,23 +199,6 @@ async def _run_all(work: Iterable[Coroutine[None, None, None]]) -> None:
     else:
         return
     raise failure
-
-
-async def _until_serving(child: Child) -> None:
-    """Waits until the child serves; from then on it is started at the same port."""
-    address = await child.listening()
-    child.port = int(address.rsplit(":", 1)[1].rstrip("/"))
-    check = _is_gateway_ready if child.role == Role.GATEWAY else _is_worker_ready
-    while not await check(address):  # noqa: ASYNC110 (another process's state)
-        await asyncio.sleep(POLL_S)
-
-
-async def _is_worker_ready(address: str) -> bool:
-    channel = open_channel(address)
-    try:
-        return await is_serving(channel)
-    finally:
-        await channel.close()
 
 
 async def _is_gateway_ready(address: str) -> bool:

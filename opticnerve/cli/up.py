@@ -42,6 +42,7 @@ from opticnerve.owned_directories import (
     sweep_dead_tiers,
 )
 from opticnerve.process import follow_parent, handle_signals, ignore_hangup, on_hangup
+from opticnerve.rpc.tls import ChannelTls
 from opticnerve.secret import make_secret, read_secret
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ async def run(given: dict[str, Any]) -> int:
     the gateway. Raises StartupError when it must give up."""
     settings, gateway = build(UpConfig, given), build(GatewayConfig, given)
     store = build(StoreConfig, given)
+    tls = ChannelTls.of(gateway.calls, gateway.certificate)
     stop_timeout_s = gateway.shutdown_delay_s + gateway.drain_timeout_s + CLOSE_S
     follow_parent(gateway.parent_pid, grace_s=len(Role) * stop_timeout_s)
     check_early(gateway, settings.encoders + settings.llms)
@@ -89,6 +91,7 @@ async def run(given: dict[str, Any]) -> int:
             start_timeout_s=settings.start_timeout_s,
             stop_timeout_s=stop_timeout_s,
             max_restarts=settings.max_restarts,
+            tls=tls,
         )
         await _supervise(supervisor, gateway, files)
     return 0

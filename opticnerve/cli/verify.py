@@ -22,9 +22,11 @@ from opticnerve.client import EncoderClient
 from opticnerve.config import GatewayConfig, ModelConfig
 from opticnerve.config.command_line import Parser, add_options, argument_type, number_type
 from opticnerve.config.options import build
+from opticnerve.config.shared import CallsConfig, CertificateConfig
 from opticnerve.config.up import up_options
 from opticnerve.errors import OpticNerveError, StartupError
 from opticnerve.extras import require_extra
+from opticnerve.rpc.tls import ChannelTls
 from opticnerve.secret import make_secret
 
 DESCRIPTION = (
@@ -172,8 +174,9 @@ def _stack(settings: Settings, flags: Mapping[str, Any]) -> Iterator[Any]:
         split = make(stack.url, settings.max_tokens)
         exits.callback(split.close)
         (address, *_) = split.encoder_addresses()
+        tls = ChannelTls.of(build(CallsConfig, flags), build(CertificateConfig, flags))
         split.encoder = exits.enter_context(
-            EncoderClient(address, flags["model"], rpc_token_file=token)
+            EncoderClient(address, flags["model"], rpc_token_file=token, tls=tls)
         )
         yield split
 

@@ -33,8 +33,10 @@ tensor]}``. An answer ends where the checkpoint says, unless ``Sampling(eos_toke
 otherwise.
 
 ``AsyncEncoderClient`` and ``AsyncLLMClient`` are the same with ``await``. Workers that were started
-with ``--rpc-token-file`` want it of their clients too: ``rpc_token_file=``. Errors are those of
-``opticnerve.errors``.
+with ``--rpc-token-file`` want it of their clients too: ``rpc_token_file=``. Those with
+``--tls-certificate`` are called with ``tls=ChannelTls("ca.pem")``, and with
+``ChannelTls("ca.pem", "client.pem", "client.key")`` if they ask for a certificate. Errors are those
+of ``opticnerve.errors``.
 """
 
 from __future__ import annotations
@@ -55,10 +57,12 @@ from opticnerve.generation.values import (
     Usage,
 )
 from opticnerve.media.load import Picture
+from opticnerve.rpc.tls import ChannelTls
 
 __all__ = [
     "AsyncEncoderClient",
     "AsyncLLMClient",
+    "ChannelTls",
     "Choice",
     "Content",
     "Delta",

@@ -23,6 +23,7 @@ from opticnerve.pb import encoder_pb2, encoder_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import EncodeItem, EncodeUpload, open_channel
 from opticnerve.rpc.errors import typed_errors
+from opticnerve.rpc.tls import ChannelTls
 from opticnerve.rpc.token import load_token
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ class AsyncEncoderClient:
 
     ``model`` is the encoder's checkpoint as services take it (a directory, a hub id, None: the
     built-in demo) or its layout: the client plans pictures and computes their content keys.
-    ``rpc_token_file``: the encoder's. Raises the errors of ``opticnerve.errors``. Close it, or use
-    it as a context manager.
+    ``rpc_token_file``: the encoder's; ``tls``: for one with ``--tls-certificate``. Raises the
+    errors of ``opticnerve.errors``. Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class AsyncEncoderClient:
         *,
         timeout_s: float = 120.0,
         rpc_token_file: str | Path | None = None,
+        tls: ChannelTls | None = None,
     ) -> None:
         self.address = address
         self.timeout_s = timeout_s
@@ -53,7 +55,8 @@ class AsyncEncoderClient:
         self._fingerprint = ""
         self._trusted: set[str] = set()  # Addresses that the encoder itself named for Fetch.
         self._token = load_token(rpc_token_file)
-        self._channel = open_channel(address, self._token)
+        self._tls = tls
+        self._channel = open_channel(address, self._token, tls)
         self._stub = encoder_pb2_grpc.EncoderStub(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -143,7 +146,8 @@ class AsyncEncoderClient:
         address = ref.location.fetch_address
         if address in ("", self.address):
             return await self._fetch_from(self._stub, ref.key)
-        channel = open_channel(address, self._token if address in self._trusted else None)
+        token = self._token if address in self._trusted else None
+        channel = open_channel(address, token, self._tls)
         try:
             return await self._fetch_from(encoder_pb2_grpc.EncoderStub(channel), ref.key)
         finally:

@@ -40,6 +40,7 @@ from opticnerve.pb import llm_pb2, llm_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import open_channel
 from opticnerve.rpc.errors import typed_errors
+from opticnerve.rpc.tls import ChannelTls
 from opticnerve.rpc.token import load_token
 
 MAX_INLINE_BYTES = 7 * 2**20  # A message holds 8 MiB.
@@ -56,8 +57,8 @@ class AsyncLLMClient:
     ``store`` (from ``opticnerve.embeddings.open.open_store``) carries the caller's tensors that are
     too large for a message. The worker must reach the same store; if it has a
     ``--store-key-file``, open the store with ``seal=Seal.load(FILE)``
-    (``opticnerve.embeddings.signing``). The caller closes both. ``rpc_token_file``: the worker's.
-    Raises the errors of ``opticnerve.errors``.
+    (``opticnerve.embeddings.signing``). The caller closes both. ``rpc_token_file``: the worker's;
+    ``tls``: for one with ``--tls-certificate``. Raises the errors of ``opticnerve.errors``.
     """
 
     def __init__(
@@ -68,12 +69,13 @@ class AsyncLLMClient:
         store: Store | None = None,
         timeout_s: float = 600.0,
         rpc_token_file: str | Path | None = None,
+        tls: ChannelTls | None = None,
     ) -> None:
         self.address = address
         self.timeout_s = timeout_s
         self._encoder = encoder
         self._store = store
-        self._channel = open_channel(address, load_token(rpc_token_file))
+        self._channel = open_channel(address, load_token(rpc_token_file), tls)
         self._stub = llm_pb2_grpc.LLMStub(self._channel)
 
     async def __aenter__(self) -> Self:

@@ -14,6 +14,7 @@ from opticnerve.client.encoder import AsyncEncoderClient
 from opticnerve.client.llm import AsyncLLMClient
 from opticnerve.embeddings.store import Store
 from opticnerve.models.family import Layout
+from opticnerve.rpc.tls import ChannelTls
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -99,10 +100,11 @@ class EncoderClient(SynchronousClient[AsyncEncoderClient]):
         *,
         timeout_s: float = 120.0,
         rpc_token_file: str | Path | None = None,
+        tls: ChannelTls | None = None,
     ) -> None:
         super().__init__(
             lambda: AsyncEncoderClient(
-                address, model, timeout_s=timeout_s, rpc_token_file=rpc_token_file
+                address, model, timeout_s=timeout_s, rpc_token_file=rpc_token_file, tls=tls
             )
         )
 
@@ -123,6 +125,7 @@ class LLMClient(SynchronousClient[AsyncLLMClient]):
         store: Store | None = None,
         timeout_s: float = 600.0,
         rpc_token_file: str | Path | None = None,
+        tls: ChannelTls | None = None,
     ) -> None:
         super().__init__(
             lambda: AsyncLLMClient(
@@ -131,6 +134,7 @@ class LLMClient(SynchronousClient[AsyncLLMClient]):
                 store=store,
                 timeout_s=timeout_s,
                 rpc_token_file=rpc_token_file,
+                tls=tls,
             )
         )
 

@@ -47,6 +47,8 @@ class GatewayConfig:
         (), f"LLM workers: {ADDRESSES}", metavar="HOST:PORT,...", check=addresses.check_target
     )
     rpc_token_file: str | None = _workers(None, shared.TOKEN_HELP, metavar="FILE")
+    certificate: shared.CertificateConfig = shared.CertificateConfig()
+    calls: shared.CallsConfig = shared.CallsConfig()  # To workers.
     worker_wait_s: float = _workers(120.0, "how long a request waits for a worker when none is up")
     encode_timeout_s: float = _workers(120.0, "deadline of one Encode call")
     served_model_name: tuple[str, ...] = _api(
@@ -215,6 +217,10 @@ class GatewayConfig:
         maximum=MAX_CHOICES,
     )
     telemetry: shared.TelemetryConfig = shared.TelemetryConfig()
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError if calls to workers would not be encrypted."""
+        self.calls.check_certificate(self.certificate)
 
     @property
     def listen_host(self) -> str:

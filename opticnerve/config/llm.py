@@ -18,12 +18,13 @@ class LLMConfig:
 
     model: shared.ModelConfig = shared.ModelConfig()
     rpc: shared.RpcConfig = shared.RpcConfig()
+    calls: shared.CallsConfig = shared.CallsConfig()  # To encoders.
     store: shared.StoreConfig = shared.StoreConfig()
     fetch_from: tuple[str, ...] = option(
         (),
         "hosts of encoders from which embeddings that the store does not have may be fetched; "
-        "default: with --rpc-token-file any host in a reference, else this machine if --host is "
-        "loopback, else none",
+        "default: with --rpc-token-file or --tls-client-ca any host in a reference, else this "
+        "machine if --host is loopback, else none",
         group=Group.STORE,
         metavar="HOST,...",
         expects="a host: a name, *.NAME for all below one, an IP or a network such as 10.0.0.0/8",
@@ -51,3 +52,7 @@ class LLMConfig:
     embedding_wait_ms: int = _engine(30_000, "how long a sequence waits for its embeddings")
     max_logprobs: int = shared.MAX_LOGPROBS()
     telemetry: shared.TelemetryConfig = shared.TelemetryConfig()
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError if calls to encoders would not be encrypted as others are."""
+        self.calls.check_certificate(self.rpc.certificate)

@@ -16,6 +16,7 @@ _model = partial(option, group=Group.MODEL)
 _address = partial(option, group=Group.ADDRESS)
 _store = partial(option, group=Group.STORE)
 _telemetry = partial(option, group=Group.TELEMETRY)
+_tls = partial(option, group=Group.TLS)
 
 MIN_IMAGE_PIXELS = 64 * 64  # Size of the picture that encoders warm up with.
 MIN_DECODE_PASSES = 2**20  # Decode cost of an ordinary picture's markers.
@@ -77,6 +78,57 @@ class ModelConfig(CheckpointConfig):
 
 
 @dataclass(frozen=True)
+class CertificateConfig:
+    """Who a process is, to the processes that it calls and that call it over gRPC."""
+
+    tls_certificate: str | None = _tls(
+        None,
+        "certificate in PEM, with its chain, of this process: a worker's to its callers, and a "
+        "gateway's or LLM worker's to workers that ask for one; read again when it changes",
+        metavar="FILE",
+    )
+    tls_key: str | None = _tls(
+        None, "private key of --tls-certificate, without a passphrase", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for one without the other."""
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ConfigError("--tls-certificate and --tls-key go together", param="tls_key")
+
+
+@dataclass(frozen=True)
+class CallsConfig:
+    """How a process that calls workers over gRPC knows them."""
+
+    tls_ca: str | None = _tls(
+        None,
+        "certificates in PEM of the authorities that signed the workers' certificates; calls to "
+        "workers are encrypted if it is given",
+        metavar="FILE",
+    )
+    tls_server_name: str | None = _tls(
+        None,
+        "name that workers' certificates have, where it is not the host in their addresses",
+        metavar="NAME",
+    )
+
+    def check_certificate(self, own: CertificateConfig) -> None:
+        """Raises ConfigError for options of encryption without what encrypts."""
+        if self.tls_ca is not None:
+            return
+        for flag, value in (
+            ("--tls-certificate", own.tls_certificate),
+            ("--tls-server-name", self.tls_server_name),
+        ):
+            if value is not None:
+                raise ConfigError(
+                    f"{flag} needs --tls-ca, without which workers are called unencrypted",
+                    param="tls_ca",
+                )
+
+
+@dataclass(frozen=True)
 class RpcConfig:
     """Where a worker listens, who may call it, and how it stops."""
 
@@ -92,10 +144,17 @@ class RpcConfig:
         check=addresses.check_advertised,
     )
     rpc_token_file: str | None = _address(None, TOKEN_HELP, metavar="FILE")
+    certificate: CertificateConfig = CertificateConfig()
+    tls_client_ca: str | None = _tls(
+        None,
+        "certificates in PEM of the authorities that sign callers' certificates: a worker refuses "
+        "callers without one, health checks included",
+        metavar="FILE",
+    )
     insecure: bool = _address(
         False,
-        "listen beyond this machine without --rpc-token-file, on a network that only admits "
-        "callers that may use this worker",
+        "listen beyond this machine without --rpc-token-file or --tls-client-ca, on a network that "
+        "only admits callers that may use this worker",
     )
     reflection: bool = _address(
         False, "serve gRPC reflection, which lets tools like grpcurl list the methods"
@@ -105,15 +164,23 @@ class RpcConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError if anyone on the network could use the worker and ``insecure`` does
-        not allow it."""
-        if self.rpc_token_file or self.insecure or addresses.is_loopback(self.host):
+        not allow it, and for callers' certificates without the worker's own."""
+        if self.tls_client_ca and not self.certificate.tls_certificate:
+            raise ConfigError("--tls-client-ca needs --tls-certificate", param="tls_client_ca")
+        if self.knows_callers or self.insecure or addresses.is_loopback(self.host):
             return
         raise ConfigError(
             f"at --host {self.host} anyone who reaches the port could use this worker: give it and "
             "all that call it one --rpc-token-file FILE (`umask 077; openssl rand -hex 32 > FILE`),"
-            " or, if the network keeps others out, --insecure",
+            " certificates (--tls-certificate, --tls-key, --tls-client-ca) or, if the network "
+            "keeps others out, --insecure",
             param="rpc_token_file",
         )
+
+    @property
+    def knows_callers(self) -> bool:
+        """Whether callers have to prove that they may use the worker."""
+        return bool(self.rpc_token_file or self.tls_client_ca)
 
 
 @dataclass(frozen=True)

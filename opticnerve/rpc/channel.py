@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opticnerve.media.plan import Overrides, Plan
 from opticnerve.pb import encoder_pb2
 from opticnerve.rpc import convert
+from opticnerve.rpc.tls import ChannelTls, TlsChannel
 from opticnerve.rpc.token import TokenChannel
 
 CHUNK_BYTES = 2**20
@@ -28,9 +29,16 @@ CHANNEL_OPTIONS = [
 ]
 
 
-def open_channel(address: str, token: str | None = None) -> grpc.aio.Channel:
-    """A lazily connected channel to host:port; its calls carry ``token``. The caller closes it."""
-    channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def open_channel(
+    address: str, token: str | None = None, tls: ChannelTls | None = None
+) -> grpc.aio.Channel:
+    """A lazily connected channel to host:port, encrypted with ``tls``; its calls carry ``token``.
+    The caller closes it."""
+    channel: grpc.aio.Channel
+    if tls is None:
+        channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    else:
+        channel = TlsChannel(address, tls, CHANNEL_OPTIONS)
     return channel if token is None else TokenChannel(channel, token)
 
 

@@ -1,6 +1,7 @@
 """A gRPC server's life: start, load, serve, drain, close. The same for encoders and LLM workers.
 
 Every call but the health check's carries the token of ``--rpc-token-file``, where there is one.
+With ``--tls-certificate`` the port speaks TLS alone, health and reflection included.
 Health (``grpc.health.v1``) is NOT_SERVING until ``ready()`` and again while draining. SIGTERM and
 SIGINT drain: health goes NOT_SERVING, new calls are refused, running calls get ``drain_timeout_s``
 and then end with Unavailable; a second signal ends them now (``opticnerve.process``). Before
@@ -25,10 +26,12 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from opticnerve import addresses
+from opticnerve.certificates import PemFiles
 from opticnerve.config import EncoderConfig, LLMConfig, RpcConfig
 from opticnerve.errors import ConfigError
 from opticnerve.process import LAST_WORDS_S, Running, handle_signals
 from opticnerve.rpc.calls import Calls
+from opticnerve.rpc.tls import server_credentials
 from opticnerve.rpc.token import TokenGuard, load_token
 from opticnerve.telemetry import metrics
 
@@ -59,11 +62,12 @@ class Server:
     """
 
     def __init__(self, config: RpcConfig, service: str) -> None:
-        """Raises ConfigError for a token that cannot be read."""
+        """Raises ConfigError for a token or certificates that cannot be read."""
         self.config = config
         self.service = service
         token = load_token(config.rpc_token_file)
         guards = () if token is None else (TokenGuard(token),)  # First: no line for refused calls.
+        self._tls = _tls_files(config)
         self._calls = Calls()
         self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[*guards, self._calls])
         self.instance_id = secrets.token_hex(16)  # Tells this process from any other.
@@ -104,7 +108,10 @@ class Server:
         addresses.check_free(self.config.host, self.config.port)  # gRPC would give no reason.
         try:
             where = addresses.host_port(self.config.host, self.config.port)
-            self.port = self.grpc.add_insecure_port(where)
+            if self._tls is None:
+                self.port = self.grpc.add_insecure_port(where)
+            else:
+                self.port = self.grpc.add_secure_port(where, server_credentials(self._tls))
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {where}: see --host, --port") from error
         self._calls.worker = self.address
@@ -116,10 +123,17 @@ class Server:
 
     def _warn_of_exposure(self) -> None:
         host = self.config.host
-        if self.config.rpc_token_file is None and not addresses.is_loopback(host):
+        local = addresses.is_loopback(host)
+        if not local and not self.config.knows_callers:
             log.warning(
-                "listening on %s without --rpc-token-file: whoever reaches the port may use this "
-                "worker (--insecure)",
+                "listening on %s without --rpc-token-file or --tls-client-ca: whoever reaches the "
+                "port may use this worker (--insecure)",
+                host,
+            )
+        if not local and self._tls is None:
+            log.warning(
+                "listening on %s without --tls-certificate: whoever can read the network sees "
+                "prompts, pictures, answers and the token",
                 host,
             )
         if addresses.is_wildcard(host) and not self.config.advertise:
@@ -199,6 +213,15 @@ async def serving(
         await load(servicer, stack)
         await server.ready()
         yield servicer
+
+
+def _tls_files(config: RpcConfig) -> PemFiles | None:
+    """The files of the worker's own certificate and its callers' authorities; None without TLS.
+    Raises ConfigError."""
+    own = config.certificate
+    if own.tls_certificate is None:
+        return None
+    return PemFiles(own.tls_certificate, own.tls_key, config.tls_client_ca)
 
 
 def _exit() -> NoReturn:
