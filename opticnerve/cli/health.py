@@ -17,7 +17,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from opticnerve.addresses import check_host_port, gateway_url
-from opticnerve.config.command_line import Parser, argument_type, number_type
+from opticnerve.config.command_line import Parser, add_options, argument_type, number_type
+from opticnerve.config.options import build, options
+from opticnerve.config.shared import CallsConfig, CertificateConfig
 from opticnerve.errors import DeadlineExceeded, OpticNerveError, Unavailable
 from opticnerve.telemetry import logs
 
@@ -52,6 +54,7 @@ def parser() -> Parser:
         metavar="SECONDS",
         help="how long an answer may take (default: 3)",
     )
+    add_options(made, [*options(CallsConfig), *options(CertificateConfig)])
     return made
 
 
@@ -61,9 +64,13 @@ def _address(text: str) -> str:
 
 def main(argv: Sequence[str]) -> int:
     args: argparse.Namespace = parser().parse_args(argv)
-    ask = ask_gateway if "://" in args.address else ask_worker
     try:
-        state = within(args.timeout, partial(ask, args.address, args.live, args.timeout))
+        if "://" in args.address:
+            ask = partial(ask_gateway, args.address, args.live, args.timeout)
+        else:
+            calls, own = build(CallsConfig, vars(args)), build(CertificateConfig, vars(args))
+            ask = partial(ask_worker, args.address, args.live, args.timeout, calls, own)
+        state = within(args.timeout, ask)
     except OpticNerveError as error:
         print(f"{args.address} {error.message}", file=sys.stderr)
         return 1
@@ -95,13 +102,19 @@ def within(timeout_s: float, ask: Callable[[], str]) -> str:
     return ended[0]
 
 
-def ask_worker(address: str, live: bool, timeout_s: float) -> str:
-    """The state of the worker at ``address`` by the standard gRPC health check. Raises Unavailable
-    if it does not answer or, unless ``live``, does not serve."""
+def ask_worker(
+    address: str, live: bool, timeout_s: float, calls: CallsConfig, own: CertificateConfig
+) -> str:
+    """The state of the worker at ``address`` by the standard gRPC health check, over TLS if
+    ``calls`` says so. Raises Unavailable if it does not answer or, unless ``live``, does not serve,
+    and ConfigError for certificates that cannot be read."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with grpc.insecure_channel(address) as channel:
+    from opticnerve.rpc.tls import ChannelTls
+
+    tls = ChannelTls.of(calls, own)
+    with tls.connect_blocking(address) if tls else grpc.insecure_channel(address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)  # Its types know no methods.
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)

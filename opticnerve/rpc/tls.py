@@ -50,9 +50,19 @@ class ChannelTls:
 
     def connect(self, address: str, options: Sequence[Any], pem: Pem) -> grpc.aio.Channel:
         """A lazily connected channel with these certificates."""
-        named = [("grpc.ssl_target_name_override", self._server_name)] if self._server_name else []
-        credentials = grpc.ssl_channel_credentials(pem.authority, pem.key, pem.certificate)
-        return grpc.aio.secure_channel(address, credentials, options=[*options, *named])
+        all_options = [*options, *self._name_option()]
+        return grpc.aio.secure_channel(address, _credentials(pem), options=all_options)
+
+    def connect_blocking(self, address: str) -> grpc.Channel:
+        """A channel for code without an event loop, with the present certificates."""
+        return grpc.secure_channel(address, _credentials(self.current()), self._name_option())
+
+    def _name_option(self) -> list[tuple[str, str]]:
+        return [("grpc.ssl_target_name_override", self._server_name)] if self._server_name else []
+
+
+def _credentials(pem: Pem) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(pem.authority, pem.key, pem.certificate)
 
 
 class TlsChannel(grpc.aio.Channel):

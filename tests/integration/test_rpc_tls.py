@@ -17,6 +17,7 @@ from encoder_service import servicer as encoder
 from gateway.workers import encode as encoders
 from gateway.workers.encoder_check import ReachabilityCheck
 from gateway.workers.pool import WorkerPool
+from opticnerve.cli import health
 from opticnerve.client import AsyncEncoderClient, ChannelTls
 from opticnerve.config import EncoderConfig, GatewayConfig, LLMConfig, RpcConfig
 from opticnerve.config.command_line import read_config
@@ -174,6 +175,23 @@ def test_pictures_are_encoded_and_fetched_over_tls(authority: Authority, tmp_pat
                 await pool.close()
 
     asyncio.run(scenario())
+
+
+def test_a_health_check_of_a_container_has_a_certificate_too(
+    authority: Authority, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caller = authority.issue("caller", "caller")
+    ca = ["--tls-ca", authority.certificate]
+    own = ["--tls-certificate", caller.certificate, "--tls-key", caller.key]
+
+    async def scenario() -> None:
+        async with serving(rpc(authority.issue("worker"), authority.certificate)) as server:
+            for flags, status in (([*ca, *own], 0), (ca, 1), ([], 1)):
+                asked = [server.address, "--timeout", "10", *flags]
+                assert await asyncio.to_thread(health.main, asked) == status
+
+    asyncio.run(scenario())
+    assert "is serving" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
