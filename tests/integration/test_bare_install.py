@@ -21,6 +21,8 @@ from tests.checkpoints import DEMO
 from tests.services import Process, process
 
 ROOT = Path(__file__).parents[2]
+IMAGE_BYTES = 400e6  # Of the gateway's image.
+BASE_BYTES = 150e6  # Of the layers below, unpacked: Debian's slim image with Python.
 SOURCES = ("gateway", "encoder_service", "llm_service", "opticnerve", "protos")
 
 pytestmark = pytest.mark.slow
@@ -211,3 +213,10 @@ def test_nothing_of_the_worker_extra_is_installed(bare: Path) -> None:
         [str(bare / "python"), "-c", code], capture_output=True, text=True, env=environment()
     )
     assert json.loads(done.stdout) == [], done.stderr
+
+
+def test_the_gateways_image_is_small(bare: Path) -> None:
+    """It has this environment on top of its base."""
+    files = [path for path in bare.parent.rglob("*") if not path.is_symlink()]
+    size = sum(path.stat().st_blocks * 512 for path in files)
+    assert BASE_BYTES + size < IMAGE_BYTES
