@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from encoder_service import metrics
 from encoder_service.backends.base import Backend, Embedding, Recovery
-from encoder_service.engines.gate import compare, describe, passes
-from opticnerve.errors import ConfigError, UnusableEngine
+from opticnerve.errors import ConfigError
 from opticnerve.media.plan import Plan
+from opticnerve.tensors.distance import LIMITS, compare
 
 log = logging.getLogger(__name__)
 
@@ -48,24 +48,24 @@ class Audit:
         assert reference is not None
         try:
             (again,) = reference.encode([pixels], [plan])
-            pairs = [(tensor.float(), again[name].float()) for name, tensor in served.items()]
-            parity = compare(plan.num_patches, pairs)
-        except (UnusableEngine, KeyError):
-            metrics.ITEMS_AUDITED.labels(result="differs").inc()
-            log.warning("audit: item %s has rows of another shape than the torch tower's", key[:12])
-            return
         except Exception as error:
             if self._backend.classify(error) is Recovery.STOP:
                 raise
             metrics.ITEMS_AUDITED.labels(result="failed").inc()
             log.warning("audit: item %s could not be encoded again: %s", key[:12], error)
             return
-        precision = self._backend.precision
-        right = passes(parity, precision)
-        metrics.ITEMS_AUDITED.labels(result="equal" if right else "differs").inc()
-        if not right:
-            log.warning(
-                "audit: item %s differs from the torch tower's rows: %s",
-                key[:12],
-                describe(parity, precision),
-            )
+        fault = self._fault(served, again)
+        metrics.ITEMS_AUDITED.labels(result="differs" if fault else "equal").inc()
+        if fault:
+            log.warning("audit: item %s has %s", key[:12], fault)
+
+    def _fault(self, served: Embedding, again: Embedding) -> str | None:
+        """What is wrong with the rows ``served``; None: they are near enough to the reference's."""
+        shapes = [{name: rows.shape for name, rows in each.items()} for each in (served, again)]
+        if shapes[0] != shapes[1]:
+            return "rows of another shape than the torch tower's"
+        distance = compare([(rows.float(), again[name].float()) for name, rows in served.items()])
+        limit = LIMITS[self._backend.precision]
+        if distance.within(limit):
+            return None
+        return f"rows too far from the torch tower's: {distance.describe(limit)}"

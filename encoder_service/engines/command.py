@@ -170,10 +170,7 @@ def _parity_lines(parity: Sequence[Parity] | None, precision: str) -> Iterator[s
         yield "  parity       not measured here; an encoder measures it before it serves"
         return
     for each in parity:
-        yield (
-            f"  parity       {each.patches} patches: cosine {each.cosine:.7f}, largest difference "
-            f"{each.difference:.3g} of {each.largest:.3g}"
-        )
+        yield f"  parity       {each.describe(precision)}"
 
 
 # ---- check

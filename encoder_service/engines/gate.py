@@ -23,6 +23,7 @@ from encoder_service.engines.sidecar import Parity
 from opticnerve.embeddings import codec
 from opticnerve.errors import InvalidMedia, OpticNerveError, UnusableEngine
 from opticnerve.media.plan import Overrides, Plan, Structure
+from opticnerve.tensors.distance import LIMITS, compare
 
 if TYPE_CHECKING:
     from opticnerve.models.family import Layout, Preprocessor, Tower
@@ -35,21 +36,6 @@ Rows = Mapping[str, torch.Tensor]
 ASPECTS = tuple(199 ** (step / 8) for step in range(-8, 9))  # Width by height, tall to wide.
 STEP = 0.93  # In which the pictures that are tried shrink.
 NEAR = 1.15  # Numbers of patches within this factor are alike, and the squarer picture is taken.
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """What an engine must reach in every bucket."""
-
-    cosine: float  # At least.
-    difference: float  # At most, as a share of the largest number.
-
-
-LIMITS = {
-    "float32": Limit(0.99999, 1e-3),
-    "float16": Limit(0.999, 0.05),
-    "bfloat16": Limit(0.999, 0.1),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,55 +141,28 @@ def measure(
         mine = [(j, probe) for j, probe in enumerate(probes) if probe.bucket == i]
         made = encode([probe.pixels for _, probe in mine], [probe.plan for _, probe in mine])
         pairs = [
-            (tensor.float(), rows.get(f"{j}.{name}"))
+            _pair(tensor, rows.get(f"{j}.{name}"))
             for (j, _), item in zip(mine, made, strict=True)
             for name, tensor in item.items()
         ]
-        found.append(compare(bucket.patches, pairs))
+        found.append(Parity(bucket.patches, compare(pairs)))
     return tuple(found)
 
 
-def compare(patches: int, pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> Parity:
-    """How near rows are to the torch tower's, the second of each pair. Raises UnusableEngine for
-    another shape."""
-    cosine, difference, largest = 1.0, 0.0, 0.0
-    for got, want in pairs:
-        if want is None or got.shape != want.shape:
-            raise UnusableEngine(
-                f"the engine's rows of a probe picture have shape {tuple(got.shape)}, the torch "
-                f"tower's {None if want is None else tuple(want.shape)}; build it again"
-            )
-        if not torch.isfinite(got).all():
-            return Parity(patches, 0.0, math.inf, float(want.abs().max()))
-        got, want = got.double(), want.double()
-        cosine = min(cosine, float(torch.cosine_similarity(got, want, dim=-1).min()))
-        difference = max(difference, float((got - want).abs().max()))
-        largest = max(largest, float(want.abs().max()))
-    return Parity(patches, cosine, difference, largest)
-
-
-def passes(parity: Parity, precision: str) -> bool:
-    limit = LIMITS[precision]
-    return parity.cosine >= limit.cosine and parity.difference <= limit.difference * max(
-        parity.largest, 1e-6
-    )
-
-
-def describe(parity: Parity, precision: str) -> str:
-    """One bucket's figures, and the limits that they are held to."""
-    limit = LIMITS[precision]
-    return (
-        f"{parity.patches} patches: cosine {parity.cosine:.7f} (at least {limit.cosine:g}), "
-        f"largest difference {parity.difference:.3g} of {parity.largest:.3g} "
-        f"(at most {limit.difference:g} of it)"
-    )
+def _pair(got: torch.Tensor, want: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if want is None or got.shape != want.shape:
+        raise UnusableEngine(
+            f"the engine's rows of a probe picture have shape {tuple(got.shape)}, the torch "
+            f"tower's {None if want is None else tuple(want.shape)}; build it again"
+        )
+    return got.float(), want
 
 
 def require(parity: Sequence[Parity], precision: str) -> None:
     """Raises UnusableEngine, with the figures, unless every bucket passes."""
-    failed = [each for each in parity if not passes(each, precision)]
+    failed = [each for each in parity if not each.distance.within(LIMITS[precision])]
     if failed:
-        figures = "; ".join(describe(each, precision) for each in failed)
+        figures = "; ".join(each.describe(precision) for each in failed)
         raise UnusableEngine(
             f"the engine's rows are too far from the torch tower's in {precision}: {figures}. "
             "Build it in a higher precision, or serve with --backend torch"

@@ -113,7 +113,7 @@ def check_rows(
     are as near as they should be."""
     parity = gate.measure(backend.encode, probes, sidecar.buckets, rows)
     for each in parity:
-        log.info("engine: %s", gate.describe(each, sidecar.precision))
+        log.info("engine: %s", each.describe(sidecar.precision))
     gate.require(parity, sidecar.precision)
     return parity
 

@@ -18,6 +18,7 @@ from pydantic import Field, TypeAdapter
 from encoder_service.backends.base import Bucket
 from opticnerve.config.encoder import SIDECAR
 from opticnerve.errors import UnusableEngine
+from opticnerve.tensors.distance import LIMITS, Distance
 
 GRAPH_FILE, PLAN_FILE, PROBES_FILE = "tower.onnx", "tower.plan", "probes.safetensors"
 MAX_BYTES = 2**20
@@ -29,9 +30,11 @@ class Parity:
     """How near the rows of a bucket's probe pictures are to the torch tower's in float32."""
 
     patches: int  # The bucket's.
-    cosine: float  # Of a row with the torch tower's, the smallest.
-    difference: float  # Of two numbers, the largest.
-    largest: float  # Number of the torch tower's rows, by magnitude.
+    distance: Distance
+
+    def describe(self, precision: str) -> str:
+        """The figures, and the limits that they are held to."""
+        return f"{self.patches} patches: {self.distance.describe(LIMITS[precision])}"
 
 
 @dataclass(frozen=True, slots=True)

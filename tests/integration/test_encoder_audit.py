@@ -20,6 +20,14 @@ class Shifted(FakeBackend):
         return [{name: tensor.flip(-1) + 7 for name, tensor in item.items()} for item in made]
 
 
+class Broken(FakeBackend):
+    """Its rows are not finite."""
+
+    def encode(self, pixels, plans):
+        made = super().encode(pixels, plans)
+        return [{name: tensor * float("nan") for name, tensor in item.items()} for item in made]
+
+
 def refuse(plans):
     raise MemoryError("no memory")
 
@@ -46,9 +54,13 @@ async def test_what_differs_is_counted_and_logged(tmp_path, caplog):
     assert await audited(tmp_path, FakeBackend()) == [3, 0, 0]
     with caplog.at_level(logging.WARNING):
         assert await audited(tmp_path, Shifted()) == [0, 3, 0]
-    assert "differs from the torch tower's rows" in caplog.text
+    assert "rows too far from the torch tower's: cosine" in caplog.text
     assert await audited(tmp_path, FakeBackend(hidden_size=4)) == [0, 3, 0]
     assert await audited(tmp_path, FakeBackend(fail=refuse)) == [0, 0, 3]
+
+
+async def test_a_reference_whose_rows_are_not_finite_differs(tmp_path):
+    assert await audited(tmp_path, Broken()) == [0, 3, 0]
 
 
 async def test_without_a_share_nothing_is_encoded_twice(tmp_path):

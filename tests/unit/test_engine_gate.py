@@ -18,6 +18,7 @@ from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import UnusableEngine
 from opticnerve.media.plan import DEFAULT_MAX_PIXELS, Overrides, Structure
 from opticnerve.models.registry import make_preprocessor
+from opticnerve.tensors.distance import LIMITS, Distance
 from tests.encoders import demo_layout
 from tests.tower_graphs import SmallGraph, SmallTower
 
@@ -73,8 +74,19 @@ def test_equal_rows_have_no_distance(
     tower: SmallTower, probes: list[gate.Probe], rows: gate.Rows
 ) -> None:
     for parity in gate.measure(tower.encode, probes, BUCKETS, rows):
-        assert parity.cosine > 0.9999999 and parity.difference == 0 and parity.largest > 0
+        assert parity.distance.cosine > 0.9999999 and parity.distance.difference == 0
+        assert parity.distance.largest > 0
         gate.require([parity], "float32")
+
+
+def test_recorded_rows_that_are_not_finite_are_refused(
+    tower: SmallTower, probes: list[gate.Probe], rows: gate.Rows
+) -> None:
+    for value in (math.nan, math.inf):
+        broken = {**rows, "0.rows": torch.full_like(rows["0.rows"], value)}
+        parity = gate.measure(tower.encode, probes, BUCKETS, broken)
+        with pytest.raises(UnusableEngine, match="64 patches: numbers that are not finite"):
+            gate.require(parity, "bfloat16")
 
 
 def wrong(tower: SmallTower, change: Any) -> gate.Encode:
@@ -97,23 +109,26 @@ def one_row(value: float) -> Any:
     "change", [one_row(-1.0), one_row(2.0), one_row(math.nan), lambda rows: rows.roll(1, 0)],
     ids=["cosine", "scale", "nan", "order"],
 )  # fmt: skip
-@pytest.mark.parametrize("precision", gate.LIMITS)
+@pytest.mark.parametrize("precision", LIMITS)
 def test_one_wrong_row_is_refused_with_the_figure(
     tower: SmallTower, probes: list[gate.Probe], rows: gate.Rows, change: Any, precision: str
 ) -> None:
     parity = gate.measure(wrong(tower, change), probes, BUCKETS, rows)
-    with pytest.raises(UnusableEngine, match=r"128 patches: cosine .* largest difference"):
+    with pytest.raises(
+        UnusableEngine,
+        match=r"128 patches: (cosine .* largest difference|numbers that are not finite)",
+    ):
         gate.require(parity, precision)
 
 
 def test_the_limits_are_those_of_the_precision() -> None:
-    near = Parity(64, 0.9995, 0.01, 1.0)
+    near = Parity(64, Distance(0.9995, 0.01, 1.0))
     gate.require([near], "float16")
     gate.require([near], "bfloat16")
     with pytest.raises(UnusableEngine, match=r"cosine 0\.9995000 \(at least 0\.99999\)"):
         gate.require([near], "float32")
     with pytest.raises(UnusableEngine, match="256 patches"):
-        gate.require([near, Parity(256, 0.9989, 0.01, 1.0)], "float16")
+        gate.require([near, Parity(256, Distance(0.9989, 0.01, 1.0))], "float16")
 
 
 def test_rows_of_another_shape_are_refused(

@@ -15,6 +15,7 @@ from encoder_service.backends.base import Bucket
 from encoder_service.engines.sidecar import Parity, Sidecar, describe_files
 from opticnerve.config.encoder import SIDECAR
 from opticnerve.errors import UnusableEngine
+from opticnerve.tensors.distance import Distance
 
 FINGERPRINT = "f" * 64
 
@@ -34,7 +35,7 @@ def engine(tmp_path: Path) -> tuple[Path, Sidecar]:
         library_version="1.7.1",
         compute_capabilities=("8.9", "12.0"),
         files=describe_files(tmp_path),
-        parity=(Parity(1024, 0.9999, 0.01, 3.5), Parity(4096, 0.9998, 0.02, 3.5)),
+        parity=(Parity(1024, Distance(0.9999, 0.01, 3.5)), Parity(4096, Distance(1.0, 0.0, 3.5))),
     )
     made.write(tmp_path)
     return tmp_path, made
