@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
-import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ from tqdm import tqdm
 from encoder_service.backends.base import Bucket
 from encoder_service.backends.engine_backend import EngineBackend
 from encoder_service.engines import gate, opening
+from encoder_service.engines.output import replacing
 from encoder_service.engines.sidecar import (
     GRAPH_FILE,
     PLAN_FILE,
@@ -34,8 +33,7 @@ from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.checkpoints.digests import cache_directory
 from opticnerve.checkpoints.loader import DTYPES, resolve_device, resolve_dtype
 from opticnerve.config import ModelConfig
-from opticnerve.config.encoder import SIDECAR
-from opticnerve.errors import ConfigError, UnusableEngine
+from opticnerve.errors import ConfigError
 from opticnerve.extras import require_extra
 from opticnerve.media.plan import DEFAULT_MAX_PIXELS
 from opticnerve.models.registry import load_tower, make_graph, make_layout, make_preprocessor
@@ -85,7 +83,7 @@ class EngineBuild:
         """Builds into ``directory``, which is replaced at the end if it holds an engine. Raises
         StartupError; UnusableEngine for an engine that fails the gate."""
         torch.set_num_threads(self.settings.model.num_threads)
-        with _replacing(directory) as made:
+        with replacing(directory) as made:
             graph, buckets, probes = self._record(made)
             self._export(graph, buckets, made)
             graph.release()
@@ -261,32 +259,3 @@ def _capabilities(
         for capability in found:
             library.compute_capability(capability)
     return found
-
-
-@contextlib.contextmanager
-def _replacing(directory: Path) -> Iterator[Path]:
-    """A directory beside ``directory`` that takes its place at the end, and goes if that fails.
-    Raises ConfigError if ``directory`` holds anything but an engine."""
-    if (
-        directory.exists()
-        and not (directory / SIDECAR).is_file()
-        and (not directory.is_dir() or any(directory.iterdir()))
-    ):
-        raise ConfigError(
-            f"{directory} exists and holds no engine; give another one with -o", param="output"
-        )
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    except OSError as error:
-        raise ConfigError(f"cannot write to {directory.parent}: {error}", param="output") from error
-    try:
-        yield made
-        os.chmod(made, 0o755)
-        if directory.exists():
-            shutil.rmtree(directory)
-        made.rename(directory)
-    except OSError as error:
-        raise UnusableEngine(f"the engine cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)

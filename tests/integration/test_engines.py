@@ -233,6 +233,9 @@ def test_a_directory_of_something_else_is_left_alone(
     (tmp_path / "letter").write_text("Dear reader")
     assert main(["engine", "build", "--backend", "onnx", "-o", str(tmp_path)]) == 2
     assert "holds no engine" in capsys.readouterr().err
+    (tmp_path / SIDECAR).write_text("{}")
+    assert main(["engine", "build", "--backend", "onnx", "-o", str(tmp_path)]) == 2
+    assert "holds no engine" in capsys.readouterr().err
     assert (tmp_path / "letter").read_text() == "Dear reader"
 
 
