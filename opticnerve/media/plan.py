@@ -77,8 +77,9 @@ class Overrides:
 
     min_pixels: int | None = None
     max_pixels: int | None = None
-    # 0xRRGGBB, shown where the picture is transparent. None: transparency is dropped, as Hugging
-    # Face's processors do, and transparent pixels show their colours.
+    # 0xRRGGBB, shown where the picture is transparent: white, as in transformers' image processors.
+    # None: transparency is dropped, as its ``load_image`` does with files and URLs, and transparent
+    # pixels show their colours.
     background: int | None = WHITE
     one_of_several: bool = False  # See ``planned_as_several``.
 

@@ -55,6 +55,16 @@ class _Draw:
         self.pictures.append(_png(self.random, width, height))
         return {"type": "image"}
 
+    def transparent_picture(self) -> Part:
+        """What is transparent hides colours, as pictures that were cut out do."""
+        width, height = SIZES[self.random.integers(len(SIZES))]
+        opaque = Image.open(io.BytesIO(_png(self.random, width, height)))
+        alpha = self.random.integers(0, 256, (5, 7), dtype=np.uint8)
+        alpha[:2], alpha[2] = 0, 255
+        opaque.putalpha(Image.fromarray(alpha).resize(opaque.size, Image.Resampling.NEAREST))
+        self.pictures.append(_saved(opaque))
+        return {"type": "image"}
+
     def text(self) -> Part:
         asked = QUESTIONS[self.random.integers(len(QUESTIONS))]
         return {"type": "text", "text": f"{asked} ({self.random.integers(1000)})"}
@@ -69,8 +79,12 @@ def _png(random: np.random.Generator, width: int, height: int) -> bytes:
     coarse = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
     noisy = smooth.astype(np.int16) + random.integers(-30, 31, smooth.shape, dtype=np.int16)
+    return _saved(Image.fromarray(noisy.clip(0, 255).astype(np.uint8)))
+
+
+def _saved(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
+    picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -93,6 +107,9 @@ def _turns(draw: _Draw) -> Case:
 
 KINDS: dict[str, Callable[[_Draw], Case]] = {
     "picture": lambda draw: draw.case(("user", [draw.picture(), draw.text()])),
+    "transparent picture": lambda draw: draw.case(
+        ("user", [draw.transparent_picture(), draw.text()])
+    ),
     "text alone": lambda draw: draw.case(("user", [draw.text()])),
     "several pictures": lambda draw: draw.case(
         ("user", [draw.picture(), draw.picture(), draw.text(), draw.picture(), draw.text()])

@@ -11,6 +11,7 @@ import torch
 import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.image_transforms import convert_to_rgb
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from opticnerve.checkpoints.checkpoint import Checkpoint
@@ -50,7 +51,7 @@ class WholeModel:
         messages = [
             {
                 "role": message["role"],
-                "content": [_with_picture(part, pictures) for part in message["content"]],
+                "content": [with_picture(part, pictures) for part in message["content"]],
             }
             for message in case.messages
         ]
@@ -90,10 +91,13 @@ class WholeModel:
         )
 
 
-def _with_picture(part: Mapping[str, Any], pictures: Any) -> Mapping[str, Any]:
+def with_picture(part: Mapping[str, Any], pictures: Any) -> Mapping[str, Any]:
+    """A part of a message with its picture, on white where that is transparent, as transformers'
+    image processors show it. Those of some checkpoints take RGB alone, so it is converted here."""
     if part["type"] != "image":
         return part
-    return {"type": "image", "image": Image.open(io.BytesIO(next(pictures))).convert("RGB")}
+    shown = convert_to_rgb(Image.open(io.BytesIO(next(pictures))), return_numpy=True)
+    return {"type": "image", "image": Image.fromarray(shown)}
 
 
 def _extended(

@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from opticnerve.cli import commands
+from opticnerve.verification.cases import KINDS
 from tests.checkpoints import DEMO
 
-FEW = ["--cases", "20", "--max-tokens", "4", "--dtype", "float32", "--json"]
+CASES = 4 * len(KINDS)
+FEW = ["--cases", str(CASES), "--max-tokens", "4", "--dtype", "float32", "--json"]
 
 
 def verify(capsys, *argv, status):
@@ -23,8 +25,8 @@ def test_a_running_stack_is_audited(stack, tmp_path, capsys):
     told = verify(capsys, "--against", stack.url, status=0)
     assert told["equal"] and told["rule"]["max_gap"] == 1e-3
     kinds = told["kinds"].values()
-    assert len(kinds) == 5 and all(kind["cases"] == 4 for kind in kinds)
-    assert sum(kind["tokens"] for kind in kinds) == 20 * 2 * 4
+    assert len(kinds) == len(KINDS) and all(kind["cases"] == 4 for kind in kinds)
+    assert sum(kind["tokens"] for kind in kinds) == CASES * 2 * 4
     assert not any(kind["pictures"] or kind["close_calls"] for kind in kinds)
 
     other = shutil.copytree(DEMO, tmp_path / "other")

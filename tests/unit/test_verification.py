@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from opticnerve.cli import commands, verify
+from opticnerve.media.decode import decode
+from opticnerve.verification import whole
 from opticnerve.verification.cases import KINDS, make_cases
 from opticnerve.verification.comparison import Comparison, Rule
 from opticnerve.verification.split import Asked
@@ -88,6 +95,24 @@ def test_cases_are_of_every_kind_and_the_same_for_one_seed() -> None:
     for case in cases:
         parts = [part for message in case.messages for part in message["content"]]
         assert sum(part["type"] == "image" for part in parts) == len(case.pictures)
+
+
+def test_a_transparent_picture_is_seen_as_transformers_shows_it() -> None:
+    """Its image processors, given the file as it stands, and ours by default: on white."""
+    [case] = [case for case in make_cases(len(KINDS), 3) if case.kind == "transparent picture"]
+    [png] = case.pictures
+    stored = Image.open(io.BytesIO(png))
+    assert stored.mode == "RGBA" and stored.getchannel("A").getextrema() == (0, 255)
+    processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
+    theirs = processor(stored)["pixel_values"][0]
+    shown = whole.with_picture({"type": "image"}, iter([png]))["image"]
+    plan = SimpleNamespace(
+        format="png", width=stored.width, height=stored.height, orientation=1, frames=1
+    )
+    for mine in (shown, decode(png, plan)):  # type: ignore[arg-type]
+        assert np.array_equal(processor(mine)["pixel_values"][0], theirs)
+    hidden = decode(png, plan, background=None)  # type: ignore[arg-type]
+    assert not np.array_equal(processor(hidden)["pixel_values"][0], theirs)
 
 
 def test_it_refuses_to_begin_without_memory(
