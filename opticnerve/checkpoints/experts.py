@@ -45,5 +45,12 @@ class Place:
     def is_exchanged(self, shape: tuple[int, ...], tensor: torch.Tensor) -> bool:
         """Whether ``shape`` is that of a stack whose last two dimensions are to be exchanged."""
         wanted = tuple(tensor.shape)
-        stacked = self.expert is None and self.name.endswith(STACKS) and len(wanted) == 3
-        return stacked and shape != wanted and shape == (wanted[0], wanted[2], wanted[1])
+        exchanged = self._is_stack(tensor) and shape == (wanted[0], wanted[2], wanted[1])
+        return exchanged and shape != wanted
+
+    def is_square_stack(self, tensor: torch.Tensor) -> bool:
+        """Whether the shape of a stack does not tell if it is to be exchanged."""
+        return self._is_stack(tensor) and tensor.shape[1] == tensor.shape[2]
+
+    def _is_stack(self, tensor: torch.Tensor) -> bool:
+        return self.expert is None and self.name.endswith(STACKS) and tensor.ndim == 3

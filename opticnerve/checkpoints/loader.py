@@ -23,7 +23,7 @@ from torch import nn
 
 from opticnerve.checkpoints.experts import Place
 from opticnerve.checkpoints.sizes import HalfSize
-from opticnerve.errors import CheckpointError, ConfigError
+from opticnerve.errors import CheckpointError, ConfigError, OpticNerveError
 from opticnerve.models.family import module_name, wanted
 from opticnerve.tensors.dtypes import FLOATING, dtype_name
 
@@ -66,8 +66,7 @@ def load_module(
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, checkpoint, device)
-    with torch.device("meta"):
-        module = make_module()
+    module = _make_on_meta(make_module, checkpoint)
     sources, tied = _match(checkpoint, module, key_map, tied, ignored)
     weights = _read(sources, module, dtype, device)
     module.load_state_dict(weights, strict=False, assign=True)
@@ -91,13 +90,26 @@ def check_module(
     """What ``load_module`` would load, without reading or downloading a weight. Its tensors are
     compared with the module's where all weight files are here. Raises what ``load_module`` raises.
     """
-    with torch.device("meta"):
-        module = make_module()
+    module = _make_on_meta(make_module, checkpoint)
     if checkpoint.missing_weights:
         expected = [item for name, item in module.state_dict().items() if name not in (tied or {})]
         return HalfSize(len(expected), sum(item.numel() for item in expected), "configuration")
     sources, _ = _match(checkpoint, module, key_map, tied, ignored)
     return HalfSize.of_entries(entry for _, entry in sources.values())
+
+
+def _make_on_meta(make_module: Callable[[], nn.Module], checkpoint: Checkpoint) -> nn.Module:
+    """A module without memory. Raises CheckpointError for a configuration that describes none."""
+    try:
+        with torch.device("meta"):
+            return make_module()
+    except OpticNerveError:
+        raise
+    except Exception as error:  # transformers' modules raise what their look-ups and sizes raise.
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'} describes a model that transformers cannot make: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _match(
@@ -226,7 +238,7 @@ def _check(
 ) -> None:
     """Raises CheckpointError unless the tensors are exactly those of the module."""
     elements = dict.fromkeys(expected, 0)
-    unknown, misfits = [], []
+    unknown, misfits, square = [], [], []
     for place, (key, entry) in sources.items():
         try:
             view = place.view(expected[place.name])
@@ -234,6 +246,8 @@ def _check(
             unknown.append(key)
             continue
         elements[place.name] += view.numel()
+        if place.is_square_stack(view):
+            square.append(key)
         if entry.shape != tuple(view.shape) and not place.is_exchanged(entry.shape, view):
             misfits.append(f"{key} (shape {list(entry.shape)}, the model's is {list(view.shape)})")
     missing = [name for name, found in elements.items() if not found and name not in tied]
@@ -249,6 +263,11 @@ def _check(
         (unknown, "holds tensors that have no place in the model:"),
         (misfits, "holds tensors that do not fit config.json:"),
         (quantized, "holds tensors that are not floating point:"),
+        (
+            square,
+            "holds square stacks of experts, published in one of two forms which nothing "
+            "tells apart; publish every expert's projections on their own:",
+        ),
     ):
         if names:
             raise CheckpointError(f"{checkpoint.path} {what} {_list(names)}")

@@ -176,6 +176,31 @@ def test_experts_of_a_layer_are_all_there_once(edit: Edit, said: str, tmp_path: 
         load_side(path, "llm")
 
 
+def test_a_square_stack_of_experts_is_refused(tmp_path: Path) -> None:
+    """It has the same shape as published and as transformers 5 saves it, with other weights."""
+    path = make_checkpoint("qwen3_vl_moe", tmp_path, text={"moe_intermediate_size": 32})
+    with pytest.raises(CheckpointError, match=r"square stacks of experts.*experts\.gate_up_proj"):
+        load_side(path, "llm")
+    with pytest.raises(CheckpointError, match="square stacks of experts"):
+        registry.check_halves(Checkpoint.open(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"num_experts": 0}, "num_experts = 0"),
+        ({"num_local_experts": 0}, "num_local_experts = 0"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok = 0"),
+        ({"num_experts_per_tok": 7}, "asks 7 experts .* of 6"),
+    ],
+)
+def test_numbers_of_experts_are_checked(sizes: dict[str, int], said: str, tmp_path: Path) -> None:
+    path = make_checkpoint("qwen3_vl_moe", tmp_path)
+    change_text(path, sizes)
+    with pytest.raises(CheckpointError, match=said):
+        load_side(path, "llm")
+
+
 def test_what_must_be_float32_is_not_narrowed(random_checkpoint: MakeCheckpoint) -> None:
     """GLM-4V's router adds a correction to its scores."""
     checkpoint = Checkpoint.open(str(random_checkpoint("glm4v_moe")), side="llm")
@@ -335,11 +360,35 @@ def test_devices_that_are_not_there_are_refused() -> None:
 
 def test_an_unusable_configuration_is_one_clear_error(tmp_path: Path) -> None:
     path = make_checkpoint("qwen2_vl", tmp_path)
-    config = json.loads((path / "config.json").read_text())
-    config["text_config"]["num_hidden_layers"] = "many"
-    (path / "config.json").write_text(json.dumps(config))
+    change_text(path, {"num_hidden_layers": "many"})
     with pytest.raises(CheckpointError, match=r"config\.json is no usable Qwen2VLConfig"):
         load_side(path, "llm")
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "side"),
+    [
+        ("text_config", {"rope_parameters": {"rope_type": "zzz", "rope_theta": 1e4}}, "llm"),
+        ("text_config", {"hidden_act": "zzz"}, "llm"),
+        ("vision_config", {"hidden_act": "zzz"}, "encoder"),
+    ],
+)
+def test_what_transformers_does_not_know_is_one_clear_error(
+    section: str, changes: dict[str, Any], side: str, tmp_path: Path
+) -> None:
+    path = make_checkpoint("mistral3", tmp_path)
+    change_text(path, changes, section)
+    said = r"config\.json describes a model that transformers cannot make: .*zzz"
+    with pytest.raises(CheckpointError, match=said):
+        load_side(path, side)
+    with pytest.raises(CheckpointError, match=said):
+        registry.check_halves(Checkpoint.open(str(path)))
+
+
+def change_text(path: Path, changes: dict[str, Any], section: str = "text_config") -> None:
+    config = json.loads((path / "config.json").read_text())
+    config[section].update(changes)
+    (path / "config.json").write_text(json.dumps(config))
 
 
 def edited(path: Path, edit: Edit) -> Path:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from opticnerve.checkpoints.json_files import positive
 from opticnerve.checkpoints.loader import Recompute, check_module, load_module, rotary_buffers
 from opticnerve.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
 from opticnerve.models.decoders.decoder import PackedLanguage
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 ROTARY = "rotary_emb"
 IGNORED = (rf".*\.{ROTARY}\.inv_freq$",)  # Computed; some old checkpoints carry it.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 BATCH_ROPE_TYPES = ("dynamic", "longrope")  # Their frequencies depend on the whole packed batch.
 
 
@@ -105,6 +107,7 @@ class DecoderSpec:
 
     def check_supported(self, checkpoint: Checkpoint) -> None:
         """Raises CheckpointError for a decoder that would not compute what the model means."""
+        self._check_experts(checkpoint.text_config)
         for kind in {layer.rotary for layer in self.layers}:
             rope = self.config.rope_parameters or {}
             rope = rope if kind is None else rope.get(kind) or {}
@@ -114,6 +117,20 @@ class DecoderSpec:
                     "frequencies depend on every sequence of a batch; it is not supported. Take "
                     "the scaling out of rope_scaling to serve the model at its original length"
                 )
+
+    def _check_experts(self, text: Mapping[str, Any]) -> None:
+        """Raises CheckpointError for a mixture of no experts, or of fewer than a token asks for."""
+        for name in (*EXPERT_COUNTS, "num_experts_per_tok"):
+            if text.get(name) is not None:
+                positive(text, name)
+        counts = (getattr(self.config, name, None) for name in EXPERT_COUNTS)
+        experts = next((count for count in counts if count is not None), None)
+        asked = getattr(self.config, "num_experts_per_tok", None)
+        if experts is not None and asked is not None and asked > experts:
+            raise CheckpointError(
+                f"every token asks {asked} experts (num_experts_per_tok) of {experts}; fetch "
+                "config.json again"
+            )
 
 
 class Decoder(nn.Module):  # type: ignore[misc]
@@ -142,17 +159,24 @@ def llama_like(config: Any, model_class: Any, position_dims: int) -> DecoderSpec
 
 
 def layer_windows(text: Any) -> list[int | None]:
-    """The window of each layer of a text model. Raises UnsupportedCheckpoint for layers that attend
-    otherwise."""
+    """The window of each layer of a text model. Raises CheckpointError for a window of no tokens,
+    and UnsupportedCheckpoint for layers that attend otherwise."""
     kinds = getattr(text, "layer_types", None)
     if kinds is None:  # A window is every layer's, as in Mistral.
-        whole = text.sliding_window if text.model_type in ("mistral", "ministral3") else None
+        whole = _window(text) if text.model_type in ("mistral", "ministral3") else None
         return [whole] * text.num_hidden_layers
-    windows = {"full_attention": None, "sliding_attention": text.sliding_window}
-    unknown = sorted(set(kinds) - windows.keys())
+    served = ("full_attention", "sliding_attention")
+    unknown = sorted(set(kinds).difference(served))
     if unknown:
         raise UnsupportedCheckpoint(
             f"the language model ({text.model_type}) has layers of {', '.join(unknown)}; "
-            f"{' and '.join(windows)} are supported"
+            f"{' and '.join(served)} are supported"
         )
-    return [windows[kind] for kind in kinds]
+    window = _window(text) if "sliding_attention" in kinds else None
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _window(text: Any) -> int | None:
+    if text.sliding_window is None:
+        return None
+    return positive({"sliding_window": text.sliding_window}, "sliding_window")
