@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
+from string import Formatter
 
 from gateway.job import ChatPrompt, PromptKind, prompt_too_long
 from gateway.prompt.tokenizer import (
@@ -41,17 +42,25 @@ class ExpandedPrompt:
         return sum(span.num_tokens for span in self.spans)
 
 
-def spellings(path: Path, ids: Mapping[str, int]) -> dict[str, str]:
+def spellings(path: Path, layout: Layout) -> dict[str, str]:
     """The spelling of each placeholder of the checkpoint in ``path``, by name.
 
-    ``ids`` are the layout's. As in Hugging Face's processors, a spelling is the token that the
-    tokenizer's files or processor_config.json give under that name, or the added token with that
-    id. For pictures it may also be a token of the vocabulary, if it is written like a placeholder.
-    Names without a spelling are omitted. Raises CheckpointError for files that cannot be read.
+    As in Hugging Face's processors, a spelling is the token that the tokenizer's files or
+    processor_config.json give under that name, or the added token with that id. For pictures it may
+    also be a token of the vocabulary, if it is written like a placeholder. Names without a spelling
+    are omitted. Raises CheckpointError for files that cannot be read, and for those that do not
+    name a token of ``layout.rewrite``: only a name shows that its id is the tokenizer's.
     """
+    ids = layout.placeholder_ids
     config, source = read_tokenizer_config(path), read_source(path)
     named = named_tokens(config)
     by_name = {**named_tokens(read_object(path / "processor_config.json") or {}), **named}
+    unnamed = [name for name in _rewritten(layout) if name not in by_name]
+    if unnamed:
+        raise CheckpointError(
+            f"neither the tokenizer nor processor_config.json names the {' or '.join(unnamed)}, "
+            "which is written for a picture; fetch tokenizer_config.json again"
+        )
     try:
         added = merge_added(added_tokens(source), config, named)
         by_id = {token.id: text for text, token in added.items()}
@@ -62,6 +71,14 @@ def spellings(path: Path, ids: Mapping[str, int]) -> dict[str, str]:
     except Exception as error:  # The library raises bare Exception for what it cannot read.
         raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
     return {name: text for name, text in found.items() if text is not None}
+
+
+def _rewritten(layout: Layout) -> list[str]:
+    """The names of the tokens in what replaces a template's text for a picture."""
+    if layout.rewrite is None:
+        return []
+    written = (name for _, name, _, _ in Formatter().parse(layout.rewrite.text) if name)
+    return sorted({layout.rewrite.written, *written})
 
 
 def check_spellings(

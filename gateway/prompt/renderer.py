@@ -89,7 +89,7 @@ class ChatRenderer:
     ) -> ChatRenderer:
         """From a checkpoint directory; the last arguments are the flags of these names. Raises
         CheckpointError and ConfigError."""
-        spelled = placeholders.spellings(path, layout.placeholder_ids)
+        spelled = placeholders.spellings(path, layout)
         tokenizer = Tokenizer.load(path, spelled.values())
         placeholders.check_spellings(spelled, layout.placeholder_ids, tokenizer)
         source = load_template(path, tokenizer.config, chat_template)

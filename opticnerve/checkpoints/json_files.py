@@ -4,6 +4,7 @@ one clear error for what is wrong."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from opticnerve.errors import CheckpointError, UnsupportedCheckpoint
 
 BICUBIC = 3
+RESAMPLES = range(6)  # PIL.Image.Resampling.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -29,16 +31,23 @@ class PixelSettings:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> PixelSettings:
-        """From an image processor's settings, with Hugging Face's defaults."""
+        """From an image processor's settings, with Hugging Face's defaults. Raises
+        CheckpointError."""
         if config.get("do_resize") is False:
             raise UnsupportedCheckpoint("the image processor has do_resize off; it must be on")
+        resample = integer(config, "resample", BICUBIC)
+        if resample not in RESAMPLES:
+            raise CheckpointError(_complaint("resample", resample, "a number from 0 to 5"))
+        std = _triple(config, "image_std", CLIP_STD)
+        if min(std) <= 0:
+            raise CheckpointError(_complaint("image_std", list(std), "positive numbers"))
         return cls(
-            resample=integer(config, "resample", BICUBIC),
+            resample=resample,
             do_rescale=bool(config.get("do_rescale", True)),
             rescale_factor=number(config, "rescale_factor", 1 / 255),
             do_normalize=bool(config.get("do_normalize", True)),
             mean=_triple(config, "image_mean", CLIP_MEAN),
-            std=_triple(config, "image_std", CLIP_STD),
+            std=std,
         )
 
 
@@ -76,13 +85,27 @@ def positive(config: Mapping[str, Any], name: str, default: int | None = None) -
     return value
 
 
+def token_id(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = integer(config, name, default)
+    if value < 0:
+        raise CheckpointError(_complaint(name, value, "a token's id"))
+    return value
+
+
 def number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """A finite one."""
     value = config.get(name)
     if value is None:
         value = default
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise CheckpointError(_complaint(name, value, "a number"))
-    return float(value)
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        raise CheckpointError(_complaint(name, value, "a finite number"))
+    return found
 
 
 def _triple(config: Mapping[str, Any], name: str, default: tuple[float, ...]) -> tuple[float, ...]:

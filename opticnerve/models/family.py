@@ -123,8 +123,9 @@ class Layout(Protocol):
     family: str  # The family's name.
     # The placeholder that the chat template writes for an item, by modality.
     item_token_ids: Mapping[Modality, int]
-    # Every token that stands for media, by its name in processors ("image_token"). No text may
-    # become one. Their spelling is the tokenizer's.
+    # Every token that stands for media, and every special one that ``expand`` or ``rewrite`` puts
+    # around them, by its name in processors ("image_token"). No text may become one. Their spelling
+    # is the tokenizer's.
     placeholder_ids: Mapping[str, int]
     rewrite: Rewrite | None  # None: templates write the placeholder, and the text stays as it is.
     hidden_size: int  # Columns of an embedding: the language model's width.

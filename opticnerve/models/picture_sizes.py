@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from opticnerve.errors import CheckpointError, InvalidMedia, PlanMismatch
-from opticnerve.media.plan import Grid, Modality, Plan, SpanAttention, Structure
+from opticnerve.errors import CheckpointError, InvalidMedia, InvalidRequest, PlanMismatch
+from opticnerve.media.plan import Grid, Modality, Overrides, Plan, SpanAttention, Structure
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
@@ -27,6 +27,29 @@ def processor_settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
             "checkpoint was published"
         )
     return checkpoint.processor_config
+
+
+def check_agreed(settings: Mapping[str, Any], name: str, of_model: str, value: Any) -> None:
+    """Raises CheckpointError where ``settings``, a processor's, have another ``name`` than
+    ``value``. ``of_model`` says whose that is: "the vision tower's patch_size"."""
+    found = settings.get(name)
+    if found not in (None, value) or isinstance(found, bool):
+        raise CheckpointError(
+            f"the processor's {name} is {found!r} but {of_model} is {value!r}; the files are not "
+            "of one checkpoint"
+        )
+
+
+def check_overrides(overrides: Overrides) -> None:
+    """Raises InvalidRequest for bounds that no picture has. Every layout asks it first."""
+    low, high = overrides.min_pixels, overrides.max_pixels
+    for name, bound in (("min_pixels", low), ("max_pixels", high)):
+        if bound is not None and bound < 1:
+            raise InvalidRequest(f"{name} must be at least 1", param=name)
+    if low is not None and high is not None and low > high:
+        raise InvalidRequest(
+            f"min_pixels ({low}) is larger than max_pixels ({high})", param="min_pixels"
+        )
 
 
 def check_aspect(width: int, height: int) -> None:

@@ -16,14 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opticnerve.checkpoints.json_files import PixelSettings
-from opticnerve.errors import CheckpointError, InvalidRequest
+from opticnerve.errors import CheckpointError, InvalidRequest, UnsupportedCheckpoint
 from opticnerve.media.plan import NO_OVERRIDES, Grid, Overrides, Plan, Span, Structure
 from opticnerve.models.family import Expansion
-from opticnerve.models.picture_sizes import check_aspect, picture_plan
+from opticnerve.models.picture_sizes import check_aspect, check_overrides, picture_plan
 from opticnerve.models.text_models import count_positions
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+MAX_TILES = 256  # Of one canvas.
 
 
 class TiledLayout:
@@ -68,6 +71,7 @@ class TiledLayout:
     def expand(self, plan: Plan) -> Expansion: ...
 
     def plan(self, structure: Structure, overrides: Overrides = NO_OVERRIDES) -> Plan:
+        check_overrides(overrides)
         if overrides.min_pixels is not None:
             raise InvalidRequest(
                 "this model sees pictures in tiles, whose number max_pixels lowers: leave out "
@@ -103,6 +107,14 @@ class TiledLayout:
             "max_pixels": self.max_pixels,
             **asdict(self.pixels),
         }
+
+
+def check_tiles(tiles: int, setting: str) -> None:
+    """Raises UnsupportedCheckpoint for a canvas of too many. ``setting``: what asks for it."""
+    if tiles > MAX_TILES:
+        raise UnsupportedCheckpoint(
+            f"{setting} cuts pictures into {tiles} tiles; more than {MAX_TILES} are not served"
+        )
 
 
 def num_tiles(columns: int, rows: int) -> int:

@@ -18,12 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
+from gateway.job import TextPrompt, TokenPrompt
 from gateway.prompt import placeholders
+from gateway.prompt.completion_prompt import read_plain
 from gateway.prompt.renderer import ChatRenderer
 from opticnerve import models
 from opticnerve.checkpoints.checkpoint import Checkpoint
-from opticnerve.errors import FamilyError, PlanMismatch, UnsupportedCheckpoint
-from opticnerve.media.plan import Modality, Structure
+from opticnerve.errors import FamilyError, InvalidRequest, PlanMismatch, UnsupportedCheckpoint
+from opticnerve.media.plan import Modality, Overrides, Structure
 from opticnerve.models import registry
 from opticnerve.models.family import Family, wanted
 from tests.checkpoints import FAMILIES, LAYOUTS
@@ -149,6 +151,33 @@ def test_ids_of_any_size_are_those_of_the_processor(
         expected = placeholders.expand(layout, text, placed, [plan], 2**20).token_ids
         start = len(ids) - len(expected)  # A beginning-of-sequence token may stand in front.
         assert start in (0, 1) and ids[start:] == expected, (width, height)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_no_text_may_become_a_token_of_an_expansion(
+    checkpoint: Checkpoint, layout: Any, size: tuple[int, int]
+) -> None:
+    """In prompts without pictures, placeholders and the special tokens around them are text."""
+    tokenizer = ChatRenderer.load(checkpoint.path, layout).tokenizer
+    placed = tokenizer.encode(placeholders.picture_text(layout, tokenizer))
+    plan = layout.plan(Structure("png", *size))
+    ids = set(placeholders.expand(layout, "", placed, [plan], 2**20).token_ids)
+    entries = json.loads((checkpoint.path / "tokenizer.json").read_text())["added_tokens"]
+    special = {entry["id"]: entry["content"] for entry in entries if entry["special"]}
+    assert ids & special.keys() <= set(layout.placeholder_ids.values())
+    for token_id in ids & special.keys():
+        text = TextPrompt(special[token_id], add_special_tokens=False)
+        assert token_id not in read_plain(text, tokenizer, layout).token_ids
+        with pytest.raises(InvalidRequest, match=f"{token_id} stands for a picture"):
+            read_plain(TokenPrompt((token_id,)), tokenizer, layout)
+
+
+def test_bounds_that_no_picture_has_are_refused(layout: Any) -> None:
+    for name in ("min_pixels", "max_pixels"):
+        for bound in (0, -5):
+            with pytest.raises(InvalidRequest, match=f"{name} must be at least 1") as caught:
+                layout.plan(Structure("png", 300, 200), Overrides(**{name: bound}))
+            assert caught.value.param == name
 
 
 def test_positions_have_a_shape_and_go_on_after_the_prompt(layout: Any) -> None:

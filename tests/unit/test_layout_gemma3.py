@@ -142,6 +142,7 @@ def changed(directory: Path, file: str, **fields: Any) -> Any:
             UnsupportedCheckpoint,
             "both directions",
         ),
+        ("config.json", {"eoi_token_index": -2}, CheckpointError, "eoi_token_index = -2"),
     ],
 )
 def test_what_is_not_served(
@@ -149,6 +150,29 @@ def test_what_is_not_served(
 ) -> None:
     with pytest.raises(error, match=said):
         changed(tmp_path, file, **fields)
+
+
+def test_a_window_of_no_tokens_is_refused(tmp_path: Path) -> None:
+    changed(tmp_path, "config.json", text_config={"sliding_window": 0})
+    with pytest.raises(CheckpointError, match="sliding_window = 0"):
+        load_language(Checkpoint.open(str(tmp_path), side="llm"), "float32", "cpu", CAUSAL)
+
+
+@pytest.mark.parametrize("name", ["boi_token", "eoi_token"])
+def test_a_token_around_pictures_that_no_file_names_is_refused(name: str, tmp_path: Path) -> None:
+    """Its id may be another token's: here the one after it has moved up."""
+    path = make_checkpoint("gemma3", tmp_path)
+    fields = json.loads((path / "tokenizer_config.json").read_text())
+    text = fields["extra_special_tokens"].pop(name)
+    (path / "tokenizer_config.json").write_text(json.dumps(fields))
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    for token in tokenizer["added_tokens"]:
+        token["content"] = {text: "<start_of_turn>", "<start_of_turn>": "<unused>"}.get(
+            token["content"], token["content"]
+        )
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match=f"names the {name}"):
+        ChatRenderer.load(path, make_layout(Checkpoint.open(str(path))))
 
 
 def test_a_text_model_alone_is_refused_by_name(tmp_path: Path) -> None:

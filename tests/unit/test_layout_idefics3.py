@@ -159,6 +159,8 @@ def test_a_picture_that_does_not_fit_its_plan(layout: Any, tmp_path: Path) -> No
         ("processor_config.json", {"image_seq_len": 169}, "writes 169 placeholders a tile"),
         ("preprocessor_config.json", {"size": {"height": 9, "width": 9}}, "lacks longest_edge"),
         ("tokenizer_config.json", {"fake_image_token": "<fake>"}, "lacks <fake>"),
+        ("config.json", {"image_token_id": -1}, "image_token_id = -1"),
+        ("preprocessor_config.json", {"resample": 6}, "resample = 6"),
     ],
 )
 def test_files_that_do_not_fit_are_named(
@@ -167,6 +169,16 @@ def test_files_that_do_not_fit_are_named(
     published.write("smolvlm-256m-instruct", tmp_path, weights=False)
     change(tmp_path / file, changes)
     with pytest.raises(CheckpointError, match=said):
+        open_layout(tmp_path)
+
+
+def test_tiles_are_bounded(tmp_path: Path) -> None:
+    published.write("smolvlm-256m-instruct", tmp_path, weights=False)
+    change(tmp_path / "preprocessor_config.json", {"max_image_size": {"longest_edge": 128}})
+    change(tmp_path / "processor_config.json", {"image_seq_len": 4})
+    open_layout(tmp_path)
+    change(tmp_path / "preprocessor_config.json", {"size": {"longest_edge": 2049}})
+    with pytest.raises(UnsupportedCheckpoint, match="289 tiles; more than 256"):
         open_layout(tmp_path)
 
 

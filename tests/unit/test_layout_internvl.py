@@ -133,6 +133,7 @@ def test_other_text_models(text: dict[str, Any], random_checkpoint: Callable[...
 @pytest.mark.parametrize(
     ("config", "said"),
     [
+        ({"image_token_id": -1}, "image_token_id = -1"),
         ({"vision_feature_layer": -2}, "vision_feature_layer is -2"),
         ({"vision_feature_select_strategy": "full"}, "'full'"),
         ({"downsample_ratio": 0}, "downsample_ratio is 0"),
@@ -158,6 +159,13 @@ def test_a_processor_of_other_tiles_is_named(tmp_path: Path) -> None:
     published.write("internvl3-8b-hf", tmp_path, weights=False)
     edit(tmp_path / "processor_config.json", {"image_seq_length": 64})
     with pytest.raises(CheckpointError, match="writes 64 placeholders a tile"):
+        registry.make_layout(Checkpoint.open(str(tmp_path)))
+
+
+def test_tiles_are_bounded(tmp_path: Path) -> None:
+    published.write("internvl3-8b-hf", tmp_path, weights=False)
+    edit(tmp_path / "preprocessor_config.json", {"max_patches": 257})
+    with pytest.raises(UnsupportedCheckpoint, match="257 tiles; more than 256"):
         registry.make_layout(Checkpoint.open(str(tmp_path)))
 
 

@@ -155,6 +155,23 @@ def test_processors_that_do_not_fit(tmp_path: Path, processor: dict[str, Any], s
         layout(tmp_path, processor=processor)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("patch_size", 16, "is 16 but the vision tower's patch_size is 14"),
+        ("num_additional_image_tokens", 0, "is 0 but .* is 1"),
+        ("vision_feature_select_strategy", "full", "is 'full' but .* is 'default'"),
+    ],
+)
+def test_a_processor_that_writes_other_tokens_is_refused(
+    tmp_path: Path, name: str, value: Any, said: str
+) -> None:
+    layout(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(CheckpointError, match=f"the processor's {name} {said}"):
+        layout(tmp_path)
+
+
 def test_an_unknown_text_model_needs_its_sizes(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="lacks hidden_size"):
         layout(tmp_path, config={"text_config": {"model_type": "novel"}})

@@ -145,6 +145,9 @@ def test_a_tokenizer_that_is_tekken_only_is_refused(tmp_path: Path) -> None:
         ({"vision_config": {"model_type": "siglip_vision_model"}}, {}, "'siglip_vision_model'"),
         ({}, {"do_center_crop": True}, "do_center_crop"),
         ({}, {"size": "large"}, "no known form"),
+        ({}, {"patch_size": 16}, "patch_size is 16 but .* is 14"),
+        ({}, {"patch_size": {"height": 14, "width": 28}}, "patch_size is 28 but .* is 14"),
+        ({"image_token_index": -1}, {}, "image_token_index = -1"),
     ],
 )
 def test_what_is_not_served_is_refused(
@@ -152,3 +155,14 @@ def test_what_is_not_served_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=said):
         layout(tmp_path, MISTRAL | config, **processor)
+
+
+@pytest.mark.parametrize("config", [MISTRAL, PIXTRAL], ids=["mistral3", "pixtral"])
+@pytest.mark.parametrize(("name", "value"), [("patch_size", 28), ("spatial_merge_size", 3)])
+def test_a_processor_that_writes_other_tokens_is_refused(
+    config: dict[str, Any], name: str, value: int, tmp_path: Path
+) -> None:
+    layout(tmp_path, config)
+    (tmp_path / "processor_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(CheckpointError, match=f"the processor's {name} is {value} but"):
+        layout(tmp_path, config)

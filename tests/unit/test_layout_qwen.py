@@ -312,6 +312,17 @@ def test_every_vision_token_is_a_placeholder(tmp_path: Path) -> None:
         ({}, {**PROCESSOR, "merge_size": "two"}, "whole number"),
         ({}, {**PROCESSOR, "image_mean": [1, 2]}, "three numbers"),
         ({"text_config": {"hidden_size": 0}}, PROCESSOR, "positive"),
+        ({"image_token_id": -1}, PROCESSOR, "image_token_id = -1"),
+        ({"vision_start_token_id": -1}, PROCESSOR, "vision_start_token_id = -1"),
+        ({}, {**PROCESSOR, "min_pixels": 9999, "max_pixels": 999}, "at least 9999 .* most 999"),
+        ({}, {"size": {"shortest_edge": 9999, "longest_edge": 999}}, "at least 9999"),
+        ({}, {**PROCESSOR, "resample": 6}, "resample = 6"),
+        ({}, {**PROCESSOR, "resample": -1}, "resample = -1"),
+        ({}, {**PROCESSOR, "image_std": [0.5, 0, 0.5]}, "image_std"),
+        ({}, {**PROCESSOR, "image_std": [0.5, float("inf"), 0.5]}, "image_std = inf"),
+        ({}, {**PROCESSOR, "image_mean": float("nan")}, "image_mean = nan"),
+        ({}, {**PROCESSOR, "rescale_factor": float("nan")}, "rescale_factor = nan"),
+        ({}, {**PROCESSOR, "rescale_factor": 10**400}, "finite"),
     ],
 )
 def test_configurations_that_contradict_themselves(

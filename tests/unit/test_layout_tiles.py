@@ -121,7 +121,7 @@ def test_bounds_of_pixels_are_refused(config: dict[str, Any], tmp_path: Path) ->
         (ONEVISION | {"vision_feature_select_strategy": "default"}, {}, "full is served"),
         (ONEVISION | {"vision_aspect_ratio": "anyres"}, {}, "anyres_max_"),
         (NEXT | {"image_grid_pinpoints": [[336, 700]]}, {}, "tiles of 336x336"),
-        (NEXT | {"image_grid_pinpoints": [[336 * 17, 336 * 17]]}, {}, "more than 256 tiles"),
+        (NEXT | {"image_grid_pinpoints": [[336 * 17, 336 * 17]]}, {}, "289 tiles; more than 256"),
         (NEXT | {"image_grid_pinpoints": 5}, {}, "no list"),
         (NEXT, {"image_grid_pinpoints": [[336, 336]]}, "differ"),
         (NEXT, {"size": {"shortest_edge": 224}}, "takes 336x336"),
@@ -133,6 +133,26 @@ def test_what_is_not_served_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=said):
         layout(tmp_path, config, **processor)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value", "said"),
+    [
+        (NEXT, "patch_size", 16, "is 16 but .* is 14"),
+        (NEXT, "num_additional_image_tokens", 0, "is 0 but .* is 1"),
+        (NEXT, "vision_feature_select_strategy", "full", "is 'full' but .* is 'default'"),
+        (ONEVISION, "vision_aspect_ratio", "anyres_max_4", "is 'anyres_max_4' but .*_9'"),
+        (ONEVISION, "num_image_tokens", 576, "is 576 but .* is 729"),
+        (ONEVISION, "num_additional_image_tokens", 1, "is 1 but .* is 0"),
+    ],
+)
+def test_a_processor_that_writes_other_tokens_is_refused(
+    config: dict[str, Any], name: str, value: Any, said: str, tmp_path: Path
+) -> None:
+    layout(tmp_path, config)
+    (tmp_path / "processor_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(CheckpointError, match=f"the processor's {name} {said}"):
+        layout(tmp_path, config)
 
 
 @pytest.mark.parametrize("size", [(84, 84), (150, 90), (90, 150), (400, 30), (10, 12)])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opticnerve.checkpoints.json_files import PixelSettings, integer, positive, read_object
+from opticnerve.checkpoints.json_files import PixelSettings, positive, read_object, token_id
 from opticnerve.errors import CheckpointError, UnsupportedCheckpoint
 from opticnerve.media.plan import (
     NO_OVERRIDES,
@@ -56,7 +56,7 @@ class Gemma3Layout:
         _check_architecture(checkpoint)
         self.hidden_size, self.max_positions = text_sizes(checkpoint, "gemma3_text")
         self.placeholder_ids = {
-            name: integer(config, f"{name}_id", integer(config, f"{name}_index", usual))
+            name: token_id(config, f"{name}_id", token_id(config, f"{name}_index", usual))
             for name, usual in TOKEN_IDS.items()
         }
         self.item_token_ids = {Modality.IMAGE: self.placeholder_ids["image_token"]}

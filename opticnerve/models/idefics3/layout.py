@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from opticnerve.checkpoints.json_files import PixelSettings, integer, positive, read_object
+from opticnerve.checkpoints.json_files import PixelSettings, positive, read_object, token_id
 from opticnerve.checkpoints.tokenizer_files import (
     encode_texts,
     named_tokens,
@@ -23,7 +23,7 @@ from opticnerve.media.plan import Modality, Plan
 from opticnerve.models.family import Expansion, RowRun
 from opticnerve.models.picture_sizes import processor_settings
 from opticnerve.models.text_models import text_sizes
-from opticnerve.models.tiles import TiledLayout
+from opticnerve.models.tiles import TiledLayout, check_tiles
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,14 +56,14 @@ class Idefics3Layout(TiledLayout):
         size = processor.get("size", {"longest_edge": 4 * 364})
         self.longest_edge = positive(size if isinstance(size, Mapping) else {}, "longest_edge")
         self.splits = bool(processor.get("do_image_splitting", True))
+        check_tiles(self._most_tiles**2, "the image processor's size over its max_image_size")
         self._check_tokens(checkpoint)
         self.hidden_size, self.max_positions = text_sizes(checkpoint)
-        image_token_id = integer(config, "image_token_id", 128257)
+        image_token_id = token_id(config, "image_token_id", 128257)
         self.item_token_ids = {Modality.IMAGE: image_token_id}
-        self.placeholder_ids = {"image_token": image_token_id}
         self._path = checkpoint.path
         if checkpoint.side == "gateway":
-            _ = self._separators
+            _ = self.placeholder_ids
 
     def _check_tokens(self, checkpoint: Checkpoint) -> None:
         whole = read_object(checkpoint.path / "processor_config.json") or {}
@@ -145,6 +145,21 @@ class Idefics3Layout(TiledLayout):
                 ids.extend(marks.row_end if row < rows - 1 else marks.last_row_end)
         add_tile(marks.whole)
         return Expansion((*ids, marks.fake), tuple(runs))
+
+    @cached_property
+    def placeholder_ids(self) -> Mapping[str, int]:
+        """Read where they are needed: an encoder may have no tokenizer. What the tokenizer writes
+        in pieces are tokens of text. Raises CheckpointError."""
+        marks = self._separators
+        pieces = {"global_image_token": marks.whole} | {
+            f"row_{row + 1}_col_{column + 1}_token": ids
+            for (row, column), ids in marks.places.items()
+        }
+        return {
+            "image_token": self.item_token_ids[Modality.IMAGE],
+            "fake_image_token": marks.fake,
+            **{name: ids[0] for name, ids in pieces.items() if len(ids) == 1},
+        }
 
     @cached_property
     def _separators(self) -> Separators:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from opticnerve.checkpoints.json_files import PixelSettings, integer, number, positive, read_object
+from opticnerve.checkpoints.json_files import PixelSettings, number, positive, read_object, token_id
 from opticnerve.checkpoints.tokenizer_files import (
     added_token_id,
     named_tokens,
@@ -21,7 +21,7 @@ from opticnerve.media.plan import Modality, Plan
 from opticnerve.models.family import Expansion, RowRun
 from opticnerve.models.picture_sizes import processor_settings
 from opticnerve.models.text_models import text_sizes
-from opticnerve.models.tiles import TiledLayout
+from opticnerve.models.tiles import TiledLayout, check_tiles
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
@@ -49,16 +49,16 @@ class InternVLLayout(TiledLayout):
         )
         self._check_processor(checkpoint, processor)
         self.hidden_size, self.max_positions = text_sizes(checkpoint, usual="qwen2")
-        image_token_id = integer(config, "image_token_id", 151667)
+        image_token_id = token_id(config, "image_token_id", 151667)
         self.item_token_ids = {Modality.IMAGE: image_token_id}
-        self.placeholder_ids = {"image_token": image_token_id}
         # The reference's processor always cuts, whatever crop_to_patches says.
         self.max_tiles = positive(processor, "max_patches", 12)
+        check_tiles(self.max_tiles, "the image processor's max_patches")
         self.min_tiles = min(positive(processor, "min_patches", 1), self.max_tiles)
         self._shapes = _shapes(self.max_tiles)
         self._path = checkpoint.path
         if checkpoint.side == "gateway":
-            _ = self._markers
+            _ = self.placeholder_ids
 
     def _check_processor(self, checkpoint: Checkpoint, processor: Mapping[str, Any]) -> None:
         size = processor.get("size", {"height": 384, "width": 384})
@@ -103,6 +103,13 @@ class InternVLLayout(TiledLayout):
         start, end = self._markers
         run = (self.item_token_ids[plan.modality],) * plan.num_tokens
         return Expansion((start, *run, end), (RowRun(1, plan.num_tokens, 0),))
+
+    @cached_property
+    def placeholder_ids(self) -> Mapping[str, int]:
+        """Read where they are needed: an encoder may have no tokenizer. Raises CheckpointError."""
+        start, end = self._markers
+        image = self.item_token_ids[Modality.IMAGE]
+        return {"image_token": image, "start_image_token": start, "end_image_token": end}
 
     @cached_property
     def _markers(self) -> tuple[int, int]:

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opticnerve.checkpoints.json_files import PixelSettings, integer, positive
+from opticnerve.checkpoints.json_files import PixelSettings, positive, read_object, token_id
 from opticnerve.errors import CheckpointError, InvalidRequest, UnsupportedCheckpoint
 from opticnerve.media.plan import NO_OVERRIDES, Grid, Modality, Overrides, Plan, Span, Structure
 from opticnerve.models.family import Expansion, RowRun
-from opticnerve.models.picture_sizes import check_aspect, picture_plan, processor_settings
+from opticnerve.models.picture_sizes import (
+    check_agreed,
+    check_aspect,
+    check_overrides,
+    picture_plan,
+    processor_settings,
+)
 from opticnerve.models.text_models import count_positions, text_sizes
 
 if TYPE_CHECKING:
@@ -45,8 +52,8 @@ class LlavaLayout:
         config, vision = checkpoint.config, checkpoint.vision_config
         self.tower = self._read_tower(vision)
         self.hidden_size, self.max_positions = text_sizes(checkpoint, self.text_model)
-        index = integer(config, "image_token_index", self.image_token)
-        image_token_id = integer(config, "image_token_id", index)
+        index = token_id(config, "image_token_index", self.image_token)
+        image_token_id = token_id(config, "image_token_id", index)
         self.item_token_ids = {Modality.IMAGE: image_token_id}
         self.placeholder_ids = {"image_token": image_token_id}
         self.patch_size = positive(vision, "patch_size", self.towers[self.tower])
@@ -57,6 +64,7 @@ class LlavaLayout:
                 f"vision_feature_select_strategy is {self.strategy!r}; default and full are served"
             )
         self._read_processor(checkpoint)
+        self._check_written(checkpoint)
 
     def _read_tower(self, vision: Mapping[str, Any]) -> str:
         """The tower's model_type."""
@@ -92,6 +100,16 @@ class LlavaLayout:
                 f"the image processor makes pictures of {seen} but the vision tower takes "
                 f"{self.image_size}x{self.image_size}; the files are not of one checkpoint"
             )
+
+    def _check_written(self, checkpoint: Checkpoint) -> None:
+        """Raises CheckpointError for a processor_config.json by which a picture would have other
+        tokens."""
+        agree = partial(check_agreed, read_object(checkpoint.path / "processor_config.json") or {})
+        agree("patch_size", "the vision tower's patch_size", self.patch_size)
+        name = "vision_feature_select_strategy"
+        agree(name, f"the model's {name}", self.strategy)
+        extra = int(self.tower == "clip_vision_model")
+        agree("num_additional_image_tokens", f"what {self.tower} adds to patches", extra)
 
     # ---- pictures
 
@@ -136,6 +154,7 @@ class LlavaLayout:
 def check_item(size: tuple[int, int], overrides: Overrides) -> None:
     """Raises InvalidRequest for bounds of pixels, which these models do not have, and InvalidMedia
     for a picture that is too long. ``size``: (width, height) as displayed."""
+    check_overrides(overrides)
     if overrides.min_pixels is not None or overrides.max_pixels is not None:
         raise InvalidRequest(
             "this model sees pictures at sizes of its own: leave out min_pixels and max_pixels",

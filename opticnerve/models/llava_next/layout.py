@@ -19,13 +19,13 @@ from opticnerve.errors import CheckpointError, UnsupportedCheckpoint
 from opticnerve.media.plan import NO_OVERRIDES, Grid, Overrides, Plan, Structure
 from opticnerve.models.llava.layout import LlavaLayout, check_item, read_size
 from opticnerve.models.picture_sizes import picture_plan, processor_settings
+from opticnerve.models.tiles import check_tiles
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 MAX_PINPOINTS = 256
-MAX_TILES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +94,7 @@ class LlavaNextLayout(LlavaLayout):
                     f"image_grid_pinpoints has {pair!r}; supported are sizes that tiles of "
                     f"{side}x{side} fill"
                 )
-            if pair[0] * pair[1] > MAX_TILES * side * side:
-                raise UnsupportedCheckpoint(
-                    f"image_grid_pinpoints has {pair!r}, which is more than {MAX_TILES} tiles"
-                )
+            check_tiles(pair[0] * pair[1] // side**2, f"image_grid_pinpoints with {pair!r}")
         return tuple((high, wide) for high, wide in given)
 
     # ---- pictures

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from opticnerve.checkpoints.json_files import integer
+from opticnerve.checkpoints.json_files import read_object, token_id
 from opticnerve.errors import UnsupportedCheckpoint
 from opticnerve.media.plan import NO_OVERRIDES, Grid, Overrides, Plan, Structure
 from opticnerve.models.llava.layout import check_item
 from opticnerve.models.llava_next.layout import LlavaNextLayout
-from opticnerve.models.picture_sizes import picture_plan
+from opticnerve.models.picture_sizes import check_agreed, picture_plan
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
@@ -41,15 +42,24 @@ class LlavaOnevisionLayout(LlavaNextLayout):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         config = checkpoint.config
-        index = integer(config, "video_token_index", 151647)
-        self.placeholder_ids["video_token"] = integer(config, "video_token_id", index)
-        named = config.get("vision_aspect_ratio") or "anyres_max_9"
+        index = token_id(config, "video_token_index", 151647)
+        self.placeholder_ids["video_token"] = token_id(config, "video_token_id", index)
+        named = _aspect_ratio(config)
         found = re.fullmatch(r"anyres_max_([1-9][0-9]{0,3})", str(named))
         if found is None:
             raise UnsupportedCheckpoint(
                 f"vision_aspect_ratio is {named!r}; supported is anyres_max_ with a number"
             )
         self.max_tiles = int(found[1])
+
+    def _check_written(self, checkpoint: Checkpoint) -> None:
+        super()._check_written(checkpoint)
+        agree = partial(check_agreed, read_object(checkpoint.path / "processor_config.json") or {})
+        name = "vision_aspect_ratio"
+        agree(name, f"the model's {name}", _aspect_ratio(checkpoint.config))
+        # The processor takes one off for a class token.
+        rows = (self.image_size // self.patch_size) ** 2 + (self.strategy == "default")
+        agree("num_image_tokens", "the number of rows that the vision tower makes", rows)
 
     def plan(self, structure: Structure, overrides: Overrides = NO_OVERRIDES) -> Plan:
         if not overrides.one_of_several:
@@ -65,3 +75,7 @@ class LlavaOnevisionLayout(LlavaNextLayout):
     def settings(self) -> Mapping[str, Any]:
         own = {"max_tiles": self.max_tiles, "several_pictures": "squares"}
         return {**super().settings(), **own}
+
+
+def _aspect_ratio(config: Mapping[str, Any]) -> Any:
+    return config.get("vision_aspect_ratio") or "anyres_max_9"

@@ -16,12 +16,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opticnerve.checkpoints.json_files import PixelSettings, integer, positive, read_object
+from opticnerve.checkpoints.json_files import PixelSettings, positive, read_object, token_id
 from opticnerve.checkpoints.tokenizer_files import added_token_id
 from opticnerve.errors import CheckpointError, InvalidRequest, UnsupportedCheckpoint
 from opticnerve.media.plan import NO_OVERRIDES, Grid, Modality, Overrides, Plan, Span, Structure
 from opticnerve.models.family import Expansion, RowRun
-from opticnerve.models.picture_sizes import check_aspect, picture_plan, processor_settings
+from opticnerve.models.picture_sizes import (
+    check_agreed,
+    check_aspect,
+    check_overrides,
+    picture_plan,
+    processor_settings,
+)
 from opticnerve.models.text_models import count_positions, text_sizes
 
 if TYPE_CHECKING:
@@ -51,7 +57,8 @@ class Mistral3Layout:
                 f"this checkpoint's vision tower is {tower!r}; pixtral is supported"
             )
         self.hidden_size, self.max_positions = text_sizes(checkpoint, "mistral")
-        image_token_id = integer(config, "image_token_id", integer(config, "image_token_index", 10))
+        index = token_id(config, "image_token_index", 10)
+        image_token_id = token_id(config, "image_token_id", index)
         self.break_token_id, self.end_token_id = _token_ids(checkpoint)
         self.item_token_ids = {Modality.IMAGE: image_token_id}
         self.placeholder_ids = {
@@ -69,6 +76,18 @@ class Mistral3Layout:
             )
         self.pixels = PixelSettings.read(processor)
         self.largest = _largest(processor.get("size") or {"longest_edge": 1024})
+        self._check_sizes(processor)
+        self._check_sizes(read_object(checkpoint.path / "processor_config.json") or {})
+
+    def _check_sizes(self, settings: Mapping[str, Any]) -> None:
+        """Raises CheckpointError for a processor that cuts pictures into other tokens."""
+        size = settings.get("patch_size")
+        sides = size.values() if isinstance(size, Mapping) else (size,)
+        for side in sides:
+            cut = {"patch_size": side}
+            check_agreed(cut, "patch_size", "the vision tower's patch_size", self.patch_size)
+        name = "spatial_merge_size"
+        check_agreed(settings, name, f"the model's {name}", self.merge_size)
 
     def _read_merge_size(self, checkpoint: Checkpoint) -> int:
         """Patches along one side of a token."""
@@ -89,12 +108,11 @@ class Mistral3Layout:
         return math.ceil(width / side) * side, math.ceil(height / side) * side
 
     def plan(self, structure: Structure, overrides: Overrides = NO_OVERRIDES) -> Plan:
+        check_overrides(overrides)
         if overrides.min_pixels is not None:
             raise InvalidRequest(
                 "this model never enlarges pictures: leave out min_pixels", param="min_pixels"
             )
-        if overrides.max_pixels is not None and overrides.max_pixels < 1:
-            raise InvalidRequest("max_pixels must be at least 1", param="max_pixels")
         check_aspect(*structure.displayed_size)
         resized = self.resized_size(*structure.displayed_size, overrides.max_pixels)
         grid = Grid(1, resized[1] // self.patch_size, resized[0] // self.patch_size)

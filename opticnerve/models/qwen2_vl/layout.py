@@ -15,11 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opticnerve.checkpoints.json_files import PixelSettings, integer, positive
+from opticnerve.checkpoints.json_files import PixelSettings, positive, token_id
 from opticnerve.errors import CheckpointError, InvalidRequest
 from opticnerve.media.plan import NO_OVERRIDES, Grid, Modality, Overrides, Plan, Span, Structure
 from opticnerve.models.family import Expansion, RowRun
-from opticnerve.models.picture_sizes import check_aspect, picture_plan, processor_settings
+from opticnerve.models.picture_sizes import (
+    check_agreed,
+    check_aspect,
+    check_overrides,
+    picture_plan,
+    processor_settings,
+)
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
@@ -81,13 +87,13 @@ class Qwen2VLLayout:
         config, vision = checkpoint.config, checkpoint.vision_config
         processor, text = processor_settings(checkpoint), checkpoint.text_config
         usual = self.defaults
-        image_token_id = integer(config, "image_token_id", usual["image_token_id"])
-        video_token_id = integer(config, "video_token_id", usual["video_token_id"])
+        image_token_id = token_id(config, "image_token_id", usual["image_token_id"])
+        video_token_id = token_id(config, "video_token_id", usual["video_token_id"])
         self.item_token_ids = {Modality.IMAGE: image_token_id, Modality.VIDEO: video_token_id}
         self.placeholder_ids = {"image_token": image_token_id}
         for name in self.other_placeholders:
             if config.get(f"{name}_id") is not None:
-                self.placeholder_ids[name] = integer(config, f"{name}_id")
+                self.placeholder_ids[name] = token_id(config, f"{name}_id")
         self.hidden_size = positive(text, "hidden_size", usual["hidden_size"])
         self.max_positions = positive(
             text, "max_position_embeddings", usual["max_position_embeddings"]
@@ -122,13 +128,8 @@ class Qwen2VLLayout:
     def _bounds(self, overrides: Overrides) -> tuple[int, int]:
         """(min, max) pixels of one item. If a request sets one bound, the model's other bound moves
         where it would contradict it; two bounds that a request sets must be in order."""
+        check_overrides(overrides)
         low, high = overrides.min_pixels, overrides.max_pixels
-        if (low is not None and low < 1) or (high is not None and high < 1):
-            raise InvalidRequest("min_pixels and max_pixels must be at least 1", param="min_pixels")
-        if low is not None and high is not None and low > high:
-            raise InvalidRequest(
-                f"min_pixels ({low}) is larger than max_pixels ({high})", param="min_pixels"
-            )
         if low is None:
             low = self.min_pixels if high is None else min(self.min_pixels, high)
         if high is None:
@@ -211,14 +212,10 @@ def _agreed(
     processor: Mapping[str, Any], name: str, vision: Mapping[str, Any], vision_name: str, usual: int
 ) -> int:
     """A size that the processor and the tower must share."""
-    ours = positive(processor, name, usual)
-    theirs = positive(vision, vision_name, usual)
-    if ours != theirs:
-        raise CheckpointError(
-            f"the image processor's {name} is {ours} but the vision tower's {vision_name} is "
-            f"{theirs}; the files are not of one checkpoint"
-        )
-    return ours
+    size = positive(vision, vision_name, usual)
+    written = {name: positive(processor, name, usual)}
+    check_agreed(written, name, f"the vision tower's {vision_name}", size)
+    return size
 
 
 def _pixel_bounds(processor: Mapping[str, Any], usual: Mapping[str, int]) -> tuple[int, int]:
@@ -227,4 +224,10 @@ def _pixel_bounds(processor: Mapping[str, Any], usual: Mapping[str, int]) -> tup
     size = size if isinstance(size, Mapping) else {}
     low = positive(size, "shortest_edge", positive(size, "min_pixels", usual["min_pixels"]))
     high = positive(size, "longest_edge", positive(size, "max_pixels", usual["max_pixels"]))
-    return positive(processor, "min_pixels", low), positive(processor, "max_pixels", high)
+    low, high = positive(processor, "min_pixels", low), positive(processor, "max_pixels", high)
+    if low > high:
+        raise CheckpointError(
+            f"the image processor makes pictures of at least {low} pixels and at most {high}; "
+            "fetch preprocessor_config.json again"
+        )
+    return low, high
