@@ -136,8 +136,9 @@ class EngineBackend:
         if bucket is None:
             if self._beyond is None:
                 raise InvalidRequest(
-                    f"the picture would be {plans[0].num_patches} patches; this encoder's engine "
-                    f"takes up to {self.buckets[-1].patches}. Lower max_pixels",
+                    f"the picture would be {max(map(self._graph.patches, plans))} patches, with "
+                    f"padding; this encoder's engine takes up to {self.buckets[-1].patches}. "
+                    "Lower max_pixels",
                     param="max_pixels",
                 )
             return self._beyond.encode(pixels, plans)
@@ -167,11 +168,11 @@ class EngineBackend:
         batch = max_batch_patches or max(
             bucket.patches * bucket.pictures for bucket in self.buckets
         )
+        if self._beyond is not None:
+            return Capacity(batch, self._beyond.warm(largest, max_batch_patches).max_item_patches)
         if self.bucket_of(largest) is not None:
             return Capacity(batch, permitted_patches(largest))
-        if self._beyond is None:
-            return Capacity(batch, self.buckets[-1].patches)
-        return Capacity(batch, self._beyond.warm(largest, max_batch_patches).max_item_patches)
+        return Capacity(batch, self.buckets[-1].patches)
 
     def close(self) -> None:
         self._runtime.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from encoder_service.backends.base import Bucket
 from encoder_service.backends.engine_backend import EngineBackend
 from encoder_service.engines import gate, opening
+from encoder_service.engines.buckets import choose_buckets, largest_bucket
 from encoder_service.engines.output import replacing
 from encoder_service.engines.sidecar import (
     GRAPH_FILE,
@@ -28,7 +28,7 @@ from encoder_service.engines.sidecar import (
     describe_files,
 )
 from encoder_service.engines.tensorrt_builder import Profile, build_plan
-from encoder_service.pictures.largest_picture import largest_plan, permitted_patches
+from encoder_service.pictures.largest_picture import largest_plan
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.checkpoints.digests import cache_directory
 from opticnerve.checkpoints.loader import DTYPES, resolve_device, resolve_dtype
@@ -42,14 +42,9 @@ from opticnerve.tensors.dtypes import dtype_name
 
 if TYPE_CHECKING:
     from encoder_service.backends.tensorrt_library import TensorrtLibrary
-    from opticnerve.media.plan import Plan
     from opticnerve.models.towers.graph import TowerGraph
 
 log = logging.getLogger(__name__)
-
-GPU_BUCKETS, CPU_BUCKETS = (1024, 4096, 16_384), (256, 1024, 4096)
-GPU_CALL, CPU_CALL = 16_384, 4096  # Patches of one call: more gain no throughput.
-MAX_BUCKETS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +93,7 @@ class EngineBuild:
         log.info("loading %s", self.checkpoint.name)
         tower = load_tower(self.checkpoint, torch.float32, self._device)
         graph = make_graph(self.checkpoint, tower)
-        wanted = choose_buckets(self.settings.backend, self.settings.buckets, graph, self._largest)
-        buckets, probes = self._probes(graph, wanted)
+        buckets, probes = self._probes(graph)
         rows = gate.torch_rows(tower, probes)
         shown = tqdm(rows, "torch's rows of probe pictures", unit="picture", leave=False)
         gate.write_rows(made / PROBES_FILE, dict(shown))
@@ -109,21 +103,21 @@ class EngineBuild:
             graph = make_graph(self.checkpoint, tower)
         return graph, buckets, probes
 
-    def _probes(
-        self, graph: TowerGraph, wanted: tuple[Bucket, ...]
-    ) -> tuple[tuple[Bucket, ...], list[gate.Probe]]:
+    def _probes(self, graph: TowerGraph) -> tuple[tuple[Bucket, ...], list[gate.Probe]]:
         """The buckets that pictures of this checkpoint use, and their probes."""
-        make = partial(gate.make_probes, self._layout, self._preprocess, graph)
-        used = {probe.bucket for probe in make(wanted, self._largest)}
+        asked, layout, largest = self.settings.buckets, self._layout, self._largest
+        wanted = choose_buckets(self.settings.backend, asked, layout, graph, largest)
+        make = partial(gate.make_probes, layout, self._preprocess, graph)
+        used = {probe.bucket for probe in make(wanted, largest)}
         buckets = tuple(bucket for i, bucket in enumerate(wanted) if i in used)
-        if not buckets or (self.settings.buckets and len(buckets) < len(wanted)):
+        if not buckets or (asked and len(buckets) < len(wanted)):
             unused = [bucket.patches for bucket in wanted if bucket not in buckets]
             raise ConfigError(
-                f"no picture of this checkpoint would use buckets {unused}; the largest has "
-                f"{graph.patches(self._largest)} patches",
+                f"no picture of this checkpoint would use buckets {unused}; one of "
+                f"{largest_bucket(layout, graph, largest)} patches holds the largest",
                 param="buckets",
             )
-        return buckets, make(buckets, self._largest)
+        return buckets, make(buckets, largest)
 
     def _export(self, graph: TowerGraph, buckets: Sequence[Bucket], made: Path) -> None:
         log.info("exporting the tower in %s", self.precision)
@@ -195,27 +189,6 @@ def _export_quietly(graph: TowerGraph, path: Path) -> None:
             export(graph, path)
     finally:
         logging.disable(disabled)
-
-
-def choose_buckets(
-    backend: str, wanted: Sequence[int], graph: TowerGraph, largest: Plan
-) -> tuple[Bucket, ...]:
-    """Buckets for ``wanted`` sizes (none: the default), rounded up to the graph's unit, and none
-    larger than the largest picture needs. Raises ConfigError for too many."""
-    default, call = (CPU_BUCKETS, CPU_CALL) if backend == "onnx" else (GPU_BUCKETS, GPU_CALL)
-    most = graph.pictures(largest)
-    if graph.fixed_patches is not None:
-        sizes = {graph.fixed_patches}
-    else:
-        limit = _round_up(permitted_patches(largest), graph.unit)
-        sizes = {min(_round_up(size, graph.unit), limit) for size in wanted or default}
-    if len(sizes) > MAX_BUCKETS:
-        raise ConfigError(f"an engine has up to {MAX_BUCKETS} buckets", param="buckets")
-    return tuple(Bucket(size, max(most, call // size, 1)) for size in sorted(sizes))
-
-
-def _round_up(size: int, unit: int) -> int:
-    return math.ceil(size / unit) * unit
 
 
 def _precision(settings: BuildSettings, checkpoint: Checkpoint, device: torch.device) -> str:

@@ -6,7 +6,6 @@ the same pictures is measured against them at every load.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from encoder_service.backends.base import Bucket, Embedding
+from encoder_service.engines.buckets import planned
 from encoder_service.engines.sidecar import Parity
 from opticnerve.embeddings import codec
-from opticnerve.errors import InvalidMedia, OpticNerveError, UnusableEngine
-from opticnerve.media.plan import Overrides, Plan, Structure
+from opticnerve.errors import OpticNerveError, UnusableEngine
+from opticnerve.media.plan import Plan
 from opticnerve.tensors.distance import LIMITS, compare
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ Encode = Callable[[Sequence[NDArray[np.uint8]], Sequence[Plan]], Sequence[Embedd
 Rows = Mapping[str, torch.Tensor]
 """Tensors of probes, float32, by "<probe's index>.<tensor's name>"."""
 
-ASPECTS = tuple(199 ** (step / 8) for step in range(-8, 9))  # Width by height, tall to wide.
+ASPECT_STEPS = 8  # From square to the longest, in both directions.
 STEP = 0.93  # In which the pictures that are tried shrink.
 NEAR = 1.15  # Numbers of patches within this factor are alike, and the squarer picture is taken.
 
@@ -72,14 +72,10 @@ def make_probes(
 def _candidates(layout: Layout, largest: Plan, below: int, patches: int) -> Iterator[Plan]:
     """Plans of pictures of many shapes, from about ``patches`` down to about ``below``."""
     area = largest.resized_width * largest.resized_height / largest.num_patches
-    for aspect in ASPECTS:
-        pixels = NEAR * patches * area
-        while pixels > max(below / NEAR, 1) * area:
-            width = max(1, round(math.sqrt(pixels * aspect)))
-            height = max(1, round(math.sqrt(pixels / aspect)))
-            with contextlib.suppress(InvalidMedia):
-                yield layout.plan(Structure("png", width, height), Overrides())
-            pixels *= STEP
+    areas = [NEAR * patches * area]
+    while areas[-1] * STEP > max(below / NEAR, 1) * area:
+        areas.append(areas[-1] * STEP)
+    return planned(layout, ASPECT_STEPS, areas)
 
 
 def _fullest_and_emptiest(plans: Sequence[Plan]) -> list[Plan]:
@@ -108,6 +104,20 @@ def probe_image(plan: Plan, seed: int) -> Image.Image:
     ]
     channels[1] += 60 * ((x // 23 + y // 17) % 2)
     return Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
+
+
+def require_probes(probes: Sequence[Probe], buckets: Sequence[Bucket]) -> None:
+    """Raises UnusableEngine for a bucket without probes, whose rows nothing would measure."""
+    unmeasured = [
+        bucket.patches
+        for i, bucket in enumerate(buckets)
+        if not any(probe.bucket == i for probe in probes)
+    ]
+    if unmeasured:
+        raise UnusableEngine(
+            f"no picture of this checkpoint uses the engine's buckets {unmeasured}, so their rows "
+            "cannot be measured; build it again"
+        )
 
 
 def torch_rows(tower: Tower, probes: Sequence[Probe]) -> Iterator[tuple[str, torch.Tensor]]:

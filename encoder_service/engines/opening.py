@@ -16,8 +16,9 @@ from encoder_service.backends.engine_backend import EngineBackend, EngineRuntime
 from encoder_service.backends.tensorrt_library import TensorrtLibrary
 from encoder_service.backends.torch_backend import TorchBackend
 from encoder_service.engines import gate
+from encoder_service.engines.buckets import check_fit, hold_all
 from encoder_service.engines.sidecar import GRAPH_FILE, PLAN_FILE, PROBES_FILE, Parity, Sidecar
-from encoder_service.pictures.largest_picture import largest_plan, permitted_patches, shrink
+from encoder_service.pictures.largest_picture import largest_plan, shrink
 from opticnerve.checkpoints.digests import cache_directory
 from opticnerve.checkpoints.fingerprint import encoder_fingerprint
 from opticnerve.checkpoints.loader import DTYPES, resolve_device
@@ -29,7 +30,6 @@ from opticnerve.models.registry import load_tower, make_graph, make_layout, make
 
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
-    from opticnerve.media.plan import Plan
     from opticnerve.models.family import Layout
     from opticnerve.models.towers.graph import TowerGraph
 
@@ -69,17 +69,19 @@ def open_engine(
     preprocess = make_preprocessor(checkpoint, layout)
     tower = load_tower(checkpoint, DTYPES[sidecar.precision], device)
     graph = make_graph(checkpoint, tower)
+    check_fit(sidecar.buckets, graph)
     largest = largest_plan(layout, DEFAULT_MAX_PIXELS)
+    probes = gate.make_probes(layout, preprocess, graph, sidecar.buckets, largest)
+    gate.require_probes(probes, sidecar.buckets)
     beyond = None
-    if with_torch and (audited or not _hold_all(sidecar, graph, largest)):
+    if with_torch and (audited or not hold_all(sidecar.buckets, layout, graph, largest)):
         beyond = TorchBackend(tower, preprocess, partial(shrink, layout))
-    else:
-        graph.release()
-        del tower
+    graph.release()
+    del tower
+    free_memory(device)
     runtime = open_runtime(directory, sidecar, library, graph, config.num_threads)
     backend = EngineBackend(sidecar.backend, graph, sidecar.buckets, runtime, preprocess, beyond)
     try:
-        probes = gate.make_probes(layout, preprocess, graph, sidecar.buckets, largest)
         check_rows(sidecar, backend, probes, gate.read_rows(directory / PROBES_FILE))
     except BaseException:
         backend.close()
@@ -87,11 +89,11 @@ def open_engine(
     return OpenEngine(sidecar, layout, backend, probes)
 
 
-def _hold_all(sidecar: Sidecar, graph: TowerGraph, largest: Plan) -> bool:
-    """Whether the engine's buckets hold every picture that the encoder takes."""
-    return graph.fixed_patches is not None or sidecar.buckets[-1].patches >= permitted_patches(
-        largest
-    )
+def free_memory(device: torch.device) -> None:
+    """Gives what released weights took back to the device, where the libraries' own allocations
+    find it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def check_engine(

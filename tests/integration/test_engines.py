@@ -20,11 +20,12 @@ from encoder_service.backends import tensorrt_library
 from encoder_service.engines import opening
 from encoder_service.engines.sidecar import GRAPH_FILE, PLAN_FILE, Sidecar, describe_files
 from encoder_service.model import open_model
+from encoder_service.pictures.largest_picture import largest_plan, permitted_patches
 from opticnerve.cli.commands import main
 from opticnerve.config import EncoderConfig, ModelConfig
 from opticnerve.config.encoder import SIDECAR
 from opticnerve.errors import ConfigError, InvalidRequest, StartupError, UnusableEngine
-from opticnerve.media.plan import Plan, Structure
+from opticnerve.media.plan import Overrides, Plan, Structure
 from tests.engines import build_engine
 from tests.reference import picture
 
@@ -93,12 +94,26 @@ def test_what_no_bucket_holds_can_be_refused(demo: Path) -> None:
 def test_the_torch_tower_stays_only_where_it_is_needed(
     demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For pictures beyond the buckets, or for an audit."""
-    for largest, share, kept in ((97, 0.0, True), (96, 0.0, False), (96, 0.5, True)):
-        monkeypatch.setattr(opening, "permitted_patches", lambda plan, most=largest: most)
+    """For pictures beyond the buckets, or for an audit. The graph's weights never stay."""
+    for held, share, kept in ((False, 0.0, True), (True, 0.0, False), (True, 0.5, True)):
+        monkeypatch.setattr(opening, "hold_all", lambda *_, answer=held: answer)
         model = open_model(settings(demo, audit_share=share))
         with closing(model.backend):
             assert (model.backend.reference is not None) is kept
+            assert model.backend._graph.module is None
+
+
+def test_torch_encodes_what_a_request_may_ask_for_beyond_the_checkpoint_s_settings(
+    demo: Path,
+) -> None:
+    model = open_model(settings(demo))
+    with closing(model.backend):
+        largest = largest_plan(model.layout, 10**6)
+        plan = model.layout.plan(Structure("png", 640, 480), Overrides(max_pixels=100_000))
+        assert plan.num_patches > permitted_patches(largest)
+        assert plan.num_patches <= model.backend.warm(largest, 0).max_item_patches
+        pixels = model.backend.preprocess(picture(640, 480), plan)
+        assert model.backend.encode([pixels], [plan])[0]["rows"].shape[0] == plan.num_tokens
 
 
 @pytest.mark.parametrize(

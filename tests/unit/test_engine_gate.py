@@ -59,6 +59,9 @@ def test_a_bucket_that_no_picture_uses_has_no_probes(tower: SmallTower) -> None:
     unused = (Bucket(204, 1), Bucket(1024, 1))
     probes = gate.make_probes(layout, preprocess, SmallGraph(tower), unused, largest)
     assert {probe.bucket for probe in probes} == {0}
+    with pytest.raises(UnusableEngine, match=r"buckets \[1024\], so their rows cannot be measured"):
+        gate.require_probes(probes, unused)
+    gate.require_probes(probes, unused[:1])
 
 
 def test_probe_pictures_are_the_same_everywhere() -> None:
