@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -26,9 +27,10 @@ def open_model(settings: EncoderConfig) -> VisionModel:
     if settings.vision_engine is not None:
         return _open_engine(checkpoint, settings, Path(settings.vision_engine))
     if settings.backend not in ("auto", "torch"):
+        words = ["opticnerve", "engine", "build", *filter(None, [settings.model.model])]
+        command = shlex.join([*words, "--backend", settings.backend, "-o", "DIR"])
         raise ConfigError(
-            f"--backend {settings.backend} needs --vision-engine DIR, which `opticnerve engine "
-            f"build {settings.model.model or ''} --backend {settings.backend}` makes",
+            f"--backend {settings.backend} needs --vision-engine DIR, which `{command}` makes",
             param="vision_engine",
         )
     return _open_torch(checkpoint, settings)

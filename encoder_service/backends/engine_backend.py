@@ -5,6 +5,7 @@ Pictures are padded to the smallest bucket that holds them, and those of one buc
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from math import prod
@@ -15,7 +16,7 @@ import torch
 from encoder_service.backends.base import Bucket, Capacity, Embedding, Recovery
 from encoder_service.backends.torch_backend import TorchBackend, begin_copy, recovery_from
 from encoder_service.pictures.largest_picture import permitted_patches
-from opticnerve.errors import InvalidRequest
+from opticnerve.errors import InvalidRequest, UnusableEngine
 from opticnerve.tensors.dtypes import ELEMENT_TYPES, dtype_name
 
 if TYPE_CHECKING:
@@ -41,6 +42,19 @@ class EngineRuntime(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def faults_refuse_the_engine() -> Iterator[None]:
+    """Raises UnusableEngine for what a runtime raises before the engine serves."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UnusableEngine(
+            f"the engine does not run here: {reason}. Build it with smaller --buckets, or serve "
+            "with --backend torch"
+        ) from error
 
 
 class OutputBuffers:
@@ -161,7 +175,11 @@ class EngineBackend:
         """On CUDA, runs a full call of every bucket, which loads or compiles its kernels. On a CPU
         the engine's gate has run each already."""
         if self._on_cuda:
-            with torch.inference_mode(), self._runtime.stream():
+            with (
+                faults_refuse_the_engine(),
+                torch.inference_mode(),
+                self._runtime.stream(),
+            ):
                 for i, bucket in enumerate(self.buckets):
                     inputs = self._graph.example(bucket.pictures, bucket.patches)
                     self._runtime.run(i, bucket.pictures, inputs)

@@ -21,6 +21,7 @@ from encoder_service.engines import gate, opening
 from encoder_service.engines.buckets import choose_buckets, largest_bucket
 from encoder_service.engines.output import replacing
 from encoder_service.engines.sidecar import (
+    FORMAT,
     GRAPH_FILE,
     PLAN_FILE,
     PROBES_FILE,
@@ -81,8 +82,7 @@ class EngineBuild:
         with replacing(directory) as made:
             graph, buckets, probes = self._record(made)
             self._export(graph, buckets, made)
-            graph.release()
-            sidecar = self._describe(made, buckets)
+            sidecar = self._describe(made, buckets, probes)
             if self._runs_here():
                 sidecar = self._measure(made, sidecar, graph, probes)
             sidecar.write(made)
@@ -98,7 +98,8 @@ class EngineBuild:
         shown = tqdm(rows, "torch's rows of probe pictures", unit="picture", leave=False)
         gate.write_rows(made / PROBES_FILE, dict(shown))
         if self.precision != dtype_name(torch.float32):
-            del tower, graph
+            del tower, graph, rows, shown
+            opening.free_memory(self._device)
             tower = load_tower(self.checkpoint, DTYPES[self.precision], self._device)
             graph = make_graph(self.checkpoint, tower)
         return graph, buckets, probes
@@ -120,6 +121,7 @@ class EngineBuild:
         return buckets, make(buckets, largest)
 
     def _export(self, graph: TowerGraph, buckets: Sequence[Bucket], made: Path) -> None:
+        """Writes the engine's files, and releases the graph as soon as it is exported."""
         log.info("exporting the tower in %s", self.precision)
         if self._library is None:
             _export_quietly(graph, made / GRAPH_FILE)
@@ -127,6 +129,7 @@ class EngineBuild:
         with tempfile.TemporaryDirectory(dir=made) as scratch:
             path = Path(scratch) / GRAPH_FILE
             _export_quietly(graph, path)
+            opening.free_memory(self._device)
             self._build_plan(self._library, graph, buckets, path, made / PLAN_FILE)
 
     def _build_plan(
@@ -145,10 +148,13 @@ class EngineBuild:
         timing = cache_directory() / "timing" / f"{library.name}-{library.version}.cache"
         build_plan(library, path, plan, profiles, self._capabilities, timing)
 
-    def _describe(self, made: Path, buckets: tuple[Bucket, ...]) -> Sidecar:
+    def _describe(
+        self, made: Path, buckets: tuple[Bucket, ...], probes: Sequence[gate.Probe]
+    ) -> Sidecar:
         backend, library = self.settings.backend, self._library
         return Sidecar(
             model=self.settings.model.model,
+            revision=self.settings.model.revision,
             family=self.checkpoint.family,
             fingerprint=opening.engine_fingerprint(self.checkpoint, backend, self.precision),
             backend=backend,
@@ -157,8 +163,11 @@ class EngineBuild:
             library="onnxruntime" if library is None else library.name,
             library_version=opening.library_version(backend, library),
             compute_capabilities=self._capabilities,
+            made_by=opening.MADE_BY,
+            probes=gate.digests(probes),
             files=describe_files(made),
             parity=None,
+            format=FORMAT,
         )
 
     def _runs_here(self) -> bool:
@@ -180,7 +189,8 @@ class EngineBuild:
 
 
 def _export_quietly(graph: TowerGraph, path: Path) -> None:
-    """Without the exporter's lines about its own steps, some dozens."""
+    """Exports the graph and releases it, without the exporter's lines about its own steps, some
+    dozens."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -189,6 +199,7 @@ def _export_quietly(graph: TowerGraph, path: Path) -> None:
             export(graph, path)
     finally:
         logging.disable(disabled)
+    graph.release()
 
 
 def _precision(settings: BuildSettings, checkpoint: Checkpoint, device: torch.device) -> str:
@@ -214,6 +225,12 @@ def _capabilities(
     """The compute capabilities to build for. Raises ConfigError."""
     here, wanted = opening.device_capability(device), settings.capabilities
     if library is None:
+        if wanted:
+            raise ConfigError(
+                "--backend onnx runs on a CPU, which has no compute capability; leave "
+                "--compute-capability out",
+                param="compute_capability",
+            )
         return ()
     if library.name == "tensorrt" and (here is None or wanted not in ((), (here,))):
         raise ConfigError(

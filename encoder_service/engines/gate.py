@@ -6,6 +6,7 @@ the same pictures is measured against them at every load.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,13 @@ def probe_image(plan: Plan, seed: int) -> Image.Image:
     ]
     channels[1] += 60 * ((x // 23 + y // 17) % 2)
     return Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
+
+
+def digests(probes: Sequence[Probe]) -> tuple[str, ...]:
+    """SHA-256 of each probe's pixels."""
+    return tuple(
+        hashlib.sha256(np.ascontiguousarray(probe.pixels).tobytes()).hexdigest() for probe in probes
+    )
 
 
 def require_probes(probes: Sequence[Probe], buckets: Sequence[Bucket]) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import PIL
 import torch
 
-from encoder_service.backends.engine_backend import EngineBackend, EngineRuntime
+import opticnerve
+from encoder_service.backends.engine_backend import (
+    EngineBackend,
+    EngineRuntime,
+    faults_refuse_the_engine,
+)
 from encoder_service.backends.tensorrt_library import TensorrtLibrary
 from encoder_service.backends.torch_backend import TorchBackend
 from encoder_service.engines import gate
@@ -34,6 +41,8 @@ if TYPE_CHECKING:
     from opticnerve.models.towers.graph import TowerGraph
 
 log = logging.getLogger(__name__)
+
+MADE_BY = f"OpticNerve {opticnerve.__version__} with Pillow {PIL.__version__}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +73,7 @@ def open_engine(
     sidecar = Sidecar.read(directory)
     device = engine_device(sidecar.backend, config.device)
     library = load_library(sidecar.backend)
-    _check(directory, sidecar, checkpoint, library, device)
+    _check(directory, sidecar, checkpoint, library, device, config)
     layout = make_layout(checkpoint)
     preprocess = make_preprocessor(checkpoint, layout)
     tower = load_tower(checkpoint, DTYPES[sidecar.precision], device)
@@ -82,11 +91,34 @@ def open_engine(
     runtime = open_runtime(directory, sidecar, library, graph, config.num_threads)
     backend = EngineBackend(sidecar.backend, graph, sidecar.buckets, runtime, preprocess, beyond)
     try:
-        check_rows(sidecar, backend, probes, gate.read_rows(directory / PROBES_FILE))
+        _check_recorded(directory, sidecar, backend, probes, config)
     except BaseException:
         backend.close()
         raise
     return OpenEngine(sidecar, layout, backend, probes)
+
+
+def _check_recorded(
+    directory: Path,
+    sidecar: Sidecar,
+    backend: EngineBackend,
+    probes: Sequence[gate.Probe],
+    config: ModelConfig,
+) -> None:
+    """Raises UnusableEngine unless the rows are near those that were recorded; says so where those
+    are of other pixels than the ones that are made here."""
+    rows = gate.read_rows(directory / PROBES_FILE)
+    try:
+        check_rows(sidecar, backend, probes, rows)
+    except UnusableEngine as error:
+        if gate.digests(probes) == sidecar.probes:
+            raise
+        capability = device_capability(torch.device(backend.device))
+        raise UnusableEngine(
+            f"the engine in {directory} cannot be measured: its probe pictures were made by "
+            f"{sidecar.made_by}, and {MADE_BY} makes other pixels of them. Build it again: "
+            f"{sidecar.rebuild_command(directory, capability, config)}"
+        ) from error
 
 
 def free_memory(device: torch.device) -> None:
@@ -102,7 +134,7 @@ def check_engine(
     """What the engine is, and how near it is to the torch tower, which encodes the probes anew.
     Raises what ``open_engine`` raises."""
     engine = open_engine(directory, checkpoint, config, with_torch=False)
-    with closing(engine.backend):
+    with contextlib.closing(engine.backend):
         tower = load_tower(checkpoint, torch.float32, engine.backend.device)
         rows = dict(gate.torch_rows(tower, engine.probes))
         return engine.sidecar, check_rows(engine.sidecar, engine.backend, engine.probes, rows)
@@ -113,7 +145,8 @@ def check_rows(
 ) -> tuple[Parity, ...]:
     """How near the engine's rows of the probes are to ``rows``. Raises UnusableEngine unless they
     are as near as they should be."""
-    parity = gate.measure(backend.encode, probes, sidecar.buckets, rows)
+    with faults_refuse_the_engine():
+        parity = gate.measure(backend.encode, probes, sidecar.buckets, rows)
     for each in parity:
         log.info("engine: %s", each.describe(sidecar.precision))
     gate.require(parity, sidecar.precision)
@@ -126,10 +159,9 @@ def _check(
     checkpoint: Checkpoint,
     library: TensorrtLibrary | None,
     device: torch.device,
+    config: ModelConfig,
 ) -> None:
     """Raises UnusableEngine for an engine that is stale, foreign or damaged."""
-    if sidecar.precision not in DTYPES:
-        raise UnusableEngine(f"{directory} has a precision {sidecar.precision!r}, which is unknown")
     capability = device_capability(device)
     found = [
         *sidecar.obstacles(
@@ -141,7 +173,7 @@ def _check(
     if found:
         raise UnusableEngine(
             f"the engine in {directory} cannot be served: {'; '.join(found)}. Build it again: "
-            f"{sidecar.rebuild_command(directory, capability)}"
+            f"{sidecar.rebuild_command(directory, capability, config)}"
         )
 
 
@@ -199,13 +231,19 @@ def open_runtime(
     if library is None:
         from encoder_service.backends.onnx_runtime import OnnxRuntime
 
-        return OnnxRuntime(directory / GRAPH_FILE, graph, sidecar.buckets, threads)
+        with faults_refuse_the_engine():
+            return OnnxRuntime(directory / GRAPH_FILE, graph, sidecar.buckets, threads)
     from encoder_service.backends.tensorrt_runtime import TensorrtRuntime
 
-    return TensorrtRuntime(
-        library,
-        directory / PLAN_FILE,
-        graph,
-        sidecar.buckets,
-        cache_directory() / "kernels" / f"{sidecar.files[PLAN_FILE].sha256}.cache",
-    )
+    names = (sidecar.files[PLAN_FILE].sha256, device_capability(graph.device), driver_version())
+    kernels = cache_directory() / "kernels" / f"{'-'.join(map(str, names))}.cache"
+    with faults_refuse_the_engine():
+        return TensorrtRuntime(library, directory / PLAN_FILE, graph, sidecar.buckets, kernels)
+
+
+def driver_version() -> str:
+    """NVIDIA's driver, such as "13010": the newest CUDA that it knows; "0" without one."""
+    version = ctypes.c_int(0)
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return str(version.value)

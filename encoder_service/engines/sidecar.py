@@ -5,22 +5,25 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 
 from encoder_service.backends.base import Bucket
-from opticnerve.config.encoder import SIDECAR
+from opticnerve.config.encoder import ENGINE_BACKENDS, SIDECAR
+from opticnerve.config.shared import CheckpointConfig
 from opticnerve.errors import UnusableEngine
 from opticnerve.tensors.distance import LIMITS, Distance
 
 GRAPH_FILE, PLAN_FILE, PROBES_FILE = "tower.onnx", "tower.plan", "probes.safetensors"
+FORMAT: Final = 2
 MAX_BYTES = 2**20
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # By flag.
 
@@ -43,23 +46,43 @@ class File:
     sha256: str
 
 
+def _one_of(*known: str) -> AfterValidator:
+    """Refuses other texts."""
+
+    def check(text: str) -> str:
+        if text not in known:
+            raise ValueError(f"{text!r} is none of {', '.join(known)}")
+        return text
+
+    return AfterValidator(check)
+
+
+def _ascending(buckets: tuple[Bucket, ...]) -> tuple[Bucket, ...]:
+    sizes = [0, *(bucket.patches for bucket in buckets)]
+    if sizes != sorted(set(sizes)) or any(bucket.pictures < 1 for bucket in buckets):
+        raise ValueError("buckets should ascend, and hold a picture each")
+    return buckets
+
+
 @dataclass(frozen=True, slots=True)
 class Sidecar:
     """What an engine is. ``engine.json`` holds it as JSON."""
 
     model: str | None  # As it was given to the build; None: the demo.
+    revision: str | None  # As it was given.
     family: str
     fingerprint: str  # Of an encoder that serves the engine: checkpoint, backend and precision.
-    backend: str
-    precision: str
-    buckets: Annotated[tuple[Bucket, ...], Field(min_length=1)]  # In ascending order.
+    backend: Annotated[str, _one_of(*ENGINE_BACKENDS)]
+    precision: Annotated[str, _one_of(*PRECISIONS.values())]
+    buckets: Annotated[tuple[Bucket, ...], Field(min_length=1), AfterValidator(_ascending)]
     library: str  # The module that built it, and runs it.
     library_version: str
     compute_capabilities: tuple[str, ...]  # Such as "8.9"; none: a CPU.
+    made_by: str  # What made the probes' pixels: releases of OpticNerve and Pillow.
+    probes: tuple[str, ...]  # SHA-256 of each probe's pixels.
     files: Mapping[str, File]  # By name.
     parity: tuple[Parity, ...] | None  # By bucket; None: not measured where it was built.
-
-    format: Literal[1] = 1
+    format: Literal[2]
 
     def write(self, directory: Path) -> None:
         (directory / SIDECAR).write_bytes(_reader().dump_json(self, indent=2) + b"\n")
@@ -81,10 +104,19 @@ class Sidecar:
                 f"{path} cannot be read as an engine's sidecar; build the engine again"
             ) from error
 
-    def rebuild_command(self, directory: Path, capability: str | None = None) -> str:
+    def rebuild_command(
+        self,
+        directory: Path,
+        capability: str | None = None,
+        served: CheckpointConfig | None = None,
+    ) -> str:
         """The command line that builds the engine again: for a device of ``capability``, or for
-        those that it was built for."""
-        words = ["opticnerve", "engine", "build", *([self.model] if self.model else [])]
+        those that it was built for; of the checkpoint ``served``, or of the one that it was built
+        of."""
+        model = served or CheckpointConfig(self.model, self.revision)
+        words = ["opticnerve", "engine", "build", *([model.model] if model.model else [])]
+        words += ["--revision", model.revision] if model.revision else []
+        words += ["--download-dir", model.download_dir] if model.download_dir else []
         words += ["--backend", self.backend]
         flag = next((flag for flag, name in PRECISIONS.items() if name == self.precision), "auto")
         words += ["--precision", flag]
@@ -117,7 +149,15 @@ class Sidecar:
             yield f"it was built for compute capability {built}, this device has {capability}"
 
     def damage(self, directory: Path) -> Iterator[str]:
-        """Files that are not as they were built. Reads them all."""
+        """Files that are missing, strange or not as they were built. Reads them all."""
+        engine_file = GRAPH_FILE if self.backend == "onnx" else PLAN_FILE
+        for name in (engine_file, PROBES_FILE):
+            if name not in self.files:
+                yield f"{SIDECAR} does not name {name}"
+        with contextlib.suppress(OSError):
+            found_names = {path.name for path in directory.iterdir()} - {SIDECAR}
+            for name in sorted(found_names - self.files.keys()):
+                yield f"{name} is no file of the engine"
         for name, built in self.files.items():
             if Path(name).name != name:
                 yield f"{name} is no file of the directory"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from opticnerve.config import shared
 from opticnerve.config.options import Group, option
+from opticnerve.errors import ConfigError
 
 SIDECAR = "engine.json"  # In an engine's directory.
 ENGINE_BACKENDS = ("tensorrt", "tensorrt_rtx", "onnx")
@@ -75,3 +76,12 @@ class EncoderConfig:
     )
     decode_timeout_s: float = _pictures(30.0, "CPU time for decoding one heavy picture")
     telemetry: shared.TelemetryConfig = shared.TelemetryConfig()
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for an audit without the torch tower, which it compares with."""
+        if self.audit_share and self.vision_engine and self.beyond_buckets == "refuse":
+            raise ConfigError(
+                "--audit-share compares with the torch tower, which --beyond-buckets refuse does "
+                "not keep: use --beyond-buckets torch",
+                param="audit_share",
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -17,8 +18,16 @@ import pytest
 import torch
 
 from encoder_service.backends import tensorrt_library
-from encoder_service.engines import opening
-from encoder_service.engines.sidecar import GRAPH_FILE, PLAN_FILE, Sidecar, describe_files
+from encoder_service.backends.base import Bucket
+from encoder_service.backends.onnx_runtime import OnnxRuntime
+from encoder_service.engines import gate, opening
+from encoder_service.engines.sidecar import (
+    GRAPH_FILE,
+    PLAN_FILE,
+    PROBES_FILE,
+    Sidecar,
+    describe_files,
+)
 from encoder_service.model import open_model
 from encoder_service.pictures.largest_picture import largest_plan, permitted_patches
 from opticnerve.cli.commands import main
@@ -133,8 +142,13 @@ def test_settings_that_disagree_with_the_engine_are_refused(
 
 
 def test_a_backend_of_engines_needs_one() -> None:
-    with pytest.raises(ConfigError, match=r"opticnerve engine build .* --backend onnx"):
+    with pytest.raises(ConfigError, match=r"`opticnerve engine build --backend onnx -o DIR`"):
         open_model(settings(None, backend="onnx"))
+
+
+def test_an_audit_without_torch_is_refused_before_anything_is_loaded(demo: Path) -> None:
+    with pytest.raises(ConfigError, match="use --beyond-buckets torch"):
+        settings(demo, audit_share=0.1, beyond_buckets="refuse")
 
 
 # ---- refused
@@ -155,7 +169,7 @@ def test_an_engine_of_another_checkpoint_is_refused(
     demo: Path, random_checkpoint: Callable[..., Path]
 ) -> None:
     other = random_checkpoint(Sidecar.read(demo).family)
-    refused(demo, "of another checkpoint.*opticnerve engine build --backend onnx", other)
+    refused(demo, f"of another checkpoint.*opticnerve engine build {other} --backend onnx", other)
 
 
 def test_an_engine_of_another_library_version_is_refused(copied: Path) -> None:
@@ -183,7 +197,7 @@ def test_a_damaged_engine_is_refused(copied: Path) -> None:
 
 def test_an_unknown_precision_is_refused(copied: Path) -> None:
     rewrite(copied, precision="float8")
-    refused(copied, "'float8', which is unknown")
+    refused(copied, "cannot be read as an engine's sidecar")
 
 
 def test_a_file_that_the_library_does_not_load_is_refused(copied: Path) -> None:
@@ -199,6 +213,64 @@ def test_an_inaccurate_engine_is_refused_with_the_figure(copied: Path) -> None:
     values.tofile(weights)
     rewrite(copied, files=describe_files(copied))
     refused(copied, r"64 patches: cosine 0\.\d+ \(at least 0\.99999\), largest difference")
+
+
+def test_a_file_that_the_sidecar_leaves_out_is_refused(copied: Path) -> None:
+    rewrite(copied, files={})
+    refused(copied, f"does not name {GRAPH_FILE}")
+
+
+def test_buckets_that_no_picture_uses_or_that_the_tower_cannot_have_are_refused(
+    copied: Path,
+) -> None:
+    held = Sidecar.read(copied).buckets
+    rewrite(copied, buckets=(*held, Bucket(240, 1), Bucket(100_000, 4096)))
+    refused(copied, r"buckets \[100000\], so their rows cannot be measured")
+    rewrite(copied, buckets=(Bucket(63, 1), *held[1:]))
+    refused(copied, r"buckets of \[63, 96\] patches, its tower multiples of 4")
+
+
+def test_an_engine_of_other_probe_pixels_says_what_made_them(copied: Path) -> None:
+    made_by = "OpticNerve 0.0.1 with Pillow 1.2"
+    rewrite(copied, made_by=made_by, probes=("0" * 64,))
+    with closing(open_model(settings(copied)).backend):
+        pass  # Its rows are near enough all the same.
+    probes = copied / PROBES_FILE
+    gate.write_rows(probes, {name: -rows for name, rows in gate.read_rows(probes).items()})
+    rewrite(copied, files=describe_files(copied))
+    refused(copied, f"made by {made_by}, and OpticNerve .* other pixels .* engine build")
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("no\nkernel"), torch.OutOfMemoryError("no")])
+def test_a_runtime_that_fails_is_refused(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise fault
+
+    monkeypatch.setattr(OnnxRuntime, "run", fail)
+    refused(demo, "does not run here: no. Build it with smaller --buckets, .* --backend torch")
+
+
+def test_the_torch_tower_s_weights_are_gone_before_the_engine_is_loaded(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    towers: list[Any] = []
+    load, open_runtime = opening.load_tower, opening.open_runtime
+
+    def loaded(*given: Any) -> Any:
+        tower = load(*given)
+        towers.append(weakref.ref(next(tower.module.parameters())))
+        return tower
+
+    def opened(*given: Any) -> Any:
+        assert towers and not any(tower() is not None for tower in towers)
+        return open_runtime(*given)
+
+    monkeypatch.setattr(opening, "load_tower", loaded)
+    monkeypatch.setattr(opening, "open_runtime", opened)
+    with closing(open_model(settings(demo, beyond_buckets="refuse")).backend):
+        assert len(towers) == 1
 
 
 # ---- the command
@@ -229,6 +301,7 @@ def test_the_command_builds_inspects_and_checks(
     [
         (["--backend", "onnx", "--precision", "bf16"], "not in bfloat16"),
         (["--backend", "onnx", "--buckets", "4,96"], "would use buckets"),
+        (["--backend", "onnx", "--compute-capability", "8.9"], "no compute capability"),
         (["--backend", "tensorrt_rtx"], "--compute-capability 8.9,12.0"),
         (["--backend", "tensorrt_rtx", "--compute-capability", "9.0"], "does for 7.5, 8.0"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from encoder_service.backends.base import Bucket
 from encoder_service.engines import output
 from encoder_service.engines.output import replacing
-from encoder_service.engines.sidecar import GRAPH_FILE, PROBES_FILE, Sidecar, describe_files
+from encoder_service.engines.sidecar import FORMAT, GRAPH_FILE, PROBES_FILE, Sidecar, describe_files
 from opticnerve.config.encoder import SIDECAR
 from opticnerve.errors import ConfigError, UnusableEngine
 
@@ -20,9 +20,10 @@ def fill(directory: Path, text: str) -> None:
     for name in (GRAPH_FILE, PROBES_FILE):
         (directory / name).write_text(text)
     Sidecar(
-        model=None, family="f", fingerprint="f", backend="onnx", precision="float32",
+        model=None, revision=None, family="f", fingerprint="f", backend="onnx", precision="float32",
         buckets=(Bucket(64, 1),), library="onnxruntime", library_version="1",
-        compute_capabilities=(), files=describe_files(directory), parity=None,
+        compute_capabilities=(), made_by="a release", probes=(), format=FORMAT,
+        files=describe_files(directory), parity=None,
     ).write(directory)  # fmt: skip
 
 
