@@ -31,15 +31,17 @@ from opticnerve.secret import make_secret
 
 DESCRIPTION = (
     "Compares a checkpoint served in two halves with the same checkpoint in transformers, unsplit: "
-    "ids of prompts, rows of pictures, greedy tokens, over texts, pictures, several pictures, "
-    "turns and prompts that are computed in chunks; asked alone, together, and again when all is "
-    "cached. First `up` is started with MODEL and its flags and asked; when it has ended, the "
-    "unsplit model is loaded."
+    "ids of prompts, rows of pictures, greedy tokens and log-probabilities, over texts, pictures, "
+    "several pictures, turns and prompts that are computed in chunks; asked alone, together, and "
+    "again when all is cached. First `up` is started with MODEL and its flags and asked; when it "
+    "has ended, the unsplit model is loaded."
 )
 EPILOG = (
     "In float32 a token may differ only where the unsplit model's logits of both are closer than "
-    "0.001, and rows must have a cosine of 0.99999; in 16 bits these are 0.5 and 0.999. Exit "
-    "status: 0 if all is equal by this rule, 1 if not, 2 if it could not begin."
+    "0.001, a log-probability may be off by 0.001, and rows must have a cosine of 0.99999 and "
+    "numbers that are off by no more than 0.001 of the largest; in bfloat16 these are 0.5, 1, "
+    "0.999 and 0.1, in float16 0.5, 0.125, 0.999 and 0.05. Exit status: 0 if all is equal by this "
+    "rule, 1 if not, 2 if it could not begin."
 )
 # Small, so that prompts are computed in chunks and the two sides need little memory.
 DEFAULTS = {"max_num_batched_tokens": 512, "kv_cache_tokens": 32768}
@@ -106,8 +108,10 @@ def main(argv: Sequence[str]) -> int:
     model = build(ModelConfig, flags)
     _check_memory(report, model.device, settings, flags)
     try:
+        # Before the stack is asked: what this needs and is not installed is said at once.
+        processor = _verification("whole").load_processor(Checkpoint.configured(model))
         asked = _ask(settings, flags)
-        comparison = _compare(settings, model, asked)
+        comparison = _compare(settings, model, processor, asked)
     except StartupError:
         raise
     except OpticNerveError as error:
@@ -149,7 +153,7 @@ def _free_memory(device: str) -> int:
 
 def _ask(settings: Settings, flags: Mapping[str, Any]) -> Any:
     """What the stack says of every case."""
-    cases = importlib.import_module("opticnerve.verification.cases")
+    cases = _verification("cases")
     made = cases.make_cases(settings.cases, settings.seed)
     with _stack(settings, flags) as split, _progress("asking the stack", settings) as bar:
         bar.total = len(made) * 3 // 2
@@ -159,10 +163,10 @@ def _ask(settings: Settings, flags: Mapping[str, Any]) -> Any:
 @contextlib.contextmanager
 def _stack(settings: Settings, flags: Mapping[str, Any]) -> Iterator[Any]:
     """The split model: the one at --against, or one of a stack that is started."""
-    make = importlib.import_module("opticnerve.verification.split").SplitModel
+    module = _verification("split")
     with contextlib.ExitStack() as exits:
         if settings.against:
-            split = make(settings.against, settings.max_tokens)
+            split = module.SplitModel(settings.against, settings.max_tokens)
             exits.callback(split.close)
             yield split
             return
@@ -170,8 +174,9 @@ def _stack(settings: Settings, flags: Mapping[str, Any]) -> Iterator[Any]:
         token = flags["rpc_token_file"] or str(make_secret(directory, "rpc_token"))
         chosen = {name: value for name, value in flags.items() if value is not None}
         print("starting a stack", file=sys.stderr)
-        stack = exits.enter_context(serve(**{**DEFAULTS, **chosen, "rpc_token_file": token}))
-        split = make(stack.url, settings.max_tokens)
+        chosen |= {"rpc_token_file": token, "max_logprobs": module.BEST}
+        stack = exits.enter_context(serve(**{**DEFAULTS, **chosen}))
+        split = module.SplitModel(stack.url, settings.max_tokens)
         exits.callback(split.close)
         (address, *_) = split.encoder_addresses()
         tls = ChannelTls.of(build(CallsConfig, flags), build(CertificateConfig, flags))
@@ -181,13 +186,12 @@ def _stack(settings: Settings, flags: Mapping[str, Any]) -> Iterator[Any]:
         yield split
 
 
-def _compare(settings: Settings, model: ModelConfig, asked: Sequence[Any]) -> Any:
+def _compare(settings: Settings, model: ModelConfig, processor: Any, asked: Sequence[Any]) -> Any:
     """The comparison of every case with the unsplit model."""
-    whole = importlib.import_module("opticnerve.verification.whole")
-    comparison = importlib.import_module("opticnerve.verification.comparison")
+    comparison = _verification("comparison")
     checkpoint = Checkpoint.configured(model)
     print("loading the unsplit model", file=sys.stderr)
-    unsplit = whole.WholeModel(checkpoint, model.dtype, model.device)
+    unsplit = _verification("whole").WholeModel(checkpoint, processor, model.dtype, model.device)
     made = comparison.Comparison(unsplit, comparison.Rule.of(unsplit.dtype))
     with _progress("comparing", settings) as bar:
         bar.total = len(asked)
@@ -195,6 +199,11 @@ def _compare(settings: Settings, model: ModelConfig, asked: Sequence[Any]) -> An
             made.add(each)
             bar.update()
     return made
+
+
+def _verification(name: str) -> Any:
+    """A module of ``opticnerve.verification``; most of them import torch and transformers."""
+    return importlib.import_module(f"opticnerve.verification.{name}")
 
 
 def _progress(what: str, settings: Settings) -> Any:
@@ -218,19 +227,25 @@ def _tell(settings: Settings, report: Report, comparison: Any) -> int:
         print(json.dumps(told, indent=2))
     else:
         print("\n".join(_table(tallies)))
-        rule = comparison.rule
         print(
             f"{report.checkpoint} ({report.title}): "
             + ("equal" if equal else "NOT equal")
-            + f" (tokens may differ below a gap of {rule.max_gap:g}, rows have a cosine of at "
-            f"least {rule.min_cosine:g})"
+            + f" ({_bounds(comparison.rule)})"
         )
     return 0 if equal else 1
 
 
+def _bounds(rule: Any) -> str:
+    return (
+        f"tokens may differ below a gap of {rule.max_gap:g}, log-probabilities may be off by "
+        f"{rule.max_drift:g}, rows have a cosine of at least {rule.rows.cosine:g} and numbers that "
+        f"are off by at most {rule.rows.difference:g} of the largest"
+    )
+
+
 def _table(tallies: Mapping[str, Any]) -> Iterator[str]:
-    head = ("", "chats", "prompts", "tokens", "close", "wrong", "pictures", "cosine", "difference")
-    yield _row(head)
+    head = ("chats", "prompts", "tokens", "close", "wrong", "drift", "pictures", "cosine")
+    yield _row(("", *head, "difference"))
     for kind, tally in tallies.items():
         rows = (f"{tally.least_cosine:.7f}", f"{tally.largest_difference:.2g}")
         yield _row(
@@ -241,6 +256,7 @@ def _table(tallies: Mapping[str, Any]) -> Iterator[str]:
                 tally.tokens,
                 tally.close_calls,
                 tally.wrong_tokens,
+                f"{tally.largest_drift:.2g}",
                 tally.pictures,
                 *(rows if tally.pictures else ("-", "-")),
             )

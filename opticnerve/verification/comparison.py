@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from opticnerve.tensors.distance import LIMITS, Limit, compare
 from opticnerve.verification.split import Asked, Rows
 from opticnerve.verification.whole import Prefill, WholeModel
+
+MAX_DRIFTS = {"float32": 1e-3, "float16": 0.125, "bfloat16": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """``max_gap``: a token may differ from the unsplit model's best only if its logit there is
-    closer to the best one's. ``min_cosine``: of each row of an embedding to the unsplit model's."""
+    closer to the best one's. ``max_drift``: of a log-probability from the unsplit model's, at most.
+    ``rows``: of the pictures' embeddings from what the unsplit model reads in their places."""
 
     max_gap: float
-    min_cosine: float
+    max_drift: float
+    rows: Limit
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Rule:
         """In float32 the two differ by rounding alone. In 16 bits a logit of 20 has steps of an
-        eighth in bfloat16, and sums in another order differ by several."""
-        return cls(1e-3, 0.99999) if dtype == torch.float32 else cls(0.5, 0.999)
+        eighth in bfloat16 and of a 64th in float16, and sums in another order differ by several;
+        eight are granted to log-probabilities."""
+        name = str(dtype).removeprefix("torch.")
+        return cls(1e-3 if name == "float32" else 0.5, MAX_DRIFTS[name], LIMITS[name])
 
 
 @dataclass
@@ -38,15 +45,18 @@ class Tally:
     close_calls: int = 0  # Tokens that differ where the rule allows it.
     wrong_tokens: int = 0
     largest_gap: float = 0.0
+    wrong_logprobs: int = 0  # Tokens at whose places one is further off than the rule allows.
+    largest_drift: float = 0.0  # Of a log-probability, of those that are finite.
     pictures: int = 0  # Whose rows were compared.
     wrong_pictures: int = 0
     least_cosine: float = 1.0
-    largest_difference: float = 0.0  # Of an element of a row.
+    largest_difference: float = 0.0  # Of an element of a row, of those that are finite.
     faults: list[str] = field(default_factory=list)  # The first few, in words.
 
     @property
     def equal(self) -> bool:
-        return not (self.prompts_differ or self.wrong_tokens or self.wrong_pictures)
+        wrong = self.wrong_tokens or self.wrong_logprobs or self.wrong_pictures
+        return not (self.prompts_differ or wrong)
 
 
 MAX_FAULTS = 5
@@ -72,6 +82,8 @@ class Comparison:
         for answer, ways in _distinct(asked.answers).items():
             prefill = self.whole.prefill(inputs, list(answer))
             self._add_tokens(tally, prefill.logits, answer, ways)
+            for way in ways:
+                self._add_logprobs(tally, prefill.logits, answer, asked, way)
         if prefill is not None and asked.rows:
             self._add_rows(tally, prefill, asked, asked.rows)
 
@@ -96,6 +108,29 @@ class Comparison:
             )
             return  # What follows has another beginning than the unsplit model's.
 
+    def _add_logprobs(
+        self, tally: Tally, logits: torch.Tensor, answer: Sequence[int], asked: Asked, way: str
+    ) -> None:
+        """Compares those of the answer's tokens, and of the most likely ones in rank order: the
+        stack does not name them by id, and ids may change places where two nearly tie."""
+        said, first = asked.logprobs[way], None
+        if len(said) != len(answer):
+            tally.wrong_logprobs += len(answer)
+            self._fault(tally, f"asked {way}: {len(answer)} tokens, {len(said)} log-probabilities")
+            return
+        wanted = logits.double().log_softmax(dim=-1)
+        for index, (token, mine) in enumerate(zip(answer, said, strict=True)):
+            best = wanted[index].topk(len(mine) - 1).values
+            want = torch.cat([wanted[index, token, None], best])
+            drift = float((torch.tensor(mine, dtype=torch.float64) - want).abs().max())
+            if math.isfinite(drift):
+                tally.largest_drift = max(tally.largest_drift, drift)
+            if not drift <= self.rule.max_drift:
+                tally.wrong_logprobs += 1
+                first = first or f"token {index} of the answer has one that is off by {drift:.3g}"
+        if first:
+            self._fault(tally, f"asked {way}: of the log-probabilities, {first}")
+
     def _add_rows(self, tally: Tally, prefill: Prefill, asked: Asked, rows: Sequence[Rows]) -> None:
         wanted = _rows_of_pictures(prefill, asked.spans, len(rows))
         for index, (got, want) in enumerate(zip(rows, wanted, strict=True)):
@@ -104,14 +139,22 @@ class Comparison:
                 tally.wrong_pictures += 1
                 self._fault(tally, f"picture {index} has tensors of other shapes")
                 continue
-            pairs = [(got[name].float(), want[name].float()) for name in want]
-            cosine = min(float(F.cosine_similarity(a, b, dim=-1).min()) for a, b in pairs)
-            difference = max(float((a - b).abs().max()) for a, b in pairs)
-            tally.least_cosine = min(tally.least_cosine, cosine)
-            tally.largest_difference = max(tally.largest_difference, difference)
-            if cosine < self.rule.min_cosine:
+            if fault := self._row_fault(tally, got, want):
                 tally.wrong_pictures += 1
-                self._fault(tally, f"picture {index} has a row of cosine {cosine:.6f}")
+                self._fault(tally, f"picture {index} has wrong {fault}")
+
+    def _row_fault(self, tally: Tally, got: Rows, want: Rows) -> str | None:
+        """Which tensor is too far off, and how far. Each is measured by its own largest number:
+        those of a DeepStack level may be much larger than those of the rows."""
+        fault = None
+        for name in want:
+            distance = compare([(got[name].float(), want[name].float())])
+            tally.least_cosine = min(tally.least_cosine, distance.cosine)
+            if math.isfinite(distance.difference):
+                tally.largest_difference = max(tally.largest_difference, distance.difference)
+            if fault is None and not distance.within(self.rule.rows):
+                fault = f"{name}: {distance.describe(self.rule.rows)}"
+        return fault
 
     def _fault(self, tally: Tally, text: str) -> None:
         if len(tally.faults) < MAX_FAULTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 AT_ONCE = 8  # Requests together.
+BEST = 5  # Most likely tokens at each place, whose log-probabilities are asked for.
 MAX_ROW_BYTES = 2**30  # Rows that are kept for comparison; those of later cases are not fetched.
 NEUTRAL = {
     "temperature": 0,
@@ -30,6 +32,8 @@ NEUTRAL = {
     "frequency_penalty": 0,
     "ignore_eos": True,
     "return_token_ids": True,
+    "logprobs": True,
+    "top_logprobs": BEST,
 }
 
 Rows = Mapping[str, "torch.Tensor"]
@@ -38,12 +42,15 @@ Rows = Mapping[str, "torch.Tensor"]
 
 @dataclass
 class Asked:
-    """A case and what the stack said of it. ``answers``: output ids by the way of asking."""
+    """A case and what the stack said of it. ``answers``: output ids by the way of asking;
+    ``logprobs``: for each of them its own log-probability, and then those of the most likely tokens
+    in its place, best first."""
 
     case: Case
     prompt_ids: list[int] = field(default_factory=list)
     spans: list[Mapping[str, Any]] = field(default_factory=list)
     answers: dict[str, list[int]] = field(default_factory=dict)
+    logprobs: dict[str, list[list[float]]] = field(default_factory=dict)
     rows: list[Rows] | None = None  # Of each picture; None: not fetched.
 
 
@@ -99,7 +106,12 @@ class SplitModel:
     def _answer(self, asked: Asked, way: str) -> None:
         body = {"model": "model", "messages": _openai_messages(asked.case), **NEUTRAL}
         told = self._post("/v1/chat/completions", body | {"max_tokens": self.max_tokens})
-        asked.answers[way] = told["choices"][0]["token_ids"]
+        choice = told["choices"][0]
+        asked.answers[way] = choice["token_ids"]
+        asked.logprobs[way] = [
+            [_number(each["logprob"]) for each in (at, *at["top_logprobs"])]
+            for at in choice["logprobs"]["content"]
+        ]
 
     def _fetch(self, encoder: EncoderClient, pictures: Sequence[bytes]) -> list[Rows]:
         several = planned_as_several(len(pictures), encoder.layout().settings())
@@ -121,6 +133,11 @@ class SplitModel:
         """Of the stack's encoders, where it tells them."""
         workers = self._http.get("/health").json().get("encoders", {}).get("workers", [])
         return [worker["address"] for worker in workers]
+
+
+def _number(told: float | None) -> float:
+    """JSON has null for what is not a number."""
+    return math.nan if told is None else told
 
 
 def _openai_messages(case: Case) -> list[dict[str, Any]]:

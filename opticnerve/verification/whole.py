@@ -35,11 +35,12 @@ class Prefill:
 class WholeModel:
     """A checkpoint in one piece. Pictures go through its Pillow-backed image processor."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, device: str) -> None:
-        """``dtype`` and ``device`` as the flags of these names have them. Raises StartupError."""
+    def __init__(self, checkpoint: Checkpoint, processor: Any, dtype: str, device: str) -> None:
+        """``processor``: see ``load_processor``. ``dtype`` and ``device`` as the flags of these
+        names have them. Raises StartupError."""
         place = resolve_device(device)
         self.dtype = resolve_dtype(dtype, checkpoint, place)
-        self.processor = _load_processor(checkpoint)
+        self.processor = processor
         self.model: Any = AutoModelForImageTextToText.from_pretrained(
             checkpoint.path, dtype=self.dtype
         )
@@ -113,9 +114,10 @@ def _extended(
     return torch.cat([value, more], dim=1)
 
 
-def _load_processor(checkpoint: Checkpoint) -> Any:
+def load_processor(checkpoint: Checkpoint) -> Any:
     """The checkpoint's processor as transformers makes it, with the Pillow-backed image processor,
-    to which pixels are compared, and without one of videos, which would need torchvision."""
+    to which pixels are compared, and without one of videos, which would need torchvision. Raises
+    StartupError, which names a package that it needs and that is not installed."""
     path = checkpoint.path
     kind = _processor_class(checkpoint)
     if getattr(kind, "is_dummy", False):

@@ -17,17 +17,20 @@ FEW = ["--cases", str(CASES), "--max-tokens", "4", "--dtype", "float32", "--json
 
 def verify(capsys, *argv, status):
     assert commands.main(["verify", *map(str, argv), *FEW]) == status
-    return json.loads(capsys.readouterr().out)
+    return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
 
 
 @pytest.mark.slow
 def test_a_running_stack_is_audited(stack, tmp_path, capsys):
     told = verify(capsys, "--against", stack.url, status=0)
-    assert told["equal"] and told["rule"]["max_gap"] == 1e-3
+    assert told["equal"]
+    rows = {"cosine": 0.99999, "difference": 1e-3}
+    assert told["rule"] == {"max_gap": 1e-3, "max_drift": 1e-3, "rows": rows}
     kinds = told["kinds"].values()
     assert len(kinds) == len(KINDS) and all(kind["cases"] == 4 for kind in kinds)
     assert sum(kind["tokens"] for kind in kinds) == CASES * 2 * 4
     assert not any(kind["pictures"] or kind["close_calls"] for kind in kinds)
+    assert all(0 < kind["largest_drift"] < 1e-3 for kind in kinds)
 
     other = shutil.copytree(DEMO, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
