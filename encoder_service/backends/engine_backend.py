@@ -6,6 +6,8 @@ Pictures are padded to the smallest bucket that holds them, and those of one buc
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from math import prod
@@ -14,7 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from encoder_service.backends.base import Bucket, Capacity, Embedding, Recovery
-from encoder_service.backends.torch_backend import TorchBackend, begin_copy, recovery_from
+from encoder_service.backends.device import begin_copy, recovery_from
+from encoder_service.backends.torch_backend import TorchBackend
 from encoder_service.pictures.largest_picture import permitted_patches
 from opticnerve.errors import InvalidRequest, UnusableEngine
 from opticnerve.tensors.dtypes import ELEMENT_TYPES, dtype_name
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from opticnerve.media.plan import Plan
     from opticnerve.models.family import Preprocessor
     from opticnerve.models.towers.graph import Tensors, TowerGraph
+
+
+log = logging.getLogger(__name__)
 
 
 class EngineRuntime(Protocol):
@@ -41,7 +47,13 @@ class EngineRuntime(Protocol):
         them. Called within ``stream()``."""
         ...
 
-    def close(self) -> None: ...
+    def keep_kernels(self) -> None:
+        """Keeps what was compiled for the next start. Called once every bucket has run."""
+        ...
+
+    def close(self) -> None:
+        """Frees what it holds. Not called during ``run``. A second call does nothing."""
+        ...
 
 
 @contextlib.contextmanager
@@ -101,6 +113,8 @@ class EngineBackend:
         self._runtime = runtime
         self._beyond = beyond
         self._on_cuda = graph.device.type == "cuda"
+        self._calling = threading.Lock()  # Held while the runtime runs; ``close`` takes it.
+        self._closed = False
 
     @property
     def reference(self) -> TorchBackend | None:
@@ -157,7 +171,9 @@ class EngineBackend:
                 )
             return self._beyond.encode(pixels, plans)
         pictures = sum(map(self._graph.pictures, plans))
-        with torch.inference_mode(), self._runtime.stream():
+        with self._calling, torch.inference_mode(), self._runtime.stream():
+            if self._closed:
+                raise RuntimeError("the engine is closed")
             inputs = self._graph.prepare(pixels, plans, self.buckets[bucket].patches)
             outputs = self._runtime.run(bucket, pictures, inputs)
             items = self._graph.split(outputs, plans)
@@ -183,6 +199,7 @@ class EngineBackend:
                 for i, bucket in enumerate(self.buckets):
                     inputs = self._graph.example(bucket.pictures, bucket.patches)
                     self._runtime.run(i, bucket.pictures, inputs)
+            self._runtime.keep_kernels()
         batch = max_batch_patches or max(
             bucket.patches * bucket.pictures for bucket in self.buckets
         )
@@ -193,6 +210,14 @@ class EngineBackend:
         return Capacity(batch, self.buckets[-1].patches)
 
     def close(self) -> None:
-        self._runtime.close()
+        """Frees what the engine holds, unless a call still runs: then it goes with the process."""
+        if not self._calling.acquire(blocking=False):
+            log.warning("a call of the engine has not ended; its memory is freed with the process")
+            return
+        try:
+            self._closed = True
+            self._runtime.close()
+        finally:
+            self._calling.release()
         if self._beyond is not None:
             self._beyond.close()

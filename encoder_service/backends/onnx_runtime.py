@@ -47,7 +47,7 @@ class OnnxRuntime:
             )
         except Exception as error:  # onnxruntime's have no base of their own.
             raise UnusableEngine(f"onnxruntime {VERSION} does not load {file}: {error}") from error
-        self._binding = self._session.io_binding()
+        self._binding: Any = self._session.io_binding()
         self._buckets = buckets
         self._outputs = OutputBuffers(graph, buckets, torch.device("cpu"))
 
@@ -66,8 +66,11 @@ class OnnxRuntime:
             raise RuntimeError(f"onnxruntime: {error}") from error
         return outputs
 
+    def keep_kernels(self) -> None:
+        """None are compiled."""
+
     def close(self) -> None:
-        del self._session, self._binding
+        self._session = self._binding = None
 
 
 def _placed(tensor: torch.Tensor) -> tuple[str, int, Any, tuple[int, ...], int]:

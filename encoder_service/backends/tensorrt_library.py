@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections import deque
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +12,7 @@ from opticnerve.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+KEPT_ERRORS = 20  # Of a failure the last ones say what came of it; the first are in the log.
 MODULES = {
     "tensorrt": ("tensorrt",),
     "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
@@ -22,7 +24,8 @@ INSTALL = {
 
 
 class TensorrtLibrary:
-    """One of the two. ``errors`` collects what it reported since ``take_errors``."""
+    """One of the two. ``errors`` holds the last errors that it reported since ``take_errors``; the
+    log has them all."""
 
     def __init__(self, name: str) -> None:
         """``name``: a key of ``MODULES``. Raises ConfigError if it is not installed."""
@@ -39,7 +42,7 @@ class TensorrtLibrary:
             ) from error
         self.name = name
         self.version = str(self.module.__version__)
-        self.errors: list[str] = []
+        self.errors: deque[str] = deque(maxlen=KEPT_ERRORS)
         self.logger = _make_logger(self.module, self.errors)
 
     def take_errors(self) -> str:
@@ -62,7 +65,7 @@ class TensorrtLibrary:
         return known[name]
 
 
-def _make_logger(module: Any, errors: list[str]) -> Any:
+def _make_logger(module: Any, errors: deque[str]) -> Any:
     severity = module.ILogger.Severity
 
     class TensorrtLog(module.ILogger):  # type: ignore[misc]
@@ -74,6 +77,7 @@ def _make_logger(module: Any, errors: list[str]) -> Any:
         def log(self, level: Any, message: str) -> None:
             if level in (severity.INTERNAL_ERROR, severity.ERROR):
                 errors.append(message.strip())
+                log.error("%s: %s", module.__name__, message.strip())
             elif level == severity.WARNING:
                 log.warning("%s: %s", module.__name__, message.strip())
 

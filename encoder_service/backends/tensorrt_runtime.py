@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +15,7 @@ from encoder_service.backends.base import Bucket
 from encoder_service.backends.engine_backend import OutputBuffers
 from encoder_service.backends.tensorrt_library import TensorrtLibrary
 from opticnerve.errors import UnusableEngine
+from opticnerve.replace_file import replace_file
 
 if TYPE_CHECKING:
     from opticnerve.models.towers.graph import Tensors, TowerGraph
@@ -48,14 +47,14 @@ class TensorrtRuntime:
         self._device = graph.device
         with torch.cuda.device(self._device):
             self._stream = torch.cuda.Stream(self._device)
-            self._engine = self._load(plan)
+            self._engine: Any = self._load(plan)
             if self._engine.num_optimization_profiles != len(buckets):
                 raise UnusableEngine(
                     f"{plan} has {self._engine.num_optimization_profiles} profiles for "
                     f"{len(buckets)} buckets"
                 )
-            self._outputs = OutputBuffers(graph, buckets, self._device)
-            self._activations = torch.empty(
+            self._outputs: Any = OutputBuffers(graph, buckets, self._device)
+            self._activations: Any = torch.empty(
                 max(1, self._engine.device_memory_size_v2), dtype=torch.uint8, device=self._device
             )
             self._settings = self._make_settings()
@@ -90,7 +89,11 @@ class TensorrtRuntime:
         if context is None:
             raise UnusableEngine(f"{self._library.name}: {self._library.take_errors()}")
         context.set_device_memory(self._activations.data_ptr(), self._activations.nbytes)
-        context.set_optimization_profile_async(profile, self._stream.cuda_stream)
+        if not context.set_optimization_profile_async(profile, self._stream.cuda_stream):
+            raise UnusableEngine(
+                f"{self._library.name} does not take profile {profile}: "
+                f"{self._library.take_errors()}"
+            )
         return context
 
     def stream(self) -> AbstractContextManager[object]:
@@ -99,7 +102,8 @@ class TensorrtRuntime:
 
     def run(self, bucket: int, pictures: int, inputs: Tensors) -> Tensors:
         context = self._contexts[bucket]
-        outputs = self._outputs.views(pictures, self._buckets[bucket].patches)
+        self._library.errors.clear()  # What is reported from here on is about this call.
+        outputs: Tensors = self._outputs.views(pictures, self._buckets[bucket].patches)
         accepted = True
         for name, tensor in inputs.items():
             accepted &= context.set_input_shape(name, tuple(tensor.shape))
@@ -111,26 +115,17 @@ class TensorrtRuntime:
             raise RuntimeError(f"{self._library.name}: {self._library.take_errors()}")
         return outputs
 
+    def keep_kernels(self) -> None:
+        if self._cache is None or self._kernels is None:
+            return
+        try:
+            replace_file(self._kernels, bytes(self._cache.serialize()))
+        except OSError as error:
+            log.warning("compiled kernels are not kept for the next start: %s", error)
+
     def close(self) -> None:
-        """Writes the kernels that were compiled, and frees what the device holds."""
-        if self._cache is not None and self._kernels is not None:
-            try:
-                replace_file(self._kernels, bytes(self._cache.serialize()))
-            except OSError as error:
-                log.warning("compiled kernels are not kept for the next start: %s", error)
+        if self._engine is None:
+            return
         self._stream.synchronize()
         self._contexts.clear()
-        del self._engine, self._activations, self._outputs
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file at once, so that no reader sees half of it. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        self._engine = self._activations = self._outputs = self._cache = None

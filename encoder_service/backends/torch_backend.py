@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from encoder_service.backends.base import Capacity, Embedding, Recovery
+from encoder_service.backends.device import begin_copy, recovery_from, release_cached_memory
 from encoder_service.pictures.largest_picture import permitted_patches
-from opticnerve.errors import StartupError, device_is_lost
+from opticnerve.errors import StartupError
 from opticnerve.media.plan import Plan
 from opticnerve.models.family import Preprocessor, Tower
 from opticnerve.tensors.dtypes import ELEMENT_TYPES, dtype_name
@@ -24,28 +25,8 @@ CPU_BATCH_PATCHES = 2048  # A CPU gains nothing from larger batches; smaller one
 CPU_WARM_PATCHES = 1024  # A larger item would hold a CPU's start up for minutes.
 CUDA_BATCH_PATCHES = 65_536  # No gain in throughput beyond; latency only grows.
 CUDA_MEMORY_FRACTION = 0.8  # Of free memory; the rest is for fragmentation and other processes.
-OUT_OF_MEMORY_TEXTS = (
-    "DefaultCPUAllocator",
-    "out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "Failed to allocate memory",  # onnxruntime's.
-    "OutOfMemory",  # TensorRT's.
-)
-
 Shrink = Callable[[Plan, int], Plan]
 """(largest plan, patches) -> the plan of a picture of at most about so many patches."""
-
-
-def recovery_from(error: Exception, *, on_cuda: bool) -> Recovery:
-    """How to recover from an exception of a forward pass; see ``Backend.classify``."""
-    text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY_TEXTS)
-    ):
-        if on_cuda:
-            torch.cuda.empty_cache()
-        return Recovery.SPLIT
-    return Recovery.STOP if on_cuda and device_is_lost(error) else Recovery.ISOLATE
 
 
 class TorchBackend:
@@ -148,11 +129,4 @@ class TorchBackend:
         log.debug("%d patches took %.2f s", plan.num_patches, time.monotonic() - started)
 
     def close(self) -> None:
-        if self._on_cuda:
-            torch.cuda.empty_cache()
-
-
-def begin_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` in host memory, contiguous. From CUDA into pinned memory, without waiting: its
-    values are there once the stream is done."""
-    return tensor.contiguous().to("cpu", non_blocking=True)
+        release_cached_memory(self._tower.device)

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from encoder_service.backends.base import Bucket
+from encoder_service.backends.device import release_cached_memory
 from encoder_service.backends.engine_backend import EngineBackend
 from encoder_service.engines import gate, opening
 from encoder_service.engines.buckets import choose_buckets, largest_bucket
@@ -99,7 +100,7 @@ class EngineBuild:
         gate.write_rows(made / PROBES_FILE, dict(shown))
         if self.precision != dtype_name(torch.float32):
             del tower, graph, rows, shown
-            opening.free_memory(self._device)
+            release_cached_memory(self._device)
             tower = load_tower(self.checkpoint, DTYPES[self.precision], self._device)
             graph = make_graph(self.checkpoint, tower)
         return graph, buckets, probes
@@ -129,7 +130,7 @@ class EngineBuild:
         with tempfile.TemporaryDirectory(dir=made) as scratch:
             path = Path(scratch) / GRAPH_FILE
             _export_quietly(graph, path)
-            opening.free_memory(self._device)
+            release_cached_memory(self._device)
             self._build_plan(self._library, graph, buckets, path, made / PLAN_FILE)
 
     def _build_plan(

@@ -56,6 +56,29 @@ def main(argv: Sequence[str]) -> int:
 
 def build_command(argv: Sequence[str]) -> int:
     parser = Parser("engine build", BUILD, "[MODEL] [flags]")
+    _add_build_flags(parser)
+    given, settings = _parse(parser, argv)
+    from encoder_service.engines.build import BuildSettings, EngineBuild
+
+    wanted = BuildSettings(
+        settings,
+        given["backend"],
+        PRECISIONS.get(given["precision"], "auto"),
+        given["buckets"],
+        given["compute_capability"],
+    )
+    made = EngineBuild(wanted)
+    directory = given["output"] or Path(
+        _default_name(made.checkpoint, wanted.backend, made.precision)
+    )
+    sidecar = made.run(directory)
+    print("\n".join(_describe(directory, sidecar)))
+    words = ["opticnerve", "encoder", *([sidecar.model] if sidecar.model else [])]
+    print("serve it:", shlex.join([*words, "--vision-engine", str(directory)]))
+    return 0
+
+
+def _add_build_flags(parser: Parser) -> None:
     group = parser.add_argument_group("Engine")
     group.add_argument(
         "--backend",
@@ -93,25 +116,6 @@ def build_command(argv: Sequence[str]) -> int:
         type=Path,
         help="directory for it (default: MODEL's name, backend and precision, here)",
     )
-    given, settings = _parse(parser, argv)
-    from encoder_service.engines.build import BuildSettings, EngineBuild
-
-    wanted = BuildSettings(
-        settings,
-        given["backend"],
-        PRECISIONS.get(given["precision"], "auto"),
-        given["buckets"],
-        given["compute_capability"],
-    )
-    made = EngineBuild(wanted)
-    directory = given["output"] or Path(
-        _default_name(made.checkpoint, wanted.backend, made.precision)
-    )
-    sidecar = made.run(directory)
-    print("\n".join(_describe(directory, sidecar)))
-    words = ["opticnerve", "encoder", *([sidecar.model] if sidecar.model else [])]
-    print("serve it:", shlex.join([*words, "--vision-engine", str(directory)]))
-    return 0
 
 
 def _default_name(checkpoint: Checkpoint, backend: str, precision: str) -> str:

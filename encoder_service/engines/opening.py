@@ -15,6 +15,7 @@ import PIL
 import torch
 
 import opticnerve
+from encoder_service.backends.device import release_cached_memory
 from encoder_service.backends.engine_backend import (
     EngineBackend,
     EngineRuntime,
@@ -87,7 +88,7 @@ def open_engine(
         beyond = TorchBackend(tower, preprocess, partial(shrink, layout))
     graph.release()
     del tower
-    free_memory(device)
+    release_cached_memory(device)
     runtime = open_runtime(directory, sidecar, library, graph, config.num_threads)
     backend = EngineBackend(sidecar.backend, graph, sidecar.buckets, runtime, preprocess, beyond)
     try:
@@ -119,13 +120,6 @@ def _check_recorded(
             f"{sidecar.made_by}, and {MADE_BY} makes other pixels of them. Build it again: "
             f"{sidecar.rebuild_command(directory, capability, config)}"
         ) from error
-
-
-def free_memory(device: torch.device) -> None:
-    """Gives what released weights took back to the device, where the libraries' own allocations
-    find it."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def check_engine(

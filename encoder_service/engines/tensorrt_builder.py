@@ -10,8 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from encoder_service.backends.tensorrt_library import TensorrtLibrary
-from encoder_service.backends.tensorrt_runtime import replace_file
 from opticnerve.errors import UnusableEngine
+from opticnerve.replace_file import replace_file
 
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape]]

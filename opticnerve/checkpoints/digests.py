@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from opticnerve.errors import CheckpointError
+from opticnerve.replace_file import replace_file
 from opticnerve.tensors.header import TensorEntry
 
 RECORD = ".opticnerve-digests.json"
@@ -178,26 +178,11 @@ def _save(files: list[Path], record: Record) -> None:
     failure: OSError | None = None
     for place in _places(files):
         try:
-            _write(place, text)
+            replace_file(place, text.encode())
             return
         except OSError as error:
             failure = error
     log.warning("the digests of the weights are not kept for the next start: %s", failure)
-
-
-def _write(place: Path, text: str) -> None:
-    """Replaces the file at once, so that no reader sees half of it."""
-    if place.name != RECORD:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=place.parent, prefix=RECORD)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(name, 0o644)  # Another user's process may serve the same checkpoint.
-        os.replace(name, place)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 @contextlib.contextmanager

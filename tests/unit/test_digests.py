@@ -121,14 +121,14 @@ def test_what_a_copy_brings_along_is_not_trusted(
 def test_beside_weights_that_cannot_be_written_the_users_cache_serves(
     path: Path, cache: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = module._write
+    write = module.replace_file
 
-    def refuse(place: Path, text: str) -> None:
+    def refuse(place: Path, data: bytes) -> None:
         if place.parent == path:
             raise PermissionError("read-only")
-        write(place, text)
+        write(place, data)
 
-    monkeypatch.setattr(module, "_write", refuse)
+    monkeypatch.setattr(module, "replace_file", refuse)
     first = pair_id(path)
     read.clear()
     assert pair_id(path) == first and not read

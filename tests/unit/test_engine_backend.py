@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ class EagerRuntime:
         self._outputs = OutputBuffers(graph, buckets, torch.device("cpu"))
         self.calls: list[tuple[int, int]] = []  # (bucket's patches, pictures)
         self.closed = False
+        self.entered, self.may_end = threading.Event(), threading.Event()
+        self.may_end.set()
 
     def stream(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -46,9 +50,14 @@ class EagerRuntime:
     def run(self, bucket: int, pictures: int, inputs: Tensors) -> Tensors:
         patches = self._buckets[bucket].patches
         self.calls.append((patches, pictures))
+        self.entered.set()
+        assert self.may_end.wait(60)
         outputs = self._outputs.views(pictures, patches)
         outputs["rows"].copy_(self._graph.module(**inputs)[0])
         return outputs
+
+    def keep_kernels(self) -> None:
+        pass
 
     def close(self) -> None:
         self.closed = True
@@ -134,6 +143,20 @@ def test_an_encoder_takes_pictures_up_to_the_largest_bucket_or_torch_s_limit(
     assert runtime.closed
 
 
+def test_closing_leaves_a_call_that_still_runs_its_memory(graph: SmallGraph) -> None:
+    backend, runtime = backend_of(graph)
+    runtime.may_end.clear()
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(backend.encode, *pictures(8))
+        assert runtime.entered.wait(60)
+        backend.close()
+        assert not runtime.closed
+        runtime.may_end.set()
+        assert len(call.result(60)) == 1
+    backend.close()
+    assert runtime.closed
+
+
 @pytest.fixture(scope="module")
 def exported(
     tmp_path_factory: pytest.TempPathFactory,
@@ -159,6 +182,9 @@ def test_onnxruntime_runs_the_graph_in_place(
     check_rows(backend.encode(pixels, plans), tower, pixels, plans)
     assert len(places) == 1
     backend.close()
+    backend.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        backend.encode(pixels, plans)
 
 
 def note(places: set[int], made: Tensors) -> Tensors:

@@ -17,12 +17,12 @@ from onnx import TensorProto, helper
 from encoder_service.backends import tensorrt_runtime
 from encoder_service.backends.base import Recovery
 from encoder_service.backends.engine_backend import EngineBackend
-from encoder_service.backends.tensorrt_library import TensorrtLibrary
+from encoder_service.backends.tensorrt_library import KEPT_ERRORS, TensorrtLibrary
 from encoder_service.backends.tensorrt_runtime import TensorrtRuntime
 from encoder_service.engines.tensorrt_builder import build_plan
 from opticnerve.errors import ConfigError, UnusableEngine
 from tests.preprocessors import mean_colour
-from tests.tower_graphs import BUCKETS, WIDTH, SmallGraph, SmallTower, check_rows, pictures
+from tests.tower_graphs import BUCKETS, WIDTH, SmallGraph, SmallTower, check_rows, pictures, plan_of
 
 PROFILES = [{"x": ((1, 8), (4, 8))}, {"x": ((1, 32), (2, 32))}]
 
@@ -90,6 +90,15 @@ def test_errors_are_told_once(library: TensorrtLibrary) -> None:
     assert library.take_errors() == "it gave no reason"
 
 
+def test_errors_are_logged_and_the_last_are_kept(
+    library: TensorrtLibrary, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(100):
+        library.logger.log(library.module.ILogger.Severity.ERROR, f"error {number}")
+    assert "error 0" in caplog.messages[0] and len(caplog.messages) == 100
+    assert len(library.errors) == KEPT_ERRORS and "error 99" in library.take_errors()
+
+
 # ---- the runtime, on a device that has stand-ins
 
 
@@ -108,7 +117,7 @@ class Context:
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profiles.append(profile)
-        return True
+        return self.engine.takes_profiles
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape
@@ -147,6 +156,7 @@ class Engine:
 
     def __init__(self, library: Any, graph: SmallGraph) -> None:
         self.library, self.graph, self.fails = library, graph, False
+        self.takes_profiles = True
         self.contexts: list[Context] = []
         self.settings = Settings()
 
@@ -229,9 +239,15 @@ def test_contexts_and_buffers_are_made_once(stand_in: Any, tmp_path: Path) -> No
 def test_a_call_that_fails_says_why(stand_in: Any, tmp_path: Path) -> None:
     runtime = runtime_of(stand_in, tmp_path)
     backend = EngineBackend("tensorrt_rtx", stand_in.graph, BUCKETS, runtime, mean_colour)
+    backend._on_cuda = True
     stand_in.engine.fails = True
+    with pytest.raises(UnusableEngine, match=r"does not run here: .*no memory for layer 3"):
+        backend.warm(plan_of(8), 0)
+    backend._on_cuda = False
+    stand_in.errors.append("an earlier fault")
     with pytest.raises(RuntimeError, match="no memory for layer 3") as caught:
         backend.encode(*pictures(8))
+    assert "an earlier fault" not in str(caught.value)
     assert backend.classify(caught.value) is Recovery.ISOLATE
 
 
@@ -239,13 +255,28 @@ def test_a_plan_that_does_not_load_is_refused(stand_in: Any, tmp_path: Path) -> 
     stand_in.errors.append("compiled for another device")
     with pytest.raises(UnusableEngine, match=r"does not load .*compiled for another device"):
         runtime_of(stand_in, tmp_path, b"another")
+    stand_in.engine.takes_profiles = False
+    with pytest.raises(UnusableEngine, match="does not take profile 0"):
+        runtime_of(stand_in, tmp_path)
     stand_in.engine.num_optimization_profiles = 5
     with pytest.raises(UnusableEngine, match="5 profiles for 2 buckets"):
         runtime_of(stand_in, tmp_path)
 
 
+def test_a_second_close_does_nothing(stand_in: Any, tmp_path: Path) -> None:
+    runtime = runtime_of(stand_in, tmp_path)
+    runtime.close()
+    runtime.close()
+
+
 def test_compiled_kernels_are_kept_for_the_next_start(stand_in: Any, tmp_path: Path) -> None:
     with closing(runtime_of(stand_in, tmp_path)):
         assert stand_in.engine.settings.loaded == b""
+    assert not (tmp_path / "kept" / "kernels").exists(), "nothing has been compiled"
+    with closing(runtime_of(stand_in, tmp_path)) as runtime:
+        backend = EngineBackend("tensorrt_rtx", stand_in.graph, BUCKETS, runtime, mean_colour)
+        backend._on_cuda = True
+        backend.warm(plan_of(8), 0)
+        assert (tmp_path / "kept" / "kernels").read_bytes() == b"kernels"
     with closing(runtime_of(stand_in, tmp_path)):
         assert stand_in.engine.settings.loaded == b"kernels"
