@@ -280,6 +280,11 @@ def _no_config(path: Path) -> str:
 
 
 def _missing_weights(path: Path, missing: list[str]) -> str:
+    for name in missing:
+        if os.path.lexists(path / name):
+            return (
+                f"{path / name} is no file, and no link that leads to one; fetch the weights again"
+            )
     names = ", ".join(missing)
     if missing == [SINGLE_FILE]:
         pickles = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]

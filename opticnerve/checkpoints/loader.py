@@ -88,11 +88,13 @@ def check_module(
     ignored: Sequence[str] = (),
 ) -> HalfSize:
     """What ``load_module`` would load, without reading or downloading a weight. Its tensors are
-    compared with the module's where all weight files are here. Raises what ``load_module`` raises.
+    compared with the module's where all weight files are here, and otherwise those that an index
+    names, by their names. Raises what ``load_module`` raises.
     """
     module = _make_on_meta(make_module, checkpoint)
     if checkpoint.missing_weights:
         expected = [item for name, item in module.state_dict().items() if name not in (tied or {})]
+        _check_index(checkpoint, module.state_dict(), wanted(key_map, ignored), key_map, tied or {})
         return HalfSize(len(expected), sum(item.numel() for item in expected), "configuration")
     sources, _ = _match(checkpoint, module, key_map, tied, ignored)
     return HalfSize.of_entries(entry for _, entry in sources.values())
@@ -271,6 +273,32 @@ def _check(
     ):
         if names:
             raise CheckpointError(f"{checkpoint.path} {what} {_list(names)}")
+
+
+def _check_index(
+    checkpoint: Checkpoint,
+    expected: Mapping[str, torch.Tensor],
+    is_wanted: Callable[[str], bool],
+    key_map: KeyMap,
+    tied: Mapping[str, str],
+) -> None:
+    """Raises CheckpointError unless the keys of the checkpoint's index, if it has one, are those
+    of the module."""
+    if checkpoint.weight_map is None:
+        return
+    names = {
+        key: Place.of(module_name(key_map, key)).name
+        for key in checkpoint.weight_map
+        if is_wanted(key)
+    }
+    missing = expected.keys() - set(names.values()) - tied.keys()
+    unknown = [key for key, name in names.items() if name not in expected]
+    for listed, what in (
+        (missing, "lacks"),
+        (unknown, "names tensors that have no place in the model:"),
+    ):
+        if listed:
+            raise CheckpointError(f"the index of {checkpoint.path} {what} {_list(listed)}")
 
 
 def _read(

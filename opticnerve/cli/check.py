@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -40,8 +41,8 @@ from opticnerve.models.registry import (
 DESCRIPTION = (
     "Says whether a checkpoint will be served, and how: family, what each service loads and the "
     "memory that this takes, tokens of pictures, chat template, limits. Reads configuration, "
-    "tokenizer and the headers of weights, no weights; what is not here of a hub id is not fetched "
-    "but for its JSON files."
+    "tokenizer and the headers of weights, no weights. Of a hub id, JSON files are fetched and "
+    "weights are not, which may be missing then; those of a directory must be in it."
 )
 EPILOG = (
     "Exit status: 0 if it will be served, 1 if not, with the error that loading it would end with, "
@@ -148,7 +149,7 @@ def inspect(settings: GatewayConfig, dtype: str = "auto") -> Report:
         raise CheckpointError(f"config.json names the dtype {dtype!r}, which is not supported")
     check = importlib.import_module("gateway.startup_check")
     prompt = asdict(check.describe_prompt(settings, checkpoint, layout))
-    _check_pickles(checkpoint)
+    _check_weights(checkpoint)
     vision, language, cache, left_out = _halves(checkpoint, family, dtype)
     return Report(
         checkpoint=checkpoint.name,
@@ -203,20 +204,28 @@ def _halves(
         f"that tensors and configuration are those of the model: needs {lacking[0]}, which "
         "pip install 'opticnerve[worker]' brings",
     )
-    return (
-        listed_size(checkpoint, wanted(family.vision_keys)),
-        listed_size(checkpoint, wanted(family.language_keys)),
-        cache_bytes_per_token(checkpoint.text_config, dtype),
-        left_out,
-    )
+    sizes = [
+        listed_size(checkpoint, wanted(keys)) for keys in (family.vision_keys, family.language_keys)
+    ]
+    if any(size is not None and not size.tensors for size in sizes):
+        raise CheckpointError(
+            f"{checkpoint.path} names no tensor of one of the two halves of {family.title}"
+        )
+    cache = cache_bytes_per_token(checkpoint.text_config, dtype)
+    return sizes[0], sizes[1], cache, left_out
 
 
-def _check_pickles(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError, as loading does, for a directory that holds weights as pickles only;
-    weights that are not here at all are no fault of a checkpoint."""
-    alone = checkpoint.weight_map is None and checkpoint.hub_id is None
-    pickles = any(any(checkpoint.path.glob(f"*.{end}")) for end in ("bin", "pt", "pth"))
-    if alone and pickles and checkpoint.missing_weights:
+def _check_weights(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError, as loading does, for weights that will not be there: those of a
+    directory must all be in it, and pickles are never loaded. Those of a hub id are downloaded
+    when they are needed, and a directory in the hub's cache layout holds what one service needs."""
+    if checkpoint.hub_id is not None:
+        return
+    names, path = checkpoint.missing_weights, checkpoint.path
+    pickles = any(any(path.glob(f"*.{end}")) for end in ("bin", "pt", "pth"))
+    never = any(os.path.lexists(path / name) for name in names)  # It is there, and is no file.
+    never |= pickles and checkpoint.weight_map is None
+    if names and (checkpoint.revision is None or never):
         checkpoint.tensor_index()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -25,6 +26,12 @@ WEIGHTS = DEMO / "model.safetensors"
 def copy(tmp_path: Path) -> Path:
     """A copy of the demo's checkpoint, to change."""
     return Path(shutil.copytree(DEMO, tmp_path / "copy"))
+
+
+@pytest.fixture
+def cached(tmp_path: Path) -> Path:
+    """The same in the hub's cache layout, in which weights may be missing."""
+    return Path(shutil.copytree(DEMO, tmp_path / "models--o--m" / "snapshots" / ("0" * 40)))
 
 
 def told(capsys: pytest.CaptureFixture[str], *argv: object, status: int = 0) -> dict[str, Any]:
@@ -68,31 +75,31 @@ def test_the_cache_is_what_the_engine_reserves() -> None:
 
 
 def test_without_weights_sizes_follow_from_the_configuration(
-    copy: Path, capsys: pytest.CaptureFixture[str]
+    cached: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = told(capsys, copy)
-    (copy / WEIGHTS.name).unlink()
-    report = told(capsys, copy)
+    whole = told(capsys, cached)
+    (cached / WEIGHTS.name).unlink()
+    report = told(capsys, cached)
     assert report["missing_weights"] == [WEIGHTS.name]
     for half in ("vision", "language"):
         assert report[half] == whole[half] | {"source": "configuration"}
 
 
 def test_without_torch_it_says_what_it_could_not_check(
-    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cached: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = told(capsys, copy)
+    whole = told(capsys, cached)
     monkeypatch.setitem(sys.modules, "torch", None)
-    report = told(capsys, copy)
+    report = told(capsys, cached)
     assert "needs torch" in report["left_out"][0]
     for name in ("vision", "language", "cache_bytes_per_token", "pictures", "prompt"):
         assert report[name] == whole[name]
-    (copy / WEIGHTS.name).unlink()
-    report = told(capsys, copy)
+    (cached / WEIGHTS.name).unlink()
+    report = told(capsys, cached)
     assert report["vision"] is None and report["encoder_bytes"] is None
     names = dict.fromkeys(Checkpoint.open(None).tensor_index(), "model-1.safetensors")
-    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    report = told(capsys, copy)
+    (cached / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    report = told(capsys, cached)
     assert report["vision"] == whole["vision"] | {"elements": None, "source": "index"}
 
 
@@ -135,6 +142,62 @@ def test_weights_that_never_load_are_refused(
     error = told(capsys, copy, status=1)["error"]
     said = "pickles only" if name.endswith(".bin") else "damaged or was not downloaded whole"
     assert said in error["message"]
+
+
+@pytest.mark.parametrize("kind", ["loop", "directory", "pipe"])
+@pytest.mark.parametrize("place", ["copy", "cached"])
+def test_weights_that_are_no_file_are_refused(
+    kind: str, place: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = request.getfixturevalue(place)
+    weights = directory / WEIGHTS.name
+    weights.unlink()
+    if kind == "loop":
+        weights.symlink_to(weights)
+    elif kind == "directory":
+        weights.mkdir()
+    else:
+        os.mkfifo(weights)
+    message = told(capsys, directory, status=1)["error"]["message"]
+    assert message.startswith(f"{weights} is no file")
+
+
+def test_a_directory_without_its_weights_is_refused(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / WEIGHTS.name).unlink()
+    assert "fetch the weights" in told(capsys, copy, status=1)["error"]["message"]
+    names = dict.fromkeys(Checkpoint.open(None).tensor_index(), "model-1.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert "lacks model-1.safetensors" in told(capsys, copy, status=1)["error"]["message"]
+
+
+@pytest.mark.parametrize("torch", [True, False])
+def test_an_index_of_other_tensors_is_refused(
+    torch: bool,
+    cached: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (cached / WEIGHTS.name).unlink()
+    if not torch:
+        monkeypatch.setitem(sys.modules, "torch", None)
+    keys = list(Checkpoint.open(None).tensor_index())
+    block = next(key for key in keys if "blocks.1." in key)
+
+    def answer(keys: list[str], status: int) -> dict[str, Any]:
+        index = {"weight_map": dict.fromkeys(keys, "model-1.safetensors")}
+        (cached / "model.safetensors.index.json").write_text(json.dumps(index))
+        return told(capsys, cached, status=status)
+
+    assert answer(keys, 0)["missing_weights"] == ["model-1.safetensors"]
+    error = answer([f"other.{i}" for i in range(3000)], 1)["error"]
+    assert error["type"] == "CheckpointError"
+    if torch:
+        error = answer([key for key in keys if key != block], 1)["error"]
+        assert "lacks blocks.1." in error["message"]
+        more = [*keys, block.replace("blocks.1.", "blocks.77.")]
+        assert "no place in the model" in answer(more, 1)["error"]["message"]
 
 
 def test_tied_weights_are_counted_once() -> None:

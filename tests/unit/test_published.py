@@ -54,6 +54,25 @@ def test_check_answers_right(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert report["cache_bytes_per_token"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", published.NAMES)
+def test_an_index_alone_names_what_the_model_has(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family_of(published.read(name))
+    snapshot = tmp_path / "models--o--m" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    fixture = published.write(name, snapshot)
+    for file in snapshot.glob("*.safetensors"):
+        file.unlink()
+    index = {"weight_map": dict.fromkeys(published.tensors(fixture), "model-1.safetensors")}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    status = commands.main(["check", str(snapshot), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert status == 0, report["error"]
+    assert report["vision"]["source"] == report["language"]["source"] == "configuration"
+
+
 @pytest.mark.parametrize("layout", published.LAYOUTS)
 @pytest.mark.parametrize("name", published.NAMES)
 def test_every_key_belongs_to_one_half(name: str, layout: str) -> None:
