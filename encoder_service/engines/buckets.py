@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from encoder_service.backends.base import Bucket
 from encoder_service.backends.torch_backend import CPU_BATCH_PATCHES
-from encoder_service.pictures.largest_picture import ROUNDING_MARGIN
+from encoder_service.pictures.largest_picture import ASPECT_LIMIT, ROUNDING_MARGIN
 from opticnerve.errors import ConfigError, InvalidMedia, UnusableEngine
 from opticnerve.media.plan import Overrides, Plan, Structure
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 GPU_BUCKETS, CPU_BUCKETS = (1024, 4096, 16_384), (256, 1024, 4096)
 GPU_CALL, CPU_CALL = 16_384, 4096  # Patches of one call: more gain no throughput.
 MAX_BUCKETS = 16
-ASPECT_LIMIT = 199.0  # Width by height, or height by width.
 ASPECT_STEPS = 32  # From square to the limit, in both directions, in the search of the largest.
 AREAS = (1.0, 0.95)  # Of the largest picture's: a smaller one may need more padding.
 

@@ -73,7 +73,9 @@ def build_command(argv: Sequence[str]) -> int:
     )
     sidecar = made.run(directory)
     print("\n".join(_describe(directory, sidecar)))
-    words = ["opticnerve", "encoder", *([sidecar.model] if sidecar.model else [])]
+    words = ["opticnerve", "encoder", *([settings.model] if settings.model else [])]
+    words += ["--revision", settings.revision] if settings.revision else []
+    words += ["--download-dir", settings.download_dir] if settings.download_dir else []
     print("serve it:", shlex.join([*words, "--vision-engine", str(directory)]))
     return 0
 

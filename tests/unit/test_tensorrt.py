@@ -19,6 +19,8 @@ from encoder_service.backends.base import Recovery
 from encoder_service.backends.engine_backend import EngineBackend
 from encoder_service.backends.tensorrt_library import KEPT_ERRORS, TensorrtLibrary
 from encoder_service.backends.tensorrt_runtime import TensorrtRuntime
+from encoder_service.engines import opening
+from encoder_service.engines.sidecar import PLAN_FILE
 from encoder_service.engines.tensorrt_builder import build_plan
 from opticnerve.errors import ConfigError, UnusableEngine
 from tests.preprocessors import mean_colour
@@ -261,6 +263,28 @@ def test_a_plan_that_does_not_load_is_refused(stand_in: Any, tmp_path: Path) -> 
     stand_in.engine.num_optimization_profiles = 5
     with pytest.raises(UnusableEngine, match="5 profiles for 2 buckets"):
         runtime_of(stand_in, tmp_path)
+
+
+def test_kernels_are_kept_by_plan_device_and_driver(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept: list[Path] = []
+    monkeypatch.setattr(tensorrt_runtime, "TensorrtRuntime", lambda *given: kept.append(given[-1]))
+    plan = SimpleNamespace(sha256="a" * 64)
+    sidecar: Any = SimpleNamespace(files={PLAN_FILE: plan}, buckets=BUCKETS)
+    graph: Any = SimpleNamespace(device=torch.device("cuda"))
+    library: Any = SimpleNamespace()
+    for capability, driver in (("8.9", "13000"), ("12.0", "13000"), ("8.9", "13010")):
+        monkeypatch.setattr(opening, "device_capability", lambda _, here=capability: here)
+        monkeypatch.setattr(opening, "driver_version", lambda here=driver: here)
+        opening.open_runtime(tmp_path, sidecar, library, graph, 1)
+    assert len(set(kept)) == 3
+    assert kept[0].name == f"{'a' * 64}-8.9-13000.cache"
+
+
+def test_a_machine_without_a_driver_has_no_version_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    assert opening.driver_version() == "0"
 
 
 def test_a_second_close_does_nothing(stand_in: Any, tmp_path: Path) -> None:
