@@ -10,7 +10,12 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    ProcessorMixin,
+)
 from transformers.image_transforms import convert_to_rgb
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
@@ -56,7 +61,9 @@ class WholeModel:
             }
             for message in case.messages
         ]
-        made = self.processor.apply_chat_template(
+        # The method of every processor: overrides of some want a processor of videos.
+        made = ProcessorMixin.apply_chat_template(
+            self.processor,
             messages,
             add_generation_prompt=True,
             tokenize=True,
