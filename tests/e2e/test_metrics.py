@@ -14,7 +14,13 @@ OWN = {
         "requests", "requests_in_flight", "tokens", "time_to_first_token_seconds",
         "inter_token_seconds", "patches_waiting",
     },
-    "encoder": {"patches_pending", "items_encoded", "decodes_ended", "items_audited", "store_bytes"},
+    "encoder": {
+        "patches_pending",
+        "items_encoded",
+        "decodes_ended",
+        "items_audited",
+        "store_bytes",
+    },
     "llm": {
         "kv_blocks_free", "sequences", "preemptions", "llm_tokens", "store_bytes", "step_seconds",
         "prefill_tokens_per_second",
