@@ -3,8 +3,8 @@
 For families of each kind: the chat template, tokenizer, image processor and ``generate`` of
 transformers on one side, the gateway with an encoder and an LLM process on the other, in fp32.
 Budgets are small, so that prompts are cut into chunks within pictures and a full KV cache
-preempts. Tokens are compared by their bytes; one may differ only where the unsplit model's two best logits are closer
-than MAX_GAP, and never on the demo checkpoint.
+preempts. Tokens are compared by their bytes; one may differ only where the unsplit model's two
+best logits are closer than MAX_GAP, and never on the demo checkpoint.
 """
 
 from concurrent.futures import ThreadPoolExecutor
