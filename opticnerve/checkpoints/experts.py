@@ -18,7 +18,7 @@ PARTS = {"gate_proj": ("gate_up_proj", 0, 2), "up_proj": ("gate_up_proj", 1, 2)}
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TensorPlace:
     """A tensor of a module, or one expert's piece of it."""
 
     name: str  # The module's name of the tensor.
@@ -27,7 +27,7 @@ class Place:
     parts: int = 1
 
     @classmethod
-    def of(cls, name: str) -> Place:
+    def of(cls, name: str) -> TensorPlace:
         """``name``: a checkpoint's key, renamed as the module has it."""
         piece = PIECE.fullmatch(name)
         if piece is None:

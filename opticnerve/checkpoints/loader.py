@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from opticnerve.checkpoints.experts import Place
+from opticnerve.checkpoints.experts import TensorPlace
 from opticnerve.checkpoints.sizes import HalfSize
 from opticnerve.errors import CheckpointError, ConfigError, OpticNerveError
 from opticnerve.models.family import module_name, wanted
@@ -120,7 +120,7 @@ def _match(
     key_map: KeyMap,
     tied: Mapping[str, str] | None,
     ignored: Sequence[str],
-) -> tuple[dict[Place, tuple[str, TensorEntry]], dict[str, str]]:
+) -> tuple[dict[TensorPlace, tuple[str, TensorEntry]], dict[str, str]]:
     """The sources of the module's tensors, and of ``tied`` what they lack. Raises
     CheckpointError unless these are all of the module's."""
     sources = _sources(checkpoint, key_map, ignored)
@@ -219,11 +219,11 @@ def _log_float32(dtype: str) -> None:
 
 def _sources(
     checkpoint: Checkpoint, key_map: KeyMap, ignored: Sequence[str]
-) -> dict[Place, tuple[str, TensorEntry]]:
+) -> dict[TensorPlace, tuple[str, TensorEntry]]:
     """(checkpoint key, entry) of every tensor of this half, by its place in the module."""
-    sources: dict[Place, tuple[str, TensorEntry]] = {}
+    sources: dict[TensorPlace, tuple[str, TensorEntry]] = {}
     for key, entry in checkpoint.tensor_index(wanted(key_map, ignored)).items():
-        place = Place.of(module_name(key_map, key))
+        place = TensorPlace.of(module_name(key_map, key))
         if place in sources:
             raise CheckpointError(
                 f"{checkpoint.path} holds {place.name} twice, as {sources[place][0]} and as {key}"
@@ -235,7 +235,7 @@ def _sources(
 def _check(
     checkpoint: Checkpoint,
     expected: Mapping[str, torch.Tensor],
-    sources: Mapping[Place, tuple[str, TensorEntry]],
+    sources: Mapping[TensorPlace, tuple[str, TensorEntry]],
     tied: Mapping[str, str],
 ) -> None:
     """Raises CheckpointError unless the tensors are exactly those of the module."""
@@ -287,7 +287,7 @@ def _check_index(
     if checkpoint.weight_map is None:
         return
     names = {
-        key: Place.of(module_name(key_map, key)).name
+        key: TensorPlace.of(module_name(key_map, key)).name
         for key in checkpoint.weight_map
         if is_wanted(key)
     }
@@ -302,7 +302,7 @@ def _check_index(
 
 
 def _read(
-    sources: Mapping[Place, tuple[str, TensorEntry]],
+    sources: Mapping[TensorPlace, tuple[str, TensorEntry]],
     module: nn.Module,
     dtype: torch.dtype,
     device: torch.device,
@@ -310,7 +310,7 @@ def _read(
     """Every tensor, read file by file into memory of its own."""
     expected = module.state_dict()
     dtypes = _dtypes(module, expected, dtype)
-    by_file: dict[Path, list[tuple[Place, TensorEntry]]] = {}
+    by_file: dict[Path, list[tuple[TensorPlace, TensorEntry]]] = {}
     for place, (_, entry) in sources.items():
         by_file.setdefault(entry.file, []).append((place, entry))
     tensors: dict[str, torch.Tensor] = {}

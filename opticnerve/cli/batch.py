@@ -110,7 +110,7 @@ def _add_pace(made: Parser) -> None:
 def main(argv: Sequence[str]) -> int:
     given = vars(parser().parse_args(argv))
     flags = {item.name: given.pop(item.name) for item in up_options()}
-    settings = Settings(**given)
+    settings = BatchSettings(**given)
     chosen = sorted(name for name, value in flags.items() if value is not None)
     if settings.url and chosen:
         shown = "MODEL" if "model" in chosen else "--" + chosen[0].replace("_", "-")
@@ -132,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
-class Settings:
+class BatchSettings:
     """The command's own arguments."""
 
     requests: Path
@@ -153,12 +153,12 @@ class Settings:
 
 
 @dataclass
-class Batch:
+class BatchWork:
     """A batch: its files, and which of its requests are answered. ``stopped``: why it ends early;
     what is left is asked when it is given again. ``answered_at``: when the server last answered.
     ``doubted``: a request that was lost since then, or whose server was."""
 
-    settings: Settings
+    settings: BatchSettings
     answers: AnswerFile
     errors: AnswerFile
     total: int
@@ -218,7 +218,7 @@ class Batch:
 
 
 @contextlib.contextmanager
-def open_work(settings: Settings) -> Iterator[Batch]:
+def open_work(settings: BatchSettings) -> Iterator[BatchWork]:
     """Checks the batch, and opens its files. Raises StartupError."""
     named = [settings.requests, settings.answers, *filter(None, [settings.errors])]
     if len({path.resolve() for path in named}) < len(named):
@@ -229,7 +229,7 @@ def open_work(settings: Settings) -> Iterator[Batch]:
         errors = answers
         if settings.errors is not None:
             errors = files.enter_context(AnswerFile(settings.errors))
-        work = Batch(settings, answers, errors, len(numbers))
+        work = BatchWork(settings, answers, errors, len(numbers))
         for file in {answers, errors}:
             for digest, failed in file.recover(numbers):
                 if digest in work.answered:
@@ -243,7 +243,7 @@ def open_work(settings: Settings) -> Iterator[Batch]:
 # ---- doing it
 
 
-async def run(work: Batch, url: str) -> None:
+async def run(work: BatchWork, url: str) -> None:
     """Asks for what is left. Raises StartupError if the server is not there or takes no key; if it
     is lost later, ``work.stopped`` says so."""
     settings = work.settings
@@ -295,7 +295,7 @@ async def _greet(http: httpx2.AsyncClient, url: str) -> None:
 
 
 async def _answer_all(
-    http: httpx2.AsyncClient, work: Batch, todo: Iterator[BatchRequest], bar: tqdm[Any]
+    http: httpx2.AsyncClient, work: BatchWork, todo: Iterator[BatchRequest], bar: tqdm[Any]
 ) -> None:
     """Takes requests from ``todo``, which others take from too, until there are none."""
     for request in todo:

@@ -85,7 +85,7 @@ def parser() -> Parser:
 
 
 @dataclass(frozen=True)
-class Settings:
+class VerifySettings:
     """The command's own arguments."""
 
     cases: int
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     made = parser()
     given = vars(made.parse_args(argv))
     flags = {item.name: given.pop(item.name) for item in up_options()}
-    settings = Settings(**given)
+    settings = VerifySettings(**given)
     if settings.cases > CASES[1]:
         made.error(f"--cases: at most {CASES[1]}")
     require_extra("worker", "verify")
@@ -124,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check_memory(
-    report: Report, device: str, settings: Settings, flags: Mapping[str, Any]
+    report: Report, device: str, settings: VerifySettings, flags: Mapping[str, Any]
 ) -> None:
     """Says what both sides need. Raises StartupError where that is not free."""
     whole = (report.encoder_bytes or 0) + (report.llm_bytes or 0)
@@ -151,7 +151,7 @@ def _free_memory(device: str) -> int:
 # ---- the two sides
 
 
-def _ask(settings: Settings, flags: Mapping[str, Any]) -> Any:
+def _ask(settings: VerifySettings, flags: Mapping[str, Any]) -> Any:
     """What the stack says of every case."""
     cases = _verification("cases")
     made = cases.make_cases(settings.cases, settings.seed)
@@ -161,7 +161,7 @@ def _ask(settings: Settings, flags: Mapping[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _stack(settings: Settings, flags: Mapping[str, Any]) -> Iterator[Any]:
+def _stack(settings: VerifySettings, flags: Mapping[str, Any]) -> Iterator[Any]:
     """The split model: the one at --against, or one of a stack that is started."""
     module = _verification("split")
     with contextlib.ExitStack() as exits:
@@ -186,7 +186,9 @@ def _stack(settings: Settings, flags: Mapping[str, Any]) -> Iterator[Any]:
         yield split
 
 
-def _compare(settings: Settings, model: ModelConfig, processor: Any, asked: Sequence[Any]) -> Any:
+def _compare(
+    settings: VerifySettings, model: ModelConfig, processor: Any, asked: Sequence[Any]
+) -> Any:
     """The comparison of every case with the unsplit model."""
     comparison = _verification("comparison")
     checkpoint = Checkpoint.configured(model)
@@ -206,14 +208,14 @@ def _verification(name: str) -> Any:
     return importlib.import_module(f"opticnerve.verification.{name}")
 
 
-def _progress(what: str, settings: Settings) -> Any:
+def _progress(what: str, settings: VerifySettings) -> Any:
     return tqdm(desc=what, unit="", leave=False, disable=settings.json or None)
 
 
 # ---- the result
 
 
-def _tell(settings: Settings, report: Report, comparison: Any) -> int:
+def _tell(settings: VerifySettings, report: Report, comparison: Any) -> int:
     tallies = comparison.tallies
     equal = all(tally.equal for tally in tallies.values())
     if settings.json:

@@ -107,6 +107,11 @@ class Expansion:
     token_ids: tuple[int, ...]
     runs: tuple[RowRun, ...]
 
+    @classmethod
+    def of_rows(cls, placeholder: int, count: int) -> Expansion:
+        """``count`` placeholders and nothing else."""
+        return cls((placeholder,) * count, (RowRun(0, count, 0),))
+
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:

@@ -18,7 +18,7 @@ SMALLEST = 1e-6  # Rows of smaller numbers than this may differ by a share of it
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class Tolerance:
     """``cosine``: of each row with the reference's, at least. ``difference``: of two numbers, at
     most, as a share of the reference's largest number."""
 
@@ -27,9 +27,9 @@ class Limit:
 
 
 LIMITS = {
-    "float32": Limit(0.99999, 1e-3),
-    "float16": Limit(0.999, 0.05),
-    "bfloat16": Limit(0.999, 0.1),
+    "float32": Tolerance(0.99999, 1e-3),
+    "float16": Tolerance(0.999, 0.05),
+    "bfloat16": Tolerance(0.999, 0.1),
 }
 """By the precision in which rows were computed; the reference is exact or in the same one."""
 
@@ -43,11 +43,11 @@ class Distance:
     difference: float  # Of two numbers, the largest.
     largest: float  # Number of the reference, by magnitude.
 
-    def within(self, limit: Limit) -> bool:
+    def within(self, limit: Tolerance) -> bool:
         permitted = limit.difference * max(self.largest, SMALLEST)
         return self.cosine >= limit.cosine and self.difference <= permitted
 
-    def describe(self, limit: Limit) -> str:
+    def describe(self, limit: Tolerance) -> str:
         """The figures, and what they are held to."""
         if not math.isfinite(self.difference):
             return "numbers that are not finite"

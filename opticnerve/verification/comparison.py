@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from opticnerve.tensors.distance import LIMITS, Limit, compare
+from opticnerve.tensors.distance import LIMITS, Tolerance, compare
 from opticnerve.verification.split import Asked, Rows
 from opticnerve.verification.whole import Prefill, WholeModel
 
@@ -24,7 +24,7 @@ class Rule:
 
     max_gap: float
     max_drift: float
-    rows: Limit
+    rows: Tolerance
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Rule:

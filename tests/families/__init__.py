@@ -45,7 +45,6 @@ class Sample:
     processor_class: ClassVar[str]
     # Tokens that the chat template writes around the placeholder.
     around: ClassVar[tuple[tuple[int, ...], tuple[int, ...]]] = ((), ())
-    is_fused: ClassVar[bool] = True  # Whether the decoder's layers are.
     has_experts: ClassVar[bool] = False  # Whether feed-forwards are mixtures of experts.
     mean: ClassVar[list[float]] = CLIP_MEAN
     std: ClassVar[list[float]] = CLIP_STD

@@ -25,7 +25,7 @@ from opticnerve.media.plan import (
     SpanAttention,
     Structure,
 )
-from opticnerve.models.family import Expansion, Rewrite, RowRun
+from opticnerve.models.family import Expansion, Rewrite
 from opticnerve.models.llava.layout import check_item
 from opticnerve.models.picture_sizes import picture_plan, processor_settings
 from opticnerve.models.text_models import count_positions, text_sizes
@@ -108,8 +108,7 @@ class Gemma3Layout:
 
     def expand(self, plan: Plan) -> Expansion:
         """One run of placeholders; ``rewrite`` has put the tokens around it."""
-        token = self.item_token_ids[plan.modality]
-        return Expansion((token,) * plan.num_tokens, (RowRun(0, plan.num_tokens, 0),))
+        return Expansion.of_rows(self.item_token_ids[plan.modality], plan.num_tokens)
 
     # ---- positions
 

@@ -1,6 +1,7 @@
 """InternVL, as Hugging Face publishes it (InternVL 2.5, 3 and 3.5, names that end in -HF)."""
 
 from opticnerve.models.family import Family
+from opticnerve.models.llava import LANGUAGE_KEYS
 
 FAMILY = Family(
     package=__name__,
@@ -15,13 +16,7 @@ FAMILY = Family(
         (r"(?:model\.)?vision_tower\.", "tower."),
         (r"(?:model\.)?multi_modal_projector\.", "projector."),
     ),
-    # Published as language_model.model.* and language_model.lm_head.*; since transformers 5
-    # model.language_model.* and lm_head.*.
-    language_keys=(
-        (r"(?:language_model\.)?lm_head\.", "lm_head."),
-        (r"language_model\.model\.", "model."),
-        (r"model\.language_model\.", "model."),
-    ),
+    language_keys=LANGUAGE_KEYS,
     unserved=(
         (
             "internvl_chat",

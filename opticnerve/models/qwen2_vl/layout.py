@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from opticnerve.checkpoints.json_files import PixelSettings, positive, token_id
 from opticnerve.errors import CheckpointError, InvalidRequest
 from opticnerve.media.plan import NO_OVERRIDES, Grid, Modality, Overrides, Plan, Span, Structure
-from opticnerve.models.family import Expansion, RowRun
+from opticnerve.models.family import Expansion
 from opticnerve.models.picture_sizes import (
     check_agreed,
     check_aspect,
@@ -141,8 +141,7 @@ class Qwen2VLLayout:
 
     def expand(self, plan: Plan) -> Expansion:
         """One run of placeholders; the markers around it are the template's."""
-        token = self.item_token_ids[plan.modality]
-        return Expansion((token,) * plan.num_tokens, (RowRun(0, plan.num_tokens, 0),))
+        return Expansion.of_rows(self.item_token_ids[plan.modality], plan.num_tokens)
 
     # ---- positions
 
