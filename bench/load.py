@@ -56,7 +56,7 @@ from bench.http_client import (
     spread,
 )
 from examples.demo_training import scenes
-from opticnerve.cli.serve import Stack
+from opticnerve.local.serve import Stack
 
 TEXT: dict[str, Any] = {
     "hidden_size": 768,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opticnerve.cli.serve import serve
+    from opticnerve.local.serve import serve
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "serve"]
@@ -18,7 +18,7 @@ __all__ = ["__version__", "serve"]
 
 def __getattr__(name: str) -> Any:
     if name == "serve":  # Imported when asked for: most processes never start a stack.
-        from opticnerve.cli.serve import serve
+        from opticnerve.local.serve import serve
 
         return serve
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,9 +12,9 @@ from typing import Any
 
 from opticnerve.addresses import gateway_url
 from opticnerve.cli.chat_client import picture_url, print_answer, user_message
-from opticnerve.cli.serve import serve
 from opticnerve.config.command_line import Parser, argument_type, number_type
 from opticnerve.errors import InvalidRequest, OpticNerveError, StartupError
+from opticnerve.local.serve import serve
 from opticnerve.media.load import is_url, read_picture
 from opticnerve.media.probe import parse_structure
 

@@ -28,10 +28,10 @@ from opticnerve.cli.batch_files import (
     read_requests,
 )
 from opticnerve.cli.chat_client import error_of
-from opticnerve.cli.serve import serve
 from opticnerve.config.command_line import Parser, add_options, argument_type, number_type
 from opticnerve.config.up import up_options
 from opticnerve.errors import StartupError
+from opticnerve.local.serve import serve
 
 DESCRIPTION = (
     "Answers the requests of IN, a file in OpenAI's batch format, into OUT. With --url a running "

@@ -14,7 +14,7 @@ from opticnerve.errors import StartupError, did_you_mean
 from opticnerve.telemetry import logs
 
 COMMANDS = {
-    "up": ("opticnerve.cli.up", "encoders, LLM workers and a gateway on this machine"),
+    "up": ("opticnerve.local.up", "encoders, LLM workers and a gateway on this machine"),
     "gateway": ("gateway.service", "the HTTP front: OpenAI's API, templates, routing"),
     "encoder": ("encoder_service.__main__", "a vision encoder: pictures to embeddings"),
     "engine": (

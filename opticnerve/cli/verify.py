@@ -17,7 +17,6 @@ from tqdm import tqdm
 from opticnerve.addresses import gateway_url
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.cli.check import Report, gib, inspect
-from opticnerve.cli.serve import serve
 from opticnerve.client import EncoderClient
 from opticnerve.config import GatewayConfig, ModelConfig
 from opticnerve.config.command_line import Parser, add_options, argument_type, number_type
@@ -26,6 +25,7 @@ from opticnerve.config.shared import CallsConfig, CertificateConfig
 from opticnerve.config.up import up_options
 from opticnerve.errors import OpticNerveError, StartupError
 from opticnerve.extras import require_extra
+from opticnerve.local.serve import serve
 from opticnerve.rpc.tls import ChannelTls
 from opticnerve.secret import make_secret
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from opticnerve.addresses import gateway_url
 from opticnerve.cli.chat_client import print_answer, user_message
-from opticnerve.cli.serve import serve
 from opticnerve.config.command_line import Parser, argument_type
 from opticnerve.demo.chats import TURNS, Turn
 from opticnerve.errors import OpticNerveError, StartupError
+from opticnerve.local.serve import serve
 
 DESCRIPTION = (
     "The built-in checkpoint answers questions about bundled pictures: each answer is streamed as "

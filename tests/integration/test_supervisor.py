@@ -12,11 +12,11 @@ import time
 
 import pytest
 
-from opticnerve.cli import up
-from opticnerve.cli.child import HURRY_S, Child, Role
-from opticnerve.cli.supervisor import Supervisor
 from opticnerve.config import UpConfig
 from opticnerve.errors import StartupError
+from opticnerve.local import up
+from opticnerve.local.child import HURRY_S, Child, Role
+from opticnerve.local.supervisor import Supervisor
 from opticnerve.process import ECHO_S
 from tests.e2e.faults import processes
 from tests.system import alive, wait_for
@@ -177,7 +177,7 @@ def test_children_end_when_the_parent_is_killed(tmp_path):
 
 UP = """
 import asyncio, sys
-from opticnerve.cli import up
+from opticnerve.local import up
 from opticnerve.config import TelemetryConfig
 from opticnerve.config.command_line import start_logs
 from tests.integration.test_supervisor import GATEWAY, STUBBORN, Role, service

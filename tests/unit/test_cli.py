@@ -10,7 +10,7 @@ import pytest
 
 from opticnerve.checkpoints import hub
 from opticnerve.cli import commands as cli
-from opticnerve.cli import up
+from opticnerve.local import up
 from tests.checkpoints import DEMO
 
 
@@ -105,7 +105,7 @@ import logging, os
 before = dict(os.environ), logging.root.level, list(logging.root.handlers)
 names = ("opticnerve", "grpc", "httpx2", "asyncio")
 levels = {name: logging.getLogger(name).level for name in names}
-import opticnerve, opticnerve.client, opticnerve.cli.serve
+import opticnerve, opticnerve.client, opticnerve.local.serve
 opticnerve.serve
 after = dict(os.environ), logging.root.level, list(logging.root.handlers)
 assert before == after

@@ -7,8 +7,6 @@ import pytest
 
 from opticnerve import config
 from opticnerve.addresses import LOOPBACK, Hosts
-from opticnerve.cli import up
-from opticnerve.cli.up import child_environment
 from opticnerve.config import command_line
 from opticnerve.config.options import (
     Group,
@@ -20,6 +18,8 @@ from opticnerve.config.options import (
 )
 from opticnerve.embeddings.open import open_worker_store
 from opticnerve.errors import ConfigError
+from opticnerve.local import up
+from opticnerve.local.up import child_environment
 from opticnerve.media.plan import parse_background
 from opticnerve.telemetry import logs
 

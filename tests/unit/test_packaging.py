@@ -35,7 +35,7 @@ PLACES = {
         "opticnerve/tensors/dtypes.py",
         "opticnerve/verification/",
     ),
-    "openai": ("opticnerve/cli/serve.py",),
+    "openai": ("opticnerve/local/serve.py",),
     "onnx": ("encoder_service/backends/onnx_runtime.py",),
 }
 # Extras whose packages others import: torch's exporter, and the library that a name chooses.

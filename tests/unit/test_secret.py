@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from opticnerve import config
-from opticnerve.cli import up
 from opticnerve.config.options import build
 from opticnerve.errors import ConfigError, StartupError
+from opticnerve.local import up
 from opticnerve.secret import MAX_BYTES, MIN_CHARACTERS, make_secret, read_secret
 
 OPTION = "store_key_file"

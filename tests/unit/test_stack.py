@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from opticnerve.cli import chat_client
-from opticnerve.cli import serve as stack
 from opticnerve.errors import InvalidRequest, OpticNerveError, Overloaded, StartupError, Unavailable
+from opticnerve.local import serve as stack
 
 
 def answering(handler):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from opticnerve.cli import up
 from opticnerve.config import StoreConfig, UpConfig
 from opticnerve.errors import ConfigError
+from opticnerve.local import up
 
 
 def test_a_password_is_on_no_childs_command_line():

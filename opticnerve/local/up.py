@@ -15,8 +15,6 @@ from typing import Any
 
 from opticnerve import addresses
 from opticnerve.checkpoints.checkpoint import Checkpoint
-from opticnerve.cli.child import Child, Role
-from opticnerve.cli.supervisor import Supervisor
 from opticnerve.config import (
     EncoderConfig,
     GatewayConfig,
@@ -35,6 +33,8 @@ from opticnerve.config.options import PREFIX, build, options, to_command_line, w
 from opticnerve.config.up import up_options
 from opticnerve.errors import StartupError, StoreError
 from opticnerve.extras import require_extra
+from opticnerve.local.child import Child, Role
+from opticnerve.local.supervisor import Supervisor
 from opticnerve.owned_directories import (
     base_directory,
     create_tier_directory,

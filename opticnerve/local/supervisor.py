@@ -16,8 +16,8 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 
 import httpx2
 
-from opticnerve.cli.child import Child, Role
 from opticnerve.errors import StartupError
+from opticnerve.local.child import Child, Role
 from opticnerve.rpc.channel import is_serving, open_channel
 from opticnerve.rpc.tls import ChannelTls
 
