@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import socket
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from typing import cast
@@ -145,8 +146,7 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
             await pool.start()
             stack.push_async_callback(pool.close)
         metrics.PATCHES_WAITING.set_function(lambda: encoders.pool.dispatcher.waiting_cost)
-        own_pair_id = await asyncio.to_thread(_own_pair_id, checkpoint)
-        pairing = Pairing(encoders.pool, llms, own_pair_id, settings.worker_wait_s)
+        pairing = Pairing(encoders.pool, llms, _own_pair_id(checkpoint), settings.worker_wait_s)
         stack.callback(asyncio.create_task(pairing.watch_until_ready()).cancel)
         names = ServedNames.of(settings.served_model_name, checkpoint.name, layout.max_positions)
         templates = RequestTemplates(renderer) if settings.allow_request_template else None
@@ -211,13 +211,23 @@ def _gateway(
     return Gateway(settings, keys, connections, admission, names, pipeline, running)
 
 
-def _own_pair_id(checkpoint: Checkpoint) -> str | None:
-    """The checkpoint's pair id; None without its weights, from which it is computed."""
-    try:
-        return checkpoint.pair_id
-    except CheckpointError:
-        log.info("no weights here: workers are paired with each other, not with this gateway")
-        return None
+def _own_pair_id(checkpoint: Checkpoint) -> asyncio.Future[str | None]:
+    """The checkpoint's pair id; None without its weights. Computed on a thread that does not keep
+    the process from ending, since reading all weights may take minutes."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[str | None] = loop.create_future()
+
+    def read() -> None:
+        own: str | None = None
+        try:
+            own = checkpoint.pair_id
+        except CheckpointError:
+            log.info("no weights here: workers are paired with each other, not with this gateway")
+        with contextlib.suppress(RuntimeError):  # The loop was closed meanwhile.
+            loop.call_soon_threadsafe(found.set_result, own)
+
+    threading.Thread(target=read, name="pair-id", daemon=True).start()
+    return found
 
 
 class HttpServer(uvicorn.Server):

@@ -9,6 +9,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from dataclasses import dataclass
 
@@ -36,18 +37,20 @@ class Pair:
 
 
 class Pairing:
-    """``own_pair_id``: the gateway's own checkpoint, if known; other workers are not used."""
+    """``own``: the pair id of the gateway's own checkpoint, or None where it has no weights; other
+    workers are not used. Until it is known, no worker is."""
 
     def __init__(
         self,
         encoders: WorkerPool,
         llms: WorkerPool,
-        own_pair_id: str | None,
+        own: asyncio.Future[str | None],
         worker_wait_s: float,
     ) -> None:
         self.encoders = encoders
         self.llms = llms
-        self.own_pair_id = own_pair_id
+        self._own = own
+        own.add_done_callback(lambda _: llms.changes.notify())
         self.worker_wait_s = worker_wait_s
         self.has_been_ready = False  # Whether text and pictures could both be served once.
 
@@ -91,6 +94,8 @@ class Pairing:
 
         ``pictures``: whether it has any; None: whether this gateway is configured for them.
         """
+        if not self._own.done():
+            return ["the gateway is reading its checkpoint's weights, to identify it"]
         llms = {w.description.pair_id for w in self.llms.serving(self._is_ours)}
         if not (self.encoders.configured if pictures is None else pictures):
             return [] if llms else [f"no {self.llms.kind} is serving ({self.llms.states})"]
@@ -131,7 +136,7 @@ class Pairing:
         return [w for w in pool.workers if w.description.fingerprint and self._is_ours(w)]
 
     def _is_ours(self, worker: Worker) -> bool:
-        return self.own_pair_id is None or worker.description.pair_id == self.own_pair_id
+        return self._own.done() and self._own.result() in (None, worker.description.pair_id)
 
     def _unavailable(self) -> Unavailable:
         words = "; ".join(self.missing()) or "workers are starting"

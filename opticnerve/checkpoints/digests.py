@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -81,16 +81,25 @@ def _find(entries: Mapping[str, TensorEntry]) -> dict[str, str]:
             if key in record.get(entry.file.name, {"tensors": ()})["tensors"]
         }
         missing = {key: entry for key, entry in entries.items() if key not in known}
-        if missing:
-            known.update(_read(missing))
-            newest = max(max(status.st_mtime, status.st_ctime) for status in map(Path.stat, files))
-            if newest < started - SETTLED_S:
-                for key, entry in missing.items():
-                    name = entry.file.name
-                    fresh: dict[str, Any] = {"identity": identities[name], "tensors": {}}
-                    record.setdefault(name, fresh)["tensors"][key] = known[key]
-                _save(files, record)
+        kept = True
+        for file, group in _by_file(missing):
+            digests = _read(group)
+            known.update(digests)
+            if kept and _newest_change(files) < started - SETTLED_S:
+                fresh: dict[str, Any] = {"identity": identities[file.name], "tensors": {}}
+                record.setdefault(file.name, fresh)["tensors"].update(digests)
+                kept = _save(files, record)  # After each file, for a process that is ended.
     return known
+
+
+def _by_file(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[Path, dict[str, TensorEntry]]]:
+    files = sorted({entry.file for entry in entries.values()})
+    for file in files:
+        yield file, {key: entry for key, entry in entries.items() if entry.file == file}
+
+
+def _newest_change(files: Iterable[Path]) -> float:
+    return max(max(status.st_mtime, status.st_ctime) for status in map(Path.stat, files))
 
 
 # ---- reading
@@ -172,17 +181,18 @@ def _checked(content: Any) -> Record:
     return record
 
 
-def _save(files: list[Path], record: Record) -> None:
-    """Writes the record. Where that fails, the next process reads the weights again."""
+def _save(files: list[Path], record: Record) -> bool:
+    """Writes the record; whether it could. Without it the next process reads the weights again."""
     text = json.dumps({"scheme": SCHEME, "files": record})
     failure: OSError | None = None
     for place in _places(files):
         try:
             replace_file(place, text.encode())
-            return
+            return True
         except OSError as error:
             failure = error
     log.warning("the digests of the weights are not kept for the next start: %s", failure)
+    return False
 
 
 @contextlib.contextmanager

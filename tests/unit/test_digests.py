@@ -87,6 +87,28 @@ def test_weights_are_read_once_by_all_sides(path: Path, read: list[str]) -> None
     assert (path / RECORD).exists()
 
 
+def test_what_was_read_before_an_early_end_is_kept(
+    path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = Checkpoint.open(str(path)).tensor_index()
+    first, second = sorted({entry.file.name for entry in entries.values()})
+    read_group = module._read
+
+    def ended(group: dict[str, TensorEntry]) -> dict[str, str]:
+        if next(iter(group.values())).file.name == second:
+            raise KeyboardInterrupt
+        return read_group(group)
+
+    with monkeypatch.context() as context:
+        context.setattr(module, "_read", ended)
+        with pytest.raises(KeyboardInterrupt):
+            pair_id(path)
+    assert set(read) == {first}
+    read.clear()
+    pair_id(path)
+    assert set(read) == {second}
+
+
 def test_a_file_that_was_written_again_is_read_again_and_no_other(
     path: Path, read: list[str]
 ) -> None:

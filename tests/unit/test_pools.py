@@ -205,6 +205,9 @@ async def test_resolves_addresses_of_a_name():
     assert await discovery.resolve("no-such-name.invalid:1") is None
 
 
+UNKNOWN = object()  # The gateway is still reading its weights.
+
+
 @contextlib.asynccontextmanager
 async def pairing_of(encoder_addresses, llm_addresses, own=PAIR_ID, wait=0.3):
     changes = Changes()
@@ -212,7 +215,27 @@ async def pairing_of(encoder_addresses, llm_addresses, own=PAIR_ID, wait=0.3):
         pool_of(*encoder_addresses, changes=changes) as some,
         pool_of(*llm_addresses, kind="LLM", changes=changes) as others,
     ):
-        yield Pairing(some, others, own, worker_wait_s=wait)
+        known = asyncio.get_running_loop().create_future()
+        if own is not UNKNOWN:
+            known.set_result(own)
+        yield Pairing(some, others, known, worker_wait_s=wait)
+
+
+async def test_no_worker_is_used_before_the_gateway_knows_its_own_checkpoint():
+    async with (
+        FakeEncoder() as encoder,
+        FakeLLM() as llm,
+        pairing_of([encoder.address], [llm.address], own=UNKNOWN, wait=20) as pairing,
+    ):
+        await until(lambda: pairing.encoders.serving() and pairing.llms.serving())
+        assert pairing.best(pictures=True) is None
+        assert "reading its checkpoint" in pairing.missing()[0]
+        waiting = asyncio.create_task(pairing.choose(pictures=True, deadline=Deadline.after(20)))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        pairing._own.set_result(PAIR_ID)
+        assert (await waiting).pair_id == PAIR_ID
+        assert pairing.missing() == []
 
 
 async def test_pairs_only_what_belongs_together():
