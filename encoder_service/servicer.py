@@ -34,7 +34,7 @@ DEFAULT_DEADLINE_S = 600.0  # For a caller that sets none.
 class EncoderServicer(WorkerServicer[Encoder], encoder_pb2_grpc.EncoderServicer):
     """See ``encoder.proto``."""
 
-    worker = "the encoder"
+    worker, kind = "the encoder", "encoder"
 
     def __init__(self, server: Server) -> None:
         super().__init__(server)
@@ -87,6 +87,9 @@ class EncoderServicer(WorkerServicer[Encoder], encoder_pb2_grpc.EncoderServicer)
     async def Describe(
         self, request: pb.DescribeEncoderRequest, context: Context
     ) -> pb.DescribeEncoderResponse:
+        return self.describe()
+
+    def describe(self) -> pb.DescribeEncoderResponse:
         encoder = self.require_loaded()
         model, backlog, results = encoder.model, encoder.backlog, encoder.results
         return pb.DescribeEncoderResponse(

@@ -31,6 +31,7 @@ from gateway.output.detokenizer import Vocabulary
 from gateway.pipeline import Pipeline
 from gateway.prompt.request_templates import RequestTemplates
 from gateway.startup_check import read_checkpoint
+from gateway.workers.discovery import RegisteredWorkers
 from gateway.workers.encode import Encoders, describe_encoder
 from gateway.workers.encoder_check import ReachabilityCheck
 from gateway.workers.generate import describe_llm
@@ -51,12 +52,15 @@ from opticnerve.process import (
     on_hangup,
     use_one_arena,
 )
+from opticnerve.registry.entry import Kind
+from opticnerve.registry.redis_registry import Registry
 from opticnerve.rpc.tls import ChannelTls
 from opticnerve.rpc.token import load_token
 from opticnerve.telemetry.metrics import export as export_metrics
 
 log = logging.getLogger(__name__)
 
+REGISTERED_WORKERS = 1024  # Files are allowed for as many.
 UNSENT_BYTES = 2**16  # Bytes of an answer that the kernel buffers beyond the client's window.
 DESCRIPTION = "The HTTP front: OpenAI's API in front of encoders and LLM workers."
 
@@ -66,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ignore_hangup()
     settings = read_config("gateway", DESCRIPTION, GatewayConfig, argv)
     check_workers(settings)
-    workers = len(settings.encoder_addresses) + len(settings.llm_addresses)
-    allow_files(settings.max_connections, workers)
+    allow_files(settings.max_connections, _count_workers(settings))
     quiet_uvicorn()
     use_one_arena()
     follow_parent(settings.parent_pid)
@@ -85,15 +88,23 @@ def quiet_uvicorn() -> None:
 
 def check_workers(settings: GatewayConfig) -> None:
     """Warns if there are no encoders. Raises ConfigError if there are no LLM workers."""
+    if settings.store.read_registry() is not None:
+        return
     if not settings.llm_addresses:
         raise ConfigError(
             "a gateway needs the addresses of its workers, such as --llm-addresses 127.0.0.1:7002 "
-            "--encoder-addresses 127.0.0.1:7001; `opticnerve up` starts workers and gateway "
-            "together",
+            "--encoder-addresses 127.0.0.1:7001, or the --registry where they register; `opticnerve"
+            " up` starts workers and gateway together",
             param="llm_addresses",
         )
     if not settings.encoder_addresses:
         log.warning("no encoders: messages with pictures are refused; see --encoder-addresses")
+
+
+def _count_workers(settings: GatewayConfig) -> int:
+    """For how many workers files are needed: those that are named, and some of the registry."""
+    registered = 0 if settings.store.read_registry() is None else REGISTERED_WORKERS
+    return len(settings.encoder_addresses) + len(settings.llm_addresses) + registered
 
 
 async def serve(settings: GatewayConfig) -> None:
@@ -141,7 +152,8 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
     renderer, defaults = read_checkpoint(settings, checkpoint, layout)
     export_metrics(settings.telemetry, settings.listen_host)
     async with contextlib.AsyncExitStack() as stack:
-        encoders, llms = _workers(settings, token, tls)
+        registry = _open_registry(settings, token, tls, stack)
+        encoders, llms = _workers(settings, token, tls, registry)
         for pool in (encoders.pool, llms):
             await pool.start()
             stack.push_async_callback(pool.close)
@@ -177,15 +189,55 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
         yield _gateway(settings, keys, names, pipeline)
 
 
+def _open_registry(
+    settings: GatewayConfig,
+    token: str | None,
+    tls: ChannelTls | None,
+    stack: contextlib.AsyncExitStack,
+) -> Registry | None:
+    """The registry in which workers are found, if there is one; ``stack`` closes it. Raises
+    ConfigError."""
+    url = settings.store.read_registry()
+    if url is None:
+        return None
+    if token is None and tls is None and addresses.is_elsewhere(url):
+        log.warning(
+            "anyone who can write to the Redis of --registry can have requests sent to an address "
+            "of their own: give gateways and workers the same --rpc-token-file, which signs "
+            "entries, or certificates (--tls-ca)"
+        )
+    registry = Registry(url, token)
+    stack.push_async_callback(registry.close)
+    return registry
+
+
 def _workers(
-    settings: GatewayConfig, token: str | None, tls: ChannelTls | None
+    settings: GatewayConfig, token: str | None, tls: ChannelTls | None, registry: Registry | None
 ) -> tuple[Encoders, WorkerPool]:
     """The encoders, and the pool of LLM workers."""
     changes = Changes()
-    llms = WorkerPool("LLM", settings.llm_addresses, describe_llm, changes, token, tls=tls)
-    check = ReachabilityCheck(llms, tls)
+
+    def registered(kind: Kind) -> RegisteredWorkers | None:
+        return None if registry is None else RegisteredWorkers(registry, kind)
+
+    llms = WorkerPool(
+        "LLM",
+        settings.llm_addresses,
+        describe_llm,
+        changes,
+        token,
+        tls=tls,
+        registered=registered("llm"),
+    )
     pool = WorkerPool(
-        "encoder", settings.encoder_addresses, describe_encoder, changes, token, check, tls
+        "encoder",
+        settings.encoder_addresses,
+        describe_encoder,
+        changes,
+        token,
+        ReachabilityCheck(llms, tls),
+        tls,
+        registered=registered("encoder"),
     )
     encoders = Encoders(
         pool, settings.encode_timeout_s, settings.worker_wait_s, settings.max_encode_wait_s

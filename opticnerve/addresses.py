@@ -137,6 +137,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def is_elsewhere(url: str) -> bool:
+    """Whether the Redis that ``url`` names may be on another machine."""
+    parts = urlsplit(url)
+    host = parts.hostname or "localhost"  # redis-py's default.
+    return parts.scheme in ("redis", "rediss") and not is_loopback(host)
+
+
 def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
     """A listening socket, which the caller closes. Raises ConfigError, which names ``flag``."""
     host = host.strip("[]")

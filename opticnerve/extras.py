@@ -8,7 +8,7 @@ from opticnerve.errors import StartupError
 
 # Packages by extra, as pyproject.toml declares them and as they are imported.
 PACKAGES = {
-    "worker": ("torch", "transformers", "redis"),
+    "worker": ("torch", "transformers"),
     "openai": ("openai",),
     "onnx": ("onnxruntime",),
     "engine": ("onnx", "onnxscript"),

@@ -1,7 +1,5 @@
-"""Discovers the addresses of a pool's workers.
-
-An address is ``host:port``, or ``dns:///name:port`` for all addresses behind a name, which may
-change.
+"""Discovers the addresses of a pool's workers: those that were given, those behind names, which may
+change, and those of the registry, where workers tell theirs.
 """
 
 from __future__ import annotations
@@ -9,23 +7,97 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Mapping
+from typing import Protocol, TypeAlias
+
+from opticnerve.registry.entry import Kind
+from opticnerve.registry.redis_registry import Registry
 
 log = logging.getLogger(__name__)
 
 RESOLVE_S = 5.0
 RESOLVE_AGAIN_S = 1.0  # While a name has no addresses.
+REGISTRY_S = 1.0  # Between two looks at the registry.
 DNS_SCHEME = "dns:///"
 
+Listing: TypeAlias = Mapping[str, str]
+"""Addresses, each with what its source says of the worker there: when that changes, the worker is
+probed at once."""
 
-async def watch(name: str) -> AsyncIterator[set[str]]:
-    """The addresses behind ``name:port``, resolved periodically while this is iterated. If the
-    resolver does not answer, nothing is yielded."""
-    while True:
-        found = await resolve(name)
-        if found is not None:
-            yield found
-        await asyncio.sleep(RESOLVE_S if found else RESOLVE_AGAIN_S)
+
+class AddressSource(Protocol):
+    """Where addresses come from. ``name``: for /health."""
+
+    name: str
+    # Whether a worker that is listed no more is kept while it serves: its source may be wrong.
+    keeps_serving: bool
+
+    def watch(self) -> AsyncIterator[Listing]:
+        """What is listed, again and again while this is iterated; nothing is yielded while the
+        source does not answer."""
+        ...
+
+
+def sources_of(
+    addresses: Collection[str], registered: AddressSource | None = None
+) -> list[AddressSource]:
+    """``addresses``: each ``host:port``, or ``dns:///name:port`` for all behind a name.
+    ``registered``: the workers of the registry, if there is one."""
+    names = [each for each in addresses if each.startswith(DNS_SCHEME)]
+    static = [each for each in addresses if each not in names]
+    sources: list[AddressSource] = [DnsName(name.removeprefix(DNS_SCHEME)) for name in names]
+    if static:
+        sources.insert(0, StaticAddresses(static))
+    return sources if registered is None else [*sources, registered]
+
+
+class StaticAddresses:
+    """Addresses that were given."""
+
+    name, keeps_serving = "static", False
+
+    def __init__(self, addresses: Collection[str]) -> None:
+        self._addresses = addresses
+
+    async def watch(self) -> AsyncIterator[Listing]:
+        yield dict.fromkeys(self._addresses, "")
+
+
+class DnsName:
+    """The addresses behind ``name:port``, resolved periodically."""
+
+    name, keeps_serving = "dns", False
+
+    def __init__(self, host_port: str) -> None:
+        self._host_port = host_port
+
+    async def watch(self) -> AsyncIterator[Listing]:
+        while True:
+            found = await resolve(self._host_port)
+            if found is not None:
+                yield dict.fromkeys(found, "")
+            await asyncio.sleep(RESOLVE_S if found else RESOLVE_AGAIN_S)
+
+
+class RegisteredWorkers:
+    """The workers of a kind that the registry knows."""
+
+    name, keeps_serving = "registry", True
+
+    def __init__(self, registry: Registry, kind: Kind) -> None:
+        self._registry = registry
+        self._kind = kind
+
+    async def watch(self) -> AsyncIterator[Listing]:
+        while True:
+            entries = await self._registry.entries(self._kind)
+            if entries is not None:
+                said: dict[str, str] = {}  # A restarted worker may have two entries for a while.
+                for entry in sorted(entries, key=lambda entry: entry.instance_id):
+                    before = said.get(entry.address, "")
+                    said[entry.address] = f"{before} {entry.instance_id} {entry.state}"
+                yield said
+            await asyncio.sleep(REGISTRY_S)
 
 
 async def resolve(name: str) -> set[str] | None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Collection, Coroutine
 
 from gateway.clock import Deadline, expired
-from gateway.workers.discovery import DNS_SCHEME, resolve, same_family, watch
+from gateway.workers.discovery import AddressSource, resolve, same_family, sources_of
 from gateway.workers.dispatch import Accepts, Dispatcher, LeaseRequest
 from gateway.workers.worker import PROBE_TIMEOUT_S, Check, Describe, Worker, WorkerState
 from opticnerve.errors import Unavailable
@@ -55,13 +55,15 @@ class WorkerPool:
         token: str | None = None,
         check: Check | None = None,
         tls: ChannelTls | None = None,
+        registered: AddressSource | None = None,
     ) -> None:
-        """``kind``: "encoder" or "LLM", for messages. ``addresses``: see ``discovery``. ``token``:
-        sent with calls to the workers, which ``tls`` encrypts. ``check`` finds faults of a worker
-        that describes itself."""
+        """``kind``: "encoder" or "LLM", for messages. ``addresses``, ``registered``: see
+        ``discovery.sources_of``. ``token``: sent with calls to the workers, which ``tls`` encrypts.
+        ``check`` finds faults of a worker that describes itself."""
         self.kind = kind
         self.changes = changes or Changes()
         self._addresses = addresses
+        self._sources = sources_of(addresses, registered)
         self._describe = describe
         self._token = token
         self._check = check
@@ -76,15 +78,14 @@ class WorkerPool:
 
     @property
     def configured(self) -> bool:
-        """Whether the pool has addresses."""
-        return bool(self._addresses)
+        """Whether workers are to be found anywhere."""
+        return bool(self._sources)
 
     @property
     def unusable(self) -> bool:
         """Whether all workers are misconfigured, so that waiting rarely helps."""
-        return bool(self._workers) and all(
-            worker.state is WorkerState.UNUSABLE for worker in self._workers.values()
-        )
+        states = {worker.state for worker in self._workers.values()} - {WorkerState.ALIAS}
+        return states == {WorkerState.UNUSABLE}
 
     @property
     def states(self) -> str:
@@ -100,11 +101,9 @@ class WorkerPool:
     # ---- life
 
     async def start(self) -> None:
-        for address in self._addresses:
-            if address.startswith(DNS_SCHEME):
-                self._spawn(self._follow(address.removeprefix(DNS_SCHEME)))
-            else:
-                self._add(address)
+        for source in self._sources:
+            self._spawn(self._follow(source))
+        await asyncio.sleep(0)  # Addresses that were given are known from here on.
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -181,22 +180,46 @@ class WorkerPool:
 
     # ---- watching
 
-    async def _follow(self, name: str) -> None:
-        """Adds and removes workers as the addresses behind ``name:port`` change. Workers that were
-        known already, by their own address or another name, are left alone."""
-        followed: set[str] = set()
-        async for found in watch(name):
-            for address in found - followed - self._workers.keys():
-                self._add(address)
-                followed.add(address)
-            for address in followed - found:
-                followed.remove(address)
-                self._workers.pop(address).wake.set()
-                self._notify()
+    async def _follow(self, source: AddressSource) -> None:
+        """Adds and removes workers as ``source`` lists them. A worker that several sources list
+        stays until none does."""
+        listed: dict[str, str] = {}
+        async for found in source.watch():
+            for address, said in found.items():
+                worker = self._workers.get(address) or self._add(address)
+                if listed.get(address, said) != said:
+                    worker.wake.set()
+                worker.sources.add(source)
+                listed[address] = said
+            for address in listed.keys() - found.keys():
+                worker = self._workers[address]
+                if source.keeps_serving and worker.state is WorkerState.SERVING:
+                    worker.wake.set()  # Its health decides.
+                else:
+                    del listed[address]
+                    self._leave(worker, source)
 
-    def _add(self, address: str) -> None:
+    def _add(self, address: str) -> Worker:
         self._workers[address] = worker = Worker(address, self._token, self._tls)
         self._spawn(self._watch(worker))
+        return worker
+
+    def _is_alias(self, worker: Worker) -> bool:
+        """Whether a worker that was known before, and is reached, is the same process."""
+        process = worker.description.instance_id
+        for other in self._workers.values():
+            if other is worker:
+                return False
+            if process and other.description.instance_id == process and other.is_reached:
+                return True
+        return False
+
+    def _leave(self, worker: Worker, source: AddressSource) -> None:
+        worker.sources.remove(source)
+        if not worker.sources:
+            del self._workers[worker.address]
+            worker.wake.set()
+            self._notify()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -208,6 +231,8 @@ class WorkerPool:
         while self._workers.get(worker.address) is worker:
             before = worker.state, worker.description.fingerprint, worker.fault
             await worker.probe(self.kind, self._describe, self._check)
+            if self._is_alias(worker):
+                worker.state = WorkerState.ALIAS
             if worker.fault is not None and worker.fault != before[2]:
                 log.error("%s %s %s", self.kind, worker.address, worker.fault.text)
             if (worker.state, worker.description.fingerprint, worker.fault) != before:

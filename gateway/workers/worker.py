@@ -11,13 +11,13 @@ from enum import Enum
 from typing import Any
 
 import grpc
-from google.protobuf.message import Message
 
 from gateway.clock import expired
+from gateway.workers.discovery import AddressSource
 from opticnerve.embeddings.store import StoreState
 from opticnerve.errors import DeviceLost, OpticNerveError, Unavailable
 from opticnerve.rpc.channel import is_serving, open_channel
-from opticnerve.rpc.convert import store_state_from_pb
+from opticnerve.rpc.convert import numbers_of, store_state_from_pb
 from opticnerve.rpc.errors import METADATA_KEY, from_rpc
 from opticnerve.rpc.tls import ChannelTls
 
@@ -38,6 +38,7 @@ class WorkerState(Enum):
     SERVING = "serving"
     DRAINING = "draining"  # Finishes its work and takes nothing new.
     DEAD = "dead"  # Was reached before, and is not now.
+    ALIAS = "alias"  # Another address of a process that is known already: it gets no work.
     UNUSABLE = "unusable"  # Answers, but can be given no work; its fault says why.
 
 
@@ -80,11 +81,6 @@ class Description:
         return cls(**{name: getattr(answer, name) for name in same}, **derived)
 
 
-def numbers_of(message: Message) -> dict[str, int]:
-    """A message's numeric fields by name, rounded."""
-    return {each.name: round(getattr(message, each.name)) for each in message.DESCRIPTOR.fields}
-
-
 @dataclass(frozen=True, slots=True)
 class Fault:
     """A misconfiguration of a worker that answers, and how an operator corrects it."""
@@ -109,6 +105,7 @@ class Worker:
         self, address: str, token: str | None = None, tls: ChannelTls | None = None
     ) -> None:
         self.address = address
+        self.sources: set[AddressSource] = set()  # Which list it.
         self.channel = open_channel(address, token, tls)
         self.state = WorkerState.STARTING
         self.description = Description()
@@ -183,6 +180,11 @@ class Worker:
             self.state = WorkerState.DRAINING if description.draining else WorkerState.STARTING
         elif self.state is not WorkerState.STARTING:
             self.state = WorkerState.DEAD
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether the last probe was answered."""
+        return self.state not in (WorkerState.DEAD, WorkerState.ALIAS)
 
     def poll_interval(self) -> float:
         if self.state is WorkerState.SERVING:

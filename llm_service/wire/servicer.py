@@ -72,7 +72,7 @@ class Loaded:
 class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
     """See ``llm.proto``. Generate raises Unavailable while the server drains."""
 
-    worker = "the LLM worker"
+    worker, kind = "the LLM worker", "llm"
 
     async def Generate(  # type: ignore[override]  # It writes to its context.
         self, request_iterator: AsyncIterator[pb.GenerateIn], context: Context
@@ -90,6 +90,9 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
     async def Describe(
         self, request: pb.DescribeLLMRequest, context: Context
     ) -> pb.DescribeLLMResponse:
+        return self.describe()
+
+    def describe(self) -> pb.DescribeLLMResponse:
         loaded = self.require_loaded()
         stats, limits, fetcher = loaded.engine.stats, loaded.description.limits, loaded.fetcher
         answer = pb.DescribeLLMResponse(
@@ -100,6 +103,7 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
                 draining=self.server.running.draining,
             ),
             store=convert.store_state_to_pb(fetcher.store.state, fetcher.seal),
+            instance_id=self.server.instance_id,
         )
         answer.MergeFrom(loaded.description)
         return answer

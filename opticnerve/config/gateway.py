@@ -46,6 +46,7 @@ class GatewayConfig:
     llm_addresses: tuple[str, ...] = _workers(
         (), f"LLM workers: {ADDRESSES}", metavar="HOST:PORT,...", check=addresses.check_target
     )
+    store: shared.RegistryConfig = shared.RegistryConfig()  # The workers', for their registry.
     rpc_token_file: str | None = _workers(None, shared.TOKEN_HELP, metavar="FILE")
     certificate: shared.CertificateConfig = shared.CertificateConfig()
     calls: shared.CallsConfig = shared.CallsConfig()  # To workers.

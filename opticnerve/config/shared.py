@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from opticnerve import addresses
 from opticnerve.config.options import Group, option
 from opticnerve.errors import ConfigError
 from opticnerve.media.plan import DEFAULT_MAX_PASSES, DEFAULT_MAX_PIXELS
+
+log = logging.getLogger(__name__)
 
 _model = partial(option, group=Group.MODEL)
 _address = partial(option, group=Group.ADDRESS)
@@ -18,6 +22,9 @@ _store = partial(option, group=Group.STORE)
 _telemetry = partial(option, group=Group.TELEMETRY)
 _tls = partial(option, group=Group.TLS)
 
+REDIS_SCHEMES = ("redis", "rediss", "unix")
+REDIS_URLS = tuple(f"{scheme}://" for scheme in REDIS_SCHEMES)
+NO_REGISTRY = "none"  # As --registry.
 MIN_IMAGE_PIXELS = 64 * 64  # Size of the picture that encoders warm up with.
 MIN_DECODE_PASSES = 2**20  # Decode cost of an ordinary picture's markers.
 
@@ -38,6 +45,32 @@ _picture = partial(option, group=Group.PICTURES)
 MAX_IMAGE_PIXELS = partial(_picture, DEFAULT_MAX_PIXELS, PIXELS_HELP, minimum=MIN_IMAGE_PIXELS)
 MAX_DECODE_PASSES = partial(_picture, DEFAULT_MAX_PASSES, PASSES_HELP, minimum=MIN_DECODE_PASSES)
 MAX_LOGPROBS = partial(option, 20, "largest `top_logprobs` of a request", group=Group.LIMITS)
+
+
+def read_url(given: str, name: str) -> str:
+    """``given``, the URL of the option called ``name``, or the contents of the file that it names.
+    Raises ConfigError."""
+    if not given.startswith("file:"):
+        return given
+    path = given.removeprefix("file://")
+    if not path.startswith("/"):
+        raise ConfigError("file:// takes an absolute path: file:///PATH", param=name)
+    try:
+        url = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the URL of --{name} from {path}", param=name) from error
+    if url.split() != [url] or url.startswith("file:"):
+        raise ConfigError(
+            f"{path} should hold one URL and nothing else, such as redis://:PASSWORD@HOST/0",
+            param=name,
+        )
+    return url
+
+
+def check_registry(text: str) -> None:
+    """Raises ValueError for what is neither the URL of a Redis, nor of a file, nor "none"."""
+    if text != NO_REGISTRY and not text.startswith((*REDIS_URLS, "file:///")):
+        raise ValueError("no registry")
 
 
 @dataclass(frozen=True)
@@ -184,8 +217,8 @@ class RpcConfig:
 
 
 @dataclass(frozen=True)
-class StoreConfig:
-    """Where embeddings are stored."""
+class RegistryConfig:
+    """Where embeddings are stored, and where workers are found."""
 
     store: str = _store(
         "shm://",
@@ -195,30 +228,66 @@ class StoreConfig:
         metavar="URL",
         secret=True,
     )
+    registry: str = option(
+        "",
+        "Redis in which workers register and gateways find them: redis:// or rediss://, with "
+        "?namespace=NAME where deployments share one, or file:///PATH as in --store; none: no "
+        "registry. Default: --store where that is Redis, and none under `up`",
+        group=Group.WORKERS,
+        metavar="URL",
+        secret=True,
+        expects="redis://HOST:PORT/DB, rediss://, unix://, file:///PATH or none",
+        check=check_registry,
+    )
+
+    def read_url(self) -> str:
+        """The store's URL: ``store``, or the contents of the file it names. Raises ConfigError."""
+        return read_url(self.store, "store")
+
+    def read_registry(self) -> str | None:
+        """The registry's URL; None without a registry. Raises ConfigError."""
+        if self.registry == NO_REGISTRY:
+            return None
+        given = "registry" if self.registry else "store"
+        url = read_url(self.registry or self.store, given)
+        try:
+            if urlsplit(url).scheme in REDIS_SCHEMES:
+                return url
+        except ValueError as error:
+            raise ConfigError(f"--{given} is no URL of a Redis", param=given) from error
+        if self.registry:
+            raise ConfigError("a registry is redis://, rediss:// or unix://", param="registry")
+        return None
+
+    def registry_of_worker(self, rpc: RpcConfig) -> str | None:
+        """The URL of the registry that a worker joins; None for none. Not one on another machine if
+        the worker is known by an address of this machine alone: raises ConfigError for --registry,
+        and warns where the registry is the store's Redis."""
+        url = self.read_registry()
+        where = rpc.advertise and addresses.host_of(rpc.advertise)
+        host = where or ("127.0.0.1" if addresses.is_wildcard(rpc.host) else rpc.host)
+        if url is None or not (addresses.is_loopback(host) and addresses.is_elsewhere(url)):
+            return url
+        fault = (
+            f"gateways on other machines cannot reach a worker at {host}: start it with --advertise"
+            " HOST:PORT, the address at which they do"
+        )
+        if self.registry:
+            raise ConfigError(f"{fault}, or with --registry none", param="advertise")
+        log.warning("the worker is not in the registry, the Redis of --store: %s", fault)
+        return None
+
+
+@dataclass(frozen=True)
+class StoreConfig(RegistryConfig):
+    """The same, and how embeddings are kept."""
+
     store_key_file: str | None = _store(
         None,
         "file with the secret that signs embeddings sent to other machines; `up` makes one",
         metavar="FILE",
     )
     store_ttl_s: int = _store(3600, "how long Redis keeps an embedding", minimum=1)
-
-    def read_url(self) -> str:
-        """The store's URL: ``store``, or the contents of the file it names. Raises ConfigError."""
-        if not self.store.startswith("file:"):
-            return self.store
-        path = self.store.removeprefix("file://")
-        if not path.startswith("/"):
-            raise ConfigError("file:// takes an absolute path: file:///PATH", param="store")
-        try:
-            url = Path(path).read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read the store's URL from {path}", param="store") from error
-        if url.split() != [url] or url.startswith("file:"):
-            raise ConfigError(
-                f"{path} should hold one URL and nothing else, such as redis://:PASSWORD@HOST/0",
-                param="store",
-            )
-        return url
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,21 @@ import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from opticnerve import addresses
 from opticnerve.config import StoreConfig, options
+from opticnerve.config.shared import REDIS_SCHEMES
 from opticnerve.embeddings.memory_store import DEFAULT_CAPACITY, MemoryStore
 from opticnerve.embeddings.redis_store import MAX_BYTES, RedisStore
 from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.embeddings.signing import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import ConfigError, StartupError, StoreError
+from opticnerve.redis_server import OWN_OPTIONS, split_options
 from opticnerve.telemetry import metrics
 
 FORMS = "the store is memory://, shm://[dir][?capacity=], redis:// or rediss://"
-REMOTE = ("redis", "rediss", "unix")
 
 OpenStore = Callable[[StoreConfig, Seal | None, AsyncExitStack], Store]
 
@@ -39,7 +40,7 @@ def open_store(url: str, *, ttl_s: int = 3600, seal: Seal | None = None) -> Stor
     scheme = _split(url).scheme
     if scheme in ("memory", "shm"):
         return _open_local(url)
-    if scheme in REMOTE:
+    if scheme in REDIS_SCHEMES:
         return _open_redis(url, ttl_s, seal)
     raise ConfigError(FORMS, param="store")
 
@@ -61,7 +62,7 @@ def open_local_tier(url: str) -> ShmStore | MemoryStore:
 
     For a process beside one that has the whole store.
     """
-    if _split(url).scheme in REMOTE:
+    if _split(url).scheme in REDIS_SCHEMES:
         url = _split_redis(url)[1]
     return _open_local(url)
 
@@ -95,7 +96,7 @@ def _open_local(url: str) -> ShmStore | MemoryStore:
 
 def _open_redis(url: str, ttl_s: int, seal: Seal | None) -> RedisStore:
     server, local_url, max_bytes = _split_redis(url)
-    if seal is None and is_elsewhere(server):
+    if seal is None and addresses.is_elsewhere(server):
         log.warning(
             "anyone who can write to the Redis of --store can replace what the model sees of other "
             "users' pictures: give encoders and LLM workers the same --store-key-file, which signs "
@@ -110,22 +111,13 @@ def _open_redis(url: str, ttl_s: int, seal: Seal | None) -> RedisStore:
         raise ConfigError("the Redis URL is not valid for redis-py", param="store") from error
 
 
-def is_elsewhere(url: str) -> bool:
-    """Whether the store that ``url`` names may be on another machine."""
-    parts = urlsplit(url)
-    host = parts.hostname or "localhost"  # redis-py's default.
-    return parts.scheme in ("redis", "rediss") and not addresses.is_loopback(host)
-
-
 def _split_redis(url: str) -> tuple[str, str, int]:
     """(what redis-py reads, the local tier's URL, max_bytes)"""
-    parts = urlsplit(url)
-    given = dict(parse_qsl(parts.query))
-    if "decode_responses" in given:
+    server, own = split_options(url, OWN_OPTIONS)
+    if "decode_responses" in own:
         raise ConfigError("embeddings are bytes: leave decode_responses out", param="store")
-    local_url = given.pop("local", "shm://")
-    max_bytes = parse_size(given.pop("max_bytes", str(MAX_BYTES)))
-    return urlunsplit(parts._replace(query=urlencode(given))), local_url, max_bytes
+    max_bytes = parse_size(own.get("max_bytes", str(MAX_BYTES)))
+    return server, own.get("local", "shm://"), max_bytes
 
 
 def _options(query: str, known: set[str]) -> dict[str, str]:

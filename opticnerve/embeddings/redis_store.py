@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -29,13 +27,13 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
-from opticnerve.addresses import host_port
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.shm_store import ShmStore
 from opticnerve.embeddings.signing import MAC_BYTES, Seal
 from opticnerve.embeddings.store import Entry, StoreState, check_key
 from opticnerve.errors import EmbeddingCorrupt, StoreError
+from opticnerve.redis_server import Outage, shown
 from opticnerve.tensors.header import LENGTH
 
 PREFIX = "on:v1:emb:"  # Of names of values without a MAC.
@@ -46,7 +44,6 @@ CONNECT_TIMEOUT_S = 0.08
 ANSWER_TIMEOUT_S = 0.08  # Until the next bytes of an answer.
 SEND_TIMEOUT_S = 2.0  # Until all bytes of an embedding are sent: MAX_BYTES over 1 Gbit/s.
 WATCH_S = 1.0
-WARN_EVERY_S = 30.0  # At most so often, for a server that comes and goes.
 MAX_BYTES = 128 * 2**20  # Of one embedding; larger ones travel by Fetch.
 OVERHEAD = MAC_BYTES + LENGTH.size + codec.MAX_HEADER_BYTES  # Beside it, in a value.
 
@@ -86,7 +83,7 @@ class RedisStore:
         self._sender = _client(url)
         timeouts = self._sender.connection_pool.connection_kwargs
         timeouts["socket_timeout"] = max(SEND_TIMEOUT_S, timeouts["socket_timeout"])
-        name = _shown(url, self._client)
+        name = shown(url, self._client)
         self._server = Breaker(
             name,
             (RedisError, OSError),
@@ -270,21 +267,18 @@ class RedisStore:
 class Breaker:
     """A circuit breaker: after a failure only ``probe`` calls Redis, until it succeeds.
 
-    ``errors`` count as failures; others pass through. ``lost``, with the error's class for its
-    ``%s``, is the warning when failures begin, ``again`` the message when they end.
+    ``errors`` count as failures; others pass through. ``lost`` and ``again``: see ``Outage``.
     """
 
     def __init__(
         self, name: str, errors: tuple[type[Exception], ...], lost: str, again: str
     ) -> None:
-        self.failing = False
-        self._name = name
         self._errors = errors
-        self._lost = lost
-        self._again = again
-        self._lock = threading.Lock()  # Guards ``failing`` and those below.
-        self._warned_at = -math.inf
-        self._warned = False  # Whether the present failure was logged.
+        self._outage = Outage(name, lost, again)
+
+    @property
+    def failing(self) -> bool:
+        return self._outage.failing
 
     def call(self, operation: Callable[[], T]) -> T | None:
         """The result of ``operation``; None, without a call, while Redis fails."""
@@ -295,29 +289,13 @@ class Breaker:
         try:
             return operation()
         except self._errors as error:
-            self._failed(error)
+            self._outage.failed(error)
             return None
 
     def probe(self, operation: Callable[[], object]) -> None:
         """For the watch: calls also while Redis fails; a success closes the breaker."""
         if self.attempt(lambda: (operation(),)) is not None and self.failing:
-            self._recovered()
-
-    def _failed(self, error: Exception) -> None:
-        with self._lock:
-            now = time.monotonic()
-            self.failing = True
-            if self._warned or now - self._warned_at < WARN_EVERY_S:
-                return
-            self._warned, self._warned_at = True, now
-        # Only the error's class: its text may contain credentials.
-        log.warning("Redis at %s " + self._lost, self._name, type(error).__name__)
-
-    def _recovered(self) -> None:
-        with self._lock:
-            told, self._warned, self.failing = self._warned, False, False
-        if told:
-            log.info("Redis at %s %s", self._name, self._again)
+            self._outage.ended()
 
 
 def _client(url: str) -> redis.Redis:
@@ -332,13 +310,3 @@ def _client(url: str) -> redis.Redis:
 def _is_wrong_type(answer: Any) -> bool:
     """Whether the value is not a string but, for example, a list."""
     return isinstance(answer, ResponseError) and str(answer).startswith("WRONGTYPE")
-
-
-def _shown(url: str, client: Any) -> str:
-    """The loggable parts of the URL: scheme, server and database, no user and no password."""
-    options = client.connection_pool.connection_kwargs
-    scheme = url.split(":", 1)[0]
-    if "path" in options:
-        return f"{scheme}://{options['path']}"
-    address = host_port(options.get("host", "localhost"), options.get("port", 6379))
-    return f"{scheme}://{address}/{options.get('db', 0)}"

@@ -30,6 +30,7 @@ from opticnerve.config.command_line import (
     warn_of_passwords,
 )
 from opticnerve.config.options import PREFIX, build, options, to_command_line, without_service_links
+from opticnerve.config.shared import NO_REGISTRY
 from opticnerve.config.up import up_options
 from opticnerve.errors import StartupError, StoreError
 from opticnerve.extras import require_extra
@@ -203,7 +204,9 @@ class Commands:
         ]
 
     def gateway(self, encoders: Sequence[str], llms: Sequence[str]) -> Child:
-        given = {**self._given, "encoder_addresses": encoders, "llm_addresses": llms, "port": None}
+        found = {"encoder_addresses": encoders, "llm_addresses": llms}
+        registry = build(GatewayConfig, self._given).store.registry or NO_REGISTRY
+        given = {**self._given, **found, "registry": registry, "port": None}
         arguments, variables = to_command_line(options(GatewayConfig), given)
         command = [sys.executable, "-m", "gateway", *arguments]
         port = build(GatewayConfig, self._given).port
@@ -212,7 +215,11 @@ class Commands:
 
     def _pool(self, role: Role, cls: type, count: int, devices: Sequence[str]) -> Iterator[Child]:
         threads = self._threads or share_of_cores(count)
-        fixed = dict.fromkeys(GATEWAY_ONLY) | {"host": "127.0.0.1", "metrics_port": 0}
+        fixed = dict.fromkeys(GATEWAY_ONLY) | {
+            "host": "127.0.0.1",
+            "metrics_port": 0,
+            "registry": NO_REGISTRY,  # Nobody else reaches them.
+        }
         arguments, variables = to_command_line(
             options(cls), {**self._given, **fixed, "threads": threads}
         )

@@ -20,6 +20,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from opticnerve.errors import InvalidRequest, Unavailable
+from opticnerve.registry.entry import Kind
 from opticnerve.rpc.errors import STATUS_BY_NUMBER, abort
 from opticnerve.telemetry import logs
 
@@ -159,10 +160,15 @@ class WorkerServicer(Generic[L]):
     """The calls of a worker, which raise Unavailable until ``loaded`` is set."""
 
     worker: ClassVar[str]  # In error messages: "the encoder".
+    kind: ClassVar[Kind]
 
     def __init__(self, server: Server) -> None:
         self.server = server
         self.loaded: L | None = None
+
+    def describe(self) -> Any:
+        """The answer to Describe. Raises Unavailable while the worker loads."""
+        raise NotImplementedError
 
     def require_loaded(self) -> L:
         if self.loaded is None:

@@ -59,6 +59,11 @@ def field_values(source: Any, message: type[Message]) -> dict[str, Any]:
     return {name: getattr(source, name) for name in _names(message.DESCRIPTOR)}
 
 
+def numbers_of(message: Message) -> dict[str, int]:
+    """A message's numeric fields by name, rounded."""
+    return {name: round(getattr(message, name)) for name in _names(message.DESCRIPTOR)}
+
+
 @functools.cache
 def _names(descriptor: Descriptor) -> tuple[str, ...]:
     return tuple(each.name for each in descriptor.fields)

@@ -5,7 +5,8 @@ With ``--tls-certificate`` the port speaks TLS alone, health and reflection incl
 Health (``grpc.health.v1``) is NOT_SERVING until ``ready()`` and again while draining. SIGTERM and
 SIGINT drain: health goes NOT_SERVING, new calls are refused, running calls get ``drain_timeout_s``
 and then end with Unavailable; a second signal ends them now (``opticnerve.process``). Before
-``ready()`` there is nothing to drain: what was opened is closed, and the process ends.
+``ready()`` there is nothing to drain: what was opened is closed, and the process ends. A worker is
+in the registry from its start until it is drained (``opticnerve.registry``), where it has one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import secrets
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -25,17 +27,22 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+import opticnerve
 from opticnerve import addresses
 from opticnerve.certificates import PemFiles
 from opticnerve.config import EncoderConfig, LLMConfig, RpcConfig
 from opticnerve.errors import ConfigError
 from opticnerve.process import LAST_WORDS_S, Running, handle_signals
-from opticnerve.rpc.calls import Calls
+from opticnerve.registry.entry import State, WorkerEntry
+from opticnerve.registry.membership import joined
+from opticnerve.registry.redis_registry import Registry
+from opticnerve.rpc.calls import Calls, WorkerServicer
+from opticnerve.rpc.convert import numbers_of
 from opticnerve.rpc.tls import server_credentials
 from opticnerve.rpc.token import TokenGuard, load_token
 from opticnerve.telemetry import metrics
 
-S = TypeVar("S")  # A worker's servicer.
+S = TypeVar("S", bound=WorkerServicer[Any])
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +80,8 @@ class Server:
         self.instance_id = secrets.token_hex(16)  # Tells this process from any other.
         self.port = 0
         self.status = 0  # The process's exit status.
+        self.state: State = "starting"
+        self.on_state: Callable[[], object] = lambda: None  # Called when it has changed.
         self.running = Running("the worker", log, config.drain_timeout_s)
         self.running.on_cut = self._end_calls
         self._health = health_aio.HealthServicer()
@@ -148,6 +157,7 @@ class Server:
         """Weights are loaded and warm: SERVING. From here on a signal drains."""
         self._starting = None
         if not self.running.draining:
+            self._set_state("serving")
             await self._set_health(serving=True)
         log.info("ready at %s", self.address)
 
@@ -161,10 +171,15 @@ class Server:
     async def serve(self) -> int:
         """Serves until a signal, or ``running.stop()``; returns the exit status when drained."""
         await self.running.closed.wait()
+        self._set_state("draining")
         await self._set_health(serving=False)
         await self.grpc.stop(grace=self.config.drain_timeout_s + LAST_WORDS_S)
         self.running.drained()
         return self.status
+
+    def _set_state(self, state: State) -> None:
+        self.state = state
+        self.on_state()
 
     def _end_calls(self) -> None:
         self._cutting = asyncio.create_task(self.grpc.stop(grace=LAST_WORDS_S))
@@ -206,13 +221,44 @@ async def serving(
     ``load`` gives ``loaded`` to the servicer, and what has to be closed to the stack. Raises
     StartupError.
     """
+    registry = _registry(settings)
     async with Server(settings.rpc, service) as server, contextlib.AsyncExitStack() as stack:
         servicer = register(server)
         await server.start()
         metrics.export(settings.telemetry, settings.rpc.host)
+        if registry is not None:
+            describe = partial(_entry, servicer)
+            server.on_state = await stack.enter_async_context(joined(registry, describe))
         await load(servicer, stack)
         await server.ready()
         yield servicer
+
+
+def _registry(settings: EncoderConfig | LLMConfig) -> Registry | None:
+    """The registry that the worker joins, if there is one. Raises ConfigError."""
+    url = settings.store.registry_of_worker(settings.rpc)
+    return None if url is None else Registry(url, load_token(settings.rpc.rpc_token_file))
+
+
+def _entry(servicer: WorkerServicer[Any]) -> WorkerEntry:
+    """What the registry is told of a worker now."""
+    server = servicer.server
+    entry = WorkerEntry(
+        instance_id=server.instance_id,
+        kind=servicer.kind,
+        address=server.address,
+        state=server.state,
+        version=opticnerve.__version__,
+    )
+    if servicer.loaded is None:
+        return entry
+    answer = servicer.describe()
+    load = numbers_of(answer.load)
+    load.pop("draining")
+    described = {"pair_id": answer.pair_id, "fingerprint": answer.fingerprint}
+    return entry.model_copy(
+        update={**described, "capacity": numbers_of(answer.limits), "load": load}
+    )
 
 
 def _tls_files(config: RpcConfig) -> PemFiles | None:

@@ -856,7 +856,7 @@ def test_a_lost_engine_ends_the_process(demo: Demo, tmp_path: Path) -> None:
         (["--max-model-len", "99999999"], "exceeds the model's"),
         (["--engine", "process", "--store", "memory://"], "processes share"),
         (["--store", "http://x"], "the store is"),
-        (["--store", "file:///x"], "cannot read the store's URL"),
+        (["--store", "file:///x"], "cannot read the URL of --store"),
         (
             ["--kv-cache-tokens", "16", "--port", "1", "--host", "203.0.113.1", "--insecure"],
             "cannot listen",

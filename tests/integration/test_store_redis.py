@@ -11,6 +11,7 @@ import pytest
 import redis
 import torch
 
+from opticnerve import redis_server
 from opticnerve.embeddings import redis_store
 from opticnerve.embeddings.memory_store import MemoryStore
 from opticnerve.embeddings.open import open_store
@@ -74,7 +75,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(redis_store, "time", made)
+    monkeypatch.setattr(redis_server, "time", made)
     return made
 
 

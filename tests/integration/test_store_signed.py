@@ -237,7 +237,7 @@ def test_another_users_picture_keeps_its_own_rows(tmp_path: Path, server: RedisS
         async with stack(tmp_path, server) as running:
             async with gateway(running.encoder, running.llm) as client:
                 first = await ask(client)
-            (where,) = running.client.keys("*")
+            (where,) = running.client.keys(f"{SIGNED_PREFIX}*")
             good, files = running.client.get(where), running.files
             assert len(files) == 2 and good[MAC_BYTES:] in files.values()
             fake = planted(good)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
+from opticnerve.addresses import is_elsewhere
 from opticnerve.embeddings import signing as module
-from opticnerve.embeddings.open import is_elsewhere, open_store
+from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.signing import MAC_BYTES, Seal
 from opticnerve.errors import ConfigError
 from opticnerve.secret import make_secret

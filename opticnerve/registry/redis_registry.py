@@ -1,0 +1,158 @@
+"""The registry: the workers of a namespace in Redis, each under a name that expires.
+
+``on:v1:worker:NAMESPACE:INSTANCE`` holds a worker's entry for ``TTL_S`` after its last heartbeat,
+and the sorted set ``on:v1:workers:NAMESPACE:KIND`` the ids of a kind by their last heartbeat, so
+that a reader asks for the newest ones, and for no others' keys. Gateways only read.
+
+The registry is a hint: a gateway calls, probes and pairs the workers that it finds as it does those
+of its command line, so that a stale entry costs a probe. While Redis fails nothing is known to have
+changed; that is logged once when it begins, and once when it has ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+
+from opticnerve.errors import ConfigError
+from opticnerve.redis_server import OWN_OPTIONS, Outage, shown, split_options
+from opticnerve.registry.entry import MAX_ENTRY_BYTES, EntrySeal, Kind, WorkerEntry
+
+HEARTBEAT_S = 1.0
+TTL_S = 5  # Of an entry, after the last heartbeat.
+FORGET_S = 3600  # After which ids without an entry leave the index; clocks of workers may differ.
+TIMEOUT_S = 2.0  # For a connection, and for each answer.
+MAX_WORKERS = 4096  # Of one kind; the newest are read.
+DEFAULT_NAMESPACE = "default"
+
+_NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+log = logging.getLogger(__name__)
+
+
+class Registry:
+    """A client of the registry; ``close`` ends it. Its errors are logged, not raised."""
+
+    def __init__(self, url: str, token: str | None = None) -> None:
+        """``url`` as redis-py reads it, with ``?namespace=NAME`` for one of several deployments.
+        ``token`` signs entries and checks them. Raises ConfigError."""
+        try:
+            server, own = split_options(url, OWN_OPTIONS)
+            self._client = Redis.from_url(
+                server,
+                socket_connect_timeout=TIMEOUT_S,
+                socket_timeout=TIMEOUT_S,
+                retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+            )
+        except (ValueError, TypeError) as error:
+            # Not the cause's text: it may show the URL, which may hold a password.
+            raise ConfigError("the registry's URL is not valid", param="registry") from error
+        self.namespace = own.get("namespace", DEFAULT_NAMESPACE)
+        if not _NAMESPACE.fullmatch(self.namespace):
+            raise ConfigError(
+                "a registry's namespace has up to 64 letters, digits, dots, dashes and underscores",
+                param="registry",
+            )
+        self.name = shown(server, self._client)  # For logs and /health.
+        self._seal = EntrySeal(self.namespace, token)
+        self._outage = Outage(
+            self.name,
+            "fails (%s) as the registry: gateways keep the workers that they know, and find new "
+            "ones when it answers",
+            "answers again as the registry",
+        )
+        self._ignored: dict[Kind, int] = {}  # Entries that were not valid when last read.
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the last command was answered; true before the first."""
+        return not self._outage.failing
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    # ---- of workers
+
+    async def put(self, entry: WorkerEntry) -> None:
+        """Writes the entry, for ``TTL_S``."""
+        index, now = self._index(entry.kind), time.time()
+        try:
+            async with self._client.pipeline(transaction=False) as pipeline:
+                pipeline.set(self._key(entry.instance_id), self._seal.write(entry), ex=TTL_S)
+                pipeline.zadd(index, {entry.instance_id: now})
+                pipeline.zremrangebyscore(index, "-inf", now - FORGET_S)
+                pipeline.expire(index, FORGET_S)
+                await pipeline.execute()
+        except (RedisError, OSError) as error:
+            self._outage.failed(error)
+        else:
+            self._outage.ended()
+
+    async def remove(self, entry: WorkerEntry) -> None:
+        try:
+            async with self._client.pipeline(transaction=False) as pipeline:
+                pipeline.delete(self._key(entry.instance_id))
+                pipeline.zrem(self._index(entry.kind), entry.instance_id)
+                await pipeline.execute()
+        except (RedisError, OSError) as error:  # It expires.
+            self._outage.failed(error)
+
+    # ---- of gateways
+
+    async def entries(self, kind: Kind) -> list[WorkerEntry] | None:
+        """The workers of a kind; None if Redis does not answer."""
+        try:
+            values = await self._values(kind)
+        except (RedisError, OSError) as error:
+            self._outage.failed(error)
+            return None
+        self._outage.ended()
+        found, faults = [], []
+        for instance_id, value in values.items():
+            try:
+                found.append(self._read(kind, instance_id, value))
+            except ValueError as error:
+                faults.append(f"{instance_id!r}: {error}")
+        if faults and not self._ignored.get(kind):
+            log.warning(
+                "registry %s: %d entries of kind %s are ignored; of %s",
+                self.name, len(faults), kind, faults[0],
+            )  # fmt: skip
+        self._ignored[kind] = len(faults)
+        return found
+
+    async def _values(self, kind: Kind) -> dict[str, bytes]:
+        """What is stored of each worker, by its id; nothing of those that have expired. Whatever is
+        there, no more than ``MAX_ENTRY_BYTES`` and one are read of it."""
+        ids: Any = await self._client.zrevrange(self._index(kind), 0, MAX_WORKERS - 1)
+        names = [each[:64].decode("ascii", "replace") for each in ids]
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for name in names:
+                pipeline.getrange(self._key(name), 0, MAX_ENTRY_BYTES)
+            values = await pipeline.execute(raise_on_error=False)
+        return {
+            name: value if isinstance(value, bytes) else b""  # An error: it is no string.
+            for name, value in zip(names, values, strict=True)
+            if value
+        }
+
+    def _read(self, kind: Kind, instance_id: str, value: bytes) -> WorkerEntry:
+        """Raises ValueError."""
+        entry = self._seal.read(value)
+        if (entry.kind, entry.instance_id) != (kind, instance_id):
+            raise ValueError("it is the entry of another worker")
+        return entry
+
+    def _key(self, instance_id: str) -> str:
+        return f"on:v1:worker:{self.namespace}:{instance_id}"
+
+    def _index(self, kind: Kind) -> str:
+        return f"on:v1:workers:{self.namespace}:{kind}"
