@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from gateway.api.http import JSONResponse
 from gateway.api.routing import Call, make_router
 from gateway.edge.auth import ANONYMOUS
-from gateway.workers.pairing import Pairing
+from gateway.workers.pairing import Pairing, revision_of
 from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import Worker
 from opticnerve import __version__
@@ -147,7 +147,9 @@ def _status(
     if pairing.missing(pictures=False):
         return "unavailable"
     workers = [*pairing.encoders.workers, *pairing.llms.workers]
-    degraded = pairing.missing() or store["unreachable_from"] or any(w.fault for w in workers)
+    faults = [worker.fault for worker in workers if worker.fault]
+    troubles = [*pairing.encoders.troubles, *pairing.llms.troubles]
+    degraded = pairing.missing() or store["unreachable_from"] or faults or troubles
     return "degraded" if degraded else "ok"
 
 
@@ -169,6 +171,7 @@ def _store(pairing: Pairing) -> dict[str, Any]:
 def _pool(pool: WorkerPool) -> dict[str, Any]:
     return {
         "serving": len(pool.serving()),
+        "sources": {source.name: source.trouble or None for source in pool.sources},
         "waiting": len(pool.dispatcher.waiting),  # Items or sequences without a worker with room.
         "workers": [_worker(worker) for worker in pool.workers],
     }
@@ -179,7 +182,9 @@ def _worker(worker: Worker) -> dict[str, Any]:
     extra = described.pop("extra")
     return {
         "address": worker.address,
+        "sources": sorted({source.kind for source in worker.sources}),
         "state": worker.state.value,
+        "revision": revision_of(described["pair_id"]),
         "fault": worker.fault.text if worker.fault else None,
         "pending": worker.pending,
         **{name: value for name, value in described.items() if name not in HIDDEN},

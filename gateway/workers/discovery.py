@@ -26,11 +26,17 @@ probed at once."""
 
 
 class AddressSource(Protocol):
-    """Where addresses come from. ``name``: for /health."""
+    """Where addresses come from."""
 
-    name: str
+    kind: str  # "static", "dns" or "registry".
+    name: str  # For people.
     # Whether a worker that is listed no more is kept while it serves: its source may be wrong.
     keeps_serving: bool
+
+    @property
+    def trouble(self) -> str:
+        """Why it does not answer, in words; empty while it does."""
+        ...
 
     def watch(self) -> AsyncIterator[Listing]:
         """What is listed, again and again while this is iterated; nothing is yielded while the
@@ -54,7 +60,8 @@ def sources_of(
 class StaticAddresses:
     """Addresses that were given."""
 
-    name, keeps_serving = "static", False
+    kind = name = "static"
+    trouble, keeps_serving = "", False
 
     def __init__(self, addresses: Collection[str]) -> None:
         self._addresses = addresses
@@ -66,14 +73,17 @@ class StaticAddresses:
 class DnsName:
     """The addresses behind ``name:port``, resolved periodically."""
 
-    name, keeps_serving = "dns", False
+    kind, keeps_serving = "dns", False
 
     def __init__(self, host_port: str) -> None:
+        self.name = DNS_SCHEME + host_port
+        self.trouble = ""
         self._host_port = host_port
 
     async def watch(self) -> AsyncIterator[Listing]:
         while True:
             found = await resolve(self._host_port)
+            self.trouble = f"{self.name} is not resolved" if found is None else ""
             if found is not None:
                 yield dict.fromkeys(found, "")
             await asyncio.sleep(RESOLVE_S if found else RESOLVE_AGAIN_S)
@@ -82,15 +92,20 @@ class DnsName:
 class RegisteredWorkers:
     """The workers of a kind that the registry knows."""
 
-    name, keeps_serving = "registry", True
+    kind, keeps_serving = "registry", True
 
-    def __init__(self, registry: Registry, kind: Kind) -> None:
+    def __init__(self, registry: Registry, worker: Kind) -> None:
+        self.name = f"registry {registry.name}, namespace {registry.namespace}"
         self._registry = registry
-        self._kind = kind
+        self._worker = worker
+
+    @property
+    def trouble(self) -> str:
+        return "" if self._registry.reachable else "the registry does not answer"
 
     async def watch(self) -> AsyncIterator[Listing]:
         while True:
-            entries = await self._registry.entries(self._kind)
+            entries = await self._registry.entries(self._worker)
             if entries is not None:
                 said: dict[str, str] = {}  # A restarted worker may have two entries for a while.
                 for entry in sorted(entries, key=lambda entry: entry.instance_id):

@@ -33,7 +33,12 @@ class Pair:
 
     @property
     def system_fingerprint(self) -> str:
-        return "fp_" + self.pair_id[:12]
+        return revision_of(self.pair_id)
+
+
+def revision_of(pair_id: str) -> str:
+    """The short form of a pair id; empty where it is unknown."""
+    return pair_id and "fp_" + pair_id[:12]
 
 
 class Pairing:
@@ -98,12 +103,12 @@ class Pairing:
             return ["the gateway is reading its checkpoint's weights, to identify it"]
         llms = {w.description.pair_id for w in self.llms.serving(self._is_ours)}
         if not (self.encoders.configured if pictures is None else pictures):
-            return [] if llms else [f"no {self.llms.kind} is serving ({self.llms.states})"]
+            return [] if llms else [self.llms.absence(self._is_ours)]
         encoders = {w.description.pair_id for w in self.encoders.serving(self._is_ours)}
         if llms & encoders:
             return []
         lacking = [
-            f"no {pool.kind} is serving ({pool.states})"
+            pool.absence(self._is_ours)
             for pool, ids in ((self.encoders, encoders), (self.llms, llms))
             if not ids
         ]

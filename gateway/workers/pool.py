@@ -23,7 +23,7 @@ from opticnerve.rpc.tls import ChannelTls
 log = logging.getLogger(__name__)
 
 UNUSABLE_WAIT_S = 5.0  # How long a request waits while every worker is misconfigured.
-MAX_SHOWN_ADDRESSES = 8  # In a log line.
+MAX_SHOWN_ADDRESSES = 8  # In a message.
 MIN_PAUSE_S, MAX_PAUSE_S = 0.05, 5.0  # For a worker that refused work.
 
 
@@ -63,7 +63,7 @@ class WorkerPool:
         self.kind = kind
         self.changes = changes or Changes()
         self._addresses = addresses
-        self._sources = sources_of(addresses, registered)
+        self.sources = sources_of(addresses, registered)
         self._describe = describe
         self._token = token
         self._check = check
@@ -79,7 +79,7 @@ class WorkerPool:
     @property
     def configured(self) -> bool:
         """Whether workers are to be found anywhere."""
-        return bool(self._sources)
+        return bool(self.sources)
 
     @property
     def unusable(self) -> bool:
@@ -88,11 +88,20 @@ class WorkerPool:
         return states == {WorkerState.UNUSABLE}
 
     @property
-    def states(self) -> str:
-        """The state of every worker, in words."""
-        shown = ", ".join(f"{w.address} is {w.state.value}" for w in self.workers)
+    def troubles(self) -> list[str]:
+        """What keeps sources of addresses from answering."""
+        return [source.trouble for source in self.sources if source.trouble]
+
+    def absence(self, accepts: Accepts | None = None) -> str:
+        """In words: that no worker serves that ``accepts`` agrees to, and what is known of each."""
+        if not self._workers:
+            return "; ".join([f"no {self.kind} is known", *self.troubles])
+        shown = [_in_words(worker, accepts) for worker in self.workers[:MAX_SHOWN_ADDRESSES]]
+        more = len(self._workers) - len(shown)
+        states = ", ".join([*shown, f"{more} more"] if more else shown)
         faulty = any(worker.fault for worker in self.workers)
-        return (shown or "none is known") + ("; /health says why" if faulty else "")
+        why = "; /health says why" if faulty else ""
+        return f"no {self.kind} is serving ({states}{why})"
 
     def serving(self, accepts: Accepts | None = None) -> list[Worker]:
         """Workers that take work now, and that ``accepts`` agrees to."""
@@ -101,7 +110,7 @@ class WorkerPool:
     # ---- life
 
     async def start(self) -> None:
-        for source in self._sources:
+        for source in self.sources:
             self._spawn(self._follow(source))
         await asyncio.sleep(0)  # Addresses that were given are known from here on.
 
@@ -139,7 +148,7 @@ class WorkerPool:
             if self.serving(request.accepts):
                 absence = None
             elif not self.configured:
-                raise self._unavailable()
+                raise self._unavailable(request.accepts)
             else:
                 absence = absence or request.deadline.within(absence_s)
                 if self.unusable:
@@ -148,7 +157,8 @@ class WorkerPool:
                 async with asyncio.timeout((absence or request.deadline).remaining()):
                     await request.changed.wait()
             except TimeoutError as error:
-                raise (self._unavailable() if absence else expired()) from error
+                gone = self._unavailable(request.accepts) if absence else expired()
+                raise gone from error
             request.changed.clear()
 
     def report_full(self, worker: Worker, retry_after_s: float | None) -> None:
@@ -172,9 +182,9 @@ class WorkerPool:
             request.changed.set()
         self.dispatcher.dispatch()
 
-    def _unavailable(self) -> Unavailable:
+    def _unavailable(self, accepts: Accepts | None) -> Unavailable:
         return Unavailable(
-            f"no {self.kind} worker can take the request ({self.states}); retry later",
+            f"no worker can take the request: {self.absence(accepts)}; retry later",
             retry_after_s=5.0,
         )
 
@@ -264,3 +274,10 @@ class WorkerPool:
                 "write dns:///%s",
                 self.kind, address, len(several), ", ".join(several[:MAX_SHOWN_ADDRESSES]), address,
             )  # fmt: skip
+
+
+def _in_words(worker: Worker, accepts: Accepts | None) -> str:
+    serving = worker.state is WorkerState.SERVING
+    strange = serving and accepts is not None and not accepts(worker)
+    other = " another revision" if strange else ""
+    return f"{worker.address} is {worker.state.value}{other}"

@@ -90,7 +90,7 @@ async def test_a_gateway_without_encoders_is_ready_for_text():
     async with stack(encoders=0) as s:
         assert await probe(s, "/ready") == (200, ready(pictures=False))
         code, told = await probe(s, BOTH)
-        assert code == 503 and told["missing"] == ["no encoder is serving (none is known)"]
+        assert code == 503 and told["missing"] == ["no encoder is known"]
         code, told = await probe(s, "/health")
         assert (code, told["status"], told["missing"]) == (200, "ok", [])
         assert (await s.chat()).status_code == 200
