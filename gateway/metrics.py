@@ -16,6 +16,11 @@ TOKENS = Counter(
 PATCHES_WAITING = Gauge(
     "opticnerve_patches_waiting", "Patches admitted here that no encoder has room for yet"
 )
+LLM_CHOICES = Counter(
+    "opticnerve_llm_choices_total",
+    "Generate calls by why their LLM worker was chosen (prefix, rendezvous, load)",
+    ["reason"],
+)
 TTFT_SECONDS = Histogram(
     "opticnerve_time_to_first_token_seconds", "From accepted to first token", buckets=SECONDS
 )

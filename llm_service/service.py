@@ -176,5 +176,6 @@ def _describe(
             num_kv_blocks=engine.num_blocks,
             block_size=engine.block_size,
             max_waiting=engine.max_waiting,
+            prefix_cache_tokens=engine.prefix_cache_tokens,
         ),
     )

@@ -185,6 +185,7 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
         self.running = 0
         self.max_model_len = 4096
         self.cached_tokens = 0  # Of every prompt.
+        self.prefix_cache_tokens = 1024
         self.eos_token_ids = [7, 9]
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -331,11 +332,15 @@ class FakeLLM(FakeServer, llm_pb2_grpc.LLMServicer):
             hidden_size=192,
             vocab_size=640,
             limits=llm_pb2.LLMLimits(
-                max_model_len=self.max_model_len, max_logprobs=20, num_kv_blocks=64
+                max_model_len=self.max_model_len,
+                max_logprobs=20,
+                num_kv_blocks=64,
+                prefix_cache_tokens=self.prefix_cache_tokens,
             ),
             load=llm_pb2.LLMLoad(running=self.running, free_kv_blocks=64),
             store=self.store,
             eos_token_ids=self.eos_token_ids,
+            instance_id=self.instance_id,
         )
 
 

@@ -11,7 +11,8 @@ waiting, has room of its own at the workers, and other work passes it.
 
 A worker that is expected to finish the work first is chosen. Where it has no room, a slower one
 takes the work only if it would finish before the others had finished everything that waits: within
-a long queue it helps; at the end of the queue it would only delay a request.
+a long queue it helps; at the end of the queue it would only delay a request. Where a prompt is to
+be computed, the prefix caches decide as well, see ``affinity``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
 from gateway.clock import Deadline
+from gateway.workers.affinity import Affinity, PromptChain, Reason
 from gateway.workers.worker import Worker, WorkerState
 
 Accepts = Callable[[Worker], bool]
@@ -35,7 +37,8 @@ class LeaseRequest:
 
     ``avoid``: addresses that are used only if no other worker serves. ``delay_within_request_s``:
     how long the earlier work of its own request takes. ``share``: the fair-queueing key, which
-    is the name of an API key; ``weight``: its part relative to others'.
+    is the name of an API key; ``weight``: its part relative to others'. ``prompt``: what the worker
+    is to compute, if it is an LLM worker; ``reason``: why it was lent to that.
     """
 
     cost: int
@@ -46,7 +49,9 @@ class LeaseRequest:
     delay_within_request_s: float = 0.0
     share: str = ""
     weight: float = 1.0
+    prompt: PromptChain | None = None
     worker: Worker | None = None
+    reason: Reason = Reason.LOAD
     # Set when ``worker`` is set, or the state of any worker changes.
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -63,6 +68,7 @@ class Dispatcher:
         self.waiting_cost = 0
         self._queues: dict[str, _ShareQueue] = {}  # By share.
         self._virtual_time = 0.0  # ``virtual_start`` of the queue that was served last.
+        self.affinity = Affinity()
         self._workers = workers
         self._lease_number = itertools.count(1)
 
@@ -83,6 +89,18 @@ class Dispatcher:
         """Removes a request that waits no more, and lends to those behind it."""
         self._dequeue(request)
         self.dispatch()
+
+    def end(self, request: LeaseRequest) -> None:
+        """Ends the lease of a request, and lends to those that wait."""
+        assert request.worker is not None
+        self.prompt_computed(request)
+        request.worker.take_back(request.cost, request.heavy)
+        self.dispatch()
+
+    def prompt_computed(self, request: LeaseRequest) -> None:
+        """The worker that the request was lent computes its prompt no longer."""
+        if request.prompt is not None and request.worker is not None:
+            self.affinity.computed(request.prompt, request.worker)
 
     def dispatch(self) -> None:
         """Lends workers with room to the requests that come first.
@@ -161,6 +179,9 @@ class Dispatcher:
         with_room = [worker for worker in free if worker.has_room(request.cost, request.heavy)]
         if not with_room:
             return None
+        if request.prompt is not None:
+            worker, request.reason = self.affinity.choose(request.prompt, with_room)
+            return worker
         worker = min(with_room, key=finish_s)
         others = [other for other in able if other is not worker]
         if worker is best or finish_s(worker)[0] <= self._all_done_s(others, usual):
@@ -177,6 +198,8 @@ class Dispatcher:
     def _lend(self, request: LeaseRequest, worker: Worker) -> None:
         worker.last_picked = next(self._lease_number)
         worker.lend(request.cost, request.heavy)
+        if request.prompt is not None:
+            self.affinity.begin(request.prompt, worker)
         request.worker = worker
         request.changed.set()
         queue = self._queues[request.share]

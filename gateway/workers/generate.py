@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import grpc
 
+from gateway import metrics
 from gateway.clock import Deadline
 from gateway.edge.auth import ANONYMOUS, Caller
 from gateway.edge.limits import MAX_LLM_DEATHS
 from gateway.media.reader import located
+from gateway.workers.affinity import PromptChain
 from gateway.workers.dispatch import LeaseRequest
 from gateway.workers.encode import Encodable, Encoded, Encoders
 from gateway.workers.pool import WorkerPool
@@ -223,6 +225,13 @@ class FailoverGeneration:
         worker_wait_s: float,
     ) -> None:
         self._spec = spec
+        self._prompt = PromptChain.of(
+            spec.token_ids,
+            spec.spans,
+            spec.keys,
+            spec.cache_salt,
+            reads_cache=spec.sampling.prompt_logprobs is None,
+        )
         self._pool = pool
         self._embeddings = embeddings
         self._deadline = deadline
@@ -240,12 +249,12 @@ class FailoverGeneration:
         refusal: OpticNerveError | None = None
         tried: set[str] = set()
         while True:
-            request = LeaseRequest(1, self._deadline, self._is_paired, avoid=tried)
+            request = self._lease_request(tried)
             async with self._pool.lease(request, self._worker_wait_s) as worker:
                 if refusal is not None and worker.address in tried:
                     raise refusal
                 try:
-                    async with contextlib.aclosing(self._attempt(worker)) as events:
+                    async with contextlib.aclosing(self._attempt(worker, request)) as events:
                         async for event in events:
                             yield event
                     return
@@ -267,6 +276,10 @@ class FailoverGeneration:
                 yield Done(self.usage())
                 return
             await asyncio.sleep(PAUSE_S)
+
+    def _lease_request(self, tried: Collection[str]) -> LeaseRequest:
+        """``tried``: addresses that are used only if no other worker serves."""
+        return LeaseRequest(1, self._deadline, self._is_paired, tried, prompt=self._prompt)
 
     def _is_paired(self, worker: Worker) -> bool:
         return worker.description.pair_id == self._spec.pair_id
@@ -291,9 +304,13 @@ class FailoverGeneration:
 
     # ---- one attempt
 
-    async def _attempt(self, worker: Worker) -> AsyncGenerator[StreamEvent, None]:
+    async def _attempt(
+        self, worker: Worker, lease: LeaseRequest
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """``lease``: by which the worker was lent."""
         self._deadline.check()
-        logs.append(llm=worker.address)
+        metrics.LLM_CHOICES.labels(lease.reason).inc()
+        logs.append(llm=worker.address, llm_by=lease.reason)
         stream = GenerateStream(
             llm_pb2_grpc.LLMStub(worker.channel),
             self._start(),
@@ -305,6 +322,7 @@ class FailoverGeneration:
         try:
             async with contextlib.aclosing(stream.events()) as received:
                 async for event in received:
+                    self._pool.dispatcher.prompt_computed(lease)
                     self._cached_tokens = stream.cached_tokens
                     if isinstance(event, PromptPiece):
                         yield self._score(event, scored)

@@ -139,8 +139,7 @@ class WorkerPool:
             if request.worker is None:
                 self.dispatcher.remove(request)
             else:  # Also if it was lent and cancelled in one turn of the event loop.
-                request.worker.take_back(request.cost, request.heavy)
-                self.dispatcher.dispatch()
+                self.dispatcher.end(request)
 
     async def _wait_for_worker(self, request: LeaseRequest, absence_s: float) -> None:
         absence: Deadline | None = None  # Runs while no worker serves.

@@ -13,7 +13,6 @@ different attention backends name the same prefix alike; a block goes by the has
 from __future__ import annotations
 
 import hashlib
-import struct
 from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterable
 from llm_service.policy.messages import GenerateRequest
 from llm_service.policy.sequence import Sequence, Status
 from opticnerve.content_keys import hash_parts
-from opticnerve.media.plan import Span, SpanAttention
+from opticnerve.media.plan import SpanAttention
 
 UNIT = 16  # Tokens per link of the hash chain.
 _DIGEST_BYTES = 16
@@ -263,34 +262,8 @@ def _unit_hash(parent: bytes, seq: Sequence, start: int) -> bytes:
         span = request.spans[index]
         if span.token_offset >= start + UNIT:
             break
-        digest.update(_identity(span, request.items[span.item], start))
+        digest.update(span.identity(request.items[span.item], start))
     return digest.digest()
-
-
-def _identity(span: Span, key: str, start: int) -> bytes:
-    """The fields of a span that decide the contents of the unit at ``start``.
-
-    Its length is one of them: tokens of a bidirectional span depend on all of its rows.
-    """
-    grid = span.grid_thw
-    name = key.encode()
-    fields = struct.pack(
-        "<8qd?",
-        span.token_offset - start,  # Negative where the span began in an earlier unit.
-        span.num_tokens,
-        span.row_start,
-        grid.t,
-        grid.h,
-        grid.w,
-        _MODALITY_NUMBER[span.modality.value],
-        len(name),
-        span.seconds_per_grid,
-        span.attention is SpanAttention.BIDIRECTIONAL,
-    )
-    return fields + name
-
-
-_MODALITY_NUMBER = {"image": 1, "video": 2, "audio": 3}
 
 
 def _root(request: GenerateRequest) -> bytes:

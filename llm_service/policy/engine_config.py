@@ -32,6 +32,11 @@ class EngineConfig:
         """Prompt and output tokens that one sequence can have."""
         return min(self.max_model_len, self.num_blocks * self.block_size)
 
+    @property
+    def prefix_cache_tokens(self) -> int:
+        """Tokens for whose keys and values the prefix cache has room."""
+        return self.num_blocks * self.block_size if self.prefix_caching else 0
+
 
 def check_request(request: GenerateRequest, config: EngineConfig) -> None:
     """Raises InvalidRequest or ContextLengthExceeded for a request that could never finish."""

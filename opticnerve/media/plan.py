@@ -6,6 +6,7 @@ spans only. Imports neither torch nor grpc.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -157,3 +158,28 @@ class Span:
     grid_thw: Grid
     seconds_per_grid: float = 0.0
     attention: SpanAttention = SpanAttention.CAUSAL
+
+    def identity(self, key: str, start: int) -> bytes:
+        """What decides its keys and values, for hashes of tokens from ``start`` on. ``key``: the
+        item's content key.
+
+        Its length is a part: tokens of a bidirectional span depend on all of its rows.
+        """
+        grid, name = self.grid_thw, key.encode()
+        fields = struct.pack(
+            "<8qd?",
+            self.token_offset - start,  # Negative where it began earlier.
+            self.num_tokens,
+            self.row_start,
+            grid.t,
+            grid.h,
+            grid.w,
+            _MODALITY_NUMBER[self.modality.value],
+            len(name),
+            self.seconds_per_grid,
+            self.attention is SpanAttention.BIDIRECTIONAL,
+        )
+        return fields + name
+
+
+_MODALITY_NUMBER = {"image": 1, "video": 2, "audio": 3}

@@ -760,6 +760,8 @@ def test_describe_and_drain(demo: Demo, serve: Callable[..., None]) -> None:
         assert list(told.eos_token_ids) == [EOS]
         assert told.limits.max_model_len == 1024
         assert told.limits.num_kv_blocks * told.limits.block_size == 4096
+        assert told.limits.prefix_cache_tokens == 4096
+        assert told.instance_id == worker.server.instance_id
         assert await is_serving(worker.channel)
         worker.server.running.draining = True
         assert (await worker.stub.Describe(pb.DescribeLLMRequest())).load.draining

@@ -1,0 +1,262 @@
+"""Which LLM worker probably has most of a prompt in its prefix cache. Policy alone: no sockets, no
+tasks.
+
+A prompt is summarised as a chain of hashes, each over everything before its end that decides the
+contents of KV blocks: token ids, the identity of every span, and the cache salt. For each worker
+the gateway remembers the chains that it sent there, as many tokens as the worker's cache has room
+for, least recently used out first. It is an estimate: a worker may have evicted what is remembered,
+and has what other gateways sent.
+
+The worker is chosen that is expected to begin the answer first, counted in tokens to compute: those
+that it has to compute before this prompt, less those of this prompt that its cache has. So a
+conversation stays with its worker until the wait there is longer than the recomputation elsewhere.
+
+What most prompts begin with, such as a system prompt, is left out of account: every worker has it,
+or will have it after one computation, and it would pull all traffic to the worker that had it
+first. A prompt of which no worker has more than that is a new conversation, or one that another
+gateway served before. The worker for it is found by rendezvous hashing (Thaler and Ravishankar,
+IEEE/ACM Transactions on Networking, 1998) over what the conversation keeps from turn to turn: its
+first picture, or else the first link of the chain that is its own. So gateways agree without a word
+between them, also after a restart; and a worker that leaves moves its own conversations alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from bisect import bisect_left, bisect_right
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from opticnerve.content_keys import hash_parts
+
+if TYPE_CHECKING:
+    from gateway.workers.worker import Worker
+    from opticnerve.media.plan import Span
+
+UNIT = 16  # Tokens of the first links.
+LINKS_PER_DOUBLING = 16  # Later links are as long as a sixteenth of what is before them, or less.
+MAX_TOKENS = 2**22  # What comes after them in a prompt is not looked at.
+MAX_LINKS = 2**14  # Remembered for one worker, about 3 MB.
+WINDOW = 512  # Requests in which a link's share of the traffic is measured.
+MIN_USES = 8  # Of a link that counts as common.
+SEQUENCE_TOKENS = 128
+"""What a sequence that decodes counts for, in tokens to compute: it takes a part of every step, and
+a place in the batch."""
+_DIGEST_BYTES = 12
+_SCHEME = "opticnerve-route-1"
+
+
+def _link_ends() -> Iterator[int]:
+    """The token at which each link ends: the same for all prompts, so that equal prefixes have
+    equal chains."""
+    end = 0
+    while end < MAX_TOKENS:
+        end += max(UNIT, (1 << end.bit_length() - 1) // LINKS_PER_DOUBLING if end else UNIT)
+        yield end
+
+
+ENDS = tuple(_link_ends())
+
+
+@dataclass(frozen=True, eq=False)
+class PromptChain:
+    """What routing knows of a prompt. ``links``: the digest of all up to each of ``ENDS`` within
+    the prompt. ``keys``: content keys, which ``spans`` index. ``reads_cache``: whether a worker
+    may take a part of it from its prefix cache."""
+
+    num_tokens: int
+    links: tuple[bytes, ...]
+    spans: Sequence[Span] = ()
+    keys: Sequence[str] = ()
+    reads_cache: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        token_ids: Sequence[int],
+        spans: Sequence[Span] = (),
+        keys: Sequence[str] = (),
+        cache_salt: str = "",
+        *,
+        reads_cache: bool = True,
+    ) -> PromptChain:
+        """``spans`` are in the order of their tokens."""
+        tokens = memoryview(array("I", token_ids)).cast("B")
+        digest = hashlib.sha256(bytes.fromhex(hash_parts(_SCHEME, cache_salt)))
+        links: list[bytes] = []
+        start, begun = 0, 0  # ``begun``: spans that begin before ``start``.
+        for end in ENDS[: bisect_right(ENDS, len(token_ids))]:
+            digest.update(tokens[4 * start : 4 * end])
+            while begun < len(spans) and spans[begun].token_offset < end:
+                span = spans[begun]
+                digest.update(span.identity(keys[span.item], start))
+                begun += 1
+            links.append(digest.copy().digest()[:_DIGEST_BYTES])
+            start = end
+        return cls(len(token_ids), tuple(links), spans, keys, reads_cache)
+
+    def conversation(self, common: int) -> bytes | None:
+        """What all turns of the conversation have after the first ``common`` links; None where the
+        prompt is too short to tell."""
+        start = ENDS[common - 1] if common else 0
+        first = bisect_left(self.spans, start, key=lambda span: span.token_offset)
+        if first < len(self.spans):
+            return self.keys[self.spans[first].item].encode()
+        return self.links[common] if common < len(self.links) else None
+
+
+class Reason(StrEnum):
+    """Why a worker was chosen."""
+
+    PREFIX = "prefix"  # It has more of the prompt than what is common to most.
+    RENDEZVOUS = "rendezvous"  # No worker has, and this one is the conversation's by hash.
+    LOAD = "load"  # It has least to do.
+
+
+class Affinity:
+    """What the workers of one pool were sent, and the choice among them."""
+
+    def __init__(self) -> None:
+        self._sent: WeakKeyDictionary[Worker, _Sent] = WeakKeyDictionary()
+        self._traffic = _Traffic()
+
+    def choose(self, prompt: PromptChain, workers: Sequence[Worker]) -> tuple[Worker, Reason]:
+        """One of ``workers``, which are one or more. Changes nothing."""
+        common = self._traffic.common(prompt, len(workers))
+        gains = {worker: self._gain(prompt, worker, common) for worker in workers}
+        reason, favourite = Reason.PREFIX, None
+        if not any(gains.values()):
+            reason, favourite = Reason.RENDEZVOUS, self._favourite(prompt, workers, common)
+            if favourite is not None:
+                # What a later turn would compute again, if another gateway sent it there.
+                gains[favourite] = prompt.num_tokens - _tokens(common)
+
+        def tokens_before(worker: Worker) -> tuple[int, int]:
+            return self._busy(worker) - gains[worker], worker.last_picked
+
+        chosen = min(workers, key=tokens_before)
+        return chosen, reason if gains[chosen] else Reason.LOAD
+
+    def begin(self, prompt: PromptChain, worker: Worker) -> None:
+        """``worker`` is sent ``prompt``, and computes what it has not."""
+        sent = self._sent_to(worker)
+        self._sent[worker] = sent
+        known = sent.matched(prompt) if prompt.reads_cache else 0
+        sent.begin(prompt, prompt.num_tokens - _tokens(known))
+        sent.remember(prompt)
+        self._traffic.add(prompt)
+
+    def computed(self, prompt: PromptChain, worker: Worker) -> None:
+        """``worker`` has computed ``prompt``, or will not; also if that was said before."""
+        if worker in self._sent:
+            self._sent[worker].end(prompt)
+
+    def cached_tokens(self, prompt: PromptChain, worker: Worker) -> int:
+        """Tokens of ``prompt`` that ``worker`` probably has."""
+        return _tokens(self._sent_to(worker).matched(prompt))
+
+    def _gain(self, prompt: PromptChain, worker: Worker, common: int) -> int:
+        """Tokens beyond the ``common`` links that ``worker`` would not compute."""
+        if not prompt.reads_cache:
+            return 0
+        matched = self._sent_to(worker).matched(prompt)
+        return max(0, _tokens(matched) - _tokens(common))
+
+    def _favourite(
+        self, prompt: PromptChain, workers: Sequence[Worker], common: int
+    ) -> Worker | None:
+        conversation = prompt.conversation(common)
+        caching = [worker for worker in workers if _cache_tokens(worker)]
+        if conversation is None or not prompt.reads_cache or not caching:
+            return None
+        return max(caching, key=lambda worker: _weight(conversation, worker))
+
+    def _busy(self, worker: Worker) -> int:
+        """Tokens that ``worker`` has to compute already, its decoding included."""
+        sequences = worker.pending + worker.cost_of_other_gateways
+        return sequences * SEQUENCE_TOKENS + self._sent_to(worker).backlog
+
+    def _sent_to(self, worker: Worker) -> _Sent:
+        """What its present process was sent: one that was restarted has nothing."""
+        sent = self._sent.get(worker)
+        if sent is None or sent.instance_id != worker.description.instance_id:
+            return _Sent(worker.description.instance_id, _cache_tokens(worker))
+        return sent
+
+
+@dataclass(slots=True)
+class _Sent:
+    """The chains that one process was sent lately, ``capacity`` tokens at most.
+
+    A link is used no later than those before it, so they are never forgotten before it.
+    """
+
+    instance_id: str
+    capacity: int
+    links: OrderedDict[bytes, int] = field(default_factory=OrderedDict)  # With their lengths.
+    tokens: int = 0  # Of all links.
+    computing: dict[PromptChain, int] = field(default_factory=dict)  # With tokens to compute.
+    backlog: int = 0  # Of all these tokens.
+
+    def begin(self, prompt: PromptChain, tokens: int) -> None:
+        self.computing[prompt] = tokens
+        self.backlog += tokens
+
+    def end(self, prompt: PromptChain) -> None:
+        self.backlog -= self.computing.pop(prompt, 0)
+
+    def matched(self, prompt: PromptChain) -> int:
+        """How many of the prompt's links are here."""
+        return bisect_left(prompt.links, True, key=lambda link: link not in self.links)
+
+    def remember(self, prompt: PromptChain) -> None:
+        for place in reversed(range(len(prompt.links))):
+            link = prompt.links[place]
+            if link in self.links:
+                self.links.move_to_end(link)
+            else:
+                self.links[link] = ENDS[place] - _tokens(place)
+                self.tokens += self.links[link]
+        while self.tokens > self.capacity or len(self.links) > MAX_LINKS:
+            self.tokens -= self.links.popitem(last=False)[1]
+
+
+class _Traffic:
+    """Which links the prompts of the last one to two windows had."""
+
+    def __init__(self) -> None:
+        self._uses: Counter[bytes] = Counter()
+        self._uses_before: Counter[bytes] = Counter()  # In the last window.
+        self._requests = self._requests_before = 0
+
+    def add(self, prompt: PromptChain) -> None:
+        if self._requests == WINDOW:
+            self._uses_before, self._uses = self._uses, Counter()
+            self._requests_before, self._requests = self._requests, 0
+        self._uses.update(prompt.links)
+        self._requests += 1
+
+    def common(self, prompt: PromptChain, workers: int) -> int:
+        """How many leading links are so frequent that one worker alone should not get all prompts
+        with them: they would be more than half of its fair share."""
+        least = max(MIN_USES, (self._requests + self._requests_before) / (2 * workers))
+        uses, before = self._uses, self._uses_before
+        return bisect_left(prompt.links, True, key=lambda link: uses[link] + before[link] < least)
+
+
+def _tokens(links: int) -> int:
+    """How many tokens the first ``links`` cover."""
+    return ENDS[links - 1] if links else 0
+
+
+def _cache_tokens(worker: Worker) -> int:
+    return worker.description.limits.get("prefix_cache_tokens", 0)
+
+
+def _weight(conversation: bytes, worker: Worker) -> bytes:
+    return hashlib.sha256(conversation + worker.address.encode()).digest()
