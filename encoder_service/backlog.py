@@ -7,17 +7,16 @@ only once they have, so that a caller that sends no bytes does not keep others o
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 
 from encoder_service import metrics
 from opticnerve.errors import Overloaded
+from opticnerve.telemetry.throughput import Throughput
 
 MIN_RETRY_S = 0.1
 MAX_RETRY_S = 60.0
 UNKNOWN_RETRY_S = 1.0  # Before the first item, while the throughput is unknown.
-DECAY_S = 10.0  # Seconds of work after which a measurement counts 1/e.
 
 
 class BacklogPlace:
@@ -54,10 +53,7 @@ class Backlog:
         self.patches = 0
         self.items = 0
         self.num_bytes = 0
-        self._clock = clock
-        self._since = 0.0  # When the backlog stopped being empty, or an item was last encoded.
-        self._recent_patches = 0.0  # Encoded, in ``_recent_seconds``; the newest count most.
-        self._recent_seconds = 0.0
+        self._encoded = Throughput(clock)
 
     def can_admit(self, patches: int, num_bytes: int) -> bool:
         return self.items == 0 or (
@@ -78,7 +74,7 @@ class Backlog:
         """Takes a place, which the caller releases. Raises Overloaded if there is none."""
         self.check_room(patches, num_bytes)
         if self.items == 0:
-            self._since = self._clock()
+            self._encoded.begin()
         self._add(1, patches, num_bytes)
         return BacklogPlace(self, patches, num_bytes)
 
@@ -87,19 +83,16 @@ class Backlog:
         self.patches += patches
         self.num_bytes += num_bytes
         metrics.PATCHES_PENDING.set(self.patches)
+        metrics.ITEMS_PENDING.set(self.items)
 
     def record(self, patches: int) -> None:
         """An item of ``patches`` has been encoded; its place is still taken."""
-        now = self._clock()
-        passed, self._since = now - self._since, now
-        decay = math.exp(-passed / DECAY_S)
-        self._recent_patches = self._recent_patches * decay + patches
-        self._recent_seconds = self._recent_seconds * decay + passed
+        self._encoded.record(patches)
 
     @property
     def patches_per_s(self) -> float:
         """Throughput from arrival to embedding while there is work; 0 before the first item."""
-        return self._recent_patches / max(self._recent_seconds, 1e-6)
+        return self._encoded.per_s
 
     @property
     def retry_after_s(self) -> float:

@@ -53,7 +53,8 @@ class Batcher(Generic[T, R]):
     """Owns the device's thread. ``close`` ends it; items that still wait then fail as Unavailable.
 
     ``run`` gets a batch of payloads and returns their results in order; ``classify`` says what
-    to do after an exception of ``run``, and may free memory.
+    to do after an exception of ``run``, and may free memory; ``on_split`` hears of each batch that
+    is run again in parts, ``on_lost`` of a lost device.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class Batcher(Generic[T, R]):
         max_cost: int,
         *,
         classify: Callable[[Exception], Recovery] = lambda error: Recovery.ISOLATE,
+        on_split: Callable[[Recovery], None] = lambda recovery: None,
         on_lost: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self.max_cost = max_cost
         self._run = run
         self._classify = classify
+        self._on_split = on_split
         self._on_lost = on_lost
         self._queue: deque[_Entry[T, R]] = deque()  # Not launched; cancelled ones included.
         self._changed = threading.Condition()
@@ -166,6 +169,7 @@ class Batcher(Generic[T, R]):
             batch[0].future.set_exception(error)
             return
         log.warning("a batch of %d is split (%s): %s", len(batch), recovery.name.lower(), error)
+        self._on_split(recovery)
         size = (len(batch) + 1) // 2 if recovery is Recovery.SPLIT else 1
         for start in range(0, len(batch), size):
             self._launch(batch[start : start + size])

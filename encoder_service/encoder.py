@@ -77,6 +77,16 @@ class StageTimings:
     batch_patches: int = 0
     hit: bool = False
 
+    @property
+    def stages(self) -> dict[str, float]:
+        """Milliseconds by the name of the stage."""
+        return {
+            "encoder_queue": self.queue_ms,
+            "preprocess": self.preprocess_ms,
+            "encode": self.encode_ms,
+            "put": self.put_ms,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedItem:
@@ -140,7 +150,11 @@ class Encoder:
         self._suspects = asyncio.Lock()
         self._flights: Flights[EncodedItem] = Flights()
         self._batcher: Batcher[_Decoded, Embedding] = Batcher(
-            self._forward, batch, classify=model.backend.classify, on_lost=on_lost
+            self._forward,
+            batch,
+            classify=model.backend.classify,
+            on_split=_count_split,
+            on_lost=on_lost,
         )
 
     def warm_up(self) -> None:
@@ -323,6 +337,9 @@ class Encoder:
         plans = [item.request.plan for item in batch]
         with self.record.working_on([item.request.key for item in batch]):
             outputs = self.model.backend.encode([item.pixels.values for item in batch], plans)
+        if batch[0].request.key:  # Not the warm-up.
+            metrics.BATCH_ITEMS.observe(len(batch))
+            metrics.BATCH_PATCHES.observe(sum(plan.num_patches for plan in plans))
         for plan, output in zip(plans, outputs, strict=True):
             rows = {tensor.shape[0] for tensor in output.values()}
             if rows != {plan.num_tokens}:
@@ -351,8 +368,11 @@ def _difference(given: Plan, made: Plan) -> str:
     )
 
 
+def _count_split(recovery: Recovery) -> None:
+    metrics.BATCHES_SPLIT.labels("memory" if recovery is Recovery.SPLIT else "error").inc()
+
+
 def _observe(timings: StageTimings) -> None:
     metrics.ITEMS_ENCODED.inc()
-    for stage in ("queue", "preprocess", "encode", "put"):
-        seconds = getattr(timings, f"{stage}_ms") / 1e3
-        STAGE_SECONDS.labels(stage=stage).observe(seconds)
+    for stage, milliseconds in timings.stages.items():
+        STAGE_SECONDS.labels(stage=stage).observe(milliseconds / 1e3)

@@ -19,7 +19,7 @@ from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.embeddings.signing import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import EngineFailure, NotFound, StoreError
-from opticnerve.telemetry.metrics import CACHE_LOOKUPS
+from opticnerve.telemetry.metrics import CACHE_LOOKUPS, EMBEDDING_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +145,7 @@ class Results:
         data = self._read(key)
         if data is None:
             raise NotFound("this encoder does not hold that embedding; encode the item again")
+        EMBEDDING_BYTES.labels("fetch", "written").inc(len(data))
         return data, b"" if self.seal is None else self.seal.mac(key, [data])
 
     def _reference(self, key: str, specs: tuple[TensorSpec, ...]) -> EmbeddingRef:

@@ -1,4 +1,8 @@
-"""The metrics of the gateway alone; ``opticnerve.telemetry.metrics`` has those of all services."""
+"""The metrics of the gateway alone; ``opticnerve.telemetry.metrics`` has those of all services.
+
+A gauge says how several processes of one gateway are added up: work that each has is summed, and
+of what all of them see the largest counts.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,13 @@ from prometheus_client import Counter, Gauge, Histogram
 from opticnerve.telemetry.metrics import SECONDS
 
 REQUESTS = Counter("opticnerve_requests_total", "HTTP requests", ["route", "status"])
-REQUESTS_IN_FLIGHT = Gauge("opticnerve_requests_in_flight", "HTTP requests being served")
+REQUESTS_IN_FLIGHT = Gauge(
+    "opticnerve_requests_in_flight", "HTTP requests being served", multiprocess_mode="livesum"
+)
 TOKENS = Counter(
     "opticnerve_tokens_total",
     "Tokens of answered requests by kind (prompt, cached, image, completion)",
     ["kind"],
-)
-PATCHES_WAITING = Gauge(
-    "opticnerve_patches_waiting", "Patches admitted here that no encoder has room for yet"
 )
 LLM_CHOICES = Counter(
     "opticnerve_llm_choices_total",
@@ -26,4 +29,39 @@ TTFT_SECONDS = Histogram(
 )
 INTER_TOKEN_SECONDS = Histogram(
     "opticnerve_inter_token_seconds", "Between two deliveries of tokens", buckets=SECONDS
+)
+PATCHES_WAITING = Gauge(
+    "opticnerve_patches_waiting",
+    "Patches admitted here that no encoder has room for yet",
+    multiprocess_mode="livesum",
+)
+WORK_WAITING_SECONDS = Gauge(
+    "opticnerve_work_waiting_seconds",
+    "Seconds that a pool (encoder, llm) would take for this gateway's work that waits for it; "
+    "while nobody serves, the seconds that one worker would take",
+    ["pool"],
+    multiprocess_mode="livesum",
+)
+WORKERS = Gauge(
+    "opticnerve_workers",
+    "Workers that this gateway knows, by pool (encoder, llm) and state (starting, serving, "
+    "draining, dead, unusable)",
+    ["pool", "state"],
+    multiprocess_mode="livemax",
+)
+RETRIES = Counter(
+    "opticnerve_retries_total",
+    "Calls that were made again, before a token had come, by call (encode, generate) and reason "
+    "(lost, full, mispaired)",
+    ["call", "reason"],
+)
+FAILOVERS = Counter(
+    "opticnerve_failovers_total",
+    "Generations that lost their LLM worker after the first token and were continued by another",
+)
+REENCODES = Counter(
+    "opticnerve_reencodes_total",
+    "Pictures encoded or looked up again because an LLM worker found no usable rows, by reason "
+    "(not_found, evicted, corrupt, preempted)",
+    ["reason"],
 )

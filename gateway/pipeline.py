@@ -248,7 +248,9 @@ class Pipeline:
 
     async def _pair(self, job: Job, pictures: Pictures) -> tuple[Pair, list[Encodable]]:
         """As ``_pair_early``, but waits for a pair. Raises Unavailable, DeadlineExceeded."""
-        with job.watch.stage("pair"):
+        patches = sum(plan.num_patches for plan in pictures.plans)
+        waits = self.encoders.pool.unpaired(patches), self.llms.unpaired(1)
+        with job.watch.stage("pair"), waits[0], waits[1]:
             pair = await self.pairing.choose(pictures=bool(pictures.items), deadline=job.deadline)
         return pair, await self._name(job, pictures, pair)
 

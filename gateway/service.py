@@ -14,7 +14,6 @@ from typing import cast
 
 import uvicorn
 
-from gateway import metrics
 from gateway.api.models import ServedNames
 from gateway.app import Gateway, make_app
 from gateway.edge.admission import Admission
@@ -35,6 +34,7 @@ from gateway.workers.discovery import RegisteredWorkers
 from gateway.workers.encode import Encoders, describe_encoder
 from gateway.workers.encoder_check import ReachabilityCheck
 from gateway.workers.generate import describe_llm
+from gateway.workers.load import export_load
 from gateway.workers.pairing import Pairing
 from gateway.workers.pool import Changes, WorkerPool
 from opticnerve import addresses
@@ -157,7 +157,7 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
         for pool in (encoders.pool, llms):
             await pool.start()
             stack.push_async_callback(pool.close)
-        metrics.PATCHES_WAITING.set_function(lambda: encoders.pool.dispatcher.waiting_cost)
+        stack.callback(asyncio.create_task(export_load(encoders.pool, llms)).cancel)
         pairing = Pairing(encoders.pool, llms, _own_pair_id(checkpoint), settings.worker_wait_s)
         stack.callback(asyncio.create_task(pairing.watch_until_ready()).cancel)
         names = ServedNames.of(settings.served_model_name, checkpoint.name, layout.max_positions)

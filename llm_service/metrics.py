@@ -19,8 +19,19 @@ TOKENS = Counter(
 
 def engine_stats(stats: EngineStats) -> Iterator[Metric]:
     """The engine's current state."""
+    yield GaugeMetricFamily("opticnerve_kv_blocks", "KV blocks", stats.blocks)
     yield GaugeMetricFamily(
         "opticnerve_kv_blocks_free", "KV blocks that no sequence holds", stats.free_blocks
+    )
+    yield GaugeMetricFamily(
+        "opticnerve_kv_blocks_cached",
+        "KV blocks in the prefix cache, free ones and others",
+        stats.cached_blocks,
+    )
+    yield CounterMetricFamily(
+        "opticnerve_kv_blocks_evicted_total",
+        "KV blocks of the prefix cache that gave way to others",
+        stats.evicted_blocks,
     )
     sequences = GaugeMetricFamily(
         "opticnerve_sequences", "Sequences by state (running, waiting)", labels=["state"]

@@ -36,6 +36,14 @@ def logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logging.captureWarnings(False)
 
 
+@pytest.fixture
+def faults() -> Callable[..., dict[tuple[str, ...], int]]:
+    """``faults()``: the counters of faults that the test has changed; see ``tests.faults``."""
+    from tests.faults import watch
+
+    return watch()
+
+
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``random_checkpoint(family, **options)``: ``tests.checkpoints.make_checkpoint``, made once

@@ -20,6 +20,7 @@ from gateway.edge.limits import IDLE_TIMEOUT_S, MAX_HEAD_BYTES
 from gateway.edge.websocket import WebSocketConnection
 from opticnerve.errors import InvalidRequest
 from opticnerve.telemetry import logs
+from opticnerve.telemetry.metrics import count_error
 
 if TYPE_CHECKING:
     from gateway.edge.connections import Connections
@@ -220,6 +221,7 @@ class Connection(ClientConnection, H11Protocol):
         event.error = error
         event.write(log, logging.INFO, "request", status=400)
         metrics.REQUESTS.labels("other", "400").inc()
+        count_error("other", error)
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             answer = JSONResponse(error.to_openai(), 400, {"connection": "close"})
             lines = [b"HTTP/1.1 400 Bad Request", *map(b": ".join, answer.raw_headers), b"", b""]

@@ -27,6 +27,7 @@ from opticnerve.errors import Forbidden, Unauthenticated, UnsupportedMediaType
 from opticnerve.process import LAST_WORDS_S, Running
 from opticnerve.telemetry import logs
 from opticnerve.telemetry.logs import printable
+from opticnerve.telemetry.metrics import count_error
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,10 @@ def logged(served: Served, identity: str, what: str = "request") -> Iterator[Ser
         if what == "request":
             in_flight.dec()
         status = served.status or 499
-        metrics.REQUESTS.labels(served.route or "other", str(status)).inc()
+        place = served.route or "other"
+        metrics.REQUESTS.labels(place, str(status)).inc()
+        if event.error is not None:
+            count_error(place, event.error)
         event.write(
             log,
             logging.DEBUG if served.path in PROBE_PATHS else logging.INFO,

@@ -20,6 +20,7 @@ import grpc
 
 from gateway.clock import Deadline
 from gateway.edge.limits import MAX_ENCODER_DEATHS
+from gateway.metrics import RETRIES
 from gateway.workers.dispatch import Accepts, LeaseRequest
 from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import Description, Worker, WorkerLost, call_error
@@ -257,6 +258,7 @@ class Encoders:
         """Tries encoders until one answers; the module's docstring says what is retried."""
         tried: set[str] = set()
         refusal: OpticNerveError | None = None
+        failed = ""  # Why the attempt before this one failed.
         while True:
             self._check_not_poisonous(item.key)
             request = LeaseRequest(
@@ -272,18 +274,22 @@ class Encoders:
             async with self.pool.lease(request, self.worker_wait_s) as worker:
                 if refusal is not None and worker.address in tried:
                     raise refusal
+                if failed:
+                    RETRIES.labels("encode", failed).inc()
                 run.called.append(worker.address)
                 try:
                     encoded = await self._call(worker, item, deadline, run.request_id)
                 except WorkerLost as lost:
+                    failed = "lost"
                     self.pool.report_down(worker)
                     if lost.delivered:
                         self._blame(item.key, worker)
                         tried.add(worker.address)
                 except Overloaded as error:  # Other gateways' work fills it: the item waits here.
+                    failed = "full"
                     self.pool.report_full(worker, error.retry_after_s)
                 except Mispaired as error:
-                    refusal = error
+                    failed, refusal = "mispaired", error
                     tried.add(worker.address)
                     worker.wake.set()  # Its description is out of date.
                 else:

@@ -162,6 +162,7 @@ class RequestEmbeddings:
                     "a picture's embedding was lost repeatedly between encoder and LLM "
                     "worker; check that both reach the same store and have one --store-key-file",
                 )
+            metrics.REENCODES.labels(reason.lower()).inc()
             self._encoders.references.pop(key)
             self._encode(entry)
         return await self.ready(key)
@@ -248,17 +249,21 @@ class FailoverGeneration:
         deaths = 0
         refusal: OpticNerveError | None = None
         tried: set[str] = set()
+        failed = ""  # Why the attempt before this one failed.
         while True:
             request = self._lease_request(tried)
             async with self._pool.lease(request, self._worker_wait_s) as worker:
                 if refusal is not None and worker.address in tried:
                     raise refusal
+                if failed:
+                    self._count_retry(failed)
                 try:
                     async with contextlib.aclosing(self._attempt(worker, request)) as events:
                         async for event in events:
                             yield event
                     return
                 except WorkerLost as lost:
+                    failed = "lost"
                     self._pool.report_down(worker)
                     tried.add(worker.address)
                     deaths += lost.delivered
@@ -270,7 +275,7 @@ class FailoverGeneration:
                             "it is not tried again"
                         ) from lost
                 except Overloaded as error:
-                    refusal = error
+                    failed, refusal = "full", error
                     tried.add(worker.address)
             if self.complete:
                 yield Done(self.usage())
@@ -280,6 +285,12 @@ class FailoverGeneration:
     def _lease_request(self, tried: Collection[str]) -> LeaseRequest:
         """``tried``: addresses that are used only if no other worker serves."""
         return LeaseRequest(1, self._deadline, self._is_paired, tried, prompt=self._prompt)
+
+    def _count_retry(self, reason: str) -> None:
+        if self._tokens:
+            metrics.FAILOVERS.inc()
+        else:
+            metrics.RETRIES.labels("generate", reason).inc()
 
     def _is_paired(self, worker: Worker) -> bool:
         return worker.description.pair_id == self._spec.pair_id

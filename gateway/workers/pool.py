@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Collection, Coroutine
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterator
 
 from gateway.clock import Deadline, expired
 from gateway.workers.discovery import AddressSource, resolve, same_family, sources_of
@@ -68,6 +68,7 @@ class WorkerPool:
         self._token = token
         self._check = check
         self._tls = tls
+        self.unpaired_cost = 0  # Of requests that wait until there are workers to choose among.
         self._workers: dict[str, Worker] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.dispatcher = Dispatcher(self._workers.values())
@@ -122,6 +123,15 @@ class WorkerPool:
         self._workers.clear()
 
     # ---- lending
+
+    @contextlib.contextmanager
+    def unpaired(self, cost: int) -> Iterator[None]:
+        """Surrounds a request's wait for workers to choose among, before it can ask for one."""
+        self.unpaired_cost += cost
+        try:
+            yield
+        finally:
+            self.unpaired_cost -= cost
 
     @contextlib.asynccontextmanager
     async def lease(self, request: LeaseRequest, absence_s: float) -> AsyncIterator[Worker]:

@@ -20,6 +20,7 @@ from opticnerve.rpc.channel import is_serving, open_channel
 from opticnerve.rpc.convert import numbers_of, store_state_from_pb
 from opticnerve.rpc.errors import METADATA_KEY, from_rpc
 from opticnerve.rpc.tls import ChannelTls
+from opticnerve.telemetry.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
@@ -117,15 +118,19 @@ class Worker:
         self.failures = 0
         self.full_until = 0.0  # On the monotonic clock, after it refused work for lack of room.
         self.wake = asyncio.Event()  # Set to probe it at once.
+        self.throughput = Throughput()  # Of this gateway's work.
         self.idle = asyncio.Event()  # Set while it is lent to nothing.
         self.idle.set()
 
     def lend(self, cost: int, heavy: bool = False) -> None:
+        if not self.pending:
+            self.throughput.begin()
         self.pending += cost
         self.heavy += cost if heavy else 0
         self.idle.clear()
 
     def take_back(self, cost: int, heavy: bool = False) -> None:
+        self.throughput.record(cost)
         self.pending -= cost
         self.heavy -= cost if heavy else 0
         if not self.pending:

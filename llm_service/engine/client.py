@@ -212,7 +212,9 @@ class EngineClient:
                 self._on_damage(message.key)
             elif isinstance(message, EngineReady):
                 self._config = message.config
-                self.stats = EngineStats(free_blocks=message.config.num_blocks)
+                self.stats = EngineStats(
+                    blocks=message.config.num_blocks, free_blocks=message.config.num_blocks
+                )
                 if not self._ready.done():
                     self._ready.set_result(None)
             else:

@@ -357,16 +357,19 @@ class Engine:
     def stats(self) -> EngineStats:
         scheduler = self.scheduler
         return EngineStats(
-            len(scheduler.running),
-            scheduler.shares.num_waiting,
-            self.blocks.num_free,
-            scheduler.num_preemptions,
-            self._steps,
-            self._prompt_tokens,
-            scheduler.num_cached_tokens,
-            self._completion_tokens,
-            scheduler.costs.total_s,
-            scheduler.costs.prefill_tokens_per_s,
+            running=len(scheduler.running),
+            waiting=scheduler.shares.num_waiting,
+            blocks=self.blocks.num_blocks,
+            free_blocks=self.blocks.num_free,
+            cached_blocks=self.blocks.num_cached,
+            evicted_blocks=self.blocks.num_evicted,
+            preemptions=scheduler.num_preemptions,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=scheduler.num_cached_tokens,
+            completion_tokens=self._completion_tokens,
+            step_seconds=scheduler.costs.total_s,
+            prefill_tokens_per_s=scheduler.costs.prefill_tokens_per_s,
         )
 
     def check_integrity(self) -> None:

@@ -38,6 +38,7 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self.num_evicted = 0  # Blocks whose contents gave way to others.
         self._references = [0] * num_blocks
         self._free: deque[int] = deque(range(num_blocks))
         self._idle: OrderedDict[int, None] = OrderedDict()  # Cached, held by none; oldest first.
@@ -48,6 +49,11 @@ class BlockManager:
     def num_free(self) -> int:
         """Blocks that no sequence holds."""
         return len(self._free) + len(self._idle)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks in the prefix cache, held by a sequence or not."""
+        return len(self._cached)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -181,6 +187,7 @@ class BlockManager:
         else:
             block, _ = self._idle.popitem(last=False)
             del self._cached[self._hash_of.pop(block)]
+            self.num_evicted += 1
         self._references[block] = 1
         return block
 

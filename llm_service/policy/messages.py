@@ -197,7 +197,10 @@ class EngineStats:
 
     running: int = 0
     waiting: int = 0
+    blocks: int = 0
     free_blocks: int = 0
+    cached_blocks: int = 0  # In the prefix cache, held by sequences or not.
+    evicted_blocks: int = 0  # From the prefix cache, for want of room.
     preemptions: int = 0
     steps: int = 0
     prompt_tokens: int = 0

@@ -42,7 +42,7 @@ from opticnerve.rpc.errors import from_rpc
 from opticnerve.rpc.tls import ChannelTls
 from opticnerve.single_flight import Flights
 from opticnerve.telemetry import logs
-from opticnerve.telemetry.metrics import CACHE_LOOKUPS
+from opticnerve.telemetry.metrics import CACHE_LOOKUPS, EMBEDDING_BYTES
 from opticnerve.tensors.header import LENGTH
 
 FETCH_TIMEOUT_S = 30.0
@@ -88,6 +88,7 @@ class Fetcher:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="rows")
         self._channels: dict[str, grpc.aio.Channel] = {}  # Least recently used first.
         self._flights: Flights[None] = Flights()
+        self._tier = "shm" if store.tier_id else "memory"  # The local one's name in metrics.
         self._secret = secrets.token_bytes(32)
         self._holders: Counter[str] = Counter()  # Requests by the name of a caller's own rows.
 
@@ -111,7 +112,7 @@ class Fetcher:
         """Loads rows of ``key`` without a reference; returns whether this host has them."""
         found = await self._on_thread(self._load, key)
         if found:  # A miss is counted once there is a reference.
-            CACHE_LOOKUPS.labels(tier="shm", result="hit").inc()
+            CACHE_LOOKUPS.labels(tier=self._tier, result="hit").inc()
         return found
 
     async def present(self, keys: Iterable[str]) -> set[str]:
@@ -162,8 +163,9 @@ class Fetcher:
 
     async def _bring(self, ref: EmbeddingRef) -> None:
         found = await self._on_thread(self._load, ref.key, ref)
-        CACHE_LOOKUPS.labels(tier="shm", result="hit" if found else "miss").inc()
+        CACHE_LOOKUPS.labels(tier=self._tier, result="hit" if found else "miss").inc()
         if found:
+            EMBEDDING_BYTES.labels(self._tier, "read").inc(ref.num_bytes)
             return
         corrupt = self._rows.take_damaged(ref.key)
         for source in ("inline", "redis", "fetch"):
@@ -171,6 +173,8 @@ class Fetcher:
                 data = await self._read(source, ref)
                 if data is None:
                     continue
+                if source != "redis":  # The store has counted that.
+                    EMBEDDING_BYTES.labels(source, "read").inc(len(data))
                 await self._on_thread(self._keep, ref, data, source == "inline")
                 loaded = await self._on_thread(self._load, ref.key, ref)
                 if loaded or not self._rows.take_damaged(ref.key):

@@ -380,6 +380,7 @@ def observe(done: Done) -> None:
     prefix = "hit" if usage.cached_tokens else "miss"
     CACHE_LOOKUPS.labels(tier="prefix", result=prefix).inc()
     stages = STAGE_SECONDS
+    stages.labels(stage="queue").observe(timings.queue_ms / 1e3)
     stages.labels(stage="prefill").observe(timings.prefill_ms / 1e3)
     stages.labels(stage="decode").observe(timings.decode_ms / 1e3)
     if usage.embedding_tokens:

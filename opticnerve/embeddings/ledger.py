@@ -35,6 +35,7 @@ from pathlib import Path
 
 from opticnerve.errors import StoreError, StoreFull
 from opticnerve.owned_directories import is_locked, make_private
+from opticnerve.telemetry.metrics import EVICTIONS
 
 SUFFIX = ".safetensors"
 ALIVE = "alive"  # The lock of a holder.
@@ -296,6 +297,7 @@ class Ledger:
                 break
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path(key))
+                EVICTIONS.labels("shm").inc()
             freed += size
         return freed
 

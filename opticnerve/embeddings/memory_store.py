@@ -13,6 +13,7 @@ import torch
 from opticnerve.embeddings import codec
 from opticnerve.embeddings.store import Entry, StoreState, check_key
 from opticnerve.errors import EmbeddingCorrupt, StoreFull
+from opticnerve.telemetry.metrics import EMBEDDING_BYTES, EVICTIONS, STORE_FAILURES
 
 DEFAULT_CAPACITY = 2**30
 
@@ -108,6 +109,7 @@ class MemoryStore:
             self._make_room(key, len(data))
             self._files[key] = data
             self._stored += len(data)
+            EMBEDDING_BYTES.labels("memory", "written").inc(len(data))
 
     def _make_room(self, key: str, num_bytes: int) -> None:
         """Evicts until ``num_bytes`` fit, all or nothing. Raises StoreFull."""
@@ -121,6 +123,8 @@ class MemoryStore:
                 victims.append(other)
                 excess -= len(data)
         if excess > 0:
+            STORE_FAILURES.labels("memory").inc()
             raise StoreFull("the store is full of embeddings that are in use")
         for other in victims:
             self._stored -= len(self._files.pop(other))
+        EVICTIONS.labels("memory").inc(len(victims))

@@ -34,6 +34,7 @@ from opticnerve.embeddings.signing import MAC_BYTES, Seal
 from opticnerve.embeddings.store import Entry, StoreState, check_key
 from opticnerve.errors import EmbeddingCorrupt, StoreError
 from opticnerve.redis_server import Outage, shown
+from opticnerve.telemetry.metrics import EMBEDDING_BYTES, STORE_FAILURES
 from opticnerve.tensors.header import LENGTH
 
 PREFIX = "on:v1:emb:"  # Of names of values without a MAC.
@@ -215,8 +216,11 @@ class RedisStore:
                 given = pieces()
                 signed = b"".join([self._seal.mac(key, given), *given])
                 self._sender.set(name, signed, ex=self._ttl_s)
+                EMBEDDING_BYTES.labels("redis", "written").inc(len(signed))
             elif not self._client.expire(name, self._ttl_s):
-                self._sender.set(name, b"".join(pieces()), ex=self._ttl_s, nx=True)
+                plain = b"".join(pieces())
+                self._sender.set(name, plain, ex=self._ttl_s, nx=True)
+                EMBEDDING_BYTES.labels("redis", "written").inc(len(plain))
             return True
 
         return bool(self._server.call(lambda: self._writes.call(write)))
@@ -245,6 +249,7 @@ class RedisStore:
         data = self._server.call(read)
         if data is None:
             return None
+        EMBEDDING_BYTES.labels("redis", "read").inc(len(data))
         if self._seal is not None:
             mac, data = data[:MAC_BYTES], data[MAC_BYTES:]
             if not self._seal.verify(mac, key, data, "redis"):
@@ -289,6 +294,7 @@ class Breaker:
         try:
             return operation()
         except self._errors as error:
+            STORE_FAILURES.labels("redis").inc()
             self._outage.failed(error)
             return None
 

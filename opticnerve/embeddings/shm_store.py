@@ -24,6 +24,7 @@ from opticnerve.embeddings.shm_preallocation import Preallocator
 from opticnerve.embeddings.store import Entry, StoreState, check_key, check_rows
 from opticnerve.errors import EmbeddingCorrupt, StoreError, StoreFull
 from opticnerve.owned_directories import default_directory
+from opticnerve.telemetry.metrics import EMBEDDING_BYTES, STORE_FAILURES
 from opticnerve.tensors.dtypes import FLOATING
 
 MAX_CAPACITY = 2 * 2**30
@@ -142,6 +143,15 @@ class ShmStore:
 
     def _write(self, key: str, pieces: Sequence[memoryview]) -> None:
         num_bytes = codec.num_bytes(pieces)
+        try:
+            self._write_somehow(key, pieces, num_bytes)
+        except StoreError:
+            STORE_FAILURES.labels("shm").inc()
+            raise
+        EMBEDDING_BYTES.labels("shm", "written").inc(num_bytes)
+
+    def _write_somehow(self, key: str, pieces: Sequence[memoryview], num_bytes: int) -> None:
+        """Into a preallocated file if there is one, else into a new one."""
         file = self._preallocator.take(num_bytes)
         try:
             if file is not None:

@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from opticnerve.errors import InvalidRequest, Unavailable
 from opticnerve.registry.entry import Kind
 from opticnerve.rpc.errors import STATUS_BY_NUMBER, abort
-from opticnerve.telemetry import logs
+from opticnerve.telemetry import logs, metrics
 
 if TYPE_CHECKING:
     from opticnerve.rpc.server import Server
@@ -97,12 +97,15 @@ class Calls(grpc.aio.ServerInterceptor):
             error = event.error
             status = "OK" if error is None else STATUS_BY_NUMBER[error.grpc_status].name
             quiet = method in QUIET and not isinstance(error, InvalidRequest)
+            # Gateways call every second, also while a worker loads.
+            expected = method == "Describe" and isinstance(error, Unavailable)
+            if error is not None and not expected:
+                metrics.count_error(method, error)
             event.write(
                 log,
                 logging.DEBUG if quiet else logging.INFO,
                 "call",
-                # Gateways call every second, also while a worker loads.
-                expected=method == "Describe" and isinstance(error, Unavailable),
+                expected=expected,
                 method=method,
                 status="CANCELLED" if left else status,
                 worker=self.worker,

@@ -18,6 +18,7 @@ import grpc
 from opticnerve.errors import Unauthenticated
 from opticnerve.rpc.errors import abort
 from opticnerve.secret import read_secret
+from opticnerve.telemetry import metrics
 
 OPTION = "rpc_token_file"
 HEADER = "authorization"
@@ -119,6 +120,7 @@ def _refusal(carried: str) -> Handler:
     )
 
     async def refuse(messages: AsyncIterator[bytes], context: Any) -> None:
+        metrics.count_error("any", error)
         await abort(context, error)
 
     return grpc.stream_stream_rpc_method_handler(refuse)

@@ -1,8 +1,11 @@
 """Prometheus metrics that several services have, and how a process exports its metrics.
 
 All metrics here have labels, so that a process exports no value of what it has not counted. Those
-of one service are created in its own module ``metrics``, and so in no other process. Stage names
-are those of timings: fetch, queue, preprocess, encode, put, get, prefill, decode.
+of one service are created in its own module ``metrics``, and so in no other process. Labels have
+few values: never the id of a request, nor text that a client sent. Stages have the same names as in
+timings and traces, and each is observed once, by the process that it takes place in.
+
+A fault shows in one counter of the process that dealt with it; docs/operations.md says which.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from opticnerve import addresses
-from opticnerve.errors import StoreError
+from opticnerve.errors import OpticNerveError, StoreError
 
 if TYPE_CHECKING:
     from opticnerve.config import TelemetryConfig
@@ -41,6 +44,32 @@ EMBEDDINGS_REFUSED = Counter(
     "Embeddings by tier (redis, fetch) that were not signed with the secret of --store-key-file",
     ["tier"],
 )
+EMBEDDING_BYTES = Counter(
+    "opticnerve_embedding_bytes_total",
+    "Bytes of embeddings by tier (memory, shm, redis, fetch, inline) and direction (read, written)",
+    ["tier", "direction"],
+)
+EVICTIONS = Counter(
+    "opticnerve_embedding_evictions_total",
+    "Embeddings that this process evicted to make room, by tier (memory, shm)",
+    ["tier"],
+)
+STORE_FAILURES = Counter(
+    "opticnerve_store_failures_total",
+    "Operations that a tier of the embedding store refused or failed, by tier (memory, shm, redis)",
+    ["tier"],
+)
+ERRORS = Counter(
+    "opticnerve_errors_total",
+    "Requests and calls that ended in an error, by its code and by place (an HTTP route, or the "
+    "method of a call)",
+    ["place", "code"],
+)
+
+
+def count_error(place: str, error: OpticNerveError) -> None:
+    """``place``: an HTTP route or the name of a gRPC method, as it is declared."""
+    ERRORS.labels(place, error.code or error.type).inc()
 
 
 class _CallbackCollector(Collector):

@@ -8,28 +8,29 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.e2e.conftest import bundled, user
 from tests.system import wait_for
 
-SHARED = {"stage_seconds", "embedding_lookups", "embeddings_refused"}
+SHARED = {
+    "stage_seconds", "embedding_lookups", "embeddings_refused", "embedding_bytes",
+    "embedding_evictions", "store_failures", "errors",
+}  # fmt: skip
 OWN = {
     "gateway": {
         "requests", "requests_in_flight", "tokens", "time_to_first_token_seconds",
-        "inter_token_seconds", "patches_waiting",
+        "inter_token_seconds", "patches_waiting", "work_waiting_seconds", "workers", "retries",
+        "failovers", "reencodes",
     },
     "encoder": {
-        "patches_pending",
-        "items_encoded",
-        "decodes_ended",
-        "items_audited",
-        "store_bytes",
+        "patches_pending", "items_pending", "batch_items", "batch_patches", "batches_split",
+        "items_encoded", "decodes_ended", "items_audited", "store_bytes",
     },
     "llm": {
-        "kv_blocks_free", "sequences", "preemptions", "llm_tokens", "store_bytes", "step_seconds",
-        "prefill_tokens_per_second",
+        "kv_blocks", "kv_blocks_free", "kv_blocks_cached", "kv_blocks_evicted", "sequences",
+        "preemptions", "llm_tokens", "store_bytes", "step_seconds", "prefill_tokens_per_second",
     },
 }  # fmt: skip
 STAGES = {
     "gateway": {"fetch"},
-    "encoder": {"queue", "preprocess", "encode", "put"},
-    "llm": {"get", "prefill", "decode"},
+    "encoder": {"encoder_queue", "preprocess", "encode", "put"},
+    "llm": {"queue", "get", "prefill", "decode"},
 }
 
 

@@ -46,6 +46,7 @@ from opticnerve.rpc.server import Server
 from tests import hostile
 from tests.encoders import FINGERPRINT, WAIT_S, FakeBackend, Running, picture, refusal, running
 from tests.fakes import until
+from tests.faults import Faults
 
 
 async def entered(service: Running) -> None:
@@ -361,7 +362,7 @@ def test_an_item_whose_deadline_passed_is_dropped_before_launch(tmp_path: Path) 
     asyncio.run(scenario())
 
 
-def test_a_full_queue_says_when_to_retry(tmp_path: Path) -> None:
+def test_a_full_queue_says_when_to_retry(tmp_path: Path, faults: Faults) -> None:
     async def scenario() -> None:
         async with running(tmp_path, max_queue_patches=72) as service:
             service.backend.hold()
@@ -374,6 +375,7 @@ def test_a_full_queue_says_when_to_retry(tmp_path: Path) -> None:
             await service.encode(picture(9))
 
     asyncio.run(scenario())
+    assert faults() == {("errors", "overloaded", "Encode"): 1}
 
 
 def test_what_waits_becomes_one_batch(tmp_path: Path) -> None:
@@ -395,7 +397,9 @@ def test_what_waits_becomes_one_batch(tmp_path: Path) -> None:
 # ---- failures of the device, the store, the process
 
 
-def test_one_bad_item_fails_alone_and_memory_splits_the_batch(tmp_path: Path) -> None:
+def test_one_bad_item_fails_alone_and_memory_splits_the_batch(
+    tmp_path: Path, faults: Faults
+) -> None:
     wide = picture(3, (112, 84))
 
     def fail(plans: Sequence[Plan]) -> None:
@@ -428,6 +432,11 @@ def test_one_bad_item_fails_alone_and_memory_splits_the_batch(tmp_path: Path) ->
             assert service.backend.batches == [4, 2, 2]
 
     asyncio.run(scenario())
+    assert faults() == {
+        ("batches_split", "error"): 1,
+        ("errors", "engine_failure", "Encode"): 1,
+        ("batches_split", "memory"): 1,
+    }
 
 
 class FullStore(MemoryStore):
@@ -435,9 +444,11 @@ class FullStore(MemoryStore):
         raise StoreFull("no room")
 
 
-def test_a_store_that_refuses_still_answers_and_fetch_serves(tmp_path: Path) -> None:
+def test_a_store_that_refuses_still_answers_and_fetch_serves(
+    tmp_path: Path, faults: Faults
+) -> None:
     async def scenario() -> None:
-        async with running(tmp_path, store=FullStore()) as service:
+        async with running(tmp_path, store=MemoryStore(1)) as service:
             answer = await service.encode(picture(1))
             location = answer.ref.location
             assert location.fetch_address == service.server.address
@@ -448,6 +459,7 @@ def test_a_store_that_refuses_still_answers_and_fetch_serves(tmp_path: Path) -> 
             assert service.backend.batches == [1]
 
     asyncio.run(scenario())
+    assert faults() == {("store_failures", "memory"): 1}
 
 
 def test_what_a_store_refused_is_put_there_once_it_has_room(tmp_path: Path) -> None:
@@ -483,7 +495,9 @@ def leave_mark(service: Running, data: bytes, worker: str) -> str:
 
 
 @pytest.mark.process
-def test_a_poisonous_item_is_refused_and_a_suspect_runs_alone(tmp_path: Path) -> None:
+def test_a_poisonous_item_is_refused_and_a_suspect_runs_alone(
+    tmp_path: Path, faults: Faults
+) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as service:
             suspect, poison = picture(1), picture(2)
@@ -503,6 +517,7 @@ def test_a_poisonous_item_is_refused_and_a_suspect_runs_alone(tmp_path: Path) ->
             assert left == marks  # The suspect's name is clear.
 
     asyncio.run(scenario())
+    assert faults() == {("errors", "unprocessable_media", "Encode"): 1}
 
 
 @pytest.mark.process
@@ -606,7 +621,7 @@ def test_metrics_tell_of_items_stages_and_lookups(tmp_path: Path) -> None:
         return REGISTRY.get_sample_value(name, labels) or 0.0
 
     async def scenario() -> None:
-        stages = ("queue", "preprocess", "encode", "put")
+        stages = ("encoder_queue", "preprocess", "encode", "put")
         before = [value("opticnerve_stage_seconds_count", stage=stage) for stage in stages]
         items = value("opticnerve_items_encoded_total")
         hits = value("opticnerve_embedding_lookups_total", tier="memory", result="hit")

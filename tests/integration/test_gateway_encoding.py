@@ -99,7 +99,7 @@ async def test_a_joined_call_that_runs_out_of_its_own_time_is_made_again():
         assert (await patient).ref.key == "a" * 64
 
 
-async def test_an_encoder_that_dies_is_replaced_by_another_at_once():
+async def test_an_encoder_that_dies_is_replaced_by_another_at_once(faults):
     async with FakeEncoder() as a, FakeEncoder() as b, over(a, b) as encoders:
         died = []
 
@@ -113,9 +113,10 @@ async def test_an_encoder_that_dies_is_replaced_by_another_at_once():
         survivor = b if died == [a] else a
         assert encoded.ref.location.fetch_address == survivor.address
         assert len(a.calls) == len(b.calls) == 1
+    assert faults(calls=False) == {("retries", "encode", "lost"): 1}
 
 
-async def test_the_only_encoder_comes_back_within_the_deadline():
+async def test_the_only_encoder_comes_back_within_the_deadline(faults):
     async with FakeEncoder() as fake, over(fake) as encoders:
         fake.script = lambda fake: fake.die()
         task = asyncio.create_task(encoders.encode(item(), soon(), "r"))
@@ -125,6 +126,7 @@ async def test_the_only_encoder_comes_back_within_the_deadline():
         await fake.start()
         assert (await task).cached == "no"
         assert len(fake.calls) == 2
+    assert faults(calls=False) == {("retries", "encode", "lost"): 1}
 
 
 async def test_an_item_that_took_two_encoders_is_refused_the_third_time():
@@ -139,7 +141,7 @@ async def test_an_item_that_took_two_encoders_is_refused_the_third_time():
         assert sum(len(fake.calls) for fake in fakes) == 2
 
 
-async def test_a_full_encoder_sends_the_item_to_another():
+async def test_a_full_encoder_sends_the_item_to_another(faults):
     async def full(_):
         raise Overloaded("full", retry_after_s=3)
 
@@ -148,6 +150,7 @@ async def test_a_full_encoder_sends_the_item_to_another():
         for i in range(4):
             assert (await encoders.encode(item(f"{i}" * 64), soon(), "r")).cached == "no"
         assert len(a.calls) == 1 and len(b.calls) == 4  # It gets none until it may have room.
+    assert faults(calls=False) == {("retries", "encode", "full"): 1}
 
 
 async def test_where_every_encoder_is_full_the_item_waits():
@@ -232,7 +235,7 @@ async def test_a_key_does_not_wait_for_all_pictures_of_another():
             assert [call.key for call in fake.calls].index(victim.key) <= 2
 
 
-async def test_an_encoder_that_has_another_fingerprint_by_now_is_left():
+async def test_an_encoder_that_has_another_fingerprint_by_now_is_left(faults):
     async def changed(_):
         raise Mispaired("another fingerprint")
 
@@ -241,6 +244,7 @@ async def test_an_encoder_that_has_another_fingerprint_by_now_is_left():
         for i in range(2):
             assert (await encoders.encode(item(f"{i}" * 64), soon(), "r")).cached == "no"
         assert len(b.calls) == 2
+    assert faults(calls=False) == {("retries", "encode", "mispaired"): len(a.calls)}
 
 
 async def test_bad_media_is_the_clients_error_at_once():
@@ -283,7 +287,7 @@ async def test_a_requests_items_are_encoded_at_once_and_each_once():
             assert embeddings.known("1" * 64) == refs[0]
 
 
-async def test_what_was_lost_is_encoded_again_but_not_for_ever():
+async def test_what_was_lost_is_encoded_again_but_not_for_ever(faults):
     async with FakeEncoder() as fake, over(fake) as encoders:
         key = "1" * 64
         async with RequestEmbeddings(encoders, [item(key)], "r", soon()) as embeddings:
@@ -294,6 +298,8 @@ async def test_what_was_lost_is_encoded_again_but_not_for_ever():
             assert [call.lost for call in fake.calls] == [False, True, True, True]
             with pytest.raises(EmbeddingNotFound):
                 await embeddings.again(key, "EVICTED")
+    reasons = "not_found", "preempted", "corrupt"
+    assert faults() == {("reencodes", reason): 1 for reason in reasons}
 
 
 async def test_leaving_a_request_cancels_its_encoding():

@@ -144,7 +144,7 @@ async def test_an_item_that_will_not_come_fails_the_request_as_it_failed(
             assert llm.failures[0].key == KEY
 
 
-async def test_lost_before_the_first_token_and_sent_again():
+async def test_lost_before_the_first_token_and_sent_again(faults):
     async with FakeLLM() as a, FakeLLM() as b, over(a, b) as pool:
         died = []
 
@@ -158,9 +158,10 @@ async def test_lost_before_the_first_token_and_sent_again():
         assert tokens == {0: [1, 2, 3]}
         again = (b if died == [a] else a).starts[0]
         assert list(again.outputs) == [] and again.items[0].HasField("ref")
+    assert faults(calls=False) == {("retries", "generate", "lost"): 1}
 
 
-async def test_lost_in_the_middle_and_continued_elsewhere():
+async def test_lost_in_the_middle_and_continued_elsewhere(faults):
     ids = list(range(100, 120))
     async with FakeLLM(ids) as a, FakeLLM(ids) as b, over(a, b) as pool:
         died, tokens = [], {}
@@ -180,9 +181,10 @@ async def test_lost_in_the_middle_and_continued_elsewhere():
         sent = list(output.output_ids)
         assert sent == ids[: len(sent)] and 0 < len(sent) <= 7
         assert (output.choice, output.finished) == (0, False)
+    assert faults(calls=False) == {("failovers",): 1}
 
 
-async def test_workers_that_drain_one_after_another_hand_the_generation_on():
+async def test_workers_that_drain_one_after_another_hand_the_generation_on(faults):
     """A worker that says it is stopping is not one that the request took with it."""
     ids = list(range(100, 120))
     async with FakeLLM(ids) as a, FakeLLM(ids) as b, FakeLLM(ids) as c, FakeLLM(ids) as d:
@@ -200,6 +202,7 @@ async def test_workers_that_drain_one_after_another_hand_the_generation_on():
         assert tokens == {0: ids} and len(stopped) == 3
         (last,) = {a, b, c, d} - set(stopped)
         assert [len(output.output_ids) for output in last.starts[0].outputs] == [11]
+    assert faults(calls=False) == {("failovers",): 3}
 
 
 async def test_the_only_worker_comes_back_within_the_deadline():
@@ -269,7 +272,7 @@ async def test_a_request_that_takes_worker_after_worker_is_given_up():
         assert sum(fake.server is None for fake in fakes) == generation.MAX_LLM_DEATHS + 1
 
 
-async def test_a_lost_device_counts_as_a_lost_worker():
+async def test_a_lost_device_counts_as_a_lost_worker(faults):
     async with FakeLLM() as a, FakeLLM() as b, over(a, b) as pool:
         failed = []
 
@@ -281,9 +284,10 @@ async def test_a_lost_device_counts_as_a_lost_worker():
         a.step = b.step = lose
         tokens, _ = await collect(pool, spec())
         assert tokens == {0: [1, 2, 3]} and failed
+    assert faults(calls=False) == {("retries", "generate", "lost"): 1}
 
 
-async def test_a_full_worker_sends_the_request_to_another():
+async def test_a_full_worker_sends_the_request_to_another(faults):
     async def full(fake, index):
         raise Overloaded("full", retry_after_s=2)
 
@@ -296,6 +300,7 @@ async def test_a_full_worker_sends_the_request_to_another():
         with pytest.raises(Overloaded) as caught:
             await collect(pool, spec())
         assert caught.value.retry_after_s == 2
+    assert faults(calls=False).keys() == {("retries", "generate", "full")}
 
 
 async def test_the_workers_own_errors_are_not_tried_again():
@@ -342,7 +347,7 @@ async def test_cancelling_while_waiting_for_a_picture_aborts_the_sequence():
         await until(lambda: llm.running == 0)
 
 
-async def test_a_finished_answer_survives_the_loss_of_its_worker():
+async def test_a_finished_answer_survives_the_loss_of_its_worker(faults):
     async with FakeLLM() as llm, over(llm) as pool:
 
         async def written(start):
@@ -361,6 +366,7 @@ async def test_a_finished_answer_survives_the_loss_of_its_worker():
         _, last = await collect(pool, spec(), tokens=tokens)
         assert tokens == {0: [1, 2]}
         assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (12, 2)
+    assert faults(calls=False) == {}
 
 
 @pytest.mark.parametrize(

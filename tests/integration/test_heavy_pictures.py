@@ -18,6 +18,7 @@ from tests import hostile
 from tests.decoders import ANY, HOPELESS, children_cpu_s, cpu_s, resident
 from tests.encoders import Running, picture, refusal, running
 from tests.fakes import until
+from tests.faults import Faults
 from tests.system import alive
 
 LIMITS: dict[str, Any] = {
@@ -119,7 +120,7 @@ def test_decoding_ends_with_the_call_s_deadline(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_decoding_has_a_time_limit(tmp_path: Path) -> None:
+def test_decoding_has_a_time_limit(tmp_path: Path, faults: Faults) -> None:
     async def scenario() -> None:
         async with running(tmp_path, decode_timeout_s=1.5, **LIMITS) as service:
             error = await refusal(service.encode(hopeless()))
@@ -129,10 +130,11 @@ def test_decoding_has_a_time_limit(tmp_path: Path) -> None:
             assert (await service.encode(picture())).ref.num_rows == 9
 
     asyncio.run(scenario())
+    assert faults() == {("errors", "decode_timeout", "Encode"): 1}
 
 
 @pytest.mark.process
-def test_a_process_that_dies_costs_its_item_and_no_other(tmp_path: Path) -> None:
+def test_a_process_that_dies_costs_its_item_and_no_other(tmp_path: Path, faults: Faults) -> None:
     """After two deaths the item is refused, though the encoder lives."""
 
     async def scenario() -> None:
@@ -149,6 +151,10 @@ def test_a_process_that_dies_costs_its_item_and_no_other(tmp_path: Path) -> None
             assert (await service.encode(picture(3, (3000, 2000)))).ref.num_rows
 
     asyncio.run(scenario())
+    assert faults() == {
+        ("errors", "engine_failure", "Encode"): 2,
+        ("errors", "unprocessable_media", "Encode"): 1,
+    }
 
 
 @pytest.mark.process

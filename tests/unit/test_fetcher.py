@@ -64,7 +64,7 @@ def test_bytes_that_are_corrupt_where_all_find_them_are_deleted() -> None:
 
 
 def lookups(result: str) -> float:
-    return CACHE_LOOKUPS.labels(tier="shm", result=result)._value.get()
+    return CACHE_LOOKUPS.labels(tier="memory", result=result)._value.get()
 
 
 def test_each_picture_is_looked_up_once_as_metrics_count() -> None:

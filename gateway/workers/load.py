@@ -1,0 +1,69 @@
+"""How busy the pools are, as metrics: what an operator and an autoscaler look at."""
+
+from __future__ import annotations
+
+import asyncio
+
+from gateway import metrics
+from gateway.workers.pool import WorkerPool
+from gateway.workers.worker import Worker, WorkerState
+
+EXPORT_S = 0.5  # Interval at which the gauges are set.
+# The cost that a worker does a second, assumed before any has been seen at work.
+FIRST_PATCHES_PER_S = 1000.0
+FIRST_SEQUENCES_PER_S = 1.0
+
+
+async def export_load(encoders: WorkerPool, llms: WorkerPool) -> None:
+    """Sets the gauges of both pools until it is cancelled."""
+    loads = (
+        PoolLoad("encoder", encoders, FIRST_PATCHES_PER_S),
+        PoolLoad("llm", llms, FIRST_SEQUENCES_PER_S),
+    )
+    while True:
+        metrics.PATCHES_WAITING.set(encoders.dispatcher.waiting_cost)
+        for load in loads:
+            load.export()
+        await asyncio.sleep(EXPORT_S)
+
+
+class PoolLoad:
+    """``name``: the pool's in metrics. ``usual_rate``: the throughput assumed for a worker before
+    any has been seen at work."""
+
+    def __init__(self, name: str, pool: WorkerPool, usual_rate: float) -> None:
+        self.name = name
+        self.pool = pool
+        self.usual_rate = usual_rate
+
+    def export(self) -> None:
+        metrics.WORK_WAITING_SECONDS.labels(self.name).set(self.seconds_waiting())
+        for state in WorkerState:
+            number = sum(worker.state is state for worker in self.pool.workers)
+            metrics.WORKERS.labels(self.name, state.value).set(number)
+
+    def seconds_waiting(self) -> float:
+        """Seconds in which the serving workers would do the work of this gateway that waits for
+        them: here, and in the queues of LLM workers. While none serves, the seconds in which one
+        would."""
+        serving = self.pool.serving()
+        known = [rate for rate in map(_rate, serving) if rate]
+        if known:
+            self.usual_rate = sum(known) / len(known)
+        waiting = self.pool.dispatcher.waiting_cost + sum(map(_queued, serving))
+        if not serving:
+            waiting += self.pool.unpaired_cost
+        rates = [_rate(worker) or self.usual_rate for worker in serving]
+        return waiting / (sum(rates) or self.usual_rate)
+
+
+def _rate(worker: Worker) -> float:
+    """Cost a second: as the worker has measured it, or as this gateway has."""
+    return worker.cost_per_s or worker.throughput.per_s
+
+
+def _queued(worker: Worker) -> float:
+    """This gateway's part of the sequences that wait in an LLM worker's queue."""
+    waiting = worker.description.load.get("waiting", 0)
+    cost = worker.pending + worker.cost_of_other_gateways
+    return waiting * worker.pending / cost if cost else 0.0
