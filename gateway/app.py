@@ -32,6 +32,7 @@ from gateway.edge.middleware import (
     RequestScope,
 )
 from gateway.pipeline import Pipeline
+from gateway.playground import pages
 from opticnerve import addresses
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import InvalidRequest, MethodNotAllowed
@@ -48,6 +49,7 @@ APIS = (
     models.router,
     health.router,
     openapi.router,
+    pages.router,
 )
 
 

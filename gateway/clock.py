@@ -62,6 +62,27 @@ def expired() -> DeadlineExceeded:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class PlacedStage:
+    """A stage of a request, or of its item with the index ``item``. ``began`` is on the monotonic
+    clock, in seconds."""
+
+    name: str
+    began: float
+    ms: float
+    item: int | None = None
+
+    def shown(self, origin: float) -> dict[str, Any]:
+        """For the answer: the begin in milliseconds from ``origin``, negative for work that another
+        request began."""
+        placed = {
+            "stage": self.name,
+            "begin_ms": round((self.began - origin) * 1000, 3),
+            "ms": round(self.ms, 3),
+        }
+        return placed if self.item is None else {**placed, "item": self.item}
+
+
 class Stopwatch:
     """A request's timings: milliseconds by stage. The gateway's stages are measured here, those of
     workers are added."""
@@ -71,6 +92,7 @@ class Stopwatch:
         self.stages: dict[str, float] = {}
         self.first_token: float | None = None
         self._last_token = self.began
+        self._placed: list[PlacedStage] = []  # Those that were measured here.
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -80,6 +102,7 @@ class Stopwatch:
         finally:
             seconds = time.monotonic() - began
             self.add(name, seconds * 1000)
+            self._placed.append(PlacedStage(name, began, seconds * 1000))
             if name in EXPORTED:
                 STAGE_SECONDS.labels(name).observe(seconds)
 
@@ -96,14 +119,40 @@ class Stopwatch:
             metrics.INTER_TOKEN_SECONDS.observe(now - self._last_token)
         self._last_token = now
 
-    def report(self, items: Sequence[Encoded | None], bytes_sent: int) -> dict[str, Any]:
-        """Timings for the answer. ``items``: in the order of the request."""
+    def report(
+        self, items: Sequence[Encoded | None], tokens: Sequence[int], bytes_sent: int
+    ) -> dict[str, Any]:
+        """Timings for the answer. ``items``: in the order of the request, with the ``tokens`` of
+        each."""
         stages = self._all_stages(item for item in items if item)
         stages["total"] = (time.monotonic() - self.began) * 1000
         shown: dict[str, Any] = {f"{name}_ms": round(ms, 3) for name, ms in stages.items()}
-        shown["items"] = [_item(item) for item in items]
+        shown["items"] = [
+            {"tokens": count, **_item(item)} for item, count in zip(items, tokens, strict=True)
+        ]
         shown["bytes_to_encoders"] = bytes_sent
+        shown["stages"] = [placed.shown(self.began) for placed in self._all_placed(items)]
         return shown
+
+    def _all_placed(self, items: Sequence[Encoded | None]) -> list[PlacedStage]:
+        """Every stage on this process's clock, in the order of their begins. Workers tell durations
+        alone: an encoder's stages end when its answer comes, an LLM worker's with the last token,
+        and reading rows begins when the last reference is known."""
+        placed = list(self._placed)
+        ready = self.began
+        for index, item in enumerate(items):
+            if item is not None and item.timings:
+                placed += _chain(item.answered, _named(item.timings), index)
+                ready = max(ready, item.answered)
+        generation = {name: self.stages.get(name, 0.0) for name in ("queue", "prefill", "decode")}
+        if any(generation.values()):
+            chain = _chain(self._last_token, generation)
+            rows = PlacedStage("get", max(ready, chain[0].began), self.stages.get("get", 0.0))
+            placed += [*chain, rows]
+        elif self.first_token is not None:  # A stop string ended it: the worker told no timings.
+            decode_ms = (self._last_token - self.first_token) * 1000
+            placed.append(PlacedStage("decode", self.first_token, decode_ms))
+        return sorted((each for each in placed if each.ms > 0), key=lambda each: each.began)
 
     def log_fields(self, items: Iterable[Encoded]) -> dict[str, float]:
         """The stages so far, for the request's log line."""
@@ -114,12 +163,26 @@ class Stopwatch:
         """All stages, with those of encoding (the longest of several pictures) and the TTFT."""
         encoding: dict[str, float] = {}
         for item in items:
-            for stage, value in item.timings.items():
-                name = f"encoder_{stage}" if stage == "queue" else stage
+            for name, value in _named(item.timings).items():
                 encoding[name] = max(value, encoding.get(name, 0.0))
         if self.first_token is not None:
             encoding["ttft"] = (self.first_token - self.began) * 1000
         return {**self.stages, **encoding}
+
+
+def _named(timings: Mapping[str, float]) -> dict[str, float]:
+    """An encoder's stages; its queue by a name that differs from an LLM worker's."""
+    return {"encoder_queue" if name == "queue" else name: ms for name, ms in timings.items()}
+
+
+def _chain(ended: float, stages: Mapping[str, float], item: int | None = None) -> list[PlacedStage]:
+    """Stages that follow each other, of which the last one ends at ``ended``."""
+    began = ended - sum(stages.values()) / 1000
+    placed = []
+    for name, ms in stages.items():
+        placed.append(PlacedStage(name, began, ms, item))
+        began += ms / 1000
+    return placed
 
 
 def _item(item: Encoded | None) -> Mapping[str, Any]:

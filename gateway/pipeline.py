@@ -348,7 +348,11 @@ def _end(
     metrics.TOKENS.labels("image").inc(usage.embedding_tokens)
     metrics.TOKENS.labels("completion").inc(usage.completion_tokens)
     outcomes = embeddings.outcomes()
-    timings = job.watch.report([outcomes.get(key) for key in spec.keys], embeddings.bytes_sent)
+    tokens = [0] * len(spec.keys)  # Of each picture.
+    for span in spec.spans:
+        tokens[span.item] += span.num_tokens
+    items = [outcomes.get(key) for key in spec.keys]
+    timings = job.watch.report(items, tokens, embeddings.bytes_sent)
     timings["preemptions"] = done.timings.preemptions
     return End(usage, timings, choices.num_reasoning_tokens)
 

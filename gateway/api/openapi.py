@@ -1,5 +1,5 @@
-"""The API's description: ``/openapi.json``, which FastAPI generates from the routes, ``/docs``, the
-page that shows it, ``/version`` and ``/``."""
+"""The API's description: ``/openapi.json``, which FastAPI generates from the routes, and
+``/version``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi.openapi import utils
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute
 from typing_extensions import TypedDict
 
@@ -72,48 +72,12 @@ def _share_schemas(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
                 media["schema"] = {"$ref": REF.format(model=schema["title"])}
 
 
-# Users type API keys into this page, so it loads one version of Swagger UI, checked by its digest,
-# and no other script.
-SWAGGER_UI = "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5.35.0"
-SCRIPT_DIGEST = "sha384-gjRm0bEPMeTmMh5jT2cHccIwCUZSTd8YC+j0d0sXw0MdGEfScduGpSyF3ZSSLkX9"
-STYLE_DIGEST = "sha384-WlYgdmXYOOBWL5apwjDEZwN+U3HmXSSu5R6V5aGxEcf7z+KuRNwBhoxKVN1i3D5I"
-
-PAGE = f"""\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>OpticNerve API</title>
-<link rel="icon" href="data:,">
-<link rel="stylesheet" href="{SWAGGER_UI}/swagger-ui.css"
-  integrity="{STYLE_DIGEST}" crossorigin="anonymous">
-</head>
-<body>
-<div id="docs">
-<p>This page needs Swagger UI from cdn.jsdelivr.net, which this browser has not reached. The API's
-description itself is <a href="/openapi.json">/openapi.json</a>.</p>
-</div>
-<script src="{SWAGGER_UI}/swagger-ui-bundle.js"
-  integrity="{SCRIPT_DIGEST}" crossorigin="anonymous"></script>
-<script>SwaggerUIBundle({{url: "/openapi.json", dom_id: "#docs", deepLinking: true}})</script>
-</body>
-</html>
-"""
-
-
 router = make_router()
 
 
 class Version(TypedDict):
     name: str
     version: str
-
-
-class Root(Version):
-    models: list[str]
-    health: str
-    docs: str
 
 
 VERSION: Version = {"name": "opticnerve", "version": __version__}
@@ -126,33 +90,7 @@ async def get_version(call: Call) -> Response:
     return JSONResponse(VERSION)
 
 
-@router.get(
-    "/",
-    tags=["description"],
-    summary="The server's version, models and further paths",
-    response_model=Root,
-)
-async def get_root(call: Call) -> Response:
-    root: Root = {
-        **VERSION,
-        "models": list(call.gateway.names.names),
-        "health": "/health",
-        "docs": "/docs",
-    }
-    return JSONResponse(root)
-
-
 @router.get("/openapi.json", tags=["description"], summary="This OpenAPI document")
 async def get_openapi(call: Call) -> Response:
     body = await asyncio.to_thread(lambda: call.app.document)
     return Response(body, media_type="application/json")
-
-
-@router.get(
-    "/docs",
-    tags=["description"],
-    summary="A page that shows the OpenAPI document",
-    response_class=HTMLResponse,
-)
-async def get_docs(call: Call) -> Response:
-    return HTMLResponse(PAGE)

@@ -34,6 +34,7 @@ from opticnerve.generation.values import MAX_WEIGHT, MIN_WEIGHT
 log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/", "/live", "/ready", "/health", "/openapi.json", "/docs"})
+OPEN_FILES = "/playground/"  # Scripts and styles of the pages, which hold no secrets.
 KEY_PROTOCOL = "openai-insecure-api-key."  # Followed by a key; see ``offered_key``.
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 FORM = "'name: key' or 'key', and then attributes such as tenant=acme, weight=2 or priority=-10"
@@ -263,7 +264,7 @@ def offered_key(scope: Scope) -> str | None:
 
 def needs_key(path: str, *, public_models: bool) -> bool:
     """Whether requests for a path (without trailing slash) need a key."""
-    if path in OPEN_PATHS:
+    if path in OPEN_PATHS or path.startswith(OPEN_FILES):
         return False
     is_models = path == "/v1/models" or path.startswith("/v1/models/")
     return not (public_models and is_models)

@@ -67,12 +67,14 @@ class Encoded:
     """The reference to an embedding, and what the encoding cost.
 
     ``cached``: "ref" (the gateway knew the reference), "store" (the encoder had the rows) or "no".
+    ``answered``: when the encoder's answer came, on the monotonic clock, in seconds.
     """
 
     ref: EmbeddingRef
     cached: str
     bytes_sent: int = 0
     timings: dict[str, float] = field(default_factory=dict)  # Milliseconds by stage.
+    answered: float = 0.0
 
 
 async def describe_encoder(channel: grpc.aio.Channel, timeout_s: float) -> Description:
@@ -226,7 +228,7 @@ class Encoders:
                 if not joined or deadline.remaining() == 0:
                     raise
                 continue  # Only the request that started the run is past its deadline.
-            return Encoded(done.ref, done.cached, 0 if joined else done.bytes_sent, done.timings)
+            return replace(done, bytes_sent=0) if joined else done
 
     async def _join(self, item: Encodable, deadline: Deadline, request_id: str) -> Encoded:
         """The result of the run under way for the item, or of one that is started now."""
@@ -342,6 +344,7 @@ class Encoders:
                 "encode": timings.encode_ms,
                 "put": timings.put_ms,
             },
+            answered=time.monotonic(),
         )
 
 

@@ -32,10 +32,11 @@ async def test_pictures_go_to_encoders_once_and_their_references_are_kept():
         sizes = [len(base64.b64decode(url.partition(",")[2])) for url in (red, blue)]
         assert told["timings"]["bytes_to_encoders"] == sum(sizes)
         assert [item["cached"] for item in told["timings"]["items"]] == ["no"] * 3
+        assert [item["tokens"] for item in told["timings"]["items"]] == [9, 15, 9]
         again = await s.chat(user("And now?", red), headers={"x-opticnerve-timings": "1"})
         timings = again.json()["timings"]
         assert timings["bytes_to_encoders"] == 0
-        assert timings["items"] == [{"cached": "ref", "bytes_sent": 0}]
+        assert timings["items"] == [{"tokens": 9, "cached": "ref", "bytes_sent": 0}]
         assert timings["preemptions"] == 4
         assert s.llm.starts[1].items[0].HasField("ref")
         assert sum(len(encoder.calls) for encoder in s.encoders) == 2

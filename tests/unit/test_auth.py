@@ -148,7 +148,8 @@ def test_a_file_that_is_missing(tmp_path):
 
 
 def test_open_paths():
-    for path in ("/", "/live", "/ready", "/health", "/openapi.json", "/docs"):
+    pages = ("/", "/docs", "/openapi.json", "/playground/main.js")
+    for path in (*pages, "/live", "/ready", "/health"):
         assert not needs_key(path, public_models=False)
     for path in ("/v1/models", "/v1/chat/completions", "/metrics", "/version", "/nothing"):
         assert needs_key(path, public_models=False)
