@@ -30,6 +30,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/yamllint deploy
 
 serve: $(INSTALLED)
 	$(BIN)/opticnerve up $(ARGS)
