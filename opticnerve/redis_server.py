@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 def split_options(url: str, names: Collection[str]) -> tuple[str, dict[str, str]]:
     """``url`` without the options of its query called ``names``, and these options."""
     parts = urlsplit(url)
-    given = dict(parse_qsl(parts.query))
+    given = dict(parse_qsl(parts.query, keep_blank_values=True))
     own = {name: given.pop(name) for name in names if name in given}
     return urlunsplit(parts._replace(query=urlencode(given))), own
 

@@ -182,6 +182,7 @@ async def running(
     drain_timeout_s: float = 10.0,
     pair_id: str = "pair",
     rpc: RpcConfig | None = None,
+    registry: str = "",
     **settings: Any,
 ) -> AsyncIterator[Running]:
     """The service on a fake backend. ``secret``: of its --store-key-file. ``settings``: other
@@ -191,7 +192,7 @@ async def running(
     model = VisionModel("fake", "qwen2_vl", pair_id, FINGERPRINT, demo_layout(), backend)
     config = EncoderConfig(
         rpc=rpc or RpcConfig(drain_timeout_s=drain_timeout_s),
-        store=StoreConfig(store_key_file=secret and key_file(tmp_path, secret)),
+        store=StoreConfig(registry=registry, store_key_file=secret and key_file(tmp_path, secret)),
         **{
             "max_batch_patches": 1024,
             "max_item_bytes": 2**20,

@@ -129,8 +129,8 @@ async def stack(
         ]
         config = GatewayConfig(
             port=0,
-            llm_addresses=tuple(fake.address for fake in fake_llms),
             **{
+                "llm_addresses": tuple(fake.address for fake in fake_llms),
                 "encoder_addresses": tuple(fake.address for fake in fake_encoders),
                 "drain_timeout_s": 1.0,
                 **settings,

@@ -32,6 +32,7 @@ def run_worker(
     ignore_hangup()
     settings = read_config(command, description, config, argv)
     require_extra("worker", "an encoder" if command == "encoder" else "an LLM worker")
+    settings.store.registry_of_worker(settings.rpc)  # Raises for one that it cannot join.
     follow_parent(settings.rpc.parent_pid)
     Checkpoint.configured(settings.model, command).check()
     return asyncio.run(_serve(importlib.import_module(module).open_worker, settings))

@@ -52,6 +52,8 @@ class Registry:
                 socket_timeout=TIMEOUT_S,
                 retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
             )
+            pool = self._client.connection_pool
+            pool.connection_class(**pool.connection_kwargs)  # Not connected: it reads the options.
         except (ValueError, TypeError) as error:
             # Not the cause's text: it may show the URL, which may hold a password.
             raise ConfigError("the registry's URL is not valid", param="registry") from error

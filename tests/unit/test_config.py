@@ -266,6 +266,56 @@ def test_workers_open_the_store_that_a_file_names(tmp_path, settings):
         assert str(store.directory) == f"{tmp_path}/tier"
 
 
+@pytest.mark.parametrize("settings", [config.EncoderConfig, config.LLMConfig, config.GatewayConfig])
+def test_the_registry_is_the_stores_redis_unless_another_is_named(tmp_path, settings):
+    file = tmp_path / "store"
+    file.write_text("redis://:hush@host/0\n")
+
+    def registry(*flags):
+        return parse(settings, *flags).store.read_registry()
+
+    assert registry() is None
+    assert registry("--store", "redis://host/0") == "redis://host/0"
+    assert registry("--store", f"file://{file}") == "redis://:hush@host/0"
+    assert registry("--store", "redis://host/0", "--registry", "none") is None
+    assert registry("--store", "shm://", "--registry", "rediss://host/1") == "rediss://host/1"
+    assert registry("--registry", f"file://{file}") == "redis://:hush@host/0"
+    file.write_text("shm://\n")
+    assert registry("--store", f"file://{file}") is None
+    for flags in (
+        ("--registry", f"file://{file}"),
+        ("--registry", f"file://{file}x"),
+        ("--registry", "redis://[bad"),
+        ("--store", "redis://[bad"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            registry(*flags)
+        assert refused.value.param == flags[0][2:] and "hush" not in refused.value.message
+    with pytest.raises(SystemExit):
+        registry("--registry", "http://host")
+    assert public_view(parse(settings, "--registry", "redis://:hush@h"))["registry"] == "***"
+
+
+def test_a_worker_that_others_cannot_reach_joins_no_registry_elsewhere(caplog):
+    elsewhere, here = "redis://cache:6379/0", "redis://127.0.0.1:6379/0"
+
+    def joins(*flags):
+        made = parse(config.EncoderConfig, "--insecure", *flags)
+        return made.store.registry_of_worker(made.rpc)
+
+    advertised = ("--host", "0.0.0.0", "--advertise", "encoder-1:7001")
+    assert joins("--registry", elsewhere, *advertised) == elsewhere
+    assert joins("--registry", elsewhere, "--host", "10.0.0.5") == elsewhere
+    assert joins("--registry", here) == here
+    for flags in ((), ("--host", "0.0.0.0"), ("--advertise", "localhost:7001")):
+        with pytest.raises(ConfigError, match="--advertise HOST:PORT"):
+            joins("--registry", elsewhere, *flags)
+        assert not caplog.records
+        assert joins("--store", elsewhere, *flags) is None
+        assert "--advertise HOST:PORT" in caplog.text
+        caplog.clear()
+
+
 def test_an_option_of_one_name_means_one_thing_everywhere():
     """`up` hands a flag to every service that knows it, so their types must agree."""
     seen = {}

@@ -34,3 +34,21 @@ def test_a_file_that_names_no_store_is_told_before_anything_starts(tmp_path):
         directory, _, query = given.removeprefix("shm://").partition("?")
         assert Path(directory).is_dir() and query == "capacity=8MiB"
     assert not Path(directory).exists()
+
+
+def flags(child):
+    """The value of --registry on a child's command line."""
+    return child.command[child.command.index("--registry") + 1]
+
+
+def test_the_workers_of_up_join_no_registry_and_its_gateway_follows_one_that_is_named(monkeypatch):
+    """They listen on loopback, and the gateway knows their addresses."""
+    there = "redis://cache:6379/0?namespace=x"
+    for given, followed in (({"store": there}, "none"), ({"registry": there}, there)):
+        commands = up.Commands(UpConfig(), {"parent_pid": 1, **given})
+        assert {flags(worker) for worker in commands.workers()} == {"none"}
+        assert flags(commands.gateway([], [])) == followed
+    monkeypatch.setenv("OPTICNERVE_REGISTRY", there)
+    commands = up.Commands(UpConfig(), {"parent_pid": 1})
+    assert {flags(worker) for worker in commands.workers()} == {"none"}
+    assert flags(commands.gateway([], [])) == there
