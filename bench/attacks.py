@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import contextlib
 import io
 import json
@@ -38,13 +37,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx2
 from PIL import Image
 
 import opticnerve
 from bench import commits, load, report
-from bench.http_client import PATH, Answer, Figures, encode, figures, open_client
-from bench.http_client import ask as ask_to_its_end
+from bench.http_client import Figures, encode, figures
+from opticnerve.benchmark.answer import Answer
+from opticnerve.benchmark.connection import PATH, LoadTarget
+from opticnerve.benchmark.pictures import data_url
 
 KEYS = {"victim": "victim-0123456789abcdef", "attacker": "attacker-0123456789abcdef"}
 GIVE_UP_S = 20.0  # The victim, of one request.
@@ -71,12 +71,12 @@ class Target:
 
     async def post(self, body: bytes) -> None:
         """Sends one request and reads what comes, whatever it is."""
-        async with open_client(self.url) as http:
-            http.headers["authorization"] = f"Bearer {KEYS['attacker']}"
-            with contextlib.suppress(httpx2.HTTPError):
-                async with http.stream("POST", PATH, content=body) as response:
-                    async for _ in response.aiter_raw():
-                        pass
+        async with client_of(self.url, "attacker") as target:
+            await target.ask(body)
+
+
+def client_of(url: str, who: str) -> LoadTarget:
+    return LoadTarget(url, {"authorization": f"Bearer {KEYS[who]}"})
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,6 @@ def with_text(max_tokens: int, **fields: Any) -> bytes:
 
 def with_fields(body: bytes, **fields: Any) -> bytes:
     return json.dumps(json.loads(body) | fields).encode()
-
-
-def data_url(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def posts(make: Callable[[int], bytes], clients: int) -> Callable[[Target], Awaitable[None]]:
@@ -240,13 +236,12 @@ ATTACKS = {
 
 async def ask(url: str, body: bytes) -> Answer:
     """The victim's request, on a connection of its own; given up when it takes too long."""
-    async with open_client(url) as http:
-        http.headers["authorization"] = f"Bearer {KEYS['victim']}"
+    async with client_of(url, "victim") as target:
         loop = asyncio.get_running_loop()
         sent = loop.time()
         try:
             async with asyncio.timeout(GIVE_UP_S):
-                return await ask_to_its_end(http, body)
+                return await target.ask(body)
         except TimeoutError:
             return Answer(sent, loop.time(), code=GIVEN_UP)
 

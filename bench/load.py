@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
-import io
 import itertools
 import json
 import random
@@ -38,24 +36,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import httpx2
-import numpy as np
-from PIL import Image
-
 import opticnerve
 from bench import commits, memory, report
-from bench.http_client import (
-    Figures,
-    ask,
-    drive,
-    encode,
-    figures,
-    medians,
-    open_client,
-    order,
-    spread,
-)
+from bench.http_client import Figures, drive, encode, figures, medians, order, spread
 from examples.demo_training import scenes
+from opticnerve.benchmark.connection import LoadTarget
+from opticnerve.benchmark.pictures import data_url, draw
 from opticnerve.local.serve import Stack
 
 TEXT: dict[str, Any] = {
@@ -101,7 +87,6 @@ class Material:
 
     def __init__(self, seed: int, side: int = 448, words: int = 70) -> None:
         self.random = random.Random(seed)
-        self.noise = np.random.default_rng(seed)
         self.side = side  # Of a picture, in pixels.
         self.turn_words = words  # Of one turn of a conversation.
 
@@ -109,14 +94,8 @@ class Material:
         return " ".join(self.random.choices(WORDS, k=words))
 
     def picture(self) -> str:
-        """A data URL: a JPEG of a gradient between two colours, with noise."""
-        ends = self.noise.uniform(0, 255, (2, 1, 1, 3))
-        ramp = np.linspace(0, 1, self.side).reshape(-1, 1, 1)
-        pixels = ends[0] * ramp + ends[1] * (1 - ramp)
-        pixels = pixels + self.noise.normal(0, 12, (self.side, self.side, 3))
-        file = io.BytesIO()
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
-        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+        """A data URL."""
+        return data_url(draw(self.random, (self.side, self.side)), "JPEG")
 
 
 def text(material: Material) -> Messages:
@@ -173,25 +152,25 @@ QUICK = {
 async def run(url: str, scenario: Scenario, seed: int, say: Say) -> Figures:
     """One scenario's figures, from a server that has answered before."""
     bodies = scenario.bodies(seed)
-    async with open_client(url) as http:
+    async with LoadTarget(url) as target:
         if scenario.texts:
-            return await beside(http, scenario, bodies, seed, say)
-        return figures(await drive(http, bodies, scenario.clients, say=say))
+            return await beside(target, scenario, bodies, seed, say)
+        return figures(await drive(target, bodies, scenario.clients, say=say))
 
 
 async def beside(
-    http: httpx2.AsyncClient, scenario: Scenario, bodies: list[bytes], seed: int, say: Say
+    target: LoadTarget, scenario: Scenario, bodies: list[bytes], seed: int, say: Say
 ) -> Figures:
     """The load, and short texts meanwhile until it ends or they do; first the texts alone."""
     few = replace(scenario, make=text, clients=1, each=2 * scenario.texts, max_tokens=1)
     idle, during = few.bodies(seed + 1)[::2], few.bodies(seed + 1)[1::2]
-    alone = await drive(http, idle, 1)
+    alone = await drive(target, idle, 1)
     load = asyncio.create_task(
-        drive(http, bodies, scenario.clients, stagger_s=scenario.stagger_s, say=say)
+        drive(target, bodies, scenario.clients, stagger_s=scenario.stagger_s, say=say)
     )
     meanwhile = []
     for body in during:
-        meanwhile.append(await ask(http, body))
+        meanwhile.append(await target.ask(body))
         if load.done():
             break
     answers = await load
@@ -208,9 +187,9 @@ async def beside(
 async def warm_up(url: str) -> None:
     """One request of each kind, so that no first time of anything is measured."""
     material = Material(WARM_UP_SEED)
-    async with open_client(url) as http:
+    async with LoadTarget(url) as target:
         for make in (text, pictures, turns):
-            answer = await ask(http, encode(make(material), 8))
+            answer = await target.ask(encode(make(material), 8))
             if answer.outcome != "answered":
                 raise SystemExit(f"the server did not answer: {answer.status} {answer.code}")
 

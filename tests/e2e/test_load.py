@@ -1,8 +1,10 @@
-"""The load generator of bench.load against a real stack, at its smallest."""
+"""The load generators, of ``bench.load`` and of the command line, against a real stack."""
 
 import asyncio
+import json
 
 from bench.load import QUICK, run
+from opticnerve.cli import commands
 
 
 def test_one_client_alone_is_measured(stack):
@@ -15,3 +17,21 @@ def test_one_client_alone_is_measured(stack):
     # Every token of the fixed length was counted, whatever its text.
     tokens = found["output tokens/s"] * found["time, s"]
     assert round(tokens) == scenario.each * scenario.max_tokens
+
+
+def test_a_conversation_of_the_command_line_is_measured(stack, tmp_path, capsys):
+    """Each turn sends three pictures again: of the later turns, most of the prompt is cached."""
+    path = tmp_path / "out.json"
+    flags = ["--workload", "conversation", "--turns", "2", "--concurrency", "2", "--requests", "6"]
+    flags += ["--output-tokens", "8", "--words", "4", "--picture-sizes", "112x84", "--warm-up", "1"]
+    flags += ["--fields", '{"timings": true}', "--json", str(path)]
+    assert commands.main(["bench", "serve", stack.url, *flags]) == 0
+    (done,) = json.loads(path.read_text())["runs"]
+    found = done["figures"]
+    assert found["outcomes"] == {"answered": 6, "refused": 0, "lost": 0}
+    assert found["output_tokens"] == 6 * 8 and found["pictures"] == 2 * 3
+    assert found["cached_tokens"] > found["prompt_tokens"] / 3
+    later = [each for each in done["requests"] if each["turn"] > 1]
+    assert len(later) == 4 and all(each["cached_tokens"] > 0 for each in later)
+    assert all(each["timings"]["prefill_ms"] > 0 for each in done["requests"])
+    assert "TTFT of turn 3" in capsys.readouterr().out

@@ -1,20 +1,10 @@
 """The figures of bench.load: what is made of the times and ends of streamed answers."""
 
-import json
-
 import pytest
 
-from bench.http_client import (
-    Answer,
-    Stream,
-    error_code,
-    figures,
-    medians,
-    order,
-    percentile,
-    refusals,
-)
+from bench.http_client import figures, medians, order, refusals
 from bench.load import ratio_of
+from opticnerve.benchmark.answer import Answer
 
 
 def answered(sent, times, ended=None, tokens=None):
@@ -27,66 +17,6 @@ def answered(sent, times, ended=None, tokens=None):
         output_tokens=tokens if tokens is not None else len(times),
         done=True,
     )
-
-
-def chunk(content=None, **more):
-    choices = [] if content is None else [{"index": 0, "delta": {"content": content}}]
-    return "data: " + json.dumps({"choices": choices, **more})
-
-
-def test_percentiles_lie_between_neighbours():
-    values = [4.0, 1.0, 3.0, 2.0]
-    assert percentile(values, 50) == 2.5
-    assert percentile(values, 100) == 4.0
-    assert percentile([7.0], 99) == 7.0
-    assert percentile(list(map(float, range(101))), 99) == 99.0
-
-
-def test_latencies_are_the_gaps_between_chunks_with_text():
-    answer = answered(10.0, [10.5, 10.6, 10.9])
-    assert answer.ttft == pytest.approx(0.5)
-    assert answer.gaps == pytest.approx([0.1, 0.3])
-    assert answered(10.0, [10.5]).gaps == []
-    assert Answer(10.0, 11.0).ttft is None
-
-
-def test_a_stream_keeps_when_text_came_and_what_was_used():
-    stream = Stream()
-    usage = {"prompt_tokens": 5, "completion_tokens": 2}
-    lines = [chunk(""), "", chunk("a"), ": a comment", chunk("b"), chunk(usage=usage)]
-    for now, line in enumerate([*lines, "data: [DONE]"]):
-        stream.line(line, float(now))
-    assert stream.times == [2.0, 4.0]
-    assert (stream.usage, stream.done, stream.code) == (usage, True, "")
-
-
-def test_a_stream_that_ends_in_a_typed_error_is_refused():
-    stream = Stream()
-    stream.line(chunk("a"), 1.0)
-    stream.line('data: {"error": {"code": "overloaded", "message": "retry"}}', 2.0)
-    stream.line("data: [DONE]", 2.0)
-    answer = Answer(0.0, 2.0, 200, stream.code, tuple(stream.times), done=stream.done)
-    assert (answer.outcome, answer.code) == ("refused", "overloaded")
-
-
-@pytest.mark.parametrize(
-    "answer, outcome",
-    [
-        (Answer(0, 1, 200, done=True), "answered"),
-        (Answer(0, 1, 429, "overloaded"), "refused"),
-        (Answer(0, 1, 500, "unknown"), "refused"),
-        (Answer(0, 1, 200), "lost"),  # Its stream was cut.
-        (Answer(0, 1, 0, "ConnectError"), "lost"),
-    ],
-)
-def test_outcomes(answer, outcome):
-    assert answer.outcome == outcome
-
-
-def test_codes_of_errors_in_any_body():
-    assert error_code({"error": {"code": "overloaded", "type": "rate_limit_error"}}) == "overloaded"
-    assert error_code({"error": {"code": None, "type": "server_error"}}) == "server_error"
-    assert error_code(["not ours"]) == error_code({"error": "text"}) == "unknown"
 
 
 def test_figures_count_what_was_answered_alone():

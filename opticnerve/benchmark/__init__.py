@@ -1,0 +1,1 @@
+"""``opticnerve bench``: load on any server with OpenAI's API, and what came of it."""
