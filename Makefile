@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-fast test-clients lint serve bench measure gpu protos clean redis
+.PHONY: demo test test-fast test-clients lint serve bench soak measure gpu protos clean redis
 
 demo: $(INSTALLED)
 	$(BIN)/opticnerve demo
@@ -38,6 +38,9 @@ serve: $(INSTALLED)
 bench: $(INSTALLED) redis
 	for name in store split engine memory preprocess; do $(BIN)/python -m bench.$$name || exit 1; done
 	$(BIN)/python -m bench.load --quick
+
+soak: $(INSTALLED) redis  # ARGS="--minutes 3 --seed 5" for less, or for other faults.
+	$(BIN)/python -m bench.soak $(ARGS)
 
 measure: $(INSTALLED)  # ARGS="--before COMMIT" adds that commit's figures.
 	$(BIN)/python -m bench.measure $(ARGS)

@@ -36,6 +36,11 @@ class RedisServer:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
 
+    @property
+    def pid(self) -> int:
+        """0 while it is stopped."""
+        return self._process.pid if self._process else 0
+
     def __enter__(self) -> RedisServer:
         for tries_left in reversed(range(PORTS_TRIED)):
             try:
