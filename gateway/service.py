@@ -21,6 +21,7 @@ from gateway.edge.auth import Keys
 from gateway.edge.connections import Connections, allow_files
 from gateway.edge.http1 import Connection
 from gateway.edge.limits import IDLE_TIMEOUT_S, MAX_EVENT_BYTES, PING_S
+from gateway.edge.tls import Handshake, Https
 from gateway.edge.websocket import WebSocketConnection
 from gateway.grammar import Grammars
 from gateway.media.fetch import MediaFetcher
@@ -42,6 +43,7 @@ from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
 from opticnerve.config.command_line import read_config
 from opticnerve.errors import CheckpointError, ConfigError
+from opticnerve.local.child import READY
 from opticnerve.models.registry import make_layout
 from opticnerve.process import (
     LAST_WORDS_S,
@@ -61,6 +63,7 @@ from opticnerve.telemetry.metrics import export as export_metrics
 log = logging.getLogger(__name__)
 
 REGISTERED_WORKERS = 1024  # Files are allowed for as many.
+ACCEPTS_A_TURN = 16  # Connections taken in one turn of the event loop.
 UNSENT_BYTES = 2**16  # Bytes of an answer that the kernel buffers beyond the client's window.
 DESCRIPTION = "The HTTP front: OpenAI's API in front of encoders and LLM workers."
 
@@ -120,9 +123,10 @@ async def serve(settings: GatewayConfig) -> None:
 @contextlib.asynccontextmanager
 async def open_server(settings: GatewayConfig, keys: Keys) -> AsyncIterator[HttpServer]:
     """A gateway on a bound socket, ready to ``serve``; closed on exit. Raises StartupError."""
+    https = Https.of(settings.https)
     with listen(settings, keys) as listener:
         async with open_gateway(settings, keys) as gateway:
-            yield HttpServer(gateway, listener)
+            yield HttpServer(gateway, listener, https)
 
 
 @contextlib.contextmanager
@@ -137,7 +141,8 @@ def listen(settings: GatewayConfig, keys: Keys) -> Iterator[socket.socket]:
         # Connections inherit this option: an answer that its client does not read waits in this
         # process, not in the kernel, so that the process can detect a stalled client.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-        if not keys.required and not addresses.is_loopback(host):
+        known = keys.required or settings.https.https_client_ca
+        if not known and not addresses.is_loopback(host):
             log.warning("listening on %s without API keys; see --api-key-file", host)
         yield listener
 
@@ -285,12 +290,15 @@ def _own_pair_id(checkpoint: Checkpoint) -> asyncio.Future[str | None]:
 class HttpServer(uvicorn.Server):
     """uvicorn on ``listener``, stopped by ``running`` instead of its own signal handlers."""
 
-    def __init__(self, gateway: Gateway, listener: socket.socket) -> None:
+    def __init__(
+        self, gateway: Gateway, listener: socket.socket, https: Https | None = None
+    ) -> None:
         settings = gateway.config
+        first = partial(Handshake, https=https) if https else Connection
         super().__init__(
             uvicorn.Config(
                 make_app(gateway),
-                http=cast("type[asyncio.Protocol]", partial(Connection, gateway.connections)),
+                http=cast("type[asyncio.Protocol]", partial(first, gateway.connections)),
                 ws=WebSocketConnection,
                 ws_max_size=MAX_EVENT_BYTES,
                 ws_ping_interval=PING_S,
@@ -301,16 +309,17 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                backlog=addresses.BACKLOG,
+                backlog=ACCEPTS_A_TURN,
                 timeout_keep_alive=math.ceil(IDLE_TIMEOUT_S),
                 timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + 2 * LAST_WORDS_S),
             )
         )
         self.gateway = gateway
-        self.address = _address(listener)
+        self.address = _address(listener, settings.https.scheme)
         self.running = gateway.running
         self.running.on_cut = self._cut_off_clients
         self._listener = listener
+        self._said_ready = False
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -323,9 +332,14 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        print(f"listening {self.address}", flush=True)  # `opticnerve up` reads this line.
+        self._listener.listen(addresses.BACKLOG)  # asyncio has set it to ACCEPTS_A_TURN.
+        print(f"listening {self.address}", flush=True)  # `opticnerve up` reads this and READY.
 
     async def on_tick(self, counter: int) -> bool:
+        if self.gateway.pipeline.pairing.has_been_ready and not self._said_ready:
+            self._said_ready = True
+            with contextlib.suppress(OSError):  # Whoever read the first line may be gone.
+                print(READY, flush=True)
         return await super().on_tick(counter) or self.running.closed.is_set()
 
     def _cut_off_clients(self) -> None:
@@ -337,7 +351,7 @@ class HttpServer(uvicorn.Server):
             connection.transport.abort()
 
 
-def _address(listener: socket.socket) -> str:
+def _address(listener: socket.socket, scheme: str) -> str:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{addresses.host_port(host, port)}"
+    return f"{scheme}://{addresses.host_port(host, port)}"

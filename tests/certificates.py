@@ -40,6 +40,24 @@ class Authority:
         )
         return pair
 
+    def issue_expired(self, name: str) -> Pair:
+        """A certificate whose time is long over, of which only ``openssl ca`` makes one."""
+        pair, request = self._files(name), str(self.directory / f"{name}.csr")
+        config, index = self.directory / "ca.cnf", self.directory / "index.txt"
+        index.touch()
+        config.write_text(
+            f"[ca]\ndefault_ca=own\n[own]\ndatabase={index}\nnew_certs_dir={self.directory}\n"
+            "default_md=sha256\npolicy=any\nrand_serial=yes\n[any]\ncommonName=supplied\n"
+        )
+        _openssl("-subj", f"/CN={name}", "-keyout", pair.key, "-out", request)
+        _run(
+            *("ca", "-batch", "-notext", "-config", str(config), "-in", request),
+            *("-cert", self._own.certificate, "-keyfile", self._own.key),
+            *("-startdate", "20200101000000Z", "-enddate", "20200102000000Z"),
+            *("-out", pair.certificate),
+        )
+        return pair
+
     def _files(self, name: str) -> Pair:
         return Pair(str(self.directory / f"{name}.pem"), str(self.directory / f"{name}.key"))
 
@@ -50,8 +68,9 @@ def _output(pair: Pair) -> tuple[str, ...]:
 
 def _openssl(*arguments: str) -> None:
     curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256")
-    subprocess.run(
-        ["openssl", "req", "-days", "2", "-nodes", *curve, *arguments],
-        check=True,
-        capture_output=True,
-    )
+    days = ("-days", "2") if "-x509" in arguments else ()
+    _run("req", *days, "-nodes", *curve, *arguments)
+
+
+def _run(*arguments: str) -> None:
+    subprocess.run(["openssl", *arguments], check=True, capture_output=True)

@@ -75,6 +75,7 @@ _flag("max_connections", "connections of all clients", "the client with most los
 _flag("max_connections_per_address", "connections of one address; 0: any number", CLOSED)
 IPV6_NETWORK_BITS = _fixed(64, "bits of an IPv6 address that name one client", "-")
 MAX_HEAD_BYTES = _fixed(2**14, "bytes of a request's headers", InvalidRequest, "not_http")
+HANDSHAKE_TIMEOUT_S = _fixed(10.0, "seconds of a TLS handshake, which come before those", CLOSED)
 FIRST_HEAD_TIMEOUT_S = _fixed(30.0, "seconds from connecting to the end of headers", CLOSED)
 IDLE_TIMEOUT_S = _fixed(75.0, "seconds from an answer to the end of the next headers", CLOSED)
 PROGRESS_BYTES = _fixed(8 * 2**10, "bytes that count as progress of a body or answer", "-")

@@ -8,10 +8,11 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from ssl import SSLContext
 from typing import Any
 
 from opticnerve.addresses import gateway_url
-from opticnerve.cli.chat_client import picture_url, print_answer, user_message
+from opticnerve.cli.chat_client import picture_url, print_answer, trust_for, user_message
 from opticnerve.config.command_line import Parser, argument_type, number_type
 from opticnerve.errors import InvalidRequest, OpticNerveError, StartupError
 from opticnerve.local.serve import serve
@@ -73,9 +74,9 @@ def main(argv: Sequence[str]) -> int:
     }
     if args.max_tokens is not None:
         body["max_tokens"] = args.max_tokens
-    with _gateway(args.url, args.model) as url:
+    with _gateway(args.url, args.model) as (url, trust):
         try:
-            _, timings = print_answer(url, body)
+            _, timings = print_answer(url, body, trust)
         except OpticNerveError as error:
             print(f"opticnerve: {error.message}", file=sys.stderr)
             return 1
@@ -85,14 +86,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 @contextmanager
-def _gateway(url: str | None, model: str | None) -> Iterator[str]:
-    """The gateway to ask: the one at ``url``, or one of a stack started for this question."""
+def _gateway(url: str | None, model: str | None) -> Iterator[tuple[str, SSLContext | None]]:
+    """The gateway to ask, and what its certificate is checked by: the one at ``url``, or one of a
+    stack started for this question."""
     if url:
-        yield url
+        yield url, trust_for(url)
         return
     print("starting a stack for this question", file=sys.stderr)
     with serve(model) as stack:
-        yield stack.url
+        yield stack.url, stack.trust
 
 
 def _message(question: str, pictures: Sequence[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import ssl
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from opticnerve.cli.batch_files import (
     has_failed,
     read_requests,
 )
-from opticnerve.cli.chat_client import error_of
+from opticnerve.cli.chat_client import error_of, trust_for
 from opticnerve.config.command_line import Parser, add_options, argument_type, number_type
 from opticnerve.config.up import up_options
 from opticnerve.errors import StartupError
@@ -118,12 +119,14 @@ def main(argv: Sequence[str]) -> int:
     with contextlib.ExitStack() as exits:
         work = exits.enter_context(open_work(settings))
         if work.left:
-            url = settings.url
-            if url is None:
+            if settings.url is None:
                 print("starting a server for this batch", file=sys.stderr)
-                url = exits.enter_context(serve(**flags)).url
+                stack = exits.enter_context(serve(**flags))
+                url, trust = stack.url, stack.trust
+            else:
+                url, trust = settings.url, trust_for(settings.url)
             try:
-                asyncio.run(run(work, url))
+                asyncio.run(run(work, url, trust))
             except KeyboardInterrupt:
                 work.stopped = "interrupted"
                 work.report()
@@ -243,12 +246,14 @@ def open_work(settings: BatchSettings) -> Iterator[BatchWork]:
 # ---- doing it
 
 
-async def run(work: BatchWork, url: str) -> None:
-    """Asks for what is left. Raises StartupError if the server is not there or takes no key; if it
-    is lost later, ``work.stopped`` says so."""
+async def run(work: BatchWork, url: str, trust: ssl.SSLContext | None = None) -> None:
+    """Asks for what is left. ``trust``: what the server's certificate is checked by. Raises
+    StartupError if the server is not there or takes no key; if it is lost later, ``work.stopped``
+    says so."""
     settings = work.settings
     async with httpx2.AsyncClient(
         base_url=url,
+        verify=trust or True,
         headers={"authorization": f"Bearer {settings.key}", "content-type": "application/json"},
         timeout=httpx2.Timeout(settings.answer_timeout_s, connect=CONNECT_TIMEOUT_S),
         limits=httpx2.Limits(max_connections=None),
@@ -288,7 +293,7 @@ async def _greet(http: httpx2.AsyncClient, url: str) -> None:
     """Raises StartupError unless a server is there that takes the key."""
     try:
         answer = await http.get("/v1/models")
-    except httpx2.RequestError as error:
+    except (httpx2.RequestError, ssl.SSLError) as error:
         raise StartupError(f"nothing answers at {url} ({_why(error)}); check --url") from error
     if answer.status_code in REFUSING:
         raise StartupError(f"{url}: {error_of(answer).message}; see --api-key")
@@ -370,5 +375,5 @@ def _lost_line(
     return answer_line(request.custom_id, None, {"code": "connection_lost", "message": why})
 
 
-def _why(error: httpx2.RequestError) -> str:
+def _why(error: Exception) -> str:
     return str(error) or type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import ssl
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -35,15 +36,24 @@ def picture_url(picture: Picture) -> str:
     return f"data:application/octet-stream;base64,{data}"
 
 
-def stream_chat(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The chunks of one streamed chat completion. Raises the gateway's error with its class,
-    Unavailable if nothing answers, and OpticNerveError if the answer is not a gateway's."""
+def trust_for(url: str) -> ssl.SSLContext | None:
+    """What the certificate of the server at ``url`` is checked by, if it has one: the system's
+    authorities, or those of SSL_CERT_FILE."""
+    return ssl.create_default_context() if url.startswith("https:") else None
+
+
+def stream_chat(
+    url: str, body: dict[str, Any], trust: ssl.SSLContext | None = None
+) -> Iterator[dict[str, Any]]:
+    """The chunks of one streamed chat completion, of a gateway whose certificate is checked by
+    ``trust``. Raises the gateway's error with its class, Unavailable if nothing answers, and
+    OpticNerveError if the answer is not a gateway's."""
     key = os.environ.get("OPENAI_API_KEY", "none")
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     headers = {"Authorization": f"Bearer {key}"}
     try:
         with (
-            httpx2.Client(timeout=TIMEOUT_S, trust_env=False) as client,
+            httpx2.Client(verify=trust or True, timeout=TIMEOUT_S, trust_env=False) as client,
             client.stream(
                 "POST", f"{url}/v1/chat/completions", json=body, headers=headers
             ) as answer,
@@ -83,11 +93,13 @@ def read_events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     raise OpticNerveError("the answer ended early, without [DONE]")
 
 
-def print_answer(url: str, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def print_answer(
+    url: str, body: dict[str, Any], trust: ssl.SSLContext | None = None
+) -> tuple[str, dict[str, Any]]:
     """Prints an answer as it is streamed; returns its text and its timings in milliseconds."""
     text = ""
     timings: dict[str, Any] = {}
-    for chunk in stream_chat(url, {**body, "timings": True}):
+    for chunk in stream_chat(url, {**body, "timings": True}, trust):
         timings = chunk.get("timings") or timings
         for choice in chunk["choices"]:
             piece = choice["delta"].get("content") or ""

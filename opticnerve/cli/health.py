@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from opticnerve.addresses import check_host_port, gateway_url
 from opticnerve.config.command_line import Parser, add_options, argument_type, number_type
@@ -40,7 +41,7 @@ def parser() -> Parser:
         metavar="ADDRESS",
         type=argument_type(_address),
         help="HOST:PORT of an encoder or LLM worker, or the URL of a gateway, with http:// or "
-        "https:// (certificates are verified; SSL_CERT_FILE names further authorities)",
+        "https://, whose certificate is verified by --tls-ca or else the system's authorities",
     )
     group.add_argument(
         "--live",
@@ -65,11 +66,9 @@ def _address(text: str) -> str:
 def main(argv: Sequence[str]) -> int:
     args: argparse.Namespace = parser().parse_args(argv)
     try:
-        if "://" in args.address:
-            ask = partial(ask_gateway, args.address, args.live, args.timeout)
-        else:
-            calls, own = build(CallsConfig, vars(args)), build(CertificateConfig, vars(args))
-            ask = partial(ask_worker, args.address, args.live, args.timeout, calls, own)
+        calls, own = build(CallsConfig, vars(args)), build(CertificateConfig, vars(args))
+        kind = ask_gateway if "://" in args.address else ask_worker
+        ask = partial(kind, args.address, args.live, args.timeout, calls, own)
         state = within(args.timeout, ask)
     except OpticNerveError as error:
         print(f"{args.address} {error.message}", file=sys.stderr)
@@ -127,13 +126,16 @@ def ask_worker(
     raise Unavailable("is not serving: it is loading, draining or has lost its device")
 
 
-def ask_gateway(url: str, live: bool, timeout_s: float) -> str:
+def ask_gateway(
+    url: str, live: bool, timeout_s: float, calls: CallsConfig, own: CertificateConfig
+) -> str:
     """The state of the gateway at ``url`` by ``/live`` or ``/ready``. Raises Unavailable if it does
-    not answer or is not ready."""
+    not answer or is not ready, and ConfigError for certificates that cannot be read."""
     parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=timeout_s)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
     try:
+        if parts.scheme == "https":
+            connection = _https_connection(parts, timeout_s, calls, own)
         connection.request("GET", f"{parts.path}/{'live' if live else 'ready'}")
         answer = connection.getresponse()
         body = answer.read(MAX_ANSWER_BYTES)
@@ -145,6 +147,22 @@ def ask_gateway(url: str, live: bool, timeout_s: float) -> str:
     if answer.status == 200:
         return state
     raise Unavailable(f"is not {state}: {_reason(body) or f'status {answer.status}'}")
+
+
+def _https_connection(
+    url: SplitResult, timeout_s: float, calls: CallsConfig, own: CertificateConfig
+) -> http.client.HTTPConnection:
+    """A connection whose other end has proved who it is. Raises OSError and ConfigError."""
+    from opticnerve.certificates import PemFiles
+
+    host, port = url.hostname or "", url.port or http.client.HTTPS_PORT
+    files = PemFiles(own.tls_certificate, own.tls_key, calls.tls_ca)
+    connection = http.client.HTTPConnection(host, port)
+    connection.sock = files.client_context().wrap_socket(
+        socket.create_connection((host, port), timeout_s),
+        server_hostname=calls.tls_server_name or host,
+    )
+    return connection
 
 
 def _reason(body: bytes) -> str:

@@ -8,10 +8,12 @@ from functools import partial
 from opticnerve import addresses
 from opticnerve.config import shared
 from opticnerve.config.options import Group, option
+from opticnerve.errors import ConfigError
 from opticnerve.generation.values import MAX_CHOICES
 from opticnerve.media.plan import parse_background
 
 _address = partial(option, group=Group.ADDRESS)
+_https = partial(option, group=Group.HTTPS)
 _workers = partial(option, group=Group.WORKERS)
 _api = partial(option, group=Group.API)
 _pictures = partial(option, group=Group.PICTURES)
@@ -19,6 +21,40 @@ _urls = partial(option, group=Group.URLS)
 _limits = partial(option, group=Group.LIMITS)
 
 ADDRESSES = "HOST:PORT, or dns:///NAME:PORT for every address that the name resolves to"
+
+
+@dataclass(frozen=True)
+class HttpsConfig:
+    """How clients know the gateway, and it them, on an encrypted connection."""
+
+    https_certificate: str | None = _https(
+        None,
+        "certificate in PEM, with its chain, that clients see: the gateway then speaks HTTPS, and "
+        "nothing else; read again when it changes",
+        metavar="FILE",
+    )
+    https_key: str | None = _https(
+        None, "private key of --https-certificate, without a passphrase", metavar="FILE"
+    )
+    https_client_ca: str | None = _https(
+        None,
+        "certificates in PEM of the authorities that sign clients' certificates: clients without "
+        "one are refused, health checks included",
+        metavar="FILE",
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for one file without the other that it needs."""
+        if (self.https_certificate is None) != (self.https_key is None):
+            raise ConfigError("--https-certificate and --https-key go together", param="https_key")
+        if self.https_client_ca and not self.https_certificate:
+            raise ConfigError(
+                "--https-client-ca needs --https-certificate", param="https_client_ca"
+            )
+
+    @property
+    def scheme(self) -> str:
+        return "https" if self.https_certificate else "http"
 
 
 @dataclass(frozen=True)
@@ -37,6 +73,7 @@ class GatewayConfig:
     )
     drain_timeout_s: float = _address(15.0, shared.DRAIN_HELP)
     parent_pid: int = _address(0, shared.PARENT_HELP, metavar="PID", hidden=True)
+    https: HttpsConfig = HttpsConfig()
     encoder_addresses: tuple[str, ...] = _workers(
         (),
         f"encoders: {ADDRESSES}; without any, only text requests are served",

@@ -48,6 +48,7 @@ class Group(StrEnum):
     MODEL = "Model"
     ADDRESS = "Address"
     WORKERS = "Workers"
+    HTTPS = "HTTPS"
     TLS = "TLS between services"
     STORE = "Embedding store"
     TOWER = "Vision tower"

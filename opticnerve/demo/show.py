@@ -12,10 +12,11 @@ import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ssl import SSLContext
 from typing import Any
 
 from opticnerve.addresses import gateway_url
-from opticnerve.cli.chat_client import print_answer, user_message
+from opticnerve.cli.chat_client import print_answer, trust_for, user_message
 from opticnerve.config.command_line import Parser, argument_type
 from opticnerve.demo.chats import TURNS, Turn
 from opticnerve.errors import OpticNerveError, StartupError
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        answers = ask_all(args.url) if args.url else _ask_own_stack()
+        answers = ask_all(args.url, trust_for(args.url)) if args.url else _ask_own_stack()
     except StartupError:
         raise
     except OpticNerveError as error:
@@ -77,26 +78,29 @@ def _ask_own_stack() -> list[TurnResult]:
     began = time.monotonic()
     with serve() as stack:
         print(f"Ready at {stack.url} after {time.monotonic() - began:.1f} s.\n", flush=True)
-        return ask_all(stack.url)
+        return ask_all(stack.url, stack.trust)
 
 
-def ask_all(url: str) -> list[TurnResult]:
-    """Asks every turn in order; a follow-up carries the chat before it."""
+def ask_all(url: str, trust: SSLContext | None) -> list[TurnResult]:
+    """Asks every turn in order; a follow-up carries the chat before it. ``trust``: what the
+    server's certificate is checked by."""
     answers: list[TurnResult] = []
     history: list[dict[str, Any]] = []
     for turn in TURNS:
         history = history if turn.follows else []
         history.append(user_message(turn.question, turn.paths()))
-        answers.append(ask(url, turn, history))
+        answers.append(ask(url, trust, turn, history))
         history.append({"role": "assistant", "content": answers[-1].text})
     return answers
 
 
-def ask(url: str, turn: Turn, history: list[dict[str, Any]]) -> TurnResult:
+def ask(
+    url: str, trust: SSLContext | None, turn: Turn, history: list[dict[str, Any]]
+) -> TurnResult:
     shown = ", ".join(turn.pictures) or ("the same picture" if turn.follows else "no picture")
     print(f"Q  {turn.question}  [{shown}]\nA  ", end="", flush=True)
     body = {"model": "model", "messages": history, "temperature": 0}
-    answer = TurnResult(turn, *print_answer(url, body))
+    answer = TurnResult(turn, *print_answer(url, body, trust))
     if not answer.right:
         print(textwrap.fill(f"WRONG; the right answer is: {turn.answer}", WIDTH), file=sys.stderr)
     print(flush=True)

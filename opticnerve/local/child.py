@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 HURRY_S = LAST_WORDS_S + 2.0  # Until SIGKILL, for a child that a second signal asked to end.
 LISTENING = re.compile(r"^listening (\S+)$")
+READY = "ready"  # A gateway's line, once its workers serve.
 
 
 class Role(IntEnum):
@@ -54,6 +55,7 @@ class Child:
         self._hangup_due = False
         self._process: asyncio.subprocess.Process | None = None
         self._listening = asyncio.Event()
+        self._ready = asyncio.Event()
         self._readers: list[asyncio.Task[None]] = []
 
     @property
@@ -66,6 +68,7 @@ class Child:
 
     async def start(self) -> None:
         self._listening.clear()
+        self._ready.clear()
         self._hangup_due = False
         self._process = await asyncio.create_subprocess_exec(
             *self.command,
@@ -88,6 +91,10 @@ class Child:
         """Waits for the address that the child listens at."""
         await self._listening.wait()
         return self.address
+
+    async def ready(self) -> None:
+        """Waits until the child, a gateway, says that it is ready."""
+        await self._ready.wait()
 
     async def wait(self) -> int:
         """Waits for the end; returns the exit status, negative for a signal."""
@@ -144,6 +151,8 @@ class Child:
                 self._listening.set()
                 if self._hangup_due:
                     self.hang_up()
+            elif text == READY:
+                self._ready.set()
             elif text:
                 self.last_words = text
                 with contextlib.suppress(OSError):  # The terminal may have been closed.

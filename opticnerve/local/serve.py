@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -21,9 +22,11 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias, overload
 
 import httpx2
 
+from opticnerve.certificates import context_trusting
 from opticnerve.cli.chat_client import TIMEOUT_S, error_of, user_message
 from opticnerve.cli.commands import PREFIX
-from opticnerve.config.options import to_command_line
+from opticnerve.config.gateway import HttpsConfig
+from opticnerve.config.options import build, to_command_line
 from opticnerve.config.up import up_options
 from opticnerve.errors import ConfigError, InvalidRequest, StartupError, Unavailable, did_you_mean
 from opticnerve.extras import require_extra
@@ -44,16 +47,25 @@ STOP_S = 40.0
 
 
 class Stack:
-    """A running stack. ``url`` is the gateway's address, ``http://127.0.0.1:<port>``."""
+    """A running stack. ``url`` is the gateway's address, ``http://127.0.0.1:<port>``; ``trust``:
+    what its certificate is checked by, if it has one."""
 
     def __init__(
-        self, url: str, model: str, process: subprocess.Popen[str], log: IO[str] | None = None
+        self,
+        url: str,
+        model: str,
+        process: subprocess.Popen[str],
+        log: IO[str] | None = None,
+        trust: ssl.SSLContext | None = None,
     ) -> None:
         self.url = url
         self.model = model
         self.process = process
+        self.trust = trust
         self._log = log
-        self._http = httpx2.Client(base_url=url, timeout=TIMEOUT_S, trust_env=False)
+        self._http = httpx2.Client(
+            base_url=url, verify=trust or True, timeout=TIMEOUT_S, trust_env=False
+        )
 
     @property
     def openai(self) -> OpenAI:
@@ -61,7 +73,8 @@ class Stack:
         require_extra("openai", "server.openai")
         from openai import OpenAI
 
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        http = None if self.trust is None else httpx2.Client(verify=self.trust, timeout=TIMEOUT_S)
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=http)
 
     @overload
     def chat(self, questions: Question, **parameters: Any) -> str: ...
@@ -160,13 +173,21 @@ def serve(model: str | Path | None = None, **flags: Any) -> Iterator[Stack]:
             env={**os.environ, **variables},
         )
         try:
-            stack = Stack(_wait_ready(process, log), "model", process, log)
+            url = _wait_ready(process, log)
+            stack = Stack(url, "model", process, log, _trust_for(flags))
             try:
                 yield stack
             finally:
                 stack.close()
         finally:
             _stop(process)
+
+
+def _trust_for(flags: Mapping[str, Any]) -> ssl.SSLContext | None:
+    """What the certificate of a stack with these flags is checked by: itself, since it was chosen
+    here, and names another host than loopback. None for a stack that speaks HTTP."""
+    certificate = build(HttpsConfig, flags).https_certificate
+    return None if certificate is None else context_trusting(certificate)
 
 
 def _up_command(

@@ -1,9 +1,10 @@
 """The local supervisor: encoders, LLM workers and one gateway as children of one process.
 
 Start: encoders and LLM workers at once, each waited for until its gRPC health says SERVING, the
-gateway last. While it runs, a child that ends is started again at its old port, with backoff.
-Stop: gateway, LLM workers, encoders, in this order; after a second signal each cuts its work
-instead of finishing it. However it ends, it leaves no process, port or file.
+gateway last, until it says that it is ready. While it runs, a child that ends is started again at
+its old port, with backoff. Stop: gateway, LLM workers, encoders, in this order; after a second
+signal each cuts its work instead of finishing it. However it ends, it leaves no process, port or
+file.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-
-import httpx2
 
 from opticnerve.errors import StartupError
 from opticnerve.local.child import Child, Role
@@ -150,8 +149,10 @@ class Supervisor:
         """Waits until the child serves; from then on it is started at the same port."""
         address = await child.listening()
         child.port = int(address.rsplit(":", 1)[1].rstrip("/"))
-        is_ready = _is_gateway_ready if child.role == Role.GATEWAY else self._is_worker_ready
-        while not await is_ready(address):  # noqa: ASYNC110 (another process's state)
+        if child.role == Role.GATEWAY:
+            await child.ready()
+            return
+        while not await self._is_worker_ready(address):  # noqa: ASYNC110 (another process's state)
             await asyncio.sleep(POLL_S)
 
     async def _is_worker_ready(self, address: str) -> bool:
@@ -199,11 +200,3 @@ async def _run_all(work: Iterable[Coroutine[None, None, None]]) -> None:
     else:
         return
     raise failure
-
-
-async def _is_gateway_ready(address: str) -> bool:
-    try:
-        async with httpx2.AsyncClient(trust_env=False, timeout=2.0) as client:
-            return (await client.get(f"{address}/ready?pictures=true")).status_code == 200
-    except httpx2.HTTPError:
-        return False

@@ -13,11 +13,11 @@ from tests.certificates import Authority
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 
-def test_a_stack_with_mutual_tls_answers_about_a_picture(tmp_path: Path) -> None:
+def test_a_stack_with_mutual_tls_answers_about_a_picture_over_https(tmp_path: Path) -> None:
     """Every process has a store of its own, so the rows come by Fetch from encoder to LLM worker,
-    as everything else under TLS."""
+    as everything else under TLS. The gateway's certificate names another host than loopback."""
     authority = Authority(tmp_path)
-    own = authority.issue("service")
+    own, public = authority.issue("service"), authority.issue("public", "api.test")
     turn = TURNS[0]
     with opticnerve.serve(
         dtype="float32",
@@ -26,5 +26,12 @@ def test_a_stack_with_mutual_tls_answers_about_a_picture(tmp_path: Path) -> None
         tls_key=own.key,
         tls_client_ca=authority.certificate,
         tls_ca=authority.certificate,
+        https_certificate=public.certificate,
+        https_key=public.key,
     ) as stack:
+        assert stack.url.startswith("https://127.0.0.1:")
         assert stack.chat((turn.question, *turn.paths())) == turn.answer
+        answers = stack.openai.chat.completions.create(
+            model="model", messages=[{"role": "user", "content": "Hello"}], max_tokens=1
+        )
+        assert answers.usage is not None and answers.usage.completion_tokens == 1

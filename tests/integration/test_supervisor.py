@@ -21,7 +21,7 @@ from opticnerve.process import ECHO_S
 from tests.e2e.faults import processes
 from tests.system import alive, wait_for
 
-# A worker that speaks gRPC health, and a gateway that answers /ready; both log their end.
+# A worker that speaks gRPC health, and a gateway that says it is ready; both log their end.
 WORKER = """
 import asyncio, sys
 from opticnerve.config import RpcConfig
@@ -48,6 +48,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[5])), Handler)
 print(f"listening http://127.0.0.1:{server.server_port}", flush=True)
+print("ready", flush=True)
 def stop(*a):
     open(log, "a").write("gateway\\n")
     sys.exit(0)

@@ -1,0 +1,315 @@
+"""HTTPS: TLS on a client's connection, below the protocols that read requests.
+
+A connection counts from the moment that it is accepted, so that clients which never finish a
+handshake are bounded like those that never finish a request. A connection holds no buffer between
+its records, one record is read in one turn of the event loop, and what a client has not read yet
+counts as unsent: asyncio's own TLS keeps 256 KiB for each connection, hands over all that has
+arrived at once, and tells the protocol that everything is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl
+from typing import TYPE_CHECKING, Any
+
+from uvicorn.protocols.utils import get_remote_addr
+
+from gateway.edge.connections import ClientConnection, Wait, holder_of
+from gateway.edge.http1 import Connection
+from gateway.edge.limits import HANDSHAKE_TIMEOUT_S
+from opticnerve.certificates import PemFiles
+from opticnerve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gateway.edge.connections import Connections
+    from opticnerve.config.gateway import HttpsConfig
+
+log = logging.getLogger(__name__)
+
+RECEIVE_BYTES = 2**16  # Read from a socket at once.
+RECORD_BYTES = 2**14  # The most that one record holds.
+
+
+class Https:
+    """The certificate that new clients see, and the authorities that theirs are checked by: the
+    newest of their files. One for each event loop."""
+
+    def __init__(self, certificate: str, key: str, client_ca: str | None = None) -> None:
+        """Raises ConfigError."""
+        self._files = PemFiles(certificate, key, client_ca)
+        self._pem = self._files.current()
+        self._context = self._make()
+        self.buffer = memoryview(bytearray(RECEIVE_BYTES))  # Of whichever socket is being read.
+
+    @classmethod
+    def of(cls, config: HttpsConfig) -> Https | None:
+        """As it is configured; None for a gateway that speaks HTTP. Raises ConfigError."""
+        if config.https_certificate is None or config.https_key is None:
+            return None
+        return cls(config.https_certificate, config.https_key, config.https_client_ca)
+
+    def context(self) -> ssl.SSLContext:
+        """Another object only when the files have changed."""
+        pem = self._files.current()
+        if pem is not self._pem:
+            with contextlib.suppress(ConfigError):  # They change just now: at the next connection.
+                self._context, self._pem = self._make(), pem
+        return self._context
+
+    def _make(self) -> ssl.SSLContext:
+        context = self._files.server_context()
+        context.options |= ssl.OP_NO_RENEGOTIATION
+        context.set_alpn_protocols(["http/1.1"])
+        return context
+
+
+class TlsSession:
+    """One connection's TLS, and the socket's transport that it writes to."""
+
+    def __init__(self, context: ssl.SSLContext, lower: asyncio.Transport) -> None:
+        self.lower = lower
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.ssl = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether bytes have arrived that were not read: perhaps a part of a record."""
+        return self._incoming.pending > 0
+
+    def received(self, data: memoryview) -> None:
+        self._incoming.write(data)
+
+    def handshake(self) -> bool:
+        """Goes on as far as it can; whether it is complete. Raises ssl.SSLError."""
+        try:
+            self.ssl.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        finally:
+            self._flush()
+        return True
+
+    def read(self) -> bytes | None:
+        """What the next record holds, b"" at the client's end; None while none is complete. Raises
+        ssl.SSLError."""
+        try:
+            return self.ssl.read(RECORD_BYTES)
+        except ssl.SSLWantReadError:
+            return None
+        finally:
+            self._flush()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Raises ssl.SSLError."""
+        left = memoryview(data)
+        while left:
+            left = left[self.ssl.write(left) :]
+            self._flush()
+
+    def end(self) -> None:
+        """Tells the client that nothing follows, and does not wait for its answer."""
+        with contextlib.suppress(ssl.SSLError):
+            self.ssl.unwrap()
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._outgoing.pending:
+            self.lower.write(self._outgoing.read())
+
+
+class Handshake(ClientConnection, asyncio.BufferedProtocol):
+    """A connection until its handshake is complete; a ``Connection`` over a ``TlsTransport``
+    follows. It waits for its client as one without headers does, and is closed as one."""
+
+    def __init__(self, owner: Connections, https: Https, **given: Any) -> None:
+        """``given``: uvicorn's arguments."""
+        super().__init__(owner)
+        self.loop = given["_loop"] or asyncio.get_running_loop()
+        self.head_timeout_s = HANDSHAKE_TIMEOUT_S
+        self._https = https
+        self._given = given
+        self._served: set[Any] = given["server_state"].connections  # Ended with the server.
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.transport = transport
+        self._session = TlsSession(self._https.context(), transport)
+        self.address = self.holder = holder_of(get_remote_addr(transport))
+        self._served.add(self)
+        self.owner.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._leave()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._https.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._session.received(self._https.buffer[:nbytes])
+        try:
+            complete = self._session.handshake()
+        except ssl.SSLError as error:
+            log.debug("%s failed in the TLS handshake: %s", self.holder, error.reason or error)
+            self.transport.close()
+            return
+        if complete:
+            self._leave()
+            upper = Connection(self.owner, **self._given)
+            TlsTransport(self._session, self._https.buffer, upper).start()
+
+    def shutdown(self) -> None:
+        """The server is stopped."""
+        self.transport.abort()
+
+    def _leave(self) -> None:
+        self._served.discard(self)
+        self.owner.remove(self)
+
+    # ---- what ``Connections`` asks
+
+    def expects(self) -> Wait | None:
+        return Wait.HEAD
+
+    def progress(self) -> int:
+        return 0
+
+    def current_holder(self) -> str:
+        return self.address
+
+    def close(self) -> None:
+        self.owner.remove(self)
+        self.transport.abort()
+
+
+class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
+    """The protocol of a socket's transport, and the transport of the protocol above it."""
+
+    def __init__(
+        self, session: TlsSession, buffer: memoryview, protocol: asyncio.BaseProtocol
+    ) -> None:
+        super().__init__()
+        self._session = session
+        self._lower = session.lower
+        self._buffer = buffer
+        self._protocol: Any = protocol
+        self._paused = False  # By the protocol above.
+        self._due = False  # A turn of the event loop will read on.
+
+    def start(self) -> None:
+        """Takes the connection over after the handshake."""
+        self._lower.set_protocol(self)
+        self._protocol.connection_made(self)
+        self._deliver()
+
+    # ---- towards the socket
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._session.received(self._buffer[:nbytes])
+        self._deliver()
+
+    def eof_received(self) -> None:
+        self._protocol.eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        protocol, self._protocol = self._protocol, asyncio.Protocol()  # No cycle stays in memory.
+        protocol.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._protocol.resume_writing()
+
+    def _deliver(self) -> None:
+        """Hands on what one record holds. Until all that has arrived is handed on, in later turns
+        of the event loop, nothing more is read from the socket."""
+        if self._paused or self._due or self._lower.is_closing():
+            return
+        try:
+            data = self._session.read()
+        except ssl.SSLError as error:
+            log.debug("a client failed in TLS: %s", error.reason or error)
+            self._lower.close()
+            return
+        if data is None:
+            self._lower.resume_reading()
+        elif data:
+            self._protocol.data_received(data)
+            self._read_on()
+        else:
+            self._protocol.eof_received()
+            self.close()
+
+    def _read_on(self) -> None:
+        if self._session.has_more and not self._due:
+            self._due = True
+            self._lower.pause_reading()
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        elif not self._paused and not self._due:
+            self._lower.resume_reading()
+
+    def _next_turn(self) -> None:
+        self._due = False
+        self._deliver()
+
+    # ---- towards the protocol above
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._protocol = protocol
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self._protocol  # type: ignore[no-any-return]
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        if name == "sslcontext":
+            return self._session.ssl.context
+        return self._lower.get_extra_info(name, default)
+
+    def is_closing(self) -> bool:
+        return self._lower.is_closing()
+
+    def is_reading(self) -> bool:
+        return not self._paused
+
+    def pause_reading(self) -> None:
+        self._paused = True
+        self._lower.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._read_on()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self._lower.is_closing():
+            return
+        try:
+            self._session.write(data)
+        except ssl.SSLError as error:
+            log.debug("a client cannot be answered over TLS: %s", error.reason or error)
+            self._lower.abort()
+
+    def can_write_eof(self) -> bool:
+        return False
+
+    def get_write_buffer_size(self) -> int:
+        return self._lower.get_write_buffer_size()
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        return self._lower.get_write_buffer_limits()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._lower.set_write_buffer_limits(high, low)
+
+    def close(self) -> None:
+        if not self._lower.is_closing():
+            self._session.end()
+            self._lower.close()
+
+    def abort(self) -> None:
+        self._lower.abort()
