@@ -7,9 +7,10 @@ the gateway remembers the chains that it sent there, as many tokens as the worke
 for, least recently used out first. It is an estimate: a worker may have evicted what is remembered,
 and has what other gateways sent.
 
-The worker is chosen that is expected to begin the answer first, counted in tokens to compute: those
-that it has to compute before this prompt, less those of this prompt that its cache has. So a
-conversation stays with its worker until the wait there is longer than the recomputation elsewhere.
+The worker is chosen by tokens: those that it has to compute before this prompt, less twice those of
+this prompt that its cache has. So a conversation stays with its worker until the wait there is
+clearly longer than the recomputation elsewhere. Time would say the same: the workers of a pool are
+taken as equally fast, and a slow one is known by what it has not computed yet.
 
 What most prompts begin with, such as a system prompt, is left out of account: every worker has it,
 or will have it after one computation, and it would pull all traffic to the worker that had it
@@ -23,7 +24,7 @@ between them, also after a restart; and a worker that leaves moves its own conve
 from __future__ import annotations
 
 import hashlib
-from array import array
+import struct
 from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
@@ -44,9 +45,12 @@ MAX_TOKENS = 2**22  # What comes after them in a prompt is not looked at.
 MAX_LINKS = 2**14  # Remembered for one worker, about 3 MB.
 WINDOW = 512  # Requests in which a link's share of the traffic is measured.
 MIN_USES = 8  # Of a link that counts as common.
-SEQUENCE_TOKENS = 128
+SEQUENCE_TOKENS = 64
 """What a sequence that decodes counts for, in tokens to compute: it takes a part of every step, and
 a place in the batch."""
+RECOMPUTED_TOKENS = 2
+"""What a token that is computed again counts for: this prompt waits for it, and so do those behind
+it at its worker."""
 _DIGEST_BYTES = 12
 _SCHEME = "opticnerve-route-1"
 
@@ -86,7 +90,7 @@ class PromptChain:
         reads_cache: bool = True,
     ) -> PromptChain:
         """``spans`` are in the order of their tokens."""
-        tokens = memoryview(array("I", token_ids)).cast("B")
+        tokens = memoryview(struct.pack(f"<{len(token_ids)}I", *token_ids))
         digest = hashlib.sha256(bytes.fromhex(hash_parts(_SCHEME, cache_salt)))
         links: list[bytes] = []
         start, begun = 0, 0  # ``begun``: spans that begin before ``start``.
@@ -136,16 +140,19 @@ class Affinity:
                 # What a later turn would compute again, if another gateway sent it there.
                 gains[favourite] = prompt.num_tokens - _tokens(common)
 
-        def tokens_before(worker: Worker) -> tuple[int, int]:
-            return self._busy(worker) - gains[worker], worker.last_picked
+        def wait(worker: Worker) -> tuple[int, int]:
+            saved = RECOMPUTED_TOKENS * gains[worker]
+            return self._busy(worker) - saved, worker.last_picked
 
-        chosen = min(workers, key=tokens_before)
+        chosen = min(workers, key=wait)
         return chosen, reason if gains[chosen] else Reason.LOAD
 
     def begin(self, prompt: PromptChain, worker: Worker) -> None:
         """``worker`` is sent ``prompt``, and computes what it has not."""
         sent = self._sent_to(worker)
-        self._sent[worker] = sent
+        if sent is None:
+            sent = _Sent(worker.description.instance_id, _cache_tokens(worker))
+            self._sent[worker] = sent
         known = sent.matched(prompt) if prompt.reads_cache else 0
         sent.begin(prompt, prompt.num_tokens - _tokens(known))
         sent.remember(prompt)
@@ -158,14 +165,17 @@ class Affinity:
 
     def cached_tokens(self, prompt: PromptChain, worker: Worker) -> int:
         """Tokens of ``prompt`` that ``worker`` probably has."""
-        return _tokens(self._sent_to(worker).matched(prompt))
+        sent = self._sent_to(worker)
+        return 0 if sent is None else _tokens(sent.matched(prompt))
 
     def _gain(self, prompt: PromptChain, worker: Worker, common: int) -> int:
         """Tokens beyond the ``common`` links that ``worker`` would not compute."""
-        if not prompt.reads_cache:
+        sent = self._sent_to(worker)
+        if sent is None or not prompt.reads_cache or common == len(prompt.links):
             return 0
-        matched = self._sent_to(worker).matched(prompt)
-        return max(0, _tokens(matched) - _tokens(common))
+        if prompt.links[common] not in sent.links:
+            return 0
+        return _tokens(sent.matched(prompt)) - _tokens(common)
 
     def _favourite(
         self, prompt: PromptChain, workers: Sequence[Worker], common: int
@@ -178,15 +188,15 @@ class Affinity:
 
     def _busy(self, worker: Worker) -> int:
         """Tokens that ``worker`` has to compute already, its decoding included."""
+        sent = self._sent_to(worker)
         sequences = worker.pending + worker.cost_of_other_gateways
-        return sequences * SEQUENCE_TOKENS + self._sent_to(worker).backlog
+        return sequences * SEQUENCE_TOKENS + (sent.backlog if sent else 0)
 
-    def _sent_to(self, worker: Worker) -> _Sent:
+    def _sent_to(self, worker: Worker) -> _Sent | None:
         """What its present process was sent: one that was restarted has nothing."""
         sent = self._sent.get(worker)
-        if sent is None or sent.instance_id != worker.description.instance_id:
-            return _Sent(worker.description.instance_id, _cache_tokens(worker))
-        return sent
+        same = sent is not None and sent.instance_id == worker.description.instance_id
+        return sent if same else None
 
 
 @dataclass(slots=True)

@@ -169,6 +169,12 @@ class Dispatcher:
         self, request: LeaseRequest, free: Sequence[Worker], able: Sequence[Worker]
     ) -> Worker | None:
         """One of ``free`` that has room, or None where the request should rather wait."""
+        with_room = [worker for worker in free if worker.has_room(request.cost, request.heavy)]
+        if not with_room:
+            return None
+        if request.prompt is not None:
+            worker, request.reason = self.affinity.choose(request.prompt, with_room)
+            return worker
         usual = _usual_rate(able)
 
         def finish_s(worker: Worker) -> tuple[float, int]:
@@ -176,12 +182,6 @@ class Dispatcher:
             return cost / (worker.cost_per_s or usual), worker.last_picked
 
         best = min(able, key=finish_s)
-        with_room = [worker for worker in free if worker.has_room(request.cost, request.heavy)]
-        if not with_room:
-            return None
-        if request.prompt is not None:
-            worker, request.reason = self.affinity.choose(request.prompt, with_room)
-            return worker
         worker = min(with_room, key=finish_s)
         others = [other for other in able if other is not worker]
         if worker is best or finish_s(worker)[0] <= self._all_done_s(others, usual):
