@@ -31,6 +31,7 @@ from gateway.edge.middleware import (
     PageGuard,
     RequestScope,
 )
+from gateway.edge.rates import HEADERS
 from gateway.pipeline import Pipeline
 from gateway.playground import pages
 from opticnerve import addresses
@@ -136,6 +137,6 @@ def make_app(gateway: Gateway) -> ASGIApp:
             allow_origins=config.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "request-id", WARNINGS, "retry-after"],
+            expose_headers=["x-request-id", "request-id", WARNINGS, "retry-after", *HEADERS],
         )
     return RequestScope(app)

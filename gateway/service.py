@@ -263,6 +263,7 @@ def _gateway(
         settings.max_requests_per_key,
         holders=lambda: len(keys.callers) or connections.holders,
         max_sessions=min(settings.max_realtime_sessions, settings.max_connections // 2),
+        rates=keys.rates,
     )
     running = Running("the gateway", log, settings.drain_timeout_s, settings.shutdown_delay_s)
     return Gateway(settings, keys, connections, admission, names, pipeline, running)

@@ -18,6 +18,7 @@
     ├── PayloadTooLarge             413 OUT_OF_RANGE
     ├── PoisonousItem               422 ABORTED               it has crashed two workers
     ├── Overloaded                  429 RESOURCE_EXHAUSTED    carries retry_after_s
+    │   └── RateLimited             429 RESOURCE_EXHAUSTED    by what one API key may use
     ├── Cancelled                   499 CANCELLED             the client went away
     ├── Unavailable                 503 UNAVAILABLE           no worker; carries retry_after_s
     │   └── Mispaired               503 FAILED_PRECONDITION   workers of different checkpoints
@@ -183,6 +184,13 @@ class Overloaded(OpticNerveError):
     grpc_status = 8
     type = "rate_limit_error"
     default_code = "overloaded"
+
+
+class RateLimited(Overloaded):
+    """``type`` and ``code`` are OpenAI's."""
+
+    type = "requests"
+    default_code = "rate_limit_exceeded"
 
 
 class Cancelled(OpticNerveError):

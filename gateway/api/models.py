@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from fastapi import Path
@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from gateway.api.http import JSONResponse
 from gateway.api.routing import Call, make_router
+from gateway.edge.auth import Caller
 from opticnerve.errors import ModelNotFound
 
 ANY = "*"
@@ -39,9 +40,10 @@ class ModelList(TypedDict):
 class ServedNames:
     """The names of the one model. ``any``: whether every other name is accepted as well."""
 
-    names: tuple[str, ...]  # The first is the model's own.
+    names: tuple[str, ...]
     any: bool
     max_model_len: int
+    root: str  # The model's own name.
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -50,13 +52,21 @@ class ServedNames:
         names = [name for name in served if name != ANY]
         if not names:
             names = [model, "model"]
-        return cls(tuple(dict.fromkeys(names)), ANY in served, max_model_len)
+        return cls(tuple(dict.fromkeys(names)), ANY in served, max_model_len, names[0])
+
+    def permitted(self, caller: Caller) -> ServedNames:
+        """Those that ``caller`` may use; others are to it as if they were not served."""
+        if not caller.models:
+            return self
+        names = [name for name in caller.models if self.any or name in self.names]
+        return replace(self, names=tuple(names), any=False)
 
     def check(self, name: str | None, param: str | None = "model") -> None:
         """Raises ModelNotFound for a name that is not served; None stands for the model's own."""
-        if name is None or self.any or name in self.names:
+        name = self.root if name is None else name
+        if self.any or name in self.names:
             return
-        served = ", ".join(self.names)
+        served = ", ".join(self.names) or "none that this key may use"
         raise ModelNotFound(
             f"there is no model {name[:100]!r} here; this server has {served}", param=param
         )
@@ -69,7 +79,7 @@ class ServedNames:
             "object": "model",
             "created": self.created,
             "owned_by": "opticnerve",
-            "root": self.names[0],
+            "root": self.root,
             "parent": None,
             "max_model_len": self.max_model_len,
         }
@@ -80,11 +90,11 @@ class ServedNames:
 
 @router.get("/v1/models", summary="The names that requests may ask for", response_model=ModelList)
 async def list_models(call: Call) -> Response:
-    return JSONResponse(call.gateway.names.cards())
+    return JSONResponse(call.names.cards())
 
 
 @router.get("/v1/models/{name:path}", summary="One name", response_model=ModelCard)
 async def get_model(
     call: Call, name: Annotated[str, Path(description="May contain slashes.")]
 ) -> Response:
-    return JSONResponse(call.gateway.names.card(name))
+    return JSONResponse(call.names.card(name))

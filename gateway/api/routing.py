@@ -37,6 +37,7 @@ from opticnerve.telemetry import logs
 from opticnerve.telemetry.logs import printable
 
 if TYPE_CHECKING:
+    from gateway.api.models import ServedNames
     from gateway.app import Gateway
 
 WARNINGS = "x-opticnerve-warnings"
@@ -122,6 +123,11 @@ class Call(Request):
         return gateway
 
     @property
+    def names(self) -> ServedNames:
+        """Those that the caller may use."""
+        return self.gateway.names.permitted(self.state.caller)
+
+    @property
     def ticket(self) -> Ticket:
         """Exists on routes that take a body."""
         ticket: Ticket = self.state.ticket
@@ -141,7 +147,7 @@ class Call(Request):
             parsed, self.ignored = await read_body(self, model, config, self.ticket)
         name: str | None = getattr(parsed, "model", None)
         logs.note(model=name)
-        self.gateway.names.check(name)
+        self.names.check(name)
         return parsed
 
     def job(self, prompt: AnyPrompt, options: GenerationOptions) -> Job:
@@ -250,7 +256,7 @@ class Route(APIRoute):
             return
         gateway: Gateway = scope["app"].state.gateway
         state = scope["state"]
-        with gateway.admission.arrive(state["holder"]) as state["ticket"]:
+        with gateway.admission.arrive(state["holder"], state["caller"]) as state["ticket"]:
             state["deadline"] = Deadline.after(gateway.config.request_timeout_s)
             await super().handle(scope, receive, send)
 

@@ -6,7 +6,8 @@ that send slowly, or stop sending, do not keep others out.
 
 Each request counts for its holder: its API key, or without keys its address. While there are
 several holders, the last quarter of each bound is reserved for holders below an equal share: no
-holder can keep the others out, and a holder that is alone may use all of it.
+holder can keep the others out, and a holder that is alone may use all of it. What the key file
+allows a key, requests in a time and requests in flight, bounds it whatever others do.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from gateway.edge.auth import ANONYMOUS, Caller
 from gateway.edge.limits import PICTURES_FRACTION, RESERVED_FRACTION, RETRY_AFTER_S
-from opticnerve.errors import Overloaded
+from gateway.edge.rates import Rates
+from opticnerve.errors import Overloaded, RateLimited
 from opticnerve.process import return_freed_memory
 
 LARGE_REQUEST_BYTES = 4 * 2**20  # Smaller requests leave little freed memory behind.
@@ -66,6 +69,9 @@ class SharedCapacity:
         why = f" (limit {self.most})" if full else ": this key or address has its fair share"
         raise Overloaded(f"too many {self.what}{why}; retry later", retry_after_s=RETRY_AFTER_S)
 
+    def held_by(self, holder: str) -> int:
+        return self._by_holder.get(holder, 0)
+
     async def acquire(self, holder: str) -> None:
         """Waits for room for 1, and adds it; ``release`` gives it back."""
         if self.has_room(holder):
@@ -106,9 +112,10 @@ class Admission:
         max_requests_each: int = 0,
         holders: Callable[[], int] = lambda: 1,
         max_sessions: int = 1,
+        rates: Rates | None = None,
     ) -> None:
         """``max_requests_each``, of requests and of sessions; ``holders``: see
-        ``SharedCapacity``."""
+        ``SharedCapacity``. ``rates``: what callers have used of theirs."""
         what, most = "requests in flight", max(1, int(PICTURES_FRACTION * max_requests))
         self.requests = SharedCapacity(what, max_requests, max_requests_each, holders)
         self.with_pictures = SharedCapacity(f"{what} with new pictures", most, 0, holders)
@@ -116,17 +123,31 @@ class Admission:
             "realtime sessions", max_sessions, max_requests_each, holders
         )
         self.bytes = SharedCapacity("bytes held by requests in flight", max_bytes, 0, holders)
+        self._rates = rates or Rates()
         self._trim_timer: asyncio.TimerHandle | None = None
 
     @contextlib.contextmanager
-    def arrive(self, holder: str) -> Iterator[Ticket]:
+    def arrive(self, holder: str, caller: Caller = ANONYMOUS) -> Iterator[Ticket]:
         """Surrounds one request, from its head on; whatever it holds is given back at the end.
 
-        Raises Overloaded where it would not be admitted: then its body need not be read.
+        Raises Overloaded where it would not be admitted: then its body need not be read. A request
+        that is refused for want of room does not count against the caller's rate.
         """
         self.requests.check(holder)
-        with self._ticket(holder) as ticket:
+        self.check_concurrency(holder, caller)
+        if caller.rate is not None:
+            self._rates.take(caller.name, caller.rate)
+        with self._ticket(holder, caller) as ticket:
             yield ticket
+
+    def check_concurrency(self, holder: str, caller: Caller) -> None:
+        """Raises RateLimited where ``caller`` has as many requests in flight as it may have."""
+        if 0 < caller.concurrency <= self.requests.held_by(holder):
+            raise RateLimited(
+                f"requests in flight of this key are limited to {caller.concurrency}; wait until "
+                "one has ended",
+                retry_after_s=RETRY_AFTER_S,
+            )
 
     @contextlib.contextmanager
     def open_session(self, holder: str) -> Iterator[Ticket]:
@@ -137,8 +158,8 @@ class Admission:
             yield ticket
 
     @contextlib.contextmanager
-    def _ticket(self, holder: str) -> Iterator[Ticket]:
-        ticket = Ticket(self, holder)
+    def _ticket(self, holder: str, caller: Caller = ANONYMOUS) -> Iterator[Ticket]:
+        ticket = Ticket(self, holder, caller)
         try:
             yield ticket
         finally:
@@ -160,9 +181,10 @@ class Admission:
 class Ticket:
     """The capacity that one request or session holds; ``Admission`` releases it at its end."""
 
-    def __init__(self, admission: Admission, holder: str) -> None:
+    def __init__(self, admission: Admission, holder: str, caller: Caller) -> None:
         self._admission = admission
         self._holder = holder
+        self._caller = caller
         self._held: Counter[SharedCapacity] = Counter()
         self.peak_bytes = 0
 
@@ -172,6 +194,7 @@ class Ticket:
 
     def count_request(self) -> None:
         """Counts the request among those being served. Raises Overloaded."""
+        self._admission.check_concurrency(self._holder, self._caller)
         self._take(self._admission.requests)
 
     def count_session(self) -> None:

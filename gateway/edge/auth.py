@@ -2,12 +2,16 @@
 
 A line of the file is ``name: key`` or ``key``, and then attributes::
 
-    ada: sk-1 tenant=acme weight=2 priority=-10
+    ada: sk-1 tenant=acme weight=2 priority=-10 rate=60/m concurrency=8 models=demo,model
 
 ``tenant``: the name under which the key shares cached prefixes and pictures with other keys; its
 own name by default. ``weight``: its share of the decoder, relative to other keys; 1 by default.
 ``priority``: the lowest that its requests may ask for; 0 by default. Lower runs first, so a key
-with ``priority=5`` is for background work, and its requests have 5 by default. A key without a name
+with ``priority=5`` is for background work, and its requests have 5 by default. ``rate``: requests
+in a second, minute or hour (``10/s``, ``60/m``, ``1000/h``), as many of them at once; any by
+default. ``concurrency``: requests in flight; any by default. ``models``: the served names that the
+key may use; all by default. Rates are counted by name, so a key that stays keeps its count when the
+file is read again, also with another rate; each process counts for itself. A key without a name
 gets one from its line, ``key5``; name the keys of customers who must not share caches, since lines
 move.
 
@@ -28,6 +32,7 @@ from typing import Any
 
 from starlette.types import Scope
 
+from gateway.edge.rates import Rate, Rates
 from opticnerve.errors import ConfigError, InvalidRequest, Unauthenticated
 from opticnerve.generation.values import MAX_WEIGHT, MIN_WEIGHT
 
@@ -52,6 +57,9 @@ class Caller:
     tenant: str
     weight: float = 1.0
     min_priority: int = 0  # Lower runs first.
+    rate: Rate | None = None  # Of requests; None: any.
+    concurrency: int = 0  # Requests in flight; 0: any number.
+    models: tuple[str, ...] = ()  # Served names that it may use; empty: all.
 
     def __str__(self) -> str:
         """For log lines."""
@@ -89,6 +97,7 @@ class Keys:
 
     callers: Mapping[bytes, Caller] = field(default_factory=dict, repr=False)  # By key.
     path: str | None = None  # The file that they were read from.
+    rates: Rates = field(default_factory=Rates, repr=False)  # Of callers with a rate, by name.
 
     @classmethod
     def load(cls, path: str | None) -> Keys:
@@ -120,6 +129,7 @@ class Keys:
             return
         old, now = self.callers, new.callers
         self.callers = now
+        self.rates.keep({caller.name for caller in now.values()})
         log.info(
             "read %s again: %d keys; %d added, %d removed, %d with changed name or attributes",
             self.path,
@@ -132,6 +142,11 @@ class Keys:
     @property
     def required(self) -> bool:
         return bool(self.callers)
+
+    def rate_headers(self, caller: Caller) -> dict[str, str]:
+        """Those that tell what is left of a caller's rate; none without one."""
+        rate = caller.rate
+        return {} if rate is None else self.rates.left(caller.name, rate).headers
 
     def identify(self, authorization: str | None, api_key: str | None = None) -> Caller:
         """The caller whose key is in a request's headers Authorization or x-api-key. A client that
@@ -246,10 +261,26 @@ def _read_priority(text: str) -> int:
     return priority
 
 
+def _read_concurrency(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,8}", text):
+        raise ValueError("concurrency: expected a number of requests in flight, at least 1")
+    return int(text)
+
+
+def _read_models(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    if not all(names):
+        raise ValueError("models: expected served names with commas and no spaces between them")
+    return names
+
+
 ATTRIBUTES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "tenant": ("tenant", _read_tenant),
     "weight": ("weight", _read_weight),
     "priority": ("min_priority", _read_priority),
+    "rate": ("rate", Rate.read),
+    "concurrency": ("concurrency", _read_concurrency),
+    "models": ("models", _read_models),
 }
 """By name in a key file: the field of Caller, and the function that reads its text."""
 

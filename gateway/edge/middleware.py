@@ -122,6 +122,7 @@ class RequestScope:
                 headers["x-request-id"] = identity
                 if is_anthropic(scope["path"]):
                     headers["request-id"] = identity
+                headers.update(state["limits"]() if "limits" in state else {})
             await send(message)
 
         with logged(served, identity, "session" if is_socket else "request"):
@@ -192,8 +193,9 @@ def _route(scope: Scope) -> str:
 
 
 class Authentication:
-    """Checks the API key. Sets the request's state: ``caller``, the ``Caller``, and ``holder``, the
-    name for which the request counts in every bound."""
+    """Checks the API key. Sets the request's state: ``caller``, the ``Caller``; ``holder``, the
+    name for which the request counts in every bound; ``limits``, which makes the headers that tell
+    a caller with a rate what is left of it."""
 
     def __init__(self, app: ASGIApp, keys: Keys, *, public_models: bool) -> None:
         self.app = app
@@ -213,6 +215,8 @@ class Authentication:
         key = None if caller is ANONYMOUS else caller.name
         scope["state"]["caller"] = caller
         scope["state"]["holder"] = holder_of(scope.get("client"), key)
+        if caller.rate is not None:
+            scope["state"]["limits"] = lambda: self.keys.rate_headers(caller)
         await self.app(scope, receive, send)
 
 

@@ -91,7 +91,7 @@ async def get_root(call: Call) -> Response:
         return FILES["index.html"].answer(call, vary="Accept")
     root: Root = {
         **VERSION,
-        "models": list(call.gateway.names.names),
+        "models": list(call.names.names),
         "health": "/health",
         "docs": "/docs",
     }

@@ -97,9 +97,11 @@ class GatewayConfig:
     api_key_file: str | None = _api(
         None,
         "file of API keys, one a line: `key` or `name: key`, then optional attributes, such as "
-        "`ada: sk-1 tenant=acme weight=2 priority=-10`. tenant: keys of one tenant share caches "
-        "(default: one tenant a key); weight: share of the decoder (1); priority: the lowest "
-        "`priority` that its requests may ask for (0; lower runs first). SIGHUP reads it again",
+        "`ada: sk-1 tenant=acme weight=2 priority=-10 rate=60/m concurrency=8 models=NAME,NAME`. "
+        "tenant: keys of one tenant share caches (default: one tenant a key); weight: share of the "
+        "decoder (1); priority: the lowest `priority` that its requests may ask for (0; lower runs "
+        "first); rate: requests per second (s), minute (m) or hour (h); concurrency: requests in "
+        "flight; models: served names that it may use. SIGHUP reads it again",
         metavar="FILE",
     )
     share_cache: bool = _api(

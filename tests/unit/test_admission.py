@@ -5,7 +5,9 @@ import contextlib
 import pytest
 
 from gateway.edge.admission import Admission
-from opticnerve.errors import Overloaded
+from gateway.edge.auth import Caller
+from gateway.edge.rates import Rate
+from opticnerve.errors import Overloaded, RateLimited
 
 
 def test_requests_are_bounded():
@@ -27,6 +29,40 @@ def test_requests_are_bounded():
     with admission.arrive("ada") as ticket:
         ticket.count_request()
         assert admission.requests.held == 1
+
+
+def test_a_key_s_requests_are_bounded_by_what_its_line_allows():
+    admission = Admission(max_requests=9, max_bytes=100)
+    ada, bob = Caller("ada", "ada", concurrency=1), Caller("bob", "bob")
+    with (
+        admission.arrive("key ada", ada) as late,
+        admission.arrive("key ada", ada) as first,
+        admission.arrive("key bob", bob) as other,
+    ):
+        first.count_request()
+        with pytest.raises(RateLimited, match="limited to 1") as caught:
+            late.count_request()
+        assert caught.value.retry_after_s
+        with pytest.raises(RateLimited), admission.arrive("key ada", ada):
+            pass
+        other.count_request()
+    with admission.arrive("key ada", ada) as ticket:
+        ticket.count_request()
+
+
+def test_a_request_that_finds_no_room_does_not_count_against_the_rate():
+    admission = Admission(max_requests=1, max_bytes=100)
+    ada = Caller("ada", "ada", rate=Rate(2, 60.0))
+    with admission.arrive("key ada", ada) as ticket:
+        ticket.count_request()
+        for _ in range(5):
+            with pytest.raises(Overloaded) as caught, admission.arrive("key ada", ada):
+                pass
+            assert caught.value.code == "overloaded"
+    with admission.arrive("key ada", ada):
+        pass
+    with pytest.raises(RateLimited), admission.arrive("key ada", ada):
+        pass
 
 
 def test_bytes_are_bounded_over_all_requests():

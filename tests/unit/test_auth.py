@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from gateway.edge.auth import ANONYMOUS, Caller, Keys, needs_key
+from gateway.edge.rates import Rate
 from opticnerve.errors import ConfigError, InvalidRequest, Unauthenticated
+
+RATE = Rate.read("60/m")
 
 
 @pytest.fixture
@@ -30,11 +33,15 @@ def test_attributes_of_keys(tmp_path):
         "ada: sk-1 tenant=acme weight=2 priority=-10\n"
         "bob : sk:2==\tpriority=5  # in the background\n"
         "sk-3 weight=0.5\n"
+        "eve: sk-4 rate=60/m concurrency=8 models=demo,org/model\n"
     )
     keys = Keys.load(str(path))
     assert keys.identify("Bearer sk-1") == Caller("ada", "acme", 2.0, -10)
     assert keys.identify("Bearer sk:2==") == Caller("bob", "bob", 1.0, 5)
     assert keys.identify("Bearer sk-3") == Caller("key3", "key3", 0.5, 0)
+    assert keys.identify("Bearer sk-4") == Caller(
+        "eve", "eve", rate=Rate(60, 60.0), concurrency=8, models=("demo", "org/model")
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,6 +57,13 @@ def test_attributes_of_keys(tmp_path):
         ("ada: sk-1 tenant=", "tenant: expected a name"),
         ("ada: sk-1 tenant=a/b", "tenant: expected a name"),
         ("ada: sk-1 weight=1 weight=2", "weight is there twice"),
+        ("ada: sk-1 rate=60", "rate: expected requests per second, minute or hour, such as 60/m"),
+        ("ada: sk-1 rate=60/d", "rate: expected"),
+        ("ada: sk-1 concurrency=0", "concurrency: expected a number of requests in flight"),
+        ("ada: sk-1 concurrency=many", "concurrency: expected"),
+        ("ada: sk-1 models=", "models: expected served names"),
+        ("ada: sk-1 models=demo,,model", "models: expected served names"),
+        ("ada: sk-1 models=demo, model", "models: expected served names"),
         ("ada: sk-1 wieght=2", "place 1, is no attribute; did you mean weight=?"),
         ("ada: sk-1 weight=2 acme", "place 2, is no attribute; expected 'name: key'"),
         ("ada: one sk-1", "place 1, is no attribute"),
@@ -90,8 +104,12 @@ def test_a_file_is_read_again(keys, caplog):
     caplog.set_level("INFO")
     with open(keys.path, "w") as file:
         file.write("ada: sk-ada tenant=acme\neve: sk-eve\n")
+    for name in ("ada", "bob"):
+        keys.rates.take(name, RATE)
     assert keys.identify("Bearer sk-bob").name == "bob"  # Not before it is asked for.
     keys.reread()
+    left = {name: keys.rates.left(name, RATE).remaining for name in ("ada", "bob")}
+    assert left == {"ada": RATE.requests - 1, "bob": RATE.requests}
     assert keys.identify("Bearer sk-ada").tenant == "acme"
     assert keys.identify("Bearer sk-eve").name == "eve"
     with pytest.raises(Unauthenticated):

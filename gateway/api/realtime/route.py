@@ -96,7 +96,8 @@ async def open_session(socket: WebSocket) -> None:
 
 def _model(socket: WebSocket, gateway: Gateway) -> str:
     asked = socket.query_params.get("model")
-    gateway.names.check(asked)
+    names = gateway.names.permitted(socket.scope["state"]["caller"])
+    names.check(asked)
     logs.note(model=asked)
     for name in ("call_id", "intent"):
         if name in socket.query_params:
@@ -105,7 +106,7 @@ def _model(socket: WebSocket, gateway: Gateway) -> str:
                 "out",
                 param=name,
             )
-    return asked or gateway.names.names[0]
+    return asked or names.root
 
 
 async def _serve(socket: WebSocket, session: Session, ticket: Ticket, running: Running) -> None:

@@ -205,7 +205,9 @@ class Session:
                 self._cancel_response(event.response_id)
 
     async def _update(self, newer: SessionSettings) -> None:
-        self._gateway.names.check(newer.model, "session.model")
+        if newer.model is not None:
+            names = self._gateway.names.permitted(self._client.caller)
+            names.check(newer.model, "session.model")
         settings = self._settings.merged(newer)
         settings.tool_use("session")  # A choice that every response would refuse is refused here.
         size = len(settings.model_dump_json())
@@ -313,7 +315,7 @@ class Session:
         late = asyncio.timeout(deadline.remaining() + ERROR_DELIVERY_S)
         try:
             async with gateway.running.work(), late:
-                with gateway.admission.arrive(client.holder) as ticket:
+                with gateway.admission.arrive(client.holder, client.caller) as ticket:
                     ticket.count_request()
                     ticket.hold_bytes(response.input_bytes)
                     job = Job(

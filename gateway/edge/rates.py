@@ -1,0 +1,102 @@
+"""How many requests a key may send in a time: the rate that its line of the key file gives.
+
+The generic cell rate algorithm (ITU-T I.371), which is a token bucket with one number of state: a
+key that was idle may send all requests of a period at once, and then each after its part of the
+period. The counts are those of this process.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+from opticnerve.errors import RateLimited
+
+PERIODS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+HEADERS = tuple(f"x-ratelimit-{name}-requests" for name in ("limit", "remaining", "reset"))
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """At most ``requests`` at once, and as many in each ``period_s`` after that."""
+
+    requests: int
+    period_s: float
+
+    @classmethod
+    def read(cls, text: str) -> Rate:
+        """``60/m``, or with s or h. Raises ValueError."""
+        found = re.fullmatch(r"([1-9]\d{0,8})/([smh])", text)
+        if found is None:
+            raise ValueError("rate: expected requests per second, minute or hour, such as 60/m")
+        return cls(int(found[1]), PERIODS[found[2]])
+
+    def __str__(self) -> str:
+        unit = next(name for name, seconds in PERIODS.items() if seconds == self.period_s)
+        return f"{self.requests}/{unit}"
+
+    @property
+    def interval_s(self) -> float:
+        return self.period_s / self.requests
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What a key has left. ``reset_s``: until it has all of its rate again."""
+
+    rate: Rate
+    reset_s: float
+
+    @property
+    def remaining(self) -> int:
+        return max(0, int((self.rate.period_s - self.reset_s) / self.rate.interval_s + 1e-6))
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those that OpenAI's answers have."""
+        values = str(self.rate.requests), str(self.remaining), duration(self.reset_s)
+        return dict(zip(HEADERS, values, strict=True))
+
+
+class Rates:
+    """The requests of every key with a rate, by the name of the key."""
+
+    def __init__(self) -> None:
+        self._full_at: dict[str, float] = {}  # When it has all of its rate again; on ``clock``.
+        self.clock = time.monotonic
+
+    def left(self, name: str, rate: Rate) -> Allowance:
+        reset = max(0.0, self._full_at.get(name, 0.0) - self.clock())
+        return Allowance(rate, min(reset, rate.period_s))  # It may have been another rate.
+
+    def take(self, name: str, rate: Rate) -> Allowance:
+        """Counts a request; what is left then. Raises RateLimited, and counts nothing."""
+        left = self.left(name, rate)
+        if not left.remaining:
+            wait = max(0.0, left.reset_s + rate.interval_s - rate.period_s)
+            raise RateLimited(
+                f"this key may send {rate} requests ({rate.requests} at once); try again in "
+                f"{duration(wait)}",
+                retry_after_s=wait,
+            )
+        reset_s = left.reset_s + rate.interval_s
+        self._full_at[name] = self.clock() + reset_s
+        return Allowance(rate, reset_s)
+
+    def keep(self, names: set[str]) -> None:
+        """Forgets the keys without one of ``names``."""
+        self._full_at = {name: at for name, at in self._full_at.items() if name in names}
+
+
+def duration(seconds: float) -> str:
+    """As OpenAI's headers have it: ``80ms``, ``1.5s``, ``6m0s``, ``1h0m0s``."""
+    milliseconds = round(seconds * 1000)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, milliseconds = divmod(milliseconds, 60_000)
+    text = f"{milliseconds / 1000:g}s"
+    if minutes:
+        hours, minutes = divmod(minutes, 60)
+        text = f"{hours}h{minutes}m{text}" if hours else f"{minutes}m{text}"
+    return text

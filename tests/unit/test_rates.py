@@ -1,0 +1,89 @@
+"""Requests in a time: what a key may send, what is left, and what is told of it."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.edge.rates import Rate, Rates, duration
+from opticnerve.errors import RateLimited
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def rates():
+    made = Rates()
+    made.clock = Clock()
+    return made
+
+
+def test_all_of_a_period_at_once_and_then_each_after_its_part(rates):
+    rate = Rate.read("3/m")
+    assert [rates.take("ada", rate).remaining for _ in range(3)] == [2, 1, 0]
+    with pytest.raises(RateLimited) as caught:
+        rates.take("ada", rate)
+    assert caught.value.code == "rate_limit_exceeded"
+    assert caught.value.type == "requests"
+    assert caught.value.retry_after_s == pytest.approx(20)
+    assert "3/m" in caught.value.message and "20s" in caught.value.message
+    assert rates.take("bob", rate).remaining == 2  # Another key's.
+    rates.clock.now += 20
+    assert rates.take("ada", rate).remaining == 0
+    rates.clock.now += 60
+    assert rates.left("ada", rate).remaining == 3
+
+
+def test_what_is_told(rates):
+    rates.take("ada", Rate.read("60/m"))
+    assert rates.left("ada", Rate.read("60/m")).headers == {
+        "x-ratelimit-limit-requests": "60",
+        "x-ratelimit-remaining-requests": "59",
+        "x-ratelimit-reset-requests": "1s",
+    }
+
+
+def test_a_key_with_another_rate_keeps_its_count(rates):
+    for _ in range(60):
+        rates.take("ada", Rate.read("60/m"))
+    assert rates.left("ada", Rate.read("120/m")).remaining == 0
+    assert rates.left("ada", Rate.read("10/s")).remaining == 0
+    rates.keep({"bob"})
+    assert rates.left("ada", Rate.read("60/m")).remaining == 60
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 9), st.sampled_from("smh"), st.lists(st.floats(0, 500), max_size=50))
+def test_no_window_has_more_than_twice_the_rate(requests, unit, pauses):
+    rate, rates = Rate.read(f"{requests}/{unit}"), Rates()
+    rates.clock = clock = Clock()
+    taken = []
+    for pause in pauses:
+        clock.now += pause
+        try:
+            rates.take("ada", rate)
+        except RateLimited as error:
+            clock.now += error.retry_after_s + 1e-6  # Then it is admitted.
+            rates.take("ada", rate)
+        taken.append(clock.now)
+    for begin in taken:
+        window = [at for at in taken if begin <= at < begin + rate.period_s]
+        assert len(window) <= 2 * requests
+
+
+@pytest.mark.parametrize("text", ["", "60", "60/", "/m", "0/m", "-1/m", "1.5/s", "60/d", "9" * 400])
+def test_what_is_no_rate(text):
+    with pytest.raises(ValueError, match="such as 60/m"):
+        Rate.read(text)
+
+
+def test_durations_are_written_as_openai_writes_them():
+    seconds = (0, 0.08, 0.9996, 1, 1.5, 59.9999, 60, 360, 3600, 3661.5)
+    assert [duration(each) for each in seconds] == [
+        "0ms", "80ms", "1s", "1s", "1.5s", "1m0s", "1m0s", "6m0s", "1h0m0s", "1h1m1.5s"
+    ]  # fmt: skip
