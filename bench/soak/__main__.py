@@ -30,7 +30,6 @@ from typing import Any
 from tqdm import tqdm
 
 from bench import report
-from bench.http_client import percentile
 from bench.soak import plot
 from bench.soak.cases import Case, all_cases
 from bench.soak.faults import Fault, Injector
@@ -38,6 +37,7 @@ from bench.soak.samples import Drift, Samples
 from bench.soak.stack import SoakStack, marked, open_stack
 from bench.soak.traffic import Asked, Traffic, answered_otherwise, quiet_answers
 from bench.soak.verdict import count, describe, judge
+from opticnerve.benchmark.figures import percentile
 from tests.system import wait_for
 
 JUDGED_MINUTES = 5.0  # Shorter runs are too short to say whether memory is flat.
@@ -59,7 +59,7 @@ class Run:
 
     async def soak(self, cases: Sequence[Case]) -> None:
         print(f"asking a quiet stack {len(cases)} questions", file=sys.stderr)
-        rights = await quiet_answers(self.stack.up.url, cases)
+        rights = await quiet_answers(self.stack.gateways[0], cases)
         traffic, over = Traffic(self.stack.gateways, rights, self.seed), asyncio.Event()
         self.asked, self.began = traffic.asked, time.monotonic()
         async with asyncio.TaskGroup() as group:
@@ -178,19 +178,16 @@ def show(results: dict[str, Any]) -> None:
 
 def main() -> int:
     args = parse()
-    with open(args.log, "w") as log:
-        with open_stack(log) as stack:
-            run = Run(stack, args)
-            try:
-                asyncio.run(run.soak(all_cases(args.pictures)))
-                results, wrongs = run.results(), run.wrongs()
-            finally:
-                log.write(stack.up.log())
-        wrongs += [f"left behind: {line}" for line in marked(stack.mark).values()]
+    args.logs.mkdir(parents=True, exist_ok=True)
+    with open_stack(args.logs) as stack:
+        run = Run(stack, args)
+        asyncio.run(run.soak(all_cases(args.pictures)))
+        results, wrongs = run.results(), run.wrongs()
+    wrongs += [f"left behind: {line}" for line in marked(stack.mark).values()]
     show(results)
     run.draw(report.RESULTS / f"{args.out}.png")
     if wrongs:
-        print(f"\n{len(wrongs)} wrong (logs: {args.log}):", *wrongs[:SHOWN], sep="\n")
+        print(f"\n{len(wrongs)} wrong (logs: {args.logs}):", *wrongs[:SHOWN], sep="\n")
     print("\nkept in", report.save("soak", {**results, "wrong": wrongs}, file=args.out))
     return int(bool(wrongs))
 
@@ -204,7 +201,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gap", type=float, default=10.0, help="seconds between faults, at most")
     parser.add_argument("--out", default="soak", metavar="NAME", help="of the JSON file")
     parser.add_argument(
-        "--log", default="/tmp/soak.log", metavar="FILE", help="for the stack's log"
+        "--logs", type=Path, default=Path("build/soak"), metavar="DIR", help="for services' logs"
     )
     return parser.parse_args()
 

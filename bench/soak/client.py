@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 
 import h11
 
-from bench.http_client import PATH, error_code
+from opticnerve.benchmark.answer import error_code
+from opticnerve.benchmark.connection import PATH
 
 GIVE_UP_S = 300.0  # Longer than any deadline of the server.
 RECEIVE_BYTES = 4096  # A slow client's buffer in its kernel.

@@ -1,7 +1,7 @@
 """What goes wrong, and when: a seeded schedule, and the harm that it does to a stack.
 
 Of each pair of services one is the victim of every fault of its kind, so that the other one can be
-followed from the beginning to the end of a run; both die once in its first sixth, which warms up.
+followed from the beginning to the end of a run; in one of some minutes, both die once at first.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from bench.soak.stack import SoakStack, filled
+from bench.soak.stack import START_S, SoakStack, filled
 from tests.system import wait_for
 
 POOLS_FROM_S = 240.0  # In shorter runs, all the others would have no time.
-WHOLE_S = 300.0  # For everything to be started again on a busy machine.
 FULL_S = (2.0, 6.0)
 DOWN_S = (0.5, 4.0)  # Of Redis.
 KINDS = ("encoder", "llm", "gateway", "redis killed", "redis hangs", "tmpfs full")
 POOLS = ("all encoders", "all llms")
-KILLS = ("encoder", "llm", "gateway", *POOLS)
 TWO_AT_ONCE = 0.25  # Share of faults that come with another one.
 SETTLE_S = 1.0
 
@@ -72,35 +70,29 @@ class Injector:
         while time.monotonic() - began < self.seconds:
             await asyncio.sleep(self._random.uniform(0.3, 1.0) * self.gap_s)
             todo = todo or self._random.sample(self._kinds, len(self._kinds))
-            together = 2 if len(todo) > 1 and self._random.random() < TWO_AT_ONCE else 1
-            await asyncio.gather(*(self._inject(todo.pop()) for _ in range(together)))
+            kinds = [todo.pop()]
+            if todo and self._random.random() < TWO_AT_ONCE:
+                kinds += [kind for kind in todo[-1:] if kind.split()[0] != kinds[0].split()[0]]
+                todo = [kind for kind in todo if kind not in kinds]
+            await asyncio.gather(*map(self._inject, kinds))
 
     async def _inject(self, kind: str) -> None:
         harm, victim = self._harm(kind)
         fault = Fault(kind, victim, time.monotonic())
         self.faults.append(fault)
-        before = self.stack.services()
-        await harm
         with contextlib.suppress(AssertionError):
-            if kind in KILLS:
-                await _until(lambda: self._replaced(kind, before))
+            await harm
             for _ in range(2):  # Gateways hear of a worker's end a moment later.
                 await asyncio.sleep(SETTLE_S)
                 await _until(self.stack.is_whole)
             fault.ended = time.monotonic()
-
-    def _replaced(self, kind: str, before: dict[str, int]) -> bool:
-        """Whether each service that was killed has a new process."""
-        now = self.stack.services()
-        names = [self.victims.get(kind)] if kind in self.victims else _both(kind)
-        return all(name in now and now[name] != before.get(name) for name in names if name)
 
     def _harm(self, kind: str) -> tuple[Awaitable[object], str]:
         """(what does it, whom it hits)"""
         stack = self.stack
         match kind:
             case "all encoders" | "all llms":
-                return asyncio.to_thread(stack.kill, *_both(kind)), kind
+                return asyncio.to_thread(stack.replace, *_both(kind)), kind
             case "redis killed":
                 return self._for(DOWN_S, stack.redis.stop, stack.redis.start), "redis"
             case "redis hangs":
@@ -110,9 +102,7 @@ class Injector:
                 enter, leave = full.__enter__, lambda: full.__exit__(None, None, None)
                 return self._for(FULL_S, enter, leave), "tmpfs"
         victim = self.victims[kind]
-        if victim == "gateway-2":
-            return self._for(DOWN_S, stack.second.kill, stack.second.start), victim
-        return asyncio.to_thread(stack.kill, victim), victim
+        return asyncio.to_thread(stack.replace, victim), victim
 
     @property
     def _kinds(self) -> list[str]:
@@ -133,8 +123,8 @@ class Injector:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    """Raises AssertionError after ``WHOLE_S``."""
-    await asyncio.to_thread(wait_for, "the stack's recovery", condition, WHOLE_S)
+    """Raises AssertionError after ``START_S``."""
+    await asyncio.to_thread(wait_for, "the stack's recovery", condition, START_S)
 
 
 def _both(pool: str) -> list[str]:

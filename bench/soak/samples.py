@@ -57,7 +57,7 @@ class Samples:
 
     def _look(self) -> dict[str, float]:
         found: dict[str, float] = {}
-        services = self.stack.services()
+        services = self.stack.pids()
         members = _members(set(services.values()))
         for name, leader in services.items():
             held: dict[str, float] = defaultdict(float)

@@ -1,8 +1,9 @@
 """The stack under test: Redis, two encoders, two LLM workers and two gateways, as real processes.
 
-``opticnerve up`` runs the workers and the first gateway, and starts again what ends; the second
-gateway and Redis are started again here. The local tier of the store is a small tmpfs of its own,
-where the system lets us mount one: it can be filled without harm to anyone else.
+Workers join the registry in Redis, and gateways find them there. A service that was killed is
+started again after a moment, as by an orchestrator: a worker at another port, a gateway at its own.
+The local tier of the store is a small tmpfs of its own, where the system lets us mount one: it can
+be filled without harm to anyone else.
 """
 
 from __future__ import annotations
@@ -10,26 +11,21 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import signal
 import subprocess
-import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from unittest import mock
 
 import httpx2
 
-import opticnerve
+from bench.service import Kind, Service
 from bench.soak.cases import MAX_REQUEST_BYTES
-from opticnerve.config import GatewayConfig
-from opticnerve.config.options import options, to_command_line
-from opticnerve.local.serve import Stack
 from opticnerve.secret import make_secret
-from tests.e2e.faults import pid_at, processes
 from tests.redis import RedisServer
 from tests.system import alive, free_port, wait_for
 
@@ -37,104 +33,54 @@ TIER_BYTES = 4 * 2**20  # Hundreds of the demo's embeddings; the store uses half
 STORE_TTL_S = 20
 KV_CACHE_TOKENS = 8192
 REQUEST_TIMEOUT_S = 150.0
+START_S = 300.0  # On a busy machine.
+PAUSE_S = 0.3  # From a service's end to its next start.
 MARK = "SOAK_RUN"  # In the environment of every process of a run.
-MODULES = {"encoder": "encoder_service", "llm": "llm_service", "gateway": "gateway"}
-SETTINGS: dict[str, Any] = {
-    "max_request_bytes": MAX_REQUEST_BYTES,
-    "request_timeout_s": REQUEST_TIMEOUT_S,
-    "worker_wait_s": REQUEST_TIMEOUT_S,
+FLAGS: dict[Kind, dict[str, Any]] = {
+    "encoder": {"threads": 1, "dtype": "float32"},
+    "llm": {"threads": 1, "dtype": "float32", "kv_cache_tokens": KV_CACHE_TOKENS},
+    "gateway": {
+        "max_request_bytes": MAX_REQUEST_BYTES,
+        "request_timeout_s": REQUEST_TIMEOUT_S,
+        "worker_wait_s": REQUEST_TIMEOUT_S,
+    },
 }
-
-
-class SecondGateway:
-    """A gateway beside that of ``up``, at a port that it keeps when it is started again."""
-
-    def __init__(self, up: Stack, token_file: str, log: IO[str]) -> None:
-        health = up._http.get("/health").json()
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        given = {
-            **SETTINGS,
-            "port": self.port,
-            "encoder_addresses": [worker["address"] for worker in health["encoders"]["workers"]],
-            "llm_addresses": [worker["address"] for worker in health["llms"]["workers"]],
-            "rpc_token_file": token_file,
-            "parent_pid": os.getpid(),
-        }
-        arguments, _ = to_command_line(options(GatewayConfig), given)
-        self._command = [sys.executable, "-m", "gateway", *arguments]
-        self._log = log
-        self._process: subprocess.Popen[str] | None = None
-        self.start()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid if self._process else 0
-
-    def start(self) -> None:
-        """Returns when it is ready."""
-        self._process = subprocess.Popen(
-            self._command, stdout=self._log, stderr=self._log, text=True, start_new_session=True
-        )
-        wait_for("the second gateway", lambda: is_ready(self.url))
-
-    def kill(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait(60)
 
 
 @dataclass
 class SoakStack:
-    """What runs. ``gateways``: their URLs; the second one is not of ``up``."""
+    """What runs, and how to harm it."""
 
-    up: Stack
-    second: SecondGateway
+    services: dict[str, Service]  # By name, such as ``encoder-1``.
     redis: RedisServer
     tier: Path
     mounted: bool  # The tier is a file system of its own.
     mark: str
 
-    def __post_init__(self) -> None:
-        self.gateways = (self.up.url, self.second.url)
-        health = self.up._http.get("/health").json()
-        self._names = {}  # Of workers, by their ports.
-        self._known: dict[int, str] = {}  # Names by process id.
-        for service in ("encoder", "llm"):
-            for index, worker in enumerate(health[f"{service}s"]["workers"], 1):
-                self._names[worker["address"].rpartition(":")[2]] = f"{service}-{index}"
-                pid = pid_at(self.up, MODULES[service], worker["address"])
-                self._known[pid] = f"{service}-{index}"
+    @property
+    def gateways(self) -> list[str]:
+        """Their URLs."""
+        return [each.address for each in self.services.values() if each.kind == "gateway"]
 
-    def services(self) -> dict[str, int]:
-        """Process ids of what runs, by name, such as ``encoder-1`` or ``redis``."""
-        found = {"gateway-2": self.second.pid, "redis": self.redis.pid}
-        for pid, line in processes(self.up.process.pid).items():
-            words = line.split()
-            if pid not in self._known and "-m" in words and "--port" in words:
-                port = words[words.index("--port") + 1]
-                known = "gateway-1" if "gateway" in words else self._names.get(port)
-                if known is not None:
-                    self._known[pid] = known
-            if pid in self._known:
-                found[self._known[pid]] = pid
-        return {name: pid for name, pid in found.items() if pid and alive(pid)}
+    def pids(self) -> dict[str, int]:
+        """Process ids of what runs, by name; ``redis`` is one."""
+        found = {name: service.pid for name, service in self.services.items()}
+        return {name: pid for name, pid in {**found, "redis": self.redis.pid}.items() if pid}
 
-    def kill(self, *names: str) -> None:
-        """SIGKILL to services and everything that they started."""
-        services = self.services()
+    def replace(self, *names: str) -> None:
+        """SIGKILL to services, and starts them again. Returns when they listen."""
         for name in names:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(services[name], signal.SIGKILL)
+            self.services[name].kill()
+        time.sleep(PAUSE_S)
+        for name in names:
+            self.services[name].start()
+        for name in names:
+            self.services[name].listening()
 
     def is_whole(self) -> bool:
-        """Whether both gateways know two encoders and two LLM workers that serve."""
-        return all(is_ready(url) and _serving(url) == [2, 2] for url in self.gateways)
+        """Whether both gateways can use every worker."""
+        workers = {each.address for each in self.services.values() if each.kind != "gateway"}
+        return all(workers <= _serving(url) for url in self.gateways)
 
     def is_idle(self) -> bool:
         """Whether no request is under way, and every KV block is free."""
@@ -150,51 +96,51 @@ class SoakStack:
         return True
 
 
-def is_ready(url: str) -> bool:
-    try:
-        answer = httpx2.get(f"{url}/ready?pictures=true", trust_env=False, timeout=5.0)
-    except httpx2.HTTPError:
-        return False
-    return answer.status_code == 200
-
-
-def _serving(url: str) -> list[int]:
+def _serving(url: str) -> set[str]:
+    """Addresses of the workers that a gateway can use."""
     try:
         health = httpx2.get(f"{url}/health", trust_env=False, timeout=5.0).json()
     except httpx2.HTTPError:
-        return []
-    return [health[pool]["serving"] for pool in ("encoders", "llms")]
+        return set()
+    workers = [*health["encoders"]["workers"], *health["llms"]["workers"]]
+    return {worker["address"] for worker in workers if worker["state"] == "serving"}
 
 
 @contextlib.contextmanager
-def open_stack(log: IO[str]) -> Iterator[SoakStack]:
-    """Starts everything, and stops it at the end. ``log``: for what the second gateway says."""
+def open_stack(logs: Path) -> Iterator[SoakStack]:
+    """Starts everything, and stops it at the end. ``logs``: a directory for what services log."""
     mark = secrets.token_hex(8)
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
         tier, mounted = stack.enter_context(_small_tmpfs(directory / "tier"))
-        (directory / "tmp").mkdir()
-        environment = {MARK: mark, "TMPDIR": str(directory / "tmp")}
+        environment = {MARK: mark, "TMPDIR": str(directory)}
         stack.enter_context(mock.patch.dict(os.environ, environment))
         redis = stack.enter_context(RedisServer("--maxmemory", "64mb"))
-        token_file = str(make_secret(directory, "token"))
-        up = stack.enter_context(
-            opticnerve.serve(
-                encoders=2,
-                llms=2,
-                threads=1,
-                dtype="float32",
-                store=f"{redis.url}?local=shm://{tier}/store",
-                store_ttl_s=STORE_TTL_S,
-                kv_cache_tokens=KV_CACHE_TOKENS,
-                rpc_token_file=token_file,
-                max_restarts=10**6,
-                **SETTINGS,
-            )
-        )
-        second = SecondGateway(up, token_file, log)
-        stack.callback(second.close)
-        yield SoakStack(up, second, redis, tier, mounted, mark)
+        shared = {
+            "store": f"{redis.url}?local=shm://{tier}/store",
+            "store_ttl_s": STORE_TTL_S,
+            "store_key_file": str(make_secret(directory, "store-key")),
+            "rpc_token_file": str(make_secret(directory, "token")),
+        }
+        services = {each.name: each for each in _services(logs, shared)}
+        for service in services.values():
+            stack.callback(service.stop)
+            service.start()
+        for service in services.values():
+            service.listening()
+        running = SoakStack(services, redis, tier, mounted, mark)
+        wait_for("the stack", running.is_whole, START_S)
+        yield running
+
+
+def _services(logs: Path, shared: dict[str, Any]) -> Iterator[Service]:
+    kinds: Sequence[Kind] = ("encoder", "llm", "gateway")
+    for kind in kinds:
+        for number in (1, 2):
+            flags = {**FLAGS[kind], **shared}
+            if kind == "gateway":
+                flags["port"] = free_port()
+            yield Service(kind, f"{kind}-{number}", logs, **flags)
 
 
 @contextlib.contextmanager
