@@ -5,13 +5,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-fast test-clients lint serve bench soak measure gpu protos clean redis
+.PHONY: demo test test-fast test-clients lint serve bench soak measure gpu protos clean programs
 
 demo: $(INSTALLED)
 	$(BIN)/opticnerve demo
 
 # Tests that start no process run two at a time, one thread each; the others one by one.
-test: $(INSTALLED) redis
+test: $(INSTALLED) programs
 ifeq ($(PYTEST_ARGS),)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not process"
 	$(BIN)/python -m pytest -m process
@@ -35,11 +35,11 @@ lint: $(INSTALLED)
 serve: $(INSTALLED)
 	$(BIN)/opticnerve up $(ARGS)
 
-bench: $(INSTALLED) redis
+bench: $(INSTALLED) programs
 	for name in store split engine memory preprocess; do $(BIN)/python -m bench.$$name || exit 1; done
 	$(BIN)/python -m bench.load --quick
 
-soak: $(INSTALLED) redis  # ARGS="--minutes 3 --seed 5" for less, or for other faults.
+soak: $(INSTALLED) programs  # ARGS="--minutes 3 --seed 5" for less, or for other faults.
 	$(BIN)/python -m bench.soak $(ARGS)
 
 measure: $(INSTALLED)  # ARGS="--before COMMIT" adds that commit's figures.
@@ -53,8 +53,8 @@ gpu:  # With the machine's own Python where that has torch; else with ours.
 protos: $(INSTALLED)
 	$(BIN)/python hatch_build.py
 
-redis:
-	@sh tests/install_redis.sh
+programs:
+	@sh tests/install_programs.sh
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache opticnerve/pb/*_pb2*

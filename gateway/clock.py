@@ -136,8 +136,8 @@ class Stopwatch:
 
     def _all_placed(self, items: Sequence[Encoded | None]) -> list[PlacedStage]:
         """Every stage on this process's clock, in the order of their begins. Workers tell durations
-        alone: an encoder's stages end when its answer comes, an LLM worker's with the last token,
-        and reading rows begins when the last reference is known."""
+        alone: an encoder's stages end when its answer comes, an LLM worker's with the first and the
+        last token, and reading rows begins when the last reference is known."""
         placed = list(self._placed)
         ready = self.began
         for index, item in enumerate(items):
@@ -145,13 +145,15 @@ class Stopwatch:
                 placed += _chain(item.answered, _named(item.timings), index)
                 ready = max(ready, item.answered)
         generation = {name: self.stages.get(name, 0.0) for name in ("queue", "prefill", "decode")}
+        first = self.first_token or self._last_token
         if any(generation.values()):
-            chain = _chain(self._last_token, generation)
+            # Both tokens came here after they were made: the earlier place is the closer one.
+            late_s = self._last_token - generation["decode"] / 1000 - first
+            chain = _chain(self._last_token - max(0.0, late_s), generation)
             rows = PlacedStage("get", max(ready, chain[0].began), self.stages.get("get", 0.0))
             placed += [*chain, rows]
-        elif self.first_token is not None:  # A stop string ended it: the worker told no timings.
-            decode_ms = (self._last_token - self.first_token) * 1000
-            placed.append(PlacedStage("decode", self.first_token, decode_ms))
+        else:  # A stop string ended it: the worker told no timings.
+            placed.append(PlacedStage("decode", first, (self._last_token - first) * 1000))
         return sorted((each for each in placed if each.ms > 0), key=lambda each: each.began)
 
     def log_fields(self, items: Iterable[Encoded]) -> dict[str, float]:

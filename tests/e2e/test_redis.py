@@ -10,7 +10,7 @@ from tests.e2e.faults import ask, picture
 from tests.redis import PATIENT, RedisServer, find_redis_server
 
 pytestmark = pytest.mark.skipif(
-    find_redis_server() is None, reason="redis-server is not installed: make redis"
+    find_redis_server() is None, reason="redis-server is not installed: make programs"
 )
 STAR = "A large red star in the center."
 

@@ -11,7 +11,9 @@ from tests.redis import find_redis_server
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # Two minutes, if nothing else runs.
-@pytest.mark.skipif(find_redis_server() is None, reason="redis-server is not installed: make redis")
+@pytest.mark.skipif(
+    find_redis_server() is None, reason="redis-server is not installed: make programs"
+)
 def test_every_request_ends_once_and_rightly_whatever_is_killed(tmp_path):
     command = [sys.executable, "-m", "bench.soak", "--minutes", "1", "--pictures", "6"]
     command += ["--gap", "1", "--seed", "3", "--out", str(tmp_path / "soak")]

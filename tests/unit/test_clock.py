@@ -35,7 +35,7 @@ def test_own_stages_are_where_they_were_measured(now):
     assert placed(watch) == {("render", None): (5, 3)}
 
 
-def test_an_encoders_stages_end_with_its_answer_and_an_llm_workers_with_the_last_token(now):
+def test_workers_stages_are_placed_by_when_their_answers_came(now):
     watch = Stopwatch()
     for at in (90, 120):
         now(at)
@@ -50,9 +50,9 @@ def test_an_encoders_stages_end_with_its_answer_and_an_llm_workers_with_the_last
         ("encode", 0): (26, 30),
         ("put", 0): (56, 4),
         ("get", None): (60, 6),
-        ("queue", None): (47, 5),
-        ("prefill", None): (52, 40),
-        ("decode", None): (92, 28),
+        ("queue", None): (45, 5),
+        ("prefill", None): (50, 40),
+        ("decode", None): (90, 28),
     }
     report = watch.report(items, [9, 9, 4], 7)
     begins = [each["begin_ms"] for each in report["stages"]]

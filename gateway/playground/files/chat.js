@@ -13,13 +13,16 @@ let running = null; // The AbortController of the answer that is being written.
 let settings; // () => {model, system, fields}
 let changed = () => {};
 let edit = () => {};
+let askForKey = () => {};
 
 /** `readSettings`: those of the next request. `onChange`: called when an answer begins or ends.
-    `onEdit`: called with a question that is to be written anew. */
-export function begin(readSettings, onChange, onEdit) {
+    `onEdit`: called with a question that is to be written anew. `onKey`: called when a key is to
+    be entered. */
+export function begin(readSettings, onChange, onEdit, onKey) {
   settings = readSettings;
   changed = onChange;
   edit = onEdit;
+  askForKey = onKey;
   byId("to-end").onclick = toEnd;
   byId("scroll").addEventListener("scroll", showWay, { passive: true });
 }
@@ -165,7 +168,6 @@ class Answer {
   fail(failure) {
     this.close(`${failure.title}. ${failure.message}`);
     this.foot.append(showFailure(failure), this.actions());
-    if (failure.status === 401) document.dispatchEvent(new CustomEvent("key-needed"));
     if (this.follows) toEnd();
   }
 
@@ -199,8 +201,9 @@ function showFailure(failure) {
     "div",
     { class: "failure", role: "alert" },
     make("strong", {}, failure.title),
-    make("p", {}, failure.message),
+    failure.status === 401 ? null : make("p", {}, failure.message),
     failure.advice ? make("p", {}, failure.advice) : null,
+    failure.status === 401 ? button("Enter a key", askForKey, { class: "small primary" }) : null,
     code || failure.requestId
       ? make("p", { class: "note" }, [code, failure.requestId].filter(Boolean).join(" · "))
       : null,

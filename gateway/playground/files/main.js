@@ -5,29 +5,32 @@ import { byId, make } from "/playground/dom.js";
 import * as examples from "/playground/examples.js";
 import * as pictures from "/playground/pictures.js";
 import * as pools from "/playground/pools.js";
-import { models } from "/playground/server.js";
+import { key, models } from "/playground/server.js";
 import * as settings from "/playground/settings.js";
 
 const MODEL = "opticnerve-model";
 const narrow = matchMedia("(max-width: 900px)");
-let wasLost = false;
+let isReached = false; // Whether the server answered when it was asked last.
 
 // ---- the model
 
-async function readModels() {
+function showModels(names, otherwise) {
   const select = byId("model");
+  select.disabled = names.length === 0;
+  const shown = names.length ? names.map((name) => [name, name]) : [["", otherwise]];
+  select.replaceChildren(...shown.map(([value, text]) => make("option", { value }, text)));
+  const kept = sessionStorage.getItem(MODEL);
+  if (names.includes(kept)) select.value = kept;
+}
+
+/** `open`: whether the server told all that it tells to holders of a key. */
+async function readModels(open) {
   try {
-    const names = await models();
-    const kept = sessionStorage.getItem(MODEL);
-    select.replaceChildren(...names.map((name) => make("option", { value: name }, name)));
-    if (names.includes(kept)) select.value = kept;
-    select.disabled = false;
+    showModels(open || key.get() ? await models() : [], "needs an API key");
   } catch (failure) {
-    const text = failure.status === 401 ? "needs an API key" : "no connection";
-    select.replaceChildren(make("option", { value: "" }, text));
-    select.disabled = true;
-    if (failure.status === 401) showKey();
+    showModels([], failure.status === 401 ? "needs an API key" : "no connection");
   }
+  if (byId("model").disabled && !open) byId("key-section").open = true;
 }
 
 byId("model").onchange = () => sessionStorage.setItem(MODEL, byId("model").value);
@@ -38,10 +41,6 @@ function setPanel(open) {
   document.body.classList.toggle("panel-open", open);
   byId("panel-switch").setAttribute("aria-expanded", open);
   byId("panel").inert = !open;
-}
-
-function showKey() {
-  byId("key-section").open = true;
 }
 
 byId("panel-switch").onclick = () => {
@@ -60,11 +59,12 @@ byId("status").onclick = () => {
 };
 narrow.addEventListener("change", () => setPanel(!narrow.matches));
 setPanel(!narrow.matches);
-document.addEventListener("key-needed", () => {
-  showKey();
-  if (narrow.matches) return;
+
+function askForKey() {
+  setPanel(true);
+  byId("key-section").open = true;
   byId("key").focus();
-});
+}
 
 // ---- the message
 
@@ -132,12 +132,14 @@ const readSettings = () => ({
   fields: settings.fields(),
 });
 
-chat.begin(readSettings, showState, ({ text, pictures: shown }) => {
+function writeAgain({ text, pictures: shown }) {
   question.value = text;
   pictures.restore(shown);
   fit();
   question.focus();
-});
+}
+
+chat.begin(readSettings, showState, writeAgain, askForKey);
 pictures.begin(note);
 examples.begin(async (text, files) => {
   if (chat.isRunning()) return;
@@ -147,13 +149,12 @@ examples.begin(async (text, files) => {
 });
 const pollNow = pools.begin((state) => {
   if (state?.config) pictures.setLimits(state.config);
-  if (state && wasLost) readModels();
-  wasLost = state === null;
+  if (state && !isReached) readModels(Boolean(state.encoders));
+  isReached = state !== null;
 });
 settings.begin(() => {
-  readModels();
+  isReached = false;
   pollNow();
 });
-readModels();
 showState();
 if (!narrow.matches) question.focus();

@@ -33,7 +33,8 @@ export class Failure extends Error {
   /** What to do, where the server's own message does not say it. */
   get advice() {
     if (this.status === 0) return "Check that the server runs and that this device reaches it.";
-    if (this.status === 401) return "Enter a key under Settings, API key.";
+    if (this.status === 401 && key.get()) return "It does not know the key under Settings, API key.";
+    if (this.status === 401) return "Enter one under Settings, API key, and try again.";
     if (this.status === 413) return "Shrink or remove pictures, or begin a new chat.";
     if (this.retryAfter) return `It asks to be tried again in ${this.retryAfter} s.`;
     if (this.status === 429 || this.status === 503) return "Try again in a moment.";

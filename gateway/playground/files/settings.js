@@ -5,14 +5,13 @@ import { key } from "/playground/server.js";
 
 const NAME = "opticnerve-settings";
 const EXAMPLE = {
-  type: "array",
-  items: {
-    type: "object",
-    properties: { shape: { type: "string" }, color: { type: "string" } },
-    required: ["shape", "color"],
-    additionalProperties: false,
-  },
+  type: "object",
+  properties: { shape: { type: "string" }, color: { type: "string" } },
+  required: ["shape", "color"],
+  additionalProperties: false,
 };
+
+const ASCII = /^[\x21-\x7e]*$/;
 
 const sampling = () => [...byId("sampling").querySelectorAll("input, textarea")];
 
@@ -29,7 +28,10 @@ export function begin(changed) {
     showSchema();
   });
   byId("key").addEventListener("change", () => {
-    key.set(byId("key").value.trim());
+    const written = byId("key").value.trim();
+    byId("key").setCustomValidity(ASCII.test(written) ? "" : "A key is of ASCII characters.");
+    if (!byId("key").reportValidity()) return;
+    key.set(written);
     changed();
   });
   byId("reset").onclick = () => {
