@@ -36,6 +36,9 @@ async def member(
     url: str, fake: FakeServer, address: str = "", token: str | None = None
 ) -> AsyncIterator[Member]:
     """``fake`` in the registry while the context lasts; known by another ``address`` if given."""
-    made = Member(fake, fake.instance_id or secrets.token_hex(16), address or fake.address)
+    if not fake.instance_id:
+        fake.instance_id = secrets.token_hex(16)
+        await fake.set_serving(True)  # Its health check knows the id.
+    made = Member(fake, fake.instance_id, address or fake.address)
     async with joined(Registry(url, token), made.entry):
         yield made

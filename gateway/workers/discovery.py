@@ -30,12 +30,15 @@ class AddressSource(Protocol):
 
     kind: str  # "static", "dns" or "registry".
     name: str  # For people.
-    # Whether a worker that is listed no more is kept while it serves: its source may be wrong.
-    keeps_serving: bool
 
     @property
     def trouble(self) -> str:
         """Why it does not answer, in words; empty while it does."""
+        ...
+
+    def keeps(self, said: str, instance_id: str) -> bool:
+        """Whether a worker that is listed no more stays while it serves, since its source may have
+        lost it. ``said``: when it was listed last; ``instance_id``: the process that serves now."""
         ...
 
     def watch(self) -> AsyncIterator[Listing]:
@@ -61,10 +64,13 @@ class StaticAddresses:
     """Addresses that were given."""
 
     kind = name = "static"
-    trouble, keeps_serving = "", False
+    trouble = ""
 
     def __init__(self, addresses: Collection[str]) -> None:
         self._addresses = addresses
+
+    def keeps(self, said: str, instance_id: str) -> bool:
+        return False
 
     async def watch(self) -> AsyncIterator[Listing]:
         yield dict.fromkeys(self._addresses, "")
@@ -73,12 +79,15 @@ class StaticAddresses:
 class DnsName:
     """The addresses behind ``name:port``, resolved periodically."""
 
-    kind, keeps_serving = "dns", False
+    kind = "dns"
 
     def __init__(self, host_port: str) -> None:
         self.name = DNS_SCHEME + host_port
         self.trouble = ""
         self._host_port = host_port
+
+    def keeps(self, said: str, instance_id: str) -> bool:
+        return False
 
     async def watch(self) -> AsyncIterator[Listing]:
         while True:
@@ -92,7 +101,7 @@ class DnsName:
 class RegisteredWorkers:
     """The workers of a kind that the registry knows."""
 
-    kind, keeps_serving = "registry", True
+    kind = "registry"
 
     def __init__(self, registry: Registry, worker: Kind) -> None:
         self.name = f"registry {registry.name}, namespace {registry.namespace}"
@@ -102,6 +111,9 @@ class RegisteredWorkers:
     @property
     def trouble(self) -> str:
         return "" if self._registry.reachable else "the registry does not answer"
+
+    def keeps(self, said: str, instance_id: str) -> bool:
+        return instance_id in said.split()
 
     async def watch(self) -> AsyncIterator[Listing]:
         while True:

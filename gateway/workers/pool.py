@@ -212,7 +212,8 @@ class WorkerPool:
                 listed[address] = said
             for address in listed.keys() - found.keys():
                 worker = self._workers[address]
-                if source.keeps_serving and worker.state is WorkerState.SERVING:
+                kept = source.keeps(listed[address], worker.description.instance_id)
+                if kept and worker.state is WorkerState.SERVING:
                     worker.wake.set()  # Its health decides.
                 else:
                     del listed[address]

@@ -11,9 +11,11 @@ changed; that is logged once when it begins, and once when it has ended.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
+from collections.abc import Awaitable
 from typing import Any
 
 from redis.asyncio import Redis
@@ -92,7 +94,7 @@ class Registry:
                 pipeline.zadd(index, {entry.instance_id: now})
                 pipeline.zremrangebyscore(index, "-inf", now - FORGET_S)
                 pipeline.expire(index, FORGET_S)
-                await pipeline.execute()
+                await _answer(pipeline.execute())
         except (RedisError, OSError) as error:
             self._outage.failed(error)
         else:
@@ -103,7 +105,7 @@ class Registry:
             async with self._client.pipeline(transaction=False) as pipeline:
                 pipeline.delete(self._key(entry.instance_id))
                 pipeline.zrem(self._index(entry.kind), entry.instance_id)
-                await pipeline.execute()
+                await _answer(pipeline.execute())
         except (RedisError, OSError) as error:  # It expires.
             self._outage.failed(error)
 
@@ -134,12 +136,13 @@ class Registry:
     async def _values(self, kind: Kind) -> dict[str, bytes]:
         """What is stored of each worker, by its id; nothing of those that have expired. Whatever is
         there, no more than ``MAX_ENTRY_BYTES`` and one are read of it."""
-        ids: Any = await self._client.zrevrange(self._index(kind), 0, MAX_WORKERS - 1)
+        newest = self._client.zrevrange(self._index(kind), 0, MAX_WORKERS - 1)
+        ids: list[bytes] = await _answer(newest)
         names = [each[:64].decode("ascii", "replace") for each in ids]
         async with self._client.pipeline(transaction=False) as pipeline:
             for name in names:
                 pipeline.getrange(self._key(name), 0, MAX_ENTRY_BYTES)
-            values = await pipeline.execute(raise_on_error=False)
+            values = await _answer(pipeline.execute(raise_on_error=False))
         return {
             name: value if isinstance(value, bytes) else b""  # An error: it is no string.
             for name, value in zip(names, values, strict=True)
@@ -158,3 +161,13 @@ class Registry:
 
     def _index(self, kind: Kind) -> str:
         return f"on:v1:workers:{self.namespace}:{kind}"
+
+
+async def _answer(command: Awaitable[Any]) -> Any:
+    """The answer to a command. Raises CancelledError if its task was cancelled meanwhile: redis-py
+    sends within ``wait_for``, which can swallow that before Python 3.12."""
+    answer = await command
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+    return answer

@@ -92,9 +92,9 @@ def gateway(url: str, model: Path | None = None) -> Any:
     )
 
 
-async def known(s: Any) -> set[str]:
-    told = (await s.client.get("/health")).json()
-    return {each["address"] for kind in ("encoders", "llms") for each in told[kind]["workers"]}
+def known(s: Any) -> set[str]:
+    pipeline = s.gateway.pipeline
+    return {each.address for each in (*pipeline.encoders.pool.workers, *pipeline.llms.workers)}
 
 
 @contextlib.asynccontextmanager
@@ -129,11 +129,10 @@ async def test_a_revision_is_rolled_out_beside_another_without_a_failed_request(
             await until(lambda: len(answers) > 3)
             b = await stays.enter_async_context(workers(url, new))
             after = await stays.enter_async_context(gateway(url, next_revision))
-            while (await after.client.get("/ready")).status_code != 200:
-                await asyncio.sleep(0.01)
-            for s in (before, after):  # Each knows all four.
-                while await known(s) != a.addresses | b.addresses:
-                    await asyncio.sleep(0.01)
+            await until(lambda: after.gateway.pipeline.pairing.has_been_ready)
+            assert (await after.client.get("/ready")).status_code == 200
+            for s in (before, after):
+                await until(lambda s=s: known(s) == a.addresses | b.addresses)
             assert not (b.llm.starts or b.encoder.calls)
             route[0] = after
             await until(lambda: revision_of(new) in {revision for _, revision in answers})
@@ -141,8 +140,7 @@ async def test_a_revision_is_rolled_out_beside_another_without_a_failed_request(
             await until(lambda: not before.gateway.admission.requests.held)
             await a.drain()
             await leaves.aclose()
-            while await known(after) != b.addresses:
-                await asyncio.sleep(0.01)
+            await until(lambda: known(after) == b.addresses)
             many = len(answers)
             await until(lambda: len(answers) > many + 3)
         assert {status for status, _ in answers} == {200}
@@ -164,8 +162,9 @@ async def test_workers_of_another_revision_are_known_and_not_used(
         member(url, strange),
     ):
         address = strange.address
-        while (told := (await s.client.get("/health")).json())["llms"]["serving"] != 1:
-            await asyncio.sleep(0.01)
+        await until(s.gateway.pipeline.llms.serving)
+        await until(s.gateway.pipeline.encoders.pool.serving)
+        told = (await s.client.get("/health")).json()
         assert told["status"] == "unavailable"
         assert told["missing"] == [f"no LLM is serving ({address} is serving another revision)"]
         assert told["llms"]["workers"][0]["revision"] == revision_of(new)
