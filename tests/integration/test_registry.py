@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ pytestmark = [
     pytest.mark.process,
 ]
 NAMESPACE = "tests"
+SECURITY = Path(__file__).parents[2] / "docs" / "security.md"
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +328,21 @@ async def test_whatever_else_is_in_redis_is_ignored_and_told_once(
     assert len(warned) == 1 and "5 entries" in warned[0]
 
 
+async def test_users_of_redis_need_no_more_than_the_docs_say(server: RedisServer, url: str) -> None:
+    text = SECURITY.read_text()
+    rules = re.findall(r"`((?:~on:v1:worker\*)?[ +a-z]+)`", text.partition("Gateways only read")[2])
+    reads, writes = rules[:2]
+    keys = reads.split()[0]
+    with redis.Redis(port=server.port) as client:
+        for name, rule in (("reader", reads), ("writer", f"{keys} {writes}")):
+            client.execute_command("ACL", "SETUSER", name, "on", ">hush", *rule.split())
+    reader, writer = (url.replace("//", f"//{name}:hush@") for name in ("reader", "writer"))
+    async with gateway(reader) as s, workers(writer):
+        await until(lambda: is_ready(s))
+    eyes, mouths = pools(s)
+    assert not (eyes.troubles or mouths.troubles)
+
+
 async def test_what_a_worker_says_from_its_start_to_its_end(url: str, tmp_path: Path) -> None:
     registry = Registry(url)
     seen: set[str] = set()
@@ -364,6 +381,29 @@ async def test_what_a_worker_says_from_its_start_to_its_end(url: str, tmp_path: 
 
 async def encode(running: encoders.Running) -> None:
     await running.encode(encoders.picture())
+
+
+async def test_a_cancellation_that_redis_py_swallows_is_not_lost(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(url)
+    asked = asyncio.Event()
+
+    async def swallow(*_: Any) -> list[bytes]:
+        asked.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return []
+
+    monkeypatch.setattr(registry._client, "zrevrange", swallow)
+    try:
+        task = asyncio.create_task(registry.entries("llm"))
+        await asked.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    finally:
+        await registry.close()
 
 
 def test_a_password_is_in_no_log_and_no_name(caplog: pytest.LogCaptureFixture) -> None:
