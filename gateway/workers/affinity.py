@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from opticnerve.media.plan import Span
 
 UNIT = 16  # Tokens of the first links.
-LINKS_PER_DOUBLING = 16  # Later links are as long as a sixteenth of what is before them, or less.
+LINKS_PER_DOUBLING = 8  # Later links are as long as an eighth of what is before them, or less.
 MAX_TOKENS = 2**22  # What comes after them in a prompt is not looked at.
 MAX_LINKS = 2**14  # Remembered for one worker, about 3 MB.
 WINDOW = 512  # Requests in which a link's share of the traffic is measured.
@@ -132,20 +132,22 @@ class Affinity:
     def choose(self, prompt: PromptChain, workers: Sequence[Worker]) -> tuple[Worker, Reason]:
         """One of ``workers``, which are one or more. Changes nothing."""
         common = self._traffic.common(prompt, len(workers))
-        gains = {worker: self._gain(prompt, worker, common) for worker in workers}
-        reason, favourite = Reason.PREFIX, None
-        if not any(gains.values()):
-            reason, favourite = Reason.RENDEZVOUS, self._favourite(prompt, workers, common)
+        sent = [self._sent_to(worker) for worker in workers]
+        gains = [_gain(prompt, each, common) for each in sent]
+        reason = Reason.PREFIX
+        if not any(gains):
+            reason = Reason.RENDEZVOUS
+            favourite = self._favourite(prompt, workers, common)
             if favourite is not None:
                 # What a later turn would compute again, if another gateway sent it there.
                 gains[favourite] = prompt.num_tokens - _tokens(common)
 
-        def wait(worker: Worker) -> tuple[int, int]:
-            saved = RECOMPUTED_TOKENS * gains[worker]
-            return self._busy(worker) - saved, worker.last_picked
+        def wait(place: int) -> tuple[int, int]:
+            saved = RECOMPUTED_TOKENS * gains[place]
+            return _busy(workers[place], sent[place]) - saved, workers[place].last_picked
 
-        chosen = min(workers, key=wait)
-        return chosen, reason if gains[chosen] else Reason.LOAD
+        chosen = min(range(len(workers)), key=wait)
+        return workers[chosen], reason if gains[chosen] else Reason.LOAD
 
     def begin(self, prompt: PromptChain, worker: Worker) -> None:
         """``worker`` is sent ``prompt``, and computes what it has not."""
@@ -168,29 +170,13 @@ class Affinity:
         sent = self._sent_to(worker)
         return 0 if sent is None else _tokens(sent.matched(prompt))
 
-    def _gain(self, prompt: PromptChain, worker: Worker, common: int) -> int:
-        """Tokens beyond the ``common`` links that ``worker`` would not compute."""
-        sent = self._sent_to(worker)
-        if sent is None or not prompt.reads_cache or common == len(prompt.links):
-            return 0
-        if prompt.links[common] not in sent.links:
-            return 0
-        return _tokens(sent.matched(prompt)) - _tokens(common)
-
-    def _favourite(
-        self, prompt: PromptChain, workers: Sequence[Worker], common: int
-    ) -> Worker | None:
+    def _favourite(self, prompt: PromptChain, workers: Sequence[Worker], common: int) -> int | None:
+        """Which of ``workers`` is the conversation's by hash, if any."""
         conversation = prompt.conversation(common)
-        caching = [worker for worker in workers if _cache_tokens(worker)]
+        caching = [place for place, worker in enumerate(workers) if _cache_tokens(worker)]
         if conversation is None or not prompt.reads_cache or not caching:
             return None
-        return max(caching, key=lambda worker: _weight(conversation, worker))
-
-    def _busy(self, worker: Worker) -> int:
-        """Tokens that ``worker`` has to compute already, its decoding included."""
-        sent = self._sent_to(worker)
-        sequences = worker.pending + worker.cost_of_other_gateways
-        return sequences * SEQUENCE_TOKENS + (sent.backlog if sent else 0)
+        return max(caching, key=lambda place: _weight(conversation, workers[place]))
 
     def _sent_to(self, worker: Worker) -> _Sent | None:
         """What its present process was sent: one that was restarted has nothing."""
@@ -257,6 +243,21 @@ class _Traffic:
         least = max(MIN_USES, (self._requests + self._requests_before) / (2 * workers))
         uses, before = self._uses, self._uses_before
         return bisect_left(prompt.links, True, key=lambda link: uses[link] + before[link] < least)
+
+
+def _gain(prompt: PromptChain, sent: _Sent | None, common: int) -> int:
+    """Tokens beyond the ``common`` links that a worker would not compute."""
+    if sent is None or not prompt.reads_cache or common == len(prompt.links):
+        return 0
+    if prompt.links[common] not in sent.links:
+        return 0
+    return _tokens(sent.matched(prompt)) - _tokens(common)
+
+
+def _busy(worker: Worker, sent: _Sent | None) -> int:
+    """Tokens that ``worker`` has to compute already, its decoding included."""
+    sequences = worker.pending + worker.cost_of_other_gateways
+    return sequences * SEQUENCE_TOKENS + (sent.backlog if sent else 0)
 
 
 def _tokens(links: int) -> int:

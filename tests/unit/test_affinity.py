@@ -81,11 +81,11 @@ def warm(dispatcher, count=40):
 # ---- chains
 
 
-def test_links_are_whole_units_and_at_most_a_sixteenth_of_what_is_before_them():
+def test_links_are_whole_units_and_at_most_an_eighth_of_what_is_before_them():
     for start, end in itertools.pairwise((0, *ENDS)):
         assert (end - start) % 16 == 0
-        assert 0 < end - start <= max(16, start / 16)
-    assert len(PromptChain.of(range(32_768)).links) < 150
+        assert 0 < end - start <= max(16, start / 8)
+    assert len(PromptChain.of(range(32_768)).links) < 80
 
 
 @given(st.integers(0, 900), st.integers(0, 900))
@@ -146,11 +146,11 @@ def test_memory_is_bounded_and_never_has_a_link_without_those_before_it(sent, ca
 
 
 def test_the_number_of_links_is_bounded_too(monkeypatch):
-    monkeypatch.setattr(policy, "MAX_LINKS", 100)
+    monkeypatch.setattr(policy, "MAX_LINKS", 40)
     machine, affinity = Machine("a"), Affinity()
     for number in range(50):
         affinity.begin(text(number), machine)
-    assert len(affinity._sent[machine].links) == 100
+    assert len(affinity._sent[machine].links) == 40
 
 
 def test_traffic_is_measured_in_bounded_memory(monkeypatch):
