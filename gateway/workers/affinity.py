@@ -12,13 +12,14 @@ this prompt that its cache has. So a conversation stays with its worker until th
 clearly longer than the recomputation elsewhere. Time would say the same: the workers of a pool are
 taken as equally fast, and a slow one is known by what it has not computed yet.
 
-What most prompts begin with, such as a system prompt, is left out of account: every worker has it,
-or will have it after one computation, and it would pull all traffic to the worker that had it
-first. A prompt of which no worker has more than that is a new conversation, or one that another
-gateway served before. The worker for it is found by rendezvous hashing (Thaler and Ravishankar,
-IEEE/ACM Transactions on Networking, 1998) over what the conversation keeps from turn to turn: its
-first picture, or else the first link of the chain that is its own. So gateways agree without a word
-between them, also after a restart; and a worker that leaves moves its own conversations alone.
+What a large part of all prompts begins with, such as a system prompt, is left out of account: every
+worker has it, or will have it after one computation, and it would pull all traffic to the worker
+that had it first. A prompt of which no worker has more than that is a new conversation, or one that
+another gateway served before. The worker for it is found by rendezvous hashing (Thaler and
+Ravishankar, IEEE/ACM Transactions on Networking, 1998) over what the conversation keeps from turn
+to turn: its first picture, or else the first link of the chain that is its own. So gateways agree
+without a word between them, also after a restart; and a worker that leaves moves its own
+conversations alone.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class PromptChain:
 class Reason(StrEnum):
     """Why a worker was chosen."""
 
-    PREFIX = "prefix"  # It has more of the prompt than what is common to most.
+    PREFIX = "prefix"  # It has more of the prompt than what many prompts begin with.
     RENDEZVOUS = "rendezvous"  # No worker has, and this one is the conversation's by hash.
     LOAD = "load"  # It has least to do.
 
@@ -164,11 +165,6 @@ class Affinity:
         """``worker`` has computed ``prompt``, or will not; also if that was said before."""
         if worker in self._sent:
             self._sent[worker].end(prompt)
-
-    def cached_tokens(self, prompt: PromptChain, worker: Worker) -> int:
-        """Tokens of ``prompt`` that ``worker`` probably has."""
-        sent = self._sent_to(worker)
-        return 0 if sent is None else _tokens(sent.matched(prompt))
 
     def _favourite(self, prompt: PromptChain, workers: Sequence[Worker], common: int) -> int | None:
         """Which of ``workers`` is the conversation's by hash, if any."""

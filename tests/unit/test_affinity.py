@@ -140,7 +140,7 @@ def test_memory_is_bounded_and_never_has_a_link_without_those_before_it(sent, ca
         for other in sent[: number + 1]:
             here = [link in state.links for link in other.links]
             assert here == sorted(here, reverse=True)
-            assert affinity.cached_tokens(other, machine) == sum(
+            assert policy._tokens(state.matched(other)) == sum(
                 state.links[link] for link in other.links if link in state.links
             )
 
@@ -242,7 +242,6 @@ def test_a_worker_that_started_again_is_empty():
     warm(dispatcher)
     first, _ = served(dispatcher, text(1))
     first.description = replace(first.description, instance_id="2")
-    assert dispatcher.affinity.cached_tokens(text(1), first) == 0
     assert served(dispatcher, text(1, 2))[1] is Reason.RENDEZVOUS
 
 
