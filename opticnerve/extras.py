@@ -12,6 +12,7 @@ PACKAGES = {
     "openai": ("openai",),
     "onnx": ("onnxruntime",),
     "engine": ("onnx", "onnxscript"),
+    "plan": ("simpy",),
     "plot": ("matplotlib",),
 }
 

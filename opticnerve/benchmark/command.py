@@ -103,7 +103,7 @@ def _add_pace(made: Parser) -> None:
     add(
         "--rate",
         metavar="R,...",
-        type=_several(argument_type(_rate)),
+        type=_several(argument_type(rate_of)),
         help="requests a second that are sent whether or not the server keeps up, as a Poisson "
         "process; of conversations: that begin",
     )
@@ -195,7 +195,7 @@ def _add_synthetic(made: Parser) -> None:
     add(
         "--picture-sizes",
         metavar="WxH,...",
-        type=argument_type(_sizes),
+        type=argument_type(sizes_of),
         default=((448, 448),),
         help="in pixels, taken in turn (default: 448x448)",
     )
@@ -208,7 +208,7 @@ def _add_synthetic(made: Parser) -> None:
     add(
         "--repeat",
         metavar="SHARE",
-        type=argument_type(_share),
+        type=argument_type(share_of),
         default=0.0,
         help="of pictures that the run has shown before, from 0 to 1 (default: 0)",
     )
@@ -252,14 +252,14 @@ def _several(one: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     return lambda text: tuple(one(part.strip()) for part in text.split(","))
 
 
-def _rate(text: str) -> float:
+def rate_of(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise ValueError(f"expected a number above 0, got {text!r}")
     return value
 
 
-def _share(text: str) -> float:
+def share_of(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise ValueError(f"expected a number from 0 to 1, got {text!r}")
@@ -273,7 +273,7 @@ def _pictures(text: str) -> int:
     return value
 
 
-def _sizes(text: str) -> tuple[Size, ...]:
+def sizes_of(text: str) -> tuple[Size, ...]:
     sizes = []
     for part in text.lower().split(","):
         width, _, height = part.strip().partition("x")

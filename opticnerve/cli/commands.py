@@ -28,6 +28,7 @@ COMMANDS = {
     "ask": ("opticnerve.cli.ask", "ask about pictures; the answer is streamed"),
     "batch": ("opticnerve.cli.batch", "answer a file of requests, in OpenAI's batch format"),
     "bench": ("opticnerve.benchmark.command", "load on any server with OpenAI's API, measured"),
+    "plan": ("opticnerve.planner.command", "how many workers of each pool some traffic needs"),
     "demo": ("opticnerve.demo.show", "the built-in checkpoint answers about bundled pictures"),
 }
 PREFIX = "opticnerve: "  # Of the line that says why a command could not start; serve.py reads it.

@@ -35,3 +35,16 @@ def test_a_conversation_of_the_command_line_is_measured(stack, tmp_path, capsys)
     assert len(later) == 4 and all(each["cached_tokens"] > 0 for each in later)
     assert all(each["timings"]["prefill_ms"] > 0 for each in done["requests"])
     assert "TTFT of turn 3" in capsys.readouterr().out
+
+
+def test_a_plan_is_calibrated_on_a_running_stack(stack, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    flags = ["--rate", "0.5", "--encoders", "1", "--llms", "1", "--picture-sizes", "224x224"]
+    assert commands.main(["plan", "--calibrate", stack.url, *flags, "--json", str(path)]) == 0
+    kept = json.loads(path.read_text())
+    rates, (found,) = kept["rates"], kept["forecasts"]
+    costs = ("prepare_s", "patch_s", "step_s", "sequence_s", "prefill_token_s")
+    assert all(rates[name] > 0 for name in costs)
+    assert rates["sizes"]["224x224"]["patches"] == 4 * rates["sizes"]["224x224"]["tokens"] > 0
+    assert (rates["max_sequences"], rates["max_batched_tokens"]) == (64, 2048)
+    assert found["ttft_p50_ms"] > 0 and "1 encoder and 1 LLM worker" in capsys.readouterr().out

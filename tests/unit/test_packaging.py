@@ -37,6 +37,7 @@ PLACES = {
     ),
     "openai": ("opticnerve/local/serve.py",),
     "onnx": ("encoder_service/backends/onnx_runtime.py",),
+    "plan": ("opticnerve/planner/",),
     "plot": ("opticnerve/benchmark/plot.py",),
 }
 # Extras whose packages others import: torch's exporter, and the library that a name chooses.

@@ -1,0 +1,1 @@
+"""``opticnerve plan``: how many workers of each pool some traffic needs, by simulation."""

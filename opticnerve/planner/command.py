@@ -1,0 +1,225 @@
+"""``opticnerve plan``: how many workers of each pool some traffic needs."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from opticnerve.addresses import gateway_url
+from opticnerve.benchmark import plot
+from opticnerve.benchmark.command import rate_of, share_of, sizes_of
+from opticnerve.benchmark.figures import Slo
+from opticnerve.config.command_line import Parser, argument_type, number_type
+from opticnerve.errors import StartupError
+from opticnerve.extras import require_extra
+
+DESCRIPTION = (
+    "Says how many encoders and LLM workers some traffic needs to keep an SLO, whether splitting "
+    "pays against whole copies of the model, and which TTFT and TPOT to expect: by a simulation "
+    "whose stages cost what they were measured to."
+)
+EPILOG = (
+    "A calibration asks an idle stack some 60 requests. --encoders and --llms together say what "
+    "given pools would do instead. Exit status: 0, or 2 if no number of workers keeps the SLO."
+)
+
+
+def parser() -> Parser:
+    made = Parser("plan", DESCRIPTION, "--calibrate URL | --rates FILE [flags]", EPILOG)
+    _add_rates(made)
+    _add_traffic(made)
+    _add_answer(made)
+    return made
+
+
+def _add_rates(made: Parser) -> None:
+    add = made.add_argument_group("What stages cost").add_argument
+    add(
+        "--calibrate",
+        metavar="URL",
+        type=argument_type(gateway_url),
+        help="a running OpticNerve, such as http://127.0.0.1:8000, that is measured; "
+        "OPENAI_API_KEY is its key",
+    )
+    add("--rates", metavar="FILE", type=Path, help="rates that --save-rates has kept")
+    add("--save-rates", metavar="FILE", type=Path, help="keep the measured rates")
+
+
+def _add_traffic(made: Parser) -> None:
+    add = made.add_argument_group("Traffic").add_argument
+    add(
+        "--rate",
+        metavar="R",
+        type=argument_type(rate_of),
+        required=True,
+        help="requests a second, which arrive at random",
+    )
+    add(
+        "--burstiness",
+        metavar="B",
+        type=number_type(float),
+        default=1.0,
+        help="as of `opticnerve bench serve` (default: 1)",
+    )
+    add(
+        "--pictures",
+        metavar="N",
+        type=number_type(int),
+        default=1,
+        help="in a request (default: 1)",
+    )
+    add(
+        "--picture-sizes",
+        metavar="WxH,...",
+        type=argument_type(sizes_of),
+        default=((448, 448),),
+        help="in pixels, taken in turn (default: 448x448)",
+    )
+    add(
+        "--prompt-tokens",
+        metavar="N[-M]",
+        type=argument_type(range_of),
+        default=(64, 64),
+        help="of a request beside its pictures; N-M: all between are equally likely (default: 64)",
+    )
+    add(
+        "--output-tokens",
+        metavar="N[-M]",
+        type=argument_type(range_of),
+        default=(64, 64),
+        help="of an answer (default: 64)",
+    )
+    add(
+        "--repeat",
+        metavar="SHARE",
+        type=argument_type(share_of),
+        default=0.0,
+        help="of pictures whose embeddings are cached, from 0 to 1 (default: 0)",
+    )
+    add(
+        "--cached-prompt",
+        metavar="SHARE",
+        type=argument_type(share_of),
+        default=0.0,
+        help="of prompt tokens that the prefix cache has; `bench serve` measures it (default: 0)",
+    )
+
+
+def _add_answer(made: Parser) -> None:
+    add = made.add_argument_group("Answer").add_argument
+    add(
+        "--slo",
+        metavar="LIMITS",
+        type=argument_type(Slo.parse),
+        help="such as ttft=500ms,tpot=50ms,e2e=5s",
+    )
+    add(
+        "--attain",
+        metavar="SHARE",
+        type=argument_type(share_of),
+        default=0.99,
+        help="of requests that keep the SLO (default: 0.99)",
+    )
+    for flag in ("--encoders", "--llms"):
+        add(flag, metavar="N", type=number_type(int), help="of given pools")
+    add("--seed", metavar="N", type=number_type(int), default=0, help="of the traffic (default: 0)")
+    add("--json", metavar="FILE", type=Path, help="rates, traffic and forecasts")
+    add(
+        "--plot",
+        metavar="FILE",
+        type=argument_type(plot.plot_path),
+        help="distributions, as .html, .png or .svg",
+    )
+
+
+def range_of(text: str) -> tuple[int, int]:
+    """``64`` or ``20-200``. Raises ValueError."""
+    low, dash, high = text.partition("-")
+    found = int(low), int(high if dash else low)
+    if not 1 <= found[0] <= found[1]:
+        raise ValueError(f"expected N or N-M, from 1 up, got {text!r}")
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parser().parse_args(argv)
+    require_extra("plan", "opticnerve plan")
+    _check(args)
+    from opticnerve.planner import report
+    from opticnerve.planner.traffic import Traffic
+
+    names = tuple(f"{width}x{height}" for width, height in args.picture_sizes)
+    traffic = Traffic(
+        args.rate, args.pictures, names, args.prompt_tokens, args.output_tokens, args.repeat,
+        args.cached_prompt, args.burstiness,
+    )  # fmt: skip
+    rates = read_rates(args)
+    if args.llms is None:
+        from opticnerve.planner.search import Question, propose
+
+        proposal = propose(Question(rates, traffic, args.slo, args.attain, seed=args.seed), _say)
+        told, forecasts = report.text(proposal), proposal.forecasts
+    else:
+        from opticnerve.planner.search import REQUESTS
+        from opticnerve.planner.simulation import Pools, simulate
+
+        pools = Pools(args.encoders, args.llms)
+        forecasts = [simulate(rates, traffic, pools, REQUESTS, args.slo, args.seed)]
+        told = f"{report.forecast_table(forecasts)}\n\n{report.notes(1)}"
+    _say("")
+    print(told)
+    if args.json:
+        kept = report.document(argv, rates, traffic, args.slo, forecasts)
+        _write(args.json, kept, "--json")
+    if args.plot:
+        plot.save(report.plan_plot(forecasts), args.plot, "opticnerve plan", told)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises StartupError for flags that do not go together."""
+    if (args.calibrate is None) == (args.rates is None):
+        raise StartupError("give --calibrate URL or --rates FILE")
+    if (args.encoders is None) != (args.llms is None):
+        raise StartupError("--encoders and --llms are given together")
+    if args.llms is None and args.slo is None:
+        raise StartupError("give --slo, or the pools: --encoders and --llms")
+    if args.llms == 0 or (args.encoders == 0 and args.pictures and args.repeat < 1):
+        raise StartupError("pictures need an encoder, and answers an LLM worker")
+
+
+def read_rates(args: argparse.Namespace) -> Any:
+    from opticnerve.planner.rates import Rates
+
+    if args.rates:
+        return Rates.read(args.rates)
+    from opticnerve.benchmark.serve import LoadSettings, greet
+    from opticnerve.planner.calibrate import calibrate
+
+    settings = LoadSettings(args.calibrate, api_key=os.environ.get("OPENAI_API_KEY", ""))
+    sizes = args.picture_sizes if args.pictures else ()
+    rates = asyncio.run(
+        calibrate(args.calibrate, greet(settings), settings.request_headers, sizes, _say)
+    )
+    if args.save_rates:
+        _write(args.save_rates, rates.document(), "--save-rates")
+    return rates
+
+
+def _write(path: Path, value: Any, flag: str) -> None:
+    try:
+        path.write_text(json.dumps(value, indent=2) + "\n")
+    except OSError as error:
+        raise StartupError(f"{flag}: cannot write {path}: {error}") from error
+
+
+def _say(text: str) -> None:
+    """What is being measured or simulated, on a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r{text:60}", end="\n" if not text else "", file=sys.stderr, flush=True)
