@@ -3,6 +3,7 @@ environment, in a directory of its own. Names of containers become ports of this
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import re
@@ -15,13 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import yaml
 
+from opticnerve.demo.chats import PICTURES, TURNS, Turn
 from tests.images import ROOT, Stage, read_stages
-from tests.system import free_port
+from tests.system import free_port, wait_for
 
 DEPLOY = ROOT / "deploy"
-END_S = 60.0
+START_S, ASK_S, END_S = 250.0, 100.0, 60.0
 PORTS = {"gateway": (8000, 9000), "redis": (6379,), "prometheus": (9090,), "grafana": (3000,)}
 WORKER_PORTS = (7000, 9000)
 # What the images of others run before a command's words.
@@ -51,7 +54,13 @@ class Service:
 
     name: str
     settings: dict[str, Any]
-    stage: Stage | None  # Of our own images.
+    stage: Stage | None = None  # Of our own images.
+
+    @property
+    def target(self) -> str:
+        """Of the Dockerfile; empty for the images of others."""
+        target: str = self.settings.get("build", {}).get("target", "")
+        return target
 
     @property
     def command(self) -> list[str]:
@@ -82,8 +91,8 @@ def read_services() -> dict[str, Service]:
     stages = read_stages()
     found = {}
     for name, settings in read_compose()["services"].items():
-        target = settings.get("build", {}).get("target")
-        found[name] = Service(name, settings, stages[target] if target else None)
+        service = found[name] = Service(name, settings)
+        service.stage = stages.get(service.target)
     return found
 
 
@@ -92,6 +101,8 @@ class LocalStack:
     """The services as processes below one directory."""
 
     directory: Path
+    # The environments of our images, by the name of their target; by default this one.
+    environments: Mapping[str, Path] = field(default_factory=dict)
     services: dict[str, Service] = field(default_factory=read_services)
     ports: dict[tuple[str, int], int] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -105,6 +116,12 @@ class LocalStack:
         for path in (*(self.deploy / "secrets").iterdir(), *self.deploy.glob("prometheus/*")):
             path.chmod(0o600)
             path.write_text(self.here(path.read_text()))
+        self._hurry(self.deploy / "prometheus" / "prometheus.yml")
+
+    @staticmethod
+    def _hurry(path: Path) -> None:
+        """Prometheus scrapes often, so that tests need not wait."""
+        path.write_text(re.sub(r"(_interval): \d+s", r"\1: 1s", path.read_text()))
 
     @property
     def deploy(self) -> Path:
@@ -128,15 +145,19 @@ class LocalStack:
         return (self.deploy / "secrets" / name).read_text().strip()
 
     def words(self, service: Service, words: list[str]) -> list[str]:
-        """A command of a container as it runs here; ours by this environment's Python."""
-        ours = [sys.executable, "-m"] if words[0] == "opticnerve" else []
-        return [*ours, *(self.here(word, service.name) for word in words)]
+        """A command of a container as it runs here; ours by its image's environment."""
+        translated = [self.here(word, service.name) for word in words]
+        if words[0] != "opticnerve":
+            return translated
+        environment = self.environments.get(service.target)
+        python = str(environment / "bin" / "python") if environment else sys.executable
+        return [python, "-m", *translated]
 
     def environment(self, service: Service, directory: Path) -> dict[str, str]:
         ours = {n: v for n, v in os.environ.items() if not n.startswith("OPTICNERVE_")}
         given = {n: self.here(v, service.name) for n, v in service.environment.items()}
-        given |= {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        given |= {"OPTICNERVE_THREADS": "1"}
+        given |= {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "OPTICNERVE_THREADS": "1"}
+        given |= {"PYTHONPATH": "" if self.environments else str(ROOT)}
         given |= {name: str(directory) for name in ("HOME", "HF_HOME", "OPTICNERVE_CACHE_DIR")}
         return ours | given
 
@@ -161,12 +182,39 @@ class LocalStack:
         check = self.words(service, service.check)
         return subprocess.run(check, env=environment, capture_output=True).returncode == 0
 
+    def serves_pictures(self) -> bool:
+        """Whether the gateway says so. Fails if a process has ended."""
+        self.check_running()
+        url = f"{self.url('gateway', 8000)}/ready?pictures=true"
+        with contextlib.suppress(httpx2.TransportError):
+            return httpx2.get(url, trust_env=False).status_code == 200
+        return False
+
+    def ask(self, turn: Turn = TURNS[0]) -> str:
+        """The answer to a question about a picture."""
+        data = base64.b64encode((PICTURES / turn.pictures[0]).read_bytes()).decode()
+        picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+        content = [picture, {"type": "text", "text": turn.question}]
+        messages = [{"role": "user", "content": content}]
+        key = self.secret("api-keys").removeprefix("admin: ")
+        answer = httpx2.post(
+            f"{self.url('gateway', 8000)}/v1/chat/completions",
+            headers={"Authorization": f"Bearer {key}"},
+            json={"model": "model", "temperature": 0, "messages": messages},
+            timeout=ASK_S,
+            trust_env=False,
+        )
+        assert answer.status_code == 200, answer.text
+        text: str = answer.json()["choices"][0]["message"]["content"]
+        return text
+
     @contextlib.contextmanager
     def running(self, *names: str) -> Iterator[LocalStack]:
-        """Services, started in this order and ended in the reverse one."""
+        """Services that serve pictures, started in this order and ended in the reverse one."""
         try:
             for name in names:
                 self.start(name)
+            wait_for("pictures to be served", self.serves_pictures, START_S)
             yield self
         finally:
             for process in reversed(self.processes.values()):

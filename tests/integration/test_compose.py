@@ -1,9 +1,7 @@
 """``deploy/compose.yaml``: what it says, and every service's command line started here."""
 
-import base64
-import contextlib
+import json
 import re
-import shutil
 from collections.abc import Iterator
 
 import httpx2
@@ -11,15 +9,14 @@ import pytest
 import yaml
 from compose_spec import PyCompose
 
-from opticnerve.demo.chats import PICTURES, TURNS, Turn
-from tests.compose import LocalStack, read_compose, read_services
+from opticnerve.demo.chats import TURNS
+from tests.compose import DEPLOY, LocalStack, read_compose, read_services
+from tests.prometheus import Prometheus, find_prometheus
 from tests.redis import find_redis_server
 from tests.system import wait_for
 
 SERVICES = read_services()
 OURS = [name for name, service in SERVICES.items() if service.stage]
-PICTURES_SERVED = "/ready?pictures=true"
-START_S = 250.0
 MARGIN_S = 10  # What a service does beside its drain.
 
 
@@ -86,37 +83,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
     if find_redis_server() is None:
         pytest.skip("redis-server is not installed")
     names = ["redis", "encoder-1", "encoder-2", "llm", "gateway"]
-    names += ["prometheus"] if shutil.which("prometheus") else []
+    names += ["prometheus"] if find_prometheus() else []
     with LocalStack(tmp_path_factory.mktemp("compose")).running(*names) as stack:
-        wait_for("pictures to be served", lambda: answers(stack, PICTURES_SERVED), START_S)
         yield stack
-
-
-def answers(stack: LocalStack, path: str) -> bool:
-    """Whether the gateway answers with 200. Fails if a process has ended."""
-    stack.check_running()
-    with contextlib.suppress(httpx2.TransportError):
-        return httpx2.get(f"{stack.url('gateway', 8000)}{path}", trust_env=False).status_code == 200
-    return False
-
-
-def ask(stack: LocalStack, turn: Turn = TURNS[0]) -> str:
-    """The answer to a question about a picture."""
-    data = base64.b64encode((PICTURES / turn.pictures[0]).read_bytes()).decode()
-    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
-    content = [picture, {"type": "text", "text": turn.question}]
-    messages = [{"role": "user", "content": content}]
-    key = stack.secret("api-keys").removeprefix("admin: ")
-    answer = httpx2.post(
-        f"{stack.url('gateway', 8000)}/v1/chat/completions",
-        headers={"Authorization": f"Bearer {key}"},
-        json={"model": "model", "temperature": 0, "messages": messages},
-        timeout=100,
-        trust_env=False,
-    )
-    assert answer.status_code == 200, answer.text
-    text: str = answer.json()["choices"][0]["message"]["content"]
-    return text
 
 
 @pytest.mark.process
@@ -124,6 +93,100 @@ def ask(stack: LocalStack, turn: Turn = TURNS[0]) -> str:
 @pytest.mark.slow
 def test_a_question_about_a_picture_goes_through_every_service(stack):
     assert all(stack.healthy(name) for name in (*OURS, "redis"))
-    assert ask(stack) == TURNS[0].answer
+    assert stack.ask() == TURNS[0].answer
     unknown = httpx2.get(f"{stack.url('gateway', 8000)}/v1/models", trust_env=False)
     assert unknown.status_code == 401
+
+
+# ---- what Prometheus and Grafana show of it
+
+# Counters that have no series before their first event: faults, and what is full.
+EVENTS = (
+    "opticnerve_errors_total",
+    "opticnerve_embedding_evictions_total",
+    "opticnerve_retries_total",
+    "opticnerve_reencodes_total",
+    "opticnerve_store_failures_total",
+    "opticnerve_embeddings_refused_total",
+    "opticnerve_batches_split_total",
+    "opticnerve_decodes_ended_total",
+)
+INTERVAL_S = 20  # Of rates: Grafana's $__rate_interval.
+
+
+@pytest.fixture(scope="module")
+def prometheus(stack: LocalStack) -> Prometheus:
+    """Prometheus, after requests that every service has counted and that it has scraped twice."""
+    if "prometheus" not in stack.processes:
+        pytest.skip("prometheus is not installed")
+    prometheus = Prometheus(stack.url("prometheus", 9090))
+    for turn in (TURNS[0], TURNS[0], TURNS[1]):
+        stack.ask(turn)
+    counted = (
+        "count(rate(opticnerve_tokens_total[1m])) and count(rate(opticnerve_llm_tokens_total[1m]))"
+    )
+    wait_for("the counters of all services", lambda: prometheus.query(counted))
+    return prometheus
+
+
+def expressions() -> list[str]:
+    """The query of every panel of the dashboard, with Grafana's variables filled in."""
+    panels = json.loads((DEPLOY / "grafana/dashboards/opticnerve.json").read_text())["panels"]
+    found = [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    variables = {"$namespace": ".*", "$__rate_interval": f"{INTERVAL_S}s"}
+    for name, value in variables.items():
+        found = [each.replace(name, value) for each in found]
+    return found
+
+
+def alerts() -> list[dict[str, str]]:
+    (group,) = yaml.safe_load((DEPLOY / "prometheus/alerts.yaml").read_text())["groups"]
+    rules: list[dict[str, str]] = group["rules"]
+    return rules
+
+
+@pytest.mark.process
+@pytest.mark.redis
+@pytest.mark.slow
+def test_every_panel_shows_something(prometheus):
+    for expression in ("count(up == 1) == 4", *expressions()):
+        if not re.search("|".join(EVENTS), expression):
+            # A scrape that failed leaves a gap.
+            wait_for(expression, lambda expression=expression: prometheus.query(expression))
+        prometheus.query(expression)
+
+
+@pytest.mark.process
+@pytest.mark.redis
+@pytest.mark.slow
+def test_panels_and_alerts_name_metrics_that_services_export(prometheus):
+    exported = prometheus.get("metadata")
+    texts = [*expressions(), *(alert["expr"] for alert in alerts())]
+    named = set(re.findall(r"opticnerve_\w+", " ".join(texts)))
+    families = {re.sub("_(bucket|sum|count|total)$", "", name): name for name in named}
+    assert {
+        name for family, name in families.items() if not {family, name} & exported.keys()
+    } == set()
+
+
+@pytest.mark.process
+@pytest.mark.redis
+@pytest.mark.slow
+def test_no_alert_fires_while_all_is_well(prometheus):
+    rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
+    assert [rule["name"] for rule in rules] == [alert["alert"] for alert in alerts()]
+    assert [rule["name"] for rule in rules if rule["health"] == "err"] == []
+    assert [alert["alert"] for alert in alerts() if prometheus.query(alert["expr"])] == []
+    assert all(alert["annotations"]["action"] for alert in alerts())
+
+
+def test_grafana_finds_prometheus_and_the_dashboards():
+    grafana, mounts = DEPLOY / "grafana", SERVICES["grafana"].settings["volumes"]
+    (source,) = yaml.safe_load((grafana / "provisioning/datasources/prometheus.yaml").read_text())[
+        "datasources"
+    ]
+    assert source["url"] == "http://prometheus:9090"
+    (provider,) = yaml.safe_load((grafana / "provisioning/dashboards/opticnerve.yaml").read_text())[
+        "providers"
+    ]
+    assert f"./grafana/dashboards:{provider['options']['path']}:ro" in mounts
