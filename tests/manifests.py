@@ -80,7 +80,8 @@ def main() -> None:
             rendered = chart.render(values, name=NAME, namespace=NAME)
         except helm_python.HelmError as error:
             sys.exit(str(error))
-    print(json.dumps({Path(path).name: text for path, text in rendered.items()}))
+    manifests = {Path(path).name: text for path, text in rendered.items() if path.endswith("yaml")}
+    print(json.dumps(manifests))
 
 
 if __name__ == "__main__":

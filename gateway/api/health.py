@@ -87,7 +87,10 @@ async def get_live(call: Call) -> Response:
     responses={503: {"description": "Not yet.", "model": Readiness}},
 )
 async def get_ready(
-    call: Call, pictures: Annotated[bool, Query(description="Also require an encoder.")] = False
+    call: Call,
+    pictures: Annotated[
+        bool | None, Query(description="true: while pictures are served; false: while text is.")
+    ] = None,
 ) -> Response:
     gateway = call.gateway
     pairing, draining = gateway.pipeline.pairing, gateway.running.draining
@@ -107,11 +110,12 @@ def _answer(call: Call, body: Mapping[str, Any], status: int) -> Response:
     return JSONResponse(body, status)
 
 
-def readiness(pairing: Pairing, *, pictures: bool, draining: bool) -> Readiness:
+def readiness(pairing: Pairing, *, pictures: bool | None, draining: bool) -> Readiness:
     """Ready once text and pictures could both be served, and from then on while text can be: a
-    gateway that lost its encoders can still serve text. With ``pictures``, ready only while a
-    picture request can be served."""
-    ready = not draining and pairing.has_been_ready and not pairing.missing(pictures)
+    gateway that lost its encoders can still serve text. If ``pictures`` is given, ready while a
+    request with pictures, or one of text, can be served, whatever was before."""
+    started = pairing.has_been_ready or pictures is not None
+    ready = not draining and started and not pairing.missing(bool(pictures))
     return {
         "status": "ready" if ready else "not ready",
         "pictures": not _missing(pairing, draining, pictures=True),

@@ -47,6 +47,8 @@ async def test_ready_is_while_text_is_served_once_all_was():
             assert code == 503 and told["status"] == "not ready" and not told["pictures"]
             assert "no encoder is serving" in told["missing"][0]
         assert (await probe(s, "/health"))[0] == 200  # Text is served meanwhile.
+        code, told = await probe(s, "/ready?pictures=false")  # Encoders may come later.
+        assert (code, told["status"], told["pictures"]) == (200, "ready", False)
         await turn(s, s.encoder, eyes, True)
         for path in ("/ready", BOTH):
             assert await probe(s, path) == (200, ready(pictures=True))
@@ -64,7 +66,7 @@ async def test_ready_is_while_text_is_served_once_all_was():
         assert told["config"]["max_images"] == 10
         assert (await s.chat()).status_code == 200
         await turn(s, s.llm, mouths, False)  # Nothing is served any more.
-        for path in ("/ready", BOTH):
+        for path in ("/ready", "/ready?pictures=false", BOTH):
             assert (await probe(s, path))[0] == 503
         code, told = await probe(s, "/health")
         assert (code, told["status"], len(told["missing"])) == (503, "unavailable", 2)

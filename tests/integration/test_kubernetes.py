@@ -128,15 +128,9 @@ def test_our_services_take_every_command_line(release):
         check_environment(variables)
         settings = build(cls, given, variables)
         assert container["image"].endswith(f":{__version__}"), name
+        assert settings.store.store.startswith("file:///"), "no registry"
         if target != "gateway":
             assert settings.rpc.advertise == "10.0.0.1:7000" and settings.rpc.host == "0.0.0.0"
-            continue
-        services = {each["metadata"]["name"]: each for each in release.of("Service")}
-        for address in (*settings.encoder_addresses, *settings.llm_addresses):
-            service, _, port = address.removeprefix("dns:///").rpartition(":")
-            assert services[service]["spec"]["clusterIP"] == "None"
-            assert int(port) in [each["port"] for each in services[service]["spec"]["ports"]]
-        assert len(settings.llm_addresses) == len([1 for each in ours(release) if each[1] == "llm"])
 
 
 def test_probes_ask_ports_that_are_there_by_commands_that_exist(release):
@@ -155,11 +149,15 @@ def test_probes_ask_ports_that_are_there_by_commands_that_exist(release):
             assert probe[how]["port"] in {*named, *named.values()}
 
 
-def test_workers_with_tls_are_asked_by_our_own_command(release):
+def test_services_with_certificates_are_asked_over_tls(release):
     for name, target, container, _ in ours(release):
         tls = "OPTICNERVE_TLS_CERTIFICATE" in environment(target, container)
-        if target != "gateway":
-            assert ("exec" in container["readinessProbe"]) == tls, name
+        https = "--https-certificate" in " ".join(container["args"])
+        ready = container["readinessProbe"]
+        if target == "gateway":
+            assert ready["httpGet"]["scheme"] == ("HTTPS" if https else "HTTP")
+        else:
+            assert ("exec" in ready) == tls, name
 
 
 # ---- what refers to what
@@ -181,7 +179,8 @@ def test_mounts_volumes_and_secrets_are_there(release):
         variables = [each.get("value", "") for each in container.get("env", [])]
         words = " ".join([*container["args"], *variables])
         assert set(re.findall(r"/etc/opticnerve/secrets/([\w.-]+)", words)) == files, name
-        assert ("/etc/opticnerve/tls" in words) == ("tls" in volumes)
+        assert ("/etc/opticnerve/tls/" in words) == ("tls" in volumes)
+        assert ("/etc/opticnerve/https/" in words) == ("https" in volumes)
     script = (ROOT / "deploy" / "secrets.sh").read_text()
     assert set(re.findall(r"^ *write ([\w.-]+) ", script, re.MULTILINE)) == {
         *SECRETS, "grafana-password",
@@ -311,6 +310,18 @@ def test_pools_of_one_model_differ_in_what_they_set():
     scaled = {each["metadata"]["name"] for each in release.of("ScaledObject")}
     fixed = {d["metadata"]["name"] for d, _ in release.pods() if "replicas" in d["spec"]}
     assert scaled == found.keys() - fixed == found.keys() - {f"{NAME}-gateway"}
+
+
+def test_gateways_wait_for_encoders_only_where_there_are_always_some():
+    def asked(values):
+        containers = {name: container for name, _, container, _ in ours(rendered(values))}
+        return containers[f"{NAME}-gateway"]["readinessProbe"]["httpGet"]["path"]
+
+    assert asked({}) == "/ready"
+    assert asked(EXAMPLE) == "/ready?pictures=false"
+    always = {"always": {"autoscaling": {"minReplicas": 1}}}
+    assert asked(EXAMPLE | {"encoders": always}) == "/ready"
+    assert asked({"encoders": {"encoder": None}}) == "/ready?pictures=false"
 
 
 @pytest.mark.parametrize(

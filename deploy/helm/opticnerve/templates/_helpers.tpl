@@ -176,11 +176,3 @@ spec:
   selector:
     matchLabels: {{- include "opticnerve.selector" . | nindent 6 }}
 {{- end }}
-
-{{/* The addresses of pools behind headless Services: dict root, pools. */}}
-{{- define "opticnerve.addresses" -}}
-{{- $name := include "opticnerve.name" .root -}}
-{{- $found := list -}}
-{{- range $pool := keys .pools | sortAlpha }}{{ $found = append $found (printf "dns:///%s-%s:7000" $name $pool) }}{{ end -}}
-{{- join "," $found -}}
-{{- end }}
