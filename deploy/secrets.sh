@@ -28,5 +28,6 @@ if [ ! -e "$secrets/redis.conf" ] || [ ! -e "$secrets/store-url" ]; then
     write redis.conf "requirepass $password"
     write store-url "redis://:$password@$redis:6379/0"
 fi
-echo "OPTICNERVE_SECRETS_GID=$(id -g)" >"$here/.env"
+grep -qs '^OPTICNERVE_SECRETS_GID=' "$here/.env" ||
+    echo "OPTICNERVE_SECRETS_GID=$(id -g)" >>"$here/.env"
 echo "secrets are in $secrets; the API key is in api-keys, Grafana's password (admin) in grafana-password"

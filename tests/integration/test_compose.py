@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 
 import httpx2
@@ -59,6 +60,12 @@ def test_every_secret_is_a_file_that_the_script_makes(tmp_path):
         assert named <= set(service.settings.get("secrets", [])) <= set(compose["secrets"]), name
     secrets = [path.read_text() for path in (stack.deploy / "secrets").iterdir()]
     assert len(set(secrets)) == len(secrets) == len(made)
+    env = stack.deploy / ".env"
+    env.write_text(f"{env.read_text()}OPTICNERVE_MODEL=mine\n")
+    written = env.read_text()
+    subprocess.run(["sh", str(stack.deploy / "secrets.sh")], check=True, capture_output=True)
+    assert env.read_text() == written
+    assert [path.read_text() for path in (stack.deploy / "secrets").iterdir()] == secrets
     with pytest.raises(KeyError, match=r"OPTICNERVE_SECRETS_GID: run deploy/secrets.sh first"):
         read_compose(variables={})
 
