@@ -13,6 +13,7 @@ PACKAGES = {
     "onnx": ("onnxruntime",),
     "engine": ("onnx", "onnxscript"),
     "plan": ("simpy",),
+    "top": ("rich",),
     "plot": ("matplotlib",),
 }
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "check": ("opticnerve.cli.check", "whether a checkpoint will be served, from its files alone"),
     "verify": ("opticnerve.cli.verify", "the split model against the whole one, on your machine"),
     "health": ("opticnerve.cli.health", "whether a worker or a gateway serves; for probes"),
+    "top": ("opticnerve.cli.top", "a gateway and its pools as they are now, in the terminal"),
     "ask": ("opticnerve.cli.ask", "ask about pictures; the answer is streamed"),
     "batch": ("opticnerve.cli.batch", "answer a file of requests, in OpenAI's batch format"),
     "bench": ("opticnerve.benchmark.command", "load on any server with OpenAI's API, measured"),

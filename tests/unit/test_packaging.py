@@ -38,11 +38,12 @@ PLACES = {
     "openai": ("opticnerve/local/serve.py",),
     "onnx": ("encoder_service/backends/onnx_runtime.py",),
     "plan": ("opticnerve/planner/",),
+    "top": ("opticnerve/cli/top.py", "opticnerve/cli/top_view.py"),
     "plot": ("opticnerve/benchmark/plot.py",),
 }
 # Extras whose packages others import: torch's exporter, and the library that a name chooses.
 INDIRECT = ("engine", "tensorrt-rtx")
-ONE_MACHINE = {"worker", "openai"}  # Extras of "all".
+ONE_MACHINE = {"worker", "openai", "top"}  # Extras of "all".
 
 
 def floor(name):
