@@ -76,7 +76,7 @@ class GatewayConfig:
     https: HttpsConfig = HttpsConfig()
     encoder_addresses: tuple[str, ...] = _workers(
         (),
-        f"encoders: {ADDRESSES}; without any, only text requests are served",
+        f"encoders: {ADDRESSES}; without any, and without --registry, only text is served",
         metavar="HOST:PORT,...",
         check=addresses.check_target,
     )

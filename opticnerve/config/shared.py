@@ -224,7 +224,7 @@ class RegistryConfig:
         "shm://",
         "shm://[DIR][?capacity=SIZE] (one machine), redis:// or rediss:// (several; with "
         "?socket_timeout=SECONDS for a slow network), memory://, or file:///PATH of a file that "
-        "contains one of these, for a URL with a password",
+        "contains one of these, for a URL with a password; a gateway takes it for --registry alone",
         metavar="URL",
         secret=True,
     )

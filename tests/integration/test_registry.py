@@ -15,16 +15,16 @@ import pytest
 import redis
 
 from opticnerve.config.shared import RegistryConfig
-from opticnerve.redis_server import split_options
 from opticnerve.registry import redis_registry
 from opticnerve.registry.entry import MAX_ENTRY_BYTES
 from opticnerve.registry.redis_registry import Registry
 from opticnerve.secret import make_secret
-from tests import encoders
+from tests.certificates import Authority
 from tests.fakes import FakeEncoder, FakeLLM, until
 from tests.gateways import PAIR_ID, data_url, stack, user
 from tests.redis import PATIENT, RedisServer
 from tests.registry import member
+from tests.system import free_port
 
 pytestmark = [
     pytest.mark.anyio,
@@ -343,79 +343,24 @@ async def test_users_of_redis_need_no_more_than_the_docs_say(server: RedisServer
     assert not (eyes.troubles or mouths.troubles)
 
 
-async def test_what_a_worker_says_from_its_start_to_its_end(url: str, tmp_path: Path) -> None:
-    registry = Registry(url)
-    seen: set[str] = set()
-
-    async def entry() -> Any:
-        (found,) = await registry.entries("encoder") or [None]
-        if found is not None:
-            seen.add(found.state)
-        return found
-
-    async def until_state(state: str) -> Any:
-        async with asyncio.timeout(60):
-            while (found := await entry()) is None or found.state != state:
-                await asyncio.sleep(0.01)
-        return found
-
-    try:
-        async with encoders.running(tmp_path, registry=url, pair_id="pair") as running:
-            found = await until_state("serving")
-            assert found.address == running.server.address
-            assert found.instance_id == running.server.instance_id
-            assert (found.pair_id, found.fingerprint) == ("pair", encoders.FINGERPRINT)
-            assert found.capacity["max_batch_patches"] == 1024 and "queued_patches" in found.load
-            running.backend.hold()
-            call = asyncio.create_task(encode(running))
-            await until(lambda: running.encoder.backlog.items)
-            ending = asyncio.create_task(running.server.serve())
-            running.server.running.stop()
-            assert (await until_state("draining")).load["queued_patches"]
-            running.backend.go()
-            await asyncio.gather(call, ending)
-        assert await entry() is None and seen == {"serving", "draining"}
-    finally:
-        await registry.close()
-
-
-async def encode(running: encoders.Running) -> None:
-    await running.encode(encoders.picture())
-
-
-async def test_a_cancellation_that_redis_py_swallows_is_not_lost(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    registry = Registry(url)
-    asked = asyncio.Event()
-
-    async def swallow(*_: Any) -> list[bytes]:
-        asked.set()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.Event().wait()
-        return []
-
-    monkeypatch.setattr(registry._client, "zrevrange", swallow)
-    try:
-        task = asyncio.create_task(registry.entries("llm"))
-        await asked.wait()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-    finally:
-        await registry.close()
-
-
-def test_a_password_is_in_no_log_and_no_name(caplog: pytest.LogCaptureFixture) -> None:
-    async def scenario() -> None:
-        registry = Registry("redis://ada:hush@127.0.0.1:1/0?namespace=x")
-        assert "hush" not in registry.name
-        assert await registry.entries("llm") is None and not registry.reachable
-        await registry.close()
-
-    asyncio.run(scenario())
-    assert "fails" in caplog.text and "hush" not in caplog.text
-    assert split_options("redis://h/0?namespace=x&local=y&a=b", {"namespace"}) == (
-        "redis://h/0?local=y&a=b",
-        {"namespace": "x"},
+async def test_a_registry_speaks_tls_with_those_that_are_known(tmp_path: Path) -> None:
+    authority, other = Authority(tmp_path), Authority(tmp_path, "other")
+    there, worker, port = (
+        authority.issue("server"),
+        authority.issue("worker", "worker"),
+        free_port(),
     )
+    own = f"ssl_certfile={worker.certificate}&ssl_keyfile={worker.key}"
+    url = f"rediss://127.0.0.1:{port}/0?{PATIENT}&ssl_ca_certs="
+    with RedisServer(
+        *("--tls-port", str(port), "--tls-ca-cert-file", authority.certificate),
+        *("--tls-cert-file", there.certificate, "--tls-key-file", there.key),
+    ):
+        async with FakeLLM(pair_id=PAIR_ID) as llm:
+            known = f"{url}{authority.certificate}&{own}"
+            async with member(known, llm), gateway(known) as s:
+                await until(s.gateway.pipeline.llms.serving)
+        for wrong in (f"{url}{other.certificate}&{own}", url + authority.certificate):
+            stranger = Registry(wrong)
+            assert await stranger.entries("llm") is None
+            await stranger.close()

@@ -1,0 +1,108 @@
+"""One process and the registry, with a real Redis: what a worker says, and what a client does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opticnerve.redis_server import split_options
+from opticnerve.registry.redis_registry import Registry
+from tests import encoders
+from tests.fakes import until
+from tests.redis import PATIENT, RedisServer
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.usefixtures("one_loop"),
+    pytest.mark.redis,
+    pytest.mark.process,
+]
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with RedisServer() as running:
+        yield f"{running.url}?{PATIENT}"
+
+
+async def test_what_a_worker_says_from_its_start_to_its_end(url: str, tmp_path: Path) -> None:
+    registry = Registry(url)
+    seen: set[str] = set()
+
+    async def entry() -> Any:
+        (found,) = await registry.entries("encoder") or [None]
+        if found is not None:
+            seen.add(found.state)
+        return found
+
+    async def until_state(state: str) -> Any:
+        async with asyncio.timeout(60):
+            while (found := await entry()) is None or found.state != state:
+                await asyncio.sleep(0.01)
+        return found
+
+    try:
+        async with encoders.running(tmp_path, registry=url, pair_id="pair") as running:
+            found = await until_state("serving")
+            assert found.address == running.server.address
+            assert found.instance_id == running.server.instance_id
+            assert (found.pair_id, found.fingerprint) == ("pair", encoders.FINGERPRINT)
+            assert found.capacity["max_batch_patches"] == 1024 and "queued_patches" in found.load
+            running.backend.hold()
+            call = asyncio.create_task(encode(running))
+            await until(lambda: running.encoder.backlog.items)
+            ending = asyncio.create_task(running.server.serve())
+            running.server.running.stop()
+            assert (await until_state("draining")).load["queued_patches"]
+            running.backend.go()
+            await asyncio.gather(call, ending)
+        assert await entry() is None and seen == {"serving", "draining"}
+    finally:
+        await registry.close()
+
+
+async def encode(running: encoders.Running) -> None:
+    await running.encode(encoders.picture())
+
+
+async def test_a_cancellation_that_redis_py_swallows_is_not_lost(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(url)
+    asked = asyncio.Event()
+
+    async def swallow(*_: Any) -> list[bytes]:
+        asked.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return []
+
+    monkeypatch.setattr(registry._client, "zrevrange", swallow)
+    try:
+        task = asyncio.create_task(registry.entries("llm"))
+        await asked.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    finally:
+        await registry.close()
+
+
+def test_a_password_is_in_no_log_and_no_name(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        registry = Registry("redis://ada:hush@127.0.0.1:1/0?namespace=x")
+        assert "hush" not in registry.name
+        assert await registry.entries("llm") is None and not registry.reachable
+        await registry.close()
+
+    asyncio.run(scenario())
+    assert "fails" in caplog.text and "hush" not in caplog.text
+    assert split_options("redis://h/0?namespace=x&local=y&a=b", {"namespace"}) == (
+        "redis://h/0?local=y&a=b",
+        {"namespace": "x"},
+    )
