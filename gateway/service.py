@@ -8,8 +8,9 @@ import logging
 import math
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import uvicorn
@@ -21,6 +22,8 @@ from gateway.edge.auth import Keys
 from gateway.edge.connections import Connections, allow_files
 from gateway.edge.http1 import Connection
 from gateway.edge.limits import IDLE_TIMEOUT_S, MAX_EVENT_BYTES, PING_S
+from gateway.edge.listener import Listener, address_of, listen
+from gateway.edge.rates import Rates
 from gateway.edge.tls import Handshake, Https
 from gateway.edge.websocket import WebSocketConnection
 from gateway.grammar import Grammars
@@ -29,6 +32,7 @@ from gateway.media.reader import MediaReader
 from gateway.output.answer_forms import AnswerForms
 from gateway.output.detokenizer import Vocabulary
 from gateway.pipeline import Pipeline
+from gateway.processes import RATES
 from gateway.prompt.request_templates import RequestTemplates
 from gateway.startup_check import read_checkpoint
 from gateway.workers.discovery import RegisteredWorkers
@@ -41,16 +45,15 @@ from gateway.workers.pool import Changes, WorkerPool
 from opticnerve import addresses
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.config import GatewayConfig
-from opticnerve.config.command_line import read_config
-from opticnerve.errors import CheckpointError, ConfigError
+from opticnerve.errors import CheckpointError
 from opticnerve.local.child import READY
 from opticnerve.models.registry import make_layout
 from opticnerve.process import (
     LAST_WORDS_S,
     Running,
+    announce,
     follow_parent,
     handle_signals,
-    ignore_hangup,
     on_hangup,
     use_one_arena,
 )
@@ -64,21 +67,15 @@ log = logging.getLogger(__name__)
 
 REGISTERED_WORKERS = 1024  # Files are allowed for as many.
 ACCEPTS_A_TURN = 16  # Connections taken in one turn of the event loop.
-UNSENT_BYTES = 2**16  # Bytes of an answer that the kernel buffers beyond the client's window.
-DESCRIPTION = "The HTTP front: OpenAI's API in front of encoders and LLM workers."
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a gateway until it is stopped; its exit status. Raises StartupError."""
-    ignore_hangup()
-    settings = read_config("gateway", DESCRIPTION, GatewayConfig, argv)
-    check_workers(settings)
+def run(settings: GatewayConfig) -> None:
+    """Serves until it is stopped. Raises StartupError."""
     allow_files(settings.max_connections, _count_workers(settings))
     quiet_uvicorn()
     use_one_arena()
     follow_parent(settings.parent_pid)
     asyncio.run(serve(settings))
-    return 0
 
 
 def quiet_uvicorn() -> None:
@@ -87,21 +84,6 @@ def quiet_uvicorn() -> None:
     logging.getLogger("uvicorn.error").addFilter(
         lambda record: not str(record.msg).startswith(("Exception in ASGI", "ASGI callable"))
     )
-
-
-def check_workers(settings: GatewayConfig) -> None:
-    """Warns if there are no encoders. Raises ConfigError if there are no LLM workers."""
-    if settings.store.read_registry() is not None:
-        return
-    if not settings.llm_addresses:
-        raise ConfigError(
-            "a gateway needs the addresses of its workers, such as --llm-addresses 127.0.0.1:7002 "
-            "--encoder-addresses 127.0.0.1:7001, or the --registry where they register; `opticnerve"
-            " up` starts workers and gateway together",
-            param="llm_addresses",
-        )
-    if not settings.encoder_addresses:
-        log.warning("no encoders: messages with pictures are refused; see --encoder-addresses")
 
 
 def _count_workers(settings: GatewayConfig) -> int:
@@ -113,7 +95,9 @@ def _count_workers(settings: GatewayConfig) -> int:
 async def serve(settings: GatewayConfig) -> None:
     """Serves until a signal has drained the gateway. SIGHUP reads the keys again. Raises
     StartupError."""
-    keys = Keys.load(settings.api_key_file)
+    keys = Keys.load(settings.api_key_file, settings.workers)
+    if settings.shared_directory is not None:
+        keys.rates = Rates(Path(settings.shared_directory) / RATES)
     with on_hangup(keys.reread):
         async with open_server(settings, keys) as server:
             with handle_signals(server.running.stop, server.running.cut):
@@ -129,24 +113,6 @@ async def open_server(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Http
             yield HttpServer(gateway, listener, https)
 
 
-@contextlib.contextmanager
-def listen(settings: GatewayConfig, keys: Keys) -> Iterator[socket.socket]:
-    """The bound socket: on loopback if there are no keys, unless --host is set.
-
-    Raises ConfigError if the address cannot be bound.
-    """
-    host = settings.listen_host
-    with addresses.bind(host, settings.port) as listener:
-        listener.setblocking(False)
-        # Connections inherit this option: an answer that its client does not read waits in this
-        # process, not in the kernel, so that the process can detect a stalled client.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-        known = keys.required or settings.https.https_client_ca
-        if not known and not addresses.is_loopback(host):
-            log.warning("listening on %s without API keys; see --api-key-file", host)
-        yield listener
-
-
 @contextlib.asynccontextmanager
 async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gateway]:
     """The gateway with its pools and pipeline; closed on exit. Raises StartupError."""
@@ -155,7 +121,8 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
     checkpoint = Checkpoint.configured(settings.model)
     layout = make_layout(checkpoint)
     renderer, defaults = read_checkpoint(settings, checkpoint, layout)
-    export_metrics(settings.telemetry, settings.listen_host)
+    if settings.listen_fd is None:  # Else the parent does.
+        export_metrics(settings.telemetry, settings.listen_host)
     async with contextlib.AsyncExitStack() as stack:
         registry = _open_registry(settings, token, tls, stack)
         encoders, llms = _workers(settings, token, tls, registry)
@@ -291,9 +258,7 @@ def _own_pair_id(checkpoint: Checkpoint) -> asyncio.Future[str | None]:
 class HttpServer(uvicorn.Server):
     """uvicorn on ``listener``, stopped by ``running`` instead of its own signal handlers."""
 
-    def __init__(
-        self, gateway: Gateway, listener: socket.socket, https: Https | None = None
-    ) -> None:
+    def __init__(self, gateway: Gateway, listener: Listener, https: Https | None = None) -> None:
         settings = gateway.config
         first = partial(Handshake, https=https) if https else Connection
         super().__init__(
@@ -310,13 +275,13 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                backlog=ACCEPTS_A_TURN,
+                backlog=ACCEPTS_A_TURN if settings.listen_fd is None else 1,  # Others take some.
                 timeout_keep_alive=math.ceil(IDLE_TIMEOUT_S),
                 timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + 2 * LAST_WORDS_S),
             )
         )
         self.gateway = gateway
-        self.address = _address(listener, settings.https.scheme)
+        self.address = address_of(listener, settings.https.scheme)
         self.running = gateway.running
         self.running.on_cut = self._cut_off_clients
         self._listener = listener
@@ -333,14 +298,12 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._listener.listen(addresses.BACKLOG)  # asyncio has set it to ACCEPTS_A_TURN.
-        print(f"listening {self.address}", flush=True)  # `opticnerve up` reads this and READY.
+        announce(f"listening {self.address}")  # `opticnerve up` reads this and READY.
 
     async def on_tick(self, counter: int) -> bool:
         if self.gateway.pipeline.pairing.has_been_ready and not self._said_ready:
             self._said_ready = True
-            with contextlib.suppress(OSError):  # Whoever read the first line may be gone.
-                print(READY, flush=True)
+            announce(READY)
         return await super().on_tick(counter) or self.running.closed.is_set()
 
     def _cut_off_clients(self) -> None:
@@ -350,9 +313,3 @@ class HttpServer(uvicorn.Server):
     def _abort_connections(self) -> None:
         for connection in list(self.server_state.connections):
             connection.transport.abort()
-
-
-def _address(listener: socket.socket, scheme: str) -> str:
-    host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"{scheme}://{addresses.host_port(host, port)}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gateway.api.schemas.messages import Message
 from gateway.edge.auth import Keys
 from gateway.edge.connections import allow_files
+from gateway.edge.tls import Https
 from gateway.job import ChatPrompt
 from gateway.prompt.renderer import ChatRenderer
 from gateway.prompt.template import find_template
@@ -20,9 +21,11 @@ from opticnerve.models.registry import make_layout
 
 
 def check(settings: GatewayConfig, checkpoint: Checkpoint, workers: int) -> None:
-    """Reads the keys, the tokenizer, the template and the generation config, and asks for the
-    files that ``workers`` and clients need. Raises ConfigError, CheckpointError, StartupError."""
+    """Reads the keys, the certificate, the tokenizer, the template and the generation config, and
+    asks for the files that ``workers`` and clients need. Raises ConfigError, CheckpointError,
+    StartupError."""
     Keys.load(settings.api_key_file)
+    Https.of(settings.https)
     allow_files(settings.max_connections, workers)
     read_checkpoint(settings, checkpoint, make_layout(checkpoint))
 

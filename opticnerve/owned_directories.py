@@ -27,9 +27,10 @@ import stat
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from opticnerve.errors import StoreError
+from opticnerve.errors import StartupError, StoreError
 
 PREFIX = "opticnerve-"
 OWNED = PREFIX + "tier-"
@@ -107,6 +108,20 @@ def remove_tier(path: Path) -> None:
         lock = _owned.pop(path, None)
     if lock is not None:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def owned_directory(base: Path) -> Iterator[Path]:
+    """A directory of this process in ``base``, removed at the end of the context, or by the next
+    sweep if the process is killed. Raises StartupError."""
+    try:
+        directory = create_tier_directory(base)
+    except StoreError as error:
+        raise StartupError(error.message) from error
+    try:
+        yield directory
+    finally:
+        remove_tier(directory)
 
 
 def sweep_dead_tiers(base: Path | None = None) -> list[Path]:

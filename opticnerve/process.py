@@ -120,6 +120,12 @@ def handle_signals(
         steps[:] = [lambda: None] * len(steps)
 
 
+def announce(line: str) -> None:
+    """Prints a line for whoever started this process, and may be gone."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
 def use_one_arena() -> None:
     """Lets all threads of this process share one heap, where the C library can, so that less freed
     memory is kept. Called before threads start; Python's lock makes them take turns anyway."""

@@ -3,6 +3,7 @@ one sees the status alone."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
@@ -21,6 +22,7 @@ from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import Worker
 from opticnerve import __version__
 from opticnerve.config.options import public_view
+from opticnerve.telemetry.metrics import own_registry
 
 if TYPE_CHECKING:
     from gateway.app import Gateway
@@ -100,7 +102,7 @@ async def get_ready(
 
 @metrics_router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
 async def get_metrics(call: Call) -> Response:
-    return Response(generate_latest(), headers={"content-type": CONTENT_TYPE_LATEST})
+    return Response(generate_latest(own_registry()), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 def _answer(call: Call, body: Mapping[str, Any], status: int) -> Response:
@@ -137,6 +139,8 @@ def health(gateway: Gateway) -> Health:
             "requests_in_flight": admission.requests.held,
             "bytes_in_flight": admission.bytes.held,
             "known_references": len(gateway.pipeline.encoders.references),
+            "process": os.getpid(),
+            "processes": gateway.config.workers,
         },
         "config": public_view(gateway.config),
     }

@@ -2,14 +2,19 @@
 
 The generic cell rate algorithm (ITU-T I.371), which is a token bucket with one number of state: a
 key that was idle may send all requests of a period at once, and then each after its part of the
-period. The counts are those of this process.
+period. The state is one number a key, which the processes of one gateway share.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from opticnerve.errors import RateLimited
 
@@ -60,33 +65,89 @@ class Allowance:
 
 
 class Rates:
-    """The requests of every key with a rate, by the name of the key."""
+    """The requests of every key with a rate, by the name of the key: of this process, or of all
+    that share ``directory``."""
 
-    def __init__(self) -> None:
-        self._full_at: dict[str, float] = {}  # When it has all of its rate again; on ``clock``.
+    def __init__(self, directory: Path | None = None) -> None:
+        # When a key has all of its rate again; on ``clock``, which all processes have in common.
+        self._full_at = OwnTimes() if directory is None else SharedTimes(directory)
         self.clock = time.monotonic
 
     def left(self, name: str, rate: Rate) -> Allowance:
-        reset = max(0.0, self._full_at.get(name, 0.0) - self.clock())
+        reset = max(0.0, self._full_at.read(name) - self.clock())
         return Allowance(rate, min(reset, rate.period_s))  # It may have been another rate.
 
     def take(self, name: str, rate: Rate) -> Allowance:
         """Counts a request; what is left then. Raises RateLimited, and counts nothing."""
-        left = self.left(name, rate)
-        if not left.remaining:
-            wait = max(0.0, left.reset_s + rate.interval_s - rate.period_s)
-            raise RateLimited(
-                f"this key may send {rate} requests ({rate.requests} at once); try again in "
-                f"{duration(wait)}",
-                retry_after_s=wait,
-            )
-        reset_s = left.reset_s + rate.interval_s
-        self._full_at[name] = self.clock() + reset_s
+        with self._full_at.locked(name):
+            left = self.left(name, rate)
+            if not left.remaining:
+                wait = max(0.0, left.reset_s + rate.interval_s - rate.period_s)
+                raise RateLimited(
+                    f"this key may send {rate} requests ({rate.requests} at once); try again in "
+                    f"{duration(wait)}",
+                    retry_after_s=wait,
+                )
+            reset_s = left.reset_s + rate.interval_s
+            self._full_at.write(name, self.clock() + reset_s)
         return Allowance(rate, reset_s)
 
     def keep(self, names: set[str]) -> None:
         """Forgets the keys without one of ``names``."""
-        self._full_at = {name: at for name, at in self._full_at.items() if name in names}
+        self._full_at.keep(names)
+
+
+class OwnTimes:
+    """A time for each name, 0 at first, in this process."""
+
+    def __init__(self) -> None:
+        self._times: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Nobody else changes the time of ``name`` while the context lasts."""
+        yield
+
+    def read(self, name: str) -> float:
+        return self._times.get(name, 0.0)
+
+    def write(self, name: str, at: float) -> None:
+        self._times[name] = at
+
+    def keep(self, names: set[str]) -> None:
+        """Forgets all others."""
+        self._times = {name: at for name, at in self._times.items() if name in names}
+
+
+class SharedTimes:
+    """The same in a directory, a file for each name, whose lock ends with the process that has
+    it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        directory.mkdir(mode=0o700, exist_ok=True)
+
+    @contextlib.contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        with open(self._path(name), "ab") as file:  # Makes an empty one.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def read(self, name: str) -> float:
+        try:
+            return float(self._path(name).read_bytes() or 0.0)
+        except FileNotFoundError:
+            return 0.0
+
+    def write(self, name: str, at: float) -> None:
+        with open(self._path(name), "r+b") as file:
+            file.write(b"%20.6f" % at)
+
+    def keep(self, names: set[str]) -> None:
+        """Forgets nothing: names come back, and files are as many as keys ever were."""
+
+    def _path(self, name: str) -> Path:
+        return self._directory / hashlib.sha256(name.encode()).hexdigest()
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from opticnerve.telemetry import logs
 
 COMMANDS = {
     "up": ("opticnerve.local.up", "encoders, LLM workers and a gateway on this machine"),
-    "gateway": ("gateway.service", "the HTTP front: OpenAI's API, templates, routing"),
+    "gateway": ("gateway.__main__", "the HTTP front: OpenAI's API, templates, routing"),
     "encoder": ("encoder_service.__main__", "a vision encoder: pictures to embeddings"),
     "engine": (
         "encoder_service.engines.command",

@@ -72,7 +72,21 @@ class GatewayConfig:
         "that load balancers can notice; --drain-timeout-s begins after it",
     )
     drain_timeout_s: float = _address(15.0, shared.DRAIN_HELP)
+    workers: int = option(
+        1,
+        "gateway processes that serve the port together, where one is the limit; each has an equal "
+        "share of the bounds on connections, requests in flight and their bytes",
+        group=Group.PROCESSES,
+        minimum=1,
+        maximum=256,
+    )
     parent_pid: int = _address(0, shared.PARENT_HELP, metavar="PID", hidden=True)
+    listen_fd: int | None = _address(
+        None, "listening socket inherited from the parent", metavar="FD", hidden=True
+    )
+    shared_directory: str | None = _address(
+        None, "what the processes of one parent count together", metavar="DIR", hidden=True
+    )
     https: HttpsConfig = HttpsConfig()
     encoder_addresses: tuple[str, ...] = _workers(
         (),

@@ -44,12 +44,15 @@ class Child:
         command: Sequence[str],
         environment: dict[str, str],
         port: int = 0,
+        files: Sequence[int] = (),
     ) -> None:
+        """``files``: descriptors that it inherits."""
         self.name = name
         self.role = role
         self.command = list(command)
         self.environment = environment
         self.port = port
+        self.files = files
         self.address = ""  # From the line ``listening ADDRESS`` on its stdout.
         self.last_words = ""  # The last line it printed; a message that gives up quotes it.
         self._hangup_due = False
@@ -79,6 +82,7 @@ class Child:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
+            pass_fds=self.files,
             limit=2**20,
         )
         assert self._process.stdout and self._process.stderr

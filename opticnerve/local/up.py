@@ -32,14 +32,12 @@ from opticnerve.config.command_line import (
 from opticnerve.config.options import PREFIX, build, options, to_command_line, without_service_links
 from opticnerve.config.shared import NO_REGISTRY
 from opticnerve.config.up import up_options
-from opticnerve.errors import StartupError, StoreError
 from opticnerve.extras import require_extra
 from opticnerve.local.child import Child, Role
 from opticnerve.local.supervisor import Supervisor
 from opticnerve.owned_directories import (
     base_directory,
-    create_tier_directory,
-    remove_tier,
+    owned_directory,
     sweep_dead_tiers,
 )
 from opticnerve.process import follow_parent, handle_signals, ignore_hangup, on_hangup
@@ -82,9 +80,7 @@ async def run(given: dict[str, Any]) -> int:
         sweep_dead_tiers(base)
     with contextlib.ExitStack() as files:
         url = files.enter_context(_store_url(store))
-        secrets = _secret_files(
-            gateway, store, files.enter_context(_temporary_directory(temporary))
-        )
+        secrets = _secret_files(gateway, store, files.enter_context(owned_directory(temporary)))
         commands = Commands(settings, {**given, **secrets, "store": url, "parent_pid": os.getpid()})
         supervisor = Supervisor(
             commands.workers(),
@@ -155,22 +151,8 @@ def _store_url(settings: StoreConfig) -> Iterator[str]:
     if scheme != "shm" or directory:
         yield settings.store
         return
-    with _temporary_directory(base_directory()) as tier:
+    with owned_directory(base_directory()) as tier:
         yield f"shm://{tier}" + (f"?{query}" if query else "")
-
-
-@contextlib.contextmanager
-def _temporary_directory(base: Path) -> Iterator[Path]:
-    """A directory of this stack in ``base``, removed at its end, or by the next stack if this one
-    is killed. Raises StartupError."""
-    try:
-        directory = create_tier_directory(base)
-    except StoreError as error:
-        raise StartupError(error.message) from error
-    try:
-        yield directory
-    finally:
-        remove_tier(directory)
 
 
 def _secret_files(gateway: GatewayConfig, store: StoreConfig, directory: Path) -> dict[str, str]:

@@ -12,12 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prometheus_client import REGISTRY, Counter, Histogram, start_http_server
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    start_http_server,
+)
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from opticnerve import addresses
@@ -28,6 +37,8 @@ if TYPE_CHECKING:
     from opticnerve.embeddings.store import Store
 
 log = logging.getLogger(__name__)
+
+DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # Names, in processes that count together, where.
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -105,7 +116,22 @@ def store_size(store: Store) -> Iterator[Metric]:
         )
 
 
-def export(config: TelemetryConfig, service_host: str) -> None:
+def sum_of_processes(directory: Path) -> CollectorRegistry:
+    """What all processes with this directory have counted, those that have ended included."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(directory))  # type: ignore[no-untyped-call]
+    return registry
+
+
+def own_registry() -> CollectorRegistry:
+    """What a scrape of this process shows: with others that it counts together with, the sum."""
+    directory = os.environ.get(DIRECTORY)
+    return REGISTRY if directory is None else sum_of_processes(Path(directory))
+
+
+def export(
+    config: TelemetryConfig, service_host: str, registry: CollectorRegistry = REGISTRY
+) -> None:
     """Serves /metrics on a port of its own, if one is set (0: a free one), and logs its URL. It
     listens where the service does, at ``service_host``, unless another host is set.
 
@@ -114,5 +140,5 @@ def export(config: TelemetryConfig, service_host: str) -> None:
     port, host = config.metrics_port, config.metrics_host or service_host
     if port >= 0:
         addresses.check_free(host, port, "--metrics-port")
-        server, _ = start_http_server(port, addr=host.strip("[]"))
+        server, _ = start_http_server(port, host.strip("[]"), registry)
         log.info("metrics at http://%s/metrics", addresses.host_port(host, server.server_port))

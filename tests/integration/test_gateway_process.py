@@ -302,4 +302,4 @@ async def test_without_encoders_it_says_so_once(environment):
             process.send_signal(signal.SIGTERM)
             errors = (await process.stderr.read()).decode()
     assert errors.count("--encoder-addresses") == 1
-    assert " W gateway.service " in errors
+    assert " W gateway " in errors

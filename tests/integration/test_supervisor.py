@@ -91,7 +91,7 @@ def test_stops_gateway_then_llm_then_encoder(tmp_path):
         async with supervisor(log) as made:
             task = asyncio.create_task(made.run())
             await until_ready(made, task)
-            pids = [child.pid for child in made._children]
+            pids = [child.pid for child in made.children]
             made.stop()
             await task
         return pids

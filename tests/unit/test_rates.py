@@ -87,3 +87,15 @@ def test_durations_are_written_as_openai_writes_them():
     assert [duration(each) for each in seconds] == [
         "0ms", "80ms", "1s", "1s", "1.5s", "1m0s", "1m0s", "6m0s", "1h0m0s", "1h1m1.5s"
     ]  # fmt: skip
+
+
+def test_processes_count_together_in_one_directory(tmp_path):
+    one, other = Rates(tmp_path / "rates"), Rates(tmp_path / "rates")
+    rate = Rate.read("2/h")
+    assert [one.take("ada", rate).remaining, other.take("ada", rate).remaining] == [1, 0]
+    for each in (one, other):
+        with pytest.raises(RateLimited):
+            each.take("ada", rate)
+    assert one.left("bob", rate).remaining == 2
+    one.keep({"bob"})
+    assert other.left("ada", rate).remaining == 0
