@@ -36,7 +36,7 @@ serve: $(INSTALLED)
 	$(BIN)/opticnerve up $(ARGS)
 
 bench: $(INSTALLED) programs
-	for name in store split engine memory preprocess; do $(BIN)/python -m bench.$$name || exit 1; done
+	for name in store split engine memory preprocess routing; do $(BIN)/python -m bench.$$name || exit 1; done
 	$(BIN)/python -m bench.load --quick
 
 soak: $(INSTALLED) programs  # ARGS="--minutes 3 --seed 5" for less, or for other faults.
