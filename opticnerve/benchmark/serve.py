@@ -32,7 +32,7 @@ from opticnerve.benchmark.workload import (
     dialogues,
     read_prompts,
 )
-from opticnerve.cli.chat_client import error_of
+from opticnerve.cli.chat_client import error_of, trust_for
 from opticnerve.errors import OpticNerveError, StartupError
 
 GREET_S = 30.0
@@ -183,7 +183,10 @@ def greet(settings: LoadSettings) -> str:
     url = f"{settings.url}/v1/models"
     try:
         with httpx2.Client(
-            timeout=GREET_S, trust_env=False, headers=settings.request_headers
+            verify=trust_for(settings.url) or True,
+            timeout=GREET_S,
+            trust_env=False,
+            headers=settings.request_headers,
         ) as http:
             answer = http.get(url)
         if answer.status_code != 200:

@@ -176,7 +176,7 @@ def _stack(settings: VerifySettings, flags: Mapping[str, Any]) -> Iterator[Any]:
         print("starting a stack", file=sys.stderr)
         chosen |= {"rpc_token_file": token, "max_logprobs": module.BEST}
         stack = exits.enter_context(serve(**{**DEFAULTS, **chosen}))
-        split = module.SplitModel(stack.url, settings.max_tokens)
+        split = module.SplitModel(stack.url, settings.max_tokens, trust=stack.trust)
         exits.callback(split.close)
         (address, *_) = split.encoder_addresses()
         tls = ChannelTls.of(build(CallsConfig, flags), build(CertificateConfig, flags))

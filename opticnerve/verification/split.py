@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import os
+import ssl
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2
 
-from opticnerve.cli.chat_client import TIMEOUT_S, error_of
+from opticnerve.cli.chat_client import TIMEOUT_S, error_of, trust_for
 from opticnerve.client import EncoderClient
 from opticnerve.errors import Unavailable
 from opticnerve.media.plan import Overrides, planned_as_several
@@ -56,14 +57,22 @@ class Asked:
 
 class SplitModel:
     """A stack behind the gateway at ``url``; OPENAI_API_KEY is its key. ``encoder`` is one of its
-    encoders, where rows are to be compared."""
+    encoders, where rows are to be compared. ``trust``: what its certificate is checked by, by
+    default the system's authorities."""
 
-    def __init__(self, url: str, max_tokens: int, encoder: EncoderClient | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        max_tokens: int,
+        encoder: EncoderClient | None = None,
+        trust: ssl.SSLContext | None = None,
+    ) -> None:
         self.encoder = encoder
         self.max_tokens = max_tokens
         key = os.environ.get("OPENAI_API_KEY", "none")
         self._http = httpx2.Client(
             base_url=url,
+            verify=trust or trust_for(url) or True,
             timeout=TIMEOUT_S,
             trust_env=False,
             headers={"Authorization": f"Bearer {key}"},
