@@ -62,5 +62,5 @@ clean:
 
 $(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard protos/*.proto)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[all,onnx,engine,plan,plot,tensorrt-rtx,dev]'
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[all,onnx,engine,otel,plan,plot,tensorrt-rtx,dev]'
 	touch $@

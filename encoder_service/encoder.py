@@ -42,6 +42,7 @@ from opticnerve.errors import (
 from opticnerve.media.plan import WHITE, Modality, Overrides, Plan, Structure
 from opticnerve.media.probe import parse_structure
 from opticnerve.single_flight import Flights
+from opticnerve.telemetry import traces
 from opticnerve.telemetry.metrics import STAGE_SECONDS
 
 STAGED_BATCHES = 2  # Decoded batches: one on the device, one waiting for it.
@@ -301,6 +302,7 @@ class Encoder:
             batch_patches=done.batch_cost,
         )
         _observe(timings)
+        _trace(started, pixels, done, put_s)
         return EncodedItem(ref, timings)
 
     async def _encode(self, item: _Verified) -> tuple[Pixels, BatchResult[Embedding]]:
@@ -370,6 +372,20 @@ def _difference(given: Plan, made: Plan) -> str:
 
 def _count_split(recovery: Recovery) -> None:
     metrics.BATCHES_SPLIT.labels("memory" if recovery is Recovery.SPLIT else "error").inc()
+
+
+def _trace(started: float, pixels: Pixels, done: BatchResult[Embedding], put_s: float) -> None:
+    """Records the stages of an item, whose run began at ``started`` and ends now, as spans. It
+    waits twice: to be decoded, and to be encoded."""
+    launched = done.submitted + done.queue_s
+    decoded = pixels.began + pixels.seconds
+    batch = {"batch_items": done.batch_items, "batch_patches": done.batch_cost}
+    now = time.monotonic()
+    traces.record("encoder_queue", started, pixels.began)
+    traces.record("preprocess", pixels.began, decoded)
+    traces.record("encoder_queue", decoded, launched)
+    traces.record("encode", launched, launched + done.run_s, **batch)
+    traces.record("put", now - put_s, now)
 
 
 def _observe(timings: StageTimings) -> None:

@@ -19,6 +19,7 @@ from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.embeddings.signing import Seal
 from opticnerve.embeddings.store import Store
 from opticnerve.errors import EngineFailure, NotFound, StoreError
+from opticnerve.telemetry import traces
 from opticnerve.telemetry.metrics import CACHE_LOOKUPS, EMBEDDING_BYTES
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,9 @@ class Results:
         self._threads.shutdown(wait=True)
 
     def _counted(self, ref: EmbeddingRef | None) -> EmbeddingRef | None:
-        CACHE_LOOKUPS.labels(tier=self._tier, result="hit" if ref else "miss").inc()
+        result = "hit" if ref else "miss"
+        CACHE_LOOKUPS.labels(tier=self._tier, result=result).inc()
+        traces.current().set(tier=self._tier, cache=result)
         return ref
 
     async def _run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

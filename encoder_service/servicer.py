@@ -22,7 +22,7 @@ from opticnerve.rpc import convert
 from opticnerve.rpc.calls import WorkerServicer
 from opticnerve.rpc.channel import CHUNK_BYTES, chunks
 from opticnerve.rpc.server import Server
-from opticnerve.telemetry import logs
+from opticnerve.telemetry import logs, traces
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -144,3 +144,4 @@ def _note(request: ItemRequest) -> None:
         patches=plan.num_patches,
         tokens=plan.num_tokens,
     )
+    traces.current().set(patches=plan.num_patches, tokens=plan.num_tokens)

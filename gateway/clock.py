@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from gateway import metrics
 from opticnerve.errors import DeadlineExceeded
+from opticnerve.telemetry import traces
 from opticnerve.telemetry.metrics import STAGE_SECONDS
 
 if TYPE_CHECKING:
     from gateway.workers.encode import Encoded
 
-# Stages of the gateway that are metrics, under the same names; workers export their own.
-EXPORTED = ("fetch",)
 # Stages in a request's line of the log.
 LOGGED = ("ttft", "fetch", "queue", "encoder_queue", "preprocess", "encode", "prefill", "decode")
 
@@ -84,8 +83,8 @@ class PlacedStage:
 
 
 class Stopwatch:
-    """A request's timings: milliseconds by stage. The gateway's stages are measured here, those of
-    workers are added."""
+    """A request's timings: milliseconds by stage. The gateway's stages are measured here, and are
+    metrics and spans under the same names; those of workers are added."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -95,16 +94,27 @@ class Stopwatch:
         self._placed: list[PlacedStage] = []  # Those that were measured here.
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str) -> Iterator[traces.Span]:
         began = time.monotonic()
         try:
-            yield
+            with traces.span(name) as span:
+                yield span
         finally:
-            seconds = time.monotonic() - began
-            self.add(name, seconds * 1000)
-            self._placed.append(PlacedStage(name, began, seconds * 1000))
-            if name in EXPORTED:
-                STAGE_SECONDS.labels(name).observe(seconds)
+            self.ended(name, began, traced=False)
+
+    def ended(self, name: str, began: float, *, traced: bool = True) -> None:
+        """The stage, which began at ``began`` on the monotonic clock, ends now. ``traced``: whether
+        it is a span that is not recorded yet."""
+        now = time.monotonic()
+        if traced:
+            traces.record(name, began, now)
+        self._placed.append(PlacedStage(name, began, (now - began) * 1000))
+        self.measured(name, now - began)
+
+    def measured(self, name: str, seconds: float) -> None:
+        """A stage of the gateway took ``seconds``."""
+        self.add(name, seconds * 1000)
+        STAGE_SECONDS.labels(name).observe(seconds)
 
     def add(self, name: str, milliseconds: float) -> None:
         self.stages[name] = self.stages.get(name, 0.0) + milliseconds
@@ -118,6 +128,11 @@ class Stopwatch:
         else:
             metrics.INTER_TOKEN_SECONDS.observe(now - self._last_token)
         self._last_token = now
+
+    @property
+    def decode_ms(self) -> float:
+        """From the first token to the last one so far, as they came here."""
+        return (self._last_token - (self.first_token or self._last_token)) * 1000
 
     def report(
         self, items: Sequence[Encoded | None], tokens: Sequence[int], bytes_sent: int

@@ -38,13 +38,14 @@ from gateway.sampling import (
     prompt_limit,
     resolve_sampling,
 )
+from gateway.workers.embeddings import RequestEmbeddings
 from gateway.workers.encode import Encodable, Encoders
-from gateway.workers.generate import FailoverGeneration, GenerateSpec, RequestEmbeddings
+from gateway.workers.generate import FailoverGeneration, GenerateSpec
 from gateway.workers.pairing import Pair, Pairing
 from gateway.workers.pool import WorkerPool
 from opticnerve.content_keys import tenant_salt
 from opticnerve.errors import InvalidRequest, UnsupportedFeature
-from opticnerve.generation.values import Delta, Done, PromptPiece, Sampling, Usage
+from opticnerve.generation.values import Delta, Done, PromptPiece, Sampling, Timings, Usage
 from opticnerve.media.plan import Plan
 from opticnerve.telemetry import logs
 
@@ -87,10 +88,11 @@ class Pipeline:
         async with embeddings:
             if embeddings.encoding:
                 job.ticket.count_with_pictures()
-            generation = FailoverGeneration(
-                spec, self.llms, embeddings, job.deadline, self.worker_wait_s
-            )
-            choices = self.forms.choices(job.options, self.vocabulary, thinking)
+            with job.watch.stage("prepare"):
+                generation = FailoverGeneration(
+                    spec, self.llms, embeddings, job.deadline, self.worker_wait_s, job.watch
+                )
+                choices = self.forms.choices(job.options, self.vocabulary, thinking)
             finished: Done | None = None
             try:
                 async with contextlib.aclosing(generation.events()) as deltas:
@@ -104,7 +106,7 @@ class Pipeline:
                             yield event
                         if choices.ended and not generation.complete:
                             break  # Stop strings ended all choices; closing aborts the call.
-                done = finished or Done(generation.usage())
+                done = finished or _left(generation, job.watch)
                 yield _end(job, spec, done, choices, embeddings)
             except InvalidRequest as error:
                 name_field(error, job.options)
@@ -179,12 +181,13 @@ class Pipeline:
         answer shows of the prompt, and how a chat's answer begins."""
         assert job.prompt is not None
         kind = type(job.prompt)
-        priority = job.caller.priority(job.options.priority)
-        check_choices(job.options, self.max_n)
-        self.forms.check(job.options.tools, job.prompt)
-        async with job.deadline.timeout():
-            grammar = await self.grammars.find(job.options, chat=kind is ChatPrompt)
-        job.not_enforced = grammar.not_enforced
+        with job.watch.stage("check"):
+            priority = job.caller.priority(job.options.priority)
+            check_choices(job.options, self.max_n)
+            self.forms.check(job.options.tools, job.prompt)
+            async with job.deadline.timeout():
+                grammar = await self.grammars.find(job.options, chat=kind is ChatPrompt)
+            job.not_enforced = grammar.not_enforced
         pictures = await self.read_pictures(
             job.prompt, job.ticket.hold_bytes, job.deadline, job.watch
         )
@@ -198,10 +201,12 @@ class Pipeline:
         job.drop_prompt()
         if pair is None:
             pair, items = await self._pair(job, pictures)
-        limits = self._limits(pair)
-        prompt = self._truncated(job.options, prompt, limits)
-        sampling = await self._sampling(job.options, kind, prompt, limits)
         job.system_fingerprint = pair.system_fingerprint
+        with job.watch.stage("prepare"):
+            limits = self._limits(pair)
+            prompt = self._truncated(job.options, prompt, limits)
+            sampling = await self._sampling(job.options, kind, prompt, limits)
+            echo = await self._echo(job.options, prompt)
         spec = GenerateSpec(
             request_id=job.request_id,
             token_ids=prompt.token_ids,
@@ -214,7 +219,7 @@ class Pipeline:
             priority=priority,
         )
         embeddings = RequestEmbeddings(self.encoders, items, job.request_id, job.deadline)
-        return spec, embeddings, await self._echo(job.options, prompt), thinking
+        return spec, embeddings, echo, thinking
 
     async def _echo(self, options: GenerationOptions, prompt: ExpandedPrompt) -> Echo:
         """What the answer shows of the prompt. Token ids become text."""
@@ -355,6 +360,13 @@ def _end(
     timings = job.watch.report(items, tokens, embeddings.bytes_sent)
     timings["preemptions"] = done.timings.preemptions
     return End(usage, timings, choices.num_reasoning_tokens)
+
+
+def _left(generation: FailoverGeneration, watch: Stopwatch) -> Done:
+    """The end of a generation that the gateway ended: by its own count, and the worker's timings as
+    far as they came."""
+    timings = generation.prefilled or Timings()
+    return Done(generation.usage(), replace(timings, decode_ms=watch.decode_ms))
 
 
 def _counted(usage: Usage, completion_tokens: int) -> Usage:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import secrets
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -61,6 +62,7 @@ from opticnerve.registry.entry import Kind
 from opticnerve.registry.redis_registry import Registry
 from opticnerve.rpc.tls import ChannelTls
 from opticnerve.rpc.token import load_token
+from opticnerve.telemetry import traces
 from opticnerve.telemetry.metrics import export as export_metrics
 
 log = logging.getLogger(__name__)
@@ -124,6 +126,8 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
     if settings.listen_fd is None:  # Else the parent does.
         export_metrics(settings.telemetry, settings.listen_host)
     async with contextlib.AsyncExitStack() as stack:
+        endpoint = settings.telemetry.otlp_endpoint
+        stack.enter_context(traces.exported("gateway", endpoint, secrets.token_hex(16)))
         registry = _open_registry(settings, token, tls, stack)
         encoders, llms = _workers(settings, token, tls, registry)
         for pool in (encoders.pool, llms):

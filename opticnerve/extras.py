@@ -15,6 +15,11 @@ PACKAGES = {
     "plan": ("simpy",),
     "top": ("rich",),
     "plot": ("matplotlib",),
+    "otel": (
+        "opentelemetry.sdk",
+        "opentelemetry.exporter.otlp.proto.grpc",
+        "opentelemetry.exporter.otlp.proto.http",
+    ),
 }
 
 
@@ -24,5 +29,12 @@ def require_extra(extra: str, user: str) -> None:
     ``user`` is what needs them, as the message's subject.
     """
     for package in PACKAGES[extra]:
-        if find_spec(package) is None:
+        if not _is_installed(package):
             raise StartupError(f"{user} needs {package}: pip install 'opticnerve[{extra}]'")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # Nor is the package that contains it.
+        return False

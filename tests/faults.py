@@ -16,6 +16,7 @@ COUNTERS = frozenset(
         "errors",
         "failovers",
         "reencodes",
+        "registry_failures",
         "retries",
         "store_failures",
     )

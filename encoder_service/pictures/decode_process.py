@@ -58,6 +58,7 @@ class Pixels:
     """A decoded picture."""
 
     values: NDArray[np.uint8]  # The tower's input, as the family's preprocessor returns it.
+    began: float  # When decoding began, on the monotonic clock, which all processes share.
     seconds: float  # Decode time.
 
 
@@ -79,7 +80,7 @@ def decode_and_cut(preprocess: Preprocessor, task: DecodeTask) -> Pixels:
         values = preprocess(image, task.plan)
     except MemoryError as error:
         raise EngineFailure("the encoder ran out of memory decoding this picture") from error
-    return Pixels(values, time.monotonic() - started)
+    return Pixels(values, started, time.monotonic() - started)
 
 
 class DecoderProcess:
@@ -111,8 +112,8 @@ class DecoderProcess:
                 answer = pipe.recv()
                 if isinstance(answer, OpticNerveError):
                     raise answer
-                shape, seconds = answer
-                return Pixels(_map(recv_handle(pipe), shape), seconds)
+                shape, began, seconds = answer
+                return Pixels(_map(recv_handle(pipe), shape), began, seconds)
             except (EOFError, OSError) as error:
                 by_task = sent and not self._killed
                 raise DecoderDied(self.close(), by_task) from error
@@ -199,7 +200,7 @@ def _serve(pipe: Connection, preprocess: Preprocessor, parent_pid: int, timeout_
         pipe.send(EngineFailure("the encoder failed on this picture; its log has the details"))
     else:
         handle = _write_memfd(pixels.values)
-        pipe.send((pixels.values.shape, pixels.seconds))
+        pipe.send((pixels.values.shape, pixels.began, pixels.seconds))
         send_handle(pipe, handle, parent_pid)
         os.close(handle)
 

@@ -143,8 +143,11 @@ class Call(Request):
         """The body as ``model``. Raises the errors of ``read_body``, DeadlineExceeded, and
         ModelNotFound for a model that is not served."""
         config = self.gateway.config
-        async with self.deadline.timeout():
-            parsed, self.ignored = await read_body(self, model, config, self.ticket)
+        reading = Stopwatch()
+        with reading.stage("read"):
+            async with self.deadline.timeout():
+                parsed, self.ignored = await read_body(self, model, config, self.ticket)
+        self.state.read_ms = reading.stages["read"]
         name: str | None = getattr(parsed, "model", None)
         logs.note(model=name)
         self.names.check(name)
@@ -159,7 +162,8 @@ class Call(Request):
         return [self._job(prompt, options, part) for prompt in prompts]
 
     def _job(self, prompt: AnyPrompt, options: GenerationOptions, body_bytes: int) -> Job:
-        state = self.state
+        state, watch = self.state, Stopwatch()
+        watch.add("read", state.read_ms)
         return Job(
             prompt=prompt,
             options=options,
@@ -168,6 +172,7 @@ class Call(Request):
             deadline=self.deadline,
             ticket=self.ticket,
             body_bytes=body_bytes,
+            watch=watch,
         )
 
     def writer(self, kind: type[W], body: GenerateFields) -> W:

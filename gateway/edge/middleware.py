@@ -25,7 +25,7 @@ from gateway.edge.connections import holder_of
 from opticnerve import addresses
 from opticnerve.errors import Forbidden, Unauthenticated, UnsupportedMediaType
 from opticnerve.process import LAST_WORDS_S, Running
-from opticnerve.telemetry import logs
+from opticnerve.telemetry import logs, traces
 from opticnerve.telemetry.logs import printable
 from opticnerve.telemetry.metrics import count_error
 
@@ -85,6 +85,7 @@ def logged(served: Served, identity: str, what: str = "request") -> Iterator[Ser
         metrics.REQUESTS.labels(place, str(status)).inc()
         if event.error is not None:
             count_error(place, event.error)
+            traces.current().fail(event.error)
         event.write(
             log,
             logging.DEBUG if served.path in PROBE_PATHS else logging.INFO,
@@ -125,11 +126,35 @@ class RequestScope:
                 headers.update(state["limits"]() if "limits" in state else {})
             await send(message)
 
-        with logged(served, identity, "session" if is_socket else "request"):
+        with (
+            _traced(served, scope),
+            logged(served, identity, "session" if is_socket else "request"),
+        ):
             try:
                 await self.app(scope, receive, watched)
             finally:
                 served.route, served.caller = _route(scope), str(state.get("caller", ""))
+
+
+@contextlib.contextmanager
+def _traced(served: Served, scope: Scope) -> Iterator[None]:
+    """The span of one request, but for probes. It begins a trace, or is part of the caller's."""
+    if served.path in PROBE_PATHS:
+        yield
+        return
+    method = served.method[:MAX_METHOD_CHARACTERS]
+    with traces.serving(method, Headers(scope=scope).items()) as span:
+        try:
+            yield
+        finally:
+            span.rename(f"{method} {served.route}".rstrip())
+            standard = {
+                "http.request.method": method,
+                "http.route": served.route or None,
+                "http.response.status_code": served.status or None,
+            }
+            identity = scope["state"]["request_id"]
+            span.set(standard, request_id=identity, key=served.caller or None)
 
 
 class Errors:

@@ -39,7 +39,8 @@ from opticnerve.pb import encoder_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.channel import EncodeItem, EncodeUpload
 from opticnerve.single_flight import Flights
-from opticnerve.telemetry import logs
+from opticnerve.telemetry import logs, traces
+from opticnerve.telemetry.metrics import STAGE_SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -261,6 +262,7 @@ class Encoders:
         tried: set[str] = set()
         refusal: OpticNerveError | None = None
         failed = ""  # Why the attempt before this one failed.
+        waited = 0.0  # Seconds, for encoders with room.
         while True:
             self._check_not_poisonous(item.key)
             request = LeaseRequest(
@@ -273,14 +275,17 @@ class Encoders:
                 share=item.share,
                 weight=item.weight,
             )
+            asked = time.monotonic()
             async with self.pool.lease(request, self.worker_wait_s) as worker:
+                waited += time.monotonic() - asked
+                traces.record("encoder_wait", asked, time.monotonic())
                 if refusal is not None and worker.address in tried:
                     raise refusal
                 if failed:
                     RETRIES.labels("encode", failed).inc()
                 run.called.append(worker.address)
                 try:
-                    encoded = await self._call(worker, item, deadline, run.request_id)
+                    encoded = await self._call(worker, item, deadline, run)
                 except WorkerLost as lost:
                     failed = "lost"
                     self.pool.report_down(worker)
@@ -297,7 +302,9 @@ class Encoders:
                 else:
                     self.references.remember(encoded.ref)
                     self._deaths.pop(item.key)
-                    return encoded
+                    STAGE_SECONDS.labels("encoder_wait").observe(waited)
+                    timings = {"encoder_wait": waited * 1000, **encoded.timings}
+                    return replace(encoded, timings=timings)
             await asyncio.sleep(PAUSE_S)
 
     def _blame(self, key: str, worker: Worker) -> None:
@@ -319,20 +326,24 @@ class Encoders:
             )
 
     async def _call(
-        self, worker: Worker, item: Encodable, deadline: Deadline, request_id: str
+        self, worker: Worker, item: Encodable, deadline: Deadline, run: _EncodeRun
     ) -> Encoded:
         """One Encode call. Raises WorkerLost, and the encoder's own typed errors."""
         deadline.check()
-        upload = EncodeUpload(item, request_id)
-        call = encoder_pb2_grpc.EncoderStub(worker.channel).Encode(
-            upload.messages(), timeout=deadline.within(self.encode_timeout_s).remaining()
-        )
-        try:
-            answer = await call
-        except grpc.RpcError as error:
-            raise call_error(error, delivered=upload.delivered) from error
-        finally:
-            call.cancel()
+        upload = EncodeUpload(item, run.request_id)
+        attempt = {"worker": worker.address, "retry": len(run.called) - 1}
+        with traces.span("Encode", calls=True, bytes=len(item.data), **attempt) as span:
+            call = encoder_pb2_grpc.EncoderStub(worker.channel).Encode(
+                upload.messages(),
+                timeout=deadline.within(self.encode_timeout_s).remaining(),
+                metadata=span.carrier,
+            )
+            try:
+                answer = await call
+            except grpc.RpcError as error:
+                raise call_error(error, delivered=upload.delivered) from error
+            finally:
+                call.cancel()
         timings = answer.timings
         return Encoded(
             ref=_without_unproven_address(convert.ref_from_pb(answer.ref), worker),

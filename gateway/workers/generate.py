@@ -1,38 +1,33 @@
-"""One request's embeddings, and its generation with failover.
+"""One request's generation with failover.
 
-All items are encoded at once, and their references sent as they become known. If an LLM worker is
-lost, another one continues: a call that breaks before its first token is sent again; one that
-breaks later is continued by a worker that gets the output of every choice so far. No token is lost
-or repeated.
+References to embeddings are sent as they become known. If an LLM worker is lost, another one
+continues: a call that breaks before its first token is sent again; one that breaks later is
+continued by a worker that gets the output of every choice so far. No token is lost or repeated.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Collection, Sequence
+import time
+from collections.abc import AsyncGenerator, Collection
 from dataclasses import dataclass, replace
 
 import grpc
 
 from gateway import metrics
-from gateway.clock import Deadline
+from gateway.clock import Deadline, Stopwatch
 from gateway.edge.auth import ANONYMOUS, Caller
 from gateway.edge.limits import MAX_LLM_DEATHS
-from gateway.media.reader import located
 from gateway.workers.affinity import PromptChain
 from gateway.workers.dispatch import LeaseRequest
-from gateway.workers.encode import Encodable, Encoded, Encoders
+from gateway.workers.embeddings import RequestEmbeddings
 from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import Description, Worker, WorkerLost, call_error
-from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import (
-    EmbeddingNotFound,
     EngineFailure,
-    InvalidRequest,
     OpticNerveError,
     Overloaded,
-    PayloadTooLarge,
     Unavailable,
 )
 from opticnerve.generation.generate_stream import GenerateStream, StreamEvent, StreamPolicy
@@ -42,14 +37,14 @@ from opticnerve.generation.values import (
     Done,
     PromptPiece,
     Sampling,
+    Timings,
     Usage,
 )
 from opticnerve.media.plan import Span
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
-from opticnerve.telemetry import logs
-from opticnerve.telemetry.metrics import CACHE_LOOKUPS
+from opticnerve.telemetry import logs, traces
 
 PAUSE_S = 0.02  # Between attempts.
 STREAM_POLICY = StreamPolicy()
@@ -84,136 +79,6 @@ class GenerateSpec:
     priority: int = 0
 
 
-@dataclass
-class _Item:
-    """One item of a request, and the state of its encoding."""
-
-    item: Encodable
-    task: asyncio.Task[Encoded] | None = None
-    ref: EmbeddingRef | None = None
-    first: Encoded | None = None  # The first encoding, which is the one that timings report.
-    bytes_sent: int = 0  # By all encodings.
-    losses: int = 0  # How often LLM workers found no rows behind its reference.
-
-
-class RequestEmbeddings:
-    """The embeddings of a request's distinct items, by content key.
-
-    Entering the context starts to encode every item without a known reference, all at once;
-    leaving it cancels encodings that run. An error that leaves it with a key as ``param`` gets the
-    path of the item's field in the request instead.
-    """
-
-    def __init__(
-        self, encoders: Encoders, items: Sequence[Encodable], request_id: str, deadline: Deadline
-    ) -> None:
-        self._encoders = encoders
-        self._request_id = request_id
-        self._deadline = deadline
-        self._items: dict[str, _Item] = {}
-        for item in items:
-            self._items.setdefault(item.key, _Item(item))
-
-    async def __aenter__(self) -> RequestEmbeddings:
-        """Raises Overloaded if the items would wait too long for an encoder."""
-        if self._items:
-            self._encoders.admit([each.item for each in self._items.values()], self._deadline)
-        for each in self._items.values():
-            self._begin(each)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
-    ) -> None:
-        if isinstance(error, OpticNerveError) and error.param in self._items:
-            error.param = self._items[error.param].item.param
-        tasks = [entry.task for entry in self._items.values() if entry.task]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for key in self._items:
-            self._encoders.leave(key)
-        self._items.clear()  # The bytes go with them.
-
-    # ---- references
-
-    def known(self, key: str) -> EmbeddingRef | None:
-        """The reference, or None if it is not known yet."""
-        return self._items[key].ref
-
-    async def ready(self, key: str) -> EmbeddingRef:
-        entry = self._items[key]
-        if entry.ref is not None:
-            return entry.ref
-        assert entry.task is not None  # Started by _begin() or again().
-        return (await asyncio.shield(entry.task)).ref
-
-    async def again(self, key: str, reason: str) -> EmbeddingRef:
-        """Encodes the item again. Raises EmbeddingNotFound after too many losses."""
-        entry = self._items.get(key)
-        if entry is None:
-            raise EmbeddingNotFound("the LLM worker asked for a picture that is not in the request")
-        if entry.ref is not None or entry.task is None or entry.task.done():
-            if reason != "PREEMPTED":
-                entry.losses += 1
-                entry.item = replace(entry.item, lost=True)
-            if entry.losses > STREAM_POLICY.max_reencodes:
-                raise EmbeddingNotFound(
-                    "a picture's embedding was lost repeatedly between encoder and LLM "
-                    "worker; check that both reach the same store and have one --store-key-file",
-                )
-            metrics.REENCODES.labels(reason.lower()).inc()
-            self._encoders.references.pop(key)
-            self._encode(entry)
-        return await self.ready(key)
-
-    @property
-    def encoding(self) -> bool:
-        """Whether some item is being encoded, or was."""
-        return any(entry.task is not None for entry in self._items.values())
-
-    # ---- for timings
-
-    def outcomes(self) -> dict[str, Encoded]:
-        """The first encoding of each item that is ready, by key."""
-        return {key: entry.first for key, entry in self._items.items() if entry.first}
-
-    @property
-    def bytes_sent(self) -> int:
-        return sum(entry.bytes_sent for entry in self._items.values())
-
-    # ---- encoding
-
-    def _begin(self, entry: _Item) -> None:
-        known = self._encoders.references.get(entry.item.key)
-        CACHE_LOOKUPS.labels("reference", "hit" if known else "miss").inc()
-        if known is None:
-            self._encode(entry)
-        else:
-            entry.ref, entry.first = known, Encoded(known, "ref")
-
-    def _encode(self, entry: _Item) -> None:
-        entry.ref = None
-        entry.task = asyncio.create_task(self._run(entry))
-        entry.task.add_done_callback(_retrieve)
-
-    async def _run(self, entry: _Item) -> Encoded:
-        try:
-            encoded = await self._encoders.encode(entry.item, self._deadline, self._request_id)
-        except (InvalidRequest, PayloadTooLarge) as error:
-            raise located(error, entry.item.param) from error
-        entry.ref = encoded.ref
-        entry.first = entry.first or encoded
-        entry.bytes_sent += encoded.bytes_sent
-        return encoded
-
-
-def _retrieve(task: asyncio.Task[Encoded]) -> None:
-    """Retrieves a failure, which asyncio would log if no one awaited the task."""
-    if not task.cancelled():
-        task.exception()
-
-
 class FailoverGeneration:
     """Runs one ``GenerateSpec`` to its end. Closing ``events()`` aborts the generation."""
 
@@ -224,8 +89,12 @@ class FailoverGeneration:
         embeddings: RequestEmbeddings,
         deadline: Deadline,
         worker_wait_s: float,
+        watch: Stopwatch | None = None,
     ) -> None:
+        """``watch`` is told how long the first token waited for a worker, and was on the wire."""
+        self.prefilled: Timings | None = None  # The worker's, up to the first token.
         self._spec = spec
+        self._watch = watch or Stopwatch()
         self._prompt = PromptChain.of(
             spec.token_ids,
             spec.spans,
@@ -250,15 +119,21 @@ class FailoverGeneration:
         refusal: OpticNerveError | None = None
         tried: set[str] = set()
         failed = ""  # Why the attempt before this one failed.
+        attempts = -1
         while True:
             request = self._lease_request(tried)
+            asked = time.monotonic()
             async with self._pool.lease(request, self._worker_wait_s) as worker:
+                if self.prefilled is None:
+                    self._watch.ended("worker_wait", asked)
                 if refusal is not None and worker.address in tried:
                     raise refusal
                 if failed:
                     self._count_retry(failed)
+                attempts += 1
                 try:
-                    async with contextlib.aclosing(self._attempt(worker, request)) as events:
+                    made = self._attempt(worker, request, attempts)
+                    async with contextlib.aclosing(made) as events:
                         async for event in events:
                             yield event
                     return
@@ -316,18 +191,24 @@ class FailoverGeneration:
     # ---- one attempt
 
     async def _attempt(
-        self, worker: Worker, lease: LeaseRequest
+        self, worker: Worker, lease: LeaseRequest, retry: int
     ) -> AsyncGenerator[StreamEvent, None]:
-        """``lease``: by which the worker was lent."""
+        """``lease``: by which the worker was lent. ``retry``: how many attempts came before."""
         self._deadline.check()
         metrics.LLM_CHOICES.labels(lease.reason).inc()
         logs.append(llm=worker.address, llm_by=lease.reason)
+        began = time.monotonic()
+        # Not the current span: this generator may be closed from another task.
+        span = traces.begin(
+            "Generate", calls=True, worker=worker.address, retry=retry, chosen_by=lease.reason
+        )
         stream = GenerateStream(
             llm_pb2_grpc.LLMStub(worker.channel),
             self._start(),
             self._embeddings,
             self._deadline.remaining(),
             STREAM_POLICY,
+            span.carrier,
         )
         scored = 0  # Prompt tokens whose log-probabilities have come from this worker.
         try:
@@ -335,13 +216,26 @@ class FailoverGeneration:
                 async for event in received:
                     self._pool.dispatcher.prompt_computed(lease)
                     self._cached_tokens = stream.cached_tokens
+                    if self.prefilled is None and isinstance(event, Delta):
+                        self._note_first(stream.prefilled or Timings(), began)
                     if isinstance(event, PromptPiece):
                         yield self._score(event, scored)
                         scored += len(event.logprobs)
                     else:
                         yield self._take(event) if isinstance(event, Delta) else event
         except grpc.RpcError as error:
-            raise call_error(error, delivered=stream.delivered) from error
+            failure = call_error(error, delivered=stream.delivered)
+            span.fail(failure)
+            raise failure from error
+        finally:
+            span.end()
+
+    def _note_first(self, prefilled: Timings, began: float) -> None:
+        """The first token has come, of a call that began at ``began``: what the worker did not need
+        of the time was for the way to it and back."""
+        self.prefilled = prefilled
+        worker_s = (prefilled.queue_ms + prefilled.prefill_ms) / 1000
+        self._watch.measured("wire", max(0.0, time.monotonic() - began - worker_s))
 
     def _start(self) -> pb.Start:
         spec, known = self._spec, self._embeddings.known

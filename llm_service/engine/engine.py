@@ -314,7 +314,10 @@ class Engine:
         """The prompt is computed: starts the other choices."""
         generation = leader.generation
         generation.first_token_at = generation.last_token_at
-        self._events.append(PrefilledEvent(leader.request_id, generation.cached_tokens))
+        prefilled = PrefilledEvent(
+            leader.request_id, generation.cached_tokens, generation.timings()
+        )
+        self._events.append(prefilled)
         while (child := generation.begin()) is not None:
             self.scheduler.fork(leader, child)
             if child.finish_reason is not None:

@@ -38,6 +38,9 @@ class GenerateRequest:
     skip_prefix_cache: bool = False  # Neither read the prefix cache nor share with it.
     share: str = ""  # Fair-queueing key; requests with equal keys are scheduled as one client.
     weight: float = 1.0  # Of ``share``, relative to others.
+    # On the engine's clock, which all processes of a machine share; 0: when the engine takes it,
+    # which is between two steps.
+    received_at: float = field(default=0.0, compare=False)
 
 
 # ---- servicer -> engine: GenerateRequest, and
@@ -123,6 +126,7 @@ class PrefilledEvent:
 
     request_id: str
     cached_tokens: int  # Of the prompt, taken from the prefix cache.
+    timings: Timings = field(default_factory=Timings, compare=False)  # Up to the first token.
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class GenerationState:
         self.grammar: Grammar | None = None  # Set when it is compiled.
         self.cached_tokens = 0
         self.available_keys: set[str] = set()  # Items whose rows are available without encoding.
-        self.submitted_at = now
+        self.submitted_at = request.received_at or now
         self.first_chunk_at: float | None = None
         self.first_token_at: float | None = None
         self.last_token_at = now

@@ -41,7 +41,7 @@ from opticnerve.rpc.channel import open_channel
 from opticnerve.rpc.errors import from_rpc
 from opticnerve.rpc.tls import ChannelTls
 from opticnerve.single_flight import Flights
-from opticnerve.telemetry import logs
+from opticnerve.telemetry import logs, traces
 from opticnerve.telemetry.metrics import CACHE_LOOKUPS, EMBEDDING_BYTES
 from opticnerve.tensors.header import LENGTH
 
@@ -113,6 +113,7 @@ class Fetcher:
         found = await self._on_thread(self._load, key)
         if found:  # A miss is counted once there is a reference.
             CACHE_LOOKUPS.labels(tier=self._tier, result="hit").inc()
+            traces.current().set(tier=self._tier, cache="hit")
         return found
 
     async def present(self, keys: Iterable[str]) -> set[str]:
@@ -166,13 +167,16 @@ class Fetcher:
         CACHE_LOOKUPS.labels(tier=self._tier, result="hit" if found else "miss").inc()
         if found:
             EMBEDDING_BYTES.labels(self._tier, "read").inc(ref.num_bytes)
+            traces.current().set(tier=self._tier, cache="hit", bytes=ref.num_bytes)
             return
+        traces.current().set(cache="miss")
         corrupt = self._rows.take_damaged(ref.key)
         for source in ("inline", "redis", "fetch"):
             try:
                 data = await self._read(source, ref)
                 if data is None:
                     continue
+                traces.current().set(tier=source, cache="hit", bytes=len(data))
                 if source != "redis":  # The store has counted that.
                     EMBEDDING_BYTES.labels(source, "read").inc(len(data))
                 await self._on_thread(self._keep, ref, data, source == "inline")
@@ -215,7 +219,11 @@ class Fetcher:
         stub = encoder_pb2_grpc.EncoderStub(await self._channel(address))
         limit = ref.num_bytes + codec.MAX_HEADER_BYTES + LENGTH.size
         data, mac = bytearray(), b""
-        call = stub.Fetch(encoder_pb2.FetchRequest(key=ref.key), timeout=FETCH_TIMEOUT_S)
+        call = stub.Fetch(
+            encoder_pb2.FetchRequest(key=ref.key),
+            timeout=FETCH_TIMEOUT_S,
+            metadata=traces.current().carrier,
+        )
         try:
             async for part in call:
                 data += part.data

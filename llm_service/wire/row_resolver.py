@@ -19,6 +19,7 @@ from opticnerve.errors import (
     InvalidRequest,
     OpticNerveError,
 )
+from opticnerve.telemetry import traces
 
 MAX_REENCODES = 2  # How often the caller is asked for one key before the request fails.
 MAX_REPEATS = 8  # How often a choice may need rows again that were reported as loaded.
@@ -171,10 +172,11 @@ class NeededRows:
         item = self._items[key]
         started = time.perf_counter()
         try:
-            if ref is None:
-                return await self._fetcher.find(key)
-            await self._fetcher.ensure(ref)
-            return True
+            with traces.span("get"):
+                if ref is None:
+                    return await self._fetcher.find(key)
+                await self._fetcher.ensure(ref)
+                return True
         except EmbeddingUnavailable as error:
             item.error = error
         except InvalidRequest:

@@ -28,6 +28,7 @@ from llm_service.policy.messages import (
 )
 from llm_service.rows.fetcher import Fetcher
 from llm_service.wire.row_resolver import AskCaller, NeededRows
+from llm_service.wire.stages import GenerationStages
 from opticnerve import addresses
 from opticnerve.embeddings.ref import EmbeddingRef, Location
 from opticnerve.embeddings.store import check_key
@@ -38,7 +39,7 @@ from opticnerve.errors import (
     Unavailable,
     UnsupportedFeature,
 )
-from opticnerve.generation.values import MAX_WEIGHT, MIN_WEIGHT, Delta, Done, Sampling
+from opticnerve.generation.values import MAX_WEIGHT, MIN_WEIGHT, Delta, Done, Sampling, Usage
 from opticnerve.media.plan import Modality
 from opticnerve.models.family import Layout
 from opticnerve.pb import embedding_pb2, llm_pb2_grpc
@@ -47,7 +48,7 @@ from opticnerve.rpc import convert
 from opticnerve.rpc.calls import FINISHED, WorkerServicer
 from opticnerve.rpc.errors import from_failure
 from opticnerve.telemetry import logs
-from opticnerve.telemetry.metrics import CACHE_LOOKUPS, STAGE_SECONDS
+from opticnerve.telemetry.metrics import CACHE_LOOKUPS
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -82,10 +83,12 @@ class LLMServicer(WorkerServicer[Loaded], llm_pb2_grpc.LLMServicer):
             start = await _first(request_iterator)
             if self.server.running.draining or not loaded.engine.alive:
                 raise Unavailable("the LLM worker is stopping; use another", retry_after_s=1.0)
+            received_at = time.perf_counter()
             logs.identify(start.request_id)
             logs.note(prompt_tokens=len(start.token_ids), items=len(start.items) or None)
             local_names = await loaded.fetcher.names(inline_items(start))
-            await GenerateCall(loaded, start, local_names, context).run(request_iterator)
+            call = GenerateCall(loaded, start, local_names, context, received_at)
+            await call.run(request_iterator)
 
     async def Describe(
         self, request: pb.DescribeLLMRequest, context: Context
@@ -116,15 +119,21 @@ class GenerateCall:
     """
 
     def __init__(
-        self, loaded: Loaded, start: pb.Start, local_names: Mapping[str, str], context: Context
+        self,
+        loaded: Loaded,
+        start: pb.Start,
+        local_names: Mapping[str, str],
+        context: Context,
+        received_at: float,
     ) -> None:
         """Raises the errors of ``read_start``."""
         self._loaded = loaded
         self._context = context
-        self._request = read_start(start, loaded, local_names)
+        request = read_start(start, loaded, local_names)
+        self._request = replace(request, received_at=received_at)
         self._local_names = local_names
         self._keys = {name: key for key, name in local_names.items()}
-        self._started = time.perf_counter()
+        self._stages = GenerationStages(len(request.token_ids), received_at)
         self._broken: Exception | None = None  # The error of an invalid message after Start.
         self._tokens = 0  # Sent so far, of all choices.
         self._stream: EventStream
@@ -155,6 +164,7 @@ class GenerateCall:
                         await self._context.write(message)
             finally:
                 logs.note(completion_tokens=self._tokens)
+                self._stages.ended(self._tokens, self._needed.get_s)
                 reader.cancel()
                 self._needed.close()
                 await asyncio.shield(asyncio.create_task(self._stream.release()))
@@ -181,11 +191,10 @@ class GenerateCall:
                 case NeedRowsEvent():
                     self._needed.wanted(event.keys, event.preempted)
                 case PrefilledEvent():
-                    logs.note(
-                        cached_tokens=event.cached_tokens,
-                        ttft_ms=(time.perf_counter() - self._started) * 1e3,
-                    )
-                    out.prefilled.CopyFrom(pb.Prefilled(cached_tokens=event.cached_tokens))
+                    self._stages.prefilled(event)
+                    timings = convert.timings_to_pb(event.timings)
+                    prefilled = pb.Prefilled(cached_tokens=event.cached_tokens, timings=timings)
+                    out.prefilled.CopyFrom(prefilled)
                 case PromptLogprobsEvent(positions=positions):
                     for part in convert.prompt_pieces(positions):
                         out.prompt_logprobs.CopyFrom(part)
@@ -211,7 +220,8 @@ class GenerateCall:
 
     def _done(self, event: FinishedEvent) -> pb.Done:
         done = Done(event.usage, replace(event.timings, get_ms=self._needed.get_s * 1e3))
-        observe(done)
+        count(done.usage)
+        self._stages.done(done.timings)
         timings = done.timings
         logs.note(
             ended=FINISHED,
@@ -369,9 +379,8 @@ def _sampling(message: pb.SamplingParams, loaded: Loaded) -> Sampling:
 # ---- metrics
 
 
-def observe(done: Done) -> None:
-    """Counts a finished request."""
-    usage, timings = done.usage, done.timings
+def count(usage: Usage) -> None:
+    """Counts the tokens of a finished request."""
     tokens = TOKENS
     tokens.labels(kind="prompt").inc(usage.prompt_tokens)
     tokens.labels(kind="cached").inc(usage.cached_tokens)
@@ -379,9 +388,3 @@ def observe(done: Done) -> None:
     tokens.labels(kind="completion").inc(usage.completion_tokens)
     prefix = "hit" if usage.cached_tokens else "miss"
     CACHE_LOOKUPS.labels(tier="prefix", result=prefix).inc()
-    stages = STAGE_SECONDS
-    stages.labels(stage="queue").observe(timings.queue_ms / 1e3)
-    stages.labels(stage="prefill").observe(timings.prefill_ms / 1e3)
-    stages.labels(stage="decode").observe(timings.decode_ms / 1e3)
-    if usage.embedding_tokens:
-        stages.labels(stage="get").observe(timings.get_ms / 1e3)

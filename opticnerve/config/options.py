@@ -58,7 +58,7 @@ class Group(StrEnum):
     PICTURES = "Pictures"
     URLS = "Media from URLs"
     LIMITS = "Limits of requests"
-    TELEMETRY = "Logs and metrics"
+    TELEMETRY = "Logs, metrics and traces"
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,7 @@ class StoreConfig(RegistryConfig):
 
 @dataclass(frozen=True)
 class TelemetryConfig:
-    """Logs and metrics."""
+    """Logs, metrics and traces."""
 
     log_level: str = _telemetry(
         "info", "lowest level that is logged", choices=("debug", "info", "warning", "error")
@@ -310,4 +310,10 @@ class TelemetryConfig:
         "",
         "interface of --metrics-port; default: that of the service, --host",
         metavar="HOST",
+    )
+    otlp_endpoint: str | None = _telemetry(
+        None,
+        "collector of OpenTelemetry traces, such as http://127.0.0.1:4317; default: that of "
+        "OTEL_EXPORTER_OTLP_ENDPOINT, or no traces",
+        metavar="URL",
     )

@@ -18,11 +18,12 @@ import grpc
 
 from opticnerve.embeddings.ref import EmbeddingRef
 from opticnerve.errors import EngineFailure, OpticNerveError, Unavailable
-from opticnerve.generation.values import Delta, Done, PromptPiece
+from opticnerve.generation.values import Delta, Done, PromptPiece, Timings
 from opticnerve.pb import llm_pb2 as pb
 from opticnerve.pb import llm_pb2_grpc
 from opticnerve.rpc import convert
 from opticnerve.rpc.errors import to_detail
+from opticnerve.telemetry.traces import Carrier
 
 if TYPE_CHECKING:
     ClientCall = grpc.aio.StreamStreamCall[pb.GenerateIn, pb.GenerateOut]
@@ -80,14 +81,18 @@ class GenerateStream:
         source: ReferenceSource,
         timeout_s: float,
         policy: StreamPolicy,
+        metadata: Carrier = (),
     ) -> None:
+        """``metadata``: sent with the call."""
         self.delivered = False  # The worker's host has the request.
         self.cached_tokens = 0  # Of the prompt; known from the first delta on.
+        self.prefilled: Timings | None = None  # Up to the first token; known like those.
         self._stub = stub
         self._start = start
         self._source = source
         self._ends = time.monotonic() + timeout_s  # Of all attempts.
         self._policy = policy
+        self._metadata = metadata
 
     async def events(self) -> AsyncGenerator[StreamEvent, None]:
         """Raises the source's error if an embedding cannot be sent, grpc.RpcError if the call
@@ -110,7 +115,7 @@ class GenerateStream:
         remaining_s = max(0.0, self._ends - time.monotonic())
         wait_ms = min(self._start.embedding_wait_ms, int(remaining_s * 1e3))
         self._start.embedding_wait_ms = max(wait_ms, 1) if self._start.embedding_wait_ms else 0
-        call = self._stub.Generate(timeout=remaining_s)
+        call = self._stub.Generate(timeout=remaining_s, metadata=self._metadata)
         feeder = _Feeder(call, self._source, self._policy.fail_grace_s)
         try:
             self.delivered = await feeder.start(self._start, delay_s)
@@ -119,6 +124,7 @@ class GenerateStream:
                     feeder.answer(message.embedding_needed)
                 if message.HasField("prefilled"):
                     self.cached_tokens = message.prefilled.cached_tokens
+                    self.prefilled = convert.timings_from_pb(message.prefilled.timings)
                 if message.HasField("prompt_logprobs"):
                     positions = message.prompt_logprobs.positions
                     yield PromptPiece(convert.positions_from_pb(positions))

@@ -27,6 +27,7 @@ from redis.exceptions import RedisError
 from opticnerve.errors import ConfigError
 from opticnerve.redis_server import OWN_OPTIONS, Outage, shown, split_options
 from opticnerve.registry.entry import MAX_ENTRY_BYTES, EntrySeal, Kind, WorkerEntry
+from opticnerve.telemetry.metrics import REGISTRY_FAILURES, REGISTRY_REACHABLE
 
 HEARTBEAT_S = 1.0
 TTL_S = 5  # Of an entry, after the last heartbeat.
@@ -83,6 +84,15 @@ class Registry:
     async def close(self) -> None:
         await self._client.aclose()
 
+    def _failed(self, error: Exception) -> None:
+        self._outage.failed(error)
+        REGISTRY_FAILURES.labels(self.namespace).inc()
+        REGISTRY_REACHABLE.labels(self.namespace).set(0)
+
+    def _answered(self) -> None:
+        self._outage.ended()
+        REGISTRY_REACHABLE.labels(self.namespace).set(1)
+
     # ---- of workers
 
     async def put(self, entry: WorkerEntry) -> None:
@@ -96,9 +106,9 @@ class Registry:
                 pipeline.expire(index, FORGET_S)
                 await _answer(pipeline.execute())
         except (RedisError, OSError) as error:
-            self._outage.failed(error)
+            self._failed(error)
         else:
-            self._outage.ended()
+            self._answered()
 
     async def remove(self, entry: WorkerEntry) -> None:
         try:
@@ -107,7 +117,7 @@ class Registry:
                 pipeline.zrem(self._index(entry.kind), entry.instance_id)
                 await _answer(pipeline.execute())
         except (RedisError, OSError) as error:  # It expires.
-            self._outage.failed(error)
+            self._failed(error)
 
     # ---- of gateways
 
@@ -116,9 +126,9 @@ class Registry:
         try:
             values = await self._values(kind)
         except (RedisError, OSError) as error:
-            self._outage.failed(error)
+            self._failed(error)
             return None
-        self._outage.ended()
+        self._answered()
         found, faults = [], []
         for instance_id, value in values.items():
             try:

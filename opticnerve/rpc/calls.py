@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -22,7 +23,7 @@ from google.protobuf.message import DecodeError
 from opticnerve.errors import InvalidRequest, Unavailable
 from opticnerve.registry.entry import Kind
 from opticnerve.rpc.errors import STATUS_BY_NUMBER, abort
-from opticnerve.telemetry import logs, metrics
+from opticnerve.telemetry import logs, metrics, traces
 
 if TYPE_CHECKING:
     from opticnerve.rpc.server import Server
@@ -72,7 +73,7 @@ class Calls(grpc.aio.ServerInterceptor):
             behavior = partial(_write_all, behavior)
 
         async def call(request: Any, context: Context) -> Any:
-            with self._line(method, context):
+            with self._traced(method, context), self._line(method, context):
                 try:
                     return await behavior(_parsed(request), context)
                 except (grpc.aio.AbortError, NotImplementedError):
@@ -83,6 +84,12 @@ class Calls(grpc.aio.ServerInterceptor):
                     return await abort(context, error)
 
         return call
+
+    def _traced(self, method: str, context: Context) -> AbstractContextManager[object]:
+        """The call's span, part of its caller's trace. Calls that are parts of others, or frequent,
+        have none without a caller's."""
+        carried = context.invocation_metadata() or ()
+        return traces.serving(method, carried, alone=method not in QUIET)
 
     @contextlib.contextmanager
     def _line(self, method: str, context: Context) -> Iterator[None]:
@@ -95,12 +102,14 @@ class Calls(grpc.aio.ServerInterceptor):
             raise
         finally:
             error = event.error
+            traces.current().set(request_id=logs.request_id.get())
             status = "OK" if error is None else STATUS_BY_NUMBER[error.grpc_status].name
             quiet = method in QUIET and not isinstance(error, InvalidRequest)
             # Gateways call every second, also while a worker loads.
             expected = method == "Describe" and isinstance(error, Unavailable)
             if error is not None and not expected:
                 metrics.count_error(method, error)
+                traces.current().fail(error)
             event.write(
                 log,
                 logging.DEBUG if quiet else logging.INFO,

@@ -287,17 +287,25 @@ def _logprob_from_pb(message: llm_pb2.TokenLogprob) -> Logprob:
     return Logprob(message.token_id, message.logprob, message.rank)
 
 
+def timings_to_pb(timings: Timings) -> llm_pb2.GenerateTimings:
+    return llm_pb2.GenerateTimings(**field_values(timings, llm_pb2.GenerateTimings))
+
+
+def timings_from_pb(message: llm_pb2.GenerateTimings) -> Timings:
+    return Timings(**field_values(message, llm_pb2.GenerateTimings))
+
+
 def done_to_pb(done: Done) -> llm_pb2.Done:
     return llm_pb2.Done(
         usage=llm_pb2.Usage(**field_values(done.usage, llm_pb2.Usage)),
-        timings=llm_pb2.GenerateTimings(**field_values(done.timings, llm_pb2.GenerateTimings)),
+        timings=timings_to_pb(done.timings),
     )
 
 
 def done_from_pb(message: llm_pb2.Done) -> Done:
     return Done(
         Usage(**field_values(message.usage, llm_pb2.Usage)),
-        Timings(**field_values(message.timings, llm_pb2.GenerateTimings)),
+        timings_from_pb(message.timings),
     )
 
 

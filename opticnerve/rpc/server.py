@@ -40,7 +40,7 @@ from opticnerve.rpc.calls import Calls, WorkerServicer
 from opticnerve.rpc.convert import numbers_of
 from opticnerve.rpc.tls import server_credentials
 from opticnerve.rpc.token import TokenGuard, load_token
-from opticnerve.telemetry import metrics
+from opticnerve.telemetry import metrics, traces
 
 S = TypeVar("S", bound=WorkerServicer[Any])
 
@@ -226,6 +226,8 @@ async def serving(
         servicer = register(server)
         await server.start()
         metrics.export(settings.telemetry, settings.rpc.host)
+        endpoint, name = settings.telemetry.otlp_endpoint, service.rpartition(".")[2].lower()
+        stack.enter_context(traces.exported(name, endpoint, server.instance_id))
         if registry is not None:
             describe = partial(_entry, servicer)
             server.on_state = await stack.enter_async_context(joined(registry, describe))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -88,16 +87,24 @@ class TokenChannel(grpc.aio.Channel):
         await self._channel.channel_ready()
 
     def unary_unary(self, *method: Any, **kind: Any) -> Any:
-        return partial(self._channel.unary_unary(*method, **kind), metadata=self._metadata)
+        return self._carrying(self._channel.unary_unary(*method, **kind))
 
     def unary_stream(self, *method: Any, **kind: Any) -> Any:
-        return partial(self._channel.unary_stream(*method, **kind), metadata=self._metadata)
+        return self._carrying(self._channel.unary_stream(*method, **kind))
 
     def stream_unary(self, *method: Any, **kind: Any) -> Any:
-        return partial(self._channel.stream_unary(*method, **kind), metadata=self._metadata)
+        return self._carrying(self._channel.stream_unary(*method, **kind))
 
     def stream_stream(self, *method: Any, **kind: Any) -> Any:
-        return partial(self._channel.stream_stream(*method, **kind), metadata=self._metadata)
+        return self._carrying(self._channel.stream_stream(*method, **kind))
+
+    def _carrying(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """``method``, whose calls carry the token beside metadata of their own."""
+
+        def call(*args: Any, metadata: Iterable[tuple[str, str]] = (), **kwargs: Any) -> Any:
+            return method(*args, metadata=(*self._metadata, *(metadata or ())), **kwargs)
+
+        return call
 
 
 def _tokens(metadata: Iterable[tuple[str, str | bytes]]) -> Iterable[bytes]:

@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any
 
 from opticnerve.errors import OpticNerveError
+from opticnerve.telemetry import traces
 
 MAX_ID = 128  # Characters of a request's id.
 MAX_VALUE = 160  # Characters of a field's text; an error's message is one.
@@ -79,8 +80,9 @@ class Formatter(logging.Formatter):
             "time": when,
             "level": record.levelname.lower(),
             "logger": record.name,
-            "request": identity,
+            "request_id": identity,
             "message": message,
+            **_trace_ids(),
             **fields,
         }
         return json.dumps({**values, "exception": trace} if trace else values)
@@ -88,6 +90,12 @@ class Formatter(logging.Formatter):
     def _traceback(self, record: logging.LogRecord) -> str:
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         return "\n".join(filter(None, (trace, record.stack_info)))[-MAX_TRACEBACK:]
+
+
+def _trace_ids() -> dict[str, str]:
+    """Those of the span in which a record is made, if there is one."""
+    ids = traces.current().ids
+    return {} if ids is None else dict(zip(("trace_id", "span_id"), ids, strict=True))
 
 
 def stamp(seconds: float) -> str:

@@ -21,6 +21,7 @@ from prometheus_client import (
     REGISTRY,
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     start_http_server,
 )
@@ -69,6 +70,17 @@ STORE_FAILURES = Counter(
     "opticnerve_store_failures_total",
     "Operations that a tier of the embedding store refused or failed, by tier (memory, shm, redis)",
     ["tier"],
+)
+REGISTRY_REACHABLE = Gauge(
+    "opticnerve_registry_reachable",
+    "1 while the registry answers this process, 0 while it does not, by namespace",
+    ["namespace"],
+    multiprocess_mode="livemin",
+)
+REGISTRY_FAILURES = Counter(
+    "opticnerve_registry_failures_total",
+    "Commands that the registry's Redis did not answer or refused, by namespace",
+    ["namespace"],
 )
 ERRORS = Counter(
     "opticnerve_errors_total",

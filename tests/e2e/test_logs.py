@@ -26,7 +26,7 @@ def lines(stack, identity, *processes):
     """The line of a request in each of ``processes``; there is no other with its id."""
 
     def found():
-        made = [line for line in log(stack) if line.get("request") == identity]
+        made = [line for line in log(stack) if line.get("request_id") == identity]
         return made if {line["process"] for line in made} >= set(processes) else None
 
     made = wait_for(f"the lines of {identity}", found)

@@ -10,13 +10,13 @@ from tests.system import wait_for
 
 SHARED = {
     "stage_seconds", "embedding_lookups", "embeddings_refused", "embedding_bytes",
-    "embedding_evictions", "store_failures", "errors",
+    "embedding_evictions", "store_failures", "errors", "registry_reachable", "registry_failures",
 }  # fmt: skip
 OWN = {
     "gateway": {
         "requests", "requests_in_flight", "tokens", "time_to_first_token_seconds",
         "inter_token_seconds", "patches_waiting", "work_waiting_seconds", "workers", "retries",
-        "failovers", "reencodes",
+        "failovers", "reencodes", "llm_choices",
     },
     "encoder": {
         "patches_pending", "items_pending", "batch_items", "batch_patches", "batches_split",
@@ -28,7 +28,19 @@ OWN = {
     },
 }  # fmt: skip
 STAGES = {
-    "gateway": {"fetch"},
+    "gateway": {
+        "read",
+        "check",
+        "fetch",
+        "plan",
+        "name",
+        "render",
+        "pair",
+        "prepare",
+        "encoder_wait",
+        "worker_wait",
+        "wire",
+    },
     "encoder": {"encoder_queue", "preprocess", "encode", "put"},
     "llm": {"queue", "get", "prefill", "decode"},
 }

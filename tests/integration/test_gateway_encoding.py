@@ -8,8 +8,8 @@ import pytest
 
 from gateway.clock import Deadline
 from gateway.workers import encode as encoding
+from gateway.workers.embeddings import RequestEmbeddings
 from gateway.workers.encode import Encodable, Encoders, References
-from gateway.workers.generate import RequestEmbeddings
 from gateway.workers.pool import WorkerPool
 from opticnerve.embeddings.ref import EmbeddingRef, Location, TensorSpec
 from opticnerve.errors import (

@@ -40,7 +40,7 @@ def test_both_attempts_share_one_deadline(monkeypatch: pytest.MonkeyPatch) -> No
     start = pb.Start(request_id="r", embedding_wait_ms=100_000)
 
     class Stub:
-        def Generate(self, timeout: float) -> EndedCall:
+        def Generate(self, timeout: float, metadata: object) -> EndedCall:
             nonlocal now
             timeouts.append(timeout)
             waits.append(start.embedding_wait_ms)

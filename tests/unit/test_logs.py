@@ -38,7 +38,7 @@ def test_json_has_the_same_and_one_object_a_line():
     told = json.loads(logs.Formatter("json").format(record(fields=fields)))
     assert datetime.fromisoformat(told.pop("time")).tzinfo is not None
     assert told == {
-        "level": "info", "logger": "gateway.x", "request": "req-1", "message": "request",
+        "level": "info", "logger": "gateway.x", "request_id": "req-1", "message": "request",
         "path": "/v1", "ms": 12.3, "llm": ["a:1"], "hit": True, "odd": "inf",
     }  # fmt: skip
 

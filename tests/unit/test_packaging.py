@@ -37,6 +37,7 @@ PLACES = {
     ),
     "openai": ("opticnerve/local/serve.py",),
     "onnx": ("encoder_service/backends/onnx_runtime.py",),
+    "otel": ("opticnerve/telemetry/traces.py",),
     "plan": ("opticnerve/planner/",),
     "top": ("opticnerve/cli/top.py", "opticnerve/cli/top_view.py"),
     "plot": ("opticnerve/benchmark/plot.py",),
@@ -142,7 +143,7 @@ def test_no_extra_is_without_a_place():
     (everything,) = EXTRAS["all"]
     assert Requirement(everything).extras == ONE_MACHINE
     for extra, packages in extras.PACKAGES.items():
-        assert set(packages) == names(EXTRAS[extra])
+        assert set(map(canonicalize_name, packages)) == names(EXTRAS[extra])
     assert PLACES.keys() <= extras.PACKAGES.keys()
 
 
