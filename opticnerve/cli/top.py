@@ -12,6 +12,7 @@ from typing import Any
 import httpx2
 
 from opticnerve.addresses import gateway_url
+from opticnerve.cli.chat_client import trust_for
 from opticnerve.cli.snapshot import Change, Snapshot, read_samples
 from opticnerve.config.command_line import Parser, argument_type, number_type
 from opticnerve.errors import OpticNerveError, Unavailable
@@ -76,7 +77,9 @@ class Source:
         self._metrics = [f"{url}/metrics", *metrics]
         key = os.environ.get("OPENAI_API_KEY")
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._gateway = httpx2.Client(timeout=TIMEOUT_S, trust_env=False, headers=headers)
+        self._gateway = httpx2.Client(
+            verify=trust_for(url) or True, timeout=TIMEOUT_S, trust_env=False, headers=headers
+        )
         self._others = httpx2.Client(timeout=TIMEOUT_S, trust_env=False)  # Get no key.
 
     def __enter__(self) -> Source:

@@ -22,6 +22,7 @@ from opticnerve.benchmark.workload import (
     body_fields,
     dialogues,
 )
+from opticnerve.cli.chat_client import trust_for
 from opticnerve.errors import StartupError
 from opticnerve.planner.rates import PictureCost, Rates
 
@@ -165,7 +166,11 @@ async def calibrate(
     async with (
         LoadTarget(url, headers, TIMEOUT_S) as target,
         httpx2.AsyncClient(
-            base_url=url, headers=json_headers, timeout=TIMEOUT_S, trust_env=False
+            base_url=url,
+            verify=trust_for(url) or True,
+            headers=json_headers,
+            timeout=TIMEOUT_S,
+            trust_env=False,
         ) as http,
     ):
         return await Calibration(target, http, model, say).rates(sizes)
