@@ -52,8 +52,10 @@ def parser() -> Parser:
     made = Parser("bench serve", SERVE, "URL [flags]", EPILOG)
     _add_server(made)
     _add_pace(made)
+    _add_length(made)
     _add_requests(made)
     _add_synthetic(made)
+    _add_pictures(made)
     _add_results(made)
     return made
 
@@ -115,6 +117,10 @@ def _add_pace(made: Parser) -> None:
         help="variance of the gaps of a --rate, in squares of their mean: 0 is an even rate, 1 "
         "Poisson's, 4 comes in bunches (default: 1)",
     )
+
+
+def _add_length(made: Parser) -> None:
+    add = made.add_argument_group("Length").add_argument
     add(
         "--requests",
         metavar="N",
@@ -187,6 +193,24 @@ def _add_synthetic(made: Parser) -> None:
         help="earlier turns of a conversation, each a request of its own (default: 0,2)",
     )
     add(
+        "--words",
+        metavar="N",
+        type=number_type(int, minimum=1),
+        default=32,
+        help="of a question: in most vocabularies a token each (default: 32)",
+    )
+    add(
+        "--seed",
+        metavar="N",
+        type=number_type(int),
+        help="of texts, pictures and times; asked twice, a server's caches know them (default: new "
+        "each time)",
+    )
+
+
+def _add_pictures(made: Parser) -> None:
+    add = made.add_argument_group("Synthetic pictures").add_argument
+    add(
         "--pictures",
         metavar="N",
         type=argument_type(_pictures),
@@ -211,20 +235,6 @@ def _add_synthetic(made: Parser) -> None:
         type=argument_type(share_of),
         default=0.0,
         help="of pictures that the run has shown before, from 0 to 1 (default: 0)",
-    )
-    add(
-        "--words",
-        metavar="N",
-        type=number_type(int, minimum=1),
-        default=32,
-        help="of a question: in most vocabularies a token each (default: 32)",
-    )
-    add(
-        "--seed",
-        metavar="N",
-        type=number_type(int),
-        help="of texts, pictures and times; asked twice, a server's caches know them (default: new "
-        "each time)",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -144,8 +145,8 @@ class Calibration:
 
     async def _picture_cost(self, size: Size) -> PictureCost:
         """By the plan of a picture, which a server makes without encoding it."""
-        message = self._dialogue(Shape(1, 1, 1), size).askings[0].messages
-        body = b'{"model":"model","messages":[' + b"".join(message) + b"]}"
+        message = b"".join(self._dialogue(Shape(1, 1, 1), size).askings[0].messages)
+        body = b'{"model":%s,"messages":[%s]}' % (json.dumps(self._model).encode(), message)
         try:
             answer = await self._http.post("/v1/apply_template", content=body)
             answer.raise_for_status()

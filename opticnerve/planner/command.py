@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opticnerve.addresses import gateway_url
 from opticnerve.benchmark import plot
@@ -18,6 +18,9 @@ from opticnerve.benchmark.figures import Slo
 from opticnerve.config.command_line import Parser, argument_type, number_type
 from opticnerve.errors import StartupError
 from opticnerve.extras import require_extra
+
+if TYPE_CHECKING:
+    from opticnerve.planner.rates import Rates
 
 DESCRIPTION = (
     "Says how many encoders and LLM workers some traffic needs to keep an SLO, whether splitting "
@@ -34,6 +37,7 @@ def parser() -> Parser:
     made = Parser("plan", DESCRIPTION, "--calibrate URL | --rates FILE [flags]", EPILOG)
     _add_rates(made)
     _add_traffic(made)
+    _add_pictures(made)
     _add_answer(made)
     return made
 
@@ -68,20 +72,6 @@ def _add_traffic(made: Parser) -> None:
         help="as of `opticnerve bench serve` (default: 1)",
     )
     add(
-        "--pictures",
-        metavar="N",
-        type=number_type(int),
-        default=1,
-        help="in a request (default: 1)",
-    )
-    add(
-        "--picture-sizes",
-        metavar="WxH,...",
-        type=argument_type(sizes_of),
-        default=((448, 448),),
-        help="in pixels, taken in turn (default: 448x448)",
-    )
-    add(
         "--prompt-tokens",
         metavar="N[-M]",
         type=argument_type(range_of),
@@ -96,18 +86,36 @@ def _add_traffic(made: Parser) -> None:
         help="of an answer (default: 64)",
     )
     add(
-        "--repeat",
-        metavar="SHARE",
-        type=argument_type(share_of),
-        default=0.0,
-        help="of pictures whose embeddings are cached, from 0 to 1 (default: 0)",
-    )
-    add(
         "--cached-prompt",
         metavar="SHARE",
         type=argument_type(share_of),
         default=0.0,
         help="of prompt tokens that the prefix cache has; `bench serve` measures it (default: 0)",
+    )
+
+
+def _add_pictures(made: Parser) -> None:
+    add = made.add_argument_group("Pictures").add_argument
+    add(
+        "--pictures",
+        metavar="N",
+        type=number_type(int),
+        default=1,
+        help="in a request (default: 1)",
+    )
+    add(
+        "--picture-sizes",
+        metavar="WxH,...",
+        type=argument_type(sizes_of),
+        default=((448, 448),),
+        help="in pixels, taken in turn (default: 448x448)",
+    )
+    add(
+        "--repeat",
+        metavar="SHARE",
+        type=argument_type(share_of),
+        default=0.0,
+        help="of pictures whose embeddings are cached, from 0 to 1 (default: 0)",
     )
 
 
@@ -194,7 +202,7 @@ def _check(args: argparse.Namespace) -> None:
         raise StartupError("pictures need an encoder, and answers an LLM worker")
 
 
-def read_rates(args: argparse.Namespace) -> Any:
+def read_rates(args: argparse.Namespace) -> Rates:
     from opticnerve.planner.rates import Rates
 
     if args.rates:

@@ -52,8 +52,8 @@ class Forecast:
     attained: float  # Share of the requests within the SLO; without one, of those that ended.
     ttft_s: tuple[float, ...]  # Of those that ended.
     tpot_s: tuple[float, ...]
-    encoder_use: float  # Share of the time that an encoder, or a whole copy, works.
-    llm_use: float  # The same of an LLM worker: it works whenever any sequence is there.
+    encoder_use: float  # Share of the time that an encoder works; 0 where there is none.
+    llm_use: float  # Of an LLM worker or a whole copy: it works whenever a sequence is there.
     llm_sequences: float  # That decode in one of them, on average.
 
     def quantile(self, name: str, rank: float) -> float | None:
@@ -99,7 +99,7 @@ def simulate(
         good / len(counted),
         tuple(visit.ttft for visit in ended),
         tuple(visit.tpot for visit in ended if visit.output > 1),
-        busy[0] / end / max(1, pools.encoders or pools.copies),
+        busy[0] / end / max(1, pools.encoders),
         busy[1] / end / max(1, pools.llms or pools.copies),
         decoded / end / max(1, pools.llms or pools.copies),
     )
@@ -129,9 +129,9 @@ class Cluster:
         self._encoders = [] if whole else [EncoderModel(env, rates) for _ in range(pools.encoders)]
 
     def busy(self) -> tuple[float, float]:
-        """Seconds that encoders and LLM workers have worked so far."""
-        llms = sum(worker.busy_s for worker in self._llms)
-        return sum(worker.busy_s for worker in self._encoders) or llms, llms
+        """Seconds that encoders have worked so far, and LLM workers or whole copies."""
+        encoders = sum(worker.busy_s for worker in self._encoders)
+        return encoders, sum(worker.busy_s for worker in self._llms)
 
     def serve(self, visit: Visit) -> None:
         after(self._env, self._rates.gateway_s, lambda _: self._dispatch(visit))
