@@ -85,6 +85,10 @@ class Service:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._reap()
 
+    def signal(self, number: int) -> None:
+        assert self._process
+        self._process.send_signal(number)
+
     def stop(self) -> None:
         """SIGTERM, and SIGKILL where that is not enough."""
         if self._process is None:
