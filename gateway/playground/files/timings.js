@@ -4,7 +4,6 @@ import { make, milliseconds, plural } from "/playground/dom.js";
 
 const CLOSED = "opticnerve-timings-closed"; // Set while the visitor wants them closed.
 const SHORTEST_MS = 0.05;
-const TICKS = 4;
 const POOLS = {
   gateway: ["fetch", "plan", "name", "render", "pair"],
   encoder: ["encoder_queue", "preprocess", "encode", "put"],
@@ -96,10 +95,11 @@ function waterfall(timings) {
   );
 }
 
-/** A round step, in milliseconds, of which about TICKS are on the axis. */
+/** A round step, in milliseconds, of which two to five fit on the axis. */
 function tickStep(end) {
-  const power = 10 ** Math.floor(Math.log10(end / TICKS));
-  return [1, 2, 5, 10].map((digit) => digit * power).find((step) => end / step <= TICKS + 1);
+  const most = matchMedia("(max-width: 640px)").matches ? 2.5 : 5;
+  const power = 10 ** Math.floor(Math.log10(end / most));
+  return [1, 2, 5, 10].map((digit) => digit * power).find((step) => end / step <= most);
 }
 
 const percent = (part, whole) => `${((100 * part) / whole).toFixed(3)}%`;
