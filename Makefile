@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-fast test-clients lint serve bench soak measure gpu protos clean programs
+.PHONY: demo docs test test-fast test-clients lint serve bench soak measure gpu protos clean programs
 
 demo: $(INSTALLED)
 	$(BIN)/opticnerve demo
@@ -49,6 +49,9 @@ gpu:  # With the machine's own Python where that has torch; else with ours.
 	@for python in $(PYTHON) python3; do \
 		$$python -c 'import sys, PIL, torch, transformers.utils; assert sys.version_info >= (3, 11)' 2>/dev/null && exec $$python -m bench.gpu $(ARGS); \
 	done; $(MAKE) $(INSTALLED) && $(BIN)/python -m bench.gpu $(ARGS)
+
+docs: $(INSTALLED)  # The site, in build/docs.
+	$(BIN)/zensical build --strict
 
 protos: $(INSTALLED)
 	$(BIN)/python hatch_build.py
