@@ -24,7 +24,6 @@ import numpy as np
 
 import opticnerve
 from bench import report
-from bench.http_client import PATH, open_client
 from bench.load import Material
 
 STAGES = (
@@ -32,6 +31,7 @@ STAGES = (
     "queue", "prefill",
 )  # fmt: skip
 AT_ONCE = (1, 16)
+TIMEOUT_S = 600.0
 MAX_TOKENS = 16
 FOUND = ("explained_p50", "explained_p5", "without_wire_p50")
 HEADER = ("requests", "at once", "TTFT, ms", "explained, p50", "p5", "without wire, p50")
@@ -57,10 +57,13 @@ async def measure(url: str, bodies: Sequence[bytes], clients: int) -> list[dict[
     """The timings of each answer."""
 
     async def client(http: httpx2.AsyncClient, mine: Sequence[bytes]) -> list[dict[str, float]]:
-        answers = [await http.post(PATH, content=each) for each in mine]
+        answers = [await http.post("/v1/chat/completions", content=each) for each in mine]
         return [answer.raise_for_status().json()["timings"] for answer in answers]
 
-    async with open_client(url) as http:
+    headers = {"content-type": "application/json"}
+    async with httpx2.AsyncClient(
+        base_url=url, timeout=TIMEOUT_S, trust_env=False, headers=headers
+    ) as http:
         parts = [client(http, bodies[index::clients]) for index in range(clients)]
         return [one for part in await asyncio.gather(*parts) for one in part]
 
