@@ -1,9 +1,9 @@
 """Conversations that send their pictures again, over HTTP, on the demo checkpoint's processes.
 
 One encoder and two LLM workers run all the time, one thread each. A gateway is started for each
-policy, and its conversations show pictures of their own, so that no policy finds what another one
-left. ``least loaded`` is the gateway without what it knows of prompts; ``one worker`` has one of
-the workers alone, with the same cache: what a cache gives at most.
+policy; the conversations are the same, under a cache salt of the policy's own, so that none finds
+what another one left. ``least loaded`` is the gateway without what it knows of prompts; ``one
+worker`` has one of the workers alone, with the same cache: what a cache gives at most.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tests.services import process
 from tests.system import wait_for
 
 KV_TOKENS = "65536"
-CONVERSATIONS, AT_ONCE = 12, 4
-SYSTEM_WORDS, MORE_TURNS, PICTURE_SIDE, ANSWER_TOKENS = 60, 3, 112, 8
+CONVERSATIONS, AT_ONCE = 12, 3
+SYSTEM_WORDS, MORE_TURNS, PICTURE_SIDE, ANSWER_TOKENS = 60, 3, 336, 8
 START_S = 300.0
 WITHOUT_AFFINITY = (
     "import sys; from gateway import service; from gateway.workers import generate;"
@@ -55,15 +55,13 @@ def play(seed: int) -> dict[str, dict[str, Any]]:
         ):
             both = [one.address, other.address]
             found = {}
-            for number, (name, code, llms) in enumerate(
-                (
-                    ("affine", WITH_AFFINITY, both),
-                    ("least loaded", WITHOUT_AFFINITY, both),
-                    ("one worker", WITH_AFFINITY, both[:1]),
-                )
+            for name, code, llms in (
+                ("affine", WITH_AFFINITY, both),
+                ("least loaded", WITHOUT_AFFINITY, both),
+                ("one worker", WITH_AFFINITY, both[:1]),
             ):
                 with gateway(code, encoder.address, llms) as (url, told):
-                    answers = asyncio.run(converse(url, seed + number))
+                    answers = asyncio.run(converse(url, seed, name))
                 found[name] = figures(answers, told[0], llms)
             return found
     finally:
@@ -101,7 +99,7 @@ def is_ready(url: str) -> bool:
     return httpx2.get(f"{url}/ready?pictures=true").status_code == 200
 
 
-async def converse(url: str, seed: int) -> list[tuple[dict[str, Any], float]]:
+async def converse(url: str, seed: int, salt: str) -> list[tuple[dict[str, Any], float]]:
     """Usage and TTFT in milliseconds of every turn."""
     material = Material(seed, PICTURE_SIDE)
     system = {"role": "system", "content": Material(0).text(SYSTEM_WORDS)}
@@ -119,7 +117,7 @@ async def converse(url: str, seed: int) -> list[tuple[dict[str, Any], float]]:
                 body = {"model": "model", "messages": messages, "max_tokens": ANSWER_TOKENS}
                 answer = await http.post(
                     f"{url}/v1/chat/completions",
-                    json={**body, "temperature": 0, "timings": True},
+                    json={**body, "temperature": 0, "timings": True, "cache_salt": salt},
                     timeout=START_S,
                 )
                 told = answer.raise_for_status().json()
