@@ -27,6 +27,8 @@ AUTOSCALED = {
     "llmDefaults": SCALED,
     "monitoring": {"serviceMonitor": {"enabled": True}},
 }
+# Values of the chart's example: pools, GPUs, TLS and autoscaling.
+EXAMPLE: dict[str, Any] = yaml.safe_load((CHART / "examples" / "gpu.yaml").read_text())
 # Templates of what only clusters with KEDA and the Prometheus operator know.
 OPERATED = ("scaledobjects.yaml", "servicemonitor.yaml")
 

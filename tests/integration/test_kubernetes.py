@@ -20,7 +20,7 @@ from opticnerve.config import EncoderConfig, GatewayConfig, LLMConfig
 from opticnerve.config.command_line import check_environment, service_parser
 from opticnerve.config.options import build, options, parse_size
 from tests.images import ROOT, read_stages
-from tests.manifests import CHART, KUBERNETES, NAME, RenderError, kustomize_files, read, render
+from tests.manifests import EXAMPLE, KUBERNETES, NAME, RenderError, kustomize_files, read, render
 
 pytestmark = pytest.mark.process
 
@@ -30,7 +30,6 @@ CONFIGS = {"gateway": GatewayConfig, "encoder": EncoderConfig, "llm": LLMConfig}
 SECRETS = {"rpc-token", "store-key", "store-url", "api-keys", "redis.conf"}  # Of deploy/secrets.sh.
 MARGIN_S = 10  # What a service does beside its drain.
 STAGES = read_stages()
-EXAMPLE = yaml.safe_load((CHART / "examples" / "gpu.yaml").read_text())
 ELSEWHERE = {"redis": {"enabled": False}, "networkPolicy": {"internet": False}}
 
 
