@@ -1,11 +1,12 @@
 # make demo: the whole stack answers questions about bundled pictures.  make test: everything tested.
 # make test-fast: the half of the tests that needs no other process, in two minutes.
 # make test-clients: client programs of others, installed and tried against a whole stack.
+# make test-images: what the images install, in environments of their own, from which all runs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo docs test test-fast test-clients lint serve bench soak measure gpu protos clean programs
+.PHONY: demo docs test test-fast test-clients test-images lint serve bench soak measure gpu protos clean programs
 
 demo: $(INSTALLED)
 	$(BIN)/opticnerve demo
@@ -24,6 +25,9 @@ test-fast: $(INSTALLED)
 
 test-clients: $(INSTALLED)  # ARGS="newest node": only those of tests/clients/table.py.
 	$(BIN)/python -m tests.clients.run $(ARGS)
+
+test-images: $(INSTALLED) programs
+	$(BIN)/python -m tests.image_environments
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

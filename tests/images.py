@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,3 +59,26 @@ def read_stages() -> dict[str, Stage]:
         else:
             stage.add(instruction, value)
     return stages
+
+
+def build_script(stage: str, root: Path, device: str = "cpu") -> str:
+    """A stage's own RUN instructions for a shell, below ``root`` instead of ``/``."""
+    stages = read_stages()
+    runs = stages[stage].runs[len(stages["base"].runs) :]
+    text = "\n".join(run.replace("\\\n", " ") for run in runs)
+    for path in ("/opt/opticnerve", "/constraints.txt", "/wheels"):
+        text = re.sub(rf"(?<![\w.]){path}", f"{root}{path}", text)
+    return f"set -e\nDEVICE={device}\n{text}\n"
+
+
+def copy_context(to: Path) -> None:
+    """The files that .dockerignore lets through."""
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        source = ROOT / line[1:]
+        if not line.startswith("!"):
+            continue
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*_pb2*")
+            shutil.copytree(source, to / source.name, ignore=ignored)
+        else:
+            shutil.copy(source, to / source.name)
