@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
+import signal
 import sys
 import time
 from collections import Counter
@@ -178,6 +179,7 @@ def show(results: dict[str, Any]) -> None:
 
 def main() -> int:
     args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # What was started is stopped.
     args.logs.mkdir(parents=True, exist_ok=True)
     with open_stack(args.logs) as stack:
         run = Run(stack, args)

@@ -10,18 +10,23 @@ import asyncio
 import contextlib
 import math
 import random
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from bench.soak.stack import START_S, SoakStack, filled
 from tests.system import wait_for
 
 POOLS_FROM_S = 240.0  # In shorter runs, all the others would have no time.
 FULL_S = (2.0, 6.0)
-DOWN_S = (0.5, 4.0)  # Of Redis.
-KINDS = ("encoder", "llm", "gateway", "redis killed", "redis hangs", "tmpfs full")
-POOLS = ("all encoders", "all llms")
+DOWN_S = (0.5, 4.0)  # Of Redis, and of what hangs.
+KINDS = (
+    "encoder killed", "llm killed", "gateway killed", "redis killed",
+    "encoder hangs", "llm hangs", "redis hangs", "tmpfs full",
+)  # fmt: skip
+POOLS = ("all encoders killed", "all llms killed")
 TWO_AT_ONCE = 0.25  # Share of faults that come with another one.
 SETTLE_S = 1.0
 
@@ -90,19 +95,25 @@ class Injector:
     def _harm(self, kind: str) -> tuple[Awaitable[object], str]:
         """(what does it, whom it hits)"""
         stack = self.stack
-        match kind:
-            case "all encoders" | "all llms":
-                return asyncio.to_thread(stack.replace, *_both(kind)), kind
-            case "redis killed":
+        match kind.split():
+            case ["all", pool, _]:
+                names = [name for name in stack.services if name[:-2] == pool[:-1]]
+                return asyncio.to_thread(stack.replace, *names), pool
+            case ["redis", "killed"]:
                 return self._for(DOWN_S, stack.redis.stop, stack.redis.start), "redis"
-            case "redis hangs":
+            case ["redis", _]:
                 return self._for(DOWN_S, stack.redis.hang, stack.redis.go_on), "redis"
-            case "tmpfs full":
+            case ["tmpfs", _]:
                 full = filled(stack.tier)
                 enter, leave = full.__enter__, lambda: full.__exit__(None, None, None)
                 return self._for(FULL_S, enter, leave), "tmpfs"
-        victim = self.victims[kind]
-        return asyncio.to_thread(stack.replace, victim), victim
+            case [service, "killed"]:
+                victim = self.victims[service]
+                return asyncio.to_thread(stack.replace, victim), victim
+        victim = self.victims[kind.split()[0]]
+        harm = stack.services[victim].signal
+        stop, go_on = partial(harm, signal.SIGSTOP), partial(harm, signal.SIGCONT)
+        return self._for(DOWN_S, stop, go_on), victim
 
     @property
     def _kinds(self) -> list[str]:
@@ -125,9 +136,3 @@ class Injector:
 async def _until(condition: Callable[[], bool]) -> None:
     """Raises AssertionError after ``START_S``."""
     await asyncio.to_thread(wait_for, "the stack's recovery", condition, START_S)
-
-
-def _both(pool: str) -> list[str]:
-    """The services of ``all encoders`` or ``all llms``."""
-    service = pool.removeprefix("all ").removesuffix("s")
-    return [f"{service}-{index}" for index in (1, 2)]

@@ -23,7 +23,7 @@ BOUNDS = {
     "files": (0.10, 16.0),
     "sockets": (0.10, 16.0),
     "processes": (0.0, 1.0),
-    "tier files": (0.25, 64.0),
+    "tier files": (0.25, 256.0),  # Half of what the tier has room for, until it is full.
     "Redis keys": (0.50, 64.0),
 }
 

@@ -12,6 +12,7 @@ from gateway.workers.encode import DEATHS_REMEMBERED_S
 
 # Of a picture that two encoders had when they died, for a while.
 POISONOUS = "unprocessable_media"
+BLAMING = ("encoder killed", "all encoders killed")
 RETRYABLE = (429, 503, 504)  # Statuses of errors that a client may ask again after.
 KILLED_S = 0.5  # A connection may break so much later than its gateway was killed.
 
@@ -37,12 +38,12 @@ def judge(asked: Asked, faults: Sequence[Fault]) -> Verdict:
                 return Verdict("excused", fault.kind)
     if ending.code == POISONOUS:
         for fault in faults:
-            if "encoder" in fault.kind and 0 < ending.ended - fault.began < DEATHS_REMEMBERED_S:
+            if fault.kind in BLAMING and 0 < ending.ended - fault.began < DEATHS_REMEMBERED_S:
                 return Verdict("excused", fault.kind)
     prefix = all(map(str.startswith, asked.right.texts, ending.texts))
     if ending.kind == "error" and ending.status in (200, *RETRYABLE) and ending.code and prefix:
         for fault in present:
-            if fault.kind != "gateway":
+            if not fault.kind.startswith("gateway"):
                 return Verdict("excused", fault.kind)
     return Verdict("wrong")
 
