@@ -110,7 +110,9 @@ class LocalStack:
     def __post_init__(self) -> None:
         for name in self.services:
             for port in PORTS.get(name, WORKER_PORTS):
-                self.ports[name, port] = free_port()
+                while (ours := free_port()) in self.ports.values():
+                    pass  # It is free as long as nobody listens there.
+                self.ports[name, port] = ours
         shutil.copytree(DEPLOY, self.deploy, ignore=shutil.ignore_patterns("secrets", ".env"))
         subprocess.run(["sh", str(self.deploy / "secrets.sh")], check=True, capture_output=True)
         for path in (*(self.deploy / "secrets").iterdir(), *self.deploy.glob("prometheus/*")):
