@@ -21,11 +21,31 @@ BUCKET = "le"
 
 def read_samples(source: str, text: str) -> dict[Series, float]:
     """The samples of an answer of ``/metrics``, in Prometheus' text format. Raises ValueError."""
+    found = [each for family in text_string_to_metric_families(text) for each in family.samples]
+    for sample in found:
+        if sample.name.endswith("_bucket"):
+            float(sample.labels.get(BUCKET, "none"))  # Of a histogram: an upper bound.
     return {
         (source, sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
+        for sample in found
     }
+
+
+def is_health(value: Any) -> bool:
+    """Whether an answer of ``/health`` is a gateway's: a status, and its pools if it tells them."""
+    if not isinstance(value, dict) or not isinstance(value.get("status"), str):
+        return False
+    if not isinstance(value.get("missing", []), list):
+        return False
+    pools = [value.get("encoders"), value.get("llms")]
+    return pools == [None, None] or all(map(_is_pool, pools))
+
+
+def _is_pool(value: Any) -> bool:
+    workers = value.get("workers") if isinstance(value, dict) else None
+    return isinstance(workers, list) and all(
+        isinstance(each, dict) and {"address", "state"} <= each.keys() for each in workers
+    )
 
 
 @dataclass(frozen=True)

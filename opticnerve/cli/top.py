@@ -13,7 +13,7 @@ import httpx2
 
 from opticnerve.addresses import gateway_url
 from opticnerve.cli.chat_client import trust_for
-from opticnerve.cli.snapshot import Change, Snapshot, read_samples
+from opticnerve.cli.snapshot import Change, Snapshot, is_health, read_samples
 from opticnerve.config.command_line import Parser, argument_type, number_type
 from opticnerve.errors import OpticNerveError, Unavailable
 from opticnerve.extras import require_extra
@@ -98,7 +98,7 @@ class Source:
             raise Unavailable(f"nothing answers at {self.url}: {error}") from error
         except ValueError as error:
             raise OpticNerveError(f"what answers at {self.url} is no gateway") from error
-        if not isinstance(health, dict) or "status" not in health:
+        if not is_health(health):
             raise OpticNerveError(f"what answers at {self.url} is no gateway")
         samples: dict[Any, float] = {}
         silent: dict[str, str] = {}

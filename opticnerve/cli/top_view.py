@@ -53,14 +53,21 @@ def screen(url: str, change: Change) -> RenderableType:
         parts.append(Text("the pools are shown to holders of a key: OPENAI_API_KEY", "yellow"))
     if change.now.samples:
         parts += [_traffic(change), _latencies(change)]
-    parts += [Text(f"no metrics from {place}: {why}", "yellow") for place, why in _silent(change)]
+    parts += [told(f"no metrics from {place}: {why}", "yellow") for place, why in _silent(change)]
     return Group(*(line for part in parts for line in (part, Text(""))))
+
+
+def told(value: object, style: str = "") -> Text:
+    """What a server says, as it says it: brackets are no markup, and a character that would command
+    the terminal is shown as a replacement."""
+    shown = "".join(char if char.isprintable() else "\ufffd" for char in str(value))
+    return Text(shown, style)
 
 
 def lost(url: str, since: float, why: str) -> RenderableType:
     """Instead of everything, while the gateway does not answer."""
     clock = time.strftime("%H:%M:%S", time.localtime(since))
-    return Group(Text(f"{url} unreachable since {clock}", "bold red"), Text(why, "dim"))
+    return Group(Text(f"{url} unreachable since {clock}", "bold red"), told(why, "dim"))
 
 
 def _silent(change: Change) -> Iterable[tuple[str, str]]:
@@ -72,10 +79,13 @@ def _head(url: str, change: Change) -> Text:
     status = str(health["status"])
     span = f"the last {change.seconds:.0f} s" if change.before.health else "since the start"
     line = Text.assemble(
-        (url, "bold"), "  ", (status, COLORS.get(status, "bold red")), (f"  {span}", "dim")
+        (url, "bold"),
+        "  ",
+        told(status, COLORS.get(status, "bold red")),
+        (f"  {span}", "dim"),
     )
     if health.get("missing"):
-        line.append(f"\nmissing: {'; '.join(health['missing'])}", "red")
+        line.append("\n").append(told(f"missing: {'; '.join(map(str, health['missing']))}", "red"))
     return line
 
 
@@ -94,14 +104,14 @@ def _table(*columns: str, figures: bool = False) -> Table:
 def _pools(health: Mapping[str, Any]) -> Table:
     table = _table("pool", "waiting", "worker", "state", "load")
     for name, pool in (("encoders", health["encoders"]), ("llms", health["llms"])):
-        told = [name, str(pool.get("waiting", 0))]  # Once a pool.
+        first = [name, str(pool.get("waiting", 0))]  # Once a pool.
         for worker in pool["workers"] or [{"address": "-", "state": "none"}]:
             state = str(worker["state"])
-            shown = Text(state, COLORS.get(state, "red"))
-            table.add_row(*told, worker["address"], shown, _load(worker))
-            told = ["", ""]
+            shown = told(state, COLORS.get(state, "red"))
+            table.add_row(*first, told(worker["address"]), shown, told(_load(worker)))
+            first = ["", ""]
             if worker.get("fault"):
-                table.add_row("", "", Text(str(worker["fault"]), "red"))
+                table.add_row("", "", told(worker["fault"], "red"))
     return table
 
 
@@ -124,13 +134,15 @@ def _traffic(change: Change) -> Table:
     now = change.now
     table = _table("traffic", *[""] * 5)
     statuses = change.by(REQUESTS, "status", without=("route", WATCHING))
-    asked = [f"{status}: {_per_s(count, change)}" for status, count in statuses.items() if count]
+    asked = [
+        told(f"{status}: {_per_s(count, change)}") for status, count in statuses.items() if count
+    ]
     in_flight = now.total("opticnerve_requests_in_flight")
     table.add_row("requests", f"in flight: {in_flight:.0f}", *asked[:4])
     kinds = ("prompt", "cached", "image", "completion")
-    told = {kind: change.rate("opticnerve_tokens_total", kind=kind) for kind in kinds}
-    table.add_row("tokens", *(f"{kind}: {rate:.1f}/s" for kind, rate in told.items()))
-    rates = [_hit_rate(change, tier) for tier in change.by(LOOKUPS, "tier")]
+    tokens = {kind: change.rate("opticnerve_tokens_total", kind=kind) for kind in kinds}
+    table.add_row("tokens", *(f"{kind}: {rate:.1f}/s" for kind, rate in tokens.items()))
+    rates = [told(_hit_rate(change, tier)) for tier in change.by(LOOKUPS, "tier")]
     if rates:
         table.add_row("cache hits", *rates[:5])
     patches = now.total("opticnerve_patches_waiting")
@@ -167,4 +179,6 @@ def _add_latency(table: Table, title: str, change: Change, name: str, **labels: 
     figures = [change.mean(name, **labels)]
     figures += [change.quantile(name, share, **labels) for share in SHARES]
     rate = change.rate(f"{name}_count", **labels)
-    table.add_row(title, f"{rate:.2f}", *("-" if s is None else f"{s * 1e3:.1f}" for s in figures))
+    table.add_row(
+        told(title), f"{rate:.2f}", *("-" if s is None else f"{s * 1e3:.1f}" for s in figures)
+    )

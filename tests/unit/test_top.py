@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from opticnerve.cli import top, top_view
-from opticnerve.cli.snapshot import Change, Snapshot, read_samples
+from opticnerve.cli.snapshot import Change, Snapshot, is_health, read_samples
 from opticnerve.errors import Unavailable
 
 METRICS = """
@@ -137,6 +137,31 @@ def test_the_screen_says_what_it_cannot_show():
     now = Snapshot({"status": "ok"}, silent=silent)
     text = drawn(top_view.screen(URL, Change(now.start(), now)))
     assert "shown to holders of a key" in text and "it needs a key: OPENAI_API_KEY" in text
+
+
+def test_what_servers_say_is_neither_markup_nor_commands_of_the_terminal():
+    workers = [
+        {"address": "[fd00::5]:7001", "state": "serving"},
+        {"address": "[/b]", "state": "unusable", "fault": "\x1b]0;title\x07 [red]"},
+    ]
+    health = {"status": "ok", "missing": ["[/x]"], "encoders": {"workers": workers}}
+    samples = read_samples("a", FIRST.replace('"fetch"', '"[/fetch]"'))
+    now = Snapshot(health | {"llms": {"workers": []}}, samples, {URL: "[/why]\x1b[2J"})
+    text = drawn(top_view.screen(URL, Change(now.start(), now)))
+    for part in ("[fd00::5]:7001", "[/b]", "]0;title", "[red]", "[/x]", "[/fetch]", "[/why]"):
+        assert part in text
+    assert "\x1b" not in text
+
+
+def test_answers_that_are_no_gateway_s_are_refused():
+    assert is_health(HEALTH) and is_health({"status": "ok"})
+    pools = {"encoders": {"workers": []}, "llms": {"workers": [{}]}}
+    for wrong in ([], {}, {"status": 1}, {"status": "ok", "missing": 3}, {"status": "ok", **pools}):
+        assert not is_health(wrong)
+    assert not is_health({"status": "ok", "encoders": {"workers": []}})
+    for text in ("a_bucket 1", 'a_bucket{le="x"} 1', "{"):
+        with pytest.raises(ValueError):
+            read_samples("a", text)
 
 
 def test_a_lost_gateway_is_shown_and_asked_again(monkeypatch):
