@@ -144,7 +144,7 @@ class Member:
     def lend(self, cost: int, heavy: bool = False) -> None:
         self.pending += cost
 
-    def take_back(self, cost: int, heavy: bool = False) -> None:
+    def take_back(self, cost: int, heavy: bool = False, *, done: bool = True) -> None:
         self.pending -= cost
 
 

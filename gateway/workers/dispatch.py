@@ -38,7 +38,8 @@ class LeaseRequest:
     ``avoid``: addresses that are used only if no other worker serves. ``delay_within_request_s``:
     how long the earlier work of its own request takes. ``share``: the fair-queueing key, which
     is the name of an API key; ``weight``: its part relative to others'. ``prompt``: what the worker
-    is to compute, if it is an LLM worker; ``reason``: why it was lent to that.
+    is to compute, if it is an LLM worker; ``reason``: why it was lent to that. ``failed``: the
+    worker refused the work or was lost with it, so that it has not done it; the borrower says so.
     """
 
     cost: int
@@ -52,6 +53,7 @@ class LeaseRequest:
     prompt: PromptChain | None = None
     worker: Worker | None = None
     reason: Reason = Reason.LOAD
+    failed: bool = False
     # Set when ``worker`` is set, or the state of any worker changes.
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -94,7 +96,7 @@ class Dispatcher:
         """Ends the lease of a request, and lends to those that wait."""
         assert request.worker is not None
         self.prompt_computed(request)
-        request.worker.take_back(request.cost, request.heavy)
+        request.worker.take_back(request.cost, request.heavy, done=not request.failed)
         self.dispatch()
 
     def prompt_computed(self, request: LeaseRequest) -> None:

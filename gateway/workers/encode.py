@@ -287,16 +287,16 @@ class Encoders:
                 try:
                     encoded = await self._call(worker, item, deadline, run)
                 except WorkerLost as lost:
-                    failed = "lost"
+                    failed, request.failed = "lost", True
                     self.pool.report_down(worker)
                     if lost.delivered:
                         self._blame(item.key, worker)
                         tried.add(worker.address)
                 except Overloaded as error:  # Other gateways' work fills it: the item waits here.
-                    failed = "full"
+                    failed, request.failed = "full", True
                     self.pool.report_full(worker, error.retry_after_s)
                 except Mispaired as error:
-                    failed, refusal = "mispaired", error
+                    failed, request.failed, refusal = "mispaired", True, error
                     tried.add(worker.address)
                     worker.wake.set()  # Its description is out of date.
                 else:

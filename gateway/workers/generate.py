@@ -138,7 +138,7 @@ class FailoverGeneration:
                             yield event
                     return
                 except WorkerLost as lost:
-                    failed = "lost"
+                    failed, request.failed = "lost", True
                     self._pool.report_down(worker)
                     tried.add(worker.address)
                     deaths += lost.delivered
@@ -150,7 +150,7 @@ class FailoverGeneration:
                             "it is not tried again"
                         ) from lost
                 except Overloaded as error:
-                    failed, refusal = "full", error
+                    failed, request.failed, refusal = "full", True, error
                     tried.add(worker.address)
             if self.complete:
                 yield Done(self.usage())

@@ -58,12 +58,18 @@ class PoolLoad:
 
 
 def _rate(worker: Worker) -> float:
-    """Cost a second: as the worker has measured it, or as this gateway has."""
-    return worker.cost_per_s or worker.throughput.per_s
+    """Cost a second, of all gateways' work: as the worker has measured it, or as what it does for
+    this gateway lets expect."""
+    return worker.cost_per_s or worker.throughput.per_s / (_own_part(worker) or 1.0)
 
 
 def _queued(worker: Worker) -> float:
     """This gateway's part of the sequences that wait in an LLM worker's queue."""
-    waiting = worker.description.load.get("waiting", 0)
+    waiting: int = worker.description.load.get("waiting", 0)
+    return waiting * _own_part(worker)
+
+
+def _own_part(worker: Worker) -> float:
+    """This gateway's part of a worker's work; 0 while it has none."""
     cost = worker.pending + worker.cost_of_other_gateways
-    return waiting * worker.pending / cost if cost else 0.0
+    return worker.pending / cost if cost else 0.0

@@ -138,13 +138,16 @@ class WorkerPool:
         """Lends a worker, once it is this request's turn and one has room.
 
         ``absence_s``: how long to wait while no worker serves. Raises Unavailable,
-        DeadlineExceeded.
+        DeadlineExceeded. Work that ends with an error counts as not done.
         """
         self.dispatcher.add(request)
         try:
             await self._wait_for_worker(request, absence_s)
             assert request.worker is not None
             yield request.worker
+        except Exception:
+            request.failed = True
+            raise
         finally:
             if request.worker is None:
                 self.dispatcher.remove(request)

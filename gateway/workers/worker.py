@@ -129,8 +129,10 @@ class Worker:
         self.heavy += cost if heavy else 0
         self.idle.clear()
 
-    def take_back(self, cost: int, heavy: bool = False) -> None:
-        self.throughput.record(cost)
+    def take_back(self, cost: int, heavy: bool = False, *, done: bool = True) -> None:
+        """``done``: whether the worker has done the work."""
+        if done:
+            self.throughput.record(cost)
         self.pending -= cost
         self.heavy -= cost if heavy else 0
         if not self.pending:

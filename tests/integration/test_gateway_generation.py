@@ -297,9 +297,11 @@ async def test_a_full_worker_sends_the_request_to_another(faults):
             tokens, _ = await collect(pool, spec())
             assert tokens == {0: [1, 2, 3]}
         b.step = full
+        done = [worker.throughput.per_s for worker in pool.workers]
         with pytest.raises(Overloaded) as caught:
             await collect(pool, spec())
         assert caught.value.retry_after_s == 2
+        assert done == [worker.throughput.per_s for worker in pool.workers]  # Nothing is done.
     assert faults(calls=False).keys() == {("retries", "generate", "full")}
 
 

@@ -41,7 +41,7 @@ class Machine:
     def lend(self, cost, heavy):
         self.pending += cost
 
-    def take_back(self, cost, heavy):
+    def take_back(self, cost, heavy, done):
         self.pending -= cost
 
 

@@ -42,6 +42,14 @@ async def test_what_waits_in_a_workers_queue_counts_for_the_gateway_that_sent_it
     assert PoolLoad("llm", pool_of(busy), 1.0).seconds_waiting() == 2.5
 
 
+async def test_the_throughput_of_a_worker_is_estimated_for_all_gateways():
+    shared = worker(pending=10, others=30, running=20, waiting=20)  # Serves others more.
+    shared.throughput = SimpleNamespace(per_s=0.5)  # A quarter of the 2 that it does in all.
+    assert PoolLoad("llm", pool_of(shared), 1.0).seconds_waiting() == 2.5
+    shared.pending = 0
+    assert PoolLoad("llm", pool_of(shared, waiting=1), 1.0).seconds_waiting() == 2
+
+
 async def test_an_empty_pool_has_work_waiting_as_for_one_worker():
     load = PoolLoad("encoder", pool_of(waiting=100, unpaired=100), 50.0)
     assert load.seconds_waiting() == 4

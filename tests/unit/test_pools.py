@@ -16,7 +16,13 @@ from gateway.workers.pairing import Pairing
 from gateway.workers.pool import Changes, WorkerPool
 from gateway.workers.worker import WorkerState
 from opticnerve.checkpoints.checkpoint import Checkpoint
-from opticnerve.errors import DeadlineExceeded, Mispaired, Unavailable, UnsupportedFeature
+from opticnerve.errors import (
+    DeadlineExceeded,
+    Mispaired,
+    Overloaded,
+    Unavailable,
+    UnsupportedFeature,
+)
 from tests.checkpoints import make_checkpoint
 from tests.fakes import PAIR_ID, FakeEncoder, FakeLLM, until
 
@@ -102,6 +108,24 @@ async def test_without_addresses_nothing_is_waited_for():
     async with pool_of() as pool:
         with pytest.raises(Unavailable):
             await lent(pool, Deadline.after(60))
+
+
+async def test_work_that_a_worker_refused_is_not_done():
+    async with FakeLLM() as llm, pool_of(llm.address, kind="LLM") as pool:
+        await until(pool.serving)
+        throughput, deadline = pool.workers[0].throughput, Deadline.after(60)
+        async with pool.lease(LeaseRequest(1, deadline), 60):
+            await asyncio.sleep(0.1)
+        before = throughput.per_s
+        for _ in range(20):
+            refused = LeaseRequest(1, deadline)
+            async with pool.lease(refused, 60):
+                refused.failed = True
+            with pytest.raises(Overloaded):
+                async with pool.lease(LeaseRequest(1, deadline), 60):
+                    raise Overloaded("full")
+        assert throughput.per_s == before
+        assert pool.workers[0].pending == 0
 
 
 async def test_avoided_workers_are_taken_only_when_nothing_else_serves():
