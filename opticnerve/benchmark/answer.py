@@ -68,7 +68,9 @@ class AnswerStream:
     def __init__(self) -> None:
         self.times: list[float] = []
         self.code = ""
-        self.usage: dict[str, Any] = {}
+        self.prompt_tokens = 0
+        self.output_tokens = 0
+        self.cached_tokens: int | None = None
         self.timings: dict[str, Any] | None = None
         self.done = False
         self._texts: list[str] = []
@@ -76,7 +78,7 @@ class AnswerStream:
 
     def feed(self, piece: bytes, now: float) -> None:
         """Bytes of the stream, which came at ``now``. Raises ValueError for events that are no
-        JSON objects."""
+        chunks of chat completions."""
         *lines, self._rest = (self._rest + piece).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
@@ -89,28 +91,40 @@ class AnswerStream:
         event = json.loads(data)
         if not isinstance(event, dict):
             raise ValueError("an event is no object")
+        try:
+            self._chunk(event, now)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"an event is no chunk: {error}") from error
+
+    def _chunk(self, event: dict[str, Any], now: float) -> None:
         if event.get("error"):
             self.code = error_code(event)
-        self.usage = event.get("usage") or self.usage
-        self.timings = event.get("timings") or self.timings
+        if usage := event.get("usage"):
+            self.prompt_tokens = int(usage.get("prompt_tokens") or 0)
+            self.output_tokens = int(usage.get("completion_tokens") or 0)
+            details = usage.get("prompt_tokens_details") or {}
+            cached = details.get("cached_tokens")
+            self.cached_tokens = None if cached is None else int(cached)
+        if timings := event.get("timings"):
+            self.timings = {**timings}
         deltas = [choice.get("delta") or {} for choice in event.get("choices") or ()]
+        text = "".join(delta.get("content") or "" for delta in deltas)
         if any(delta.get(name) for delta in deltas for name in TEXTS):
             self.times.append(now)
-            self._texts += [delta.get("content") or "" for delta in deltas]
+            self._texts.append(text)
 
     def answer(self, sent: float, ended: float, status: int, code: str = "") -> Answer:
         """The answer so far. ``code``: of an error that is not in the stream."""
-        details = self.usage.get("prompt_tokens_details") or {}
         return Answer(
             sent,
             ended,
             status,
             code or self.code,
             tuple(self.times),
-            self.usage.get("prompt_tokens") or 0,
-            self.usage.get("completion_tokens") or 0,
+            self.prompt_tokens,
+            self.output_tokens,
             self.done,
-            details.get("cached_tokens"),
+            self.cached_tokens,
             "".join(self._texts),
             self.timings,
         )

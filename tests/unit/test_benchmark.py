@@ -88,10 +88,19 @@ def test_reasoning_and_calls_of_tools_are_text_too():
     assert stream.times == [1.0, 1.0]
 
 
-def test_what_is_no_event_is_an_error():
-    for wrong in (b"data: [1]\n", b"data: {\n"):
-        with pytest.raises(ValueError):
-            AnswerStream().feed(wrong, 0.0)
+WRONG = (
+    '[1]', '{', '{"choices":[1]}', '{"choices":7}', '{"choices":[{"delta":"x"}]}',
+    '{"choices":[{"delta":{"content":[1]}}]}', '{"usage":[1]}', '{"usage":{"prompt_tokens":"x"}}',
+    '{"usage":{"prompt_tokens_details":[1]}}', '{"timings":3}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_no_chunk_is_an_error(wrong):
+    stream = AnswerStream()
+    with pytest.raises(ValueError):
+        stream.feed(f"data: {wrong}\n".encode(), 0.0)
+    assert stream.answer(0.0, 1.0, 200, "ValueError").outcome == "lost"
 
 
 def test_a_stream_that_ends_in_a_typed_error_is_refused():
