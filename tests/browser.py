@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -92,7 +93,11 @@ class Page:
     def answer(self, number: int) -> str:
         """The text of an answer, counted from 1, when it and all before it have ended."""
         ended = '.answer[aria-busy="false"]'
-        self.wait(lambda: len(self.texts(ended)) >= number, f"answer {number}")
+        try:
+            self.wait(lambda: len(self.texts(ended)) >= number)
+        except TimeoutException as error:
+            shown = self.texts("#turns, #composer-note")
+            raise AssertionError(f"answer {number} did not end: {shown}") from error
         return self.texts(f"{ended} > .text")[number - 1]
 
     def errors(self) -> list[str]:

@@ -10,6 +10,12 @@ from tests.browser import needs_browser, open_browser
 pytestmark = [needs_browser, pytest.mark.slow]
 
 SCREENS = ((1280, 800), (390, 844), (360, 740))
+SHAPE = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["circle", "square"]}},
+    "required": ["kind"],
+    "additionalProperties": False,
+}
 LONG = {"type": "string", "minLength": 3000, "maxLength": 4000}
 
 
@@ -67,10 +73,11 @@ def test_a_chat_about_a_picture(playground):
 
 
 def test_a_json_schema_shapes_the_answer(playground):
-    choose_schema(
-        playground, {"type": "array", "items": {"const": 7}, "minItems": 2, "maxItems": 2}
-    )
-    assert json.loads(playground.ask("Hello", 1)) == [7, 7]
+    for name, value in {"temperature": "1.5", "seed": "7", "max_tokens": "200"}.items():
+        playground.write(f'[name="{name}"]', value)
+    choose_schema(playground, json.dumps(SHAPE))
+    told = json.loads(playground.ask("Hello", 1))
+    assert told.keys() == {"kind"} and told["kind"] in ("circle", "square")
     choose_schema(playground, "{")
     playground.write("#question", "Hello" + Keys.ENTER)
     assert "This is no JSON" in playground.find("#schema-error").text

@@ -79,7 +79,8 @@ function llmLoad({ load = {}, limits = {} }) {
 }
 
 /** `load` tells of one worker what it has to do. */
-function pool(title, { workers = [], waiting = 0 }, unit, load) {
+function pool(title, { workers = [], waiting = 0, sources = {} }, unit, load) {
+  const troubles = Object.entries(sources).filter(([, trouble]) => trouble);
   return make(
     "section",
     { class: "pool" },
@@ -92,6 +93,9 @@ function pool(title, { workers = [], waiting = 0 }, unit, load) {
     workers.length
       ? make("ul", {}, ...workers.map((each) => worker(each, load(each))))
       : make("p", { class: "note" }, "none"),
+    ...troubles.map(([name, trouble]) =>
+      make("p", { class: "note error-text" }, `${name}: ${trouble}`),
+    ),
   );
 }
 
