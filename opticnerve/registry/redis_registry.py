@@ -22,7 +22,6 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 
 from opticnerve.errors import ConfigError
 from opticnerve.redis_server import OWN_OPTIONS, Outage, shown, split_options
@@ -42,7 +41,8 @@ log = logging.getLogger(__name__)
 
 
 class Registry:
-    """A client of the registry; ``close`` ends it. Its errors are logged, not raised."""
+    """A client of the registry; ``close`` ends it. Errors are logged, not raised: those of Redis,
+    and whatever redis-py makes of answers that are none of Redis."""
 
     def __init__(self, url: str, token: str | None = None) -> None:
         """``url`` as redis-py reads it, with ``?namespace=NAME`` for one of several deployments.
@@ -105,7 +105,7 @@ class Registry:
                 pipeline.zremrangebyscore(index, "-inf", now - FORGET_S)
                 pipeline.expire(index, FORGET_S)
                 await _answer(pipeline.execute())
-        except (RedisError, OSError) as error:
+        except Exception as error:
             self._failed(error)
         else:
             self._answered()
@@ -116,7 +116,7 @@ class Registry:
                 pipeline.delete(self._key(entry.instance_id))
                 pipeline.zrem(self._index(entry.kind), entry.instance_id)
                 await _answer(pipeline.execute())
-        except (RedisError, OSError) as error:  # It expires.
+        except Exception as error:  # It expires.
             self._failed(error)
 
     # ---- of gateways
@@ -125,7 +125,7 @@ class Registry:
         """The workers of a kind; None if Redis does not answer."""
         try:
             values = await self._values(kind)
-        except (RedisError, OSError) as error:
+        except Exception as error:
             self._failed(error)
             return None
         self._answered()
@@ -174,10 +174,12 @@ class Registry:
 
 
 async def _answer(command: Awaitable[Any]) -> Any:
-    """The answer to a command. Raises CancelledError if its task was cancelled meanwhile: redis-py
-    sends within ``wait_for``, which can swallow that before Python 3.12."""
-    answer = await command
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
-    return answer
+    """The answer to a command. Raises CancelledError if its task was cancelled meanwhile, whether
+    the command succeeded or failed: redis-py sends within ``wait_for``, which can swallow that
+    before Python 3.12."""
+    try:
+        return await command
+    finally:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError

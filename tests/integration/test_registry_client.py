@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from opticnerve.redis_server import split_options
+from opticnerve.registry.entry import WorkerEntry
 from opticnerve.registry.redis_registry import Registry
 from tests import encoders
 from tests.fakes import until
@@ -70,8 +71,9 @@ async def encode(running: encoders.Running) -> None:
     await running.encode(encoders.picture())
 
 
+@pytest.mark.parametrize("fails", [False, True])
 async def test_a_cancellation_that_redis_py_swallows_is_not_lost(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    fails: bool, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = Registry(url)
     asked = asyncio.Event()
@@ -80,6 +82,8 @@ async def test_a_cancellation_that_redis_py_swallows_is_not_lost(
         asked.set()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
+        if fails:
+            raise ConnectionError
         return []
 
     monkeypatch.setattr(registry._client, "zrevrange", swallow)
@@ -91,6 +95,28 @@ async def test_a_cancellation_that_redis_py_swallows_is_not_lost(
             await task
     finally:
         await registry.close()
+
+
+@pytest.mark.parametrize(
+    "answer", [b"*x\r\n", b":5\r\n", b"+OK\r\n", b"*1\r\n:1\r\n", b"HTTP/1.1\r\n"]
+)
+async def test_what_answers_and_is_no_redis_is_a_registry_that_fails(answer: bytes) -> None:
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(4096):
+                writer.write(4 * answer)
+        writer.close()
+
+    async with await asyncio.start_server(speak, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        registry = Registry(f"redis://127.0.0.1:{port}/0?{PATIENT}")
+        try:
+            assert await registry.entries("llm") is None and not registry.reachable
+            await registry.put(
+                WorkerEntry(instance_id="ab" * 16, kind="llm", address="h:1", state="serving")
+            )
+        finally:
+            await registry.close()
 
 
 def test_a_password_is_in_no_log_and_no_name(caplog: pytest.LogCaptureFixture) -> None:
