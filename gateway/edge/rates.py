@@ -2,7 +2,8 @@
 
 The generic cell rate algorithm (ITU-T I.371), which is a token bucket with one number of state: a
 key that was idle may send all requests of a period at once, and then each after its part of the
-period. The state is one number a key, which the processes of one gateway share.
+period. The state is one number a key, which the processes of one gateway share in a directory.
+While that fails (a full disk, say), which is logged, each of them counts for itself.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from opticnerve.errors import RateLimited
 
 PERIODS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+log = logging.getLogger(__name__)
+
 HEADERS = tuple(f"x-ratelimit-{name}-requests" for name in ("limit", "remaining", "reset"))
 
 
@@ -70,17 +75,48 @@ class Rates:
 
     def __init__(self, directory: Path | None = None) -> None:
         # When a key has all of its rate again; on ``clock``, which all processes have in common.
-        self._full_at = OwnTimes() if directory is None else SharedTimes(directory)
+        self._own = OwnTimes()
+        self._shared = None if directory is None else SharedTimes(directory)
+        self._failing = False  # Whether ``_shared`` is.
         self.clock = time.monotonic
 
     def left(self, name: str, rate: Rate) -> Allowance:
-        reset = max(0.0, self._full_at.read(name) - self.clock())
-        return Allowance(rate, min(reset, rate.period_s))  # It may have been another rate.
+        if self._shared is not None and not self._failing:
+            with contextlib.suppress(OSError):
+                return self._left(self._shared, name, rate)
+        return self._left(self._own, name, rate)
 
     def take(self, name: str, rate: Rate) -> Allowance:
         """Counts a request; what is left then. Raises RateLimited, and counts nothing."""
-        with self._full_at.locked(name):
-            left = self.left(name, rate)
+        if self._shared is None:
+            return self._take(self._own, name, rate)
+        try:
+            allowance = self._take(self._shared, name, rate)
+        except OSError as error:
+            self._note(error)
+            return self._take(self._own, name, rate)
+        self._note(None)
+        return allowance
+
+    def keep(self, names: set[str]) -> None:
+        """Forgets the keys without one of ``names``; not in a directory, since names come back, and
+        files are as many as keys ever were."""
+        self._own.keep(names)
+
+    def _note(self, error: OSError | None) -> None:
+        if error is not None and not self._failing:
+            log.error("each process counts the rates of keys for itself: %s", error)
+        if error is None and self._failing:
+            log.info("the processes count the rates of keys together again")
+        self._failing = error is not None
+
+    def _left(self, times: Times, name: str, rate: Rate) -> Allowance:
+        reset = max(0.0, times.read(name) - self.clock())
+        return Allowance(rate, min(reset, rate.period_s))  # It may have been another rate.
+
+    def _take(self, times: Times, name: str, rate: Rate) -> Allowance:
+        with times.locked(name):
+            left = self._left(times, name, rate)
             if not left.remaining:
                 wait = max(0.0, left.reset_s + rate.interval_s - rate.period_s)
                 raise RateLimited(
@@ -89,12 +125,8 @@ class Rates:
                     retry_after_s=wait,
                 )
             reset_s = left.reset_s + rate.interval_s
-            self._full_at.write(name, self.clock() + reset_s)
+            times.write(name, self.clock() + reset_s)
         return Allowance(rate, reset_s)
-
-    def keep(self, names: set[str]) -> None:
-        """Forgets the keys without one of ``names``."""
-        self._full_at.keep(names)
 
 
 class OwnTimes:
@@ -120,15 +152,15 @@ class OwnTimes:
 
 
 class SharedTimes:
-    """The same in a directory, a file for each name, whose lock ends with the process that has
-    it."""
+    """The same in a directory, a file for each name, whose lock ends with the process that has it.
+    Its methods raise OSError."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        directory.mkdir(mode=0o700, exist_ok=True)
 
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[None]:
+        self._directory.mkdir(mode=0o700, exist_ok=True)  # Cleaners remove what is long unused.
         with open(self._path(name), "ab") as file:  # Makes an empty one.
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -143,11 +175,11 @@ class SharedTimes:
         with open(self._path(name), "r+b") as file:
             file.write(b"%20.6f" % at)
 
-    def keep(self, names: set[str]) -> None:
-        """Forgets nothing: names come back, and files are as many as keys ever were."""
-
     def _path(self, name: str) -> Path:
         return self._directory / hashlib.sha256(name.encode()).hexdigest()
+
+
+Times: TypeAlias = OwnTimes | SharedTimes
 
 
 def duration(seconds: float) -> str:

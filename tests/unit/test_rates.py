@@ -1,5 +1,9 @@
 """Requests in a time: what a key may send, what is left, and what is told of it."""
 
+import errno
+import os
+import shutil
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -99,3 +103,42 @@ def test_processes_count_together_in_one_directory(tmp_path):
     assert one.left("bob", rate).remaining == 2
     one.keep({"bob"})
     assert other.left("ada", rate).remaining == 0
+
+
+def test_a_directory_that_was_cleaned_away_is_made_again(tmp_path):
+    one, other = Rates(tmp_path / "rates"), Rates(tmp_path / "rates")
+    rate = Rate.read("2/h")
+    one.take("ada", rate)
+    shutil.rmtree(tmp_path / "rates")
+    assert other.left("ada", rate).remaining == 2
+    assert [one.take("ada", rate).remaining, other.take("ada", rate).remaining] == [1, 0]
+
+
+def test_while_the_directory_fails_each_process_counts_for_itself(tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "rates").write_text("no directory")
+    one, other = Rates(tmp_path / "rates"), Rates(tmp_path / "rates")
+    rate = Rate.read("2/h")
+    for each in (one, other):
+        assert [each.take("ada", rate).remaining for _ in range(2)] == [1, 0]
+        assert each.left("ada", rate).remaining == 0
+        with pytest.raises(RateLimited):
+            each.take("ada", rate)
+    assert len(caplog.messages) == 2 and "for itself" in caplog.text
+    (tmp_path / "rates").unlink()
+    assert [one.take("ada", rate).remaining, other.take("ada", rate).remaining] == [1, 0]
+    assert len(caplog.messages) == 4 and "together again" in caplog.text
+
+
+def test_a_full_disk_is_no_fault_of_a_request(tmp_path, monkeypatch, caplog):
+    rates, rate = Rates(tmp_path), Rate.read("2/h")
+
+    def full(name, at):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(rates._shared, "write", full)
+    assert rates.take("ada", rate).remaining == rates.left("ada", rate).remaining == 1
+    assert rates.take("ada", rate).remaining == rates.left("ada", rate).remaining == 0
+    with pytest.raises(RateLimited):
+        rates.take("ada", rate)
+    assert len(caplog.messages) == 1 and "No space left" in caplog.text
