@@ -1,10 +1,10 @@
 """HTTPS: TLS on a client's connection, below the protocols that read requests.
 
 A connection counts from the moment that it is accepted, so that clients which never finish a
-handshake are bounded like those that never finish a request. A connection holds no buffer between
-its records, one record is read in one turn of the event loop, and what a client has not read yet
-counts as unsent: asyncio's own TLS keeps 256 KiB for each connection, hands over all that has
-arrived at once, and tells the protocol that everything is sent.
+handshake are bounded like those that never finish a request. Between its records a connection holds
+memory for one record in each direction, one record with data is read in one turn of the event loop,
+and what a client has not read yet counts as unsent: asyncio's own TLS keeps 256 KiB for each
+connection, hands over all that has arrived at once, and tells the protocol that everything is sent.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 RECEIVE_BYTES = 2**16  # Read from a socket at once.
 RECORD_BYTES = 2**14  # The most that one record holds.
+HEADER_BYTES = 5  # Of a record; the last two are the length of the rest.
+MAX_EMPTY_RECORDS = 16  # In a row, of a client: new keys, for example, each of which takes time.
 
 
 class Https:
@@ -71,42 +73,55 @@ class TlsSession:
 
     def __init__(self, context: ssl.SSLContext, lower: asyncio.Transport) -> None:
         self.lower = lower
+        # OpenSSL's buffers keep the size that they once had: both get one record at a time.
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._arrived = bytearray()  # After the handshake: records, of which the last may go on.
+        self._empty_records = 0
         self.ssl = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
 
     @property
-    def has_more(self) -> bool:
-        """Whether bytes have arrived that were not read: perhaps a part of a record."""
-        return self._incoming.pending > 0
+    def has_record(self) -> bool:
+        """Whether a record that was not read has arrived completely."""
+        return HEADER_BYTES <= len(self._arrived) >= self._record_size()
 
-    def received(self, data: memoryview) -> None:
+    def handshake(self, data: memoryview) -> bool:
+        """Goes on with what has arrived; whether it is complete. Raises ssl.SSLError."""
         self._incoming.write(data)
-
-    def handshake(self) -> bool:
-        """Goes on as far as it can; whether it is complete. Raises ssl.SSLError."""
         try:
             self.ssl.do_handshake()
         except ssl.SSLWantReadError:
             return False
         finally:
             self._flush()
+        self._arrived += self._incoming.read()
         return True
 
+    def received(self, data: memoryview) -> None:
+        self._arrived += data
+
     def read(self) -> bytes | None:
-        """What the next record holds, b"" at the client's end; None while none is complete. Raises
-        ssl.SSLError."""
-        try:
-            return self.ssl.read(RECORD_BYTES)
-        except ssl.SSLWantReadError:
-            return None
-        finally:
-            self._flush()
+        """What the next record with data holds, b"" at the client's end; None while none has
+        arrived. Raises ssl.SSLError."""
+        while self.has_record:
+            size = self._record_size()
+            self._incoming.write(self._arrived[:size])
+            del self._arrived[:size]
+            try:
+                data = self.ssl.read(RECORD_BYTES)
+            except ssl.SSLWantReadError:
+                self._count_empty_record()
+                continue
+            finally:
+                self._flush()
+            self._empty_records = 0
+            return data
+        return None
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Raises ssl.SSLError."""
         left = memoryview(data)
         while left:
-            left = left[self.ssl.write(left) :]
+            left = left[self.ssl.write(left[:RECORD_BYTES]) :]
             self._flush()
 
     def end(self) -> None:
@@ -114,6 +129,15 @@ class TlsSession:
         with contextlib.suppress(ssl.SSLError):
             self.ssl.unwrap()
         self._flush()
+
+    def _record_size(self) -> int:
+        """Of the first record that has arrived, once its header has."""
+        return HEADER_BYTES + int.from_bytes(self._arrived[HEADER_BYTES - 2 : HEADER_BYTES], "big")
+
+    def _count_empty_record(self) -> None:
+        self._empty_records += 1
+        if self._empty_records > MAX_EMPTY_RECORDS:
+            raise ssl.SSLError(ssl.SSL_ERROR_SSL, "too many records without data")
 
     def _flush(self) -> None:
         if self._outgoing.pending:
@@ -147,11 +171,10 @@ class Handshake(ClientConnection, asyncio.BufferedProtocol):
         return self._https.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._session.received(self._https.buffer[:nbytes])
         try:
-            complete = self._session.handshake()
+            complete = self._session.handshake(self._https.buffer[:nbytes])
         except ssl.SSLError as error:
-            log.debug("%s failed in the TLS handshake: %s", self.holder, error.reason or error)
+            log.debug("%s failed in the TLS handshake: %s", self.holder, error)
             self.transport.close()
             return
         if complete:
@@ -233,7 +256,7 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
         try:
             data = self._session.read()
         except ssl.SSLError as error:
-            log.debug("a client failed in TLS: %s", error.reason or error)
+            log.debug("a client failed in TLS: %s", error)
             self._lower.close()
             return
         if data is None:
@@ -246,7 +269,7 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
             self.close()
 
     def _read_on(self) -> None:
-        if self._session.has_more and not self._due:
+        if self._session.has_record and not self._due:
             self._due = True
             self._lower.pause_reading()
             asyncio.get_running_loop().call_soon(self._next_turn)
@@ -291,7 +314,7 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
         try:
             self._session.write(data)
         except ssl.SSLError as error:
-            log.debug("a client cannot be answered over TLS: %s", error.reason or error)
+            log.debug("a client cannot be answered over TLS: %s", error)
             self._lower.abort()
 
     def can_write_eof(self) -> bool:

@@ -1,8 +1,10 @@
 """HTTPS on real sockets, with real certificates: who is served, who is refused, what is renewed,
 and what a client that never finishes a handshake can take from others."""
 
+import _ssl
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -15,7 +17,7 @@ from websockets.asyncio.client import connect
 
 from gateway.edge import tls
 from gateway.edge.connections import Wait
-from gateway.edge.tls import Handshake, Https
+from gateway.edge.tls import MAX_EMPTY_RECORDS, RECORD_BYTES, Handshake, Https, TlsSession
 from opticnerve.certificates import PemFiles, context_trusting
 from opticnerve.cli import health
 from opticnerve.config import GatewayConfig
@@ -230,6 +232,59 @@ async def test_what_a_client_has_not_read_is_unsent(authority):
                 assert held.transport.get_write_buffer_size() > 0
                 await until(lambda: not s.server.server_state.connections)
         await until(s.idle)
+
+
+async def test_a_connection_s_buffers_hold_one_record(authority, monkeypatch):
+    """However large an answer is: OpenSSL does not shrink them."""
+    flush, unsent = TlsSession._flush, []
+
+    def counted(session):
+        unsent.append(session._outgoing.pending)
+        flush(session)
+
+    monkeypatch.setattr(TlsSession, "_flush", counted)
+    async with (
+        https_stack(authority.issue("gateway"), tokens=ids("Hello there. ") * 100) as s,
+        caller(s, trusting(authority)) as client,
+    ):
+        asked = body(n=16, logprobs=True, top_logprobs=20)
+        answer = await client.post("/v1/chat/completions", json=asked)
+        assert len(answer.content) > 8 * RECORD_BYTES
+    assert RECORD_BYTES < max(unsent) < RECORD_BYTES + 2**10
+
+
+def renew_keys(client):
+    """Sends a record that renews a connection's keys, and asks the server to renew its own."""
+    library, field = ctypes.CDLL(_ssl.__file__), ctypes.sizeof(ctypes.c_void_p)
+    if not hasattr(library, "SSL_key_update"):
+        pytest.skip("this Python does not show its OpenSSL")
+    session = ctypes.c_void_p.from_address(id(client._sslobj) + object.__basicsize__ + field)
+    assert library.SSL_key_update(session, 1) == 1
+    client.do_handshake()
+
+
+async def test_records_without_data_are_bounded(authority):
+    """A record of new keys is small, and takes much time."""
+    async with https_stack(authority.issue("gateway"), encoders=0) as s:
+
+        def ask(renewals):
+            there = ("127.0.0.1", s.client.base_url.port)
+            with (
+                socket.create_connection(there, 30) as plain,
+                trusting(authority).wrap_socket(plain, server_hostname="127.0.0.1") as client,
+                contextlib.suppress(OSError),
+            ):
+                for most in renewals:
+                    for _ in range(most):
+                        renew_keys(client)
+                    client.sendall(GET)
+                    if not client.recv(2**14):
+                        return False
+                return True
+            return False
+
+        assert await asyncio.to_thread(ask, [MAX_EMPTY_RECORDS] * 2)
+        assert not await asyncio.to_thread(ask, [MAX_EMPTY_RECORDS + 1])
 
 
 # ---- handshakes that do not end
