@@ -278,7 +278,11 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
 
     def _next_turn(self) -> None:
         self._due = False
-        self._deliver()
+        try:
+            self._deliver()
+        except Exception:  # A bug: asyncio would log it, and leave the connection as it is.
+            self._lower.abort()
+            raise
 
     # ---- towards the protocol above
 

@@ -17,6 +17,7 @@ from websockets.asyncio.client import connect
 
 from gateway.edge import tls
 from gateway.edge.connections import Wait
+from gateway.edge.http1 import Connection
 from gateway.edge.tls import MAX_EMPTY_RECORDS, RECORD_BYTES, Handshake, Https, TlsSession
 from opticnerve.certificates import PemFiles, context_trusting
 from opticnerve.cli import health
@@ -285,6 +286,30 @@ async def test_records_without_data_are_bounded(authority):
 
         assert await asyncio.to_thread(ask, [MAX_EMPTY_RECORDS] * 2)
         assert not await asyncio.to_thread(ask, [MAX_EMPTY_RECORDS + 1])
+
+
+async def test_a_bug_in_a_later_turn_closes_the_connection(authority, monkeypatch):
+    receive, loop, bugs = Connection.data_received, asyncio.get_running_loop(), []
+    handler = loop.get_exception_handler()
+
+    def failing(connection, data):
+        if connection._received:
+            raise RuntimeError("a bug")
+        receive(connection, data)
+
+    monkeypatch.setattr(Connection, "data_received", failing)
+    async with (
+        https_stack(authority.issue("gateway"), encoders=0) as s,
+        encrypted(s, trusting(authority)) as (_, writer),
+    ):
+        loop.set_exception_handler(lambda _, context: bugs.append(context["exception"]))
+        try:
+            writer.write(GET[:5])  # Both records arrive at once.
+            writer.write(GET[5:])
+            await until(lambda: bugs)
+        finally:
+            loop.set_exception_handler(handler)
+        await until(lambda: not s.server.server_state.connections)
 
 
 # ---- handshakes that do not end
