@@ -94,7 +94,7 @@ class Stopwatch:
         self._placed: list[PlacedStage] = []  # Those that were measured here.
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[traces.Span]:
+    def stage(self, name: str) -> Iterator[traces.TraceSpan]:
         began = time.monotonic()
         try:
             with traces.span(name) as span:

@@ -24,7 +24,7 @@ from gateway.edge.connections import Connections, allow_files
 from gateway.edge.http1 import Connection
 from gateway.edge.limits import IDLE_TIMEOUT_S, MAX_EVENT_BYTES, PING_S
 from gateway.edge.listener import Listener, address_of, listen
-from gateway.edge.rates import Rates
+from gateway.edge.rates import KeyRates
 from gateway.edge.tls import Handshake, Https
 from gateway.edge.websocket import WebSocketConnection
 from gateway.grammar import Grammars
@@ -99,7 +99,7 @@ async def serve(settings: GatewayConfig) -> None:
     StartupError."""
     keys = Keys.load(settings.api_key_file, settings.workers)
     if settings.shared_directory is not None:
-        keys.rates = Rates(Path(settings.shared_directory) / RATES)
+        keys.rates = KeyRates(Path(settings.shared_directory) / RATES)
     with on_hangup(keys.reread):
         async with open_server(settings, keys) as server:
             with handle_signals(server.running.stop, server.running.cut):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 
 from gateway.edge.auth import ANONYMOUS, Caller
 from gateway.edge.limits import PICTURES_FRACTION, RESERVED_FRACTION, RETRY_AFTER_S
-from gateway.edge.rates import Rates
+from gateway.edge.rates import KeyRates
 from opticnerve.errors import Overloaded, RateLimited
 from opticnerve.process import return_freed_memory
 
@@ -112,7 +112,7 @@ class Admission:
         max_requests_each: int = 0,
         holders: Callable[[], int] = lambda: 1,
         max_sessions: int = 1,
-        rates: Rates | None = None,
+        rates: KeyRates | None = None,
     ) -> None:
         """``max_requests_each``, of requests and of sessions; ``holders``: see
         ``SharedCapacity``. ``rates``: what callers have used of theirs."""
@@ -123,7 +123,7 @@ class Admission:
             "realtime sessions", max_sessions, max_requests_each, holders
         )
         self.bytes = SharedCapacity("bytes held by requests in flight", max_bytes, 0, holders)
-        self._rates = rates or Rates()
+        self._rates = rates or KeyRates()
         self._trim_timer: asyncio.TimerHandle | None = None
 
     @contextlib.contextmanager

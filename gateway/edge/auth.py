@@ -33,7 +33,7 @@ from typing import Any
 
 from starlette.types import Scope
 
-from gateway.edge.rates import Rate, Rates
+from gateway.edge.rates import KeyRates, Rate
 from opticnerve.errors import ConfigError, InvalidRequest, Unauthenticated
 from opticnerve.generation.values import MAX_WEIGHT, MIN_WEIGHT
 
@@ -104,7 +104,7 @@ class Keys:
 
     callers: Mapping[bytes, Caller] = field(default_factory=dict, repr=False)  # By key.
     path: str | None = None  # The file that they were read from.
-    rates: Rates = field(default_factory=Rates, repr=False)  # Of callers with a rate, by name.
+    rates: KeyRates = field(default_factory=KeyRates, repr=False)  # By the names of callers.
     processes: int = 1  # That have an equal part of each concurrency.
 
     @classmethod

@@ -69,7 +69,7 @@ class Allowance:
         return dict(zip(HEADERS, values, strict=True))
 
 
-class Rates:
+class KeyRates:
     """The requests of every key with a rate, by the name of the key: of this process, or of all
     that share ``directory``."""
 

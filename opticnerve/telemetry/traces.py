@@ -46,7 +46,7 @@ _tracer: trace.Tracer | None = None  # None: tracing is off.
 _epoch_ns = 0  # What time.monotonic_ns() is counted from.
 
 
-class Span:
+class TraceSpan:
     """One operation; of no effect without ``inner``, while tracing is off."""
 
     def __init__(self, inner: trace.Span | None = None) -> None:
@@ -111,18 +111,20 @@ class Span:
         return f"{found.trace_id:032x}", f"{found.span_id:016x}"
 
 
-NO_SPAN = Span()
-_current: ContextVar[Span] = ContextVar("span", default=NO_SPAN)
+NO_SPAN = TraceSpan()
+_current: ContextVar[TraceSpan] = ContextVar("span", default=NO_SPAN)
 
 
 # ---- spans
 
 
-def current() -> Span:
+def current() -> TraceSpan:
     return _current.get()
 
 
-def begin(name: str, *, calls: bool = False, began: float | None = None, **attributes: Any) -> Span:
+def begin(
+    name: str, *, calls: bool = False, began: float | None = None, **attributes: Any
+) -> TraceSpan:
     """A span in the current one, which the caller ends; it does not become the current one.
     ``calls``: it is a call to another process."""
     parent = _current.get()
@@ -131,7 +133,7 @@ def begin(name: str, *, calls: bool = False, began: float | None = None, **attri
     from opentelemetry.trace import SpanKind
 
     kind = SpanKind.CLIENT if calls else SpanKind.INTERNAL
-    span = Span(_tracer.start_span(name, parent.context, kind, start_time=_ns(began)))
+    span = TraceSpan(_tracer.start_span(name, parent.context, kind, start_time=_ns(began)))
     span.set(**attributes)
     return span
 
@@ -143,7 +145,7 @@ def record(name: str, began: float, ended: float, **attributes: Any) -> None:
 
 
 @contextlib.contextmanager
-def span(name: str, *, calls: bool = False, **attributes: Any) -> Iterator[Span]:
+def span(name: str, *, calls: bool = False, **attributes: Any) -> Iterator[TraceSpan]:
     """The context's operation, as the current span. An exception marks it as failed."""
     with _entered(begin(name, calls=calls, **attributes)) as entered:
         yield entered
@@ -152,7 +154,7 @@ def span(name: str, *, calls: bool = False, **attributes: Any) -> Iterator[Span]
 @contextlib.contextmanager
 def serving(
     name: str, carried: Iterable[tuple[str, str | bytes]], *, alone: bool = True
-) -> Iterator[Span]:
+) -> Iterator[TraceSpan]:
     """The context's operation, asked for by another process, as the current span: part of the
     trace in ``carried`` headers or metadata, or the root of one. Its end is marked as failed by the
     caller. ``alone``: False if it is to be no root."""
@@ -168,12 +170,12 @@ def serving(
     from opentelemetry.context import Context
 
     inner = _tracer.start_span(name, parent or Context(), SpanKind.SERVER, start_time=_ns(None))
-    with _entered(Span(inner)) as entered:
+    with _entered(TraceSpan(inner)) as entered:
         yield entered
 
 
 @contextlib.contextmanager
-def _entered(entered: Span) -> Iterator[Span]:
+def _entered(entered: TraceSpan) -> Iterator[TraceSpan]:
     if entered is NO_SPAN:
         yield entered
         return

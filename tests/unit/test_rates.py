@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.edge.rates import Rate, Rates, duration
+from gateway.edge.rates import KeyRates, Rate, duration
 from opticnerve.errors import RateLimited
 
 
@@ -22,7 +22,7 @@ class Clock:
 
 @pytest.fixture
 def rates():
-    made = Rates()
+    made = KeyRates()
     made.clock = Clock()
     return made
 
@@ -64,7 +64,7 @@ def test_a_key_with_another_rate_keeps_its_count(rates):
 @settings(max_examples=30)
 @given(st.integers(1, 9), st.sampled_from("smh"), st.lists(st.floats(0, 500), max_size=50))
 def test_no_window_has_more_than_twice_the_rate(requests, unit, pauses):
-    rate, rates = Rate.read(f"{requests}/{unit}"), Rates()
+    rate, rates = Rate.read(f"{requests}/{unit}"), KeyRates()
     rates.clock = clock = Clock()
     taken = []
     for pause in pauses:
@@ -94,7 +94,7 @@ def test_durations_are_written_as_openai_writes_them():
 
 
 def test_processes_count_together_in_one_directory(tmp_path):
-    one, other = Rates(tmp_path / "rates"), Rates(tmp_path / "rates")
+    one, other = KeyRates(tmp_path / "rates"), KeyRates(tmp_path / "rates")
     rate = Rate.read("2/h")
     assert [one.take("ada", rate).remaining, other.take("ada", rate).remaining] == [1, 0]
     for each in (one, other):
