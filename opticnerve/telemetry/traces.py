@@ -38,6 +38,8 @@ HEADERS = ("traceparent", "tracestate")
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 CLOSE_S = 3.0  # For the last spans to be sent when the process ends.
+MAX_STATE = 512  # Characters of a tracestate, which the calls to workers have to take.
+MAX_DESCRIPTION = 160  # Characters of an error's.
 PREFIX = "opticnerve."  # Of our attributes.
 
 log = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ class TraceSpan:
             if isinstance(error, OpticNerveError):
                 code, description = error.code or error.type, error.logged
             self._inner.set_attribute("error.type", code)
-            self._inner.set_status(Status(StatusCode.ERROR, description))
+            self._inner.set_status(Status(StatusCode.ERROR, description[:MAX_DESCRIPTION]))
 
     def end(self, ended: float | None = None) -> None:
         """``ended``: None for now."""
@@ -191,7 +193,8 @@ def _entered(entered: TraceSpan) -> Iterator[TraceSpan]:
 
 
 def _extract(carried: Iterable[tuple[str, str | bytes]]) -> Context | None:
-    """The context in headers or metadata; None if there is none, several, or a wrong one."""
+    """The context in headers or metadata; None if there is none, several, or a wrong one. A long
+    tracestate is left out, as the specification allows."""
     from opentelemetry.context import Context
     from opentelemetry.trace import get_current_span
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -203,6 +206,8 @@ def _extract(carried: Iterable[tuple[str, str | bytes]]) -> Context | None:
             found.setdefault(name, []).append(text)
     if len(found.get("traceparent", ())) != 1:
         return None
+    if sum(map(len, found.get("tracestate", ()))) > MAX_STATE:
+        del found["tracestate"]
     context = TraceContextTextMapPropagator().extract(found, Context())
     return context if get_current_span(context).get_span_context().is_valid else None
 
@@ -255,8 +260,9 @@ def _provider(service: str, endpoint: str | None, instance_id: str) -> TracerPro
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    for library in ("opentelemetry.exporter", "opentelemetry.sdk"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # ``_Exporter`` tells it, once.
+    # ``_Exporter`` tells failures, once. The API would repeat what clients send as a tracestate.
+    for library in ("opentelemetry.exporter", "opentelemetry.sdk", "opentelemetry.trace"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     resource = Resource.create(
         {
             "service.name": os.environ.get("OTEL_SERVICE_NAME") or f"opticnerve-{service}",
@@ -301,8 +307,13 @@ class _Exporter:
         self._failing = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        result = self._inner.export(spans)
-        failing = result.name == "FAILURE"
+        from opentelemetry.sdk.trace.export import SpanExportResult
+
+        try:
+            result = self._inner.export(spans)
+        except Exception:  # It would end up in the SDK's log.
+            result = SpanExportResult.FAILURE
+        failing = result is SpanExportResult.FAILURE
         if failing and not self._failing:
             log.warning("traces cannot be exported; requests are served as before")
         elif self._failing and not failing:

@@ -61,6 +61,16 @@ def test_a_wrong_context_is_ignored(collector, carried):
     assert span.parent_id == "" and span.trace_id not in ("", "0" * 32, TRACE)
 
 
+@pytest.mark.parametrize(
+    "state", ["a secret, b", ",".join(f"k{i}=v" for i in range(40)), f"a={'v' * 250},b={'v' * 260}"]
+)
+def test_a_tracestate_that_is_wrong_or_long_goes_no_further(collector, caplog, state):
+    """Calls to workers fail with metadata of 8 KiB."""
+    with traces.serving("GET /x", [GIVEN, ("tracestate", state)]) as span:
+        assert dict(span.carrier).keys() == {"traceparent"}
+    assert only(collector).trace_id == TRACE and not caplog.records
+
+
 def test_what_the_caller_does_not_sample_is_not_sent_and_carried_as_such(collector):
     with traces.serving("GET /x", [("traceparent", f"00-{TRACE}-{PARENT}-00")]) as span:
         assert dict(span.carrier)["traceparent"].endswith("-00")
@@ -112,6 +122,8 @@ class Failing:
         from opentelemetry.sdk.trace.export import SpanExportResult
 
         self.number -= 1
+        if self.number == 1:
+            raise ValueError
         return SpanExportResult.FAILURE if self.number >= 0 else SpanExportResult.SUCCESS
 
 
