@@ -30,7 +30,8 @@ from opticnerve.planner.rates import PictureCost, Rates
 ROUNDS = 8  # Of each kind of request; medians count.
 TOKENS = 24  # Of an answer.
 SHORT, LONG = 8, 256  # Words of a prompt.
-AT_ONCE = 8  # Sequences that decode together.
+AT_ONCE = 8  # Sequences that decode together in each LLM worker, if it has so many slots.
+TOKENS_AT_ONCE = 64  # Of their answers: while most of them are written, all decode.
 SHRUNK = (1, 2, 4)  # Sizes of pictures are divided by these, to tell a batch from a patch.
 PATCHES_PER_TOKEN = 4  # Where the plan has no grid.
 LEAST_S = 1e-9  # So that every kind of work takes some time.
@@ -51,14 +52,14 @@ class Calibration:
 
     async def rates(self, sizes: Sequence[Size]) -> Rates:
         """Raises StartupError if the server does not answer, or tells no timings."""
-        limits = await self._limits()
+        limits, llms = await self._limits()
         await self._alone(Shape(1, 0, SHORT), 2)  # So that no first time of anything is measured.
         self._say("text, alone")
         short, long = [await self._alone(Shape(1, 0, words)) for words in (SHORT, LONG)]
-        self._say(f"text, {AT_ONCE} at once")
-        together = await self._together()
-        sequence_s = max(LEAST_S, (_tpot(together) - _tpot(short)) / (AT_ONCE - 1))
-        step_s = max(LEAST_S, _tpot(short) - sequence_s)
+        at_once = min(AT_ONCE, limits.get("max_sequences", AT_ONCE))
+        self._say(f"text, {at_once} at once")
+        together = _tpot(await self._together(at_once * llms))
+        step_s, sequence_s = _step(_tpot(short), together, at_once)
         gained = _median(long, _prefilled) - _median(short, _prefilled)
         slower = _stage(long, "prefill") - _stage(short, "prefill")
         token_s = max(LEAST_S, slower / max(1.0, gained))
@@ -92,20 +93,20 @@ class Calibration:
 
     # ---- requests
 
-    def _dialogue(self, shape: Shape, size: Size) -> Dialogue:
-        given = {"max_tokens": TOKENS, **ANSWER_FIELDS, "timings": True}
+    def _dialogue(self, shape: Shape, size: Size = (8, 8), tokens: int = TOKENS) -> Dialogue:
+        given = {"max_tokens": tokens, **ANSWER_FIELDS, "timings": True}
         album = Album(self._source, (size,))
         return next(dialogues(shape, album, self._source, body_fields(self._model, given)))
 
     async def _alone(self, shape: Shape, rounds: int = ROUNDS, size: Size = (8, 8)) -> list[Answer]:
         return [await self._ask(self._dialogue(shape, size)) for _ in range(rounds)]
 
-    async def _together(self) -> list[Answer]:
-        made = [self._dialogue(Shape(1, 0, SHORT), (8, 8)) for _ in range(AT_ONCE)]
-        answers: list[Answer] = []
-        for _ in range(2):
-            answers += await asyncio.gather(*map(self._ask, made))
-        return answers
+    async def _together(self, count: int) -> list[Answer]:
+        """The first time they are not counted, so that next to no prefill is beside what is."""
+        shape = Shape(1, 0, SHORT)
+        made = [self._dialogue(shape, tokens=TOKENS_AT_ONCE) for _ in range(count)]
+        rounds = [await asyncio.gather(*map(self._ask, made)) for _ in range(3)]
+        return [answer for each in rounds[1:] for answer in each]
 
     async def _ask(self, dialogue: Dialogue) -> Answer:
         answer = await self._target.ask(dialogue.body([]))
@@ -125,15 +126,16 @@ class Calibration:
         except (httpx2.HTTPError, ValueError) as error:
             raise StartupError(f"--calibrate: {path}: {error}") from error
 
-    async def _limits(self) -> dict[str, Any]:
-        """Limits of the smallest worker of each kind."""
+    async def _limits(self) -> tuple[dict[str, Any], int]:
+        """Limits of the smallest worker of each kind, and the number of LLM workers."""
         health = await self._json("GET", "/health")
         found: dict[str, Any] = {}
+        llms = health.get("llms", {})
         for worker in health.get("encoders", {}).get("workers", ()):
             batch = worker.get("limits", {}).get("max_batch_patches", 0)
             if batch:
                 found["max_batch_patches"] = min(batch, found.get("max_batch_patches", batch))
-        for worker in health.get("llms", {}).get("workers", ()):
+        for worker in llms.get("workers", ()):
             limits = worker.get("limits", {})
             values = {
                 "max_sequences": limits.get("max_num_seqs", 0),
@@ -141,7 +143,7 @@ class Calibration:
                 "kv_tokens": limits.get("num_kv_blocks", 0) * limits.get("block_size", 0),
             }
             found |= {name: min(v, found.get(name, v)) for name, v in values.items() if v}
-        return found
+        return found, max(1, llms.get("serving", 1))
 
     async def _picture_cost(self, size: Size) -> PictureCost:
         """By the plan of a picture, which a server makes without encoding it."""
@@ -198,6 +200,15 @@ def _ttft(answers: Sequence[Answer]) -> float:
 
 def _tpot(answers: Sequence[Answer]) -> float:
     return _median(answers, lambda answer: answer.tpot or 0.0)
+
+
+def _step(alone: float, together: float, at_once: int) -> tuple[float, float]:
+    """(seconds of a step, seconds of each sequence in it), from the TPOT of a sequence alone and
+    of several together. One sequence always takes what it took alone: whatever together would add
+    beyond it is another load's."""
+    more = (together - alone) / (at_once - 1) if at_once > 1 else 0.0
+    sequence_s = min(max(more, LEAST_S), alone)
+    return max(LEAST_S, alone - sequence_s), sequence_s
 
 
 def _stage(answers: Sequence[Answer], name: str) -> float:

@@ -28,7 +28,7 @@ DESCRIPTION = (
     "whose stages cost what they were measured to."
 )
 EPILOG = (
-    "A calibration asks an idle stack some 60 requests. --encoders and --llms together say what "
+    "A calibration asks an idle stack some 70 requests. --encoders and --llms together say what "
     "given pools would do instead. Exit status: 0, or 2 if no number of workers keeps the SLO."
 )
 

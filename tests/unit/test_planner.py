@@ -1,13 +1,16 @@
 """``opticnerve plan``: simulated workers against what can be computed by hand, and the search."""
 
+import asyncio
 import dataclasses
 import json
 import math
 import statistics
 
+import httpx2
 import pytest
 import simpy
 
+from opticnerve.benchmark.answer import Answer
 from opticnerve.benchmark.figures import Slo
 from opticnerve.cli import commands
 from opticnerve.errors import StartupError
@@ -200,6 +203,69 @@ def test_text_needs_no_encoder_and_an_slo_below_a_request_alone_is_refused():
 
 
 # ---- rates and the command
+
+
+class KnownServer:
+    """Answers take what ``RATES`` say; so many LLM workers have so many slots each."""
+
+    def __init__(self, llms=1, slots=64):
+        self.llms, self.slots, self.open = llms, slots, 0
+
+    async def ask(self, body):
+        self.open += 1
+        await asyncio.sleep(0)  # Those of one moment are open together.
+        decoding = min(max(1, self.open / self.llms), self.slots)
+        await asyncio.sleep(0)
+        self.open -= 1
+        asked = json.loads(body)
+        content, output = asked["messages"][0]["content"], asked["max_tokens"]
+        text = content if isinstance(content, str) else content[-1]["text"]
+        cost = RATES.sizes["8x8"] if isinstance(content, list) else PictureCost(0, 0)
+        prompt = len(text.split()) + cost.tokens
+        prefill = RATES.step_s + prompt * RATES.prefill_token_s
+        first = RATES.gateway_s + prefill
+        encode = RATES.batch_s + RATES.patch_s * cost.patches
+        if cost.patches:
+            first += RATES.picture_s + RATES.prepare_s + encode
+        ended = first + (output - 1) * (RATES.step_s + RATES.sequence_s * decoding)
+        told = {"prefill": prefill, "preprocess": RATES.prepare_s, "encode": encode}
+        return Answer(
+            0.0, ended, 200, times=(first, ended), prompt_tokens=prompt, output_tokens=output,
+            done=True, cached_tokens=0, timings={f"{k}_ms": 1000 * v for k, v in told.items()},
+        )  # fmt: skip
+
+    def http(self, request):
+        if request.url.path == "/v1/apply_template":
+            spans = [{"num_tokens": 25, "grid_thw": [1, 10, 10]}]
+            return httpx2.Response(200, json={"spans": spans})
+        workers = [{"limits": {"max_num_seqs": self.slots}}] * self.llms
+        return httpx2.Response(200, json={"llms": {"workers": workers, "serving": self.llms}})
+
+    async def rates(self, *sizes):
+        transport = httpx2.MockTransport(self.http)
+        async with httpx2.AsyncClient(base_url="http://a", transport=transport) as http:
+            found = calibrate.Calibration(self, http, "model", lambda text: None)
+            return await found.rates(sizes)
+
+
+@pytest.mark.parametrize(("llms", "slots"), [(1, 64), (1, 4), (3, 64), (2, 1)])
+def test_a_calibration_finds_what_stages_cost(llms, slots):
+    found = asyncio.run(KnownServer(llms, slots).rates((8, 8)))
+    sequence_s = RATES.sequence_s if slots > 1 else 0.0
+    assert found.sequence_s == pytest.approx(sequence_s, abs=1e-8)
+    assert found.step_s + found.sequence_s == pytest.approx(RATES.step_s + RATES.sequence_s)
+    assert found.prefill_token_s == pytest.approx(RATES.prefill_token_s)
+    assert found.prepare_s == pytest.approx(RATES.prepare_s)
+    (alone,) = served(found, Pools(1, 1), visit(0.0, [100]))
+    (known,) = served(RATES, Pools(1, 1), visit(0.0, [100]))
+    assert alone.ttft == pytest.approx(known.ttft)
+    assert alone.ended == pytest.approx(known.ended)
+
+
+def test_a_sequence_alone_costs_what_it_took_alone_whatever_several_took():
+    assert calibrate._step(0.02, 0.034, 8) == pytest.approx((0.018, 0.002))
+    assert sum(calibrate._step(0.02, 0.4, 8)) == pytest.approx(0.02)
+    assert sum(calibrate._step(0.02, 0.01, 8)) == pytest.approx(0.02)
 
 
 def test_rates_are_read_again_as_they_were_kept(tmp_path):
