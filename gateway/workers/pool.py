@@ -184,11 +184,17 @@ class WorkerPool:
         if worker.state is WorkerState.SERVING:
             log.warning("%s %s: connection lost", self.kind, worker.address)
             worker.state = WorkerState.DEAD
-            self._notify()
+            self._notify(worker)
         worker.wake.set()
 
-    def _notify(self) -> None:
-        """A worker's state has changed: wakes all that wait for one."""
+    def _notify(self, changed: Worker) -> None:
+        """A worker's state or process has changed: wakes all that wait for one, and has the other
+        addresses probed that may be of the same process, one of which gets work."""
+        process = changed.description.instance_id
+        for worker in self._workers.values():
+            same = bool(process) and worker.description.instance_id == process
+            if worker is not changed and (same or worker.state is WorkerState.ALIAS):
+                worker.wake.set()
         self.changes.notify()
         for request in self.dispatcher.waiting:
             request.changed.set()
@@ -242,7 +248,7 @@ class WorkerPool:
         if not worker.sources:
             del self._workers[worker.address]
             worker.wake.set()
-            self._notify()
+            self._notify(worker)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -252,15 +258,15 @@ class WorkerPool:
     async def _watch(self, worker: Worker) -> None:
         """Probes a worker until it is removed; closes its channel once our calls have ended."""
         while self._workers.get(worker.address) is worker:
-            before = worker.state, worker.description.fingerprint, worker.fault
+            before = _told(worker)
             await worker.probe(self.kind, self._describe, self._check)
             if self._is_alias(worker):
                 worker.state = WorkerState.ALIAS
-            if worker.fault is not None and worker.fault != before[2]:
+            if worker.fault is not None and worker.fault not in before:
                 log.error("%s %s %s", self.kind, worker.address, worker.fault.text)
-            if (worker.state, worker.description.fingerprint, worker.fault) != before:
+            if _told(worker) != before:
                 log.info("%s %s: %s", self.kind, worker.address, worker.state.value)
-                self._notify()
+                self._notify(worker)
                 if worker.state is WorkerState.SERVING and worker.address in self._addresses:
                     await self._warn_of_several(worker.address)
             else:
@@ -287,6 +293,12 @@ class WorkerPool:
                 "write dns:///%s",
                 self.kind, address, len(several), ", ".join(several[:MAX_SHOWN_ADDRESSES]), address,
             )  # fmt: skip
+
+
+def _told(worker: Worker) -> tuple[object, ...]:
+    """What all that wait are told of when it changes."""
+    described = worker.description
+    return worker.state, described.instance_id, described.fingerprint, worker.fault
 
 
 def _in_words(worker: Worker, accepts: Accepts | None) -> str:

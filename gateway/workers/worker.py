@@ -194,7 +194,7 @@ class Worker:
         return self.state not in (WorkerState.DEAD, WorkerState.ALIAS)
 
     def poll_interval(self) -> float:
-        if self.state is WorkerState.SERVING:
+        if self.state in (WorkerState.SERVING, WorkerState.ALIAS):
             return POLL_SERVING_S
         return POLL_DOWN_S[min(self.failures, len(POLL_DOWN_S) - 1)]
 

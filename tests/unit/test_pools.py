@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from gateway.workers import discovery
 from gateway.workers import encode as encoders
 from gateway.workers import generate as generation
 from gateway.workers import pool as pools
+from gateway.workers import worker as worker_module
 from gateway.workers.dispatch import LeaseRequest
 from gateway.workers.pairing import Pairing
 from gateway.workers.pool import Changes, WorkerPool
@@ -85,6 +87,60 @@ async def test_states_from_starting_over_serving_and_draining_to_dead():
             await until(lambda: worker.state is WorkerState.SERVING)
     finally:
         await encoder.die()
+
+
+class Listed:
+    """A source whose addresses the test changes with ``list``."""
+
+    kind = name = "registry"
+    trouble = ""
+
+    def __init__(self):
+        self.lists = asyncio.Queue()
+
+    def list(self, *addresses):
+        self.lists.put_nowait(dict.fromkeys(addresses, ""))
+
+    def keeps(self, said, instance_id):
+        return False
+
+    async def watch(self):
+        while True:
+            yield await self.lists.get()
+
+
+async def test_a_process_is_asked_at_its_other_addresses_when_one_changes(monkeypatch):
+    monkeypatch.setattr(worker_module, "POLL_SERVING_S", 600.0)  # Nothing is found by polling.
+    asked, others = [], []
+
+    async def describe(channel, timeout_s):
+        asked.append(channel)
+        found = await generation.describe_llm(channel, timeout_s)
+        return replace(found, instance_id="cd" * 16) if channel in others else found
+
+    async with FakeLLM() as llm:
+        llm.instance_id = "ab" * 16
+        name = llm.address.replace("127.0.0.1", "localhost")
+        pool = WorkerPool("LLM", [], describe, registered=(source := Listed()))
+        await pool.start()
+        try:
+            source.list(name, llm.address)
+            await until(lambda: {w.state.value for w in pool.workers} == {"serving", "alias"})
+            await asyncio.sleep(0.3)
+            before = len(asked)
+            await asyncio.sleep(0.3)
+            assert len(asked) == before  # An alias is not asked more often than who serves.
+            (serving,) = pool.serving()
+            (alias,) = set(pool.workers) - {serving}
+            source.list(alias.address)
+            await until(lambda: pool.serving() == [alias])
+            source.list(alias.address, serving.address)
+            await until(lambda: pool.workers[-1].state is WorkerState.ALIAS)
+            others.append(alias.channel)  # Another process took its place there.
+            alias.wake.set()
+            await until(lambda: len(pool.serving()) == 2)
+        finally:
+            await pool.close()
 
 
 async def test_waits_for_a_worker_and_gives_up_after_a_while():
