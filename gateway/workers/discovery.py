@@ -92,7 +92,10 @@ class DnsName:
     async def watch(self) -> AsyncIterator[Listing]:
         while True:
             found = await resolve(self._host_port)
-            self.trouble = f"{self.name} is not resolved" if found is None else ""
+            trouble = f"{self.name} is not resolved" if found is None else ""
+            if trouble and not self.trouble:
+                log.warning("%s; its workers stay as they were", trouble)
+            self.trouble = trouble
             if found is not None:
                 yield dict.fromkeys(found, "")
             await asyncio.sleep(RESOLVE_S if found else RESOLVE_AGAIN_S)
@@ -135,7 +138,7 @@ async def resolve(name: str) -> set[str] | None:
             host.strip("[]"), int(port), type=socket.SOCK_STREAM
         )
     except (OSError, ValueError) as error:
-        log.warning("%s: %s", name, error)
+        log.debug("%s: %s", name, error)
         return None
     hosts = {str(entry[4][0]) for entry in found}
     return {f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts}

@@ -280,6 +280,22 @@ async def test_names_are_resolved_again(monkeypatch):
             await until(lambda: [w.address for w in pool.serving()] == [b.address])
 
 
+async def test_a_name_that_is_not_resolved_is_told_once(monkeypatch, caplog):
+    monkeypatch.setattr(discovery, "RESOLVE_AGAIN_S", 0.01)
+    asked = []
+
+    async def resolve(name):
+        asked.append(name)
+        return None if len(asked) != 5 else set()
+
+    monkeypatch.setattr(discovery, "resolve", resolve)
+    async with pool_of("dns:///encoders:9000") as pool:
+        await until(lambda: len(asked) > 9)
+        assert pool.troubles == ["dns:///encoders:9000 is not resolved"]
+        assert "is not resolved" in pool.absence()
+    assert len(caplog.messages) == 2  # When it began, and when it began again.
+
+
 async def test_resolves_addresses_of_a_name():
     assert "127.0.0.1:9000" in await discovery.resolve("localhost:9000")
     assert await discovery.resolve("no-such-name.invalid:1") is None
