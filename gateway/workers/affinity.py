@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 UNIT = 16  # Tokens of the first links.
 LINKS_PER_DOUBLING = 8  # Later links are as long as an eighth of what is before them, or less.
 MAX_TOKENS = 2**22  # What comes after them in a prompt is not looked at.
-MAX_LINKS = 2**14  # Remembered for one worker, about 3 MB.
+MAX_LINKS = 2**14  # Remembered for one worker, about 2 MiB.
+MAX_LINKS_OF_ALL = 2**20  # Of which each of more than 64 workers has an equal part.
 WINDOW = 512  # Requests in which a link's share of the traffic is measured.
 MIN_USES = 8  # Of a link that counts as common.
 SEQUENCE_TOKENS = 64
@@ -158,7 +159,7 @@ class Affinity:
             self._sent[worker] = sent
         known = sent.matched(prompt) if prompt.reads_cache else 0
         sent.begin(prompt, prompt.num_tokens - _tokens(known))
-        sent.remember(prompt)
+        sent.remember(prompt, min(MAX_LINKS, max(1, MAX_LINKS_OF_ALL // len(self._sent))))
         self._traffic.add(prompt)
 
     def computed(self, prompt: PromptChain, worker: Worker) -> None:
@@ -206,7 +207,8 @@ class _Sent:
         """How many of the prompt's links are here."""
         return bisect_left(prompt.links, True, key=lambda link: link not in self.links)
 
-    def remember(self, prompt: PromptChain) -> None:
+    def remember(self, prompt: PromptChain, most: int) -> None:
+        """``most``: links that are kept."""
         for place in reversed(range(len(prompt.links))):
             link = prompt.links[place]
             if link in self.links:
@@ -214,7 +216,7 @@ class _Sent:
             else:
                 self.links[link] = ENDS[place] - _tokens(place)
                 self.tokens += self.links[link]
-        while self.tokens > self.capacity or len(self.links) > MAX_LINKS:
+        while self.tokens > self.capacity or len(self.links) > most:
             self.tokens -= self.links.popitem(last=False)[1]
 
 

@@ -151,6 +151,12 @@ def test_the_number_of_links_is_bounded_too(monkeypatch):
     for number in range(50):
         affinity.begin(text(number), machine)
     assert len(affinity._sent[machine].links) == 40
+    monkeypatch.setattr(policy, "MAX_LINKS_OF_ALL", 60)
+    others = machines(5)
+    for number in range(50):
+        for other in (machine, *others):
+            affinity.begin(text(number), other)
+    assert [len(affinity._sent[each].links) for each in (machine, *others)] == [10] * 6
 
 
 def test_traffic_is_measured_in_bounded_memory(monkeypatch):
