@@ -12,7 +12,9 @@ from opticnerve.telemetry.metrics import SECONDS
 
 REQUESTS = Counter("opticnerve_requests_total", "HTTP requests", ["route", "status"])
 REQUESTS_IN_FLIGHT = Gauge(
-    "opticnerve_requests_in_flight", "HTTP requests being served", multiprocess_mode="livesum"
+    "opticnerve_requests_in_flight",
+    "HTTP requests being served, without those for health and metrics",
+    multiprocess_mode="livesum",
 )
 TOKENS = Counter(
     "opticnerve_tokens_total",

@@ -38,7 +38,7 @@ MAX_PATH_CHARACTERS = 100  # In the log, of a path without a route.
 MAX_SHOWN = 80  # Characters of a header that an error message repeats.
 INTERNAL_ERROR = 1011  # The code of a close frame.
 CLIENT_LEFT = "cut by the client"
-PROBE_PATHS = frozenset({"/live", "/ready", "/health", "/metrics"})  # Logged as debug lines.
+PROBE_PATHS = frozenset({"/live", "/ready", "/health", "/metrics"})  # Debug lines; never in flight.
 WEBSOCKET = "WEBSOCKET"  # The method of its requests, in the log.
 # What begins an answer, and its status where the message has none.
 STATUSES = {"http.response.start": 0, "websocket.http.response.start": 0, "websocket.accept": 101}
@@ -69,17 +69,17 @@ def logged(served: Served, identity: str, what: str = "request") -> Iterator[Ser
     """Surrounds one request, which this task serves: counts it and writes its log line, whose
     message is ``what``. The body of the context completes ``served``."""
     event = logs.begin_event(identity)
-    in_flight = metrics.REQUESTS_IN_FLIGHT
-    if what == "request":
-        in_flight.inc()
+    counted = what == "request" and served.path not in PROBE_PATHS
+    if counted:
+        metrics.REQUESTS_IN_FLIGHT.inc()
     try:
         yield served
     except Exception as error:
         typed(error)  # For the log line.
         raise
     finally:
-        if what == "request":
-            in_flight.dec()
+        if counted:
+            metrics.REQUESTS_IN_FLIGHT.dec()
         status = served.status or 499
         place = served.route or "other"
         metrics.REQUESTS.labels(place, str(status)).inc()

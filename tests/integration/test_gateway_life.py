@@ -151,6 +151,7 @@ async def test_metrics_count_what_happened():
         text = (await s.client.get("/metrics")).text
         assert 'opticnerve_requests_total{route="/v1/chat/completions",status="200"}' in text
         assert 'opticnerve_tokens_total{kind="image"}' in text
+        assert "opticnerve_requests_in_flight 0.0" in text  # This look at it is none.
 
 
 @pytest.mark.slow
