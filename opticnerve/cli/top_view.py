@@ -78,6 +78,8 @@ def _head(url: str, change: Change) -> Text:
     health = change.now.health
     status = str(health["status"])
     span = f"the last {change.seconds:.0f} s" if change.before.health else "since the start"
+    if change.now.samples and change.seconds <= 0:  # Several gateway processes tell none.
+        span += ", whose time is not known: counts, not rates"
     line = Text.assemble(
         (url, "bold"),
         "  ",
@@ -140,8 +142,8 @@ def _traffic(change: Change) -> Table:
     in_flight = now.total("opticnerve_requests_in_flight")
     table.add_row("requests", f"in flight: {in_flight:.0f}", *asked[:4])
     kinds = ("prompt", "cached", "image", "completion")
-    tokens = {kind: change.rate("opticnerve_tokens_total", kind=kind) for kind in kinds}
-    table.add_row("tokens", *(f"{kind}: {rate:.1f}/s" for kind, rate in tokens.items()))
+    tokens = {kind: change.growth("opticnerve_tokens_total", kind=kind) for kind in kinds}
+    table.add_row("tokens", *(f"{kind}: {_per_s(n, change, 1)}" for kind, n in tokens.items()))
     rates = [told(_hit_rate(change, tier)) for tier in change.by(LOOKUPS, "tier")]
     if rates:
         table.add_row("cache hits", *rates[:5])
@@ -156,15 +158,17 @@ def _hit_rate(change: Change, tier: str) -> str:
     return f"{tier}: {hits / looked:.0%}" if looked else f"{tier}: -"
 
 
-def _per_s(count: float, change: Change) -> str:
-    return f"{count / change.seconds:.2f}/s" if change.seconds > 0 else "-"
+def _per_s(count: float, change: Change, digits: int = 2) -> str:
+    """What was counted, in a second; where the time is not known, the count itself."""
+    return f"{count / change.seconds:.{digits}f}/s" if change.seconds > 0 else f"{count:.0f}"
 
 
 # ---- latencies
 
 
 def _latencies(change: Change) -> Table:
-    columns = ["milliseconds", "per s", "mean", *(f"p{share * 100:.0f}" for share in SHARES)]
+    timed = "per s" if change.seconds > 0 else "count"
+    columns = ["milliseconds", timed, "mean", *(f"p{share * 100:.0f}" for share in SHARES)]
     table = _table(*columns, figures=True)
     for title, name in LATENCIES.items():
         _add_latency(table, title, change, name)
@@ -178,7 +182,5 @@ def _latencies(change: Change) -> Table:
 def _add_latency(table: Table, title: str, change: Change, name: str, **labels: str) -> None:
     figures = [change.mean(name, **labels)]
     figures += [change.quantile(name, share, **labels) for share in SHARES]
-    rate = change.rate(f"{name}_count", **labels)
-    table.add_row(
-        told(title), f"{rate:.2f}", *("-" if s is None else f"{s * 1e3:.1f}" for s in figures)
-    )
+    often = _per_s(change.growth(f"{name}_count", **labels), change).removesuffix("/s")
+    table.add_row(told(title), often, *("-" if s is None else f"{s * 1e3:.1f}" for s in figures))

@@ -132,6 +132,15 @@ def test_the_screen_shows_pools_traffic_and_latencies(change):
     assert first.split()[2:] == ["1.00", "150.0", "150.0", "190.0", "199.0"]
 
 
+def test_without_a_time_of_start_counts_are_shown():
+    text = FIRST.replace("process_start_time_seconds", "something_else")
+    now = Snapshot(HEALTH, read_samples("a", text), at=100.0)
+    shown = drawn(top_view.screen(URL, Change(now.start(), now)))
+    assert "counts, not rates" in shown and "/s" not in shown and "per s" not in shown
+    (statuses,) = [line for line in shown.splitlines() if line.startswith("requests")]
+    assert "200: " in statuses and "200: -" not in statuses
+
+
 def test_the_screen_says_what_it_cannot_show():
     silent = {f"{URL}/metrics": "it needs a key: OPENAI_API_KEY"}
     now = Snapshot({"status": "ok"}, silent=silent)
