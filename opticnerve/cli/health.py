@@ -118,12 +118,18 @@ def ask_worker(
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
-            raise Unavailable(f"does not answer: {error.code().name}") from error
+            raise Unavailable(f"does not answer: {_why(error)}") from error
     if answer.status == health_pb2.HealthCheckResponse.SERVING:
         return "serving"
     if live:
         return "live"
     raise Unavailable("is not serving: it is loading, draining or has lost its device")
+
+
+def _why(error: Any) -> str:
+    """The status of a call that failed, and what gRPC says of it."""
+    details = logs.printable(error.details() or "", MAX_REASON)
+    return f"{error.code().name}: {details}" if details else str(error.code().name)
 
 
 def ask_gateway(
