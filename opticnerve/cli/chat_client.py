@@ -65,6 +65,11 @@ def stream_chat(
                 raise OpticNerveError(NO_GATEWAY)
             yield from read_events(answer.iter_lines())
     except httpx2.ConnectError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise Unavailable(
+                f"the certificate of {url} is not trusted ({error}); SSL_CERT_FILE names a file "
+                "with the authorities to trust"
+            ) from error
         raise Unavailable(
             f"nothing answers at {url} ({error}); check --url, or start a gateway: opticnerve up"
         ) from error

@@ -20,6 +20,7 @@ from gateway.edge.connections import Wait
 from gateway.edge.http1 import Connection
 from gateway.edge.tls import MAX_EMPTY_RECORDS, RECORD_BYTES, Handshake, Https, TlsSession
 from opticnerve.certificates import PemFiles, context_trusting
+from opticnerve.cli import commands as cli
 from opticnerve.cli import health
 from opticnerve.config import GatewayConfig
 from opticnerve.config.gateway import HttpsConfig
@@ -164,6 +165,15 @@ async def test_plain_http_is_closed_without_an_answer(authority):
             writer.write(GET)
             assert not (await rest(reader)).startswith(b"HTTP")
         assert await is_served(s, trusting(authority))
+
+
+async def test_a_command_says_that_it_does_not_trust_the_certificate(authority, capsys):
+    async with https_stack(authority.issue("server")) as s:
+        asked = ["ask", "What?", "--url", s.server.address]
+        assert await asyncio.to_thread(cli.main, asked) == 1
+    error = capsys.readouterr().err
+    assert "is not trusted" in error and "SSL_CERT_FILE" in error
+    assert "nothing answers" not in error
 
 
 async def test_realtime_sessions_are_held_over_https(authority):
