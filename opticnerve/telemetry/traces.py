@@ -315,7 +315,10 @@ class _Exporter:
             result = SpanExportResult.FAILURE
         failing = result is SpanExportResult.FAILURE
         if failing and not self._failing:
-            log.warning("traces cannot be exported; requests are served as before")
+            log.warning(
+                "traces cannot be exported: the collector of --otlp-endpoint does not take them; "
+                "requests are served as before"
+            )
         elif self._failing and not failing:
             log.info("traces are exported again")
         self._failing = failing
