@@ -106,7 +106,7 @@ def test_processes_count_together_in_one_directory(tmp_path):
 
 
 def test_a_directory_that_was_cleaned_away_is_made_again(tmp_path):
-    one, other = Rates(tmp_path / "rates"), Rates(tmp_path / "rates")
+    one, other = KeyRates(tmp_path / "rates"), KeyRates(tmp_path / "rates")
     rate = Rate.read("2/h")
     one.take("ada", rate)
     shutil.rmtree(tmp_path / "rates")
@@ -117,7 +117,7 @@ def test_a_directory_that_was_cleaned_away_is_made_again(tmp_path):
 def test_while_the_directory_fails_each_process_counts_for_itself(tmp_path, caplog):
     caplog.set_level("INFO")
     (tmp_path / "rates").write_text("no directory")
-    one, other = Rates(tmp_path / "rates"), Rates(tmp_path / "rates")
+    one, other = KeyRates(tmp_path / "rates"), KeyRates(tmp_path / "rates")
     rate = Rate.read("2/h")
     for each in (one, other):
         assert [each.take("ada", rate).remaining for _ in range(2)] == [1, 0]
@@ -131,7 +131,7 @@ def test_while_the_directory_fails_each_process_counts_for_itself(tmp_path, capl
 
 
 def test_a_full_disk_is_no_fault_of_a_request(tmp_path, monkeypatch, caplog):
-    rates, rate = Rates(tmp_path), Rate.read("2/h")
+    rates, rate = KeyRates(tmp_path), Rate.read("2/h")
 
     def full(name, at):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
