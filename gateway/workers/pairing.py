@@ -115,9 +115,10 @@ class Pairing:
         return lacking or ["encoders and LLM workers serve different checkpoints"]
 
     def best(self, *, pictures: bool) -> Pair | None:
-        """The best pair now; None while no worker has described itself."""
+        """The best pair now; None while no worker has described itself. Of equals the first by
+        their ids, so that all gateways choose alike."""
         best: tuple[tuple[int, ...], Pair] | None = None
-        for pair_id in {w.description.pair_id for w in self._described(self.llms)}:
+        for pair_id in sorted({w.description.pair_id for w in self._described(self.llms)}):
             llms = [w for w in self._described(self.llms) if w.description.pair_id == pair_id]
             length, vocabulary = _least(llms, "max_model_len"), _least(llms, "vocab_size")
             for fingerprint, serving in self._fingerprints(pair_id, pictures):

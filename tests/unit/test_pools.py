@@ -16,7 +16,7 @@ from gateway.workers import worker as worker_module
 from gateway.workers.dispatch import LeaseRequest
 from gateway.workers.pairing import Pairing
 from gateway.workers.pool import Changes, WorkerPool
-from gateway.workers.worker import WorkerState
+from gateway.workers.worker import Description, Worker, WorkerState
 from opticnerve.checkpoints.checkpoint import Checkpoint
 from opticnerve.errors import (
     DeadlineExceeded,
@@ -347,6 +347,17 @@ async def test_pairs_only_what_belongs_together():
         assert (pair.pair_id, pair.fingerprint) == (PAIR_ID, "enc-1")
         assert pair.max_model_len == 4096
         assert pair.system_fingerprint == "fp_" + PAIR_ID[:12]
+
+
+async def test_gateways_choose_alike_among_equal_pairs():
+    async with pairing_of([], [], own=None) as pairing:
+        for pool in (pairing.encoders, pairing.llms):
+            for pair in "hgfedcba":
+                pool._workers[pair] = made = Worker(f"127.0.0.1:{ord(pair)}")
+                made.state = WorkerState.SERVING
+                made.description = Description(pair_id=pair, fingerprint=pair)
+        for pictures in (True, False):
+            assert pairing.best(pictures=pictures).pair_id == "a"
 
 
 async def test_text_needs_no_encoder():
