@@ -32,7 +32,7 @@ def test_an_image_runs_without_root_and_holds_the_environment_alone(target):
 
 @pytest.mark.parametrize(
     ("stage", "requirement"),
-    [("gateway-environment", ""), ("worker-environment", "[worker]")],
+    [("gateway-environment", "[otel]"), ("worker-environment", "[worker,otel]")],
 )
 def test_an_image_installs_our_wheel_by_the_constraints(stage, requirement):
     install = STAGES[stage].runs[-1]
