@@ -30,7 +30,10 @@ CONFIGS = {"gateway": GatewayConfig, "encoder": EncoderConfig, "llm": LLMConfig}
 SECRETS = {"rpc-token", "store-key", "store-url", "api-keys", "redis.conf"}  # Of deploy/secrets.sh.
 MARGIN_S = 10  # What a service does beside its drain.
 STAGES = read_stages()
-ELSEWHERE = {"redis": {"enabled": False}, "networkPolicy": {"internet": False}}
+ELSEWHERE = {
+    "redis": {"enabled": False},
+    "networkPolicy": {"internet": False, "egress": [{"ports": [{"port": 4317}]}]},
+}
 
 
 class Release:
@@ -239,6 +242,13 @@ def test_the_network_admits_what_services_call_and_nothing_else(release):
                 assert admitted(caller, callee, 7000) == ((kind, called) in calls), (caller, callee)
         if f"{NAME}-redis" in pods:
             assert admitted(caller, f"{NAME}-redis", 6379)
+
+
+def test_pods_reach_what_the_operator_adds():
+    policies = rendered(ELSEWHERE).of("NetworkPolicy")
+    assert len(policies) == len(CONFIGS)
+    for policy in policies:
+        assert {"ports": [{"port": 4317}]} in policy["spec"]["egress"]
 
 
 def test_operators_find_what_they_scrape_and_scale(release):
