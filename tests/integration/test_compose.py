@@ -32,6 +32,17 @@ def test_the_compose_specification_knows_every_field(name):
     PyCompose.from_yaml(yaml.safe_dump(read_compose(name)))
 
 
+def test_each_worker_can_have_a_gpu_of_its_own():
+    given = {"LLM_GPU": "0", "ENCODER_1_GPU": "1", "ENCODER_2_GPU": "GPU-8f"}
+    services = read_compose("compose.gpu.yaml", given)["services"]
+    devices = {
+        name: service["deploy"]["resources"]["reservations"]["devices"]
+        for name, service in services.items()
+    }
+    asked = {name: each["device_ids"] for name, (each,) in devices.items()}
+    assert asked == {"llm": ["0"], "encoder-1": ["1"], "encoder-2": ["GPU-8f"]}
+
+
 def test_only_the_gateway_and_grafana_are_reached_and_from_this_machine_alone():
     published = {name: s.settings["ports"] for name, s in SERVICES.items() if "ports" in s.settings}
     assert published == {"gateway": ["127.0.0.1:8000:8000"], "grafana": ["127.0.0.1:3000:3000"]}
