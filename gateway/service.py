@@ -128,17 +128,13 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
     async with contextlib.AsyncExitStack() as stack:
         endpoint = settings.telemetry.otlp_endpoint
         stack.enter_context(traces.exported("gateway", endpoint, secrets.token_hex(16)))
-        registry = _open_registry(settings, token, tls, stack)
-        encoders, llms = _workers(settings, token, tls, registry)
-        for pool in (encoders.pool, llms):
-            await pool.start()
-            stack.push_async_callback(pool.close)
-        stack.callback(asyncio.create_task(export_load(encoders.pool, llms)).cancel)
+        encoders, llms = await _open_pools(settings, token, tls, stack)
         pairing = Pairing(encoders.pool, llms, _own_pair_id(checkpoint), settings.worker_wait_s)
         stack.callback(asyncio.create_task(pairing.watch_until_ready()).cancel)
         names = ServedNames.of(settings.served_model_name, checkpoint.name, layout.max_positions)
-        templates = RequestTemplates(renderer) if settings.allow_request_template else None
-        if templates is not None:
+        templates = None
+        if settings.allow_request_template:
+            templates = RequestTemplates(renderer)
             stack.callback(templates.close)
         forms = AnswerForms.find(
             renderer.tokenizer,
@@ -163,6 +159,22 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
             share_cache=settings.share_cache,
         )
         yield _gateway(settings, keys, names, pipeline)
+
+
+async def _open_pools(
+    settings: GatewayConfig,
+    token: str | None,
+    tls: ChannelTls | None,
+    stack: contextlib.AsyncExitStack,
+) -> tuple[Encoders, WorkerPool]:
+    """The encoders, and the pool of LLM workers, both followed until ``stack`` is closed."""
+    registry = _open_registry(settings, token, tls, stack)
+    encoders, llms = _workers(settings, token, tls, registry)
+    for pool in (encoders.pool, llms):
+        await pool.start()
+        stack.push_async_callback(pool.close)
+    stack.callback(asyncio.create_task(export_load(encoders.pool, llms)).cancel)
+    return encoders, llms
 
 
 def _open_registry(
