@@ -44,6 +44,29 @@ for (const each of [format, schema]) each.dispatchEvent(new Event("input", { bub
 """
 
 
+WATCH_PREVIEWS = """
+const { createObjectURL, revokeObjectURL } = URL;
+window.previews = new Set();
+URL.createObjectURL = (blob) => {
+  const made = createObjectURL(blob);
+  previews.add(made);
+  return made;
+};
+URL.revokeObjectURL = (url) => {
+  previews.delete(url);
+  revokeObjectURL(url);
+};
+"""
+
+
+NEVER_ANSWER = """
+window.answering = window.fetch;
+window.fetch = (path, { signal }) => new Promise((_, reject) => {
+  signal.addEventListener("abort", () => reject(signal.reason));
+});
+"""
+
+
 def choose_schema(page, text):
     page.run(CHOOSE_SCHEMA, text)
 
@@ -70,6 +93,32 @@ def test_a_chat_about_a_picture(playground):
         page.resize(width, height, dark=width < 600)
         assert not page.overflows()
     page.resize(1280, 800)
+
+
+def test_pictures_are_freed_when_they_are_shown_no_more(playground):
+    page = playground
+    page.run(WATCH_PREVIEWS)
+    page.find(".example").click()
+    page.answer(1)
+    assert page.run("return previews.size") == 1
+    page.run("arguments[0].click()", page.all(".question .actions button")[-1])  # Edit
+    page.wait(lambda: len(page.all("#pictures li")) == 1)
+    assert page.run("return previews.size") == 1
+    assert page.run("return document.querySelector('#pictures img').naturalWidth") > 0
+    page.find("#pictures .remove").click()
+    assert page.run("return previews.size") == 0
+    page.find(".example").click()
+    page.answer(1)
+    page.find("#new-chat").click()
+    assert page.run("return previews.size") == 0
+
+
+def test_a_gateway_that_does_not_answer_is_shown_as_lost(playground):
+    state = playground.find("#status").get_attribute
+    playground.run(NEVER_ANSWER)
+    playground.wait(lambda: state("data-state") == "lost")
+    playground.run("window.fetch = window.answering")
+    playground.wait(lambda: state("data-state") == "ok")
 
 
 def test_a_json_schema_shapes_the_answer(playground):

@@ -1,7 +1,7 @@
 // The conversation: what was asked, what was answered, and the requests that it becomes.
 
 import { announce, button, byId, make, plural } from "/playground/dom.js";
-import { dataUrl } from "/playground/pictures.js";
+import { dataUrl, release } from "/playground/pictures.js";
 import { Failure, streamChat } from "/playground/server.js";
 import { render } from "/playground/text.js";
 import * as timings from "/playground/timings.js";
@@ -54,9 +54,12 @@ async function retry(exchange) {
   await answer(exchange);
 }
 
-/** Forgets the exchanges from an index on. */
-function cut(from) {
-  for (const { element } of exchanges.splice(from)) element.remove();
+/** Forgets the exchanges from an index on, but for the pictures of a question that is `kept`. */
+function cut(from, kept = null) {
+  for (const { element, question } of exchanges.splice(from)) {
+    element.remove();
+    if (question !== kept) release(question.pictures);
+  }
   changed();
 }
 
@@ -226,7 +229,7 @@ function showQuestion(exchange) {
       text ? copyButton(() => text) : null,
       button("Edit", () => {
         stop();
-        cut(exchanges.indexOf(exchange));
+        cut(exchanges.indexOf(exchange), exchange.question);
         edit(exchange.question);
       }),
     ),

@@ -64,10 +64,16 @@ export function take() {
   return taken;
 }
 
-/** Puts pictures back, to be sent again. */
+/** Puts pictures back, to be sent again, in the place of those that are there. */
 export function restore(taken) {
+  release(pictures);
   pictures = [...taken];
   show();
+}
+
+/** Frees what the browser keeps for showing pictures, which are not shown again. */
+export function release(shown) {
+  for (const { preview } of shown) URL.revokeObjectURL(preview);
 }
 
 export const count = () => pictures.length;
@@ -151,6 +157,7 @@ async function shrink(picture) {
   }
   const shrunk = described(blob, picture.name, { width, height });
   pictures = pictures.map((each) => (each === picture ? shrunk : each));
+  release([pictures.includes(shrunk) ? picture : shrunk]); // It may have been removed meanwhile.
   show();
 }
 
@@ -175,6 +182,7 @@ function preview(picture) {
         "aria-label": `Remove ${picture.name}`,
         onclick: () => {
           pictures = pictures.filter((each) => each !== picture);
+          release([picture]);
           show();
           byId("question").focus();
         },

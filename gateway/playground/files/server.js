@@ -1,6 +1,7 @@
 // The gateway's API, as this page uses it. Every failure is a Failure, which says what to do.
 
 const KEY = "opticnerve-key";
+const HEALTH_MS = 5000; // Until a gateway that does not say how it is counts as lost.
 
 export const key = {
   get: () => sessionStorage.getItem(KEY) || "",
@@ -77,12 +78,10 @@ export async function models() {
 
 /** What /health says; without a key of a server that asks for one, its status alone. */
 export async function health() {
-  const answer = await send("/health");
-  try {
-    return await answer.json();
-  } catch {
-    throw new Failure("What answers /health is no gateway.", { status: answer.status });
-  }
+  const answer = await send("/health", { signal: AbortSignal.timeout(HEALTH_MS) });
+  const state = await answer.json().catch(() => null);
+  if (typeof state?.status === "string") return state;
+  throw new Failure("What answers /health is no gateway.", { status: answer.status });
 }
 
 /** The chunks of a streamed chat completion. Raises Failure, and AbortError once `signal` fires. */
