@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOT_MODELLED = (
-    "one device is one encoder, LLM worker or whole copy, all alike and of equal cost",
+    "one device is one encoder, LLM worker or whole copy, all alike and of equal cost; none slows "
+    "another, as processes do that share cores",
     "the gateway, the store and the network take time and never get busy: see their own metrics",
     "an LLM worker takes a request when its pictures are encoded, reserves its whole length, and "
     "never preempts; attention to a longer context costs no more than to a short one",
