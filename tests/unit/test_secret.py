@@ -15,6 +15,7 @@ from opticnerve import config
 from opticnerve.config.options import build
 from opticnerve.errors import ConfigError, StartupError
 from opticnerve.local import up
+from opticnerve.owned_directories import owned_directory
 from opticnerve.secret import MAX_BYTES, MIN_CHARACTERS, make_secret, read_secret
 
 OPTION = "store_key_file"
@@ -88,7 +89,7 @@ def test_a_file_that_others_may_read_is_warned_of(
 
 
 def commands(given: dict[str, Any]) -> list[list[str]]:
-    with up._temporary_directory(Path(tempfile.gettempdir())) as directory:
+    with owned_directory(Path(tempfile.gettempdir())) as directory:
         settings = build(config.GatewayConfig, given), build(config.StoreConfig, given)
         secrets = up._secret_files(*settings, directory)
         for path in map(Path, secrets.values()):
