@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -91,7 +92,7 @@ class Advertising(FakeEncoder):
     def __init__(self, advertise: str = "") -> None:
         super().__init__(pair_id=PAIR_ID)
         self.advertise = advertise
-        self.instance_id = "1" * 32
+        self.instance_id = uuid4().hex
 
 
 async def test_where_nobody_answers_is_told_and_a_mended_address_is_used(
