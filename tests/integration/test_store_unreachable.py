@@ -48,7 +48,8 @@ def test_the_local_tier_alone_asks_no_server(
 @pytest.mark.process
 @pytest.mark.parametrize("flags", [["encoder_service"], ["llm_service", "--engine", "process"]])
 def test_a_worker_says_it_once_and_tells_the_gateway(flags: list[str], tmp_path: Path) -> None:
-    started = Process(*flags, "--store", f"{NOWHERE}shm://{tmp_path}/tier")
+    store = f"{NOWHERE}shm://{tmp_path}/tier"
+    started = Process(*flags, "--store", store, "--registry", "none")  # Which would say so too.
     with started.until_ready(), grpc.insecure_channel(started.address) as channel:
         if flags[0] == "encoder_service":
             encoder = encoder_pb2_grpc.EncoderStub(channel)
