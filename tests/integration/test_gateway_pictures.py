@@ -291,8 +291,15 @@ async def test_what_would_wait_too_long_is_refused_and_who_leaves_encodes_nothin
         tasks = [
             asyncio.create_task(s.chat(user("?", *pictures_of(client)))) for client in range(200)
         ]
-        await until(
-            lambda: sum(task.done() for task in tasks) > 100 and s.encoder.running == 6, 120
+        await until(  # Until each is refused, or its pictures wait or are with the encoder.
+            lambda: (
+                (
+                    len(pool.dispatcher.waiting) + s.encoder.running
+                    == 3 * sum(not task.done() for task in tasks)
+                )
+                and s.encoder.running == 6
+            ),
+            120,
         )
         refused = [task.result() for task in tasks if task.done()]
         assert {answer.status_code for answer in refused} == {429}
