@@ -1,8 +1,7 @@
 """A request's life from a job to the events of its answer: fetch, plan and name its pictures,
 render its prompt, encode and generate.
 
-Knows neither HTTP, the APIs' formats nor the wire. Closing a job's generator frees everything that
-the job holds, at whatever stage it is.
+Knows neither HTTP, the APIs' formats nor the wire. Closing a job's generator frees all it holds.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from gateway.clock import Deadline, Stopwatch
 from gateway.edge.auth import Caller
 from gateway.edge.limits import MAX_TRUNCATED_CONTEXTS
 from gateway.edge.threads import off_loop_above
-from gateway.grammar import Grammars, name_field
+from gateway.grammar import AnswerGrammar, Grammars, name_field
 from gateway.job import AnyPrompt, ChatPrompt, GenerationOptions, Job, TokenPrompt
 from gateway.media.reader import Fetched, MediaReader
 from gateway.output.answer_forms import AnswerForms
@@ -182,12 +181,7 @@ class Pipeline:
         assert job.prompt is not None
         kind = type(job.prompt)
         with job.watch.stage("check"):
-            priority = job.caller.priority(job.options.priority)
-            check_choices(job.options, self.max_n)
-            self.forms.check(job.options.tools, job.prompt)
-            async with job.deadline.timeout():
-                grammar = await self.grammars.find(job.options, chat=kind is ChatPrompt)
-            job.not_enforced = grammar.not_enforced
+            priority, grammar = await self._check(job, job.prompt, kind is ChatPrompt)
         pictures = await self.read_pictures(
             job.prompt, job.ticket.hold_bytes, job.deadline, job.watch
         )
@@ -220,6 +214,16 @@ class Pipeline:
         )
         embeddings = RequestEmbeddings(self.encoders, items, job.request_id, job.deadline)
         return spec, embeddings, echo, thinking
+
+    async def _check(self, job: Job, prompt: AnyPrompt, chat: bool) -> tuple[int, AnswerGrammar]:
+        """The request's priority, and the grammar of its answer. Raises InvalidRequest."""
+        priority = job.caller.priority(job.options.priority)
+        check_choices(job.options, self.max_n)
+        self.forms.check(job.options.tools, prompt)
+        async with job.deadline.timeout():
+            grammar = await self.grammars.find(job.options, chat=chat)
+        job.not_enforced = grammar.not_enforced
+        return priority, grammar
 
     async def _echo(self, options: GenerationOptions, prompt: ExpandedPrompt) -> Echo:
         """What the answer shows of the prompt. Token ids become text."""

@@ -265,16 +265,7 @@ class Encoders:
         waited = 0.0  # Seconds, for encoders with room.
         while True:
             self._check_not_poisonous(item.key)
-            request = LeaseRequest(
-                item.plan.num_patches,
-                deadline,
-                _has_fingerprint(item),
-                avoid=tried,
-                heavy=item.plan.is_heavy,
-                delay_within_request_s=item.passes_before * PASS_S,
-                share=item.share,
-                weight=item.weight,
-            )
+            request = _lease_request(item, deadline, tried)
             asked = time.monotonic()
             async with self.pool.lease(request, self.worker_wait_s) as worker:
                 waited += time.monotonic() - asked
@@ -300,12 +291,15 @@ class Encoders:
                     tried.add(worker.address)
                     worker.wake.set()  # Its description is out of date.
                 else:
-                    self.references.remember(encoded.ref)
-                    self._deaths.pop(item.key)
-                    STAGE_SECONDS.labels("encoder_wait").observe(waited)
-                    timings = {"encoder_wait": waited * 1000, **encoded.timings}
-                    return replace(encoded, timings=timings)
+                    return self._answered(item.key, encoded, waited)
             await asyncio.sleep(PAUSE_S)
+
+    def _answered(self, key: str, encoded: Encoded, waited_s: float) -> Encoded:
+        """Remembers what was encoded. ``waited_s``: for encoders with room."""
+        self.references.remember(encoded.ref)
+        self._deaths.pop(key)
+        STAGE_SECONDS.labels("encoder_wait").observe(waited_s)
+        return replace(encoded, timings={"encoder_wait": waited_s * 1000, **encoded.timings})
 
     def _blame(self, key: str, worker: Worker) -> None:
         deaths = (self._deaths.get(key) or (0, 0.0))[0] + 1
@@ -370,6 +364,20 @@ def _note(run: _EncodeRun, request_id: str) -> None:
         logs.append(encoder=address)
     if run.request_id != request_id:
         logs.append(encoded_as=run.request_id)
+
+
+def _lease_request(item: Encodable, deadline: Deadline, tried: set[str]) -> LeaseRequest:
+    """``tried``: addresses that are used only if no other encoder serves."""
+    return LeaseRequest(
+        item.plan.num_patches,
+        deadline,
+        _has_fingerprint(item),
+        avoid=tried,
+        heavy=item.plan.is_heavy,
+        delay_within_request_s=item.passes_before * PASS_S,
+        share=item.share,
+        weight=item.weight,
+    )
 
 
 def _has_fingerprint(item: Encodable) -> Accepts:
