@@ -7,7 +7,9 @@ behind other work of its own request counts as due that much later. Between API 
 order is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): the key that got the least
 so far, by cost and weight, goes first; a key that had nothing waiting earns no credit by that. Work
 without a key shares one queue, in order of arrival. Heavy work, which keeps a worker's device
-waiting, has room of its own at the workers, and other work passes it.
+waiting, has room of its own at the workers, and other work passes it. A worker has one suspect at a
+time, which is work that a worker was lost with: if this worker is lost as well, that one alone is
+to blame.
 
 A worker that is expected to finish the work first is chosen. Where it has no room, a slower one
 takes the work only if it would finish before the others had finished everything that waits: within
@@ -35,11 +37,12 @@ Accepts = Callable[[Worker], bool]
 class LeaseRequest:
     """Work that waits for a worker; ``worker`` is set once it is lent one.
 
-    ``avoid``: addresses that are used only if no other worker serves. ``delay_within_request_s``:
-    how long the earlier work of its own request takes. ``share``: the fair-queueing key, which
-    is the name of an API key; ``weight``: its part relative to others'. ``prompt``: what the worker
-    is to compute, if it is an LLM worker; ``reason``: why it was lent to that. ``failed``: the
-    worker refused the work or was lost with it, so that it has not done it; the borrower says so.
+    ``avoid``: addresses that are used only if no other worker serves. ``suspect``: whether a worker
+    was lost while it had this work. ``delay_within_request_s``: how long the earlier work of its
+    own request takes. ``share``: the fair-queueing key, which is the name of an API key;
+    ``weight``: its part relative to others'. ``prompt``: what the worker is to compute, if it is an
+    LLM worker; ``reason``: why it was lent to that. ``failed``: the worker refused the work or was
+    lost with it, so that it has not done it; the borrower says so.
     """
 
     cost: int
@@ -47,6 +50,7 @@ class LeaseRequest:
     accepts: Accepts | None = None
     avoid: Collection[str] = ()
     heavy: bool = False
+    suspect: bool = False
     delay_within_request_s: float = 0.0
     share: str = ""
     weight: float = 1.0
@@ -72,6 +76,7 @@ class Dispatcher:
         self._virtual_time = 0.0  # ``virtual_start`` of the queue that was served last.
         self.affinity = Affinity()
         self._workers = workers
+        self._with_suspect: set[Worker] = set()  # Those that were lent a suspect.
         self._lease_number = itertools.count(1)
 
     @property
@@ -96,6 +101,8 @@ class Dispatcher:
         """Ends the lease of a request, and lends to those that wait."""
         assert request.worker is not None
         self.prompt_computed(request)
+        if request.suspect:
+            self._with_suspect.discard(request.worker)
         request.worker.take_back(request.cost, request.heavy, done=not request.failed)
         self.dispatch()
 
@@ -118,6 +125,10 @@ class Dispatcher:
             accepts, avoid = request.accepts, request.avoid
             able = [worker for worker in serving if accepts is None or accepts(worker)]
             able = [worker for worker in able if worker.address not in avoid] or able
+            if request.suspect:
+                able = [worker for worker in able if worker not in self._with_suspect]
+                if not able:
+                    continue
             reserved = reserved_for[request.heavy]
             if reserved.issuperset(able):
                 continue
@@ -200,6 +211,8 @@ class Dispatcher:
     def _lend(self, request: LeaseRequest, worker: Worker) -> None:
         worker.last_picked = next(self._lease_number)
         worker.lend(request.cost, request.heavy)
+        if request.suspect:
+            self._with_suspect.add(worker)
         if request.prompt is not None:
             self.affinity.begin(request.prompt, worker)
         request.worker = worker

@@ -3,8 +3,9 @@
 An item waits for an encoder with room until its request's deadline, in the order of the requests;
 a request that would wait too long is refused on arrival. Encoding is idempotent: if an encoder
 dies, the call is retried on another one, or on the same one after its restart, within the deadline.
-An item is refused for a while after two encoders died while they encoded it. Concurrent requests
-for one key share one run.
+An item that an encoder died with is a suspect, and encoders get suspects one by one, since all items
+of an encoder that dies are blamed; after a second death the item is refused for a while. Concurrent
+requests for one key share one run.
 """
 
 from __future__ import annotations
@@ -265,7 +266,7 @@ class Encoders:
         waited = 0.0  # Seconds, for encoders with room.
         while True:
             self._check_not_poisonous(item.key)
-            request = _lease_request(item, deadline, tried)
+            request = _lease_request(item, deadline, tried, suspect=item.key in self._deaths)
             asked = time.monotonic()
             async with self.pool.lease(request, self.worker_wait_s) as worker:
                 waited += time.monotonic() - asked
@@ -366,7 +367,9 @@ def _note(run: _EncodeRun, request_id: str) -> None:
         logs.append(encoded_as=run.request_id)
 
 
-def _lease_request(item: Encodable, deadline: Deadline, tried: set[str]) -> LeaseRequest:
+def _lease_request(
+    item: Encodable, deadline: Deadline, tried: set[str], *, suspect: bool
+) -> LeaseRequest:
     """``tried``: addresses that are used only if no other encoder serves."""
     return LeaseRequest(
         item.plan.num_patches,
@@ -374,6 +377,7 @@ def _lease_request(item: Encodable, deadline: Deadline, tried: set[str]) -> Leas
         _has_fingerprint(item),
         avoid=tried,
         heavy=item.plan.is_heavy,
+        suspect=suspect,
         delay_within_request_s=item.passes_before * PASS_S,
         share=item.share,
         weight=item.weight,

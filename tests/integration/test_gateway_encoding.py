@@ -141,6 +141,37 @@ async def test_an_item_that_took_two_encoders_is_refused_the_third_time():
         assert sum(len(fake.calls) for fake in fakes) == 2
 
 
+async def test_only_the_item_that_encoders_die_of_is_refused_of_all_that_they_had():
+    """Each encoder that dies has others in flight, too: those are tried again one by one."""
+    poison, innocent = "f" * 64, [f"{number:064}" for number in range(6)]
+    restarts = []
+
+    async def restart(fake):
+        await until(lambda: fake.server is None)
+        await fake.start()
+
+    async def script(fake):
+        if fake.calls[-1].key != poison:
+            await asyncio.sleep(0.2)
+        else:
+            await until(lambda: fake.running > 2 or restarts)
+            restarts.append(asyncio.create_task(restart(fake)))
+            await fake.die()
+
+    async with FakeEncoder() as a, FakeEncoder() as b, over(a, b) as encoders:
+        a.script = b.script = script
+        found = await asyncio.gather(
+            *(encoders.encode(item(key), soon(), "r") for key in (*innocent, poison)),
+            return_exceptions=True,
+        )
+        await asyncio.gather(*restarts)
+        assert isinstance(found.pop(), Unavailable)
+        assert [each.ref.key for each in found] == innocent
+        assert len(restarts) == 2
+        with pytest.raises(PoisonousItem):
+            await encoders.encode(item(poison), soon(), "r")
+
+
 async def test_a_full_encoder_sends_the_item_to_another(faults):
     async def full(_):
         raise Overloaded("full", retry_after_s=3)

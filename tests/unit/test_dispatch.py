@@ -33,6 +33,10 @@ class Machine:
         self.pending += cost
         self.heavy += cost if heavy else 0
 
+    def take_back(self, cost, heavy, *, done):
+        self.pending -= cost
+        self.heavy -= cost if heavy else 0
+
 
 def simulate(machines, costs, learn_after=0):
     """(seconds until everything is done, jobs in the order in which they were begun).
@@ -126,6 +130,20 @@ def test_heavy_jobs_keep_no_others_waiting_and_not_the_other_way_round():
     machine.heavy -= 9
     dispatcher.dispatch()
     assert heavy[1].worker is machine and heavy[2].worker is light[1].worker is None
+
+
+def test_a_worker_has_one_suspect_at_a_time_and_others_pass_those_that_wait():
+    machines = [Machine("a", 1.0, 10), Machine("b", 1.0, 10)]
+    dispatcher = Dispatcher(machines)
+    suspects = [LeaseRequest(1, Deadline(1.0), suspect=True) for _ in range(4)]
+    other = LeaseRequest(1, Deadline(2.0))
+    for job in (*suspects, other):
+        dispatcher.add(job)
+    assert {job.worker for job in suspects[:2]} == set(machines)
+    assert suspects[2].worker is suspects[3].worker is None and other.worker is not None
+    ended = suspects[0].worker
+    dispatcher.end(suspects[0])
+    assert suspects[2].worker is ended and suspects[3].worker is None
 
 
 def test_requests_share_what_there_is_by_what_their_jobs_take():
