@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import time
 from collections.abc import Awaitable
 from typing import Any
 
@@ -30,7 +29,7 @@ from opticnerve.telemetry.metrics import REGISTRY_FAILURES, REGISTRY_REACHABLE
 
 HEARTBEAT_S = 1.0
 TTL_S = 5  # Of an entry, after the last heartbeat.
-FORGET_S = 3600  # After which ids without an entry leave the index; clocks of workers may differ.
+FORGET_S = 3600  # After which ids without an entry leave the index.
 TIMEOUT_S = 2.0  # For a connection, and for each answer.
 MAX_WORKERS = 4096  # Of one kind; the newest are read.
 DEFAULT_NAMESPACE = "default"
@@ -97,8 +96,11 @@ class Registry:
 
     async def put(self, entry: WorkerEntry) -> None:
         """Writes the entry, for ``TTL_S``."""
-        index, now = self._index(entry.kind), time.time()
+        index = self._index(entry.kind)
         try:
+            # By Redis' clock: one worker's that is ahead would forget all others.
+            seconds, microseconds = await _answer(self._client.time())
+            now = seconds + microseconds / 1e6
             async with self._client.pipeline(transaction=False) as pipeline:
                 pipeline.set(self._key(entry.instance_id), self._seal.write(entry), ex=TTL_S)
                 pipeline.zadd(index, {entry.instance_id: now})

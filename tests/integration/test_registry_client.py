@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from opticnerve.redis_server import split_options
 from opticnerve.registry.entry import WorkerEntry
-from opticnerve.registry.redis_registry import Registry
+from opticnerve.registry.redis_registry import FORGET_S, Registry
 from tests import encoders
 from tests.fakes import until
 from tests.redis import PATIENT, RedisServer
@@ -63,6 +64,26 @@ async def test_what_a_worker_says_from_its_start_to_its_end(url: str, tmp_path: 
             running.backend.go()
             await asyncio.gather(call, ending)
         assert await entry() is None and seen == {"serving", "draining"}
+    finally:
+        await registry.close()
+
+
+async def test_a_worker_whose_clock_is_ahead_leaves_the_others_known(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, now = Registry(url), time.time()
+    entries = [
+        WorkerEntry(
+            instance_id=digit * 32, kind="llm", address=f"10.0.0.{digit}:1", state="serving"
+        )
+        for digit in "12"
+    ]
+    try:
+        await registry.put(entries[0])
+        monkeypatch.setattr(time, "time", lambda: now + 2 * FORGET_S)
+        await registry.put(entries[1])
+        found = await registry.entries("llm") or []
+        assert {each.instance_id for each in found} == {each.instance_id for each in entries}
     finally:
         await registry.close()
 
