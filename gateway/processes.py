@@ -4,7 +4,7 @@ A parent binds the port and keeps N gateways running, which inherit the listenin
 connection goes to whichever process accepts it first, which is one that is not busy, and what waits
 to be accepted outlives a process that ends. Each gateway has an equal share of the bounds on
 connections, requests and bytes, and its own view of the workers. They share what keys have used of
-their rates, and metrics; any of them can answer any request.
+their rates and have in flight, and metrics; any of them can answer any request.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from opticnerve.telemetry.metrics import DIRECTORY, export, sum_of_processes
 START_TIMEOUT_S = 600.0  # For a process to listen.
 MAX_RESTARTS = 5  # Crashes of one process within a minute after which all stop.
 CLOSE_S = 5.0  # For a process to end after its drain.
-METRICS, RATES = "metrics", "rates"  # In the directory of what the processes count together.
+# In the directory of what the processes count together.
+METRICS, RATES, PLACES = "metrics", "rates", "places"
 DIVIDED = (
     "max_connections",
     "max_connections_per_address",

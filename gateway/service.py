@@ -24,7 +24,7 @@ from gateway.edge.connections import Connections, allow_files
 from gateway.edge.http1 import Connection
 from gateway.edge.limits import IDLE_TIMEOUT_S, MAX_EVENT_BYTES, PING_S
 from gateway.edge.listener import Listener, address_of, listen
-from gateway.edge.rates import KeyRates
+from gateway.edge.rates import KeyRates, SharedPlaces
 from gateway.edge.tls import Handshake, Https
 from gateway.edge.websocket import WebSocketConnection
 from gateway.grammar import Grammars
@@ -33,7 +33,7 @@ from gateway.media.reader import MediaReader
 from gateway.output.answer_forms import AnswerForms
 from gateway.output.detokenizer import Vocabulary
 from gateway.pipeline import Pipeline
-from gateway.processes import RATES
+from gateway.processes import PLACES, RATES
 from gateway.prompt.request_templates import RequestTemplates
 from gateway.startup_check import read_checkpoint
 from gateway.workers.discovery import RegisteredWorkers
@@ -97,9 +97,10 @@ def _count_workers(settings: GatewayConfig) -> int:
 async def serve(settings: GatewayConfig) -> None:
     """Serves until a signal has drained the gateway. SIGHUP reads the keys again. Raises
     StartupError."""
-    keys = Keys.load(settings.api_key_file, settings.workers)
+    keys = Keys.load(settings.api_key_file)
     if settings.shared_directory is not None:
-        keys.rates = KeyRates(Path(settings.shared_directory) / RATES)
+        shared = Path(settings.shared_directory)
+        keys.rates, keys.places = KeyRates(shared / RATES), SharedPlaces(shared / PLACES)
     with on_hangup(keys.reread):
         async with open_server(settings, keys) as server:
             with handle_signals(server.running.stop, server.running.cut):
@@ -247,6 +248,7 @@ def _gateway(
         holders=lambda: len(keys.callers) or connections.holders,
         max_sessions=min(settings.max_realtime_sessions, settings.max_connections // 2),
         rates=keys.rates,
+        places=keys.places,
     )
     running = Running("the gateway", log, settings.drain_timeout_s, settings.shutdown_delay_s)
     return Gateway(settings, keys, connections, admission, names, pipeline, running)

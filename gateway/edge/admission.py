@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 
 from gateway.edge.auth import ANONYMOUS, Caller
 from gateway.edge.limits import PICTURES_FRACTION, RESERVED_FRACTION, RETRY_AFTER_S
-from gateway.edge.rates import KeyRates
+from gateway.edge.rates import KeyRates, SharedPlaces
 from opticnerve.errors import Overloaded, RateLimited
 from opticnerve.process import return_freed_memory
 
@@ -113,9 +113,11 @@ class Admission:
         holders: Callable[[], int] = lambda: 1,
         max_sessions: int = 1,
         rates: KeyRates | None = None,
+        places: SharedPlaces | None = None,
     ) -> None:
         """``max_requests_each``, of requests and of sessions; ``holders``: see
-        ``SharedCapacity``. ``rates``: what callers have used of theirs."""
+        ``SharedCapacity``. ``rates``: what callers have used of theirs. ``places``: their requests
+        in flight, if other processes have some as well."""
         what, most = "requests in flight", max(1, int(PICTURES_FRACTION * max_requests))
         self.requests = SharedCapacity(what, max_requests, max_requests_each, holders)
         self.with_pictures = SharedCapacity(f"{what} with new pictures", most, 0, holders)
@@ -124,6 +126,7 @@ class Admission:
         )
         self.bytes = SharedCapacity("bytes held by requests in flight", max_bytes, 0, holders)
         self._rates = rates or KeyRates()
+        self._places = places
         self._trim_timer: asyncio.TimerHandle | None = None
 
     @contextlib.contextmanager
@@ -134,20 +137,30 @@ class Admission:
         that is refused for want of room does not count against the caller's rate.
         """
         self.requests.check(holder)
-        self.check_concurrency(holder, caller)
+        with self.place(holder, caller):
+            pass
         if caller.rate is not None:
             self._rates.take(caller.name, caller.rate)
         with self._ticket(holder, caller) as ticket:
             yield ticket
 
-    def check_concurrency(self, holder: str, caller: Caller) -> None:
-        """Raises RateLimited where ``caller`` has as many requests in flight as it may have."""
-        if 0 < caller.concurrency <= self.requests.held_by(holder):
+    @contextlib.contextmanager
+    def place(self, holder: str, caller: Caller) -> Iterator[None]:
+        """Surrounds a request in flight of ``caller``. Raises RateLimited where it has as many as
+        it may have."""
+        most, places = caller.concurrency, self._places
+        full = 0 < most <= self.requests.held_by(holder)
+        place = places.take(caller.name, most) if places and most and not full else None
+        if full or (places and most and place is None):
             raise RateLimited(
-                f"requests in flight of this key are limited to {caller.concurrency}; wait until "
-                "one has ended",
+                f"requests in flight of this key are limited to {most}; wait until one has ended",
                 retry_after_s=RETRY_AFTER_S,
             )
+        try:
+            yield
+        finally:
+            if places and place is not None:
+                places.give_back(caller.name, place)
 
     @contextlib.contextmanager
     def open_session(self, holder: str) -> Iterator[Ticket]:
@@ -186,6 +199,7 @@ class Ticket:
         self._holder = holder
         self._caller = caller
         self._held: Counter[SharedCapacity] = Counter()
+        self._place = contextlib.ExitStack()
         self.peak_bytes = 0
 
     @property
@@ -194,7 +208,7 @@ class Ticket:
 
     def count_request(self) -> None:
         """Counts the request among those being served. Raises Overloaded."""
-        self._admission.check_concurrency(self._holder, self._caller)
+        self._place.enter_context(self._admission.place(self._holder, self._caller))
         self._take(self._admission.requests)
 
     def count_session(self) -> None:
@@ -221,6 +235,7 @@ class Ticket:
         for bound, amount in self._held.items():
             bound.release(self._holder, amount)
         self._held.clear()
+        self._place.close()
 
     def _take(self, bound: SharedCapacity, amount: int = 1) -> None:
         if not amount:

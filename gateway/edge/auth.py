@@ -11,10 +11,9 @@ with ``priority=5`` is for background work, and its requests have 5 by default. 
 in a second, minute or hour (``10/s``, ``60/m``, ``1000/h``), as many of them at once; any by
 default. ``concurrency``: requests in flight; any by default. ``models``: the served names that the
 key may use; all by default. Rates are counted by name, so a key that stays keeps its count when the
-file is read again, also with another rate. The processes of one gateway (``--workers``) count rates
-together, and each has its part of a ``concurrency``; other gateways count for themselves. A key
-without a name gets one from its line, ``key5``; name the keys of customers who must not share
-caches, since lines move.
+file is read again, also with another rate. The processes of one gateway (``--workers``) count
+together, other gateways for themselves. A key without a name gets one from its line, ``key5``; name
+the keys of customers who must not share caches, since lines move.
 
 A key is visible ASCII. Clients send other characters in a header differently: some as UTF-8, some
 as Latin-1, and the openai client refuses them.
@@ -27,13 +26,13 @@ import hmac
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from starlette.types import Scope
 
-from gateway.edge.rates import KeyRates, Rate
+from gateway.edge.rates import KeyRates, Rate, SharedPlaces
 from opticnerve.errors import ConfigError, InvalidRequest, Unauthenticated
 from opticnerve.generation.values import MAX_WEIGHT, MIN_WEIGHT
 
@@ -72,12 +71,6 @@ class Caller:
         API key."""
         return self.name if self.tenant else ""
 
-    def part_of(self, processes: int) -> Caller:
-        """What one of several processes lets this caller do at once: at least one request."""
-        if not self.concurrency:
-            return self
-        return replace(self, concurrency=max(1, self.concurrency // processes))
-
     def priority(self, asked: int | None) -> int:
         """The priority of a request with the field ``priority`` set to ``asked``; None: not set.
 
@@ -105,10 +98,10 @@ class Keys:
     callers: Mapping[bytes, Caller] = field(default_factory=dict, repr=False)  # By key.
     path: str | None = None  # The file that they were read from.
     rates: KeyRates = field(default_factory=KeyRates, repr=False)  # By the names of callers.
-    processes: int = 1  # That have an equal part of each concurrency.
+    places: SharedPlaces | None = None  # For what they have in flight in all processes.
 
     @classmethod
-    def load(cls, path: str | None, processes: int = 1) -> Keys:
+    def load(cls, path: str | None) -> Keys:
         """Reads a key file, in which ``#`` begins a comment. Raises ConfigError."""
         if path is None:
             return cls()
@@ -122,9 +115,7 @@ class Keys:
             raise ConfigError(
                 f"the key file {path} is not UTF-8 text", param="api_key_file"
             ) from error
-        callers = _parse(text, path)
-        parts = {key: caller.part_of(processes) for key, caller in callers.items()}
-        return cls(parts, path, processes=processes)
+        return cls(_parse(text, path), path)
 
     def reread(self) -> None:
         """Reads the file again, for later requests, and logs how many keys changed. Without a file,
@@ -133,7 +124,7 @@ class Keys:
             log.info("no key file to read again; see --api-key-file")
             return
         try:
-            new = Keys.load(self.path, self.processes)
+            new = Keys.load(self.path)
         except ConfigError as error:
             log.error("the keys stay as they were: %s", error.message)
             return

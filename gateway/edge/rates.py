@@ -1,9 +1,11 @@
-"""How many requests a key may send in a time: the rate that its line of the key file gives.
+"""How many requests a key may send in a time, and have in flight, as its line of the key file says.
 
 The generic cell rate algorithm (ITU-T I.371), which is a token bucket with one number of state: a
 key that was idle may send all requests of a period at once, and then each after its part of the
 period. The state is one number a key, which the processes of one gateway share in a directory.
 While that fails (a full disk, say), which is logged, each of them counts for itself.
+
+Requests in flight are counted by locks on places, which the system gives up with their process.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import contextlib
 import fcntl
 import hashlib
 import logging
+import os
 import re
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,6 +184,56 @@ class SharedTimes:
 
 
 Times: TypeAlias = OwnTimes | SharedTimes
+
+
+class SharedPlaces:
+    """Places of requests in flight, for all processes that share a file.
+
+    A place is a byte of the file, beyond its end, that is locked while a request has it. Such locks
+    belong to a process, and end with it, or when it closes any descriptor of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: int | None = None  # Its descriptor.
+        self._taken: defaultdict[str, set[int]] = defaultdict(set)  # By this process.
+        self._failing = False
+
+    def take(self, name: str, most: int) -> int | None:
+        """A place among ``most`` of the key ``name``, or None where all are taken. While the file
+        fails, which is logged, all but this process's own are free."""
+        taken = self._taken[name]
+        for place in range(most):
+            if place not in taken and self._lock(name, place):
+                taken.add(place)
+                return place
+        return None
+
+    def give_back(self, name: str, place: int) -> None:
+        self._taken[name].remove(place)
+        if self._file is not None:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _offset(name, place))
+
+    def _lock(self, name: str, place: int) -> bool:
+        try:
+            if self._file is None:
+                self._file = os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o600)
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _offset(name, place))
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if not self._failing:
+                log.error("each process counts the requests of keys for itself: %s", error)
+            self._failing = True
+        else:
+            self._failing = False
+        return True
+
+
+def _offset(name: str, place: int) -> int:
+    """Of a place, below 2**63: a file has 2**32 for each of 2**31 names, chosen by their hashes."""
+    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
+    return number << 32 | place
 
 
 def duration(seconds: float) -> str:

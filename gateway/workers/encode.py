@@ -3,8 +3,8 @@
 An item waits for an encoder with room until its request's deadline, in the order of the requests;
 a request that would wait too long is refused on arrival. Encoding is idempotent: if an encoder
 dies, the call is retried on another one, or on the same one after its restart, within the deadline.
-An item that an encoder died with is a suspect, and encoders get suspects one by one, since all items
-of an encoder that dies are blamed; after a second death the item is refused for a while. Concurrent
+All items that an encoder died with are suspects. Encoders get suspects one by one, so that another
+death is blamed on the one that was there; an item is refused for a while after two. Concurrent
 requests for one key share one run.
 """
 

@@ -63,11 +63,11 @@ class Processes:
         async with client(self.url) as http:
             return await http.get(path)
 
-    async def ask(self, pid: int) -> asyncio.Task[httpx2.Response]:
+    async def ask(self, pid: int, key: str = "sk-1") -> asyncio.Task[httpx2.Response]:
         """A chat that this process has begun to answer."""
         begun = len(self.llm.starts)
         with self.only(pid):
-            asked = asyncio.create_task(chat(self.url))
+            asked = asyncio.create_task(chat(self.url, key))
             await until(lambda: len(self.llm.starts) > begun, WAIT_S)
         return asked
 
@@ -88,14 +88,15 @@ def client(url: str) -> httpx2.AsyncClient:
     return httpx2.AsyncClient(base_url=url, headers=KEY, timeout=WAIT_S, trust_env=False)
 
 
-async def chat(url: str) -> httpx2.Response:
+async def chat(url: str, key: str = "sk-1") -> httpx2.Response:
     async with client(url) as http:
-        return await http.post("/v1/chat/completions", json=body())
+        headers = {"authorization": f"Bearer {key}"}
+        return await http.post("/v1/chat/completions", json=body(), headers=headers)
 
 
 @contextlib.asynccontextmanager
 async def started(tmp_path: Path) -> AsyncIterator[Processes]:
-    (tmp_path / "keys").write_text("ada: sk-1\nbob: sk-2 rate=2/h\n")
+    (tmp_path / "keys").write_text("ada: sk-1\nbob: sk-2 rate=2/h\neve: sk-3 concurrency=2\n")
     (tmp_path / "tmp").mkdir()
     flags = ["--workers", "2", "--host", "127.0.0.1", "--port", "0", "--drain-timeout-s", "60"]
     async with FakeLLM([*ids("Hello there."), END], PAIR_ID) as llm:
@@ -127,6 +128,7 @@ def test_two_processes_serve_one_port_and_one_may_be_lost(tmp_path: Path) -> Non
             first, second = s.pids()
             await both_serve_and_count_together(s)
             await both_count_a_rate(s)
+            await both_count_what_is_in_flight(s)
             await both_read_the_keys_again(s)
             await one_is_killed_and_comes_back(s, first, second)
             await both_drain(s, tmp_path)
@@ -147,14 +149,24 @@ async def both_serve_and_count_together(s: Processes) -> None:
 
 
 async def both_count_a_rate(s: Processes) -> None:
-    bob = {"authorization": "Bearer sk-2"}
     statuses = []
     for pid in [*s.pids(), *s.pids()]:
         with s.only(pid):
-            async with client(s.url) as http:
-                asked = await http.post("/v1/chat/completions", json=body(), headers=bob)
-        statuses.append(asked.status_code)
+            statuses.append((await chat(s.url, "sk-2")).status_code)
     assert statuses == [200, 200, 429, 429]
+
+
+async def both_count_what_is_in_flight(s: Processes) -> None:
+    go, (first, second) = asyncio.Event(), s.pids()
+    s.llm.step = lambda fake, index: go.wait()
+    running = [await s.ask(first, "sk-3") for _ in range(2)]
+    for pid in (first, second):
+        with s.only(pid):
+            assert (await chat(s.url, "sk-3")).status_code == 429
+    go.set()
+    assert [(await answer).status_code for answer in running] == [200, 200]
+    with s.only(second):
+        assert (await chat(s.url, "sk-3")).status_code == 200
 
 
 async def both_read_the_keys_again(s: Processes) -> None:

@@ -3,12 +3,14 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.edge.rates import KeyRates, Rate, duration
+from gateway.edge.rates import KeyRates, Rate, SharedPlaces, duration
 from opticnerve.errors import RateLimited
 
 
@@ -128,6 +130,39 @@ def test_while_the_directory_fails_each_process_counts_for_itself(tmp_path, capl
     (tmp_path / "rates").unlink()
     assert [one.take("ada", rate).remaining, other.take("ada", rate).remaining] == [1, 0]
     assert len(caplog.messages) == 4 and "together again" in caplog.text
+
+
+OTHER = """
+import sys, pathlib
+from gateway.edge.rates import SharedPlaces
+places = SharedPlaces(pathlib.Path(sys.argv[1]))
+print([places.take("ada", 3) for _ in range(2)], flush=True)
+input()
+"""
+
+
+@pytest.mark.process
+def test_processes_share_the_places_of_a_key_and_one_that_is_killed_leaves_its_own(tmp_path):
+    places = SharedPlaces(tmp_path / "places")
+    assert places.take("ada", 3) == 0
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", OTHER, str(tmp_path / "places")]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as other:
+        assert other.stdout.readline() == b"[1, 2]\n"
+        assert places.take("ada", 3) is None and places.take("bob", 3) == 0
+        assert places.take("ada", 4) == 3
+        other.kill()
+    assert [places.take("ada", 3) for _ in range(3)] == [1, 2, None]
+    places.give_back("ada", 1)
+    assert places.take("ada", 3) == 1
+
+
+def test_while_their_directory_fails_places_are_of_one_process(tmp_path, caplog):
+    places = SharedPlaces(tmp_path / "none" / "places")
+    assert [places.take("ada", 2) for _ in range(3)] == [0, 1, None]
+    places.give_back("ada", 0)
+    assert places.take("ada", 2) == 0
+    assert len(caplog.messages) == 1 and "for itself" in caplog.text
 
 
 def test_a_full_disk_is_no_fault_of_a_request(tmp_path, monkeypatch, caplog):
