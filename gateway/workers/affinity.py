@@ -25,7 +25,7 @@ conversations alone.
 from __future__ import annotations
 
 import hashlib
-import struct
+from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
@@ -92,12 +92,12 @@ class PromptChain:
         reads_cache: bool = True,
     ) -> PromptChain:
         """``spans`` are in the order of their tokens."""
-        tokens = memoryview(struct.pack(f"<{len(token_ids)}I", *token_ids))
+        tokens = memoryview(array("I", token_ids))  # As this machine writes numbers.
         digest = hashlib.sha256(bytes.fromhex(hash_parts(_SCHEME, cache_salt)))
         links: list[bytes] = []
         start, begun = 0, 0  # ``begun``: spans that begin before ``start``.
         for end in ENDS[: bisect_right(ENDS, len(token_ids))]:
-            digest.update(tokens[4 * start : 4 * end])
+            digest.update(tokens[start:end])
             while begun < len(spans) and spans[begun].token_offset < end:
                 span = spans[begun]
                 digest.update(span.identity(keys[span.item], start))

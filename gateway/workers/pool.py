@@ -246,6 +246,7 @@ class WorkerPool:
     def _leave(self, worker: Worker, source: AddressSource) -> None:
         worker.sources.remove(source)
         if not worker.sources:
+            log.info("%s %s: no longer listed", self.kind, worker.address)
             del self._workers[worker.address]
             worker.wake.set()
             self._notify(worker)

@@ -62,13 +62,17 @@ def text(proposal: Proposal) -> str:
 
 def verdict(proposal: Proposal) -> str:
     split, whole = proposal.split.pools, proposal.whole.pools
-    need = f"{split}: {split.devices} devices. {whole} would do as well"
+    need = f"{split}: {_devices(split.devices)}. {whole} would do as well"
     if split.devices < whole.devices:
         saved = whole.devices - split.devices
-        return f"{need}, which are {whole.devices} devices: splitting saves {saved}."
+        return f"{need}, on {_devices(whole.devices)}: splitting saves {saved}."
     if split.devices > whole.devices:
-        return f"{need}, which are {whole.devices} devices: splitting does not pay here."
+        return f"{need}, on {_devices(whole.devices)}: splitting does not pay here."
     return f"{need}: splitting saves no device."
+
+
+def _devices(number: int) -> str:
+    return "1 device" if number == 1 else f"{number} devices"
 
 
 def notes(slices: int) -> str:
