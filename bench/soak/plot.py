@@ -26,7 +26,7 @@ def draw(
 ) -> None:
     """Writes an image. ``ended``: when each request ended, in seconds, and the word for it."""
     figure = Figure(figsize=(11, 12), layout="constrained")
-    axes: Any = figure.subplots(2 + len(HELD), sharex=True)
+    axes: Any = figure.subplots(3 + len(HELD), sharex=True)
     last = max((at for at, _ in ended), default=1.0)
     step = last / BINS
     bottom = [0.0] * (BINS + 1)
@@ -37,7 +37,11 @@ def draw(
         axes[0].bar(edges, heights, step, bottom, align="edge", color=color, label=word)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes[0].set_ylabel("requests/s")
-    for row, (what, label) in zip(axes[1:], HELD.items(), strict=False):
+    for fault in faults:
+        here = (fault.began - began, min(fault.ended - began, last))
+        axes[1].plot(here, [fault.kind] * 2, color="tab:blue", linewidth=5, solid_capstyle="butt")
+    axes[1].tick_params("y", labelsize="x-small")
+    for row, (what, label) in zip(axes[2:], HELD.items(), strict=False):
         for name, points in sorted(samples.series.items()):
             if name.endswith(f" {what}") and name != "tier files":
                 row.plot(*zip(*points, strict=True), label=name.partition(" ")[0], linewidth=0.8)
@@ -47,12 +51,8 @@ def draw(
     axes[-1].set_ylabel("embeddings")
     axes[-1].set_xlabel("seconds; shaded: a fault, until everything serves again")
     for row in axes:
-        row.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        if row is not axes[1]:
+            row.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
         for fault in faults:
             row.axvspan(fault.began - began, min(fault.ended - began, last), alpha=0.08)
-    for fault in faults:
-        axes[0].annotate(
-            fault.kind, (fault.began - began, 1.0), xycoords=("data", "axes fraction"),
-            rotation=60, fontsize="xx-small",
-        )  # fmt: skip
     figure.savefig(path, dpi=90)
