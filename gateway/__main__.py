@@ -1,6 +1,7 @@
 """``opticnerve gateway [MODEL] flags``, or ``python -m gateway``.
 
-The parent of several processes loads little: what serves is imported where it serves.
+With ``--workers``, the parent stays small: the modules that serve are imported only in the
+processes that serve.
 """
 
 from __future__ import annotations

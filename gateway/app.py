@@ -68,8 +68,8 @@ class Gateway:
 
 
 class Api(FastAPI):
-    """The routes, without FastAPI's own middleware, which would answer errors before ours does.
-    FastAPI's exceptions are raised as ours."""
+    """The routes, without FastAPI's own middleware, which would answer errors before ours could.
+    FastAPI's exceptions are translated to OpticNerveError."""
 
     def __init__(self, gateway: Gateway) -> None:
         super().__init__(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -100,7 +100,7 @@ class Api(FastAPI):
 
     @functools.cached_property
     def document(self) -> bytes:
-        """The OpenAPI document, generated on its first use."""
+        """The OpenAPI document as JSON, generated on first use."""
         return openapi.describe(self.routes, self._needs_key)
 
     def _needs_key(self, path: str) -> bool:
@@ -108,7 +108,7 @@ class Api(FastAPI):
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
-    """What the router calls without a route, for HTTP and WebSockets."""
+    """What the router calls for a path without a route, HTTP or WebSocket."""
     raise not_found(scope["path"], scope["app"].routes)
 
 

@@ -72,8 +72,8 @@ class PlacedStage:
     item: int | None = None
 
     def shown(self, origin: float) -> dict[str, Any]:
-        """For the answer: the begin in milliseconds from ``origin``, negative for work that another
-        request began."""
+        """For the answer. The begin is in milliseconds from ``origin``; negative for work that
+        another request started earlier."""
         placed = {
             "stage": self.name,
             "begin_ms": round((self.began - origin) * 1000, 3),
@@ -84,14 +84,14 @@ class PlacedStage:
 
 class Stopwatch:
     """A request's timings: milliseconds by stage. The gateway's stages are measured here, and are
-    metrics and spans under the same names; those of workers are added."""
+    metrics and spans under the same names; workers' stages are added to them."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.stages: dict[str, float] = {}
         self.first_token: float | None = None
         self._last_token = self.began
-        self._placed: list[PlacedStage] = []  # Those that were measured here.
+        self._placed: list[PlacedStage] = []  # The stages measured here.
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[traces.TraceSpan]:
@@ -103,8 +103,8 @@ class Stopwatch:
             self.ended(name, began, traced=False)
 
     def ended(self, name: str, began: float, *, traced: bool = True) -> None:
-        """The stage, which began at ``began`` on the monotonic clock, ends now. ``traced``: whether
-        it is a span that is not recorded yet."""
+        """Records a stage that began at ``began`` (monotonic seconds) and ends now. ``traced``:
+        also record it as a span."""
         now = time.monotonic()
         if traced:
             traces.record(name, began, now)
@@ -112,7 +112,7 @@ class Stopwatch:
         self.measured(name, now - began)
 
     def measured(self, name: str, seconds: float) -> None:
-        """A stage of the gateway took ``seconds``."""
+        """Adds a stage of the gateway that took ``seconds``, also to the metrics."""
         self.add(name, seconds * 1000)
         STAGE_SECONDS.labels(name).observe(seconds)
 
@@ -120,7 +120,7 @@ class Stopwatch:
         self.stages[name] = self.stages.get(name, 0.0) + milliseconds
 
     def token(self) -> None:
-        """To be called when tokens arrive."""
+        """Call this when tokens arrive: records TTFT, then inter-token times."""
         now = time.monotonic()
         if self.first_token is None:
             self.first_token = now
@@ -131,14 +131,14 @@ class Stopwatch:
 
     @property
     def decode_ms(self) -> float:
-        """From the first token to the last one so far, as they came here."""
+        """Milliseconds from the arrival of the first token to that of the latest one."""
         return (self._last_token - (self.first_token or self._last_token)) * 1000
 
     def report(
         self, items: Sequence[Encoded | None], tokens: Sequence[int], bytes_sent: int
     ) -> dict[str, Any]:
-        """Timings for the answer. ``items``: in the order of the request, with the ``tokens`` of
-        each."""
+        """Timings for the answer. ``items``: in the order of the request; ``tokens``: the number of
+        tokens of each."""
         stages = self._all_stages(item for item in items if item)
         stages["total"] = (time.monotonic() - self.began) * 1000
         shown: dict[str, Any] = {f"{name}_ms": round(ms, 3) for name, ms in stages.items()}
@@ -150,9 +150,10 @@ class Stopwatch:
         return shown
 
     def _all_placed(self, items: Sequence[Encoded | None]) -> list[PlacedStage]:
-        """Every stage on this process's clock, in the order of their begins. Workers tell durations
-        alone: an encoder's stages end when its answer comes, an LLM worker's with the first and the
-        last token, and reading rows begins when the last reference is known."""
+        """Every stage on this process's clock, ordered by begin. Workers report durations alone, so
+        their stages are placed by what the gateway saw: an encoder's end when its answer arrives,
+        an LLM worker's prefill with the first token and its decode with the last, and reading rows
+        begins when the last reference is known."""
         placed = list(self._placed)
         ready = self.began
         for index, item in enumerate(items):
@@ -162,12 +163,13 @@ class Stopwatch:
         generation = {name: self.stages.get(name, 0.0) for name in ("queue", "prefill", "decode")}
         first = self.first_token or self._last_token
         if any(generation.values()):
-            # Both tokens came here after they were made: the earlier place is the closer one.
+            # Each token arrived some time after it was sampled. Of the two placements of prefill's
+            # end, by first token and by last, the earlier one is closer to the truth.
             late_s = self._last_token - generation["decode"] / 1000 - first
             chain = _chain(self._last_token - max(0.0, late_s), generation)
             rows = PlacedStage("get", max(ready, chain[0].began), self.stages.get("get", 0.0))
             placed += [*chain, rows]
-        else:  # A stop string ended it: the worker told no timings.
+        else:  # A stop string ended it: the worker sent no timings.
             placed.append(PlacedStage("decode", first, (self._last_token - first) * 1000))
         return sorted((each for each in placed if each.ms > 0), key=lambda each: each.began)
 
@@ -188,12 +190,12 @@ class Stopwatch:
 
 
 def _named(timings: Mapping[str, float]) -> dict[str, float]:
-    """An encoder's stages; its queue by a name that differs from an LLM worker's."""
+    """An encoder's stages, with its queue renamed so that it differs from an LLM worker's."""
     return {"encoder_queue" if name == "queue" else name: ms for name, ms in timings.items()}
 
 
 def _chain(ended: float, stages: Mapping[str, float], item: int | None = None) -> list[PlacedStage]:
-    """Stages that follow each other, of which the last one ends at ``ended``."""
+    """Consecutive stages, the last of which ends at ``ended``."""
     began = ended - sum(stages.values()) / 1000
     placed = []
     for name, ms in stages.items():

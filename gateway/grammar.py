@@ -1,5 +1,5 @@
-"""From a request's format and tools to the grammar that LLM workers obey, and its check before any
-worker is involved."""
+"""Makes the grammar that LLM workers enforce from a request's format and tools, and checks it
+before any worker is involved."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from opticnerve.generation.grammars import compile_grammar, grammar_error
 from opticnerve.generation.values import MAX_GRAMMAR_BYTES
 from opticnerve.lru import LRU
 
-# Between the parts of JSON, as indented JSON has it. A model that may write white space without end
-# sometimes does.
+# White space allowed between the parts of JSON: enough for indented JSON. It is bounded because a
+# model that may write endless white space sometimes does.
 WHITESPACE = r"(\r?\n[ \t]{0,32}|[ \t]{1,4})"
-RECENT = 32  # Grammars that are kept: most requests of an application have the same one.
-_RULE = re.compile(r"::=")  # Of GBNF; Lark has a single colon.
+RECENT = 32  # Grammars kept in memory: most requests of an application use the same one.
+_RULE = re.compile(r"::=")  # Marks GBNF; Lark's rules have a single colon.
 _LARK_START = re.compile(r"^[ \t]*start[ \t]*:(?!:)", re.MULTILINE)
 _IN_REGEX = re.compile(r"\\.|/|\n|\r", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerGrammar:
-    """The grammar of an answer; empty: any text will do. ``not_enforced``: what of the request's
-    format and tools it leaves out."""
+    """The grammar of an answer; empty: any text is allowed. ``not_enforced``: the parts of the
+    request's format and tools that it does not enforce."""
 
     text: str = ""
     not_enforced: tuple[str, ...] = ()
@@ -53,17 +53,19 @@ class Grammars:
         self._forms = forms
         self._tokenizer = forms.tokenizer
         self._recent: LRU[str, Future[AnswerGrammar]] = LRU(RECENT)
-        self._lock = threading.Lock()  # Of ``_recent``.
+        self._lock = threading.Lock()  # Guards ``_recent``.
 
     async def find(self, options: GenerationOptions, *, chat: bool) -> AnswerGrammar:
-        """The grammar of the answer to a request, checked. ``chat``: whether it may begin with
-        thinking. Raises InvalidRequest, with the reason, for one that no worker could obey."""
+        """The checked grammar of a request's answer. ``chat``: whether the answer may begin with
+        thinking. Raises InvalidRequest, with the reason, for a grammar that no worker could
+        enforce."""
         if options.format is None and options.tools is None:
             return AnswerGrammar()
         return await off_loop_for_grammars(self._find, options, chat)
 
     def _find(self, options: GenerationOptions, chat: bool) -> AnswerGrammar:
-        """A recent one; requests for the same one at the same time wait for the first."""
+        """A recent grammar, or a new one. Concurrent requests for the same grammar share one
+        compilation."""
         asked = repr((options.format, options.tools, chat))
         key = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()
         with self._lock:
@@ -80,8 +82,8 @@ class Grammars:
         return found.result()
 
     def _make(self, options: GenerationOptions, chat: bool) -> AnswerGrammar:
-        """Checks the format alone first, so that the errors of the whole grammar are those of the
-        tools, and the whole as it will be sent, with thinking before it."""
+        """Checks the format alone first, so that any later error is about the tools; then the whole
+        grammar as workers get it, with thinking before the answer."""
         format = options.format
         if options.tools is not None and options.tools.calls_only:
             format = None
@@ -100,11 +102,11 @@ class Grammars:
         return AnswerGrammar(grammar, tuple(dict.fromkeys(not_enforced)))
 
     def check_now(self, grammar: str, param: str) -> list[str]:
-        """Raises InvalidRequest, with the reason, for a grammar that no worker could obey. Returns
-        what of it is not enforced."""
+        """Returns the parts of a grammar that are not enforced. Raises InvalidRequest, with the
+        reason, for a grammar that no worker could enforce."""
         matcher = compile_grammar(grammar, self._vocabulary, param).matcher
         allowed = int.from_bytes(matcher.compute_bitmask(), "little")
-        if allowed:  # Some limits are found at the first token.
+        if allowed:  # The library reports some limits only at the first token.
             matcher.consume_token((allowed & -allowed).bit_length() - 1)
         if matcher.is_error():
             raise grammar_error(matcher.get_error(), param)
@@ -112,8 +114,8 @@ class Grammars:
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
-        """A small one in which every text can be written: single bytes, and the checkpoint's
-        special tokens under their ids, so that a grammar can refer to them."""
+        """A small vocabulary that can spell any text: single bytes, and the checkpoint's special
+        tokens under their ids, so that a grammar can refer to them."""
         special = self._tokenizer.special_ids
         size = max(self._tokenizer.vocab_size, *special, 0) + 1
         tokens = [b""] * size + [bytes([byte]) for byte in range(256)]
@@ -130,7 +132,7 @@ class Grammars:
 
 
 class _Bytes:
-    """A tokenizer of single bytes, whose tokens stand from ``first`` on."""
+    """A tokenizer of single bytes, whose token ids begin at ``first``."""
 
     def __init__(self, parts: SimpleNamespace, first: int) -> None:
         vars(self).update(vars(parts))
@@ -147,8 +149,8 @@ def field_of_grammar(options: GenerationOptions) -> str:
 
 
 def name_field(error: InvalidRequest, options: GenerationOptions) -> None:
-    """An error of a worker about the grammar, which no client knows, is about the field that it
-    comes from."""
+    """Makes a worker's error about the grammar name the request's field that it comes from, since
+    clients do not know the grammar."""
     if error.param == "grammar":
         reason = error.message.removeprefix("grammar").lstrip(": ")
         error.param = field_of_grammar(options)
@@ -186,7 +188,7 @@ def _json_grammar(schema: Any, format: OutputFormat) -> str:
 
 
 def _escaped(found: re.Match[str]) -> str:
-    """What a regular expression between slashes cannot hold, in a form that it can."""
+    """A character that cannot stand between the slashes of a Lark regular expression, escaped."""
     return {"/": r"\/", "\n": r"\n", "\r": r"\r", "\\\n": r"\n"}.get(found.group(), found.group())
 
 
@@ -208,7 +210,7 @@ def _lark(grammar: str, param: str) -> str:
             raise InvalidRequest(f"{param}: at most {MAX_GRAMMAR_RULES} rules", param=param)
         try:
             grammar = gbnf_to_lark(grammar)
-        except Exception as error:  # Bare ones, of the library's converter.
+        except Exception as error:  # The library's converter raises bare exceptions.
             raise grammar_error(f"as GBNF: {error}", param) from error
     check_lark(grammar, param)
     return grammar

@@ -1,9 +1,8 @@
-"""Bounds on what a grammar becomes, checked on its text before it is compiled.
+"""Bounds on the cost of a grammar, checked on its text before it is compiled.
 
-The library expands exact repetitions: ``(a{1000}){1000}`` is a text of a million characters, and
-each of its steps takes seconds. Compiling takes time that grows with the square of a schema's list,
-or of a rule's length, or with the number that another must be a multiple of. The library's own
-limits bound the rest.
+The library expands exact repetitions: ``(a{1000}){1000}`` becomes a million characters, and each
+step over them takes seconds. Compile time also grows with the square of the length of a schema's
+list or of a rule, and with the value of ``multipleOf``. The library's own limits bound the rest.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from gateway.edge.limits import (
 )
 from opticnerve.errors import InvalidRequest
 
-# Microseconds of compiling, by the key of a schema: by the square of a list's length, for each use
-# of a key, for each schema that is intersected, and by the number of a multipleOf.
+# Microseconds of compiling, by the schema's key: SQUARED per squared length of its list, FIXED per
+# use of the key, INTERSECTION per intersected schema, MULTIPLE per unit of multipleOf.
 SQUARED = {
     "properties": 0.25,
     "anyOf": 0.1,
@@ -46,8 +45,8 @@ _REGEX = re.compile(
     r"\\[pPxuU]\{[^}\\]*\}|\\.|\(\?P?<\w*>|\(\?(?P<flags>[\w-]*)[:)]|\{(?P<least>\d+)(?:,\d*)?\}|.",
     re.DOTALL,
 )
-RULE = 0.003  # By the square of a rule's tokens.
-# As the library has them. What opens a token that nothing closes is "other"; no text is read twice.
+RULE = 0.003  # Microseconds per squared number of a rule's tokens.
+# The library's tokens. An opening sign that nothing closes is "other"; no text is scanned twice.
 _LARK = re.compile(
     r"""(?P<comment>(?://|\#)[^\n]*)
       | (?P<string>"(?:\\.|[^"\\\n])*+"i?)
@@ -63,13 +62,13 @@ _LARK = re.compile(
 
 
 def check_regex(regex: str, param: str) -> None:
-    """Raises InvalidRequest for a regular expression that is too long, or becomes too long."""
+    """Raises InvalidRequest for a regular expression that is too long, as written or expanded."""
     check_length(regex, MAX_REGEX_CHARACTERS, param)
     _check_expansion(_regex_size(regex, param), param)
 
 
 def check_schema(schema: Any, param: str) -> str:
-    """The schema as JSON. Raises InvalidRequest for one that is too large, or becomes too large."""
+    """The schema as JSON. Raises InvalidRequest if it is too large, as written or expanded."""
     text = json.dumps(schema, ensure_ascii=False)
     check_length(text, MAX_SCHEMA_CHARACTERS, param)
     _check_work(schema_work(schema, param), param)
@@ -77,7 +76,7 @@ def check_schema(schema: Any, param: str) -> str:
 
 
 def schema_work(schema: Any, param: str) -> float:
-    """Microseconds that a schema takes to compile. Raises InvalidRequest for patterns and texts in
+    """Estimated microseconds to compile a schema. Raises InvalidRequest for patterns and texts in
     it that are too long."""
     work, todo = 0.0, [schema]
     while todo:
@@ -95,7 +94,7 @@ def schema_work(schema: Any, param: str) -> float:
 
 
 def check_lark(grammar: str, param: str) -> None:
-    """Raises InvalidRequest for a grammar that is too long, or becomes too long."""
+    """Raises InvalidRequest for a grammar that is too long, as written or expanded."""
     check_length(grammar, MAX_SCHEMA_CHARACTERS, param)
     rules = list(_rules(grammar, param))
     if len(rules) > MAX_GRAMMAR_RULES:
@@ -139,8 +138,8 @@ def _check_work(work: float, param: str) -> None:
 
 
 def _work(schema: Mapping[str, Any]) -> float:
-    """Microseconds that one object of a schema takes to compile, without those in it: an estimate,
-    measured on one core of a server."""
+    """Estimated microseconds to compile one object of a schema, without the objects in it; measured
+    on one core of a server."""
     work = 10.0
     for key, cost in SQUARED.items():
         listed = schema.get(key)
@@ -171,8 +170,8 @@ def _patterns(schema: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclass(slots=True)
 class _Rule:
-    """Its size without the terminals that it refers to, and how often it has each of them.
-    ``work``: microseconds of compiling it."""
+    """A rule or terminal. ``size``: its characters, without the terminals that it refers to;
+    ``terminals``: how often it refers to each. ``work``: microseconds to compile it."""
 
     name: str = ""
     size: int = 0
@@ -190,7 +189,7 @@ class _Nesting:
 
     def __init__(self) -> None:
         self._groups = [_Rule()]
-        self._longest = [0]  # Of the earlier alternatives of each group.
+        self._longest = [0]  # For each open group: its longest alternative so far.
         self._last = _Rule()
 
     def item(self, item: _Rule) -> None:
@@ -198,7 +197,7 @@ class _Nesting:
         self._last = item
 
     def alternative(self) -> None:
-        """What follows is instead of what came before."""
+        """A ``|``: begins the next alternative of the current group."""
         self.item(_Rule())
         self._longest[-1] = max(self._longest[-1], self._groups[-1].size)
         self._groups[-1].size = 0
@@ -228,12 +227,12 @@ class _Nesting:
 
 
 def _regex_size(regex: str, param: str) -> int:
-    """Characters that a regular expression writes out: of the longest alternatives, with the least
-    of each repetition. Raises InvalidRequest for the flag x, with which it may have comments."""
+    """The number of characters of an expanded regular expression: its longest alternatives, each
+    repetition at its minimum. Raises InvalidRequest for the flag x, which allows comments."""
     nesting, depth, opened = _Nesting(), 0, -1
     for found in _REGEX.finditer(regex):
         token, at = found.group(), found.start()
-        if depth:  # In a class, where ] comes first as itself.
+        if depth:  # In a character class, where a leading ] is literal.
             if token == "[":
                 depth, opened = depth + 1, at
             elif token == "]" and regex[opened + 1 : min(at, opened + 3)] not in ("", "^"):
@@ -295,7 +294,7 @@ def _rules(grammar: str, param: str) -> Iterator[_Rule]:
 
 
 def _punctuation(sign: str, nesting: _Nesting, param: str) -> None:
-    """Raises InvalidRequest for the beginning of a token that nothing closes."""
+    """Raises InvalidRequest for an opening sign that nothing closes."""
     if sign in '"/<':
         raise InvalidRequest(f"{param}: a {sign} in the grammar is not closed", param=param)
     if sign == "|":
@@ -308,7 +307,7 @@ def _punctuation(sign: str, nesting: _Nesting, param: str) -> None:
 
 def _summed(rule: _Rule, nesting: _Nesting, tokens: int) -> _Rule:
     rule.add(nesting.total())
-    if not rule.name.isupper():  # Terminals are bounded by their size.
+    if not rule.name.isupper():  # The work of terminals is bounded by their size.
         rule.work += RULE * tokens**2
     return rule
 

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from gateway.edge.admission import Ticket
     from gateway.edge.auth import Caller
 
-UNLIMITED = -1  # The value of max_tokens for as many tokens as the context leaves.
+UNLIMITED = -1  # As max_tokens: as many tokens as the context leaves.
 
 
 class PromptKind:
-    """How errors speak about a prompt of one kind."""
+    """The words that error messages use for a prompt of one kind."""
 
     __slots__ = ()
 
@@ -32,9 +32,9 @@ class PromptKind:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function that the model may call. ``parameters``: the JSON schema of its arguments, an
-    object's; None: any object. ``strict``: whether the arguments must follow the schema even if the
-    model is free to call or not."""
+    """A function that the model may call. ``parameters``: the JSON schema of its arguments, which
+    are an object; None: any object. ``strict``: enforce the schema also where calling the tool is
+    up to the model."""
 
     name: str
     description: str = ""
@@ -47,8 +47,8 @@ class CallMode(StrEnum):
 
     NONE = "none"
     AUTO = "auto"  # The model decides.
-    REQUIRED = "required"  # One call at least, and nothing else.
-    NAMED = "named"  # One call, of ToolUse.name, and nothing else.
+    REQUIRED = "required"  # At least one call, and nothing else.
+    NAMED = "named"  # One call of the tool ToolUse.name, and nothing else.
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +63,12 @@ class ToolUse:
 
     @property
     def calls_only(self) -> bool:
-        """Whether an answer is calls, and no text."""
+        """Whether an answer consists of calls alone, without text."""
         return self.mode in (CallMode.REQUIRED, CallMode.NAMED)
 
 
 class FormatKind(StrEnum):
-    """What an output format is given as."""
+    """The notation in which a request gives an output format."""
 
     JSON_OBJECT = "json_object"  # Any JSON object.
     JSON_SCHEMA = "json_schema"
@@ -79,17 +79,17 @@ class FormatKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OutputFormat:
-    """The form that an answer must have. ``value``: a JSON schema (a mapping, or a boolean), the
-    text of a regular expression or a grammar, or a tuple of texts, by ``kind``. ``param``: the
-    request's field, for errors. ``strict``: a schema that cannot be enforced as a whole is refused.
-    ``whitespace``: a regular expression of what may stand between the parts of JSON; empty:
-    nothing."""
+    """The form that an answer must have. ``value`` depends on ``kind``: a JSON schema (a mapping,
+    or a boolean), the text of a regular expression or a grammar, or a tuple of texts. ``param``:
+    the request's field, for errors. ``strict``: refuse a schema that cannot be enforced completely.
+    ``whitespace``: a regular expression for the white space between the parts of JSON; empty: none
+    is allowed."""
 
     kind: FormatKind
     value: Any
     param: str = "response_format"
     strict: bool = True
-    whitespace: str | None = None  # None: this server's.
+    whitespace: str | None = None  # None: the server's default.
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +108,18 @@ class ChatPrompt(PromptKind):
     continue_final_message: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = None
     reasoning_effort: str | None = None
-    tools: tuple[Tool, ...] = ()  # Those that the template shows to the model.
+    tools: tuple[Tool, ...] = ()  # The tools that the template shows to the model.
     chat_template: str | None = None  # Instead of the model's own.
-    documents: Sequence[Mapping[str, str]] | None = None  # Likewise.
-    # Whether the tokenizer adds its own special tokens; None: if the template writes no BOS.
+    documents: Sequence[Mapping[str, str]] | None = None  # For the template.
+    # Whether the tokenizer adds its own special tokens; None: only if the template writes no BOS.
     add_special_tokens: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt(PromptKind):
-    """Text that goes to the model as it is. Special tokens in it are special, except that
-    placeholders of pictures are text. ``add_special_tokens``: whether the tokenizer adds its own,
-    such as BOS. ``sources``: its pictures, in the order of the places in it that ``marker`` marks,
-    of which there are as many."""
+    """Text that goes to the model as it is. Special tokens in it are special, but placeholders of
+    pictures are plain text. ``add_special_tokens``: whether the tokenizer adds its own, such as
+    BOS. ``sources``: its pictures, one for each occurrence of ``marker`` in the text, in order."""
 
     field: ClassVar[str] = "prompt"
     need: ClassVar[str] = "the prompt needs"
@@ -158,8 +157,8 @@ AnyPrompt = ChatPrompt | TextPrompt | TokenPrompt
 def prompt_too_long(
     kind: type[PromptKind], max_tokens: int, needed: str, remedy: str = ""
 ) -> ContextLengthExceeded:
-    """The error of a prompt that needs ``needed`` tokens, where ``max_tokens`` fit. ``remedy``
-    replaces the advice to send a shorter one."""
+    """The error for a prompt that needs ``needed`` tokens where ``max_tokens`` fit. ``remedy``
+    replaces the advice to send a shorter prompt."""
     return ContextLengthExceeded(
         f"{ContextLengthExceeded.lead}, {max_tokens} tokens; {kind.need} {needed}; "
         f"{remedy or f'send {kind.shorter}'}",
@@ -169,8 +168,8 @@ def prompt_too_long(
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """How many tokens of a prompt are kept: the last ones, or with ``first`` the first ones.
-    ``tokens``: UNLIMITED for as many as the context has room for."""
+    """Keeps the last ``tokens`` tokens of a prompt, or with ``first`` the first ones. UNLIMITED: as
+    many as fit into the context."""
 
     tokens: int
     first: bool = False
@@ -180,14 +179,13 @@ class Truncation:
 class GenerationOptions:
     """How a prompt is continued.
 
-    ``max_tokens``: None stands for the model's default. ``max_tokens_field``: the request's field
-    that errors about it name. ``shorten_to_fit``: whether an answer may be shorter than
-    ``max_tokens`` where the context leaves no more; otherwise such a job fails. ``top_logprobs``:
-    how many of the most likely tokens have their log-probability in the answer, besides the sampled
-    one; None: no log-probabilities at all. ``top_logprobs_field``: the request's field of that
-    number. ``end_logprobs``: whether the token that ended a choice, whose text is not shown, has
-    them too. ``prompt_logprobs``: as ``top_logprobs``, for every token of the prompt. ``echo``: the
-    answer has the prompt, and with ``top_logprobs`` its tokens' log-probabilities.
+    ``max_tokens``: None: the model's default. ``max_tokens_field``: the request's field, for
+    errors. ``shorten_to_fit``: lower ``max_tokens`` to what the context leaves instead of failing.
+    ``top_logprobs``: the number of most likely tokens reported for each sampled one; None: no
+    log-probabilities at all. ``top_logprobs_field``: the request's field, for errors.
+    ``end_logprobs``: report them also for the token that ended a choice, whose text is not shown.
+    ``prompt_logprobs``: as ``top_logprobs``, for every token of the prompt. ``echo``: begin the
+    answer with the prompt, and with ``top_logprobs`` report its tokens' log-probabilities.
     """
 
     sampling: SamplingFields
@@ -201,13 +199,13 @@ class GenerationOptions:
     echo: bool = False
     priority: int | None = None  # None: the caller's default.
     cache_salt: str = ""
-    running_usage: bool = False  # Every event has the usage so far.
+    running_usage: bool = False  # Every event carries the usage so far.
     truncation: Truncation | None = None
-    token_ids: bool = False  # The answer has the ids of its tokens, and of the prompt's.
-    tokens_as_ids: bool = False  # Log-probabilities spell tokens as ``token_id:`` and the id.
+    token_ids: bool = False  # The answer includes the token ids of the prompt and of the output.
+    tokens_as_ids: bool = False  # Log-probabilities show tokens as ``token_id:ID``.
     format: OutputFormat | None = None
     tools: ToolUse | None = None
-    reasoning: bool = True  # The answer shows what the model thinks.
+    reasoning: bool = True  # The answer shows the model's reasoning.
 
 
 @dataclass
@@ -224,7 +222,8 @@ class Job:
     body_bytes: int = 0  # Bytes that the ticket holds for the prompt.
     watch: Stopwatch = field(default_factory=Stopwatch)
     system_fingerprint: str | None = None  # Set before the first event.
-    not_enforced: Sequence[str] = ()  # Of formats and tools; set before the first event too.
+    # Parts of formats and tools that are not enforced; set before the first event.
+    not_enforced: Sequence[str] = ()
 
     def drop_prompt(self) -> None:
         """Frees the prompt and the body's bytes, once the prompt is rendered."""

@@ -22,7 +22,8 @@ Run = Callable[[Job], AsyncGenerator[AnswerEvent, None]]
 
 
 class JobGroup:
-    """Jobs with the same number n of choices. Those of the i-th job are numbered from i * n on."""
+    """Jobs with the same number n of choices each. The i-th job's choices are numbered from i * n
+    on."""
 
     def __init__(self, run: Run, jobs: Sequence[Job]) -> None:
         self._run = run
@@ -34,9 +35,9 @@ class JobGroup:
         self._began = time.monotonic()
 
     async def events(self) -> AsyncGenerator[AnswerEvent, None]:
-        """The events of all jobs as they come, with one End. Jobs begin in their order, as many at
-        once as the request gets places. Raises the error of the first job that fails, with its
-        index, once the others are ended."""
+        """The events of all jobs as they come, with one End. Jobs start in order; ``count_places``
+        says how many run at once. If one fails, cancels the others and raises its error, which
+        names the job's index."""
         places = count_places(self._jobs[0].ticket, min(len(self._jobs), MAX_PROMPTS_AT_ONCE))
         lanes = [asyncio.create_task(self._lane()) for _ in range(places)]
         try:
@@ -91,14 +92,15 @@ class JobGroup:
 
 
 def _is_being_cancelled() -> bool:
-    """Whether the current task itself is cancelled, and not only some work that it waits for."""
+    """Whether the current task itself is being cancelled, not just work that it awaits."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
 def count_places(ticket: Ticket, most: int) -> int:
-    """How many jobs may run at once, up to ``most``. The request has a place; each further one is
-    counted as a request, as far as there is room, because it is as much work."""
+    """How many jobs may run at once, up to ``most``. The first runs in the request's own place.
+    Each further one is counted as another request in flight, as long as there is room, because it
+    is as much work."""
     places = 1
     with contextlib.suppress(Overloaded):
         while places < most:
@@ -108,7 +110,7 @@ def count_places(ticket: Ticket, most: int) -> int:
 
 
 def of_prompt(error: BaseException, index: int) -> BaseException:
-    """The error of the job ``index``, which names it."""
+    """``error`` with the index of the job that raised it in its message and ``param``."""
     if not isinstance(error, OpticNerveError):
         return error
     found, name = copy.copy(error), f"prompt[{index}]"

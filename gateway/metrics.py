@@ -1,7 +1,7 @@
 """The metrics of the gateway alone; ``opticnerve.telemetry.metrics`` has those of all services.
 
-A gauge says how several processes of one gateway are added up: work that each has is summed, and
-of what all of them see the largest counts.
+A gauge declares how the values of a gateway's processes are combined: the sum for work that each
+process has of its own, the maximum for what all of them see.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ from opticnerve.media.plan import Plan
 from opticnerve.telemetry import logs
 
 OFF_LOOP_CHARACTERS = 8_000  # Longer prompts are rendered and tokenized in a thread.
-OFF_LOOP_TOKENS = 20_000  # Likewise prompts whose placeholders are expanded.
-OFF_LOOP_SAMPLING = 2_000  # Likewise sampling fields: characters and entries.
+OFF_LOOP_TOKENS = 20_000  # The placeholders of longer prompts are expanded in a thread.
+OFF_LOOP_SAMPLING = 2_000  # Characters and entries of sampling fields; likewise.
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +77,12 @@ class Pipeline:
     max_logprobs: int
     max_n: int
     worker_wait_s: float
-    request_templates: RequestTemplates | None = None  # If requests may have templates.
+    request_templates: RequestTemplates | None = None  # None: requests may not have templates.
     share_cache: bool = False  # See --share-cache.
 
     async def run(self, job: Job) -> AsyncGenerator[AnswerEvent, None]:
-        """Runs a job to its end: the prompt, if the job asks for it, text as it is generated, the
-        end of each choice, then End. Raises typed errors."""
+        """Runs a job to its end. Yields the prompt (if the job asks for it), text as it is
+        generated, the end of each choice, then End. Raises OpticNerveError."""
         spec, embeddings, echo, thinking = await self._start(job)
         async with embeddings:
             if embeddings.encoding:
@@ -143,10 +143,10 @@ class Pipeline:
         *,
         locate: bool = False,
     ) -> ExpandedPrompt:
-        """The prompt's token ids and spans. ``plans``: those of its pictures, in order.
-        ``contexts``: how many context lengths it may have, if it is truncated afterwards.
-        ``locate``: whether the places of a text's tokens are needed. Raises InvalidRequest, and
-        ContextLengthExceeded for a prompt that no worker could take."""
+        """The prompt's token ids and spans. ``plans``: one for each picture, in order.
+        ``contexts``: the longest prompt accepted, in context lengths; more than 1 if it is
+        truncated afterwards. ``locate``: also find where each token begins in the text. Raises
+        InvalidRequest, and ContextLengthExceeded for a prompt that no worker could take."""
         with watch.stage("render"):
             renderer, size = self.renderer, prompt.size
             if not isinstance(prompt, ChatPrompt):
@@ -176,8 +176,9 @@ class Pipeline:
     async def _start(
         self, job: Job
     ) -> tuple[GenerateSpec, RequestEmbeddings, Echo, Thinking | None]:
-        """Everything before generation. Returns its request, the embeddings that it needs, what the
-        answer shows of the prompt, and how a chat's answer begins."""
+        """Everything before generation. Returns the generation's request, the embeddings that it
+        needs, the part of the prompt that the answer shows, and, for a chat, how the answer
+        begins."""
         assert job.prompt is not None
         kind = type(job.prompt)
         with job.watch.stage("check"):
@@ -226,7 +227,7 @@ class Pipeline:
         return priority, grammar
 
     async def _echo(self, options: GenerationOptions, prompt: ExpandedPrompt) -> Echo:
-        """What the answer shows of the prompt. Token ids become text."""
+        """The part of the prompt that the answer shows; a prompt of token ids is shown as text."""
         ids, located = prompt.token_ids, self.vocabulary.located
         shown: tuple[str | None, Sequence[int] | None] = None, None
         if options.echo and prompt.starts is not None:
@@ -244,10 +245,10 @@ class Pipeline:
     async def _pair_early(
         self, job: Job, pictures: Pictures
     ) -> tuple[Pair | None, list[Encodable]]:
-        """The pair and the pictures with its content keys, if there are pictures and the pair is
-        known without waiting; else None. Raises Overloaded if they would wait too long for an
-        encoder: before rendering, which is most of the gateway's own work for a request, so that a
-        request that will be refused is not rendered."""
+        """The pair, and the pictures with their content keys under it; (None, []) if there are no
+        pictures, or no pair is known yet. Raises Overloaded if the pictures would wait too long for
+        an encoder. This check comes before rendering, the gateway's most expensive step, so that no
+        request is rendered only to be refused."""
         pair = self.pairing.best(pictures=True) if pictures.items else None
         if pair is None:
             return None, []
@@ -323,8 +324,8 @@ class Pipeline:
         generation: FailoverGeneration,
         choices: Choices,
     ) -> Sequence[TokenIds | OutputEvent | ChoiceEnd]:
-        """The choices' events of a delta. After a failover, a choice that they end is not
-        continued."""
+        """The events that a delta brings. If they end a choice, no worker continues it after a
+        failover."""
         if isinstance(delta, PromptPiece):
             return []
         job.watch.token()
@@ -348,7 +349,7 @@ def _end(
     choices: Choices,
     embeddings: RequestEmbeddings,
 ) -> End:
-    """The last event, with our own count of tokens, and the timings of gateway and worker."""
+    """The last event: tokens as the gateway counted them, and the timings of gateway and worker."""
     usage = _counted(done.usage, choices.num_tokens)
     for name, milliseconds in done.timings.stages.items():
         job.watch.add(name, milliseconds)
@@ -357,7 +358,7 @@ def _end(
     metrics.TOKENS.labels("image").inc(usage.embedding_tokens)
     metrics.TOKENS.labels("completion").inc(usage.completion_tokens)
     outcomes = embeddings.outcomes()
-    tokens = [0] * len(spec.keys)  # Of each picture.
+    tokens = [0] * len(spec.keys)  # By picture.
     for span in spec.spans:
         tokens[span.item] += span.num_tokens
     items = [outcomes.get(key) for key in spec.keys]
@@ -367,14 +368,14 @@ def _end(
 
 
 def _left(generation: FailoverGeneration, watch: Stopwatch) -> Done:
-    """The end of a generation that the gateway ended: by its own count, and the worker's timings as
-    far as they came."""
+    """The end of a generation that the gateway itself ended: usage by its own count, and those of
+    the worker's timings that had arrived."""
     timings = generation.prefilled or Timings()
     return Done(generation.usage(), replace(timings, decode_ms=watch.decode_ms))
 
 
 def _counted(usage: Usage, completion_tokens: int) -> Usage:
-    """Usage with our own completion count, which excludes tokens after a stop string."""
+    """Usage with the gateway's completion count, which excludes tokens after a stop string."""
     return replace(usage, completion_tokens=completion_tokens)
 
 

@@ -1,10 +1,10 @@
 """``opticnerve gateway --workers N``: one port, served by several processes.
 
-A parent binds the port and keeps N gateways running, which inherit the listening socket: a
-connection goes to whichever process accepts it first, which is one that is not busy, and what waits
-to be accepted outlives a process that ends. Each gateway has an equal share of the bounds on
-connections, requests and bytes, and its own view of the workers. They share what keys have used of
-their rates and have in flight, and metrics; any of them can answer any request.
+A parent binds the port and keeps N gateways running, which inherit the listening socket. Whichever
+process accepts a connection first serves it, so a busy process gets fewer; connections that wait to
+be accepted survive the end of a process. Each gateway has an equal share of the bounds on
+connections, requests and bytes, and its own view of the workers. They share metrics and, for each
+API key, the use of its rate and its requests in flight. Any of them can answer any request.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from opticnerve.owned_directories import owned_directory, sweep_dead_tiers
 from opticnerve.process import announce, follow_parent, handle_signals, on_hangup
 from opticnerve.telemetry.metrics import DIRECTORY, export, sum_of_processes
 
-START_TIMEOUT_S = 600.0  # For a process to listen.
-MAX_RESTARTS = 5  # Crashes of one process within a minute after which all stop.
-CLOSE_S = 5.0  # For a process to end after its drain.
-# In the directory of what the processes count together.
+START_TIMEOUT_S = 600.0  # Time for a process to begin to listen.
+MAX_RESTARTS = 5  # After more crashes of one process within a minute, all stop.
+CLOSE_S = 5.0  # Time for a process to exit after its drain.
+# Names within the directory that the processes share.
 METRICS, RATES, PLACES = "metrics", "rates", "places"
 DIVIDED = (
     "max_connections",
@@ -49,8 +49,8 @@ DIVIDED = (
 
 
 def share(settings: GatewayConfig) -> GatewayConfig:
-    """What one of the processes may take: together they stay within the bounds. A bound of 0, which
-    is none, stays 0. Raises ConfigError where a process could not take a whole request."""
+    """The settings of one process, with its share of each bound in DIVIDED. A bound of 0 means
+    unbounded, and stays 0. Raises ConfigError if a process's share is too small for one request."""
     workers = settings.workers
     values: dict[str, int] = {name: getattr(settings, name) for name in DIVIDED}
     shares: dict[str, Any] = {
@@ -76,8 +76,8 @@ class GatewayProcesses(Keeper):
         listener: socket.socket,
         shared: Path,
     ) -> None:
-        """``arguments``: the gateway's own. ``shared``: the directory of what they count
-        together."""
+        """``arguments``: the gateway's command line. ``shared``: the directory of their shared
+        counts."""
         command = [
             *(sys.executable, "-m", "gateway", *arguments),
             *("--parent-pid", str(os.getpid()), "--listen-fd", str(listener.fileno())),
@@ -100,7 +100,7 @@ class GatewayProcesses(Keeper):
             start_timeout_s=START_TIMEOUT_S,
             stop_timeout_s=stop_timeout_s(settings),
             max_restarts=MAX_RESTARTS,
-            # What it has counted stays counted; its gauges go.
+            # Its counters stay; its gauges are removed.
             after_crash=lambda child: mark_process_dead(child.pid, str(metrics)),  # type: ignore[no-untyped-call]
         )
 
@@ -127,9 +127,10 @@ def stop_timeout_s(settings: GatewayConfig) -> float:
 
 async def serve(settings: GatewayConfig, arguments: Sequence[str]) -> None:
     """Keeps the processes running until a signal: the first lets running requests finish, a second
-    ends them, a third kills the processes. SIGHUP makes each read the keys again. ``arguments``:
-    the gateway's own. Raises StartupError when one cannot start, or crashes again and again; what
-    can be checked before is said once, not by each."""
+    ends them, a third kills the processes. SIGHUP makes each process reload the API keys.
+    ``arguments``: the gateway's command line. Raises StartupError if a process cannot start or
+    keeps crashing. Settings are checked here first, so that an error is reported once, not by each
+    process."""
     share(settings)
     Https.of(settings.https)
     keys = Keys.load(settings.api_key_file)
@@ -148,8 +149,8 @@ async def serve(settings: GatewayConfig, arguments: Sequence[str]) -> None:
             files.close()
 
         with handle_signals(keeper.stop, keeper.hurry, kill), on_hangup(keeper.hang_up):
-            async with keeper:  # Inside: the signals still count while the processes stop.
+            async with keeper:  # Inside the handlers: signals still count while processes stop.
                 try:
                     await keeper.run()
                 finally:
-                    listener.close()  # Nobody listens any more once they begin to drain.
+                    listener.close()  # So that nobody listens once the processes drain.

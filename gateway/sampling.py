@@ -55,10 +55,10 @@ def load_defaults(
     text_config: Mapping[str, Any],
     default_sampling: str | None = None,
 ) -> Defaults:
-    """``source`` is ``--generation-config``: ``auto`` (the checkpoint's), ``neutral``, or a
-    directory; ``default_sampling`` the flag of that name, which wins. End-of-sequence ids always
-    come from the model: its generation_config.json, its configuration and its tokenizer, together.
-    Raises ConfigError."""
+    """``source``: the value of ``--generation-config``: ``auto`` (the checkpoint's), ``neutral``,
+    or a directory. ``default_sampling``: the value of ``--default-sampling``, which takes
+    precedence. End-of-sequence ids always come from the model: the union of those in its
+    generation_config.json, its configuration and its tokenizer. Raises ConfigError."""
     model_config = _read(checkpoint_path / "generation_config.json")
     if source == "auto":
         chosen = model_config
@@ -85,7 +85,7 @@ def load_defaults(
 
 
 def _with_given(defaults: Defaults, text: str) -> Defaults:
-    """``defaults`` with the fields of ``--default-sampling``. Raises ConfigError."""
+    """``defaults`` overridden by the fields of ``--default-sampling``. Raises ConfigError."""
     try:
         given, _ = parse(DefaultSampling, text)
         values = {name: getattr(given, name) for name in given.model_fields_set}
@@ -97,8 +97,9 @@ def _with_given(defaults: Defaults, text: str) -> Defaults:
 
 
 def _model_sampling(config: Mapping[str, Any]) -> Sampling:
-    """The usable part of a generation_config.json. ``do_sample`` absent or false means greedy in
-    Hugging Face; servers take temperature as it stands, and 1 without one."""
+    """The sampling fields of a generation_config.json. In Hugging Face, ``do_sample`` absent or
+    false means greedy; like other servers, this one ignores it and uses the temperature, or 1 if
+    there is none."""
     found: dict[str, Any] = {"temperature": 1.0}
     for each in fields(Sampling):
         value = config.get(each.name)
@@ -129,7 +130,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _ids(value: Any) -> list[int]:
-    """``eos_token_id`` as files hold it: an id, a list of ids, or null."""
+    """Reads ``eos_token_id``, which may be an id, a list of ids, or null."""
     values = value if isinstance(value, list) else [value]
     return [each for each in values if _is_integer(each)]
 
@@ -177,7 +178,7 @@ def _with_fields(sampling: Sampling, values: Mapping[str, Any]) -> Sampling:
     values = dict(values)
     if "top_k" in values:
         values["top_k"] = max(values["top_k"], 0)
-    if values.get("top_p") == 0:  # The most likely token. A worker takes 0 as off.
+    if values.get("top_p") == 0:  # Means the most likely token; to a worker, 0 means off.
         values |= {"temperature": 0.0, "top_p": 1.0}
     return replace(sampling, **values)
 
@@ -193,7 +194,7 @@ def check_choices(options: GenerationOptions, max_n: int) -> None:
 
 
 def prompt_limit(options: GenerationOptions, limits: SamplingLimits) -> int | None:
-    """How many tokens of the prompt are kept; None: all. Raises InvalidRequest."""
+    """The number of the prompt's tokens to keep; None: all. Raises InvalidRequest."""
     truncation = options.truncation
     if truncation is None:
         return None
@@ -217,13 +218,13 @@ def output_limit(
     defaults: Defaults,
     limits: SamplingLimits,
 ) -> int:
-    """How many tokens a choice may have: the request's limit, the model's default, or all that the
-    context leaves. Raises ContextLengthExceeded."""
+    """The most tokens that a choice may have: the request's limit, else the model's default, else
+    all that the context leaves. Raises ContextLengthExceeded."""
     room = limits.max_model_len - prompt_tokens
     unlimited = options.max_tokens == UNLIMITED
     asked = None if unlimited else options.max_tokens
     if asked == 0:
-        asked = 1  # A worker computes a prompt by writing a token after it, which is not shown.
+        asked = 1  # A worker always samples one token after the prompt; it is not shown.
     if room >= (asked or 1):
         most = LARGEST_MAX_TOKENS if unlimited else defaults.max_tokens or LARGEST_MAX_TOKENS
         return asked or min(most, room)
@@ -242,8 +243,8 @@ def output_limit(
 
 
 def num_logprobs(wanted: int | None, name: str, limits: SamplingLimits) -> int | None:
-    """How many alternatives of each token; None: no log-probabilities. ``name``: of the request's
-    field. Raises InvalidRequest."""
+    """The number of alternatives to report for each token; None: no log-probabilities. ``name``:
+    the request's field, for errors. Raises InvalidRequest."""
     if wanted is not None and wanted > limits.max_logprobs:
         raise InvalidRequest(f"{name}: at most {limits.max_logprobs} on this server", param=name)
     return wanted
@@ -267,7 +268,7 @@ def check_token_ids(ids: Collection[int], limits: SamplingLimits, param: str) ->
 
 
 def _bias(bias: Mapping[str, float], limits: SamplingLimits) -> dict[int, float]:
-    """Biases by token id; in JSON the ids are strings. Raises InvalidRequest."""
+    """Biases by token id, from JSON, where the ids are strings. Raises InvalidRequest."""
     values: dict[int, float] = {}
     for key, value in bias.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
@@ -278,7 +279,8 @@ def _bias(bias: Mapping[str, float], limits: SamplingLimits) -> dict[int, float]
 
 
 def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Each word as it is encoded at the start of a text and after a space."""
+    """The token ids of each word, both as it is encoded at the start of a text and after a
+    space."""
     texts = [text for word in filter(None, words) for text in (word, " " + word.lstrip(" "))]
     if not texts:
         return ()

@@ -67,7 +67,7 @@ from opticnerve.telemetry.metrics import export as export_metrics
 
 log = logging.getLogger(__name__)
 
-REGISTERED_WORKERS = 1024  # Files are allowed for as many.
+REGISTERED_WORKERS = 1024  # Open files are reserved for this many workers of a registry.
 ACCEPTS_A_TURN = 16  # Connections taken in one turn of the event loop.
 
 
@@ -89,14 +89,14 @@ def quiet_uvicorn() -> None:
 
 
 def _count_workers(settings: GatewayConfig) -> int:
-    """For how many workers files are needed: those that are named, and some of the registry."""
+    """The number of workers to reserve open files for: the named ones, and some of the registry."""
     registered = 0 if settings.store.read_registry() is None else REGISTERED_WORKERS
     return len(settings.encoder_addresses) + len(settings.llm_addresses) + registered
 
 
 async def serve(settings: GatewayConfig) -> None:
-    """Serves until a signal has drained the gateway. SIGHUP reads the keys again. Raises
-    StartupError."""
+    """Serves until a signal stops the gateway and it has drained. SIGHUP reloads the API keys.
+    Raises StartupError."""
     keys = Keys.load(settings.api_key_file)
     if settings.shared_directory is not None:
         shared = Path(settings.shared_directory)
@@ -124,7 +124,7 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
     checkpoint = Checkpoint.configured(settings.model)
     layout = make_layout(checkpoint)
     renderer, defaults = read_checkpoint(settings, checkpoint, layout)
-    if settings.listen_fd is None:  # Else the parent does.
+    if settings.listen_fd is None:  # Otherwise the parent exports them.
         export_metrics(settings.telemetry, settings.listen_host)
     async with contextlib.AsyncExitStack() as stack:
         endpoint = settings.telemetry.otlp_endpoint
@@ -168,7 +168,7 @@ async def _open_pools(
     tls: ChannelTls | None,
     stack: contextlib.AsyncExitStack,
 ) -> tuple[Encoders, WorkerPool]:
-    """The encoders, and the pool of LLM workers, both followed until ``stack`` is closed."""
+    """The encoders, and the pool of LLM workers; both are watched until ``stack`` is closed."""
     registry = _open_registry(settings, token, tls, stack)
     encoders, llms = _workers(settings, token, tls, registry)
     for pool in (encoders.pool, llms):
@@ -184,7 +184,7 @@ def _open_registry(
     tls: ChannelTls | None,
     stack: contextlib.AsyncExitStack,
 ) -> Registry | None:
-    """The registry in which workers are found, if there is one; ``stack`` closes it. Raises
+    """The registry that workers register in, or None if there is none; ``stack`` closes it. Raises
     ConfigError."""
     url = settings.store.read_registry()
     if url is None:
@@ -255,8 +255,8 @@ def _gateway(
 
 
 def _own_pair_id(checkpoint: Checkpoint) -> asyncio.Future[str | None]:
-    """The checkpoint's pair id; None without its weights. Computed on a thread that does not keep
-    the process from ending, since reading all weights may take minutes."""
+    """The checkpoint's pair id, or None if its weights are not here. Computed in a daemon thread:
+    reading all weights may take minutes, and must not delay the process's exit."""
     loop = asyncio.get_running_loop()
     found: asyncio.Future[str | None] = loop.create_future()
 
@@ -266,7 +266,7 @@ def _own_pair_id(checkpoint: Checkpoint) -> asyncio.Future[str | None]:
             own = checkpoint.pair_id
         except CheckpointError:
             log.info("no weights here: workers are paired with each other, not with this gateway")
-        with contextlib.suppress(RuntimeError):  # The loop was closed meanwhile.
+        with contextlib.suppress(RuntimeError):  # The event loop has been closed.
             loop.call_soon_threadsafe(found.set_result, own)
 
     threading.Thread(target=read, name="pair-id", daemon=True).start()
@@ -287,13 +287,14 @@ class HttpServer(uvicorn.Server):
                 ws_max_size=MAX_EVENT_BYTES,
                 ws_ping_interval=PING_S,
                 ws_ping_timeout=PING_S,
-                ws_per_message_deflate=False,  # A small message could become a large one.
+                ws_per_message_deflate=False,  # A small message could expand to a large one.
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                backlog=ACCEPTS_A_TURN if settings.listen_fd is None else 1,  # Others take some.
+                # One at a time where other processes accept from the same socket.
+                backlog=ACCEPTS_A_TURN if settings.listen_fd is None else 1,
                 timeout_keep_alive=math.ceil(IDLE_TIMEOUT_S),
                 timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + 2 * LAST_WORDS_S),
             )
@@ -325,7 +326,7 @@ class HttpServer(uvicorn.Server):
         return await super().on_tick(counter) or self.running.closed.is_set()
 
     def _cut_off_clients(self) -> None:
-        """Aborts the connections of clients that do not read their requests' final errors."""
+        """Aborts the connections of clients that do not read the error that ends their request."""
         asyncio.get_running_loop().call_later(LAST_WORDS_S, self._abort_connections)
 
     def _abort_connections(self) -> None:

@@ -1,5 +1,5 @@
-"""What a gateway reads of its checkpoint, and checks for errors that would end it at its start, in
-the process that will start it. Imports neither the routes nor the pipeline."""
+"""Reads what a gateway needs of its checkpoint. With ``check``, a process that starts gateways
+finds errors before it does. Imports neither the routes nor the pipeline."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from opticnerve.models.registry import make_layout
 
 def check(settings: GatewayConfig, checkpoint: Checkpoint, workers: int) -> None:
     """Reads the keys, the certificate, the tokenizer, the template and the generation config, and
-    asks for the files that ``workers`` and clients need. Raises ConfigError, CheckpointError,
-    StartupError."""
+    raises the limit on open files to what ``workers`` and clients need. Raises ConfigError,
+    CheckpointError, StartupError."""
     Keys.load(settings.api_key_file)
     Https.of(settings.https)
     allow_files(settings.max_connections, workers)
@@ -52,11 +52,11 @@ def read_checkpoint(
 class PromptFacts:
     """How a gateway makes prompts for a checkpoint."""
 
-    template: str  # Where the chat template is from.
+    template: str  # The file or flag that the chat template comes from.
     placeholder: str  # The token that the template writes for a picture, and its id.
     placeholder_id: int
-    vocabulary: int  # Tokens of the tokenizer.
-    named_tokens: dict[str, str]  # "bos_token" and its like.
+    vocabulary: int  # Number of tokens.
+    named_tokens: dict[str, str]  # By name, such as "bos_token".
     special_tokens: int
 
 

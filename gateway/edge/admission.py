@@ -5,9 +5,9 @@ keep their pace and memory stays bounded. A request is counted once its body has
 that send slowly, or stop sending, do not keep others out.
 
 Each request counts for its holder: its API key, or without keys its address. While there are
-several holders, the last quarter of each bound is reserved for holders below an equal share: no
-holder can keep the others out, and a holder that is alone may use all of it. What the key file
-allows a key, requests in a time and requests in flight, bounds it whatever others do.
+several holders, the last quarter of each bound is reserved for holders below an equal share, so no
+holder can keep the others out, and a holder that is alone may use all of it. A key's own limits in
+the key file (its rate and its requests in flight) apply independently of other holders.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from gateway.edge.rates import KeyRates, SharedPlaces
 from opticnerve.errors import Overloaded, RateLimited
 from opticnerve.process import return_freed_memory
 
-LARGE_REQUEST_BYTES = 4 * 2**20  # Smaller requests leave little freed memory behind.
+LARGE_REQUEST_BYTES = 4 * 2**20  # The end of a smaller request frees too little memory to trim.
 TRIM_DELAY_S = 1.0
 
 
 class SharedCapacity:
     """A bounded amount, and how much of it each holder uses.
 
-    Without room a holder is refused by ``check``, or waits in ``acquire``: FIFO, skipping holders
-    at their limit. Belongs to one event loop.
+    Where there is no room, ``check`` refuses a holder, and ``acquire`` waits: first in, first out,
+    except that holders at their limit are passed over. Belongs to one event loop.
     """
 
     def __init__(
         self, what: str, most: int, most_each: int = 0, holders: Callable[[], int] = lambda: 1
     ) -> None:
-        """``what``: the amount's name in errors. ``most_each``: the limit of one holder; 0 stands
-        for ``most``. ``holders()``: the number of holders that share it."""
+        """``what``: the amount's name in errors. ``most_each``: the limit of one holder; 0:
+        ``most``. ``holders()``: the number of holders that share the amount."""
         self.what = what
         self.most = most
         self.most_each = most_each or most
@@ -48,7 +48,7 @@ class SharedCapacity:
         self._waiting: list[tuple[str, asyncio.Future[None]]] = []
 
     def has_room(self, holder: str, amount: int = 1) -> bool:
-        """Whether ``holder`` may have ``amount`` more beside the other holders."""
+        """Whether ``holder`` may have ``amount`` more, given what all holders have now."""
         has, held = self._by_holder[holder] + amount, self.held + amount
         if held > self.most or has > self.most_each:
             return False
@@ -62,7 +62,7 @@ class SharedCapacity:
         self._by_holder[holder] += amount
 
     def check(self, holder: str, amount: int = 1) -> None:
-        """Raises Overloaded where ``holder`` cannot have ``amount`` more."""
+        """Raises Overloaded if ``holder`` cannot have ``amount`` more."""
         if self.has_room(holder, amount):
             return
         full = self.held + amount > self.most
@@ -85,7 +85,7 @@ class SharedCapacity:
             if turn.cancelled():
                 self._waiting.remove((holder, turn))
             else:
-                self.release(holder)  # Given and cancelled in one turn of the event loop.
+                self.release(holder)  # It got room and was cancelled in one turn of the event loop.
             raise
 
     def release(self, holder: str, amount: int = 1) -> None:
@@ -115,9 +115,9 @@ class Admission:
         rates: KeyRates | None = None,
         places: SharedPlaces | None = None,
     ) -> None:
-        """``max_requests_each``, of requests and of sessions; ``holders``: see
-        ``SharedCapacity``. ``rates``: what callers have used of theirs. ``places``: their requests
-        in flight, if other processes have some as well."""
+        """``max_requests_each``: the limit of one holder, for requests and for sessions.
+        ``holders``: see ``SharedCapacity``. ``rates``: the callers' use of their rates. ``places``:
+        their requests in flight, where they are counted together with other processes."""
         what, most = "requests in flight", max(1, int(PICTURES_FRACTION * max_requests))
         self.requests = SharedCapacity(what, max_requests, max_requests_each, holders)
         self.with_pictures = SharedCapacity(f"{what} with new pictures", most, 0, holders)
@@ -131,11 +131,9 @@ class Admission:
 
     @contextlib.contextmanager
     def arrive(self, holder: str, caller: Caller = ANONYMOUS) -> Iterator[Ticket]:
-        """Surrounds one request, from its head on; whatever it holds is given back at the end.
-
-        Raises Overloaded where it would not be admitted: then its body need not be read. A request
-        that is refused for want of room does not count against the caller's rate.
-        """
+        """Surrounds one request, from its head on, and releases whatever it holds at the end.
+        Raises Overloaded if it would not be admitted, before its body is read. A request that is
+        refused for lack of room does not count against the caller's rate."""
         self.requests.check(holder)
         with self.place(holder, caller):
             pass
@@ -146,8 +144,7 @@ class Admission:
 
     @contextlib.contextmanager
     def place(self, holder: str, caller: Caller) -> Iterator[None]:
-        """Surrounds a request in flight of ``caller``. Raises RateLimited where it has as many as
-        it may have."""
+        """Surrounds a request in flight of ``caller``. Raises RateLimited at the caller's limit."""
         most, places = caller.concurrency, self._places
         full = 0 < most <= self.requests.held_by(holder)
         place = places.take(caller.name, most) if places and most and not full else None
@@ -181,8 +178,8 @@ class Admission:
                 self._trim_soon()
 
     def _trim_soon(self) -> None:
-        """Returns freed memory to the system once no large request has ended for a while: under
-        load the next one uses it; afterwards it would count against this process for ever."""
+        """Returns freed memory to the system once no large request has ended for a while. Under
+        load the next request reuses it; afterwards it would count against this process for ever."""
         loop = asyncio.get_running_loop()
         if self._trim_timer is not None:
             self._trim_timer.cancel()
@@ -239,7 +236,7 @@ class Ticket:
 
     def _take(self, bound: SharedCapacity, amount: int = 1) -> None:
         if not amount:
-            return  # Else a holder that has more than its share by now would be refused nothing.
+            return  # A check for 0 would fail for a holder above its share, which may shrink.
         bound.check(self._holder, amount)
         bound.add(self._holder, amount)
         self._held[bound] += amount

@@ -4,16 +4,16 @@ A line of the file is ``name: key`` or ``key``, and then attributes::
 
     ada: sk-1 tenant=acme weight=2 priority=-10 rate=60/m concurrency=8 models=demo,model
 
-``tenant``: the name under which the key shares cached prefixes and pictures with other keys; its
-own name by default. ``weight``: its share of the decoder, relative to other keys; 1 by default.
-``priority``: the lowest that its requests may ask for; 0 by default. Lower runs first, so a key
-with ``priority=5`` is for background work, and its requests have 5 by default. ``rate``: requests
-in a second, minute or hour (``10/s``, ``60/m``, ``1000/h``), as many of them at once; any by
-default. ``concurrency``: requests in flight; any by default. ``models``: the served names that the
-key may use; all by default. Rates are counted by name, so a key that stays keeps its count when the
-file is read again, also with another rate. The processes of one gateway (``--workers``) count
-together, other gateways for themselves. A key without a name gets one from its line, ``key5``; name
-the keys of customers who must not share caches, since lines move.
+``tenant``: keys with the same tenant share cached prefixes and pictures; the key's own name by
+default. ``weight``: its share of the decoder, relative to other keys; 1 by default. ``priority``:
+the lowest that its requests may ask for, and their default; 0 by default. Lower runs first, so
+``priority=5`` is for background work. ``rate``: requests per second, minute or hour (``10/s``,
+``60/m``, ``1000/h``), all of which may come at once; unlimited by default. ``concurrency``:
+requests in flight; unlimited by default. ``models``: the served names that the key may use; all by
+default. Rates are counted by the key's name, so counts survive a reload of the file, even where the
+rate has changed. The processes of one gateway (``--workers``) count together; each gateway counts
+for itself. A key without a name is named by its line, such as ``key5``. Lines move, so name the
+keys of customers who must not share caches.
 
 A key is visible ASCII. Clients send other characters in a header differently: some as UTF-8, some
 as Latin-1, and the openai client refuses them.
@@ -57,9 +57,9 @@ class Caller:
     tenant: str
     weight: float = 1.0
     min_priority: int = 0  # Lower runs first.
-    rate: Rate | None = None  # Of requests; None: any.
-    concurrency: int = 0  # Requests in flight; 0: any number.
-    models: tuple[str, ...] = ()  # Served names that it may use; empty: all.
+    rate: Rate | None = None  # None: unlimited.
+    concurrency: int = 0  # Most requests in flight; 0: unlimited.
+    models: tuple[str, ...] = ()  # The served names that it may use; empty: all.
 
     def __str__(self) -> str:
         """For log lines."""
@@ -67,8 +67,8 @@ class Caller:
 
     @property
     def share(self) -> str:
-        """Fair-queueing key: requests with equal keys are scheduled as one client. Empty without an
-        API key."""
+        """The fair-queueing key: requests with the same one are scheduled as one client. Empty
+        without an API key."""
         return self.name if self.tenant else ""
 
     def priority(self, asked: int | None) -> int:
@@ -97,8 +97,8 @@ class Keys:
 
     callers: Mapping[bytes, Caller] = field(default_factory=dict, repr=False)  # By key.
     path: str | None = None  # The file that they were read from.
-    rates: KeyRates = field(default_factory=KeyRates, repr=False)  # By the names of callers.
-    places: SharedPlaces | None = None  # For what they have in flight in all processes.
+    rates: KeyRates = field(default_factory=KeyRates, repr=False)  # By caller's name.
+    places: SharedPlaces | None = None  # Counts requests in flight of all processes.
 
     @classmethod
     def load(cls, path: str | None) -> Keys:
@@ -145,13 +145,13 @@ class Keys:
         return bool(self.callers)
 
     def rate_headers(self, caller: Caller) -> dict[str, str]:
-        """Those that tell what is left of a caller's rate; none without one."""
+        """Headers that report what is left of a caller's rate; empty for a caller without one."""
         rate = caller.rate
         return {} if rate is None else self.rates.left(caller.name, rate).headers
 
     def identify(self, authorization: str | None, api_key: str | None = None) -> Caller:
-        """The caller whose key is in a request's headers Authorization or x-api-key. A client that
-        sends both needs one key that is known. Raises Unauthenticated.
+        """The caller whose key is in a request's Authorization or x-api-key header. If a client
+        sends both, one known key is enough. Raises Unauthenticated.
 
         Every key is compared even after a match, so that the time taken reveals nothing.
         """
@@ -176,7 +176,7 @@ class Keys:
         return found
 
 
-# ---- the file; error messages never quote a line, which may have its key in the wrong place
+# ---- the file; error messages never quote a line, since its key may be in the wrong place
 
 
 def _parse(text: str, path: str) -> dict[bytes, Caller]:

@@ -1,10 +1,10 @@
 """Clients' connections: how many are allowed, which one is closed for a new one, and how long a
 connection may wait for its client.
 
-A connection waits for the headers of a request, for more of a body, or for its client to read more
-of an answer; otherwise it is at work, and never closed for another. Bytes that do not complete the
-headers are no progress, so a client cannot keep a connection by sending slowly. A connection with
-pipelined requests counts as waiting, and never as idle.
+A connection waits for its client to send headers, to send more of a body, or to read more of an
+answer; otherwise it is at work, and is never closed to make room for another. Bytes count as
+progress only once they complete the headers, so a client cannot keep a connection by sending
+slowly. A connection with pipelined requests counts as waiting, and never as idle.
 
 Bodies of thousands of tiny chunks, and WebSockets with as many frames, are read at a limited rate
 per holder, because each of them takes time of the event loop. A WebSocket is at work between its
@@ -34,7 +34,7 @@ from opticnerve.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-CHECK_S = 1.0  # Interval at which progress of a body or an answer is checked.
+CHECK_S = 1.0  # Interval between checks for progress of a body or an answer.
 OTHER_FILES = 256  # Open files besides connections: libraries, logs, media being fetched.
 
 
@@ -71,7 +71,7 @@ class ClientConnection(ABC):
         self.owner = owner
         self.address = self.holder = ""
         self.wait: Wait | None = None
-        self.since = 0.0  # When the wait began, or last made progress, on the loop's clock.
+        self.since = 0.0  # On the loop's clock: when the wait began, or last made progress.
         self.progress_before = 0  # ``progress()`` at that time.
         self.timer: asyncio.TimerHandle | None = None
         self.head_timeout_s = FIRST_HEAD_TIMEOUT_S
@@ -90,20 +90,19 @@ class ClientConnection(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Closes the connection, and aborts what is not complete."""
+        """Closes the connection; requests and answers in progress are aborted."""
 
 
 @dataclass(slots=True, eq=False)
 class HeldConnections:
-    """The connections of one holder. Waiting ones are in order: the longest without progress is
-    first."""
+    """The connections of one holder. Waiting ones are ordered: longest without progress first."""
 
     size: int = 0
     idle: dict[ClientConnection, None] = field(default_factory=dict)  # Between requests.
     stalled: dict[ClientConnection, None] = field(
         default_factory=dict
     )  # Within a request, or pipelined.
-    paced_until: float = 0.0  # On the loop's clock: no more chunks are read before.
+    paced_until: float = 0.0  # On the loop's clock: no chunks are read before this time.
 
     def waiting(self, wait: Wait) -> dict[ClientConnection, None]:
         return self.idle if wait is Wait.HEAD else self.stalled
@@ -112,8 +111,8 @@ class HeldConnections:
         self, no_progress_since: float, *, same_holder: bool
     ) -> ClientConnection | None:
         """The connection to close for a new one; None if there is none. ``same_holder``: whether
-        the new one has the same holder; then no connection is closed within a request that made
-        progress after ``no_progress_since``."""
+        the new one has the same holder; if so, a connection within a request is closed only if it
+        has made no progress since ``no_progress_since``."""
         idle, stalled = next(iter(self.idle), None), next(iter(self.stalled), None)
         for connection in (idle, stalled):
             if connection is not None and connection.since <= no_progress_since:
@@ -123,11 +122,11 @@ class HeldConnections:
 
 class Connections:
     """All connections of one server. Over the limit, the holder with most connections loses one
-    that waits for its client; if that is the new one's holder and all of its connections are at
+    that waits for its client; if that holder made the new connection and all its others are at
     work, the new one is closed. So one holder may have all connections while no other needs any."""
 
     def __init__(self, most: int, most_per_address: int = 0, stall_timeout_s: float = 30.0) -> None:
-        """``most_per_address``: 0: unbounded. ``stall_timeout_s``: the time in which a client must
+        """``most_per_address``: 0: unlimited. ``stall_timeout_s``: the time in which a client must
         read ``PROGRESS_BYTES`` of an answer that is ready."""
         self.most = most
         self.most_per_address = most_per_address
@@ -136,7 +135,7 @@ class Connections:
         self._by_holder: dict[str, HeldConnections] = {}
         self._by_address: Counter[str] = Counter()
         self._full = False
-        self._full_addresses: set[str] = set()  # Already warned of.
+        self._full_addresses: set[str] = set()  # Those already logged.
 
     @property
     def holders(self) -> int:
@@ -174,8 +173,7 @@ class Connections:
             self._full_addresses.discard(connection.address)
 
     def update(self, connection: ClientConnection) -> None:
-        """To be called after each event that may change what a connection waits for, or its
-        holder."""
+        """Call this after each event that may change what a connection waits for, or its holder."""
         if connection not in self._all:
             return
         wait, holder = connection.expects(), connection.current_holder()
@@ -187,8 +185,8 @@ class Connections:
             self._set_wait(connection, wait)
 
     def pacing_delay_s(self, connection: ClientConnection, chunks: int) -> float:
-        """How long to read nothing from a connection that just sent ``chunks`` chunks of a body.
-        Parsing a chunk costs the same however small it is, so the rate of chunks is limited."""
+        """Seconds to read nothing from a connection that just sent ``chunks`` chunks of a body. The
+        rate of chunks is limited because parsing one costs the same however small it is."""
         if chunks <= FREE_BODY_CHUNKS or connection not in self._all:
             return 0.0
         held, now = self._by_holder[connection.holder], connection.loop.time()
@@ -210,7 +208,7 @@ class Connections:
             del self._by_holder[connection.holder]
 
     def _set_wait(self, connection: ClientConnection, wait: Wait | None) -> None:
-        """Begins a wait, or begins the same one again after progress."""
+        """Begins a wait, or restarts the same one after progress."""
         held, loop = self._by_holder[connection.holder], connection.loop
         if connection.timer is not None:
             connection.timer.cancel()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-READ_BYTES = 2**14  # Read and parsed in one step; more within a body of known length.
+READ_BYTES = 2**14  # Most bytes read and parsed in one step, except within a body of known length.
 MAX_READ_BYTES = 2**18
 VERSIONS = (b"1.0", b"1.1")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -37,13 +37,13 @@ _QUOTED = re.compile(
 
 
 class StrictParser(h11.Connection):
-    """h11's parser of requests, which by itself accepts lines that end in LF alone, any version of
-    one digit, and Content-Length beside Transfer-Encoding.
+    """h11's request parser, made stricter. h11 itself accepts lines that end in LF alone, any HTTP
+    version of two single digits, and Content-Length together with Transfer-Encoding.
 
-    ``fault``: why a request was refused, without anything that the client sent, which may be a key.
+    ``fault``: why a request was refused; quotes nothing that the client sent, which may be a key.
     ``has_more``: bytes have arrived after the request that is being answered. ``body_left``: bytes
-    still to arrive of a body of known length. ``has_body``: whether the last request has a body.
-    ``chunks``: chunks of bodies that have arrived.
+    still missing from a body of known length. ``has_body``: whether the last request has a body.
+    ``chunks``: the number of body chunks that have arrived.
     """
 
     def __init__(self) -> None:
@@ -89,8 +89,8 @@ class StrictParser(h11.Connection):
 
 
 class PacedFlow(FlowControl):
-    """Stops reading while a request is answered and pipelined bytes have arrived: uvicorn would
-    read on, and keep all of them in memory. Stops also while the connection's chunks are paced."""
+    """Stops reading once pipelined bytes have arrived, until the current request is answered:
+    uvicorn would read on and keep all of them in memory. Also stops while chunks are paced."""
 
     def __init__(self, transport: asyncio.Transport, parser: StrictParser) -> None:
         super().__init__(transport)
@@ -145,7 +145,7 @@ class Connection(ClientConnection, H11Protocol):
             self.flow.pause_for(self.loop, delay_s)
 
     def _limit_reads(self) -> None:
-        """Bounds one read, which could bring thousands of chunks that each cost time to parse."""
+        """Bounds one read, which could otherwise bring thousands of chunks to parse."""
         size = min(max(READ_BYTES, self.conn.body_left), MAX_READ_BYTES)
         self.transport.max_size = size  # type: ignore[attr-defined]  # asyncio's size of one recv.
 
@@ -159,8 +159,8 @@ class Connection(ClientConnection, H11Protocol):
             self.loop.call_soon(self.owner.update, self)  # Once the request's key is known.
 
     def _should_upgrade_to_ws(self) -> bool:
-        """Whether a request that asks for a WebSocket is a handshake as RFC 6455 has it. To any
-        other request an Upgrade header means nothing."""
+        """Whether a request is a WebSocket handshake as RFC 6455 defines it. In any other request,
+        an Upgrade header is ignored."""
         headers = dict(self.headers)
         return (
             self.scope["method"] == "GET"
@@ -171,7 +171,7 @@ class Connection(ClientConnection, H11Protocol):
         )
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        """Hands the connection over to another protocol."""
+        """Hands the connection over to ``WebSocketConnection``."""
         ahead, _ = self.conn.trailing_data
         self.connections.discard(self)
         self.owner.remove(self)
@@ -215,7 +215,8 @@ class Connection(ClientConnection, H11Protocol):
         return keyed or self.holder
 
     def send_400_response(self, msg: str) -> None:
-        """Answers bytes that are not HTTP, and closes. ``msg`` is uvicorn's, without a reason."""
+        """Answers bytes that are not HTTP, and closes. uvicorn's ``msg`` has no reason; ours
+        has."""
         error = InvalidRequest(f"this is no HTTP/1.1 request: {self.conn.fault}", code="not_http")
         event = logs.Event()
         event.error = error

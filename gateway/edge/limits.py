@@ -1,9 +1,9 @@
-"""The policy towards clients: every bound that they can meet, in one place.
+"""Limits on clients: every bound that a request can run into, in one place.
 
-A bound is fixed here, or it is an operator's flag, whose default ``opticnerve.config`` holds. What
-a client gets when it meets the bound is an error with its code, or what happens instead of one:
-most bounds on pace delay a client, or close its connection. Modules import the bounds that they
-enforce. The table in docs/security.md is written from this module (``tests/policy_table.py``).
+A bound is either fixed here, or an operator's flag, whose default is in ``opticnerve.config``. At a
+bound a client gets an error with its code; bounds on pace mostly delay the client or close its
+connection instead. Modules import the bounds that they enforce. The table in docs/security.md is
+written from this module (``tests/policy_table.py``).
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ WAITS = "it waits"
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """One bound. ``what`` begins with the unit. ``flag``: the field of GatewayConfig whose default
-    ``value`` is; empty where the value is fixed. ``answer``: what a client gets that meets it."""
+    """One bound. ``what`` begins with the unit. ``value``: the fixed value, or the flag's default.
+    ``flag``: the field of GatewayConfig; empty where the value is fixed. ``answer``: what a client
+    gets at the bound: an error's code, or what happens instead."""
 
     what: str
     value: float
@@ -106,7 +107,7 @@ MAX_OUTLINE_BYTES = _fixed(2**22, "bytes of a long body beside its long strings"
 MAX_TEXT_CHARACTERS = _fixed(2**24, "characters of a string, unless all ASCII", PayloadTooLarge)
 MAX_NAME_CHARACTERS = _fixed(2**16, "characters of a field's name", InvalidRequest)
 MAX_DEPTH = _fixed(201, "levels of objects and lists", InvalidRequest, "invalid_json")
-"""The JSON parser's own bound, which cannot be set; a test holds both together."""
+"""The JSON parser's own bound, which cannot be set; a test checks that the two agree."""
 MAX_FIELDS = _fixed(256, "fields of one object", InvalidRequest)
 MAX_ENTRIES = _fixed(2**12, "messages, or parts of one message", InvalidRequest)
 MAX_ARGUMENT_VALUES = _fixed(2**16, "values of all earlier tool calls' arguments", InvalidRequest)

@@ -18,8 +18,8 @@ UNSENT_BYTES = 2**16  # Bytes of an answer that the kernel buffers beyond the cl
 
 
 class Listener(socket.socket):
-    """A listening socket whose queue is always long: asyncio shortens it to the connections that it
-    accepts in one turn of the event loop."""
+    """A listening socket with a long accept queue. asyncio would shorten it to the number of
+    connections accepted in one turn of the event loop."""
 
     def listen(self, backlog: int = addresses.BACKLOG) -> None:
         super().listen(addresses.BACKLOG)
@@ -27,8 +27,8 @@ class Listener(socket.socket):
 
 @contextlib.contextmanager
 def listen(settings: GatewayConfig, keys: Keys) -> Iterator[Listener]:
-    """The bound socket: on loopback if there are no keys, unless --host is set; or the one that was
-    inherited.
+    """The listening socket: the inherited one if there is one; else bound to --host, or by default
+    to loopback if there are no keys.
 
     Raises ConfigError if the address cannot be bound.
     """
@@ -39,7 +39,7 @@ def listen(settings: GatewayConfig, keys: Keys) -> Iterator[Listener]:
     host = settings.listen_host
     with Listener(fileno=addresses.bind(host, settings.port).detach()) as listener:
         listener.setblocking(False)
-        # Connections inherit this option: an answer that its client does not read waits in this
+        # Connections inherit this option. It keeps an answer that its client does not read in this
         # process, not in the kernel, so that the process can detect a stalled client.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         known = keys.required or settings.https.https_client_ca

@@ -33,14 +33,15 @@ log = logging.getLogger(__name__)
 
 _WHOLE_URL = re.compile(r"https?://[^/]+(/.*)?", re.IGNORECASE | re.DOTALL)
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/@\[\]]+)(?::[0-9]*)?")
-MAX_METHOD_CHARACTERS = 20  # In the log.
-MAX_PATH_CHARACTERS = 100  # In the log, of a path without a route.
-MAX_SHOWN = 80  # Characters of a header that an error message repeats.
-INTERNAL_ERROR = 1011  # The code of a close frame.
+MAX_METHOD_CHARACTERS = 20  # Longest method in the log.
+MAX_PATH_CHARACTERS = 100  # Longest path in the log, for a path without a route.
+MAX_SHOWN = 80  # Characters of a header that an error message quotes.
+INTERNAL_ERROR = 1011  # Code of a WebSocket's close frame.
 CLIENT_LEFT = "cut by the client"
-PROBE_PATHS = frozenset({"/live", "/ready", "/health", "/metrics"})  # Debug lines; never in flight.
-WEBSOCKET = "WEBSOCKET"  # The method of its requests, in the log.
-# What begins an answer, and its status where the message has none.
+# Logged at debug level; never counted as in flight.
+PROBE_PATHS = frozenset({"/live", "/ready", "/health", "/metrics"})
+WEBSOCKET = "WEBSOCKET"  # Method of a WebSocket's requests in the log.
+# The ASGI messages that begin an answer, with the status of those that carry none.
 STATUSES = {"http.response.start": 0, "websocket.http.response.start": 0, "websocket.accept": 101}
 ANY = "*"
 BROWSER_HEADERS = ("origin", "sec-fetch-site", "sec-fetch-mode")
@@ -54,8 +55,9 @@ def request_id(scope: Scope) -> str:
 
 @dataclass(slots=True)
 class Served:
-    """What the log line and the metrics of one request tell. ``route``: its path as the API
-    declares it, without the client's text; empty without a route."""
+    """What the log line and the metrics report of one request. ``route``: its path as the API
+    declares it, such as ``/v1/models/{name}``, without the client's text; empty for an unknown
+    path."""
 
     method: str
     path: str
@@ -66,8 +68,8 @@ class Served:
 
 @contextlib.contextmanager
 def logged(served: Served, identity: str, what: str = "request") -> Iterator[Served]:
-    """Surrounds one request, which this task serves: counts it and writes its log line, whose
-    message is ``what``. The body of the context completes ``served``."""
+    """Surrounds one request, served by this task: counts it and writes its log line, whose message
+    is ``what``. The context's body completes ``served``."""
     event = logs.begin_event(identity)
     counted = what == "request" and served.path not in PROBE_PATHS
     if counted:
@@ -99,7 +101,7 @@ def logged(served: Served, identity: str, what: str = "request") -> Iterator[Ser
 
 class RequestScope:
     """Gives a request its id, normalises its path, counts it and writes its log line. A WebSocket
-    has one line for all of its time; what it asks for has lines of its own."""
+    has one line for its whole life; each of its responses has its own line."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -108,7 +110,7 @@ class RequestScope:
         is_socket = scope["type"] == "websocket"
         method = WEBSOCKET if is_socket else scope["method"]
         scope = {**scope, "path": _normalised(scope["path"])}
-        if method == "HEAD":  # Every route that takes GET takes it; the server sends no body.
+        if method == "HEAD":  # Routes see a GET; the server drops the body.
             scope["method"] = "GET"
         state = scope.setdefault("state", {})
         identity = state["request_id"] = request_id(scope)
@@ -138,7 +140,7 @@ class RequestScope:
 
 @contextlib.contextmanager
 def _traced(served: Served, scope: Scope) -> Iterator[None]:
-    """The span of one request, but for probes. It begins a trace, or is part of the caller's."""
+    """The span of one request; none for probes. It joins the caller's trace, or begins one."""
     if served.path in PROBE_PATHS:
         yield
         return
@@ -160,8 +162,8 @@ def _traced(served: Served, scope: Scope) -> Iterator[None]:
 class Errors:
     """Turns an error that leaves the application into an answer.
 
-    A stream that has begun ends with the error as an event, in the form of its own API, an open
-    WebSocket with a close frame. The connection of any other answer that has begun is closed.
+    If the answer has begun: a stream ends with the error as an event of its API, an open WebSocket
+    gets a close frame, and any other answer's connection is closed.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -196,31 +198,31 @@ class Errors:
 
 
 async def _end_stream(send: Send, data: bytes) -> None:
-    """Sends the error as an event, if the client still reads. The stream stays without an end, so
-    uvicorn closes its connection."""
+    """Sends the error as an event, if the client still reads. The response is not finished, so that
+    uvicorn closes the connection."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LAST_WORDS_S):
             await send({"type": "http.response.body", "body": data})
 
 
 def _normalised(path: str) -> str:
-    """Without trailing slashes, and without the host if the request line has a whole URL, which a
-    proxy's clients send."""
+    """The path without trailing slashes. Also removes scheme and host: clients of a proxy send the
+    whole URL in the request line."""
     found = _WHOLE_URL.fullmatch(path)
     path = (found[1] or "/") if found else path
     return path.rstrip("/") or path[:1]
 
 
 def _route(scope: Scope) -> str:
-    """The path as the route declares it, without the client's text; empty without a route."""
+    """The path as its route declares it, without the client's text; empty without a route."""
     route: Any = scope.get("route")
     return str(route.path) if route else ""
 
 
 class Authentication:
     """Checks the API key. Sets the request's state: ``caller``, the ``Caller``; ``holder``, the
-    name for which the request counts in every bound; ``limits``, which makes the headers that tell
-    a caller with a rate what is left of it."""
+    name that the request counts for in every bound; ``limits``, a function that makes the headers
+    with what is left of the caller's rate."""
 
     def __init__(self, app: ASGIApp, keys: Keys, *, public_models: bool) -> None:
         self.app = app
@@ -246,14 +248,14 @@ class Authentication:
 
 
 class PageGuard:
-    """Refuses web pages that this server is not for.
+    """Refuses requests from web pages that this server does not serve.
 
-    A page can make its visitor's browser open a WebSocket to any address, and read what comes, so a
-    WebSocket's Origin, if any, must be this server's or one of ``origins``. ``local``: the gateway
-    has no keys and listens on loopback alone. There a page can send requests too, under a host name
-    of its own (DNS rebinding) or across origins. Programs send this machine's name as Host, and no
-    Origin. So the Host must be a name of this machine or one of ``hosts``, and every request's
-    Origin is checked. ``*`` in either allows any.
+    Any page can make its visitor's browser open a WebSocket to any address, and read what comes, so
+    a WebSocket's Origin, if any, must be this server's or one of ``origins``. ``local``: the
+    gateway has no keys and listens on loopback alone. Then any page could also send requests, under
+    a host name of its own (DNS rebinding) or across origins, so the Host must be a name of this
+    machine or one of ``hosts``, and every request's Origin is checked. Programs pass: they send
+    this machine's name as Host, and no Origin. ``*`` in ``hosts`` or ``origins`` allows any.
     """
 
     def __init__(
@@ -287,7 +289,8 @@ class PageGuard:
                 f"{why}; see --cors-origins{' and --api-key-file' if self.local else ''}",
                 code="origin_not_allowed",
             )
-        # Without a preflight request, a page can send a body without a type, or with another one.
+        # A page needs no preflight request to send a body without a type, or with one that is not
+        # JSON's.
         from_browser = any(name in headers for name in BROWSER_HEADERS)
         typeless = not headers.get("content-type", "").strip()
         if scope.get("method") == "POST" and from_browser and typeless:
@@ -304,12 +307,12 @@ class PageGuard:
 
 
 class Cancellation:
-    """Cancels a request whose client disconnected, streaming or not, at any stage; and one that
-    still runs when the gateway's drain is over, which then raises Unavailable.
+    """Cancels a request, streaming or not, at any stage when its client disconnects. A request that
+    still runs when the gateway's drain is over is cancelled too, and raises Unavailable.
 
     Once the body is read, only this layer receives from the client; the application's ``receive``
-    then returns when the client disconnects. A WebSocket's application reads from its client at
-    all times, and cancels by itself.
+    then returns when the client disconnects. A WebSocket's application reads from its client all
+    the time, and handles a disconnect itself.
     """
 
     def __init__(self, app: ASGIApp, running: Running) -> None:
@@ -336,13 +339,14 @@ class Cancellation:
 
 
 class _ClientChannel:
-    """The messages of one request, in both directions. ``answered``: the answer is complete."""
+    """The ASGI messages of one request, in both directions. ``answered``: the answer is
+    complete."""
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self.answered = False
         self._receive = receive
         self._send = send
-        self._read = asyncio.Event()  # The whole body is read.
+        self._read = asyncio.Event()  # Set once the whole body is read.
         self._gone = asyncio.Event()
 
     async def receive(self) -> Message:
@@ -358,7 +362,7 @@ class _ClientChannel:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.answered = True  # Before it is sent: a disconnect after that cancels nothing.
+            self.answered = True  # Set before sending: a disconnect from here on cancels nothing.
         await self._send(message)
 
     async def watch(self) -> None:

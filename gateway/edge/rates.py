@@ -1,11 +1,11 @@
-"""How many requests a key may send in a time, and have in flight, as its line of the key file says.
+"""A key's limits in the key file: requests per period, and requests in flight.
 
-The generic cell rate algorithm (ITU-T I.371), which is a token bucket with one number of state: a
-key that was idle may send all requests of a period at once, and then each after its part of the
-period. The state is one number a key, which the processes of one gateway share in a directory.
-While that fails (a full disk, say), which is logged, each of them counts for itself.
+Rates use the generic cell rate algorithm (ITU-T I.371), a token bucket whose state is one number a
+key. A key that was idle may send all requests of a period at once; after that they are spaced
+evenly. The processes of one gateway share the numbers in a directory. While that fails (because of
+a full disk, for example), each process counts for itself, and the log says so.
 
-Requests in flight are counted by locks on places, which the system gives up with their process.
+Requests in flight are counted by file locks, which the system releases when their process ends.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What a key has left. ``reset_s``: until it has all of its rate again."""
+    """What is left of a key's rate. ``reset_s``: seconds until it has all of it again."""
 
     rate: Rate
     reset_s: float
@@ -68,20 +68,20 @@ class Allowance:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Those that OpenAI's answers have."""
+        """The rate limit headers, named as in OpenAI's answers."""
         values = str(self.rate.requests), str(self.remaining), duration(self.reset_s)
         return dict(zip(HEADERS, values, strict=True))
 
 
 class KeyRates:
-    """The requests of every key with a rate, by the name of the key: of this process, or of all
-    that share ``directory``."""
+    """Counts the requests of every key with a rate, by the key's name: those of this process, or of
+    all processes that share ``directory``."""
 
     def __init__(self, directory: Path | None = None) -> None:
-        # When a key has all of its rate again; on ``clock``, which all processes have in common.
+        # For each key, when it has all of its rate again; on ``clock``, which all processes share.
         self._own = OwnTimes()
         self._shared = None if directory is None else SharedTimes(directory)
-        self._failing = False  # Whether ``_shared`` is.
+        self._failing = False  # Whether the last use of ``_shared`` failed.
         self.clock = time.monotonic
 
     def left(self, name: str, rate: Rate) -> Allowance:
@@ -91,7 +91,7 @@ class KeyRates:
         return self._left(self._own, name, rate)
 
     def take(self, name: str, rate: Rate) -> Allowance:
-        """Counts a request; what is left then. Raises RateLimited, and counts nothing."""
+        """Counts a request, and returns what is left. Raises RateLimited without counting it."""
         if self._shared is None:
             return self._take(self._own, name, rate)
         try:
@@ -103,8 +103,8 @@ class KeyRates:
         return allowance
 
     def keep(self, names: set[str]) -> None:
-        """Forgets the keys without one of ``names``; not in a directory, since names come back, and
-        files are as many as keys ever were."""
+        """Forgets all keys except ``names``. Files in a shared directory stay: names may come back,
+        and the files are few, one for each key that ever was."""
         self._own.keep(names)
 
     def _note(self, error: OSError | None) -> None:
@@ -116,7 +116,7 @@ class KeyRates:
 
     def _left(self, times: Times, name: str, rate: Rate) -> Allowance:
         reset = max(0.0, times.read(name) - self.clock())
-        return Allowance(rate, min(reset, rate.period_s))  # It may have been another rate.
+        return Allowance(rate, min(reset, rate.period_s))  # The rate may have changed.
 
     def _take(self, times: Times, name: str, rate: Rate) -> Allowance:
         with times.locked(name):
@@ -151,21 +151,21 @@ class OwnTimes:
         self._times[name] = at
 
     def keep(self, names: set[str]) -> None:
-        """Forgets all others."""
+        """Forgets all names except ``names``."""
         self._times = {name: at for name, at in self._times.items() if name in names}
 
 
 class SharedTimes:
-    """The same in a directory, a file for each name, whose lock ends with the process that has it.
-    Its methods raise OSError."""
+    """As ``OwnTimes``, in a directory with a file for each name. The lock of a file ends with the
+    process that holds it. The methods raise OSError."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[None]:
-        self._directory.mkdir(mode=0o700, exist_ok=True)  # Cleaners remove what is long unused.
-        with open(self._path(name), "ab") as file:  # Makes an empty one.
+        self._directory.mkdir(mode=0o700, exist_ok=True)  # Cleaners of /tmp may have removed it.
+        with open(self._path(name), "ab") as file:  # Creates the file if it is missing.
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -187,10 +187,10 @@ Times: TypeAlias = OwnTimes | SharedTimes
 
 
 class SharedPlaces:
-    """Places of requests in flight, for all processes that share a file.
+    """Counts the requests in flight of all processes that share a file.
 
-    A place is a byte of the file, beyond its end, that is locked while a request has it. Such locks
-    belong to a process, and end with it, or when it closes any descriptor of the file.
+    Each request locks a byte of the file, its place, beyond the file's end. Such locks belong to a
+    process, and end with it, or when it closes any descriptor of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -200,8 +200,8 @@ class SharedPlaces:
         self._failing = False
 
     def take(self, name: str, most: int) -> int | None:
-        """A place among ``most`` of the key ``name``, or None where all are taken. While the file
-        fails, which is logged, all but this process's own are free."""
+        """Takes one of the key's ``most`` places; None if all are taken. While the file fails, the
+        log says so, and only this process's own requests count."""
         taken = self._taken[name]
         for place in range(most):
             if place not in taken and self._lock(name, place):
@@ -231,13 +231,14 @@ class SharedPlaces:
 
 
 def _offset(name: str, place: int) -> int:
-    """Of a place, below 2**63: a file has 2**32 for each of 2**31 names, chosen by their hashes."""
+    """A place's offset in the file, below 2**63: there is room for 2**31 names, chosen by hash,
+    with 2**32 places each."""
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
     return number << 32 | place
 
 
 def duration(seconds: float) -> str:
-    """As OpenAI's headers have it: ``80ms``, ``1.5s``, ``6m0s``, ``1h0m0s``."""
+    """A duration as in OpenAI's headers: ``80ms``, ``1.5s``, ``6m0s``, ``1h0m0s``."""
     milliseconds = round(seconds * 1000)
     if milliseconds < 1000:
         return f"{milliseconds}ms"

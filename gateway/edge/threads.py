@@ -1,8 +1,8 @@
 """Threads for work that would block the event loop.
 
-Three executors, so that short work does not wait behind long work, and few threads, since each one
-that runs Python makes the event loop wait for the GIL. An executor runs its work in
-the order of arrival. Work should consist of steps that are short or release the lock.
+There are three executors, so that short work does not wait behind long work, and few threads, since
+each one that runs Python makes the event loop wait for the GIL. Each executor runs its work in
+order of arrival. Work should consist of steps that are short or release the GIL.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Ts = TypeVarTuple("Ts")
 
 
 async def off_loop(size: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Runs ``work`` in a thread and returns its result. ``size``: the bytes or characters that it
-    reads. Work whose caller is cancelled before a thread is free does not run."""
+    """Runs ``work`` in a thread and returns its result. ``size``: the number of bytes or characters
+    that it reads. If the caller is cancelled before a thread is free, it does not run."""
     executor = _LONG if size > LONG_BYTES else _SHORT
     return await _run(executor, functools.partial(work, *args, **kwargs))
 

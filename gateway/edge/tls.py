@@ -1,10 +1,10 @@
 """HTTPS: TLS on a client's connection, below the protocols that read requests.
 
-A connection counts from the moment that it is accepted, so that clients which never finish a
-handshake are bounded like those that never finish a request. Between its records a connection holds
-memory for one record in each direction, one record with data is read in one turn of the event loop,
-and what a client has not read yet counts as unsent: asyncio's own TLS keeps 256 KiB for each
-connection, hands over all that has arrived at once, and tells the protocol that everything is sent.
+A connection counts from the moment it is accepted, so clients that never finish a handshake are
+bounded like those that never finish a request. asyncio's own TLS is not used: it keeps 256 KiB for
+each connection, hands over everything that has arrived at once, and reports everything as sent.
+Here an idle connection holds memory for one record in each direction, one record with data is read
+in each turn of the event loop, and what a client has not read yet counts as unsent.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECEIVE_BYTES = 2**16  # Read from a socket at once.
-RECORD_BYTES = 2**14  # The most that one record holds.
-HEADER_BYTES = 5  # Of a record; the last two are the length of the rest.
-MAX_EMPTY_RECORDS = 16  # In a row, of a client: new keys, for example, each of which takes time.
+RECEIVE_BYTES = 2**16  # Most bytes read from a socket at once.
+RECORD_BYTES = 2**14  # Most bytes of data in one record.
+HEADER_BYTES = 5  # A record's header; its last two bytes are the length of the rest.
+MAX_EMPTY_RECORDS = 16  # In a row, such as key updates, each of which takes time.
 
 
 class Https:
-    """The certificate that new clients see, and the authorities that theirs are checked by: the
-    newest of their files. One for each event loop."""
+    """The server's certificate, and the authorities that clients' certificates are checked against.
+    Files that change are read again for new connections. One for each event loop."""
 
     def __init__(self, certificate: str, key: str, client_ca: str | None = None) -> None:
         """Raises ConfigError."""
         self._files = PemFiles(certificate, key, client_ca)
         self._pem = self._files.current()
         self._context = self._make()
-        self.buffer = memoryview(bytearray(RECEIVE_BYTES))  # Of whichever socket is being read.
+        self.buffer = memoryview(bytearray(RECEIVE_BYTES))  # For whichever socket is being read.
 
     @classmethod
     def of(cls, config: HttpsConfig) -> Https | None:
-        """As it is configured; None for a gateway that speaks HTTP. Raises ConfigError."""
+        """The TLS of ``config``; None for a gateway that speaks plain HTTP. Raises ConfigError."""
         if config.https_certificate is None or config.https_key is None:
             return None
         return cls(config.https_certificate, config.https_key, config.https_client_ca)
 
     def context(self) -> ssl.SSLContext:
-        """Another object only when the files have changed."""
+        """The context for new connections; a new object only if the files have changed."""
         pem = self._files.current()
         if pem is not self._pem:
-            with contextlib.suppress(ConfigError):  # They change just now: at the next connection.
+            with contextlib.suppress(ConfigError):  # Being replaced; retried later.
                 self._context, self._pem = self._make(), pem
         return self._context
 
@@ -73,19 +73,20 @@ class TlsSession:
 
     def __init__(self, context: ssl.SSLContext, lower: asyncio.Transport) -> None:
         self.lower = lower
-        # OpenSSL's buffers keep the size that they once had: both get one record at a time.
+        # OpenSSL's buffers never shrink, so both get one record at a time.
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._arrived = bytearray()  # After the handshake: records, of which the last may go on.
+        self._arrived = bytearray()  # Records after the handshake; the last may be incomplete.
         self._empty_records = 0
         self.ssl = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
 
     @property
     def has_record(self) -> bool:
-        """Whether a record that was not read has arrived completely."""
+        """Whether a complete record waits to be read."""
         return HEADER_BYTES <= len(self._arrived) >= self._record_size()
 
     def handshake(self, data: memoryview) -> bool:
-        """Goes on with what has arrived; whether it is complete. Raises ssl.SSLError."""
+        """Continues the handshake with ``data``. Returns whether it is complete. Raises
+        ssl.SSLError."""
         self._incoming.write(data)
         try:
             self.ssl.do_handshake()
@@ -100,8 +101,8 @@ class TlsSession:
         self._arrived += data
 
     def read(self) -> bytes | None:
-        """What the next record with data holds, b"" at the client's end; None while none has
-        arrived. Raises ssl.SSLError."""
+        """The data of the next record; b"" once the client has ended; None if no complete record
+        with data has arrived. Raises ssl.SSLError."""
         while self.has_record:
             size = self._record_size()
             self._incoming.write(self._arrived[:size])
@@ -125,13 +126,13 @@ class TlsSession:
             self._flush()
 
     def end(self) -> None:
-        """Tells the client that nothing follows, and does not wait for its answer."""
+        """Sends the close alert, and does not wait for the client's."""
         with contextlib.suppress(ssl.SSLError):
             self.ssl.unwrap()
         self._flush()
 
     def _record_size(self) -> int:
-        """Of the first record that has arrived, once its header has."""
+        """Bytes of the first record that has arrived; its header must be complete."""
         return HEADER_BYTES + int.from_bytes(self._arrived[HEADER_BYTES - 2 : HEADER_BYTES], "big")
 
     def _count_empty_record(self) -> None:
@@ -145,8 +146,8 @@ class TlsSession:
 
 
 class Handshake(ClientConnection, asyncio.BufferedProtocol):
-    """A connection until its handshake is complete; a ``Connection`` over a ``TlsTransport``
-    follows. It waits for its client as one without headers does, and is closed as one."""
+    """A connection until its handshake is complete; then a ``Connection`` over a ``TlsTransport``
+    replaces it. It counts as a connection that waits for headers."""
 
     def __init__(self, owner: Connections, https: Https, **given: Any) -> None:
         """``given``: uvicorn's arguments."""
@@ -155,7 +156,8 @@ class Handshake(ClientConnection, asyncio.BufferedProtocol):
         self.head_timeout_s = HANDSHAKE_TIMEOUT_S
         self._https = https
         self._given = given
-        self._served: set[Any] = given["server_state"].connections  # Ended with the server.
+        # uvicorn shuts these down with the server.
+        self._served: set[Any] = given["server_state"].connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
@@ -207,7 +209,8 @@ class Handshake(ClientConnection, asyncio.BufferedProtocol):
 
 
 class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
-    """The protocol of a socket's transport, and the transport of the protocol above it."""
+    """Sits between a socket's transport, whose protocol it is, and the HTTP protocol, whose
+    transport it is."""
 
     def __init__(
         self, session: TlsSession, buffer: memoryview, protocol: asyncio.BaseProtocol
@@ -218,7 +221,7 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
         self._buffer = buffer
         self._protocol: Any = protocol
         self._paused = False  # By the protocol above.
-        self._due = False  # A turn of the event loop will read on.
+        self._due = False  # Whether ``_next_turn`` is scheduled.
 
     def start(self) -> None:
         """Takes the connection over after the handshake."""
@@ -239,7 +242,7 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
         self._protocol.eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        protocol, self._protocol = self._protocol, asyncio.Protocol()  # No cycle stays in memory.
+        protocol, self._protocol = self._protocol, asyncio.Protocol()  # Breaks the reference cycle.
         protocol.connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -249,8 +252,8 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
         self._protocol.resume_writing()
 
     def _deliver(self) -> None:
-        """Hands on what one record holds. Until all that has arrived is handed on, in later turns
-        of the event loop, nothing more is read from the socket."""
+        """Hands one record's data to the protocol above. The rest of what has arrived follows in
+        later turns of the event loop; until then nothing more is read from the socket."""
         if self._paused or self._due or self._lower.is_closing():
             return
         try:
@@ -280,7 +283,7 @@ class TlsTransport(asyncio.BufferedProtocol, asyncio.Transport):
         self._due = False
         try:
             self._deliver()
-        except Exception:  # A bug: asyncio would log it, and leave the connection as it is.
+        except Exception:  # A bug: asyncio would only log it, and leave the connection open.
             self._lower.abort()
             raise
 

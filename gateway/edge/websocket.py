@@ -1,8 +1,8 @@
 """One client's WebSocket: uvicorn's protocol over wsproto, with bounds on what a client may send.
 
 ``gateway.edge.http1`` hands a connection over once the head of a handshake is parsed. A message
-reaches the application as the UTF-8 bytes of its text, counted as they arrive. A frame may be as
-small as six bytes, and each takes time of the event loop: few are parsed at a time, and clients
+reaches the application as UTF-8 bytes, which are counted as they arrive. Frames can be as small as
+six bytes, and each takes time of the event loop, so only some are parsed in one turn, and clients
 that send many are paced.
 """
 
@@ -23,11 +23,11 @@ from opticnerve.errors import Overloaded
 if TYPE_CHECKING:
     from gateway.edge.connections import Connections
 
-PIECE_BYTES = 2**14  # Of a frame, parsed in one step.
+PIECE_BYTES = 2**14  # Most bytes of a frame parsed in one step.
 FRAMES_A_TURN = 100  # Parsed in one turn of the event loop.
-LENGTH_BYTES = {126: 2, 127: 8}  # After the second byte of a header, by its value.
+LENGTH_BYTES = {126: 2, 127: 8}  # Bytes of the extended length, by the 7-bit length in the header.
 MASK_BYTES = 4
-CLOSE_S = 3.0  # For a client to answer a close frame, and to read what was sent before it.
+CLOSE_S = 3.0  # Time for a client to answer a close frame, and to read what was sent before it.
 NO_BINARY, TOO_LARGE, TRY_LATER = 1003, 1009, 1013  # Codes of close frames.
 
 
@@ -43,11 +43,12 @@ def frame_size(data: bytearray) -> int:
 
 
 class WebSocketConnection(ClientConnection, WSProtocol):
-    """Differs from uvicorn's in what it accepts, not in how it speaks: a binary message, a message
-    over ``ws_max_size``, and one for which there is no memory close the connection, with a code.
+    """uvicorn's protocol with stricter rules: a binary message, a message over ``ws_max_size``, and
+    a message for which there is no memory close the connection, with a code.
 
-    ``scope["state"]["hold"]``, if the application sets it, counts the bytes of a message as they
-    arrive, and may raise Overloaded; the application frees them, and takes it away at its end.
+    The application may set ``scope["state"]["hold"]``, a function that counts the bytes of a
+    message as they arrive, and may raise Overloaded. The application frees the bytes, and removes
+    the function when it ends.
     """
 
     def __init__(self, owner: Connections, **given: Any) -> None:
@@ -57,14 +58,14 @@ class WebSocketConnection(ClientConnection, WSProtocol):
         self.close_timeout = CLOSE_S
         self._unparsed = bytearray()
         self._message = bytearray()
-        self._message_open = False  # The beginning of a message has arrived.
-        self._frame_left = 0  # Bytes still to be parsed of a frame that has begun.
+        self._message_open = False  # A message has begun and is not complete.
+        self._frame_left = 0  # Bytes of the current frame that are not parsed yet.
         self._received = 0
         self._paced = False
         self._unanswered: events.Ping | None = None
 
     def take_over(self, transport: asyncio.Transport, request: h11.Request, ahead: bytes) -> None:
-        """Begins with the ``request`` of a handshake, and what arrived after it."""
+        """Starts with a handshake's ``request``; ``ahead``: the bytes that arrived after it."""
         self.connection_made(transport)
         given = {name.lower(): value for name, value in request.headers}
         headers = [
@@ -78,7 +79,7 @@ class WebSocketConnection(ClientConnection, WSProtocol):
         if offered.isascii() and offered:
             headers.append((b"sec-websocket-protocol", offered))
         self.conn.initiate_upgrade_connection(headers, request.target)
-        self.handle_events()  # Begins the application.
+        self.handle_events()  # Starts the application.
         self.scope["headers"] = [(name.lower(), value) for name, value in request.headers]
         self._unparsed += ahead
         self._read_or_pause()
@@ -115,7 +116,8 @@ class WebSocketConnection(ClientConnection, WSProtocol):
     # ---- frames
 
     def _parse(self) -> None:
-        """Parses what has arrived frame by frame, and a long frame in pieces, until it is many."""
+        """Parses what has arrived, frame by frame and long frames in pieces, up to
+        FRAMES_A_TURN."""
         frames = 0
         while frames < FRAMES_A_TURN and self.handshake_complete:
             if not self._frame_left:
@@ -170,14 +172,15 @@ class WebSocketConnection(ClientConnection, WSProtocol):
             self._message = bytearray()
 
     def handle_ping(self, event: events.Ping) -> None:
-        """A client that does not read gets the answer to its last ping alone, once it reads."""
+        """Answers a ping. A client that does not read gets one answer, to its last ping, once it
+        reads again."""
         if self.writable.is_set():
             super().handle_ping(event)
         else:
             self._unanswered = event
 
     def handle_close(self, event: events.CloseConnection) -> None:
-        if self.conn.state is ConnectionState.OPEN:  # It comes from the parser, not the client.
+        if self.conn.state is ConnectionState.OPEN:  # From the parser, not from the client.
             self._fail(int(event.code), event.reason or "")
         else:
             super().handle_close(event)
@@ -187,8 +190,9 @@ class WebSocketConnection(ClientConnection, WSProtocol):
         self._abort_later()
 
     def _fail(self, code: int, reason: str) -> None:
-        """Closes the connection for a fault of the client. What it still sends is dropped until it
-        answers: if unread bytes were left, it might not receive the reason."""
+        """Closes the connection for a fault of the client. What it sends until it answers the close
+        frame is read and dropped: with unread bytes left, the client might not receive the
+        reason."""
         if self.close_sent or self.transport.is_closing():
             return
         self._message = bytearray()
@@ -235,6 +239,6 @@ class WebSocketConnection(ClientConnection, WSProtocol):
         return self.scope["state"].get("holder") or self.holder
 
     def close(self) -> None:
-        """Ends the connection without a word."""
+        """Aborts the connection, without a close frame."""
         self.owner.remove(self)
         self.transport.abort()
