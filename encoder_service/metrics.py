@@ -18,7 +18,7 @@ BATCH_PATCHES = Histogram(
 )
 BATCHES_SPLIT = Counter(
     "opticnerve_batches_split_total",
-    "Batches that failed and were run again in parts, by why (memory, error)",
+    "Batches that failed and were run again in parts, by reason (memory, error)",
     ["why"],
 )
 ITEMS_ENCODED = Counter("opticnerve_items_encoded_total", "Media items encoded")
@@ -29,6 +29,6 @@ ITEMS_AUDITED = Counter(
 )
 DECODES_ENDED = Counter(
     "opticnerve_decodes_ended_total",
-    "Heavy pictures whose decoding ended early, by why (cancelled, timeout, died)",
+    "Heavy pictures whose decoding ended early, by reason (cancelled, timeout, died)",
     ["why"],
 )

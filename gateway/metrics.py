@@ -13,7 +13,7 @@ from opticnerve.telemetry.metrics import SECONDS
 REQUESTS = Counter("opticnerve_requests_total", "HTTP requests", ["route", "status"])
 REQUESTS_IN_FLIGHT = Gauge(
     "opticnerve_requests_in_flight",
-    "HTTP requests being served, without those for health and metrics",
+    "HTTP requests being served, except those for health and metrics",
     multiprocess_mode="livesum",
 )
 TOKENS = Counter(
@@ -23,24 +23,26 @@ TOKENS = Counter(
 )
 LLM_CHOICES = Counter(
     "opticnerve_llm_choices_total",
-    "Generate calls by why their LLM worker was chosen (prefix, rendezvous, load)",
+    "Generate calls by the reason for choosing their LLM worker (prefix, rendezvous, load)",
     ["reason"],
 )
 TTFT_SECONDS = Histogram(
-    "opticnerve_time_to_first_token_seconds", "From accepted to first token", buckets=SECONDS
+    "opticnerve_time_to_first_token_seconds",
+    "Time from accepting a request to its first token",
+    buckets=SECONDS,
 )
 INTER_TOKEN_SECONDS = Histogram(
-    "opticnerve_inter_token_seconds", "Between two deliveries of tokens", buckets=SECONDS
+    "opticnerve_inter_token_seconds", "Time between two deliveries of tokens", buckets=SECONDS
 )
 PATCHES_WAITING = Gauge(
     "opticnerve_patches_waiting",
-    "Patches admitted here that no encoder has room for yet",
+    "Patches admitted by this gateway that no encoder has room for yet",
     multiprocess_mode="livesum",
 )
 WORK_WAITING_SECONDS = Gauge(
     "opticnerve_work_waiting_seconds",
-    "Seconds that a pool (encoder, llm) would take for this gateway's work that waits for it; "
-    "while nobody serves, the seconds that one worker would take",
+    "Seconds that a pool (encoder, llm) would take for the work that waits for it at this gateway; "
+    "while no worker serves, the seconds that one would take",
     ["pool"],
     multiprocess_mode="livesum",
 )
@@ -53,7 +55,7 @@ WORKERS = Gauge(
 )
 RETRIES = Counter(
     "opticnerve_retries_total",
-    "Calls that were made again, before a token had come, by call (encode, generate) and reason "
+    "Calls repeated before the first token, by call (encode, generate) and reason "
     "(lost, full, mispaired)",
     ["call", "reason"],
 )

@@ -25,12 +25,12 @@ def engine_stats(stats: EngineStats) -> Iterator[Metric]:
     )
     yield GaugeMetricFamily(
         "opticnerve_kv_blocks_cached",
-        "KV blocks in the prefix cache, free ones and others",
+        "KV blocks in the prefix cache, whether free or held",
         stats.cached_blocks,
     )
     yield CounterMetricFamily(
         "opticnerve_kv_blocks_evicted_total",
-        "KV blocks of the prefix cache that gave way to others",
+        "KV blocks evicted from the prefix cache",
         stats.evicted_blocks,
     )
     sequences = GaugeMetricFamily(
@@ -41,7 +41,7 @@ def engine_stats(stats: EngineStats) -> Iterator[Metric]:
     yield sequences
     yield CounterMetricFamily(
         "opticnerve_preemptions_total",
-        "Sequences preempted for want of KV blocks",
+        "Sequences preempted because KV blocks ran out",
         stats.preemptions,
     )
     yield SummaryMetricFamily(
@@ -50,6 +50,6 @@ def engine_stats(stats: EngineStats) -> Iterator[Metric]:
     if stats.prefill_tokens_per_s:
         yield GaugeMetricFamily(
             "opticnerve_prefill_tokens_per_second",
-            "Speed of prefill beside a step's other costs, as chunks are cut by --max-step-ms",
+            "Measured speed of prefill, by which --max-step-ms sizes chunks",
             stats.prefill_tokens_per_s,
         )
