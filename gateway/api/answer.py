@@ -38,7 +38,7 @@ from gateway.output.events import (
 )
 from opticnerve.errors import AnswerTooLarge, EngineFailure, OpticNerveError
 
-ID_BYTES = 7  # Of a token id in JSON, with its comma.
+ID_BYTES = 7  # Bytes of a token id in JSON, with its comma.
 LEAST_LOGPROB = -9999.0  # JSON has no infinity.
 
 StopReason = Annotated[
@@ -144,11 +144,11 @@ def _token(token: TokenLogprob) -> TopLogprob:
 
 @dataclass(slots=True, kw_only=True)
 class WholePart:
-    """Consecutive output of one kind in a whole answer. ``logprobs``: entries as encoded JSON, a
-    kilobyte per token: as objects they would take ten times the memory, and encoding all of them
-    at the end would block the event loop."""
+    """Consecutive output of one kind in a whole answer. ``logprobs``: entries as encoded JSON,
+    about a kilobyte per token. As objects they would take ten times the memory, and encoding them
+    all at the end would block the event loop."""
 
-    pieces: list[str] = field(default_factory=list)  # Of its text.
+    pieces: list[str] = field(default_factory=list)  # Pieces of its text.
     logprobs: list[bytes] = field(default_factory=list)
 
     @property
@@ -178,10 +178,9 @@ P = TypeVar("P", bound=WholePart)
 @dataclass(slots=True)
 class WholeChoice:
     """A choice of a whole answer, as parts in the order in which the model wrote them.
-    ``with_logprobs``: whether the request asks for log-probabilities. ``prompt_text`` and
-    ``prompt_logprobs`` (entries as encoded JSON, each with ``prompt_most`` of the most likely
-    tokens) and ``prompt_ids`` (a list as encoded JSON) are in the first of the choices that
-    continue a prompt."""
+    ``with_logprobs``: whether the request asks for log-probabilities. The first of the choices that
+    continue a prompt also has ``prompt_text``, ``prompt_logprobs`` (entries as encoded JSON, each
+    with the ``prompt_most`` most likely tokens) and ``prompt_ids`` (a list as encoded JSON)."""
 
     with_logprobs: bool = False
     prompt_most: int | None = None  # None if the request asks for no log-probabilities of a prompt.
@@ -251,7 +250,7 @@ class WholeChoice:
         return size + self.add_logprobs(part, more.logprobs or ())
 
     def add_logprobs(self, part: WholePart, found: Sequence[TextLogprobs]) -> int:
-        """Adds those of the part's next tokens; returns their size in bytes."""
+        """Adds the log-probabilities of the part's next tokens; returns their size in bytes."""
         entries = [dumps(_content(at)) for at in found]
         part.logprobs += entries
         return sum(map(len, entries))
@@ -278,9 +277,9 @@ class WholeAnswer:
         max_bytes: int,
         new: Callable[[], WholeChoice] | None = None,
     ) -> None:
-        """``logprobs``: whether choices have them, even if the list is empty. ``hold`` counts the
-        bytes that are held until the answer is complete. ``new`` makes a choice of another kind
-        than a WholeChoice."""
+        """``logprobs``: whether choices have log-probabilities, even if the list is empty. ``hold``
+        counts the bytes that are held until the answer is complete. ``new`` makes a choice of
+        another class than WholeChoice."""
         self._new = new or partial(WholeChoice, logprobs)
         self._hold = hold
         self._left = self._max_bytes = max_bytes
@@ -315,7 +314,8 @@ class AnswerWriter(ABC):
     """Writes a job's events in one API's format: ``body`` a whole answer, ``chunks`` a stream."""
 
     def __init__(self, model: str, *, usage: bool = False, timings: bool = False) -> None:
-        """``usage``: whether a stream ends with it. ``timings``: whether the answer has them."""
+        """``usage``: whether a stream ends with the usage. ``timings``: whether the answer has
+        timings."""
         self.system_fingerprint: str | None = None
         # Whether the choices of a whole answer have log-probabilities, even if the list is empty.
         self.logprobs = False
@@ -364,7 +364,7 @@ class AnswerWriter(ABC):
         """The server-sent events of a stream, with its end. Raises the errors of ``events``."""
 
     def failure(self, error: OpticNerveError) -> bytes:
-        """The end of a stream that fails."""
+        """The bytes that end a stream that fails."""
         return failure(error)
 
     def timings_of(self, end: End) -> dict[str, Any]:

@@ -69,14 +69,14 @@ class ChoiceWriter(AnswerWriter):
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    prompt_ids_by_choice: ClassVar[bool]  # Whether choices have the prompt's ids, or the answer.
+    prompt_ids_by_choice: ClassVar[bool]  # Prompt ids go into choices, or the answer.
 
     def __init__(self, model: str, *, usage: bool = False, timings: bool = False) -> None:
         super().__init__(model, usage=usage, timings=timings)
         self._id = f"{self.id_prefix}{uuid.uuid4().hex}"
         self._n = 1
         self._shows_ids = False
-        # Of a stream, to be sent with a choice's next chunk.
+        # In a stream: to be sent with a choice's next chunk.
         self._ids: dict[int, list[int]] = {}
         self._prompt_ids: dict[int, bytes] = {}
 

@@ -197,10 +197,10 @@ class CompletionChunk(AnswerHead):
 
 @dataclass(slots=True)
 class WholeCompletion(WholeChoice):
-    """A choice of a whole answer, or, the first of a prompt's, with the prompt. ``copies``: how
-    many choices continue the prompt; each repeats it."""
+    """A choice of a whole answer; the first choice of a prompt also holds the prompt. ``copies``:
+    the number of choices that continue the prompt, each of which repeats it."""
 
-    most: int | None = None  # Of the most likely tokens that scores have; None: no scores.
+    most: int | None = None  # Number of most likely tokens in scores; None: no scores.
     echo: bool = False
     copies: int = 1
     scores: Scores = field(default_factory=Scores)

@@ -75,8 +75,8 @@ def errors_of(shape: Any) -> dict[int | str, dict[str, Any]]:
 
 
 def error_body(error: OpticNerveError, scope: Scope) -> Mapping[str, Any]:
-    """The body of an answer that is an error. The path alone decides its shape, because layers
-    around the routes refuse requests too."""
+    """The body of an error. Its shape depends on the path alone, because the layers around the
+    routes refuse requests too."""
     if is_anthropic(scope["path"]):
         return to_anthropic(error, scope["state"]["request_id"])
     return error.to_openai()
@@ -114,7 +114,7 @@ async def send_error(
 
 
 def typed(error: Exception) -> OpticNerveError:
-    """``error`` as clients see it. The request's log line has the exception itself."""
+    """The typed error that clients see for ``error``. The log line has the exception itself."""
     if isinstance(error, OpticNerveError):
         logs.failed(error)
         return error
@@ -149,7 +149,7 @@ async def read_json(
     config: GatewayConfig,
     hold: Callable[[int], None],
 ) -> T:
-    """``read`` of JSON that has arrived, once ``hold`` has counted the memory of its values; in a
+    """Applies ``read`` to a body of JSON, after ``hold`` has counted the memory of its values; in a
     thread if it is long. Raises InvalidRequest, PayloadTooLarge, and the errors of both."""
     most = config.max_request_values
     long = len(body) > OFF_LOOP_BYTES

@@ -48,7 +48,7 @@ def of_output(at: TextLogprobs, most: int) -> LegacyEntry:
 
 
 def of_prompt(token: PromptToken, most: int) -> LegacyEntry:
-    """A token of a prompt, likewise."""
+    """A token of a prompt, with ``most`` of the most likely ones."""
     text = _spelled(token.spelled)
     if token.own is None:
         return LegacyEntry(text, None, None, token.start)
@@ -57,7 +57,8 @@ def of_prompt(token: PromptToken, most: int) -> LegacyEntry:
 
 
 def _scored(own: TokenLogprob, top: Sequence[TokenLogprob]) -> tuple[float, dict[str, float]]:
-    """The best first; of tokens with one text, the best."""
+    """The token's own log-probability, and the most likely tokens by text, best first. Of tokens
+    with the same text, the best counts."""
     found: dict[str, float] = {}
     for each in (*top, own):
         found.setdefault(_spelled(each.spelled), max(each.logprob, LEAST_LOGPROB))
@@ -72,7 +73,7 @@ def _spelled(token: bytes) -> str:
 
 
 def legacy_json(entries: Sequence[LegacyEntry], before: int = 0) -> LegacyLogprobs:
-    """``before``: characters of the text before the answer, which the entries do not count."""
+    """``before``: the number of characters before the answer, to add to the entries' offsets."""
     return {
         "tokens": [entry.token for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
@@ -91,7 +92,7 @@ class Scores:
     starts: list[int] = field(default_factory=list)
 
     def add(self, entries: Iterable[LegacyEntry]) -> int:
-        """Returns the entries' size in bytes, about."""
+        """Adds entries. Returns their approximate size in bytes."""
         size = 0
         for entry in entries:
             pieces = dumps(entry.token), dumps(entry.logprob), dumps(entry.top)

@@ -55,14 +55,14 @@ class ServedNames:
         return cls(tuple(dict.fromkeys(names)), ANY in served, max_model_len, names[0])
 
     def permitted(self, caller: Caller) -> ServedNames:
-        """Those that ``caller`` may use; others are to it as if they were not served."""
+        """The names that ``caller`` may use; to it, others seem not to be served."""
         if not caller.models:
             return self
         names = [name for name in caller.models if self.any or name in self.names]
         return replace(self, names=tuple(names), any=False)
 
     def check(self, name: str | None, param: str | None = "model") -> None:
-        """Raises ModelNotFound for a name that is not served; None stands for the model's own."""
+        """Raises ModelNotFound for a name that is not served. None: the model's own name."""
         name = self.root if name is None else name
         if self.any or name in self.names:
             return

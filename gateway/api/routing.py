@@ -57,13 +57,13 @@ BY_TEMPLATE: dict[str, AbstractSet[str]] = {
     SWITCHED_THINKING: THINKING_SWITCHES,
     SHOWN_TOOLS: {"tools"},
 }
-"""What has an effect only if the chat template has one of these variables."""
+"""Fields that have an effect only if the chat template reads one of these variables."""
 B = TypeVar("B", bound=Body)
 W = TypeVar("W", bound=AnswerWriter)
 
 
 class PiecewiseResponse(StreamingResponse):
-    """An answer that is sent piece by piece. ``source`` is closed when it ends, in any way.
+    """An answer that is sent piece by piece. However it ends, ``source`` is closed.
 
     The connection of a client that does not read is closed ERROR_DELIVERY_S after the deadline, so
     that its request does not count against the limits for ever.
@@ -124,7 +124,7 @@ class Call(Request):
 
     @property
     def names(self) -> ServedNames:
-        """Those that the caller may use."""
+        """The names that the caller may use."""
         return self.gateway.names.permitted(self.state.caller)
 
     @property
@@ -218,8 +218,8 @@ class Call(Request):
         return PiecewiseResponse(_alone(body), made, headers, job.deadline, writer.failure)
 
     def warnings(self, not_enforced: Sequence[str] = ()) -> dict[str, str]:
-        """The header that lists fields without effect, and what of a schema has none. Their names
-        are the client's text, so only their printable characters go into the header, up to
+        """The header that lists fields without effect, and parts of schemas that are not enforced.
+        Their names come from the client, so only printable characters go into the header, up to
         MAX_WARNING."""
         variables = self.gateway.pipeline.renderer.template.variables
         effective = {name for name, any_of in BY_TEMPLATE.items() if any_of & variables}
@@ -249,7 +249,7 @@ class Route(APIRoute):
             call = Call(request.scope, request.receive)
             if model is None:
                 return await handler(call)
-            # No variable here refers to the body, so that its handler can free it.
+            # No variable here may refer to the body, so that the handler can free it.
             response: Response = await self.endpoint(call, await call.read(model))
             return response
 
@@ -267,8 +267,8 @@ class Route(APIRoute):
 
 
 def make_router(*tags: str, errors: Any = None) -> APIRouter:
-    """A router. ``errors``: the responses that are errors; None: those in OpenAI's shape. Its
-    handlers' names are the operation ids, by which generated clients call them."""
+    """A router. ``errors``: the error responses; None: OpenAI's. The handlers' names become
+    operation ids, which generated clients use as method names."""
     return APIRouter(
         route_class=Route,
         tags=list(tags),

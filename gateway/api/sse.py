@@ -37,13 +37,14 @@ def dumps(body: Any) -> bytes:
 
 
 def with_encoded(body: Mapping[str, Any], encoded: Mapping[str, bytes]) -> bytes:
-    """``body``, which has a field, as JSON with more fields whose values are encoded already."""
+    """``body``, which must not be empty, as JSON with more fields, whose values are encoded
+    JSON."""
     more = (b',"' + name.encode() + b'":' + value for name, value in encoded.items())
     return b"".join((dumps(body)[:-1], *more, b"}"))
 
 
 def add_json(body: bytes, name: str, value: bytes) -> bytes:
-    """The object ``body``, which has fields, with one more; all is encoded JSON."""
+    """Adds a field to the object ``body``, which must not be empty; all are encoded JSON."""
     return body[:-1] + b',"' + name.encode() + b'":' + value + b"}"
 
 
@@ -53,5 +54,5 @@ def ids_json(ids: Iterable[int]) -> bytes:
 
 
 def failure(error: OpticNerveError) -> bytes:
-    """The end of a failed stream: the error's body as an event, and DONE."""
+    """The bytes that end a failed stream: the error's body as an event, and DONE."""
     return event(error.to_openai()) + DONE

@@ -44,7 +44,7 @@ UNSERVED: dict[str, str] = {
     "/v1/conversations": STATE,
     "/v1/containers": STATE,
     "/v1/evals": STATE,
-    "/v1/chat/completions": STATE,  # A stored answer's path has more steps.
+    "/v1/chat/completions": STATE,  # Paths below it are those of stored answers.
     "/v1/responses": STATE,
     "/v1/organization": "it has no accounts; --api-key-file names its keys",
     "/v1/edits": "ask for the change in a chat",
@@ -56,12 +56,12 @@ UNSERVED: dict[str, str] = {
     "/inference/v1/generate": OTHERS,
     "/api": OTHERS,
 }
-"""What is said of a path of another server, and of every path below it, unless a route has it."""
+"""Advice for paths of other servers, and for every path below them, unless a route exists."""
 
 
 def not_found(path: str, routes: Sequence[BaseRoute]) -> NotFound:
-    """The error of a request to ``path``, where no route is, or none for WebSockets. ``routes``:
-    those that there are."""
+    """The error for a request to ``path``, which has no route, or none for WebSockets. ``routes``:
+    the existing ones."""
     served = [str(getattr(route, "path", "")) for route in routes]
     shown = printable(path, MAX_SHOWN_PATH)
     if path in served:
@@ -87,5 +87,5 @@ def not_found(path: str, routes: Sequence[BaseRoute]) -> NotFound:
 
 
 def _with_one_v1(path: str) -> str:
-    """``path`` as it is meant by a client whose base URL lacks ``/v1``, or has it twice."""
+    """``path`` as a client meant it whose base URL lacks ``/v1``, or has it twice."""
     return "/v1/" + path.lstrip("/").removeprefix("v1/").removeprefix("v1/")

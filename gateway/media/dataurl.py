@@ -1,8 +1,8 @@
 """``data:`` URLs (RFC 2397), decoded piece by piece.
 
-A URL can be as long as a body. Whatever it contains (percent signs, white space, escapes), decoding
-takes memory for the decoded bytes and for one piece, and time proportional to its length; no single
-step is long enough to keep other threads waiting.
+A URL can be as long as a request's body. Whatever it contains (percent signs, white space,
+escapes), decoding takes memory for the decoded bytes and one piece, and time proportional to the
+URL's length, in steps short enough not to keep other threads waiting.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _unescaped(url: str, start: int) -> Iterator[bytes]:
     two hexadecimal digits."""
     while start < len(url):
         piece = url[start : start + PIECE_CHARACTERS]
-        if start + len(piece) < len(url):  # Does not split an escape.
+        if start + len(piece) < len(url):  # Do not split an escape.
             cut = piece.find("%", len(piece) - 2)
             piece = piece if cut < 0 else piece[:cut]
         start += len(piece)
@@ -65,11 +65,12 @@ def _unescaped(url: str, start: int) -> Iterator[bytes]:
 
 
 def _without_percent(raw: bytes) -> bytes:
-    """Decoded as quoted-printable, which has the same escapes behind another sign and a decoder in
-    C: the standard library's percent-decoder makes an object of 37 bytes or more of each escape."""
+    """Percent-decodes by way of quoted-printable, which has the same escapes with another sign and
+    a decoder in C. The standard library's percent-decoder makes an object of 37 bytes or more for
+    each escape."""
     quoted = raw.replace(b"=", b"%3D").replace(b"%", b"=")
     decoded = binascii.a2b_qp(quoted)
-    breaks = b"=\n" in quoted or b"=\r" in quoted  # Line ends in quoted-printable.
+    breaks = b"=\n" in quoted or b"=\r" in quoted  # These are soft line breaks in quoted-printable.
     if breaks or len(decoded) != len(quoted) - 2 * quoted.count(b"="):
         raise binascii.Error("a percent sign without two digits")
     return decoded

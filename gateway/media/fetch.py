@@ -1,9 +1,9 @@
 """Fetches the bytes of one media item by its URL.
 
-Each hop of an HTTP fetch takes the same steps: the URL is parsed by one parser (httpx2.URL) for
-check and fetch, its name resolved once, every address checked, and a checked address connected to,
-while Host and TLS keep the name. Redirects are followed here. Size and time are bounded while
-reading. Errors say what to do; they quote neither fetched bytes nor a resolved address.
+Each hop of an HTTP fetch, redirects included, takes the same steps. One parser (httpx2.URL) reads
+the URL for both check and fetch; its name is resolved once; every address is checked; then a
+checked address is connected to, while Host and TLS keep the name. Size and time are bounded while
+reading. Errors quote neither fetched bytes nor resolved addresses.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Fetch:
         )
 
     def broken(self, error: Exception) -> MediaFetchFailed:
-        """The error for an answer that was not read to its end."""
+        """The error for an answer that could not be read completely."""
         return self.failed(str(error) if isinstance(error, UnreadableAnswer) else "broke off")
 
     def redirect(self, target: httpx2.URL, location: str) -> httpx2.URL:
@@ -98,7 +98,7 @@ class MediaFetcher:
         self._resolve = resolve or Resolver()
         self._is_allowed = (lambda _: True) if config.allow_private_media else is_allowed
         self._tls = tls or httpx2.create_ssl_context()
-        # A content encoding can be larger than the picture; TLS adds little.
+        # An encoded body can be larger than the picture itself; TLS adds little.
         self._network = MediaNetwork(2 * config.max_media_bytes + EXTRA_MEDIA_BYTES)
         self._slots = SharedCapacity("fetches", MAX_FETCHES, MAX_FETCHES_PER_ADDRESS)
 
@@ -107,9 +107,10 @@ class MediaFetcher:
     ) -> bytes:
         """The bytes at ``url`` (data:, http:, https:, file:), at most ``max_media_bytes``.
 
-        ``hold`` is called with numbers of bytes as they arrive. ``param``: the request's field, for
-        errors. Raises InvalidRequest for a URL that is not allowed, MediaFetchFailed for one that
-        could not be read, PayloadTooLarge, and the errors of ``hold``.
+        ``hold`` is called with the number of bytes of each piece that arrives. ``param``: the
+        request's field, for errors. Raises InvalidRequest for a URL that is not allowed,
+        MediaFetchFailed for one that could not be read, PayloadTooLarge, and the errors of
+        ``hold``.
         """
         scheme = url.partition(":")[0].lower()
         if scheme in ("http", "https"):
@@ -211,8 +212,8 @@ class MediaFetcher:
 
     @contextlib.asynccontextmanager
     async def _request(self, target: httpx2.URL, address: str) -> AsyncIterator[httpcore2.Response]:
-        """The answer of the server at ``address``, over a connection of its own: a reused one would
-        serve another name at the same address unchecked."""
+        """The answer of the server at ``address``, over a new connection: a reused one could serve
+        another name at the same address without a check."""
         url = httpcore2.URL(
             scheme=target.raw_scheme,
             host=address.partition("%")[0].encode("ascii"),
@@ -235,7 +236,7 @@ class MediaFetcher:
             async with contextlib.aclosing(connection):
                 response = await connection.handle_async_request(request)
                 stream = response.extensions["network_stream"]
-                if isinstance(stream, MediaStream):  # Not one of another protocol.
+                if isinstance(stream, MediaStream):  # False for other protocols.
                     stream.head_read = True
                 yield response
         finally:
@@ -244,8 +245,8 @@ class MediaFetcher:
     # ---- file
 
     def _read_file(self, url: str, param: str | None) -> bytes:
-        """A regular file under the allowed root, links resolved. A file that is missing and one
-        outside of the root cannot be told apart by the error."""
+        """A regular file under the allowed root, links resolved. A missing file and one outside the
+        root give the same error, so that it reveals nothing."""
         root = self._config.allowed_media_root
         if root is None:
             raise InvalidRequest(
@@ -265,7 +266,7 @@ class MediaFetcher:
 
     def _read_regular(self, path: Path, param: str | None) -> bytes:
         limit = self._config.max_media_bytes
-        # Non-blocking: a pipe put in the file's place must not block this thread.
+        # Non-blocking: if the file has been replaced by a pipe, this thread must not block.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as stream:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):

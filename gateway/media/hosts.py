@@ -3,12 +3,12 @@
 An address is allowed if it is public unicast, judged by where a packet would arrive: tunnelled
 forms count as the IPv4 address inside.
 
-Names are resolved by the system's resolver, in threads, because it alone knows this machine's hosts
-file, search domains and name services. It blocks for many seconds if a name server does not
-answer, and cannot be cancelled. So a look-up is abandoned after a few seconds, and the name not
-tried again for a while. Threads are limited, also per registered domain, since the owner of one
-silent name server can make up any number of names; some are reserved for names that were resolved
-before.
+Names are resolved by the system's resolver, in threads, because only it knows this machine's hosts
+file, search domains and name services. It blocks for many seconds if a name server does not answer,
+and cannot be cancelled. So a look-up is abandoned after a few seconds, and the name is not tried
+again for a while. The number of threads is limited, also per registered domain, since the owner of
+one silent name server can make up any number of names. Some threads are reserved for names that
+were resolved before.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from gateway.edge.limits import (
 )
 from opticnerve.lru import LRU
 
-MAX_REMEMBERED = 4096  # Names of either kind.
-# Second labels below which owners register names in many countries.
+MAX_REMEMBERED = 4096  # Resolved names, and silent names.
+# Second-level labels under which many countries register domains.
 SHARED_SECOND_LABELS = frozenset({"ac", "co", "com", "edu", "go", "gov", "ne", "net", "or", "org"})
 
 LookUp = Callable[..., list[Any]]
 
-# Networks that ipaddress calls global in some Python release, and that no fetch may reach.
+# Networks that no fetch may reach, though ipaddress calls them global in some Python release.
 _REFUSED = tuple(
     ipaddress.ip_network(network)
     for network in (
@@ -63,8 +63,8 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def is_public(address: str) -> bool:
-    """Whether a connection to this literal address stays out of private, loopback, link-local,
-    metadata, multicast and reserved space."""
+    """Whether this literal address is outside of private, loopback, link-local, metadata, multicast
+    and reserved space."""
     ip: Address = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = _inner(ip)
@@ -76,7 +76,8 @@ def is_public(address: str) -> bool:
 
 
 def _inner(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address where packets to ``ip`` arrive, for mapped, 6to4 and NAT64 forms."""
+    """The IPv4 address that packets to ``ip`` reach, for mapped, 6to4 and NAT64 addresses; else
+    None."""
     if ip.ipv4_mapped is not None:
         return ip.ipv4_mapped
     if ip in _SIX_TO_FOUR:

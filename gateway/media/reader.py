@@ -87,8 +87,8 @@ class MediaReader:
         return Fetched(source.param, self._overrides(source, several), data)
 
     def _overrides(self, source: ItemSource, several: bool) -> Overrides:
-        """The item's own bounds, limited by the server's, and the server's background. ``several``:
-        whether it is planned as one of several."""
+        """The item's own pixel bounds, limited by the server's, and the server's background.
+        ``several``: whether the request has several pictures."""
         least, most = self.config.min_pixels or None, self.config.max_pixels or None
         default_most: int | None = self.layout.settings().get("max_pixels")
         asked = source.overrides(default_most)
@@ -119,8 +119,7 @@ def located(error: OpticNerveError, param: str | None) -> OpticNerveError:
 
 
 async def all_of(*work: Coroutine[Any, Any, T]) -> list[T]:
-    """The results of all, in order. The first failure cancels the others and waits for them to
-    end."""
+    """The results of all, in order. If one fails, cancels the others and waits for them to end."""
     tasks = [asyncio.create_task(each) for each in work]
     try:
         return list(await asyncio.gather(*tasks))

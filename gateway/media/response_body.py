@@ -91,7 +91,7 @@ class ContentDecoder:
         if not self._coding:
             yield chunk
             return
-        if len(self._head) < 2:  # Two bytes show whether deflate has a frame.
+        if len(self._head) < 2:  # Two bytes tell whether deflate has a zlib frame.
             chunk = self._head = self._head + chunk
             if len(chunk) < 2:
                 return
@@ -99,7 +99,7 @@ class ContentDecoder:
                 self._zlib = zlib.decompressobj(-zlib.MAX_WBITS)
             self._head = chunk[:2]
         piece = b""
-        while chunk or len(piece) == PIECE_BYTES:  # After a full piece, zlib may hold more.
+        while chunk or len(piece) == PIECE_BYTES:  # After a full piece, zlib may have more output.
             if self._zlib.eof:
                 chunk = chunk.lstrip(b"\0")  # Padding.
                 if not chunk:
@@ -119,7 +119,7 @@ class ContentDecoder:
 
 
 def _is_framed(chunk: bytes) -> bool:
-    """Whether two bytes are zlib's frame: its method and a checksum. One of 31 streams without a
-    frame has the checksum by chance; none begins with the method, which would be a stored block
-    whose padding is not zero."""
+    """Whether two bytes begin a zlib frame: its method, and a valid checksum. The checksum alone
+    would match one in 31 raw streams by chance. No raw stream begins with the method's bits: that
+    would be a stored block with nonzero padding."""
     return chunk[0] & 15 == 8 and int.from_bytes(chunk[:2]) % 31 == 0

@@ -1,9 +1,9 @@
 """Connections to media servers, and bounds on the work that a server can cause over one.
 
-A server chooses how its bytes arrive: one by one, or behind thousands of 1xx answers. Each read
+A server chooses how its bytes arrive: one by one, or after thousands of 1xx answers. Each read
 costs the event loop a tenth of a millisecond, however little it brings. So after many small reads
-the next one waits until more has arrived; headers, with 1xx answers before them, are read in small
-steps and bounded; and so are all bytes of a connection.
+the next one waits until more has arrived. Headers, including 1xx answers before them, are read in
+small steps. The bytes of headers and of a whole connection are bounded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SMALL_READ_BYTES = 2**12
 
 
 class UnreadableAnswer(httpcore2.ReadError):
-    """A server's answer is not read to its end. The message continues ``the fetch from HOST``."""
+    """A server's answer is refused or cut off. The message continues ``the fetch from HOST``."""
 
 
 class PacedStream(ByteStream):
@@ -60,8 +60,9 @@ class PacedStream(ByteStream):
 
 
 class MediaStream(httpcore2.AsyncNetworkStream):
-    """A connection as httpcore2 uses it. Only connecting has a timeout: that of the fetch ends
-    reading and writing. ``head_read`` is to be set once an answer's headers are read."""
+    """A connection for httpcore2. Only connecting has a timeout of its own; the timeout of the
+    whole fetch covers reading and writing. The user sets ``head_read`` once an answer's headers are
+    read."""
 
     def __init__(self, socket: ByteStream) -> None:
         self._socket = socket

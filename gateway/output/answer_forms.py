@@ -1,5 +1,6 @@
-"""How a checkpoint's answers are written: its form of calls, and the markers of its thinking. From
-these come an answer's sections, and the grammar of an answer that must call tools."""
+"""How a checkpoint writes its answers: its form of tool calls, and the markers around its thinking.
+They determine how an answer is split into sections, and the grammar of an answer that must call
+tools."""
 
 from __future__ import annotations
 
@@ -20,14 +21,15 @@ from gateway.prompt.template import Renderable
 from gateway.prompt.tokenizer import Tokenizer
 from opticnerve.errors import InvalidRequest
 
-TAIL = 100  # Characters at a prompt's end in which a marker may stand.
+TAIL = 100  # A marker is searched for in so many characters at a prompt's end.
 CONSTRAINED = "ask for tool_choice required, or for one function, whose calls are constrained"
 
 
 @dataclass(frozen=True)
 class AnswerForms:
-    """Those of one checkpoint. ``calls`` None: the form of calls is not known. ``marks`` None: the
-    model does not think. ``shows_tools``: whether the chat template has a variable for tools."""
+    """The forms of one checkpoint. ``calls`` None: its form of calls is not known. ``marks`` None:
+    the model does not think. ``shows_tools``: whether the chat template has a variable for
+    tools."""
 
     tokenizer: Tokenizer
     calls: CallForm | None = None
@@ -38,7 +40,8 @@ class AnswerForms:
     def find(
         cls, tokenizer: Tokenizer, template: Renderable, tool_parser: str, reasoning_parser: str
     ) -> AnswerForms:
-        """Those that ``--tool-parser`` and ``--reasoning-parser`` name, or the checkpoint shows."""
+        """The forms that ``--tool-parser`` and ``--reasoning-parser`` name, or that the template
+        shows."""
         marks = MARKS.get(reasoning_parser)
         if reasoning_parser == "auto":
             marks = next((each for each in MARKS.values() if _has(each, template, tokenizer)), None)
@@ -64,8 +67,8 @@ class AnswerForms:
         raise InvalidRequest(f"tools: {why}; {remedy}", param="tools")
 
     def not_enforced(self, options: GenerationOptions) -> Iterator[str]:
-        """What of the format and the tools is not enforced: where the answer is calls only, the
-        format; within text, calls that begin with no marker."""
+        """The parts of the format and the tools that are not enforced: the format of an answer that
+        is calls only, and strict tools whose calls begin without a marker within text."""
         use, format = options.tools, options.format
         if use is None:
             return
@@ -77,8 +80,8 @@ class AnswerForms:
             yield "strict (of tools that the model may choose to call)"
 
     def grammar(self, options: GenerationOptions, answer: str) -> str:
-        """The grammar of an answer with the request's tools, from the one of its output format;
-        empty: any text. Raises InvalidRequest."""
+        """The grammar of an answer with the request's tools. ``answer``: the grammar of its output
+        format; empty: any text. Raises InvalidRequest."""
         use = options.tools
         if use is None or use.mode is CallMode.NONE:
             return answer
@@ -100,7 +103,8 @@ class AnswerForms:
         return _joined("start: @text | @calls", text=answer, calls=calls)
 
     def form_of(self, use: ToolUse) -> CallForm:
-        """Calls that a grammar constrains need no form that the model knows."""
+        """The form of calls. A request whose calls a grammar constrains needs none that the model
+        knows."""
         return self.calls or LlamaJson()
 
     def thinking(self, prompt: AnyPrompt, rendered: str) -> Thinking | None:
@@ -118,7 +122,7 @@ class AnswerForms:
         return Thinking.NONE if end.endswith(self.marks.closing) else Thinking.POSSIBLE
 
     def after_thinking(self, grammar: str, thinking: Thinking | None) -> str:
-        """The grammar of thinking, which is free, and then an answer."""
+        """The grammar of free thinking followed by an answer."""
         if not grammar or self.marks is None or thinking in (None, Thinking.NONE):
             return grammar
         opening, closing = map(self._mark, self.marks)
@@ -136,8 +140,7 @@ class AnswerForms:
     def choices(
         self, options: GenerationOptions, vocabulary: Vocabulary, thinking: Thinking | None
     ) -> Choices:
-        """The choices of an answer; ``thinking`` None: to a prompt that is no chat, so that all of
-        it is text."""
+        """The choices of an answer. ``thinking`` None: the prompt is not a chat, so all is text."""
         if thinking is None:
             return Choices(options, vocabulary)
         return Choices(
@@ -191,8 +194,8 @@ def _has(marks: ThinkingMarks, template: Renderable, tokenizer: Tokenizer) -> bo
 
 
 def _ends_in_thought(message: Message, rendered: str, marks: ThinkingMarks) -> bool:
-    """Whether thinking goes on at the end of ``message``, with which the prompt ends: it has an
-    open marker, or the template wrote one before it. Markers in other messages mean nothing."""
+    """Whether the prompt's last message, ``message``, ends within thinking: the marker is open in
+    it, or the template wrote one before it. Markers in other messages mean nothing."""
     opening, closing = marks
     text = message.text.strip()
     if message.role != "assistant":
@@ -204,7 +207,8 @@ def _ends_in_thought(message: Message, rendered: str, marks: ThinkingMarks) -> b
 
 
 def _joined(top: str, **grammars: str) -> str:
-    """A grammar that refers to others by name. One that is joined already is taken apart."""
+    """One grammar from ``top`` and the grammars that it refers to by name. A grammar that is itself
+    joined is taken apart."""
     joined: list[dict[str, str]] = [{"lark_grammar": top}]
     for name, text in grammars.items():
         if text.startswith("{"):

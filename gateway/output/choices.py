@@ -30,8 +30,8 @@ class Choices:
         sections: Callable[[int], Sections] | None = None,
         shown_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """``sections``: those of a choice; None: all is text. ``shown_ids``: special tokens that
-        they need to see."""
+        """``sections``: makes the sections of a choice; None: all is text. ``shown_ids``: special
+        tokens that the sections need to see."""
         sampling = options.sampling
         self._vocabulary = vocabulary
         self._top_logprobs = options.top_logprobs
@@ -129,7 +129,7 @@ class Choices:
     def _logprobs(
         self, positions: Iterable[PositionLogprobs], starts: Sequence[int]
     ) -> tuple[TextLogprobs, ...] | None:
-        """Those of the first ``len(starts)`` positions."""
+        """The log-probabilities of the first ``len(starts)`` positions."""
         most = self._top_logprobs
         if most is None:
             return None

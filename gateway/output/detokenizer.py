@@ -29,7 +29,8 @@ class Detokenizer(Protocol):
         ...
 
     def flush(self) -> str:
-        """The rest at the end: U+FFFD for bytes that did not become a character, else nothing."""
+        """The text still held at the end: U+FFFD for bytes of an incomplete character, else
+        nothing."""
         ...
 
 
@@ -66,8 +67,7 @@ class Vocabulary:
         return self.tokenizer.decode([token_id]).encode()
 
     def spelled(self, token_id: int, *, as_id: bool) -> bytes:
-        """What log-probabilities call a token. ``as_id``: not its bytes but ``token_id:`` and the
-        id."""
+        """A token's name in log-probabilities: its bytes, or with ``as_id`` ``token_id:ID``."""
         return f"token_id:{token_id}".encode() if as_id else self.token_bytes(token_id)
 
     def spelled_logprob(self, token: Logprob, *, as_id: bool) -> TokenLogprob:
@@ -75,8 +75,8 @@ class Vocabulary:
         return TokenLogprob(spelled, token.logprob, token.token_id, token.rank)
 
     def located(self, token_ids: Iterable[int]) -> tuple[str, list[int]]:
-        """The text of all tokens, special ones included, and how many characters come before each
-        of them."""
+        """The text of all tokens, special ones included, and the position at which each begins, in
+        characters."""
         detokenizer = self.detokenizer(skip_special_tokens=False)
         pieces: list[str] = []
         starts: list[int] = []
@@ -167,7 +167,7 @@ class Pieces:
         return text
 
     def _stripped(self, text: str) -> str:
-        """Removes leading spaces of the whole text: the first token's word mark."""
+        """Removes leading spaces of the whole text, which come from the first token's word mark."""
         while self._strip and text:
             if not text.startswith(" "):
                 self._strip = 0
@@ -177,10 +177,10 @@ class Pieces:
 
 
 class Windowed:
-    """The library's decoder over the tokens since text was last shown. Text that ends in U+FFFD
-    may end in an incomplete character, and is held back for at most LONGEST tokens."""
+    """Runs the library's decoder over the tokens since text was last shown. Text that ends in
+    U+FFFD may end in an incomplete character, so it is held back, for at most LONGEST tokens."""
 
-    LONGEST = 16  # Tokens of one character: more than any vocabulary needs.
+    LONGEST = 16  # Most tokens of one character; more than any vocabulary needs.
 
     def __init__(self, vocabulary: Vocabulary, skipped: frozenset[int]) -> None:
         self._decode = vocabulary.tokenizer.decode

@@ -1,5 +1,4 @@
-"""What an answer shows of its prompt: the text, the ids of its tokens and their
-log-probabilities."""
+"""The part of the prompt that an answer shows: its text, token ids and log-probabilities."""
 
 from __future__ import annotations
 
@@ -24,19 +23,19 @@ class Echo:
         as_ids: bool = False,
         show_ids: bool = False,
     ) -> None:
-        """``text``: the prompt's, None if it is not to be shown; ``starts``: where each token
-        begins in it, in characters. ``as_ids``: tokens are named by their ids. ``show_ids``:
-        the ids are shown."""
+        """``text``: the prompt's text; None if it is not to be shown. ``starts``: where each token
+        begins in it, in characters. ``as_ids``: name tokens by their ids. ``show_ids``: show the
+        ids."""
         self._vocabulary = vocabulary
         self._token_ids = token_ids
         self._text = text
         self._starts = starts
         self._as_ids = as_ids
         self._show_ids = show_ids
-        self._told = 0  # Tokens so far.
+        self._told = 0  # Number of tokens reported so far.
 
     def take(self, event: PromptPiece | Delta) -> list[PromptEvent | TokenIds]:
-        """The events that ``event`` brings, or that must come before those of a delta."""
+        """The prompt's events for ``event``; for a delta, those that must come before its own."""
         events: list[PromptEvent | TokenIds] = []
         if self._show_ids:
             events.append(TokenIds(0, tuple(self._token_ids), of_prompt=True))

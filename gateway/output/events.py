@@ -23,8 +23,8 @@ class TokenLogprob(NamedTuple):
 
 
 class TextLogprobs(NamedTuple):
-    """At one position of a text: the sampled token, and the most likely ones, best first.
-    ``start``: how many characters of the choice's text come before the token."""
+    """The sampled token at one position, and the most likely ones, best first. ``start``: the
+    token's position in the choice's text, in characters."""
 
     sampled: TokenLogprob
     top: tuple[TokenLogprob, ...] = ()
@@ -32,10 +32,10 @@ class TextLogprobs(NamedTuple):
 
 
 class PromptToken(NamedTuple):
-    """A token of a prompt, as the bytes that it spells. ``start``: how many characters of the
-    prompt's text come before it; 0 if the job does not ask for that text. ``own``: its
-    log-probability; None for the first token and those of pictures, which the model does not
-    predict. ``top``: those of the most likely tokens at its position, best first."""
+    """A token of a prompt, as the bytes that it spells. ``start``: its position in the prompt's
+    text, in characters; 0 if the job does not ask for the text. ``own``: its log-probability; None
+    for the first token and those of pictures, which the model does not predict. ``top``: the most
+    likely tokens at its position, best first."""
 
     spelled: bytes
     start: int = 0
@@ -45,8 +45,8 @@ class PromptToken(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PromptText:
-    """The prompt as text: before all other events of a job that echoes it. ``choice``: the first of
-    the choices that continue it."""
+    """The prompt as text, for jobs that echo it; comes before all other events. ``choice``: the
+    first of the choices that continue it."""
 
     choice: int
     text: str
@@ -55,8 +55,8 @@ class PromptText:
 
 @dataclass(frozen=True, slots=True)
 class PromptTokens:
-    """The next tokens of the prompt, all of which come before any output of the choices that
-    continue it. ``choice``: the first of these."""
+    """The next tokens of the prompt. All of them come before any output of the choices that
+    continue the prompt. ``choice``: the first of these."""
 
     choice: int
     tokens: tuple[PromptToken, ...]
@@ -135,8 +135,8 @@ OutputEvent = Text | Reasoning | ToolCallStart | ToolCallArguments
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """Token ids, for jobs that ask for them: the next ones of a choice, before the events of their
-    text, or with ``of_prompt`` all of the prompt, before all other events. ``choice`` is then the
+    """Token ids, for jobs that ask for them: the next ids of a choice, before the events of their
+    text. With ``of_prompt``: all ids of the prompt, before all other events; ``choice`` is the
     first of the choices that continue it."""
 
     choice: int

@@ -15,8 +15,8 @@ SPACES = "".join(SPACE)
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]
-"""Reads ``Reader.char``, the next character, or "" at the end of the text. ``yield`` goes on to the
-character after it."""
+"""A coroutine that reads ``Reader.char``: the next character, or "" at the end of the text.
+``yield`` moves on to the character after it."""
 
 
 class SectionKind(Enum):
@@ -24,7 +24,7 @@ class SectionKind(Enum):
     REASONING = "reasoning"
     CALL = "call"  # A call begins; its text is the tool's name.
     ARGUMENTS = "arguments"  # More of its arguments: a piece of a JSON object's text.
-    CALL_END = "call end"  # Its arguments are complete. Without it, they are cut, or unreadable.
+    CALL_END = "call end"  # Its arguments are complete: neither cut off nor unreadable.
 
 
 class Section(NamedTuple):
@@ -33,22 +33,24 @@ class Section(NamedTuple):
 
 
 class Malformed(Exception):
-    """The text is not what the reader hoped for; its ``char`` is the first that does not fit."""
+    """The text does not have the expected form; the reader's ``char`` is the first that does not
+    fit."""
 
 
 class Reader(ABC):
-    """Turns text into sections. White space is held back until it is known whether it stands
-    between text and something else, where it is dropped."""
+    """Turns text into sections. White space is held back until the next character: between text and
+    a section of another kind it is dropped."""
 
     def __init__(self) -> None:
         self.char = ""
-        self.place = 0  # Of ``char``: how many characters come before it.
-        self.kind = SectionKind.TEXT  # Of what ``show`` shows.
+        self.place = 0  # Position of ``char`` in the text.
+        self.kind = SectionKind.TEXT  # The kind of text that ``show`` emits.
         self._sections: list[Section] = []
-        self._pieces: list[str] = []  # Of the last section, which may grow.
+        self._pieces: list[str] = []  # Text of the last section, which may grow.
         self._spaces = ""
         self._held: list[str] | None = None
-        self._stop: str | None = None  # Text without it needs no steps; None: all text does.
+        # Text without this character needs no steps; None: all text does.
+        self._stop: str | None = None
         self._steps = self.read()
 
     @abstractmethod
@@ -57,11 +59,11 @@ class Reader(ABC):
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is held, and all that follows is text."""
+        """Whether nothing is held, and everything that follows is text."""
         return self._stop == "" and not self._spaces and self.kind is SectionKind.TEXT
 
     def push(self, text: str) -> list[Section]:
-        """The sections that more text makes, or that it makes longer."""
+        """The sections that more text begins or extends."""
         if self._stop and self._stop not in text:  # A fast way for most of a text.
             self.show(text)
             self.place += len(text)
@@ -82,14 +84,14 @@ class Reader(ABC):
         return self._take()
 
     def finish(self) -> list[Section]:
-        """What was held back, at the end of the text."""
+        """Ends the text; returns what was held back."""
         self.char = ""
         next(self._steps, None)
         self.show_spaces()
         return self._take()
 
     def _plain(self, text: str, at: int) -> int:
-        """How many characters from ``at`` on are text, whatever follows."""
+        """The number of characters from ``at`` on that are text, whatever follows."""
         if self._stop is None:
             return 0
         end = text.find(self._stop, at) if self._stop else -1
@@ -133,11 +135,11 @@ class Reader(ABC):
     # ---- what may turn out to be text
 
     def hold(self) -> None:
-        """Characters from the next on are kept, in case that they are text."""
+        """Keeps the characters from here on, in case they turn out to be text."""
         self._held = []
 
     def release(self) -> str:
-        """Ends ``hold``; the characters since."""
+        """Ends ``hold``; returns the characters since."""
         held, self._held = self._held or [], None
         return "".join(held)
 
@@ -152,7 +154,7 @@ class Reader(ABC):
         self._stop = None
 
     def literal(self, text: str) -> Steps[None]:
-        """Raises Malformed for any other text."""
+        """Reads exactly ``text``. Raises Malformed for anything else."""
         for character in text:
             if self.char != character:
                 raise Malformed
@@ -163,7 +165,7 @@ class Reader(ABC):
             yield
 
     def word(self, alphabet: frozenset[str], longest: int) -> Steps[str]:
-        """One or more characters of ``alphabet``. Raises Malformed for none, or too many."""
+        """Reads 1 to ``longest`` characters of ``alphabet``. Raises Malformed for none, or more."""
         word = ""
         while self.char in alphabet:
             word += self.char

@@ -1,4 +1,4 @@
-"""The sections of a choice's text: what the model thinks, text, and calls of tools."""
+"""The sections of a choice's text: reasoning, text, and tool calls."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from gateway.output.events import (
 from gateway.output.reader import Reader, Section, SectionKind
 from gateway.output.thinking import ThinkingReader
 
-MOST_HELD = 32  # Log-probabilities that wait for text.
+MOST_HELD = 32  # Most log-probabilities that wait for text.
 
 
 class Sections:
     """Turns the text of one choice into events, whatever the pieces that it arrives in.
 
-    ``ended``: the only call that the choice may have is complete. ``num_reasoning_tokens``: those
-    of its reasoning, markers included. Log-probabilities go with the next event, which may be one
-    of a later piece; those of reasoning that is not shown are not shown either.
+    ``ended``: the choice may have only one call, and it is complete. ``num_reasoning_tokens``:
+    tokens of its reasoning, markers included. Log-probabilities go with the next event, which may
+    belong to a later piece; those of hidden reasoning are dropped.
     """
 
     def __init__(
@@ -39,9 +39,10 @@ class Sections:
         calls_only: bool = False,
         show_reasoning: bool = True,
     ) -> None:
-        """``thinking``: the reader of reasoning; None: there is none. ``form``: of calls of the
-        tools ``names``; None: calls are text. ``several``: whether there may be more than one.
-        ``calls_only``: what is no call is the beginning of one that was cut off, and not shown."""
+        """``thinking``: the reader of reasoning; None: there is no reasoning. ``form``: the form of
+        calls to the tools ``names``; None: calls are text. ``several``: whether there may be more
+        than one call. ``calls_only``: anything else is the beginning of a call that was cut off,
+        and is not shown."""
         self.ended = False
         self.num_reasoning_tokens = 0
         self._undecided = 0  # Tokens that may turn out to be reasoning.
@@ -52,8 +53,8 @@ class Sections:
         self._several = several
         self._calls_only = calls_only
         self._show_reasoning = show_reasoning
-        self._index = -1  # Of the last call.
-        self._complete = 0  # Calls whose arguments are.
+        self._index = -1  # Index of the last call.
+        self._complete = 0  # Calls whose arguments are complete.
         self._logprobs: list[TextLogprobs] = []
         self._last: OutputEvent = Text(choice, "")
 
@@ -70,8 +71,8 @@ class Sections:
         *,
         last: bool,
     ) -> list[OutputEvent]:
-        """The events of more text. ``starts``: for each of its tokens, how many characters of the
-        choice come before it. ``last``: it is the choice's end."""
+        """The events of more text. ``starts``: the position of each of its tokens in the choice's
+        text, in characters. ``last``: whether this is the choice's end."""
         events = [event for section in self._read(text, last) if (event := self._event(section))]
         self._logprobs += logprobs or ()
         if self._thinking is not None:
@@ -88,7 +89,7 @@ class Sections:
         return events
 
     def _count_reasoning(self, end: float, starts: Sequence[int]) -> None:
-        """``end``: of the reasoning, as far as it is known."""
+        """``end``: the position where the reasoning ends, as far as is known."""
         if not end:
             self._undecided += len(starts)
             return
@@ -124,14 +125,14 @@ class Sections:
         return None
 
     def _nothing(self) -> OutputEvent:
-        """More of the last event, without text: it only carries log-probabilities."""
+        """An event like the last one, without text, to carry log-probabilities."""
         if isinstance(self._last, ToolCallStart | ToolCallArguments):
             return ToolCallArguments(self._choice, self._index, "")
         return replace(self._last, text="", logprobs=None)
 
 
 def _through(reader: Reader, sections: Sequence[Section], last: bool) -> list[Section]:
-    """The sections that ``reader`` makes of the texts among ``sections``."""
+    """``sections`` with their texts split further by ``reader``."""
     made: list[Section] = []
     for section in sections:
         made += reader.push(section.text) if section.kind is SectionKind.TEXT else [section]

@@ -21,7 +21,7 @@ class StopMatcher:
     def push(self, text: str) -> tuple[str, str | None, str]:
         """(text to show, stop string found or None, text after the start of the stop string).
 
-        Of several matches the one that ends first wins, then the longer one.
+        Of several matches the one that ends first wins; of those, the longest.
         """
         text = self._held + text
         found = [(at + len(s), -len(s), s) for s in self.strings if (at := text.find(s)) >= 0]
@@ -49,8 +49,8 @@ class StopMatcher:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The text of some tokens. ``starts``: for each of them, without those after a stop string, how
-    many characters of the choice come before it."""
+    """The text of some tokens. ``starts``: the position of each in the choice's text, in
+    characters; tokens after a stop string are left out."""
 
     text: str
     starts: tuple[int, ...] = ()
@@ -74,8 +74,8 @@ class OutputText:
         shown_ids: frozenset[int] = frozenset(),
         min_tokens: int = 0,
     ) -> None:
-        """``shown_ids``: special tokens that are not skipped. ``min_tokens``: how many tokens at
-        the start are not searched for stop strings."""
+        """``shown_ids``: special tokens that are not skipped. ``min_tokens``: the first so many
+        tokens are not searched for stop strings."""
         self._detokenizer = vocabulary.detokenizer(
             skip_special_tokens=skip_special_tokens, shown_ids=shown_ids
         )
@@ -83,7 +83,7 @@ class OutputText:
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self.num_tokens = 0
-        self.num_characters = 0  # Of all tokens' text, what is held back included.
+        self.num_characters = 0  # Of all text, including what is held back.
         self.stopped: str | None = None
 
     def push(self, token_ids: Iterable[int]) -> Piece:
@@ -114,7 +114,7 @@ class OutputText:
         return Piece(shown, stop=self.stopped)
 
     def _match(self, text: str) -> str:
-        """The part of ``text`` that can be shown now; sets ``stopped`` if it has a stop string."""
+        """The part of ``text`` that can be shown now. Sets ``stopped`` at a stop string."""
         if self.num_tokens <= self._min_tokens:
             return text
         shown, stop, rest = self._matcher.push(text)

@@ -34,8 +34,8 @@ class ThinkingReader(Reader):
     """Reasoning, then text. Without the opening marker at the start of the answer, all is text.
     White space around the markers is dropped.
 
-    ``end``: how many characters the reasoning and its markers are; 0 while there is none, infinite
-    while it goes on.
+    ``end``: the length of the reasoning and its markers, in characters; 0 while there is none,
+    infinite while it goes on.
     """
 
     def __init__(self, marks: ThinkingMarks, thinking: Thinking) -> None:

@@ -1,7 +1,7 @@
 """The pages for browsers: the playground at ``/``, and ``/docs``, which shows the OpenAPI document.
 
-Static files of this package, without a secret and without anything from another host, so they are
-served without a key. What a page asks of the gateway it asks with its visitor's key.
+They are static files of this package, without secrets and without anything from another host, so
+they are served without a key. A page calls the gateway with its visitor's key.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
-    "cache-control": "no-cache",  # Kept, and asked for again by its ETag.
+    "cache-control": "no-cache",  # Cached, and revalidated by its ETag.
     "content-security-policy": POLICY,
     "permissions-policy": "camera=(self), microphone=(), geolocation=()",
     "referrer-policy": "no-referrer",

@@ -1,4 +1,4 @@
-"""Prompts of text or token ids: without a chat template."""
+"""Prompts of text or token ids, which need no chat template."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def read_plain(
     *,
     locate: bool = False,
 ) -> ExpandedPrompt:
-    """The prompt's token ids, at most ``contexts`` context lengths. ``plans``: those of its
-    pictures, in order. ``locate``: whether the places of a text's tokens are needed.
+    """The prompt's token ids, at most ``contexts`` context lengths. ``plans``: one for each
+    picture, in order. ``locate``: also find where each token begins in the text.
 
     Raises InvalidRequest for ids that stand for pictures, and ContextLengthExceeded for a prompt
     that no worker could take.
@@ -53,9 +53,10 @@ def encode_text(prompt: TextPrompt, tokenizer: Tokenizer, layout: Layout) -> lis
 def _hide(
     prompt: TextPrompt, tokenizer: Tokenizer, layout: Layout
 ) -> tuple[str, Mapping[str, str]]:
-    """The text with aliases for its special tokens and for the marks of its pictures; and which
-    aliases, with the text between them, stand for a mark. Placeholders of pictures are text. What
-    the model expects around them is special where there are pictures."""
+    """The text with aliases for its special tokens and for its pictures' marks; and a mapping from
+    each picture's aliases, with the text between them, to its mark. Placeholders of pictures in the
+    text stay plain text. The tokens that the model expects around a picture are special only if
+    there are pictures."""
     names, aliases = tokenizer.special_ids, tokenizer.aliases
     ids = layout.item_token_ids if prompt.sources else layout.placeholder_ids
     plain = frozenset(names[i] for i in ids.values() if i in names)

@@ -1,5 +1,5 @@
 """Placeholders: the tokens that stand for media items. A template writes one for each item, which
-is expanded to as many tokens as the item's embedding has rows."""
+is then expanded to one token for each row of the item's embedding."""
 
 from __future__ import annotations
 
@@ -45,11 +45,12 @@ class ExpandedPrompt:
 def spellings(path: Path, layout: Layout) -> dict[str, str]:
     """The spelling of each placeholder of the checkpoint in ``path``, by name.
 
-    As in Hugging Face's processors, a spelling is the token that the tokenizer's files or
-    processor_config.json give under that name, or the added token with that id. For pictures it may
-    also be a token of the vocabulary, if it is written like a placeholder. Names without a spelling
-    are omitted. Raises CheckpointError for files that cannot be read, and for those that do not
-    name a token of ``layout.rewrite``: only a name shows that its id is the tokenizer's.
+    As in Hugging Face's processors, the spelling is the token that the tokenizer's files or
+    processor_config.json give under that name, or else the added token with that id. For pictures
+    it may also be a token of the vocabulary that is written like a placeholder. Names without a
+    spelling are omitted. Raises CheckpointError for files that cannot be read, and if they do not
+    name a token of ``layout.rewrite``: without the name, its id cannot be checked against the
+    tokenizer.
     """
     ids = layout.placeholder_ids
     config, source = read_tokenizer_config(path), read_source(path)
@@ -74,7 +75,7 @@ def spellings(path: Path, layout: Layout) -> dict[str, str]:
 
 
 def _rewritten(layout: Layout) -> list[str]:
-    """The names of the tokens in what replaces a template's text for a picture."""
+    """The names of the tokens in the text that replaces what a template writes for a picture."""
     if layout.rewrite is None:
         return []
     written = (name for _, name, _, _ in Formatter().parse(layout.rewrite.text) if name)
@@ -104,14 +105,14 @@ def check_spellings(
 
 
 def picture_text(layout: Layout, tokenizer: Tokenizer) -> str:
-    """What stands for a picture in a text that is to be tokenized, with aliases for its tokens."""
+    """The text that stands for a picture before tokenization, with aliases for its tokens."""
     aliases = _aliases(layout, tokenizer)
     text = "{image_token}" if layout.rewrite is None else layout.rewrite.text
     return text.format_map(aliases)
 
 
 def rewrite(hidden: str, layout: Layout, tokenizer: Tokenizer) -> str:
-    """A rendered chat, in which special tokens are aliases, with the layout's ``Rewrite``."""
+    """Applies the layout's ``Rewrite`` to a rendered chat in which special tokens are aliases."""
     if layout.rewrite is None:
         return hidden
     written = _aliases(layout, tokenizer)[layout.rewrite.written]
@@ -133,15 +134,15 @@ def expand(
     contexts: int = 1,
     kind: type[PromptKind] = ChatPrompt,
 ) -> ExpandedPrompt:
-    """Replaces the i-th placeholder by the tokens of the i-th item. ``kind``: the prompt's, for
-    errors.
+    """Replaces the i-th placeholder by the tokens of the i-th item. ``kind``: the prompt's kind,
+    for errors.
 
-    Raises InvalidRequest if their numbers differ or a placeholder is of another modality, and
-    ContextLengthExceeded, before the ids are built, for a prompt of more than ``contexts`` times
-    ``max_tokens``.
+    Raises InvalidRequest if there are more or fewer placeholders than items, or one is of another
+    modality; and ContextLengthExceeded, before the ids are built, for a prompt of more than
+    ``contexts`` times ``max_tokens``.
     """
     check_count(layout, token_ids, len(plans))
-    rows = [plan.num_tokens for plan in plans]  # At least so many tokens.
+    rows = [plan.num_tokens for plan in plans]  # A lower bound on each item's tokens.
     check_length(len(token_ids), rows, max_tokens, contexts, kind)
     expansions = [layout.expand(plan) for plan in plans]
     sizes = [len(expansion.token_ids) for expansion in expansions]
@@ -196,8 +197,8 @@ def _span(start: int, run: RowRun, item: int, plan: Plan) -> Span:
 
 
 def truncated(prompt: ExpandedPrompt, tokens: int, *, first: bool) -> ExpandedPrompt:
-    """The last tokens of ``prompt``, or its first ones, at most ``tokens``. Raises InvalidRequest
-    if that leaves out a picture, or a part of one."""
+    """Keeps at most the last ``tokens`` tokens of ``prompt``, or with ``first`` the first ones.
+    Raises InvalidRequest if that drops any part of a picture."""
     total = len(prompt.token_ids)
     start, end = (0, tokens) if first else (max(0, total - tokens), total)
     cut = [s for s in prompt.spans if s.token_offset < start or s.token_offset + s.num_tokens > end]
@@ -239,8 +240,9 @@ def check_length(
     contexts: int = 1,
     kind: type[PromptKind] = ChatPrompt,
 ) -> None:
-    """Raises ContextLengthExceeded. ``num_ids`` counts one placeholder for each item; ``sizes``:
-    the tokens of each item's expansion."""
+    """Raises ContextLengthExceeded for a prompt longer than ``contexts`` times ``max_tokens``.
+    ``num_ids``: its ids before expansion, one placeholder for each item. ``sizes``: the number of
+    tokens that each item expands to."""
     picture_tokens = sum(sizes)
     needed = num_ids - len(sizes) + picture_tokens
     if needed <= max_tokens * contexts:

@@ -39,12 +39,12 @@ class RenderedChat:
     prompt: str  # Equal to Hugging Face's apply_chat_template(tokenize=False).
     token_ids: tuple[int, ...]
     num_items: int
-    contexts: int = 1  # How many context lengths it may have.
+    contexts: int = 1  # The longest prompt accepted, in context lengths.
 
 
 @dataclass(frozen=True, slots=True)
 class Forms:
-    """Which forms of content a template accepts for one role."""
+    """The forms of content that a template accepts for one role."""
 
     string: bool
     parts: bool
@@ -97,7 +97,7 @@ class ChatRenderer:
         return cls(tokenizer, ChatTemplate(source, tokenizer.aliases), layout, default_system)
 
     def with_template(self, template: Renderable) -> ChatRenderer:
-        """A renderer with another template, whose chats have the same default system message if it
+        """A renderer with another template. It adds the same default system message if the template
         shows one. Raises what ``template`` raises."""
         made = ChatRenderer(self.tokenizer, template, self.layout)
         if made._forms["system"] != Forms(False, False):
@@ -105,7 +105,7 @@ class ChatRenderer:
         return made
 
     def render(self, asked: ChatPrompt, contexts: int = 1) -> RenderedChat:
-        """``contexts``: how many context lengths the prompt may have. Raises InvalidRequest, and
+        """``contexts``: the longest prompt accepted, in context lengths. Raises InvalidRequest, and
         ContextLengthExceeded for messages that are too long."""
         messages = self._with_system(self.normalise(asked.messages))
         variables = self._variables(asked)
@@ -143,7 +143,8 @@ class ChatRenderer:
         )
 
     def _starts_with_bos(self, hidden: str) -> bool:
-        """Whether the template wrote BOS: if not, Hugging Face's processors add special tokens."""
+        """Whether the template wrote BOS. If not, the tokenizer adds special tokens, as in Hugging
+        Face's processors."""
         bos = self._named_hidden.get("bos_token")
         return bos is not None and hidden.startswith(bos)
 
@@ -239,7 +240,7 @@ class ChatRenderer:
         return shown
 
     def _probe_pieces(self) -> bool:
-        """Whether the template builds special tokens from pieces, so that they have no alias."""
+        """Whether the template builds special tokens from pieces, which are then not aliases."""
         for role in ("user", "system", "assistant"):
             for messages in _probes(role, self._content("x", role)):
                 try:
@@ -265,8 +266,8 @@ class ChatRenderer:
 
 
 def _default_system(given: str) -> str:
-    """The text of ``--default-system-prompt``: of a file, after @, or the text itself. Raises
-    ConfigError."""
+    """The text of ``--default-system-prompt``: read from a file if it begins with @, else the text
+    itself. Raises ConfigError."""
     if not given.startswith("@"):
         return given
     try:
@@ -320,8 +321,8 @@ def _count_items(messages: Iterable[Mapping[str, Any]]) -> int:
 
 
 def _probes(role: str, content: Any) -> list[list[dict[str, Any]]]:
-    """Chats with ``content`` in a message of ``role``, and other messages in each form of content,
-    since a template may accept only one."""
+    """Test chats with ``content`` in a message of ``role``. The other messages are tried in each
+    form of content, since a template may accept only one."""
     chats = []
     for form in ("x", [{"type": "text", "text": "x"}]):
         user = {"role": "user", "content": form}

@@ -1,4 +1,4 @@
-"""One chat, rendered with special tokens as aliases, so that those of a user's text stay text."""
+"""Renders one chat with special tokens as aliases, so that those in a user's text stay text."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Rendering:
                 "whole characters",
                 param="messages",
             )
-        # The steps below take several times as long.
+        # Checked here because the steps below take several times as long.
         self._renderer.check_length(prompt, self._contexts)
         template, hidden = self._aliased(prompt)
         if hidden is not None and not self._aliases.occur_in(hidden):
@@ -63,7 +63,7 @@ class Rendering:
         if marked is not None:
             return prompt, marked
         if hidden is not None and not self._renderer.builds_pieces:
-            return prompt, hidden  # The template writes special tokens as aliases only.
+            return prompt, hidden  # All special tokens are aliases.
         raise InvalidRequest(
             "the messages contain text that spells this model's special tokens, and its chat "
             "template changes text so that the two cannot be told apart; spell them differently",
@@ -71,7 +71,8 @@ class Rendering:
         )
 
     def _aliased(self, prompt: str) -> tuple[Any, str | None]:
-        """The first template with aliases that renders the same prompt, and its rendering."""
+        """The first template with aliases whose rendering reveals the same prompt, and that
+        rendering."""
         for template in (self._template.written, self._template.everywhere):
             try:
                 hidden = self._render(template, self._messages, self._variables, hidden=True)

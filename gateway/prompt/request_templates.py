@@ -27,8 +27,8 @@ PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")  #
 
 
 class RequestTemplates:
-    """Renders chats with templates of their own, one after another: one thread, and one process,
-    which the first chat starts."""
+    """Renders chats that bring their own template, one at a time, with one thread and one process,
+    which the first such chat starts."""
 
     def __init__(self, renderer: ChatRenderer) -> None:
         self._renderer = renderer
@@ -37,8 +37,8 @@ class RequestTemplates:
         self._waiting = 0
 
     async def render(self, asked: ChatPrompt, contexts: int) -> RenderedChat:
-        """As ``ChatRenderer.render``. Raises InvalidRequest for a template that takes too much time
-        or memory, too; Overloaded; Unavailable if its process cannot be started."""
+        """As ``ChatRenderer.render``. Also raises InvalidRequest for a template that takes too much
+        time or memory, Overloaded, and Unavailable if the process cannot be started."""
         if self._waiting >= MAX_TEMPLATES_WAITING:
             raise Overloaded(
                 "too many requests with a chat_template at once; retry later",
@@ -66,7 +66,7 @@ class RequestTemplates:
 
 
 class RemoteTemplate:
-    """A ``ChatTemplate`` in the process."""
+    """A ``ChatTemplate`` that lives in the template process."""
 
     plain, written, everywhere = "plain", "written", "everywhere"
 
@@ -86,7 +86,7 @@ class RemoteTemplate:
 
 
 class TemplateProcess:
-    """Owns the process. For the use of one thread, except ``kill``."""
+    """Owns the template process. Not thread-safe, except for ``kill``."""
 
     def __init__(self, aliases: Aliases) -> None:
         self._aliases = aliases
@@ -95,16 +95,16 @@ class TemplateProcess:
         self._pipe: Connection | None = None
 
     def begin(self) -> None:
-        """Called before the questions of a request, which have TEMPLATE_TIMEOUT_S together. Raises
-        Unavailable."""
+        """Call this before the questions of a request, which have TEMPLATE_TIMEOUT_S together.
+        Raises Unavailable."""
         if self._process is not None and self._process.poll() is not None:
-            self._end()  # Something else has ended it.
+            self._end()  # It has ended by itself or was killed from outside.
         if self._pipe is None:
             self._start()
         self._deadline = time.monotonic() + TEMPLATE_TIMEOUT_S
 
     def ask(self, question: Mapping[str, Any]) -> Any:
-        """The answer of the process. Raises InvalidRequest."""
+        """The process's answer to ``question``. Raises InvalidRequest."""
         pipe = self._pipe
         if pipe is None:  # An earlier question of this request has ended the process.
             raise _too_much()

@@ -25,10 +25,10 @@ from opticnerve.errors import InvalidRequest
 OPEN, CLOSE = (
     "\ue0fe",
     "\ue0ff",
-)  # Private-use characters: without case, no white space, so filters keep them.
+)  # Private-use characters: they have no case and are not white space, so filters keep them.
 NONCE_DIGITS = 24
-# Templates look up these keys, and compare these values of two of them, so that they stay as they
-# are. None of them is a special token.
+# Templates look up these keys, and compare the values of some, so they are never changed. None of
+# them is a special token.
 KEYS = frozenset(
     {"role", "content", "type", "text", "name", "tool_call_id", "refusal", "thinking"}
     | {"reasoning_content", "tool_calls", "id", "function", "arguments", "tools", "description"}
@@ -49,9 +49,9 @@ class Aliases:
     def __init__(
         self, specials: Iterable[str], others: Iterable[str] = (), nonce: str | None = None
     ) -> None:
-        """``specials`` get aliases. ``others``: added tokens that users may write. They matter only
-        for finding special tokens, where the longest match at the leftmost place wins. ``nonce``:
-        that of another process with the same aliases."""
+        """``specials`` get aliases. ``others``: added tokens that users may write; they matter only
+        because the leftmost, longest match wins when special tokens are found. ``nonce``: the
+        random number of another process, to share its aliases."""
         nonce = nonce or "".join(secrets.choice("0123456789") for _ in range(NONCE_DIGITS))
         self.head = OPEN + nonce
         ordered, others = list(dict.fromkeys(specials)), list(others)
@@ -72,18 +72,19 @@ class Aliases:
         return self._names.sub(one, text)
 
     def reveal(self, text: str) -> str:
-        """``text`` with special tokens instead of aliases. A broken alias is not changed."""
+        """``text`` with aliases replaced by their special tokens. A broken alias is not changed."""
         if OPEN not in text:
             return text
         return self._aliases.sub(lambda match: self.back.get(match.group(), match.group()), text)
 
     def places(self, hidden: str, places: Iterable[int], spelled: Mapping[str, str]) -> list[int]:
-        """Where places in ``hidden`` are once its aliases are revealed. ``spelled``: parts of
-        ``hidden``, with aliases in them, that stand for other texts. Places within such a part are
-        where it begins."""
+        """Maps ``places``, positions in ``hidden``, to positions in the revealed text. ``spelled``:
+        parts of ``hidden`` that contain aliases and stand for other texts; a position within such a
+        part is mapped to its beginning."""
         texts = {**self.back, **spelled}
         known = re.compile("|".join([*map(re.escape, spelled), self._aliases.pattern]))
-        starts, ends, longer = [], [0], [0]  # Of aliases; and by how much they are longer so far.
+        # Of each alias; and the length that aliases have added so far.
+        starts, ends, longer = [], [0], [0]
         for match in known.finditer(hidden):
             starts.append(match.start())
             ends.append(match.end())
@@ -111,7 +112,7 @@ class Aliases:
         return text, total
 
     def redact(self, text: str) -> str:
-        """``text`` for an error message: aliases revealed, pieces of aliases removed."""
+        """``text`` for an error message: aliases are revealed, and pieces of aliases removed."""
         return self.reveal(text).replace(self.head, "").replace(OPEN, "").replace(CLOSE, "")
 
 
@@ -125,17 +126,15 @@ class Marks:
         self._start = re.compile(r"\A(\s*)(?=\S)")
 
     def put(self, value: Any, key: str | None = None) -> Any:
-        """``value`` with every string in it marked.
-
-        A mark follows white space at the start, so that the text cannot continue a special token,
-        and surrounds each character that starts one, so that it cannot begin one, even reversed.
-        KEYS, and COMPARED_VALUES of COMPARED_KEYS, are not changed.
-        """
+        """``value`` with every string in it marked. A mark at the start, after white space, keeps
+        the text from continuing a special token. Marks around each character that starts a special
+        token keep the text from beginning one, even reversed. KEYS, and COMPARED_VALUES of
+        COMPARED_KEYS, are not changed."""
         if isinstance(value, str):
             if key in COMPARED_KEYS and value in COMPARED_VALUES:
                 return value
             opened = value
-            for char in self._beginnings:  # Faster than a regular expression's match objects.
+            for char in self._beginnings:  # Faster than a regular expression with match objects.
                 opened = opened.replace(char, self.mark + char + self.mark)
             return self._start.sub(lambda match: match.group(1) + self.mark, opened)
         if isinstance(value, Mapping):
@@ -148,8 +147,9 @@ class Marks:
         return value
 
     def put_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The template's keyword arguments. Tools and documents are marked as messages are;
-        others only where a special token could begin: most are switches that templates compare."""
+        """Marks the template's keyword arguments. Tools and documents are marked like messages;
+        other values only where a special token could begin, since most are switches that templates
+        compare."""
         return {
             name: self.put(value)
             if name in ("tools", "documents") or any(char in shown for char in self._beginnings)

@@ -27,7 +27,7 @@ from gateway.prompt.special_token_guard import Aliases
 from opticnerve.checkpoints.json_files import read_object
 from opticnerve.errors import CheckpointError, ConfigError, ContextLengthExceeded, InvalidRequest
 
-MAX_MESSAGE = 500  # Characters of a template's own message that an error repeats.
+MAX_MESSAGE = 500  # Characters of a template's own error message that ours quotes.
 COMPARING_METHODS = frozenset(
     {"split", "rsplit", "partition", "rpartition", "startswith", "endswith", "strip", "lstrip"}
     | {"rstrip", "find", "rfind", "index", "rindex", "count", "removeprefix", "removesuffix"}
@@ -155,8 +155,7 @@ class ChatTemplate:
 
     def render(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
         """The rendered text. Raises InvalidRequest with the template's own message, and
-        ContextLengthExceeded for a text that is too long, or takes longer than
-        TEMPLATE_TIMEOUT_S."""
+        ContextLengthExceeded if the text is too long or takes longer than TEMPLATE_TIMEOUT_S."""
         deadline = time.monotonic() + TEMPLATE_TIMEOUT_S
         pieces: list[str] = []
         size = 0
@@ -198,7 +197,7 @@ def clock(now: datetime) -> Any:
 
 
 def _compared(tree: nodes.Template) -> Iterator[nodes.Const]:
-    """String constants with which a template compares text, and which it does not write."""
+    """String constants that a template compares text with, and does not write."""
     for compare in tree.find_all(nodes.Compare):
         yield from _constants(compare.expr)
         for operand in compare.ops:

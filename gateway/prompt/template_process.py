@@ -1,10 +1,10 @@
 """The process in which chat templates of requests are rendered.
 
-A template is a program: it can compute without an end, or fill the memory, in steps that hold the
-interpreter's lock. Here it does that to a process that has little memory and can be killed.
+A template is a program: it can loop forever or fill the memory, while it holds the GIL. So it runs
+in a process that has little memory and can be killed.
 
-A message is JSON: the template's source, which of its forms to render, with which variables. The
-answer is ``{"done": ...}``, or ``{"error": ...}`` with a class's name and its fields.
+A message is JSON: the template's source, the form to render, and the variables. The answer is
+``{"done": ...}``, or ``{"error": ...}`` with the error's class name and fields.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gateway.prompt.template import ChatTemplate, clock
 from opticnerve.errors import CheckpointError, InvalidRequest
 from opticnerve.process import follow_parent, ignore_hangup
 
-NICE = 10  # Renders for those who wait anyway, after the gateway's own work.
+NICE = 10  # Niceness: the gateway's own work goes first.
 KEPT_TEMPLATES = 8
 
 
@@ -58,7 +58,7 @@ def main(handle: int, parent_pid: int) -> None:
 
 
 def _address_space() -> int:
-    """Bytes that are mapped now. Libraries map more on machines with more cores."""
+    """The bytes of address space in use now; libraries map more on machines with more cores."""
     pages = Path("/proc/self/statm").read_text().split()[0]
     return int(pages) * resource.getpagesize()
 
@@ -68,7 +68,7 @@ def _answer(template: Callable[[str], ChatTemplate], asked: Mapping[str, Any]) -
         answer = {"done": _do(template(asked["source"]), asked)}
     except InvalidRequest as error:
         answer = {"error": _described(error)}
-    except CheckpointError as error:  # Of a template that does not parse.
+    except CheckpointError as error:  # The template does not parse.
         answer = {"error": _described(InvalidRequest(error.message, param="chat_template"))}
     except Exception as error:  # A template can raise any exception while it is compiled.
         message = f"the chat template cannot be compiled ({type(error).__name__})"

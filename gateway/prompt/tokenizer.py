@@ -29,9 +29,10 @@ from opticnerve.errors import CheckpointError
 from opticnerve.process import return_freed_memory
 
 SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
-CHUNK_CHARACTERS = 2**15  # Encoded at a time by ``exceeds``, which skips shorter texts.
-CUT_TOKENS = 64  # At least as many as a cut through an alias or a long word adds.
-# What the format of tokenizer.json itself may use: "vocab", "ByteLevel", "BPE"; TILE_1 it does not.
+CHUNK_CHARACTERS = 2**15  # ``exceeds`` encodes so many at a time, and skips shorter texts.
+CUT_TOKENS = 64  # Upper bound on the tokens that a cut through an alias or a long word adds.
+# Words that tokenizer.json's format itself may use, such as "vocab", "ByteLevel" and "BPE", but not
+# "TILE_1".
 PLAIN_WORD = re.compile(r"(?![A-Z]+_[A-Z0-9_]+$)\w+")
 
 
@@ -167,7 +168,7 @@ class Tokenizer:
         return None if found is None else int(found)
 
     def token_of(self, token_id: int) -> str | None:
-        """A token as the vocabulary spells it (``Ġthe``, ``▁the``); None for an id without one."""
+        """A token as the vocabulary spells it (``Ġthe``, ``▁the``); None for an unknown id."""
         text = self._special_ids.get(token_id)
         return text if text is not None else self._backend.id_to_token(token_id)
 
@@ -190,8 +191,8 @@ class Tokenizer:
         encoding ``limit`` tokens; encoding megabytes would take seconds.
 
         Special tokens may be aliases or have their own names. Each name counts as one token, though
-        one in user text is several. A cut between two chunks can add a few tokens, which are
-        subtracted.
+        in user text it is several. A cut between two chunks can add a few tokens, so CUT_TOKENS are
+        subtracted for each.
         """
         if len(text) <= max(limit, CHUNK_CHARACTERS):
             return False
@@ -207,9 +208,10 @@ class Tokenizer:
     def locate(
         self, hidden: str, spelled: Mapping[str, str], *, add_special_tokens: bool
     ) -> tuple[list[int], list[int]]:
-        """Ids of text in which special tokens are written as aliases, and where each begins, in
-        characters of the text without aliases; see ``Aliases.places``. A token begins where the one
-        before ends, even if the tokenizer does not count the space between them to either."""
+        """The ids of text in which special tokens are written as aliases, and the position at which
+        each begins, in characters of the revealed text; see ``Aliases.places``. A token begins
+        where the one before it ends, even if the tokenizer assigns the space between them to
+        neither."""
         encoding = self._backend.encode(hidden, add_special_tokens=add_special_tokens)
         starts, end = [], 0
         for first, last in encoding.offsets:
@@ -220,7 +222,7 @@ class Tokenizer:
     # ---- ids to text
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The library's own decoding; ``gateway.output.detokenizer`` does the same in a stream."""
+        """Decodes with the library; ``gateway.output.detokenizer`` does the same for a stream."""
         special = self._special_ids
         if skip_special_tokens:
             ids = [i for i in ids if i not in self._skipped_ids]
@@ -283,7 +285,7 @@ def make_tokenizer(source: str, names: Mapping[str, str]) -> Backend:
     spell a special one are dropped, so that ordinary text never becomes one."""
     try:
         return Backend.from_str(rename_tokens(source, names))
-    except Exception:  # The library raises bare Exception. Other faults are raised again below.
+    except Exception:  # The library raises bare Exception; others are raised again below.
         spec = json.loads(source)
         model = spec.get("model", {})
         merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]

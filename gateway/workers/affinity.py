@@ -7,19 +7,20 @@ the gateway remembers the chains that it sent there, as many tokens as the worke
 for, least recently used out first. It is an estimate: a worker may have evicted what is remembered,
 and has what other gateways sent.
 
-The worker is chosen by tokens: those that it has to compute before this prompt, less twice those of
-this prompt that its cache has. So a conversation stays with its worker until the wait there is
-clearly longer than the recomputation elsewhere. Time would say the same: the workers of a pool are
-taken as equally fast, and a slow one is known by what it has not computed yet.
+A worker's cost is the number of tokens that it has to compute before this prompt, minus twice the
+number of this prompt's tokens in its cache; the cheapest worker is chosen. So a conversation stays
+with its worker until the wait there is clearly longer than the recomputation elsewhere. Tokens
+stand for time because the workers of a pool are taken as equally fast; a slow one shows by its
+backlog.
 
-What a large part of all prompts begins with, such as a system prompt, is left out of account: every
-worker has it, or will have it after one computation, and it would pull all traffic to the worker
-that had it first. A prompt of which no worker has more than that is a new conversation, or one that
-another gateway served before. The worker for it is found by rendezvous hashing (Thaler and
-Ravishankar, IEEE/ACM Transactions on Networking, 1998) over what the conversation keeps from turn
-to turn: its first picture, or else the first link of the chain that is its own. So gateways agree
-without a word between them, also after a restart; and a worker that leaves moves its own
-conversations alone.
+A prefix that a large part of all prompts have in common, such as a system prompt, is not counted:
+every worker has it, or will have it after one computation, and it would pull all traffic to the
+worker that had it first. If no worker has more of a prompt than such a prefix, the prompt is a new
+conversation, or one that another gateway served before. The worker for it is found by rendezvous
+hashing (Thaler and Ravishankar, IEEE/ACM Transactions on Networking, 1998) over what the
+conversation keeps from turn to turn: its first picture, or else the first link of the chain that is
+its own. So gateways agree without talking to each other, also after a restart, and only the
+conversations of a worker that leaves move elsewhere.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ if TYPE_CHECKING:
     from opticnerve.media.plan import Span
 
 UNIT = 16  # Tokens of the first links.
-LINKS_PER_DOUBLING = 8  # Later links are as long as an eighth of what is before them, or less.
-MAX_TOKENS = 2**22  # What comes after them in a prompt is not looked at.
+LINKS_PER_DOUBLING = 8  # A later link is at most an eighth as long as the prompt before it.
+MAX_TOKENS = 2**22  # The rest of a longer prompt is ignored.
 MAX_LINKS = 2**14  # Remembered for one worker, about 2 MiB.
-MAX_LINKS_OF_ALL = 2**20  # Of which each of more than 64 workers has an equal part.
-WINDOW = 512  # Requests in which a link's share of the traffic is measured.
-MIN_USES = 8  # Of a link that counts as common.
+MAX_LINKS_OF_ALL = 2**20  # Shared equally where there are more than 64 workers.
+WINDOW = 512  # Number of requests over which a link's share of the traffic is measured.
+MIN_USES = 8  # Fewest uses of a link that counts as common.
 SEQUENCE_TOKENS = 64
-"""What a sequence that decodes counts for, in tokens to compute: it takes a part of every step, and
-a place in the batch."""
+"""The cost of a decoding sequence, in tokens to compute: it takes a part of every step, and a place
+in the batch."""
 RECOMPUTED_TOKENS = 2
-"""What a token that is computed again counts for: this prompt waits for it, and so do those behind
-it at its worker."""
+"""The cost of a token that is computed again: this prompt waits for it, and so do those behind it
+at its worker."""
 _DIGEST_BYTES = 12
 _SCHEME = "opticnerve-route-1"
 
@@ -71,9 +72,9 @@ ENDS = tuple(_link_ends())
 
 @dataclass(frozen=True, eq=False)
 class PromptChain:
-    """What routing knows of a prompt. ``links``: the digest of all up to each of ``ENDS`` within
-    the prompt. ``keys``: content keys, which ``spans`` index. ``reads_cache``: whether a worker
-    may take a part of it from its prefix cache."""
+    """A prompt's summary for routing. ``links``: for each of ``ENDS`` within the prompt, the digest
+    of everything before it. ``keys``: content keys, which ``spans`` index. ``reads_cache``: whether
+    a worker may use its prefix cache for it."""
 
     num_tokens: int
     links: tuple[bytes, ...]
@@ -92,7 +93,7 @@ class PromptChain:
         reads_cache: bool = True,
     ) -> PromptChain:
         """``spans`` are in the order of their tokens."""
-        tokens = memoryview(array("I", token_ids))  # As this machine writes numbers.
+        tokens = memoryview(array("I", token_ids))  # In this machine's byte order.
         digest = hashlib.sha256(bytes.fromhex(hash_parts(_SCHEME, cache_salt)))
         links: list[bytes] = []
         start, begun = 0, 0  # ``begun``: spans that begin before ``start``.
@@ -107,8 +108,8 @@ class PromptChain:
         return cls(len(token_ids), tuple(links), spans, keys, reads_cache)
 
     def conversation(self, common: int) -> bytes | None:
-        """What all turns of the conversation have after the first ``common`` links; None where the
-        prompt is too short to tell."""
+        """An id that all turns of the conversation have in common, found after the first ``common``
+        links; None if the prompt is too short to tell."""
         start = ENDS[common - 1] if common else 0
         first = bisect_left(self.spans, start, key=lambda span: span.token_offset)
         if first < len(self.spans):
@@ -119,9 +120,9 @@ class PromptChain:
 class Reason(StrEnum):
     """Why a worker was chosen."""
 
-    PREFIX = "prefix"  # It has more of the prompt than what many prompts begin with.
-    RENDEZVOUS = "rendezvous"  # No worker has, and this one is the conversation's by hash.
-    LOAD = "load"  # It has least to do.
+    PREFIX = "prefix"  # It has more of the prompt than the common prefix.
+    RENDEZVOUS = "rendezvous"  # No worker has more; the hash assigns the conversation to it.
+    LOAD = "load"  # It has the least work.
 
 
 class Affinity:
@@ -132,7 +133,7 @@ class Affinity:
         self._traffic = _Traffic()
 
     def choose(self, prompt: PromptChain, workers: Sequence[Worker]) -> tuple[Worker, Reason]:
-        """One of ``workers``, which are one or more. Changes nothing."""
+        """Chooses one of ``workers``, of which there is at least one. Changes nothing."""
         common = self._traffic.common(prompt, len(workers))
         sent = [self._sent_to(worker) for worker in workers]
         gains = [_gain(prompt, each, common) for each in sent]
@@ -141,7 +142,7 @@ class Affinity:
             reason = Reason.RENDEZVOUS
             favourite = self._favourite(prompt, workers, common)
             if favourite is not None:
-                # What a later turn would compute again, if another gateway sent it there.
+                # What a later turn would recompute elsewhere, if another gateway sent it here.
                 gains[favourite] = prompt.num_tokens - _tokens(common)
 
         def wait(place: int) -> tuple[int, int]:
@@ -152,7 +153,7 @@ class Affinity:
         return workers[chosen], reason if gains[chosen] else Reason.LOAD
 
     def begin(self, prompt: PromptChain, worker: Worker) -> None:
-        """``worker`` is sent ``prompt``, and computes what it has not."""
+        """``worker`` is sent ``prompt``, and computes the part that it does not have."""
         sent = self._sent_to(worker)
         if sent is None:
             sent = _Sent(worker.description.instance_id, _cache_tokens(worker))
@@ -163,12 +164,12 @@ class Affinity:
         self._traffic.add(prompt)
 
     def computed(self, prompt: PromptChain, worker: Worker) -> None:
-        """``worker`` has computed ``prompt``, or will not; also if that was said before."""
+        """``worker`` has computed ``prompt``, or never will. May be called more than once."""
         if worker in self._sent:
             self._sent[worker].end(prompt)
 
     def _favourite(self, prompt: PromptChain, workers: Sequence[Worker], common: int) -> int | None:
-        """Which of ``workers`` is the conversation's by hash, if any."""
+        """The index of the worker to which the hash assigns the conversation, if any."""
         conversation = prompt.conversation(common)
         caching = [place for place, worker in enumerate(workers) if _cache_tokens(worker)]
         if conversation is None or not prompt.reads_cache or not caching:
@@ -176,7 +177,7 @@ class Affinity:
         return max(caching, key=lambda place: _weight(conversation, workers[place]))
 
     def _sent_to(self, worker: Worker) -> _Sent | None:
-        """What its present process was sent: one that was restarted has nothing."""
+        """What the worker's current process was sent; None after a restart."""
         sent = self._sent.get(worker)
         same = sent is not None and sent.instance_id == worker.description.instance_id
         return sent if same else None
@@ -184,17 +185,15 @@ class Affinity:
 
 @dataclass(slots=True)
 class _Sent:
-    """The chains that one process was sent lately, ``capacity`` tokens at most.
-
-    A link is used no later than those before it, so they are never forgotten before it.
-    """
+    """The chains that one process was sent lately, at most ``capacity`` tokens. Earlier links of a
+    chain are marked as used after later ones, so they are never forgotten before them."""
 
     instance_id: str
     capacity: int
-    links: OrderedDict[bytes, int] = field(default_factory=OrderedDict)  # With their lengths.
+    links: OrderedDict[bytes, int] = field(default_factory=OrderedDict)  # Tokens of each.
     tokens: int = 0  # Of all links.
-    computing: dict[PromptChain, int] = field(default_factory=dict)  # With tokens to compute.
-    backlog: int = 0  # Of all these tokens.
+    computing: dict[PromptChain, int] = field(default_factory=dict)  # Tokens to compute.
+    backlog: int = 0  # Sum of ``computing``.
 
     def begin(self, prompt: PromptChain, tokens: int) -> None:
         self.computing[prompt] = tokens
@@ -204,11 +203,11 @@ class _Sent:
         self.backlog -= self.computing.pop(prompt, 0)
 
     def matched(self, prompt: PromptChain) -> int:
-        """How many of the prompt's links are here."""
+        """The number of the prompt's leading links that the process has."""
         return bisect_left(prompt.links, True, key=lambda link: link not in self.links)
 
     def remember(self, prompt: PromptChain, most: int) -> None:
-        """``most``: links that are kept."""
+        """``most``: the number of links to keep."""
         for place in reversed(range(len(prompt.links))):
             link = prompt.links[place]
             if link in self.links:
@@ -225,7 +224,7 @@ class _Traffic:
 
     def __init__(self) -> None:
         self._uses: Counter[bytes] = Counter()
-        self._uses_before: Counter[bytes] = Counter()  # In the last window.
+        self._uses_before: Counter[bytes] = Counter()  # In the window before this one.
         self._requests = self._requests_before = 0
 
     def add(self, prompt: PromptChain) -> None:
@@ -236,15 +235,15 @@ class _Traffic:
         self._requests += 1
 
     def common(self, prompt: PromptChain, workers: int) -> int:
-        """How many leading links are so frequent that one worker alone should not get all prompts
-        with them: they would be more than half of its fair share."""
+        """The number of leading links that are too frequent to route by: the prompts with them are
+        more than half of one worker's fair share."""
         least = max(MIN_USES, (self._requests + self._requests_before) / (2 * workers))
         uses, before = self._uses, self._uses_before
         return bisect_left(prompt.links, True, key=lambda link: uses[link] + before[link] < least)
 
 
 def _gain(prompt: PromptChain, sent: _Sent | None, common: int) -> int:
-    """Tokens beyond the ``common`` links that a worker would not compute."""
+    """Tokens after the ``common`` links that a worker would not have to compute."""
     if sent is None or not prompt.reads_cache or common == len(prompt.links):
         return 0
     if prompt.links[common] not in sent.links:
@@ -253,7 +252,7 @@ def _gain(prompt: PromptChain, sent: _Sent | None, common: int) -> int:
 
 
 def _busy(worker: Worker, sent: _Sent | None) -> int:
-    """Tokens that ``worker`` has to compute already, its decoding included."""
+    """Tokens that ``worker`` already has to compute, decoding included."""
     sequences = worker.pending + worker.cost_of_other_gateways
     return sequences * SEQUENCE_TOKENS + (sent.backlog if sent else 0)
 

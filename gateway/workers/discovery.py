@@ -1,5 +1,5 @@
-"""Discovers the addresses of a pool's workers: those that were given, those behind names, which may
-change, and those of the registry, where workers tell theirs.
+"""Discovers the addresses of a pool's workers: from the configuration, from DNS names, whose
+addresses may change, and from the registry, where workers register themselves.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ REGISTRY_S = 1.0  # Between two looks at the registry.
 DNS_SCHEME = "dns:///"
 
 Listing: TypeAlias = Mapping[str, str]
-"""Addresses, each with what its source says of the worker there: when that changes, the worker is
-probed at once."""
+"""Addresses, each with a text from its source that identifies the worker's state there. When the
+text changes, the worker is probed at once."""
 
 
 class AddressSource(Protocol):
     """Where addresses come from."""
 
     kind: str  # "static", "dns" or "registry".
-    name: str  # For people.
+    name: str  # For messages.
 
     @property
     def trouble(self) -> str:
-        """Why it does not answer, in words; empty while it does."""
+        """Why the source does not answer, in words; empty while it does."""
         ...
 
     def keeps(self, said: str, instance_id: str) -> bool:
-        """Whether a worker that is listed no more stays while it serves, since its source may have
-        lost it. ``said``: when it was listed last; ``instance_id``: the process that serves now."""
+        """Whether a worker that is no longer listed is kept while it serves, because the source may
+        merely have lost it. ``said``: its last text in a listing. ``instance_id``: the process that
+        serves now."""
         ...
 
     def watch(self) -> AsyncIterator[Listing]:
-        """What is listed, again and again while this is iterated; nothing is yielded while the
-        source does not answer."""
+        """Yields the current listing, again and again; nothing while the source does not answer."""
         ...
 
 
@@ -122,7 +122,8 @@ class RegisteredWorkers:
         while True:
             entries = await self._registry.entries(self._worker)
             if entries is not None:
-                said: dict[str, str] = {}  # A restarted worker may have two entries for a while.
+                # A restarted worker may have two entries at one address for a while.
+                said: dict[str, str] = {}
                 for entry in sorted(entries, key=lambda entry: entry.instance_id):
                     before = said.get(entry.address, "")
                     said[entry.address] = f"{before} {entry.instance_id} {entry.state}"
@@ -145,8 +146,8 @@ async def resolve(name: str) -> set[str] | None:
 
 
 def same_family(addresses: set[str]) -> list[str]:
-    """The larger set of IPv6 or IPv4 addresses: one machine often has one of each, such as
-    localhost."""
+    """The IPv6 or the IPv4 addresses, whichever are more: one machine, such as localhost, often has
+    one of each."""
     six = {each for each in addresses if each.startswith("[")}
     four = addresses - six
     return sorted(six if len(six) >= len(four) else four)

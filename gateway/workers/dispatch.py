@@ -1,20 +1,19 @@
 """Which waiting work goes to which worker, and when. Policy alone: no sockets, no tasks.
 
-Work waits here and not at the workers. A worker is given only what keeps it busy, so that the order
-is kept, work whose client has left is never sent, and a slow worker hoards nothing. The earliest
+Work waits here and not at the workers. A worker gets only enough to keep it busy, so order is
+preserved, work whose client has left is never sent, and a slow worker hoards nothing. The earliest
 deadline goes first, which is the order of arrival, since all requests have the same timeout; work
-behind other work of its own request counts as due that much later. Between API keys the
-order is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): the key that got the least
-so far, by cost and weight, goes first; a key that had nothing waiting earns no credit by that. Work
-without a key shares one queue, in order of arrival. Heavy work, which keeps a worker's device
-waiting, has room of its own at the workers, and other work passes it. A worker has one suspect at a
-time, which is work that a worker was lost with: if this worker is lost as well, that one alone is
-to blame.
+behind other work of its own request counts as due that much later. Between API keys the order is
+start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): the key that got the least so far, by
+cost and weight, goes first; a key earns no credit while it has nothing waiting. Work without a key
+shares one queue, in order of arrival. Heavy work, which would keep a worker's device waiting, has
+room of its own at the workers, and other work overtakes it. A suspect is work that some worker died
+with. A worker gets one suspect at a time, so that if it dies too, that one is to blame.
 
-A worker that is expected to finish the work first is chosen. Where it has no room, a slower one
-takes the work only if it would finish before the others had finished everything that waits: within
-a long queue it helps; at the end of the queue it would only delay a request. Where a prompt is to
-be computed, the prefix caches decide as well, see ``affinity``.
+The worker that is expected to finish the work first is chosen. If it has no room, a slower one
+takes the work only if it would finish before the others had finished everything that waits: with a
+long queue it helps, at the queue's end it would only delay a request. For LLM workers, prefix
+caches are part of the choice; see ``affinity``.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ Accepts = Callable[[Worker], bool]
 class LeaseRequest:
     """Work that waits for a worker; ``worker`` is set once it is lent one.
 
-    ``avoid``: addresses that are used only if no other worker serves. ``suspect``: whether a worker
-    was lost while it had this work. ``delay_within_request_s``: how long the earlier work of its
-    own request takes. ``share``: the fair-queueing key, which is the name of an API key;
-    ``weight``: its part relative to others'. ``prompt``: what the worker is to compute, if it is an
-    LLM worker; ``reason``: why it was lent to that. ``failed``: the worker refused the work or was
-    lost with it, so that it has not done it; the borrower says so.
+    ``avoid``: addresses to use only if no other worker serves. ``suspect``: whether a worker was
+    lost while it had this work. ``delay_within_request_s``: how long the earlier work of its own
+    request takes. ``share``: the fair-queueing key, which is the name of an API key; ``weight``:
+    its weight relative to others. ``prompt``: for LLM workers, the prompt to compute; ``reason``:
+    why the worker was chosen. ``failed``: set by the borrower if the worker refused the work or was
+    lost with it, so that it does not count as done.
     """
 
     cost: int
@@ -73,10 +72,10 @@ class Dispatcher:
         """``workers``: a view of the current ones."""
         self.waiting_cost = 0
         self._queues: dict[str, _ShareQueue] = {}  # By share.
-        self._virtual_time = 0.0  # ``virtual_start`` of the queue that was served last.
+        self._virtual_time = 0.0  # ``virtual_start`` of the queue served last.
         self.affinity = Affinity()
         self._workers = workers
-        self._with_suspect: set[Worker] = set()  # Those that were lent a suspect.
+        self._with_suspect: set[Worker] = set()  # Workers that have a suspect.
         self._lease_number = itertools.count(1)
 
     @property
@@ -93,7 +92,7 @@ class Dispatcher:
         self.dispatch()
 
     def remove(self, request: LeaseRequest) -> None:
-        """Removes a request that waits no more, and lends to those behind it."""
+        """Removes a request that no longer waits, and lends to those behind it."""
         self._dequeue(request)
         self.dispatch()
 
@@ -107,15 +106,15 @@ class Dispatcher:
         self.dispatch()
 
     def prompt_computed(self, request: LeaseRequest) -> None:
-        """The worker that the request was lent computes its prompt no longer."""
+        """The request's worker no longer computes its prompt: it is done, or the call has ended."""
         if request.prompt is not None and request.worker is not None:
             self.affinity.computed(request.prompt, request.worker)
 
     def dispatch(self) -> None:
         """Lends workers with room to the requests that come first.
 
-        A request that gets no worker reserves every worker that it could use against requests of
-        its kind (heavy or not) behind it.
+        A request that gets no worker reserves every worker that it could use, so that later
+        requests of its kind (heavy or not) do not overtake it.
         """
         reserved_for: dict[bool, set[Worker]] = {False: set(), True: set()}
         serving = self.serving()
@@ -156,7 +155,7 @@ class Dispatcher:
                 heappush(turns, (virtual_start, request.due, share, requests))
 
     def serving(self, accepts: Accepts | None = None) -> list[Worker]:
-        """Workers that take work now, and that ``accepts`` agrees to."""
+        """Workers that take work now, and that ``accepts`` returns true for."""
         return [
             worker
             for worker in self._workers
@@ -164,8 +163,8 @@ class Dispatcher:
         ]
 
     def expected_wait_s(self, cost: int, accepts: Accepts | None = None) -> float:
-        """Seconds in which the workers would finish ``cost`` and the work of other gateways; 0
-        where no throughput is known. Where no worker serves, all known ones count."""
+        """Seconds until the workers would finish ``cost`` and the work of other gateways; 0 if no
+        throughput is known. If no worker serves, all known ones count."""
         known = [worker for worker in self._workers if accepts is None or accepts(worker)]
         able = self.serving(accepts) or known
         if not any(worker.cost_per_s for worker in able):
@@ -181,7 +180,7 @@ class Dispatcher:
     def _choose(
         self, request: LeaseRequest, free: Sequence[Worker], able: Sequence[Worker]
     ) -> Worker | None:
-        """One of ``free`` that has room, or None where the request should rather wait."""
+        """One of ``free`` that has room, or None if the request should wait."""
         with_room = [worker for worker in free if worker.has_room(request.cost, request.heavy)]
         if not with_room:
             return None
@@ -202,7 +201,7 @@ class Dispatcher:
         return None
 
     def _all_done_s(self, workers: Sequence[Worker], usual: float) -> float:
-        """Seconds in which ``workers`` alone would finish their work and all that waits."""
+        """Seconds until ``workers`` alone would finish their work and all that waits."""
         cost = self.waiting_cost + sum(
             worker.pending + worker.cost_of_other_gateways for worker in workers
         )

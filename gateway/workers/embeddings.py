@@ -1,4 +1,4 @@
-"""One request's embeddings: all items are encoded at once, and again when their rows are lost."""
+"""One request's embeddings: encodes all items concurrently, and again if their rows are lost."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class _Item:
     item: Encodable
     task: asyncio.Task[Encoded] | None = None
     ref: EmbeddingRef | None = None
-    first: Encoded | None = None  # The first encoding, which is the one that timings report.
-    bytes_sent: int = 0  # By all encodings.
+    first: Encoded | None = None  # The first encoding; timings report this one.
+    bytes_sent: int = 0  # In all encodings together.
     losses: int = 0  # How often LLM workers found no rows behind its reference.
 
 
 class RequestEmbeddings:
     """The embeddings of a request's distinct items, by content key.
 
-    Entering the context starts to encode every item without a known reference, all at once;
-    leaving it cancels encodings that run. An error that leaves it with a key as ``param`` gets the
-    path of the item's field in the request instead.
+    Entering the context starts to encode every item without a known reference, all concurrently;
+    leaving it cancels encodings that still run. In an error that leaves the context, a content key
+    in ``param`` is replaced by the path of the item's field in the request.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class RequestEmbeddings:
         await asyncio.gather(*tasks, return_exceptions=True)
         for key in self._items:
             self._encoders.leave(key)
-        self._items.clear()  # The bytes go with them.
+        self._items.clear()  # Frees the pictures' bytes.
 
     # ---- references
 
@@ -110,7 +110,7 @@ class RequestEmbeddings:
 
     @property
     def encoding(self) -> bool:
-        """Whether some item is being encoded, or was."""
+        """Whether any item is being encoded, or has been."""
         return any(entry.task is not None for entry in self._items.values())
 
     # ---- for timings

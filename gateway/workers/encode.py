@@ -1,11 +1,11 @@
 """Encodes items on a pool of encoders: sends the compressed bytes, and gets a reference.
 
-An item waits for an encoder with room until its request's deadline, in the order of the requests;
-a request that would wait too long is refused on arrival. Encoding is idempotent: if an encoder
-dies, the call is retried on another one, or on the same one after its restart, within the deadline.
-All items that an encoder died with are suspects. Encoders get suspects one by one, so that another
-death is blamed on the one that was there; an item is refused for a while after two. Concurrent
-requests for one key share one run.
+An item waits for an encoder with room until its request's deadline, in the order of the requests; a
+request that would wait too long is refused on arrival. Encoding is idempotent: if an encoder dies,
+the call is retried on another one, or on the same one after its restart, within the deadline. All
+items that an encoder had when it died are suspects. An encoder gets only one suspect at a time, so
+that another death is blamed on that item; after two deaths an item is refused for a while.
+Concurrent requests for one key share one run.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from opticnerve.telemetry.metrics import STAGE_SECONDS
 
 log = logging.getLogger(__name__)
 
-MAX_SUSPECTS = 1_000  # Items for which deaths of encoders are remembered.
-DEATHS_REMEMBERED_S = 600.0  # After an item's last one.
-PAUSE_S = 0.02  # Between attempts, so that a pool that refuses everything is not hammered.
+MAX_SUSPECTS = 1_000  # Items whose encoders' deaths are remembered.
+DEATHS_REMEMBERED_S = 600.0  # Counted from an item's last one.
+PAUSE_S = 0.02  # Between attempts, so as not to hammer a pool that refuses everything.
 MAX_BATCHES_IN_FLIGHT = 3  # For one encoder: one runs, one is decoded, one is uploaded.
-MAX_IN_FLIGHT_S = 30.0  # Work sent to one encoder; well within the timeout of a call.
-HEAVY_FRACTION = 0.5  # The part of an encoder's queue for pictures that are heavy to decode.
-PASS_S = 5e-9  # Time of one core to decode one pixel in one pass.
+MAX_IN_FLIGHT_S = 30.0  # Most work sent to one encoder, in seconds; well within a call's timeout.
+HEAVY_FRACTION = 0.5  # Part of an encoder's queue reserved for pictures that are heavy to decode.
+PASS_S = 5e-9  # Seconds of one core to decode one pixel in one pass.
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Encodable(EncodeItem):
     """One item of a request."""
 
     param: str | None = None  # The request's field that holds it.
-    passes_before: int = 0  # Decode cost of its request's earlier pictures.
+    passes_before: int = 0  # Decode cost of the earlier pictures of its request.
     share: str = ""  # Fair-queueing key: items with equal keys are scheduled as one client.
     weight: float = 1.0  # The client's part of the encoders, relative to other clients'.
 
@@ -95,8 +95,8 @@ async def describe_encoder(channel: grpc.aio.Channel, timeout_s: float) -> Descr
 
 
 def _max_patches_in_flight(max_batch_patches: int, patches_per_s: float) -> int:
-    """Patches that one gateway sends to an encoder at a time: enough to keep it busy, and no more
-    than it encodes within MAX_IN_FLIGHT_S. One batch while its speed is unknown."""
+    """The most patches that one gateway has in flight to an encoder: enough to keep it busy, and no
+    more than it encodes within MAX_IN_FLIGHT_S; one batch while its speed is unknown."""
     if not patches_per_s:
         return max_batch_patches
     return max(
@@ -115,7 +115,7 @@ class References(LRU[str, EmbeddingRef]):
         super().__init__(capacity)
 
     def remember(self, ref: EmbeddingRef) -> None:
-        """Keeps the reference without inline rows, if the rows can also be read elsewhere."""
+        """Keeps the reference. Inline rows are dropped if they can also be read elsewhere."""
         location = replace(ref.location, inline=b"")
         if location.shm_tier_id or location.redis or location.fetch_address:
             self[ref.key] = ref.at(location)
@@ -123,7 +123,7 @@ class References(LRU[str, EmbeddingRef]):
 
 @dataclass(frozen=True, slots=True)
 class _EncodeRun:
-    """One run of attempts to encode an item, for all requests that wait for it."""
+    """A series of attempts to encode an item, shared by all requests that wait for it."""
 
     request_id: str  # The id of the request that started it, which encoders log.
     called: list[str] = field(default_factory=list)  # Addresses of the encoders that were tried.
@@ -131,7 +131,7 @@ class _EncodeRun:
 
 @dataclass(frozen=True, slots=True)
 class _Claim:
-    """The encoder work of an admitted item."""
+    """The encoder work that an admitted item will cause."""
 
     share: str
     weight: float
@@ -159,8 +159,8 @@ class Encoders:
         self.worker_wait_s = worker_wait_s
         self.max_wait_s = max_wait_s
         self._flights: Flights[Encoded] = Flights()
-        self._runs: dict[str, _EncodeRun] = {}  # By the key of their flight.
-        self._admitted: dict[str, _Claim] = {}  # Items that are not encoded yet, by key.
+        self._runs: dict[str, _EncodeRun] = {}  # By the key under which requests share them.
+        self._admitted: dict[str, _Claim] = {}  # Items not encoded yet, by key.
         # By key: how many workers died while they had the item, and when the last one did.
         self._deaths: LRU[str, tuple[int, float]] = LRU(MAX_SUSPECTS)
 
@@ -171,8 +171,8 @@ class Encoders:
         self._admitted.update({item.key: _Claim.of(item) for item in fresh})
 
     def check(self, items: Iterable[Encodable], deadline: Deadline) -> Collection[Encodable]:
-        """The items of a request that need a new run: without a known reference, and not admitted
-        yet.
+        """The items of a request that need a new run: those without a known reference that are not
+        admitted yet.
 
         Raises Overloaded if one of them would have to wait too long: beyond the request's
         deadline, or longer than ``max_wait_s``.
@@ -195,10 +195,10 @@ class Encoders:
         return fresh
 
     def _ahead_of(self, items: Collection[Encodable]) -> int:
-        """Patches that fair queueing encodes before a request's new ``items``: all that wait for
-        its own share, and for each other share as much, by weight, as those and the largest new
-        item together."""
-        patches: dict[str, float] = {}  # Waiting, divided by the weight of their share.
+        """Patches that fair queueing encodes before a request's new ``items``: all that wait in its
+        own share, and from each other share at most as much, by weight, as those and the largest
+        new item together."""
+        patches: dict[str, float] = {}  # Patches that wait, by share, divided by its weight.
         weights: dict[str, float] = {}
         for claim in self._admitted.values():
             patches[claim.share] = patches.get(claim.share, 0.0) + claim.patches / claim.weight
@@ -229,11 +229,11 @@ class Encoders:
             except DeadlineExceeded:
                 if not joined or deadline.remaining() == 0:
                     raise
-                continue  # Only the request that started the run is past its deadline.
+                continue  # Only the deadline of the run's first request has passed.
             return replace(done, bytes_sent=0) if joined else done
 
     async def _join(self, item: Encodable, deadline: Deadline, request_id: str) -> Encoded:
-        """The result of the run under way for the item, or of one that is started now."""
+        """The result of the item's current run, or of a new one."""
         starts = item.key not in self._flights
         if starts:
             self._runs[item.key] = _EncodeRun(request_id)
@@ -284,7 +284,7 @@ class Encoders:
                     if lost.delivered:
                         self._blame(item.key, worker)
                         tried.add(worker.address)
-                except Overloaded as error:  # Other gateways' work fills it: the item waits here.
+                except Overloaded as error:  # Full of other gateways' work: the item waits here.
                     failed, request.failed = "full", True
                     self.pool.report_full(worker, error.retry_after_s)
                 except Mispaired as error:
@@ -355,12 +355,12 @@ class Encoders:
 
 
 def _without_unproven_address(ref: EmbeddingRef, worker: Worker) -> EmbeddingRef:
-    """Removes the ``fetch_address`` if the encoder has a fault, as it may be another process's."""
+    """Removes the ``fetch_address`` if the encoder has a fault: it may lead to another process."""
     return ref if worker.fault is None else ref.at(replace(ref.location, fetch_address=""))
 
 
 def _note(run: _EncodeRun, request_id: str) -> None:
-    """Notes for the request's log line which encoders were called, and under which request's id."""
+    """Notes the encoders that were called, and the request id they were given, for the log line."""
     for address in run.called:
         logs.append(encoder=address)
     if run.request_id != request_id:
@@ -370,7 +370,7 @@ def _note(run: _EncodeRun, request_id: str) -> None:
 def _lease_request(
     item: Encodable, deadline: Deadline, tried: set[str], *, suspect: bool
 ) -> LeaseRequest:
-    """``tried``: addresses that are used only if no other encoder serves."""
+    """``tried``: addresses to use only if no other encoder serves."""
     return LeaseRequest(
         item.plan.num_patches,
         deadline,

@@ -1,9 +1,9 @@
 """Checks that LLM workers can get an encoder's embeddings: its advertised address and store key.
 
 LLM workers fetch embeddings that are in no store from the encoder's advertised address. Each
-process makes an id when it starts, and its health check serves that id: if the check at the
-advertised address knows the id, the encoder answers there. This needs no token, so none is sent to
-a mistyped address.
+process makes an id when it starts, and its health service answers for that id: if the health
+service at the advertised address knows the id, it is the encoder. This needs no token, so none is
+sent to a mistyped address.
 
 Embeddings that leave a machine are signed with the secret of --store-key-file. LLM workers with
 another one refuse them, so every picture would fail.
@@ -22,12 +22,12 @@ from gateway.workers.worker import PROBE_TIMEOUT_S, Description, Fault, Worker
 from opticnerve.rpc.channel import is_instance, open_channel
 from opticnerve.rpc.tls import ChannelTls
 
-RECHECK_S = 2.0  # While an address is wrong.
+RECHECK_S = 2.0  # Interval while an address is wrong.
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """The last result for one encoder. ``wrong_process``: who answered instead; empty: itself."""
+    """The last result for one encoder. ``wrong_process``: see ``_find_wrong_process``."""
 
     asked: tuple[str, str]  # Instance id and address.
     wrong_process: str
@@ -44,8 +44,8 @@ class ReachabilityCheck:
         self._answers: WeakKeyDictionary[Worker, _Answer] = WeakKeyDictionary()
 
     async def __call__(self, encoder: Worker, description: Description) -> Fault | None:
-        """A fault of the encoder's store key or advertised address. None if both are right, and for
-        encoders of earlier releases, which report neither."""
+        """A fault of the encoder's store key or advertised address; None if both are right, or the
+        encoder is of an earlier release, which reports neither."""
         fault = self._find_key_fault(description)
         address = description.fetch_address
         if fault is not None or not description.instance_id or not address:
@@ -66,7 +66,7 @@ class ReachabilityCheck:
         )
 
     def _find_key_fault(self, encoder: Description) -> Fault | None:
-        """A fault where LLM workers on other machines do not have the encoder's store key."""
+        """A fault if LLM workers on other machines do not have the encoder's store key."""
         llms = self._llms.serving()
         differing = [llm for llm in llms if _has_other_key(encoder, llm.description)]
         if not differing:
@@ -81,8 +81,8 @@ class ReachabilityCheck:
         )
 
     async def _find_wrong_process(self, encoder: Worker, description: Description) -> str:
-        """The answerer at the advertised address if it is not the encoder: "another process" or
-        "nothing"; else empty."""
+        """Who answers at the advertised address, if not the encoder: "another process" or
+        "nothing"; empty if it is the encoder."""
         instance_id, address = asked = description.instance_id, description.fetch_address
         last, now = self._answers.get(encoder), time.monotonic()
         expired = last is not None and last.wrong_process and now - last.at >= RECHECK_S

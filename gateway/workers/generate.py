@@ -1,8 +1,8 @@
 """One request's generation with failover.
 
-References to embeddings are sent as they become known. If an LLM worker is lost, another one
-continues: a call that breaks before its first token is sent again; one that breaks later is
-continued by a worker that gets the output of every choice so far. No token is lost or repeated.
+References to embeddings are sent as they become known. If an LLM worker is lost, another one takes
+over: a call that breaks before its first token is sent again; after that, the next worker is sent
+the output of every choice so far, and continues it. No token is lost or repeated.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ async def describe_llm(channel: grpc.aio.Channel, timeout_s: float) -> Descripti
 
 @dataclass(frozen=True)
 class GenerateSpec:
-    """A generation's request, which is the same for each worker that is tried."""
+    """A generation's request, the same for each worker that is tried."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -91,8 +91,8 @@ class FailoverGeneration:
         worker_wait_s: float,
         watch: Stopwatch | None = None,
     ) -> None:
-        """``watch`` is told how long the first token waited for a worker, and was on the wire."""
-        self.prefilled: Timings | None = None  # The worker's, up to the first token.
+        """``watch`` records the first token's wait for a worker, and its time on the wire."""
+        self.prefilled: Timings | None = None  # The worker's timings up to the first token.
         self._spec = spec
         self._watch = watch or Stopwatch()
         self._prompt = PromptChain.of(
@@ -110,7 +110,7 @@ class FailoverGeneration:
         self._finished: set[int] = set()  # Choices that the worker has ended.
         self._unwanted: set[int] = set()  # Choices that need no more tokens.
         self._cached_tokens = 0  # Prompt tokens from the current worker's prefix cache.
-        self._scored = 0  # Prompt tokens whose log-probabilities have come, from any worker.
+        self._scored = 0  # Prompt tokens whose log-probabilities have arrived, from any worker.
 
     async def events(self) -> AsyncGenerator[StreamEvent, None]:
         """The events of ``GenerateStream``, each once. Raises typed errors; the module's docstring
@@ -158,7 +158,7 @@ class FailoverGeneration:
             await asyncio.sleep(PAUSE_S)
 
     def _lease_request(self, tried: Collection[str]) -> LeaseRequest:
-        """``tried``: addresses that are used only if no other worker serves."""
+        """``tried``: addresses to use only if no other worker serves."""
         return LeaseRequest(1, self._deadline, self._is_paired, tried, prompt=self._prompt)
 
     def _count_retry(self, reason: str) -> None:
@@ -180,7 +180,7 @@ class FailoverGeneration:
         self._unwanted.add(choice)
 
     def usage(self) -> Usage:
-        """Usage by our own count, for a generation that is aborted because no more is needed."""
+        """Usage by the gateway's count, for a generation that it ends early."""
         return Usage(
             prompt_tokens=len(self._spec.token_ids),
             completion_tokens=sum(map(len, self._tokens.values())),
@@ -193,7 +193,7 @@ class FailoverGeneration:
     async def _attempt(
         self, worker: Worker, lease: LeaseRequest, retry: int
     ) -> AsyncGenerator[StreamEvent, None]:
-        """``lease``: by which the worker was lent. ``retry``: how many attempts came before."""
+        """``lease``: the worker's lease. ``retry``: the number of earlier attempts."""
         self._deadline.check()
         metrics.LLM_CHOICES.labels(lease.reason).inc()
         logs.append(llm=worker.address, llm_by=lease.reason)
@@ -210,7 +210,7 @@ class FailoverGeneration:
             STREAM_POLICY,
             span.carrier,
         )
-        scored = 0  # Prompt tokens whose log-probabilities have come from this worker.
+        scored = 0  # Prompt tokens whose log-probabilities have arrived from this worker.
         try:
             async with contextlib.aclosing(stream.events()) as received:
                 async for event in received:
@@ -231,8 +231,8 @@ class FailoverGeneration:
             span.end()
 
     def _note_first(self, prefilled: Timings, began: float) -> None:
-        """The first token has come, of a call that began at ``began``: what the worker did not need
-        of the time was for the way to it and back."""
+        """Records the first token of a call that began at ``began``: the time that the worker did
+        not account for was spent on the wire."""
         self.prefilled = prefilled
         worker_s = (prefilled.queue_ms + prefilled.prefill_ms) / 1000
         self._watch.measured("wire", max(0.0, time.monotonic() - began - worker_s))
@@ -258,15 +258,15 @@ class FailoverGeneration:
         )
 
     def _sampling(self) -> Sampling:
-        """That of the request, without the log-probabilities of a prompt that are all here: a
-        worker that computes them reads no cached prefix."""
+        """The request's sampling. Leaves out the prompt's log-probabilities once all have arrived,
+        since a worker that computes them cannot use its prefix cache."""
         if self._scored < len(self._spec.token_ids):
             return self._spec.sampling
         return replace(self._spec.sampling, prompt_logprobs=None)
 
     def _score(self, piece: PromptPiece, before: int) -> PromptPiece:
-        """Those of a piece that are new. ``before``: how many came before from the same worker.
-        Raises EngineFailure for more than the prompt has tokens."""
+        """The part of a piece that is new. ``before``: the number of tokens that came before it
+        from the same worker. Raises EngineFailure for more tokens than the prompt has."""
         new = piece.logprobs[max(0, self._scored - before) :]
         self._scored += len(new)
         if self._scored > len(self._spec.token_ids):

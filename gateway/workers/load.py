@@ -1,4 +1,4 @@
-"""How busy the pools are, as metrics: what an operator and an autoscaler look at."""
+"""How busy the pools are, as metrics for operators and autoscalers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gateway.workers.pool import WorkerPool
 from gateway.workers.worker import Worker, WorkerState
 
 EXPORT_S = 0.5  # Interval at which the gauges are set.
-# The cost that a worker does a second, assumed before any has been seen at work.
+# The throughput assumed for a worker before any has been measured, in cost per second.
 FIRST_PATCHES_PER_S = 1000.0
 FIRST_SEQUENCES_PER_S = 1.0
 
@@ -28,8 +28,8 @@ async def export_load(encoders: WorkerPool, llms: WorkerPool) -> None:
 
 
 class PoolLoad:
-    """``name``: the pool's in metrics. ``usual_rate``: the throughput assumed for a worker before
-    any has been seen at work."""
+    """``name``: the pool's name in metrics. ``usual_rate``: the throughput assumed for a worker
+    before any has been measured."""
 
     def __init__(self, name: str, pool: WorkerPool, usual_rate: float) -> None:
         self.name = name
@@ -43,9 +43,9 @@ class PoolLoad:
             metrics.WORKERS.labels(self.name, state.value).set(number)
 
     def seconds_waiting(self) -> float:
-        """Seconds in which the serving workers would do the work of this gateway that waits for
-        them: here, and in the queues of LLM workers. While none serves, the seconds in which one
-        would."""
+        """Seconds that the serving workers would take for this gateway's waiting work, both here
+        and in the queues of LLM workers. While none serves, the seconds that one worker would
+        take."""
         serving = self.pool.serving()
         known = [rate for rate in map(_rate, serving) if rate]
         if known:
@@ -58,8 +58,8 @@ class PoolLoad:
 
 
 def _rate(worker: Worker) -> float:
-    """Cost a second, of all gateways' work: as the worker has measured it, or as what it does for
-    this gateway lets expect."""
+    """The worker's throughput for all gateways, in cost per second: as it reports it, or else
+    estimated from its work for this gateway."""
     return worker.cost_per_s or worker.throughput.per_s / (_own_part(worker) or 1.0)
 
 
@@ -70,6 +70,6 @@ def _queued(worker: Worker) -> float:
 
 
 def _own_part(worker: Worker) -> float:
-    """This gateway's part of a worker's work; 0 while it has none."""
+    """This gateway's fraction of a worker's work; 0 while it has none."""
     cost = worker.pending + worker.cost_of_other_gateways
     return worker.pending / cost if cost else 0.0

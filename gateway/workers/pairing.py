@@ -18,13 +18,13 @@ from gateway.workers.pool import UNUSABLE_WAIT_S, WorkerPool
 from gateway.workers.worker import Worker, WorkerState
 from opticnerve.errors import Mispaired, Unavailable, UnsupportedFeature
 
-CHECK_S = 60.0  # Interval of checks while no worker changes.
+CHECK_S = 60.0  # Seconds between checks while no worker changes.
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The workers that one request uses. ``fingerprint``: the encoders', empty without pictures.
-    ``max_model_len``, ``vocab_size``: the smallest of its LLM workers; 0: unknown."""
+    """The workers that one request may use. ``fingerprint``: the encoders', empty without pictures.
+    ``max_model_len``, ``vocab_size``: the smallest among its LLM workers; 0: unknown."""
 
     pair_id: str
     fingerprint: str
@@ -42,8 +42,8 @@ def revision_of(pair_id: str) -> str:
 
 
 class Pairing:
-    """``own``: the pair id of the gateway's own checkpoint, or None where it has no weights; other
-    workers are not used. Until it is known, no worker is."""
+    """Chooses the pair for each request. ``own``: the pair id of the gateway's checkpoint, or None
+    if it has no weights. Only workers with this id are used, and none until it is known."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Pairing:
         self._own = own
         own.add_done_callback(lambda _: llms.changes.notify())
         self.worker_wait_s = worker_wait_s
-        self.has_been_ready = False  # Whether text and pictures could both be served once.
+        self.has_been_ready = False  # Whether text and pictures could ever both be served.
 
     async def watch_until_ready(self) -> None:
         """Waits until text and pictures can both be served, and sets ``has_been_ready``."""
@@ -68,12 +68,9 @@ class Pairing:
 
     async def choose(self, *, pictures: bool, deadline: Deadline) -> Pair:
         """The best pair now: the one with most serving workers. Waits until workers have described
-        themselves.
-
-        Known workers that are down are the last choice: an embedding in the store needs no
-        encoder. Raises Unavailable, Mispaired where workers do not belong together, or
-        UnsupportedFeature for pictures where no encoders are configured.
-        """
+        themselves. Known workers that are down are the last choice; they still make a pair because
+        an embedding in the store needs no encoder. Raises Unavailable, Mispaired where workers do
+        not belong together, or UnsupportedFeature for pictures where no encoders are configured."""
         if pictures and not self.encoders.configured:
             raise UnsupportedFeature(
                 "this server takes text alone: it was started without encoders "
@@ -115,8 +112,8 @@ class Pairing:
         return lacking or ["encoders and LLM workers serve different checkpoints"]
 
     def best(self, *, pictures: bool) -> Pair | None:
-        """The best pair now; None while no worker has described itself. Of equals the first by
-        their ids, so that all gateways choose alike."""
+        """The best pair now; None while no worker has described itself. Ties are broken by id, so
+        that all gateways choose the same."""
         best: tuple[tuple[int, ...], Pair] | None = None
         for pair_id in sorted({w.description.pair_id for w in self._described(self.llms)}):
             llms = [w for w in self._described(self.llms) if w.description.pair_id == pair_id]

@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 
 UNUSABLE_WAIT_S = 5.0  # How long a request waits while every worker is misconfigured.
 MAX_SHOWN_ADDRESSES = 8  # In a message.
-MIN_PAUSE_S, MAX_PAUSE_S = 0.05, 5.0  # For a worker that refused work.
+MIN_PAUSE_S, MAX_PAUSE_S = 0.05, 5.0  # How long a worker that refused work gets none.
 
 
 class Changes:
-    """Wakes all that wait for a change of any worker of several pools."""
+    """Wakes all tasks that wait for a change of any worker, of any of several pools."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
@@ -68,7 +68,7 @@ class WorkerPool:
         self._token = token
         self._check = check
         self._tls = tls
-        self.unpaired_cost = 0  # Of requests that wait until there are workers to choose among.
+        self.unpaired_cost = 0  # Cost of requests that wait until a pair is known.
         self._workers: dict[str, Worker] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.dispatcher = Dispatcher(self._workers.values())
@@ -79,7 +79,7 @@ class WorkerPool:
 
     @property
     def configured(self) -> bool:
-        """Whether workers are to be found anywhere."""
+        """Whether there is any source of workers."""
         return bool(self.sources)
 
     @property
@@ -90,11 +90,12 @@ class WorkerPool:
 
     @property
     def troubles(self) -> list[str]:
-        """What keeps sources of addresses from answering."""
+        """Why sources of addresses do not answer, in words; empty if all do."""
         return [source.trouble for source in self.sources if source.trouble]
 
     def absence(self, accepts: Accepts | None = None) -> str:
-        """In words: that no worker serves that ``accepts`` agrees to, and what is known of each."""
+        """Why no worker that ``accepts`` returns true for serves, in words, with the state of
+        each."""
         if not self._workers:
             return "; ".join([f"no {self.kind} is known", *self.troubles])
         shown = [_in_words(worker, accepts) for worker in self.workers[:MAX_SHOWN_ADDRESSES]]
@@ -105,7 +106,7 @@ class WorkerPool:
         return f"no {self.kind} is serving ({states}{why})"
 
     def serving(self, accepts: Accepts | None = None) -> list[Worker]:
-        """Workers that take work now, and that ``accepts`` agrees to."""
+        """Workers that take work now, and that ``accepts`` returns true for."""
         return self.dispatcher.serving(accepts)
 
     # ---- life
@@ -113,7 +114,7 @@ class WorkerPool:
     async def start(self) -> None:
         for source in self.sources:
             self._spawn(self._follow(source))
-        await asyncio.sleep(0)  # Addresses that were given are known from here on.
+        await asyncio.sleep(0)  # Lets the sources add the configured addresses.
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -126,7 +127,7 @@ class WorkerPool:
 
     @contextlib.contextmanager
     def unpaired(self, cost: int) -> Iterator[None]:
-        """Surrounds a request's wait for workers to choose among, before it can ask for one."""
+        """Surrounds a request's wait for a pair, before it can ask for a worker."""
         self.unpaired_cost += cost
         try:
             yield
@@ -135,11 +136,9 @@ class WorkerPool:
 
     @contextlib.asynccontextmanager
     async def lease(self, request: LeaseRequest, absence_s: float) -> AsyncIterator[Worker]:
-        """Lends a worker, once it is this request's turn and one has room.
-
-        ``absence_s``: how long to wait while no worker serves. Raises Unavailable,
-        DeadlineExceeded. Work that ends with an error counts as not done.
-        """
+        """Lends a worker, once it is this request's turn and one has room. ``absence_s``: how long
+        to wait while no worker serves. Work that ends with an error counts as not done. Raises
+        Unavailable, DeadlineExceeded."""
         self.dispatcher.add(request)
         try:
             await self._wait_for_worker(request, absence_s)
@@ -151,7 +150,7 @@ class WorkerPool:
         finally:
             if request.worker is None:
                 self.dispatcher.remove(request)
-            else:  # Also if it was lent and cancelled in one turn of the event loop.
+            else:  # Even if it was cancelled in the turn in which it was lent a worker.
                 self.dispatcher.end(request)
 
     async def _wait_for_worker(self, request: LeaseRequest, absence_s: float) -> None:
@@ -174,7 +173,7 @@ class WorkerPool:
             request.changed.clear()
 
     def report_full(self, worker: Worker, retry_after_s: float | None) -> None:
-        """``worker`` refused work for lack of room: it gets none for a while."""
+        """``worker`` refused work for lack of room: it gets no work for a while."""
         pause = min(max(retry_after_s or MIN_PAUSE_S, MIN_PAUSE_S), MAX_PAUSE_S)
         worker.full_until = time.monotonic() + pause
         asyncio.get_running_loop().call_later(pause, self.dispatcher.dispatch)
@@ -188,8 +187,8 @@ class WorkerPool:
         worker.wake.set()
 
     def _notify(self, changed: Worker) -> None:
-        """A worker's state or process has changed: wakes all that wait for one, and has the other
-        addresses probed that may be of the same process, one of which gets work."""
+        """A worker's state or process has changed: wakes all that wait for one. Other addresses
+        that may lead to the same process are probed at once, since only one of them gets work."""
         process = changed.description.instance_id
         for worker in self._workers.values():
             same = bool(process) and worker.description.instance_id == process
@@ -209,8 +208,8 @@ class WorkerPool:
     # ---- watching
 
     async def _follow(self, source: AddressSource) -> None:
-        """Adds and removes workers as ``source`` lists them. A worker that several sources list
-        stays until none does."""
+        """Adds and removes workers as ``source`` lists them. A worker listed by several sources
+        stays until none lists it."""
         listed: dict[str, str] = {}
         async for found in source.watch():
             for address, said in found.items():
@@ -223,7 +222,7 @@ class WorkerPool:
                 worker = self._workers[address]
                 kept = source.keeps(listed[address], worker.description.instance_id)
                 if kept and worker.state is WorkerState.SERVING:
-                    worker.wake.set()  # Its health decides.
+                    worker.wake.set()  # The probe's result decides.
                 else:
                     del listed[address]
                     self._leave(worker, source)
@@ -234,7 +233,7 @@ class WorkerPool:
         return worker
 
     def _is_alias(self, worker: Worker) -> bool:
-        """Whether a worker that was known before, and is reached, is the same process."""
+        """Whether an address known earlier reaches the same process."""
         process = worker.description.instance_id
         for other in self._workers.values():
             if other is worker:
@@ -297,7 +296,7 @@ class WorkerPool:
 
 
 def _told(worker: Worker) -> tuple[object, ...]:
-    """What all that wait are told of when it changes."""
+    """A worker's properties whose change wakes all that wait."""
     described = worker.description
     return worker.state, described.instance_id, described.fingerprint, worker.fault
 

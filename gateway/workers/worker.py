@@ -27,20 +27,20 @@ log = logging.getLogger(__name__)
 _BROKEN = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.UNAUTHENTICATED,  # Our token is refused: not a fault of our caller.
+    grpc.StatusCode.UNAUTHENTICATED,  # The gateway's token, not the client's.
 )
 PROBE_TIMEOUT_S = 2.0
 POLL_SERVING_S = 1.0
-POLL_DOWN_S = (0.1, 0.1, 0.2, 0.2, 0.5, 1.0)  # After one failure, after two, and so on.
+POLL_DOWN_S = (0.1, 0.1, 0.2, 0.2, 0.5, 1.0)  # After one failure, two, and so on.
 
 
 class WorkerState(Enum):
     STARTING = "starting"  # Not reached yet, or reached and not ready.
     SERVING = "serving"
     DRAINING = "draining"  # Finishes its work and takes nothing new.
-    DEAD = "dead"  # Was reached before, and is not now.
-    ALIAS = "alias"  # Another address of a process that is known already: it gets no work.
-    UNUSABLE = "unusable"  # Answers, but can be given no work; its fault says why.
+    DEAD = "dead"  # Was reached before, but is not now.
+    ALIAS = "alias"  # A second address of a known process: it gets no work.
+    UNUSABLE = "unusable"  # Answers, but can do no work for us; its fault says why.
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +61,13 @@ class Description:
     draining: bool = False
     cost: int = 0  # Pending work of all gateways.
     cost_per_s: float = 0.0  # Its measured throughput while it has work; 0: unknown.
-    max_cost_in_flight: int = 0  # For one gateway; 0: unbounded.
-    max_heavy_cost_in_flight: int = 0  # The same for heavy work, in addition to it.
+    max_cost_in_flight: int = 0  # For one gateway; 0: unlimited.
+    max_heavy_cost_in_flight: int = 0  # For heavy work, in addition to the above.
     limits: dict[str, int] = field(default_factory=dict)
     load: dict[str, int] = field(default_factory=dict)
     store: StoreState | None = None
     instance_id: str = ""  # The process's id; empty: not reported.
-    fetch_address: str = ""  # In the references that an encoder returns.
+    fetch_address: str = ""  # The address in references that an encoder returns.
     extra: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -87,11 +87,11 @@ class Fault:
     """A misconfiguration of a worker that answers, and how an operator corrects it."""
 
     text: str
-    usable: bool = False  # Whether the worker gets work all the same.
+    usable: bool = False  # Whether the worker gets work in spite of it.
 
 
 Describe = Callable[[grpc.aio.Channel, float], Awaitable[Description]]
-"""Asks for a description, within so many seconds."""
+"""Calls Describe on a channel, with a timeout in seconds."""
 
 REFUSED = Fault(
     "refuses this gateway's calls: give both the same --rpc-token-file, and restart the one that "
@@ -106,7 +106,7 @@ class Worker:
         self, address: str, token: str | None = None, tls: ChannelTls | None = None
     ) -> None:
         self.address = address
-        self.sources: set[AddressSource] = set()  # Which list it.
+        self.sources: set[AddressSource] = set()  # Those that list it.
         self.channel = open_channel(address, token, tls)
         self.state = WorkerState.STARTING
         self.description = Description()
@@ -116,9 +116,9 @@ class Worker:
         self.cost_of_other_gateways = 0  # As the worker reports it.
         self.last_picked = 0
         self.failures = 0
-        self.full_until = 0.0  # On the monotonic clock, after it refused work for lack of room.
-        self.wake = asyncio.Event()  # Set to probe it at once.
-        self.throughput = Throughput()  # Of this gateway's work.
+        self.full_until = 0.0  # Monotonic time; set when it refused work for lack of room.
+        self.wake = asyncio.Event()  # Set it to probe the worker at once.
+        self.throughput = Throughput()  # For this gateway's work.
         self.idle = asyncio.Event()  # Set while it is lent to nothing.
         self.idle.set()
 
@@ -143,8 +143,8 @@ class Worker:
         return self.description.cost_per_s
 
     def has_room(self, cost: int, heavy: bool = False) -> bool:
-        """Whether the worker takes work of ``cost`` now. While it has no work of the same kind from
-        this gateway, any cost fits."""
+        """Whether the worker takes work of ``cost`` now. Any cost fits while it has no work of the
+        same kind (heavy or not) from this gateway."""
         if time.monotonic() < self.full_until:
             return False
         described = self.description
@@ -171,7 +171,7 @@ class Worker:
     def _update(
         self, description: Description | None, *, serving: bool, fault: Fault | None
     ) -> None:
-        """``description`` is None for a worker that was not reached, or refused us."""
+        """``description``: None if the worker was not reached, or refused the call."""
         self.fault = fault
         if description is not None:
             self.description = description
@@ -204,11 +204,9 @@ Check = Callable[[Worker, Description], Awaitable[Fault | None]]
 
 
 class WorkerLost(Unavailable):
-    """A call ended without an answer: the worker died, drains, was never reached, or refuses our
-    token.
-
-    ``delivered``: it had our request when its connection broke, so the request may be the cause.
-    """
+    """A call ended without an answer: the worker died, drains, was never reached, or refuses the
+    gateway's token. ``delivered``: it had the request when its connection broke, so the request may
+    be the cause."""
 
     def __init__(self, message: str, *, delivered: bool) -> None:
         super().__init__(message, retry_after_s=5.0)
@@ -226,7 +224,7 @@ def call_error(error: grpc.RpcError, *, delivered: bool) -> OpticNerveError:
         return expired()
     if error.code() not in _BROKEN:
         answer = from_rpc(error)
-        if isinstance(answer, DeviceLost):  # It will exit and be started again.
+        if isinstance(answer, DeviceLost):  # The worker will exit and be restarted.
             return WorkerLost(answer.message, delivered=True)
         return answer
     return WorkerLost(

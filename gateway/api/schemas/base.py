@@ -42,7 +42,7 @@ class ValidationContext:
     """pydantic's context while a body is validated. ``unknown``: names of the unknown fields that
     were dropped, by the ``id`` of the object that had them."""
 
-    ignore_unknown: bool = False  # Unknown fields of the body; those of nested objects always are.
+    ignore_unknown: bool = False  # For the body's own; those of nested objects are always ignored.
     unknown: dict[int, Collection[str]] = field(default_factory=dict)
 
 
@@ -59,7 +59,7 @@ Unused = Annotated[Any, AfterValidator(lambda _: None)]
 
 
 UNSUPPORTED_KIND = "unsupported"
-"""The type of a PydanticCustomError for what other servers take and this one does not."""
+"""The type of PydanticCustomError for features of other servers that this one lacks."""
 
 
 def fault(name: str, message: str) -> PydanticCustomError:
@@ -81,7 +81,7 @@ def at_most(entries: int) -> BeforeValidator:
 
 
 def no_larger(size: int) -> BeforeValidator:
-    """Bounds any JSON: its values and the characters of its strings, together."""
+    """Bounds any JSON by the sum of its values and of its strings' characters."""
 
     def check(value: Any) -> Any:
         if _size(value, size) > size:
@@ -115,8 +115,8 @@ def join(path: str, step: str) -> str:
 
 
 def check_strings(value: Any, path: str = "") -> None:
-    """Raises InvalidRequest for a string that holds half of a surrogate pair, which no encoding of
-    text and no tokenizer takes. ``value``: JSON as Python reads it, which accepts such strings."""
+    """Raises InvalidRequest for a string that holds half of a surrogate pair. Python's JSON parser
+    accepts such strings, but no encoding and no tokenizer does. ``value``: parsed JSON."""
     if isinstance(value, str) and LONE_SURROGATE.search(value):
         raise _lone_surrogate(path, "")
     if isinstance(value, list):
@@ -153,7 +153,7 @@ class Strict(BaseModel):
 
     closed: ClassVar[bool] = False
     aliases: ClassVar[frozenset[str]] = frozenset()
-    """Names of fields whose attribute has another, because BaseModel has one of that name."""
+    """Fields whose attribute has another name, because BaseModel has an attribute of theirs."""
 
     @property
     def without_effect(self) -> Iterator[str]:
@@ -171,7 +171,7 @@ class Strict(BaseModel):
         context: ValidationContext = info.context or ValidationContext()
         unknown = value.keys() - cls.model_fields.keys() - cls.aliases
         if cls.closed and not context.ignore_unknown:
-            unknown = set()  # They stay, and validation refuses them.
+            unknown = set()  # Left in place, so that validation refuses them.
         if unknown:
             context.unknown[id(value)] = unknown
         return {
@@ -199,8 +199,8 @@ class Strict(BaseModel):
 
 
 def unsupported_kind(path: str, what: str, kind: str, instead: str) -> UnsupportedFeature:
-    """The error of an object at ``path`` whose type other servers take. ``what``: such as parts;
-    ``kind``: its type; ``instead``: advice to the client."""
+    """The error for an object at ``path`` of a type that this server does not support. ``what``:
+    its kind of object, such as parts; ``kind``: its type; ``instead``: advice to the client."""
     return UnsupportedFeature(
         f'{path}: {what} of type "{kind}" are not supported by this server; {instead}',
         param=f"{path}.type",
@@ -211,7 +211,7 @@ def unsupported_kind(path: str, what: str, kind: str, instead: str) -> Unsupport
 class UnsupportedField:
     """A field that other servers support and this one does not."""
 
-    neutral: tuple[Any, ...]  # Values that ask for nothing, besides null.
+    neutral: tuple[Any, ...]  # Values that ask for nothing, in addition to null.
     instead: str  # Advice to the client.
 
 

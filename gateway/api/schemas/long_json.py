@@ -1,15 +1,15 @@
 """Counts the values of JSON before it is parsed, and parses large JSON without holding the GIL:
 long strings are cut out and read in steps.
 
-Three bytes, ``{},``, become an object of a hundred times their size: a body's length does not bound
-the memory that it takes once it is parsed, so its values are counted first. The text of strings
-takes its length, and is not counted.
+Three bytes, ``{},``, become an object a hundred times their size, so a body's length does not bound
+the memory that it takes once parsed, and its values are counted first. Strings take about their own
+length, and are not counted.
 
-A parser in C holds the GIL from its first byte to its last: 60 MB stop every other thread, the
-event loop among them, for a third of a second, and a text that is made to be slow for ten times as
-long. But a long body is long because of text and pictures in strings. So the long strings are cut
-out in small steps; the rest, which is bounded, is parsed at once; and the strings are decoded in
-small steps too.
+A parser in C holds the GIL from the first byte to the last: 60 MB stop every other thread, the
+event loop included, for a third of a second, and a body that is crafted to be slow for ten times as
+long. But long bodies are long because of text and pictures in strings. So long strings are cut out
+in small steps, the rest, which is bounded, is parsed at once, and the strings are decoded in small
+steps too.
 
 Memory: the body, and its strings once more; twice while a string with escapes or non-ASCII
 characters is joined from its pieces. Python stores a text with an emoji in it at four bytes a
@@ -32,9 +32,9 @@ from gateway.edge.limits import MAX_NAME_CHARACTERS, MAX_OUTLINE_BYTES, MAX_TEXT
 from opticnerve.errors import InvalidRequest, PayloadTooLarge
 
 LONG = 128  # Strings of at least this many bytes are cut out.
-PIECE_BYTES = 2**18  # Handled in one step, between which other threads run.
+PIECE_BYTES = 2**18  # Bytes handled in one step; other threads run between steps.
 WINDOW = 32  # Bytes examined before a cut; an escaped surrogate pair has twelve.
-_INSIDE = re.compile(rb'(?:[^"\\\x00-\x1f]++|\\.)*+', re.DOTALL)  # A string up to its end.
+_INSIDE = re.compile(rb'(?:[^"\\\x00-\x1f]++|\\.)*+', re.DOTALL)  # The inside of a string.
 _CONTROL = bytes(range(32))
 _TOKEN = re.compile(rb"\\u[0-9a-fA-F]{4}|\\[^u]|[^\\]", re.DOTALL)
 _HIGH_SURROGATE = re.compile(rb"\\u[dD][89abAB]..")
@@ -53,7 +53,7 @@ def count_values(text: bytes | bytearray, enough: int) -> int:
             continue
         if b"\\" in chunk:
             chunk = chunk.replace(b"\\\\", b"").replace(b'\\"', b"")
-        pieces = chunk.split(b'"')  # In turn outside and inside of strings.
+        pieces = chunk.split(b'"')  # Alternately outside and inside of strings.
         outside = b"".join(pieces[in_string::2])
         total += sum(outside.count(mark) for mark in (b",", b"[", b"{"))
         in_string ^= len(pieces) % 2 == 0
@@ -157,7 +157,7 @@ def _end(text: bytes | bytearray, start: int) -> tuple[int, bool]:
         if (len(piece) - len(piece.rstrip(b"\\"))) % 2 and len(piece) > 1:
             piece = piece[:-1]  # Do not split an escape.
         bare = piece
-        if b"\\" in piece:  # Many times quicker than a regular expression.
+        if b"\\" in piece:  # Many times faster than a regular expression.
             bare = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
         if b'"' in bare:
             match = _INSIDE.match(piece)
@@ -203,7 +203,7 @@ def _cut(raw: memoryview, start: int) -> int:
     if at >= len(raw):
         return len(raw)
     before, window = bytes(raw[start : at - WINDOW]), bytes(raw[at - WINDOW : at])
-    # Start behind an escape that begins before the window.
+    # Start after an escape that begins before the window.
     place = (len(before) - len(before.rstrip(b"\\"))) % 2
     found = WINDOW
     while match := _TOKEN.match(window, place):

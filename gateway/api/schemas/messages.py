@@ -34,7 +34,7 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 Detail = Literal["auto", "low", "high", "original"]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
-# Names of fields that are also a template's variables, without which they have no effect.
+# Fields that set a template's variable of the same name, and have no effect without it.
 REASONING_EFFORT = "reasoning_effort"
 DOCUMENTS = "documents"
 THINKING_SWITCHES = frozenset({"enable_thinking", "thinking"})
@@ -47,9 +47,9 @@ URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
 DIGITS = re.compile(r"[0-9]{1,10}")
 LONG_ARGUMENTS = 2**18  # Characters. Longer arguments of a tool call are parsed in steps.
-PIECE_COST = 200  # A message or part besides its text, in characters of text.
-CALL_COST = 8_000  # A tool call: its arguments are parsed, and may be objects of any depth.
-SOURCE_START = 256  # Characters of a source that decide whether it is a URL or base64.
+PIECE_COST = 200  # Work for a message or part itself, as characters of text.
+CALL_COST = 8_000  # Work for a tool call: its arguments are parsed, and may be nested deeply.
+SOURCE_START = 256  # So many first characters decide whether a source is a URL or base64.
 
 
 def _trimmed(value: str) -> str:
@@ -73,7 +73,7 @@ Pixels = Annotated[
         _number, json_schema_input_type=Area | Annotated[str, Field(pattern="^[1-9][0-9]{0,8}$")]
     ),
 ]
-"""A number, or a string of digits, which clients read from environment variables."""
+"""A number. A string of digits is accepted too: clients read it from environment variables."""
 
 
 class Part(Strict):
@@ -133,15 +133,15 @@ class ImagePart(Part, PictureSettings):
 
 
 def type_tag(value: Any) -> str | None:
-    """Which model of a union validates ``value``, by its ``type``. Tags are in brackets because
-    pydantic puts them into the path of a problem, where ``text`` would look like a field."""
+    """The tag of the union's model that validates ``value``, by its ``type``. Tags are in brackets
+    because pydantic puts them into a problem's path, where ``text`` would look like a field."""
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return f"<{kind}>" if isinstance(kind, str) else None
 
 
 def by_type(what: str, types: str, tag: Callable[[Any], str | None] = type_tag) -> Discriminator:
-    """Which model of a union validates a value. ``what`` and ``types`` are for the error of a value
-    that has none of them."""
+    """Selects the model of a union that validates a value. ``what`` and ``types``: words for the
+    error of a value that no model fits."""
     message = f"should have the type {types}"
     return Discriminator(tag, custom_error_type=what, custom_error_message=message)
 
@@ -198,7 +198,7 @@ class Message(Strict):
 
 
 PICTURE = ImagePart.model_construct(type="image")
-"""A picture's place in a message whose pictures stand in a list beside it."""
+"""A picture's place in a message whose pictures are in a separate list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,8 +274,8 @@ def check_bounds(low: int | None, high: int | None, path: str) -> None:
 
 
 def as_url(image: str, param: str) -> str:
-    """``image`` if it has a scheme; else, since it is bare base64, a URL of it. Raises
-    InvalidRequest."""
+    """``image`` itself if it is a URL; a data: URL if it is bare base64. Raises InvalidRequest for
+    anything else."""
     beginning = image[:SOURCE_START]
     if URL_SCHEME.match(beginning):
         return image
@@ -317,8 +317,8 @@ def _arguments(text: str, param: str) -> Any:
 
 
 def check_arguments(param: str, arguments: Iterable[str | dict[str, Any]]) -> None:
-    """Bounds the arguments of all calls together: JSON inside a string, which ``count_values``
-    of the body skips. ``param``: the field that has the calls. Raises InvalidRequest."""
+    """Bounds the arguments of all calls together. They are JSON inside strings, which the body's
+    ``count_values`` skips. ``param``: the field with the calls. Raises InvalidRequest."""
     left = MAX_ARGUMENT_VALUES
     for each in arguments:
         if isinstance(each, str):

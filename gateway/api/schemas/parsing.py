@@ -31,8 +31,8 @@ from opticnerve.errors import InvalidRequest, UnsupportedFeature
 
 M = TypeVar("M", bound=Body)
 
-MAX_NAMED = 5  # Problems that one error message describes.
-MAX_LOOKED_AT = 100  # Problems, and ignored fields, that are considered.
+MAX_NAMED = 5  # Most problems that one error message describes.
+MAX_LOOKED_AT = 100  # Most problems, and most ignored fields, that are looked at.
 UNKNOWN_FIELD = "unknown field"
 MESSAGE_REWRITES = tuple(
     (re.compile(pattern), plain)
@@ -140,7 +140,7 @@ UNSUPPORTED_PARTS: dict[str, str] = {
 
 
 SOURCES = ("image_url", "image", "url", "base64")
-DISABLED_BY = {"functions": "function_call"}  # Where that is "none".
+DISABLED_BY = {"functions": "function_call"}  # Where the latter is "none".
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +204,8 @@ def _drop_unsupported(
 
 
 def _is_neutral(name: str, value: Any, field: UnsupportedField, left_out: list[str]) -> bool:
-    """Whether ``value`` asks for nothing. An object's entries that a neutral object does not have
-    are not compared, but added to ``left_out``."""
+    """Whether ``value`` asks for nothing. Entries of an object that the neutral object does not
+    have are added to ``left_out`` instead of being compared."""
     for neutral in field.neutral:
         if isinstance(value, dict) and isinstance(neutral, dict):
             given = {key: entry for key, entry in value.items() if entry is not None}
@@ -253,7 +253,7 @@ def decode(body: bytes | bytearray | str | Outline) -> dict[str, Any]:
     except ValueError as error:
         _check_surrogates(body)
         reason = str(error)[:200]
-        if isinstance(body, Outline):  # Its lines and columns are not the body's.
+        if isinstance(body, Outline):  # Its line and column numbers are not the body's.
             reason = reason.partition(" at line ")[0]
         raise InvalidRequest(f"not valid JSON: {reason}", code="invalid_json") from error
     if not isinstance(raw, dict):
@@ -274,9 +274,9 @@ def _check_surrogates(body: bytes | bytearray | str | Outline) -> None:
 def _refusal(
     problems: Sequence[ErrorDetails], raw: Mapping[str, Any], known: Collection[str]
 ) -> InvalidRequest:
-    """One error for all problems; those of one field, from the branches of a union, are joined.
-    ``known``: the names that a field of the body may have."""
-    found: dict[str, dict[str, str]] = {}  # By path: kinds of problems, by their texts.
+    """One error for all problems. Problems of one field, from a union's branches, are joined.
+    ``known``: the names that fields of the body may have."""
+    found: dict[str, dict[str, str]] = {}  # By path: problem types, by their texts.
     for problem in problems[:MAX_LOOKED_AT]:
         found.setdefault(_path(problem, raw), {})[problem_text(problem)] = problem["type"]
     paths = [path for path in found if not _explained(path, found)]
@@ -330,8 +330,8 @@ def _either(texts: Sequence[str]) -> str:
 
 
 def _path(problem: ErrorDetails, raw: Any) -> str:
-    """The path of a problem in the body. pydantic's ``loc`` also names branches of unions: a step
-    that the body does not have is such a name, unless the field is missing."""
+    """The path of a problem in the body. pydantic's ``loc`` also contains names of unions'
+    branches: any step that the body does not have, unless the problem is a missing field."""
     loc = problem["loc"]
     if problem["type"] == "fault":
         loc = (*loc, problem["ctx"]["field"])

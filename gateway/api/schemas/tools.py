@@ -70,7 +70,7 @@ class AllowedTools(Strict):
 
 
 class AllowedToolChoice(Strict):
-    """As without the other tools."""
+    """The same as a request without the other tools."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
@@ -89,7 +89,7 @@ def check_names(tools: Sequence[Tool]) -> None:
 
 
 class CallChoice(NamedTuple):
-    """How an answer may call the tools of a request. ``names``: of the only functions that it may
+    """How an answer may call the tools of a request. ``names``: the only functions that it may
     call; empty: all."""
 
     mode: CallMode

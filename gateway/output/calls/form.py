@@ -17,12 +17,12 @@ from gateway.output.reader import SPACES, Malformed, Reader, SectionKind, Steps
 
 NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_-.:/")
 STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""How constrained arguments are spaced, which is as templates write earlier calls."""
+"""The spacing of constrained arguments: as templates write earlier calls."""
 OPENING_KEYS = {"additionalProperties", "unevaluatedProperties", "patternProperties", "$ref"}
 OPENING_KEYS |= {"allOf", "anyOf", "oneOf"}
 
 Mark = Callable[[str], str]
-"""A marker of the form, as a grammar refers to it: a token, or text."""
+"""Makes a grammar's reference to a marker: a token, or text."""
 
 
 class CallForm(ABC):
@@ -30,24 +30,24 @@ class CallForm(ABC):
 
     name: ClassVar[str]
     markers: ClassVar[tuple[str, ...]] = ()  # Shown to the reader even if they are special tokens.
-    trigger: ClassVar[str] = ""  # The marker that begins calls within text; empty: there is none.
+    trigger: ClassVar[str] = ""  # The marker that begins a call within text; empty: none.
 
     @abstractmethod
     def reader(self, names: frozenset[str]) -> Reader:
-        """A reader of one choice. ``names``: those of the tools."""
+        """A reader of one choice. ``names``: the tools' names."""
 
     @abstractmethod
     def rules(self, tools: list[Tool], mark: Mark, *, several: bool) -> list[str]:
-        """Rules of a grammar, with ``calls`` for one call, or with ``several`` any number. They
-        refer to ``begin``, the rule of the trigger."""
+        """A grammar's rules, in which ``calls`` is one call, or with ``several`` any number. They
+        may refer to ``begin``, the rule of the trigger."""
 
     def call_id(self) -> str:
         return f"call_{uuid.uuid4().hex[:24]}"
 
     def grammar(self, use: ToolUse, mark: Mark) -> str:
-        """Calls and nothing else, or with CallMode.AUTO, text in which each call is one of ``use``.
-        Calls of tools that are not strict then have any arguments. Raises InvalidRequest for
-        schemas that are too large."""
+        """The grammar of calls and nothing else; with CallMode.AUTO, of text in which each call is
+        to a tool of ``use``, with any arguments unless the tool is strict. Raises InvalidRequest
+        for schemas that are too large."""
         free = use.mode is CallMode.AUTO
         tools = [
             tool for tool in use.tools if use.mode is not CallMode.NAMED or tool.name == use.name
@@ -65,13 +65,13 @@ class CallForm(ABC):
 
 
 def quoted(text: str) -> str:
-    """Text in a grammar."""
+    """``text`` as a literal in a grammar."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def arguments(tool: Tool) -> str:
-    """A tool's arguments, in a grammar. Where its schema lists properties and does not say whether
-    there may be others, there are none: functions rarely take any."""
+    """A tool's arguments, in a grammar. If the schema lists properties without saying whether
+    others are allowed, none are: functions rarely take any."""
     schema = tool.parameters or {}
     closed = {} if schema.keys() & OPENING_KEYS else {"additionalProperties": False}
     closed = closed if "properties" in schema else {}
@@ -100,7 +100,7 @@ def json_rules(tools: list[Tool], arguments_key: str) -> list[str]:
 
 
 class CallReader(Reader):
-    """Text and calls. What turns out to be no call is text."""
+    """Reads text and calls. What turns out not to be a call is text."""
 
     arguments_keys: ClassVar[frozenset[str]] = frozenset({"arguments", "parameters"})
 
@@ -108,8 +108,8 @@ class CallReader(Reader):
         """``known``: names of tools; text with another name is no call. None: any name."""
         super().__init__()
         self._known = known
-        self._begun = self._ended = False  # The call that is being read.
-        self._after_call = False  # No text but white space has come since a call.
+        self._begun = self._ended = False  # Of the call that is being read.
+        self._after_call = False  # Only white space has come since a call.
 
     def show(self, text: str) -> None:
         super().show(text)
@@ -117,8 +117,9 @@ class CallReader(Reader):
             self._after_call = False
 
     def attempt(self, steps: Steps[None]) -> Steps[None]:
-        """Reads calls. Where the text departs from their form, it is text again: from its
-        beginning, or if a call has begun already, from there on; that call is not complete."""
+        """Reads calls. If the text departs from their form, it counts as text: from the attempt's
+        beginning, or, if a call has been shown already, from that point on, and the call stays
+        incomplete."""
         self._begun = self._ended = False
         self.hold()
         try:
@@ -126,7 +127,7 @@ class CallReader(Reader):
         except Malformed:
             held = self.release()
             shown = self._begun and not self._ended  # As the beginning of a call.
-            closes = self._ended and not self.char  # An end of the text within a closing.
+            closes = self._ended and not self.char  # The text ended within what closes the call.
             if not shown and not closes:
                 self.show(held)
         else:
@@ -143,7 +144,7 @@ class CallReader(Reader):
         self.emit(SectionKind.ARGUMENTS, text)
 
     def end_call(self) -> None:
-        """The arguments are complete. What closes the call in its form is held."""
+        """The arguments are complete; holds what closes the call in its form."""
         self.emit(SectionKind.CALL_END)
         self._ended = True
         self.hold()
@@ -158,7 +159,7 @@ class CallReader(Reader):
         super().show_spaces()
 
     def name(self, name: str) -> str:
-        """Raises Malformed for what is no name of a tool."""
+        """Returns ``name``. Raises Malformed if it is not the name of a tool."""
         right = self._known is None or name in self._known
         if not right or not 0 < len(name) <= MAX_TOOL_NAME or not NAME_CHARACTERS.issuperset(name):
             raise Malformed
@@ -192,7 +193,7 @@ class CallReader(Reader):
             yield from self.spaces()
         if not self._ended:
             raise Malformed
-        if self.char == "}":  # Models forget it.
+        if self.char == "}":  # Models may leave the arguments out.
             yield
 
     def other_key(self, key: str) -> None:

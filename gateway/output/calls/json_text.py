@@ -50,7 +50,7 @@ def value(at: Reader, write: Write) -> Steps[None]:
 
 
 def _comma(at: Reader, write: Write) -> Steps[bool]:
-    """What stands after an entry. Returns whether another one follows."""
+    """Reads what stands after an entry. Returns whether another one follows."""
     yield from _blank(at, write)
     if at.char != ",":
         return False
@@ -105,8 +105,8 @@ def text(at: Reader, write: Write) -> Steps[None]:
 
 
 def _escape(at: Reader, write: Write) -> Steps[None]:
-    """An escape is written whole, so that a piece never ends within one. The backslash of one that
-    JSON does not have, such as ``\\d``, stands for itself."""
+    """Writes an escape as a whole, so that a piece never ends within one. If JSON has no such
+    escape, as with ``\\d``, the backslash stands for itself."""
     yield
     if at.char == "u":
         yield

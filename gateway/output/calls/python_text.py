@@ -15,7 +15,7 @@ WORDS = {
     **{word: word for word in json_text.WORDS.values()},
 }
 LETTERS = frozenset(string.ascii_letters)
-BRACKETS = {"{": "}", "[": "]", "(": ")"}  # The last of tuples, which JSON has as lists.
+BRACKETS = {"{": "}", "[": "]", "(": ")"}  # Tuples become lists in JSON.
 ESCAPES = {
     "n": "\n",
     "t": "\t",
@@ -111,7 +111,8 @@ def _text(at: Reader, write: Write) -> Steps[None]:
 
 
 def _escape(at: Reader, write: Write) -> Steps[None]:
-    """What follows a backslash. Before what is no escape, it stands for itself, as in Python."""
+    """Reads what follows a backslash. If that is no escape, the backslash stands for itself, as in
+    Python."""
     kind = at.char
     if kind in CODES:
         yield

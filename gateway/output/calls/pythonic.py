@@ -29,9 +29,9 @@ END_TAG = "<|python_end|>"
 DEFINITIONS = ("$defs", "definitions")
 PLAIN_KEYS = {"type", "properties", "required", "additionalProperties", "title", "description"}
 PLAIN_KEYS |= {"$schema", *DEFINITIONS}
-MOST_KEYWORDS = 100  # Of all tools; a grammar of many rules takes long to compile.
-MOST_DEFINITIONS = 4_000  # Characters; each keyword repeats them.
-MOST_REPEATED_WORK = 50_000  # Microseconds of compiling them for each keyword, of all tools.
+MOST_KEYWORDS = 100  # Of all tools together; a grammar of many rules takes long to compile.
+MOST_DEFINITIONS = 4_000  # Characters of a schema's definitions, which each keyword repeats.
+MOST_REPEATED_WORK = 50_000  # Microseconds of compiling the repeated definitions, for all tools.
 REFERENCE = re.compile(r'"\$ref": "(?!#/(?:\$defs|definitions)/)')  # To no definition.
 
 
@@ -60,8 +60,8 @@ class Pythonic(CallForm):
 
 
 def _is_plain(schema: Mapping[str, Any]) -> bool:
-    """Whether the properties and which of them are required say all that the schema demands, so
-    that each property can be an argument by itself."""
+    """Whether the schema constrains its properties one by one, apart from saying which are
+    required, so that each property can be a keyword argument."""
     properties, required = schema.get("properties"), schema.get("required", [])
     if not isinstance(properties, Mapping) or not isinstance(required, list):
         return False
@@ -81,7 +81,7 @@ def _is_keyword(name: str) -> bool:
 
 
 def _is_little(schemas: Collection[Mapping[str, Any]]) -> bool:
-    """Whether keywords of all properties make a grammar that compiles soon."""
+    """Whether keyword arguments for all properties make a grammar that compiles quickly."""
     numbers = [len(schema["properties"]) for schema in schemas]
     works = [schema_work(_definitions(schema), "tools") for schema in schemas]
     repeated = sum(number * work for number, work in zip(numbers, works, strict=True))
