@@ -87,8 +87,8 @@ def main(argv: Sequence[str]) -> int:
 
 @contextmanager
 def _gateway(url: str | None, model: str | None) -> Iterator[tuple[str, SSLContext | None]]:
-    """The gateway to ask, and what its certificate is checked by: the one at ``url``, or one of a
-    stack started for this question."""
+    """The URL of the gateway to ask, and the context that verifies its certificate: the one at
+    ``url``, or that of a stack started for this question."""
     if url:
         yield url, trust_for(url)
         return
@@ -98,13 +98,14 @@ def _gateway(url: str | None, model: str | None) -> Iterator[tuple[str, SSLConte
 
 
 def _message(question: str, pictures: Sequence[str]) -> dict[str, Any]:
-    """The question as a message. Raises StartupError if it is wrong, before a stack is started."""
+    """The question as a message. Raises StartupError for bad arguments, before a stack is
+    started."""
     _check_order(question, pictures)
     return user_message(question, [_read(picture) for picture in pictures])
 
 
 def _check_order(question: str, pictures: Sequence[str]) -> None:
-    """Raises StartupError for a picture where the question should be, which comes last."""
+    """Raises StartupError if the last argument, which should be the question, is a picture."""
     first = pictures[0] if pictures else ""
     swapped = bool(first) and not _is_picture(first) and not os.path.isdir(first)
     if os.path.isdir(question) and (swapped or not first):
@@ -134,8 +135,8 @@ def _is_picture(word: str) -> bool:
 
 
 def _read(picture: str) -> str:
-    """The picture's URL; that of a file is a data: URL. Raises StartupError for a file that is no
-    picture of a supported format; only the gateway limits its size."""
+    """The picture's URL; a data: URL for a file. Raises StartupError for a file that is not a
+    picture of a supported format. Its size is limited only by the gateway."""
     if is_url(picture):
         return picture
     if os.path.isdir(picture) or not os.path.exists(picture):

@@ -46,11 +46,11 @@ EPILOG = (
     "0 if every request has an answer, 1 if some failed or the server was lost, 2 if it could not "
     "begin, or its files could not be read or written."
 )
-RETRIED = frozenset({408, 429, 502, 503})  # Another attempt may succeed.
-REFUSING = frozenset({401, 403})  # All requests would be refused.
+RETRIED = frozenset({408, 429, 502, 503})  # Statuses after which another attempt may succeed.
+REFUSING = frozenset({401, 403})  # Statuses with which all requests would be refused.
 MAX_BACKOFF_S = 10.0
 CONNECT_TIMEOUT_S = 10.0
-MAX_SHOWN = 200  # Characters of an answer that is no JSON.
+MAX_SHOWN = 200  # Characters that are quoted of an answer that is not JSON.
 
 
 def parser() -> Parser:
@@ -158,8 +158,8 @@ class BatchSettings:
 @dataclass
 class BatchWork:
     """A batch: its files, and which of its requests are answered. ``stopped``: why it ends early;
-    what is left is asked when it is given again. ``answered_at``: when the server last answered.
-    ``doubted``: a request that was lost since then, or whose server was."""
+    running the command again asks the rest. ``answered_at``: when the server last answered.
+    ``doubted``: a request lost since then; either it failed by itself, or the server is lost."""
 
     settings: BatchSettings
     answers: AnswerFile
@@ -168,7 +168,7 @@ class BatchWork:
     answered: set[bytes] = field(default_factory=set)
     failed: int = 0
     stopped: str = ""
-    answered_at: float = -math.inf  # As time.monotonic() has it.
+    answered_at: float = -math.inf  # In time.monotonic().
     doubted: RequestLost | None = None
 
     @property
@@ -182,7 +182,7 @@ class BatchWork:
                 yield request
 
     def answer(self, request: BatchRequest, answer: Mapping[str, Any]) -> None:
-        """Adds what the server answered, which shows that a doubted request failed by itself."""
+        """Adds the server's answer, which proves that a doubted request failed by itself."""
         self.answered_at = time.monotonic()
         if self.doubted is not None:
             self._add(self.doubted.request, self.doubted.line)
@@ -190,8 +190,9 @@ class BatchWork:
         self._add(request, answer)
 
     def lose(self, lost: RequestLost) -> None:
-        """Adds a request that the server did not answer, though it answered others meanwhile.
-        Otherwise the next request tells which of the two is lost. Raises ServerLost."""
+        """Records a request that was not answered. If the server answered others meanwhile, the
+        request has failed; otherwise the next request tells whether it or the server is lost.
+        Raises ServerLost."""
         if self.answered_at >= lost.since:
             self._add(lost.request, lost.line)
         elif self.doubted is None:
@@ -206,7 +207,7 @@ class BatchWork:
         self.failed += failed
 
     def report(self) -> int:
-        """Says how the batch ended; returns the exit status."""
+        """Prints how the batch ended; returns the exit status."""
         if self.stopped:
             print(
                 f"opticnerve: {self.stopped}; {self.left} of {self.total} requests are left: give "
@@ -247,9 +248,9 @@ def open_work(settings: BatchSettings) -> Iterator[BatchWork]:
 
 
 async def run(work: BatchWork, url: str, trust: ssl.SSLContext | None = None) -> None:
-    """Asks for what is left. ``trust``: what the server's certificate is checked by. Raises
-    StartupError if the server is not there or takes no key; if it is lost later, ``work.stopped``
-    says so."""
+    """Asks the remaining requests. ``trust``: verifies the server's certificate. Raises
+    StartupError if the server does not answer or refuses the key; if it is lost later,
+    ``work.stopped`` says so."""
     settings = work.settings
     async with httpx2.AsyncClient(
         base_url=url,
@@ -277,12 +278,12 @@ async def run(work: BatchWork, url: str, trust: ssl.SSLContext | None = None) ->
 
 
 class ServerLost(Exception):
-    """The server has not answered for as long as a request is sent again, or refuses the key."""
+    """The server has not answered for as long as requests are retried, or refuses the key."""
 
 
 class RequestLost(Exception):
-    """A request has no answer, for as long as it is sent again. ``since``: when it was first sent.
-    ``line``: its line of the output, unless the server is lost."""
+    """A request was not answered for as long as it was retried. ``since``: when it was first sent.
+    ``line``: its line of the output, used unless the server is lost."""
 
     def __init__(self, request: BatchRequest, since: float, line: Mapping[str, Any], why: str):
         super().__init__(why)
@@ -290,7 +291,7 @@ class RequestLost(Exception):
 
 
 async def _greet(http: httpx2.AsyncClient, url: str) -> None:
-    """Raises StartupError unless a server is there that takes the key."""
+    """Raises StartupError unless a server answers and accepts the key."""
     try:
         answer = await http.get("/v1/models")
     except (httpx2.RequestError, ssl.SSLError) as error:
@@ -302,7 +303,7 @@ async def _greet(http: httpx2.AsyncClient, url: str) -> None:
 async def _answer_all(
     http: httpx2.AsyncClient, work: BatchWork, todo: Iterator[BatchRequest], bar: tqdm[Any]
 ) -> None:
-    """Takes requests from ``todo``, which others take from too, until there are none."""
+    """Answers requests from ``todo``, which is shared with other tasks, until none are left."""
     for request in todo:
         try:
             work.answer(request, await _answer(http, request, work.settings.retry_s))
@@ -315,9 +316,9 @@ async def _answer_all(
 async def _answer(
     http: httpx2.AsyncClient, request: BatchRequest, retry_s: float
 ) -> Mapping[str, Any]:
-    """The line that answers ``request``. It is sent again while the server is busy or away, up to
-    ``retry_s`` after the first such attempt. Raises RequestLost if it then has no answer, and
-    ServerLost if the key is refused."""
+    """The output line for ``request``. Retries while the server is busy or away, up to ``retry_s``
+    after the first such attempt. Raises RequestLost if there is still no answer, and ServerLost if
+    the key is refused."""
     body = json.dumps(request.body, separators=(",", ":")).encode()
     since, deadline, attempt = time.monotonic(), None, 0
     while True:
@@ -342,8 +343,8 @@ async def _answer(
 
 
 def _delay_s(answer: httpx2.Response | None, attempt: int) -> float:
-    """Seconds until the next attempt: those that the server asks for, or twice as many each time,
-    varied so that requests which failed together do not come together."""
+    """Seconds until the next attempt: as the server asks, or doubled each time, with jitter so that
+    requests that failed together are not retried together."""
     after = error_of(answer).retry_after_s if answer is not None else None
     backoff = min(MAX_BACKOFF_S, 0.25 * 2.0 ** min(attempt, 10))
     return (backoff if after is None else after) * random.uniform(1.0, 1.25)

@@ -1,7 +1,7 @@
-"""A batch's files, in OpenAI's format: requests that are checked line by line, and answers that are
-appended line by line, so that a batch which is killed goes on where it was.
+"""A batch's files, in OpenAI's format. Requests are checked line by line, and answers appended line
+by line, so that a batch that was killed can go on where it was.
 
-Files are read a line at a time. Beside the line, only the ids are held: a digest of each.
+Files are read a line at a time. Beyond that line, only a digest of each id is kept in memory.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any, Self
 
 from opticnerve.errors import StartupError
 
-MAX_NAMED = 10  # Lines at fault that one error message describes.
-MAX_SHOWN = 80  # Characters of an id that an error message repeats.
-SYNC_S = 1.0  # Answers of at most this time are lost if the machine, not the process, ends.
+MAX_NAMED = 10  # Invalid lines that one error message describes.
+MAX_SHOWN = 80  # Characters of an id that an error message quotes.
+SYNC_S = 1.0  # If the machine crashes, at most the last second of answers is lost.
 PATH = re.compile(r"/[A-Za-z0-9_./-]*")
 ID_PREFIX = "batch_req_"
-LINE_START = f'{{"id":"{ID_PREFIX}'.encode()  # Of every line of answers that we write.
+LINE_START = f'{{"id":"{ID_PREFIX}'.encode()  # Begins every line of answers that we write.
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class BatchRequest:
 
 
 def digest_of(custom_id: str) -> bytes:
-    """Sixteen bytes that stand for an id."""
+    """A digest of an id, 16 bytes."""
     return hashlib.blake2b(custom_id.encode("utf-8", "replace"), digest_size=16).digest()
 
 
@@ -51,7 +51,7 @@ def digest_of(custom_id: str) -> bytes:
 
 
 def parse_request(line: bytes) -> BatchRequest:
-    """The request of a line. Raises ValueError, which says what is wrong with it."""
+    """The request in a line. Raises ValueError, which says what is wrong."""
     asked = _object(line)
     custom_id, url, body = asked.get("custom_id"), asked.get("url"), asked.get("body")
     if not isinstance(custom_id, str) or not custom_id:
@@ -84,8 +84,8 @@ def _object(line: bytes) -> dict[str, Any]:
 
 
 def check_requests(path: Path) -> dict[bytes, int]:
-    """The number of each request's line, by its digest. Raises StartupError, which names the lines
-    that are wrong or repeat an id."""
+    """The line number of each request, by the digest of its id. Raises StartupError, which names
+    lines that are invalid or repeat an id."""
     numbers: dict[bytes, int] = {}
     wrong: list[str] = []
     for number, line in _lines(path):
@@ -137,8 +137,8 @@ def answer_line(
     response: Mapping[str, Any] | None,
     error: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A line of the output. ``response``: status_code, request_id and body; None where there is no
-    answer, or none of JSON, which ``error`` describes."""
+    """A line of the output. ``response``: status_code, request_id and body; None if there was no
+    answer, or one that is not JSON, which ``error`` describes."""
     identity = f"{ID_PREFIX}{uuid.uuid4().hex}"
     return {"id": identity, "custom_id": custom_id, "response": response, "error": error}
 
@@ -151,7 +151,7 @@ def has_failed(answer: Mapping[str, Any]) -> bool:
 
 
 class AnswerFile:
-    """A file of answers, which only this process appends to."""
+    """A file of answers, locked so that only this process appends to it."""
 
     def __init__(self, path: Path) -> None:
         """Raises StartupError."""
@@ -180,10 +180,10 @@ class AnswerFile:
         self._file.close()
 
     def recover(self, numbers: Mapping[bytes, int]) -> Iterator[tuple[bytes, bool]]:
-        """The digest of each request that is answered here, and whether it failed. A last line that
-        was not written to its end is cut off. ``numbers``: those of ``check_requests``.
+        """Yields the digest of each request that is answered here, and whether it failed. An
+        incomplete last line is cut off. ``numbers``: the result of ``check_requests``.
 
-        Raises StartupError for a line that is no answer to one of these requests.
+        Raises StartupError for a line that does not answer one of these requests.
         """
         end = 0
         with self.path.open("rb") as file:
@@ -202,12 +202,13 @@ class AnswerFile:
                     ) from error
                 yield digest, has_failed(answer)
                 end += len(line)
-                if not line.endswith(b"\n"):  # An editor may have left out the last one.
+                if not line.endswith(b"\n"):  # An editor may have removed the last newline.
                     self._write(b"\n")
                     return
 
     def append(self, answer: Mapping[str, Any]) -> None:
-        """Adds a line. It survives the end of this process, and, SYNC_S later, the machine's."""
+        """Adds a line. It survives a crash of this process at once, and of the machine after
+        SYNC_S."""
         text = json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
         # Half of a surrogate pair becomes its escape, which JSON may contain.
         self._write(text.encode("utf-8", "backslashreplace") + b"\n")
@@ -227,7 +228,7 @@ class AnswerFile:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether a line without its end is the beginning of an answer, and not the whole of it."""
+    """Whether a line without a newline is only the beginning of an answer."""
     start = min(len(line), len(LINE_START))
     if line[:start] != LINE_START[:start]:
         return False

@@ -28,7 +28,7 @@ def user_message(text: str, pictures: Iterable[Picture]) -> dict[str, Any]:
 
 
 def picture_url(picture: Picture) -> str:
-    """A URL as it is; a path, bytes or a Pillow image as a data: URL. Raises InvalidRequest for a
+    """A URL unchanged; a path, bytes or a Pillow image as a data: URL. Raises InvalidRequest for a
     file that cannot be read."""
     if is_url(picture):
         return str(picture)
@@ -37,17 +37,17 @@ def picture_url(picture: Picture) -> str:
 
 
 def trust_for(url: str) -> ssl.SSLContext | None:
-    """What the certificate of the server at ``url`` is checked by, if it has one: the system's
-    authorities, or those of SSL_CERT_FILE."""
+    """The context that verifies the certificate of the server at ``url``, with the system's
+    authorities or those of SSL_CERT_FILE; None for plain HTTP."""
     return ssl.create_default_context() if url.startswith("https:") else None
 
 
 def stream_chat(
     url: str, body: dict[str, Any], trust: ssl.SSLContext | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The chunks of one streamed chat completion, of a gateway whose certificate is checked by
-    ``trust``. Raises the gateway's error with its class, Unavailable if nothing answers, and
-    OpticNerveError if the answer is not a gateway's."""
+    """The chunks of one streamed chat completion. ``trust`` verifies the gateway's certificate.
+    Raises the gateway's error as its class, Unavailable if nothing answers, and OpticNerveError if
+    the answer is not a gateway's."""
     key = os.environ.get("OPENAI_API_KEY", "none")
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     headers = {"Authorization": f"Bearer {key}"}

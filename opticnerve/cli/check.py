@@ -49,8 +49,8 @@ EPILOG = (
     "2 for a wrong command line. Without the worker extra, what only torch and transformers know "
     "is left out, and said to be."
 )
-EXAMPLES = ((640, 480), (1024, 768), (1600, 400))  # Sizes of pictures.
-BOUNDS = {  # What a request may set, where it changes little.
+EXAMPLES = ((640, 480), (1024, 768), (1600, 400))  # Width and height of pictures, in pixels.
+BOUNDS = {  # Tried to see whether a request may set them; the values change little.
     "min_pixels": Overrides(min_pixels=1),
     "max_pixels": Overrides(max_pixels=EXAMPLES[0][0] ** 2),
 }
@@ -59,20 +59,20 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class PictureTokens:
-    """What a picture of a size becomes."""
+    """The tokens and patches of a picture of one size."""
 
     width: int
     height: int
-    seen_width: int  # As the tower sees it.
+    seen_width: int  # After resizing, as the tower sees it.
     seen_height: int
-    rows: int  # Of its embedding, which is placeholder tokens.
-    prompt_tokens: int  # Those, and the row breaks and markers that the expansion adds.
+    rows: int  # Rows of its embedding, each of which has a placeholder token.
+    prompt_tokens: int  # Also counts row breaks and markers that the expansion adds.
     patches: int
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What is known of a checkpoint that will be served. Sizes that are not known are None."""
+    """What is known of a checkpoint that will be served. Unknown sizes are None."""
 
     checkpoint: str
     revision: str | None
@@ -82,18 +82,18 @@ class Report:
     vision: HalfSize | None
     language: HalfSize | None
     missing_weights: tuple[str, ...]
-    encoder_bytes: int | None  # Of weights.
+    encoder_bytes: int | None  # The encoder's weights.
     llm_bytes: int | None
     cache_bytes_per_token: int | None
     max_positions: int
     position_dims: int
     deepstack_levels: int
     pictures: tuple[PictureTokens, ...]
-    pixel_bounds: tuple[str, ...]  # Those of min_pixels and max_pixels that a request may set.
-    settings: Mapping[str, Any]  # The processor's, as content keys hold them.
+    pixel_bounds: tuple[str, ...]  # Which of min_pixels and max_pixels a request may set.
+    settings: Mapping[str, Any]  # The processor's settings, as they go into content keys.
     prompt: Mapping[str, Any]  # See gateway.startup_check.PromptFacts.
     eos_token_ids: tuple[int, ...]
-    left_out: tuple[str, ...]  # Checks that could not be made here.
+    left_out: tuple[str, ...]  # Checks that could not be made on this machine.
     broken_families: tuple[str, ...]
 
 
@@ -139,8 +139,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def inspect(settings: GatewayConfig, dtype: str = "auto") -> Report:
-    """Looks at the checkpoint of ``settings``, as a gateway, an encoder and an LLM worker would.
-    Raises StartupError, as these would."""
+    """Reads the checkpoint of ``settings`` as a gateway, an encoder and an LLM worker would. Raises
+    StartupError as they would."""
     checkpoint = Checkpoint.configured(settings.model, "llm")
     family, layout = find_family(checkpoint.config), make_layout(checkpoint)
     _check_layout(layout, family)
@@ -177,7 +177,7 @@ def inspect(settings: GatewayConfig, dtype: str = "auto") -> Report:
 
 
 def _check_layout(layout: Layout, family: Family) -> None:
-    """Raises FamilyError for a layout that would end a service, or mix pictures up, later."""
+    """Raises FamilyError for a layout that would later crash a service, or mix pictures up."""
     lacking = [name for name in Layout.__annotations__ if not hasattr(layout, name)]
     if lacking:
         raise FamilyError(
@@ -216,14 +216,15 @@ def _halves(
 
 
 def _check_weights(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError, as loading does, for weights that will not be there: those of a
-    directory must all be in it, and pickles are never loaded. Those of a hub id are downloaded
-    when they are needed, and a directory in the hub's cache layout holds what one service needs."""
+    """Raises CheckpointError, as loading does, for weights that cannot be loaded. A directory must
+    contain all of its weights, and pickles are never loaded. Weights of a hub id are downloaded
+    when they are needed, and a directory in the hub's cache layout may hold only what one service
+    needs."""
     if checkpoint.hub_id is not None:
         return
     names, path = checkpoint.missing_weights, checkpoint.path
     pickles = any(any(path.glob(f"*.{end}")) for end in ("bin", "pt", "pth"))
-    never = any(os.path.lexists(path / name) for name in names)  # It is there, and is no file.
+    never = any(os.path.lexists(path / name) for name in names)  # Exists, but is not a file.
     never |= pickles and checkpoint.weight_map is None
     if names and (checkpoint.revision is None or never):
         checkpoint.tensor_index()

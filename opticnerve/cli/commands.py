@@ -32,7 +32,7 @@ COMMANDS = {
     "plan": ("opticnerve.planner.command", "how many workers of each pool some traffic needs"),
     "demo": ("opticnerve.demo.show", "the built-in checkpoint answers about bundled pictures"),
 }
-PREFIX = "opticnerve: "  # Of the line that says why a command could not start; serve.py reads it.
+PREFIX = "opticnerve: "  # Begins the error line of a command that could not start.
 
 
 def usage() -> str:
@@ -55,7 +55,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status, which is 2 if the command could not start."""
+    """Runs a command; returns its exit status, 2 if it could not start."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(usage())
@@ -75,20 +75,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def quiet_grpc() -> None:
     """Keeps informational lines of gRPC's C library off stderr, here and in child processes.
 
-    Call it before gRPC is imported, which reads the variable once. A value that the user set stays.
+    Call it before gRPC is imported, which reads the variable once. A value set by the user is kept.
     """
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 def wait_briefly() -> None:
-    """Makes idle OpenMP threads spin for less than 0.1 ms, here and in child processes, instead of
-    the milliseconds that GNU's OpenMP spins for: spinning threads take cores from other processes.
+    """Makes idle OpenMP threads spin for less than 0.1 ms, here and in child processes. By default
+    GNU's OpenMP spins for milliseconds, which takes cores from other processes.
 
-    Call it before torch is imported, which reads the variables once. Values that the user set stay.
+    Call it before torch is imported, which reads the variables once. Values set by the user are
+    kept.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-        os.environ.setdefault("KMP_BLOCKTIME", "0")  # The same for LLVM's, which counts in ms.
+        os.environ.setdefault("KMP_BLOCKTIME", "0")  # The same for LLVM's OpenMP, in ms.
 
 
 def run(module: str, argv: Sequence[str]) -> int:
@@ -102,6 +103,6 @@ def run(module: str, argv: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # The output's reader has closed it: `opticnerve ask ... | head`.
+    except BrokenPipeError:  # The reader closed the pipe: `opticnerve ask ... | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -1,7 +1,7 @@
-"""``opticnerve health``: whether a worker or a gateway serves, as a health check of containers.
+"""``opticnerve health``: whether a worker or a gateway serves, as a health check for containers.
 
 Such a check runs every few seconds, so little is imported: gRPC for a worker, ``http.client`` for a
-gateway. No token and no API key is needed.
+gateway. It needs neither a token nor an API key.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def within(timeout_s: float, ask: Callable[[], str]) -> str:
-    """What ``ask`` returns or raises within ``timeout_s``; else raises DeadlineExceeded.
+    """Returns or raises what ``ask`` does within ``timeout_s``; else raises DeadlineExceeded.
 
-    It runs on a thread that does not keep the process alive, because neither the resolution of a
-    name nor an answer that arrives byte by byte has a time limit of its own.
+    ``ask`` runs on a daemon thread, because neither resolving a name nor an answer that arrives
+    byte by byte has a timeout of its own.
     """
     ended: list[str | OpticNerveError] = []
 
@@ -114,7 +114,7 @@ def ask_worker(
 
     tls = ChannelTls.of(calls, own)
     with tls.connect_blocking(address) if tls else grpc.insecure_channel(address) as channel:
-        stub: Any = health_pb2_grpc.HealthStub(channel)  # Its types know no methods.
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # The stub's type has no methods.
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
@@ -127,7 +127,7 @@ def ask_worker(
 
 
 def _why(error: Any) -> str:
-    """The status of a call that failed, and what gRPC says of it."""
+    """The status and details of a failed call."""
     details = logs.printable(error.details() or "", MAX_REASON)
     return f"{error.code().name}: {details}" if details else str(error.code().name)
 
@@ -158,7 +158,7 @@ def ask_gateway(
 def _https_connection(
     url: SplitResult, timeout_s: float, calls: CallsConfig, own: CertificateConfig
 ) -> http.client.HTTPConnection:
-    """A connection whose other end has proved who it is. Raises OSError and ConfigError."""
+    """A connection to a server whose certificate is verified. Raises OSError and ConfigError."""
     from opticnerve.certificates import PemFiles
 
     host, port = url.hostname or "", url.port or http.client.HTTPS_PORT
@@ -172,8 +172,8 @@ def _https_connection(
 
 
 def _reason(body: bytes) -> str:
-    """What ``/ready`` says is missing; empty if this is no such answer, or the gateway has API keys
-    and says it to their holders alone."""
+    """What ``/ready`` reports as missing; empty if the body is something else, or the gateway hides
+    it from callers without an API key."""
     try:
         return logs.printable("; ".join(json.loads(body)["missing"]), MAX_REASON)
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""What a gateway and its workers tell at one moment, and how two moments differ."""
+"""The health and metrics of a gateway and its workers at one moment, and the change between two."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from prometheus_client.parser import text_string_to_metric_families
 
 Labels = tuple[tuple[str, str], ...]
 Series = tuple[str, str, Labels]
-"""Where a sample is from (a URL), its name, and its labels."""
+"""A sample's source (a URL), its name, and its labels."""
 
 START = "process_start_time_seconds"
 BUCKET = "le"
 
 
 def read_samples(source: str, text: str) -> dict[Series, float]:
-    """The samples of an answer of ``/metrics``, in Prometheus' text format. Raises ValueError."""
+    """The samples in an answer of ``/metrics``, in Prometheus' text format. Raises ValueError."""
     found = [each for family in text_string_to_metric_families(text) for each in family.samples]
     for sample in found:
         if sample.name.endswith("_bucket"):
-            float(sample.labels.get(BUCKET, "none"))  # Of a histogram: an upper bound.
+            float(sample.labels.get(BUCKET, "none"))  # A histogram bucket's upper bound.
     return {
         (source, sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for sample in found
@@ -32,7 +32,7 @@ def read_samples(source: str, text: str) -> dict[Series, float]:
 
 
 def is_health(value: Any) -> bool:
-    """Whether an answer of ``/health`` is a gateway's: a status, and its pools if it tells them."""
+    """Whether an answer of ``/health`` is a gateway's: it has a status and, if shown, the pools."""
     if not isinstance(value, dict) or not isinstance(value.get("status"), str):
         return False
     if not isinstance(value.get("missing", []), list):
@@ -50,8 +50,8 @@ def _is_pool(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """``health``: the answer of ``/health``. ``silent``: why a source of samples told none, by its
-    URL. ``at``: seconds since 1970."""
+    """``health``: the answer of ``/health``. ``silent``: why a source gave no samples, by its URL.
+    ``at``: seconds since 1970."""
 
     health: Mapping[str, Any]
     samples: Mapping[Series, float] = field(default_factory=dict)
@@ -63,15 +63,15 @@ class Snapshot:
         return sum(_having(self.samples, name, labels).values())
 
     def start(self) -> Snapshot:
-        """The moment when the first of the processes started, at which they had counted nothing."""
+        """An empty snapshot of the moment when the first of the processes started."""
         began = [value for (_, name, _), value in self.samples.items() if name == START]
         return Snapshot({}, at=min(began, default=self.at))
 
 
 @dataclass(frozen=True)
 class Change:
-    """What was counted between two snapshots. A counter that fell was counted anew from 0, because
-    its process was started again."""
+    """The change between two snapshots. A counter that fell is taken to have restarted from 0 with
+    its process."""
 
     before: Snapshot
     now: Snapshot
@@ -81,7 +81,7 @@ class Change:
         return self.now.at - self.before.at
 
     def rate(self, name: str, **labels: str) -> float:
-        """How much a counter grew in a second."""
+        """How much a counter grew per second."""
         return self.growth(name, **labels) / self.seconds if self.seconds > 0 else 0.0
 
     def growth(self, name: str, **labels: str) -> float:
@@ -91,7 +91,7 @@ class Change:
         self, name: str, label: str, without: tuple[str, Collection[str]] = ("", ())
     ) -> dict[str, float]:
         """How much a counter grew, by the values of one of its labels. ``without``: a label, and
-        the values with which samples are left out."""
+        its values that are left out."""
         grown: dict[str, float] = defaultdict(float)
         for (_, _, labels), value in self._grown(name, {}).items():
             told = dict(labels)
@@ -100,14 +100,14 @@ class Change:
         return dict(sorted(grown.items()))
 
     def mean(self, name: str, **labels: str) -> float | None:
-        """The mean of a histogram's observations; None without any."""
+        """The mean of a histogram's observations; None if there are none."""
         count = self.growth(f"{name}_count", **labels)
         return self.growth(f"{name}_sum", **labels) / count if count else None
 
     def quantile(self, name: str, share: float, **labels: str) -> float | None:
-        """The value below which a ``share`` of a histogram's observations are, on a straight line
-        within a bucket, as Prometheus' ``histogram_quantile``; None without any. Beyond the last
-        bound it is that bound."""
+        """The value below which a ``share`` of a histogram's observations lie, interpolated
+        linearly within a bucket, as Prometheus' ``histogram_quantile`` does; at most the last
+        bound. None if there are no observations."""
         buckets: dict[float, float] = defaultdict(float)
         for (_, _, found), value in self._grown(f"{name}_bucket", labels).items():
             buckets[float(dict(found)[BUCKET])] += value

@@ -24,7 +24,7 @@ DESCRIPTION = (
 )
 EPILOG = "Example: opticnerve top http://127.0.0.1:8000 --metrics http://127.0.0.1:9001/metrics"
 URL = "http://127.0.0.1:8000"
-WINDOW_S = 30.0  # Rates and latencies are those of so many seconds.
+WINDOW_S = 30.0  # Rates and latencies cover the last so many seconds.
 TIMEOUT_S = 5.0
 
 
@@ -80,7 +80,7 @@ class Source:
         self._gateway = httpx2.Client(
             verify=trust_for(url) or True, timeout=TIMEOUT_S, trust_env=False, headers=headers
         )
-        self._others = httpx2.Client(timeout=TIMEOUT_S, trust_env=False)  # Get no key.
+        self._others = httpx2.Client(timeout=TIMEOUT_S, trust_env=False)  # They get no key.
 
     def __enter__(self) -> Source:
         return self
@@ -90,8 +90,8 @@ class Source:
         self._others.close()
 
     def look(self) -> Snapshot:
-        """What all of them tell now. Raises Unavailable if the gateway does not answer, and
-        OpticNerveError if what answers is no gateway."""
+        """A snapshot of all of them now. Raises Unavailable if the gateway does not answer, and
+        OpticNerveError if something else does."""
         try:
             health = self._gateway.get(f"{self.url}/health").json()
         except httpx2.HTTPError as error:
@@ -110,7 +110,7 @@ class Source:
         return Snapshot(health, samples, silent)
 
     def _text(self, place: str) -> str:
-        """Raises httpx2.HTTPError, and ValueError for an answer that is an error."""
+        """The text at a URL. Raises httpx2.HTTPError, and ValueError for an error's answer."""
         is_own = place == self._metrics[0]
         answer = (self._gateway if is_own else self._others).get(place)
         if answer.status_code in (401, 403):
@@ -123,7 +123,7 @@ class Source:
 
 
 def print_once(source: Source) -> int:
-    """Prints what was counted since the start; the exit status, 1 if there is no answer."""
+    """Prints what was counted since the start. Returns the exit status, 1 if there is no answer."""
     from rich.console import Console
 
     from opticnerve.cli import top_view
@@ -138,7 +138,7 @@ def print_once(source: Source) -> int:
 
 
 def watch(source: Source, interval_s: float) -> int:
-    """Shows the gateway until Ctrl-C. A gateway that does not answer is asked again."""
+    """Shows the gateway until Ctrl-C. Keeps asking while it does not answer."""
     from rich.live import Live
 
     from opticnerve.cli import top_view

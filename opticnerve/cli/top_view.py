@@ -19,9 +19,7 @@ LATENCIES = {
 }
 LOOKUPS = "opticnerve_embedding_lookups_total"
 REQUESTS = "opticnerve_requests_total"
-WATCHING = frozenset(
-    {"/health", "/live", "/metrics", "/ready"}
-)  # Routes that are not counted here.
+WATCHING = frozenset({"/health", "/live", "/metrics", "/ready"})  # Routes that are not shown.
 STAGES = (
     "fetch",
     "encoder_queue",
@@ -44,7 +42,7 @@ COLORS = {
 
 
 def screen(url: str, change: Change) -> RenderableType:
-    """Everything, from what the newest snapshot tells and what changed."""
+    """The whole screen, from the newest snapshot and the change since the earlier one."""
     health = change.now.health
     parts: list[RenderableType] = [_head(url, change)]
     if "encoders" in health:
@@ -58,14 +56,14 @@ def screen(url: str, change: Change) -> RenderableType:
 
 
 def told(value: object, style: str = "") -> Text:
-    """What a server says, as it says it: brackets are no markup, and a character that would command
-    the terminal is shown as a replacement."""
+    """Text from a server, shown literally: brackets are not markup, and control characters are
+    replaced."""
     shown = "".join(char if char.isprintable() else "\ufffd" for char in str(value))
     return Text(shown, style)
 
 
 def lost(url: str, since: float, why: str) -> RenderableType:
-    """Instead of everything, while the gateway does not answer."""
+    """The screen while the gateway does not answer."""
     clock = time.strftime("%H:%M:%S", time.localtime(since))
     return Group(Text(f"{url} unreachable since {clock}", "bold red"), told(why, "dim"))
 
@@ -78,7 +76,7 @@ def _head(url: str, change: Change) -> Text:
     health = change.now.health
     status = str(health["status"])
     span = f"the last {change.seconds:.0f} s" if change.before.health else "since the start"
-    if change.now.samples and change.seconds <= 0:  # Several gateway processes tell none.
+    if change.now.samples and change.seconds <= 0:  # Several processes export no start time.
         span += ", whose time is not known: counts, not rates"
     line = Text.assemble(
         (url, "bold"),
@@ -106,7 +104,7 @@ def _table(*columns: str, figures: bool = False) -> Table:
 def _pools(health: Mapping[str, Any]) -> Table:
     table = _table("pool", "waiting", "worker", "state", "load")
     for name, pool in (("encoders", health["encoders"]), ("llms", health["llms"])):
-        first = [name, str(pool.get("waiting", 0))]  # Once a pool.
+        first = [name, str(pool.get("waiting", 0))]  # Shown once per pool.
         for worker in pool["workers"] or [{"address": "-", "state": "none"}]:
             state = str(worker["state"])
             shown = told(state, COLORS.get(state, "red"))
@@ -118,7 +116,7 @@ def _pools(health: Mapping[str, Any]) -> Table:
 
 
 def _load(worker: Mapping[str, Any]) -> str:
-    """What a worker has to do."""
+    """A worker's load, in words."""
     load, limits = worker.get("load") or {}, worker.get("limits") or {}
     if "running" in load:
         blocks = limits.get("num_kv_blocks") or 0
@@ -159,7 +157,7 @@ def _hit_rate(change: Change, tier: str) -> str:
 
 
 def _per_s(count: float, change: Change, digits: int = 2) -> str:
-    """What was counted, in a second; where the time is not known, the count itself."""
+    """A count per second, or the count itself if the time is not known."""
     return f"{count / change.seconds:.{digits}f}/s" if change.seconds > 0 else f"{count:.0f}"
 
 

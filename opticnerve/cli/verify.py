@@ -1,4 +1,4 @@
-"""``opticnerve verify``: the split model against the whole one, on the user's own machine."""
+"""``opticnerve verify``: compares the split model with the unsplit one, on the user's machine."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ EPILOG = (
 )
 # Small, so that prompts are computed in chunks and the two sides need little memory.
 DEFAULTS = {"max_num_batched_tokens": 512, "kv_cache_tokens": 32768}
-OVERHEAD = 1.15  # Of weights: activations and what libraries take.
+OVERHEAD = 1.15  # Factor on the weights: activations, and what libraries take.
 CASES = (20, 1000)
 
 
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
     model = build(ModelConfig, flags)
     _check_memory(report, model.device, settings, flags)
     try:
-        # Before the stack is asked: what this needs and is not installed is said at once.
+        # Before the stack is started, so that a missing package is reported at once.
         processor = _verification("whole").load_processor(Checkpoint.configured(model))
         asked = _ask(settings, flags)
         comparison = _compare(settings, model, processor, asked)
@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
 def _check_memory(
     report: Report, device: str, settings: VerifySettings, flags: Mapping[str, Any]
 ) -> None:
-    """Says what both sides need. Raises StartupError where that is not free."""
+    """Prints how much memory both sides need. Raises StartupError if that is not free."""
     whole = (report.encoder_bytes or 0) + (report.llm_bytes or 0)
     cache = flags["kv_cache_tokens"] or DEFAULTS["kv_cache_tokens"]
     split = 0 if settings.against else whole + (report.cache_bytes_per_token or 0) * cache
@@ -142,7 +142,7 @@ def _check_memory(
 
 
 def _free_memory(device: str) -> int:
-    """Bytes that are free on the device where both sides run."""
+    """Free bytes on the device that both sides run on."""
     memory = importlib.import_module("llm_service.device.memory")
     loader = importlib.import_module("opticnerve.checkpoints.loader")
     return int(memory.free_memory(loader.resolve_device(device)))
@@ -152,7 +152,7 @@ def _free_memory(device: str) -> int:
 
 
 def _ask(settings: VerifySettings, flags: Mapping[str, Any]) -> Any:
-    """What the stack says of every case."""
+    """The stack's answers to all cases."""
     cases = _verification("cases")
     made = cases.make_cases(settings.cases, settings.seed)
     with _stack(settings, flags) as split, _progress("asking the stack", settings) as bar:
@@ -162,7 +162,7 @@ def _ask(settings: VerifySettings, flags: Mapping[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _stack(settings: VerifySettings, flags: Mapping[str, Any]) -> Iterator[Any]:
-    """The split model: the one at --against, or one of a stack that is started."""
+    """The split model: the gateway at --against, or a stack that is started here."""
     module = _verification("split")
     with contextlib.ExitStack() as exits:
         if settings.against:
@@ -189,7 +189,7 @@ def _stack(settings: VerifySettings, flags: Mapping[str, Any]) -> Iterator[Any]:
 def _compare(
     settings: VerifySettings, model: ModelConfig, processor: Any, asked: Sequence[Any]
 ) -> Any:
-    """The comparison of every case with the unsplit model."""
+    """The comparison of all cases with the unsplit model."""
     comparison = _verification("comparison")
     checkpoint = Checkpoint.configured(model)
     print("loading the unsplit model", file=sys.stderr)

@@ -27,12 +27,12 @@ def run_worker(
     module: str,
     argv: Sequence[str] | None,
 ) -> int:
-    """Runs the worker that ``open_worker(settings)`` of a module opens, until it is stopped; its
-    exit status: 1 if its device or engine was lost. Raises StartupError."""
+    """Runs the worker that the module's ``open_worker(settings)`` opens, until it is stopped.
+    Returns its exit status: 1 if its device or engine was lost. Raises StartupError."""
     ignore_hangup()
     settings = read_config(command, description, config, argv)
     require_extra("worker", "an encoder" if command == "encoder" else "an LLM worker")
-    settings.store.registry_of_worker(settings.rpc)  # Raises for one that it cannot join.
+    settings.store.registry_of_worker(settings.rpc)  # Raises for a registry that it cannot join.
     follow_parent(settings.rpc.parent_pid)
     Checkpoint.configured(settings.model, command).check()
     return asyncio.run(_serve(importlib.import_module(module).open_worker, settings))

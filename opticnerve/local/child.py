@@ -1,4 +1,4 @@
-"""One service as a child process: start it, relay what it prints, stop it."""
+"""One service as a child process: starts it, relays its output, stops it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from opticnerve.telemetry import logs
 
 log = logging.getLogger(__name__)
 
-HURRY_S = LAST_WORDS_S + 2.0  # Until SIGKILL, for a child that a second signal asked to end.
+HURRY_S = LAST_WORDS_S + 2.0  # From a second signal until SIGKILL.
 LISTENING = re.compile(r"^listening (\S+)$")
-READY = "ready"  # A gateway's line, once its workers serve.
+READY = "ready"  # The line that a gateway prints once its workers serve.
 
 
 class Role(IntEnum):
-    """What a child serves as. The highest role stops first."""
+    """A child's role. The highest role is stopped first."""
 
     ENCODER = 0
     LLM = 1
@@ -31,7 +31,8 @@ class Role(IntEnum):
 
 
 class Child:
-    """A service's process. ``command`` lacks ``--port``: it is ``port``, 0 for a free one.
+    """A service's process. ``command`` is without ``--port``, which is added from ``port``; 0: a
+    free one.
 
     The child leads a session of its own, so that Ctrl-C reaches the supervisor alone and the
     services stop in order.
@@ -54,7 +55,7 @@ class Child:
         self.port = port
         self.files = files
         self.address = ""  # From the line ``listening ADDRESS`` on its stdout.
-        self.last_words = ""  # The last line it printed; a message that gives up quotes it.
+        self.last_words = ""  # The last line it printed, quoted when the keeper gives up.
         self._hangup_due = False
         self._process: asyncio.subprocess.Process | None = None
         self._listening = asyncio.Event()
@@ -97,20 +98,20 @@ class Child:
         return self.address
 
     async def ready(self) -> None:
-        """Waits until the child, a gateway, says that it is ready."""
+        """Waits until the child, which must be a gateway, prints READY."""
         await self._ready.wait()
 
     async def wait(self) -> int:
-        """Waits for the end; returns the exit status, negative for a signal."""
+        """Waits for the process to end; returns its exit status, negative for a signal."""
         assert self._process
         status = await self._process.wait()
-        self.kill()  # Processes that it started would keep its pipes open.
+        self.kill()  # Ends its own children, which would keep its pipes open.
         await asyncio.gather(*self._readers)
         return status
 
     async def stop(self, grace_s: float, hurry: asyncio.Event) -> None:
-        """Sends SIGTERM, which lets running work end; once ``hurry`` is set SIGINT, which ends it.
-        A child that takes longer than ``grace_s``, or ``HURRY_S`` after SIGINT, gets SIGKILL."""
+        """Sends SIGTERM, which lets running work finish, and SIGINT, which aborts it, once
+        ``hurry`` is set. Sends SIGKILL after ``grace_s``, or ``HURRY_S`` after SIGINT."""
         if not self.running:
             return
         self._signal(signal.SIGTERM)
@@ -134,15 +135,15 @@ class Child:
             self._process.send_signal(number)
 
     def hang_up(self) -> None:
-        """Sends SIGHUP, which makes the child read its files again. A child that is starting gets
-        it once it listens: it may have read them already, and may not handle the signal yet."""
+        """Sends SIGHUP, which makes the child reload its files. A child that is starting gets it
+        once it listens, since it may have read its files before it handles the signal."""
         if self._listening.is_set():
             self._signal(signal.SIGHUP)
         else:
             self._hangup_due = True
 
     def kill(self) -> None:
-        """SIGKILL to the child and to every process of its session, at once."""
+        """Sends SIGKILL to the child and every process of its session."""
         if self._process:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -163,7 +164,7 @@ class Child:
                     print(logs.relayed(self.name, text), file=sys.stderr, flush=True)
 
     async def _next_line(self, stream: asyncio.StreamReader) -> bytes:
-        """A line, b"" at the end; a line past the limit is cut, not an error."""
+        """The next line; b"" at the end. A line longer than the limit is cut."""
         try:
             return await stream.readline()
         except ValueError:

@@ -1,8 +1,8 @@
-"""Keeps child processes running: starts them, starts those that crash again, and stops all of them.
+"""Keeps child processes running: starts them, restarts those that end, and stops them all.
 
-A child that ends is started again with backoff; one that crashes again and again ends its keeper.
-Children of the highest role stop first, and all of one role at once. After a second signal they cut
-their work instead of finishing it. However a keeper ends, none of its processes is left.
+A child that ends is restarted with backoff; if it keeps crashing, the keeper gives up. Children of
+the highest role are stopped first, and all children of one role together. After a second signal
+they abort their work instead of finishing it. However a keeper ends, none of its processes is left.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Keeper(ABC):
         max_restarts: int,
         after_crash: Callable[[Child], object] = lambda child: None,
     ) -> None:
-        """``after_crash`` is called before a child is started again."""
+        """``after_crash`` is called before a child is restarted."""
         self.children = list(children)
         self._crashes: defaultdict[Child, deque[float]] = defaultdict(deque)  # Monotonic seconds.
         self._start_timeout_s = start_timeout_s
@@ -48,11 +48,11 @@ class Keeper(ABC):
 
     @abstractmethod
     async def start_and_watch(self) -> None:
-        """Starts all children, and ends only by an error."""
+        """Starts and watches all children; ends only with an error."""
 
     @abstractmethod
     async def until_started(self, child: Child) -> None:
-        """Waits until a child that was just started does its work."""
+        """Waits until a child that was just started works."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -71,29 +71,30 @@ class Keeper(ABC):
             self.kill()
 
     def stop(self) -> None:
-        """Asks ``run`` to return; the children are stopped on the way out."""
+        """Makes ``run`` return; leaving the context then stops the children."""
         self._stopping.set()
 
     def hurry(self) -> None:
-        """Stops, and makes the children cut their work instead of finishing it."""
+        """Like ``stop``, and makes the children abort their work instead of finishing it."""
         self._stopping.set()
         self._hurry.set()
 
     def hang_up(self) -> None:
-        """Makes gateways read their keys again; one that has yet to start reads them then."""
+        """Makes gateways reload their keys; one that has not started yet reads them when it
+        does."""
         for child in self.children:
             if child.role == Role.GATEWAY:
                 child.hang_up()
 
     def kill(self) -> None:
-        """Kills every child that still runs, at once."""
+        """Kills every child that still runs."""
         for child in self.children:
             child.kill()
 
     async def run(self) -> None:
         """Starts everything and keeps it running until ``stop()``.
 
-        Raises StartupError when a child cannot start, or crashes again and again.
+        Raises StartupError if a child cannot start, or keeps crashing.
         """
         work = asyncio.create_task(self.start_and_watch())
         stop = asyncio.create_task(self._stopping.wait())
@@ -107,7 +108,7 @@ class Keeper(ABC):
             await asyncio.gather(work, stop, return_exceptions=True)
 
     async def start(self, child: Child) -> None:
-        """Starts one child and waits until it does its work. Raises StartupError."""
+        """Starts one child and waits until it works. Raises StartupError."""
         await child.start()
         ended = asyncio.create_task(child.wait())
         started = asyncio.create_task(self.until_started(child))

@@ -47,8 +47,8 @@ STOP_S = 40.0
 
 
 class Stack:
-    """A running stack. ``url`` is the gateway's address, ``http://127.0.0.1:<port>``; ``trust``:
-    what its certificate is checked by, if it has one."""
+    """A running stack. ``url``: the gateway's address, ``http://127.0.0.1:<port>``. ``trust``:
+    verifies the gateway's certificate, if it has one."""
 
     def __init__(
         self,
@@ -85,14 +85,14 @@ class Stack:
     def chat(self, questions: Question | list[Any], **parameters: Any) -> str | list[str]:
         """The answer to one question, or the answers to a list of them.
 
-        A question is a text, or a tuple (text, picture, ...); a picture is a path, a URL, bytes
-        or a Pillow image, and a list of pictures in its place is several. The questions of a list
-        are asked at once, so that they run as a batch; the answers are in their order.
+        A question is a text, or a tuple (text, picture, ...). A picture is a path, a URL, bytes or
+        a Pillow image; a list of pictures may stand in a picture's place. The questions of a list
+        are asked concurrently, so that they run as a batch; the answers are in the same order.
         ``parameters`` are those of a chat completion (max_tokens, temperature...).
 
-        Nothing is asked unless all are questions: raises TypeError for what is none, and
-        InvalidRequest for the path of a picture that is not there. Then raises the typed error of
-        the first question that fails, with its ``param`` and ``code``. For a ``stream`` there is
+        All questions are checked before any is asked: raises TypeError for a malformed question,
+        and InvalidRequest for a picture's path that does not exist. After that, raises the typed
+        error of the first question that fails, with its ``param`` and ``code``. To stream, use
         ``openai``.
         """
         if parameters.get("stream"):
@@ -128,9 +128,9 @@ class Stack:
 
 
 def read_question(question: object) -> tuple[str, list[Picture]]:
-    """(text, pictures) of one question of ``Stack.chat``, none of them read yet.
+    """(text, pictures) of one question of ``Stack.chat``; does not read the pictures.
 
-    Raises TypeError, which shows the form, and InvalidRequest for a picture that is not there.
+    Raises TypeError, which shows the form, and InvalidRequest for a path that does not exist.
     """
     parts = question if isinstance(question, tuple) and question else (question,)
     text, *given = parts
@@ -157,9 +157,9 @@ def serve(model: str | Path | None = None, **flags: Any) -> Iterator[Stack]:
 
     ``model``: a checkpoint directory or hub id; None serves the built-in demo checkpoint.
     ``flags``: those of ``opticnerve up``, with underscores: ``encoders=2``, ``dtype="float32"``.
-    Raises StartupError when it does not come up: with the one line that says why where that is
-    known before anything starts, as of a wrong path, else with the stack's last words. The stack
-    ends with this process, however that ends.
+    Raises StartupError if the stack does not start: with a one-line reason if that is known before
+    any process starts, as for a wrong path, else with the end of the stack's log. The stack ends
+    with this process, however it ends.
     """
     arguments, variables = _up_command(model, {**flags, "parent_pid": os.getpid()})
     command = [sys.executable, "-m", "opticnerve", "up", *arguments]
@@ -184,8 +184,8 @@ def serve(model: str | Path | None = None, **flags: Any) -> Iterator[Stack]:
 
 
 def _trust_for(flags: Mapping[str, Any]) -> ssl.SSLContext | None:
-    """What the certificate of a stack with these flags is checked by: itself, since it was chosen
-    here, and names another host than loopback. None for a stack that speaks HTTP."""
+    """A context that trusts the certificate in the flags, whichever host it names: its host is not
+    loopback. None for a stack that speaks plain HTTP."""
     certificate = build(HttpsConfig, flags).https_certificate
     return None if certificate is None else context_trusting(certificate)
 
@@ -193,7 +193,7 @@ def _trust_for(flags: Mapping[str, Any]) -> ssl.SSLContext | None:
 def _up_command(
     model: str | Path | None, flags: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, str]]:
-    """(arguments, environment variables) of ``up``; a flag that is None has its default. Raises
+    """(arguments, environment variables) for ``up``. A flag of None keeps its default. Raises
     ConfigError for a flag that ``up`` does not have."""
     known = {item.name: item for item in up_options()}
     for name in flags:
@@ -213,14 +213,14 @@ def _wait_ready(process: subprocess.Popen[str], log: IO[str]) -> str:
     status = process.wait()
     log.seek(0)
     lines = log.readlines()
-    if len(lines) == 1 and lines[0].startswith(PREFIX):  # Said before anything was started.
+    if len(lines) == 1 and lines[0].startswith(PREFIX):  # An error before anything was started.
         raise StartupError(lines[0].removeprefix(PREFIX).strip())
     tail = "".join(lines[-15:])
     raise StartupError(f"the stack did not start (status {status}):\n{tail}")
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Stops the stack. A Ctrl-C meanwhile makes it cut what still runs; it is raised at the
+    """Stops the stack. A Ctrl-C meanwhile makes it abort running work, and is raised again at the
     end."""
     interrupted = False
     if process.poll() is None:

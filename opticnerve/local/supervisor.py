@@ -1,8 +1,8 @@
 """The local supervisor: encoders, LLM workers and one gateway as children of one process.
 
-Start: encoders and LLM workers at once, each waited for until its gRPC health says SERVING, the
-gateway last, until it says that it is ready. While it runs, a child that ends is started again at
-its old port. Stop: gateway, LLM workers, encoders, in this order.
+Start: encoders and LLM workers together, until the gRPC health of each is SERVING; then the
+gateway, until it says that it is ready. A child that ends is restarted at its old port. Stop:
+gateway, LLM workers, encoders, in this order.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Supervisor(Keeper):
         await run_all(self.watch(child) for child in self.children)
 
     async def until_started(self, child: Child) -> None:
-        """Waits until the child serves; from then on it is started at the same port."""
+        """Waits until the child serves, and fixes its port for restarts."""
         address = await child.listening()
         child.port = int(address.rsplit(":", 1)[1].rstrip("/"))
         if child.role == Role.GATEWAY:

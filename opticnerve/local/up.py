@@ -51,8 +51,8 @@ DESCRIPTION = (
     "the services that know it. --host, --port and --metrics-port are the gateway's; workers "
     "listen on loopback, and have metrics at --metrics-host and ports that they print."
 )
-CLOSE_S = 5.0  # For a child to end after its drain.
-# The gateway's alone when given to `up`: workers listen on loopback, at free ports.
+CLOSE_S = 5.0  # Time for a child to exit after its drain.
+# Given to `up`, these go to the gateway alone: workers listen on loopback, at free ports.
 GATEWAY_ONLY = ("host", "port", "advertise", "metrics_port")
 
 
@@ -67,15 +67,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 async def run(given: dict[str, Any]) -> int:
-    """Runs the stack until a signal, or its own parent's end; returns status 0. SIGHUP is passed to
-    the gateway. Raises StartupError when it must give up."""
+    """Runs the stack until a signal, or until its own parent ends; returns status 0. SIGHUP is
+    passed on to the gateway. Raises StartupError if a child cannot start, or keeps crashing."""
     settings, gateway = build(UpConfig, given), build(GatewayConfig, given)
     store = build(StoreConfig, given)
     tls = ChannelTls.of(gateway.calls, gateway.certificate)
     stop_timeout_s = gateway.shutdown_delay_s + gateway.drain_timeout_s + CLOSE_S
     follow_parent(gateway.parent_pid, grace_s=len(Role) * stop_timeout_s)
     check_early(gateway, settings.encoders + settings.llms)
-    temporary = Path(tempfile.gettempdir())  # Not the tmpfs, which embeddings may fill.
+    temporary = Path(tempfile.gettempdir())  # Not /dev/shm, which embeddings may fill.
     for base in (base_directory(), temporary):
         sweep_dead_tiers(base)
     with contextlib.ExitStack() as files:
@@ -113,7 +113,7 @@ async def _supervise(
         files.close()
 
     with handle_signals(stop, cut, kill), on_hangup(supervisor.hang_up):
-        async with supervisor:  # Inside: the signals still count while the children stop.
+        async with supervisor:  # Inside the handlers: signals still count while children stop.
             await supervisor.run()
 
 
@@ -129,12 +129,12 @@ def _stop_message(gateway: GatewayConfig, *, ready: bool) -> str:
 
 
 def check_early(gateway: GatewayConfig, workers: int) -> None:
-    """Checks the configuration before any process starts, so that errors do not appear only after
+    """Checks the configuration before any process starts. Otherwise errors would appear only after
     a worker has loaded torch, or in the gateway, which starts last. Raises StartupError."""
     require_extra("worker", "up")
     host, metrics = gateway.listen_host, gateway.telemetry
     addresses.check_free(host, gateway.port)
-    if metrics.metrics_host or metrics.metrics_port >= 0:  # Workers have metrics in any case.
+    if metrics.metrics_host or metrics.metrics_port >= 0:  # True for workers in any case.
         port = max(0, metrics.metrics_port)
         addresses.check_free(metrics.metrics_host or host, port, "--metrics-port")
     checkpoint = Checkpoint.configured(gateway.model)
@@ -144,8 +144,8 @@ def check_early(gateway: GatewayConfig, workers: int) -> None:
 
 @contextlib.contextmanager
 def _store_url(settings: StoreConfig) -> Iterator[str]:
-    """``--store`` for the workers. A ``shm://`` without a directory gets one, which is removed at
-    the end. Raises StartupError."""
+    """The value of ``--store`` for the workers. ``shm://`` without a directory gets a new one,
+    which is removed at the end. Raises StartupError."""
     scheme, _, rest = settings.read_url().partition("://")
     directory, _, query = rest.partition("?")
     if scheme != "shm" or directory:
@@ -156,8 +156,8 @@ def _store_url(settings: StoreConfig) -> Iterator[str]:
 
 
 def _secret_files(gateway: GatewayConfig, store: StoreConfig, directory: Path) -> dict[str, str]:
-    """The files of secrets, by option: the user's, which is read once to check it, or a new one in
-    ``directory``. Raises StartupError."""
+    """The files of secrets, by option: the user's file, after checking that it can be read, or a
+    new one in ``directory``. Raises StartupError."""
     named = {"rpc_token_file": gateway.rpc_token_file, "store_key_file": store.store_key_file}
     for option, path in named.items():
         if path is not None:
@@ -200,7 +200,7 @@ class Commands:
         fixed = dict.fromkeys(GATEWAY_ONLY) | {
             "host": "127.0.0.1",
             "metrics_port": 0,
-            "registry": NO_REGISTRY,  # Nobody else reaches them.
+            "registry": NO_REGISTRY,  # No other gateway can reach them.
         }
         arguments, variables = to_command_line(
             options(cls), {**self._given, **fixed, "threads": threads}
@@ -219,16 +219,17 @@ class Commands:
 def share_of_cores(workers: int) -> int:
     """CPU threads of each of a pool's ``workers``.
 
-    Each pool divides all cores, although there are two pools: a request is encoded first and
-    decoded then, so a share of both would leave half of the machine idle for one request. Where
-    both pools are busy, two threads a core take turns, which costs little while waiting threads do
-    not spin.
+    Each of the two pools divides all cores among its workers. A request is first encoded and then
+    decoded, so if the pools shared the cores, half of the machine would be idle for a single
+    request. When both pools are busy, two threads share a core, which costs little because waiting
+    threads do not spin.
     """
     return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 def child_environment(threads: int, device: str | None = None) -> dict[str, str]:
-    """This process's environment without service links, with a child's CPU threads and device."""
+    """This process's environment without Kubernetes service links, with a child's CPU threads and
+    device."""
     environment = without_service_links(os.environ)
     environment["OMP_NUM_THREADS"] = str(threads)
     environment["MKL_NUM_THREADS"] = str(threads)

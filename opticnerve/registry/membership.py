@@ -1,4 +1,4 @@
-"""A worker's membership in the registry: it joins, beats, and leaves."""
+"""A worker's membership in the registry: it joins, sends heartbeats, and leaves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from opticnerve.registry.entry import WorkerEntry
 from opticnerve.registry.redis_registry import HEARTBEAT_S, Registry
 
-LEAVE_S = 1.0  # For the last word, within the time that a process has to end.
+LEAVE_S = 1.0  # Time to remove its entry, within the time that a process has to end.
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +20,8 @@ async def joined(
     registry: Registry, describe: Callable[[], WorkerEntry]
 ) -> AsyncIterator[Callable[[], None]]:
     """Keeps a worker in the registry while the context lasts, also through failures of Redis;
-    removes it at the end, and closes ``registry``. Yields what to call when the worker's state has
-    changed: that is written at once, its load with the next heartbeat."""
+    removes it at the end, and closes ``registry``. Yields a function to call when the worker's
+    state has changed: the state is written at once; its load only with the next heartbeat."""
     changed = asyncio.Event()
     entry = describe()
     beating = asyncio.create_task(_beat(registry, describe, changed))
@@ -43,7 +43,7 @@ async def _beat(
         changed.clear()
         try:
             await registry.put(describe())
-        except Exception:  # Only this task tells gateways that the worker is there.
+        except Exception:  # Must not end: only this task keeps the worker listed.
             log.exception("the registry has not heard of this worker")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HEARTBEAT_S):

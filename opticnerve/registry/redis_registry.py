@@ -1,12 +1,12 @@
-"""The registry: the workers of a namespace in Redis, each under a name that expires.
+"""The registry: the workers of a namespace in Redis, each under a key that expires.
 
-``on:v1:worker:NAMESPACE:INSTANCE`` holds a worker's entry for ``TTL_S`` after its last heartbeat,
-and the sorted set ``on:v1:workers:NAMESPACE:KIND`` the ids of a kind by their last heartbeat, so
-that a reader asks for the newest ones, and for no others' keys. Gateways only read.
+``on:v1:worker:NAMESPACE:INSTANCE`` holds a worker's entry for ``TTL_S`` after its last heartbeat.
+The sorted set ``on:v1:workers:NAMESPACE:KIND`` holds the ids of a kind by their last heartbeat, so
+that a reader asks only for the keys of the newest ones. Gateways only read.
 
-The registry is a hint: a gateway calls, probes and pairs the workers that it finds as it does those
-of its command line, so that a stale entry costs a probe. While Redis fails nothing is known to have
-changed; that is logged once when it begins, and once when it has ended.
+The registry is a hint: a gateway probes and pairs the workers that it finds like those of its
+command line, so a stale entry costs one probe. While Redis fails, gateways keep the workers that
+they know; one log line says when a failure begins, and one when it ends.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from opticnerve.registry.entry import MAX_ENTRY_BYTES, EntrySeal, Kind, WorkerEn
 from opticnerve.telemetry.metrics import REGISTRY_FAILURES, REGISTRY_REACHABLE
 
 HEARTBEAT_S = 1.0
-TTL_S = 5  # Of an entry, after the last heartbeat.
-FORGET_S = 3600  # After which ids without an entry leave the index.
-TIMEOUT_S = 2.0  # For a connection, and for each answer.
-MAX_WORKERS = 4096  # Of one kind; the newest are read.
+TTL_S = 5  # How long an entry lives after a heartbeat.
+FORGET_S = 3600  # Ids with no heartbeat for this long leave the index.
+TIMEOUT_S = 2.0  # For connecting, and for each answer.
+MAX_WORKERS = 4096  # The newest of one kind that are read.
 DEFAULT_NAMESPACE = "default"
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -40,12 +40,12 @@ log = logging.getLogger(__name__)
 
 
 class Registry:
-    """A client of the registry; ``close`` ends it. Errors are logged, not raised: those of Redis,
-    and whatever redis-py makes of answers that are none of Redis."""
+    """A client of the registry; ``close`` ends it. Errors are logged, not raised, including
+    whatever redis-py raises if another program answers."""
 
     def __init__(self, url: str, token: str | None = None) -> None:
-        """``url`` as redis-py reads it, with ``?namespace=NAME`` for one of several deployments.
-        ``token`` signs entries and checks them. Raises ConfigError."""
+        """``url``: in redis-py's form; ``?namespace=NAME`` separates deployments. ``token`` signs
+        and checks entries. Raises ConfigError."""
         try:
             server, own = split_options(url, OWN_OPTIONS)
             self._client = Redis.from_url(
@@ -55,9 +55,9 @@ class Registry:
                 retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
             )
             pool = self._client.connection_pool
-            pool.connection_class(**pool.connection_kwargs)  # Not connected: it reads the options.
+            pool.connection_class(**pool.connection_kwargs)  # Only checks the options.
         except (ValueError, TypeError) as error:
-            # Not the cause's text: it may show the URL, which may hold a password.
+            # The cause's message may show the URL, and with it a password.
             raise ConfigError("the registry's URL is not valid", param="registry") from error
         self.namespace = own.get("namespace", DEFAULT_NAMESPACE)
         if not _NAMESPACE.fullmatch(self.namespace):
@@ -73,7 +73,7 @@ class Registry:
             "ones when it answers",
             "answers again as the registry",
         )
-        self._ignored: dict[Kind, int] = {}  # Entries that were not valid when last read.
+        self._ignored: dict[Kind, int] = {}  # Number of invalid entries at the last reading.
 
     @property
     def reachable(self) -> bool:
@@ -92,13 +92,13 @@ class Registry:
         self._outage.ended()
         REGISTRY_REACHABLE.labels(self.namespace).set(1)
 
-    # ---- of workers
+    # ---- for workers
 
     async def put(self, entry: WorkerEntry) -> None:
-        """Writes the entry, for ``TTL_S``."""
+        """Writes the entry, which expires after ``TTL_S``."""
         index = self._index(entry.kind)
         try:
-            # By Redis' clock: one worker's that is ahead would forget all others.
+            # By Redis' clock: a worker whose own clock is ahead would drop all others.
             seconds, microseconds = await _answer(self._client.time())
             now = seconds + microseconds / 1e6
             async with self._client.pipeline(transaction=False) as pipeline:
@@ -118,10 +118,10 @@ class Registry:
                 pipeline.delete(self._key(entry.instance_id))
                 pipeline.zrem(self._index(entry.kind), entry.instance_id)
                 await _answer(pipeline.execute())
-        except Exception as error:  # It expires.
+        except Exception as error:  # The entry will expire by itself.
             self._failed(error)
 
-    # ---- of gateways
+    # ---- for gateways
 
     async def entries(self, kind: Kind) -> list[WorkerEntry] | None:
         """The workers of a kind; None if Redis does not answer."""
@@ -146,8 +146,8 @@ class Registry:
         return found
 
     async def _values(self, kind: Kind) -> dict[str, bytes]:
-        """What is stored of each worker, by its id; nothing of those that have expired. Whatever is
-        there, no more than ``MAX_ENTRY_BYTES`` and one are read of it."""
+        """The stored entry of each worker, by id, without expired ones. Reads at most
+        ``MAX_ENTRY_BYTES`` + 1 bytes of each."""
         newest = self._client.zrevrange(self._index(kind), 0, MAX_WORKERS - 1)
         ids: list[bytes] = await _answer(newest)
         names = [each[:64].decode("ascii", "replace") for each in ids]
@@ -156,7 +156,7 @@ class Registry:
                 pipeline.getrange(self._key(name), 0, MAX_ENTRY_BYTES)
             values = await _answer(pipeline.execute(raise_on_error=False))
         return {
-            name: value if isinstance(value, bytes) else b""  # An error: it is no string.
+            name: value if isinstance(value, bytes) else b""  # An error: the key is not a string.
             for name, value in zip(names, values, strict=True)
             if value
         }
@@ -177,7 +177,7 @@ class Registry:
 
 async def _answer(command: Awaitable[Any]) -> Any:
     """The answer to a command. Raises CancelledError if its task was cancelled meanwhile, whether
-    the command succeeded or failed: redis-py sends within ``wait_for``, which can swallow that
+    or not the command succeeded: redis-py uses ``wait_for``, which can swallow a cancellation
     before Python 3.12."""
     try:
         return await command

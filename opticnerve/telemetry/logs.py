@@ -5,10 +5,10 @@ A record is a message and, for an event, fields. ``Formatter`` writes both forms
 continuation lines (a traceback, say) indented below, or one JSON object a line. Text from outside
 is cut to a length and stripped of line ends and control characters.
 
-Each process logs one line for a request that it served, its event. The code around a request
+Each process logs one line, an event, for each request that it served. The code around a request
 (``gateway.edge.middleware``, ``opticnerve.rpc.calls``) begins the event, and writes it when the
-request ends in any way. Code that serves the request adds fields at any depth: ``note``,
-``append``, ``failed``. Keys, media bytes and prompts are never logged.
+request ends, however it ends. Any code that serves the request adds fields with ``note``,
+``append`` and ``failed``. Keys, media bytes and prompts are never logged.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from opticnerve.errors import OpticNerveError
 from opticnerve.telemetry import traces
 
 MAX_ID = 128  # Characters of a request's id.
-MAX_VALUE = 160  # Characters of a field's text; an error's message is one.
+MAX_VALUE = 160  # Characters of a field's text, such as an error's message.
 MAX_VALUES = 16  # Entries of a field that is a list.
 MAX_MESSAGE = 4_000  # Characters of a message.
-MAX_TRACEBACK = 16_000  # Characters of a traceback, of which the last are logged.
+MAX_TRACEBACK = 16_000  # The last so many characters of a traceback are logged.
 
 _UNPRINTABLE = re.compile(r"[^ -~]")
 _UNSAFE_IN_ID = re.compile(r"[^A-Za-z0-9._:@/+=-]")
@@ -62,7 +62,8 @@ def safe_id(text: str) -> str:
 
 
 class Formatter(logging.Formatter):
-    """Formats every record, those of libraries too. ``form`` is that of ``--log-format``."""
+    """Formats every record, including those of libraries. ``form``: the value of
+    ``--log-format``."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class Formatter(logging.Formatter):
 
 
 def _trace_ids() -> dict[str, str]:
-    """Those of the span in which a record is made, if there is one."""
+    """The ids of the current span, if there is one."""
     ids = traces.current().ids
     return {} if ids is None else dict(zip(("trace_id", "span_id"), ids, strict=True))
 
@@ -136,7 +137,7 @@ class Event:
     def __init__(self) -> None:
         self.fields: dict[str, Any] = {}
         self.error: OpticNerveError | None = None
-        self.cause: BaseException | None = None  # Of an unexpected error.
+        self.cause: BaseException | None = None  # The exception behind an unexpected error.
         self._began = time.monotonic()
 
     def write(
@@ -150,8 +151,8 @@ class Event:
     ) -> None:
         """Logs the event: ``first``, the duration, and its fields, without those that are empty.
 
-        A server's error raises ``level`` to a warning unless it is ``expected``; an unexpected
-        error, which has a cause, raises it to an error.
+        A server's error is logged at least as a warning, unless ``expected``; an unexpected error,
+        which has a cause, as an error.
         """
         fields = {**first, "ms": (time.monotonic() - self._began) * 1000, **self.fields}
         if self.error is not None:
@@ -172,7 +173,8 @@ _current: ContextVar[Event | None] = ContextVar("event", default=None)
 
 
 def begin_event(identity: str = "-") -> Event:
-    """A new event for the request that this task, with the tasks it starts, serves from now on."""
+    """Begins the event of the request that this task, and the tasks it starts, serve from now
+    on."""
     event = Event()
     _current.set(event)
     request_id.set(identity)
@@ -185,14 +187,14 @@ def identify(identity: str) -> None:
 
 
 def note(**fields: Any) -> None:
-    """Adds fields to the current request's event, if there is one; None is left out."""
+    """Adds fields to the current request's event, if there is one; None values are left out."""
     event = _current.get()
     if event is not None:
         event.fields.update({name: value for name, value in fields.items() if value is not None})
 
 
 def append(**fields: Any) -> None:
-    """Adds each value to the list that is the field of its name, unless the list has it."""
+    """Appends each value to the list field of its name, unless it is in the list already."""
     event = _current.get()
     if event is not None:
         for name, value in fields.items():
@@ -215,8 +217,8 @@ def failed(error: OpticNerveError, cause: BaseException | None = None) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for the traceback that gRPC logs of a call that is cancelled before its handler has
-    begun (grpcio's ``_handle_exceptions``): callers leave at any time, and nothing has failed."""
+    """False for the traceback that grpcio's ``_handle_exceptions`` logs when a call is cancelled
+    before its handler has begun: callers may leave at any time, and nothing has failed."""
     error = record.exc_info[1] if record.exc_info else None
     return not (
         isinstance(error, asyncio.CancelledError)
@@ -226,7 +228,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def configure(level: str, form: str = "text") -> None:
     """Configures the process's root logger; a command's main calls it once. Python's warnings
-    become records too, and in JSON so do uncaught exceptions of the process and its threads."""
+    become log records too, and with JSON so do uncaught exceptions of the process and its
+    threads."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Formatter(form))
     root = logging.getLogger()
@@ -241,7 +244,7 @@ def configure(level: str, form: str = "text") -> None:
         sys.excepthook = _unexpected
         threading.excepthook = _unexpected_in_thread
         if os.environ.get("GRPC_VERBOSITY", "ERROR") == "ERROR":
-            os.environ["GRPC_VERBOSITY"] = "NONE"  # Its C library cannot log JSON.
+            os.environ["GRPC_VERBOSITY"] = "NONE"  # gRPC's C library cannot log JSON.
 
 
 def _form() -> str:
@@ -251,7 +254,7 @@ def _form() -> str:
 
 
 def say(text: str) -> None:
-    """Prints why a command ends, for the person who typed it, as plain text or a JSON record."""
+    """Prints why a command ends, as plain text or a JSON record."""
     if _form() == "json":
         log.critical(text)
     else:
@@ -266,7 +269,7 @@ def relayed(source: str, line: str) -> str:
         values = json.loads(line)
     except ValueError:
         values = None
-    if not isinstance(values, dict):  # A library wrote it past our logging.
+    if not isinstance(values, dict):  # A library wrote it directly to stderr.
         values = {"time": stamp(time.time()), "level": "info", "logger": "stderr", "message": line}
     return json.dumps({"process": source, **values})
 

@@ -1,9 +1,9 @@
 """Prometheus metrics that several services have, and how a process exports its metrics.
 
-All metrics here have labels, so that a process exports no value of what it has not counted. Those
-of one service are created in its own module ``metrics``, and so in no other process. Labels have
-few values: never the id of a request, nor text that a client sent. Stages have the same names as in
-timings and traces, and each is observed once, by the process that it takes place in.
+All metrics here have labels, so a process exports no values that it has not counted. Metrics of one
+service are in its own module ``metrics``, so that no other process exports them. Labels have few
+values: never a request's id, nor text that a client sent. Stages have the same names as in timings
+and traces, and each is observed once, by the process in which it takes place.
 
 A fault shows in one counter of the process that dealt with it; docs/operations.md says which.
 """
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # Names, in processes that count together, where.
+DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # The directory in which processes count together.
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -100,7 +100,7 @@ class _CallbackCollector(Collector):
         self._read = read
 
     def describe(self) -> Iterable[Metric]:
-        """Reserves no names, because one process may run several workers."""
+        """Reserves no metric names, because one process may run several workers."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
@@ -129,14 +129,15 @@ def store_size(store: Store) -> Iterator[Metric]:
 
 
 def sum_of_processes(directory: Path) -> CollectorRegistry:
-    """What all processes with this directory have counted, those that have ended included."""
+    """The counts of all processes that share this directory, including those that have ended."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry, str(directory))  # type: ignore[no-untyped-call]
     return registry
 
 
 def own_registry() -> CollectorRegistry:
-    """What a scrape of this process shows: with others that it counts together with, the sum."""
+    """What a scrape of this process shows: the sum over all processes that it counts together
+    with."""
     directory = os.environ.get(DIRECTORY)
     return REGISTRY if directory is None else sum_of_processes(Path(directory))
 

@@ -4,10 +4,10 @@ Off unless ``--otlp-endpoint`` or the standard ``OTEL_EXPORTER_OTLP_ENDPOINT`` i
 nothing of OpenTelemetry is imported and every function here does nothing. The SDK reads its other
 standard variables, such as ``OTEL_TRACES_SAMPLER`` and ``OTEL_RESOURCE_ATTRIBUTES``.
 
-The trace's context comes and goes as W3C ``traceparent`` and ``tracestate``, in the headers of HTTP
-requests and the metadata of gRPC calls; what does not parse is ignored. The current span follows
-the task, and the tasks that it starts. Times are those of ``time.monotonic()``. Exports run on a
-thread of their own, and their failures never reach a request.
+The trace context is passed as W3C ``traceparent`` and ``tracestate``, in headers of HTTP requests
+and metadata of gRPC calls; what does not parse is ignored. The current span belongs to the task,
+and to the tasks that it starts. Times are in seconds of ``time.monotonic()``. Exports run on a
+thread of their own, and their failures never affect a request.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 Carrier = tuple[tuple[str, str], ...]
-"""Headers or metadata that take the trace's context to another process."""
+"""Headers or metadata that carry the trace context to another process."""
 
 HEADERS = ("traceparent", "tracestate")
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-CLOSE_S = 3.0  # For the last spans to be sent when the process ends.
-MAX_STATE = 512  # Characters of a tracestate, which the calls to workers have to take.
-MAX_DESCRIPTION = 160  # Characters of an error's.
-PREFIX = "opticnerve."  # Of our attributes.
+CLOSE_S = 3.0  # Time to send the last spans when the process ends.
+MAX_STATE = 512  # Most characters of a tracestate, which is passed on to workers.
+MAX_DESCRIPTION = 160  # Most characters of an error's description.
+PREFIX = "opticnerve."  # Begins the names of our own attributes.
 
 log = logging.getLogger(__name__)
 
 _tracer: trace.Tracer | None = None  # None: tracing is off.
-_epoch_ns = 0  # What time.monotonic_ns() is counted from.
+_epoch_ns = 0  # The zero of time.monotonic_ns(), in nanoseconds since 1970.
 
 
 class TraceSpan:
-    """One operation; of no effect without ``inner``, while tracing is off."""
+    """One operation. While tracing is off, ``inner`` is None and all methods do nothing."""
 
     def __init__(self, inner: trace.Span | None = None) -> None:
         self._inner = inner
 
     def set(self, standard: Mapping[str, Any] | None = None, **attributes: Any) -> None:
-        """Sets attributes, but for those that are None: ours, and ``standard`` ones, which have a
-        name in OpenTelemetry's conventions."""
+        """Sets our own attributes, and ``standard`` ones, whose names are in OpenTelemetry's
+        conventions. None values are left out."""
         if self._inner is not None:
             named = {PREFIX + name: value for name, value in attributes.items()}
             for name, value in {**(standard or {}), **named}.items():
@@ -79,13 +79,13 @@ class TraceSpan:
             self._inner.set_status(Status(StatusCode.ERROR, description[:MAX_DESCRIPTION]))
 
     def end(self, ended: float | None = None) -> None:
-        """``ended``: None for now."""
+        """``ended``: None: now."""
         if self._inner is not None:
             self._inner.end(_ns(ended))
 
     @property
     def carrier(self) -> Carrier:
-        """The context for the process that does a part of the operation."""
+        """The context to send to a process that does a part of the operation."""
         context = self.context
         if context is None:
             return ()
@@ -106,7 +106,7 @@ class TraceSpan:
 
     @property
     def ids(self) -> tuple[str, str] | None:
-        """(trace id, span id) in hex, as logs have them."""
+        """(trace id, span id) in hex, as in logs."""
         if self._inner is None:
             return None
         found = self._inner.get_span_context()
@@ -127,8 +127,8 @@ def current() -> TraceSpan:
 def begin(
     name: str, *, calls: bool = False, began: float | None = None, **attributes: Any
 ) -> TraceSpan:
-    """A span in the current one, which the caller ends; it does not become the current one.
-    ``calls``: it is a call to another process."""
+    """Begins a child of the current span, which the caller ends. It does not become the current
+    span. ``calls``: it is a call to another process."""
     parent = _current.get()
     if _tracer is None or parent.context is None:
         return NO_SPAN
@@ -141,14 +141,14 @@ def begin(
 
 
 def record(name: str, began: float, ended: float, **attributes: Any) -> None:
-    """A span in the current one, of what has ended already."""
+    """Records a child of the current span for work that has ended already."""
     if _tracer is not None:
         begin(name, began=began, **attributes).end(ended)
 
 
 @contextlib.contextmanager
 def span(name: str, *, calls: bool = False, **attributes: Any) -> Iterator[TraceSpan]:
-    """The context's operation, as the current span. An exception marks it as failed."""
+    """Makes a span for the context's body, as the current span. An exception marks it as failed."""
     with _entered(begin(name, calls=calls, **attributes)) as entered:
         yield entered
 
@@ -157,9 +157,9 @@ def span(name: str, *, calls: bool = False, **attributes: Any) -> Iterator[Trace
 def serving(
     name: str, carried: Iterable[tuple[str, str | bytes]], *, alone: bool = True
 ) -> Iterator[TraceSpan]:
-    """The context's operation, asked for by another process, as the current span: part of the
-    trace in ``carried`` headers or metadata, or the root of one. Its end is marked as failed by the
-    caller. ``alone``: False if it is to be no root."""
+    """Makes a span for serving another process's request, as the current span: part of the trace in
+    the ``carried`` headers or metadata, or else the root of a new one. The caller marks it as
+    failed. ``alone``: False: make no root; without a trace there is no span."""
     if _tracer is None:
         yield NO_SPAN
         return
@@ -193,8 +193,8 @@ def _entered(entered: TraceSpan) -> Iterator[TraceSpan]:
 
 
 def _extract(carried: Iterable[tuple[str, str | bytes]]) -> Context | None:
-    """The context in headers or metadata; None if there is none, several, or a wrong one. A long
-    tracestate is left out, as the specification allows."""
+    """The trace context in headers or metadata; None if it is missing, repeated or invalid. A long
+    tracestate is dropped, as the specification allows."""
     from opentelemetry.context import Context
     from opentelemetry.trace import get_current_span
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -221,7 +221,7 @@ def _ns(at: float | None) -> int:
 
 
 def is_wanted(endpoint: str | None) -> bool:
-    """Whether this process is asked for traces. ``endpoint``: of ``--otlp-endpoint``."""
+    """Whether this process should export traces. ``endpoint``: the value of ``--otlp-endpoint``."""
     if os.environ.get("OTEL_TRACES_EXPORTER", "otlp") == "none":
         return False
     return bool(endpoint or any(os.environ.get(name) for name in ENDPOINTS))
@@ -229,10 +229,10 @@ def is_wanted(endpoint: str | None) -> bool:
 
 @contextlib.contextmanager
 def exported(service: str, endpoint: str | None, instance_id: str) -> Iterator[None]:
-    """While the context lasts, this process's spans are exported, if that is asked for. Of several
-    services in one process, the first one's name is on all spans.
+    """Exports this process's spans while the context lasts, if configured. With several services in
+    one process, all spans get the first one's name.
 
-    Raises ConfigError without the packages that it takes, and for a wrong endpoint.
+    Raises ConfigError if the packages are not installed, or the endpoint is wrong.
     """
     global _tracer, _epoch_ns
     if _tracer is not None or not is_wanted(endpoint):
@@ -245,7 +245,8 @@ def exported(service: str, endpoint: str | None, instance_id: str) -> Iterator[N
         yield
     finally:
         _tracer = None
-        # A collector that does not answer must not keep the process: the thread is left behind.
+        # A collector that does not answer must not delay the process's exit: the thread is
+        # abandoned.
         closing = threading.Thread(target=provider.shutdown, name="traces", daemon=True)
         closing.start()
         closing.join(CLOSE_S)
@@ -260,7 +261,8 @@ def _provider(service: str, endpoint: str | None, instance_id: str) -> TracerPro
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    # ``_Exporter`` tells failures, once. The API would repeat what clients send as a tracestate.
+    # ``_Exporter`` logs failures once. The API's own logs would quote tracestates that clients
+    # send.
     for library in ("opentelemetry.exporter", "opentelemetry.sdk", "opentelemetry.trace"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     resource = Resource.create(
@@ -299,8 +301,8 @@ def _exporter(endpoint: str | None) -> SpanExporter:
 
 
 class _Exporter:
-    """Exports by ``inner``, and logs the first of failures that follow each other, and their end:
-    the SDK logs each."""
+    """Exports with ``inner``. Logs when a series of failures begins and ends, whereas the SDK would
+    log each."""
 
     def __init__(self, inner: SpanExporter) -> None:
         self._inner = inner
@@ -311,7 +313,7 @@ class _Exporter:
 
         try:
             result = self._inner.export(spans)
-        except Exception:  # It would end up in the SDK's log.
+        except Exception:  # Otherwise the SDK would log it.
             result = SpanExportResult.FAILURE
         failing = result is SpanExportResult.FAILURE
         if failing and not self._failing:
