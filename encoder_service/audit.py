@@ -1,8 +1,8 @@
-"""The audit of what is served: a share of the pictures is encoded again, and compared.
+"""Audits what is served: encodes a share of the pictures again, and compares the rows.
 
-Pictures are not kept, so what was served earlier cannot be encoded again; an item is audited while
-its pixels are here. The reference is the torch tower with the item alone: it finds an engine that
-drifts, rows that depend on their batch, and a device that computes wrongly.
+An item is audited while its pixels are still in memory, since pictures are not kept. The reference
+is the torch tower, run on the item alone. It detects an engine that drifts, rows that depend on
+their batch, and a device that computes wrongly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from opticnerve.tensors.distance import LIMITS, compare
 
 log = logging.getLogger(__name__)
 
-KEY_DIGITS = 8  # Of a content key, which is a hash in hex.
+KEY_DIGITS = 8  # The hex digits of a content key that are used.
 
 
 class Audit:
@@ -38,12 +38,13 @@ class Audit:
             )
 
     def chooses(self, key: str) -> bool:
-        """By the key: evenly, and the same items on every encoder. A warm-up's item has none."""
+        """Whether the item is audited. The choice depends on the key alone, so it is even, and the
+        same on every encoder. Items of the warm-up have no key."""
         number = int(key[:KEY_DIGITS], 16) if key else 16**KEY_DIGITS
         return bool(number < self._share * 16**KEY_DIGITS)
 
     def check(self, key: str, pixels: NDArray[np.uint8], plan: Plan, served: Embedding) -> None:
-        """Compares the rows ``served`` with the reference's, and counts and logs the outcome."""
+        """Compares the served rows with the reference's, and counts and logs the outcome."""
         reference = self._backend.reference
         assert reference is not None
         try:
@@ -60,7 +61,7 @@ class Audit:
             log.warning("audit: item %s has %s", key[:12], fault)
 
     def _fault(self, served: Embedding, again: Embedding) -> str | None:
-        """What is wrong with the rows ``served``; None: they are near enough to the reference's."""
+        """What is wrong with the served rows; None: they are close enough to the reference's."""
         shapes = [{name: rows.shape for name, rows in each.items()} for each in (served, again)]
         if shapes[0] != shapes[1]:
             return "rows of another shape than the torch tower's"

@@ -1,8 +1,8 @@
 """The items that an encoder has accepted and not finished, counted in patches, items and bytes.
 
 The backlog bounds memory and waiting time, and measures throughput. An item that does not fit is
-refused with a retry hint: before its bytes are read, and again once they have arrived. It counts
-only once they have, so that a caller that sends no bytes does not keep others out.
+refused with a retry hint; this is checked before its bytes are read, and again once they have
+arrived. It counts only from then on, so that a caller that sends no bytes does not keep others out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from opticnerve.telemetry.throughput import Throughput
 
 MIN_RETRY_S = 0.1
 MAX_RETRY_S = 60.0
-UNKNOWN_RETRY_S = 1.0  # Before the first item, while the throughput is unknown.
+UNKNOWN_RETRY_S = 1.0  # Used before the first item, while the throughput is unknown.
 
 
 class BacklogPlace:

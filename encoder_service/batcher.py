@@ -23,7 +23,7 @@ from opticnerve.errors import OpticNerveError, Unavailable
 
 log = logging.getLogger(__name__)
 
-CLOSE_S = 5.0  # For the batch on the device to end.
+CLOSE_S = 5.0  # Time for the batch on the device to end.
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -52,9 +52,9 @@ class _Entry(Generic[T, R]):
 class Batcher(Generic[T, R]):
     """Owns the device's thread. ``close`` ends it; items that still wait then fail as Unavailable.
 
-    ``run`` gets a batch of payloads and returns their results in order; ``classify`` says what
-    to do after an exception of ``run``, and may free memory; ``on_split`` hears of each batch that
-    is run again in parts, ``on_lost`` of a lost device.
+    ``run`` gets a batch of payloads and returns their results in order. ``classify`` decides what
+    to do after an exception of ``run``, and may free memory. ``on_split`` is called for each batch
+    that is run again in parts, ``on_lost`` when the device is lost.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Batcher(Generic[T, R]):
         self._classify = classify
         self._on_split = on_split
         self._on_lost = on_lost
-        self._queue: deque[_Entry[T, R]] = deque()  # Not launched; cancelled ones included.
+        self._queue: deque[_Entry[T, R]] = deque()  # Not launched yet; includes cancelled ones.
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="device", daemon=True)

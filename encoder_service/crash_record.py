@@ -1,11 +1,11 @@
 """Records, across crashes of processes, which items a worker was processing when it died.
 
-A picture that crashes a decoder or a driver kills its worker, and the retry kills the next one.
-So each worker leaves an empty file ``<worker>-<key>``, a mark, while it decodes or encodes an
-item, and holds a lock on its file ``<worker>.lock`` as long as it lives. A mark whose worker's
-lock is free counts as one crash of that item. After one crash the item runs alone, so that no
-other item of its batch is suspected with it; after two it is refused. A success clears its
-crashes, and so does an hour.
+A picture that crashes a decoder or a driver kills its worker, and the retry kills the next one. So
+each worker leaves an empty file ``<worker>-<key>``, a mark, while it decodes or encodes an item,
+and holds a lock on its file ``<worker>.lock`` as long as it lives. A mark whose worker's lock is
+free counts as one crash of that item. After one crash the item runs alone, so that another crash
+can be blamed on no other item; after two it is refused. Its crashes are forgotten after a success,
+or after an hour.
 
 The directory is shared by the workers of one machine. If it cannot be written, nothing is
 remembered and the log says so.
@@ -47,8 +47,8 @@ class CrashRecord:
         self._sweep()
 
     def _take_lock(self) -> int:
-        """Creates the lock file under another name, so that it never exists unlocked: a sweep
-        would take it for a dead worker's."""
+        """Creates and locks the file under another name, and then renames it: a sweep would take an
+        unlocked file for a dead worker's."""
         new = self.directory / f"{self.worker}.new"
         handle = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,11 +56,11 @@ class CrashRecord:
         return handle
 
     def crashes(self, key: str) -> int:
-        """How many workers died while they processed this item."""
+        """The number of workers that died while they processed this item."""
         return sum(1 for _ in self._dead_marks(key, {}))
 
     def check(self, key: str) -> int:
-        """The item's crashes. Raises PoisonousItem if they are too many."""
+        """The item's number of crashes. Raises PoisonousItem if there are too many."""
         crashes = self.crashes(key)
         if crashes >= MAX_CRASHES:
             raise PoisonousItem(
@@ -84,9 +84,9 @@ class CrashRecord:
                     os.unlink(mark)
 
     def add(self, key: str) -> None:
-        """Records the crash of a process that worked on this item for this worker."""
+        """Records the crash of a child process that decoded this item for this worker."""
         if self.active:
-            dead_worker = secrets.token_hex(8)  # Its lock is free, since it has none.
+            dead_worker = secrets.token_hex(8)  # A worker without a lock file counts as dead.
             with contextlib.suppress(OSError):
                 mark = self.directory / f"{dead_worker}-{key}"
                 os.close(os.open(mark, os.O_CREAT | os.O_WRONLY, 0o600))
@@ -107,7 +107,7 @@ class CrashRecord:
         self._lock_path(self.worker).unlink(missing_ok=True)
         os.close(lock)
         self._sweep()
-        with contextlib.suppress(OSError):  # Not empty: other workers, or crashes that count.
+        with contextlib.suppress(OSError):  # Not empty: in use, or crashes that count.
             self.directory.rmdir()
 
     def _lock_path(self, worker: str) -> Path:

@@ -1,6 +1,6 @@
 """One item's path through the encoder: look up, check, decode, encode, publish. No gRPC here.
 
-Everything that an item holds meanwhile (a place in the backlog, decoded pixels, its mark in the
+Everything that an item holds on the way (a place in the backlog, decoded pixels, its mark in the
 crash record) is released when its run ends, however it ends.
 """
 
@@ -48,8 +48,9 @@ from opticnerve.telemetry.metrics import STAGE_SECONDS
 STAGED_BATCHES = 2  # Decoded batches: one on the device, one waiting for it.
 QUEUE_BATCHES = 16
 MAX_QUEUE_ITEMS = 4096
-MAX_QUEUE_BYTES = 2**30  # Compressed.
-INLINE_BYTES = 2**14  # Hashed and parsed on the event loop: quicker than a trip to a thread.
+MAX_QUEUE_BYTES = 2**30  # Compressed bytes of all waiting items.
+# Up to this size, hashing and parsing on the event loop is faster than using a thread.
+INLINE_BYTES = 2**14
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class _Verified:
     data: bytes
     structure: Structure
     crashes: int  # Workers that died while they processed this item.
-    encoded_before: int  # ``encoded_items`` at the look-up; if it has grown, look up again.
+    encoded_before: int  # ``encoded_items`` at the look-up; if that has grown, look up again.
     is_misfit: bool  # The stored embedding under the key does not match the plan.
 
 
@@ -159,8 +160,8 @@ class Encoder:
         )
 
     def warm_up(self) -> None:
-        """Encodes a blank picture on every thread but the store's, so that the first request does
-        not pay for their start. Blocks. Raises what encoding a picture raises."""
+        """Encodes a blank picture on every thread except the store's, so that the first request
+        does not pay for starting them. Blocks. Raises what encoding a picture raises."""
         buffer = io.BytesIO()
         side = math.isqrt(MIN_IMAGE_PIXELS)
         Image.new("RGB", (side, side), (127, 127, 127)).save(buffer, "JPEG")
@@ -285,7 +286,7 @@ class Encoder:
         if is_misfit:
             await self.results.delete(request.key)
         started = time.monotonic()
-        # One suspect at a time: a crash of the worker is counted against this one alone.
+        # One suspect at a time, so that a crash of the worker counts against this item alone.
         async with self._suspects if item.crashes else contextlib.nullcontext():
             pixels, done = await self._encode(item)
         ref, put_s = await self.results.publish(request.key, done.result)
@@ -339,7 +340,7 @@ class Encoder:
         plans = [item.request.plan for item in batch]
         with self.record.working_on([item.request.key for item in batch]):
             outputs = self.model.backend.encode([item.pixels.values for item in batch], plans)
-        if batch[0].request.key:  # Not the warm-up.
+        if batch[0].request.key:  # False for the warm-up.
             metrics.BATCH_ITEMS.observe(len(batch))
             metrics.BATCH_PATCHES.observe(sum(plan.num_patches for plan in plans))
         for plan, output in zip(plans, outputs, strict=True):
@@ -375,8 +376,8 @@ def _count_split(recovery: Recovery) -> None:
 
 
 def _trace(started: float, pixels: Pixels, done: BatchResult[Embedding], put_s: float) -> None:
-    """Records the stages of an item, whose run began at ``started`` and ends now, as spans. It
-    waits twice: to be decoded, and to be encoded."""
+    """Records an item's stages as spans. Its run began at ``started`` and ends now. It waited
+    twice: to be decoded, and to be encoded."""
     launched = done.submitted + done.queue_s
     decoded = pixels.began + pixels.seconds
     batch = {"batch_items": done.batch_items, "batch_patches": done.batch_cost}

@@ -14,10 +14,10 @@ class FairQueue:
     """Each item holds a part of ``capacity``; an item alone is admitted, however large it is.
 
     Self-clocked fair queueing (Golestani, 1994): an item's due time is its cost plus the due time
-    of its sharer's item before it, or of the item that was admitted last, whichever is later; the
-    earliest due time is admitted first. So a small item passes large ones, a sharer of many items
-    waits behind a sharer of one, and no item waits for ever. Items of one sharer, and items that
-    cost nothing, keep their order.
+    of its sharer's previous item or of the item admitted last, whichever is later; the earliest due
+    time is admitted first. So a small item overtakes large ones, a sharer with many items waits
+    behind a sharer with one, and no item waits for ever. Items of one sharer keep their order, and
+    so do items that cost nothing.
 
     Belongs to one event loop. An item that is cancelled while it waits leaves the queue.
     """
@@ -26,7 +26,7 @@ class FairQueue:
         self.capacity = capacity
         self.held = 0
         self._now = 0  # Due time of the item that was admitted last.
-        self._due: dict[str, int] = {}  # Of the last item of each sharer that has items waiting.
+        self._due: dict[str, int] = {}  # Due time of the last waiting item, by sharer.
         self._items: Counter[str] = Counter()  # Waiting items by sharer.
         self._queue: list[tuple[int, int, str, int, asyncio.Future[None]]] = []
         self._number = itertools.count()
@@ -51,7 +51,7 @@ class FairQueue:
                 self._forget(sharer)
                 self._admit()
             else:
-                self._release(size)  # The turn came together with the cancellation.
+                self._release(size)  # Its turn came in the moment of the cancellation.
             raise
         try:
             yield

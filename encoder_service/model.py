@@ -52,7 +52,7 @@ def _open_torch(checkpoint: Checkpoint, settings: EncoderConfig) -> VisionModel:
 
 
 def _open_engine(checkpoint: Checkpoint, settings: EncoderConfig, directory: Path) -> VisionModel:
-    from encoder_service.engines.opening import open_engine  # Loads what only engines need.
+    from encoder_service.engines.opening import open_engine  # Imports what only engines need.
 
     sidecar = Sidecar.read(directory)
     if settings.backend not in ("auto", sidecar.backend):

@@ -1,4 +1,4 @@
-"""Stores finished embeddings, in this process's memory if the store refuses them.
+"""Stores finished embeddings; in this process's memory if the store refuses them.
 
 Store calls that move data or cross a network run on threads of their own.
 """
@@ -32,8 +32,8 @@ R = TypeVar("R")
 
 
 class Results:
-    """Borrows the store; owns its threads, and ``fallback``, from which Fetch serves embeddings
-    that the store refused. ``close`` ends the threads."""
+    """Borrows the store. Owns threads for calls to it, and ``fallback``, from which Fetch serves
+    embeddings that the store refused. ``close`` ends the threads."""
 
     def __init__(
         self, store: Store, fingerprint: str, fetch_address: str, seal: Seal | None = None
@@ -51,13 +51,14 @@ class Results:
         """A reference to what is stored under ``key``."""
         if self.store.shared:
             ref = await self._run(self._stored, key)
-        else:  # Opening a file on tmpfs is quicker than a trip to a thread.
+        else:  # Opening a file on tmpfs is faster than using a thread.
             ref = self._stored(key)
         return self._counted(ref)
 
     async def renew(self, key: str) -> EmbeddingRef | None:
-        """Like ``look_up``, for an embedding that a consumer could not use: every byte of it is
-        checked, it is deleted if damaged, and otherwise put again where consumers look."""
+        """Like ``look_up``, for an embedding that a consumer could not use. Checks every byte;
+        deletes the embedding if it is damaged, and otherwise stores it again where consumers
+        look."""
         return self._counted(await self._run(self._renew, key))
 
     async def delete(self, key: str) -> None:
@@ -124,7 +125,7 @@ class Results:
         if data is None:
             return None
         try:
-            self.store.put_bytes(key, data)  # Redis may have lost it while the local tier has it.
+            self.store.put_bytes(key, data)  # The local tier has it, but Redis may have lost it.
         except StoreError as error:
             return self._fall_back(key, data, error)
         self.fallback.delete(key)
@@ -136,7 +137,7 @@ class Results:
         return self._fallback_reference(key, data)
 
     def _read(self, key: str) -> bytes | None:
-        """The bytes in the store, every one of them checked, or those in ``fallback``."""
+        """The bytes in the store, fully checked, or those in ``fallback``."""
         with codec.damage_is_a_miss(self.store, key):
             data = self.store.read_bytes(key)
             if data is not None:

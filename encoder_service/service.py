@@ -71,8 +71,8 @@ def _register(server: Server) -> EncoderServicer:
 
 
 def _record_directory(store: Store) -> Path:
-    """In the tier's directory if embeddings are files, so that deleting it deletes the record too;
-    else in a directory of this user."""
+    """The crash record's directory: within the tier's if embeddings are files, so that it is
+    deleted together with them; else a directory of this user."""
     tier = local_tier(store)
     if isinstance(tier, ShmStore):
         return tier.directory / "encoding"

@@ -47,7 +47,7 @@ class EncoderServicer(WorkerServicer[Encoder], encoder_pb2_grpc.EncoderServicer)
         try:
             async with self.server.running.work():
                 return await self._encode(upload, context.time_remaining())
-        finally:  # Returns at once for a cancelled call, whose stream has ended.
+        finally:  # Returns at once if the call is cancelled, since its stream has ended.
             await upload.drain()
 
     async def _encode(self, upload: Upload, remaining_s: float | None) -> pb.EncodeResponse:

@@ -15,9 +15,9 @@ from opticnerve.pb import encoder_pb2 as pb
 from opticnerve.rpc.channel import CHUNK_BYTES
 
 DISCARD_S = 2.0
-HEADER_TIMEOUT_S = 10.0  # Also added to the time that the bytes may take.
+HEADER_TIMEOUT_S = 10.0  # Also added to the timeout of the bytes.
 MIN_BYTES_PER_S = 2**20  # An upload slower than this is ended.
-MAX_BYTES = 2**29  # Of all items that are arriving.
+MAX_BYTES = 2**29  # Of all items that are arriving together.
 FULL_RETRY_S = 1.0
 
 
@@ -56,7 +56,7 @@ class Upload:
         self._messages = aiter(messages)
         self._uploads = uploads
         self._first = b""
-        self._num_bytes = 0  # As the header says.
+        self._num_bytes = 0  # As announced in the header.
         self._ended = False  # The caller has sent its last message.
         self._limit = asyncio.timeout(None)
         self._aborted = False

@@ -1,11 +1,10 @@
 """Schedules the decoding of pictures on threads and in processes.
 
-Waiting compressed items are cheap, decoded ones are not: ``staging`` bounds the patches that are
+Waiting compressed items are cheap, decoded ones are not, so ``staging`` bounds the patches that are
 decoded ahead of the device, in order of arrival. The cost of decoding is known from a picture's
-structure. Light pictures are decoded on threads, on which Pillow and numpy release the
-interpreter's lock; heavy ones in processes, which can be killed. Each kind has its own
-places and memory, so that no light picture waits for a heavy one; within a kind, the places are
-shared fairly between requests.
+structure. Light pictures are decoded on threads, where Pillow and numpy release the GIL; heavy ones
+in processes, which can be killed. Each kind has its own places and memory, so that no light picture
+waits for a heavy one; within a kind, places are shared fairly between requests.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ LIGHT_MEMORY_FRACTION = 1 / 4  # Of the memory, for light pictures.
 ITEM_PASSES = 2**20  # Cost of resizing and cutting an item, added to its decoding passes.
 WORKER_MEMORY = 2**28  # Bytes for each worker, if no flag sets the memory.
 MIN_MEMORY = 2**31
-IDLE_S = 30.0  # After which an idle process is ended.
+IDLE_S = 30.0  # Time after which an idle process is ended.
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -153,7 +152,7 @@ class PreprocessPool:
             raise
         except DecoderDied as died:
             raise self._failure(job, died) from died
-        except (InvalidMedia, EngineFailure):  # The process answered and can be used again.
+        except (InvalidMedia, EngineFailure):  # The process answered, and can be used again.
             self._give_back(decoder)
             raise
         else:
@@ -164,8 +163,8 @@ class PreprocessPool:
                 self._discard(decoder)
 
     def _failure(self, job: DecodeJob, died: DecoderDied) -> OpticNerveError:
-        """The caller's error for a process that ended. If the task ended it, that counts as a crash
-        of the item."""
+        """The caller's error for a process that ended. If the task caused it, the item gets a
+        crash."""
         if died.out_of_time:
             metrics.DECODES_ENDED.labels(why="timeout").inc()
             return InvalidMedia(

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from opticnerve.models.family import Preprocessor
 
 NICE = 10  # Lower CPU priority than the threads that decode light pictures.
-# For glibc: a picture is a mapping of its own, returned to the system as soon as it is freed.
+# Makes glibc allocate each picture as its own mapping, which is returned to the system when freed.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "1"}
 
 
@@ -186,8 +186,8 @@ def main(handle: int, parent_pid: int, timeout_s: float) -> None:
 
 
 def _serve(pipe: Connection, preprocess: Preprocessor, parent_pid: int, timeout_s: float) -> None:
-    """Does one task. The system ends the process if it takes too much CPU time. Wall time would be
-    unfair to a process that yields to others."""
+    """Does one task. The system ends the process if it takes too much CPU time. A limit on wall
+    time would be unfair to a process that yields to others."""
     task = pipe.recv()
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + timeout_s), most))

@@ -8,7 +8,7 @@ from opticnerve.errors import InvalidMedia, StartupError
 from opticnerve.media.plan import NO_OVERRIDES, Overrides, Plan, Structure
 from opticnerve.models.family import Layout
 
-ASPECTS = 32  # Steps from square to ASPECT_LIMIT, in both directions.
+ASPECTS = 32  # Aspects tried between square and ASPECT_LIMIT, in both directions.
 ASPECT_LIMIT = 199.0  # Long strips may need more patches than squares: a side has at least one.
 ROUNDING_MARGIN = 1.05  # An aspect that was not tried may round to a few more patches.
 

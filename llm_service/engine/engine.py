@@ -1,8 +1,8 @@
 """The engine: schedule, run, commit. Works on token ids and keys; no text, no gRPC.
 
-One thread owns an Engine, and uses no file and no network. Of what the engine refers to, other
-threads use only its rows, which they load. It takes commands and sends lists of events to ``emit``.
-Every accepted request ends in exactly one of FinishedEvent, FailedEvent and AbortedEvent.
+One thread owns an Engine, and uses no files and no network. Other threads touch only the engine's
+rows, which they load. The engine takes commands and sends lists of events to ``emit``. Every
+accepted request ends in exactly one of FinishedEvent, FailedEvent and AbortedEvent.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class Engine:
             self.scheduler.add(seq)
             if seq.finish_reason is None:
                 return
-            self._send_tokens(seq)  # It continues a choice that is complete: report its end.
+            self._send_tokens(seq)  # The choice to continue is complete already: report its end.
 
     def abort(self, request_id: str) -> None:
         """Cancels a request; unknown and ended ones are ignored."""
@@ -281,7 +281,7 @@ class Engine:
             self._events.append(PromptLogprobsEvent(work.seq.request_id, positions))
 
     def _append(self, seq: Sequence, result: WorkResult) -> None:
-        """Records a token, or that there is none because the grammar was complete."""
+        """Records a token, or the end of the choice if its grammar was complete without one."""
         if seq.generation.first_token_at is None:
             self._first_token(seq)
         seq.grammar_ended = result.ends_grammar

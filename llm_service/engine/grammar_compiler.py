@@ -1,4 +1,4 @@
-"""Compiles the grammars of requests off the engine's thread; each waits for its own."""
+"""Compiles the grammars of requests off the engine's thread; each request waits for its own."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from opticnerve.errors import UnsupportedFeature
 from opticnerve.generation.grammars import Grammar, compile_grammar
 from opticnerve.lru import LRU
 
-THREADS = 2  # So that a grammar that takes long does not delay all others.
-RECENT = 32  # Grammars that are kept: most requests of an application have the same one.
+THREADS = 2  # Two, so that one slow grammar does not delay all others.
+RECENT = 32  # Grammars kept in memory: most requests of an application use the same one.
 
 
 class GrammarCompiler:
     """Used on the engine's thread alone."""
 
     def __init__(self, load: Callable[[], LLTokenizer] | None = None) -> None:
-        """``load`` returns the vocabulary, on a thread that begins at once; what it raises, each
-        compilation raises. None: there is no vocabulary."""
+        """``load`` returns the vocabulary; it is called at once, on a thread, and every compilation
+        raises what it raises. None: there is no vocabulary."""
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="grammar")
         self._vocabulary = None if load is None else self._pool.submit(load)
         self._compiling: dict[str, Future[Grammar]] = {}  # By request.
@@ -33,8 +33,8 @@ class GrammarCompiler:
         return self._compiling.keys()
 
     def begin(self, request: GenerateRequest, send: Callable[[GrammarCompiled], None]) -> None:
-        """Compiles the request's grammar, unless that is done or under way for another; ``send`` is
-        called on any thread when it is done."""
+        """Compiles the request's grammar, unless another request has done or begun that. ``send``
+        is called when it is done, on any thread."""
         request_id, grammar = request.request_id, request.sampling.grammar
         compiling = self._recent.get(grammar)
         if compiling is None or _failed(compiling):
@@ -48,7 +48,7 @@ class GrammarCompiler:
         return compile_grammar(grammar, self._vocabulary.result())
 
     def done(self, request_id: str) -> bool:
-        """Whether the request waits, and need not wait longer."""
+        """Whether the request was waiting, and its grammar is compiled or has failed."""
         compiling = self._compiling.get(request_id)
         return compiling is not None and compiling.done()
 
@@ -57,7 +57,7 @@ class GrammarCompiler:
         return self._compiling.pop(request_id).result()
 
     def cancel(self, request_id: str) -> None:
-        """The request waits no longer."""
+        """The request no longer waits."""
         compiling = self._compiling.pop(request_id, None)
         if compiling is not None and compiling not in self._compiling.values():
             compiling.cancel()
@@ -68,5 +68,5 @@ class GrammarCompiler:
 
 
 def _failed(compiling: Future[Grammar]) -> bool:
-    """Whether it is cancelled, or has raised an error, which only the requests of its time get."""
+    """Whether the compilation was cancelled or failed. Failures are not kept for later requests."""
     return compiling.done() and (compiling.cancelled() or compiling.exception() is not None)

@@ -22,7 +22,7 @@ from opticnerve.errors import EngineFailure, OpticNerveError
 
 log = logging.getLogger(__name__)
 
-STOP_TIMEOUT_S = 10.0  # For an engine's process to end before it is killed.
+STOP_TIMEOUT_S = 10.0  # Time for an engine's process to end before it is killed.
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ FromEngine: TypeAlias = list[Message] | RowsDamaged | EngineReady | EngineEnded
 Send: TypeAlias = Callable[[FromEngine], None]
 
 EngineFactory: TypeAlias = Callable[[Any, Send], Engine]
-"""Builds an engine from a configuration, on the thread that will run it. Its messages go to the
-Send, from any thread."""
+"""Builds an engine from a configuration, on the thread that will run it. The engine passes messages
+to Send, from any thread."""
 
 
 def import_factory(factory: str | EngineFactory) -> EngineFactory:

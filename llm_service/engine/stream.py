@@ -20,17 +20,17 @@ from llm_service.policy.messages import (
 )
 from opticnerve.errors import Overloaded
 
-RELEASE_TIMEOUT_S = 30.0  # The engine ends its step and releases an aborted request.
+RELEASE_TIMEOUT_S = 30.0  # Time for the engine to end its step and release an aborted request.
 TERMINAL = (FinishedEvent, FailedEvent, AbortedEvent)
 
-MOST_UNREAD = 2**23  # Log-probabilities of prompts that wait for readers: about a gigabyte.
+MOST_UNREAD = 2**23  # Most unread log-probabilities of prompts: about a gigabyte.
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Unread:
-    """How many log-probabilities of prompts wait for the readers of all streams."""
+    """The number of prompt log-probabilities that wait for readers, over all streams."""
 
     entries: int = 0
 
@@ -113,7 +113,8 @@ class EventStream:
         self._wake_reader()
 
     def _counted(self, event: PromptLogprobsEvent) -> Event:
-        """The event; if there are too many unread ones, the request's failure instead of all."""
+        """The event, counted. If there are too many unread ones, the request's failure replaces
+        them."""
         added = sum(1 + len(position.top) for position in event.positions)
         if self._unread.entries + added > MOST_UNREAD:
             self._clear()

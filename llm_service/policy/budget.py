@@ -12,19 +12,21 @@ from llm_service.policy.sequence import Sequence, Status
 from llm_service.policy.step_plan import StepPlan, Work
 from opticnerve.media.plan import SpanAttention
 
-# Before the first step: those of a slow CPU, so that the first chunks are too small, if anything.
+# Coefficients before the first step: those of a slow CPU, so that the first chunks are rather too
+# small than too large.
 FIRST_GUESS = (0.02, 0.002, 0.01)  # Seconds a step, a decoding sequence, a prefill token.
 # The part of the estimate's error that is corrected after each step.
 GAIN = 0.3
 # Bound of the error taken from one step, which may have waited for another process.
 MAX_ERROR = math.log(2)
-# In a step with prefill, most of the error is attributed to prefill: other steps measure decoding
-# alone. Prefill has a least weight, since a coefficient that is far too small has no share.
+# In a step with prefill, most of the error is attributed to prefill, since other steps measure
+# decoding alone. Prefill has a minimum weight, because a coefficient that is far too small would
+# otherwise get no share.
 DECODING_WEIGHT = 0.1
 MIN_PREFILL_WEIGHT = 0.3
-# Fewer tokens (the end of a cached prompt, a forked choice) take less than steps vary by.
+# With fewer prefill tokens (the end of a cached prompt, a forked choice), noise dominates.
 MEANINGFUL_TOKENS = 128
-# Steps of each kind whose error counts in full: the guess may be off by any factor.
+# The first steps of each kind count in full: the guess may be off by any factor.
 FIRST_STEPS = 3
 MIN_S, MAX_S = 1e-7, 1e3  # Bounds of each coefficient.
 MIN_PREFILL_FRACTION = 1 / 4  # Of the target time, however long decoding takes.

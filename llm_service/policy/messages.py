@@ -38,8 +38,8 @@ class GenerateRequest:
     skip_prefix_cache: bool = False  # Neither read the prefix cache nor share with it.
     share: str = ""  # Fair-queueing key; requests with equal keys are scheduled as one client.
     weight: float = 1.0  # Of ``share``, relative to others.
-    # On the engine's clock, which all processes of a machine share; 0: when the engine takes it,
-    # which is between two steps.
+    # On the engine's clock, which all processes of a machine share. 0: the time when the engine
+    # takes the request, between two steps.
     received_at: float = field(default=0.0, compare=False)
 
 

@@ -47,7 +47,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # Prompt tokens taken from the prefix cache.
         self._step = 0
-        # Every decoding sequence has a token in each step, and a block is left to prefill.
+        # In each step, every decoding sequence gets a token, and a block of tokens is left for
+        # prefill.
         most = max(1, config.max_num_batched_tokens - blocks.block_size)
         self._num_slots = min(config.max_num_seqs, most)
         self._free_slots = list(range(self._num_slots))[::-1]
@@ -107,7 +108,7 @@ class Scheduler:
         budget = self._budget(len(decoding))
         preempted = self._grow(decoding)
         prefills = self._schedule_prefill(budget, now, preempted)
-        if self.num_preemptions > preemptions:  # Some were admitted again and prefill.
+        if self.num_preemptions > preemptions:  # Some may have been readmitted, and prefill.
             stay = (seq for seq in decoding if seq.slot >= 0 and seq not in prefills)
             decoding = [seq for seq in stay if decodes(seq)]
         decoding = decoding[: budget.tokens]
@@ -197,7 +198,7 @@ class Scheduler:
         start = self.blocks.cached_tokens(seq)
         end = budget.chunk_end(seq, start)
         if end == start and pictures and budget.for_text:
-            admission.no_pictures = True  # The rest is reserved for text, which may be behind it.
+            admission.no_pictures = True  # The rest is reserved for text prompts behind it.
         elif whole_spans(seq, end) == start:
             # Too little for a chunk, or for the bidirectional span that comes first.
             admission.refusals = MAX_REFUSALS

@@ -78,7 +78,8 @@ class Sharer:
         return sorted(numbered, key=lambda each: (each[1].request.priority, each[0]))
 
     def virtual_finish_time(self, seq: Sequence) -> float:
-        """That of ``seq``'s prefill, in tokens by weight, if it were next."""
+        """The virtual finish time of ``seq``'s prefill if it were next, in tokens divided by
+        weight."""
         return self.served + (seq.num_tokens - seq.num_computed) / self.weight
 
 

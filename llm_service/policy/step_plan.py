@@ -108,8 +108,8 @@ class WorkResult:
     ``prompt_logprobs``: if the work has it set, for tokens start+1 .. start+num_tokens; entries
     past the prompt are ignored. ``error``: this sequence alone failed, and the other fields are
     ignored. An EmbeddingUnavailable whose ``param`` is an item's key makes the engine ask for its
-    rows and repeat the work once they are loaded. ``ends_grammar``: nothing can follow; without
-    a token, nothing could before it.
+    rows and repeat the work once they are loaded. ``ends_grammar``: nothing can follow the output;
+    without a token, this was so before the step.
     """
 
     token_id: int | None = None  # None: the work did not sample.

@@ -121,8 +121,9 @@ class Fetcher:
         return await self._on_thread(self._rows.present, keys)
 
     async def names(self, own: Mapping[str, bytes]) -> dict[str, str]:
-        """This worker's names of rows that a caller sends itself, by the caller's keys, from their
-        safetensors bytes; b"" if those come later: then the key has to be their ``tensors_key``."""
+        """This worker's names for rows that a caller sends itself, by the caller's keys. ``own``:
+        their safetensors bytes, or b"" if they come later; then the key must be their
+        ``tensors_key``."""
 
         def name_all() -> dict[str, str]:
             return {k: self._own_name(tensors_key(data) if data else k) for k, data in own.items()}
@@ -157,7 +158,7 @@ class Fetcher:
                         self._threads.submit(self._forget_own, name)
 
     async def close(self) -> None:
-        """After the calls that wait for rows have ended."""
+        """Ends threads and channels. Call it after the calls that wait for rows have ended."""
         for channel in self._channels.values():
             await channel.close()
         await asyncio.to_thread(self._threads.shutdown)
@@ -177,7 +178,7 @@ class Fetcher:
                 if data is None:
                     continue
                 traces.current().set(tier=source, cache="hit", bytes=len(data))
-                if source != "redis":  # The store has counted that.
+                if source != "redis":  # The store counts its own hits.
                     EMBEDDING_BYTES.labels(source, "read").inc(len(data))
                 await self._on_thread(self._keep, ref, data, source == "inline")
                 loaded = await self._on_thread(self._load, ref.key, ref)

@@ -1,5 +1,5 @@
-"""The stages of one generation, as metrics, spans and fields of the log, each once, however the
-generation ends. The engine tells how long they took; here it is known when it began."""
+"""Reports the stages of one generation as metrics, spans and log fields, each once, however the
+generation ends. The engine reports durations; this module knows when the call began."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from opticnerve.telemetry.metrics import STAGE_SECONDS
 
 
 class GenerationStages:
-    """``prompt_tokens``: of the request. ``received_at``: when it came, on the monotonic clock,
-    which is that of ``time.perf_counter()`` too."""
+    """``prompt_tokens``: number of the prompt's tokens. ``received_at``: when the call arrived, in
+    seconds of ``time.perf_counter()``, which on Linux is the monotonic clock."""
 
     def __init__(self, prompt_tokens: int, received_at: float) -> None:
         self._prompt_tokens = prompt_tokens
         self._began = received_at
         self._first_token_at: float | None = None
-        self._decode_s: float | None = None  # As the engine tells it, at the end.
+        self._decode_s: float | None = None  # Reported by the engine at the end.
 
     def prefilled(self, event: PrefilledEvent) -> None:
-        """The first token has come."""
+        """Call this when the first token arrives."""
         now, timings = time.monotonic(), event.timings
         logs.note(cached_tokens=event.cached_tokens, ttft_ms=(now - self._began) * 1e3)
         queue_s, prefill_s = timings.queue_ms / 1e3, timings.prefill_ms / 1e3
@@ -40,12 +40,13 @@ class GenerationStages:
         )
 
     def done(self, timings: Timings) -> None:
-        """The engine has ended the generation. ``timings``: with the time of reading rows."""
+        """Call this when the engine has ended the generation. ``timings``: include reading rows."""
         self._decode_s = timings.decode_ms / 1e3
         traces.current().set(preemptions=timings.preemptions)
 
     def ended(self, tokens: int, get_s: float) -> None:
-        """The call ends. ``tokens`` were generated; ``get_s``: the time of reading rows."""
+        """Call this when the call ends. ``tokens``: number generated; ``get_s``: seconds of reading
+        rows."""
         if get_s:
             STAGE_SECONDS.labels("get").observe(get_s)
         if self._first_token_at is not None:

@@ -1,4 +1,4 @@
-"""One streamed answer as its client saw it. Times are seconds of ``time.perf_counter``."""
+"""One streamed answer as its client saw it. Times are in seconds of ``time.perf_counter``."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ class Answer:
 
     sent: float
     ended: float
-    status: int = 0  # Of HTTP; 0: no answer came, or its connection broke.
-    code: str = ""  # Of the error in the body or in the stream, or the transport's own; "": none.
-    times: tuple[float, ...] = ()  # When each chunk with text came.
+    status: int = 0  # HTTP status; 0: no answer, or the connection broke.
+    code: str = ""  # Code of an error in the body, the stream or the transport; "": none.
+    times: tuple[float, ...] = ()  # When each chunk with text arrived.
     prompt_tokens: int = 0
     output_tokens: int = 0
-    done: bool = False  # The stream came to its own end, [DONE].
-    cached_tokens: int | None = None  # Of the prompt; None: the server does not say.
+    done: bool = False  # Whether the stream ended with [DONE].
+    cached_tokens: int | None = None  # Prompt tokens; None: not reported.
     text: str = field(default="", repr=False)
-    timings: dict[str, Any] | None = None  # By stage, where the body asks OpticNerve for them.
-    scheduled: float | None = None  # When it was to be sent; None: it was sent when it could be.
+    timings: dict[str, Any] | None = None  # By stage, if the request asks OpticNerve for them.
+    scheduled: float | None = None  # When it was due; None: no fixed time.
 
     @property
     def outcome(self) -> str:
-        """``answered``; ``refused`` by a typed error; or ``lost``: neither, an end without one."""
+        """``answered``; ``refused``, with a typed error; or ``lost``: it ended without either."""
         if self.status == 200 and self.done and not self.code:
             return "answered"
         return "refused" if self.code and (self.done or self.status not in (0, 200)) else "lost"
@@ -46,7 +46,7 @@ class Answer:
 
     @property
     def tpot(self) -> float | None:
-        """Seconds for each output token after the first; None if there is none."""
+        """Seconds per output token after the first; None if there is only one."""
         if not self.times or self.output_tokens < 2:
             return None
         return (self.times[-1] - self.times[0]) / (self.output_tokens - 1)
@@ -74,11 +74,11 @@ class AnswerStream:
         self.timings: dict[str, Any] | None = None
         self.done = False
         self._texts: list[str] = []
-        self._rest = b""  # Of the last piece: a line that has not ended.
+        self._rest = b""  # The incomplete last line so far.
 
     def feed(self, piece: bytes, now: float) -> None:
-        """Bytes of the stream, which came at ``now``. Raises ValueError for events that are no
-        chunks of chat completions."""
+        """Takes bytes that arrived at ``now``. Raises ValueError for events that are not chunks of
+        a chat completion."""
         *lines, self._rest = (self._rest + piece).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
@@ -114,7 +114,7 @@ class AnswerStream:
             self._texts.append(text)
 
     def answer(self, sent: float, ended: float, status: int, code: str = "") -> Answer:
-        """The answer so far. ``code``: of an error that is not in the stream."""
+        """The answer so far. ``code``: the code of an error outside of the stream."""
         return Answer(
             sent,
             ended,
@@ -131,14 +131,14 @@ class AnswerStream:
 
 
 def error_code(body: Any) -> str:
-    """The code of an error in OpenAI's form, or its type; ``unknown`` in any other body."""
+    """The code, or else the type, of an error in OpenAI's form; ``unknown`` for any other body."""
     error = body.get("error") if isinstance(body, dict) else None
     error = error if isinstance(error, dict) else {}
     return str(error.get("code") or error.get("type") or "unknown")
 
 
 def body_code(body: bytes) -> str:
-    """The same of a body's bytes."""
+    """``error_code`` of a body's bytes."""
     try:
         return error_code(json.loads(body))
     except ValueError:

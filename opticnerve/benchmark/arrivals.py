@@ -11,11 +11,11 @@ from collections.abc import Iterator
 def arrivals(
     rate: float, source: random.Random, *, burstiness: float = 1.0, ramp_s: float = 0.0
 ) -> Iterator[float]:
-    """Seconds from the start, in ascending order, without an end.
+    """Yields times in seconds from the start, ascending and endless.
 
     ``rate``: arrivals a second, on average. ``burstiness``: the squared coefficient of variation of
-    the gaps, which have a gamma distribution: 1 is a Poisson process, 4 has arrivals in bunches, 0
-    one every ``1 / rate`` seconds. ``ramp_s``: the rate rises over this time from 0, linearly.
+    the gaps, which have a gamma distribution: 1 is a Poisson process, 4 comes in bunches, and 0 is
+    one every ``1 / rate`` seconds. ``ramp_s``: the rate rises linearly from 0 over this time.
     """
     work = 0.0  # Expected arrivals until the next one.
     while True:

@@ -68,7 +68,7 @@ def _add_server(made: Parser) -> None:
         type=argument_type(gateway_url),
         help="such as http://127.0.0.1:8000, with or without /v1",
     )
-    add("--model", metavar="NAME", help="to ask for (default: the first that /v1/models lists)")
+    add("--model", metavar="NAME", help="model to ask for (default: the first in /v1/models)")
     add(
         "--api-key",
         metavar="KEY",
@@ -81,7 +81,7 @@ def _add_server(made: Parser) -> None:
         action="append",
         default=[],
         type=argument_type(_header),
-        help="sent with each request; may be given several times",
+        help="a header sent with each request; may be given several times",
     )
     add(
         "--timeout",
@@ -89,7 +89,7 @@ def _add_server(made: Parser) -> None:
         metavar="SECONDS",
         type=number_type(float),
         default=600.0,
-        help="of a request, after which it counts as lost (default: 600)",
+        help="time after which a request counts as lost (default: 600)",
     )
 
 
@@ -99,23 +99,23 @@ def _add_pace(made: Parser) -> None:
         "--concurrency",
         metavar="N,...",
         type=_several(number_type(int, minimum=1)),
-        help="clients that each send their next request when their last has ended; with --rate: "
-        "requests at once at most (default: 8; of conversations 1,32)",
+        help="number of clients, each of which sends its next request when its last has ended; "
+        "with --rate: most requests at once (default: 8; for conversations 1,32)",
     )
     add(
         "--rate",
         metavar="R,...",
         type=_several(argument_type(rate_of)),
-        help="requests a second that are sent whether or not the server keeps up, as a Poisson "
-        "process; of conversations: that begin",
+        help="requests a second, or conversations that begin, as a Poisson process; sent whether "
+        "or not the server keeps up",
     )
     add(
         "--burstiness",
         metavar="B",
         type=number_type(float),
         default=1.0,
-        help="variance of the gaps of a --rate, in squares of their mean: 0 is an even rate, 1 "
-        "Poisson's, 4 comes in bunches (default: 1)",
+        help="with --rate: squared coefficient of variation of the time between requests: 0 is an "
+        "even rate, 1 a Poisson process, 4 comes in bunches (default: 1)",
     )
 
 
@@ -125,15 +125,15 @@ def _add_length(made: Parser) -> None:
         "--requests",
         metavar="N",
         type=number_type(int, minimum=1),
-        help="of each run (default: 4 x concurrency, and at least 32; 1000 with --duration; as "
-        "many as --prompts has lines)",
+        help="requests of each run (default: 4 x concurrency, at least 32; with --duration 1000; "
+        "with --prompts one for each line)",
     )
     add(
         "--duration",
         dest="duration_s",
         metavar="SECONDS",
         type=number_type(float),
-        help="no request is sent after it; those under way are awaited",
+        help="send requests for so long, then wait for those under way",
     )
     add(
         "--ramp",
@@ -141,14 +141,15 @@ def _add_length(made: Parser) -> None:
         metavar="SECONDS",
         type=number_type(float),
         default=0.0,
-        help="in which clients begin one by one, or the rate rises; not measured (default: 0)",
+        help="time in which clients start one by one, or the rate rises; not measured (default: 0)",
     )
     add(
         "--warm-up",
         metavar="N",
         type=number_type(int),
         default=2,
-        help="requests before all runs, one by one, not measured; none of --prompts (default: 2)",
+        help="requests sent one by one before all runs, not measured; never lines of --prompts "
+        "(default: 2)",
     )
 
 
@@ -158,29 +159,29 @@ def _add_requests(made: Parser) -> None:
         "--workload",
         choices=WORKLOADS,
         default="chat",
-        help="chat: single questions, of one picture each; conversation: 3 pictures, 120 tokens a "
-        "turn, and all that was said before is sent again with each turn (default: chat)",
+        help="chat: single questions with one picture each; conversation: 3 pictures, 120 tokens a "
+        "turn, and each turn sends the whole conversation again (default: chat)",
     )
     add(
         "--prompts",
         metavar="FILE",
         type=Path,
-        help='questions instead, as JSON one a line: {"prompt": TEXT, "images": [FILE or URL]}, or '
-        "bodies of chat completions; from the first again when they are used up",
+        help='read questions from a file, one JSON object a line: {"prompt": TEXT, "images": [FILE '
+        "or URL]}, or the body of a chat completion; starts over at its end",
     )
     add(
         "--output-tokens",
         metavar="N",
         type=number_type(int, minimum=1),
-        help="of each answer, which ends there and not before (default: 64; of conversations 120)",
+        help="exact length of each answer (default: 64; for conversations 120)",
     )
     add(
         "--fields",
         metavar="JSON",
         type=argument_type(_fields),
         default={},
-        help='further fields of each body, such as {"ignore_eos": null} for servers that refuse it '
-        '(null: left out), or {"temperature": 1}',
+        help='further fields of each body, such as {"temperature": 1}; null leaves a field out: '
+        '{"ignore_eos": null} for servers that refuse it',
     )
 
 
@@ -190,21 +191,21 @@ def _add_synthetic(made: Parser) -> None:
         "--turns",
         metavar="N,...",
         type=_several(number_type(int)),
-        help="earlier turns of a conversation, each a request of its own (default: 0,2)",
+        help="number of earlier turns of a conversation, each a request too (default: 0,2)",
     )
     add(
         "--words",
         metavar="N",
         type=number_type(int, minimum=1),
         default=32,
-        help="of a question: in most vocabularies a token each (default: 32)",
+        help="words of a question, a token each in most vocabularies (default: 32)",
     )
     add(
         "--seed",
         metavar="N",
         type=number_type(int),
-        help="of texts, pictures and times; asked twice, a server's caches know them (default: new "
-        "each time)",
+        help="seed of texts, pictures and times; run twice with one seed, they are in the server's "
+        "caches (default: random)",
     )
 
 
@@ -214,27 +215,27 @@ def _add_pictures(made: Parser) -> None:
         "--pictures",
         metavar="N",
         type=argument_type(_pictures),
-        help="in a question, or in the first of a conversation (default: 1; of conversations 3)",
+        help="pictures in a question, or in a conversation's first turn (default: 1; 3)",
     )
     add(
         "--picture-sizes",
         metavar="WxH,...",
         type=argument_type(sizes_of),
         default=((448, 448),),
-        help="in pixels, taken in turn (default: 448x448)",
+        help="sizes in pixels, used in turn (default: 448x448)",
     )
     add(
         "--picture-format",
         choices=("jpeg", "png"),
         default="jpeg",
-        help="of their files (default: jpeg)",
+        help="format of their files (default: jpeg)",
     )
     add(
         "--repeat",
         metavar="SHARE",
         type=argument_type(share_of),
         default=0.0,
-        help="of pictures that the run has shown before, from 0 to 1 (default: 0)",
+        help="share of pictures that the run has shown before, from 0 to 1 (default: 0)",
     )
 
 
@@ -244,14 +245,14 @@ def _add_results(made: Parser) -> None:
         "--slo",
         metavar="LIMITS",
         type=argument_type(Slo.parse),
-        help="such as ttft=500ms,tpot=50ms,e2e=5s: goodput counts answers within all of them",
+        help="limits of a good answer, such as ttft=500ms,tpot=50ms,e2e=5s, for goodput",
     )
-    add("--json", metavar="FILE", type=Path, help="every request and figure, and the command")
+    add("--json", metavar="FILE", type=Path, help="write every request and figure as JSON")
     add(
         "--plot",
         metavar="FILE",
         type=argument_type(plot_path),
-        help="distributions, as .html, .png or .svg",
+        help="plot the distributions, as .html, .png or .svg",
     )
 
 

@@ -1,7 +1,7 @@
 """HTTP/1.1 to one server: h11 over asyncio's streams.
 
-Between a server and its load there is little else, since a client that takes a core for 150 streams
-a second would measure itself: httpx2 takes three times the CPU time for the same answers.
+A load generator must be cheap, or it would measure itself: httpx2 takes three times the CPU time
+for the same answers, and with it one core handles only 150 streams a second.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from opticnerve.benchmark.answer import Answer, AnswerStream, body_code
 PATH = "/v1/chat/completions"
 CONNECT_S = 10.0
 READ_BYTES = 2**16
-MAX_ERROR_BYTES = 2**20  # Of a body that is no stream.
+MAX_ERROR_BYTES = 2**20  # Most bytes read of a body that is not a stream.
 Event = h11.Request | h11.Response | h11.InformationalResponse | h11.Data | h11.EndOfMessage
 
 
 class StaleConnection(ConnectionError):
-    """The server has closed a connection that was kept, before anything of an answer came."""
+    """The server closed a kept-alive connection before any byte of an answer arrived."""
 
 
 class LoadConnection:
@@ -37,8 +37,8 @@ class LoadConnection:
         self._reader = reader
         self._writer = writer
         self._http = h11.Connection(h11.CLIENT)
-        self.answered = 0  # Requests.
-        self.read_at = 0.0  # When bytes came last.
+        self.answered = 0  # Number of answered requests.
+        self.read_at = 0.0  # When bytes last arrived.
 
     @property
     def is_open(self) -> bool:
@@ -47,7 +47,8 @@ class LoadConnection:
         return ready and not self._reader.at_eof() and not self._writer.is_closing()
 
     async def send(self, head: h11.Request, body: bytes) -> None:
-        """Raises OSError; StaleConnection where the same request may go over another one."""
+        """Sends a request. Raises OSError; StaleConnection if it may be sent again on another
+        connection."""
         self._writer.write((self._http.send(head) or b"") + body)
         self._http.send(h11.Data(data=body))
         self._http.send(h11.EndOfMessage())
@@ -55,7 +56,7 @@ class LoadConnection:
             await self._writer.drain()
 
     async def receive(self) -> AsyncIterator[Event]:
-        """What comes, to the end of the answer. Raises like ``send``, and h11.ProtocolError."""
+        """Yields the events of the answer. Raises like ``send``, and h11.ProtocolError."""
         while True:
             event = self._http.next_event()
             if event is h11.NEED_DATA:
@@ -92,13 +93,14 @@ class LoadConnection:
 
 
 class LoadTarget:
-    """A server, and connections to it that are kept; a context manager. As many are opened as there
-    are requests at once."""
+    """A server and a pool of kept-alive connections to it, one for each concurrent request. A
+    context manager."""
 
     def __init__(
         self, url: str, headers: Mapping[str, str] | None = None, timeout_s: float = 1200.0
     ) -> None:
-        """``url``: without the route. ``timeout_s``: of a request, from its sending to its end."""
+        """``url``: without the route. ``timeout_s``: for a request, from sending it to the end of
+        its answer."""
         parts = urlsplit(url)
         self.timeout_s = timeout_s
         self._host = parts.hostname or ""
@@ -119,7 +121,7 @@ class LoadTarget:
             self._idle.pop().close()
 
     async def ask(self, body: bytes) -> Answer:
-        """Sends one request and reads its stream to the end. Errors are part of the answer."""
+        """Sends one request and reads its stream to the end. Errors are reported in the Answer."""
         stream, status, code = AnswerStream(), 0, ""
         sent = time.perf_counter()
         try:
@@ -132,7 +134,7 @@ class LoadTarget:
         return stream.answer(sent, time.perf_counter(), status, code)
 
     async def _exchange(self, body: bytes, stream: AnswerStream) -> tuple[int, str]:
-        """The status, and the code of an answer that is no stream."""
+        """(status, error code of an answer that is not a stream)"""
         while (kept := self._kept()) is not None:
             with contextlib.suppress(StaleConnection):
                 return await self._post(kept, body, stream)

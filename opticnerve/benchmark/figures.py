@@ -1,4 +1,4 @@
-"""What a run's answers amount to: latencies, rates, goodput, errors. Exact, from every value."""
+"""The figures of a run: latencies, rates, goodput, errors. Computed exactly from all values."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LIMITED = ("ttft", "tpot", "e2e")
 
 
 def percentile(values: Sequence[float], rank: float) -> float:
-    """The value at place ``rank / 100 * (n - 1)`` in ascending order, counted from 0; between two
-    places, between their values, linearly."""
+    """The percentile ``rank`` (0 to 100) of the values, interpolated linearly between two
+    values."""
     return float(np.percentile(values, rank))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of some durations, in seconds."""
+    """The distribution of some durations, in seconds."""
 
     count: int
     mean: float
@@ -34,7 +34,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread | None:
-        """None of nothing."""
+        """The values' distribution; None if there are none."""
         if not values:
             return None
         ranked = {rank: percentile(values, rank) for rank in RANKS}
@@ -51,7 +51,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Slo:
-    """Limits, in seconds, that a good answer keeps: of TTFT, TPOT and the time to its end."""
+    """The limits of a good answer, in seconds: of TTFT, TPOT and end-to-end time."""
 
     limits: dict[str, float]
 
@@ -70,7 +70,8 @@ class Slo:
         return cls(limits)
 
     def met(self, answer: Answer) -> bool:
-        """Whether the answer is whole and within the limits; what it has none of is within."""
+        """Whether the answer is complete and within the limits. A figure that it lacks is
+        within."""
         values = ((getattr(answer, name), limit) for name, limit in self.limits.items())
         within = all(value is None or value <= limit for value, limit in values)
         return answer.outcome == "answered" and within
@@ -81,8 +82,8 @@ class Slo:
 
 @dataclass(frozen=True)
 class LoadFigures:
-    """Of the measured requests. Latencies are those of answered ones, in seconds; rates count from
-    the first of them that was due to the end of the last."""
+    """The figures of the measured requests. Latencies are of answered requests, in seconds. Rates
+    cover the time from when the first request was due to the end of the last."""
 
     requests: int
     outcomes: dict[str, int]  # Answered, refused, lost.
@@ -93,16 +94,16 @@ class LoadFigures:
     output_tokens_per_s: float
     prompt_tokens: int
     output_tokens: int
-    cached_tokens: int | None  # Of the prompts; None: the server does not say.
+    cached_tokens: int | None  # Prompt tokens; None: not reported.
     pictures: int
     pictures_again: int
-    good: int | None  # Requests within the SLO; None: there is none.
+    good: int | None  # Requests within the SLO; None: no SLO.
     latencies: dict[str, Spread]
     by_turn: dict[int, Spread]  # TTFT, in dialogues of several turns.
 
     @property
     def goodput(self) -> float | None:
-        """Requests a second within the SLO."""
+        """Requests within the SLO, per second."""
         return None if self.good is None or not self.seconds else self.good / self.seconds
 
     def document(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """One run of load: when each request is sent, and what came of it.
 
-In a closed loop so many clients each send their next request when their last has ended. In an open
-loop requests are due at given times, whether or not the server keeps up; they count from the time
-at which they were due, since a late client would otherwise hide the server's queue.
+In a closed loop, a number of clients each send their next request when their last has ended. In an
+open loop, requests are due at given times, whether or not the server keeps up. Their latencies
+count from when they were due: otherwise a client that is late would hide the server's queue.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from opticnerve.benchmark.workload import Asking, Dialogue
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast requests are sent. ``times``: of an open loop, seconds from the start at which each
-    dialogue is due; None: a closed loop of ``concurrency`` clients."""
+    """How fast requests are sent. ``times``: for an open loop, when each dialogue is due, in
+    seconds from the start; None: a closed loop of ``concurrency`` clients."""
 
-    concurrency: int | None  # None in an open loop: as many at once as there are.
+    concurrency: int | None  # None in an open loop: unbounded.
     times: Sequence[float] | None = None
     duration_s: float | None = None  # Nothing is sent after it.
     ramp_s: float = 0.0  # Not measured: clients start one after the other, or the rate rises.
@@ -37,7 +37,7 @@ class Record:
     turn: int
     asking: Asking
     answer: Answer
-    measured: bool  # Not part of the ramp.
+    measured: bool  # False for requests of the ramp.
 
 
 class LoadRun:
@@ -54,7 +54,7 @@ class LoadRun:
         self.unfinished = 0  # Requests that were under way when this was cancelled.
         self.dropped = 0  # Turns that were not asked, because the one before was not answered.
         self.began = 0.0
-        self.cpu_s = 0.0  # That this process used.
+        self.cpu_s = 0.0  # CPU time of this process.
         self.exhausted = False  # All dialogues were used before the duration ended.
         self._target = target
         self._pace = pace
@@ -62,7 +62,7 @@ class LoadRun:
         self._on_record = on_record
 
     async def run(self) -> None:
-        """Ends when every request has ended. What is recorded stays when this is cancelled."""
+        """Returns when every request has ended. If cancelled, what is recorded so far stays."""
         self.began, cpu = time.perf_counter(), time.process_time()
         try:
             async with asyncio.TaskGroup() as group:

@@ -15,7 +15,7 @@ from PIL import Image
 
 Size = tuple[int, int]  # Width, height.
 MAX_SIDE = 16_384
-NOISE = 12.0  # Standard deviation, of 255: files are as large as those of photos.
+NOISE = 12.0  # Standard deviation, out of 255; makes files as large as photos.
 
 
 @functools.cache
@@ -26,8 +26,8 @@ def _noise(size: Size) -> npt.NDArray[np.int16]:
 
 
 def draw(source: random.Random, size: Size, form: str = "JPEG") -> bytes:
-    """A file of ``form`` (JPEG or PNG): a gradient between two random colours, with noise. Two of
-    one source differ in their pixels, which some servers hash instead of the bytes."""
+    """A file of ``form`` (JPEG or PNG): a gradient between two random colours, with noise. Two
+    pictures differ in their pixels too, because some servers hash these instead of the bytes."""
     width, height = size
     ends = np.array([[source.randrange(256) for _ in range(3)] for _ in range(2)], np.float32)
     ramp = np.linspace(0, 1, height, dtype=np.float32).reshape(-1, 1, 1)
@@ -54,7 +54,7 @@ def picture_part(url: str) -> bytes:
 
 @dataclass
 class Album:
-    """Pictures for one run. ``repeat``: the share of those that were shown before."""
+    """Pictures for one run. ``repeat``: the share of pictures that are shown again."""
 
     source: random.Random
     sizes: tuple[Size, ...]
@@ -67,8 +67,8 @@ class Album:
     def next(self, earlier: int | None = None) -> bytes:
         """The message part of the next picture.
 
-        ``earlier``: how many of the first new pictures may be shown again, so that a request does
-        not repeat its own; None: all.
+        ``earlier``: only the first so many new pictures may be shown again, so that a request does
+        not repeat its own pictures; None: all.
         """
         self.shown += 1
         old = len(self._parts) if earlier is None else earlier

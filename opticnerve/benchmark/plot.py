@@ -32,8 +32,8 @@ svg {{ width: 100%; height: auto }} pre {{ overflow-x: auto }}</style>
 
 
 def plot_path(text: str) -> Path:
-    """The file for a plot. Raises ValueError for an ending that says no form, and StartupError
-    where matplotlib is not installed."""
+    """The file for a plot. Raises ValueError for an unknown ending, and StartupError if matplotlib
+    is not installed."""
     path = Path(text)
     if path.suffix not in ENDINGS:
         raise ValueError(f"expected a file that ends in {', '.join(ENDINGS)}, got {text!r}")
@@ -42,7 +42,7 @@ def plot_path(text: str) -> Path:
 
 
 def new_figure(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    """A figure that belongs to no window, and its axes in reading order."""
+    """A figure without a window, and its axes in reading order."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * columns, 4 * rows), layout="constrained")

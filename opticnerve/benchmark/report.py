@@ -1,4 +1,4 @@
-"""What a run of load prints and keeps: tables, and a document with every request."""
+"""The output of a run: tables for the terminal, and a JSON document with every request."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from opticnerve.benchmark.figures import LoadFigures, Slo
 from opticnerve.benchmark.load import LoadRun, Record
 from opticnerve.benchmark.tables import machine, table
 
-BUSY = 0.8  # Of a core, from which the client may be what is measured.
-LATE_S = 0.05  # 99th percentile from which the client did not keep the rate.
+BUSY = 0.8  # Above this share of a core, the client itself may limit the figures.
+LATE_S = 0.05  # Above this 99th percentile, the client did not keep the rate.
 COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """One run: what it was, and what came of it."""
+    """One run: its settings and its results."""
 
     label: str
-    settings: Mapping[str, Any]  # Of this run alone.
+    settings: Mapping[str, Any]  # Those that differ between runs.
     run: LoadRun
     figures: LoadFigures
-    complete: bool  # Not interrupted.
+    complete: bool  # False: interrupted.
 
     @property
     def cpu_share(self) -> float:
-        """Of one core, that this process used."""
+        """The share of one core that this process used."""
         return self.run.cpu_s / self.figures.seconds if self.figures.seconds else 0.0
 
     def document(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def request_document(record: Record, began: float) -> dict[str, Any]:
 def document(
     name: str, argv: Sequence[str], results: Sequence[LoadResult], more: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything that a command measured. ``more``: what its runs have in common."""
+    """Everything that a command measured, as JSON. ``more``: the settings that its runs share."""
     return {
         "command": shlex.join(["opticnerve", *name.split(), *argv]),
         "version": __version__,

@@ -1,4 +1,5 @@
-"""The runs of ``opticnerve bench serve``: what they ask, when, and what they print and keep."""
+"""The runs of ``opticnerve bench serve``: prepares them, sends the load, prints and saves
+results."""
 
 from __future__ import annotations
 
@@ -37,14 +38,14 @@ from opticnerve.errors import OpticNerveError, StartupError
 
 GREET_S = 30.0
 MAX_REQUESTS = 10_000_000
-RECENT = 1000  # Requests.
-LONG_PREPARATION = 64  # Requests, from which on a bar shows it.
+RECENT = 1000  # Number of requests whose median the progress bar shows.
+LONG_PREPARATION = 64  # With more requests, a progress bar is shown.
 Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """The command's arguments; None: the workload's own."""
+    """The command's arguments; None: the workload's default."""
 
     url: str
     model: str | None = None
@@ -94,7 +95,7 @@ class RunSettings:
 
     concurrency: int | None
     rate: float | None
-    turns: int  # Earlier ones.
+    turns: int  # Number of earlier turns.
 
     @property
     def label(self) -> str:
@@ -126,8 +127,8 @@ def run_settings(settings: LoadSettings) -> list[RunSettings]:
 
 
 def measure(settings: LoadSettings, argv: Sequence[str]) -> int:
-    """Runs the load, prints its figures, keeps what is asked for; returns the exit status. Raises
-    StartupError if it cannot begin."""
+    """Runs the load, prints its figures, and saves what was asked for. Returns the exit status.
+    Raises StartupError if it cannot begin."""
     runs = run_settings(settings)
     model = greet(settings)
     seed = random.SystemRandom().randrange(2**32) if settings.seed is None else settings.seed
@@ -152,7 +153,7 @@ def measure(settings: LoadSettings, argv: Sequence[str]) -> int:
 def _keep(
     settings: LoadSettings, argv: Sequence[str], results: Sequence[LoadResult], common: Fields
 ) -> None:
-    """The summary of several runs, and the files."""
+    """Prints the summary of several runs, and writes the files."""
     if len(results) > 1:
         print(f"\n{report.summary(results)}", flush=True)
     if settings.json:
@@ -179,7 +180,7 @@ def _public(argv: Sequence[str]) -> list[str]:
 
 
 def greet(settings: LoadSettings) -> str:
-    """The model to ask for. Raises StartupError if no server answers, or it takes no key."""
+    """The model to ask for. Raises StartupError if no server answers, or it refuses the key."""
     url = f"{settings.url}/v1/models"
     try:
         with httpx2.Client(
@@ -210,7 +211,7 @@ def greet(settings: LoadSettings) -> str:
 def _results(
     settings: LoadSettings, runs: Sequence[RunSettings], model: str, seed: int
 ) -> Iterator[LoadResult]:
-    """What each run came to; the last may be incomplete."""
+    """The result of each run; the last may be incomplete."""
     for index, one in enumerate(runs):
         work = prepare(settings, one, model, f"{seed} {index}")
         before = [] if index or settings.prompts else warm_up(settings, one, model, seed)
@@ -229,7 +230,7 @@ async def _drive(
     warm_up: Sequence[Dialogue],
     label: str,
 ) -> tuple[LoadRun, bool]:
-    """The run, and whether it came to its end: Ctrl-C cancels it, and is no error here."""
+    """The run, and whether it is complete. Ctrl-C ends it early, and is not an error here."""
     async with LoadTarget(settings.url, settings.request_headers, settings.timeout_s) as target:
         with tqdm(
             total=sum(len(each.askings) for each in asked), desc=label, unit="request", disable=None
@@ -245,7 +246,8 @@ async def _drive(
 
 
 def progress(bar: Any) -> Callable[[Record], None]:
-    """Moves a bar, and tells the median of recent TTFTs and the failures so far."""
+    """Makes a function that advances the bar, and shows the median of recent TTFTs and the number
+    of failures."""
     ttfts: deque[float] = deque(maxlen=RECENT)
     failed = 0
 
@@ -264,7 +266,7 @@ def progress(bar: Any) -> Callable[[Record], None]:
 
 @dataclass(frozen=True)
 class LoadWork:
-    """A run's material. ``times``: see ``Pace``."""
+    """The requests of a run. ``times``: see ``Pace``."""
 
     dialogues: list[Dialogue]
     times: list[float] | None = None
@@ -304,14 +306,14 @@ def synthetic(
 
 
 def warm_up(settings: LoadSettings, run: RunSettings, model: str, seed: int) -> list[Dialogue]:
-    """Dialogues of no run's own material, of which the first turn is asked."""
+    """Dialogues that are part of no run; only their first turn is asked."""
     source = random.Random(f"{seed} warm-up")
     return list(itertools.islice(synthetic(settings, run, model, source), settings.warm_up))
 
 
 def _count(settings: LoadSettings, run: RunSettings, lines: int) -> int:
-    """How many dialogues; in an open loop with a duration its times decide, unless a number is
-    given."""
+    """The number of dialogues. In an open loop with a duration, arrival times decide, unless a
+    number is given."""
     if settings.requests is not None:
         return -(-settings.requests // (run.turns + 1))
     if settings.duration_s is not None:

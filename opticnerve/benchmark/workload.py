@@ -1,4 +1,4 @@
-"""What is asked: synthetic chats and conversations, or the prompts of a file, made before a run."""
+"""The requests of a run, made before it: synthetic chats and conversations, or a file's prompts."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from opticnerve.cli.chat_client import picture_url
 from opticnerve.errors import InvalidRequest, StartupError
 from opticnerve.media.load import is_url
 
-# A token each in most vocabularies of natural language, with the space before it.
+# With the space before it, each is one token in most vocabularies.
 TEXT = """about above after again air all always another around ask away back before below between
 book both call change city close country cover day down each earth end even every eye face far few
 find first food four full game give good great group hand hard have head hear help here high home
 hour house idea keep kind know land large last late learn leave left letter life light line list"""
 WORDS = TEXT.split()
-ANSWER_FIELDS = {"temperature": 0, "ignore_eos": True}  # So that answers have the asked length.
+ANSWER_FIELDS = {"temperature": 0, "ignore_eos": True}  # So that answers have the requested length.
 Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Asking:
-    """One turn of a user, in pieces of JSON: a picture that is shown again is in memory once."""
+    """One user turn, in pieces of JSON, so that a repeated picture is in memory only once."""
 
     messages: tuple[bytes, ...]
     pictures: int = 0
-    again: int = 0  # Of them, shown before.
+    again: int = 0  # How many of them were shown before.
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Requests that follow each other: each sends what was said before it, pictures included."""
+    """Consecutive requests, each of which repeats everything said before it, pictures included."""
 
-    fields: bytes  # Of each body, beside its messages: JSON without the outer braces.
+    fields: bytes  # The body's other fields: JSON without the outer braces.
     askings: tuple[Asking, ...]
 
     def body(self, said: Sequence[str]) -> bytes:
-        """The request that follows the answers ``said``."""
+        """The body of the request that follows the answers ``said``."""
         pieces = [b"{", self.fields, b',"messages":[']
         for asking, text in zip(self.askings, said, strict=False):
             pieces += [*asking.messages, b",", _dump({"role": "assistant", "content": text}), b","]
@@ -53,8 +53,8 @@ def _dump(value: Any) -> bytes:
 
 
 def body_fields(model: str, given: Fields) -> bytes:
-    """The fields of a streamed request that says what it used, as ``Dialogue.fields``; one that is
-    None is left out."""
+    """The fields of a streamed request with usage, as in ``Dialogue.fields``. Fields of None are
+    left out."""
     own = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
     kept = {name: value for name, value in given.items() if value is not None}
     return _dump({**kept, **own})[1:-1]
@@ -62,7 +62,7 @@ def body_fields(model: str, given: Fields) -> bytes:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of synthetic dialogues."""
+    """The shape of synthetic dialogues."""
 
     turns: int = 1
     pictures: int = 1  # In the first turn.
@@ -72,8 +72,8 @@ class Shape:
 def dialogues(
     shape: Shape, album: Album, source: random.Random, fields: bytes
 ) -> Iterator[Dialogue]:
-    """Dialogues without an end; texts are new in each, so that no prompt is a prefix of another's
-    beyond its pictures."""
+    """Endless dialogues. The texts of each are new, so that prompts share no prefix beyond their
+    pictures."""
     while True:
         earlier, before = album.new, album.again
         parts = [album.next(earlier) for _ in range(shape.pictures)]
@@ -88,7 +88,7 @@ def _text(source: random.Random, words: int) -> str:
 
 
 def _user(parts: Sequence[bytes], text: str) -> tuple[bytes, ...]:
-    """A user's message in pieces, of which the pictures are as they were given."""
+    """A user's message in pieces; the pictures are the given objects, not copies."""
     if not parts:
         return (_dump({"role": "user", "content": text}),)
     pictures = (piece for part in parts for piece in (part, b","))
@@ -100,8 +100,8 @@ def _user(parts: Sequence[bytes], text: str) -> tuple[bytes, ...]:
 
 def read_prompts(path: Path, model: str, given: Fields, default: Fields) -> list[Dialogue]:
     """The lines of a JSONL file: bodies of chat completions, or ``{"prompt": TEXT, "images": [FILE
-    or URL, ...]}``. ``given`` replaces their fields, ``default`` is for those that lack them.
-    Raises StartupError, which names the line."""
+    or URL, ...]}``. ``given`` overrides their fields; ``default`` fills in missing ones. Raises
+    StartupError, which names the line."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:

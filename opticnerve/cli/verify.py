@@ -67,7 +67,7 @@ def parser() -> Parser:
         help="tokens of each answer (default: 24)",
     )
     how.add_argument(
-        "--seed", metavar="N", type=number_type(int), default=0, help="of the chats (default: 0)"
+        "--seed", metavar="N", type=number_type(int), default=0, help="chats' seed (default: 0)"
     )
     how.add_argument(
         "--against",

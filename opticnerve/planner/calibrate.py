@@ -1,4 +1,5 @@
-"""Rates of a running stack, from a short run: its timings, its limits, and a client's clock."""
+"""Measures the rates of a running stack in a short run: from its timings and limits, and a client's
+clock."""
 
 from __future__ import annotations
 
@@ -27,19 +28,20 @@ from opticnerve.cli.chat_client import trust_for
 from opticnerve.errors import StartupError
 from opticnerve.planner.rates import PictureCost, Rates
 
-ROUNDS = 8  # Of each kind of request; medians count.
-TOKENS = 24  # Of an answer.
-SHORT, LONG = 8, 256  # Words of a prompt.
+ROUNDS = 8  # Requests of each kind; medians count.
+TOKENS = 24  # Length of an answer.
+SHORT, LONG = 8, 256  # Prompt lengths, in words.
 AT_ONCE = 8  # Sequences that decode together in each LLM worker, if it has so many slots.
-TOKENS_AT_ONCE = 64  # Of their answers: while most of them are written, all decode.
-SHRUNK = (1, 2, 4)  # Sizes of pictures are divided by these, to tell a batch from a patch.
+TOKENS_AT_ONCE = 64  # Length of their answers; long enough that mostly all decode together.
+# Pictures are measured at sizes divided by these, to separate costs per batch and per patch.
+SHRUNK = (1, 2, 4)
 PATCHES_PER_TOKEN = 4  # Where the plan has no grid.
 LEAST_S = 1e-9  # So that every kind of work takes some time.
 TIMEOUT_S = 120.0
 
 
 class Calibration:
-    """Asks one server, which is otherwise idle."""
+    """Measures one server, which must otherwise be idle."""
 
     def __init__(
         self, target: LoadTarget, http: httpx2.AsyncClient, model: str, say: Callable[[str], None]
@@ -51,9 +53,9 @@ class Calibration:
         self._source = random.Random()
 
     async def rates(self, sizes: Sequence[Size]) -> Rates:
-        """Raises StartupError if the server does not answer, or tells no timings."""
+        """The server's rates. Raises StartupError if it does not answer, or sends no timings."""
         limits, llms = await self._limits()
-        await self._alone(Shape(1, 0, SHORT), 2)  # So that no first time of anything is measured.
+        await self._alone(Shape(1, 0, SHORT), 2)  # Warm-up.
         self._say("text, alone")
         short, long = [await self._alone(Shape(1, 0, words)) for words in (SHORT, LONG)]
         at_once = min(AT_ONCE, limits.get("max_sequences", AT_ONCE))
@@ -102,7 +104,8 @@ class Calibration:
         return [await self._ask(self._dialogue(shape, size)) for _ in range(rounds)]
 
     async def _together(self, count: int) -> list[Answer]:
-        """The first time they are not counted, so that next to no prefill is beside what is."""
+        """Asks ``count`` requests at once, twice. The first answers do not count, so that hardly
+        any prefill disturbs the others."""
         shape = Shape(1, 0, SHORT)
         made = [self._dialogue(shape, tokens=TOKENS_AT_ONCE) for _ in range(count)]
         rounds = [await asyncio.gather(*map(self._ask, made)) for _ in range(3)]
@@ -146,7 +149,7 @@ class Calibration:
         return found, max(1, llms.get("serving", 1))
 
     async def _picture_cost(self, size: Size) -> PictureCost:
-        """By the plan of a picture, which a server makes without encoding it."""
+        """The cost of a picture, from the plan that a server makes without encoding it."""
         message = b"".join(self._dialogue(Shape(1, 1, 1), size).askings[0].messages)
         body = b'{"model":%s,"messages":[%s]}' % (json.dumps(self._model).encode(), message)
         try:
@@ -203,28 +206,27 @@ def _tpot(answers: Sequence[Answer]) -> float:
 
 
 def _step(alone: float, together: float, at_once: int) -> tuple[float, float]:
-    """(seconds of a step, seconds of each sequence in it), from the TPOT of a sequence alone and
-    of several together. One sequence always takes what it took alone: whatever together would add
-    beyond it is another load's."""
+    """(seconds per step, seconds per sequence in it), from the TPOT of one sequence alone and of
+    several together. The sum for one sequence is always its TPOT alone."""
     more = (together - alone) / (at_once - 1) if at_once > 1 else 0.0
     sequence_s = min(max(more, LEAST_S), alone)
     return max(LEAST_S, alone - sequence_s), sequence_s
 
 
 def _stage(answers: Sequence[Answer], name: str) -> float:
-    """Seconds."""
+    """The median seconds of a stage."""
     return _median(answers, lambda answer: (answer.timings or {}).get(f"{name}_ms", 0.0)) / 1000
 
 
 def _path(rates: Rates, cost: PictureCost, answers: Sequence[Answer]) -> float:
-    """Seconds of a TTFT that the rates explain, without the picture's preparation."""
+    """The part of TTFT that the rates explain, in seconds, without preparing the picture."""
     encode = rates.batch_s + rates.patch_s * cost.patches
     prefill = rates.step_s + rates.prefill_token_s * _median(answers, _prefilled)
     return rates.gateway_s + encode + prefill
 
 
 def _line(counts: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-    """(seconds at 0, seconds for each more), by least squares, neither below 0."""
+    """(intercept, slope) of seconds over counts, by least squares, neither below 0."""
     if len(set(counts)) > 1:
         slope, start = (float(value) for value in np.polyfit(counts, seconds, 1))
         if slope > 0 and start >= 0:

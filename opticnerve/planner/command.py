@@ -48,11 +48,11 @@ def _add_rates(made: Parser) -> None:
         "--calibrate",
         metavar="URL",
         type=argument_type(gateway_url),
-        help="a running OpticNerve, such as http://127.0.0.1:8000, that is measured; "
+        help="measure a running OpticNerve, such as http://127.0.0.1:8000; "
         "OPENAI_API_KEY is its key",
     )
-    add("--rates", metavar="FILE", type=Path, help="rates that --save-rates has kept")
-    add("--save-rates", metavar="FILE", type=Path, help="keep the measured rates")
+    add("--rates", metavar="FILE", type=Path, help="read rates that --save-rates has written")
+    add("--save-rates", metavar="FILE", type=Path, help="write the measured rates")
 
 
 def _add_traffic(made: Parser) -> None:
@@ -62,35 +62,35 @@ def _add_traffic(made: Parser) -> None:
         metavar="R",
         type=argument_type(rate_of),
         required=True,
-        help="requests a second, which arrive at random",
+        help="requests a second, on average",
     )
     add(
         "--burstiness",
         metavar="B",
         type=number_type(float),
         default=1.0,
-        help="as of `opticnerve bench serve` (default: 1)",
+        help="as in `opticnerve bench serve` (default: 1)",
     )
     add(
         "--prompt-tokens",
         metavar="N[-M]",
         type=argument_type(range_of),
         default=(64, 64),
-        help="of a request beside its pictures; N-M: all between are equally likely (default: 64)",
+        help="tokens of a request without pictures; N-M: equally distributed (default: 64)",
     )
     add(
         "--output-tokens",
         metavar="N[-M]",
         type=argument_type(range_of),
         default=(64, 64),
-        help="of an answer (default: 64)",
+        help="tokens of an answer, likewise (default: 64)",
     )
     add(
         "--cached-prompt",
         metavar="SHARE",
         type=argument_type(share_of),
         default=0.0,
-        help="of prompt tokens that the prefix cache has; `bench serve` measures it (default: 0)",
+        help="share of prompt tokens in the prefix cache; `bench serve` measures it (default: 0)",
     )
 
 
@@ -101,21 +101,21 @@ def _add_pictures(made: Parser) -> None:
         metavar="N",
         type=number_type(int),
         default=1,
-        help="in a request (default: 1)",
+        help="pictures in a request (default: 1)",
     )
     add(
         "--picture-sizes",
         metavar="WxH,...",
         type=argument_type(sizes_of),
         default=((448, 448),),
-        help="in pixels, taken in turn (default: 448x448)",
+        help="sizes in pixels, used in turn (default: 448x448)",
     )
     add(
         "--repeat",
         metavar="SHARE",
         type=argument_type(share_of),
         default=0.0,
-        help="of pictures whose embeddings are cached, from 0 to 1 (default: 0)",
+        help="share of pictures whose embeddings are cached, from 0 to 1 (default: 0)",
     )
 
 
@@ -125,24 +125,24 @@ def _add_answer(made: Parser) -> None:
         "--slo",
         metavar="LIMITS",
         type=argument_type(Slo.parse),
-        help="such as ttft=500ms,tpot=50ms,e2e=5s",
+        help="limits of a good answer, such as ttft=500ms,tpot=50ms,e2e=5s",
     )
     add(
         "--attain",
         metavar="SHARE",
         type=argument_type(share_of),
         default=0.99,
-        help="of requests that keep the SLO (default: 0.99)",
+        help="share of requests that must keep the SLO (default: 0.99)",
     )
     for flag in ("--encoders", "--llms"):
-        add(flag, metavar="N", type=number_type(int), help="of given pools")
-    add("--seed", metavar="N", type=number_type(int), default=0, help="of the traffic (default: 0)")
-    add("--json", metavar="FILE", type=Path, help="rates, traffic and forecasts")
+        add(flag, metavar="N", type=number_type(int), help="forecast for pools of this size")
+    add("--seed", metavar="N", type=number_type(int), default=0, help="traffic's seed (default: 0)")
+    add("--json", metavar="FILE", type=Path, help="write rates, traffic and forecasts as JSON")
     add(
         "--plot",
         metavar="FILE",
         type=argument_type(plot.plot_path),
-        help="distributions, as .html, .png or .svg",
+        help="plot the distributions, as .html, .png or .svg",
     )
 
 
@@ -228,6 +228,6 @@ def _write(path: Path, value: Any, flag: str) -> None:
 
 
 def _say(text: str) -> None:
-    """What is being measured or simulated, on a terminal."""
+    """Shows on a terminal what is being measured or simulated."""
     if sys.stderr.isatty():
         print(f"\r{text:60}", end="\n" if not text else "", file=sys.stderr, flush=True)

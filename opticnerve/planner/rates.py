@@ -14,8 +14,8 @@ from opticnerve.errors import StartupError
 class PictureCost:
     """A picture of one size, as the model sees it."""
 
-    patches: int  # Of the tower's input: what an encoder's batches count.
-    tokens: int  # Of the prompt.
+    patches: int  # Patches of the tower's input, by which batches are counted.
+    tokens: int  # Prompt tokens.
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Rates:
     sequence_s * decoding sequences + prefill_token_s * prefilled tokens``.
     """
 
-    gateway_s: float  # Of a request's TTFT, what no other cost explains.
-    picture_s: float  # Of a picture's way to its embedding, likewise: read, sent, put, got.
+    gateway_s: float  # The part of TTFT that no other cost explains.
+    picture_s: float  # The same for a picture: reading, sending, storing and loading.
     prepare_s: float  # Decoding and resizing it, on one of ``prepare_workers`` threads.
     batch_s: float
     patch_s: float
@@ -51,7 +51,7 @@ class Rates:
 
     @classmethod
     def read(cls, path: Path) -> Rates:
-        """From the JSON that ``document`` made, or a hand. Raises StartupError."""
+        """Reads the JSON of ``document``, or JSON written by hand. Raises StartupError."""
         try:
             value = json.loads(path.read_text())
             return cls.of(value.get("rates", value))
@@ -62,7 +62,7 @@ class Rates:
 
     @classmethod
     def of(cls, value: dict[str, Any]) -> Rates:
-        """Raises ValueError for a field that is unknown, missing or no number from 0 up."""
+        """Raises ValueError for a field that is unknown, missing or not a number of at least 0."""
         kinds = {item.name: item for item in fields(cls)}
         for name, number in value.items():
             if name not in kinds:

@@ -1,4 +1,4 @@
-"""What ``opticnerve plan`` prints, keeps and draws."""
+"""The output of ``opticnerve plan``: text, JSON and plots."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The smallest pools that keep an SLO. More workers never make it worse, so that halving finds
-them."""
+"""Finds the smallest pools that keep an SLO. More workers never make it worse, so bisection
+works."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from opticnerve.planner.rates import Rates
 from opticnerve.planner.simulation import Forecast, Pools, simulate
 from opticnerve.planner.traffic import Traffic
 
-REQUESTS = 20_000  # Of one simulation.
-LIFETIMES = 20  # Of a request, that the arrivals of one simulation last at least.
-MAX_SCALE = 64  # Times the workers that the work alone needs.
-MAX_UNFINISHED = 0.001  # Share of requests; more of them, and a queue grows.
+REQUESTS = 20_000  # Requests of one simulation.
+LIFETIMES = 20  # A simulation's arrivals last at least so many lifetimes of a request.
+MAX_SCALE = 64  # Most workers tried, as a multiple of those that the work alone needs.
+MAX_UNFINISHED = 0.001  # If a larger share of requests is unfinished, a queue grows.
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,16 @@ class Question:
 
     @functools.cached_property
     def slices(self) -> int:
-        """Into how many equal parts, simulated once, traffic and pools are divided: what arrives in
-        some lifetimes of a request must be no more than one simulation's requests. Pools of parts
-        share less than one large pool, so that the answer is on the safe side."""
+        """The number of equal parts into which traffic and pools are divided, of which one is
+        simulated: a simulation must cover LIFETIMES of a request within its number of requests.
+        Small pools balance load less well than one large pool, so the answer is on the safe
+        side."""
         needed = self.traffic.rate * LIFETIMES * self._lifetime_s
         return max(1, math.floor(needed / self.requests))
 
     @property
     def _lifetime_s(self) -> float:
-        """Of a request, roughly, where the SLO is just kept."""
+        """The lifetime of a request if the SLO is just kept, roughly."""
         limits, rates = self.slo.limits, self.rates
         token = limits.get("tpot", 4 * (rates.step_s + rates.sequence_s))
         lifetime = limits.get("ttft", 1.0) + token * self.traffic.output_tokens[1]
@@ -52,7 +53,7 @@ class Question:
         return replace(self.traffic, rate=self.traffic.rate / self.slices)
 
     def forecast(self, pools: Pools) -> Forecast:
-        """Of a slice."""
+        """The forecast for one slice."""
         return simulate(self.rates, self.slice_traffic, pools, self.requests, self.slo, self.seed)
 
     def keeps(self, pools: Pools) -> bool:
@@ -68,8 +69,8 @@ class Question:
         return stable and found.attained >= self.attain
 
     def work_s(self) -> tuple[float, float]:
-        """Seconds of encoders and of LLM workers for a second of a slice's traffic, at least: as if
-        batches and steps cost nothing beside what is in them."""
+        """Lower bounds on the seconds of work of (encoders, LLM workers) for a second of a slice's
+        traffic: as if batches and steps had no fixed cost."""
         traffic, rates = self.slice_traffic, self.rates
         patches = tokens = 0.0
         if traffic.pictures:
@@ -89,8 +90,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Proposal:
-    """The answer: pools of the whole traffic, and what is expected of them; whole copies that keep
-    the SLO, and what as many of them as the pools have devices would do."""
+    """The answer: forecasts of the split pools for the whole traffic, of the whole copies that keep
+    the SLO, and of whole copies on as many devices as the split pools have."""
 
     slices: int
     split: Forecast
@@ -99,7 +100,7 @@ class Proposal:
 
     @property
     def forecasts(self) -> list[Forecast]:
-        """Each once."""
+        """All forecasts, without duplicates."""
         found = [self.split, self.whole, self.whole_on_as_many]
         return found[:2] if found[1].pools == found[2].pools else found
 
@@ -125,7 +126,7 @@ def propose(question: Question, say: Callable[[str], None] = lambda text: None) 
 
 
 def _alone(question: Question) -> Forecast:
-    """One request at a time."""
+    """The forecast for one request at a time."""
     quiet = replace(question.traffic, rate=1e-4)
     pools = Pools(max(1, question.traffic.pictures), 1)
     return simulate(question.rates, quiet, pools, 50, question.slo, question.seed)
@@ -167,7 +168,7 @@ def _smallest_split(question: Question, say: Callable[[str], None]) -> Pools:
 
 
 def _smallest(keeps: Callable[[int], bool], least: int) -> int:
-    """The smallest number from ``least`` up that keeps it."""
+    """The smallest number, at least ``least``, for which ``keeps`` is true."""
     low, high = least, least
     while not keeps(high):
         low, high = high + 1, high * 2

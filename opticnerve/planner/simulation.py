@@ -1,4 +1,4 @@
-"""One simulation: some traffic, some pools, and what came of it."""
+"""One simulation of traffic on given pools."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from opticnerve.planner.rates import Rates
 from opticnerve.planner.traffic import Traffic, Visit, visits
 from opticnerve.planner.workers import EncoderModel, LlmModel, after
 
-WARM_UP = 0.25  # Of the arrivals' time, before which requests are not counted.
-PATIENCE = 1.0  # How long the last requests are awaited, in arrivals' times.
+WARM_UP = 0.25  # Requests in this first part of the arrivals' time are not counted.
+PATIENCE = 1.0  # How long to wait for the last requests, as a multiple of the arrivals' time.
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,21 @@ class Pools:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of the requests that arrived after the warm-up."""
+    """Figures of the requests that arrived after the warm-up."""
 
     pools: Pools
     requests: int
     unfinished: int
-    requests_per_s: float  # That ended, within the time of the arrivals.
-    attained: float  # Share of the requests within the SLO; without one, of those that ended.
-    ttft_s: tuple[float, ...]  # Of those that ended.
+    requests_per_s: float  # Requests that ended within the arrivals' time, per second.
+    attained: float  # Share of requests within the SLO; without an SLO, that ended.
+    ttft_s: tuple[float, ...]  # Of requests that ended.
     tpot_s: tuple[float, ...]
-    encoder_use: float  # Share of the time that an encoder works; 0 where there is none.
-    llm_use: float  # Of an LLM worker or a whole copy: it works whenever a sequence is there.
-    llm_sequences: float  # That decode in one of them, on average.
+    encoder_use: float  # Share of time that an encoder works; 0: no encoders.
+    llm_use: float  # The same of an LLM worker or whole copy, which works while it has a sequence.
+    llm_sequences: float  # Decoding sequences in one of them, on average.
 
     def quantile(self, name: str, rank: float) -> float | None:
-        """Of ``ttft`` or ``tpot``, in seconds; None of nothing."""
+        """A quantile of ``ttft`` or ``tpot``, in seconds; None if there are no values."""
         values = self.ttft_s if name == "ttft" else self.tpot_s
         return percentile(values, rank) if values else None
 
@@ -76,7 +76,7 @@ class Forecast:
 def simulate(
     rates: Rates, traffic: Traffic, pools: Pools, requests: int, slo: Slo | None, seed: int = 0
 ) -> Forecast:
-    """Lets ``requests`` arrive, and waits for the last ones as long again at most."""
+    """Lets ``requests`` arrive, then waits up to PATIENCE for the last ones."""
     env = simpy.Environment()
     cluster = Cluster(env, rates, pools)
     asked = list(itertools.islice(visits(traffic, rates, seed), requests))
@@ -129,7 +129,7 @@ class Cluster:
         self._encoders = [] if whole else [EncoderModel(env, rates) for _ in range(pools.encoders)]
 
     def busy(self) -> tuple[float, float]:
-        """Seconds that encoders have worked so far, and LLM workers or whole copies."""
+        """Seconds of work so far of (encoders, LLM workers or whole copies)."""
         encoders = sum(worker.busy_s for worker in self._encoders)
         return encoders, sum(worker.busy_s for worker in self._llms)
 
@@ -137,7 +137,7 @@ class Cluster:
         after(self._env, self._rates.gateway_s, lambda _: self._dispatch(visit))
 
     def _dispatch(self, visit: Visit) -> None:
-        """Chooses the LLM worker at once, as the gateway does, which opens the call first."""
+        """Chooses the LLM worker before encoding, as the gateway does."""
         llm = _least(self._llms)
         llm.load += 1
         left = len(visit.patches)

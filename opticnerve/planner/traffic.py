@@ -1,4 +1,4 @@
-"""Traffic as it is described: how often requests come, and what they hold."""
+"""A description of traffic: how often requests come, and what they contain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Traffic:
     rate: float  # Requests a second.
     pictures: int = 1  # In each request.
     sizes: tuple[str, ...] = ("448x448",)  # Taken in turn.
-    prompt_tokens: Range = (32, 32)  # Beside the pictures'.
+    prompt_tokens: Range = (32, 32)  # Without pictures.
     output_tokens: Range = (64, 64)
     repeat: float = 0.0  # Share of pictures whose embeddings are cached.
     cached_prompt: float = 0.0  # Share of a prompt's tokens that the prefix cache has.
@@ -29,7 +29,7 @@ class Visit:
     """One simulated request; times in seconds, infinite until they come."""
 
     arrived: float
-    patches: list[int]  # Of each picture that has to be encoded.
+    patches: list[int]  # For each picture that has to be encoded.
     prefill: int  # Tokens to compute.
     prompt: int  # Tokens, cached ones included.
     output: int
@@ -42,12 +42,12 @@ class Visit:
 
     @property
     def tpot(self) -> float:
-        """Seconds for each token after the first; 0 where there is none."""
+        """Seconds per token after the first; 0 if there is only one."""
         return (self.ended - self.first) / (self.output - 1) if self.output > 1 else 0.0
 
 
 def visits(traffic: Traffic, rates: Rates, seed: int) -> Iterator[Visit]:
-    """Requests in the order of their arrival, without an end."""
+    """Endless requests, in order of arrival."""
     source = random.Random(seed)
     costs = [rates.picture(size) for size in traffic.sizes] if traffic.pictures else []
     shown = 0

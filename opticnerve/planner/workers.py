@@ -1,8 +1,9 @@
-"""Workers as a discrete-event simulation sees them: what occupies a device, in which order.
+"""Models of workers for the discrete-event simulation: what occupies a device, and in which order.
 
-They follow the real ones: an encoder takes what waits, first in first out, up to its batch's
-patches; an LLM worker gives every decoding sequence a token in each step, and prefills beside it
-what fits the step's tokens and time. Steps that change nothing but counts are one event.
+They behave like the real ones: an encoder takes what waits, first in, first out, up to a batch's
+patches; an LLM worker gives every decoding sequence a token in each step, and also prefills what
+fits the step's tokens and time. Consecutive steps that change only counts are simulated as one
+event.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from opticnerve.planner.traffic import Visit
 
 Life = Generator[simpy.Event, Any, None]
 Encoded = Callable[[], None]
-MIN_PREFILL_FRACTION = 1 / 4  # Of a step's time, however long its decoding takes.
-BLOCK_TOKENS = 16  # The least that a step prefills.
+MIN_PREFILL_FRACTION = 1 / 4  # Of a step's time, however long decoding takes.
+BLOCK_TOKENS = 16  # Fewest tokens that a step prefills.
 
 
 class PictureQueue:
@@ -33,10 +34,11 @@ class PictureQueue:
         self._env = env
         self._rates = rates
         self._prepared: deque[tuple[int, Encoded]] = deque()
-        self._threads = [0.0] * max(1, rates.prepare_workers)  # When each is free: a heap.
+        self._threads = [0.0] * max(1, rates.prepare_workers)  # When each thread is free; a heap.
 
     def submit(self, patches: int, encoded: Encoded, arrived: Callable[[], None]) -> None:
-        """``arrived`` is called when it is prepared, ``encoded`` when its rows are there."""
+        """Adds a picture. ``arrived`` is called when it is prepared, ``encoded`` when it is
+        encoded."""
         self.pending += patches
         sent = self._env.now + self._rates.picture_s
         ready = max(sent, heapq.heappop(self._threads)) + self._rates.prepare_s
@@ -101,8 +103,8 @@ class EncoderModel:
 
 
 class LlmModel:
-    """An LLM worker, or with ``encodes`` a whole copy of the model: one device that encodes a batch
-    of pictures between two steps."""
+    """An LLM worker, or with ``encodes`` a whole copy of the model, whose device encodes a batch of
+    pictures between two steps."""
 
     def __init__(self, env: simpy.Environment, rates: Rates, *, encodes: bool = False) -> None:
         self.busy_s = 0.0
@@ -117,7 +119,7 @@ class LlmModel:
         self._kv_tokens = rates.kv_tokens
         self._order = count()
         self._idle: simpy.Event | None = None
-        self._coasting = False  # In steps that an arrival ends early.
+        self._coasting = False  # In several steps at once, which an arrival ends.
         self._life = env.process(self._run())
 
     @property
@@ -157,7 +159,7 @@ class LlmModel:
                 yield self._idle
 
     def _step(self) -> Life:
-        """One step, or as many as pass until the next sequence ends or arrives."""
+        """One step, or all steps until the next sequence ends or arrives."""
         chunks = self._chunks()
         tokens = sum(size for _, size in chunks)
         each = self._seconds(len(self._decoding), tokens)
@@ -178,7 +180,7 @@ class LlmModel:
         return rates.step_s + rates.sequence_s * decoding + rates.prefill_token_s * tokens
 
     def _chunks(self) -> list[tuple[list[Any], int]]:
-        """What the step prefills: (the entry, tokens of it)."""
+        """What the step prefills: (entry, number of tokens)."""
         rates, decoding = self._rates, len(self._decoding)
         budget = max(rates.max_batched_tokens - decoding, BLOCK_TOKENS)
         if decoding and rates.max_step_s and rates.prefill_token_s:
@@ -205,7 +207,7 @@ class LlmModel:
                 self._begin(entry[0])
 
     def _begin(self, visit: Visit) -> None:
-        """The first token."""
+        """Records the first token."""
         visit.first = self._env.now
         if visit.output == 1:
             self._end(visit)
@@ -230,7 +232,7 @@ class LlmModel:
 
 
 def after(env: simpy.Environment, seconds: float, call: Callable[[simpy.Event], None]) -> None:
-    """Calls ``call`` then; cheaper than a process."""
+    """Calls ``call`` after ``seconds``; cheaper than a simpy process."""
     event = env.timeout(seconds)
     if event.callbacks is not None:
         event.callbacks.append(call)

@@ -52,7 +52,8 @@ class BlockShape:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive tokens of one sequence, of which more than one is computed or none is cached."""
+    """Consecutive tokens of one sequence to compute: several, or one without any cached before
+    it."""
 
     first_index: int  # Of its packed tokens.
     num_tokens: int
@@ -68,7 +69,7 @@ class AttentionStep:
 
     token_slots: NDArray[np.int64]  # [T]: block * block_size + offset to write each token to.
     decode_blocks: NDArray[np.int64]  # [D, most blocks of one], padded with any valid block.
-    # [D], never rising: tokens attended over, the new one included.
+    # [D], descending: tokens attended over, including the new one.
     decode_lengths: NDArray[np.int64]
     chunks: tuple[Chunk, ...] = ()
 
@@ -107,7 +108,7 @@ class AttentionBackend(ABC):
         self, layer: int, query: torch.Tensor, key_value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """``query`` [T, heads, head_dim], ``key_value`` [T, 2 * kv_heads, head_dim]: the keys of
-        every head, then the values. Neither needs to be contiguous, but for its last dimension.
+        every head, then the values. Only the last dimension of each needs to be contiguous.
 
         Writes keys and values into the layer's blocks and returns [T, heads, head_dim].
         """
@@ -201,7 +202,7 @@ def attend_packed(
     if torch.compiler.is_compiling():
         rows: torch.Tensor = _attend_op(query, key_value, layer, scale)
         return rows
-    return _attend(query, key_value, layer, scale)  # The dispatcher costs several microseconds.
+    return _attend(query, key_value, layer, scale)  # torch's dispatcher would cost microseconds.
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)

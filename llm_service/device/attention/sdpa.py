@@ -23,10 +23,10 @@ from llm_service.device.memory import to_device
 if TYPE_CHECKING:
     from opticnerve.models.decoders.spec import LayerSpec
 
-# Decoding splits into batches of alike lengths while padding more than doubles the work.
+# Decoding is split into batches of similar lengths while padding more than doubles the work.
 MAX_PADDING = 2.0
 MAX_GROUPS = 4
-# Rows of a chunk that share one mask: bounds what causality throws away.
+# Rows of a chunk that share one mask; bounds the work that the causal mask throws away.
 TILE_ROWS = 512
 
 
@@ -37,7 +37,7 @@ class _Group:
     begin: int
     end: int
     blocks: torch.Tensor  # [rows * blocks each]
-    length: int  # Keys of the row with the most, from its first block on.
+    length: int  # Keys of the longest row, counted from its first block.
     mask: torch.Tensor | None  # [rows, 1, 1, length], added to scores; None: every row sees all.
 
 
@@ -47,7 +47,7 @@ class _Tile:
 
     begin: int  # Packed rows [begin, end).
     end: int
-    first: int  # Keys [first, last) of the run's are seen.
+    first: int  # The tile sees the run's keys [first, last).
     last: int
     mask: torch.Tensor | None  # [rows, last - first], added to scores; None: plain causal.
 
@@ -192,8 +192,8 @@ class SdpaBackend(AttentionBackend):
         return _View(groups, tuple(self._make_run(chunk, window) for chunk in step.chunks))
 
     def _make_room(self, num_blocks: int) -> None:
-        """One buffer takes what is gathered, layer after layer: memory of this size, allocated
-        anew each time, would go back to the system and be faulted in again."""
+        """One buffer receives the gathered blocks of every layer. Memory of this size, if allocated
+        each time, would be returned to the system and faulted in again."""
         if len(self._gathered) < num_blocks:
             shape = (2 * num_blocks, *self._layers[0].shape[1:])
             self._gathered = torch.empty(shape, dtype=self._dtype, device=self._device)
