@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -79,9 +78,10 @@ class Service:
         raise StartupError(f"{self.name} did not start: {' '.join(last)}")
 
     def kill(self) -> None:
-        """SIGKILL to it and to everything that it started."""
+        """SIGKILL to it and to everything that it started, if it runs: the id of a group whose
+        process was reaped may be another's."""
         assert self._process
-        with contextlib.suppress(ProcessLookupError):
+        if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._reap()
 

@@ -47,13 +47,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *a):
         pass
 server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[5])), Handler)
-print(f"listening http://127.0.0.1:{server.server_port}", flush=True)
-print("ready", flush=True)
 def stop(*a):
     open(log, "a").write("gateway\\n")
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGHUP, lambda *a: print("reads again", file=sys.stderr, flush=True))
+print(f"listening http://127.0.0.1:{server.server_port}", flush=True)
+print("ready", flush=True)
 server.serve_forever()
 """
 FAILS = "import sys; print('out of luck', file=sys.stderr); sys.exit(3)"
@@ -295,6 +295,54 @@ def test_a_child_that_starts_hears_of_a_sighup_once_it_listens(capfd):
 
     asyncio.run(run())
     assert "told" in capfd.readouterr().err
+
+
+@pytest.mark.process
+def test_what_a_dead_child_had_started_is_killed_at_once_and_not_again_later(monkeypatch):
+    """Later, its process group may be another's."""
+    killed = []
+    killpg = os.killpg
+    monkeypatch.setattr(os, "killpg", lambda *sent: killed.append(sent) or killpg(*sent))
+    code = (
+        "import subprocess\n"
+        "left = subprocess.Popen(['sleep', '600'])  # It has the child's pipes.\n"
+        "print('listening', left.pid, flush=True)\n"
+    )
+
+    async def run():
+        child = Child("short", Role.LLM, [sys.executable, "-c", code], dict(os.environ))
+        await child.start()
+        assert await asyncio.wait_for(child.wait(), 60) == 0
+        sent = (child.pid, signal.SIGKILL)
+        assert killed == [sent] and not child.running
+        await child.stop(60, asyncio.Event())
+        child.hang_up()
+        child.kill()
+        assert killed == [sent]
+        return int(child.address)
+
+    left = asyncio.run(run())
+    wait_for("the end of what it started", lambda: not alive(left))
+
+
+@pytest.mark.process
+def test_a_running_child_is_killed_with_what_it_started():
+    code = (
+        "import subprocess, time\n"
+        "print('listening', subprocess.Popen(['sleep', '600']).pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+
+    async def run():
+        child = Child("long", Role.LLM, [sys.executable, "-c", code], dict(os.environ))
+        await child.start()
+        left = int(await asyncio.wait_for(child.listening(), 60))
+        child.kill()
+        assert await asyncio.wait_for(child.wait(), 60) == -signal.SIGKILL
+        return left
+
+    left = asyncio.run(run())
+    wait_for("the end of what it started", lambda: not alive(left))
 
 
 class Closed(io.TextIOBase):
