@@ -37,7 +37,7 @@ from bench.soak.faults import Fault, Injector
 from bench.soak.samples import Drift, Samples
 from bench.soak.stack import SoakStack, marked, open_stack
 from bench.soak.traffic import Asked, Traffic, answered_otherwise, quiet_answers
-from bench.soak.verdict import count, describe, judge
+from bench.soak.verdict import count, describe, judge, refused_too_many
 from opticnerve.benchmark.figures import percentile
 from tests.system import wait_for
 
@@ -98,6 +98,7 @@ class Run:
             for each in self.asked
             if judge(each, self.faults).word == "wrong"
         ]
+        found += refused_too_many(self.asked, self.faults)
         found += [
             f"the stack was not whole again after: {fault.kind}"
             for fault in self.faults

@@ -53,6 +53,12 @@ class Case:
         body = {"model": "model", "messages": self.make(nonce), "temperature": 0, "stream": stream}
         return json.dumps(body | self.fields).encode() + b" " * self.padding
 
+    def pictures(self, nonce: str) -> frozenset[str]:
+        """The data URLs of the pictures in its messages."""
+        contents = [message["content"] for message in self.make(nonce)]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        return frozenset(part["image_url"]["url"] for part in parts if "image_url" in part)
+
 
 @dataclass(frozen=True)
 class Right:
@@ -183,11 +189,12 @@ class Questions:
         self._rights = rights
         self._number = itertools.count()
 
-    def draw(self) -> tuple[Case, bytes, Right]:
-        """(case, body, its right ending)"""
+    def draw(self) -> tuple[Case, str, bytes, Right]:
+        """(case, nonce, body, its right ending)"""
         kinds = [kind for kind in WEIGHTS if kind in self._by_kind]
         (kind,) = self._random.choices(kinds, [WEIGHTS[kind] for kind in kinds])
         case = self._random.choice(self._by_kind[kind])
         repeated = self._random.random() < self.REPEATED
         nonce = "again" if repeated else f"{next(self._number)}"
-        return case, case.body(nonce, stream=self._random.random() < 0.6), self._rights[case]
+        body = case.body(nonce, stream=self._random.random() < 0.6)
+        return case, nonce, body, self._rights[case]

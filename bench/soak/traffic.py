@@ -32,6 +32,7 @@ class Asked:
     """One request: what, how, of which gateway, and its ending."""
 
     case: Case
+    nonce: str  # Of its pictures.
     manner: Manner
     gateway: int  # 0 or 1.
     right: Right
@@ -60,14 +61,14 @@ class Traffic:
                 group.create_task(client())
 
     async def _ask(self) -> Asked:
-        case, body, right = self._questions.draw()
+        case, nonce, body, right = self._questions.draw()
         (manner,) = self._random.choices(list(MANNERS), list(MANNERS.values()))
         gateway = self._random.randrange(len(self._gateways))
         began = time.monotonic()
         while True:
             ending = await ask(self._gateways[gateway], body, manner)
             if ending.kind != "refused" or time.monotonic() - began > 60.0:
-                return Asked(case, manner, gateway, right, ending)
+                return Asked(case, nonce, manner, gateway, right, ending)
             gateway = 1 - gateway  # As a load balancer does.
             await asyncio.sleep(NOBODY_S)
 
