@@ -1,13 +1,13 @@
 """Accounting of KV blocks: reference counts and the prefix cache. No tensors.
 
-A block is free, or held by one or more sequences (reference count), or idle: held by none and kept
-for its contents until its room is needed (least recently used first). The prefix cache maps the
-hash of everything that decides a block's contents to the block: the tokens before and in it, the
-identity of every item that overlaps it, and the salt of the request. Only whole computed blocks are
-cached.
+A block is free; or held by one or more sequences (its reference count); or idle: held by none, but
+kept in the prefix cache until its room is needed (least recently used first). The prefix cache maps
+a hash to a block. The hash covers everything that decides the block's contents: all tokens up to
+its end, the items whose spans overlap them, and the request's salt. Only full blocks whose tokens
+are all computed are cached.
 
-Hashes are chained over units of 16 tokens, whatever the block size, so that two workers with
-different attention backends name the same prefix alike; a block goes by the hash of its last unit.
+Hashes are chained over units of 16 tokens, whatever the block size, so that workers with different
+block sizes compute the same hashes for a prefix. A block's hash is that of its last unit.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
         if num_blocks < 1 or block_size < UNIT or block_size % UNIT:
             raise ValueError(
-                f"{num_blocks} blocks of {block_size} tokens; want multiples of {UNIT}"
+                f"{num_blocks} blocks of {block_size} tokens; use at least one block, and a size "
+                f"that is a multiple of {UNIT}"
             )
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self.num_evicted = 0  # Blocks whose contents gave way to others.
+        self.num_evicted = 0  # Cached blocks that were taken for new contents.
         self._references = [0] * num_blocks
         self._free: deque[int] = deque(range(num_blocks))
         self._idle: OrderedDict[int, None] = OrderedDict()  # Cached, held by none; oldest first.
@@ -69,9 +70,9 @@ class BlockManager:
         return needed + reserve - (self.num_free - idle_hits)
 
     def freed_for(self, seq: Sequence) -> Callable[[Sequence], int]:
-        """A function that counts the blocks that a running sequence would free for ``seq``: those
-        it holds alone, except cached ones that ``seq`` would start with, which ``lacking`` has
-        counted already."""
+        """A function that counts the blocks that preempting a running sequence would free for
+        ``seq``: those that no other sequence holds, except blocks of ``seq``'s prefix hit, which
+        ``lacking`` has counted already."""
         hit = set(self._match(seq))
 
         def count(victim: Sequence) -> int:
@@ -81,7 +82,8 @@ class BlockManager:
         return count
 
     def allocate(self, seq: Sequence) -> int:
-        """Takes blocks for all tokens, the cached prefix included; returns its length in tokens."""
+        """Takes blocks for all tokens of a waiting sequence, cached ones for its prefix. Returns
+        the length of that prefix in tokens. The caller has checked ``lacking``."""
         hit = self._match(seq)
         for block in hit:
             self._add_reference(block)
@@ -96,12 +98,13 @@ class BlockManager:
         return self.blocks_for(num_tokens) - len(seq.block_table) <= self.num_free
 
     def grow(self, seq: Sequence, num_tokens: int) -> None:
+        """Makes the sequence's blocks hold ``num_tokens``. The caller has checked ``can_grow``."""
         fresh = self.blocks_for(num_tokens) - len(seq.block_table)
         if fresh > 0:
             seq.block_table += tuple(self._take() for _ in range(fresh))
 
     def commit(self, seq: Sequence) -> None:
-        """Adds whole computed blocks to the prefix cache."""
+        """Adds the sequence's computed full blocks to the prefix cache."""
         whole = seq.num_computed // self.block_size
         if not self.prefix_caching or seq.request.skip_prefix_cache:
             return
@@ -114,7 +117,8 @@ class BlockManager:
         seq.num_cached_blocks = max(seq.num_cached_blocks, whole)
 
     def release(self, seq: Sequence) -> None:
-        """Releases the sequence's blocks; its last ones are reused first."""
+        """Releases the sequence's blocks, the last one first, so that the end of a cached prefix is
+        evicted before its start."""
         for block in reversed(seq.block_table):
             self._references[block] -= 1
             if self._references[block]:
@@ -133,7 +137,8 @@ class BlockManager:
         return num_tokens <= parent.num_computed and own <= self.num_free
 
     def fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> list[tuple[int, int]]:
-        """Shares whole blocks and returns (source, destination) of the partial one to copy."""
+        """Starts ``child`` with the first ``num_tokens`` that ``parent`` computed. They share full
+        blocks; of a partial one, returns (source, destination) for the runner to copy."""
         whole = num_tokens // self.block_size
         shared = parent.block_table[:whole]
         for block in shared:
@@ -148,7 +153,7 @@ class BlockManager:
     # ---- prefix cache
 
     def cached_tokens(self, seq: Sequence) -> int:
-        """Tokens at the start of the sequence that ``allocate`` would not compute again."""
+        """Length in tokens of the cached prefix that ``allocate`` would use."""
         return len(self._match(seq)) * self.block_size
 
     def evict_from_prefix_cache(self, seq: Sequence) -> None:
@@ -159,8 +164,8 @@ class BlockManager:
                 del self._cached[name]
 
     def _match(self, seq: Sequence) -> list[int]:
-        """Cached blocks that ``seq`` may start with: at least one token stays to be computed, and
-        no bidirectional span is cut, since all of its tokens see each other."""
+        """The cached blocks that ``seq`` can start with. At least one token is left to compute, and
+        no bidirectional span is cut, since all of its tokens attend to each other."""
         request = seq.request
         if not self.prefix_caching or request.skip_prefix_cache:
             return []
@@ -274,5 +279,5 @@ def _unit_hash(parent: bytes, seq: Sequence, start: int) -> bytes:
 
 
 def _root(request: GenerateRequest) -> bytes:
-    """The parent of the first unit: requests that differ in it share no prefix."""
+    """The parent hash of the first unit. Requests with different salts share no prefix."""
     return bytes.fromhex(hash_parts(_SCHEME, request.cache_salt))

@@ -12,21 +12,21 @@ from llm_service.policy.sequence import Sequence, Status
 from llm_service.policy.step_plan import StepPlan, Work
 from opticnerve.media.plan import SpanAttention
 
-# Coefficients before the first step: those of a slow CPU, so that the first chunks are rather too
-# small than too large.
-FIRST_GUESS = (0.02, 0.002, 0.01)  # Seconds a step, a decoding sequence, a prefill token.
+# Coefficients before the first step: a slow CPU's, so that first chunks are rather too small.
+FIRST_GUESS = (0.02, 0.002, 0.01)  # Seconds per step, decoding sequence and prefill token.
 # The part of the estimate's error that is corrected after each step.
 GAIN = 0.3
-# Bound of the error taken from one step, which may have waited for another process.
+# Bound on the log error taken from one step, which may have waited for another process.
 MAX_ERROR = math.log(2)
 # In a step with prefill, most of the error is attributed to prefill, since other steps measure
-# decoding alone. Prefill has a minimum weight, because a coefficient that is far too small would
-# otherwise get no share.
+# decoding alone. Prefill's weight has a minimum: a coefficient that is far too small has hardly any
+# share in the estimate, and would never be corrected.
 DECODING_WEIGHT = 0.1
 MIN_PREFILL_WEIGHT = 0.3
-# With fewer prefill tokens (the end of a cached prompt, a forked choice), noise dominates.
+# Fewer prefill tokens (the end of a cached prompt, a forked choice) take less time than steps vary.
 MEANINGFUL_TOKENS = 128
-# The first steps of each kind count in full: the guess may be off by any factor.
+# First steps, with and without prefill, whose error is not bounded: the guess may be off by any
+# factor.
 FIRST_STEPS = 3
 MIN_S, MAX_S = 1e-7, 1e3  # Bounds of each coefficient.
 MIN_PREFILL_FRACTION = 1 / 4  # Of the target time, however long decoding takes.
@@ -35,11 +35,11 @@ MIN_PREFILL_FRACTION = 1 / 4  # Of the target time, however long decoding takes.
 class CostModel:
     """seconds = a + b * decoding sequences + c * prefill tokens, with a, b and c above zero.
 
-    After a step each coefficient is corrected in proportion to its share of the estimate:
-    gradient descent on the squared logarithm of measured over expected seconds. So one rule finds
-    microseconds and seconds alike, follows a machine that becomes ten times slower within ten
-    steps, and an outlier moves the estimate by a quarter at most. Attention to longer contexts
-    is in b and c, which follow it.
+    After a step each coefficient is corrected in proportion to its share of the estimate: gradient
+    descent on the squared logarithm of measured over expected seconds. This works for microseconds
+    and for seconds, follows a machine that becomes ten times slower within ten steps, and lets an
+    outlier move the estimate by a quarter at most. b and c follow the cost of attention as contexts
+    grow.
     """
 
     def __init__(self) -> None:
@@ -67,10 +67,10 @@ class CostModel:
         return int(left / self._coefficients[2])
 
     def learn(self, plan: StepPlan, seconds: float, whole: bool = True) -> None:
-        """``plan`` took ``seconds``; ``whole``: all of it was computed.
+        """Learns that ``plan`` took ``seconds``. ``whole``: all of its works were computed.
 
-        A step that samples nothing may return before its device is done. Such steps are measured
-        together with the next that does.
+        A step that samples nothing may return before the device is done, so such steps are
+        measured together with the next step that samples.
         """
         self.total_s += seconds
         if not whole:
@@ -110,12 +110,13 @@ class CostModel:
 
 @dataclass(slots=True)
 class Budget:
-    """In tokens. ``prefill``: what is left after a token for each decoding sequence, bounded by the
-    step's time. Only a bidirectional span, which cannot be cut, may take tokens of decoding."""
+    """What is left of a step's budget, in tokens. ``prefill``: after one token for each decoding
+    sequence, and bounded by the step's time. Only a bidirectional span, which cannot be cut, may
+    take tokens of decoding sequences."""
 
     tokens: int  # Of any kind.
     prefill: int
-    timed: bool  # Time bounds ``prefill``: chunks are cut at blocks.
+    timed: bool  # Time bounds ``prefill``; chunks then end at block boundaries.
     block_size: int
     for_text: int = 0  # Part of ``prefill`` reserved for prompts without pictures.
     for_decoding: int = 0  # Part of ``tokens`` reserved for decoding sequences.
@@ -146,7 +147,7 @@ class Budget:
             if block_end > start or self.begun:
                 end = max(block_end, start)
         span_end = _span_end(seq, start)
-        # A stream of waiting sequences would otherwise leave nothing to decoding.
+        # Otherwise a stream of newly admitted sequences could leave nothing for decoding.
         reserved = 0 if seq.status is Status.RUNNING else self.for_decoding
         if not self.begun and start < span_end <= start + self.tokens - reserved:
             end = max(end, span_end)

@@ -16,7 +16,7 @@ class EngineConfig:
     """The engine's settings, with the sizes that depend on the model and the device."""
 
     num_blocks: int  # KV blocks.
-    block_size: int  # Tokens a block, a multiple of 16.
+    block_size: int  # Tokens per block, a multiple of 16.
     max_model_len: int  # Prompt and output tokens of one sequence.
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -34,7 +34,7 @@ class EngineConfig:
 
     @property
     def prefix_cache_tokens(self) -> int:
-        """Tokens for whose keys and values the prefix cache has room."""
+        """Capacity of the prefix cache in tokens; 0: it is off."""
         return self.num_blocks * self.block_size if self.prefix_caching else 0
 
 
@@ -82,7 +82,9 @@ def _check_spans(request: GenerateRequest, config: EngineConfig) -> None:
         end = span.token_offset + span.num_tokens
         inside = 0 <= span.token_offset < end <= len(request.token_ids)
         if not inside or span.row_start < 0 or not 0 <= span.item < len(request.items):
-            raise InvalidRequest("a span exceeds the prompt or names no item", param="spans")
+            raise InvalidRequest(
+                "each span must lie within the prompt and name one of the items", param="spans"
+            )
         atomic = span.attention is SpanAttention.BIDIRECTIONAL
         if atomic and span.num_tokens > config.max_num_batched_tokens:
             raise InvalidRequest(

@@ -23,8 +23,8 @@ from opticnerve.media.plan import Span
 class GenerateRequest:
     """One generation. ``items`` are content keys; spans index them.
 
-    ``spans`` are in the order of their tokens and do not overlap. ``outputs`` continue a
-    generation that began on another worker; a choice that is not among them has no output yet.
+    ``spans`` are in the order of their tokens and do not overlap. ``outputs`` continue a generation
+    that began on another worker; a choice that they do not name has no output yet.
     """
 
     request_id: str
@@ -34,16 +34,16 @@ class GenerateRequest:
     sampling: Sampling = field(default_factory=Sampling)
     priority: int = 0
     cache_salt: str = ""
-    outputs: tuple[ChoiceOutput, ...] = ()  # At most one a choice.
+    outputs: tuple[ChoiceOutput, ...] = ()  # At most one per choice.
     skip_prefix_cache: bool = False  # Neither read the prefix cache nor share with it.
     share: str = ""  # Fair-queueing key; requests with equal keys are scheduled as one client.
-    weight: float = 1.0  # Of ``share``, relative to others.
-    # On the engine's clock, which all processes of a machine share. 0: the time when the engine
-    # takes the request, between two steps.
+    weight: float = 1.0  # Weight of ``share``, relative to other shares.
+    # Arrival, in seconds of the engine's clock, which all processes of a machine share. 0: the time
+    # when the engine takes the request from its inbox, between two steps.
     received_at: float = field(default=0.0, compare=False)
 
 
-# ---- servicer -> engine: GenerateRequest, and
+# ---- servicer -> engine: GenerateRequest, and these
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +122,17 @@ class TokensEvent:
 
 @dataclass(frozen=True, slots=True)
 class PrefilledEvent:
-    """The prompt is computed; once, before the first token of any choice."""
+    """The prompt is computed. Sent once, before the first token of any choice."""
 
     request_id: str
-    cached_tokens: int  # Of the prompt, taken from the prefix cache.
+    cached_tokens: int  # Prompt tokens taken from the prefix cache.
     timings: Timings = field(default_factory=Timings, compare=False)  # Up to the first token.
 
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobsEvent:
-    """The next prompt tokens' entries. Each token has one, and all come before the first token of
-    any choice."""
+    """Log-probabilities of the next prompt tokens, one entry per token. All are sent before the
+    first token of any choice."""
 
     request_id: str
     positions: tuple[PositionLogprobs, ...]
@@ -142,14 +142,14 @@ class PromptLogprobsEvent:
 class NeedRowsEvent:
     """Chunks of this request wait for rows that are not loaded.
 
-    Sent when a request is admitted, for the keys that no prefix hit covers and that are not
-    ready, and again if rows have been lost since. ``RowsReady`` or ``RowsFailed`` answers each
-    key, even one for which ``RowsReady`` was sent before.
+    Sent when a sequence is admitted, for the keys that its prefix hit does not cover and whose rows
+    are not ready, and again if rows are lost later. Each key has to be answered with ``RowsReady``
+    or ``RowsFailed``, even if ``RowsReady`` was sent for it before.
     """
 
     request_id: str
     keys: tuple[str, ...]
-    preempted: bool = False
+    preempted: bool = False  # The sequence that waits was preempted before.
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,18 +197,18 @@ class IntegrityReport:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """How busy the engine is, for Describe and metrics; counters count from the start."""
+    """How busy the engine is, for Describe and metrics. Counters start with the engine."""
 
     running: int = 0
     waiting: int = 0
     blocks: int = 0
     free_blocks: int = 0
     cached_blocks: int = 0  # In the prefix cache, held by sequences or not.
-    evicted_blocks: int = 0  # From the prefix cache, for want of room.
+    evicted_blocks: int = 0  # From the prefix cache, to make room.
     preemptions: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
     step_seconds: float = 0.0  # Spent in steps.
-    prefill_tokens_per_s: float = 0.0  # As measured lately; 0 before the first step.
+    prefill_tokens_per_s: float = 0.0  # By recent steps; 0 before the first.

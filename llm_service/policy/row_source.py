@@ -1,9 +1,9 @@
 """Which rows the engine may use, and the leases that sequences hold on them.
 
-``RowSource`` is implemented over the embedding store. The scheduler asks and leases by key; only
-the model runner ever sees a tensor (``get``). Both call on the engine's thread, where every method
-is a look-up: no file, no network, no waiting. Rows are loaded and checked on another thread
-(``load``), before the engine is sent RowsReady.
+``RowSource`` is implemented over the embedding store. The scheduler asks for rows and leases them
+by key; only the model runner ever sees a tensor (``get``). Both run on the engine's thread, where
+every method is a look-up: no file, no network, no waiting. Another thread loads and checks rows
+(``load``) before RowsReady is sent to the engine.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class RowSource(Protocol):
         ...
 
     def can_acquire(self, num_bytes: int) -> bool:
-        """Whether leases on so many more bytes fit the tier's budget, as last known."""
+        """Whether leases on ``num_bytes`` more fit the tier's budget, as last measured."""
         ...
 
     def acquire(self, key: str, num_bytes: int) -> None:
-        """Pins rows that are here or still to come. Called once for a key until ``release``.
+        """Pins rows that are here or will arrive. Called once for a key until ``release``.
 
         Never fails: the scheduler exceeds the budget for a sequence that would run alone.
         """
@@ -46,18 +46,19 @@ class RowSource(Protocol):
         ...
 
     def discard(self, key: str) -> None:
-        """Forgets what ``get`` returned, which did not fit its use, and deletes it on this host: it
-        is not ready until it has been loaded anew."""
+        """Forgets rows that ``get`` returned but that the model cannot use, and deletes them on
+        this host. The key is not ready until its rows are loaded again."""
         ...
 
     def load(self, key: str) -> bool:
-        """Makes leased rows ready if this host has them; whether it has. Not for the engine's
-        thread: reads files."""
+        """Makes leased rows ready if this host has them; returns whether it has. Reads files, so it
+        must not be called on the engine's thread."""
         ...
 
 
 class Leases:
-    """A running sequence holds an item until its last span of it is computed."""
+    """Counts the sequences that hold each item. A running sequence holds an item until the last of
+    its spans that use the item is computed."""
 
     def __init__(self, rows: RowSource, row_bytes: int) -> None:
         self._rows = rows
@@ -77,12 +78,12 @@ class Leases:
         return items
 
     def fit(self, items: dict[str, tuple[int, int]]) -> bool:
-        """Whether the tier has room for ``items``. If nobody holds a lease, any size may try."""
+        """Whether the tier has room for ``items``. While no lease is held, any size fits."""
         fresh = [size for key, (_, size) in items.items() if key not in self._holders]
         return not (self._holders and fresh) or self._rows.can_acquire(sum(fresh))
 
     def take(self, seq: Sequence) -> None:
-        """Acquires the items that ``seq`` has still to compute from."""
+        """Acquires the items that the tokens left to compute need."""
         for key, (end, num_bytes) in self.items(seq, seq.num_computed).items():
             seq.leases[key] = end
             self._holders[key] += 1

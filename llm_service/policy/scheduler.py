@@ -1,11 +1,11 @@
 """Decides which sequences compute how many tokens in the next step. No tensors, no events.
 
 There is no prefill phase and no decode phase. Every step has one budget of tokens, and every
-sequence wants those of its tokens that are not computed yet. ``Shares`` decides whose turn it is to
-prefill and who is preempted for whom. Within one sharer, running sequences come before waiting
-ones, in the order of (priority, arrival, choice), which is total and never changes. The first
-running sequence in that order is never preempted, and it fits the cache alone: so it always makes
-progress, and no sequence waits for ever.
+sequence wants to compute those of its tokens that are not computed yet. ``Shares`` decides whose
+turn it is to prefill and who is preempted for whom. Within one sharer, running sequences come
+before waiting ones, in the order of (priority, arrival, choice), which is total and never changes.
+The first running sequence in that order is never preempted, and the cache has room for any one
+sequence, so it always makes progress, and no sequence waits for ever.
 
 While any sequence decodes, the step's prefill tokens are bounded by the time that they are
 expected to take, since every decoding sequence waits for the step's end. The first sequence that
@@ -47,8 +47,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # Prompt tokens taken from the prefix cache.
         self._step = 0
-        # In each step, every decoding sequence gets a token, and a block of tokens is left for
-        # prefill.
+        # Each step has a token for every decoding sequence, and a block of tokens for prefill.
         most = max(1, config.max_num_batched_tokens - blocks.block_size)
         self._num_slots = min(config.max_num_seqs, most)
         self._free_slots = list(range(self._num_slots))[::-1]
@@ -108,7 +107,7 @@ class Scheduler:
         budget = self._budget(len(decoding))
         preempted = self._grow(decoding)
         prefills = self._schedule_prefill(budget, now, preempted)
-        if self.num_preemptions > preemptions:  # Some may have been readmitted, and prefill.
+        if self.num_preemptions > preemptions:  # Preempted ones wait, or run again and prefill.
             stay = (seq for seq in decoding if seq.slot >= 0 and seq not in prefills)
             decoding = [seq for seq in stay if decodes(seq)]
         decoding = decoding[: budget.tokens]
@@ -184,8 +183,8 @@ class Scheduler:
     ) -> int:
         """Admits a waiting sequence if there is room; returns where its first chunk may end.
 
-        If there is no room for more pictures, sequences without any go ahead; the one that was
-        overtaken stays first in its queue.
+        If there is no room for more pictures, sequences without pictures go ahead; the sequence
+        that they overtake stays first in its queue.
         """
         pictures = bool(seq.request.spans)
         if pictures and not self._has_room_for_pictures(seq, admission.no_pictures):
@@ -198,9 +197,9 @@ class Scheduler:
         start = self.blocks.cached_tokens(seq)
         end = budget.chunk_end(seq, start)
         if end == start and pictures and budget.for_text:
-            admission.no_pictures = True  # The rest is reserved for text prompts behind it.
+            admission.no_pictures = True  # What is left is reserved for text, later in the queue.
         elif whole_spans(seq, end) == start:
-            # Too little for a chunk, or for the bidirectional span that comes first.
+            # The budget is too small for a chunk, or for the bidirectional span that comes first.
             admission.refusals = MAX_REFUSALS
             admission.turns.skip_sharer()
         else:
@@ -214,8 +213,8 @@ class Scheduler:
     ) -> list[Sequence] | None:
         """The sequences to preempt to admit a waiting one; None: it has to wait.
 
-        Once a sequence was refused for want of blocks, the free ones are reserved for it: those
-        behind it may claim only what their sharers are entitled to.
+        Once a sequence was refused for lack of blocks, the free blocks are reserved for it:
+        sequences behind it may only claim what their sharers are entitled to.
         """
         lacks_slot = not self._free_slots
         if admission.refusals >= MAX_REFUSALS:
@@ -226,7 +225,7 @@ class Scheduler:
         reserve = max(admission.reserve, len(self.running) // 4)
         lacking = self.blocks.lacking(seq, reserve)
         victims: list[Sequence] | None = None
-        if self.shares.of(seq) not in admission.preempted:  # Else it would be preempted again.
+        if self.shares.of(seq) not in admission.preempted:  # Otherwise it would be preempted again.
             if not lacks_slot and lacking <= 0:
                 return []
             wanted = self.blocks.blocks_for(seq.num_tokens)
@@ -258,8 +257,8 @@ class Scheduler:
     # ---- chunks and rows
 
     def _chunk(self, seq: Sequence, end: int, now: float) -> int:
-        """Tokens that can be computed next: up to ``end`` and to the first span whose rows are not
-        loaded, without cutting a bidirectional span."""
+        """The number of tokens to compute next: up to ``end``, or to the first span whose rows are
+        not loaded, without cutting a bidirectional span."""
         start = seq.num_computed
         end = self._ready_end(seq, start, end)
         generation = seq.generation
@@ -312,7 +311,7 @@ class Scheduler:
     def _has_room_for_pictures(self, seq: Sequence, behind: bool) -> bool:
         """Whether the sequence's items fit the tier, and one more sequence may wait for its rows.
 
-        ``behind``: sequences with pictures ahead of it were refused. Then it is admitted only if no
+        ``behind``: a sequence with pictures ahead of it was refused. Then there is room only if no
         sequence of its sharer waits for rows and several of another sharer do.
         """
         items = self._leases.items(seq, self.blocks.cached_tokens(seq))
@@ -338,10 +337,10 @@ class Scheduler:
             self._leases.release(seq, num_computed)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Starts another choice on what its parent has computed of their prompt.
+        """Starts another choice from the prompt that ``parent`` has computed.
 
-        It computes its own output, if it continues one, else the prompt's last token again, to
-        sample from it on its own. Without room it waits like a new sequence.
+        If the choice continues an output, it computes that; otherwise it computes the prompt's last
+        token again, to draw a sample of its own. Without room it waits like a new sequence.
         """
         start = whole_spans(child, min(child.num_prompt, child.num_tokens - 1))
         if not self._free_slots or not self.blocks.can_fork(parent, child, start):
@@ -367,10 +366,10 @@ class Scheduler:
 
 @dataclass(slots=True)
 class _Admission:
-    """What happened to waiting sequences in this step so far."""
+    """The admission of waiting sequences in one step."""
 
     turns: Turns
-    preempted: set[Sharer]  # Those whose sequences were preempted in this step.
-    no_pictures: bool = False
-    refusals: int = 0  # For want of slots or blocks.
-    reserve: int = 0  # Free blocks that the first refused sequence waits for.
+    preempted: set[Sharer]  # Sharers whose decoding sequences were preempted in this step.
+    no_pictures: bool = False  # A sequence with pictures was refused.
+    refusals: int = 0  # For lack of slots or blocks.
+    reserve: int = 0  # Free blocks that are kept for the first refused sequence.

@@ -68,8 +68,9 @@ class GenerationState:
     def take_prompt_logprobs(
         self, start: int, end: int, found: tuple[PositionLogprobs, ...]
     ) -> tuple[PositionLogprobs, ...]:
-        """Those of ``found``, of positions start+1 .. end, that belong to the prompt and were not
-        taken before a preemption; with the first token's. That one and placeholders have none."""
+        """The entries of the next prompt positions up to ``end``, without those taken before a
+        preemption. ``found``: entries of positions start + 1 .. end. The first token and
+        placeholders, which are not predicted, get empty entries."""
         first, spans = self.num_prompt_logprobs, self.request.spans
         taken = []
         for position in range(first, min(end + 1, len(self.request.token_ids))):
@@ -103,9 +104,9 @@ class GenerationState:
 class Sequence:
     """State of one choice: its tokens, how many are computed, and the resources it holds.
 
-    ``request``, ``choice`` and ``num_prompt`` never change, and ``token_ids`` only grows; the rest
-    is written by the scheduler and the engine alone. Blocks, slot and leases are
-    held exactly while ``status`` is RUNNING.
+    ``request``, ``choice`` and ``num_prompt`` never change, and ``token_ids`` only grows; only the
+    scheduler and the engine write the rest. A sequence holds blocks, a slot and leases exactly
+    while its ``status`` is RUNNING.
     """
 
     __slots__ = (
@@ -142,15 +143,15 @@ class Sequence:
         self.num_computed = 0  # Tokens whose keys and values are in blocks.
         self.num_cached_blocks = 0  # Leading blocks that are in the prefix cache.
         self.block_table: tuple[int, ...] = ()
-        self.hashes: list[bytes] = []  # Of leading whole blocks, as many as were needed so far.
+        self.hashes: list[bytes] = []  # Of leading full blocks, as many as were needed so far.
         self.slot = -1
         self.status = Status.WAITING
         self.leases: dict[str, int] = {}  # Key -> end of its last span.
         self.missing: set[str] = set()  # Keys of NeedRowsEvents that are not answered yet.
-        self.blocked_since: float | None = None  # Since when chunks wait for rows.
+        self.blocked_since: float | None = None  # When its chunks began to wait for rows.
         self.last_token_on_device = False  # The runner takes it from the slot's last sample.
         self.preemptions = 0
-        self.grammar_ended = False  # Nothing can follow its output.
+        self.grammar_ended = False  # The grammar allows nothing after the output.
 
     def __repr__(self) -> str:
         return (

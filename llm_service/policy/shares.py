@@ -6,20 +6,20 @@ sharer that wants less than its share leaves the rest to the others, so that one
 
 * Prefill is shared by weighted fair queueing (Demers, Keshav and Shenker, SIGCOMM 1989): of the
   sharers' next prompts, the one that would finish first if every sharer had its part of each token
-  is served first. Service is counted in tokens by weight, and a sharer that was idle is lifted to
+  is served first. Service is counted in tokens over weight, and a sharer that was idle is lifted to
   the others' count, as in the Virtual Token Counter (Sheng et al., OSDI 2024): idle time earns no
   credit. Between two sharers that are always busy, the difference is at most the longest prompt.
   Prompts of one length are served in order of arrival.
 * Slots (each for one running sequence) and KV blocks are shared max-min. A sharer that runs nothing
-  may take a slot from any that runs several; beyond that, slots and blocks are taken only from
-  sharers that still have more, by weight, after the loss, so that nothing is taken back. Each
-  running sequence has a token in each step, so shares of slots are shares of decoding.
+  may take a slot from any that runs several. Otherwise slots and blocks are taken only from sharers
+  that have more, by weight, than the taker will have, so that nothing is taken back. Each running
+  sequence has a token in each step, so shares of slots are shares of decoding.
 
-Within a sharer its requests share, so that a request with many choices does not delay the others.
-Of the waiting sequences, those of a request that runs nothing come before further choices of one
-that runs; otherwise the order is priority, then arrival. A request that runs nothing may also take
-a slot and blocks from one of the same sharer that runs several sequences, which keeps one. The
-sequence that a sharer loses first is the last of its request that runs the most.
+Requests of one sharer share as well, so that a request with many choices does not delay the others.
+Waiting sequences of requests that run nothing come before further choices of running requests;
+otherwise the order is priority, then arrival. A request that runs nothing may also take a slot and
+blocks from a request of its own sharer that runs several sequences, which keeps one. The first
+sequence that a sharer loses is the last one of the request that runs the most.
 
 Lower priority numbers come first and are never preempted for higher ones. The engine does not check
 who may use which priority.
@@ -45,9 +45,9 @@ class Sharer:
     number: int  # In order of arrival.
     weight: float = 1.0
     served: float = 0.0  # Prefill tokens divided by weight: its virtual time.
-    waiting: list[Sequence] = field(default_factory=list)  # Both by ``order``.
-    running: list[Sequence] = field(default_factory=list)
-    slots: dict[GenerationState, int] = field(default_factory=dict)  # By running request.
+    waiting: list[Sequence] = field(default_factory=list)  # Sorted by ``order``.
+    running: list[Sequence] = field(default_factory=list)  # Sorted by ``order``.
+    slots: dict[GenerationState, int] = field(default_factory=dict)  # Of each running request.
 
     @property
     def has_multiple_slots(self) -> bool:
@@ -61,12 +61,12 @@ class Sharer:
 
     @property
     def blocks(self) -> int:
-        """KV blocks that it holds; one that its sequences share counts for each of them."""
+        """KV blocks that it holds; a block that several sequences share counts for each of them."""
         return sum(len(seq.block_table) for seq in self.running)
 
     def preemption_order(self) -> list[tuple[int, Sequence]]:
-        """Running sequences, each with its number within its request, from 0; the last is preempted
-        first."""
+        """(number within its request, from 0; sequence) of each running sequence. The last one is
+        preempted first."""
         if not self.has_multiple_slots:
             return [(0, seq) for seq in self.running]
         seen: dict[GenerationState, int] = {}
@@ -78,8 +78,7 @@ class Sharer:
         return sorted(numbered, key=lambda each: (each[1].request.priority, each[0]))
 
     def virtual_finish_time(self, seq: Sequence) -> float:
-        """The virtual finish time of ``seq``'s prefill if it were next, in tokens divided by
-        weight."""
+        """The virtual time at which ``seq``'s prefill would end if it were served next."""
         return self.served + (seq.num_tokens - seq.num_computed) / self.weight
 
 
@@ -92,7 +91,7 @@ class Shares:
         self._sharers: dict[tuple[str, str], Sharer] = {}
         self._number = 0
         self._now = 0.0  # Virtual time: tokens served to an always busy sharer of weight 1.
-        self._weight = 1.0  # Sum over the sharers that could prefill in this step.
+        self._weight = 1.0  # Total weight of the sharers that can prefill in this step.
 
     def of(self, seq: Sequence) -> Sharer:
         return self._sharers[_name(seq.request)]
@@ -111,7 +110,7 @@ class Shares:
         self.num_waiting -= 1
 
     def enter(self, seq: Sequence) -> None:
-        """``seq`` runs from now on."""
+        """Records that ``seq`` runs."""
         sharer = self.of(seq)
         insort(sharer.running, seq, key=order)
         sharer.slots[seq.generation] = sharer.slots.get(seq.generation, 0) + 1
@@ -143,8 +142,8 @@ class Shares:
         return sharer
 
     def _forget(self) -> None:
-        """Drops idle sharers, except named ones that were served ahead of virtual time, which
-        would return with a fresh count."""
+        """Drops idle sharers, except named ones that are ahead of virtual time: dropped, they would
+        return with a fresh count."""
         busy = {name: each for name, each in self._sharers.items() if each.waiting or each.running}
         if busy:
             for name, sharer in self._sharers.items():
@@ -187,8 +186,9 @@ class Shares:
         return bool(self._with_multiple_slots)
 
     def may_claim_a_slot(self, seq: Sequence) -> bool:
-        """Whether another sharer has more slots, by weight, than that of ``seq`` would have with
-        one more; or another request of its sharer has several and that of ``seq`` none."""
+        """Whether another sharer has more slots, by weight, than ``seq``'s sharer would have with
+        one more; or ``seq``'s request has no slot, and another request of its sharer has several.
+        """
         mine = self.of(seq)
         if mine.has_multiple_slots and seq.generation not in mine.slots:
             return True
@@ -208,11 +208,13 @@ class Shares:
         freed: Callable[[Sequence], int],
         spared: Collection[Sequence] = (),
     ) -> list[Sequence] | None:
-        """The sequences to preempt for ``seq``, or None if its sharer is not entitled to so much.
+        """The sequences to preempt so that ``seq`` can run, or None if its sharer is not entitled
+        to so much.
 
-        ``lacks_slot``: it needs a slot too; ``blocks``: how many it lacks of the ``wanted`` that it
-        will hold. ``freed``: how many blocks preempting one sequence would give it; ``spared`` are
-        not preempted. If no other sharer has too much, its own sharer's other requests may.
+        ``lacks_slot``: whether it needs a slot. ``wanted``: KV blocks that it will hold;
+        ``blocks``: how many have to be freed. ``freed``: how many of them preempting a sequence
+        frees. ``spared``: sequences not to preempt. If no other sharer has too much, other
+        requests of the same sharer are preempted.
         """
         mine = self.of(seq)
         holders = [
@@ -236,10 +238,10 @@ class Shares:
         return victims
 
     def pick_victim(self, running: list[Sequence]) -> Sequence:
-        """The sequence to preempt if a running one cannot grow: of those with the largest priority
-        number, the last of the sharer that holds most blocks by weight.
+        """The sequence to preempt if a running one cannot grow: among those with the largest
+        priority number, the last sequence of the sharer that holds the most blocks by weight.
 
-        ``running`` is in order; its first is never chosen, so that it always makes progress.
+        ``running`` is sorted by ``order``. The first is never chosen, so it always makes progress.
         """
         highest = running[-1].request.priority
         sharers = dict.fromkeys(map(self.of, running))
@@ -270,8 +272,8 @@ class Shares:
 
 
 class Turns:
-    """Iterates over sequences: each time the next one of the sharer whose virtual finish time is
-    earliest."""
+    """Iterates over the sharers' queues: by priority, then by the earliest virtual finish time of
+    their next sequences."""
 
     def __init__(self, queues: Mapping[Sharer, Iterable[Sequence]]) -> None:
         self._heap: list[tuple[int, float, int, Sequence, Iterator[Sequence], Sharer]] = []
@@ -288,7 +290,7 @@ class Turns:
                 self._push(sharer, rest)
 
     def skip_sharer(self) -> None:
-        """Leaves out the rest of the sharer whose turn it is."""
+        """Skips the remaining sequences of the sharer whose turn it is."""
         self._stays = False
 
     def _push(self, sharer: Sharer, rest: Iterator[Sequence]) -> None:
@@ -299,10 +301,11 @@ class Turns:
 
 
 class _Holder:
-    """What a sharer would have left, and which of its sequences may be preempted for ``seq``.
+    """A sharer's slots and blocks, less those taken so far, and the sequences that may be preempted
+    for ``seq``.
 
-    Another sharer keeps its first slot. Of ``seq``'s ``own`` sharer, each request keeps its first,
-    and nothing is taken if the request of ``seq`` runs.
+    Another sharer keeps one slot. In ``seq``'s ``own`` sharer each request keeps one slot, and
+    nothing is taken if ``seq``'s request has a slot already.
     """
 
     def __init__(
@@ -330,7 +333,7 @@ class _Holder:
         return self._blocks / self._weight
 
     def take(self) -> Sequence:
-        """The last takeable one, in the order of ``preemption_order``."""
+        """Removes and returns the takeable sequence that is last in ``preemption_order``."""
         seq = self.takeable.pop()
         self._slots -= 1
         self._blocks -= len(seq.block_table)
@@ -340,8 +343,8 @@ class _Holder:
 def _admission_order(
     waiting: list[Sequence], slots: Collection[GenerationState]
 ) -> Iterator[Sequence]:
-    """A sharer's waiting sequences in order of admission: within a priority, first those of
-    requests without a slot; ``slots`` are the requests that have one."""
+    """A sharer's waiting sequences in order of admission: within a priority, those of requests
+    without a slot come first. ``slots``: the requests that have one."""
     further: list[Sequence] = []
     for seq in waiting:
         if further and further[0].request.priority < seq.request.priority:
@@ -360,7 +363,7 @@ def _name(request: GenerateRequest) -> tuple[str, str]:
 
 
 def decodes(seq: Sequence) -> bool:
-    """Whether the sequence's next step is one token, the next of its output."""
+    """Whether the sequence decodes: all that is left to compute is the last token of its output."""
     return seq.num_computed + 1 == len(seq.token_ids) and seq.num_computed >= seq.num_prompt
 
 

@@ -1,7 +1,7 @@
 """The interface between the scheduler and the model runner. No tensors, no torch.
 
-The scheduler writes a StepPlan, the model runner executes it on its device and returns a
-WorkResult for each Work.
+The scheduler writes a StepPlan; the model runner executes it and returns a WorkResult for each
+Work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Segment:
     """A slice of one item's rows that overwrites input embeddings in this chunk."""
 
     item_key: str
-    chunk_offset: int  # First of the chunk's tokens that is overwritten.
+    chunk_offset: int  # Index in the chunk of the first token that is overwritten.
     row_start: int  # First row of the item's embedding.
     num_rows: int
 
@@ -59,7 +59,7 @@ class Work:
 
 
 def work_on(seq: Sequence, num_tokens: int, block_size: int) -> Work:
-    """The sequence's next ``num_tokens``, for which it has blocks."""
+    """The work of computing the sequence's next ``num_tokens``, for which it has blocks."""
     start = seq.num_computed
     end = start + num_tokens
     table = seq.block_table
@@ -81,10 +81,10 @@ def work_on(seq: Sequence, num_tokens: int, block_size: int) -> Work:
 class StepPlan:
     """One forward pass. ``works`` are in the order in which their tokens are packed.
 
-    The runner first forgets ``freed_slots`` (one of them may belong to a new sequence in this
-    very plan; a preempted sequence's slot is freed too), then makes ``copies``, whole blocks, all
-    read before any is written, then computes. A sequence that returns after preemption has its
-    output in ``seq.token_ids`` and ``last_token_on_device`` false.
+    The runner first forgets ``freed_slots``, those of preempted sequences included: this plan may
+    give them to other sequences. Then it makes ``copies`` of whole blocks, reading all of them
+    before it writes any. Then it computes. A sequence that returns after preemption has its output
+    in ``seq.token_ids``, and ``last_token_on_device`` is false.
     """
 
     step: int
@@ -105,11 +105,11 @@ class StepPlan:
 class WorkResult:
     """The outcome of one Work.
 
-    ``prompt_logprobs``: if the work has it set, for tokens start+1 .. start+num_tokens; entries
-    past the prompt are ignored. ``error``: this sequence alone failed, and the other fields are
-    ignored. An EmbeddingUnavailable whose ``param`` is an item's key makes the engine ask for its
-    rows and repeat the work once they are loaded. ``ends_grammar``: nothing can follow the output;
-    without a token, this was so before the step.
+    ``prompt_logprobs``: if the work asks for them, those of tokens start + 1 .. start + num_tokens;
+    entries past the prompt are ignored. ``error``: this sequence alone failed, and the other fields
+    are ignored. After EmbeddingUnavailable with an item's key as ``param``, the engine asks for the
+    item's rows and repeats the work once they are loaded. ``ends_grammar``: the grammar allows
+    nothing after ``token_id``; without a token, it allowed nothing after the output so far.
     """
 
     token_id: int | None = None  # None: the work did not sample.
@@ -123,8 +123,6 @@ class Runner(Protocol):
     """The owner of the device."""
 
     def execute(self, plan: StepPlan) -> list[WorkResult]:
-        """One forward pass, on the engine's thread; a result for each work, in the plan's order.
-
-        An exception fails every sequence of the plan, DeviceLost ends the engine.
-        """
+        """Runs one forward pass on the engine's thread. Returns a result for each work, in the
+        plan's order. Any exception fails every sequence of the plan; DeviceLost ends the engine."""
         ...
