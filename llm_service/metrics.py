@@ -41,7 +41,7 @@ def engine_stats(stats: EngineStats) -> Iterator[Metric]:
     yield sequences
     yield CounterMetricFamily(
         "opticnerve_preemptions_total",
-        "Sequences preempted because KV blocks ran out",
+        "Sequences preempted to free KV blocks or a slot",
         stats.preemptions,
     )
     yield SummaryMetricFamily(

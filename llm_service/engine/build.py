@@ -33,8 +33,8 @@ USUAL_PICTURE = Structure("jpeg", 1024, 768)
 
 
 def build_in_process(settings: LLMConfig, send: Send) -> Engine:
-    """Like ``build``, for an engine in a separate process: opens the local tier there, and reports
-    damaged rows."""
+    """Like ``build``, in the engine's own process: opens the local tier, and reports damaged rows
+    to the parent."""
     logs.configure(settings.telemetry.log_level)
     tier = open_local_tier(settings.store.read_url())
     rows = StoreRows(tier, report=lambda key: send(RowsDamaged(key)))
@@ -42,7 +42,7 @@ def build_in_process(settings: LLMConfig, send: Send) -> Engine:
 
 
 def build(settings: LLMConfig, rows: RowSource, emit: Emit) -> Engine:
-    """Loads the language model and makes room for its keys and values. Raises StartupError."""
+    """Loads the language model and allocates its KV cache. Raises StartupError."""
     torch.set_num_threads(settings.model.num_threads)
     model = settings.model
     checkpoint = Checkpoint.configured(model, "llm")
@@ -78,25 +78,28 @@ def _grammars(checkpoint: Checkpoint, vocab_size: int) -> GrammarCompiler:
 
 
 def model_length(settings: LLMConfig, layout: Layout) -> int:
-    """Prompt and output tokens of one sequence. Raises ConfigError beyond the model's."""
+    """The most prompt and output tokens of one sequence: --max-model-len, or all positions that the
+    model has. Raises ConfigError if the flag exceeds those."""
     wanted = settings.max_model_len or layout.max_positions
     if wanted > layout.max_positions:
         raise ConfigError(
-            f"--max-model-len {wanted} exceeds the model's {layout.max_positions} positions",
+            f"--max-model-len {wanted} exceeds the model's {layout.max_positions} positions; lower "
+            "it, or leave it out",
             param="max_model_len",
         )
     return wanted
 
 
 def check_step(settings: LLMConfig, layout: Layout) -> None:
-    """Raises ConfigError if a usual picture, whose tokens are computed in one step where they see
-    one another, would never fit a step."""
+    """Raises ConfigError if the tokens of a usual picture attend to one another, and so have to be
+    computed in one step, but exceed the budget of a step."""
     plan = layout.plan(USUAL_PICTURE)
     atomic = plan.attention is SpanAttention.BIDIRECTIONAL
     if atomic and plan.num_tokens > settings.max_num_batched_tokens:
         raise ConfigError(
             f"--max-num-batched-tokens {settings.max_num_batched_tokens} is less than the "
-            f"{plan.num_tokens} tokens of a picture, which this model computes in one step",
+            f"{plan.num_tokens} tokens of a usual picture, which this model computes in one step; "
+            f"raise it to at least {plan.num_tokens}",
             param="max_num_batched_tokens",
         )
 

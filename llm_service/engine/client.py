@@ -1,7 +1,8 @@
 """The servicer's interface to an engine in another thread or process.
 
-Commands are queued and events arrive by ``call_soon_threadsafe``, one call for all events since the
-last, so the event loop never waits for a forward pass. Both are frozen values without tensors.
+Commands and events are frozen values without tensors. Commands are queued, and events arrive by
+``call_soon_threadsafe``, one call for all that are pending, so the event loop never waits for a
+forward pass.
 
 ``ThreadEngineClient`` runs the engine in a thread of this process, ``ProcessEngineClient`` in a
 spawned process, with pickles over a pipe between parent and child.
@@ -64,7 +65,7 @@ class EngineClient:
         on_damage: Callable[[str], object] = lambda key: None,
     ) -> None:
         self._factory = factory
-        self._on_damage = on_damage  # Keys that an engine in its own process found damaged.
+        self._on_damage = on_damage  # Gets keys whose rows the engine's own process found damaged.
         self._factory_config = config
         self._config: EngineConfig | None = None
         self.stats = EngineStats()  # As of the engine's last events.
@@ -93,7 +94,8 @@ class EngineClient:
         raise NotImplementedError
 
     def _abandon(self) -> None:
-        """Closes without waiting for an engine that is still loading: it ends once it is built."""
+        """Called instead of ``_join`` for an engine that is still loading, which ends by itself
+        once it is built."""
 
     # ---- life
 
@@ -147,10 +149,8 @@ class EngineClient:
     # ---- commands
 
     def submit(self, request: GenerateRequest) -> EventStream:
-        """Raises InvalidRequest for an id that is open, EngineFailure when there is no engine.
-
-        Other errors of the request arrive as its FailedEvent.
-        """
+        """Starts a request. Raises InvalidRequest if its id is in use, EngineFailure if the engine
+        does not run. Other errors of the request arrive as its FailedEvent."""
         if not self.alive:
             raise EngineFailure("the engine is not running")
         if request.request_id in self._streams:
@@ -161,12 +161,12 @@ class EngineClient:
         return stream
 
     def abort(self, request_id: str) -> None:
-        """Its stream ends with an AbortedEvent, unless it ends otherwise before."""
+        """Cancels a request. Its stream ends with AbortedEvent unless it ends otherwise before."""
         self._post(Abort(request_id))
 
     def rows_ready(self, key: str) -> None:
-        """The rows of ``key`` are loaded; or, if the engine has a process of its own, are in the
-        tier, and it loads them."""
+        """Tells the engine that the rows of ``key`` are loaded. An engine in a process of its own
+        loads them itself, from the tier."""
         self._post(RowsReady(key))
 
     def rows_available(self, request_id: str, keys: Iterable[str]) -> None:
@@ -203,7 +203,7 @@ class EngineClient:
                 self._loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
-        self._drain_is_due = False  # Before the queue is read: a later message asks again.
+        self._drain_is_due = False  # Reset before reading, so that later messages are not missed.
         while self._arrived:
             message = self._arrived.popleft()
             if isinstance(message, list):
@@ -228,14 +228,14 @@ class EngineClient:
                 answer = self._checks.get(message.ticket)
                 if answer is not None and not answer.done():
                     answer.set_result(message.problem)
-            elif message.request_id in self._streams:  # Else it failed already, with the engine.
+            elif message.request_id in self._streams:  # Otherwise ``_end`` has failed the request.
                 stream = self._streams[message.request_id]
                 stream.push(message)
                 if stream.ended:
                     del self._streams[message.request_id]
 
     def _end(self, error: OpticNerveError | None) -> None:
-        """Fails the open requests, after the engine's last message."""
+        """Fails everything that still waits for the engine, after its last message."""
         if self._ended.done():
             return
         self._ended.set_result(error)
@@ -271,8 +271,8 @@ class ThreadEngineClient(EngineClient):
 
 
 class ProcessEngineClient(EngineClient):
-    """The engine in a spawned process. ``factory`` is "module:function", ``config`` a value that
-    pickles; two threads keep the pipe's ends away from the event loop."""
+    """The engine in a spawned process. ``factory`` is "module:function"; ``config`` can be pickled.
+    Two threads read and write the pipe, so that it never blocks the event loop."""
 
     def _launch(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -289,7 +289,7 @@ class ProcessEngineClient(EngineClient):
             self._process.start()  # Inherits the mask.
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()  # The child then holds the only copy, and its death closes the pipe.
+        theirs.close()  # Now the child holds the only copy, so its death closes the pipe.
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
         self._writer = threading.Thread(target=self._write, name="engine-writer", daemon=True)
         self._reader.start()

@@ -1,7 +1,7 @@
 """The engine: schedule, run, commit. Works on token ids and keys; no text, no gRPC.
 
-One thread owns an Engine, and uses no files and no network. Other threads touch only the engine's
-rows, which they load. The engine takes commands and sends lists of events to ``emit``. Every
+One thread owns an Engine. It takes commands from its inbox and passes lists of events to ``emit``.
+It uses no file and no network: other threads load embedding rows and compile grammars for it. Every
 accepted request ends in exactly one of FinishedEvent, FailedEvent and AbortedEvent.
 """
 
@@ -61,9 +61,9 @@ class Engine:
     """Drives one runner. ``runner`` owns the device, ``rows`` the embeddings. ``grammars`` None:
     requests that have a grammar are refused.
 
-    An exception in one request fails that request. One raised by ``runner.execute`` fails the
-    step's sequences, whose blocks of this step are not shared yet, and the engine continues;
-    DeviceLost and errors of the engine itself leave ``run``.
+    An error of one request fails that request. An exception of ``runner.execute`` fails every
+    request of the step, and the engine continues: blocks computed in that step have not been added
+    to the prefix cache. DeviceLost and errors of the engine itself are raised by ``run``.
     """
 
     clock: Callable[[], float] = staticmethod(time.perf_counter)
@@ -156,10 +156,8 @@ class Engine:
     # ---- commands
 
     def submit(self, request: GenerateRequest) -> None:
-        """Queues a request; one that can never be served fails at once, with a typed error.
-
-        A request whose id is open already is dropped: callers keep ids unique.
-        """
+        """Queues a request. One that can never be served fails at once, with a typed error. One
+        whose id is in use is dropped: callers keep ids unique."""
         if request.request_id in self._open:
             log.error("request %s is already open", request.request_id)
             return
@@ -181,7 +179,8 @@ class Engine:
             self._begin(generation)
 
     def grammar_compiled(self, request_id: str) -> None:
-        """Queues the request, or fails it; one that has ended meanwhile is ignored."""
+        """Queues the request, or fails it if its grammar did not compile; a request that has ended
+        is ignored."""
         if not self._grammars.done(request_id):
             return
         generation = self._open[request_id]
@@ -193,14 +192,14 @@ class Engine:
             self._begin(generation)
 
     def _begin(self, generation: GenerationState) -> None:
-        """Queues the first choice that has tokens left to generate: the others fork from it."""
+        """Queues the first choice that has tokens left to generate; the others fork from it."""
         if not generation.open_choices:
             self._finish(generation)
         while (seq := generation.begin()) is not None:
             self.scheduler.add(seq)
             if seq.finish_reason is None:
                 return
-            self._send_tokens(seq)  # The choice to continue is complete already: report its end.
+            self._send_tokens(seq)  # The output that it continues is complete: reports its end.
 
     def abort(self, request_id: str) -> None:
         """Cancels a request; unknown and ended ones are ignored."""
@@ -217,7 +216,7 @@ class Engine:
             generation.available_keys.update(keys)
 
     def rows_failed(self, request_id: str, key: str, error: Exception) -> None:
-        """Fails the request, unless it has no more tokens to compute from rows of ``key``."""
+        """Fails the request if it still has tokens to compute from the rows of ``key``."""
         generation = self._open.get(request_id)
         if generation is not None and self.scheduler.needs(generation, key):
             self._fail(generation, _typed_error(error))
@@ -225,7 +224,7 @@ class Engine:
     # ---- running
 
     def _ask_for_rows(self) -> bool:
-        """Whether any sequence has rows to ask for."""
+        """Sends NeedRowsEvents for rows that sequences wait for; returns whether there were any."""
         needs = self.scheduler.take_needs()
         for seq, keys in needs:
             self._events.append(NeedRowsEvent(seq.request_id, keys, seq.preemptions > 0))
@@ -281,7 +280,7 @@ class Engine:
             self._events.append(PromptLogprobsEvent(work.seq.request_id, positions))
 
     def _append(self, seq: Sequence, result: WorkResult) -> None:
-        """Records a token, or the end of the choice if its grammar was complete without one."""
+        """Records a sampled token, or the end of a choice whose grammar allows no further token."""
         if seq.generation.first_token_at is None:
             self._first_token(seq)
         seq.grammar_ended = result.ends_grammar
@@ -300,7 +299,7 @@ class Engine:
         tokens: tuple[int, ...] = (),
         logprobs: tuple[PositionLogprobs, ...] = (),
     ) -> None:
-        """Sends new tokens of a choice, and closes it if it ends with them."""
+        """Sends new tokens of a choice, and closes the choice if they end it."""
         first = seq.num_output - len(tokens)
         finish = seq.finish_reason
         by_id = finish is FinishReason.STOP and not seq.grammar_ended
@@ -311,7 +310,7 @@ class Engine:
             self._close_choice(seq)
 
     def _first_token(self, leader: Sequence) -> None:
-        """The prompt is computed: starts the other choices."""
+        """Reports that the prompt is computed, and starts the other choices."""
         generation = leader.generation
         generation.first_token_at = generation.last_token_at
         prefilled = PrefilledEvent(

@@ -22,19 +22,19 @@ from opticnerve.errors import EngineFailure, OpticNerveError
 
 log = logging.getLogger(__name__)
 
-STOP_TIMEOUT_S = 10.0  # Time for an engine's process to end before it is killed.
+STOP_TIMEOUT_S = 10.0  # After which an engine's process is killed if it has not ended.
 
 
 @dataclass(frozen=True, slots=True)
 class EngineReady:
-    """The engine is built; its first message."""
+    """The engine's first message: it is built."""
 
     config: EngineConfig
 
 
 @dataclass(frozen=True, slots=True)
 class EngineEnded:
-    """The engine's last message: why it died, or None after Stop."""
+    """The engine's last message. ``error``: why it died; None after Stop."""
 
     error: OpticNerveError | None
 
@@ -50,8 +50,8 @@ FromEngine: TypeAlias = list[Message] | RowsDamaged | EngineReady | EngineEnded
 Send: TypeAlias = Callable[[FromEngine], None]
 
 EngineFactory: TypeAlias = Callable[[Any, Send], Engine]
-"""Builds an engine from a configuration, on the thread that will run it. The engine passes messages
-to Send, from any thread."""
+"""Builds an engine from a configuration, on the thread that will run it. The engine sends messages
+by calling the Send, from any thread."""
 
 
 def import_factory(factory: str | EngineFactory) -> EngineFactory:

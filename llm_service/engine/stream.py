@@ -20,17 +20,17 @@ from llm_service.policy.messages import (
 )
 from opticnerve.errors import Overloaded
 
-RELEASE_TIMEOUT_S = 30.0  # Time for the engine to end its step and release an aborted request.
+RELEASE_TIMEOUT_S = 30.0  # For the engine to end its step and release an aborted request.
 TERMINAL = (FinishedEvent, FailedEvent, AbortedEvent)
 
-MOST_UNREAD = 2**23  # Most unread log-probabilities of prompts: about a gigabyte.
+MOST_UNREAD = 2**23  # Unread prompt log-probabilities of all streams: about a gigabyte.
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Unread:
-    """The number of prompt log-probabilities that wait for readers, over all streams."""
+    """The number of unread prompt log-probabilities, over all streams."""
 
     entries: int = 0
 
@@ -38,10 +38,10 @@ class Unread:
 class EventStream:
     """Events of one request, in order, up to the terminal one.
 
-    One reader, by ``async for event in stream`` or ``read()``. Tokens that arrive between two reads
-    are merged into one TokensEvent a choice. As a context (``with client.submit(...) as
-    stream``) it aborts the request when left before the end. A request whose prompt's
-    log-probabilities would be too many to wait for a slow reader fails with Overloaded.
+    It has one reader, which uses ``async for event in stream`` or ``read()``. Tokens that arrive
+    between two reads are merged into one TokensEvent per choice. Leaving the context (``with
+    client.submit(...) as stream``) before the end aborts the request. If too many prompt
+    log-probabilities are unread, the request fails with Overloaded.
     """
 
     def __init__(self, request_id: str, abort: Callable[[str], None], unread: Unread) -> None:
@@ -55,7 +55,8 @@ class EventStream:
         self._wake: asyncio.Future[None] | None = None
 
     async def read(self) -> list[Event]:
-        """Everything that is pending, at least one event; empty after the terminal one."""
+        """Waits for events and returns all that are pending; an empty list after the terminal
+        event."""
         while not self._pending:
             if self.ended or self._closed:
                 return []
@@ -113,8 +114,8 @@ class EventStream:
         self._wake_reader()
 
     def _counted(self, event: PromptLogprobsEvent) -> Event:
-        """The event, counted. If there are too many unread ones, the request's failure replaces
-        them."""
+        """Counts the event's log-probabilities. Returns the event; or, if too many would be unread,
+        drops the pending events, aborts the request and returns its failure."""
         added = sum(1 + len(position.top) for position in event.positions)
         if self._unread.entries + added > MOST_UNREAD:
             self._clear()
@@ -122,8 +123,8 @@ class EventStream:
             return FailedEvent(
                 self.request_id,
                 Overloaded(
-                    "too many log-probabilities of prompts wait for slow readers; read faster, or "
-                    "ask for fewer alternatives",
+                    "too many prompt log-probabilities are waiting to be read; read faster, or ask "
+                    "for fewer alternatives",
                     retry_after_s=1.0,
                 ),
             )
@@ -142,7 +143,7 @@ class EventStream:
 
 
 def coalesce(events: Iterable[Event]) -> list[Event]:
-    """The same events, with the TokensEvents of one choice between two others merged."""
+    """The same events, with consecutive TokensEvents merged into one per choice."""
     merged: list[Event] = []
     runs: dict[int, list[TokensEvent]] = {}
     for event in events:
