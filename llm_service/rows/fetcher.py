@@ -1,8 +1,8 @@
 """Fetches embedding rows to this host, from the cheapest location that has them.
 
-Rows that callers send inline get another name here, because a caller may use any key,
-even that of another user's picture: a hash of their bytes under a random secret of this process,
-unique in the tier and the prefix cache. They are deleted when no request holds their name.
+A caller may send rows inline under any key, even that of another user's picture. They are therefore
+renamed here: to a hash of their bytes under a random secret of this process, which is unique in the
+tier and in the prefix cache. They are deleted when no request holds that name any more.
 """
 
 from __future__ import annotations
@@ -88,17 +88,18 @@ class Fetcher:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="rows")
         self._channels: dict[str, grpc.aio.Channel] = {}  # Least recently used first.
         self._flights: Flights[None] = Flights()
-        self._tier = "shm" if store.tier_id else "memory"  # The local one's name in metrics.
+        self._tier = "shm" if store.tier_id else "memory"  # The local tier's name in metrics.
         self._secret = secrets.token_bytes(32)
-        self._holders: Counter[str] = Counter()  # Requests by the name of a caller's own rows.
+        self._holders: Counter[str] = Counter()  # Requests that hold a caller's own rows, by name.
 
     async def ensure(self, ref: EmbeddingRef) -> None:
-        """Returns when the rows of ``ref`` were on this host, checked against it, and loaded if the
-        engine of this process held a lease on them. If they are gone again, the engine asks again.
+        """Brings the rows of ``ref`` to this host and checks them against it; loads them if an
+        engine in this process holds a lease on them. They may be evicted again at any time; then
+        the engine asks again.
 
-        Calls for one key at the same time share one run; if it fails, each tries its own
-        reference. Raises EmbeddingNotFound, EmbeddingEvicted or EmbeddingCorrupt, and
-        InvalidRequest for rows that came with the request and are not finite.
+        Concurrent calls for one key share one run; if it fails, each tries its own reference.
+        Raises EmbeddingNotFound, EmbeddingEvicted or EmbeddingCorrupt, and InvalidRequest for
+        rows that came with the request and are not finite.
         """
         while True:
             joined = ref.key in self._flights
@@ -117,13 +118,13 @@ class Fetcher:
         return found
 
     async def present(self, keys: Iterable[str]) -> set[str]:
-        """Those of ``keys`` whose rows are on this host, unread."""
+        """Those of ``keys`` whose rows are on this host; nothing is read."""
         return await self._on_thread(self._rows.present, keys)
 
     async def names(self, own: Mapping[str, bytes]) -> dict[str, str]:
-        """This worker's names for rows that a caller sends itself, by the caller's keys. ``own``:
-        their safetensors bytes, or b"" if they come later; then the key must be their
-        ``tensors_key``."""
+        """This worker's names for rows that a caller sends inline, by the caller's keys. ``own``:
+        the rows' safetensors bytes by key; b"" if they come later, in which case the key has to be
+        their ``tensors_key``."""
 
         def name_all() -> dict[str, str]:
             return {k: self._own_name(tensors_key(data) if data else k) for k, data in own.items()}
@@ -131,7 +132,7 @@ class Fetcher:
         return await self._on_thread(name_all) if own else {}
 
     async def check_own(self, ref: EmbeddingRef) -> None:
-        """Raises InvalidRequest for inline rows whose name is not that of their bytes."""
+        """Raises InvalidRequest for inline rows whose bytes do not have the name of ``ref``."""
         data = ref.location.inline
         if data and self._own_name(await self._on_thread(tensors_key, data)) != ref.key:
             raise InvalidRequest(
@@ -158,7 +159,7 @@ class Fetcher:
                         self._threads.submit(self._forget_own, name)
 
     async def close(self) -> None:
-        """Ends threads and channels. Call it after the calls that wait for rows have ended."""
+        """To be called after the calls that wait for rows have ended."""
         for channel in self._channels.values():
             await channel.close()
         await asyncio.to_thread(self._threads.shutdown)
@@ -178,17 +179,19 @@ class Fetcher:
                 if data is None:
                     continue
                 traces.current().set(tier=source, cache="hit", bytes=len(data))
-                if source != "redis":  # The store counts its own hits.
+                if source != "redis":  # The store counts its own reads.
                     EMBEDDING_BYTES.labels(source, "read").inc(len(data))
                 await self._on_thread(self._keep, ref, data, source == "inline")
                 loaded = await self._on_thread(self._load, ref.key, ref)
                 if loaded or not self._rows.take_damaged(ref.key):
-                    return  # Evicted at once, they are asked for again, by the same reference.
+                    return  # If they were evicted at once, the engine asks for them again.
                 corrupt = True
             except EmbeddingCorrupt as error:
-                log.warning("%.12s by %s is damaged: %s", ref.key, source, error.message)
+                log.warning(
+                    "the embedding %.12s from %s is damaged: %s", ref.key, source, error.message
+                )
                 corrupt = True
-                if source == "redis":  # Otherwise the encoder, asked again, would find it there.
+                if source == "redis":  # An encoder that is asked to encode again looks there first.
                     await self._on_thread(codec.forget, self.store, ref.key)
         raise self._failure(ref, corrupt)
 
@@ -210,12 +213,13 @@ class Fetcher:
         return data
 
     def _may_call(self, address: str) -> bool:
-        """Without this check a caller's reference could make this host connect to any address."""
+        """Whether an encoder at ``address`` may be called. Without this check a caller's reference
+        could make this host connect to any address."""
         return self._encoders is None or addresses.host_of(address) in self._encoders
 
     async def _fetch(self, ref: EmbeddingRef) -> bytes | None:
-        """The bytes from the encoder that made them, or None: errors count as misses, since another
-        location may have them. So do rows without a valid MAC, if this worker has the secret."""
+        """The bytes from the encoder that made them, or None. Errors count as misses, since another
+        location may have the rows. So do rows without a valid MAC if this worker has a ``seal``."""
         address = ref.location.fetch_address
         stub = encoder_pb2_grpc.EncoderStub(await self._channel(address))
         limit = ref.num_bytes + codec.MAX_HEADER_BYTES + LENGTH.size
@@ -247,7 +251,7 @@ class Fetcher:
     async def _channel(self, address: str) -> grpc.aio.Channel:
         """A channel to ``address``; closes the least recently used beyond ``MAX_CHANNELS``."""
         channel = self._channels.pop(address, None)
-        if channel is None:  # With a scheme, so that gRPC sees none in a host called "unix".
+        if channel is None:  # The scheme keeps gRPC from taking a host called "unix" for one.
             channel = open_channel(f"dns:///{address}", self._token, self._tls)
         self._channels[address] = channel
         while len(self._channels) > MAX_CHANNELS:
@@ -284,7 +288,7 @@ class Fetcher:
         tensors, meta = codec.from_bytes(data)
         if inline and not codec.is_finite(tensors):
             raise InvalidRequest(
-                "embeddings have finite values, no NaN and no infinity", param="ref"
+                "the values of embeddings must be finite: no NaN, no infinity", param="ref"
             )
         self._check(ref, tensors)
         codec.verify(tensors, meta)
@@ -300,7 +304,7 @@ class Fetcher:
             self._forget_own(ref.key)
 
     def _check(self, ref: EmbeddingRef, tensors: Tensors) -> None:
-        """Raises EmbeddingCorrupt for what does not fit ``ref`` or the model."""
+        """Raises EmbeddingCorrupt for tensors that do not fit ``ref`` or the model."""
         check_fit(ref, codec.specs_of(tensors), self._hidden_size, self._levels)
 
     def _failure(self, ref: EmbeddingRef, corrupt: bool) -> OpticNerveError:

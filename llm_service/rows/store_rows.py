@@ -1,4 +1,4 @@
-"""The engine's rows: loaded on other threads, looked up on the engine's.
+"""The engine's rows. Other threads load them; the engine's thread only looks them up.
 
 ``StoreRows`` reads this host's tier only; the ``Fetcher`` copies rows from the network into it.
 """
@@ -31,7 +31,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class _Lease:
-    """One key that the engine holds."""
+    """The engine's lease on the rows of one key."""
 
     __slots__ = ("num_bytes", "tensors")
 
@@ -43,13 +43,13 @@ class _Lease:
 class StoreRows:
     """A RowSource over this host's tier; see ``llm_service.policy.row_source`` for the contract.
 
-    The engine's thread only looks up: tensors are loaded by ``load``, on another thread, once a
-    lease, and kept until the lease ends; a file that is unlinked meanwhile lives on in its
-    mapping. Pins and deletions in the tier are made by a thread of its own, in the order of the
-    engine's calls. Leases bound the rows that are loaded, by the tier's capacity.
+    ``load`` loads tensors on another thread, once per lease. They are kept until the lease ends: a
+    file that is unlinked meanwhile stays mapped. One background thread pins and deletes rows in the
+    tier, in the order of the engine's calls. Only leased rows stay loaded, and leases are bounded
+    by the tier's capacity.
 
-    ``overflow`` holds what the tier does not take. ``report`` is called with each key whose rows
-    were damaged and deleted, from any thread.
+    ``overflow``: holds rows that the tier refuses. ``report``: called with each key whose rows were
+    damaged and deleted, on any thread.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class StoreRows:
         self._deletions: dict[str, Future[None]] = {}
         # Used by the lease thread:
         self._pins: dict[str, tuple[int, AbstractContextManager[None]]] = {}
-        self._room = tier.leasable_bytes()  # For this engine's leases; other processes have theirs.
+        self._room = tier.leasable_bytes()  # For this engine's leases, beside other processes'.
         self._measurement = self._in_background(self._measure)
 
     # ---- the engine's thread: look-ups
@@ -119,8 +119,8 @@ class StoreRows:
     # ---- any other thread
 
     def load(self, key: str, check: Callable[[Tensors], None] = lambda tensors: None) -> bool:
-        """Reads the rows of ``key`` from this host and checks every value; returns whether it has
-        them. If the engine holds a lease on them, they are ready from now on.
+        """Reads the rows of ``key`` on this host and checks every value; returns whether they are
+        here. If the engine holds a lease on them, they are ready from now on.
 
         Rows that are damaged, or that ``check`` refuses with EmbeddingCorrupt, are deleted and
         reported.

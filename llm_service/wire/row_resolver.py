@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class AskCaller(NeedRowsEvent):
-    """No usable rows were found for these keys. ``reason``: a name of llm.proto's NeededReason."""
+    """Asks the caller for these keys, for which no usable rows were found. ``reason``: a name of
+    NeededReason in ``llm.proto``, without its prefix."""
 
     reason: str = "NOT_FOUND"
 
@@ -52,10 +53,11 @@ class _NeededItem:
 class NeededRows:
     """Answers the engine's NeedRowsEvents from references, and asks the caller if they fail.
 
-    ``refs``: by key, None if EmbeddingReady will bring it; ``rows``: how many rows spans use, by
-    key; ``choices``: how many choices need the rows, perhaps one after the other. The request
-    fails if rows are not loaded within ``wait_s``, or still missing after ``MAX_REENCODES``
-    questions to the caller. Belongs to one event loop; ``close`` ends its tasks.
+    ``refs``: references by key; None if EmbeddingReady will bring it. ``rows``: the number of rows
+    that spans use, by key. ``choices``: the number of choices, each of which may need the rows
+    again. The request fails if rows are not loaded within ``wait_s``, or are still missing after
+    the caller was asked ``MAX_REENCODES`` times. Belongs to one event loop; ``close`` ends its
+    tasks.
     """
 
     def __init__(
@@ -93,7 +95,9 @@ class NeededRows:
             item.repeats += not preempted
             if item.repeats > self._max_repeats:
                 error = EmbeddingNotFound(
-                    "the embedding was evicted from this host repeatedly", param=key
+                    "the embedding was evicted from the LLM worker's host repeatedly; give its "
+                    "store more memory",
+                    param=key,
                 )
                 self._fail(key, error)
             else:
@@ -123,7 +127,7 @@ class NeededRows:
         return item
 
     def failed(self, key: str, error: OpticNerveError) -> None:
-        """The caller cannot get the item: the request fails, unless it no longer needs it."""
+        """The caller cannot get the item: fails the request unless it no longer needs the item."""
         if key not in self._items:
             raise InvalidRequest("the failure's key is not an item of the request", param="key")
         self._fail(key, error)
@@ -150,8 +154,8 @@ class NeededRows:
             item.task = asyncio.create_task(self._bring(key))
 
     async def _bring(self, key: str) -> None:
-        """Fetches by the latest reference until one succeeds or none is left; without a reference,
-        looks on this host."""
+        """Fetches by the latest reference until one succeeds or none is left to try; without any,
+        looks for the rows on this host."""
         item = self._items[key]
         ref = item.ref
         try:
@@ -168,7 +172,7 @@ class NeededRows:
         self._ready(key)
 
     async def _attempt(self, key: str, ref: EmbeddingRef | None) -> bool:
-        """Whether the rows are loaded now. Raises InvalidRequest."""
+        """Tries to load the rows; returns whether they are loaded. Raises InvalidRequest."""
         item = self._items[key]
         started = time.perf_counter()
         try:
@@ -192,7 +196,7 @@ class NeededRows:
         item = self._items[key]
         item.wanted = False
         self._stop_timer(item)
-        # Also for a sequence that was preempted meanwhile, or will be: its rows need no encoder.
+        # For sequences that are preempted, now or later: their rows need no encoder.
         self._engine.rows_available(self._request_id, (key,))
         self._engine.rows_ready(key)
 

@@ -170,8 +170,8 @@ class GenerateCall:
                 await asyncio.shield(asyncio.create_task(self._stream.release()))
 
     def _messages(self, batch: Iterable[Event]) -> Iterator[pb.GenerateOut]:
-        """The messages for events of the engine, each made when the one before is sent. Raises the
-        error of a request that failed."""
+        """Converts the engine's events to messages, each made when the one before has been sent.
+        Raises the request's error if it failed."""
         out = pb.GenerateOut()
         for event in batch:
             match event:
@@ -183,7 +183,7 @@ class GenerateCall:
                             out = pb.GenerateOut()
                         out.deltas.append(piece)
                 case AskCaller(keys=()):
-                    pass  # A later message was wrong: ``run`` raises its error.
+                    pass  # Sent by ``_read`` to wake ``run``, which raises the caller's error.
                 case AskCaller():
                     out.embedding_needed.CopyFrom(self._embedding_needed(event))
                     yield out
@@ -212,7 +212,7 @@ class GenerateCall:
             yield out
 
     def _embedding_needed(self, event: AskCaller) -> pb.EmbeddingNeeded:
-        """The question for rows, by the caller's own keys."""
+        """Asks for rows by the keys that the caller gave."""
         return pb.EmbeddingNeeded(
             keys=[self._keys.get(key, key) for key in event.keys],
             reason=pb.NeededReason.Value(f"NEEDED_REASON_{event.reason}"),
@@ -253,7 +253,9 @@ class GenerateCall:
                         key = self._local_names.get(failure.key, failure.key)
                         self._needed.failed(key, from_failure(failure))
                     case _:
-                        raise InvalidRequest("only the first message of a call may be Start")
+                        raise InvalidRequest(
+                            "after Start, send only EmbeddingReady and EmbeddingFailed"
+                        )
         except grpc.RpcError:
             pass  # The call has ended; the writing side reports why.
         except Exception as error:
@@ -272,7 +274,7 @@ async def _first(messages: AsyncIterator[pb.GenerateIn]) -> pb.Start:
     except TimeoutError as error:
         raise DeadlineExceeded(f"no Start arrived within {START_S:g} s") from error
     if first is None or not first.HasField("start"):
-        raise InvalidRequest("the first message of Generate is Start", param="start")
+        raise InvalidRequest("the first message of Generate must be Start", param="start")
     return first.start
 
 
@@ -286,8 +288,9 @@ def inline_items(start: pb.Start) -> dict[str, bytes]:
 
 
 def read_start(start: pb.Start, loaded: Loaded, local_names: Mapping[str, str]) -> GenerateRequest:
-    """``local_names``: from the callers' keys of ``inline_items`` to this worker's names, which
-    replace them. Raises InvalidRequest, ContextLengthExceeded, UnsupportedFeature."""
+    """Converts and checks a Start. ``local_names``: this worker's names of ``inline_items``, by the
+    caller's keys, which they replace. Raises InvalidRequest, ContextLengthExceeded,
+    UnsupportedFeature."""
     if start.adapter:
         raise UnsupportedFeature("adapters are not served; leave adapter empty", param="adapter")
     spans = tuple(convert.span_from_pb(span) for span in start.spans)
@@ -307,7 +310,7 @@ def read_start(start: pb.Start, loaded: Loaded, local_names: Mapping[str, str]) 
         share=start.share,
         weight=start.weight or 1.0,
     )
-    if not MIN_WEIGHT <= request.weight <= MAX_WEIGHT:  # Not a number is in no range.
+    if not MIN_WEIGHT <= request.weight <= MAX_WEIGHT:  # Also true of NaN.
         raise InvalidRequest(
             f"weight must be between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}", param="weight"
         )
@@ -322,7 +325,7 @@ def read_refs(start: pb.Start, local_names: Mapping[str, str]) -> dict[str, Embe
     refs: dict[str, EmbeddingRef | None] = {}
     for item in start.items:
         if item.HasField("ref") and item.ref.key != item.key:
-            raise InvalidRequest("a reference has another key than its item", param="items")
+            raise InvalidRequest("an item's reference must have the item's key", param="items")
         ref = read_ref(item.ref, local_names) if item.HasField("ref") else None
         key = local_names.get(item.key, item.key)
         refs[key] = ref or refs.get(key)
@@ -344,7 +347,7 @@ def read_ref(message: embedding_pb2.EmbeddingRef, local_names: Mapping[str, str]
     name, inline = local_names.get(ref.key), ref.location.inline
     if (name is None) != (not inline):
         raise InvalidRequest(
-            "an item has inline rows exactly if Start marks it own=true",
+            "items with inline rows, and only those, must be marked own=true in Start",
             param="ref",
         )
     return ref if name is None else replace(ref, key=name, location=Location(inline=inline))

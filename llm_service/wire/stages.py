@@ -1,5 +1,6 @@
-"""Reports the stages of one generation as metrics, spans and log fields, each once, however the
-generation ends. The engine reports durations; this module knows when the call began."""
+"""Records the stages of one generation as metrics, spans and log fields, each once, however the
+generation ends. The engine reports their durations; they are placed in time from the request's
+arrival."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from opticnerve.telemetry.metrics import STAGE_SECONDS
 
 
 class GenerationStages:
-    """``prompt_tokens``: number of the prompt's tokens. ``received_at``: when the call arrived, in
-    seconds of ``time.perf_counter()``, which on Linux is the monotonic clock."""
+    """``prompt_tokens``: number of the prompt's tokens. ``received_at``: when the request arrived,
+    in seconds of the monotonic clock, which ``time.perf_counter()`` reads too."""
 
     def __init__(self, prompt_tokens: int, received_at: float) -> None:
         self._prompt_tokens = prompt_tokens
@@ -22,7 +23,7 @@ class GenerationStages:
         self._decode_s: float | None = None  # Reported by the engine at the end.
 
     def prefilled(self, event: PrefilledEvent) -> None:
-        """Call this when the first token arrives."""
+        """Records queue and prefill, when the prompt is computed."""
         now, timings = time.monotonic(), event.timings
         logs.note(cached_tokens=event.cached_tokens, ttft_ms=(now - self._began) * 1e3)
         queue_s, prefill_s = timings.queue_ms / 1e3, timings.prefill_ms / 1e3
@@ -40,13 +41,13 @@ class GenerationStages:
         )
 
     def done(self, timings: Timings) -> None:
-        """Call this when the engine has ended the generation. ``timings``: include reading rows."""
+        """Takes the engine's timings of a finished generation."""
         self._decode_s = timings.decode_ms / 1e3
         traces.current().set(preemptions=timings.preemptions)
 
     def ended(self, tokens: int, get_s: float) -> None:
-        """Call this when the call ends. ``tokens``: number generated; ``get_s``: seconds of reading
-        rows."""
+        """Records decode and the reading of rows, when the call ends. ``tokens``: number generated;
+        ``get_s``: seconds spent on reading rows."""
         if get_s:
             STAGE_SECONDS.labels("get").observe(get_s)
         if self._first_token_at is not None:
