@@ -1,7 +1,7 @@
 """One step's tokens, packed: arrays on the host, made from a plan and the state of its slots.
 
-Decoding sequences come first, one token each, longest first, then chunks: so a backend needs no
-index to find either, or to group sequences of similar length.
+Decoding sequences come first, one token each, longest first; chunks follow. So a backend needs no
+index to tell them apart or to group sequences of similar length.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ if TYPE_CHECKING:
 
 
 class SlotTable:
-    """Host-side state of each running sequence, by slot: its blocks and positions.
+    """Host-side state of each running sequence: its blocks and positions, in arrays over slots, so
+    that packing decoding sequences takes a few vectorised look-ups.
 
-    These are arrays over slots, so that a step of decoding sequences is a few vectorised look-ups.
-
-    ``delta``: position minus index of a token past the prompt. ``blocks``: the block tables,
-    written as they grow.
+    ``delta``: int64 [slots], position minus index of tokens past the prompt. ``blocks``: int64
+    [slots, most blocks], the block tables, extended as they grow.
     """
 
     def __init__(self, num_slots: int, max_blocks: int, layout: Layout) -> None:
@@ -113,7 +112,7 @@ class Batch:
 
 
 def pack(works: list[Work], slots: SlotTable, block_size: int) -> Batch:
-    """Packs ``works``; their slots are admitted and have their blocks."""
+    """Packs ``works``, whose slots have been admitted and have their blocks."""
     decodes = [work for work in works if work.num_tokens == 1]
     decodes.sort(key=_start, reverse=True)
     if len(decodes) == len(works):

@@ -1,10 +1,10 @@
 """Which tokens a request may choose, and how it shifts their logits: prepared once, by slot.
 
 ``logit_bias``, ``allowed_token_ids``, ``bad_words`` and the ids that end a choice before
-``min_tokens`` are long Python lists. When a sequence gets its slot they become tensors, and an
-index of the bad words of several tokens: one set for all choices of a request, freed with the last
-of their slots. A step reads no list. A set takes four bytes for each token of the vocabulary if the
-request has ``allowed_token_ids``, and otherwise no more than its lists.
+``min_tokens`` may be long Python lists. When a sequence gets its slot, they become tensors and an
+index of the bad words of several tokens, so that no step reads a list. All choices of a request
+share one set, which is freed with the last of their slots. It takes four bytes for each token of
+the vocabulary if the request has ``allowed_token_ids``, and otherwise no more than the lists.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ def constrains(params: Sampling) -> bool:
 
 
 class BadWords:
-    """Words of several tokens, found by their beginnings, which are all tokens but the last.
+    """Finds the tokens that would complete a bad word of several tokens.
 
-    Beginnings and the text are kept as bytes, newest token first, and the beginnings are sorted:
-    those that end the text are prefixes of it, so each is a prefix of the next longer one, and
-    the longest of them is the text's predecessor or one of that one's prefixes. A step is one
-    binary search, and a walk from each beginning to the next shorter one.
+    A word's beginning is all of its tokens but the last. Beginnings and the text are kept as bytes,
+    newest token first, so a beginning that ends the text is a prefix of the text's bytes. The
+    longest such beginning is the text's predecessor among the sorted beginnings, or a prefix of
+    that predecessor; each shorter one is a prefix of the next longer one. A step is one binary
+    search, then a walk from each beginning to its longest prefix.
     """
 
     def __init__(self, words: Sequence[Sequence[int]]) -> None:
-        """Each of two tokens or more."""
+        """``words``: ids of two tokens or more each."""
         tokens = np.fromiter(chain.from_iterable(words), TOKEN, sum(map(len, words)))
         newest_first = tokens[::-1].tobytes()
         ends: dict[bytes, set[int]] = {}
@@ -58,7 +59,7 @@ class BadWords:
         self._num_bytes = max(map(len, self._beginnings))
 
     def tail(self, token_ids: list[int]) -> bytes:
-        """The end of a text that can decide which words may end next."""
+        """The end of a text, newest token first, as long as the longest beginning."""
         last = token_ids[-(self._num_bytes // TOKEN.itemsize) :]
         return np.array(last[::-1], dtype=TOKEN).tobytes()
 
@@ -67,7 +68,7 @@ class BadWords:
         return (np.array(token_id, dtype=TOKEN).tobytes() + tail)[: self._num_bytes]
 
     def ends(self, tail: bytes) -> list[int]:
-        """Last tokens of the words of which the text ends with all the others."""
+        """The tokens that would complete a word after a text that ends with ``tail``."""
         at = bisect_right(self._beginnings, tail) - 1
         while at >= 0 and not tail.startswith(self._beginnings[at]):
             at = self._shorter[at]
@@ -79,7 +80,8 @@ class BadWords:
 
 
 def _longest_prefixes(ordered: list[bytes]) -> list[int]:
-    """For each, the index of the longest other one that it starts with; -1 if there is none."""
+    """For each of the sorted texts, the index of the longest other one that it starts with; -1 if
+    there is none."""
     found: list[int] = []
     for index, each in enumerate(ordered):
         at = index - 1
@@ -91,13 +93,13 @@ def _longest_prefixes(ordered: list[bytes]) -> list[int]:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Prepared:
-    """One request's constraints as tensors on the device, and ``words``."""
+    """One request's constraints: tensors on the device, and ``words``."""
 
-    params: Sampling  # Referenced, so that its id() is not used again.
+    params: Sampling  # Kept alive, so that no other object gets its id().
     bias: tuple[torch.Tensor, torch.Tensor] | None  # int64 ids and fp32 values, of one length.
     ceiling: torch.Tensor | None  # fp32 [vocab]: -inf for all but allowed_token_ids, else +inf.
     banned: torch.Tensor | None  # int64: the bad words of one token.
-    words: BadWords | None  # Those of several.
+    words: BadWords | None  # The bad words of several tokens.
     ending: torch.Tensor | None  # int64: forbidden before min_tokens.
 
 
@@ -206,7 +208,7 @@ class Constraints:
     def _forbid_ends(
         self, logits: torch.Tensor, slots: NDArray[np.int64], held: dict[int, Prepared]
     ) -> None:
-        """Forbids the last tokens of the words of several tokens that would be complete."""
+        """Forbids the tokens that would complete a bad word of several tokens."""
         rows: list[int] = []
         ends: list[int] = []
         for row, each in held.items():

@@ -1,8 +1,8 @@
 """Which tokens the grammars of running sequences allow next, by slot.
 
-A thread fills a step's masks while the model runs: ``prepare`` begins, ``apply`` waits. Where a
-grammar may end, every id that ends the request's choices is allowed. The state of a slot is a
-function of its grammar and its output: a sequence that gets a slot again replays its output.
+A thread fills a step's masks while the model runs: ``prepare`` starts it, ``apply`` waits for it.
+Where a grammar may end, every id that ends the request's choices is allowed. A slot's state depends
+on the grammar and the output alone, so a sequence that gets a slot again replays its output.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Words = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class GrammarEnd:
-    """The end of a choice by its grammar: nothing can follow its output, or ``error``. ``drawn``:
-    whether the token that the step drew belongs to the output; it does not if the output had come
-    to its end before."""
+    """The end of a choice by its grammar: nothing can follow the output, or ``error`` occurred.
+    ``drawn``: whether the token drawn in this step belongs to the output; False if the grammar had
+    ended before."""
 
     error: OpticNerveError | None = None
     drawn: bool = True
@@ -41,19 +41,20 @@ class Place:
 
     matcher: LLMatcher
     ending_ids: frozenset[int]
-    ending: Words  # Their bits.
+    ending: Words  # ``ending_ids`` as a mask.
     end: GrammarEnd | None = None
 
     def advance(self, token_ids: Sequence[int]) -> None:
-        """Consumes output that follows what was consumed before; between tokens, which may take
-        milliseconds each, other threads may run."""
+        """Consumes the next tokens of the output, in a call each: one may take milliseconds, and
+        other threads run in between."""
         if not all(self.matcher.consume_token(token) for token in token_ids):
             self.end = GrammarEnd(grammar_error(self.matcher.get_error()))
         elif self.matcher.is_stopped():
             self.end = GrammarEnd()
 
     def complete(self, mask: Words, eos: Words) -> None:
-        """Makes the library's mask the request's: ``eos`` are the ids that end an answer there."""
+        """Replaces the ids that end an answer in the library's mask (``eos``) by the request's
+        ending ids, where the output may end."""
         if self.matcher.is_error():
             self.end = GrammarEnd(grammar_error(self.matcher.get_error()), drawn=False)
         elif self.matcher.is_accepting():
@@ -73,11 +74,11 @@ class GrammarMasks:
         self._places: dict[int, Place] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._filling: Future[None] | None = None
-        self._rows: list[int] = []  # Of the step's batch, those with a mask.
-        self._executor: LLExecutor | None = None  # Has threads of its own, so made at need.
-        self._masks: Words = np.zeros((0, 0), dtype=np.int32)  # Of the largest batch yet.
+        self._rows: list[int] = []  # Rows of the step's batch that have a mask.
+        self._executor: LLExecutor | None = None  # Starts threads, so it is made when needed.
+        self._masks: Words = np.zeros((0, 0), dtype=np.int32)  # Rows for the largest batch yet.
         self._eos: Words = self._masks[:0]
-        self._bits = to_device(2 ** np.arange(8, dtype=np.uint8), device)  # Of a byte.
+        self._bits = to_device(2 ** np.arange(8, dtype=np.uint8), device)  # The bits of a byte.
 
     # ---- slots
 
@@ -116,7 +117,7 @@ class GrammarMasks:
     # ---- one step
 
     def prepare(self, slots: NDArray[np.int64]) -> None:
-        """Begins to fill the masks of these slots, one for each row of the step's logits."""
+        """Starts to fill the masks for a batch: ``slots`` has one for each row of its logits."""
         self._wait()
         places = {row: self._places.get(slot) for row, slot in enumerate(slots.tolist())}
         going_on = {row: place for row, place in places.items() if place and place.end is None}

@@ -19,11 +19,11 @@ from opticnerve.models.family import LanguageModel
 
 @dataclass(frozen=True, slots=True)
 class Overwrite:
-    """Rows of an item, checked, that replace input embeddings of one work."""
+    """Checked rows of an item that replace input embeddings of one work."""
 
     offset: int  # From the work's first token.
     rows: torch.Tensor  # [n, hidden_size]
-    levels: dict[int, torch.Tensor]  # DeepStack, the same rows of each level.
+    levels: dict[int, torch.Tensor]  # The same rows of each DeepStack level.
 
 
 class ItemRows:
@@ -37,13 +37,16 @@ class ItemRows:
         self._device = torch.device(language.device)
 
     def read(self, segment: Segment) -> Overwrite:
-        """Raises EmbeddingUnavailable; rows that do not fit are discarded at their source."""
+        """Reads and checks a segment's rows. Raises EmbeddingUnavailable; rows that do not fit the
+        model are discarded at their source."""
         key = segment.item_key
         tensors = self._source.get(key)
         try:
             if tensors.keys() != set(self._tensor_names):
                 raise EmbeddingCorrupt(
-                    "an embedding lacks its rows or a level, or has others", param=key
+                    "an embedding does not have exactly the tensors that this model needs: "
+                    f"{', '.join(self._tensor_names)}",
+                    param=key,
                 )
             slices = {
                 level: self._slice(tensors[name], segment)

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-# Part of the memory that is free once the model is loaded. A CPU's memory is shared with other
-# processes; on a GPU the rest is for what a step allocates.
+# The KV cache's part of the memory that is free once the model is loaded. On a CPU, other processes
+# need memory too; on a GPU, the rest is for what a step allocates.
 CPU_FRACTION = 0.25
 GPU_FRACTION = 0.85
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    """A copy on ``device``, not awaited by the host; on the CPU the array's own memory."""
+    """``array`` as a tensor on ``device``. On the CPU it shares the array's memory; to a GPU it is
+    copied without waiting."""
     host = torch.from_numpy(array)
     if device.type == "cpu":
         return host
@@ -37,7 +38,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process can still allocate, within its control group."""
+    """Bytes of memory that this process can still allocate, within its control group's limits."""
     available = [_meminfo(root)]
     for limit, used in (
         ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),

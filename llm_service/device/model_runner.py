@@ -1,6 +1,6 @@
 """Owns the device memory: weights, KV blocks, the last token of each slot.
 
-``execute`` turns a StepPlan into WorkResults with one forward pass. An error of one sequence is
+``execute`` turns a StepPlan into WorkResults with one forward pass. A sequence's own error is
 returned in its result.
 """
 
@@ -34,13 +34,13 @@ from opticnerve.models.family import LanguageModel, Layout
 
 log = logging.getLogger(__name__)
 
-# Rows of a prompt whose logits are held at once, for their log-probabilities.
+# Prompt tokens whose logits are held at once, for prompt log-probabilities.
 PROMPT_LOGIT_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerLimits:
-    """Sizes of the runner's buffers. 0: chosen by the device's memory, or by the backend."""
+    """Sizes of the runner's buffers. 0: chosen from the device's memory, or by the backend."""
 
     max_model_len: int
     max_num_seqs: int = 64
@@ -121,7 +121,7 @@ class ModelRunner:
         return [results[work.slot] for work in plan.works]
 
     def _enter(self, work: Work, overwrites: dict[int, list[Overwrite]]) -> Exception | None:
-        """Prepares the work's slot; returns the error of a sequence that cannot run."""
+        """Prepares the work's slot and reads its rows; returns the error if it cannot run."""
         try:
             if not self._slots.holds(work.slot, work.seq):
                 self._admit(work)
@@ -158,8 +158,8 @@ class ModelRunner:
     def _forward(
         self, batch: Batch, overwrites: dict[int, list[Overwrite]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden states of every token if prompt log-probabilities are requested, those of the
-        batch's logit_indices)."""
+        """(hidden states, those at the batch's logit_indices). The first are of every token if
+        prompt log-probabilities are requested, otherwise the same as the second."""
         embeds = self._language.embed(self._token_ids(batch))
         deepstack = self._rows.write(embeds, batch, overwrites) if overwrites else []
         self._backend.prepare(batch.attention)
@@ -174,7 +174,7 @@ class ModelRunner:
         return hidden, hidden[rows] if whole and rows is not None else hidden
 
     def _token_ids(self, batch: Batch) -> torch.Tensor:
-        """int64 [T]: token ids of the plan, and last samples of slots."""
+        """int64 [T]: the plan's token ids, with those that are still on the device filled in."""
         ids = to_device(batch.token_ids, self._device)
         if not len(batch.read_slots):
             return ids
@@ -216,7 +216,10 @@ class ModelRunner:
             elif end is not None and not end.drawn:
                 results[work.slot] = WorkResult(error=end.error, ends_grammar=end.error is None)
             elif not possible[i]:
-                nothing = InvalidRequest("the request's token constraints exclude every token")
+                nothing = InvalidRequest(
+                    "the request's token constraints exclude every token; relax "
+                    "allowed_token_ids, bad_words, logit_bias or the grammar"
+                )
                 results[work.slot] = WorkResult(error=nothing)
             elif end is not None and end.error is not None:
                 results[work.slot] = WorkResult(error=end.error)
@@ -227,7 +230,8 @@ class ModelRunner:
         return results
 
     def _not_finite(self, work: Work) -> EngineFailure:
-        """Scrubs the blocks, so that their values do not spread to the next sequence."""
+        """The error of a work whose logits are not finite. Scrubs its blocks, so that their values
+        do not spread to the next sequence."""
         log.error("request %s: the model's output is not finite", work.seq.request_id)
         self._backend.scrub(work.block_table)
         return EngineFailure("the model's output for this request is not finite")
@@ -278,13 +282,14 @@ def _block_size(backend: AttentionBackend, wanted: int) -> int:
     if wanted and wanted not in backend.block_sizes:
         sizes = ", ".join(map(str, backend.block_sizes))
         raise ConfigError(
-            f"the {backend.name} backend has no blocks of {wanted} tokens, but {sizes}"
+            f"the {backend.name} backend has no blocks of {wanted} tokens; use one of {sizes}"
         )
     return wanted or backend.block_sizes[0]
 
 
 def _num_blocks(shape: BlockShape, limits: RunnerLimits, language: LanguageModel) -> int:
-    """From kv_cache_tokens; else what fits memory, up to what all slots could use."""
+    """The number of KV blocks: as kv_cache_tokens says, or as many as fit in memory, up to what all
+    slots could use. Raises ConfigError if memory is too small."""
     useful = limits.max_num_seqs * -(-limits.max_model_len // shape.block_size)
     if limits.kv_cache_tokens:
         return max(limits.kv_cache_tokens // shape.block_size, 1)
@@ -292,7 +297,7 @@ def _num_blocks(shape: BlockShape, limits: RunnerLimits, language: LanguageModel
     fitting = cache_budget(torch.device(language.device)) // block_bytes
     if fitting * shape.block_size < min(limits.max_model_len, 512):
         raise ConfigError(
-            f"memory is left for {fitting * shape.block_size} tokens of KV cache; free some, "
-            "or take a smaller model or --max-model-len"
+            f"there is memory left for only {fitting * shape.block_size} tokens of KV cache; free "
+            "some, use a smaller model, or lower --max-model-len"
         )
     return min(fitting, useful)

@@ -3,18 +3,18 @@
 Each slot's settings are stored when it is admitted; a step applies only what some sequence of its
 batch asks for, and a batch of plain greedy sequences is one ``max``. The order, for each row:
 
-    1. repetition penalty over prompt and output (divides what is positive, multiplies the rest),
+    1. repetition penalty over prompt and output (divides positive logits, multiplies the others),
        frequency and presence penalties over output alone
     2. logit_bias
     3. masks: allowed_token_ids, bad_words, before min_tokens the ids that would end the choice, and
        what the grammar does not allow
-    4. temperature; 0 takes the best here
+    4. temperature; 0 takes the most likely token here
     5. top_k, then top_p over what is left, then min_p
     6. one uniform number, a function of (seed, choice, output position), against the cumulative
        probabilities in the order of the vocabulary
 
-Values equal to the last one that top_k or top_p keeps are all kept, so that the result depends on
-the row alone and not on the batch.
+All tokens that tie with the last one that top_k or top_p keeps are kept, so that the result depends
+on the row alone and not on the batch.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from llm_service.device.memory import to_device
 from opticnerve.generation.grammars import Grammar
 from opticnerve.generation.values import Logprob, PositionLogprobs, Sampling
 
-# Temperatures below this are greedy: dividing by them overflows, and nothing else is likely.
+# Temperatures below this are greedy: dividing by them overflows, and only the best is likely.
 MIN_TEMPERATURE = 1e-5
 # Candidates that nearly always hold the top_p mass of a large vocabulary.
 NUCLEUS_CANDIDATES = 1024
-PHILOX_WORDS = 4  # Numbers that Philox makes of one value of its counter.
+PHILOX_WORDS = 4  # Numbers that Philox makes per counter value.
 
 
 class Feature(IntFlag):
@@ -73,11 +73,12 @@ def features_of(params: Sampling) -> Feature:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One value a row. The host copies all three at once: it waits for the device once a step."""
+    """Sampled tokens, one value per row. The host copies all three tensors at once, so that it
+    waits for the device once per step."""
 
     token_ids: torch.Tensor  # int64
     best: torch.Tensor  # fp32: the best raw logit; not finite if any logit is NaN or +inf.
-    best_left: torch.Tensor | None  # fp32: the best after masks, -inf: none; None: no masks.
+    best_left: torch.Tensor | None  # fp32: the best after masks; -inf: none left; None: no masks.
 
 
 class Sampler:
@@ -154,15 +155,14 @@ class Sampler:
     # ---- one step
 
     def prepare(self, slots: NDArray[np.int64]) -> None:
-        """Begins what ``sample`` needs for a batch of ``slots``, before the forward pass."""
+        """Starts what ``sample`` needs for a batch of ``slots``; called before the forward pass."""
         self._grammars.prepare(slots)
 
     def sample(
         self, logits: torch.Tensor, slots: NDArray[np.int64], positions: NDArray[np.int64]
     ) -> Drawn:
-        """``logits`` fp32 [rows, vocab], left as they are; ``slots``: as in ``prepare``;
-        ``positions``: output position of each. A slot has at most one row.
-        """
+        """Draws a token for each row. ``logits``: fp32 [rows, vocab], not changed. ``slots``: as in
+        ``prepare``; a slot has at most one row. ``positions``: output position of each row."""
         best, greedy = logits.max(dim=-1)
         asked = Feature(int(np.bitwise_or.reduce(self._features[slots], initial=0)))
         if asked == Feature.NONE:
@@ -254,10 +254,10 @@ class Sampler:
 
 
 def keep_top_k(logits: torch.Tensor, top_k: torch.Tensor, most: int) -> torch.Tensor:
-    """Everything below each row's ``top_k``-th best becomes minus infinity.
+    """``logits`` with everything below each row's ``top_k``-th best set to minus infinity.
 
-    ``top_k`` int64 [rows, 1], the whole vocabulary where a row keeps everything; ``most``: the
-    largest of the others, known on the host.
+    ``top_k``: int64 [rows, 1]; the size of the vocabulary for rows that keep everything. ``most``:
+    the largest ``top_k`` of the other rows, known on the host.
     """
     best = logits.topk(most, dim=-1).values
     border = best.gather(1, top_k.clamp(max=most) - 1)
@@ -266,10 +266,9 @@ def keep_top_k(logits: torch.Tensor, top_k: torch.Tensor, most: int) -> torch.Te
 
 
 def nucleus_border(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """The smallest probability that top_p keeps, [rows, 1]: the best until ``top_p`` is reached.
-
-    A row whose top_p is 1 keeps everything, whatever its neighbours ask for.
-    """
+    """[rows, 1]: the smallest probability that top_p keeps. It keeps the most likely tokens whose
+    sum reaches ``top_p``; a row whose ``top_p`` is 1 keeps everything, whatever the other rows ask
+    for."""
     off = top_p >= 1.0
     return _border(probs, top_p.masked_fill(off, 0.0)).masked_fill(off, 0.0)
 
@@ -279,7 +278,7 @@ def _border(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     if vocab > 4 * NUCLEUS_CANDIDATES:
         best = probs.topk(NUCLEUS_CANDIDATES, dim=-1).values
         reached = best.cumsum(dim=-1)
-        # A wait for the device costs less than sorting a whole vocabulary.
+        # Waiting for the device here costs less than sorting the whole vocabulary.
         if bool((reached[:, -1:] >= top_p).all()):
             return _last_needed(best, reached, top_p)
     best = probs.sort(dim=-1, descending=True).values
@@ -305,9 +304,9 @@ def invert(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 def uniforms(seed: int, choice: int, first: int, count: int) -> NDArray[np.float64]:
     """Numbers in [0, 1 - 2**-52] for output positions first .. first + count - 1.
 
-    Philox is a counter, so its numbers can be had from any position on, with no state to carry.
-    They are made on the host: a token drawn on any device, alone or in any batch, begun here or
-    continued on another worker, uses the same one. ``seed``: 64 bits.
+    Philox is counter-based, so its numbers can be made from any position on, without state. They
+    are made on the host, so that a token gets the same number on any device, in any batch, and on
+    a worker that continues a generation of another. ``seed``: 64 bits.
     """
     key = np.array([seed, choice], dtype=np.uint64)
     skipped = first % PHILOX_WORDS
@@ -346,10 +345,11 @@ class UniformCache:
 def position_logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int]
 ) -> list[PositionLogprobs]:
-    """The fp32 log-softmax of raw logits, before anything that sampling does, of each row's token.
+    """Log-probabilities of each row's token: the fp32 log-softmax of the raw logits, before
+    anything that sampling does.
 
     ``logits``: fp32 [rows, vocab]; ``token_ids``: int64 [rows], the token of each row.
-    ``counts``: for each row how many of the best to name. Equal logits share a rank.
+    ``counts``: the number of best alternatives to report for each row. Equal logits share a rank.
     """
     best = min(max(counts, default=0), logits.shape[-1])
     normaliser = logits.logsumexp(dim=-1, keepdim=True)

@@ -10,10 +10,10 @@ _BACKENDS: dict[str, type[AttentionBackend]] = {"sdpa": SdpaBackend}
 
 
 def make_backend(name: str) -> AttentionBackend:
-    """The backend of that name; "auto" takes the best one for this machine."""
+    """The backend of that name; "auto" takes the best one for this machine. Raises ConfigError."""
     if name == "auto":
         name = "sdpa"
     if name not in _BACKENDS:
         known = ", ".join(sorted(_BACKENDS))
-        raise ConfigError(f"no attention backend is called {name!r}; there are: {known}")
+        raise ConfigError(f"there is no attention backend {name!r}; use auto, {known}")
     return _BACKENDS[name]()

@@ -6,10 +6,9 @@ first, then the chunks of the others, back to back. The runner describes the ste
 layer then calls ``attend``, which writes the step's keys and values into blocks and attends over
 them.
 
-A model's layers reach the backend through one custom op: ``ATTENTION_NAME`` is registered with
-transformers, whose layers then call ``paged_attention``, and for fused layers, which call
-``attend_packed``. Which blocks they mean is decided by the runner that is executing in this thread
-(``active``), so that one process may hold several engines.
+A model's layers reach the backend by the name ``ATTENTION_NAME``: transformers' layers call
+``paged_attention``, fused layers ``attend_packed``. Both use the backend that the runner has made
+``active`` in this thread, so that one process may hold several engines.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class BlockShape:
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    block_size: int  # Tokens a block.
+    block_size: int  # Tokens per block.
 
     def bytes_per_block(self, element_size: int) -> int:
         """Bytes of one block, over all layers, keys and values."""
@@ -52,36 +51,35 @@ class BlockShape:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive tokens of one sequence to compute: several, or one without any cached before
-    it."""
+    """Consecutive tokens of one sequence that a step computes together."""
 
-    first_index: int  # Of its packed tokens.
+    first_index: int  # Index of the first one among the step's packed tokens.
     num_tokens: int
     start: int  # Tokens of the sequence that are in blocks already.
     blocks: NDArray[np.int64]  # Blocks of tokens [0, start + num_tokens).
-    # Ranges [begin, end) of the chunk whose tokens see one another both ways.
+    # Ranges [begin, end) of the chunk whose tokens attend to one another in both directions.
     bidirectional: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionStep:
-    """One step's attention, on the host. T packed tokens, D of them decoding."""
+    """One step's attention, in host memory. T packed tokens, D of them decoding."""
 
-    token_slots: NDArray[np.int64]  # [T]: block * block_size + offset to write each token to.
-    decode_blocks: NDArray[np.int64]  # [D, most blocks of one], padded with any valid block.
-    # [D], descending: tokens attended over, including the new one.
+    token_slots: NDArray[np.int64]  # [T]: block * block_size + offset that each is written to.
+    decode_blocks: NDArray[np.int64]  # [D, most blocks of a sequence], padded with valid blocks.
+    # [D], longest first: tokens attended over, the new one included.
     decode_lengths: NDArray[np.int64]
     chunks: tuple[Chunk, ...] = ()
 
 
 class AttentionBackend(ABC):
-    """Blocks of every layer, and the arithmetic over them.
+    """The KV blocks of every layer, and attention over them.
 
-    One step at a time: ``prepare``, then ``attend`` once a layer, in any thread.
+    One step at a time: ``prepare``, then ``attend`` once per layer, in any thread.
     """
 
     name: ClassVar[str]
-    block_sizes: ClassVar[tuple[int, ...]]  # Tokens a block that it can use, preferred first.
+    block_sizes: ClassVar[tuple[int, ...]]  # Supported tokens per block, preferred first.
 
     @abstractmethod
     def allocate(
@@ -92,9 +90,9 @@ class AttentionBackend(ABC):
         device: torch.device,
         layers: Sequence[LayerSpec] = (),
     ) -> None:
-        """Makes ``num_blocks`` zeroed blocks a layer.
+        """Allocates ``num_blocks`` zeroed blocks for each layer.
 
-        ``layers``: the window and the soft cap of each layer; none given: plain attention in all.
+        ``layers``: the window and the soft cap of each layer; empty: plain attention in all.
         A layer with a window has as many blocks as the others: all of a sequence's are kept, so
         that one block table and one prefix cache serve every layer.
         """
@@ -108,7 +106,7 @@ class AttentionBackend(ABC):
         self, layer: int, query: torch.Tensor, key_value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """``query`` [T, heads, head_dim], ``key_value`` [T, 2 * kv_heads, head_dim]: the keys of
-        every head, then the values. Only the last dimension of each needs to be contiguous.
+        every head, then the values. Only their last dimension needs to be contiguous.
 
         Writes keys and values into the layer's blocks and returns [T, heads, head_dim].
         """
@@ -145,7 +143,7 @@ _active = _Active()
 
 @contextmanager
 def active(backend: AttentionBackend) -> Iterator[None]:
-    """Layers that run in this thread attend over ``backend``'s blocks."""
+    """While the context lasts, layers that run in this thread attend over ``backend``'s blocks."""
     before, _active.backend = _active.backend, backend
     try:
         yield
@@ -183,8 +181,8 @@ def paged_attention(
 ) -> tuple[torch.Tensor, None]:
     """The attention function for transformers: [1, heads, T, head_dim] -> [1, T, heads, head_dim].
 
-    The mask is None: the backend knows which spans are not causal, and the window and the soft cap
-    of each layer.
+    The mask has to be None: the backend knows which spans are bidirectional, and the window and the
+    soft cap of each layer.
     """
     if attention_mask is not None:
         raise EngineFailure("paged attention takes no mask; the model made one")
@@ -202,7 +200,7 @@ def attend_packed(
     if torch.compiler.is_compiling():
         rows: torch.Tensor = _attend_op(query, key_value, layer, scale)
         return rows
-    return _attend(query, key_value, layer, scale)  # torch's dispatcher would cost microseconds.
+    return _attend(query, key_value, layer, scale)  # Saves the dispatcher's several microseconds.
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -1,9 +1,10 @@
 """Attention with torch's scaled_dot_product_attention over gathered blocks.
 
 Made for the CPU; on CUDA it is the reference that faster backends are compared with. Decoding
-sequences go in one batch, padded to the longest (or in a few batches, where lengths differ much);
-chunks go one by one, and only those that have something cached need a mask. Layers with a window
-gather only the blocks that it reaches.
+sequences form one batch, padded to the longest, or a few batches where lengths differ much. Chunks
+are computed one by one; they need a mask where tokens before them are cached, where spans are
+bidirectional, and where a window is shorter than the chunk. Layers with a window gather only the
+blocks that it reaches.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from llm_service.device.memory import to_device
 if TYPE_CHECKING:
     from opticnerve.models.decoders.spec import LayerSpec
 
-# Decoding is split into batches of similar lengths while padding more than doubles the work.
+# Decoding sequences are split into batches of similar length while padding more than doubles the
+# work.
 MAX_PADDING = 2.0
 MAX_GROUPS = 4
-# Rows of a chunk that share one mask; bounds the work that the causal mask throws away.
+# Rows of a chunk that share one mask: bounds how many hidden scores are computed in vain.
 TILE_ROWS = 512
 
 
@@ -37,7 +39,7 @@ class _Group:
     begin: int
     end: int
     blocks: torch.Tensor  # [rows * blocks each]
-    length: int  # Keys of the longest row, counted from its first block.
+    length: int  # Keys of the longest row, counted from its first gathered block.
     mask: torch.Tensor | None  # [rows, 1, 1, length], added to scores; None: every row sees all.
 
 
@@ -47,14 +49,14 @@ class _Tile:
 
     begin: int  # Packed rows [begin, end).
     end: int
-    first: int  # The tile sees the run's keys [first, last).
+    first: int  # Attends over keys [first, last) of the run.
     last: int
     mask: torch.Tensor | None  # [rows, last - first], added to scores; None: plain causal.
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One chunk. ``blocks`` is None where all of its keys are in the step itself."""
+    """One chunk. ``blocks``: to gather keys from; None: all of them are computed in this step."""
 
     begin: int
     end: int
@@ -73,8 +75,8 @@ class _View:
 def split_by_length(lengths: NDArray[np.int64]) -> list[tuple[int, int]]:
     """At most MAX_GROUPS ranges [begin, end) of ``lengths``, which come longest first.
 
-    Cuts the range that pads most, where that saves most, until padding is within MAX_PADDING of
-    the work itself.
+    Cuts the range with the most padding where that saves the most, until the padded work is at most
+    MAX_PADDING times the work itself.
     """
     ranges = [(0, len(lengths))]
     while len(ranges) < MAX_GROUPS:
@@ -106,8 +108,9 @@ def attention(
 ) -> torch.Tensor:
     """[batch, heads, rows, dim] over [batch, kv_heads, length, dim].
 
-    ``mask`` is added to scores. ``soft_cap`` c makes a score s into c * tanh(s / c) before that, as
-    in Gemma 2 (arXiv 2408.00118); torch's function cannot, so its scores are held as a whole.
+    ``mask`` is added to scores. Before that, ``soft_cap`` c turns a score s into c * tanh(s / c),
+    as in Gemma 2 (arXiv 2408.00118). torch's function cannot do that, so the whole matrix of scores
+    is computed here.
     """
     grouped = query.shape[1] != keys.shape[1]
     if soft_cap is None:
@@ -127,8 +130,9 @@ def attention(
 
 
 class SdpaBackend(AttentionBackend):
-    """Blocks are [blocks + 1, block_size, 2, kv_heads, head_dim] a layer: one gather brings keys
-    and values. The extra block stays zero; it pads shorter sequences of a batch."""
+    """Each layer's blocks are one tensor, [blocks + 1, block_size, 2, kv_heads, head_dim], so that
+    one gather brings keys and values. The extra block stays zero; it pads the shorter sequences of
+    a batch."""
 
     name: ClassVar[str] = "sdpa"
     block_sizes: ClassVar[tuple[int, ...]] = (16, 32, 64, 128)
@@ -192,8 +196,8 @@ class SdpaBackend(AttentionBackend):
         return _View(groups, tuple(self._make_run(chunk, window) for chunk in step.chunks))
 
     def _make_room(self, num_blocks: int) -> None:
-        """One buffer receives the gathered blocks of every layer. Memory of this size, if allocated
-        each time, would be returned to the system and faulted in again."""
+        """Makes the buffer of gathered blocks large enough. All layers reuse it: memory of this
+        size, allocated anew each time, would go back to the system and be faulted in again."""
         if len(self._gathered) < num_blocks:
             shape = (2 * num_blocks, *self._layers[0].shape[1:])
             self._gathered = torch.empty(shape, dtype=self._dtype, device=self._device)
@@ -248,9 +252,9 @@ class SdpaBackend(AttentionBackend):
         self, chunk: Chunk, first: int, last: int, window: int | None, absent: int
     ) -> _Tile:
         """Tokens [first, last) of the chunk; a bidirectional range may reach beyond ``last``.
-        ``absent``: keys of the sequence before those of the run.
+        ``absent``: number of the sequence's keys that come before the run's.
 
-        A window bounds how far back a token sees, in a bidirectional range, too.
+        A window bounds how far back a token attends in a bidirectional range, too.
         """
         start = chunk.start
         stop = start + max([last, *(end for begin, end in chunk.bidirectional if begin < last)])
@@ -302,7 +306,7 @@ class SdpaBackend(AttentionBackend):
         scale: float,
         soft_cap: float | None,
     ) -> torch.Tensor:
-        """The heads that share a key head go as its queries: nothing is repeated."""
+        """Passes the heads that share a KV head as its queries, so that no keys are repeated."""
         _, heads, head_dim = query.shape
         kv_heads = blocks.shape[3]
         size = group.end - group.begin
