@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from opticnerve.models.decoders.spec import LayerSpec
 
 KeyMap = Sequence[tuple[str, str]]
-"""Ordered (regular expression, replacement) pairs. The first that matches the start of a
-checkpoint's key renames it to the module's; a key that none matches belongs to the other half."""
+"""Ordered (regular expression, replacement) pairs that rename a checkpoint's keys to the module's.
+The first pair that matches the start of a key applies; a key that no pair matches belongs to the
+other half."""
 
 
 def wanted(key_map: KeyMap, ignored: Sequence[str] = ()) -> Callable[[str], bool]:
-    """Whether a checkpoint's key belongs to the half that ``key_map`` describes, and is used."""
+    """A predicate over checkpoint keys: whether ``key_map`` renames the key, and no pattern of
+    ``ignored`` matches it."""
     renamed = [re.compile(pattern) for pattern, _ in key_map]
     unused = [re.compile(pattern) for pattern in ignored]
 
@@ -41,8 +43,8 @@ def wanted(key_map: KeyMap, ignored: Sequence[str] = ()) -> Callable[[str], bool
 
 
 def module_name(key_map: KeyMap, key: str) -> str:
-    """The module's name of a checkpoint's ``key``, by the first pattern that matches its start.
-    Raises KeyError."""
+    """The module's name for a checkpoint's ``key``. Raises KeyError if no pattern matches its
+    start."""
     for pattern, replacement in key_map:
         match = re.match(pattern, key)
         if match:
@@ -60,9 +62,9 @@ class Family:
     """
 
     package: str  # The declaring package: its __name__.
-    title: str  # As its users call it: "Qwen2-VL".
-    # Of config.json: "llava", or "llava/pixtral" where the model_type of its vision_config decides
-    # between families. The longer one goes before the other.
+    title: str  # For messages and documents: "Qwen2-VL".
+    # model_types of config.json: "llava", or "llava/pixtral" where the vision_config's model_type
+    # decides between families. The longer form takes precedence.
     model_types: tuple[str, ...]
     layout: str  # (Checkpoint) -> Layout
     preprocess: str  # (Layout) -> Preprocessor
@@ -72,8 +74,8 @@ class Family:
     language_keys: KeyMap  # Decoder and head: ``model.*`` and ``lm_head.*`` of the module.
     # (Tower) -> TowerGraph, see ``towers.graph``. "": the tower cannot be exported.
     graph: str = ""
-    # Other model_types of these models, which are refused, each with the rest of "this checkpoint
-    # ...": why, and what to use instead.
+    # (model_type, reason) of related checkpoints that are refused. The reason completes "this
+    # checkpoint ...", and says what to use instead.
     unserved: Sequence[tuple[str, str]] = ()
 
     @property
@@ -82,7 +84,7 @@ class Family:
         return self.package.rpartition(".")[2]
 
     def load_part(self, part: str) -> Any:
-        """What ``part``, one of the strings above, names."""
+        """Imports ``part``, one of the strings above, and returns what it names."""
         module, _, attribute = part.partition(":")
         return getattr(import_module(module, self.package), attribute)
 
@@ -91,7 +93,7 @@ class Family:
 class RowRun:
     """Consecutive placeholders of one expansion that consecutive rows of the item overwrite."""
 
-    offset: int  # In Expansion.token_ids.
+    offset: int  # Index in Expansion.token_ids.
     num_tokens: int
     row_start: int
 
@@ -115,8 +117,9 @@ class Expansion:
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """How processors change a template's text before they tokenize it: what they add may form one
-    token with its neighbours. Tokens go by their names in ``Layout.placeholder_ids``."""
+    """How a processor changes a template's text before it tokenizes it. Ids cannot be inserted
+    afterwards, since the added text may form one token with its neighbours. Tokens are named as in
+    ``Layout.placeholder_ids``."""
 
     written: str  # What templates write for a picture: "boi_token".
     text: str  # What replaces it, with the placeholder in it: "\n\n{boi_token}{image_token}".
@@ -128,9 +131,9 @@ class Layout(Protocol):
     family: str  # The family's name.
     # The placeholder that the chat template writes for an item, by modality.
     item_token_ids: Mapping[Modality, int]
-    # Every token that stands for media, and every special one that ``expand`` or ``rewrite`` puts
-    # around them, by its name in processors ("image_token"). No text may become one. Their spelling
-    # is the tokenizer's.
+    # The tokens that stand for media, and the special tokens that ``expand`` or ``rewrite`` puts
+    # around them, by their names in processors ("image_token"). No text of a user may become one.
+    # The tokenizer has their spelling.
     placeholder_ids: Mapping[str, int]
     rewrite: Rewrite | None  # None: templates write the placeholder, and the text stays as it is.
     hidden_size: int  # Columns of an embedding: the language model's width.
@@ -157,9 +160,9 @@ class Layout(Protocol):
     def settings(self) -> Mapping[str, Any]:
         """The processor settings that decide an item's pixels; hashed into content keys.
 
-        The gateway also reads ``max_pixels``, the most that a picture has unless a request says
-        otherwise, and ``several_pictures``, how pictures are planned in a prompt that has more
-        than one, where that differs (``media.plan.planned_as_several``).
+        The gateway also reads ``max_pixels``, the largest size of a picture unless a request sets
+        another, and ``several_pictures``, which only models have that plan pictures differently in
+        a prompt with more than one (``media.plan.planned_as_several``).
         """
         ...
 
@@ -191,12 +194,12 @@ class Tower(Protocol):
     def encode(
         self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]
     ) -> list[dict[str, torch.Tensor]]:
-        """Encodes a batch in one forward pass. ``pixels``: what the preprocessor returned for
-        each item. Raises PlanMismatch where they are not those that the plan has.
+        """Encodes a batch in one forward pass. ``pixels``: what the preprocessor returned for each
+        item. Raises PlanMismatch if their shape is not the plan's.
 
         Returns for each item its named tensors, each [num_tokens, hidden_size] in ``dtype`` on
-        ``device``: "rows", and "deepstack.<i>" where the family has such levels. On a CPU each has
-        memory of its own; on another device several may share the batch's.
+        ``device``: "rows", and "deepstack.<i>" where the family has such levels. On a CPU each
+        tensor has its own memory; on other devices they may be views of the batch's.
         """
         ...
 
@@ -207,7 +210,7 @@ class LanguageModel(Protocol):
     hidden_size: int
     vocab_size: int
     num_layers: int
-    layers: tuple[LayerSpec, ...]  # What the attention function must know of each.
+    layers: tuple[LayerSpec, ...]  # What the attention function must know of each layer.
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -227,9 +230,9 @@ class LanguageModel(Protocol):
     ) -> torch.Tensor:
         """One packed step.
 
-        ``inputs_embeds`` [tokens, hidden_size]; ``positions`` int64 [position_dims, tokens].
-        Keys and values are the attention function's: it writes them to blocks and attends (see
-        ``decoders.decoder`` for how it is called). ``deepstack``: for layer i, (indices [m], rows
+        ``inputs_embeds`` [tokens, hidden_size]; ``positions`` int64 [position_dims, tokens]. The
+        attention function owns keys and values: it writes them to KV blocks and attends to them
+        (``decoders.decoder`` says how it is called). ``deepstack``: for layer i, (indices [m], rows
         [m, hidden_size]) added after that layer. ``rows``: int64 [n], the tokens whose hidden
         states are wanted; None: all. Returns the last hidden states [n, hidden_size], normalised.
         """

@@ -1,6 +1,6 @@
-"""What families share about pictures: their settings, their plans, and sizes in pixels.
+"""Shared by all families: processor settings, plans of pictures, and checks of their sizes.
 
-With Pillow, no torch. Pillow resizes without the interpreter's lock, several pictures at once.
+Uses Pillow and no torch. Pillow releases the GIL while it resizes, so threads resize in parallel.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def processor_settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def check_agreed(settings: Mapping[str, Any], name: str, of_model: str, value: Any) -> None:
-    """Raises CheckpointError where ``settings``, a processor's, have another ``name`` than
-    ``value``. ``of_model`` says whose that is: "the vision tower's patch_size"."""
+    """Raises CheckpointError if the processor's ``settings`` give ``name`` another value than
+    ``value``, the model's. ``of_model`` names the model's setting: "the vision tower's
+    patch_size"."""
     found = settings.get(name)
     if found not in (None, value) or isinstance(found, bool):
         raise CheckpointError(
@@ -41,7 +42,8 @@ def check_agreed(settings: Mapping[str, Any], name: str, of_model: str, value: A
 
 
 def check_overrides(overrides: Overrides) -> None:
-    """Raises InvalidRequest for bounds that no picture has. Every layout asks it first."""
+    """Raises InvalidRequest for bounds that no picture can meet. Every layout's ``plan`` calls this
+    first."""
     low, high = overrides.min_pixels, overrides.max_pixels
     for name, bound in (("min_pixels", low), ("max_pixels", high)):
         if bound is not None and bound < 1:
@@ -53,7 +55,8 @@ def check_overrides(overrides: Overrides) -> None:
 
 
 def check_aspect(width: int, height: int) -> None:
-    """Raises InvalidMedia for a picture so long that it would become enormous, or a single row."""
+    """Raises InvalidMedia for an aspect ratio with which the resized picture would be enormous, or
+    a single row of patches."""
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise InvalidMedia(
             f"the picture is {width}x{height}: one side is more than {MAX_ASPECT} times the "
@@ -87,7 +90,8 @@ def picture_plan(
 
 
 def resize(image: Image.Image, width: int, height: int, resample: int) -> Image.Image:
-    """``image`` at that size, in 8-bit RGB."""
+    """``image`` resized to (width, height), 8-bit RGB. ``resample``: a ``PIL.Image.Resampling``
+    value. Raises PlanMismatch for an image in another mode."""
     if image.mode != "RGB":
         raise PlanMismatch(f"the picture is in mode {image.mode}, not RGB")
     if image.size == (width, height):

@@ -1,9 +1,9 @@
 """Finds the family that serves a checkpoint, and makes its parts.
 
-Every folder of ``opticnerve/models`` that declares a ``FAMILY`` is one, and so is what other
+Families are the folders of ``opticnerve/models`` that declare ``FAMILY``, and what other
 distributions name in the entry-point group ``opticnerve.families``: a package that declares
-``FAMILY``, or the declaration itself (``package:FAMILY``). Nothing here imports torch until a part
-of a tower or a language model is asked for.
+``FAMILY``, or the declaration itself (``package:FAMILY``). torch is imported only when a part of a
+tower or a language model is asked for.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ HYBRID = ("qwen3_5", "qwen3_5_moe")  # Models with such layers, whether they lis
 
 @dataclass(frozen=True, slots=True)
 class Discovery:
-    """What was found. Only a checkpoint that needs a family with a fault hears of the fault."""
+    """The families found, and the faults of others. A fault is reported only for a checkpoint that
+    needs the faulty family."""
 
     families: Mapping[str, Family]  # By each model_type of config.json that they serve.
     conflicts: Mapping[str, str]  # By model_type: why none of the families that claim it serves it.
@@ -51,7 +52,7 @@ def families() -> Mapping[str, Family]:
 @cache
 def discover() -> Discovery:
     """Looks for families once in a process; imports their declarations, not their parts."""
-    declared: list[tuple[Family, str]] = []  # With where each comes from, for messages.
+    declared: list[tuple[Family, str]] = []  # (family, where it comes from).
     broken: list[str] = []
     for module in iter_modules(models.__path__):
         if module.ispkg:
@@ -83,7 +84,8 @@ def _distribution(point: EntryPoint) -> str:
 def _by_model_type(
     declared: list[tuple[Family, str]],
 ) -> tuple[dict[str, Family], dict[str, str]]:
-    """(families, conflicts) by model_type. Names are unique too: content keys hold them."""
+    """(families, conflicts) by model_type. Two families of one name conflict, too: content keys
+    hold it."""
     claims: dict[str, list[tuple[Family, str]]] = defaultdict(list)
     names: dict[str, list[str]] = defaultdict(list)
     for family, source in declared:
@@ -116,7 +118,7 @@ def make_layout(checkpoint: Checkpoint) -> Layout:
 
 
 def make_preprocessor(checkpoint: Checkpoint, layout: Layout) -> Preprocessor:
-    """From a decoded picture to the tower's input; ``layout`` is the checkpoint's."""
+    """Turns decoded pictures into the tower's input. ``layout`` is the checkpoint's."""
     family = find_family(checkpoint.config)
     preprocessor: Preprocessor = _part(family, family.preprocess)(layout)
     return preprocessor
@@ -137,15 +139,15 @@ def describe_decoder(checkpoint: Checkpoint) -> DecoderSpec:
 
 
 def load_tower(checkpoint: Checkpoint, dtype: Any, device: Any) -> Tower:
-    """Vision tower and projector of ``checkpoint`` on ``device``; ``dtype`` and ``device`` as
-    ``--dtype`` and ``--device`` have them, or torch's. Raises CheckpointError, ConfigError."""
+    """Vision tower and projector of ``checkpoint`` on ``device``; ``dtype`` and ``device`` are
+    values of ``--dtype`` and ``--device``, or torch's. Raises CheckpointError, ConfigError."""
     keys = find_family(checkpoint.config).vision_keys
     return describe_tower(checkpoint).load(checkpoint, keys, dtype, device)
 
 
 def make_graph(checkpoint: Checkpoint, tower: Tower) -> TowerGraph:
-    """``tower``, which is the checkpoint's, as a graph that can be exported. Raises
-    UnsupportedCheckpoint for a family whose tower cannot be."""
+    """``tower``, loaded from ``checkpoint``, as a graph for export. Raises UnsupportedCheckpoint if
+    the family's tower cannot be exported."""
     family = find_family(checkpoint.config)
     if not family.graph:
         raise UnsupportedCheckpoint(
@@ -163,8 +165,8 @@ def load_language(checkpoint: Checkpoint, dtype: Any, device: Any, attention: st
 
 
 def check_halves(checkpoint: Checkpoint) -> tuple[HalfSize, HalfSize]:
-    """The sizes of the vision and the language half, which are not loaded. Imports torch. Raises
-    CheckpointError for what loading them would find."""
+    """The sizes of the vision and the language half, without loading their weights. Imports torch.
+    Raises the CheckpointError that loading would raise."""
     family = find_family(checkpoint.config)
     vision = describe_tower(checkpoint).check(checkpoint, family.vision_keys)
     return vision, describe_decoder(checkpoint).check(checkpoint, family.language_keys)
@@ -200,7 +202,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
 
 
 def _obstacle(config: Mapping[str, Any]) -> str:
-    """Why no family serves ``config``; whole classes of models are out of scope."""
+    """Why no family serves ``config``; completes "this checkpoint ..."."""
     kind, found = str(config.get("model_type")), _found(config)
     for family in families().values():
         for model_type, why in family.unserved:

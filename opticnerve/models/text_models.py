@@ -1,4 +1,4 @@
-"""What families share about text models: their sizes, and positions that count up. No torch."""
+"""Shared by all families: sizes of text models, and positions that count up. No torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DEFAULTS = {
 def text_sizes(checkpoint: Checkpoint, usual: str = "llama") -> tuple[int, int]:
     """(hidden_size, max_position_embeddings) of the text model that ``text_config`` describes.
 
-    ``usual``: its model_type where config.json does not say. Raises CheckpointError.
+    ``usual``: its model_type if config.json gives none. Raises CheckpointError.
     """
     text = _text_config(checkpoint, usual)
     hidden, positions = DEFAULTS.get(str(text["model_type"]), (None, None))
@@ -52,7 +52,7 @@ def _text_config(checkpoint: Checkpoint, usual: str) -> Mapping[str, Any]:
 
 def count_positions(num_tokens: int, spans: Sequence[Span]) -> tuple[NDArray[np.int64], int]:
     """``Layout.positions`` of a model with one position dimension: int64 [1, num_tokens], from 0.
-    Raises InvalidRequest for spans that leave the prompt."""
+    Raises InvalidRequest for spans that go beyond the prompt."""
     if any(span.token_offset + span.num_tokens > num_tokens for span in spans):
-        raise InvalidRequest("spans leave the prompt", param="spans")
+        raise InvalidRequest("a span goes beyond the prompt's tokens", param="spans")
     return np.arange(num_tokens, dtype=np.int64)[None], 0

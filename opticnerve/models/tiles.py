@@ -1,4 +1,4 @@
-"""What families share that cut pictures into square tiles of one size. No torch.
+"""Shared by the families that cut pictures into square tiles of one size. No torch.
 
 A picture is resized to a canvas, a whole number of tiles wide and high, and cut into them, row by
 row. If there is more than one tile, a small copy of the whole picture follows as the last one. The
@@ -30,10 +30,10 @@ MAX_TILES = 256  # Of one canvas.
 
 
 class TiledLayout:
-    """The part of a ``opticnerve.models.family.Layout`` that such families have in common.
+    """The part of ``opticnerve.models.family.Layout`` that these families have in common.
 
-    A plan's resized size is the canvas, and its grid (tiles, rows, columns): the tiles, the small
-    copy included, one after the other, and the patches of one.
+    A plan's resized size is that of the canvas. Its grid is (tiles, rows, columns): the number of
+    tiles, the small copy included, and the patches of one tile.
     """
 
     family = ""
@@ -44,9 +44,9 @@ class TiledLayout:
     def __init__(
         self, pixels: PixelSettings, tile_size: int, patch_size: int, merge_size: int
     ) -> None:
-        """``tile_size``: pixels a side; ``merge_size``: patches a side that become one row. Raises
-        CheckpointError for a tile whose patches cannot be merged."""
-        side = tile_size // patch_size  # What is left at the edges is not seen.
+        """``tile_size``: pixels a side. ``merge_size``: patches a side of the square that becomes
+        one embedding row. Raises CheckpointError for a tile whose patches cannot be merged."""
+        side = tile_size // patch_size  # Pixels left over at the edges are ignored.
         if side % merge_size or side == 0:
             raise CheckpointError(
                 f"tiles of {tile_size}x{tile_size} pixels have {side}x{side} patches of "
@@ -74,8 +74,8 @@ class TiledLayout:
         check_overrides(overrides)
         if overrides.min_pixels is not None:
             raise InvalidRequest(
-                "this model sees pictures in tiles, whose number max_pixels lowers: leave out "
-                "min_pixels",
+                "this model cuts pictures into tiles: leave out min_pixels; max_pixels lowers the "
+                "number of tiles",
                 param="min_pixels",
             )
         most = self.max_pixels
@@ -92,7 +92,7 @@ class TiledLayout:
         )
 
     def shape(self, plan: Plan) -> tuple[int, int]:
-        """(columns, rows) of tiles that a plan's canvas has."""
+        """(columns, rows) of tiles in a plan's canvas."""
         return plan.resized_width // self.tile_size, plan.resized_height // self.tile_size
 
     def positions(self, num_tokens: int, spans: Sequence[Span]) -> tuple[NDArray[np.int64], int]:
@@ -110,7 +110,8 @@ class TiledLayout:
 
 
 def check_tiles(tiles: int, setting: str) -> None:
-    """Raises UnsupportedCheckpoint for a canvas of too many. ``setting``: what asks for it."""
+    """Raises UnsupportedCheckpoint for more than MAX_TILES. ``setting``: the setting that asks for
+    them."""
     if tiles > MAX_TILES:
         raise UnsupportedCheckpoint(
             f"{setting} cuts pictures into {tiles} tiles; more than {MAX_TILES} are not served"
@@ -118,7 +119,7 @@ def check_tiles(tiles: int, setting: str) -> None:
 
 
 def num_tiles(columns: int, rows: int) -> int:
-    """The tiles of a canvas, and the small copy where there are several."""
+    """The number of tiles of a canvas; if there are several, the small copy counts too."""
     cells = columns * rows
     return cells + 1 if cells > 1 else 1
 

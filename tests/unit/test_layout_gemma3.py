@@ -90,7 +90,7 @@ def test_every_picture_is_one_square(gemma: Any) -> None:
         plan = gemma.plan(Structure("png", chance.randint(20, 4000), chance.randint(20, 4000)))
         assert (plan.resized_width, plan.resized_height) == (112, 112)
         assert (plan.grid, plan.num_tokens) == (Grid(1, 8, 8), 16)
-    with pytest.raises(InvalidRequest, match="sizes of its own"):
+    with pytest.raises(InvalidRequest, match="sizes are fixed"):
         gemma.plan(Structure("png", 50, 50), Overrides(max_pixels=1000))
 
 

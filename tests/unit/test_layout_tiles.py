@@ -110,7 +110,7 @@ def test_only_onevision_sees_several_pictures_in_another_way(tmp_path: Path) -> 
 
 @BOTH
 def test_bounds_of_pixels_are_refused(config: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="sizes of its own"):
+    with pytest.raises(InvalidRequest, match="sizes are fixed"):
         layout(tmp_path, config).plan(Structure("png", 50, 50), Overrides(max_pixels=9))
 
 

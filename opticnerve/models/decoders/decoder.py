@@ -1,8 +1,8 @@
 """A transformers decoder and its head, run on packed tokens; shared by every family.
 
-Layers that the family declares fusable are fused (``fused``). Others run as transformers has them,
-one after the other, and get no more than they need: no mask (what is not plain causal is the
-attention function's job), no cache, and rotary factors that are computed once a step.
+Layers that the family declares fusable are fused (``fused``). Others run as transformers' own
+modules, without a mask (attention that is not plainly causal is the attention function's job) and
+without a cache; rotary factors are computed once a step.
 
 The attention function is registered by name in transformers' attention interface. Called as
 ``attention(module, q, k, v, None, scaling=...)`` it gets q [1, heads, tokens, head_dim] and k and v
@@ -26,7 +26,7 @@ from opticnerve.models.decoders.linear import Linear, narrowed, num_bytes
 if TYPE_CHECKING:
     from opticnerve.models.decoders.spec import DecoderSpec
 
-SMALL_HEAD = 1 << 22  # Elements of a weight that may be kept in two forms.
+SMALL_HEAD = 1 << 22  # Elements up to which a tied weight is kept in two forms.
 
 
 class PackedLanguage:
@@ -49,15 +49,15 @@ class PackedLanguage:
         self.dtype: torch.dtype = model.embed_tokens.weight.dtype
         self.device: torch.device = model.embed_tokens.weight.device
         self._embedding = model.embed_tokens.weight
-        self._scale = float(torch.tensor(spec.embedding_scale, dtype=self.dtype))  # As rounded.
+        self._scale = float(torch.tensor(spec.embedding_scale, dtype=self.dtype))  # Rounded.
         self._model = model
         self._head = self._make_head()
         self.fused = fuse(model, config._attn_implementation, spec)
 
     def _make_head(self) -> Linear:
-        """A head that is not the embedding is kept in one form only. A large one that is the
-        embedding would be in memory twice: it is kept once, or both in 16 bits where they hold it.
-        """
+        """A head with its own weight is laid out anew, and the original dropped. A large head that
+        is tied to the embedding would then be in memory twice: both keep sharing the weight as it
+        is, or are both kept in 16 bits where that changes no value."""
         weight = self.decoder.lm_head.weight
         tied = weight is self._embedding
         head = Linear(weight, pack=not tied or weight.numel() <= SMALL_HEAD)
@@ -69,7 +69,7 @@ class PackedLanguage:
         return head
 
     def weight_bytes(self) -> int:
-        """Memory of the weights; a shared one counts once."""
+        """Bytes of the weights; a tied one counts once."""
         tensors = [self._embedding]
         if self.fused is None:
             tensors += [each for each in self._model.parameters() if each is not self._embedding]
@@ -102,7 +102,7 @@ class PackedLanguage:
         positions: torch.Tensor,
         deepstack: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> torch.Tensor:
-        """Through the layers as transformers has them."""
+        """Runs transformers' own layers."""
         hidden = inputs_embeds[None]
         ids = positions[:, None] if self.position_dims == 3 else positions
         factors = {

@@ -1,17 +1,17 @@
 """A decoder in fewer, larger operations: the arithmetic of Hugging Face's layers, less Python.
 
-On a small model, or for one token, a layer takes as long as its number of operations. Here q, k and
-v come from one matrix product, gate and up from another, and q and k are rotated together, in place
-and as complex numbers: about 12 operations a layer instead of 50. In float32 the results equal
-those of transformers' layers; in half precision norms and rotations round only once.
+On a small model, or for one token, the time of a layer grows with the number of its operations.
+Here q, k and v come from one matrix product, gate and up from another, and q and k are rotated
+together, in place and as complex numbers: about 12 operations a layer instead of 50. In float32 the
+results equal those of transformers' layers; in half precision norms and rotations round only once.
 
-A rotation turns one column of a head against another. Rows of the q and k weights are put in
-another order at load where these two columns are not neighbours. Attention scores are sums over
-columns and do not change.
+A rotation acts on pairs of columns of a head. Where a pair's columns are not neighbours, the rows
+of the q and k weights are reordered at load so that they are. Attention scores are sums over
+columns, so they do not change.
 
-What layers compute beyond that is declared (``LayerForm``) or found in the layer itself: norms of q
-and k, biases, the activation, how many columns are rotated. A feed-forward that is not gated, as a
-mixture of experts, runs as transformers has it.
+Other differences between layers are declared (``LayerForm``) or read off the layer itself: norms of
+q and k, biases, the activation, how many columns are rotated. A feed-forward that is not gated,
+such as a mixture of experts, runs as transformers' own module.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _packed_attention: dict[str, PackedAttention] = {}
 
 
 def register_packed(name: str, function: PackedAttention) -> None:
-    """Fused layers call ``function`` where ``name`` is their attention. A function that is only
-    registered with transformers works too, and costs a few more views and copies."""
+    """Makes fused layers whose attention is ``name`` call ``function``. A function registered with
+    transformers alone works too, at the cost of a few more views and copies."""
     _packed_attention[name] = function
 
 
@@ -53,11 +53,11 @@ class LayerForm:
     """
 
     before_attention: str = "input_layernorm"
-    after_attention: str | None = None  # Of what attention adds.
+    after_attention: str | None = None  # Of attention's output.
     before_mlp: str = "post_attention_layernorm"
-    after_mlp: str | None = None  # Of what the feed-forward adds.
+    after_mlp: str | None = None  # Of the feed-forward's output.
     centred: bool = False  # Norms multiply by 1 + weight, as in Gemma.
-    # Of the n columns that are rotated, 2i and 2i + 1 are a pair, as in GLM; else i and i + n / 2.
+    # Columns 2i and 2i + 1 are rotated as a pair, as in GLM; else i and i + n / 2 of n.
     neighbours: bool = False
 
 
@@ -104,7 +104,8 @@ def _eps(module: Any) -> float:
 
 
 def _norm_weight(module: Any, centred: bool) -> torch.Tensor:
-    """1 + weight needs more digits than half precision has: it is in float32."""
+    """The factor of a norm. 1 + weight is in float32: it needs more digits than half precision
+    has."""
     weight: torch.Tensor = module.weight
     return 1.0 + weight.float() if centred else weight
 
@@ -123,8 +124,8 @@ class HeadNorm:
 
 
 class GatedMlp:
-    """A feed-forward down(activation(gate) * up). Takes the weights of ``mlp``, whose projections
-    are dropped as they are joined."""
+    """A feed-forward down(activation(gate) * up). Takes over the weights of ``mlp``, whose
+    projections are deleted as they are joined."""
 
     def __init__(self, mlp: Any) -> None:
         if hasattr(mlp, "gate_up_proj"):
@@ -147,7 +148,7 @@ class GatedMlp:
 
 
 class ModuleMlp:
-    """A feed-forward as transformers has it, such as a mixture of experts."""
+    """transformers' own feed-forward, such as a mixture of experts."""
 
     def __init__(self, mlp: Any) -> None:
         self.mlp = mlp
@@ -163,8 +164,8 @@ class ModuleMlp:
 class FusedLayer:
     """One layer with rotary attention and a feed-forward, of ``form``.
 
-    Takes the weights of ``layer``, whose projections are dropped as they are joined. No
-    ``nn.Module``: looking a weight up in one costs as much as a small operation.
+    Takes over the weights of ``layer``, whose projections are deleted as they are joined. Not an
+    ``nn.Module``: looking up a weight in one costs as much as a small operation.
     """
 
     def __init__(
@@ -206,8 +207,8 @@ class FusedLayer:
     ) -> torch.Tensor:
         """[tokens, hidden_size] -> the same shape, or [len(rows), hidden_size].
 
-        With ``rows``, keys and values of every token are stored, and only these tokens are computed
-        beyond attention. ``factors``: see RotaryTable.
+        With ``rows``, keys and values of every token are stored, but only these tokens go on after
+        attention. ``factors``: see RotaryTable.
         """
         mixed = self._attend(self.before_attention.forward(hidden), factors)
         if rows is not None:
@@ -262,7 +263,7 @@ class RotaryTable:
             one_by_one = torch.eye(position_dims, dtype=torch.int64, device=device)
             named = () if kind is None else (kind,)
             _, sin = rotary(self.frequencies.new_zeros(1), one_by_one[:, None], *named)
-            dimensions = sin[0].abs().argmax(0)  # [rotary_dim]: the only one that is not zero.
+            dimensions = sin[0].abs().argmax(0)  # [rotary_dim]: the one whose sine is not zero.
             pairs = dimensions[::2] if neighbours else dimensions[: len(self.frequencies)]
             self.columns = pairs
 
@@ -313,7 +314,7 @@ class FusedDecoder:
             scale = self._scale(self.query_scale(positions[0]))
             factors = {kind: each * scale for kind, each in factors.items()}
         last = len(self.layers) - 1
-        early = rows if len(deepstack) <= last else None  # A level's indices are those of tokens.
+        early = rows if len(deepstack) <= last else None  # DeepStack indices count all tokens.
         for i, (layer, kind) in enumerate(zip(self.layers, self.kinds, strict=True)):
             hidden = layer.forward(hidden, factors[kind], early if i == last else None)
             if i < len(deepstack):
@@ -332,7 +333,8 @@ class FusedDecoder:
 
 
 def fuse(model: Any, attention: str, spec: DecoderSpec) -> FusedDecoder | None:
-    """``model`` fused; None, and nothing done, for layers whose arithmetic is another."""
+    """Fuses ``model``. Returns None and leaves it unchanged if the family does not declare it
+    fusable, or ``attention`` is not a registered function."""
     if attention not in AttentionInterface() or not spec.fusable:
         return None
     with torch.no_grad():
@@ -364,8 +366,8 @@ def _optional_norm(layer: Any, name: str | None, centred: bool) -> Norm | None:
 
 
 def _interleave(module: nn.Module | None, head_dim: int, rotary_dim: int) -> None:
-    """Rows i and i + rotary_dim / 2 of every head become neighbours: of a projection, or of a norm
-    over heads; None: nothing to do."""
+    """Makes rows i and i + rotary_dim / 2 of every head neighbours, in a projection or a norm over
+    heads. Does nothing for None."""
     if module is None:
         return
     order = torch.arange(head_dim)

@@ -14,8 +14,8 @@ so that workers on CPUs of one kind round alike. There are three forms:
   small weights, so there it is not done.
 * Plain: ``F.linear``.
 
-torch has both operators without documenting them for use like this. They are tried once, and where
-one is missing, or its results are wrong, weights take another form.
+torch does not document either operator for this use. Each is tried once; if it is missing, or its
+results are wrong, weights take another form.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ import torch.nn.functional as F
 
 log = logging.getLogger(__name__)
 
-LARGE = 600_000  # Elements of a weight from which on 16 bits pay.
-MAX_LOSS = 2.0**-39  # Of a matrix' largest weight: far below the rounding of float32.
-MAX_SCALE = 2.0**40  # A bias is multiplied by the scale, too.
+LARGE = 600_000  # Elements above which 16 bits pay.
+MAX_LOSS = 2.0**-39  # Relative to the largest weight; far below float32's rounding.
+MAX_SCALE = 2.0**40  # Bounded, since a bias is multiplied by it too.
 HALVES_BLOCK = 512  # FBGEMM lays out this many inputs together.
-PART_ROWS = 1024  # Of a weight, checked together: a copy of the whole would take its memory again.
+PART_ROWS = 1024  # Rows checked at once; a copy of a whole weight would double its memory.
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -43,7 +43,8 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 class Linear:
     """``forward`` computes ``x @ weight.T + bias``, x [rows, in].
 
-    ``pack`` false: the caller keeps ``weight`` as well, so it is laid out anew only in 16 bits.
+    ``pack``: False if the caller keeps ``weight`` as well. It is then not packed, which would hold
+    it twice.
     """
 
     __slots__ = ("_bias", "_halves", "_halves_bytes", "_unscale", "_weight", "forward")
@@ -53,7 +54,7 @@ class Linear:
     ) -> None:
         self._bias = bias
         self._weight: Any = weight  # Plain or packed; None in 16 bits.
-        self._halves: Any = None  # With the bias.
+        self._halves: Any = None  # FBGEMM's weight and bias.
         self._halves_bytes = 0
         self._unscale = 1.0
         self.forward: Product = self._plain
@@ -81,7 +82,7 @@ class Linear:
         return self._halves is not None
 
     def tensors(self) -> list[torch.Tensor]:
-        """The tensors that are held; FBGEMM's memory for weights in 16 bits is none."""
+        """The tensors that are held. Weights in 16 bits are in FBGEMM's memory, not in tensors."""
         return [tensor for tensor in (self._weight, self._bias) if tensor is not None]
 
     def num_bytes(self) -> int:
@@ -102,7 +103,7 @@ class Linear:
 
 
 def num_bytes(tensor: torch.Tensor) -> int:
-    """Also of a packed tensor, which has no storage."""
+    """The bytes of a tensor, which may be a packed one without storage."""
     return int(tensor.numel() * tensor.dtype.itemsize)
 
 
@@ -117,8 +118,8 @@ def narrowed(table: torch.Tensor) -> torch.Tensor:
 
 
 def scale_to_halve(weight: torch.Tensor) -> float | None:
-    """The power of two by which ``weight``, float32, fits fp16 without loss (see MAX_LOSS). None
-    where there is none: it has more than 11 significant bits, or is not finite.
+    """The power of two that ``weight``, float32, is multiplied by to fit fp16 without loss (see
+    MAX_LOSS). None if no scale does: it has more than 11 significant bits, or is not finite.
 
     Weights in bf16 always fit: the scale keeps small numbers out of fp16's subnormal range.
     """

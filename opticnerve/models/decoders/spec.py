@@ -1,4 +1,4 @@
-"""A decoder as a family declares it, and its loading.
+"""A decoder's declaration by its family, and its loading.
 
 The declaration says what differs between decoders of this kind, layer by layer where layers
 differ.
@@ -36,7 +36,7 @@ class LayerSpec:
     """One layer's attention. Its scale is the transformers layer's own."""
 
     window: int | None = None  # Tokens that a token attends to, itself included; None: all.
-    # The rotary table, for a rotary embedding that has several, by what transformers calls them:
+    # Which table, where the rotary embedding has several, by transformers' name:
     # "sliding_attention". None: it has one.
     rotary: str | None = None
     soft_cap: float | None = None  # Of attention scores.
@@ -48,14 +48,15 @@ class DecoderSpec:
 
     model_class: Any  # The decoder without its head; made from ``config``.
     config: Any  # transformers' configuration of the text model.
-    tied: bool  # Whether the head is the embedding where the checkpoint holds no other.
+    tied: bool  # Whether a checkpoint without a head uses the embedding as head.
     position_dims: int
     layers: tuple[LayerSpec, ...]
-    fusable: bool  # Every layer computes what ``fused.FusedLayer`` does, in this form:
-    form: LayerForm = PRE_NORM
-    embedding_scale: float = 1.0  # Multiplies input embeddings of tokens, not an item's rows.
+    fusable: bool  # Whether every layer computes what ``fused.FusedLayer`` does.
+    form: LayerForm = PRE_NORM  # Of fusable layers.
+    embedding_scale: float = 1.0  # Of tokens' input embeddings, not of an item's rows.
     logit_soft_cap: float | None = None
-    # Multiplies queries, all of whose columns are rotated: positions [tokens] -> float32 [tokens].
+    # Factors of queries: positions [tokens] -> float32 [tokens]. They are part of the rotary
+    # factors, so all columns of a head must be rotated.
     query_scale: Callable[[torch.Tensor], torch.Tensor] | None = None
     recomputed: Mapping[str, Recompute] = field(default_factory=dict)  # As in ``load_module``.
     ignored: tuple[str, ...] = IGNORED  # As in ``load_module``.
@@ -90,7 +91,7 @@ class DecoderSpec:
         return PackedLanguage(module, self)
 
     def check(self, checkpoint: Checkpoint, keys: KeyMap) -> HalfSize:
-        """What ``load`` would load. Raises what it would raise, see ``loader.check_module``."""
+        """The size of what ``load`` would load. Raises its errors; see ``loader.check_module``."""
         self.check_supported(checkpoint)
         return check_module(
             self._make_module, checkpoint, keys, tied=self._tied_weights(), ignored=self.ignored
@@ -106,7 +107,7 @@ class DecoderSpec:
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.tied else {}
 
     def check_supported(self, checkpoint: Checkpoint) -> None:
-        """Raises CheckpointError for a decoder that would not compute what the model means."""
+        """Raises CheckpointError for a configuration that would be computed wrongly."""
         self._check_experts(checkpoint.text_config)
         for kind in {layer.rotary for layer in self.layers}:
             rope = self.config.rope_parameters or {}

@@ -1,5 +1,5 @@
-"""Gemma 3's decoder: five layers with a sliding window to one without, each kind with a rotary
-table of its own."""
+"""Gemma 3's decoder: five layers with a sliding window for each one without, with a rotary table
+for each of the two kinds."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ FORM = LayerForm(
 
 
 def describe_decoder(checkpoint: Checkpoint) -> DecoderSpec:
-    """Soft caps are those of the configuration. The published checkpoints have none, and the whole
-    model of transformers does not apply them."""
+    """Applies the configuration's soft caps. Published checkpoints have none, and transformers'
+    Gemma 3 with pictures ignores them."""
     config = transformers_config(Gemma3Config, checkpoint)
     text = config.text_config
     layers = zip(layer_windows(text), text.layer_types, strict=True)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
 
 BILINEAR = 2
-# What the image processor takes where its settings say nothing, or null.
+# The image processor's values where its settings are missing or null.
 USUAL_PIXELS = {"resample": BILINEAR, "image_mean": 0.5, "image_std": 0.5}
 TOKEN_IDS = {"image_token": 262144, "boi_token": 255999, "eoi_token": 256000}
 
@@ -42,8 +42,8 @@ TOKEN_IDS = {"image_token": 262144, "boi_token": 255999, "eoi_token": 256000}
 class Gemma3Layout:
     """Implements ``opticnerve.models.family.Layout``.
 
-    Templates write the token that begins a picture. Processors put placeholders and the token that
-    ends a picture after it, and an empty line before and after all of them.
+    Templates write the token that begins a picture. The processor adds the placeholders and the
+    token that ends a picture, with an empty line before and after all of them.
     """
 
     family = "gemma3"
@@ -113,7 +113,7 @@ class Gemma3Layout:
     # ---- positions
 
     def positions(self, num_tokens: int, spans: Sequence[Span]) -> tuple[NDArray[np.int64], int]:
-        """int64 [1, num_tokens]; output counts on."""
+        """int64 [1, num_tokens], from 0."""
         return count_positions(num_tokens, spans)
 
     # ---- identity

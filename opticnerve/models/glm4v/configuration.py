@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 CONFIGS: dict[str, Any] = {
     "glm4v": Glm4vConfig,
     "glm4v_moe": Glm4vMoeConfig,
-    "glm46v": Glm46VConfig,  # Either of the above, by the model_types of its parts.
+    "glm46v": Glm46VConfig,  # Has the parts of either of the above.
 }
 PARTS = (Glm4vVisionConfig, Glm4vTextConfig, Glm4vMoeVisionConfig, Glm4vMoeTextConfig)
 
 
 def read_config(checkpoint: Checkpoint) -> Any:
-    """transformers' configuration of the whole model. Raises CheckpointError; UnsupportedCheckpoint
-    for GLM-4.6V's form of it around parts of other models."""
+    """transformers' configuration of the whole model. Raises CheckpointError, and
+    UnsupportedCheckpoint for a vision or text part of another model."""
     config = transformers_config(CONFIGS[checkpoint.config["model_type"]], checkpoint)
     for part in (config.vision_config, config.text_config):
         if not isinstance(part, PARTS):

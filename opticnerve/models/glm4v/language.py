@@ -32,7 +32,7 @@ MODELS: dict[type, tuple[Any, LayerForm]] = {
 def describe_decoder(checkpoint: Checkpoint) -> DecoderSpec:
     config = read_config(checkpoint)
     model_class, form = MODELS[type(config.text_config)]
-    # A layer more than the decoder has predicts a token ahead, which is not done here.
+    # An additional last layer, for multi-token prediction, is not used here.
     ahead = rf"model\.language_model\.layers\.{config.text_config.num_hidden_layers}\."
     spec = llama_like(config, model_class, position_dims=3)
     return replace(spec, form=form, ignored=(*spec.ignored, ahead))

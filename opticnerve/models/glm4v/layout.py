@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Glm4vLayout(Qwen2VLLayout):
-    """Takes pictures. A video's frames would stand between timestamps of their own.
+    """Takes pictures only: a video's frames would need timestamps between them.
 
-    The image processor's bounds are those of a still picture and its repetition, so a picture's own
-    are half of them.
+    The image processor bounds the pixels of all frames of a patch, for which a still picture is
+    repeated; a picture's own bounds are those divided by the frames.
     """
 
     family = "glm4v"
@@ -48,7 +48,7 @@ class Glm4vLayout(Qwen2VLLayout):
         self.max_pixels = max(1, self.max_pixels // self.temporal_patch_size)
 
     def resize(self, width: int, height: int, low: int, high: int) -> tuple[int, int]:
-        """A side shorter than one merged patch is enlarged to that first."""
+        """As Qwen2-VL's, but a side shorter than a merged patch is enlarged to one first."""
         check_aspect(width, height)
         factor = self.patch_size * self.merge_size
         if min(width, height) < factor:

@@ -20,14 +20,15 @@ from opticnerve.models.towers.tower import PatchTower, TowerSpec, patch_tower
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
 
-MODELS: dict[type, Any] = {  # The same tower by two names.
+MODELS: dict[type, Any] = {  # One tower under two names.
     Glm4vVisionConfig: Glm4vVisionModel,
     Glm4vMoeVisionConfig: Glm4vMoeVisionModel,
 }
 
 
 class FrameTower(PatchTower):
-    """Takes every frame of an item as a picture: the tower looks sizes up by attention segment."""
+    """Passes every frame as a picture, since the tower needs one size for each attention
+    segment."""
 
     def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> dict[str, torch.Tensor]:
         frames = [Grid(1, grid.h, grid.w) for grid in grids for _ in range(grid.t)]

@@ -35,8 +35,8 @@ USUAL_PIXELS = {"resample": 1, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 class Idefics3Layout(TiledLayout):
-    """Implements ``opticnerve.models.family.Layout``. ``plan`` takes ``max_pixels`` as a bound on
-    the canvas; one tile is the whole picture alone.
+    """Implements ``opticnerve.models.family.Layout``. ``max_pixels`` bounds the canvas; if it
+    allows only one tile, that is the whole picture.
 
     The preprocessor also reads ``first_size``.
     """
@@ -96,20 +96,20 @@ class Idefics3Layout(TiledLayout):
         return shape
 
     def first_size(self, width: int, height: int, plan: Plan) -> tuple[int, int]:
-        """(width, height) of a displayed picture after its first resize, which keeps its aspect;
-        the second is to the plan's canvas."""
+        """(width, height) of a displayed picture after its first resize, which keeps the aspect;
+        the second resize is to the plan's canvas. Raises PlanMismatch."""
         for longest in self._longest_edges():
             if self._shape(width, height, longest) == self.shape(plan):
                 return _scaled(width, height, longest)
         raise PlanMismatch(f"a picture of {width}x{height} does not fit its plan")
 
     def _longest_edges(self) -> Iterator[int]:
-        """The processor's own longest edge, then those that make canvases of fewer tiles."""
+        """The processor's longest edge, then shorter ones for canvases of fewer tiles."""
         yield self.longest_edge
         yield from (n * self.tile_size for n in range(self._most_tiles - 1, 0, -1))
 
     def _shape(self, width: int, height: int, longest: int) -> tuple[int, int]:
-        """(columns, rows) of the canvas after a first resize to that ``longest`` edge."""
+        """(columns, rows) of the canvas after a first resize to the longest edge ``longest``."""
         if not self.splits:
             return 1, 1
         width, height = _scaled(width, height, longest)
@@ -126,8 +126,8 @@ class Idefics3Layout(TiledLayout):
     # ---- tokens
 
     def expand(self, plan: Plan) -> Expansion:
-        """Before each tile a token that marks a picture, and where the tile is; the mark again at
-        the end."""
+        """Before each tile, the token that marks a picture and the tile's place; at the end, the
+        mark again."""
         columns, rows = self.shape(plan)
         marks, token = self._separators, self.item_token_ids[plan.modality]
         ids: list[int] = []
@@ -148,8 +148,8 @@ class Idefics3Layout(TiledLayout):
 
     @cached_property
     def placeholder_ids(self) -> Mapping[str, int]:
-        """Read where they are needed: an encoder may have no tokenizer. What the tokenizer writes
-        in pieces are tokens of text. Raises CheckpointError."""
+        """Read on first use, since an encoder may have no tokenizer. Places that the tokenizer
+        writes in several tokens are ordinary text and left out. Raises CheckpointError."""
         marks = self._separators
         pieces = {"global_image_token": marks.whole} | {
             f"row_{row + 1}_col_{column + 1}_token": ids
@@ -173,18 +173,18 @@ class Idefics3Layout(TiledLayout):
 
 @dataclass(frozen=True, slots=True)
 class Separators:
-    """The tokens of an expansion that are no placeholders."""
+    """The tokens of an expansion that are not placeholders."""
 
     fake: int  # Marks a picture.
     places: Mapping[tuple[int, int], tuple[int, ...]]  # By (row, column), from 0.
-    whole: tuple[int, ...]  # Where a tile is the whole picture.
+    whole: tuple[int, ...]  # In the place of (row, column), for the whole picture.
     row_end: tuple[int, ...]
     last_row_end: tuple[int, ...]
 
     @classmethod
     def read(cls, path: Path, most_tiles: int) -> Separators:
-        """As the tokenizer in ``path`` encodes them, for canvases of at most so many tiles a side.
-        Raises CheckpointError."""
+        """Encodes them by the tokenizer in ``path``, for canvases of up to ``most_tiles`` tiles a
+        side. Raises CheckpointError."""
         named = named_tokens(read_tokenizer_config(path))
         fake = named.get("fake_image_token", "<fake_token_around_image>")
         places = [(row, column) for row in range(most_tiles) for column in range(most_tiles)]
@@ -194,7 +194,8 @@ class Separators:
             "\n\n",
             *(f"<row_{row + 1}_col_{column + 1}>" for row, column in places),
         ]
-        # Between two marks, as in a prompt: some tokenizers see a text's beginning.
+        # Encoded between two marks, as in a prompt: some tokenizers treat the start of a text
+        # differently.
         (mark, *others), *found = encode_texts(path, [fake, *(fake + t + fake for t in texts)])
         if others:
             raise CheckpointError(
@@ -205,8 +206,8 @@ class Separators:
 
 
 def _scaled(width: int, height: int, longest: int) -> tuple[int, int]:
-    """(width, height) of about the same aspect, the longest edge of which is ``longest``, but at
-    most LONGEST_EDGE. The reference makes the other edge even."""
+    """(width, height) of about the same aspect, with the longest edge ``longest``, or LONGEST_EDGE
+    if that is shorter. The other edge is made even, as in the reference."""
     aspect = width / height
     if width >= height:
         width, height = longest, _even(int(longest / aspect))

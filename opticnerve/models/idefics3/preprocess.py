@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 class TilesOfCanvas:
-    """A ``Preprocessor`` that returns uint8 [tiles, size, size, 3]. As the reference, it resizes
-    two or three times, in 8 bits each time."""
+    """A ``Preprocessor`` that returns uint8 [tiles, size, size, 3]. Like the reference it resizes
+    two or three times, to 8 bits each time."""
 
     def __init__(self, layout: Idefics3Layout) -> None:
         self.resample = layout.pixels.resample

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class SiglipConnector(nn.Module):  # type: ignore[misc]
-    """The tower and the connector of merged patches.
+    """The tower, and the connector that merges patches.
 
-    Every tile is whole: image processors pad batches of pictures, never a picture's tiles.
+    No patch is masked: tiles are never padded; the processor only pads batches of pictures.
     """
 
     def __init__(self, tower_class: Any, connector_class: Any, config: Any) -> None:
@@ -44,7 +44,7 @@ class SiglipConnector(nn.Module):  # type: ignore[misc]
 def siglip_tower(
     tower_class: Any, connector_class: Any, config: Any, layout: Idefics3Layout
 ) -> TowerSpec:
-    """``config``: transformers' configuration of the whole model, whose classes the others are."""
+    """``config``: transformers' configuration of the whole model; the classes belong to it."""
     return TowerSpec(
         make_module=lambda: SiglipConnector(tower_class, connector_class, config),
         make_tower=lambda module: TileTower(

@@ -35,8 +35,8 @@ def describe_decoder(checkpoint: Checkpoint) -> DecoderSpec:
 
 
 def _keep_frequencies(text: Any) -> None:
-    """InternVL 2.5 and 3 are published with rotary embeddings of the type "dynamic", which changes
-    frequencies beyond max_position_embeddings only. No prompt goes there: that is the limit."""
+    """Makes "dynamic" rotary embeddings, as InternVL 2.5 and 3 publish them, plain ones. They
+    differ only beyond max_position_embeddings, which is the longest prompt."""
     rope = text.rope_parameters or {}
     if rope.get("rope_type") == "dynamic":
         text.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}

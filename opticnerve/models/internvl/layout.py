@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 class InternVLLayout(TiledLayout):
-    """Implements ``opticnerve.models.family.Layout``. ``plan`` takes ``max_pixels`` as a bound on
-    the tiles; one tile is the whole picture, without a thumbnail."""
+    """Implements ``opticnerve.models.family.Layout``. ``max_pixels`` bounds the tiles; if it allows
+    only one, that is the whole picture, without a thumbnail."""
 
     family = "internvl"
 
@@ -83,8 +83,8 @@ class InternVLLayout(TiledLayout):
         return self.max_tiles * self.tile_size**2
 
     def canvas(self, width: int, height: int, max_pixels: int) -> tuple[int, int]:
-        """The shape of the nearest aspect. Of several, the smallest one, unless the picture has
-        more than half the pixels of a larger."""
+        """The shape with the nearest aspect. Of several equally near, the largest of which the
+        picture has more than half the pixels, else the smallest."""
         most = max(max_pixels // self.tile_size**2, 1)
         least = min(self.min_tiles, most)
         aspect, area = width / height, width * height
@@ -106,7 +106,7 @@ class InternVLLayout(TiledLayout):
 
     @cached_property
     def placeholder_ids(self) -> Mapping[str, int]:
-        """Read where they are needed: an encoder may have no tokenizer. Raises CheckpointError."""
+        """Read on first use, since an encoder may have no tokenizer. Raises CheckpointError."""
         start, end = self._markers
         image = self.item_token_ids[Modality.IMAGE]
         return {"image_token": image, "start_image_token": start, "end_image_token": end}
@@ -129,7 +129,7 @@ class InternVLLayout(TiledLayout):
 
 
 def _check_features(config: Mapping[str, Any]) -> None:
-    """Raises UnsupportedCheckpoint for rows that are not those of the tower's last layer."""
+    """Raises UnsupportedCheckpoint if the projector reads another layer than the tower's last."""
     layer = config.get("vision_feature_layer", -1)
     strategy = config.get("vision_feature_select_strategy", "default")
     if layer != -1 or strategy != "default":
@@ -140,7 +140,7 @@ def _check_features(config: Mapping[str, Any]) -> None:
 
 
 def _square(vision: Mapping[str, Any], name: str, usual: int) -> int:
-    """A side, written once or as [side, side]."""
+    """The side in ``vision[name]``, which is a number or [side, side]."""
     value = vision.get(name, usual)
     sides = value if isinstance(value, list) else [value]
     found = {positive({name: side}, name) for side in sides}
@@ -150,7 +150,7 @@ def _square(vision: Mapping[str, Any], name: str, usual: int) -> int:
 
 
 def _shapes(most: int) -> tuple[tuple[int, int], ...]:
-    """(columns, rows) of every canvas of at most so many tiles, the smallest first."""
+    """(columns, rows) of every canvas of at most ``most`` tiles, the smallest first."""
     shapes = [
         (columns, rows) for columns in range(1, most + 1) for rows in range(1, most // columns + 1)
     ]

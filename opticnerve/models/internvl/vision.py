@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class InternViTProjector(nn.Module):  # type: ignore[misc]
-    """The tower, without its class token's row, and the projector of merged patches."""
+    """The tower, without its class token's row, and the projector, which takes merged patches."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()

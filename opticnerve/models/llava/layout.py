@@ -1,7 +1,8 @@
 """LLaVA-1.5's layout: every picture is a square of one size and one run of placeholders.
 
-The shortest edge is resized and the centre cut out. Tokens are the tower's patches, and its class
-token where the strategy is "full". Positions are one-dimensional and count up.
+The shortest edge is resized and the centre cut out. A picture has a token for each patch of the
+tower, and one for the class token if the strategy is "full". Positions are one-dimensional and
+count up.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class LlavaLayout:
     position_dims = 1
     deepstack_levels = 0
     rewrite = None
-    # What transformers takes where config.json does not say; of several towers, the first.
-    towers: ClassVar[Mapping[str, int]] = {"clip_vision_model": 32}  # And their patch sizes.
+    # transformers' defaults for what config.json leaves out; of several towers, the first.
+    towers: ClassVar[Mapping[str, int]] = {"clip_vision_model": 32}  # With patch sizes.
     text_model: ClassVar[str] = "llama"
     image_token: ClassVar[int] = 32000
     usual_strategy: ClassVar[str] = "default"
@@ -102,8 +103,7 @@ class LlavaLayout:
             )
 
     def _check_written(self, checkpoint: Checkpoint) -> None:
-        """Raises CheckpointError for a processor_config.json by which a picture would have other
-        tokens."""
+        """Raises CheckpointError if processor_config.json would give a picture other tokens."""
         agree = partial(check_agreed, read_object(checkpoint.path / "processor_config.json") or {})
         agree("patch_size", "the vision tower's patch_size", self.patch_size)
         name = "vision_feature_select_strategy"
@@ -114,7 +114,7 @@ class LlavaLayout:
     # ---- pictures
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) after the resize and before the crop, of a displayed picture."""
+        """(width, height) of a displayed picture after the resize, before the crop."""
         if not isinstance(self.size, int):
             return self.size
         short, long = sorted((width, height))
@@ -151,12 +151,12 @@ class LlavaLayout:
 
 
 def check_item(size: tuple[int, int], overrides: Overrides) -> None:
-    """Raises InvalidRequest for bounds of pixels, which these models do not have, and InvalidMedia
-    for a picture that is too long. ``size``: (width, height) as displayed."""
+    """Raises InvalidRequest for bounds on pixels, which these models do not take, and InvalidMedia
+    for an extreme aspect ratio. ``size``: (width, height) as displayed."""
     check_overrides(overrides)
     if overrides.min_pixels is not None or overrides.max_pixels is not None:
         raise InvalidRequest(
-            "this model sees pictures at sizes of its own: leave out min_pixels and max_pixels",
+            "this model's picture sizes are fixed: leave out min_pixels and max_pixels",
             param="min_pixels" if overrides.min_pixels is not None else "max_pixels",
         )
     check_aspect(*size)

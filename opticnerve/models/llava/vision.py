@@ -1,4 +1,4 @@
-"""LLaVA-1.5's CLIP tower and projector, and what its successors share with it."""
+"""LLaVA-1.5's CLIP tower and projector; its successors use parts of it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ TOWERS: dict[str, Any] = {
     "clip_vision_model": CLIPVisionModel,
     "siglip_vision_model": SiglipVisionModel,
 }
-UNREAD = ("post_layernorm", "head")  # They pool rows, which the projector does not read.
+UNREAD = ("post_layernorm", "head")  # They make a pooled row, which the projector does not read.
 
 
 class SquareProjector(nn.Module):  # type: ignore[misc]
     """The first layers of a CLIP or SigLIP tower, up to the last that the projector reads, and the
     projector.
 
-    ``config``: transformers' of the whole model. A subclass may name another projector, which is
-    made of it.
+    ``config``: transformers' configuration of the whole model. A subclass may name another
+    ``projector_class``, which is made from it.
     """
 
     projector_class: ClassVar[Any] = LlavaMultiModalProjector
@@ -67,7 +67,8 @@ class SquareProjector(nn.Module):  # type: ignore[misc]
 
 
 def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
-    """Raises CheckpointError for a tower that is not CLIP's, or lacks a layer that is read."""
+    """Raises CheckpointError for a tower that is not CLIP's, or that lacks the projector's
+    layer."""
     layout = LlavaLayout(checkpoint)  # It refuses other towers.
     config = transformers_config(LlavaConfig, checkpoint)
     return square_tower(
@@ -80,7 +81,7 @@ def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
 def square_tower(
     config: Any, make_module: Callable[[], nn.Module], make_tower: Callable[[Any], Tower]
 ) -> TowerSpec:
-    """The declaration of a tower whose module is a ``SquareProjector`` of ``config``."""
+    """The declaration of a tower whose module is a ``SquareProjector`` made from ``config``."""
     depth = config.vision_config.num_hidden_layers
     last = max(feature_layers(config.vision_feature_layer, depth))
     unused = "|".join(map(str, range(last, depth))) or "none"
@@ -101,14 +102,15 @@ def describe_graph(tower: TileTower) -> TileGraph:
 
 
 def square_sizes(module: Any) -> tuple[int, int, int]:
-    """(side in pixels, patches, tokens) of a square that a ``SquareProjector`` takes."""
+    """(side in pixels, patches, tokens) of a ``SquareProjector``'s picture."""
     embeddings = module.tower.embeddings
     tokens = embeddings.num_positions - module.first_row
     return embeddings.image_size, embeddings.num_patches, tokens
 
 
 def feature_layers(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Indices of hidden states, 0 to ``depth``; the configuration may count from the end."""
+    """Indices of hidden states, 0 to ``depth``; ``layers`` may count from the end. Raises
+    CheckpointError."""
     wanted = (layers,) if isinstance(layers, int) else tuple(layers)
     found = tuple(i + depth + 1 if i < 0 else i for i in wanted)
     if not found or not all(0 <= i <= depth for i in found):

@@ -1,10 +1,10 @@
 """LLaVA-NeXT's layout: a picture is seen whole, and once more in tiles.
 
-The whole picture is squeezed into one square. Beside it, the picture keeps its aspect on a black
-canvas of one of the model's sizes (``image_grid_pinpoints``), which is cut into squares. Rows of
-features that show nothing but the canvas are taken out again, and each row that is left ends with
-one learned row (``image_newline``). Tokens are those of the square, then those of the tiles, row by
-row of the picture. Source: LLaVA-NeXT (2024), whose name for this is anyres.
+The whole picture is squeezed into one square. In addition it is put, with its aspect kept, on a
+black canvas of one of the model's sizes (``image_grid_pinpoints``), which is cut into square tiles.
+Features that show only the canvas are removed, and each remaining row of features ends with one
+learned embedding (``image_newline``). Tokens are those of the square, then those of the canvas, row
+by row. Source: LLaVA-NeXT (2024), which calls this anyres.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ MAX_PINPOINTS = 256
 
 @dataclass(frozen=True, slots=True)
 class Mosaic:
-    """The features of a picture's tiles, each as (rows, columns)."""
+    """Sizes of the grid of features that a picture's tiles form, each (rows, columns)."""
 
-    canvas: tuple[int, int]  # Of all tiles side by side.
+    canvas: tuple[int, int]  # All tiles side by side.
     kept: tuple[int, int]  # The middle, which shows the picture.
-    shown: tuple[int, int]  # What becomes tokens, before the ends of rows.
+    shown: tuple[int, int]  # After shrinking; each row gets one more token.
 
     @property
     def num_tokens(self) -> int:
@@ -46,17 +46,17 @@ class LlavaNextLayout(LlavaLayout):
 
     family = "llava_next"
     towers: ClassVar[Mapping[str, int]] = {"clip_vision_model": 32, "siglip_vision_model": 16}
-    usual_side: ClassVar[int] = 224  # Of the image processor's squares.
+    usual_side: ClassVar[int] = 224  # Pixels of the image processor's squares.
     usual_pinpoints: ClassVar[tuple[tuple[int, int], ...]] = PINPOINTS
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        # CLIP's class token has no place in a mosaic, and SigLIP has no such token.
+        # A mosaic has no place for CLIP's class token; SigLIP has none.
         wanted = "default" if self.tower == "clip_vision_model" else "full"
         if self.strategy != wanted:
             raise UnsupportedCheckpoint(
-                f"vision_feature_select_strategy is {self.strategy!r}, which makes no whole rows "
-                f"of what {self.tower} sees; {wanted} is served"
+                f"vision_feature_select_strategy is {self.strategy!r}; with {self.tower}, only "
+                f"{wanted} is served"
             )
         self.side = self.image_size // self.patch_size  # Of a tile, in features.
 
@@ -108,7 +108,8 @@ class LlavaNextLayout(LlavaLayout):
         return picture_plan(structure, (wide, high), Grid(1 + tiles, self.side, self.side), tokens)
 
     def _best_pinpoint(self, width: int, height: int) -> tuple[int, int]:
-        """The canvas that shows most of the picture's pixels; of several, the smallest."""
+        """(height, width) of the canvas that shows most of the picture's pixels; of several, the
+        smallest."""
 
         def merit(pinpoint: tuple[int, int]) -> tuple[int, int]:
             high, wide = pinpoint
@@ -119,7 +120,7 @@ class LlavaNextLayout(LlavaLayout):
         return max(self.pinpoints, key=merit)
 
     def fitted_size(self, plan: Plan) -> tuple[int, int]:
-        """(width, height) of the picture on its canvas: one side is the canvas's."""
+        """(width, height) of the picture on its canvas; one of them is the canvas's own."""
         width, height = _displayed(plan)
         wide, high = plan.resized_width, plan.resized_height
         if wide / width < high / height:
@@ -136,7 +137,7 @@ class LlavaNextLayout(LlavaLayout):
         return Mosaic((rows, columns), kept, self.shown(*kept))
 
     def shown(self, rows: int, columns: int) -> tuple[int, int]:
-        """(rows, columns) of features that become tokens, of those that show the picture."""
+        """(rows, columns) of the features that become tokens, given those that show the picture."""
         return rows, columns
 
     # ---- identity
@@ -158,8 +159,8 @@ def _displayed(plan: Plan) -> tuple[int, int]:
 
 
 def _kept(width: int, height: int, rows: int, columns: int) -> tuple[int, int]:
-    """(rows, columns) of a canvas's features without those above and below the picture, or left
-    and right of it; rounded as the reference rounds."""
+    """(rows, columns) of a canvas's features without those above and below the picture, or left and
+    right of it; rounded as in the reference."""
     if width / height > columns / rows:
         padding = (rows - int(round(height * (columns / width), 7))) // 2
         return rows - 2 * padding, columns

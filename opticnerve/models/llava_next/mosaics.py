@@ -1,4 +1,4 @@
-"""From the features of tiles to the rows of pictures."""
+"""Makes the rows of pictures from the features of their tiles."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 class Mosaics:
-    """Lays features out as the tiles lie in the picture. ``newline``: [hidden_size], the row that
-    ends each row of a mosaic."""
+    """Puts the features of tiles together as the tiles lie in the picture. ``newline``:
+    [hidden_size], the embedding at the end of each row."""
 
     def __init__(self, layout: LlavaNextLayout, newline: torch.Tensor) -> None:
         self._layout = layout
@@ -27,7 +27,7 @@ class Mosaics:
 
     def items(self, features: torch.Tensor, plans: Sequence[Plan]) -> list[dict[str, torch.Tensor]]:
         """[tiles of all pictures, side * side, hidden_size] -> the named tensors of each picture,
-        in memory of their own."""
+        as copies."""
         tiles = features.split([plan.grid.t for plan in plans])
         return [{"rows": self.rows(own, plan)} for own, plan in zip(tiles, plans, strict=True)]
 
@@ -38,7 +38,8 @@ class Mosaics:
         return torch.cat([tiles[0], self._lines(tiles[1:], self._layout.mosaic(plan))])
 
     def _lines(self, tiles: torch.Tensor, mosaic: Mosaic) -> torch.Tensor:
-        """Side by side, row by row, each with its end: [mosaic.num_tokens, hidden_size]."""
+        """The features of the tiles, row by row of the picture, with ``newline`` after each row:
+        [mosaic.num_tokens, hidden_size]."""
         (rows, columns), side = mosaic.canvas, round(tiles.shape[1] ** 0.5)
         squares = tiles.reshape(rows // side, columns // side, side, side, -1)
         canvas = squares.transpose(1, 2).reshape(rows, columns, -1)
@@ -53,7 +54,7 @@ class Mosaics:
 
 
 class MosaicGraph(TileGraph):
-    """Its outputs are features of tiles, from which ``mosaics`` makes rows."""
+    """A graph whose outputs are features of tiles, from which ``mosaics`` makes rows."""
 
     def __init__(
         self, tower: ModuleTower, mosaics: Mosaics, size: int, patches: int, tokens: int

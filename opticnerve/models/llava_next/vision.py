@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's vision tower, its projector, and the row that ends the rows of a mosaic."""
+"""LLaVA-NeXT's vision tower, its projector, and the learned ``image_newline``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class TileProjector(SquareProjector):
-    """Adds the row that ends rows; ``forward`` does not use it."""
+    """Adds ``image_newline``, which ``forward`` does not use."""
 
     def __init__(self, config: Any, layout: LlavaNextLayout) -> None:
         super().__init__(config, layout)
@@ -29,7 +29,7 @@ class TileProjector(SquareProjector):
 
 
 class MosaicTower(TileTower):
-    """A picture's tiles are put together again before they become rows."""
+    """A tower that puts a picture's tiles together before it makes rows of them."""
 
     def __init__(self, module: Any, layout: LlavaNextLayout) -> None:
         super().__init__(module, layout.pixels, layout.hidden_size, layout.image_size)
@@ -49,7 +49,8 @@ def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
 
 
 def tile_tower(config: Any, layout: LlavaNextLayout) -> TowerSpec:
-    """A tower of tiles. ``config``: transformers' of the whole model."""
+    """The declaration of a MosaicTower. ``config``: transformers' configuration of the whole
+    model."""
     return square_tower(
         config, lambda: TileProjector(config, layout), lambda module: MosaicTower(module, layout)
     )

@@ -1,7 +1,7 @@
-"""LLaVA-OneVision's layout: LLaVA-NeXT's tiles, whose features shrink where they are too many.
+"""LLaVA-OneVision's layout: LLaVA-NeXT's tiles, whose features are shrunk where they are too many.
 
-Of several pictures in one prompt none is cut into tiles: each is one square, padded to keep its
-aspect, with one learned row at its end. Source: LLaVA-OneVision (2024).
+In a prompt with several pictures none is cut into tiles: each is one square, padded to keep its
+aspect, and followed by one learned embedding. Source: LLaVA-OneVision (2024).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
 
 EDGES = range(384, 2305, 384)
-TOLERANCE = 1.1  # Features that are no more than this too many, along a side, do not shrink.
+TOLERANCE = 1.1  # Features are shrunk if a side exceeds its share by more than this factor.
 
 
 class LlavaOnevisionLayout(LlavaNextLayout):
-    """``max_tiles``: how many tiles' features a picture may have, beside its square's."""
+    """``max_tiles``: the most features that a picture keeps beside its square's, in tiles."""
 
     family = "llava_onevision"
     towers: ClassVar[Mapping[str, int]] = {"siglip_vision_model": 16, "clip_vision_model": 32}
@@ -57,7 +57,7 @@ class LlavaOnevisionLayout(LlavaNextLayout):
         agree = partial(check_agreed, read_object(checkpoint.path / "processor_config.json") or {})
         name = "vision_aspect_ratio"
         agree(name, f"the model's {name}", _aspect_ratio(checkpoint.config))
-        # The processor takes one off for a class token.
+        # The processor subtracts one for the class token.
         rows = (self.image_size // self.patch_size) ** 2 + (self.strategy == "default")
         agree("num_image_tokens", "the number of rows that the vision tower makes", rows)
 

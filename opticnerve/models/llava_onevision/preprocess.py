@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 MAX_PADDED = 4096
-"""Of a taller picture, pixels at edges may differ by a few steps from those of Hugging Face's
-processor, which pads it whole."""
+"""Height above which a picture is resized before it is padded. Its pixels at edges may then differ
+by a few steps from those of Hugging Face's processor, which pads first."""
 
 
 class CutTilesOrSquare(CutTiles):
-    """Returns uint8 [1, side, side, 3] for a picture that is planned as one square."""
+    """As CutTiles, but a picture that is planned as one square is uint8 [1, side, side, 3]."""
 
     def __init__(self, layout: LlavaOnevisionLayout) -> None:
         super().__init__(layout)
@@ -36,11 +36,11 @@ class CutTilesOrSquare(CutTiles):
         return np.asarray(self._padded(image))[None]
 
     def _padded(self, image: Image.Image) -> Image.Image:
-        """``image`` in the middle of a square, resized. A long strip would become an enormous
-        square: it is resized along its longer side before it is padded."""
+        """``image`` in the middle of a square, resized. A long strip is resized along its longer
+        side before it is padded, or it would become an enormous square."""
         side, (width, height) = self.side, image.size
         square = (height, height)
-        if width >= height:  # Which changes nothing: widths are resized first.
+        if width >= height:  # Changes no pixel: a resize does widths first anyway.
             image, square = resize(image, side, height, self.resample), (side, width)
         elif height > MAX_PADDED:
             image, square = resize(image, width, side, self.resample), (height, side)

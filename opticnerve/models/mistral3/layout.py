@@ -1,9 +1,9 @@
-"""Mistral 3's layout: pictures keep their aspect, and every row of tokens but the last ends with a
-break.
+"""Mistral 3's layout: pictures keep their aspect, and rows of placeholders are separated by a break
+token.
 
 A picture is shrunk until it fits the longest edge, never enlarged, and then stretched to whole
-tokens: each is a square of merge_size² patches. Its last row ends with the token that ends a
-picture. Positions are one-dimensional and count up.
+tokens of merge_size x merge_size patches. Every row of tokens but the last ends with the break, the
+last with the token that ends a picture. Positions are one-dimensional and count up.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from opticnerve.models.text_models import count_positions, text_sizes
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
 
-# Tokens that an expansion has beside placeholders: names in processor_config.json, usual spellings.
+# An expansion's tokens beside placeholders: (name in processor_config.json, usual spelling).
 BREAK, END = ("image_break_token", "[IMG_BREAK]"), ("image_end_token", "[IMG_END]")
 
 
@@ -80,7 +80,7 @@ class Mistral3Layout:
         self._check_sizes(read_object(checkpoint.path / "processor_config.json") or {})
 
     def _check_sizes(self, settings: Mapping[str, Any]) -> None:
-        """Raises CheckpointError for a processor that cuts pictures into other tokens."""
+        """Raises CheckpointError if the processor's patch or merge size is not the model's."""
         size = settings.get("patch_size")
         sides = size.values() if isinstance(size, Mapping) else (size,)
         for side in sides:
@@ -96,8 +96,8 @@ class Mistral3Layout:
     # ---- pictures
 
     def resized_size(self, width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
-        """(width, height) that the tower sees of a displayed picture: multiples of a token's side,
-        rounded up from sizes that are rounded down, as the reference rounds."""
+        """(width, height) of a displayed picture as the tower sees it: multiples of a token's side,
+        rounded up from a shrunk size that was rounded down, as in the reference."""
         ratio = max(width / self.largest[0], height / self.largest[1])
         if max_pixels is not None:
             ratio = max(ratio, math.sqrt(width * height / max_pixels))
@@ -119,7 +119,8 @@ class Mistral3Layout:
         return picture_plan(structure, resized, grid, grid.num_patches // self.merge_size**2)
 
     def expand(self, plan: Plan) -> Expansion:
-        """Rows of placeholders, a break after each, and after the last the end."""
+        """Rows of placeholders with a break after each but the last, which the end token
+        follows."""
         rows, columns = plan.grid.h // self.merge_size, plan.grid.w // self.merge_size
         row = (self.item_token_ids[plan.modality],) * columns + (self.break_token_id,)
         return Expansion(

@@ -58,7 +58,7 @@ class PixtralProjector(nn.Module):  # type: ignore[misc]
 
 
 class MergingProjector(PixtralProjector):
-    """Joins the patches of each merge block, which are neighbours here, into one token."""
+    """Joins the patches of each merge block, which follow one another, into one token."""
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         merger = self.projector.patch_merger
@@ -70,8 +70,8 @@ class MergingProjector(PixtralProjector):
 
 
 class PixtralTower(ModuleTower):
-    """Implements ``opticnerve.models.family.Tower``: pictures of any size, packed. Their patches
-    are in the order of merge blocks."""
+    """Implements ``opticnerve.models.family.Tower`` for pictures of any size, packed. Patches are
+    ordered by merge blocks."""
 
     def __init__(self, module: Any, layout: Mistral3Layout) -> None:
         super().__init__(module, layout.pixels, layout.hidden_size)
@@ -92,7 +92,7 @@ class PixtralTower(ModuleTower):
             return [{"rows": without_batch(item)} for item in items]
 
     def precompute(self, grids: Sequence[Grid]) -> dict[str, Any]:
-        """Keyword arguments of the module that follow from the pictures' sizes alone."""
+        """Keyword arguments of the module that depend only on the pictures' sizes."""
         packing = varlen.Packing.of([grid.num_patches for grid in grids], self.device)
         places = [
             torch.from_numpy(position_ids(1, grid.h, grid.w, self.merge_size)) for grid in grids
@@ -117,7 +117,8 @@ def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
 def pixtral_tower(
     config: Any, layout: Mistral3Layout, make_module: Callable[[], PixtralProjector]
 ) -> TowerSpec:
-    """A Pixtral tower and its projector. ``config``: transformers' of the whole model."""
+    """A Pixtral tower and its projector. ``config``: transformers' configuration of the whole
+    model."""
     depth = config.vision_config.num_hidden_layers
     last = max(feature_layers(config.vision_feature_layer, depth))
     unused = "|".join(map(str, range(last, depth))) or "none"

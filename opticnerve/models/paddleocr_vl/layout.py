@@ -1,4 +1,4 @@
-"""PaddleOCR-VL's layout: pictures in patches like Qwen2-VL's, of one frame."""
+"""PaddleOCR-VL's layout: patches like Qwen2-VL's, but of one frame."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class PaddleOcrLayout(Qwen2VLLayout):
-    """Takes pictures. The tower embeds single frames, whatever its configuration says of time."""
+    """Takes pictures only. The tower embeds single frames, whatever temporal_patch_size says."""
 
     family = "paddleocr_vl"
     defaults: Mapping[str, int] = {
@@ -35,7 +35,7 @@ class PaddleOcrLayout(Qwen2VLLayout):
         return 1
 
     def resize(self, width: int, height: int, low: int, high: int) -> tuple[int, int]:
-        """A side shorter than one merged patch is enlarged to that first."""
+        """As Qwen2-VL's, but a side shorter than a merged patch is enlarged to one first."""
         check_aspect(width, height)
         factor = self.patch_size * self.merge_size
         if height < factor:

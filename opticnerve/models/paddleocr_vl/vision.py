@@ -1,8 +1,8 @@
 """PaddleOCR-VL's vision tower and projector.
 
-transformers' tower takes patches row by row, and its projector puts those of each merge block
-beside each other. Attention does not depend on the order of patches, only on their positions: here
-they come by merge blocks, as other towers take them, and need not be moved.
+transformers' tower takes patches row by row, and its projector then reorders them by merge blocks.
+Attention depends on the patches' positions, not on their order, so here they are ordered by merge
+blocks from the start, as for other towers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class OcrTower(PatchTower):
         self.interpolate = Interpolation(module.tower.embeddings, self.merge_size, self.device)
 
     def embed_by_product(self) -> None:
-        """The tower's Conv2d is one already."""
+        """Nothing to do: ``use_products`` has replaced the tower's Conv2d already."""
 
     def precompute(self, grids: Sequence[Grid]) -> dict[str, Any]:
         return super().precompute(grids) | self.interpolate(grids)

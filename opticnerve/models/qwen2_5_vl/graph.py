@@ -1,8 +1,8 @@
-"""The graph of Qwen2.5-VL's tower: a frame's patches lie window by window.
+"""The graph of Qwen2.5-VL's tower, with a frame's patches ordered window by window.
 
-A row of the batch consists of bins of one whole window's size. A whole window fills one; windows
-that an edge cuts share bins, and see only themselves there. So layers that attend within windows
-take the bins as rows of one length, and nothing is reordered between layers.
+A row of the batch consists of bins, each of a whole window's size. A whole window fills a bin;
+windows that an edge cuts share bins, where a mask keeps them apart. Windowed layers take the bins
+as rows of one length, so nothing is reordered between layers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from opticnerve.models.towers.patch_graph import PatchGraph
 if TYPE_CHECKING:
     from opticnerve.media.plan import Grid
 
-NO_WINDOW = -1  # Of padding, which thus attends to padding.
+NO_WINDOW = -1  # The window of padding, which attends to itself.
 
 
 class WindowGraph(PatchGraph):
@@ -75,7 +75,7 @@ def pack_windows(h: int, w: int, window: int) -> tuple[NDArray[np.int64], NDArra
     order, lengths = window_order(h, w, window)
     places, windows = np.empty((2, h * w), dtype=np.int64)
     size, bins, start = window**2, 0, 0
-    open_bins: dict[int, int] = {}  # Blocks that are in a bin, of those that are not full.
+    open_bins: dict[int, int] = {}  # Blocks used in each bin that is not full.
     for number, length in enumerate(lengths):
         chosen = next((b for b, used in open_bins.items() if used + length <= size), bins)
         bins = max(bins, chosen + 1)

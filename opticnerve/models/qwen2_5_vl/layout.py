@@ -24,8 +24,8 @@ class Qwen25VLLayout(Qwen2VLLayout):
         self.tokens_per_second = number(checkpoint.vision_config, "tokens_per_second", 4)
 
     def temporal_steps(self, span: Span) -> NDArray[np.int64] | None:
-        """Steps of tokens_per_second * seconds_per_grid, cut to whole positions. In float32, as
-        the reference multiplies: one digit more would cut some steps to another whole."""
+        """Multiples of tokens_per_second * seconds_per_grid, rounded down. Computed in float32 like
+        the reference: more digits would round some of them down to another position."""
         if span.modality is not Modality.VIDEO:
             return None
         interval = np.float32(self.tokens_per_second) * np.float32(span.seconds_per_grid or 1.0)

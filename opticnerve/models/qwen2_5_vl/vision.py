@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class WindowTower(PatchTower):
-    """Adds to PatchTower the order of merge blocks by windows."""
+    """A PatchTower whose windowed layers see merge blocks ordered by windows."""
 
     def __init__(self, module: Any, pixels: PixelSettings, hidden_size: int) -> None:
         super().__init__(module, pixels, hidden_size)
@@ -55,11 +55,12 @@ class WindowTower(PatchTower):
 
 @lru_cache(maxsize=256)
 def window_order(h: int, w: int, window: int) -> tuple[NDArray[np.int64], tuple[int, ...]]:
-    """The merge blocks of a frame of ``h`` x ``w``, window by window, and each window's size.
+    """The merge blocks of a frame of ``h`` x ``w`` blocks, window by window, and each window's
+    size.
 
-    Windows of one size are neighbours (whole ones, then those that an edge or a corner cuts), so
-    that attention takes each size in one batch. Their order within the frame does not matter: the
-    tower undoes it, and its other layers attend to the whole frame.
+    Windows are sorted by size (whole ones first, then those that an edge or a corner cuts), so that
+    attention takes each size in one batch. The order of windows does not matter: the tower undoes
+    it at the end, and its other layers attend to the whole frame.
     """
     blocks = np.arange(h * w, dtype=np.int64).reshape(h, w)
     windows = [

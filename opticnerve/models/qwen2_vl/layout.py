@@ -36,10 +36,10 @@ MAX_SECONDS_PER_GRID = 3600
 def smart_resize(
     width: int, height: int, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """(width, height) as multiples of ``factor``, close to the given ones, of about
-    ``min_pixels`` to ``max_pixels`` in all. A half rounds to the even multiple, as Python rounds.
+    """(width, height) as multiples of ``factor``, close to the given ones, with about
+    ``min_pixels`` to ``max_pixels`` in all. Halves round to the even multiple, as in Python.
 
-    Raises InvalidMedia when one side is more than 200 times the other.
+    Raises InvalidMedia if one side is more than 200 times the other.
     """
     check_aspect(width, height)
     new_width = round(width / factor) * factor
@@ -72,7 +72,7 @@ class Qwen2VLLayout:
         "vision_end_token",
         "vision_token",
     )
-    # What published files leave out, because it equals transformers' defaults.
+    # transformers' defaults, which published files leave out.
     defaults: Mapping[str, int] = {
         "image_token_id": 151655,
         "video_token_id": 151656,
@@ -107,7 +107,7 @@ class Qwen2VLLayout:
         self.min_pixels, self.max_pixels = _pixel_bounds(processor, usual)
 
     def frames(self, checkpoint: Checkpoint) -> int:
-        """How many frames a patch of the tower covers."""
+        """The number of frames that a patch of the tower covers."""
         processor, vision = processor_settings(checkpoint), checkpoint.vision_config
         return _agreed(processor, "temporal_patch_size", vision, "temporal_patch_size", 2)
 
@@ -126,8 +126,8 @@ class Qwen2VLLayout:
         return smart_resize(width, height, self.patch_size * self.merge_size, low, high)
 
     def _bounds(self, overrides: Overrides) -> tuple[int, int]:
-        """(min, max) pixels of one item. If a request sets one bound, the model's other bound moves
-        where it would contradict it; two bounds that a request sets must be in order."""
+        """(min, max) pixels of one item. If a request sets only one bound, the model's other bound
+        gives way where they contradict each other. Raises InvalidRequest."""
         check_overrides(overrides)
         low, high = overrides.min_pixels, overrides.max_pixels
         if low is None:
@@ -146,8 +146,8 @@ class Qwen2VLLayout:
     # ---- positions
 
     def positions(self, num_tokens: int, spans: Sequence[Span]) -> tuple[NDArray[np.int64], int]:
-        """int64 [3, num_tokens] and the delta of the output. Raises InvalidRequest for spans
-        that overlap, leave the prompt, or do not have the tokens that their grid needs."""
+        """int64 [3, num_tokens] and the delta of the output. Raises InvalidRequest for spans that
+        overlap, go beyond the prompt, or do not have as many tokens as their grid needs."""
         result = np.empty((3, num_tokens), dtype=np.int64)
         offset = position = 0
         for span in sorted(spans, key=lambda item: item.token_offset):
@@ -165,7 +165,9 @@ class Qwen2VLLayout:
 
     def _check(self, span: Span, offset: int, num_tokens: int) -> None:
         if span.token_offset < offset or span.token_offset + span.num_tokens > num_tokens:
-            raise InvalidRequest("spans overlap or leave the prompt", param="spans")
+            raise InvalidRequest(
+                "spans overlap, or one goes beyond the prompt's tokens", param="spans"
+            )
         grid, merge = span.grid_thw, self.merge_size
         fits = grid.h % merge == 0 and grid.w % merge == 0
         if span.num_tokens < 1 or not fits or span.num_tokens != self.num_tokens(grid):
@@ -190,7 +192,7 @@ class Qwen2VLLayout:
         return positions
 
     def temporal_steps(self, span: Span) -> NDArray[np.int64] | None:
-        """int64 [grid.t], where temporal positions do not count up one by one; else None."""
+        """int64 [grid.t]: a span's temporal positions, from 0; None if they are 0, 1, 2, ..."""
         return None
 
     # ---- identity
@@ -210,7 +212,7 @@ class Qwen2VLLayout:
 def _agreed(
     processor: Mapping[str, Any], name: str, vision: Mapping[str, Any], vision_name: str, usual: int
 ) -> int:
-    """A size that the processor and the tower must share."""
+    """A size on which processor and tower must agree. Raises CheckpointError."""
     size = positive(vision, vision_name, usual)
     written = {name: positive(processor, name, usual)}
     check_agreed(written, name, f"the vision tower's {vision_name}", size)

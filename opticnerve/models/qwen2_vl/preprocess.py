@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Patchify:
     """A ``Preprocessor`` for towers that take patches of any grid, ordered by merge blocks.
 
-    Returns uint8 [h * w, patch_size, patch_size, 3]: rows run over merge blocks, then over the
-    patches of a block.
+    Returns uint8 [h * w, patch_size, patch_size, 3]: merge block by merge block, then the patches
+    within each block.
     """
 
     def __init__(self, layout: Qwen2VLLayout) -> None:

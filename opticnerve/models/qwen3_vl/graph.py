@@ -1,4 +1,4 @@
-"""The graph of Qwen3-VL's tower: learned positions come from outside, DeepStack levels go out."""
+"""The graph of Qwen3-VL's tower: learned positions are an input, DeepStack levels are outputs."""
 
 from __future__ import annotations
 

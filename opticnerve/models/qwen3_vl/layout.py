@@ -1,7 +1,7 @@
 """Qwen3-VL's layout: sized and placed like Qwen2-VL, with DeepStack levels.
 
-DeepStack (Meng et al., 2024): rows of some of the tower's layers go to the decoder beside its last
-ones. They belong to the same tokens.
+DeepStack (Meng et al., 2024): the rows of some inner layers of the tower go to the decoder beside
+those of the last layer. They belong to the same tokens.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from opticnerve.models.qwen2_vl.layout import Qwen2VLLayout
 if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
 
-DEEPSTACK_LAYERS = (8, 16, 24)  # Where the configuration names none.
+DEEPSTACK_LAYERS = (8, 16, 24)  # transformers' default.
 
 
 class Qwen3VLLayout(Qwen2VLLayout):
-    """Takes pictures. A video's frames would stand between timestamps of their own."""
+    """Takes pictures only: a video's frames would need timestamps between them."""
 
     family = "qwen3_vl"
     defaults: Mapping[str, int] = {

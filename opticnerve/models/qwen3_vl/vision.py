@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opticnerve.checkpoints.checkpoint import Checkpoint
     from opticnerve.media.plan import Grid
 
-MODELS: dict[str, tuple[Any, Any]] = {  # The same tower by two names.
+MODELS: dict[str, tuple[Any, Any]] = {  # One tower under two names.
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLVisionModel),
     "qwen3_vl_moe": (Qwen3VLMoeConfig, Qwen3VLMoeVisionModel),
 }
@@ -44,7 +44,7 @@ class DeepStackTower(PatchTower):
 
 
 def describe_tower(checkpoint: Checkpoint) -> TowerSpec:
-    """Raises CheckpointError for DeepStack levels of layers that the tower has not."""
+    """Raises CheckpointError for DeepStack levels that name layers which the tower lacks."""
     config_class, module_class = MODELS[checkpoint.config["model_type"]]
     config = transformers_config(config_class, checkpoint).vision_config
     layers = list(config.deepstack_visual_indexes)

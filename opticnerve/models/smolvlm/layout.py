@@ -1,4 +1,4 @@
-"""SmolVLM's layout: as Idefics3's."""
+"""SmolVLM's layout is Idefics3's."""
 
 from __future__ import annotations
 

@@ -13,12 +13,13 @@ import torch
 from opticnerve.models.towers.graph import TowerGraph
 
 OPSET = 23  # The first with RMSNormalization.
-EXAMPLE_PICTURES, EXAMPLE_UNITS = 2, 3  # No size of the example may look like a constant 1.
+EXAMPLE_PICTURES, EXAMPLE_UNITS = 2, 3  # Above 1: torch.export takes a size of 1 for a constant.
 
 
 def export(graph: TowerGraph, path: Path) -> None:
-    """Writes ``graph`` to ``path``, its weights beside it as ``<path>.data``, in the precision that
-    the graph is in. Needs the onnx and onnxscript packages; takes tens of seconds."""
+    """Writes ``graph`` to ``path`` in its own precision, with the weights beside it as
+    ``<path>.data``. Needs the onnx and onnxscript packages; takes tens of seconds. Raises
+    ValueError once the graph's module was released."""
     if graph.module is None:
         raise ValueError("the graph's module was released")
     patches = graph.fixed_patches or EXAMPLE_UNITS * graph.unit
@@ -38,7 +39,7 @@ def export(graph: TowerGraph, path: Path) -> None:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Without the exporter's warnings, of names that it renames and of missing torchvision."""
+    """Silences the exporter's warnings about renamed inputs and missing torchvision."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

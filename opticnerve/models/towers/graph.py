@@ -1,13 +1,13 @@
 """A vision tower as one static graph, for engines that run without torch's own kernels.
 
-Everything that depends on a picture's size is an input, computed outside by torch on the device:
-rotary tables, masks, the places of patches. What is left is a graph of dense layers with two
-dynamic sizes, ``pictures`` and ``patches``, that ``towers.export`` writes as ONNX: one file for
-TensorRT, TensorRT for RTX and onnxruntime.
+Everything that depends on a picture's size is an input, computed by torch on the device: rotary
+tables, masks, the places of patches. The graph itself has dense layers and two dynamic sizes,
+``pictures`` and ``patches``; ``towers.export`` writes it as ONNX, one file for TensorRT, TensorRT
+for RTX and onnxruntime.
 
-A call has a bucket: ``patches``, to which every picture of the call is padded. A padded key is
-masked, so padding changes no row. Towers attend within pictures only, so that frames of a video
-and tiles of a picture are pictures of the graph, too.
+Every picture of a call is padded to the call's bucket, a number of ``patches``. Padded keys are
+masked, so padding changes no row. Towers attend only within pictures, so frames of a video and
+tiles of a picture are pictures of the graph, too.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ if TYPE_CHECKING:
     from opticnerve.media.plan import Plan
 
 CLOSED = -30000.0
-"""What is added to the score of a key that may not be attended. The softmax of such a score is 0
-in every precision. It is finite, even in float16, so that a row of closed keys alone (padding's
-own) stays finite."""
+"""Added to the score of a masked key; its softmax is then 0 in every precision. Finite even in
+float16, so that a row in which all keys are masked (a padded query) stays finite."""
 
 PICTURES, PATCHES = "pictures", "patches"
-MAX_PICTURES, MAX_PATCHES = 4096, 2**20  # Bounds of the export's dimensions, not of an engine.
+MAX_PICTURES, MAX_PATCHES = 4096, 2**20  # Bounds in the export; engines have smaller ones.
 
 Sizes = tuple[int | str, ...]
 Tensors = Mapping[str, torch.Tensor]
@@ -41,14 +40,15 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class GraphInput:
-    """``shape``: numbers, and ``PICTURES`` or ``PATCHES`` where a call decides."""
+    """``shape``: numbers, and ``PICTURES`` or ``PATCHES`` for sizes that differ between calls."""
 
     shape: Sizes
     dtype: torch.dtype
 
 
 class TowerGraph(ABC):
-    """Tower and projector of one checkpoint as a graph, and the way to it and from it.
+    """Tower and projector of one checkpoint as a graph, and how its inputs are made and its outputs
+    split.
 
     Outputs are "rows" and "deepstack.<i>", each [pictures, tokens, hidden_size], of the padded
     pictures.
@@ -61,7 +61,7 @@ class TowerGraph(ABC):
     inputs: Mapping[str, GraphInput]  # In the graph's order.
     output_names: tuple[str, ...]
     unit: int = 1  # A bucket is a multiple of it.
-    fixed_patches: int | None = None  # The one bucket of a tower that sees one size.
+    fixed_patches: int | None = None  # The only bucket of a tower of one picture size.
 
     # ---- shapes
 
@@ -83,7 +83,7 @@ class TowerGraph(ABC):
         return dict.fromkeys(self.output_names, shape)
 
     def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
-        """``torch.export``'s dimensions by input. The largest are far beyond any engine's."""
+        """``torch.export``'s dimensions by input; their maxima are far beyond any engine's."""
         sizes = {
             PICTURES: torch.export.Dim(PICTURES, min=1, max=MAX_PICTURES),
             PATCHES: self.unit
@@ -95,7 +95,7 @@ class TowerGraph(ABC):
         }
 
     def example(self, pictures: int, patches: int) -> dict[str, torch.Tensor]:
-        """Inputs of that bucket, zeros, on ``device``."""
+        """Inputs of zeros for a call of that size, on ``device``."""
         return {
             name: torch.zeros(shape, dtype=self.inputs[name].dtype, device=self.device)
             for name, shape in self.shapes(pictures, patches).items()
@@ -109,7 +109,7 @@ class TowerGraph(ABC):
 
     @abstractmethod
     def pictures(self, plan: Plan) -> int:
-        """How many of a call's pictures an item takes: its frames or tiles."""
+        """The number of the graph's pictures in an item: its frames or tiles."""
 
     @abstractmethod
     def patches(self, plan: Plan) -> int:
@@ -125,19 +125,17 @@ class TowerGraph(ABC):
     @abstractmethod
     def split(self, outputs: Tensors, plans: Sequence[Plan]) -> list[dict[str, torch.Tensor]]:
         """Named tensors of each item, [num_tokens, hidden_size] and without padding, from the
-        outputs of the call that ``prepare`` made of the same plans. Each is a copy: the outputs may
+        outputs of the call that was prepared from the same plans. They are copies: the outputs may
         be overwritten afterwards."""
 
     def release(self) -> None:
-        """Drops ``module`` and its weights; ``prepare`` and ``split`` go on working."""
+        """Drops ``module`` and its weights; ``prepare`` and ``split`` still work."""
         self.module = None
 
 
 def share_weights(module: Any) -> Any:
-    """A copy of ``module`` whose submodules may be replaced, around the same weights.
-
-    transformers' RMS norms, which compute in several primitive steps, become torch's one operation.
-    """
+    """A copy of ``module`` that shares its weights, and whose submodules may be replaced.
+    transformers' RMS norms, which take several primitive operations, become torch's one."""
     tensors = [*module.parameters(), *module.buffers()]
     twin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
     for name, part in list(twin.named_modules()):
@@ -153,9 +151,10 @@ def attend_by_products(
 ) -> torch.Tensor:
     """Attention as two products and a softmax, which every engine knows how to fuse.
 
-    [rows, length, heads, dim] each -> the same. Query and key hold the scale of scores. ``mask``,
-    [rows, 1, 1 or length, length], is added to the scores. ONNX's Attention would be one node, but
-    onnxruntime wants a mask of every query there, and TensorRT for RTX does not take float32.
+    [rows, length, heads, dim] each -> the same. The scale of scores is already part of query and
+    key. ``mask``, [rows, 1, 1 or length, length], is added to the scores. ONNX's Attention would be
+    one node, but onnxruntime requires a mask for every query there, and TensorRT for RTX takes no
+    float32.
     """
     scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
     if mask is not None:

@@ -1,7 +1,7 @@
 """The graph of towers that take patches of any grid, such as Qwen2-VL's.
 
-A picture's patches are one row of the batch, padded to the bucket. Of transformers' layers only the
-attention is replaced, by products and a softmax over padded pictures, which every engine fuses.
+A picture's patches are one row of the batch, padded to the bucket. The layers are transformers'
+own, except that attention is products and a softmax over padded pictures, which every engine fuses.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 
 class PaddedAttention(nn.Module):  # type: ignore[misc]
-    """A transformers attention's weights over rows of one length: pictures, or windows."""
+    """Attention with the weights of transformers' module, over rows of one length: pictures or
+    windows."""
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
@@ -67,9 +68,9 @@ class PaddedAttention(nn.Module):  # type: ignore[misc]
 class PatchLayers(nn.Module):  # type: ignore[misc]
     """A transformers patch tower and its merger over padded pictures.
 
-    ``module``: the tower, of ``share_weights``. ``windowed``: layers that attend within bins of
-    ``bin_size`` patches. ``levels``: the merger of each DeepStack output, by the layer that it
-    reads.
+    ``module``: the tower, from ``share_weights``. ``windowed``: indices of the layers that attend
+    within bins of ``bin_size`` patches. ``levels``: the merger of each DeepStack output, by the
+    index of the layer that it reads.
     """
 
     def __init__(
@@ -99,8 +100,8 @@ class PatchLayers(nn.Module):  # type: ignore[misc]
         window_mask: torch.Tensor | None = None,
         position_rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """Inputs as ``PatchGraph.inputs`` has them -> rows, then the DeepStack levels, each
-        [pictures, tokens, hidden_size]."""
+        """Takes ``PatchGraph.inputs``. Returns the rows, then the DeepStack levels, each [pictures,
+        tokens, hidden_size]."""
         embed = self.patch_embed
         hidden = F.linear(pixels.flatten(0, 1), embed.still_weight, embed.bias)
         if position_rows is not None:
@@ -119,21 +120,21 @@ class PatchLayers(nn.Module):  # type: ignore[misc]
     def _bins(
         self, cos: torch.Tensor, sin: torch.Tensor, window_mask: torch.Tensor
     ) -> dict[str, Any]:
-        """What layers within windows are given: every bin is a row of its own."""
+        """The keyword arguments of windowed layers, for which every bin is a row."""
         tables = tuple(table.view(-1, self.bin_size, 1, table.shape[-1]) for table in (cos, sin))
         mask = window_mask.view(-1, 1, self.bin_size, self.bin_size)
         return {"position_embeddings": tables, "mask": mask}
 
 
 class PatchGraph(TowerGraph):
-    """Of a ``PatchTower`` whose layers attend to whole frames; for still pictures.
+    """The graph of a ``PatchTower`` whose layers attend to whole frames; for still pictures.
 
     Inputs: "pixels", a patch's normalised pixels; "cos" and "sin", see ``rotary_tables``;
     "key_mask", 0 for patches and ``CLOSED`` for padding.
     """
 
     def __init__(self, tower: PatchTower, **layers: Any) -> None:
-        """``layers``: what ``PatchLayers`` needs beside the tower."""
+        """``layers``: further arguments of ``PatchLayers``."""
         module = share_weights(tower.module)
         attention = module.blocks[0].attn
         self._scaling: float = attention.scaling
@@ -167,7 +168,7 @@ class PatchGraph(TowerGraph):
     # ---- where a frame's patches lie in its row
 
     def row_length(self, h: int, w: int) -> int:
-        """Places that a frame of ``h`` x ``w`` patches takes."""
+        """Places in a row that a frame of ``h`` x ``w`` patches takes, gaps included."""
         return h * w
 
     def row_places(self, h: int, w: int) -> NDArray[np.int64]:
@@ -175,7 +176,7 @@ class PatchGraph(TowerGraph):
         return np.arange(h * w, dtype=np.int64)
 
     def _places(self, plans: Sequence[Plan], patches: int) -> list[NDArray[np.int64]]:
-        """For each item, the places of its patches among rows of ``patches`` one after another."""
+        """For each item, int64: the places of its patches in a batch of rows of ``patches``."""
         places, start = [], 0
         for plan in plans:
             frame = self.row_places(plan.grid.h, plan.grid.w)
@@ -206,7 +207,7 @@ class PatchGraph(TowerGraph):
         return {name: inputs[name] for name in self.inputs}
 
     def packed_inputs(self, grids: Sequence[Grid]) -> dict[str, torch.Tensor]:
-        """Inputs with something for every patch, [patches of all grids, ...], without padding."""
+        """The inputs that have a value for every patch, [patches of all grids, ...], unpadded."""
         parts = [position_ids(grid.t, grid.h, grid.w, self._merge_size) for grid in grids]
         cos, sin = rotary_tables(self._rotary, self._upload(np.concatenate(parts)), self._scaling)
         return {"cos": cos, "sin": sin}
@@ -214,7 +215,7 @@ class PatchGraph(TowerGraph):
     def masks(
         self, grids: Sequence[Grid], places: torch.Tensor, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, torch.Tensor]:
-        """Inputs that say what is padding; ``places``: where the patches of ``grids`` are."""
+        """The inputs that mask padding. ``places``: where the patches of ``grids`` are."""
         key_mask = torch.full(shapes["key_mask"], CLOSED, dtype=self.dtype, device=self.device)
         key_mask.view(-1).index_fill_(0, places, 0)
         return {"key_mask": key_mask}
@@ -238,9 +239,9 @@ def rotary_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines, float32 [patches, 1, dim] each, of ``positions``, int64 [patches, 2].
 
-    A vector x is turned by ``x * cos + swap_halves(x) * sin``: the sines of the first half are
-    negative. Both hold the square root of the scale of attention's scores, so that the product of a
-    turned query and a turned key is scaled already, which is also what TensorRT asks for.
+    A vector x is rotated by ``x * cos + swap_halves(x) * sin``, for which the first half's sines
+    are negated. Both are multiplied by the square root of attention's ``scaling``, so that the
+    product of a rotated query and a rotated key is scaled already, as TensorRT requires.
     """
     cos, sin = rotary(positions, positions)
     half = sin.shape[-1] // 2

@@ -1,9 +1,9 @@
 """Patch embeddings as matrix products.
 
-A convolution whose stride is its kernel multiplies each patch by one matrix, once. As a convolution
+A convolution whose stride equals its kernel multiplies each patch by one matrix. As a convolution
 that is slow: for the 3,996 patches of a 1036x756 picture a Conv3d of 1,280 channels took 419 ms of
 a CPU core, the product for two frames 141 and for one 77. Weights are permuted once, to the order
-in which pixels come: row, column, channel.
+of the pixels: row, column, channel.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import nn
 
 
 class PatchEmbedding(nn.Module):  # type: ignore[misc]
-    """Takes the place of a transformers patch embedding whose ``proj``, a Conv3d, covers one patch
-    of a few frames.
+    """Replaces a transformers patch embedding whose ``proj``, a Conv3d, covers one patch of a few
+    frames.
 
-    A still picture is its own next frames, so one product by the sum of the frames' weights does:
-    half the work for two frames. In float32, embeddings by random weights 1,280 wide differ from
-    the convolution's by at most 5.0e-6, of values up to 3.1. In bfloat16 the sum is rounded once
-    more: the relative error against float32 is 0.0029, the convolution's 0.0023.
+    A still picture stands for all of these frames, so one product with the sum of the frames'
+    weights suffices: half the work for two frames. In float32, embeddings by random weights 1,280
+    wide differ from the convolution's by at most 5.0e-6, of values up to 3.1. In bfloat16 the sum
+    is rounded once more: the relative error against float32 is 0.0029, the convolution's 0.0023.
     """
 
     def __init__(self, convolution: nn.Conv3d) -> None:
@@ -41,7 +41,7 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
 
 
 class TileEmbedding(nn.Module):  # type: ignore[misc]
-    """Takes the place of a Conv2d that embeds the patches of whole pictures or tiles."""
+    """Replaces a Conv2d that embeds the patches of whole pictures or tiles."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
@@ -50,8 +50,8 @@ class TileEmbedding(nn.Module):  # type: ignore[misc]
         self.bias = convolution.bias
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[tiles, channels, height, width], best a view of channels last -> [tiles, out, rows,
-        columns], a view of channels last. Sides that a patch does not divide are cut."""
+        """[tiles, channels, height, width], best with channels last in memory -> [tiles, out, rows,
+        columns], a view with channels last. Pixels at the edges that fill no patch are ignored."""
         high, wide = self.sides
         rows, columns = pixels.shape[2] // high, pixels.shape[3] // wide
         whole = pixels[:, :, : rows * high, : columns * wide].permute(0, 2, 3, 1)
@@ -61,7 +61,7 @@ class TileEmbedding(nn.Module):  # type: ignore[misc]
 
 
 def use_products(module: nn.Module) -> None:
-    """Puts a ``TileEmbedding`` in the place of each Conv2d in ``module`` that it can stand for."""
+    """Replaces each Conv2d in ``module`` whose patches tile the picture by a ``TileEmbedding``."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Conv2d) and tiles(child):
@@ -69,7 +69,7 @@ def use_products(module: nn.Module) -> None:
 
 
 def tiles(convolution: nn.Conv2d | nn.Conv3d) -> bool:
-    """Whether its patches lie side by side: the convolution is one product a patch."""
+    """Whether the convolution's patches lie side by side, so that it is one product for each."""
     ones = (1,) * len(convolution.kernel_size)
     padding: Any = convolution.padding
     return (

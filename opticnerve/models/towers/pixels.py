@@ -1,8 +1,8 @@
-"""A tower's first step: 8-bit pixels, channels last, become its floats on its device.
+"""A tower's first step: 8-bit pixels, channels last, become floats on its device.
 
-Rescaling, normalising and the type are one look-up: an 8-bit value has only 256 outcomes in each
-channel. The floats equal those of Hugging Face's image processors bit by bit, and what is decoded,
-kept and uploaded is an eighth as large as they are with a doubled frame.
+Rescaling, normalising and the conversion are one look-up, since an 8-bit value has only 256
+outcomes in each channel. The floats equal those of Hugging Face's image processors bit by bit. What
+is decoded, kept and uploaded is an eighth as large as float32 pixels with a doubled frame.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class PixelTable:
-    """What each 8-bit value becomes in each channel, in ``dtype`` on ``device``."""
+    """The float for each 8-bit value in each channel, in ``dtype`` on ``device``."""
 
     def __init__(
         self, settings: PixelSettings, dtype: torch.dtype, device: torch.device | str
@@ -31,7 +31,7 @@ class PixelTable:
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [..., width, 3], red first -> floats of the same shape."""
-        channels = self._channels.repeat(pixels.shape[-2])  # Long rows are added to faster.
+        channels = self._channels.repeat(pixels.shape[-2])  # Adding to long rows is faster.
         places = pixels.flatten(-2) + channels
         return self._values.index_select(0, places.flatten()).view(pixels.shape)
 
@@ -55,7 +55,7 @@ def value_table(settings: PixelSettings) -> NDArray[np.float32]:
 
 
 def check_pixels(pixels: NDArray[Any], *shape: int) -> None:
-    """Raises PlanMismatch unless ``pixels`` are uint8 of that shape, a plan's."""
+    """Raises PlanMismatch unless ``pixels`` are uint8 of ``shape``, which follows from the plan."""
     if pixels.dtype != np.uint8 or pixels.shape != shape:
         raise PlanMismatch(
             f"pixels of shape {list(pixels.shape)} in {pixels.dtype} where the plan has "

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 class JoinedAttention(nn.Module):  # type: ignore[misc]
     """Replaces a transformers attention such as CLIP's: its three products are joined into one, and
-    the scale of scores is the query's weights'."""
+    the scale of scores is multiplied into the query's weights."""
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def _joined(parts: Sequence[torch.Tensor], scales: Sequence[float]) -> nn.Parame
 
 
 class TileLayers(nn.Module):  # type: ignore[misc]
-    """``module``, [tiles, 3, height, width] -> [tiles, tokens, hidden_size], of channels last."""
+    """``module``, which takes [tiles, 3, height, width], for pixels with channels last."""
 
     def __init__(self, module: Any) -> None:
         super().__init__()
@@ -72,8 +72,8 @@ class TileLayers(nn.Module):  # type: ignore[misc]
 
 
 class TileGraph(TowerGraph):
-    """Of a tower whose module takes [tiles, 3, size, size] and whose rows are a tile's, one tile
-    after the other. A plan's ``grid.t`` is its number of tiles.
+    """The graph of a tower whose module takes [tiles, 3, size, size], and whose rows are those of
+    one tile after the other. A plan's ``grid.t`` is its number of tiles.
 
     Input: "pixels", a tile's normalised pixels, channels last.
     """

@@ -1,4 +1,4 @@
-"""The tower of pictures that are one square, or several, of one size: each is a picture to it."""
+"""A tower for pictures that are cut into one or more squares of one size; it encodes each alone."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class TileTower(ModuleTower):
             return [{"rows": self.rows(*item)} for item in zip(items, plans, strict=True)]
 
     def rows(self, tiles: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """[tiles, tokens, hidden_size] of one picture -> [num_tokens, hidden_size], in memory of
-        their own: here one tile after the other."""
+        """[tiles, tokens, hidden_size] of one picture -> [num_tokens, hidden_size], a copy on a
+        CPU: here the rows of one tile after the other."""
         return without_batch(tiles.flatten(0, 1))
 
 

@@ -1,4 +1,4 @@
-"""Vision towers: as a family declares them, their loading, and the one that takes patches."""
+"""Vision towers: their declaration by a family, their loading, and the tower that takes patches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TowerSpec:
     """A tower's module and what runs it. ``load`` makes it a ``family.Tower``."""
 
     make_module: Callable[[], nn.Module]
-    make_tower: Callable[[Any], Tower]  # From the loaded module.
+    make_tower: Callable[[Any], Tower]  # Called with the loaded module.
     # As in ``loader.load_module``.
     recomputed: Mapping[str, Recompute] = field(default_factory=dict)
     ignored: Sequence[str] = ()
@@ -63,15 +63,13 @@ class TowerSpec:
         return self.make_tower(module)
 
     def check(self, checkpoint: Checkpoint, keys: KeyMap) -> HalfSize:
-        """What ``load`` would load. Raises what it would raise, see ``loader.check_module``."""
+        """The size of what ``load`` would load. Raises its errors; see ``loader.check_module``."""
         return check_module(self.make_module, checkpoint, keys, ignored=self.ignored)
 
 
 class ModuleTower:
-    """What the towers here share: a torch module, and where and in what it computes.
-
-    ``table`` is what ``encode`` puts pixels through first.
-    """
+    """Shared by all towers: a torch module, its device and dtype, and the table (``table``) that
+    turns pixels into its floats."""
 
     def __init__(self, module: Any, pixels: PixelSettings, hidden_size: int) -> None:
         use_products(module)
@@ -84,8 +82,9 @@ class ModuleTower:
 
 
 def without_batch(rows: torch.Tensor) -> torch.Tensor:
-    """``rows`` in host memory of their own: a view would keep the whole batch's alive. Rows on a
-    device stay as they are; they are copied to the host, batch by batch."""
+    """``rows``, copied if they are a view on the CPU, which would keep the whole batch's memory
+    alive. Rows on a device stay as they are; the encoder copies them to the host, batch by
+    batch."""
     whole = rows.untyped_storage().nbytes() == rows.numel() * rows.element_size()
     return rows if whole or rows.device.type != "cpu" else rows.clone()
 
@@ -106,7 +105,7 @@ class PatchTower(ModuleTower):
         varlen.use(module)
 
     def embed_by_product(self) -> None:
-        """Puts a PatchEmbedding in the place of the module's."""
+        """Replaces the module's patch embedding by a PatchEmbedding."""
         self.module.patch_embed = PatchEmbedding(self.module.patch_embed.proj)
 
     def encode(
@@ -127,7 +126,8 @@ class PatchTower(ModuleTower):
         return items
 
     def _alike(self, pixels: Sequence[NDArray[np.uint8]]) -> Sequence[NDArray[np.uint8]]:
-        """``pixels``, with a still picture's frames repeated (without a copy) beside a video."""
+        """``pixels`` in one form: in a batch with videos, a still picture's frame is repeated,
+        without a copy."""
         if len({item.ndim for item in pixels}) == 1:
             return pixels
         shape = (self.frames, self.patch_size, self.patch_size, 3)
@@ -137,18 +137,19 @@ class PatchTower(ModuleTower):
         ]
 
     def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> dict[str, torch.Tensor]:
-        """Values of all pictures' patches, as ``PatchEmbedding`` takes them, -> named tensors, each
-        [tokens, hidden_size]."""
+        """Runs the module on the patches of all pictures, in the form that ``PatchEmbedding``
+        takes. Returns named tensors, each [tokens, hidden_size]."""
         sizes = grid_sizes(grids).to(self.device, non_blocking=True)
         output = self.module(patches, grid_thw=sizes, **self.precompute(grids))
         return self.named_rows(output)
 
     def named_rows(self, output: Any) -> dict[str, torch.Tensor]:
-        """The tensors of an embedding, in what the module returns for the whole batch."""
+        """Picks an embedding's named tensors from the module's output for the whole batch."""
         return {"rows": output.pooler_output}
 
     def precompute(self, grids: Sequence[Grid]) -> dict[str, Any]:
-        """Keyword arguments of the tower that spare it from reading the grids on the device."""
+        """Keyword arguments of the tower that follow from the grids, so that it need not read the
+        grids back from the device."""
         frames = [grid.h * grid.w for grid in grids for _ in range(grid.t)]
         packing = varlen.Packing.of(frames, self.device)
         return {
@@ -171,7 +172,8 @@ def patch_tower(
     hidden_size: int,
     tower_class: type[PatchTower] = PatchTower,
 ) -> TowerSpec:
-    """A transformers tower of ``module_class``, made from ``config``, its vision configuration."""
+    """The declaration of a transformers tower: ``module_class(config)``. ``config``: its vision
+    configuration."""
     return TowerSpec(
         make_module=lambda: module_class(config),
         make_tower=lambda module: tower_class(module, pixels, hidden_size),
@@ -185,8 +187,8 @@ def grid_sizes(grids: Sequence[Grid]) -> torch.Tensor:
 
 
 class Interpolation:
-    """Of a square ``table`` of learned positions to any grid, as transformers' towers have it. The
-    table's settings are kept, not the table."""
+    """Interpolates a square ``table`` of learned positions to any grid, as transformers' towers do.
+    Keeps the table's settings, not the table."""
 
     def __init__(self, table: Any, merge: int, device: torch.device) -> None:
         self._settings = {

@@ -1,10 +1,9 @@
 """Packed variable-length attention for vision towers, behind transformers' attention interface.
 
-transformers hands a tower's whole batch with its segment bounds to one call per layer when the
-attention's registered name contains "flash", and calls once per segment otherwise. No mask is
-built: a block-diagonal one is quadratic in the batch. On CUDA in half precision torch's own
-variable-length kernel attends; elsewhere runs of equally long segments share one
-``scaled_dot_product_attention``.
+If an attention's registered name contains "flash", transformers calls it once per layer with the
+tower's whole batch and its segment bounds, otherwise once per segment. No mask is built: a
+block-diagonal one is quadratic in the batch. On CUDA in half precision torch's own variable-length
+kernel attends; elsewhere runs of equally long segments share one ``scaled_dot_product_attention``.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """How a packed batch falls into segments that attend within themselves."""
+    """The segments of a packed batch; attention stays within each."""
 
     cu_seqlens: torch.Tensor  # int32 [segments + 1], on the device; identifies the packing.
     max_seqlen: int
-    runs: tuple[tuple[int, int], ...]  # (segments, length), in order: neighbours of one length.
+    runs: tuple[tuple[int, int], ...]  # (segments, length) of each run of equally long segments.
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
@@ -58,8 +57,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: q, k, v [1, heads, tokens, dim] -> [1, tokens, heads, dim].
 
-    ``packings`` reaches it through the tower's keyword arguments; the layer's own is the one
-    whose bounds the layer passes.
+    ``packings`` come through the tower's keyword arguments; the layer's own is the one with the
+    bounds that it passes as ``cu_seq_lens_q``.
     """
     packing = next(p for p in packings if p.cu_seqlens is cu_seq_lens_q)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, dim]
@@ -128,6 +127,6 @@ AttentionInterface.register(NAME, attend)
 def use(module: Any) -> None:
     """Makes a transformers tower attend by this module's function.
 
-    Set once it is built: while building, transformers takes "flash" for a package to import.
+    Call this once it is built: while building, transformers would try to import a "flash" package.
     """
     module.config._attn_implementation = NAME
