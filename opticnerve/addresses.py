@@ -42,7 +42,7 @@ def check_advertised(text: str) -> str:
     """``text``, if it is a HOST:PORT that other machines can call. Raises ValueError."""
     check_host_port(text)
     if is_wildcard(text.rpartition(":")[0]):
-        raise ValueError(f"{text!r} stands for every interface, and is no address to call")
+        raise ValueError(f"{text!r} stands for every interface; give an address to call")
     return text
 
 
@@ -53,12 +53,12 @@ def check_target(text: str) -> str:
 
 
 def gateway_url(text: str) -> str:
-    """The base URL of a gateway, from a URL with or without a scheme, ``/v1`` or the whole route.
-    Raises ValueError."""
+    """The base URL of a gateway. ``text`` may lack the scheme, and may end in ``/v1`` or
+    ``/v1/chat/completions``. Raises ValueError."""
     wrong = f"{text!r} is no address such as http://127.0.0.1:8000"
     try:
         parts = urlsplit(text if "://" in text else f"http://{text}")
-        _ = parts.port  # Parsed when it is asked for.
+        _ = parts.port  # urlsplit checks the port only when it is read.
     except ValueError as error:
         raise ValueError(wrong) from error
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
@@ -116,7 +116,7 @@ def _normalize(name: str) -> str:
 
 
 def is_wildcard(host: str) -> bool:
-    """Whether ``host`` stands for every interface, and so is no host that can be called."""
+    """Whether ``host`` stands for every interface, and so cannot be called."""
     host = host.strip("[]")
     if host == "*":
         return True

@@ -1,7 +1,7 @@
 """Certificates, private keys and authorities in PEM files, which are read again when they change.
 
-Whoever renews them writes one file after the other: until certificate and key belong together, the
-ones before stay in use.
+A renewal writes one file after the other, so the previous contents stay in use until certificate
+and key belong together.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _DATE_FAULTS = (9, 10)  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CE
 
 log = logging.getLogger(__name__)
 
-_Stamp = tuple[tuple[int, int, int], ...]  # Of each file: when written, which one, how long.
+_Stamp = tuple[tuple[int, int, int], ...]  # For each file: mtime in ns, inode, size.
 
 
 @dataclass(frozen=True, slots=True)
 class Pem:
-    """What the files held at one time; None for a file that was not named."""
+    """The contents of the files at one time; None for a file that was not named."""
 
     certificate: bytes | None
     key: bytes | None = field(repr=False)
@@ -34,8 +34,8 @@ class Pem:
 
 
 class PemFiles:
-    """A certificate with its chain, its private key, and the authorities that others are checked
-    by. May be used by several threads."""
+    """A certificate with its chain, its private key, and the authorities that peers' certificates
+    are checked against. Thread-safe."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class PemFiles:
         self._pem = self._read()
 
     def current(self) -> Pem:
-        """The newest contents that could be used; another object only when they changed."""
+        """The newest usable contents; a new object only if they have changed."""
         with self._lock:
             try:
                 stamp = self._look()
@@ -65,8 +65,8 @@ class PemFiles:
             return self._pem
 
     def server_context(self) -> ssl.SSLContext:
-        """A server's side of TLS, which with an authority asks for clients' certificates. Raises
-        ConfigError if the files have changed since, and not yet all of them."""
+        """A TLS context for a server; with an authority, clients need a certificate. Raises
+        ConfigError while the files are being replaced."""
         certificate, key, _ = self._paths
         assert certificate is not None  # A server has its own.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -78,7 +78,7 @@ class PemFiles:
         return context
 
     def client_context(self) -> ssl.SSLContext:
-        """A client's side of TLS, which without an authority trusts those of the system, or of
+        """A TLS context for a client; without an authority it trusts the system's, or those in
         SSL_CERT_FILE. Raises ConfigError."""
         certificate, key, _ = self._paths
         authority = self._pem.authority
@@ -88,7 +88,7 @@ class PemFiles:
         return context
 
     def _look(self) -> _Stamp:
-        """Which files there are now. Missing ones count as changed, and fail when they are read."""
+        """The files' stamps now. A missing file counts as changed, and fails when it is read."""
         return tuple(_stamp(path) for path in self._paths if path is not None)
 
     def _read(self) -> Pem:
@@ -125,13 +125,13 @@ def _contents(path: str) -> bytes:
 
 
 def _text(pem: bytes) -> str:
-    """As ``ssl`` takes it; what is not ASCII is comment."""
+    """Text for ``ssl``. Only comments can hold other characters than ASCII."""
     return pem.decode("utf-8", "replace")
 
 
 def _load_pair(context: ssl.SSLContext, certificate: str, key: str | None) -> None:
     try:
-        # Without a password it would ask for one at a terminal.
+        # Without this callback OpenSSL would ask for a passphrase at the terminal.
         context.load_cert_chain(certificate, key, password=lambda: "")
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -147,13 +147,13 @@ def _check_pair(certificate: str, key: str | None) -> None:
 
 
 def context_trusting(certificate: str | Path) -> ssl.SSLContext:
-    """A client's side of TLS that trusts one certificate alone, the first of a PEM file, for
-    whatever host: of a server that the client itself has started. Raises ConfigError."""
+    """A TLS context for a client of a server that it has started itself: it trusts only the first
+    certificate of a PEM file, under any host name. Raises ConfigError."""
     path = os.path.expanduser(certificate)
     first = _text(_contents(path)).partition(_END)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # Nobody else need have signed it.
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # Its issuer need not be known.
     try:
         context.load_verify_locations(cadata="".join(first[:2]))
     except (OSError, ValueError) as error:
@@ -162,8 +162,8 @@ def context_trusting(certificate: str | Path) -> ssl.SSLContext:
 
 
 def _check_dates(certificate: str, server: ssl.SSLContext) -> None:
-    """Warns of a certificate that others refuse because of its dates, as a handshake in memory
-    shows; Python's ``ssl`` cannot read a certificate of one's own."""
+    """Warns if peers will refuse the certificate because of its dates. A handshake in memory finds
+    out, since Python's ``ssl`` does not show the dates of a certificate file."""
     one, other = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = context_trusting(certificate).wrap_bio(one, other)
     ends = (client, server.wrap_bio(other, one, server_side=True), client)
@@ -174,7 +174,7 @@ def _check_dates(certificate: str, server: ssl.SSLContext) -> None:
             continue
         except ssl.SSLCertVerificationError as error:
             if error.verify_code in _DATE_FAULTS:
-                log.warning("%s: %s; others refuse it", certificate, error.verify_message)
+                log.warning("%s: %s; peers will refuse it", certificate, error.verify_message)
             return
 
 

@@ -42,8 +42,11 @@ def content_key(
     fingerprint: str,
     cache_salt: str = "",
 ) -> str:
-    """64 lowercase hex digits (SHA-256). Without a salt it equals the key of releases that had no
-    salts."""
+    """The content key of an item: 64 lowercase hex digits (SHA-256).
+
+    ``data``: the item's bytes as received. ``settings``: ``Layout.settings()``. ``fingerprint``:
+    the encoder's. With an empty salt the key equals that of releases without salts.
+    """
     return hash_parts(
         f"opticnerve-content-{SCHEME_VERSION}",
         json.dumps(settings, sort_keys=True, separators=(",", ":")),
@@ -66,8 +69,8 @@ def tenant_salt(tenant: str, requested: str) -> str:
 
 
 def _overrides(overrides: Overrides) -> bytes:
-    """Settings at their neutral values are left out: the bytes are those of releases that had no
-    such setting, so their keys stay valid."""
+    """Settings at their defaults are left out, so that keys of releases without these settings stay
+    valid."""
     pixels = b"%d,%d" % (overrides.min_pixels or 0, overrides.max_pixels or 0)
     background = b"" if overrides.background is None else b",%06x" % overrides.background
     return pixels + background + (b",several" if overrides.one_of_several else b"")

@@ -265,8 +265,8 @@ LOST_TEXTS = ("CUDA error", "device-side assert", "illegal memory access", "unsp
 
 
 def device_is_lost(error: Exception) -> bool:
-    """Whether torch raised ``error`` because the device is gone. What runs on top of CUDA, cuBLAS
-    first of all, raises a plain RuntimeError then; so it does where memory runs out."""
+    """Whether torch raised ``error`` because the device is gone. Only the text tells: libraries
+    such as cuBLAS raise a plain RuntimeError then, and also when memory runs out."""
     text = str(error)
     return (
         isinstance(error, RuntimeError)
@@ -298,7 +298,7 @@ class UnsupportedCheckpoint(CheckpointError):
 
 
 class UnusableEngine(StartupError):
-    """A tower's engine, see ``opticnerve engine``, that is not served."""
+    """A tower's engine (``opticnerve engine``) that cannot be served."""
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
@@ -310,10 +310,10 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 def from_openai(
     body: Any, http_status: int | None = None, retry_after_s: float | None = None
 ) -> OpticNerveError:
-    """The error that the body of an HTTP answer tells of; any body, ours or another server's.
+    """The error that the body of an HTTP answer describes, from this or any other server.
 
-    Its class is the most general one of that code, or else of that status (None: of an event in a
-    stream, which has none).
+    Its class is the most general one with the body's code, or else with ``http_status`` (None for
+    an event in a stream, which has no status).
     """
     told = body.get("error") if isinstance(body, dict) else None
     told = told if isinstance(told, dict) else {}
@@ -332,9 +332,9 @@ def from_openai(
 
 
 def by_name() -> dict[str, type[OpticNerveError]]:
-    """Every class of this file by its name; what the wire uses to raise the same class again.
+    """Every class of this file by its name, with which the other end of an RPC raises it again.
 
-    Subclasses that a module keeps to itself are not among them: they never cross the wire.
+    Subclasses defined in other modules are left out: they never cross the wire.
     """
     found: dict[str, type[OpticNerveError]] = {}
     todo: list[type[OpticNerveError]] = [OpticNerveError]

@@ -1,4 +1,4 @@
-"""Optional packages: what needs one that is not installed says which extra brings it."""
+"""Optional packages: a feature whose package is missing names the extra to install."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from opticnerve.errors import StartupError
 
-# Packages by extra, as pyproject.toml declares them and as they are imported.
+# The extras of pyproject.toml, with the import names of their packages.
 PACKAGES = {
     "worker": ("torch", "transformers"),
     "openai": ("openai",),
@@ -26,7 +26,7 @@ PACKAGES = {
 def require_extra(extra: str, user: str) -> None:
     """Raises StartupError unless every package of ``extra`` is installed; imports none of them.
 
-    ``user`` is what needs them, as the message's subject.
+    ``user``: the feature that needs them, the subject of the message.
     """
     for package in PACKAGES[extra]:
         if not _is_installed(package):
@@ -36,5 +36,5 @@ def require_extra(extra: str, user: str) -> None:
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ModuleNotFoundError:  # Nor is the package that contains it.
+    except ModuleNotFoundError:  # The parent package is missing.
         return False

@@ -1,5 +1,5 @@
-"""Directories that a process or a user owns, removed when the owner is gone: of shared-memory
-tiers, and of a supervisor's small files, such as secrets.
+"""Directories that are removed when their owner, a process or a user, is gone: those of
+shared-memory tiers, and of a supervisor's small files, such as secrets.
 
 Three kinds of tiers:
 
@@ -36,7 +36,7 @@ PREFIX = "opticnerve-"
 OWNED = PREFIX + "tier-"
 UNFINISHED = "." + OWNED
 OWNER = "owner"
-STALE_S = 60.0  # Age after which an unfinished directory belongs to a dead supervisor.
+STALE_S = 60.0  # Age at which an unfinished directory counts as a dead supervisor's.
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def make_private(path: Path) -> None:
     """Makes a 0700 directory, or checks that an existing one belongs to this user; warns if others
     may write to it.
 
-    Raises StoreError: in /dev/shm, any user could have created the path.
+    Raises StoreError if it belongs to another user: in /dev/shm, anyone could have created it.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -69,7 +69,10 @@ def make_private(path: Path) -> None:
     except OSError as error:
         raise StoreError(f"cannot make the store's directory {path}: {error.strerror}") from error
     if path.is_symlink() or status.st_uid != os.geteuid():
-        raise StoreError(f"the store's directory {path} belongs to someone else")
+        raise StoreError(
+            f"the store's directory {path} belongs to another user; name one of your own: "
+            "--store shm:///dir"
+        )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         log.warning(
             "other users can write to the store's directory %s and so replace what the model sees "
@@ -79,7 +82,8 @@ def make_private(path: Path) -> None:
 
 
 def create_tier_directory(base: Path | None = None) -> Path:
-    """A new tier directory, owned by this process until ``remove_tier`` or its end."""
+    """A new tier directory, owned by this process until ``remove_tier``, or until the process ends.
+    Raises StoreError."""
     base = base or base_directory()
     token = secrets.token_hex(8)
     unfinished, path = base / (UNFINISHED + token), base / (OWNED + token)
@@ -88,7 +92,7 @@ def create_tier_directory(base: Path | None = None) -> Path:
         lock = os.open(unfinished / OWNER, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
         owner = {"pid": os.getpid(), "start_time": process_start_time(os.getpid())}
-        with contextlib.suppress(OSError):  # A full tmpfs; the lock is what counts.
+        with contextlib.suppress(OSError):  # A full tmpfs; the lock suffices.
             os.write(lock, json.dumps(owner).encode())
         unfinished.rename(path)
     except OSError as error:

@@ -1,10 +1,10 @@
-"""A service's process: the parent that it follows, the signals that it takes, the work that it
-ends before it stops.
+"""A service's process: how it follows its parent, handles signals, and finishes its work before it
+stops.
 
-SIGTERM and SIGINT stop a service (``handle_signals``): work under way gets the service's drain
-timeout; what still runs then, or when a second signal comes, fails with a typed error, so that its
-caller gets an answer instead of a broken connection (``Running``). SIGHUP stops no service: it asks
-for files to be read again, the gateway's keys.
+SIGTERM and SIGINT stop a service (``handle_signals``). Work under way gets the service's drain
+timeout. Work that still runs then, or at a second signal, fails with a typed error, so that its
+caller gets an answer instead of a broken connection (``Running``). SIGHUP stops no service; it
+makes the gateway read its keys again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 from opticnerve.errors import Unavailable
 
-POLL_S = 0.5  # How often the parent's process id is looked at.
+POLL_S = 0.5  # Between looks at the parent's process id.
 GRACE_S = 5.0  # For an orderly stop once the parent is gone.
-LAST_WORDS_S = 3.0  # For work that was cut, to free what it holds and to send its error.
+LAST_WORDS_S = 3.0  # For work that was cut: to free its resources and send its error.
 
 # The same signal twice within this time is one: a terminal sends Ctrl-C to a whole process group,
 # and a wrapper in it may pass it on; a service manager may signal `up` and its children.
@@ -86,9 +86,9 @@ def handle_signals(
 ) -> Iterator[None]:
     """While the context lasts, SIGTERM or SIGINT calls ``stop``, and a second one ``cut``.
 
-    A third calls ``at_once`` and ends the process there. The echo of a signal does not count. Once
-    a signal has come the count goes on after the context: a second signal does not interrupt the
-    clean-up of a process that stops, and a third ends it.
+    A third calls ``at_once`` and ends the process immediately. A repetition within ECHO_S does not
+    count. Once a signal has arrived, counting goes on after the context: a second signal does not
+    interrupt the clean-up of a stopping process, and a third ends it.
     """
     loop = asyncio.get_running_loop()
     steps = [cut, stop]
@@ -121,21 +121,21 @@ def handle_signals(
 
 
 def announce(line: str) -> None:
-    """Prints a line for whoever started this process, and may be gone."""
+    """Prints a line for whoever started this process; ignores errors, since they may be gone."""
     with contextlib.suppress(OSError):
         print(line, flush=True)
 
 
 def use_one_arena() -> None:
-    """Lets all threads of this process share one heap, where the C library can, so that less freed
-    memory is kept. Called before threads start; Python's lock makes them take turns anyway."""
+    """Makes all threads share one malloc arena (glibc only), so that less freed memory is kept.
+    Call it before threads start. It costs little time: the GIL makes threads take turns anyway."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, 1)
 
 
 def return_freed_memory() -> None:
-    """Returns freed memory to the system, where the C library can.
+    """Returns freed memory to the system (glibc only).
 
     Otherwise the allocator keeps more than 100 MB after a vocabulary of 150,000 tokens was read,
     and about a fifth of a model's size after its weights were laid out anew.
@@ -147,16 +147,16 @@ def return_freed_memory() -> None:
 
 
 class Running:
-    """The work of one service, on one event loop, and how it stops: ``stop`` drains it, and ``cut``
-    ends what still runs. Neither does anything the second time."""
+    """The work under way in one service, on one event loop. ``stop`` drains it; ``cut`` ends what
+    still runs. Second calls do nothing."""
 
     def __init__(
         self, service: str, log: logging.Logger, drain_timeout_s: float, delay_s: float = 0.0
     ) -> None:
-        """``service``: its name in errors, such as "the LLM worker". ``log`` gets what it stops
-        with. ``delay_s``: how long new work is still taken after ``stop``."""
-        self.draining = False  # It has been asked to stop.
-        self.closed = asyncio.Event()  # It takes no new work.
+        """``service``: its name in errors, such as "the LLM worker". ``log``: where the stop is
+        reported. ``delay_s``: how long new work is still accepted after ``stop``."""
+        self.draining = False  # Whether it was asked to stop.
+        self.closed = asyncio.Event()  # Set once it takes no new work.
         self.on_cut: Callable[[], object] = lambda: None
         self._service = service
         self._log = log
@@ -168,8 +168,8 @@ class Running:
 
     @contextlib.asynccontextmanager
     async def work(self) -> AsyncIterator[None]:
-        """Around one piece of work; such contexts do not nest. Raises Unavailable when ``cut``
-        ends the work, or was called before it began."""
+        """Surrounds one piece of work; does not nest. Raises Unavailable when ``cut`` ends the
+        work, or was called before it began."""
         if self._cut:
             raise self._stopped()
         limit = asyncio.timeout(None)
@@ -194,13 +194,13 @@ class Running:
             self._close()
             return
         self._log.info(
-            "stopping in %g s: until then requests are taken; a second signal ends it",
+            "stopping in %g s, and taking requests until then; a second signal ends it now",
             self._delay_s,
         )
         self._timer = asyncio.get_running_loop().call_later(self._delay_s, self._close)
 
     def cut(self) -> None:
-        """Ends all work that is under way, and refuses what would still begin."""
+        """Ends all work under way, and refuses new work."""
         self.draining = True
         self._close()
         if self._cut:
@@ -212,7 +212,7 @@ class Running:
         self.on_cut()
 
     def drained(self) -> None:
-        """No work is under way any more: there is nothing to cut."""
+        """Call this when no work is under way any more: cancels the pending ``cut``."""
         if self._timer is not None:
             self._timer.cancel()
 

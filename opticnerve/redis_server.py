@@ -1,4 +1,4 @@
-"""What users of a Redis share: its URL, how it is named in logs, and when its failure is told."""
+"""Shared by all users of a Redis: its URL, its name in logs, and the logging of outages."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from opticnerve.addresses import host_port
 
-# Options of a URL's query that are ours and not redis-py's: of the store, of the registry, or of
-# no use to either.
+# Query options of a URL that redis-py must not get: the store's, the registry's, and one that
+# neither of them can use.
 OWN_OPTIONS = frozenset({"local", "max_bytes", "namespace", "decode_responses"})
-WARN_EVERY_S = 30.0  # At most so often, for a server that comes and goes.
+WARN_EVERY_S = 30.0  # Least time between warnings, for a server that comes and goes.
 
 log = logging.getLogger(__name__)
 
 
 def split_options(url: str, names: Collection[str]) -> tuple[str, dict[str, str]]:
-    """``url`` without the options of its query called ``names``, and these options."""
+    """Takes the query options ``names`` out of ``url``: (the remaining URL, these options)."""
     parts = urlsplit(url)
     given = dict(parse_qsl(parts.query, keep_blank_values=True))
     own = {name: given.pop(name) for name in names if name in given}
@@ -29,8 +29,8 @@ def split_options(url: str, names: Collection[str]) -> tuple[str, dict[str, str]
 
 
 def shown(url: str, client: Any) -> str:
-    """The loggable parts of the URL: scheme, server and database, no user and no password.
-    ``client``: a client of redis-py for it."""
+    """The parts of the URL that may be logged: scheme, server and database, without user and
+    password. ``client``: a redis-py client for it."""
     options = client.connection_pool.connection_kwargs
     scheme = url.split(":", 1)[0]
     if "path" in options:
@@ -40,9 +40,10 @@ def shown(url: str, client: Any) -> str:
 
 
 class Outage:
-    """Whether a server fails, told once when it begins to and once when it has ended. Thread-safe.
+    """Whether a server fails. Logs each outage once when it begins and once when it ends.
+    Thread-safe.
 
-    ``lost``, with the error's class for its ``%s``, is the warning, ``again`` the message at the
+    ``lost`` is the warning, whose ``%s`` becomes the error's class; ``again`` is the message at the
     end.
     """
 

@@ -1,4 +1,4 @@
-"""Files that other processes read while one writes them."""
+"""Atomic replacement of files that other processes read."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file at once, so that no reader sees half of it, and makes its directory. Every user
-    may read it. Raises OSError."""
+    """Writes a file atomically, so that no reader sees half of it; makes its directory if needed.
+    Every user may read the file. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:

@@ -18,7 +18,7 @@ from opticnerve.errors import ConfigError, StartupError
 
 MIN_CHARACTERS = 32
 MAX_BYTES = 4096  # Of the file.
-RANDOM_BYTES = 32  # Of a new secret, which is written as twice as many hex digits.
+RANDOM_BYTES = 32  # Of a new secret, which is written in hex.
 
 _PRINTABLE = re.compile(r"[!-~]+")
 

@@ -1,4 +1,4 @@
-"""Single flight: calls for one key at the same time share one run.
+"""Single flight: concurrent calls for one key share one run.
 
 The first call starts the run, and the others wait for it too. A call that leaves (is cancelled, or
 out of time) does not disturb the others; when the last one leaves, the run is cancelled. Belongs to
@@ -31,7 +31,7 @@ class Flights(Generic[R]):
     def __contains__(self, key: str) -> bool:
         """Whether a run for ``key`` is under way, which ``run`` would join."""
         flight = self._flights.get(key)
-        # Callbacks of a task that is done run later: until then it is still in the dictionary.
+        # A finished task stays in the dictionary until its callbacks run.
         return flight is not None and not flight.task.done()
 
     async def join(self, key: str) -> R:
