@@ -151,20 +151,11 @@ class Child:
         await self._ready.wait()
 
     async def wait(self) -> int:
-<<<<<<< HEAD
         """Waits for the process to end; returns its exit status, negative for a signal."""
-        assert self._process
-        status = await self._process.wait()
-        self.kill()  # Ends its own children, which would keep its pipes open.
-        await asyncio.gather(*self._readers)
-        return status
-=======
-        """Waits for the end; returns the exit status, negative for a signal."""
         assert self._run
         await self._run.over.wait()
         assert self._run.status is not None
         return self._run.status
->>>>>>> 7168601 (A child's process group is killed when its end is known, and never later, when the id may be another's)
 
     async def stop(self, grace_s: float, hurry: asyncio.Event) -> None:
         """Sends SIGTERM, which lets running work finish, and SIGINT, which aborts it, once
@@ -198,35 +189,7 @@ class Child:
             self._hangup_due = True
 
     def kill(self) -> None:
-<<<<<<< HEAD
-        """Sends SIGKILL to the child and every process of its session."""
-        if self._process:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-
-    async def _read(self, stream: asyncio.StreamReader) -> None:
-        while line := await self._next_line(stream):
-            text = line.decode("utf-8", "replace").rstrip()
-            if match := LISTENING.match(text):
-                self.address = match[1]
-                self._listening.set()
-                if self._hangup_due:
-                    self.hang_up()
-            elif text == READY:
-                self._ready.set()
-            elif text:
-                self.last_words = text
-                with contextlib.suppress(OSError):  # The terminal may have been closed.
-                    print(logs.relayed(self.name, text), file=sys.stderr, flush=True)
-
-    async def _next_line(self, stream: asyncio.StreamReader) -> bytes:
-        """The next line; b"" at the end. A line longer than the limit is cut."""
-        try:
-            return await stream.readline()
-        except ValueError:
-            return b"(a very long line)\n"
-=======
-        """SIGKILL to a child that runs, and to every process of its group, at once."""
+        """Sends SIGKILL to a child that runs, and to every process of its group."""
         if self._run is not None:
             self._run.kill()
 
@@ -243,4 +206,3 @@ class Child:
             self.last_words = line
             with contextlib.suppress(OSError):  # The terminal may have been closed.
                 print(logs.relayed(self.name, line), file=sys.stderr, flush=True)
->>>>>>> 7168601 (A child's process group is killed when its end is known, and never later, when the id may be another's)
