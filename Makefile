@@ -6,23 +6,19 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+JOBS ?= 2
 
 .PHONY: demo docs test test-fast test-clients test-images lint serve bench soak measure gpu protos clean programs
 
 demo: $(INSTALLED)
 	$(BIN)/opticnerve demo
 
-# Tests that start no process run two at a time, one thread each; the others one by one.
+# JOBS tests at a time, each with one thread; those of one file are never split.
 test: $(INSTALLED) programs
-ifeq ($(PYTEST_ARGS),)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not process"
-	$(BIN)/python -m pytest -m process
-else
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
-endif
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not process" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not process" $(PYTEST_ARGS)
 
 test-clients: $(INSTALLED)  # ARGS="newest node": only those of tests/clients/table.py.
 	$(BIN)/python -m tests.clients.run $(ARGS)
