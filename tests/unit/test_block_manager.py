@@ -47,7 +47,7 @@ def released(blocks: BlockManager, seq: Sequence) -> None:
 
 def test_a_page_is_a_multiple_of_sixteen_tokens() -> None:
     for num_blocks, block_size in ((0, 16), (4, 8), (4, 24)):
-        with pytest.raises(ValueError, match="multiples of 16"):
+        with pytest.raises(ValueError, match="multiple of 16"):
             BlockManager(num_blocks, block_size)
 
 

@@ -87,10 +87,10 @@ def work_of(ask: GenerateRequest, slot: int, table: tuple[int, ...], **changes: 
         ({"rows": rows()[:, :100]}, "shape"),
         ({"rows": rows()[0]}, "shape"),
         ({"rows": torch.zeros(9, WIDTH, dtype=torch.int64)}, "int64"),
-        ({"other": rows()}, "lacks its rows"),
-        ({"rows": rows(), "deepstack.0": rows()}, "has others"),
-        ({"rows": rows(), "deepstack.x": rows()}, "has others"),
-        ({"rows": rows(), "deepstack.99999999999": rows()}, "has others"),
+        ({"other": rows()}, "exactly the tensors"),
+        ({"rows": rows(), "deepstack.0": rows()}, "exactly the tensors"),
+        ({"rows": rows(), "deepstack.x": rows()}, "exactly the tensors"),
+        ({"rows": rows(), "deepstack.99999999999": rows()}, "exactly the tensors"),
     ],
 )
 def test_unfit_rows_fail_their_sequence_alone(
@@ -261,7 +261,7 @@ def test_an_embedding_that_lacks_a_level_is_refused(
     monkeypatch.setattr(type(demo[1]), "deepstack_levels", 2)
     result, _ = execute_prefill(demo, {"a" * 64: {"rows": rows(0), "deepstack.0": rows(1)}})
     error = result[0].error
-    assert isinstance(error, EmbeddingCorrupt) and "lacks" in error.message
+    assert isinstance(error, EmbeddingCorrupt) and "exactly the tensors" in error.message
 
 
 def test_packing_puts_decodes_first_and_keeps_track(demo: tuple[Any, Any]) -> None:
