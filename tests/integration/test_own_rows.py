@@ -105,11 +105,11 @@ def test_rows_that_come_later_are_announced_and_named_by_their_bytes(
         assert answer.tokens[0] == demo.reference(prompt, TOKENS)
         with pytest.raises(InvalidRequest, match="SHA-256"):
             await worker.generate(start, ready(inline(replace(other, key=picture.key))))
-        with pytest.raises(InvalidRequest, match="exactly if Start marks"):
+        with pytest.raises(InvalidRequest, match="must be marked own=true in Start"):
             await worker.generate(start, ready(picture.ref(worker.here())))
         for key in (picture.key, other.key):
             unannounced = demo.prompt(6, replace(other, key=key), 5)
-            with pytest.raises(InvalidRequest, match="exactly if Start marks"):
+            with pytest.raises(InvalidRequest, match="must be marked own=true in Start"):
                 await worker.generate(unannounced.start(), ready(inline(replace(other, key=key))))
         await nothing_is_left(worker)
 

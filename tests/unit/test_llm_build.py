@@ -40,5 +40,5 @@ def test_a_step_holds_a_picture_whose_tokens_see_one_another(
     )
     check_step(LLMConfig(max_num_batched_tokens=16), gemma)
     check_step(small, qwen)
-    with pytest.raises(ConfigError, match="16 tokens of a picture"):
+    with pytest.raises(ConfigError, match="16 tokens of a usual picture"):
         check_step(small, gemma)
