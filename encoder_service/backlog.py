@@ -66,7 +66,8 @@ class Backlog:
         """Raises Overloaded if an item could not be admitted now."""
         if not self.can_admit(patches, num_bytes):
             raise Overloaded(
-                f"the encoder's queue is full: {self.items} items, {self.patches} patches",
+                f"the encoder's queue is full ({self.items} items, {self.patches} patches); retry "
+                "later",
                 retry_after_s=self.retry_after_s,
             )
 
@@ -86,7 +87,7 @@ class Backlog:
         metrics.ITEMS_PENDING.set(self.items)
 
     def record(self, patches: int) -> None:
-        """An item of ``patches`` has been encoded; its place is still taken."""
+        """Counts an encoded item of ``patches`` in the throughput. Its place is released apart."""
         self._encoded.record(patches)
 
     @property

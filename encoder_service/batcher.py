@@ -1,9 +1,9 @@
 """Batches for one device. Knows no tensors.
 
-Batches are made by cost, not by count. As soon as the device is free it takes the items that wait,
-first in first out, up to ``max_cost``. An item that does not fit waits for the next batch,
-one larger than the budget runs alone, and no timer delays a batch. The device has a thread of its
-own, so that neither a forward pass nor a busy event loop keeps the other waiting.
+Batches are made by cost, not by count. As soon as the device is free, it takes the waiting items,
+first in first out, up to ``max_cost``. An item that does not fit waits for the next batch, an item
+that costs more than ``max_cost`` runs alone, and no timer delays a batch. The device has a thread
+of its own, so that neither a forward pass nor a busy event loop keeps the other waiting.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Batcher(Generic[T, R]):
         self._thread.start()
 
     def submit(self, payload: T, cost: int, *, alone: bool = False) -> Future[BatchResult[R]]:
-        """Queues one item. Cancelling the future drops the item if it has not been launched."""
+        """Queues one item. Cancelling the future drops the item if it has not been launched. Raises
+        Unavailable after ``close``."""
         entry: _Entry[T, R] = _Entry(payload, cost, alone)
         with self._changed:
             if self._closed:
@@ -168,7 +169,9 @@ class Batcher(Generic[T, R]):
         if len(batch) == 1:
             batch[0].future.set_exception(error)
             return
-        log.warning("a batch of %d is split (%s): %s", len(batch), recovery.name.lower(), error)
+        log.warning(
+            "a batch of %d runs again in parts (%s): %s", len(batch), recovery.name.lower(), error
+        )
         self._on_split(recovery)
         size = (len(batch) + 1) // 2 if recovery is Recovery.SPLIT else 1
         for start in range(0, len(batch), size):

@@ -224,7 +224,9 @@ class Encoder:
                 "video and animation cannot be encoded yet; send still pictures"
             )
         if (request.overrides.background or 0) > WHITE:
-            raise InvalidRequest("the background should be 0xRRGGBB", param="background")
+            raise InvalidRequest(
+                "the background must be a colour, 0x000000 to 0xFFFFFF", param="background"
+            )
         if request.num_bytes > self.settings.max_item_bytes:
             raise PayloadTooLarge(
                 f"the item has {request.num_bytes} bytes; this encoder takes up to "
@@ -264,7 +266,10 @@ class Encoder:
             request.cache_salt,
         )
         if key != request.key:
-            raise InvalidRequest("the content key does not match the bytes", param="key")
+            raise InvalidRequest(
+                "the content key does not match the bytes; compute it from the bytes that are sent",
+                param="key",
+            )
         structure = parse_structure(data, settings.max_image_pixels, settings.max_decode_passes)
         plan = layout.plan(structure, request.overrides)
         if plan != request.plan:

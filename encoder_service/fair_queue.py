@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 
 
 class FairQueue:
-    """Each item holds a part of ``capacity``; an item alone is admitted, however large it is.
+    """Each item holds a part of ``capacity``; while none is held, any item is admitted.
 
     Self-clocked fair queueing (Golestani, 1994): an item's due time is its cost plus the due time
     of its sharer's previous item or of the item admitted last, whichever is later; the earliest due

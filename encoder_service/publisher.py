@@ -48,7 +48,7 @@ class Results:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
 
     async def look_up(self, key: str) -> EmbeddingRef | None:
-        """A reference to what is stored under ``key``."""
+        """A reference to the embedding that is stored under ``key``, or None."""
         if self.store.shared:
             ref = await self._run(self._stored, key)
         else:  # Opening a file on tmpfs is faster than using a thread.
@@ -109,8 +109,8 @@ class Results:
         if not codec.is_finite(embedding):
             log.error("the embedding of %s is not finite", key)
             raise EngineFailure(
-                "the encoder computed values for this picture that are not finite; they may exceed "
-                "the range of float16 (--dtype)"
+                "the encoder computed values for this picture that are not finite; with --dtype "
+                "float16 they may exceed its range: use bfloat16 or float32"
             )
         ref = self._reference(key, codec.specs_of(embedding))
         meta = {"key": key, "fingerprint": self._fingerprint}
@@ -132,7 +132,7 @@ class Results:
         return self._reference(key, codec.header_of(data, len(data)).tensors)
 
     def _fall_back(self, key: str, data: bytes, error: StoreError) -> EmbeddingRef:
-        log.warning("the store did not take an embedding: %s", error.message)
+        log.warning("the store refused an embedding; Fetch serves it: %s", error.message)
         self.fallback.put_bytes(key, data)
         return self._fallback_reference(key, data)
 

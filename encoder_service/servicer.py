@@ -125,7 +125,9 @@ class EncoderServicer(WorkerServicer[Encoder], encoder_pb2_grpc.EncoderServicer)
 def _request(header: pb.EncodeHeader) -> ItemRequest:
     """Raises InvalidRequest for a header whose plan has no patches or tokens."""
     if not header.HasField("plan") or not header.plan.num_patches or not header.plan.num_tokens:
-        raise InvalidRequest("the header needs the item's plan", param="plan")
+        raise InvalidRequest(
+            "the header must have the item's plan, with num_patches and num_tokens", param="plan"
+        )
     values = convert.field_values(header, pb.EncodeHeader)
     values |= {
         "plan": convert.plan_from_pb(header.plan),

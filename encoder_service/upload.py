@@ -1,7 +1,7 @@
-"""The bytes of Encode calls: a header, then chunks, read only if they are needed, within bounds.
+"""Reads Encode calls: a header, then the item's bytes in chunks, which are read only if needed.
 
-An item whose bytes are still arriving does not count in the encoder's backlog. The time until its
-header and its last byte is bounded, and so are the bytes of all such items together.
+An item whose bytes are still arriving does not count in the encoder's backlog. Instead, the time
+until its header and its last byte is bounded, and so are the bytes of all such items together.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Upload:
         except TimeoutError as error:
             if self._aborted:
                 raise Overloaded(
-                    "too many uploads in progress", retry_after_s=FULL_RETRY_S
+                    "too many uploads in progress; retry later", retry_after_s=FULL_RETRY_S
                 ) from error
             raise DeadlineExceeded(
                 f"the item's {self._num_bytes} bytes did not arrive within {timeout_s:.1f} s"

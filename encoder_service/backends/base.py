@@ -34,8 +34,8 @@ class Capacity:
 class Bucket:
     """A size that an engine is built for."""
 
-    patches: int  # To which every picture of a call is padded.
-    pictures: int  # The most of one call.
+    patches: int  # Every picture of a call is padded to this many.
+    pictures: int  # The most pictures of one call.
 
 
 class Recovery(Enum):
@@ -52,14 +52,14 @@ class Backend(Protocol):
 
     name: str
     device: str
-    dtype: str  # Of rows, as safetensors writes it: "F32", "F16", "BF16".
-    precision: str  # In which the tower computes: "float32", "float16", "bfloat16".
+    dtype: str  # Element type of rows, as safetensors writes it: "F32", "F16", "BF16".
+    precision: str  # Type in which the tower computes: "float32", "float16", "bfloat16".
     hidden_size: int
     preprocess: Preprocessor
 
     @property
     def reference(self) -> Backend | None:
-        """The torch tower in the same precision, to compare rows with; None: it is not held."""
+        """The torch tower in the same precision, to compare rows with; None if it is not loaded."""
         ...
 
     def encode(self, pixels: Sequence[NDArray[np.uint8]], plans: Sequence[Plan]) -> list[Embedding]:
@@ -71,8 +71,8 @@ class Backend(Protocol):
         ...
 
     def warm(self, largest: Plan, max_batch_patches: int) -> Capacity:
-        """Runs the largest permitted item, or the largest that the device has memory for, and
-        sizes a batch; with ``max_batch_patches`` 0, from the device's memory.
+        """Runs the largest permitted item, or the largest that the device has memory for. A batch
+        has ``max_batch_patches``; 0: as many as the device's memory allows.
 
         Raises StartupError if not even a small item runs.
         """

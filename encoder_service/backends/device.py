@@ -35,7 +35,7 @@ def begin_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def release_cached_memory(device: torch.device) -> None:
-    """Gives what released tensors took back to the device, where other libraries' allocations find
+    """Returns the memory of released tensors to the device, so that other libraries can allocate
     it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

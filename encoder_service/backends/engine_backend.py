@@ -38,7 +38,8 @@ class EngineRuntime(Protocol):
     """Runs an engine on its device, one call at a time. Nothing is allocated in a call."""
 
     def stream(self) -> AbstractContextManager[object]:
-        """The CUDA stream of its calls, as torch's current one; on a CPU nothing."""
+        """A context in which the CUDA stream of its calls is torch's current one; on a CPU it does
+        nothing."""
         ...
 
     def run(self, bucket: int, pictures: int, inputs: Tensors) -> Tensors:
@@ -48,7 +49,7 @@ class EngineRuntime(Protocol):
         ...
 
     def keep_kernels(self) -> None:
-        """Keeps what was compiled for the next start. Called once every bucket has run."""
+        """Saves compiled kernels for the next start. Called after every bucket has run."""
         ...
 
     def close(self) -> None:
@@ -58,7 +59,7 @@ class EngineRuntime(Protocol):
 
 @contextlib.contextmanager
 def faults_refuse_the_engine() -> Iterator[None]:
-    """Raises UnusableEngine for what a runtime raises before the engine serves."""
+    """Translates errors of a runtime to UnusableEngine. For use before the engine serves."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -91,7 +92,8 @@ class OutputBuffers:
 
 
 class EngineBackend:
-    """``beyond`` encodes pictures that no bucket holds; None: they are refused."""
+    """A tower run by ``runtime``. ``beyond`` encodes pictures that no bucket holds; None: they are
+    refused."""
 
     def __init__(
         self,
@@ -129,7 +131,8 @@ class EngineBackend:
         return [made[i] for i in range(len(plans))]
 
     def _calls(self, plans: Sequence[Plan]) -> Iterator[tuple[int | None, list[int]]]:
-        """(index of a bucket or None, items of one call), until every item has had its call."""
+        """Splits a batch into calls: (index of the bucket, or None for items that no bucket holds;
+        indices of the call's items)."""
         members: dict[int | None, list[int]] = {}
         for i, plan in enumerate(plans):
             members.setdefault(self.bucket_of(plan), []).append(i)
@@ -149,7 +152,7 @@ class EngineBackend:
             yield bucket, call
 
     def bucket_of(self, plan: Plan) -> int | None:
-        """The index of the smallest bucket that holds the item's pictures."""
+        """The index of the smallest bucket that holds the item's pictures; None if none does."""
         patches, pictures = self._graph.patches(plan), self._graph.pictures(plan)
         fitting = (
             i

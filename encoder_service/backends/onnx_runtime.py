@@ -30,7 +30,7 @@ NUMPY = {
 
 
 class OnnxRuntime:
-    """Implements ``EngineRuntime``. Inputs are read and outputs written where torch has them."""
+    """Implements ``EngineRuntime``. Reads inputs from and writes outputs to torch's memory."""
 
     def __init__(
         self, file: Path, graph: TowerGraph, buckets: Sequence[Bucket], threads: int
@@ -45,7 +45,7 @@ class OnnxRuntime:
             self._session: Any = onnxruntime.InferenceSession(
                 file, options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # onnxruntime's have no base of their own.
+        except Exception as error:  # onnxruntime's exceptions have no common base.
             raise UnusableEngine(f"onnxruntime {VERSION} does not load {file}: {error}") from error
         self._binding: Any = self._session.io_binding()
         self._buckets = buckets
@@ -67,7 +67,7 @@ class OnnxRuntime:
         return outputs
 
     def keep_kernels(self) -> None:
-        """None are compiled."""
+        """Does nothing: no kernels are compiled."""
 
     def close(self) -> None:
         self._session = self._binding = None

@@ -12,7 +12,7 @@ from opticnerve.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-KEPT_ERRORS = 20  # Of a failure the last ones say what came of it; the first are in the log.
+KEPT_ERRORS = 20  # The last ones of a failure; all are in the log.
 MODULES = {
     "tensorrt": ("tensorrt",),
     "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
@@ -24,8 +24,8 @@ INSTALL = {
 
 
 class TensorrtLibrary:
-    """One of the two. ``errors`` holds the last errors that it reported since ``take_errors``; the
-    log has them all."""
+    """One of the two libraries. ``errors`` holds the last errors that it reported since
+    ``take_errors`` was called; the log has all of them."""
 
     def __init__(self, name: str) -> None:
         """``name``: a key of ``MODULES``. Raises ConfigError if it is not installed."""
@@ -38,7 +38,7 @@ class TensorrtLibrary:
             self.module: Any = importlib.import_module(found)
         except (ImportError, OSError) as error:
             raise ConfigError(
-                f"{found} is installed and cannot be loaded: {error}", param="backend"
+                f"{found} is installed but cannot be loaded: {error}", param="backend"
             ) from error
         self.name = name
         self.version = str(self.module.__version__)
@@ -52,7 +52,8 @@ class TensorrtLibrary:
         return text
 
     def compute_capability(self, capability: str) -> Any:
-        """Its value of "8.9", say. Raises ConfigError for one that it does not build for."""
+        """The library's constant for a capability such as "8.9". Raises ConfigError if it does not
+        build for that."""
         known = self.module.ComputeCapability.__members__
         name = "SM" + capability.replace(".", "")
         if name not in known:

@@ -24,12 +24,11 @@ log = logging.getLogger(__name__)
 
 
 class TensorrtRuntime:
-    """Implements ``EngineRuntime``: an execution context for each bucket, all on one stream of
-    their own, with one memory for activations and one for outputs. Inputs are read where torch has
-    them.
+    """Implements ``EngineRuntime`` with one execution context per bucket. All contexts share a
+    stream, a buffer for activations and one for outputs. Inputs are read from torch's memory.
 
-    ``kernels``: a file for the kernels that TensorRT for RTX compiles on the device, so that the
-    next start finds them; None: none is kept.
+    ``kernels``: a file that keeps the kernels that TensorRT for RTX compiles on the device for the
+    next start; None: they are not kept.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class TensorrtRuntime:
             if self._engine.num_optimization_profiles != len(buckets):
                 raise UnusableEngine(
                     f"{plan} has {self._engine.num_optimization_profiles} profiles for "
-                    f"{len(buckets)} buckets"
+                    f"{len(buckets)} buckets; build the engine again"
                 )
             self._outputs: Any = OutputBuffers(graph, buckets, self._device)
             self._activations: Any = torch.empty(
@@ -61,7 +60,7 @@ class TensorrtRuntime:
             self._contexts = [self._make_context(i) for i in range(len(buckets))]
 
     def _load(self, plan: Path) -> Any:
-        # A reference is kept: engines use their runtime.
+        # Kept alive: an engine uses the runtime that loaded it.
         self._runtime = self._library.module.Runtime(self._library.logger)
         engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if engine is None:
@@ -72,7 +71,7 @@ class TensorrtRuntime:
         return engine
 
     def _make_settings(self) -> Any:
-        """How contexts are made: in memory that is given to them, with compiled kernels kept."""
+        """Settings of contexts that use memory given to them and share a cache of kernels."""
         strategy = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
         settings = self._engine.create_runtime_config()
         settings.set_execution_context_allocation_strategy(strategy)

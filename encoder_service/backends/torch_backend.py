@@ -72,7 +72,7 @@ class TorchBackend:
         return Capacity(batch, permitted)
 
     def _warm_cpu(self, largest: Plan, max_batch_patches: int) -> Capacity:
-        """Host memory is not measured: it can be swapped, and a CPU runs one item at a time."""
+        """Does not measure host memory: it can be swapped, and a CPU runs one item at a time."""
         self._run_blank(
             self._shrink(largest, CPU_WARM_PATCHES)
             if largest.num_patches > CPU_WARM_PATCHES
@@ -82,7 +82,7 @@ class TorchBackend:
         return Capacity(batch, max(permitted_patches(largest), batch))
 
     def _largest_that_fits(self, largest: Plan) -> tuple[Plan, float]:
-        """(plan, peak bytes a patch), halving the plan while memory runs out."""
+        """(plan, peak bytes per patch), halving the plan while memory runs out."""
         small = self._shrink(largest, CPU_WARM_PATCHES)
         self._measure(small)  # Loads kernels and workspaces, so that they are not counted below.
         for plan in self._halvings(largest, small):
@@ -107,7 +107,7 @@ class TorchBackend:
         yield small
 
     def _measure(self, plan: Plan) -> int | None:
-        """Bytes that encoding this plan takes at its peak; None when memory runs out."""
+        """Peak bytes of encoding this plan; None if memory runs out."""
         torch.cuda.reset_peak_memory_stats(self._tower.device)
         before = torch.cuda.memory_allocated(self._tower.device)
         try:
@@ -121,7 +121,7 @@ class TorchBackend:
         return peak
 
     def _run_blank(self, plan: Plan) -> None:
-        """Decodes nothing, encodes a grey picture of this plan."""
+        """Encodes a grey picture of this plan."""
         started = time.monotonic()
         size = (plan.width, plan.height) if plan.orientation < 5 else (plan.height, plan.width)
         image = Image.new("RGB", size, (127, 127, 127))

@@ -1,7 +1,8 @@
 """The sizes that an engine is built for, and whether they hold every picture.
 
-A picture counts with its padding here, as ``TowerGraph.patches`` has it: a tower that sees windows
-pads those at the edges, so a picture may need a larger bucket than its ``num_patches``.
+A picture's patches are counted with padding here, as by ``TowerGraph.patches``: a tower with window
+attention pads the windows at the picture's edges, so a picture may need a larger bucket than its
+``num_patches``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from opticnerve.models.towers.graph import TowerGraph
 
 GPU_BUCKETS, CPU_BUCKETS = (1024, 4096, 16_384), (256, 1024, 4096)
-GPU_CALL, CPU_CALL = 16_384, 4096  # Patches of one call: more gain no throughput.
+GPU_CALL, CPU_CALL = 16_384, 4096  # Patches of one call; larger calls gain no throughput.
 MAX_BUCKETS = 16
 ASPECT_STEPS = 32  # From square to the limit, in both directions, in the search of the largest.
 AREAS = (1.0, 0.95)  # Of the largest picture's: a smaller one may need more padding.
@@ -41,7 +42,7 @@ def choose_buckets(
         limit = largest_bucket(layout, graph, largest)
         sizes = {min(_round_up(size, graph.unit), limit) for size in wanted or default}
     if len(sizes) > MAX_BUCKETS:
-        raise ConfigError(f"an engine has up to {MAX_BUCKETS} buckets", param="buckets")
+        raise ConfigError(f"an engine has up to {MAX_BUCKETS} buckets; name fewer", param="buckets")
     return tuple(Bucket(size, max(most, call // size, 1)) for size in sorted(sizes))
 
 
@@ -59,8 +60,8 @@ def largest_bucket(layout: Layout, graph: TowerGraph, largest: Plan) -> int:
 def hold_all(buckets: Sequence[Bucket], layout: Layout, graph: TowerGraph, largest: Plan) -> bool:
     """Whether the buckets hold every picture that an encoder with torch would take.
 
-    On a CPU torch takes up to a batch, where a request may ask for more pixels than the
-    checkpoint's settings do.
+    On a CPU, torch takes pictures of up to a whole batch if a request may ask for more pixels than
+    the checkpoint's settings permit.
     """
     needed = largest_bucket(layout, graph, largest)
     can_ask_for_more = graph.fixed_patches is None and "max_pixels" in layout.settings()
@@ -77,7 +78,9 @@ def check_fit(buckets: Sequence[Bucket], graph: TowerGraph) -> None:
     else:
         fits, wanted = not any(size % graph.unit for size in sizes), f"multiples of {graph.unit}"
     if not fits:
-        raise UnusableEngine(f"the engine has buckets of {sizes} patches, its tower {wanted}")
+        raise UnusableEngine(
+            f"the engine has buckets of {sizes} patches, its tower needs {wanted}; build it again"
+        )
 
 
 def planned(layout: Layout, steps: int, areas: Sequence[float]) -> Iterator[Plan]:

@@ -90,7 +90,8 @@ class EngineBuild:
         return sidecar
 
     def _record(self, made: Path) -> tuple[TowerGraph, tuple[Bucket, ...], list[gate.Probe]]:
-        """Writes the torch tower's rows of the probes. The graph is in the engine's precision."""
+        """Writes the torch tower's rows of the probes, in float32. Returns the tower's graph in the
+        engine's precision, the buckets and the probes."""
         log.info("loading %s", self.checkpoint.name)
         tower = load_tower(self.checkpoint, torch.float32, self._device)
         graph = make_graph(self.checkpoint, tower)
@@ -115,8 +116,8 @@ class EngineBuild:
         if not buckets or (asked and len(buckets) < len(wanted)):
             unused = [bucket.patches for bucket in wanted if bucket not in buckets]
             raise ConfigError(
-                f"no picture of this checkpoint would use buckets {unused}; one of "
-                f"{largest_bucket(layout, graph, largest)} patches holds the largest",
+                f"no picture of this checkpoint would use buckets {unused}; leave them out: one of "
+                f"{largest_bucket(layout, graph, largest)} patches holds the largest picture",
                 param="buckets",
             )
         return buckets, make(buckets, largest)
@@ -190,8 +191,8 @@ class EngineBuild:
 
 
 def _export_quietly(graph: TowerGraph, path: Path) -> None:
-    """Exports the graph and releases it, without the exporter's lines about its own steps, some
-    dozens."""
+    """Exports the graph and releases it. Silences the exporter, which logs dozens of lines about
+    its own steps."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -204,7 +205,7 @@ def _export_quietly(graph: TowerGraph, path: Path) -> None:
 
 
 def _precision(settings: BuildSettings, checkpoint: Checkpoint, device: torch.device) -> str:
-    """Raises ConfigError for one in which the backend does not compute."""
+    """The precision to build in. Raises ConfigError if the backend does not compute in it."""
     if settings.precision != "auto":
         precision = settings.precision
     elif settings.backend == "onnx":
@@ -214,7 +215,7 @@ def _precision(settings: BuildSettings, checkpoint: Checkpoint, device: torch.de
         precision = dtype_name(resolve_dtype("auto", checkpoint, target))
     if settings.backend == "onnx" and precision == "bfloat16":
         raise ConfigError(
-            "onnxruntime computes in float32 and float16 on a CPU, not in bfloat16",
+            "onnxruntime does not compute in bfloat16 on a CPU; use --precision fp32 or fp16",
             param="precision",
         )
     return precision
@@ -235,7 +236,7 @@ def _capabilities(
         return ()
     if library.name == "tensorrt" and (here is None or wanted not in ((), (here,))):
         raise ConfigError(
-            f"TensorRT builds for the device that is there ({here or 'none'}); build on the "
+            f"TensorRT builds only for this machine's device ({here or 'none'}); build on the "
             "machine that serves",
             param="compute_capability",
         )

@@ -19,23 +19,23 @@ from opticnerve.extras import require_extra
 from opticnerve.telemetry import logs
 
 ENGINE = (
-    "Engines of vision towers, for `opticnerve encoder MODEL --vision-engine DIR`: a tower that is "
-    "exported and built for one library, one precision and pictures of given sizes."
+    "Engines of vision towers, for `opticnerve encoder MODEL --vision-engine DIR`. An engine is a "
+    "tower exported and built for one library, one precision and pictures of given sizes."
 )
 COMMAND = (
-    "build: exports a checkpoint's vision tower and builds an engine of it; inspect: says what an "
-    "engine is, and whether it is whole; check: measures an engine against the torch tower, here. "
-    "`opticnerve engine COMMAND --help` lists its flags"
+    "build: exports a checkpoint's vision tower and builds an engine from it; inspect: shows what "
+    "an engine is, and whether its files are intact; check: compares an engine with the torch "
+    "tower on this machine. `opticnerve engine COMMAND --help` lists its flags"
 )
 BUILD = (
-    "Exports the vision tower of MODEL and builds an engine of it. Pictures are padded to the "
-    "smallest bucket that holds them. Its rows of probe pictures are measured against torch's, "
-    "and an engine whose rows are too far from them is refused."
+    "Exports the vision tower of MODEL and builds an engine from it. Pictures are padded to the "
+    "smallest bucket that holds them. The engine's rows of probe pictures are compared with "
+    "torch's, and an engine whose rows are too far off is refused."
 )
-INSPECT = "Says what an engine is, and whether its files are those that were built."
+INSPECT = "Shows what an engine is, and whether its files are those that were built."
 CHECK = (
-    "Loads an engine as an encoder does, and measures its rows of probe pictures against those of "
-    "the torch tower of MODEL. Exit status: 0 if it may be served, 2 if not."
+    "Loads an engine as an encoder does, and compares its rows of probe pictures with those of the "
+    "torch tower of MODEL. Exit status: 0 if it may be served, 2 if not."
 )
 
 
@@ -86,37 +86,37 @@ def _add_build_flags(parser: Parser) -> None:
         "--backend",
         choices=ENGINE_BACKENDS,
         default="tensorrt",
-        help="what will run it: NVIDIA TensorRT, TensorRT for RTX, or onnxruntime on a CPU "
-        "(default: tensorrt)",
+        help="library that runs the engine: NVIDIA TensorRT, TensorRT for RTX, or onnxruntime on a "
+        "CPU (default: tensorrt)",
     )
     group.add_argument(
         "--precision",
         choices=("auto", *PRECISIONS),
         default="auto",
-        help="in which it computes; auto: the checkpoint's, on a CPU fp32 (default: auto)",
+        help="type in which it computes; auto: the checkpoint's, or fp32 for onnx (default: auto)",
     )
     group.add_argument(
         "--buckets",
         metavar="N,...",
         type=argument_type(_sizes),
         default=(),
-        help="patches to which pictures are padded, in ascending order "
-        "(default: 1024,4096,16384, of onnx 256,1024,4096, up to the largest picture)",
+        help="sizes in patches to which pictures are padded, in ascending order "
+        "(default: 1024,4096,16384, or 256,1024,4096 for onnx, up to the largest picture)",
     )
     group.add_argument(
         "--compute-capability",
         metavar="N.N,...",
         type=argument_type(_capabilities),
         default=(),
-        help="GPUs that TensorRT for RTX builds for, such as 8.9,12.0; none of them need be "
-        "there (default: that of this machine's)",
+        help="GPUs that TensorRT for RTX builds for, such as 8.9,12.0; this machine need not "
+        "have them (default: that of this machine's GPU)",
     )
     group.add_argument(
         "-o",
         "--output",
         metavar="DIR",
         type=Path,
-        help="directory for it (default: MODEL's name, backend and precision, here)",
+        help="directory to write (default: one here, named after MODEL, backend and precision)",
     )
 
 
@@ -156,7 +156,7 @@ def inspect_command(argv: Sequence[str]) -> int:
 
 
 def _describe(directory: Path, sidecar: Sidecar) -> Iterator[str]:
-    """Lines for people: everything that the sidecar holds."""
+    """Everything that the sidecar holds, as lines of text."""
     size = sum(file.num_bytes for file in sidecar.files.values()) / 1e6
     where = ", ".join(sidecar.compute_capabilities)
     yield f"{directory}: {sidecar.family} tower of {sidecar.model or 'the demo'}, {size:.1f} MB"
@@ -199,7 +199,7 @@ def check_command(argv: Sequence[str]) -> int:
 
 
 def _parse(parser: Parser, argv: Sequence[str]) -> tuple[dict[str, Any], ModelConfig]:
-    """What was given, and the model. Starts the log. Raises StartupError."""
+    """(given flags by name, the model's settings). Configures the log. Raises StartupError."""
     known: list[Option] = [o for o in options(ModelConfig) if o.name != "dtype"]
     add_options(parser, [*known, *(o for o in options(TelemetryConfig) if o.name == "log_level")])
     given = vars(parser.parse_args(argv))

@@ -1,7 +1,7 @@
-"""The accuracy gate: an engine's rows of fixed probe pictures, against the torch tower's.
+"""The accuracy gate: compares an engine's rows of fixed probe pictures with the torch tower's.
 
-The build records the torch tower's rows, in float32, beside the engine. What the target makes of
-the same pictures is measured against them at every load.
+The build records the torch tower's rows, in float32, beside the engine. Whenever an engine is
+loaded, its rows of the same pictures, on the device that will serve, are compared with those.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Rows = Mapping[str, torch.Tensor]
 """Tensors of probes, float32, by "<probe's index>.<tensor's name>"."""
 
 ASPECT_STEPS = 8  # From square to the longest, in both directions.
-STEP = 0.93  # In which the pictures that are tried shrink.
-NEAR = 1.15  # Numbers of patches within this factor are alike, and the squarer picture is taken.
+STEP = 0.93  # Each area that is tried is this part of the one before.
+NEAR = 1.15  # Numbers of patches within this factor count as equal; the squarest picture is taken.
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ def make_probes(
     buckets: Sequence[Bucket],
     largest: Plan,
 ) -> list[Probe]:
-    """For each bucket a picture that nearly fills it, and one that needs little more than the
-    bucket below. A bucket that no picture of this checkpoint would use has none."""
+    """Two probes for each bucket: a picture that nearly fills it, and one that barely does not fit
+    the bucket below. A bucket that no picture of this checkpoint would use gets none."""
     probes: list[Probe] = []
     for i, bucket in enumerate(buckets):
         below = buckets[i - 1].patches if i else 0
@@ -80,7 +80,8 @@ def _candidates(layout: Layout, largest: Plan, below: int, patches: int) -> Iter
 
 
 def _fullest_and_emptiest(plans: Sequence[Plan]) -> list[Plan]:
-    """Two plans, or none. Of those with about as many patches the squarest is taken."""
+    """The plans with about the most and about the fewest patches, in each case the squarest; empty
+    without plans."""
     if not plans:
         return []
     most = max(plan.num_patches for plan in plans)
@@ -95,8 +96,8 @@ def _elongation(plan: Plan) -> float:
 
 
 def probe_image(plan: Plan, seed: int) -> Image.Image:
-    """Waves, a disc and edges in colour, of the plan's displayed size. Integers alone make it, and
-    nothing is drawn at random: it is the same on every machine."""
+    """A picture of waves, a disc and edges in colour, of the plan's displayed size. It is computed
+    from integers, without randomness, so it is the same on every machine."""
     y, x = np.indices((plan.height, plan.width), dtype=np.int64)
     u, v = x * 1024 // plan.width, y * 1024 // plan.height
     disc = (u - 300 - 100 * (seed % 4)) ** 2 + (v - 600) ** 2 < 230**2
@@ -145,15 +146,17 @@ def read_rows(path: Path) -> Rows:
     try:
         rows, _ = codec.from_bytes(path.read_bytes())
     except (OSError, OpticNerveError) as error:
-        raise UnusableEngine(f"{path} holds no rows to compare with; build again") from error
+        raise UnusableEngine(
+            f"{path} holds no rows to compare with; build the engine again"
+        ) from error
     return rows
 
 
 def measure(
     encode: Encode, probes: Sequence[Probe], buckets: Sequence[Bucket], rows: Rows
 ) -> tuple[Parity, ...]:
-    """How near what ``encode`` makes of the probes is to ``rows``, by bucket. The probes of a
-    bucket are encoded together. Raises UnusableEngine for results of another shape."""
+    """How near ``encode``'s rows of the probes are to ``rows``, for each bucket. The probes of a
+    bucket are encoded together. Raises UnusableEngine for rows of another shape."""
     found = []
     for i, bucket in enumerate(buckets):
         mine = [(j, probe) for j, probe in enumerate(probes) if probe.bucket == i]

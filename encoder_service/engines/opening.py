@@ -106,8 +106,8 @@ def _check_recorded(
     probes: Sequence[gate.Probe],
     config: ModelConfig,
 ) -> None:
-    """Raises UnusableEngine unless the rows are near those that were recorded; says so where those
-    are of other pixels than the ones that are made here."""
+    """Raises UnusableEngine unless the engine's rows are near the recorded ones. If those were made
+    from other pixels than the probes made here, the error says so."""
     rows = gate.read_rows(directory / PROBES_FILE)
     try:
         check_rows(sidecar, backend, probes, rows)
@@ -125,8 +125,8 @@ def _check_recorded(
 def check_engine(
     directory: Path, checkpoint: Checkpoint, config: ModelConfig
 ) -> tuple[Sidecar, tuple[Parity, ...]]:
-    """What the engine is, and how near it is to the torch tower, which encodes the probes anew.
-    Raises what ``open_engine`` raises."""
+    """The engine's sidecar, and how near its rows are to the torch tower's, which encodes the
+    probes again. Raises what ``open_engine`` raises."""
     engine = open_engine(directory, checkpoint, config, with_torch=False)
     with contextlib.closing(engine.backend):
         tower = load_tower(checkpoint, torch.float32, engine.backend.device)
@@ -180,13 +180,15 @@ def engine_device(backend: str, device: str) -> torch.device:
     needed = "cpu" if backend == "onnx" else "cuda"
     if resolved.type != needed:
         raise ConfigError(
-            f"the backend {backend} runs on {needed}; the device is {resolved}", param="device"
+            f"the backend {backend} runs on {needed}, but the device is {resolved}; choose another "
+            "with --device",
+            param="device",
         )
     return resolved
 
 
 def device_capability(device: torch.device) -> str | None:
-    """Such as "8.9"; None of a CPU."""
+    """The compute capability, such as "8.9"; None for a CPU."""
     if device.type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -194,7 +196,8 @@ def device_capability(device: torch.device) -> str | None:
 
 
 def load_library(backend: str) -> TensorrtLibrary | None:
-    """None: onnxruntime. Raises StartupError for a library that is not installed."""
+    """The TensorRT library of a backend; None for onnxruntime. Raises StartupError if it is not
+    installed."""
     if backend != "onnx":
         return TensorrtLibrary(backend)
     require_extra("onnx", "--backend onnx")
@@ -210,7 +213,7 @@ def library_version(backend: str, library: TensorrtLibrary | None) -> str:
 
 
 def engine_fingerprint(checkpoint: Checkpoint, backend: str, precision: str) -> str:
-    """An encoder's that serves ``checkpoint`` with such an engine."""
+    """The fingerprint of an encoder that serves ``checkpoint`` with such an engine."""
     return encoder_fingerprint(checkpoint, DTYPES[precision], backend, precision)
 
 
@@ -236,7 +239,7 @@ def open_runtime(
 
 
 def driver_version() -> str:
-    """NVIDIA's driver, such as "13010": the newest CUDA that it knows; "0" without one."""
+    """The newest CUDA version that NVIDIA's driver supports, such as "13010"; "0" without one."""
     version = ctypes.c_int(0)
     with contextlib.suppress(OSError):
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))

@@ -16,11 +16,11 @@ from opticnerve.errors import ConfigError, UnusableEngine
 
 @contextlib.contextmanager
 def replacing(wanted: Path) -> Iterator[Path]:
-    """An empty directory that takes the place of ``wanted`` at the end, and goes if that fails.
+    """An empty directory that takes the place of ``wanted`` at the end, or is deleted on failure.
 
-    What is there already is replaced if it is an engine and nothing else, and is deleted last. A
-    symbolic link goes on leading to its directory. Raises ConfigError for what cannot be replaced,
-    before anything is built; UnusableEngine if the directory cannot be put in place.
+    A directory that holds an engine and nothing else is replaced, and deleted last. If ``wanted``
+    is a symbolic link, it goes on pointing to its directory. Raises ConfigError for what cannot be
+    replaced, before anything is built; UnusableEngine if the directory cannot be put in place.
     """
     place = Path(os.path.realpath(wanted))
     _check(place)
@@ -32,7 +32,7 @@ def replacing(wanted: Path) -> Iterator[Path]:
     try:
         yield made
         os.chmod(made, 0o755)
-        _check(place)  # A build takes minutes.
+        _check(place)  # Again: a build takes minutes.
         _put(made, place)
     except OSError as error:
         raise UnusableEngine(f"the engine cannot be written: {error}") from error

@@ -47,7 +47,7 @@ class File:
 
 
 def _one_of(*known: str) -> AfterValidator:
-    """Refuses other texts."""
+    """A validator that refuses other texts."""
 
     def check(text: str) -> str:
         if text not in known:
@@ -110,9 +110,9 @@ class Sidecar:
         capability: str | None = None,
         served: CheckpointConfig | None = None,
     ) -> str:
-        """The command line that builds the engine again: for a device of ``capability``, or for
-        those that it was built for; of the checkpoint ``served``, or of the one that it was built
-        of."""
+        """The command that builds the engine again. ``capability``: of the device to build for;
+        None: those that it was built for. ``served``: the checkpoint to build from; None: the one
+        that it was built from."""
         model = served or CheckpointConfig(self.model, self.revision)
         words = ["opticnerve", "engine", "build", *([model.model] if model.model else [])]
         words += ["--revision", model.revision] if model.revision else []
@@ -129,15 +129,13 @@ class Sidecar:
     def obstacles(
         self, *, library_version: str | None, fingerprint: str | None, capability: str | None
     ) -> Iterator[str]:
-        """Why the engine cannot be served here. None of what is given is checked: it is unknown.
-
-        ``capability``: of the device that would run it.
-        """
+        """The reasons why the engine cannot be served here. What is given as None is unknown and
+        not checked. ``capability``: of the device that would run it."""
         if fingerprint is not None and fingerprint != self.fingerprint:
             yield (
-                "it was built of another checkpoint, of other processor settings, or by a version "
-                f"of OpticNerve that names them otherwise ({self.fingerprint[:12]}…; this is "
-                f"{fingerprint[:12]}…)"
+                "it was built from another checkpoint, with other processor settings, or by a "
+                "version of OpticNerve that computes fingerprints in another way (its fingerprint "
+                f"is {self.fingerprint[:12]}…, this encoder's is {fingerprint[:12]}…)"
             )
         if library_version is not None and library_version != self.library_version:
             yield (
@@ -149,7 +147,7 @@ class Sidecar:
             yield f"it was built for compute capability {built}, this device has {capability}"
 
     def damage(self, directory: Path) -> Iterator[str]:
-        """Files that are missing, strange or not as they were built. Reads them all."""
+        """Describes files that are missing, foreign or not as they were built. Reads them all."""
         engine_file = GRAPH_FILE if self.backend == "onnx" else PLAN_FILE
         for name in (engine_file, PROBES_FILE):
             if name not in self.files:
@@ -177,7 +175,7 @@ def _reader() -> TypeAdapter[Sidecar]:
 
 
 def describe_file(path: Path) -> File:
-    """Raises OSError."""
+    """The size and the SHA-256 of a file. Raises OSError."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return File(path.stat().st_size, digest)

@@ -47,7 +47,7 @@ R = TypeVar("R")
 class DecodeJob:
     """One picture in the pool."""
 
-    sharer: str  # The request that it belongs to; places are shared between these.
+    sharer: str  # The request that it belongs to; places are shared fairly between sharers.
     key: str
     task: DecodeTask
     structure: Structure
@@ -169,13 +169,16 @@ class PreprocessPool:
             metrics.DECODES_ENDED.labels(why="timeout").inc()
             return InvalidMedia(
                 f"decoding this picture took longer than {self.decode_timeout_s:g} s and was "
-                "ended; send a smaller one, a JPEG as baseline",
+                "ended; send a smaller picture, or a baseline JPEG instead of a progressive one",
                 code="decode_timeout",
             )
         metrics.DECODES_ENDED.labels(why="died").inc()
         log.error("decoding %s: %s", job.key, died)
         if not died.by_task:
-            return EngineFailure("the encoder could not start a process to decode in")
+            return EngineFailure(
+                "the encoder could not start a process to decode this picture; its log has the "
+                "details"
+            )
         self._record.add(job.key)
         return EngineFailure(
             "the process that decoded this picture ended, perhaps for lack of memory; send a "

@@ -63,8 +63,8 @@ class Pixels:
 
 
 class DecoderDied(Exception):
-    """The process ended before its task was done. ``by_task``: during the task, and not because it
-    was killed from here. ``out_of_time``: the task exceeded its limit of CPU time."""
+    """The process ended before its task was done. ``by_task``: it ended during the task, and this
+    process did not kill it. ``out_of_time``: the task exceeded its limit of CPU time."""
 
     def __init__(self, status: int, by_task: bool) -> None:
         super().__init__(f"the decoder process ended with status {status}")
@@ -84,9 +84,9 @@ def decode_and_cut(preprocess: Preprocessor, task: DecodeTask) -> Pixels:
 
 
 class DecoderProcess:
-    """Owns one process, which the first ``run`` starts; it does one task at a time, each in at most
-    ``timeout_s`` of CPU time. After DecoderDied, ``kill`` or ``close`` it cannot be used again.
-    """
+    """Owns one process, which the first ``run`` starts. It does one task at a time, each within
+    ``timeout_s`` seconds of CPU time. After DecoderDied, ``kill`` or ``close`` it cannot be used
+    again."""
 
     def __init__(self, preprocess: Preprocessor, timeout_s: float) -> None:
         self._preprocess = preprocess
@@ -102,7 +102,7 @@ class DecoderProcess:
         return None if self._process is None else self._process.pid
 
     def run(self, task: DecodeTask) -> Pixels:
-        """Blocks until the task is done. Raises what ``decode_and_cut`` raises; DecoderDied."""
+        """Blocks until the task is done. Raises DecoderDied and what ``decode_and_cut`` raises."""
         sent = False
         with self._busy:
             try:
@@ -126,7 +126,7 @@ class DecoderProcess:
                 self._process.kill()
 
     def close(self) -> int:
-        """Ends the process and waits for its end; its exit status."""
+        """Kills the process, waits for it and returns its exit status."""
         self.kill()
         with self._busy:
             if self._pipe is not None:
@@ -134,7 +134,7 @@ class DecoderProcess:
             return -signal.SIGKILL if self._process is None else self._process.wait()
 
     def _start(self) -> Connection:
-        """Returns when the process is ready for a task. Raises OSError, EOFError."""
+        """Starts the process; returns when it is ready for a task. Raises OSError, EOFError."""
         ours, theirs = socket.socketpair()
         arguments = theirs.fileno(), os.getpid(), self._timeout_s
         with theirs, self._lock:
@@ -158,7 +158,8 @@ class DecoderProcess:
 
 
 def _map(handle: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """The pixels in a file of shared memory, which exists as long as the array does."""
+    """The pixels in the shared memory of ``handle``, which stays mapped as long as the array lives.
+    Closes ``handle``."""
     try:
         memory = mmap.mmap(handle, 0)
     finally:

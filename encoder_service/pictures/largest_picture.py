@@ -14,7 +14,7 @@ ROUNDING_MARGIN = 1.05  # An aspect that was not tried may round to a few more p
 
 
 def largest_plan(layout: Layout, max_image_pixels: int) -> Plan:
-    """The plan with the most patches, over pictures of many aspects and the most pixels.
+    """The plan with the most patches, over pictures of ``max_image_pixels`` and many aspects.
 
     Raises StartupError if the family refuses them all.
     """
@@ -24,12 +24,15 @@ def largest_plan(layout: Layout, max_image_pixels: int) -> Plan:
         if plan is not None and (best is None or plan.num_patches > best.num_patches):
             best = plan
     if best is None:
-        raise StartupError("this checkpoint's processor settings admit no picture")
+        raise StartupError(
+            "this checkpoint's processor settings admit no picture; check its "
+            "preprocessor_config.json"
+        )
     return _small_source(layout, best)
 
 
 def _small_source(layout: Layout, plan: Plan) -> Plan:
-    """The same item from the smallest stored picture that makes it: it costs less to resize."""
+    """A plan of as many patches from the smallest stored picture, which costs less to resize."""
     while True:
         half = Structure(plan.format, max(plan.width // 2, 1), max(plan.height // 2, 1))
         try:
@@ -42,14 +45,16 @@ def _small_source(layout: Layout, plan: Plan) -> Plan:
 
 
 def permitted_patches(largest: Plan) -> int:
+    """The most patches of a picture, given the largest of those that were tried."""
     return math.ceil(largest.num_patches * ROUNDING_MARGIN)
 
 
 def shrink(layout: Layout, largest: Plan, patches: int) -> Plan:
     """A plan of at most about ``patches``, or the smallest that the family can make.
 
-    Shrinks the stored picture, and the family's bound on pixels where it has one: some families
-    enlarge what is small. For a family that resizes everything to one size, nothing changes.
+    Shrinks the stored picture, and the family's bound on pixels where it has one, since some
+    families enlarge small pictures. For a family that resizes everything to one size, the plan
+    stays as large.
     """
     pixels = largest.resized_width * largest.resized_height
     wanted = max(int(pixels * patches / largest.num_patches), 1)

@@ -169,7 +169,7 @@ def test_an_engine_of_another_checkpoint_is_refused(
     demo: Path, random_checkpoint: Callable[..., Path]
 ) -> None:
     other = random_checkpoint(Sidecar.read(demo).family)
-    refused(demo, f"of another checkpoint.*opticnerve engine build {other} --backend onnx", other)
+    refused(demo, f"from another checkpoint.*opticnerve engine build {other} --backend onnx", other)
 
 
 def test_an_engine_of_another_library_version_is_refused(copied: Path) -> None:
@@ -227,7 +227,7 @@ def test_buckets_that_no_picture_uses_or_that_the_tower_cannot_have_are_refused(
     rewrite(copied, buckets=(*held, Bucket(240, 1), Bucket(100_000, 4096)))
     refused(copied, r"buckets \[100000\], so their rows cannot be measured")
     rewrite(copied, buckets=(Bucket(63, 1), *held[1:]))
-    refused(copied, r"buckets of \[63, 96\] patches, its tower multiples of 4")
+    refused(copied, r"buckets of \[63, 96\] patches, its tower needs multiples of 4")
 
 
 def test_an_engine_of_other_probe_pixels_says_what_made_them(copied: Path) -> None:
@@ -299,7 +299,7 @@ def test_the_command_builds_inspects_and_checks(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--backend", "onnx", "--precision", "bf16"], "not in bfloat16"),
+        (["--backend", "onnx", "--precision", "bf16"], "does not compute in bfloat16"),
         (["--backend", "onnx", "--buckets", "4,96"], "would use buckets"),
         (["--backend", "onnx", "--compute-capability", "8.9"], "no compute capability"),
         (["--backend", "tensorrt_rtx"], "--compute-capability 8.9,12.0"),

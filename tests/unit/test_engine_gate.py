@@ -149,5 +149,5 @@ def test_recorded_rows_are_read_back(tmp_path: Path, rows: gate.Rows) -> None:
     assert read.keys() == rows.keys()
     assert all(torch.equal(read[name], rows[name]) for name in rows)
     (tmp_path / "rows").write_bytes(b"no rows")
-    with pytest.raises(UnusableEngine, match="build again"):
+    with pytest.raises(UnusableEngine, match="build the engine again"):
         gate.read_rows(tmp_path / "rows")
