@@ -35,7 +35,7 @@ class GenerateRequest:
     priority: int = 0
     cache_salt: str = ""
     outputs: tuple[ChoiceOutput, ...] = ()  # At most one per choice.
-    skip_prefix_cache: bool = False  # Neither read the prefix cache nor share with it.
+    skip_prefix_cache: bool = False  # Neither use cached blocks nor add any.
     share: str = ""  # Fair-queueing key; requests with equal keys are scheduled as one client.
     weight: float = 1.0  # Weight of ``share``, relative to other shares.
     # Arrival, in seconds of the engine's clock, which all processes of a machine share. 0: the time
