@@ -224,9 +224,7 @@ class Encoder:
                 "video and animation cannot be encoded yet; send still pictures"
             )
         if (request.overrides.background or 0) > WHITE:
-            raise InvalidRequest(
-                "the background must be a colour, 0x000000 to 0xFFFFFF", param="background"
-            )
+            raise InvalidRequest("the background must be from 0 to 0xFFFFFF", param="background")
         if request.num_bytes > self.settings.max_item_bytes:
             raise PayloadTooLarge(
                 f"the item has {request.num_bytes} bytes; this encoder takes up to "
