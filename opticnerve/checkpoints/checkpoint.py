@@ -1,8 +1,8 @@
-"""A checkpoint as every service opens it: configuration at once, weights by key on demand.
+"""A checkpoint as every service opens it: configuration at once, weights on demand.
 
-A checkpoint is the built-in demo, a directory, or a hub id. ``open`` downloads configuration,
-tokenizer and weight index of a hub checkpoint only; ``tensor_index(wanted)`` then downloads the
-shards that hold wanted keys, so that each side downloads its own. No torch here.
+A checkpoint is the built-in demo, a directory, or a hub id. For a hub checkpoint, ``open``
+downloads only configuration, tokenizer and weight index; ``tensor_index(wanted)`` then downloads
+the shards that hold wanted keys, so that each side downloads only its own. No torch here.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Checkpoint:
     """One published checkpoint directory. Make it with ``Checkpoint.open``."""
 
     path: Path
-    name: str  # What requests call it by default: the directory's name, or the hub id.
+    name: str  # Its default name in requests: the directory's name, or the hub id.
     side: Side
-    config: Mapping[str, Any]  # config.json as it stands; see text_config for nested and flat ones.
+    config: Mapping[str, Any]  # config.json as it is; text_config finds the nested part.
     processor_config: Mapping[str, Any]  # The image processor's settings; {} when there are none.
     generation_config: Mapping[str, Any]
-    revision: str | None = None  # The commit, where the hub's cache layout names it.
+    revision: str | None = None  # The commit; None outside of the hub's cache layout.
     hub_id: str | None = None
     download_dir: str | None = field(default=None, repr=False)
     _digests: Digests = field(default_factory=Digests, repr=False)
@@ -107,8 +107,8 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The type of weights that config.json names, as ``--dtype`` has it; "float32" where it
-        names none."""
+        """The weights' type in config.json, as a value of ``--dtype``; "float32" if it names
+        none."""
         named = (
             section.get(key)
             for section in (self.config, self.text_config)
@@ -120,9 +120,8 @@ class Checkpoint:
         """Raises CheckpointError for what would fail at load, before torch is imported or any
         process is started: a layout that is not served, weights that are missing or cut short.
 
-        Reads the header of every weight file, and downloads nothing. Weights of a hub checkpoint,
-        and shards in the hub's cache layout, of which each side may hold its own only, are checked
-        when they are loaded.
+        Reads the header of every weight file, and downloads nothing. In the hub's cache layout,
+        where each side may have only its own shards, weights are checked when they are loaded.
         """
         make_layout(self)
         if self.side == "llm":
@@ -135,8 +134,8 @@ class Checkpoint:
     def tensor_index(self, wanted: KeyFilter | None = None) -> dict[str, TensorEntry]:
         """Every tensor whose key ``wanted`` accepts (None: all), from the files' own headers.
 
-        Downloads the shards that hold them where they are missing. Raises CheckpointError for
-        weights that are missing, cut short, pickled only, or not where the index says.
+        Downloads missing shards of a hub checkpoint. Raises CheckpointError for weights that are
+        missing, cut short, only pickled, or not where the index says.
         """
         weight_map = self.weight_map
         if weight_map is None:
@@ -157,7 +156,7 @@ class Checkpoint:
 
     @cached_property
     def weight_map(self) -> dict[str, str] | None:
-        """Key -> shard file name; None for a checkpoint of one file. Raises CheckpointError."""
+        """Key -> shard's file name; None for a checkpoint of one file. Raises CheckpointError."""
         index = read_object(self.path / INDEX_FILE)
         if index is None:
             return None
@@ -176,8 +175,8 @@ class Checkpoint:
         return tuple(sorted(name for name in files if not (self.path / name).is_file()))
 
     def _ensure(self, files: Iterable[str]) -> None:
-        """Downloads ``files`` that are missing. Raises CheckpointError, which names those that
-        cannot be had."""
+        """Downloads those of ``files`` that are missing. Raises CheckpointError, which names those
+        that cannot be had."""
         missing = [name for name in files if not (self.path / name).is_file()]
         if missing and self.hub_id is not None:
             hub.download(self.hub_id, self.revision, self.download_dir, missing)
@@ -189,8 +188,8 @@ class Checkpoint:
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end an answer: those of generation_config.json, or otherwise of config.json,
-        and the tokenizer's. Raises CheckpointError for files that cannot be read."""
+        """The ids that end an answer: those of generation_config.json, or else of config.json, and
+        the tokenizer's. Raises CheckpointError for files that cannot be read."""
         ends = self.generation_config.get("eos_token_id", self.text_config.get("eos_token_id"))
         ids = ends if isinstance(ends, list) else [ends]
         found = [*ids, eos_token_id(self.path)]
@@ -202,13 +201,12 @@ class Checkpoint:
     def pair_id(self) -> str:
         """A digest that is the same for every worker of one checkpoint; 64 hex digits.
 
-        It covers configuration, processor settings and weights. For a checkpoint from the hub, or
-        a directory in the hub's cache layout, of which each side may hold its own shards only,
-        weights are identified by the commit; for any other directory by every tensor's key, type,
-        shape and bytes. A hub download and a plain copy of the same files therefore do not pair:
-        give all workers the same kind of source. Reads all weights unless their digests are
-        recorded (``opticnerve.checkpoints.digests``): call it off the event loop. Raises
-        CheckpointError when weights of a directory are missing.
+        It covers configuration, processor settings and weights. In the hub's cache layout, where
+        each side may have only its own shards, the commit identifies the weights; in any other
+        directory every tensor's key, type, shape and bytes. So a hub download and a plain copy of
+        the same files do not pair: give all workers the same kind of source. Reads all weights
+        unless their digests are recorded (``opticnerve.checkpoints.digests``), so call it off the
+        event loop. Raises CheckpointError if weights of a directory are missing.
         """
         weights = self.weights_digest() if self.revision is None else f"commit:{self.revision}"
         settings = (self.config, self.processor_config)
@@ -217,7 +215,7 @@ class Checkpoint:
         )
 
     def read_ahead(self) -> None:
-        """Begins to compute ``pair_id`` on a thread, while the weights are loaded."""
+        """Computes ``pair_id`` on a thread, in parallel with loading."""
 
         def read() -> None:
             with contextlib.suppress(CheckpointError):  # Raised again when the id is needed.
@@ -261,7 +259,7 @@ def _locate(
 
 
 def _image_processor(path: Path) -> dict[str, Any]:
-    """Image processor settings: in processor_config.json (newer), or in a file of their own."""
+    """Image processor settings, from processor_config.json (newer) or preprocessor_config.json."""
     nested = (read_object(path / "processor_config.json") or {}).get("image_processor")
     if isinstance(nested, dict):
         return nested

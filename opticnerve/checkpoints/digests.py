@@ -1,9 +1,9 @@
 """The SHA-256 of every tensor of a checkpoint, computed once and recorded for the next process.
 
-The record is ``RECORD`` beside the weights. Where that cannot be written, or the weights are links
-into the hub's cache, it is a file in the user's cache directory. It holds each file's size, times
-of modification and change, and inode; a file of which one of these differs is read again. A second
-process that needs the same digests waits for the first.
+The record is the file ``RECORD`` beside the weights, or, if that cannot be written or the weights
+are links into the hub's cache, a file in the user's cache directory. It holds each weight file's
+size, mtime, ctime and inode; a file for which one of these differs is read again. A second process
+that needs the same digests waits for the first.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ RECORD = ".opticnerve-digests.json"
 SCHEME = 1
 CHUNK_BYTES = 2**20
 MAX_THREADS = 8
-MIN_RECORDED_BYTES = 64 * 2**20  # Fewer are read faster than a record is worth.
-LOGGED_BYTES = 2**30  # The log mentions reading as many.
-SETTLED_S = 2.0  # A file changed more recently may change again within its time stamp's step.
+MIN_RECORDED_BYTES = 64 * 2**20  # Below, reading is as fast as a record.
+LOGGED_BYTES = 2**30  # From here on reading is logged.
+SETTLED_S = 2.0  # A file changed later may change again without a new time stamp.
 LOCK_TIMEOUT_S = 600.0  # For another process that reads the same weights.
 
 log = logging.getLogger(__name__)
 
-Record = dict[str, dict[str, Any]]  # By file name: its "identity", and "tensors" by key.
+Record = dict[str, dict[str, Any]]  # File name -> "identity", and "tensors": digests by key.
 
 
 class Digests:
@@ -67,7 +67,7 @@ def cache_directory() -> Path:
 
 
 def _find(entries: Mapping[str, TensorEntry]) -> dict[str, str]:
-    """Digests from the record; those that it lacks are computed and recorded."""
+    """Digests from the record; missing ones are computed and recorded."""
     if sum(entry.num_bytes for entry in entries.values()) < MIN_RECORDED_BYTES:
         return _read(entries)
     files = sorted({entry.file for entry in entries.values()})
@@ -88,7 +88,7 @@ def _find(entries: Mapping[str, TensorEntry]) -> dict[str, str]:
             if kept and _newest_change(files) < started - SETTLED_S:
                 fresh: dict[str, Any] = {"identity": identities[file.name], "tensors": {}}
                 record.setdefault(file.name, fresh)["tensors"].update(digests)
-                kept = _save(files, record)  # After each file, for a process that is ended.
+                kept = _save(files, record)  # After each file, in case the process ends.
     return known
 
 
@@ -106,7 +106,7 @@ def _newest_change(files: Iterable[Path]) -> float:
 
 
 def _read(entries: Mapping[str, TensorEntry]) -> dict[str, str]:
-    """Large tensors go first, so that threads end at about the same time."""
+    """Computes digests on threads, large tensors first, so that the threads end together."""
     keys = sorted(entries, key=lambda key: entries[key].num_bytes, reverse=True)
     size = sum(entry.num_bytes for entry in entries.values())
     logged = size >= LOGGED_BYTES
@@ -141,7 +141,7 @@ def _digest(entry: TensorEntry) -> str:
 
 
 def _identity(file: Path) -> str:
-    status = file.stat()  # Of the file itself where the hub's cache has a link.
+    status = file.stat()  # Follows links of the hub's cache.
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 
 
@@ -156,7 +156,7 @@ def _places(files: list[Path]) -> Iterator[Path]:
 
 
 def _load(files: list[Path], identities: Mapping[str, str]) -> Record:
-    """The records of files that have not changed. Ignores one that cannot be read."""
+    """The records of files that have not changed. Ignores records that cannot be read."""
     found: Record = {}
     for place in _places(files):
         with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -182,7 +182,7 @@ def _checked(content: Any) -> Record:
 
 
 def _save(files: list[Path], record: Record) -> bool:
-    """Writes the record; whether it could. Without it the next process reads the weights again."""
+    """Writes the record, and returns whether it could."""
     text = json.dumps({"scheme": SCHEME, "files": record})
     failure: OSError | None = None
     for place in _places(files):
@@ -191,19 +191,21 @@ def _save(files: list[Path], record: Record) -> bool:
             return True
         except OSError as error:
             failure = error
-    log.warning("the digests of the weights are not kept for the next start: %s", failure)
+    log.warning(
+        "cannot record the digests of the weights, so the next start reads them again: %s", failure
+    )
     return False
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Only one process of this machine reads the weights of ``directory`` at a time. Where they
-    cannot be locked, or the other one takes too long, both read."""
+    """Lets only one process of this machine read the weights of ``directory`` at a time. If there
+    can be no lock, or the other process takes too long, both read."""
     handle = -1
     try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         _lock(handle)
-    except OSError as error:  # A file system without such locks, say.
+    except OSError as error:  # Such as a file system without locks.
         log.debug("reading weights without a lock on their directory: %s", error)
     try:
         yield

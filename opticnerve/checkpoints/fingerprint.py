@@ -1,4 +1,4 @@
-"""Fingerprints: what a worker's results depend on, in 64 hex digits.
+"""Fingerprints: digests of what a worker's results depend on, 64 hex digits.
 
 An encoder's covers everything that decides a row: configuration, processor settings, every byte of
 the tower's and projector's tensors, output dtype, backend and precision.
@@ -26,9 +26,9 @@ SCHEME = "opticnerve-fingerprint-2"
 def encoder_fingerprint(
     checkpoint: Checkpoint, dtype: torch.dtype, backend: str, precision: str | None = None
 ) -> str:
-    """An encoder's. Encoders with equal fingerprints give equal rows, within rounding.
+    """An encoder's fingerprint. Encoders with equal ones give equal rows, within rounding.
 
-    ``dtype``: of the rows. ``precision``: the backend's, where it differs.
+    ``dtype``: the rows'. ``precision``: the backend's, if it differs.
     """
     settings = make_layout(checkpoint).settings()
     return hash_parts(
@@ -45,7 +45,7 @@ def encoder_fingerprint(
 
 
 def language_fingerprint(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
-    """An LLM worker's. Of the weights it covers what ``Checkpoint.pair_id`` covers."""
+    """An LLM worker's fingerprint. It covers the weights as ``Checkpoint.pair_id`` does."""
     config = _canonical(checkpoint.config)
     return hash_parts(SCHEME, "llm", config, checkpoint.pair_id, dtype_name(dtype))
 

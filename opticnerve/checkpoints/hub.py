@@ -1,4 +1,4 @@
-"""Downloads of checkpoints from the Hugging Face hub, and clear errors where they fail.
+"""Downloads checkpoints from the Hugging Face hub, with clear errors.
 
 The token is read from the environment by huggingface_hub (``HF_TOKEN``), as are its offline mode
 and its cache directory. huggingface_hub is imported on first use only: a local directory never
@@ -20,8 +20,8 @@ METADATA_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
 def download(
     repo_id: str, revision: str | None, download_dir: str | None, files: Sequence[str]
 ) -> Path:
-    """The local snapshot directory, holding at least those files of the repository that match
-    the patterns ``files``. Raises CheckpointError when the repository cannot be had."""
+    """The local snapshot directory, with at least the files of the repository that match the
+    patterns ``files``. Raises CheckpointError if the download fails."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -62,15 +62,16 @@ def _explain(repo_id: str, revision: str | None, error: Exception) -> str:
 
 
 def commit_of(snapshot: Path) -> str | None:
-    """The commit of a directory in the hub's cache layout (``.../snapshots/<commit>``)."""
+    """The commit of a directory in the hub's cache layout (``.../snapshots/<commit>``), else
+    None."""
     name = snapshot.name
     is_commit = len(name) == 40 and all(char in "0123456789abcdef" for char in name)
     return name if is_commit and snapshot.parent.name == "snapshots" else None
 
 
 def looks_like_hub_id(model: str) -> bool:
-    """Whether ``model`` can name a repository: ``owner/name``, not a path. A bare name is not taken
-    for one: it is more often a mistyped directory, which needs no look at the network."""
+    """Whether ``model`` can name a repository: ``owner/name``, not a path. A bare name cannot: it
+    is more often a mistyped directory, for which the hub need not be asked."""
     parts = model.split("/")
     return (
         len(parts) == 2

@@ -1,5 +1,5 @@
-"""A checkpoint's JSON files, the numbers in them and an image processor's settings of pixels, with
-one clear error for what is wrong."""
+"""Reads a checkpoint's JSON files, numbers in them and an image processor's pixel settings, with a
+clear CheckpointError for what is wrong."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PixelSettings:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> PixelSettings:
-        """From an image processor's settings, with Hugging Face's defaults. Raises
+        """Reads an image processor's settings, with Hugging Face's defaults. Raises
         CheckpointError."""
         if config.get("do_resize") is False:
             raise UnsupportedCheckpoint("the image processor has do_resize off; it must be on")
@@ -93,7 +93,8 @@ def token_id(config: Mapping[str, Any], name: str, default: int | None = None) -
 
 
 def number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    """A finite one."""
+    """``config[name]`` as a finite float; ``default`` when absent or null. Raises
+    CheckpointError."""
     value = config.get(name)
     if value is None:
         value = default

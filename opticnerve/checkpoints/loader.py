@@ -1,12 +1,12 @@
 """Loads one half of a checkpoint into a module, completely or not at all.
 
-``from_pretrained`` of a tower's or decoder's class on a whole checkpoint leaves dozens of weights
-random without an exception. Here a family declares the keys of each half and their names in its
-module; every parameter and buffer is then loaded, tied, recomputed, or reported in a
-CheckpointError.
+transformers' ``from_pretrained`` of a tower's or decoder's class on a whole checkpoint leaves
+dozens of weights random without an exception. Here a family declares the keys of each half and
+their names in its module; every parameter and buffer is then loaded, tied, recomputed, or reported
+in a CheckpointError.
 
-Tensors are copied one by one into memory of their own. No page of the other half is touched, and
-replacing or truncating the files later changes nothing.
+Tensors are read one by one into memory of their own, not mapped. No page of the other half is read,
+and replacing or truncating the files later changes nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Recompute = Callable[[nn.Module], torch.Tensor]
-"""Makes a buffer that no checkpoint holds. Its argument is the module that owns it, on meta."""
+"""Makes a buffer that no checkpoint holds. Its argument is the owning module, on the meta
+device."""
 
 DTYPES = {dtype_name(FLOATING[name]): FLOATING[name] for name in ("F32", "F16", "BF16")}
 MAX_LISTED = 6  # Keys in an error message.
@@ -52,14 +53,14 @@ def load_module(
     recomputed: Mapping[str, Recompute] | None = None,
     ignored: Sequence[str] = (),
 ) -> nn.Module:
-    """``make_module()`` with every weight from ``checkpoint``, in ``dtype`` on ``device``, as
-    ``--dtype`` and ``--device`` have them or torch's.
+    """``make_module()`` with every weight from ``checkpoint``. ``dtype`` and ``device`` are values
+    of ``--dtype`` and ``--device``, or torch's.
 
     ``key_map`` renames the keys of this half, see ``family.KeyMap``. ``tied`` maps a parameter to
-    the one that it shares where the checkpoint does not hold it. ``recomputed`` maps a
-    non-persistent buffer to the function that makes it, whose dtype it keeps. ``ignored``: patterns
-    (matched at the start) of keys of this half that the module does not use. The module is in eval
-    mode, without gradients.
+    the one that it shares if the checkpoint does not hold it. ``recomputed`` maps a non-persistent
+    buffer to the function that makes it; the buffer keeps the dtype of the result. ``ignored``:
+    patterns (matched at the start) of keys of this half that the module does not use. The module is
+    in eval mode, without gradients.
 
     Raises CheckpointError for weights that are missing, of another shape, not floating point,
     duplicated, without a place in the module, or left uninitialised; ConfigError.
@@ -87,9 +88,9 @@ def check_module(
     tied: Mapping[str, str] | None = None,
     ignored: Sequence[str] = (),
 ) -> HalfSize:
-    """What ``load_module`` would load, without reading or downloading a weight. Its tensors are
-    compared with the module's where all weight files are here, and otherwise those that an index
-    names, by their names. Raises what ``load_module`` raises.
+    """The size of what ``load_module`` would load, without reading or downloading weights. If all
+    weight files are here, their headers are compared with the module; otherwise the keys of the
+    index, if there is one. Raises what ``load_module`` raises.
     """
     module = _make_on_meta(make_module, checkpoint)
     if checkpoint.missing_weights:
@@ -101,13 +102,13 @@ def check_module(
 
 
 def _make_on_meta(make_module: Callable[[], nn.Module], checkpoint: Checkpoint) -> nn.Module:
-    """A module without memory. Raises CheckpointError for a configuration that describes none."""
+    """The module on the meta device. Raises CheckpointError if it cannot be made."""
     try:
         with torch.device("meta"):
             return make_module()
     except OpticNerveError:
         raise
-    except Exception as error:  # transformers' modules raise what their look-ups and sizes raise.
+    except Exception as error:  # transformers raises many kinds of errors for a wrong config.
         raise CheckpointError(
             f"{checkpoint.path / 'config.json'} describes a model that transformers cannot make: "
             f"{type(error).__name__}: {error}"
@@ -121,8 +122,8 @@ def _match(
     tied: Mapping[str, str] | None,
     ignored: Sequence[str],
 ) -> tuple[dict[TensorPlace, tuple[str, TensorEntry]], dict[str, str]]:
-    """The sources of the module's tensors, and of ``tied`` what they lack. Raises
-    CheckpointError unless these are all of the module's."""
+    """The sources of the module's tensors, and the part of ``tied`` that these lack. Raises
+    CheckpointError unless both together are all of the module's tensors."""
     sources = _sources(checkpoint, key_map, ignored)
     held = {place.name for place in sources}
     tied = {target: source for target, source in (tied or {}).items() if target not in held}
@@ -131,8 +132,8 @@ def _match(
 
 
 def rotary_buffers(module: str, kinds: Iterable[str | None] = (None,)) -> dict[str, Recompute]:
-    """``recomputed`` entries of a transformers rotary embedding at ``module``. ``kinds``: names of
-    its tables, for one that has several; None: it has one."""
+    """``recomputed`` entries for a transformers rotary embedding at ``module``. ``kinds``: the
+    names of its tables if it has several, else None."""
 
     def fresh(owner: nn.Module, name: str) -> torch.Tensor:
         with torch.device("cpu"):
@@ -158,7 +159,7 @@ def transformers_config(config_class: Any, checkpoint: Checkpoint) -> Any:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """A device from ``--device``. Raises ConfigError for one that does not exist."""
+    """The device for a value of ``--device``. Raises ConfigError if there is no such device."""
     if isinstance(device, torch.device):
         return device
     if device == "auto":
@@ -180,8 +181,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def resolve_dtype(
     dtype: str | torch.dtype, checkpoint: Checkpoint, device: torch.device
 ) -> torch.dtype:
-    """A dtype from ``--dtype``. "auto" is the checkpoint's (float32 if it names none), but float32
-    where ``device`` is a CPU without arithmetic in that type. Raises ConfigError."""
+    """The dtype for a value of ``--dtype``. "auto" is the checkpoint's (float32 if it names none),
+    or float32 if ``device`` is a CPU without arithmetic in that type. Raises ConfigError."""
     if isinstance(dtype, torch.dtype):
         return dtype
     automatic = dtype == "auto"
@@ -220,7 +221,8 @@ def _log_float32(dtype: str) -> None:
 def _sources(
     checkpoint: Checkpoint, key_map: KeyMap, ignored: Sequence[str]
 ) -> dict[TensorPlace, tuple[str, TensorEntry]]:
-    """(checkpoint key, entry) of every tensor of this half, by its place in the module."""
+    """Place in the module -> (checkpoint key, entry), for every tensor of this half. Raises
+    CheckpointError for two tensors in one place."""
     sources: dict[TensorPlace, tuple[str, TensorEntry]] = {}
     for key, entry in checkpoint.tensor_index(wanted(key_map, ignored)).items():
         place = TensorPlace.of(module_name(key_map, key))
@@ -282,8 +284,8 @@ def _check_index(
     key_map: KeyMap,
     tied: Mapping[str, str],
 ) -> None:
-    """Raises CheckpointError unless the keys of the checkpoint's index, if it has one, are those
-    of the module."""
+    """Raises CheckpointError unless the checkpoint's index, if it has one, names exactly the
+    module's tensors."""
     if checkpoint.weight_map is None:
         return
     names = {
@@ -307,7 +309,7 @@ def _read(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """Every tensor, read file by file into memory of its own."""
+    """Reads every tensor, file by file, into memory of its own."""
     expected = module.state_dict()
     dtypes = _dtypes(module, expected, dtype)
     by_file: dict[Path, list[tuple[TensorPlace, TensorEntry]]] = {}
@@ -331,7 +333,7 @@ def _read(
 
 
 def _dtypes(module: nn.Module, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype of each tensor: ``dtype``, but float32 where transformers' module insists on it."""
+    """The dtype of each tensor: ``dtype``, or float32 where transformers' module requires it."""
     kept: set[str] = set()
     for part in module.modules():
         kept.update(getattr(part, "_keep_in_fp32_modules_strict", None) or ())

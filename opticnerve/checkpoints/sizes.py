@@ -1,4 +1,4 @@
-"""How large each half of a checkpoint is, and a token's keys and values. Without torch."""
+"""The sizes of a checkpoint's halves, and of a token's keys and values. Without torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 @dataclass(frozen=True, slots=True)
 class HalfSize:
-    """The tensors of one half. ``elements``: None where only their names are known."""
+    """The number of tensors and elements of one half. ``elements``: None if only the tensors' names
+    are known."""
 
     tensors: int
     elements: int | None
@@ -31,13 +32,13 @@ class HalfSize:
         return cls(len(shapes), sum(map(math.prod, shapes)), "headers")
 
     def num_bytes(self, dtype: str) -> int | None:
-        """What the half takes once it is loaded in ``dtype``, as ``--dtype`` has it."""
+        """Bytes of the half once it is loaded in ``dtype``, a value of ``--dtype``."""
         return None if self.elements is None else self.elements * DTYPE_BYTES[dtype]
 
 
 def listed_size(checkpoint: Checkpoint, is_wanted: Callable[[str], bool]) -> HalfSize | None:
-    """The half whose keys ``is_wanted`` accepts, as the checkpoint's own files list it; None where
-    neither weights nor their index are here. Raises CheckpointError for damaged files."""
+    """The size of the half whose keys ``is_wanted`` accepts, from weight files or their index; None
+    if there is neither. Raises CheckpointError for damaged files."""
     if not checkpoint.missing_weights:
         return HalfSize.of_entries(checkpoint.tensor_index(is_wanted).values())
     if checkpoint.weight_map is None:
@@ -46,8 +47,8 @@ def listed_size(checkpoint: Checkpoint, is_wanted: Callable[[str], bool]) -> Hal
 
 
 def cache_bytes_per_token(text: Mapping[str, Any], dtype: str) -> int | None:
-    """Keys and values of one token in all layers, from a text model's configuration; None where
-    that leaves out a size, which the model's own class then knows."""
+    """Bytes of one token's keys and values in all layers, from a text model's configuration. None
+    if that leaves out a size, for which the model's class has a default."""
     try:
         heads = positive(text, "num_attention_heads")
         kv_heads = positive(text, "num_key_value_heads", heads)

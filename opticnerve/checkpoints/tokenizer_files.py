@@ -1,5 +1,5 @@
-"""What a checkpoint's files say of its special tokens, read without a tokenizer; and the ids of
-texts that every prompt has in common."""
+"""Special tokens from a checkpoint's files, read without a tokenizer; and ``encode_texts``, for the
+few texts that layouts need encoded."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 
 def read_tokenizer_config(path: Path) -> dict[str, Any]:
-    """tokenizer_config.json of the directory ``path``; where that lists no added tokens, with
-    special_tokens_map.json over it. Raises CheckpointError."""
+    """tokenizer_config.json of the directory ``path``; if it lists no added tokens,
+    special_tokens_map.json overrides it. Raises CheckpointError."""
     config = read_object(path / "tokenizer_config.json") or {}
     if "added_tokens_decoder" not in config:
         config.update(read_object(path / "special_tokens_map.json") or {})
@@ -25,7 +25,7 @@ def read_tokenizer_config(path: Path) -> dict[str, Any]:
 
 
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """``bos_token`` and its like, by name: what templates may use."""
+    """Name -> text of ``bos_token`` and the other named tokens, which templates may use."""
     extra = config.get("extra_special_tokens")
     entries = {**(extra if isinstance(extra, Mapping) else {}), **config}
     found: dict[str, str] = {}
@@ -55,15 +55,15 @@ def added_entries(source: str) -> list[Any]:
 
 
 def eos_token_id(path: Path) -> int | None:
-    """The id of the tokenizer's ``eos_token``; None where the files do not say. Raises
+    """The id of the tokenizer's ``eos_token``; None if the files do not say. Raises
     CheckpointError."""
     name = named_tokens(read_tokenizer_config(path)).get("eos_token")
     return None if name is None else added_token_id(path, name)
 
 
 def added_token_id(path: Path, text: str) -> int | None:
-    """The id of the added token that is spelled ``text``; None where the files do not say. Raises
-    CheckpointError."""
+    """The id of the added token that is spelled ``text``; None if the files have no such token.
+    Raises CheckpointError."""
     listed = read_tokenizer_config(path).get("added_tokens_decoder")
     for number, entry in listed.items() if isinstance(listed, dict) else ():
         if token_text(entry) == text and number.isdecimal():
@@ -79,10 +79,10 @@ def added_token_id(path: Path, text: str) -> int | None:
 
 
 def encode_texts(path: Path, texts: Sequence[str]) -> list[tuple[int, ...]]:
-    """The ids of each text, as tokenizer.json of the directory ``path`` encodes it, with nothing
-    added around it. Loads the tokenizer and drops it again: a second for a large vocabulary.
+    """The ids of each text by the tokenizer.json in the directory ``path``, without special tokens
+    around it. Loads the tokenizer and drops it again, which takes a second for a large vocabulary.
     Raises CheckpointError."""
-    from tokenizers import Tokenizer  # Here, because encoders and LLM workers do without.
+    from tokenizers import Tokenizer  # Not at the top: encoders and LLM workers do without.
 
     try:
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))

@@ -1,7 +1,8 @@
-"""One Generate call of an LLM worker: opened, fed with references, read to its end.
+"""One Generate call to an LLM worker: opens it, feeds it references, reads it to its end.
 
-Gateway and clients share it. References to embeddings travel in the Start message where they are
-known, as EmbeddingReady when they come, and again when the worker says EmbeddingNeeded.
+Used by the gateway and by clients. References to embeddings that are known travel in the Start
+message, others as EmbeddingReady once they are known; a reference is sent again when the worker
+asks with EmbeddingNeeded.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ StreamEvent = PromptPiece | Delta | Done
 
 log = logging.getLogger(__name__)
 
-# gRPC's details for a call that ended during a write: they hide the status that the worker sent.
+# gRPC's details for a call that ended during a write, in place of the worker's own status.
 HIDDEN_STATUS = "Internal error from Core"
 
 
@@ -44,12 +45,12 @@ class ReferenceSource(Protocol):
     """
 
     async def ready(self, key: str) -> EmbeddingRef:
-        """The reference to an item that has none in Start."""
+        """The reference to the rows of an item that had none in Start."""
         ...
 
     async def again(self, key: str, reason: str) -> EmbeddingRef:
-        """A new reference to rows that the worker did not find. ``reason``: a name of
-        NeededReason."""
+        """A new reference to rows that the worker did not find. ``reason``: a name of NeededReason,
+        without its prefix."""
         ...
 
 
@@ -57,12 +58,12 @@ class ReferenceSource(Protocol):
 class StreamPolicy:
     """How a caller retries, and how long it waits for a worker.
 
-    ``write_delays_s``: one attempt each. A worker that refuses Start while the caller still writes
-    has its status hidden by gRPC; the next attempt then holds back what follows Start for so long,
-    so that the refusal can be read. Once an event has come, no attempt follows.
-    ``max_reencodes``: how often one embedding is sent again after EmbeddingNeeded.
-    ``fail_grace_s``: how long a worker may take to fail a request whose embedding will not come;
-    then the call is cancelled.
+    ``write_delays_s``: an attempt for each. If a worker refuses Start while the caller still
+    writes, gRPC hides the status; the next attempt then waits this long after Start before it
+    writes more, so that the refusal can be read. There is no further attempt once an event has
+    come. ``max_reencodes``: how often one embedding is sent again after EmbeddingNeeded.
+    ``fail_grace_s``: how long a worker may take to fail a request whose embedding cannot be had,
+    before the call is cancelled.
     """
 
     write_delays_s: tuple[float, ...] = (0.0, 0.25)
@@ -84,13 +85,13 @@ class GenerateStream:
         metadata: Carrier = (),
     ) -> None:
         """``metadata``: sent with the call."""
-        self.delivered = False  # The worker's host has the request.
-        self.cached_tokens = 0  # Of the prompt; known from the first delta on.
-        self.prefilled: Timings | None = None  # Up to the first token; known like those.
+        self.delivered = False  # Whether Start was sent.
+        self.cached_tokens = 0  # Of the prompt; set before the first delta.
+        self.prefilled: Timings | None = None  # Up to the first token; set likewise.
         self._stub = stub
         self._start = start
         self._source = source
-        self._ends = time.monotonic() + timeout_s  # Of all attempts.
+        self._ends = time.monotonic() + timeout_s  # When the time of all attempts is up.
         self._policy = policy
         self._metadata = metadata
 
@@ -160,12 +161,12 @@ class _Feeder:
         self._source = source
         self._fail_grace_s = fail_grace_s
         self._writing = asyncio.Lock()
-        self._looking: set[str] = set()  # Keys whose references the source is asked for.
+        self._looking: set[str] = set()  # Keys that the source is looking up.
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, start: pb.Start, delay_s: float) -> bool:
-        """Writes Start, and starts to feed the items that have no reference in it. False if the
-        call had ended by then: the reading side raises why."""
+        """Writes Start, and begins to feed the items that have no reference in it. Returns False if
+        the call had ended before; the reading side then raises the reason."""
         delivered = False
         with contextlib.suppress(asyncio.InvalidStateError):
             await self._call.write(pb.GenerateIn(start=start))
@@ -176,7 +177,7 @@ class _Feeder:
         return delivered
 
     def answer(self, message: pb.EmbeddingNeeded) -> None:
-        """Answers EmbeddingNeeded, except for keys that the source is being asked for."""
+        """Answers EmbeddingNeeded, except for keys that the source is already looking up."""
         reason = pb.NeededReason.Name(message.reason).removeprefix("NEEDED_REASON_")
         for key in message.keys:
             self._feed(key, lambda key: self._source.again(key, reason))
@@ -216,7 +217,7 @@ class _Feeder:
         self._call.cancel()
 
     async def _write(self, message: pb.GenerateIn) -> None:
-        """Writes to a call that may have ended: then the reading side raises why."""
+        """Writes to a call that may have ended; the reading side then raises the reason."""
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
             async with self._writing:
                 await self._call.write(message)

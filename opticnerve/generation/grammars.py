@@ -1,8 +1,8 @@
-"""Grammars of structured output: what the gateway checks and LLM workers obey.
+"""Grammars of structured output, which the gateway checks and LLM workers apply.
 
-A grammar is a text in llguidance's dialect of Lark, which holds JSON schemas (``%json``) and
-regular expressions too. Compiling one, and each of its steps, is bounded by LIMITS, the same in
-gateway and workers.
+A grammar is a text in llguidance's dialect of Lark, which can also hold JSON schemas (``%json``)
+and regular expressions. LIMITS bound its compilation and each step, in the gateway and in workers
+alike.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from opticnerve.errors import InvalidRequest, UnsupportedFeature
 from opticnerve.telemetry.logs import printable
 
 MAX_REASON = 300  # Characters of the library's reason that an error repeats.
-STACK_BYTES = 2**28  # Of a compiling thread; compiling recurses along references.
+STACK_BYTES = 2**28  # Of a compiling thread: compilation recurses along references.
 
 LIMITS = LLParserLimits(
     initial_lexer_fuel=300_000,
     step_lexer_fuel=200_000,
     step_max_items=50_000,
-    max_items_in_row=500,  # A token of an ambiguous grammar takes the cube of it: 4 ms.
-    max_lexer_states=20_000,  # Of a kilobyte or two each.
+    max_items_in_row=500,  # An ambiguous grammar's token takes time with its cube: 4 ms.
+    max_lexer_states=20_000,  # Each takes 1 to 2 KB.
     max_grammar_size=200_000,
     precompute_large_lexemes=False,
     verbose_errors=False,
 )
 
 _STARTING = threading.Lock()
-_EXCERPT = re.compile(r"^ *(\d+ \|.*|\^+|at \d+\(\d+\): )$", re.MULTILINE)  # Of the grammar.
+_EXCERPT = re.compile(r"^ *(\d+ \|.*|\^+|at \d+\(\d+\): )$", re.MULTILINE)  # Quotes of the grammar.
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A compiled grammar. ``matcher`` is at its start; each output has a copy of it."""
+    """A compiled grammar. ``matcher`` is in its initial state; each output gets a copy of it."""
 
     matcher: LLMatcher
     vocabulary: LLTokenizer
@@ -47,10 +47,10 @@ class Grammar:
 def load_vocabulary(
     path: Path, eos_token_ids: Iterable[int] = (), vocab_size: int | None = None
 ) -> LLTokenizer:
-    """The vocabulary of the checkpoint in ``path``, which takes about a second for a large one.
+    """The vocabulary of the checkpoint in ``path``; a large one takes about a second.
 
-    ``vocab_size``: of the model, which may have more ids than its tokenizer. Raises
-    UnsupportedFeature if there is no tokenizer.json, or of a kind that the library cannot read.
+    ``vocab_size``: the model's, which may have more ids than its tokenizer. Raises
+    UnsupportedFeature if tokenizer.json is missing, or of a kind that the library cannot read.
     """
     try:
         source = (path / "tokenizer.json").read_text(encoding="utf-8")
@@ -63,8 +63,8 @@ def load_vocabulary(
 
 
 def compile_grammar(grammar: str, vocabulary: LLTokenizer, param: str = "grammar") -> Grammar:
-    """Blocks, without the GIL. Raises InvalidRequest with the library's reason; ``param``: the
-    request's field."""
+    """Compiles ``grammar``; blocks, but releases the GIL. Raises InvalidRequest with the library's
+    reason, on the request's field ``param``."""
     made: list[LLMatcher] = []
 
     def make() -> None:
@@ -84,7 +84,7 @@ def compile_grammar(grammar: str, vocabulary: LLTokenizer, param: str = "grammar
 
 
 def grammar_error(reason: str, param: str = "grammar") -> InvalidRequest:
-    """The error of a grammar that cannot be compiled, or not be obeyed any further."""
+    """The error for a grammar that cannot be compiled, or cannot be applied any further."""
     lines = _EXCERPT.sub("", reason.replace("<non-verbose/>", "")).split()
     said = " ".join(lines)
     if said.startswith("panic") or not said:

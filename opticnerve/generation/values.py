@@ -2,7 +2,7 @@
 
 Knows no transport and no tensors; ``opticnerve.rpc.convert`` turns these values into the messages
 of ``llm.proto`` and back. Everything here is frozen and can be pickled. Numbers and token ids that
-no message can carry are refused here, by the field's name.
+no message can carry are refused here, with the field's name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UINT64 = 2**64 - 1
 MAX_BIAS = 1e30  # Dividing it by any temperature stays within fp32.
 MAX_CHOICES = 128
 MAX_GRAMMAR_BYTES = 2**20
-MIN_WEIGHT, MAX_WEIGHT = 0.01, 1000.0  # Of a key's share of the workers, relative to others'.
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 1000.0  # Of an API key's share of the workers.
 
 
 # ---- checks
@@ -58,7 +58,7 @@ def check_number(
 
 
 def read_token_ids(name: str, ids: object) -> tuple[int, ...]:
-    """Token ids of any sequence or array of one dimension.
+    """The token ids in any sequence or one-dimensional array.
 
     Raises InvalidRequest unless all are integers that a message can carry, and for a single
     integer, text, bytes and mappings, which are not sequences of token ids.
@@ -129,8 +129,8 @@ def _optional(check: Callable[[str, Any], object]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Everything that decides a token; neutral defaults. ``SamplingParams`` in ``llm.proto`` says
-    what each field means.
+    """Everything that decides which token is sampled; the defaults are neutral. ``SamplingParams``
+    in ``llm.proto`` says what each field means.
 
     ``eos_token_ids``: the ids that end an answer; None: those of the worker's checkpoint, which
     ``LLMClient`` asks the worker for; (): none. Raises InvalidRequest for a value out of its range,
@@ -176,10 +176,10 @@ _CHECKS = tuple(
 
 @dataclass(frozen=True, slots=True)
 class ChoiceOutput:
-    """What was already sent of one choice of a generation that goes on elsewhere.
+    """What a client already has of one choice, when a generation is resumed on another worker.
 
     It counts as output and is not sent again. ``finished``: the choice has ended, or nobody wants
-    more of it; nothing more is written.
+    more of it; no more is generated.
     """
 
     choice: int
@@ -194,7 +194,7 @@ class FinishReason(StrEnum):
 
 
 class Logprob(NamedTuple):
-    """A tuple, because an answer may hold twenty of them a token."""
+    """A NamedTuple for its size: an answer may hold twenty for each token."""
 
     token_id: int
     logprob: float  # Natural log of the probability under the raw logits.
@@ -205,8 +205,8 @@ class Logprob(NamedTuple):
 class PositionLogprobs:
     """Log-probabilities at one position.
 
-    ``sampled``: of the token that stands there; None where there is no prediction (the first
-    prompt token, or a placeholder). ``top``: the k best, best first.
+    ``sampled``: that of the token at this position; None where there is no prediction (the first
+    prompt token, or a placeholder). ``top``: the k most likely, best first.
     """
 
     sampled: Logprob | None = None
@@ -223,7 +223,7 @@ class PromptPiece:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New tokens of one choice, in order and never twice, the one that ended it included.
+    """New tokens of one choice, in order and never twice, including the one that ended it.
 
     ``first_index``: output position of ``token_ids[0]``. ``finish_reason`` is set on the choice's
     last delta, which may have no tokens; ``stop_token_id`` with STOP, unless a grammar ended it.
@@ -232,7 +232,7 @@ class Delta:
     choice: int
     first_index: int
     token_ids: tuple[int, ...]
-    logprobs: tuple[PositionLogprobs, ...] = ()  # As many as token_ids, or none.
+    logprobs: tuple[PositionLogprobs, ...] = ()  # One for each token, or none at all.
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
 
@@ -247,8 +247,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Milliseconds by stage, as the worker measured them; ``preemptions``: how often a choice gave
-    its KV blocks up and was computed again."""
+    """Milliseconds by stage, measured by the worker. ``preemptions``: how often a choice gave up
+    its KV blocks and was computed again."""
 
     queue_ms: float = 0.0
     embedding_wait_ms: float = 0.0
@@ -293,14 +293,14 @@ class Generation:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Of the first choice."""
+        """The first choice's."""
         return self.choices[0].token_ids
 
 
 def whole_answer(
     deltas: list[Delta], usage: Usage, prompt: tuple[PositionLogprobs, ...]
 ) -> Generation:
-    """The whole answer that a stream's deltas make."""
+    """Puts the deltas of a stream together to a whole answer."""
     by_choice: dict[int, list[Delta]] = {}
     for delta in deltas:
         by_choice.setdefault(delta.choice, []).append(delta)

@@ -1,8 +1,8 @@
-"""A server interceptor for every call: typed errors, a line in the log; and the base class of
-servicers, which refuses calls while the worker loads.
+"""The interceptor around every call of a server, which sends typed errors and writes a log line;
+and the base class of servicers, which refuses calls while the worker loads.
 
-Exceptions are sent as status and details (``opticnerve.rpc.errors``). Bytes that do not parse are
-an InvalidRequest; gRPC alone would answer UNKNOWN and log a traceback. A response that cannot be
+Exceptions are sent as status and details (``opticnerve.rpc.errors``). A message that does not parse
+is an InvalidRequest; gRPC alone would answer UNKNOWN and log a traceback. A response that cannot be
 sent, because the caller has disconnected, cancels the call.
 """
 
@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 # Frequent calls, or parts of another request: successful ones are logged at DEBUG.
 QUIET = frozenset({"Check", "List", "Watch", "Describe", "Fetch", "ServerReflectionInfo"})
 CUT = "cut by its caller"
-FINISHED = "finished"  # Value of ``ended`` for a call that was complete when its caller left.
+FINISHED = "finished"  # ``ended`` of a call that was complete when its caller left.
 
-UNPARSABLE = object()  # A message that does not parse.
+UNPARSABLE = object()  # Stands for a message that does not parse.
 
 L = TypeVar("L")  # What a worker loads.
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -86,8 +86,8 @@ class Calls(grpc.aio.ServerInterceptor):
         return call
 
     def _traced(self, method: str, context: Context) -> AbstractContextManager[object]:
-        """The call's span, part of its caller's trace. Calls that are parts of others, or frequent,
-        have none without a caller's."""
+        """The call's span, part of its caller's trace. QUIET calls have a span only within a
+        caller's trace."""
         carried = context.invocation_metadata() or ()
         return traces.serving(method, carried, alone=method not in QUIET)
 
@@ -105,7 +105,7 @@ class Calls(grpc.aio.ServerInterceptor):
             traces.current().set(request_id=logs.request_id.get())
             status = "OK" if error is None else STATUS_BY_NUMBER[error.grpc_status].name
             quiet = method in QUIET and not isinstance(error, InvalidRequest)
-            # Gateways call every second, also while a worker loads.
+            # Gateways call Describe every second, also while a worker loads.
             expected = method == "Describe" and isinstance(error, Unavailable)
             if error is not None and not expected:
                 metrics.count_error(method, error)
@@ -123,7 +123,7 @@ class Calls(grpc.aio.ServerInterceptor):
 
 
 async def _write_all(behavior: Behavior, request: Any, context: Context) -> None:
-    """Writes the messages of a generator to its call."""
+    """Writes the messages of a generator method to its call."""
     async with contextlib.aclosing(behavior(request, context)) as messages:
         async for message in messages:
             await context.write(message)
@@ -143,7 +143,8 @@ def _lenient(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], An
 
 
 def _parsed(request: Any) -> Any:
-    """The caller's message, or its messages. Raises InvalidRequest for one that does not parse."""
+    """The caller's message, or the stream of its messages. Raises InvalidRequest for a message that
+    does not parse."""
     if request is UNPARSABLE:
         raise InvalidRequest(
             "the message does not parse as this method's request; caller and service must be of "
@@ -153,7 +154,8 @@ def _parsed(request: Any) -> Any:
 
 
 class _Messages:
-    """A caller's messages. Unlike a generator's, a wait for the next one can be cancelled."""
+    """A caller's messages. Not a generator, because here a cancelled wait for the next message does
+    not end the stream."""
 
     def __init__(self, messages: AsyncIterable[Any]) -> None:
         self._messages = messages

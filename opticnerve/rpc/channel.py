@@ -22,7 +22,7 @@ CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", 8 * 2**20),
     ("grpc.keepalive_time_ms", 10_000),  # Detects a peer that vanished without a FIN.
     ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),  # Keepalive also waits for this, by default a minute.
+    ("grpc.http2.ping_timeout_ms", 5_000),  # Keepalive waits for this too; a minute by default.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.use_local_subchannel_pool", 1),
@@ -73,7 +73,7 @@ async def is_instance(channel: grpc.aio.Channel, instance_id: str, timeout_s: fl
 async def _check(
     channel: grpc.aio.Channel, service: str, timeout_s: float
 ) -> health_pb2.HealthCheckResponse:
-    stub: Any = health_pb2_grpc.HealthStub(channel)  # Its types are those of blocking calls.
+    stub: Any = health_pb2_grpc.HealthStub(channel)  # Typed for blocking calls only.
     request = health_pb2.HealthCheckRequest(service=service)
     return cast(health_pb2.HealthCheckResponse, await stub.Check(request, timeout=timeout_s))
 
@@ -87,7 +87,7 @@ class EncodeItem:
     plan: Plan
     overrides: Overrides
     data: bytes = field(repr=False)
-    lost: bool = False  # An LLM worker found no usable rows at the referenced location.
+    lost: bool = False  # Whether an LLM worker found no usable rows at the reference.
     cache_salt: str = ""  # Part of the key.
 
 

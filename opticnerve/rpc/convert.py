@@ -1,7 +1,7 @@
 """Converts values of media, embeddings and generation to messages and back.
 
-A message's fields have the names of its class's fields, so most conversions are by name: a field
-that is added to both is converted without further code.
+Messages and classes name their fields alike, so most conversions are by name: a field that is added
+to both is converted without further code.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from opticnerve.media.plan import Grid, Modality, Overrides, Plan, Span, SpanAtt
 from opticnerve.pb import embedding_pb2 as pb
 from opticnerve.pb import llm_pb2
 
-PIECE_BYTES = 2**20  # Deltas in one message; deltas for a slow reader are merged.
-PROMPT_PIECE_BYTES = 2**14  # Log-probabilities of a prompt in one message; making more takes long.
+PIECE_BYTES = 2**20  # Deltas in one message; those for a slow reader are merged.
+PROMPT_PIECE_BYTES = 2**14  # Prompt log-probabilities in one message; more take long to make.
 LOGPROB_BYTES = 14  # One log-probability in a message.
 
 E = TypeVar("E", bound=Enum)
 
 
 def _numbers(values: type[E], enum: Any, prefix: str) -> tuple[dict[E, Any], dict[int, E]]:
-    """The numbers in messages of an enum's values, and the values by number."""
+    """(value -> number in messages, number -> value) of an enum."""
     numbers = {each: enum.Value(prefix + each.name) for each in values}
     return numbers, {number: each for each, number in numbers.items()}
 
@@ -55,7 +55,7 @@ _OPTIONAL = {each.name for each in llm_pb2.SamplingParams.DESCRIPTOR.fields if e
 
 
 def field_values(source: Any, message: type[Message]) -> dict[str, Any]:
-    """Attributes of ``source``, a value or a message, that are named like the message's fields."""
+    """The attributes of ``source``, a value or a message, for each field of ``message``."""
     return {name: getattr(source, name) for name in _names(message.DESCRIPTOR)}
 
 
@@ -161,7 +161,7 @@ def ref_from_pb(message: pb.EmbeddingRef) -> EmbeddingRef:
 
 
 def store_state_to_pb(state: StoreState, seal: Seal | None) -> pb.StoreState:
-    """``seal`` signs values that leave the machine."""
+    """``seal``: the worker's, whose id the message names."""
     key_id = "" if seal is None else seal.id
     return pb.StoreState(kind=state.kind, reachable=state.reachable, key_id=key_id)
 
@@ -184,7 +184,7 @@ def sampling_to_pb(sampling: Sampling) -> llm_pb2.SamplingParams:
 
 
 def sampling_from_pb(message: llm_pb2.SamplingParams) -> Sampling:
-    """Zeros that mean "off" become neutral values. Raises InvalidRequest for a value out of its
+    """Zeros that mean "off" become neutral values. Raises InvalidRequest for a value out of
     range."""
     values: dict[str, Any] = {}
     for each in fields(Sampling):

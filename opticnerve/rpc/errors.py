@@ -18,7 +18,7 @@ from opticnerve.pb import embedding_pb2, llm_pb2
 from opticnerve.telemetry.logs import failed
 
 METADATA_KEY = "opticnerve-error-bin"
-MAX_MESSAGE = 1000  # Characters. Metadata that are too large end a call without any status.
+MAX_MESSAGE = 1000  # Characters. gRPC ends a call with too large metadata without any status.
 
 STATUS_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -62,7 +62,7 @@ def from_detail(detail: embedding_pb2.ErrorDetail) -> OpticNerveError:
 
 
 def from_failure(message: llm_pb2.EmbeddingFailed) -> OpticNerveError:
-    """The error that a caller reports for an item that it could not get."""
+    """The error that a caller reports for an item whose embedding it could not get."""
     if message.HasField("detail"):
         return from_detail(message.detail)
     status = STATUS_BY_NUMBER.get(message.status, grpc.StatusCode.UNKNOWN)
@@ -91,7 +91,8 @@ def typed_errors() -> Iterator[None]:
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
-    """Ends a call with ``error``; any but an OpticNerveError is logged and shown as internal."""
+    """Ends a call with ``error``. Other exceptions than OpticNerveError are logged, and shown as an
+    internal error."""
     cause = None if isinstance(error, OpticNerveError) else error
     if not isinstance(error, OpticNerveError):
         error = OpticNerveError("internal error; the service's log has the details")

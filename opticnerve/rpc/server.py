@@ -1,12 +1,12 @@
 """A gRPC server's life: start, load, serve, drain, close. The same for encoders and LLM workers.
 
-Every call but the health check's carries the token of ``--rpc-token-file``, where there is one.
-With ``--tls-certificate`` the port speaks TLS alone, health and reflection included.
-Health (``grpc.health.v1``) is NOT_SERVING until ``ready()`` and again while draining. SIGTERM and
-SIGINT drain: health goes NOT_SERVING, new calls are refused, running calls get ``drain_timeout_s``
-and then end with Unavailable; a second signal ends them now (``opticnerve.process``). Before
-``ready()`` there is nothing to drain: what was opened is closed, and the process ends. A worker is
-in the registry from its start until it is drained (``opticnerve.registry``), where it has one.
+With ``--rpc-token-file``, every call except health checks must carry the token. With
+``--tls-certificate`` the port speaks only TLS, also for health and reflection. Health
+(``grpc.health.v1``) is NOT_SERVING until ``ready()`` and again while draining. SIGTERM and SIGINT
+drain: health goes NOT_SERVING, new calls are refused, running calls get ``drain_timeout_s`` and
+then end with Unavailable; a second signal ends them now (``opticnerve.process``). Before
+``ready()`` there is nothing to drain: what was opened is closed, and the process ends. A worker
+with a registry (``opticnerve.registry``) is listed there from its start until it is drained.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ SERVER_OPTIONS = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 ]
 
-# A call that is cancelled before its handler has begun leaves a traceback in gRPC's log: a start
-# that fails while health is being checked waits for such calls, at most this long.
+# The longest that a failed start waits for health checks under way: cancelling a call before its
+# handler has begun leaves a traceback in gRPC's log.
 CLOSE_GRACE_S = 0.5
 
 
@@ -73,15 +73,15 @@ class Server:
         self.config = config
         self.service = service
         token = load_token(config.rpc_token_file)
-        guards = () if token is None else (TokenGuard(token),)  # First: no line for refused calls.
+        guards = () if token is None else (TokenGuard(token),)  # First: refusals write no line.
         self._tls = _tls_files(config)
         self._calls = Calls()
         self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[*guards, self._calls])
-        self.instance_id = secrets.token_hex(16)  # Tells this process from any other.
+        self.instance_id = secrets.token_hex(16)  # Unique to this process.
         self.port = 0
         self.status = 0  # The process's exit status.
         self.state: State = "starting"
-        self.on_state: Callable[[], object] = lambda: None  # Called when it has changed.
+        self.on_state: Callable[[], object] = lambda: None  # Called when ``state`` has changed.
         self.running = Running("the worker", log, config.drain_timeout_s)
         self.running.on_cut = self._end_calls
         self._health = health_aio.HealthServicer()
@@ -92,7 +92,7 @@ class Server:
 
     @property
     def address(self) -> str:
-        """host:port at which others reach this service."""
+        """host:port at which other services reach this one."""
         if self.config.advertise:
             return self.config.advertise
         host = self.config.host
@@ -147,14 +147,15 @@ class Server:
             )
         if addresses.is_wildcard(host) and not self.config.advertise:
             log.warning(
-                "listening on every interface, and known to others as %s, where only this machine "
-                "reaches it; where others are to, set --advertise HOST:PORT, such as %s",
+                "listening on every interface, but advertised as %s, which only this machine can "
+                "reach; for callers on other machines set --advertise HOST:PORT, such as %s",
                 self.address,
                 addresses.host_port(socket.gethostname(), self.port),
             )
 
     async def ready(self) -> None:
-        """Weights are loaded and warm: SERVING. From here on a signal drains."""
+        """To be called once weights are loaded and warm. Health becomes SERVING, and from now on a
+        signal drains."""
         self._starting = None
         if not self.running.draining:
             self._set_state("serving")
@@ -162,8 +163,9 @@ class Server:
         log.info("ready at %s", self.address)
 
     async def give_up(self) -> None:
-        """The service cannot work any more (its device is lost, say): NOT_SERVING, and exit status
-        1, upon which a supervisor starts it again."""
+        """To be called when the service cannot work any more, such as when its device is lost.
+        Health becomes NOT_SERVING, and the process exits with status 1, upon which a supervisor
+        restarts it."""
         self.status = 1
         await self._set_health(serving=False)
         self.running.stop()
@@ -217,8 +219,8 @@ async def serving(
 ) -> AsyncIterator[S]:
     """The servicer of a worker that is loaded and SERVING; everything is closed at the end.
 
-    ``register`` adds the servicer to the server, whose calls it answers while ``load`` runs.
-    ``load`` gives ``loaded`` to the servicer, and what has to be closed to the stack. Raises
+    ``register`` adds the servicer to the server; it answers calls already while ``load`` runs.
+    ``load`` sets the servicer's ``loaded``, and enters what has to be closed on the stack. Raises
     StartupError.
     """
     registry = _registry(settings)
@@ -243,7 +245,7 @@ def _registry(settings: EncoderConfig | LLMConfig) -> Registry | None:
 
 
 def _entry(servicer: WorkerServicer[Any]) -> WorkerEntry:
-    """What the registry is told of a worker now."""
+    """The worker's present entry in the registry."""
     server = servicer.server
     entry = WorkerEntry(
         instance_id=server.instance_id,

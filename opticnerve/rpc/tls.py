@@ -1,6 +1,6 @@
 """TLS on gRPC: the credentials of servers, and channels that follow their certificates' files.
 
-A server looks at its files at each new connection, a channel at each call. Calls that run keep the
+A server checks its files at each new connection, a channel at each call. Running calls keep the
 connection that they began on.
 """
 
@@ -21,7 +21,8 @@ from opticnerve.config.shared import CallsConfig, CertificateConfig
 
 
 class ChannelTls:
-    """Whom channels trust, and how they prove who they are; shared by all channels of a process."""
+    """The authorities that channels trust, and the certificate that they present; shared by all
+    channels of a process."""
 
     def __init__(
         self,
@@ -39,13 +40,13 @@ class ChannelTls:
 
     @classmethod
     def of(cls, calls: CallsConfig, own: CertificateConfig) -> ChannelTls | None:
-        """As a service is configured; None without ``--tls-ca``. Raises ConfigError."""
+        """From a service's configuration; None without ``--tls-ca``. Raises ConfigError."""
         if calls.tls_ca is None:
             return None
         return cls(calls.tls_ca, own.tls_certificate, own.tls_key, calls.tls_server_name)
 
     def current(self) -> Pem:
-        """Another object only when the files have changed."""
+        """The files' contents; a new object only if they have changed."""
         return self._files.current()
 
     def connect(self, address: str, options: Sequence[Any], pem: Pem) -> grpc.aio.Channel:
@@ -54,7 +55,7 @@ class ChannelTls:
         return grpc.aio.secure_channel(address, _credentials(pem), options=all_options)
 
     def connect_blocking(self, address: str) -> grpc.Channel:
-        """A channel for code without an event loop, with the present certificates."""
+        """A channel for code without an event loop. It keeps the certificates of now."""
         return grpc.secure_channel(address, _credentials(self.current()), self._name_option())
 
     def _name_option(self) -> list[tuple[str, str]]:
@@ -66,10 +67,8 @@ def _credentials(pem: Pem) -> grpc.ChannelCredentials:
 
 
 class TlsChannel(grpc.aio.Channel):
-    """A channel whose calls begin on a connection with the certificates that the files hold then.
-
-    gRPC's own channels keep the certificates that they were opened with.
-    """
+    """A channel whose calls use the certificates that the files hold when the call begins. gRPC's
+    own channels keep the certificates that they were opened with."""
 
     def __init__(self, address: str, tls: ChannelTls, options: Sequence[Any]) -> None:
         self._open = partial(tls.connect, address, options)
@@ -154,8 +153,8 @@ async def _close(channel: grpc.aio.Channel) -> None:
 
 
 def server_credentials(files: PemFiles) -> grpc.ServerCredentials:
-    """Credentials with the certificate of ``files``, of which new connections get the newest. With
-    an authority, callers without a certificate that it signed are refused."""
+    """Credentials with the certificate of ``files``; new connections use the newest. With an
+    authority, callers without a certificate that it signed are refused."""
     given = files.current()
 
     def renewed() -> grpc.ServerCertificateConfiguration | None:
@@ -167,7 +166,7 @@ def server_credentials(files: PemFiles) -> grpc.ServerCredentials:
         given = newest
         return _configuration(newest)
 
-    renew = cast("Callable[[], grpc.ServerCertificateConfiguration]", renewed)  # None may be, too.
+    renew = cast("Callable[[], grpc.ServerCertificateConfiguration]", renewed)  # Or None.
     return grpc.dynamic_ssl_server_credentials(
         _configuration(given), renew, require_client_authentication=given.authority is not None
     )

@@ -1,8 +1,6 @@
-"""The token that calls between our processes carry (``--rpc-token-file``): channels send it, and
-servers require it, as ``authorization: Bearer TOKEN``. It is never logged.
-
-It authenticates callers and encrypts nothing.
-"""
+"""The token of calls between our processes (``--rpc-token-file``). Channels send it, and servers
+require it, as ``authorization: Bearer TOKEN``. It authenticates callers, encrypts nothing, and is
+never logged."""
 
 from __future__ import annotations
 
@@ -99,7 +97,7 @@ class TokenChannel(grpc.aio.Channel):
         return self._carrying(self._channel.stream_stream(*method, **kind))
 
     def _carrying(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """``method``, whose calls carry the token beside metadata of their own."""
+        """``method``, with the token added to the metadata of its calls."""
 
         def call(*args: Any, metadata: Iterable[tuple[str, str]] = (), **kwargs: Any) -> Any:
             return method(*args, metadata=(*self._metadata, *(metadata or ())), **kwargs)
@@ -121,8 +119,8 @@ def _refusal(carried: str) -> Handler:
     """A handler for any method. As a handler of streams it runs when the call begins, without
     waiting for a message."""
     error = Unauthenticated(
-        f"this process takes calls that carry the token of its --rpc-token-file, and this one "
-        f"carries {carried}; give the caller the same file",
+        f"this process takes only calls with the token of its --rpc-token-file, and this one has "
+        f"{carried}; give the caller the same file",
         code="invalid_rpc_token",
     )
 
