@@ -1,11 +1,11 @@
 """Named tensors to safetensors bytes and back, without copying them.
 
 The format is described in ``opticnerve.tensors.header``; tensors stand back to back in the header's
-order. A file from elsewhere is checked as a whole before any byte of it becomes a tensor. Every
-failure is an EmbeddingCorrupt, also one that no check foresaw (``reading``). Pickle is never read.
+order. A file from elsewhere is checked as a whole before any of it becomes a tensor. Every failure
+is an EmbeddingCorrupt, even one that no check foresaw (``reading``). Pickle is never read.
 
-What is written here is aligned to 64 bytes and carries ``opticnerve.sum`` in its metadata: the
-wrapping sum of the data read as 64-bit words (see ``checksum``), which ``verify`` compares.
+Files written here are aligned to 64 bytes and have ``opticnerve.sum`` in their metadata: the
+wrapping sum of the data as 64-bit words (see ``checksum``), which ``verify`` checks.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ALIGNMENT = 64  # Of the first tensor's bytes, and by their sizes often of the others'.
+ALIGNMENT = 64  # Of the first tensor's bytes; often, by their sizes, of all.
 MAX_HEADER_BYTES = 2**18
 MAX_TENSORS = 256
 MAX_DIMENSIONS = 8
-MAX_ELEMENTS = 2**48  # Of a shape whose zeros are ones: torch reckons strides without them.
+MAX_ELEMENTS = 2**48  # With zeros in a shape as ones: torch computes strides so.
 MAX_NAME = 64  # Characters of a tensor's name.
 SUM = "opticnerve.sum"  # Metadata key of the checksum.
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A checked header. ``offsets`` are of the tensors' first bytes, from the file's start."""
+    """A checked header. ``offsets``: of each tensor's first byte, from the file's start."""
 
     tensors: tuple[TensorSpec, ...]
     offsets: tuple[int, ...]
@@ -64,7 +64,7 @@ class Header:
 
 
 def as_tensor(value: Any) -> torch.Tensor:
-    """A tensor from anything that speaks DLPack, sharing its memory. Raises InvalidRequest."""
+    """A tensor from any object with DLPack, sharing its memory. Raises InvalidRequest."""
     if isinstance(value, torch.Tensor):
         return value
     if not hasattr(value, "__dlpack__"):
@@ -78,7 +78,7 @@ def as_tensor(value: Any) -> torch.Tensor:
 
 
 def specs_of(tensors: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
-    """What a reference says of ``tensors``, in their order. Raises InvalidRequest."""
+    """Specifications of ``tensors`` for a reference, in order. Raises InvalidRequest."""
     found = []
     for name, value in tensors.items():
         tensor = as_tensor(value)
@@ -92,10 +92,10 @@ def specs_of(tensors: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
 
 
 def encode(tensors: Mapping[str, Any], meta: Mapping[str, str]) -> list[memoryview]:
-    """A file as pieces to write one after the other: the header, then each tensor's own memory.
+    """A file as pieces to write one after the other: the header, then each tensor's memory.
 
-    Tensors on a device or not contiguous are copied once, others not at all. The pieces keep the
-    memory that they show alive. Raises InvalidRequest.
+    Tensors that are on a device or not contiguous are copied once, others not at all. The pieces
+    keep their memory alive. Raises InvalidRequest.
     """
     specs = specs_of(tensors)
     if not specs or len(specs) > MAX_TENSORS:
@@ -106,7 +106,7 @@ def encode(tensors: Mapping[str, Any], meta: Mapping[str, str]) -> list[memoryvi
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's bytes, uint8 [n], on the CPU; shares memory where it can."""
+    """A tensor's bytes, uint8 [n], on the CPU; shares memory if possible."""
     return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -115,7 +115,7 @@ def num_bytes(pieces: Sequence[memoryview]) -> int:
 
 
 def to_bytes(tensors: Mapping[str, Any], meta: Mapping[str, str]) -> bytes:
-    """A whole file in one piece: for the wire."""
+    """A whole file in one piece, for messages."""
     return b"".join(encode(tensors, meta))
 
 
@@ -139,9 +139,8 @@ def _header(specs: Sequence[TensorSpec], meta: Mapping[str, str]) -> bytes:
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """Around code that makes tensors of bytes from elsewhere: what it raises is EmbeddingCorrupt,
-    whatever torch or Python call it. An OSError is the machine's (no descriptors left), and passes.
-    """
+    """Surrounds code that makes tensors from foreign bytes: turns whatever torch or Python raise
+    into EmbeddingCorrupt. An OSError passes, since it is the machine's (no descriptors left)."""
     try:
         yield
     except (OpticNerveError, OSError):
@@ -156,8 +155,8 @@ def reading() -> Iterator[None]:
 def damage_is_a_miss(
     store: Store, key: str, report: Callable[[str], object] = lambda key: None
 ) -> Iterator[None]:
-    """Around reads of ``store``: what is damaged under ``key`` is deleted and reported, so that it
-    is made anew. An OSError, such as no memory to map it, is a miss, and no reason to delete it."""
+    """Surrounds a read of ``key`` from ``store``: a damaged entry is deleted and reported, so that
+    it is encoded again. An OSError, such as no memory to map it, is a miss that deletes nothing."""
     try:
         with reading():
             yield
@@ -184,16 +183,17 @@ def _damage() -> Iterator[None]:
 
 
 def header_span(start: bytes | memoryview) -> int:
-    """Bytes up to the first tensor's, from a file's first eight. Raises EmbeddingCorrupt."""
+    """The header's size, length field included, from a file's first eight bytes. Raises
+    EmbeddingCorrupt."""
     with _damage():
         return header_end(start, MAX_HEADER_BYTES)
 
 
 def header_of(start: bytes | memoryview, size: int) -> Header:
-    """Checks a file's header. ``start`` holds at least the header, ``size`` is the file's.
+    """Checks a file's header. ``start``: at least the header's bytes; ``size``: the file's.
 
     Raises EmbeddingCorrupt unless the tensors fill the file exactly, without overlap or gap, and
-    are such as embeddings have.
+    are possible in an embedding.
     """
     span = header_span(start)
     if span > size or span > len(start):
@@ -211,7 +211,7 @@ def header_of(start: bytes | memoryview, size: int) -> Header:
 
 
 def _spec(entry: HeaderEntry) -> TensorSpec:
-    """Raises EmbeddingCorrupt for a tensor that no embedding has."""
+    """Raises EmbeddingCorrupt for a tensor that no embedding can have."""
     name, shape = entry.name, entry.shape
     if len(name) > MAX_NAME or not (name.isascii() and name.isprintable()):
         raise EmbeddingCorrupt("a tensor of the embedding has no sensible name")
@@ -226,8 +226,8 @@ def _spec(entry: HeaderEntry) -> TensorSpec:
 def views(buffer: Any, header: Header) -> dict[str, torch.Tensor]:
     """The tensors in ``buffer`` (writable, the whole file), sharing its memory and keeping it.
 
-    A tensor that is not aligned to its elements, which no writer of ours makes, is copied.
-    Raises EmbeddingCorrupt where the buffer is not what the header was read of.
+    A tensor that is not aligned to its elements, which our writers never make, is copied. Raises
+    EmbeddingCorrupt if ``buffer`` does not belong to ``header``.
     """
     tensors = {}
     for spec, offset in zip(header.tensors, header.offsets, strict=True):
@@ -252,10 +252,10 @@ def from_bytes(data: bytes | memoryview) -> tuple[dict[str, torch.Tensor], Mappi
 
 
 def checksum(data: torch.Tensor) -> int:
-    """The wrapping sum of uint8 [n] read as little-endian 64-bit words, the tail as bytes.
+    """The wrapping sum of uint8 [n] as little-endian 64-bit words, the tail as bytes.
 
-    It reads memory at full speed, and finds bytes that were overwritten, not bytes that an
-    adversary chose: whoever can write to a tier is trusted anyway.
+    Computed at the speed of memory. It detects accidental overwrites, not those of an adversary:
+    whoever can write to a tier is trusted anyway.
     """
     words = data.numel() // 8 * 8
     total = 0
@@ -272,15 +272,15 @@ def _sum_text(data: Sequence[torch.Tensor]) -> str:
 
 
 def is_finite(tensors: Mapping[str, Any]) -> bool:
-    """Whether no value is NaN or infinite. In one pass: a NaN makes both extremes NaN."""
+    """Whether no value is NaN or infinite. One pass suffices: a NaN makes both extremes NaN."""
     filled = [tensor for tensor in map(as_tensor, tensors.values()) if tensor.numel()]
     return all(bool(torch.isfinite(torch.stack(torch.aminmax(one))).all()) for one in filled)
 
 
 @reading()
 def verify(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, str]) -> None:
-    """Raises EmbeddingCorrupt unless the data are what was written, by the metadata's sum where
-    there is one, and finite."""
+    """Raises EmbeddingCorrupt unless the data are finite, and are what was written, by the sum in
+    the metadata if there is one."""
     expected = meta.get(SUM)
     if expected is not None and expected != _sum_text([memory_of(t) for t in tensors.values()]):
         raise EmbeddingCorrupt("the embedding's data are not what was written")

@@ -1,10 +1,10 @@
-"""What is stored and pinned in a shared-memory tier, and what is evicted: accounting, no tensors.
+"""The accounts of a shared-memory tier: what is stored, pinned and evicted. No tensors.
 
 A tier's directory:
 
     id                      its random id: a symbolic link's target, for which a full tmpfs has room
     lock                    the one flock; its eight bytes say how many bytes are stored
-    owner                   a supervisor's, where it made the directory (see ``tier``)
+    owner                   a supervisor's, if it made the directory (see ``owned_directories``)
     <key>.safetensors       entries; modification time is recency
     holders/<random>/       what one open store holds, alive while it holds the lock on:
         alive
@@ -41,8 +41,8 @@ SUFFIX = ".safetensors"
 ALIVE = "alive"  # The lock of a holder.
 TEMPORARY = "tmp-"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LOCK_TIMEOUT_S = 10.0  # The lock is held for a scan of the directory at most.
-EXTRA_FRACTION = 1 / 16  # Of the capacity, evicted beyond need, so that not every put scans.
+LOCK_TIMEOUT_S = 10.0  # It is never held longer than a scan of the directory.
+EXTRA_FRACTION = 1 / 16  # Of the capacity, evicted in advance, so that not every put scans.
 
 log = logging.getLogger(__name__)
 
@@ -55,23 +55,23 @@ class Temporary:
 
     path: Path
     fd: int
-    num_bytes: int  # Counted in the ledger.
+    num_bytes: int  # As counted in the ledger.
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """The directory as it is."""
+    """What is in the directory now."""
 
     entries: list[tuple[int, int, str]]  # (recency in ns, bytes, key)
-    stored: int  # Bytes of entries and of what living holders are writing.
-    pins: dict[str, int]  # Bytes pinned, by key, of living holders.
+    stored: int  # Bytes of entries, and of files that living holders write.
+    pins: dict[str, int]  # Bytes pinned by living holders, by key.
 
 
 class Ledger:
     """One open store's part in a tier. Thread-safe.
 
-    ``capacity`` in bytes. ``shared_default``: the last to close removes the directory.
-    Raises StoreError when the directory cannot be had, or has gone.
+    ``capacity``: in bytes. ``shared_default``: the last store to close removes the directory.
+    Raises StoreError if the directory cannot be made or used, or has gone.
     """
 
     def __init__(self, directory: Path, capacity: int, *, shared_default: bool = False) -> None:
@@ -80,7 +80,7 @@ class Ledger:
         self.capacity = capacity
         self._shared_default = shared_default
         self._temporaries = itertools.count()
-        self._mutex = threading.Lock()  # Guards the two below; taken before the tier's lock.
+        self._mutex = threading.Lock()  # Guards the next two; taken before the tier's lock.
         self._pins: dict[str, int] = {}  # Leases of this store by key.
         self._closed = False
         self.id, self._holder, self._alive = self._enter()
@@ -91,7 +91,7 @@ class Ledger:
         return f"{self._prefix}{key}{SUFFIX}"
 
     def reserve(self, num_bytes: int, key: str = "") -> Temporary | None:
-        """Makes room and opens a file to write; None if ``key`` is here already.
+        """Makes room and opens a file to write; None if ``key`` is stored already.
 
         Ends with ``publish`` or ``abandon``. Raises StoreFull, StoreError.
         """
@@ -117,7 +117,7 @@ class Ledger:
     def publish(self, temporary: Temporary, key: str, num_bytes: int) -> None:
         """Makes the first ``num_bytes`` of a file visible as ``key``; the first writer wins.
 
-        Under one lock, so that nobody counts other bytes than are stored.
+        All under one lock, so that the count always equals the bytes stored.
         """
         kept = 0
         try:
@@ -140,7 +140,7 @@ class Ledger:
             _drop(lock, temporary, 0)
 
     def make_room(self, num_bytes: int) -> None:
-        """Evicts ``num_bytes`` or more, if so many can go: other programs have filled the tmpfs."""
+        """Evicts ``num_bytes`` or more, if possible, when other programs have filled the tmpfs."""
         with self._locked() as lock:
             scan = self._scan()
             _write(lock, scan.stored - self._unlink_oldest(scan, num_bytes))
@@ -152,7 +152,7 @@ class Ledger:
             _write(lock, _read(lock) - size)
 
     def touch(self, entry: str | int) -> bool:
-        """Marks an entry (its path or open file) as used now; whether it exists."""
+        """Marks an entry (its path or open file) as used now. Returns whether it exists."""
         now = time.time_ns()
         try:
             os.utime(entry, ns=(now, now))
@@ -167,7 +167,7 @@ class Ledger:
     # ---- pins
 
     def pin(self, key: str, num_bytes: int) -> None:
-        """Keeps ``key`` from eviction, by every process, until ``unpin``. Raises StoreFull."""
+        """Protects ``key`` from eviction by any process until ``unpin``. Raises StoreFull."""
         with self._mutex:
             if self._pins.get(key):
                 self._pins[key] += 1
@@ -189,7 +189,7 @@ class Ledger:
                 (self._holder / key).unlink(missing_ok=True)
 
     def unpinned_bytes(self) -> int:
-        """What pins leave of the capacity; 0 where the directory has gone."""
+        """The part of the capacity that is not pinned; 0 if the directory has gone."""
         try:
             return self.capacity - sum(self._held()[0].values())
         except OSError:
@@ -198,7 +198,7 @@ class Ledger:
     # ---- the directory
 
     def close(self) -> None:
-        """Gives up every pin. The last user of a default directory removes it."""
+        """Releases every pin. The last user of a default directory removes it."""
         with self._mutex:
             if self._closed:
                 return
@@ -210,12 +210,13 @@ class Ledger:
                 if self._shared_default and not any(self._living()):
                     shutil.rmtree(self.directory, ignore_errors=True)
         except StoreError:
-            pass  # The directory has gone before us.
+            pass  # The directory has gone already.
         finally:
             os.close(self._alive)
 
     def _enter(self) -> tuple[str, Path, int]:
-        """Joins the tier: (its id, this store's directory in it, the lock that says it lives)."""
+        """Joins the tier: (its id, this store's directory in it, the lock that shows it is
+        alive)."""
         for _ in range(100):
             make_private(self.directory)
             try:
@@ -230,7 +231,9 @@ class Ledger:
                 if not isinstance(error.__cause__, FileNotFoundError):
                     raise
             # The last user removed it while this one waited for the lock.
-        raise StoreError(f"the store's directory {self.directory} comes and goes")
+        raise StoreError(
+            f"the store's directory {self.directory} is removed again and again by other processes"
+        )
 
     def _join(self, lock: int) -> tuple[str, Path, int]:
         identity = _identity(self.directory / "id")
@@ -254,7 +257,7 @@ class Ledger:
     def _locked(self) -> Iterator[int]:
         """Holds the tier's lock; yields the file that counts the bytes stored.
 
-        What fails under it is raised as a StoreError.
+        An OSError under it is raised as a StoreError.
         """
         try:
             lock = os.open(self.directory / "lock", os.O_RDWR)
@@ -269,7 +272,8 @@ class Ledger:
             os.close(lock)
 
     def _evict(self, num_bytes: int, key: str) -> int:
-        """Makes room for ``num_bytes`` under ``key``; the bytes stored then. Raises StoreFull."""
+        """Makes room for ``num_bytes`` under ``key``. Returns the bytes then stored. Raises
+        StoreFull."""
         scan = self._scan()
         here = {entry[2] for entry in scan.entries}
         absent = sum(n for pin, n in scan.pins.items() if pin not in here and pin != key)
@@ -284,10 +288,8 @@ class Ledger:
         return scan.stored - freed
 
     def _unlink_oldest(self, scan: Scan, wanted: int, enough: int = 0) -> int:
-        """Removes unpinned entries, least recently used first; the bytes freed.
-
-        Nothing is removed when all of them together are less than ``enough``.
-        """
+        """Removes unpinned entries, least recently used first, until ``wanted`` bytes are freed, or
+        none if all together are less than ``enough``. Returns the bytes freed."""
         free = [entry for entry in sorted(scan.entries) if entry[2] not in scan.pins]
         if sum(size for _, size, _ in free) < enough:
             return 0
@@ -302,7 +304,7 @@ class Ledger:
         return freed
 
     def _scan(self) -> Scan:
-        """Reads the directory and removes what dead holders left. Under the lock."""
+        """Reads the directory and removes what dead holders left. Call it under the lock."""
         entries = []
         with os.scandir(self.directory) as found:
             for item in found:
@@ -316,7 +318,7 @@ class Ledger:
         return Scan(entries, sum(entry[1] for entry in entries) + writing, pins)
 
     def _sweep(self) -> None:
-        """Removes what dead holders left. Under the lock."""
+        """Removes what dead holders left. Call it under the lock."""
         living = set(self._living())
         for holder in (self.directory / "holders").iterdir():
             if holder not in living:
@@ -349,10 +351,10 @@ class Ledger:
 
 
 def _identity(link: Path) -> str:
-    """The id of the tier, made by the first to ask. Under the lock."""
+    """The tier's id, made by the first to ask. Call it under the lock."""
     try:
         return os.readlink(link)
-    except OSError:  # Not there, or a file as earlier versions made it.
+    except OSError:  # Missing, or a file of an earlier version.
         link.unlink(missing_ok=True)
         os.symlink(secrets.token_hex(16), link)
     return os.readlink(link)
@@ -387,7 +389,7 @@ def _write(lock: int, stored: int) -> None:
 
 
 def _drop(lock: int, temporary: Temporary, kept: int) -> None:
-    """Ends a temporary, of whose bytes ``kept`` are an entry's now."""
+    """Removes a temporary and counts ``kept`` of its bytes, which an entry has now."""
     temporary.path.unlink(missing_ok=True)
     _write(lock, _read(lock) - temporary.num_bytes + kept)
 

@@ -19,7 +19,8 @@ DEFAULT_CAPACITY = 2**30
 
 
 class MemoryStore:
-    """Files as bytes; evicts the least recently used. ``get`` copies once: entries are private."""
+    """Keeps files as bytes; evicts the least recently used. ``get`` copies, so entries are
+    private."""
 
     tier_id = ""
     shared = False

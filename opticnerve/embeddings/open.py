@@ -31,11 +31,11 @@ def open_store(url: str, *, ttl_s: int = 3600, seal: Seal | None = None) -> Stor
     """The store that ``url`` names; the caller closes it.
 
     ``memory://[?capacity=]``; ``shm://[/dir][?capacity=]``; ``redis://`` and ``rediss://`` as
-    redis-py reads them, with ``local=`` (the URL of the local tier, ``shm://`` by default) and
-    ``max_bytes=`` (of one embedding) besides. Sizes may have a unit: ``2GiB``, ``512M``.
-    ``seal`` (``Seal.load("FILE")``) signs and checks values in Redis; without one, a Redis on
-    another machine is warned about.
-    Raises ConfigError for a wrong URL, StoreError if the store cannot be opened.
+    redis-py reads them, and in addition ``local=`` (the URL of the local tier, ``shm://`` by
+    default) and ``max_bytes=`` (of one embedding). Sizes may have a unit: ``2GiB``, ``512M``.
+    ``seal`` (``Seal.load("FILE")``) signs and checks values in Redis; a Redis on another machine
+    without one causes a warning. Raises ConfigError for a wrong URL, StoreError if the store cannot
+    be opened.
     """
     scheme = _split(url).scheme
     if scheme in ("memory", "shm"):
@@ -46,7 +46,7 @@ def open_store(url: str, *, ttl_s: int = 3600, seal: Seal | None = None) -> Stor
 
 
 def open_worker_store(config: StoreConfig, seal: Seal | None, stack: AsyncExitStack) -> Store:
-    """The store of a worker, with its size among the metrics; ``stack`` closes it. Raises
+    """A worker's store, whose size is exported as a metric; ``stack`` closes it. Raises
     StartupError."""
     try:
         store = open_store(config.read_url(), ttl_s=config.store_ttl_s, seal=seal)
@@ -58,17 +58,15 @@ def open_worker_store(config: StoreConfig, seal: Seal | None, stack: AsyncExitSt
 
 
 def open_local_tier(url: str) -> ShmStore | MemoryStore:
-    """The part on this machine of the store that ``url`` names, alone. Raises like ``open_store``.
-
-    For a process beside one that has the whole store.
-    """
+    """Only the local tier of the store that ``url`` names, for a process beside one that has the
+    whole store. Raises like ``open_store``."""
     if _split(url).scheme in REDIS_SCHEMES:
         url = _split_redis(url)[1]
     return _open_local(url)
 
 
 def local_tier(store: Store) -> Store:
-    """The part of ``store`` that is on this machine."""
+    """The tier of ``store`` on this machine."""
     return store.local if isinstance(store, RedisStore) else store
 
 
@@ -107,12 +105,12 @@ def _open_redis(url: str, ttl_s: int, seal: Seal | None) -> RedisStore:
         return RedisStore(server, local, ttl_s=ttl_s, max_bytes=max_bytes, seal=seal)
     except (ValueError, TypeError) as error:
         local.close()
-        # Not the cause's text: it may show the URL, which may hold a password.
+        # Without the cause's text, which may show the URL and a password in it.
         raise ConfigError("the Redis URL is not valid for redis-py", param="store") from error
 
 
 def _split_redis(url: str) -> tuple[str, str, int]:
-    """(what redis-py reads, the local tier's URL, max_bytes)"""
+    """(URL for redis-py, the local tier's URL, max_bytes). Raises ConfigError."""
     server, own = split_options(url, OWN_OPTIONS)
     if "decode_responses" in own:
         raise ConfigError("embeddings are bytes: leave decode_responses out", param="store")

@@ -1,13 +1,13 @@
-"""``redis://`` and ``rediss://``: the same bytes in Redis, with a local tier of what was fetched.
+"""``redis://`` and ``rediss://``: the same bytes in Redis, behind a local tier.
 
-A put goes to the local tier and to Redis; a fetched value is stored in the local tier. Redis is
-optional: if it is down, hangs or refuses a call, that is a miss, logged once. It is probed when the
-store is opened and every ``WATCH_S``, so that its state is known before it is needed; while it
-fails, only the probe asks it, so that a failure costs a request ``ANSWER_TIMEOUT_S`` once. A server
-that refuses writes (it is full, or a replica) is only read.
+A put goes to the local tier and to Redis; a value fetched from Redis is stored in the local tier.
+Redis may fail: if it is down, hangs or refuses a call, that is a miss, logged once. It is probed
+when the store is opened and every ``WATCH_S``, so that its state is known before it is needed.
+While it fails, only the probe calls it, so that a failure costs a request ``ANSWER_TIMEOUT_S`` only
+once. A server that refuses writes (a full one, or a replica) is only read.
 
 With a secret (``Seal``) a value is a MAC followed by the bytes, and its name contains the secret's
-id: pools with different secrets can share a server, and values of others are misses.
+id, so pools with different secrets can share a server; values of others are misses.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from opticnerve.redis_server import Outage, shown
 from opticnerve.telemetry.metrics import EMBEDDING_BYTES, STORE_FAILURES
 from opticnerve.tensors.header import LENGTH
 
-PREFIX = "on:v1:emb:"  # Of names of values without a MAC.
+PREFIX = "on:v1:emb:"  # Of the names of unsigned values.
 SIGNED_PREFIX = "on:v2:emb:"  # The secret's id follows.
 PROBE = PREFIX + "probe"  # A name that no embedding has.
-# Tens of milliseconds: a slower server is not much faster than encoding again.
+# Short, since a slower server is not much faster than encoding again.
 CONNECT_TIMEOUT_S = 0.08
-ANSWER_TIMEOUT_S = 0.08  # Until the next bytes of an answer.
-SEND_TIMEOUT_S = 2.0  # Until all bytes of an embedding are sent: MAX_BYTES over 1 Gbit/s.
+ANSWER_TIMEOUT_S = 0.08  # For the next bytes of an answer.
+SEND_TIMEOUT_S = 2.0  # For all bytes of an embedding: MAX_BYTES at 1 Gbit/s.
 WATCH_S = 1.0
 MAX_BYTES = 128 * 2**20  # Of one embedding; larger ones travel by Fetch.
-OVERHEAD = MAC_BYTES + LENGTH.size + codec.MAX_HEADER_BYTES  # Beside it, in a value.
+OVERHEAD = MAC_BYTES + LENGTH.size + codec.MAX_HEADER_BYTES  # In a value, beside the tensors.
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +54,12 @@ T = TypeVar("T")
 
 
 class RedisStore:
-    """``url`` as redis-py reads it, credentials included; they are never logged. With its
-    ``socket_timeout`` and ``socket_connect_timeout``, in seconds, a server far away gets longer.
+    """A store in the Redis at ``url``, with ``local`` as its local tier, which it closes.
 
-    Says in the log whether the server fails already; that takes as long as connecting. Owns
-    ``local``. ``ttl_s``: seconds that Redis keeps an embedding after its last use. ``seal`` signs
-    what is put, and tells what others wrote.
+    ``url``: as redis-py reads it; its credentials are never logged, and its ``socket_timeout`` and
+    ``socket_connect_timeout``, in seconds, give a distant server more time. ``ttl_s``: how long
+    Redis keeps an embedding after its last use. ``seal`` signs values, and rejects those of others.
+    Opening connects once, and logs if the server fails.
     """
 
     shared = True
@@ -78,7 +78,7 @@ class RedisStore:
         self.max_bytes = max_bytes
         self._ttl_s = ttl_s
         self._seal = seal
-        self._longest = max_bytes + OVERHEAD  # Whatever is there, no more of it is read.
+        self._longest = max_bytes + OVERHEAD  # The most bytes read of any value.
         self._prefix = PREFIX if seal is None else f"{SIGNED_PREFIX}{seal.id}:"
         self._client = _client(url)
         self._sender = _client(url)
@@ -184,21 +184,23 @@ class RedisStore:
         while not self._closed.wait(WATCH_S):
             try:
                 self._look()
-            except Exception:  # The watch must go on: only it notices that Redis answers again.
+            except Exception:  # The watch must go on: only it notices when Redis answers again.
                 log.exception("asking Redis for a sign of life failed")
 
     def _look(self) -> None:
-        """Probes what embeddings need: an answer to a GET, and a SET that is not refused."""
+        """Probes what the store needs: an answer to a GET, and a SET that is not refused."""
         self._server.probe(lambda: self._client.get(PROBE))
         if self._writes.failing:
             self._server.call(lambda: self._writes.probe(self._try_write))
 
     def _try_write(self) -> object:
-        """A SET that is refused like any other, and stores nothing: the key does not exist."""
+        """A SET that is refused if others are, and stores nothing, since the key does not exist
+        (XX)."""
         return self._client.set(PROBE, b"", xx=True)
 
     def _keep(self, write: Callable[[], None]) -> bool:
-        """Writes to the local tier; whether it took the bytes. If not, Redis may have them."""
+        """Writes to the local tier, and returns whether that succeeded; if not, Redis may
+        succeed."""
         try:
             write()
         except StoreError as error:
@@ -207,8 +209,8 @@ class RedisStore:
         return True
 
     def _send(self, key: str, pieces: Callable[[], Sequence[bytes | memoryview]]) -> bool:
-        """Whether Redis has ``key`` now. The first writer wins, except for signed values: the one
-        that is stored may be anybody's, and is replaced."""
+        """Writes ``key`` to Redis, and returns whether it is there now. The first writer wins,
+        except for signed values: a stored one may be anybody's, so it is replaced."""
         name = self._prefix + key
 
         def write() -> bool:
@@ -226,11 +228,11 @@ class RedisStore:
         return bool(self._server.call(lambda: self._writes.call(write)))
 
     def _delete_there(self, key: str) -> None:
-        delete = partial(self._client.delete, self._prefix + key)  # A full server does so, too.
+        delete = partial(self._client.delete, self._prefix + key)  # Even a full server deletes.
         self._server.call(lambda: self._writes.attempt(delete))
 
     def _fetch(self, key: str) -> bytes | None:
-        """Checked bytes in Redis. Raises EmbeddingCorrupt."""
+        """The value in Redis, checked, or None. Raises EmbeddingCorrupt."""
 
         def read() -> Any:
             with self._client.pipeline(transaction=False) as pipeline:
@@ -239,7 +241,7 @@ class RedisStore:
                 answers = pipeline.execute(raise_on_error=False)
             is_there, found = answers
             if _is_wrong_type(found):
-                return b""  # No failure of the server, but a value that is no embedding.
+                return b""  # The server works, but the value is no embedding.
             if isinstance(found, Exception):
                 raise found
             if isinstance(is_there, Exception):  # Such as a replica, which refuses EXPIRE.
@@ -260,7 +262,8 @@ class RedisStore:
 
     @contextlib.contextmanager
     def _corrupt_deleted(self, key: str) -> Iterator[None]:
-        """An entry that is corrupt in one tier is deleted in both: one may be the other's copy."""
+        """Deletes an entry that is corrupt in one tier from both, since one may be a copy of the
+        other."""
         try:
             yield
         except EmbeddingCorrupt:
@@ -290,7 +293,7 @@ class Breaker:
         return None if self.failing else self.attempt(operation)
 
     def attempt(self, operation: Callable[[], T]) -> T | None:
-        """The same, calling also while it fails; a success does not close the breaker."""
+        """As ``call``, but also while Redis fails; a success does not close the breaker."""
         try:
             return operation()
         except self._errors as error:
@@ -299,7 +302,7 @@ class Breaker:
             return None
 
     def probe(self, operation: Callable[[], object]) -> None:
-        """For the watch: calls also while Redis fails; a success closes the breaker."""
+        """For the watch: calls even while Redis fails, and closes the breaker if that succeeds."""
         if self.attempt(lambda: (operation(),)) is not None and self.failing:
             self._outage.ended()
 
@@ -314,5 +317,5 @@ def _client(url: str) -> redis.Redis:
 
 
 def _is_wrong_type(answer: Any) -> bool:
-    """Whether the value is not a string but, for example, a list."""
+    """Whether Redis says that the value is not a string but, for example, a list."""
     return isinstance(answer, ResponseError) and str(answer).startswith("WRONGTYPE")

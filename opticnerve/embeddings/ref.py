@@ -10,7 +10,7 @@ from opticnerve.errors import EmbeddingCorrupt
 from opticnerve.tensors.header import num_bytes
 
 ROWS = "rows"
-DEEPSTACK = "deepstack."  # Before the number of a level.
+DEEPSTACK = "deepstack."  # A level's number follows.
 TENSORS_SCHEME = b"opticnerve-tensors-1"
 DTYPES = ("F32", "F16", "BF16")  # Element types that an embedding may have.
 
@@ -29,15 +29,15 @@ class TensorSpec:
 
 
 def tensor_names(levels: int) -> list[str]:
-    """Of an embedding for a model of so many DeepStack levels."""
+    """The names of an embedding's tensors, for a model with ``levels`` DeepStack levels."""
     return [ROWS, *(f"{DEEPSTACK}{level}" for level in range(levels))]
 
 
 def check_shapes(
     tensors: Iterable[TensorSpec], num_rows: int, hidden_size: int, levels: int
 ) -> None:
-    """Raises EmbeddingCorrupt unless ``tensors`` are the rows and every level of theirs that the
-    model has, each [num_rows, hidden_size]."""
+    """Raises EmbeddingCorrupt unless ``tensors`` are the rows and all DeepStack levels of the
+    model, each [num_rows, hidden_size]."""
     found, names = {spec.name: spec for spec in tensors}, tensor_names(levels)
     missing = next((name for name in names if name not in found), None)
     if missing is not None:
@@ -54,8 +54,8 @@ def check_shapes(
 
 
 def tensors_key(data: bytes) -> str:
-    """The key of rows that no encoder made, from their safetensors bytes: 64 hex digits, and no
-    content key of any picture."""
+    """The key of a caller's own rows, from their safetensors bytes: 64 hex digits, which differ
+    from the content key of any picture."""
     digest = hashlib.sha256(TENSORS_SCHEME)
     digest.update(data)
     return digest.hexdigest()

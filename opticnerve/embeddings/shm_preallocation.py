@@ -1,14 +1,14 @@
 """Files of a shared-memory tier whose memory is allocated before a put needs it.
 
-Most of what a put costs is the kernel's: finding pages for a new file takes several times as long
-as copying bytes into pages that exist. So a writer keeps one file ready, as large as its last put,
-allocated and mapped by a background thread while the caller computes the next embedding. Until it
+Most of the cost of a put is the kernel's: finding pages for a new file takes several times as long
+as copying bytes into existing pages. So a writer keeps one file ready, as large as its last put,
+which a background thread allocates and maps while the caller computes the next embedding. Until it
 is published the file is a temporary like any other: invisible, counted, removed with its holder.
 
-The mapping has huge pages where the kernel gives them: a file of 4 KiB pages is read at a third of
-memory's speed. Linux makes huge pages of any tmpfs file on request (MADV_COLLAPSE, 6.1 and later),
-whatever the mount says, but only where address and offset are aligned alike, and Python's mmap
-cannot choose an address: hence libc. Without huge pages, small ones serve.
+The mapping has huge pages where the kernel allows them: a file of 4 KiB pages is read at a third of
+memory's speed. Since 6.1 Linux makes huge pages of any tmpfs file on request (MADV_COLLAPSE),
+whatever the mount options, but only if address and offset are aligned alike. Python's mmap cannot
+choose an address, so libc's is called. Without huge pages, small ones are used.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from numpy.typing import NDArray
 from opticnerve.embeddings.ledger import Ledger, Temporary
 from opticnerve.errors import StoreError
 
-MIN_BYTES = 256 * 2**10  # Below, a plain write is as quick.
+MIN_BYTES = 256 * 2**10  # Below this, a plain write is as fast.
 MAX_BYTES = 64 * 2**20
 MAX_FRACTION = 1 / 16  # Of the tier's capacity, for one preallocated file.
 ROUND_TO = 2**20
-PAUSE_S = 0.003  # Without a put, before the next file is made: puts come first.
+PAUSE_S = 0.003  # The next file is made after a pause without puts, which come first.
 
 _MADV_COLLAPSE = 25
 _MAP_FIXED = 0x10
-_MAX_HUGE = 2 * 2**20  # Kernels with larger base pages have huge ones that are larger than files.
+_MAX_HUGE = 2 * 2**20  # With larger base pages, huge ones are larger than files.
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -57,8 +57,8 @@ class PreallocatedFile:
     """A file of ``num_bytes``, allocated and mapped as ``memory``, uint8 [num_bytes].
 
     ``unmap`` releases the mapping; publishing or abandoning ``temporary`` ends the file. Raises
-    StoreError, and OSError (ENOSPC) if the file system has no room: nothing that is written to
-    ``memory`` can end in a SIGBUS.
+    StoreError, and OSError (ENOSPC) if the file system has no room, so that writing to ``memory``
+    can never end in a SIGBUS.
     """
 
     def __init__(self, ledger: Ledger, num_bytes: int) -> None:
@@ -96,7 +96,7 @@ class PreallocatedFile:
         access = mmap.PROT_READ | mmap.PROT_WRITE
         _map(start, num_bytes, access, mmap.MAP_SHARED | _MAP_FIXED, fd)
         os.posix_fallocate(fd, 0, num_bytes)
-        if huge:  # After the allocation. May fail: then pages stay small.
+        if huge:  # After the allocation. If it fails, pages stay small.
             _libc.madvise(start, num_bytes, _MADV_COLLAPSE)
         block = (ctypes.c_ubyte * num_bytes).from_address(start)
         memory: NDArray[np.uint8] = np.frombuffer(memoryview(block), dtype=np.uint8)
@@ -105,7 +105,7 @@ class PreallocatedFile:
 
 
 class Preallocator:
-    """Keeps one file ready for a writer. Thread-safe; ``close`` gives it up."""
+    """Keeps one file ready for a writer. Thread-safe; ``close`` releases it."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -117,7 +117,8 @@ class Preallocator:
         self._closed = False
 
     def take(self, num_bytes: int) -> PreallocatedFile | None:
-        """The file that is ready, if it has room for ``num_bytes``; ``replace`` follows the put."""
+        """The file that is ready, if it has room for ``num_bytes``. Call ``replace`` after the
+        put."""
         if not self._serves(num_bytes):
             return None
         with self._lock:
@@ -171,13 +172,14 @@ class Preallocator:
             file.unmap()
         self._discard(small)
         if num_bytes:
-            with contextlib.suppress(StoreError, OSError):  # Puts write plainly then.
+            with contextlib.suppress(StoreError, OSError):  # Then puts write plainly.
                 made = PreallocatedFile(self._ledger, num_bytes)
                 with self._lock:
                     self._ready = made
 
     def _is_outdated(self, puts: int) -> bool:
-        """Whether another put has begun, which will have the next file made, or all is over."""
+        """Whether another put has begun, after which the next file will be made, or all is
+        closed."""
         with self._lock:
             return self._closed or self._puts != puts
 
@@ -192,7 +194,7 @@ def _too_small(file: PreallocatedFile, num_bytes: int) -> bool:
 
 
 def _huge_page_bytes() -> int:
-    """Size of the kernel's huge pages; 0 where there are none that fit."""
+    """Size of the kernel's huge pages; 0 if there are none, or too large ones."""
     try:
         size = int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
     except (OSError, ValueError):

@@ -1,9 +1,9 @@
 """``shm://``: content-addressed safetensors files on tmpfs, shared by the processes of a machine.
 
-A file is written under a temporary name with write(2) (a full tmpfs is a StoreFull, never a
-SIGBUS) or into memory that was allocated before (``preallocated``), then linked to its key:
-readers see whole files or none, and the first writer wins. Readers map copy-on-write. Unlinking is
-safe: a mapped file lives as long as its mapping. The ledger decides what is evicted, and when.
+A file is written under a temporary name, with write(2) (so that a full tmpfs is a StoreFull, never
+a SIGBUS) or into preallocated memory (``shm_preallocation``), then linked to its key: readers see
+whole files or none, and the first writer wins. Readers map copy-on-write. Unlinking is safe, since
+a mapped file lives as long as its mapping. The ledger decides what is evicted, and when.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from opticnerve.tensors.dtypes import FLOATING
 
 MAX_CAPACITY = 2 * 2**30
 SMALL_CAPACITY = 256 * 2**20
-HEADER_GUESS = 4096  # Bytes read at first: nearly every header fits.
+HEADER_GUESS = 4096  # Bytes of the first read, which hold nearly every header.
 
 log = logging.getLogger(__name__)
 
 
 class ShmStore:
-    """A tier in ``directory``; None: the tier that this user's services share.
+    """A tier in ``directory``; None: the one that this user's services share by default.
 
     ``capacity`` in bytes; None: min(2 GiB, half the file system). Raises StoreError.
     """
@@ -151,7 +151,7 @@ class ShmStore:
         EMBEDDING_BYTES.labels("shm", "written").inc(num_bytes)
 
     def _write_somehow(self, key: str, pieces: Sequence[memoryview], num_bytes: int) -> None:
-        """Into a preallocated file if there is one, else into a new one."""
+        """Writes into a preallocated file if there is one, else into a new one."""
         file = self._preallocator.take(num_bytes)
         try:
             if file is not None:
@@ -163,7 +163,7 @@ class ShmStore:
             except StoreFull as error:
                 if not isinstance(error.__cause__, OSError):
                     raise
-                self._ledger.make_room(num_bytes)  # Others have filled the tmpfs.
+                self._ledger.make_room(num_bytes)  # Other programs have filled the tmpfs.
                 self._write_plainly(key, pieces, num_bytes)
         finally:
             self._preallocator.replace(file, num_bytes)
@@ -183,7 +183,7 @@ class ShmStore:
 class MappedEntry(Entry):
     """An entry whose file is mapped on the first access to its tensors.
 
-    ``copy_rows`` reads the file instead: for rows that are used once, that is faster than mapping
+    ``copy_rows`` reads the file instead, which for rows that are used once is faster than mapping
     every page.
     """
 
@@ -195,7 +195,7 @@ class MappedEntry(Entry):
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
         if self._fd >= 0:
-            with codec.reading():  # A file that was cut meanwhile is too short to map.
+            with codec.reading():  # The file may have been cut meanwhile.
                 mapped = mmap.mmap(
                     self._fd,
                     self._header.num_bytes,
@@ -235,7 +235,7 @@ def _read_header(fd: int) -> codec.Header:
 
 
 def _read_file(fd: int) -> bytes:
-    """All of an open file, which is closed. Raises EmbeddingCorrupt."""
+    """Reads all of an open file and closes it. Raises EmbeddingCorrupt."""
     try:
         with _readable(), os.fdopen(fd, "rb", closefd=False) as file:
             return file.read()
@@ -245,8 +245,8 @@ def _read_file(fd: int) -> bytes:
 
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
-    """Raises OSError as EmbeddingCorrupt: what cannot be read (a directory, a bad page) is deleted
-    like wrong data."""
+    """Turns OSError into EmbeddingCorrupt: a file that cannot be read (a directory, a bad page) is
+    deleted like wrong data."""
     try:
         yield
     except OSError as error:

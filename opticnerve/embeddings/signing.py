@@ -1,9 +1,10 @@
-"""A MAC under the pools' secret, which proves that an encoder of this deployment made a value.
+"""The MAC of an embedding under the pools' secret, which proves that an encoder of this deployment
+made it.
 
-HMAC-SHA-256 (RFC 2104) over an embedding's content key and its safetensors bytes, whose header
-contains the encoder's fingerprint: a value is valid under no other key. Values that cross Redis or
-``Fetch`` carry it. Files of a local tier do not: its directory is this user's alone, and a process
-that can write there can also read the secret.
+HMAC-SHA-256 (RFC 2104) over the content key and the safetensors bytes, whose header contains the
+encoder's fingerprint, so that a value is valid under no other key. Values that travel by Redis or
+``Fetch`` carry it. Files of a local tier do not: its directory belongs to this user alone, and a
+process that can write there can also read the secret.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterable
 from opticnerve.secret import read_secret
 from opticnerve.telemetry.metrics import EMBEDDINGS_REFUSED
 
-DIGEST = "sha256"  # With SHA instructions twice as fast as keyed BLAKE2b.
+DIGEST = "sha256"  # Twice as fast as keyed BLAKE2b, with SHA instructions.
 MAC_BYTES = 32
 WARN_EVERY_S = 30.0
 
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 class Seal:
     """Signs and checks under one secret. Thread-safe.
 
-    ``id`` names the secret without revealing it; values with another id are another pool's.
+    ``id`` names the secret without revealing it; values with another id belong to another pool.
     """
 
     def __init__(self, secret: str) -> None:
@@ -40,11 +41,13 @@ class Seal:
 
     @classmethod
     def load(cls, path: str | None) -> Seal | None:
-        """A seal with the secret in ``--store-key-file``; None without one. Raises ConfigError."""
+        """A seal with the secret in ``--store-key-file``; None without the option. Raises
+        ConfigError."""
         return None if path is None else cls(read_secret(path, "store_key_file"))
 
     def mac(self, key: str, pieces: Iterable[bytes | memoryview]) -> bytes:
-        """The MAC of ``pieces``, one file's safetensors bytes, as the value of ``key``."""
+        """The MAC of ``pieces``, which together are one safetensors file, as the value of
+        ``key``."""
         found = hmac.new(self._key, key.encode(), DIGEST)
         for piece in pieces:
             found.update(piece)

@@ -6,10 +6,11 @@
 ``redis://`` ``rediss://``     the same bytes in Redis, with a local tier of what was fetched
 =============================  =================================================================
 
-A store holds whole embeddings by content key (64 lowercase hex digits; others are an
-InvalidRequest). A miss is None, and so is a backend that is down (which is logged). An unreadable
-entry is deleted everywhere and raised as EmbeddingCorrupt once: the next ``get`` misses. A failed
-write is a StoreError, which the caller may ignore: the embedding is still reachable by Fetch.
+A store holds whole embeddings by content key (64 lowercase hex digits; other keys are an
+InvalidRequest). ``get`` returns None for a miss, and also if the backend is down (which is logged).
+An unreadable entry is deleted everywhere and raised as EmbeddingCorrupt once; the next ``get``
+misses. A failed write is a StoreError, which the caller may ignore: the embedding can still be had
+by Fetch.
 
 Stores are synchronous and safe to share between threads; callers keep them off event loops.
 """
@@ -38,10 +39,10 @@ def check_key(key: str) -> str:
 
 
 class Entry:
-    """What ``get`` returns: named tensors on the CPU, mapped without a copy where the backend can.
+    """What ``get`` returns: named tensors on the CPU, mapped without a copy if the backend can.
 
-    Tensors are private to the reader (copy-on-write): writing to them changes no one else's.
-    ``meta`` is the safetensors header's string metadata.
+    Tensors are private to the reader (copy-on-write): writing to them changes nobody else's.
+    ``meta``: the string metadata of the safetensors header.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, str]) -> None:
@@ -50,27 +51,28 @@ class Entry:
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Raises EmbeddingCorrupt if the file changed after ``get``, OSError if it cannot be mapped
-        for want of memory. Neither deletes anything."""
+        """Raises EmbeddingCorrupt if the file changed after ``get``, OSError if there is no memory
+        to map it. Neither deletes anything."""
         return self._tensors
 
     def copy_rows(self, name: str, out: torch.Tensor, row_start: int = 0) -> None:
         """Copies rows ``[row_start, row_start + len(out))`` of one tensor into ``out``, which has
-        the tensor's columns. The fastest way to use rows once. Raises KeyError, ValueError."""
+        as many columns. The fastest way to use rows once. Raises KeyError, ValueError."""
         source = self.tensors[name]
         check_rows(tuple(source.shape), tuple(out.shape), row_start)
         out.copy_(source[row_start : row_start + out.shape[0]])
 
 
 def check_rows(source: tuple[int, ...], out: tuple[int, ...], row_start: int) -> None:
-    """Raises ValueError unless ``out`` has the shape of rows that ``source`` has."""
+    """Raises ValueError unless ``source`` has rows from ``row_start`` on that fill ``out``."""
     if not out or source[1:] != out[1:] or not 0 <= row_start <= source[0] - out[0]:
         raise ValueError(f"rows {row_start}.. of {list(source)} do not fill {list(out)}")
 
 
 @dataclass(frozen=True)
 class StoreState:
-    """For /health. If not ``reachable``, look-ups are misses and embeddings travel by Fetch."""
+    """A store's state for /health. If not ``reachable``, look-ups miss and embeddings travel by
+    Fetch."""
 
     kind: str  # "memory", "shm" or "redis".
     reachable: bool = True
@@ -91,7 +93,7 @@ class Store(Protocol):
         ...
 
     def contains(self, keys: Iterable[str]) -> set[str]:
-        """Those of ``keys`` that are stored now; they may be evicted before a ``get``."""
+        """The ``keys`` that are stored now; they may be evicted before a ``get``."""
         ...
 
     def read_bytes(self, key: str) -> bytes | None:
@@ -104,12 +106,13 @@ class Store(Protocol):
         ...
 
     def lease(self, key: str, num_bytes: int) -> AbstractContextManager[None]:
-        """Pins ``key`` in the local tier (stored or not yet stored) until the context ends;
-        pinned bytes count against the tier's budget. Raises StoreFull on entry beyond it."""
+        """Pins ``key`` in the local tier, whether it is stored yet or not, until the context ends.
+        Pinned bytes count against the tier's capacity; entering raises StoreFull if they exceed
+        it."""
         ...
 
     def leasable_bytes(self) -> int:
-        """Bytes that the local tier's budget has left for leases of any process."""
+        """Bytes of the local tier's capacity that are left for leases of any process."""
         ...
 
     def delete(self, key: str) -> None:

@@ -13,8 +13,8 @@ from opticnerve.media.formats import jpeg, png, webp
 from opticnerve.media.plan import DEFAULT_MAX_PASSES, DEFAULT_MAX_PIXELS, WHITE, Plan
 from opticnerve.media.probe import parse_structure
 
-# Pillow's limit warns at some size and raises at twice that. Ours is a setting, and checked before
-# Pillow gets the bytes.
+# Pillow's own limit warns at one size and raises at twice that. Ours is a setting, and is checked
+# before Pillow gets the bytes.
 Image.MAX_IMAGE_PIXELS = None
 
 _PNG_DEPTH = 24  # Offset of the bits per sample in a PNG's header.
@@ -38,12 +38,11 @@ def decode(
 ) -> Image.Image:
     """The picture as RGB, upright, of the plan's displayed size.
 
-    ``background``, 0xRRGGBB, shows through what is transparent, as Pillow's ``alpha_composite``
-    blends it. With None, and for opaque pictures, colours are those of Hugging Face's
-    ``load_image``: ``convert("RGB")``, which drops transparency. Only grey of 16 bits differs: see
-    ``to_rgb``.
-    Raises InvalidMedia for bytes that do not decode, PlanMismatch for a picture other than the
-    plan's. Messages do not show the decoder's errors.
+    ``background``, 0xRRGGBB, shows through transparent pixels, blended as by Pillow's
+    ``alpha_composite``. With None, and for opaque pictures, colours are those of Hugging Face's
+    ``load_image``: ``convert("RGB")``, which drops transparency. Only 16-bit grey differs, see
+    ``to_rgb``. Raises InvalidMedia for bytes that do not decode, PlanMismatch for a picture other
+    than the plan's. Messages do not show the decoder's errors.
     """
     check_plan(data, plan, max_pixels, max_passes)
     try:
@@ -60,7 +59,7 @@ def decode(
 
 
 def _decode(data: bytes | memoryview, plan: Plan, background: int | None) -> Image.Image:
-    """The picture as RGB in its stored orientation. The decoder's memory is freed."""
+    """The picture as RGB in its stored orientation. Frees the decoder's memory."""
     with Image.open(io.BytesIO(data), formats=[plan.format.upper()]) as image:
         if image.size != (plan.width, plan.height):
             raise _mismatch(plan, *image.size)
@@ -68,7 +67,7 @@ def _decode(data: bytes | memoryview, plan: Plan, background: int | None) -> Ima
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """As ``to_rgb``, but without a copy, which may take hundreds of megabytes."""
+    """As ``to_rgb``, without a copy of an RGB picture, which may take hundreds of megabytes."""
     if image.mode != "RGB":
         return to_rgb(image)
     image.load()
@@ -76,7 +75,8 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _strip(data: bytes | memoryview, format: str) -> bytes | memoryview:
-    """The file without what its picture does not need, where that could cost or fail decoding."""
+    """The file without parts that the picture does not need, and that could slow or fail
+    decoding."""
     strip = {"jpeg": jpeg.strip, "png": png.strip, "webp": webp.strip}.get(format)
     return data if strip is None else strip(data)
 
@@ -90,7 +90,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _is_16_bit(image: Image.Image) -> bool:
-    """Whether 32-bit integers, as a caller's image may have, hold 16-bit grey and not 8-bit."""
+    """Whether an image of 32-bit integers, as callers may pass, holds 16-bit grey, not 8-bit."""
     lowest, highest = np.asarray(image).min(initial=0), np.asarray(image).max(initial=0)
     return bool(lowest >= 0 and 255 < highest < 2**16)
 
@@ -106,10 +106,10 @@ def _flatten(image: ImageFile.ImageFile, data: bytes | memoryview, background: i
     """``image``, just opened from ``data``, over a background of that colour."""
     screen = box = (0, 0, *image.size)
     if image.format == "GIF" and image.tile:
-        box = image.tile[0][1] or box  # Its image may cover only a part of its screen.
+        box = image.tile[0][1] or box  # The frame may cover only a part of the screen.
     if box == screen and not image.has_transparency_data:
         return _opaque(image)
-    # A picture in RGBA is only read, so it needs no copy, which may take hundreds of megabytes.
+    # An RGBA picture is only read, so it is not copied, which may take hundreds of megabytes.
     layer = image if image.mode == "RGBA" else _with_exact_key(image, data)
     if image.format == "BMP" and layer.getchannel("A").getextrema() == (0, 0):
         return to_rgb(image)  # Some programs leave alpha unset in an opaque picture.
@@ -120,8 +120,8 @@ def _flatten(image: ImageFile.ImageFile, data: bytes | memoryview, background: i
 
 
 def _with_exact_key(image: Image.Image, data: bytes | memoryview) -> Image.Image:
-    """RGBA of a picture. A PNG's transparent colour is compared with samples as they are stored, of
-    2, 4 or 16 bits; Pillow compares it with its own samples, which have 8."""
+    """The picture as RGBA. A PNG's transparent colour is compared with the samples as stored, which
+    have 2, 4 or 16 bits; Pillow compares it with its own 8-bit samples."""
     key = image.info.get("transparency")
     if image.format != "PNG" or image.mode in ("P", "RGBA", "LA") or key is None:
         return to_rgba(image)
@@ -160,7 +160,7 @@ def check_plan(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     max_passes: int = DEFAULT_MAX_PASSES,
 ) -> None:
-    """Raises InvalidMedia or PlanMismatch unless ``plan`` was made from these bytes' structure."""
+    """Raises InvalidMedia or PlanMismatch unless ``plan`` fits the structure of ``data``."""
     structure = parse_structure(data, max_pixels, max_passes)
     if structure.format != plan.format:
         raise PlanMismatch(

@@ -1,4 +1,4 @@
-"""A program's pictures (bytes, paths, Pillow images), read into compressed bytes."""
+"""Reads a caller's pictures (bytes, paths, Pillow images) into compressed bytes."""
 
 from __future__ import annotations
 
@@ -38,12 +38,10 @@ def read_picture(picture: Picture) -> bytes:
         return _png(picture)
     if isinstance(picture, (str, Path)):
         if is_url(picture):
-            raise InvalidRequest(
-                "URLs are read by a gateway alone: give a path, or the bytes that you read"
-            )
+            raise InvalidRequest("only a gateway reads URLs: give a path, or the picture's bytes")
         try:
             return Path(os.path.expanduser(picture)).read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a zero in the path.
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the path.
             why = getattr(error, "strerror", None) or str(error)
             raise InvalidRequest(f"cannot read the picture {picture!s:.200}: {why}") from error
     raise InvalidRequest(
@@ -53,7 +51,7 @@ def read_picture(picture: Picture) -> bytes:
 
 
 def _png(image: Image.Image) -> bytes:
-    """Colours and transparency only: a PNG reader would apply the orientation of EXIF."""
+    """A PNG without metadata: a reader would apply EXIF's orientation."""
     plain = to_rgba(image) if image.has_transparency_data else to_rgb(image)
     plain.info = {}
     buffer = io.BytesIO()

@@ -1,7 +1,7 @@
-"""What is known of a media item before a pixel is decoded, and how it will be encoded.
+"""What is known of a media item before any pixel is decoded, and how it will be encoded.
 
-Plain frozen values. The gateway makes plans, the encoder follows them, and the LLM worker sees
-spans only. Imports neither torch nor grpc.
+Plain frozen values. The gateway makes plans, the encoder follows them, and the LLM worker sees only
+spans. Imports neither torch nor grpc.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from enum import StrEnum
 from typing import Any
 
 WHITE = 0xFFFFFF
-LIGHT_PASSES = 2**25  # A picture that takes more to decode, some tenths of a second, is heavy,
-LIGHT_MEMORY = 2**28  # and one that takes more bytes.
+LIGHT_PASSES = 2**25  # A picture is heavy if its decode cost is larger (some tenths of a second),
+LIGHT_MEMORY = 2**28  # or if decoding takes more bytes.
 
 
 class Modality(StrEnum):
@@ -45,10 +45,10 @@ class Grid:
 class Structure:
     """A picture's properties, from its headers.
 
-    ``width`` and ``height`` are as stored, in pixels; ``orientation`` is EXIF's, 1 to 8.
+    ``width`` and ``height`` are in pixels, as stored; ``orientation`` is EXIF's, 1 to 8.
     ``decode_cost`` is pixels times decoding passes: for a baseline JPEG about its number of pixels,
-    for a progressive one that times its scans. ``memory`` is the peak memory
-    of decoding, in bytes. Both are estimates, and 0 if no file was read.
+    for a progressive one that times its scans. ``memory`` is the peak memory of decoding, in bytes.
+    Both are estimates, and 0 if no file was read.
     """
 
     format: str  # "png", "jpeg", "webp", "gif", "bmp"
@@ -68,7 +68,8 @@ class Structure:
 
     @property
     def is_heavy(self) -> bool:
-        """Whether decoding takes so much time or memory that others should not wait for it."""
+        """Whether decoding takes so much time or memory that other pictures should not wait for
+        it."""
         return self.decode_cost > LIGHT_PASSES or self.memory > LIGHT_MEMORY
 
 
@@ -89,27 +90,28 @@ NO_OVERRIDES = Overrides()
 
 
 def planned_as_several(pictures: int, settings: Mapping[str, Any]) -> bool:
-    """Whether each picture of a prompt with so many ``pictures`` is ``Overrides.one_of_several``.
+    """Whether pictures are planned with ``Overrides.one_of_several`` in a prompt that has
+    ``pictures`` of them.
 
-    ``settings``: of the model's layout. Where they have no ``several_pictures``, a picture is seen
-    in the same way in every prompt.
+    ``settings``: the model's ``Layout.settings()``. Without ``several_pictures`` there, pictures
+    are planned alike in every prompt.
     """
     return pictures > 1 and "several_pictures" in settings
 
 
 DEFAULT_MAX_PIXELS = 89_478_485
 DEFAULT_MAX_PASSES = 2**30
-"""A little more than the largest picture costs as a progressive JPEG with the usual ten scans: some
-seconds of one core."""
+"""A little more than the cost of the largest picture as a progressive JPEG with the usual ten
+scans: some seconds of one core."""
 
 
 def parse_background(text: str) -> int | None:
-    """0xRRGGBB of a colour as Pillow's ImageColor reads it (``white``, ``#ff8800``,
-    ``rgb(0, 0, 0)``), or None for ``none``.
+    """0xRRGGBB for a colour that Pillow's ImageColor reads (``white``, ``#ff8800``, ``rgb(0, 0,
+    0)``), or None for ``none``.
 
     Raises ValueError for anything else, and for a colour that is itself transparent.
     """
-    from PIL import ImageColor  # Here, because most importers of this module need no Pillow.
+    from PIL import ImageColor  # Not at the top: most importers of this module need no Pillow.
 
     text = text.strip()
     if text.lower() == "none":
@@ -136,13 +138,13 @@ class Plan:
     resized_width: int  # What the tower sees, after orientation.
     resized_height: int
     grid: Grid
-    num_tokens: int  # Embedding rows, which is also placeholder tokens.
+    num_tokens: int  # Embedding rows, and as many placeholder tokens.
     num_patches: int  # Encoding cost.
     frames: int = 1
     seconds_per_grid: float = 0.0
     decode_cost: int = field(default=0, compare=False)
     is_heavy: bool = field(default=False, compare=False)
-    # How the tokens of the item's spans attend to one another.
+    # Among the tokens of the item's spans.
     attention: SpanAttention = field(default=SpanAttention.CAUSAL, compare=False)
 
 
@@ -160,15 +162,13 @@ class Span:
     attention: SpanAttention = SpanAttention.CAUSAL
 
     def identity(self, key: str, start: int) -> bytes:
-        """What decides its keys and values, for hashes of tokens from ``start`` on. ``key``: the
-        item's content key.
-
-        Its length is a part: tokens of a bidirectional span depend on all of its rows.
-        """
+        """Everything that decides the span's keys and values in the KV cache, for hashes of tokens
+        from position ``start`` on. ``key``: the item's content key. The span's length is included,
+        since tokens of a bidirectional span depend on all of its rows."""
         grid, name = self.grid_thw, key.encode()
         fields = struct.pack(
             "<8qd?",
-            self.token_offset - start,  # Negative where it began earlier.
+            self.token_offset - start,  # Negative if the span began earlier.
             self.num_tokens,
             self.row_start,
             grid.t,

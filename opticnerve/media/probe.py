@@ -1,6 +1,6 @@
 """A picture's structure: format, size, orientation, frames. No pixel is decoded.
 
-The format is recognised by the bytes, whatever a name or a content type claims.
+The format is recognised by the bytes, not by a name or a content type.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ def parse_structure(
     *,
     allow_animation: bool = False,
 ) -> Structure:
-    """The structure of a picture of at most ``max_pixels`` pixels and a decode cost of at most
-    ``max_passes`` (see ``Structure.decode_cost``).
+    """The structure of a picture, which may have ``max_pixels`` pixels and the decode cost
+    ``max_passes`` (see ``Structure.decode_cost``) at most.
 
-    Raises InvalidMedia, and nothing else, for bytes that are not a picture of a supported format,
-    are cut short or damaged before their pixels, have no pixels or too many, are too expensive to
-    decode, or are animated without ``allow_animation``. Messages never quote the bytes.
+    Raises InvalidMedia, and nothing else, for bytes that are no picture of a supported format, or
+    that are cut short or damaged before the pixels; for a picture without pixels, too large or too
+    costly to decode; and for an animation without ``allow_animation``. Messages never quote the
+    bytes.
     """
     structure = _parser(data)(data)
     width, height = structure.width, structure.height

@@ -1,4 +1,4 @@
-"""Bounds-checked reading of numbers from bytes, used by every parser here."""
+"""Bounds-checked reading of numbers from bytes, for all parsers of formats."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterable
 from opticnerve.errors import InvalidMedia
 
 MAX_PIECES = 100_000
-"""Chunks, segments or blocks read of one file. Ordinary files have thousands; a file of millions of
+"""Most chunks, segments or blocks read of one file. Ordinary files have thousands; millions of
 empty ones would keep a core busy for seconds."""
 
 PIECE_PASSES = 2048
-"""Cost of reading one piece, as a number of pixels decoded once."""
+"""Decode cost of one piece, in pixel-passes."""
 
 SMALL_PIXELS = 2**18
-"""``check_room`` skips pictures of at most as many pixels."""
+"""``check_room`` skips pictures of up to this many pixels."""
 
 
 class Window:
-    """Read-only bytes. Reading past the end is InvalidMedia: the file was cut short."""
+    """Read-only bytes. Reading past the end raises InvalidMedia: the file was cut short."""
 
     __slots__ = ("data", "what")
 
@@ -53,7 +53,7 @@ class Window:
         return int.from_bytes(self.take(at, 4), "little")
 
     def without(self, ranges: Iterable[tuple[int, int]]) -> memoryview | bytes:
-        """The bytes outside of ``ranges``, each [start, end), in order and apart."""
+        """The bytes outside of ``ranges``: [start, end) each, ascending, not overlapping."""
         parts, at = [], 0
         for start, end in ranges:
             parts.append(self.data[at:start])
@@ -67,8 +67,8 @@ class Window:
         return InvalidMedia(f"the {self.what} picture is damaged: {how}; save it again")
 
     def check_room(self, pixels: int, capacity: int) -> None:
-        """Raises InvalidMedia if the header says ``pixels`` where the data can hold no more than
-        ``capacity``: decoding would fill gigabytes with nothing."""
+        """Raises InvalidMedia if the header gives more ``pixels`` than the data can hold
+        (``capacity``): decoding would fill gigabytes with nothing."""
         if capacity < pixels and pixels > SMALL_PIXELS:
             raise InvalidMedia(
                 f"the {self.what} picture is cut short: its data cannot hold the pixels that its "

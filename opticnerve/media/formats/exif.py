@@ -1,12 +1,12 @@
 """Orientation from EXIF and XMP metadata, read exactly as Pillow's ``exif_transpose`` reads it.
 
-The gateway sizes a picture by the orientation that is read here, and the encoder turns it
-accordingly. The first Orientation entry of IFD 0 counts; an entry whose data lie outside of the
-block ends the reading; XMP counts only where EXIF has no Orientation; any value but the numbers 2
-to 8 means upright. Damaged metadata mean upright, too, and never fail a picture.
+The gateway sizes a picture by this orientation, and the encoder turns it accordingly. The first
+Orientation entry of IFD 0 counts; an entry whose data lie outside of the block ends the reading;
+XMP counts only if EXIF has no Orientation; any value but the numbers 2 to 8 means upright. Damaged
+metadata mean upright too, and never fail a picture.
 
-Pillow's own reader is not called. It reads every entry, which takes over a second for the 65,535
-that a block may have, and before version 13 their data were not bounded by the block's size.
+Pillow's own reader is not used: it reads every entry, of which a block may have 65,535, in over a
+second, and before version 13 it did not bound their data by the block's size.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ def read_structure(data: bytes | memoryview) -> Structure:
 
 
 def _has_pixels(window: Window, at: int, start: int) -> bool:
-    """Whether the image at ``at``, with data from ``start``, adds anything to those before it."""
+    """Whether the image at ``at``, with data from ``start``, is a further frame, not an empty
+    one."""
     has_size = window.le16(at + 5) > 0 and window.le16(at + 7) > 0
     return has_size and start < len(window) and window.u8(start) > 0
 
@@ -59,8 +60,8 @@ def _palette_bytes(flags: int) -> int:
 
 
 def _skip_blocks(window: Window, at: int, pieces: int, lenient: bool) -> tuple[int, int]:
-    """The offset after a run of blocks, which an empty block ends, or, if ``lenient``, the end of
-    the file: the decoder finds whether the pixels are complete."""
+    """(offset after a run of blocks, number of pieces so far). An empty block ends the run; if
+    ``lenient``, so does the end of the file, since the decoder checks that pixels are complete."""
     while True:
         if at >= len(window):
             if lenient:

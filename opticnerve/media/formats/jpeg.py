@@ -26,17 +26,17 @@ _NO_LENGTH = frozenset({0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)})  # Marker
 _METADATA = frozenset({*range(0xE0, 0xF0), _COMMENT}) - {_APP0, _APP14}  # No pixel depends on it.
 _FILL = re.compile(rb"\xff+")
 
-# Markers that end coded data: all but a stuffed byte, a restart, a fill byte, and the reserved
-# ones, which decoders skip where they look for a restart.
+# Whether a byte after 0xFF ends coded data: not for a stuffed byte, a restart, a fill byte, or the
+# reserved markers, which decoders skip when they look for a restart.
 _ENDS = np.ones(256, dtype=np.bool_)
 _ENDS[[*range(0xC0), *range(0xD0, 0xD8), 0xFF]] = False
 _BLOCK_BYTES = 2**20
 
-_BYTE_PASSES = 2  # For each byte of coded data, in addition to the pixels'.
+_BYTE_PASSES = 2  # For each byte of coded data, beside those for pixels.
 _TABLE_BYTE_PASSES = 16  # Pillow reads quantization tables in Python.
 _ARITHMETIC_PASSES = 2
-_BYTES_PER_PIXEL = 8  # Four of the picture, four of its copy in RGB or turned upright.
-_BYTES_PER_SAMPLE = 2  # Of coefficients, which several scans need in memory.
+_BYTES_PER_PIXEL = 8  # Four in the picture, four in its copy as RGB or turned upright.
+_BYTES_PER_SAMPLE = 2  # Of coefficients, which are kept in memory if there are several scans.
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,14 @@ class _Frame:
 
     @property
     def pixels(self) -> int:
-        """Pixels of the whole blocks in which the picture is stored."""
+        """Pixels of the picture, rounded up to whole blocks."""
         across, down = self._max_sampling
         columns, rows = -(-self.width // (8 * across)), -(-self.height // (8 * down))
         return columns * rows * 64 * across * down
 
     @property
     def samples(self) -> int:
-        """Samples of all components, in whole blocks."""
+        """Samples of all components, rounded up to whole blocks."""
         across, down = self._max_sampling
         return self.pixels * sum(h * v for h, v in self.samplings) // (across * down)
 
@@ -91,7 +91,7 @@ def read_structure(data: bytes | memoryview) -> Structure:
 
 
 def strip(data: bytes | memoryview) -> bytes | memoryview:
-    """The file without metadata, which decoders would parse. Orientation is the plan's."""
+    """The file without metadata, which decoders would parse; the plan has the orientation."""
     window = Window(data, "JPEG")
     return window.without(
         (at - 4, at + size) for marker, at, size in _segments(window) if marker in _METADATA
@@ -140,8 +140,8 @@ def _frame(window: Window, marker: int, at: int, length: int) -> _Frame:
 
 
 def _cost(window: Window, frame: _Frame, segments: list[tuple[int, int, int]]) -> tuple[int, int]:
-    """(passes, bytes) of decoding. A file that is not progressive and whose first scan has all
-    components counts as one scan: a decoder stops there."""
+    """(passes, bytes) of decoding. A file that is not progressive, and whose first scan has all
+    components, counts as one scan, after which decoders stop."""
     _, start, _ = segments[-1]
     interleaved = start < len(window) and window.u8(start) >= len(frame.samplings)
     several = frame.marker in _PROGRESSIVE or not interleaved
@@ -154,7 +154,7 @@ def _cost(window: Window, frame: _Frame, segments: list[tuple[int, int, int]]) -
     factor = 1
     if frame.marker in _ARITHMETIC:
         factor = _ARITHMETIC_PASSES
-    elif interleaved:  # Each block takes a bit at least.
+    elif interleaved:  # Each block takes at least a bit.
         window.check_room(frame.samples, (len(window) - start) * 8 * 64)
     tables = sum(length for marker, _, length in segments if marker == _TABLES)
     passes = factor * (scans * frame.pixels + _BYTE_PASSES * (len(window) - start))
@@ -163,8 +163,8 @@ def _cost(window: Window, frame: _Frame, segments: list[tuple[int, int, int]]) -
 
 def _later_markers(window: Window, at: int) -> Iterator[int]:
     """The markers of all segments after the first scan's header, whose content is at ``at``, up to
-    the picture's end. Coded data are searched in blocks, in time that their content does not
-    change."""
+    the picture's end. Coded data are searched in large blocks, so that their content does not
+    change the time it takes."""
     at, markers = at - 2 + max(window.be16(at - 2), 2), 0
     while at + 1 < len(window):
         block = np.frombuffer(window.data[at : at + _BLOCK_BYTES + 1], dtype=np.uint8)

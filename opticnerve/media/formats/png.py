@@ -10,15 +10,15 @@ from opticnerve.media.formats.byte_reader import PIECE_PASSES, Window
 from opticnerve.media.plan import Structure
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
-MAX_TEXT_BYTES = 2**20  # Of one metadata text after decompression.
+MAX_TEXT_BYTES = 2**20  # Most bytes of one metadata text after decompression.
 
 _PICTURE = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT"})  # Chunks that pixels depend on.
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # By colour type.
-_MAX_RATIO = 1032  # Of deflate.
-_BYTE_PASSES = 2  # For each byte of filtered pixels, which deflate compresses.
+_MAX_RATIO = 1032  # Deflate's largest compression ratio.
+_BYTE_PASSES = 2  # For each byte of filtered pixels, which deflate has compressed.
 _INTERLACED_PASSES = 2
 _BYTES_PER_PIXEL = 12
-_BYTES_PER_16_BIT_PIXEL = 28  # The lower bytes are decoded in addition to the upper ones.
+_BYTES_PER_16_BIT_PIXEL = 28  # Upper and lower bytes are decoded separately.
 _CHUNK_TYPE = re.compile(rb"[A-Za-z0-9_]{4}")
 _RAW_PROFILE = b"Raw profile type exif"
 _XMP = b"XML:com.adobe.xmp"
@@ -40,8 +40,8 @@ def read_structure(data: bytes | memoryview) -> Structure:
 
 
 def strip(data: bytes | memoryview) -> bytes | memoryview:
-    """The file with the picture's chunks only. Decoders fail at damaged chunks of an animation,
-    and decompress metadata."""
+    """The file with only the chunks that pixels depend on: decoders would fail at an animation's
+    damaged chunks, and decompress metadata."""
     window = Window(data, "PNG")
     return window.without(
         (at - 8, at + size + 4) for kind, at, size in _chunks(window) if kind not in _PICTURE
@@ -51,7 +51,7 @@ def strip(data: bytes | memoryview) -> bytes | memoryview:
 def _cost(
     window: Window, width: int, height: int, chunks: list[tuple[bytes, int, int]]
 ) -> tuple[int, int]:
-    """(passes, bytes) of decoding, from the bytes that are decompressed and unfiltered."""
+    """(passes, bytes) of decoding, by the bytes to decompress and unfilter."""
     depth, colour, interlaced = window.u8(24), window.u8(25), window.u8(28) != 0
     filtered = height * (1 + -(-width * depth * _CHANNELS.get(colour, 4) // 8))
     data = sum(min(size, len(window) - at) for kind, at, size in chunks if kind == b"IDAT")
@@ -63,8 +63,8 @@ def _cost(
 
 
 def _frames(window: Window, chunks: list[tuple[bytes, int, int]]) -> int:
-    """2 or more for an animation: one valid acTL before the data, and at least two frames that have
-    a control chunk followed by data. Readers take anything else for a still picture."""
+    """The number of frames. An animation has one valid acTL before the data, and at least two
+    frames with a control chunk followed by data; readers take anything else for a still picture."""
     declared: list[int] = []
     found, seen_data, control = 0, False, False
     for kind, at, size in chunks:
@@ -98,7 +98,7 @@ def _chunks(window: Window) -> list[tuple[bytes, int, int]]:
             break
         if not _CHUNK_TYPE.fullmatch(kind):
             if seen_data:
-                break  # What follows the picture is not read.
+                break  # The picture is complete.
             raise window.damaged("a chunk has no valid type")
         if at + 8 + size > len(window) and kind != b"IDAT":
             raise window.truncated()  # The decoder finds whether the pixels are complete.
@@ -110,11 +110,8 @@ def _chunks(window: Window) -> list[tuple[bytes, int, int]]:
 
 
 class _Metadata:
-    """A PNG's orientation, from any of the five places that are in use.
-
-    A later chunk of one kind replaces an earlier one. Texts are decompressed at the end, so that
-    many of them cost one decompression.
-    """
+    """A PNG's orientation, from any of the five places in use. A later chunk of one kind replaces
+    an earlier one. Only the last text of a keyword is decompressed, however many there are."""
 
     def __init__(self) -> None:
         self._exif: bytes | None = None
@@ -156,7 +153,7 @@ def _inflate(data: bytes) -> bytes | None:
 
 
 def _unhex(text: bytes | None) -> bytes | None:
-    """From ImageMagick's form: an empty line, a name, a size, then hexadecimal digits."""
+    """Bytes from ImageMagick's form: an empty line, a name, a size, then hexadecimal digits."""
     if text is None:
         return None
     try:

@@ -13,7 +13,7 @@ _IMAGES = frozenset({b"VP8 ", b"VP8L"})
 _FRAME_HEADER = 16  # Bytes of a frame before its data.
 _ANIMATED, _HAS_XMP, _HAS_EXIF = 0x02, 0x04, 0x08
 _PASSES = 8
-_MAX_PIXELS_PER_BYTE = 2048  # Of a lossy picture: the modes of 256 pixels take over a bit.
+_MAX_PIXELS_PER_BYTE = 2048  # Lossy: the modes of 256 pixels take over a bit.
 _BYTES_PER_PIXEL = 22  # The decoder has three canvases.
 
 
@@ -46,7 +46,7 @@ def read_structure(data: bytes | memoryview) -> Structure:
 def _structure(
     width: int, height: int, orientation: int = 1, frames: int = 1, pieces: int = 0
 ) -> Structure:
-    """A lossless picture of one colour takes 34 bytes at any size, so there is no check of room."""
+    """No check of room: a lossless picture of one colour takes 34 bytes at any size."""
     pixels = width * height
     return Structure(
         "webp",
@@ -83,8 +83,8 @@ def _extended(window: Window, end: int) -> Structure:
 
 
 def strip(data: bytes | memoryview) -> bytes | memoryview:
-    """A file of one picture without chunks and flags of an animation that it does not have, at
-    which decoders fail: a flag without frames, frames without the flag, frames without data."""
+    """The file without inconsistent traces of an animation, at which decoders fail: a flag without
+    frames, frames without the flag, frames without data."""
     window = Window(data, "WebP")
     if window.take(12, 4) != b"VP8X":
         return data
