@@ -24,19 +24,18 @@ With `opticnerve encoder --port 7001` and `opticnerve llm --port 7002` running:
         answer = llm.generate(prompt, {placeholder: ref}, Sampling(max_tokens=64))
         print(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
 
-The text is the caller's: the clients know token ids alone. Where a layout has a ``rewrite``, as
-Gemma 3's, it is the caller who applies it to what the template wrote, before tokenizing.
+Clients know only token ids; text is up to the caller. If a layout has a ``rewrite``, as Gemma 3's
+does, the caller applies it to the template's text before tokenizing.
 
-``encoder.fetch(ref)["rows"]`` are a picture's embeddings as a tensor that speaks DLPack; such
-tensors are contents too, as are the pictures themselves, in any number: ``{id: [picture, ref,
-tensor]}``. An answer ends where the checkpoint says, unless ``Sampling(eos_token_ids=...)`` says
-otherwise.
+``encoder.fetch(ref)["rows"]`` is a picture's embedding as a tensor that supports DLPack. Contents
+may be references, such tensors, and pictures, in any number: ``{id: [picture, ref, tensor]}``. An
+answer ends with the checkpoint's end-of-sequence ids, unless ``Sampling(eos_token_ids=...)`` gives
+others.
 
-``AsyncEncoderClient`` and ``AsyncLLMClient`` are the same with ``await``. Workers that were started
-with ``--rpc-token-file`` want it of their clients too: ``rpc_token_file=``. Those with
-``--tls-certificate`` are called with ``tls=ChannelTls("ca.pem")``, and with
-``ChannelTls("ca.pem", "client.pem", "client.key")`` if they ask for a certificate. Errors are those
-of ``opticnerve.errors``.
+``AsyncEncoderClient`` and ``AsyncLLMClient`` are the same with ``await``. For workers with
+``--rpc-token-file``, give their clients ``rpc_token_file=``; for those with ``--tls-certificate``,
+``tls=ChannelTls("ca.pem")``, or ``ChannelTls("ca.pem", "client.pem", "client.key")`` if they
+require a certificate. Errors are those of ``opticnerve.errors``.
 """
 
 from __future__ import annotations

@@ -20,20 +20,20 @@ from opticnerve.media.plan import Grid, Modality, Plan, Span, SpanAttention
 
 @dataclass(frozen=True, slots=True)
 class EncodedPicture(EmbeddingRef):
-    """An encoder's reference, with the picture's plan, from which positions are computed."""
+    """An encoder's reference, and the picture's plan, from which positions are computed."""
 
     plan: Plan | None = None
-    hit: bool = False  # The embedding was in the store; nothing was encoded.
+    hit: bool = False  # Whether the embedding was in the store already.
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Embeddings of the caller, as tensors that speak DLPack (torch, numpy, CuPy, JAX).
+    """The caller's own embeddings, as tensors that support DLPack (torch, numpy, CuPy, JAX).
 
-    ``rows`` is [num_rows, hidden_size]; ``deepstack`` has more such levels, for families that use
-    them. ``grid`` counts patches before merging. Models with 3D positions need it; without it, the
-    rows have one line of positions like text, which those models refuse. ``attention`` is
-    BIDIRECTIONAL for models whose own pictures attend so: Gemma 3.
+    ``rows`` is [num_rows, hidden_size]; ``deepstack`` has a tensor of that shape for each DeepStack
+    level of the model. ``grid`` counts patches before merging; models with 3D positions require it,
+    others take the rows' positions like text's. ``attention`` is BIDIRECTIONAL for models whose own
+    pictures attend so, such as Gemma 3.
     """
 
     rows: Any
@@ -56,9 +56,9 @@ Content: TypeAlias = EmbeddingRef | Tensors | Picture | Any
 class MultiMediaInfo:
     """Contents by placeholder id: ``MultiMediaInfo({151655: [picture, tensor]})``.
 
-    The n-th content of an id takes the next placeholders of that id, as many as it has rows. A
-    content that stands alone, ``{151655: picture}``, is one. Raises InvalidRequest, which shows
-    the form, for what is none.
+    The contents of an id take its placeholders in order, each as many as it has rows. A single
+    content needs no list: ``{151655: picture}``. Raises InvalidRequest, which shows the form, for
+    anything else.
     """
 
     def __init__(self, contents: Mapping[int, Iterable[Content] | Content] | None = None) -> None:
@@ -74,7 +74,8 @@ class MultiMediaInfo:
                 self.add(token_id, item)
 
     def add(self, token_id: int, content: Content) -> None:
-        """Adds a content for this placeholder. Raises InvalidRequest for another type."""
+        """Adds a content for the placeholder id ``token_id``. Raises InvalidRequest for another
+        type."""
         if not is_picture(content) and not isinstance(content, (EmbeddingRef, Tensors)):
             content = Tensors(_as_tensor(content))
         read_token_ids("contents", [token_id])
@@ -99,7 +100,7 @@ def _as_tensor(content: object) -> Any:
 
 
 def _is_several(contents: object) -> bool:
-    """Whether these are several contents: a path and a tensor can be iterated too, but are one."""
+    """Whether these are several contents. A path or a tensor is one, though it can be iterated."""
     if is_picture(contents) or isinstance(contents, Mapping) or hasattr(contents, "__dlpack__"):
         return False
     return isinstance(contents, Iterable)
@@ -107,8 +108,8 @@ def _is_several(contents: object) -> bool:
 
 @dataclass(frozen=True)
 class Placed:
-    """One content, ready to send: its reference, and its picture in case the rows are lost.
-    ``span``: with offsets as at the beginning of the prompt."""
+    """One content, ready to send. ``span``: of all its rows, with offset 0; ``lay_out`` places
+    it."""
 
     token_id: int
     ref: EmbeddingRef
@@ -117,7 +118,7 @@ class Placed:
 
 
 def place_tensors(token_id: int, content: Tensors) -> Placed:
-    """The caller's tensors as inline bytes, under their hash as key.
+    """The caller's tensors as inline bytes, with their hash as key.
 
     Raises InvalidRequest, and StartupError without torch.
     """
@@ -146,7 +147,7 @@ def place_tensors(token_id: int, content: Tensors) -> Placed:
 
 
 def place_ref(token_id: int, ref: EmbeddingRef, picture: Picture | None = None) -> Placed:
-    """A reference that an encoder answered."""
+    """A reference from an encoder; ``picture``: see ``Placed``."""
     plan = ref.plan if isinstance(ref, EncodedPicture) else None
     if plan is None:
         span = Span(0, ref.num_rows, 0, 0, Modality.IMAGE, Grid(1, 1, ref.num_rows))
@@ -161,7 +162,7 @@ def lay_out(
 ) -> tuple[list[EmbeddingRef], list[Span]]:
     """(distinct references, spans in order of the prompt) of a request.
 
-    Raises InvalidRequest unless every id's placeholders are as many as its contents' rows.
+    Raises InvalidRequest unless each id has as many placeholders as its contents have rows.
     """
     places = {placed.token_id: [] for placed in contents}  # type: dict[int, list[int]]
     for position, token_id in enumerate(token_ids):
@@ -186,7 +187,7 @@ def lay_out(
 
 
 def _spans(placed: Placed, item: int, positions: Sequence[int]) -> Iterator[Span]:
-    """One span for each run of neighbouring positions."""
+    """One span for each run of consecutive positions."""
     start = 0
     for index in range(1, len(positions) + 1):
         if index < len(positions) and positions[index] == positions[index - 1] + 1:

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 class AsyncEncoderClient:
     """Encodes pictures on one encoder at ``address`` (host:port).
 
-    ``model`` is the encoder's checkpoint as services take it (a directory, a hub id, None: the
-    built-in demo) or its layout: the client plans pictures and computes their content keys.
-    ``rpc_token_file``: the encoder's; ``tls``: for one with ``--tls-certificate``. Raises the
-    errors of ``opticnerve.errors``. Close it, or use it as a context manager.
+    ``model``: the encoder's checkpoint (a directory, a hub id, or None for the built-in demo) or
+    its layout, with which the client plans pictures and computes their content keys.
+    ``rpc_token_file``: the encoder's. ``tls``: for an encoder with ``--tls-certificate``. Raises
+    the errors of ``opticnerve.errors``. Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class AsyncEncoderClient:
         self._model = model
         self._layout: Layout | None = None
         self._fingerprint = ""
-        self._trusted: set[str] = set()  # Addresses that the encoder itself named for Fetch.
+        self._trusted: set[str] = set()  # Fetch addresses that the encoder itself reported.
         self._token = load_token(rpc_token_file)
         self._tls = tls
         self._channel = open_channel(address, self._token, tls)
@@ -69,13 +69,14 @@ class AsyncEncoderClient:
         await self._channel.close()
 
     async def describe(self) -> encoder_pb2.DescribeEncoderResponse:
-        """What the encoder is, what it accepts, and how busy it is."""
+        """The encoder's identity, limits and load."""
         request = encoder_pb2.DescribeEncoderRequest()
         with typed_errors():
             return await self._stub.Describe(request, timeout=self.timeout_s)
 
     async def layout(self) -> Layout:
-        """How pictures become patches and placeholders for this model."""
+        """The model's layout: how pictures become patches and placeholders. Raises
+        CheckpointError."""
         if self._layout is None:
             model = self._model
             if model is None or isinstance(model, str | Path):
@@ -88,25 +89,25 @@ class AsyncEncoderClient:
     async def encode(
         self, picture: Picture, overrides: Overrides = NO_OVERRIDES, *, lost: bool = False
     ) -> EncodedPicture:
-        """A reference to the picture's embedding, which is encoded unless the store has it.
+        """A reference to the picture's embedding; the picture is encoded unless the store has it.
 
-        ``lost``: an LLM worker could not use the rows of an earlier reference; the encoder checks
-        what it has stored before it answers.
-        Raises InvalidMedia, InvalidRequest, Overloaded, Unavailable, DeadlineExceeded...
+        ``lost``: an LLM worker could not use the rows of an earlier reference, so the encoder
+        checks what is stored before it answers. Raises InvalidMedia, InvalidRequest, Overloaded,
+        Unavailable, DeadlineExceeded...
         """
         data = await asyncio.to_thread(read_picture, picture)
         try:
             return await self._send(await self._plan(data, overrides, lost))
-        except Mispaired:  # Another encoder has this address by now, and other content keys.
+        except Mispaired:  # Now another encoder, with other content keys, has this address.
             self._fingerprint = ""
             return await self._send(await self._plan(data, overrides, lost))
 
     async def fetch(self, ref: EmbeddingRef) -> dict[str, torch.Tensor]:
-        """The embedding's tensors by name, on the CPU; each speaks DLPack.
+        """The embedding's tensors by name, on the CPU; each supports DLPack.
 
-        From the reference itself, or by Fetch from the encoder that it names. Raises NotFound if
-        that encoder no longer has it, EmbeddingCorrupt if it is not what the reference says,
-        StartupError without torch.
+        They come from the reference itself, or by Fetch from the encoder that it names. Raises
+        NotFound if that encoder no longer has them, EmbeddingCorrupt if they are not what the
+        reference says, StartupError without torch.
         """
         require_extra("worker", "fetch()")
         from opticnerve.embeddings import codec

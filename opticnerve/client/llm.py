@@ -44,7 +44,7 @@ from opticnerve.rpc.tls import ChannelTls
 from opticnerve.rpc.token import load_token
 
 MAX_INLINE_BYTES = 7 * 2**20  # A message holds 8 MiB.
-START_INLINE_BYTES = 2**20  # Tensors in the Start message; others follow it.
+START_INLINE_BYTES = 2**20  # Of tensors in the Start message; more follow it.
 STREAM_POLICY = StreamPolicy()
 
 Contents: TypeAlias = MultiMediaInfo | Mapping[int, Any]
@@ -53,12 +53,12 @@ Contents: TypeAlias = MultiMediaInfo | Mapping[int, Any]
 class AsyncLLMClient:
     """Generates token ids from token ids and contents, on the LLM worker at ``address``, host:port.
 
-    ``encoder`` encodes contents that are pictures, again if the worker has lost their rows.
-    ``store`` (from ``opticnerve.embeddings.open.open_store``) carries the caller's tensors that are
-    too large for a message. The worker must reach the same store; if it has a
-    ``--store-key-file``, open the store with ``seal=Seal.load(FILE)``
-    (``opticnerve.embeddings.signing``). The caller closes both. ``rpc_token_file``: the worker's;
-    ``tls``: for one with ``--tls-certificate``. Raises the errors of ``opticnerve.errors``.
+    ``encoder`` encodes contents that are pictures, and encodes them again if the worker has lost
+    their rows. ``store`` (from ``opticnerve.embeddings.open.open_store``) carries tensors that are
+    too large for a message. The worker must reach the same store; if it has a ``--store-key-file``,
+    open the store with ``seal=Seal.load(FILE)`` (``opticnerve.embeddings.signing``). The caller
+    closes both. ``rpc_token_file``: the worker's. ``tls``: for a worker with ``--tls-certificate``.
+    Raises the errors of ``opticnerve.errors``.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class AsyncLLMClient:
         await self._channel.close()
 
     async def describe(self, timeout_s: float | None = None) -> llm_pb2.DescribeLLMResponse:
-        """What the worker is, what it accepts, and how busy it is."""
+        """The worker's identity, limits and load."""
         request, patience_s = llm_pb2.DescribeLLMRequest(), timeout_s or self.timeout_s
         with typed_errors():
             return await self._stub.Describe(request, timeout=patience_s)
@@ -128,10 +128,10 @@ class AsyncLLMClient:
     ) -> AsyncGenerator[Delta, None]:
         """New tokens as they arrive. Closing the iterator early aborts the generation.
 
-        ``token_ids`` has a run of placeholders for every content, as many as it has rows.
-        ``contents`` may be the mapping that a ``MultiMediaInfo`` is made of. The answer ends with
-        ``sampling.eos_token_ids``, by default the checkpoint's, or after ``max_tokens``.
-        Raises InvalidRequest where they do not fit, and what ``llm.proto`` says.
+        ``token_ids`` has as many placeholders for every content as it has rows. ``contents`` may
+        also be the mapping from which ``MultiMediaInfo`` is made. The answer ends with one of
+        ``sampling.eos_token_ids``, by default the checkpoint's, or after ``max_tokens``. Raises
+        InvalidRequest if prompt and contents do not fit, and the errors in ``llm.proto``.
         """
         stream = await self._open(token_ids, contents, sampling, request_id, timeout_s)
         async with contextlib.aclosing(_events(stream)) as events:
@@ -165,8 +165,8 @@ class AsyncLLMClient:
         return GenerateStream(self._stub, start, source, timeout_s or self.timeout_s, STREAM_POLICY)
 
     async def _resolve(self, sampling: Sampling | None, timeout_s: float | None) -> Sampling:
-        """``sampling`` with ``eos_token_ids``, requested each time, because another worker may have
-        this address by now."""
+        """``sampling`` with ``eos_token_ids``. The worker is asked each time, because another one
+        may have this address by now."""
         if not isinstance(sampling, Sampling | None):
             kind = type(sampling).__name__
             raise InvalidRequest(f"sampling is a Sampling(...), not {kind}", param="sampling")
@@ -209,8 +209,8 @@ async def _events(stream: GenerateStream) -> AsyncGenerator[StreamEvent, None]:
 
 
 def items_of(refs: Sequence[EmbeddingRef]) -> list[llm_pb2.Item]:
-    """The items of Start with their references. References with large inline rows are left out and
-    sent in separate messages."""
+    """The items of Start with their references. References with large inline rows are left out;
+    they are sent in separate messages."""
     items, room = [], START_INLINE_BYTES
     for ref in refs:
         inline = bool(ref.location.inline)

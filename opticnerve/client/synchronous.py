@@ -1,4 +1,4 @@
-"""The clients for code without an event loop: each call runs on one that all of them share."""
+"""Clients for code without an event loop; all of them run their calls on one shared loop."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C", AsyncEncoderClient, AsyncLLMClient)
 
-# One loop and thread for all clients of the process (gRPC wants one loop), which ends with the
-# last of them.
+# One loop and thread for all clients of the process, since gRPC requires one loop. It ends with the
+# last client.
 _portals = BlockingPortalProvider()
 
 
@@ -29,7 +29,8 @@ class SynchronousClient(Generic[C]):
     """Runs an asynchronous client. Close it, or use it as a context manager."""
 
     def __init__(self, make: Callable[[], C]) -> None:
-        """``make`` runs on the loop: gRPC's channels belong to the one that they are made on."""
+        """``make`` is called on the loop, since gRPC's channels belong to the loop they are made
+        on."""
         with contextlib.ExitStack() as stack:
             self._portal = stack.enter_context(_portals)
             self.asynchronous: C = self._portal.call(make)
@@ -48,8 +49,7 @@ class SynchronousClient(Generic[C]):
 
 
 def run_on(portal: BlockingPortal, call: Callable[[], Awaitable[R]]) -> R:
-    """Runs a call to its end on the portal's loop. An interrupt of the thread that waits cancels
-    the call."""
+    """Runs a call to its end on the portal's loop. Interrupting the waiting thread cancels it."""
     future = portal.start_task_soon(call)
     try:
         return future.result()
@@ -61,7 +61,7 @@ def run_on(portal: BlockingPortal, call: Callable[[], Awaitable[R]]) -> R:
 def blocking(
     method: Callable[Concatenate[C, P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate[SynchronousClient[C], P], R]:
-    """The method of an asynchronous client, for the client that runs it."""
+    """A method of an asynchronous client as a method of the synchronous one."""
 
     @functools.wraps(method)
     def call(client: SynchronousClient[C], /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -73,7 +73,7 @@ def blocking(
 def iterating(
     method: Callable[Concatenate[C, P], AsyncGenerator[R, None]],
 ) -> Callable[Concatenate[SynchronousClient[C], P], Generator[R, None, None]]:
-    """Likewise, for a method that is an asynchronous generator; leaving early closes it."""
+    """The same for an asynchronous generator; leaving the iteration early closes it."""
 
     @functools.wraps(method)
     def iterate(
@@ -115,7 +115,7 @@ class EncoderClient(SynchronousClient[AsyncEncoderClient]):
 
 
 class LLMClient(SynchronousClient[AsyncLLMClient]):
-    """See ``AsyncLLMClient``. ``encoder`` and ``store`` are the caller's to close."""
+    """See ``AsyncLLMClient``. The caller closes ``encoder`` and ``store``."""
 
     def __init__(
         self,

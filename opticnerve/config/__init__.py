@@ -1,4 +1,4 @@
-"""Configuration: one frozen dataclass a service, composed of parts that services share.
+"""Configuration: one frozen dataclass for each service, composed of parts that services share.
 
 A field is a flag (``--max-num-seqs``), an environment variable (``OPTICNERVE_MAX_NUM_SEQS``) and an
 attribute, under one name: see ``options``. Unknown flags and unknown ``OPTICNERVE_`` variables are

@@ -1,4 +1,4 @@
-"""Command lines: flags from configurations, help by topic, errors of one line."""
+"""Command lines: flags from configurations, help grouped by topic, one-line errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EPILOG = (
     "unit: 512M, 2GiB."
 )
 MAX_WIDTH = 100
-MODEL_FLAGS = {"--model", "--model-path", "--model-name", "-m"}  # As other servers have them.
+MODEL_FLAGS = {"--model", "--model-path", "--model-name", "-m"}  # Flags of other servers.
 OTHER_VARIABLES = {"OPTICNERVE_CACHE_DIR"}  # opticnerve.checkpoints.digests reads it.
 
 C = TypeVar("C", EncoderConfig, LLMConfig, GatewayConfig)
@@ -50,7 +50,7 @@ def read_config(command: str, description: str, cls: type[C], argv: Sequence[str
 
 
 def check_environment(environment: Mapping[str, str] | None = None) -> None:
-    """Raises ConfigError for an ``OPTICNERVE_`` variable that no service knows and that is no
+    """Raises ConfigError for an ``OPTICNERVE_`` variable that no service knows, unless it is a
     service link of Kubernetes."""
     environment = os.environ if environment is None else environment
     known = set(OTHER_VARIABLES)
@@ -77,8 +77,7 @@ def start_logs(settings: TelemetryConfig, environment: Mapping[str, str] | None 
 
 
 def warn_of_passwords(known: Iterable[Option], given: Mapping[str, Any]) -> None:
-    """Warns of passwords in flags that were given: every user of the machine reads command
-    lines."""
+    """Warns of passwords in the given flags: every user of the machine can read command lines."""
     for item in known:
         if item.has_password(given.get(item.name)):
             log.warning(
@@ -134,7 +133,7 @@ def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def number_type(kind: type[int] | type[float], minimum: int = 0) -> Callable[[str], Any]:
-    """The ``type`` of a number's flag that is in no configuration."""
+    """An argparse ``type`` for a number, for flags that are not part of a configuration."""
     return argument_type(Option("", kind, None, Spec("", "", minimum=minimum)).parse)
 
 

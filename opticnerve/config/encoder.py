@@ -10,7 +10,7 @@ from opticnerve.config import shared
 from opticnerve.config.options import Group, option
 from opticnerve.errors import ConfigError
 
-SIDECAR = "engine.json"  # In an engine's directory.
+SIDECAR = "engine.json"  # The description in an engine's directory.
 ENGINE_BACKENDS = ("tensorrt", "tensorrt_rtx", "onnx")
 
 _tower = partial(option, group=Group.TOWER)
@@ -78,7 +78,7 @@ class EncoderConfig:
     telemetry: shared.TelemetryConfig = shared.TelemetryConfig()
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for an audit without the torch tower, which it compares with."""
+        """Raises ConfigError for an audit without the torch tower, which it needs."""
         if self.audit_share and self.vision_engine and self.beyond_buckets == "refuse":
             raise ConfigError(
                 "--audit-share compares with the torch tower, which --beyond-buckets refuse does "

@@ -25,7 +25,7 @@ ADDRESSES = "HOST:PORT, or dns:///NAME:PORT for every address that the name reso
 
 @dataclass(frozen=True)
 class HttpsConfig:
-    """How clients know the gateway, and it them, on an encrypted connection."""
+    """HTTPS: the gateway's certificate, and the authorities that sign clients' certificates."""
 
     https_certificate: str | None = _https(
         None,
@@ -44,7 +44,7 @@ class HttpsConfig:
     )
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for one file without the other that it needs."""
+        """Raises ConfigError if one of the files is given without another that it needs."""
         if (self.https_certificate is None) != (self.https_key is None):
             raise ConfigError("--https-certificate and --https-key go together", param="https_key")
         if self.https_client_ca and not self.https_certificate:
@@ -97,7 +97,7 @@ class GatewayConfig:
     llm_addresses: tuple[str, ...] = _workers(
         (), f"LLM workers: {ADDRESSES}", metavar="HOST:PORT,...", check=addresses.check_target
     )
-    store: shared.RegistryConfig = shared.RegistryConfig()  # The workers', for their registry.
+    store: shared.RegistryConfig = shared.RegistryConfig()  # Where the workers' registry is.
     rpc_token_file: str | None = _workers(None, shared.TOKEN_HELP, metavar="FILE")
     certificate: shared.CertificateConfig = shared.CertificateConfig()
     calls: shared.CallsConfig = shared.CallsConfig()  # To workers.
@@ -278,5 +278,5 @@ class GatewayConfig:
 
     @property
     def listen_host(self) -> str:
-        """The interface to listen on: by default only this machine may call without keys."""
+        """The interface to listen on; by default loopback only, or all with API keys."""
         return self.host or ("0.0.0.0" if self.api_key_file else "127.0.0.1")

@@ -54,5 +54,5 @@ class LLMConfig:
     telemetry: shared.TelemetryConfig = shared.TelemetryConfig()
 
     def __post_init__(self) -> None:
-        """Raises ConfigError if calls to encoders would not be encrypted as others are."""
+        """Raises ConfigError for TLS options without --tls-ca, which encrypts calls to encoders."""
         self.calls.check_certificate(self.rpc.certificate)

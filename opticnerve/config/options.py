@@ -63,7 +63,7 @@ class Group(StrEnum):
 
 @dataclass(frozen=True)
 class Spec:
-    """An option's properties besides its name, type and default."""
+    """An option's properties other than its name, type and default."""
 
     help: str
     group: str  # Its title in --help.
@@ -102,7 +102,7 @@ class Option:
 
     @property
     def metavar(self) -> str | None:
-        """The placeholder of the value in --help; that of a number follows from its unit."""
+        """The value's placeholder in --help; for a number it follows from the unit in the name."""
         if self.spec.metavar or self.kind not in (int, float):
             return self.spec.metavar
         if self.spec.size:
@@ -243,8 +243,8 @@ def options(cls: type) -> Iterator[Option]:
 def build(
     cls: type[C], given: Mapping[str, Any], environment: Mapping[str, str] | None = None
 ) -> C:
-    """A configuration from parsed flags (None: not given) and the environment, whose service links
-    are ignored. Raises ConfigError for a variable that does not parse."""
+    """A configuration from parsed flags (None: not given) and the environment without Kubernetes'
+    service links. Raises ConfigError for a variable that does not parse."""
     environment = without_service_links(os.environ if environment is None else environment)
     values = {}
     for name, member in _members(cls):
@@ -260,7 +260,7 @@ def build(
 def to_command_line(
     known: Iterable[Option], given: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, str]]:
-    """(arguments, environment variables) that pass those of ``given`` that are ``known`` to another
+    """(arguments, environment variables) that pass the ``known`` options among ``given`` to another
     process. Passwords go into variables: every user of the machine can read command lines."""
     arguments: list[str] = []
     variables: dict[str, str] = {}
@@ -307,7 +307,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(num_bytes: int) -> str:
-    """``20MiB``: in the largest unit that divides the size, as ``parse_size`` reads it."""
+    """The size in the largest unit that divides it, such as ``20MiB``; ``parse_size`` reads it."""
     fits = [unit for unit, factor in UNITS.items() if num_bytes % factor == 0 < num_bytes]
     unit = fits[-1] if fits else ""
     return f"{num_bytes // UNITS[unit]}{unit + 'iB' if unit else ''}"
@@ -320,8 +320,8 @@ def is_service_link(name: str, value: str) -> bool:
     """Whether a variable is a service link, which Kubernetes sets in every pod for a Service whose
     name begins with ``opticnerve``, such as ``OPTICNERVE_PORT=tcp://10.0.0.1:80``.
 
-    Name and value both count, so ``OPTICNERVE_PORT=8000`` is an option.
-    Source: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+    Name and value must both match, so ``OPTICNERVE_PORT=8000`` is an option. Source:
+    https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
     """
     return bool(_SERVICE_LINK.fullmatch(f"{name}={value}"))
 

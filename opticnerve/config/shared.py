@@ -24,9 +24,9 @@ _tls = partial(option, group=Group.TLS)
 
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 REDIS_URLS = tuple(f"{scheme}://" for scheme in REDIS_SCHEMES)
-NO_REGISTRY = "none"  # As --registry.
-MIN_IMAGE_PIXELS = 64 * 64  # Size of the picture that encoders warm up with.
-MIN_DECODE_PASSES = 2**20  # Decode cost of an ordinary picture's markers.
+NO_REGISTRY = "none"  # Value of --registry.
+MIN_IMAGE_PIXELS = 64 * 64  # The picture that encoders warm up with.
+MIN_DECODE_PASSES = 2**20  # The decode cost of an ordinary picture's markers.
 
 DRAIN_HELP = (
     "time for running requests to finish after SIGTERM or Ctrl-C; a second signal ends them"
@@ -48,8 +48,8 @@ MAX_LOGPROBS = partial(option, 20, "largest `top_logprobs` of a request", group=
 
 
 def read_url(given: str, name: str) -> str:
-    """``given``, the URL of the option called ``name``, or the contents of the file that it names.
-    Raises ConfigError."""
+    """``given``, the value of the option ``name``, if it is a URL; for file:///PATH, the URL in
+    that file. Raises ConfigError."""
     if not given.startswith("file:"):
         return given
     path = given.removeprefix("file://")
@@ -68,7 +68,7 @@ def read_url(given: str, name: str) -> str:
 
 
 def check_registry(text: str) -> None:
-    """Raises ValueError for what is neither the URL of a Redis, nor of a file, nor "none"."""
+    """Raises ValueError unless ``text`` is the URL of a Redis, a file:/// URL, or "none"."""
     if text != NO_REGISTRY and not text.startswith((*REDIS_URLS, "file:///")):
         raise ValueError("no registry")
 
@@ -112,7 +112,8 @@ class ModelConfig(CheckpointConfig):
 
 @dataclass(frozen=True)
 class CertificateConfig:
-    """Who a process is, to the processes that it calls and that call it over gRPC."""
+    """The certificate that a process presents to its callers, and to the processes that it calls,
+    over gRPC."""
 
     tls_certificate: str | None = _tls(
         None,
@@ -125,14 +126,14 @@ class CertificateConfig:
     )
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for one without the other."""
+        """Raises ConfigError if one is given without the other."""
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ConfigError("--tls-certificate and --tls-key go together", param="tls_key")
 
 
 @dataclass(frozen=True)
 class CallsConfig:
-    """How a process that calls workers over gRPC knows them."""
+    """How a process that calls workers over gRPC verifies their certificates."""
 
     tls_ca: str | None = _tls(
         None,
@@ -147,7 +148,7 @@ class CallsConfig:
     )
 
     def check_certificate(self, own: CertificateConfig) -> None:
-        """Raises ConfigError for options of encryption without what encrypts."""
+        """Raises ConfigError for other TLS options without ``tls_ca``, which encrypts calls."""
         if self.tls_ca is not None:
             return
         for flag, value in (
@@ -196,8 +197,8 @@ class RpcConfig:
     parent_pid: int = _address(0, PARENT_HELP, metavar="PID", hidden=True)
 
     def __post_init__(self) -> None:
-        """Raises ConfigError if anyone on the network could use the worker and ``insecure`` does
-        not allow it, and for callers' certificates without the worker's own."""
+        """Raises ConfigError if anyone on the network could use the worker, unless ``insecure``
+        allows it, and for ``tls_client_ca`` without the worker's own certificate."""
         if self.tls_client_ca and not self.certificate.tls_certificate:
             raise ConfigError("--tls-client-ca needs --tls-certificate", param="tls_client_ca")
         if self.knows_callers or self.insecure or addresses.is_loopback(self.host):
@@ -260,9 +261,9 @@ class RegistryConfig:
         return None
 
     def registry_of_worker(self, rpc: RpcConfig) -> str | None:
-        """The URL of the registry that a worker joins; None for none. Not one on another machine if
-        the worker is known by an address of this machine alone: raises ConfigError for --registry,
-        and warns where the registry is the store's Redis."""
+        """The URL of the registry that a worker joins; None for none. A worker with a loopback
+        address cannot join a registry on another machine: this raises ConfigError if --registry
+        asks for it, and warns if the registry is merely the store's Redis."""
         url = self.read_registry()
         where = rpc.advertise and addresses.host_of(rpc.advertise)
         host = where or ("127.0.0.1" if addresses.is_wildcard(rpc.host) else rpc.host)
@@ -280,7 +281,7 @@ class RegistryConfig:
 
 @dataclass(frozen=True)
 class StoreConfig(RegistryConfig):
-    """The same, and how embeddings are kept."""
+    """RegistryConfig, and how embeddings are kept."""
 
     store_key_file: str | None = _store(
         None,

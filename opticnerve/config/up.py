@@ -12,7 +12,7 @@ from opticnerve.config.options import Group, Option, option, options
 
 _processes = partial(option, group=Group.PROCESSES)
 
-# Options of the services that `up` sets itself, so they are not flags of `up`.
+# Options of the services that `up` sets itself; they are no flags of `up`.
 DECIDED = {"encoder_addresses", "llm_addresses", "advertise", "insecure", "fetch_from"}
 
 
@@ -35,8 +35,8 @@ class UpConfig:
 
 
 def up_options() -> list[Option]:
-    """Every option of ``up``: its own, and each of the services' once. The gateway's come first,
-    so that ``--host`` and ``--port`` are the gateway's."""
+    """Every option of ``up``: its own, and every option of the services once. The gateway's take
+    precedence, so ``--host`` and ``--port`` are the gateway's."""
     by_name: dict[str, Option] = {}
     for cls in (UpConfig, GatewayConfig, EncoderConfig, LLMConfig):
         for item in options(cls):

@@ -82,8 +82,8 @@ def _ask_own_stack() -> list[TurnResult]:
 
 
 def ask_all(url: str, trust: SSLContext | None) -> list[TurnResult]:
-    """Asks every turn in order; a follow-up carries the chat before it. ``trust``: what the
-    server's certificate is checked by."""
+    """Asks every turn in order; a follow-up repeats the chat before it. ``trust``: verifies the
+    server's certificate."""
     answers: list[TurnResult] = []
     history: list[dict[str, Any]] = []
     for turn in TURNS:
@@ -108,7 +108,7 @@ def ask(
 
 
 def table(answers: Sequence[TurnResult]) -> str:
-    """Milliseconds by stage, a line a question; a stage that did not happen is a dash."""
+    """Milliseconds by stage, a line for each question; a dash for a stage that did not occur."""
     head = ["milliseconds", "picture", *STAGES]
     rows = [head]
     for answer in answers:

@@ -1,7 +1,7 @@
-"""How far rows are from a reference's, and how far they may be.
+"""The distance of rows from a reference's, and its limits.
 
-The engines' gate, the audit of what is served and ``opticnerve verify`` hold rows to it. It imports
-no torch: it uses the methods of the tensors that it is given.
+Used by the gate of engines, the audit of served rows and ``opticnerve verify``. Imports no torch:
+it uses the methods of the tensors that it is given.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-SMALLEST = 1e-6  # Rows of smaller numbers than this may differ by a share of it.
+SMALLEST = 1e-6  # The limit for rows of smaller numbers is a share of this.
 
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """``cosine``: of each row with the reference's, at least. ``difference``: of two numbers, at
-    most, as a share of the reference's largest number."""
+    """``cosine``: the least of a row with the reference's. ``difference``: the largest of two
+    numbers, as a share of the reference's largest number."""
 
     cosine: float
     difference: float
@@ -31,24 +31,24 @@ LIMITS = {
     "float16": Tolerance(0.999, 0.05),
     "bfloat16": Tolerance(0.999, 0.1),
 }
-"""By the precision in which rows were computed; the reference is exact or in the same one."""
+"""By the dtype in which rows were computed; the reference is exact, or of the same dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """Of rows from a reference's. Numbers that are not finite, on either side, are a cosine of 0
-    and an infinite difference, which no limit permits."""
+    """The distance of rows from a reference's. If either side has a number that is not finite, the
+    cosine is 0 and the difference infinite, beyond every limit."""
 
-    cosine: float  # Of a row with the reference's, the smallest; of equal rows 1.
-    difference: float  # Of two numbers, the largest.
-    largest: float  # Number of the reference, by magnitude.
+    cosine: float  # The smallest of a row with the reference's; 1 for equal rows.
+    difference: float  # The largest of two numbers.
+    largest: float  # The reference's largest number, by magnitude.
 
     def within(self, limit: Tolerance) -> bool:
         permitted = limit.difference * max(self.largest, SMALLEST)
         return self.cosine >= limit.cosine and self.difference <= permitted
 
     def describe(self, limit: Tolerance) -> str:
-        """The figures, and what they are held to."""
+        """The figures and their limits, for messages."""
         if not math.isfinite(self.difference):
             return "numbers that are not finite"
         return (
@@ -58,8 +58,9 @@ class Distance:
 
 
 def compare(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Distance:
-    """How far the first of each pair is from the second, its reference: both [rows, width], on
-    the same device. Raises ValueError for pairs of two shapes, and where there is no row."""
+    """The largest distance of the first of each pair from the second, its reference; both [rows,
+    width], on the same device. Raises ValueError for a pair with different shapes, and if there is
+    no row."""
     if not any(want.numel() for _, want in pairs):
         raise ValueError("there are no rows to compare")
     cosine, difference, largest = 1.0, 0.0, 0.0
@@ -77,7 +78,7 @@ def compare(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Distance:
 
 
 def _cosines(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
-    """[rows]. Of equal rows 1, of zeros too; of a row of zeros with another 0."""
+    """float64 [rows]: 1 for equal rows, zeros included; 0 for a row of zeros and another."""
     lengths = got.norm(dim=-1) * want.norm(dim=-1)
     cosines = (got * want).sum(dim=-1) / lengths.clamp(min=1e-300)
     return cosines.masked_fill((got == want).all(dim=-1), 1.0)

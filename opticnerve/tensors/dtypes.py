@@ -1,4 +1,4 @@
-"""torch's dtypes by the names that checkpoints, embeddings and options have for them."""
+"""torch's dtypes by their names in checkpoints, embeddings and options."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ ELEMENT_TYPES = {dtype: name for name, dtype in FLOATING.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As ``--dtype`` and config.json write it: "bfloat16"."""
+    """The name in ``--dtype`` and config.json: "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -2,8 +2,8 @@
 
 A file is eight bytes (the header's length, little-endian), the header (JSON: for each tensor its
 ``dtype``, ``shape`` and ``data_offsets``; under ``__metadata__`` a mapping of strings), then the
-tensors' bytes. Offsets count from the end of the header. The safetensors library reads whole
-tensors only; weights are digested and embeddings are mapped by these offsets.
+tensors' bytes. Offsets count from the end of the header. The safetensors library reads only whole
+tensors; we need the offsets to digest weights and to map embeddings.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ ELEMENT_BYTES = {
     "U64": 8,
     "F64": 8,
 }
-"""Bytes of one element, by the name that safetensors has for its type."""
+"""Bytes of one element, by safetensors' name of its type."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeaderEntry:
-    """One tensor as a header describes it. Its bytes are [start, end), from the header's end."""
+    """One tensor in a header. Its bytes are [start, end), counted from the header's end."""
 
     name: str
     dtype: str  # A key of ELEMENT_BYTES.
@@ -73,8 +73,8 @@ def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def header_end(start: bytes | memoryview, limit: int) -> int:
-    """The offset of the first tensor's bytes, from a file's first eight. Raises ValueError for a
-    header of more than ``limit`` bytes."""
+    """The offset of the first tensor's bytes, given at least a file's first eight bytes. Raises
+    ValueError for a header of more than ``limit`` bytes."""
     if len(start) < LENGTH.size:
         raise ValueError("it ends within its header")
     length = int(LENGTH.unpack_from(start)[0])
@@ -151,7 +151,8 @@ def _are_naturals(value: Any) -> bool:
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """Every tensor of ``file`` by its key. Raises CheckpointError for one damaged or cut short."""
+    """Every tensor of ``file`` by its key. Raises CheckpointError for a damaged or incomplete
+    file."""
     try:
         with file.open("rb") as stream:
             size = file.stat().st_size

@@ -1,4 +1,4 @@
-"""Chats by which the split model is compared with the whole one, drawn from a seed."""
+"""Random chats, by which the split model is compared with the whole one."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Part = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One chat. ``messages`` are in Hugging Face's form, in which a picture is
-    ``{"type": "image"}``; ``pictures`` are PNG files in the order of their places."""
+    """One chat. ``messages`` are in Hugging Face's form, in which a picture is ``{"type":
+    "image"}``; ``pictures``: the pictures as PNG, in the order of the messages."""
 
     kind: str
     messages: tuple[Mapping[str, Any], ...]
@@ -34,7 +34,7 @@ class Case:
 
 
 def make_cases(count: int, seed: int) -> list[Case]:
-    """``count`` chats, of every kind in turn; those of one seed are always the same."""
+    """``count`` chats, of every kind in turn; one seed always makes the same."""
     random = np.random.default_rng(seed)
     kinds = tuple(KINDS)
     return [
@@ -56,7 +56,8 @@ class _Draw:
         return {"type": "image"}
 
     def transparent_picture(self) -> Part:
-        """What is transparent hides colours, as pictures that were cut out do."""
+        """A picture whose transparent pixels have hidden colours, as in pictures that were cut
+        out."""
         width, height = SIZES[self.random.integers(len(SIZES))]
         opaque = Image.open(io.BytesIO(_png(self.random, width, height)))
         alpha = self.random.integers(0, 256, (5, 7), dtype=np.uint8)
@@ -75,7 +76,7 @@ class _Draw:
 
 
 def _png(random: np.random.Generator, width: int, height: int) -> bytes:
-    """A picture of smooth areas with some noise: what resizing filters differ on."""
+    """A picture of smooth areas with some noise, on which resizing filters differ."""
     coarse = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
     noisy = smooth.astype(np.int16) + random.integers(-30, 31, smooth.shape, dtype=np.int16)

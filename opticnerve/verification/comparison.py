@@ -1,4 +1,4 @@
-"""What counts as equal, and how far the split model is from the whole one."""
+"""Compares the split model with the whole one, and says what counts as equal."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ MAX_DRIFTS = {"float32": 1e-3, "float16": 0.125, "bfloat16": 1.0}
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """``max_gap``: a token may differ from the unsplit model's best only if its logit there is
-    closer to the best one's. ``max_drift``: of a log-probability from the unsplit model's, at most.
-    ``rows``: of the pictures' embeddings from what the unsplit model reads in their places."""
+    """What counts as equal. ``max_gap``: a token that is not the unsplit model's best is allowed if
+    its logit in that model is less than this below the best one's. ``max_drift``: the largest
+    difference of a log-probability. ``rows``: the tolerance between pictures' rows and what the
+    unsplit model reads in their places."""
 
     max_gap: float
     max_drift: float
@@ -28,29 +29,29 @@ class Rule:
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Rule:
-        """In float32 the two differ by rounding alone. In 16 bits a logit of 20 has steps of an
-        eighth in bfloat16 and of a 64th in float16, and sums in another order differ by several;
-        eight are granted to log-probabilities."""
+        """In float32 the two differ only by rounding. In 16 bits, a logit of 20 has steps of an
+        eighth (bfloat16) or a 64th (float16), and sums in another order differ by several steps;
+        log-probabilities may differ by eight."""
         name = str(dtype).removeprefix("torch.")
         return cls(1e-3 if name == "float32" else 0.5, MAX_DRIFTS[name], LIMITS[name])
 
 
 @dataclass
 class Tally:
-    """The cases of one kind."""
+    """What was found in the cases of one kind."""
 
     cases: int = 0
     prompts_differ: int = 0
     tokens: int = 0
-    close_calls: int = 0  # Tokens that differ where the rule allows it.
+    close_calls: int = 0  # Tokens that differ as the rule allows.
     wrong_tokens: int = 0
     largest_gap: float = 0.0
-    wrong_logprobs: int = 0  # Tokens at whose places one is further off than the rule allows.
-    largest_drift: float = 0.0  # Of a log-probability, of those that are finite.
-    pictures: int = 0  # Whose rows were compared.
+    wrong_logprobs: int = 0  # Tokens with a log-probability beyond the rule.
+    largest_drift: float = 0.0  # Of the finite log-probabilities.
+    pictures: int = 0  # Pictures whose rows were compared.
     wrong_pictures: int = 0
     least_cosine: float = 1.0
-    largest_difference: float = 0.0  # Of an element of a row, of those that are finite.
+    largest_difference: float = 0.0  # Of the finite elements of rows.
     faults: list[str] = field(default_factory=list)  # The first few, in words.
 
     @property
@@ -77,7 +78,7 @@ class Comparison:
         if inputs["input_ids"][0].tolist() != asked.prompt_ids:
             tally.prompts_differ += 1
             self._fault(tally, _first_difference(inputs["input_ids"][0].tolist(), asked.prompt_ids))
-            return  # Answers to another prompt say nothing.
+            return  # Answers to different prompts cannot be compared.
         prefill = None
         for answer, ways in _distinct(asked.answers).items():
             prefill = self.whole.prefill(inputs, list(answer))
@@ -106,13 +107,13 @@ class Comparison:
                 f"asked {', '.join(ways)}: token {index} of the answer is {answer[index]}, the "
                 f"unsplit model's is {best}, whose logit leads by {gap:.3g}",
             )
-            return  # What follows has another beginning than the unsplit model's.
+            return  # Later tokens follow another beginning than the unsplit model's.
 
     def _add_logprobs(
         self, tally: Tally, logits: torch.Tensor, answer: Sequence[int], asked: Asked, way: str
     ) -> None:
-        """Compares those of the answer's tokens, and of the most likely ones in rank order: the
-        stack does not name them by id, and ids may change places where two nearly tie."""
+        """Compares the log-probabilities of the answer's tokens, and those of the most likely ones
+        by rank: the stack does not give their ids, which may also change places at near ties."""
         said, first = asked.logprobs[way], None
         if len(said) != len(answer):
             tally.wrong_logprobs += len(answer)
@@ -144,8 +145,8 @@ class Comparison:
                 self._fault(tally, f"picture {index} has wrong {fault}")
 
     def _row_fault(self, tally: Tally, got: Rows, want: Rows) -> str | None:
-        """Which tensor is too far off, and how far. Each is measured by its own largest number:
-        those of a DeepStack level may be much larger than those of the rows."""
+        """Says which tensor is too far off, and how far. Each is measured by its own largest
+        number, since a DeepStack level may have much larger ones than the rows."""
         fault = None
         for name in want:
             distance = compare([(got[name].float(), want[name].float())])
@@ -162,7 +163,7 @@ class Comparison:
 
 
 def _distinct(answers: Mapping[str, list[int]]) -> dict[tuple[int, ...], list[str]]:
-    """The ways of asking by what they were answered."""
+    """Answer -> the ways of asking that got it."""
     found: dict[tuple[int, ...], list[str]] = {}
     for way, answer in answers.items():
         found.setdefault(tuple(answer), []).append(way)
@@ -172,9 +173,9 @@ def _distinct(answers: Mapping[str, list[int]]) -> dict[tuple[int, ...], list[st
 def _rows_of_pictures(
     prefill: Prefill, spans: Sequence[Mapping[str, Any]], pictures: int
 ) -> list[dict[str, torch.Tensor]]:
-    """What the unsplit model puts in the places of each picture, in the order of its rows."""
+    """What the unsplit model reads in the places of each picture, in the order of its rows."""
     by_picture: list[list[Mapping[str, Any]]] = [[] for _ in range(pictures)]
-    starts, seen = {}, 0  # Of each span, among all placeholders of the prompt.
+    starts, seen = {}, 0  # Each span's first index among all placeholders.
     for span in sorted(spans, key=lambda each: each["token_offset"]):
         by_picture[span["item"]].append(span)
         starts[span["token_offset"]] = seen

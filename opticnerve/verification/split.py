@@ -1,4 +1,4 @@
-"""The split model's side: a running stack is asked over HTTP, its encoder over gRPC."""
+"""The split model's side: asks a running stack over HTTP, and its encoder over gRPC."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from opticnerve.verification.cases import Case
 if TYPE_CHECKING:
     import torch
 
-AT_ONCE = 8  # Requests together.
-BEST = 5  # Most likely tokens at each place, whose log-probabilities are asked for.
-MAX_ROW_BYTES = 2**30  # Rows that are kept for comparison; those of later cases are not fetched.
+AT_ONCE = 8  # Requests in flight when asking together.
+BEST = 5  # The most likely tokens of a place, for log-probabilities.
+MAX_ROW_BYTES = 2**30  # Of rows kept for comparison; no more are fetched.
 NEUTRAL = {
     "temperature": 0,
     "top_p": 1,
@@ -43,9 +43,9 @@ Rows = Mapping[str, "torch.Tensor"]
 
 @dataclass
 class Asked:
-    """A case and what the stack said of it. ``answers``: output ids by the way of asking;
-    ``logprobs``: for each of them its own log-probability, and then those of the most likely tokens
-    in its place, best first."""
+    """A case and the stack's answers to it. ``answers``: output ids by the way of asking.
+    ``logprobs``: for each output token its own log-probability, then those of the most likely
+    tokens in its place, best first."""
 
     case: Case
     prompt_ids: list[int] = field(default_factory=list)
@@ -56,9 +56,9 @@ class Asked:
 
 
 class SplitModel:
-    """A stack behind the gateway at ``url``; OPENAI_API_KEY is its key. ``encoder`` is one of its
-    encoders, where rows are to be compared. ``trust``: what its certificate is checked by, by
-    default the system's authorities."""
+    """A stack behind the gateway at ``url``, which is called with the key in OPENAI_API_KEY.
+    ``encoder``: one of its encoders, if rows are to be compared. ``trust``: verifies the gateway's
+    certificate; by default the system's authorities do."""
 
     def __init__(
         self,
@@ -80,9 +80,9 @@ class SplitModel:
         self._row_bytes = 0
 
     def ask_all(self, cases: Sequence[Case], step: Callable[[], object]) -> list[Asked]:
-        """Asks every case: a half one by one, a half together, and then all of them again, when
-        prompts and pictures are cached. ``step`` is called after each answer. Raises the stack's
-        errors, and Unavailable."""
+        """Asks half of the cases one by one, the others together, and then all of them again, with
+        prompts and pictures cached. Calls ``step`` after each answer. Raises the stack's errors,
+        and Unavailable if it does not answer."""
         asked = [Asked(case) for case in cases]
         for each in asked:
             self._render(each)
@@ -139,13 +139,13 @@ class SplitModel:
         return answer.json()
 
     def encoder_addresses(self) -> list[str]:
-        """Of the stack's encoders, where it tells them."""
+        """The addresses of the stack's encoders, if its /health reports them."""
         workers = self._http.get("/health").json().get("encoders", {}).get("workers", [])
         return [worker["address"] for worker in workers]
 
 
 def _number(told: float | None) -> float:
-    """JSON has null for what is not a number."""
+    """NaN for JSON's null, which stands for it."""
     return math.nan if told is None else told
 
 

@@ -28,21 +28,21 @@ from opticnerve.verification.cases import Case
 
 @dataclass(frozen=True, eq=False)
 class Prefill:
-    """What the unsplit model computes of a prompt and an answer."""
+    """What the unsplit model computes for a prompt and an answer."""
 
-    # float32 [answer's tokens, vocabulary]: before each token of the answer.
+    # float32 [answer's tokens, vocabulary]: the logits from which each was to be sampled.
     logits: torch.Tensor
-    # [prompt's tokens, hidden_size]: what the language model reads, pictures in their places.
+    # [prompt's tokens, hidden_size]: the language model's input, pictures included.
     embeddings: torch.Tensor
     deepstack: tuple[torch.Tensor, ...]  # By level, [placeholders, hidden_size].
 
 
 class WholeModel:
-    """A checkpoint in one piece. Pictures go through its Pillow-backed image processor."""
+    """A checkpoint run by transformers alone, with its Pillow-backed image processor."""
 
     def __init__(self, checkpoint: Checkpoint, processor: Any, dtype: str, device: str) -> None:
-        """``processor``: see ``load_processor``. ``dtype`` and ``device`` as the flags of these
-        names have them. Raises StartupError."""
+        """``processor``: from ``load_processor``. ``dtype`` and ``device``: values of the flags of
+        these names. Raises StartupError."""
         place = resolve_device(device)
         self.dtype = resolve_dtype(dtype, checkpoint, place)
         self.processor = processor
@@ -52,7 +52,7 @@ class WholeModel:
         self.model.to(place).eval()
 
     def inputs(self, case: Case) -> dict[str, torch.Tensor]:
-        """The model's inputs for a chat: ``input_ids`` [1, tokens] and what belongs to them."""
+        """The model's inputs for a chat: ``input_ids`` [1, tokens], pixels and so on."""
         pictures = iter(case.pictures)
         messages = [
             {
@@ -61,7 +61,7 @@ class WholeModel:
             }
             for message in case.messages
         ]
-        # The method of every processor: overrides of some want a processor of videos.
+        # The base class's method, since some overrides need a video processor.
         made = ProcessorMixin.apply_chat_template(
             self.processor,
             messages,
@@ -73,7 +73,7 @@ class WholeModel:
         return dict(made)
 
     def prefill(self, inputs: Mapping[str, torch.Tensor], answer: list[int]) -> Prefill:
-        """One forward pass over a prompt, as ``inputs`` has it, and ``answer``."""
+        """One forward pass over a prompt, from ``inputs()``, and ``answer``."""
         prompt = inputs["input_ids"].shape[1]
         given = {name: _extended(name, value, inputs, answer) for name, value in inputs.items()}
         seen: dict[str, Any] = {}
@@ -100,8 +100,9 @@ class WholeModel:
 
 
 def with_picture(part: Mapping[str, Any], pictures: Any) -> Mapping[str, Any]:
-    """A part of a message with its picture, on white where that is transparent, as transformers'
-    image processors show it. Those of some checkpoints take RGB alone, so it is converted here."""
+    """A part of a message with its picture, whose transparent pixels become white as in
+    transformers' image processors. Converted here, since some checkpoints' processors take only
+    RGB."""
     if part["type"] != "image":
         return part
     shown = convert_to_rgb(Image.open(io.BytesIO(next(pictures))), return_numpy=True)
@@ -111,7 +112,7 @@ def with_picture(part: Mapping[str, Any], pictures: Any) -> Mapping[str, Any]:
 def _extended(
     name: str, value: torch.Tensor, inputs: Mapping[str, torch.Tensor], answer: list[int]
 ) -> torch.Tensor:
-    """An input with the answer's tokens behind the prompt's, where it has one value a token."""
+    """An input with the answer's tokens appended, if it has one value for each token."""
     if value.shape != inputs["input_ids"].shape:
         return value
     if name == "input_ids":
@@ -122,9 +123,9 @@ def _extended(
 
 
 def load_processor(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's processor as transformers makes it, with the Pillow-backed image processor,
-    to which pixels are compared, and without one of videos, which would need torchvision. Raises
-    StartupError, which names a package that it needs and that is not installed."""
+    """transformers' processor for the checkpoint, with the Pillow-backed image processor, whose
+    pixels are the reference, and without a video processor, which would need torchvision. Raises
+    StartupError, which names a missing package."""
     path = checkpoint.path
     kind = _processor_class(checkpoint)
     if getattr(kind, "is_dummy", False):
@@ -136,13 +137,13 @@ def load_processor(checkpoint: Checkpoint) -> Any:
         "tokenizer": lambda: AutoTokenizer.from_pretrained(path),
     }
     parts = [makers[name]() if name in makers else None for name in kind.get_attributes()]
-    # Its check of the parts' classes looks for the image processor's torchvision-backed one.
+    # Without its check of the parts' classes, which insists on the torchvision-backed one.
     unchecked = {"check_argument_for_proper_class": lambda self, name, argument: None}
     settings, _ = kind.get_processor_dict(path)
     made: Any = type(kind.__name__, (kind,), unchecked)
     try:
         return made.from_args_and_dict(parts, settings)
-    except ImportError as error:  # Some need a package of their own, such as num2words.
+    except ImportError as error:  # Some need further packages, such as num2words.
         raise StartupError(f"transformers' {kind.__name__} cannot be made: {error}") from error
 
 
