@@ -61,7 +61,8 @@ def make_private(path: Path) -> None:
     """Makes a 0700 directory, or checks that an existing one belongs to this user; warns if others
     may write to it.
 
-    Raises StoreError if it belongs to another user: in /dev/shm, anyone could have created it.
+    Raises StoreError for a link, and if another user owns it: in /dev/shm, anyone could have
+    created it.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -70,8 +71,8 @@ def make_private(path: Path) -> None:
         raise StoreError(f"cannot make the store's directory {path}: {error.strerror}") from error
     if path.is_symlink() or status.st_uid != os.geteuid():
         raise StoreError(
-            f"the store's directory {path} belongs to another user; name one of your own: "
-            "--store shm:///dir"
+            f"the store's directory {path} is a link or belongs to another user; name one of your "
+            "own: --store shm:///dir"
         )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         log.warning(
