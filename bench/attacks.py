@@ -1,10 +1,10 @@
-"""What one hostile client does to another: a victim's latencies while an attack goes on.
+"""What a hostile client does to others: a victim's latencies during an attack.
 
     python -m bench.attacks [--before COMMIT] [--attack NAME,...] [--quick]
 
-The stack is that of ``bench.load``, with a key for each of the two. The victim asks short texts for
-a few tokens, one after the other (``scans`` and ``hollow``: each with a small new picture), first
-alone and then beside the attack, and gives each up after 20 seconds. Attacks:
+The stack is that of ``bench.load``, with an API key for each of the two. The victim sends short
+texts, one after the other, for a few tokens each (in ``scans`` and ``hollow`` with a small new
+picture), first alone and then during the attack. It gives a request up after 20 seconds. Attacks:
 
 * ``scans``: progressive JPEGs with 1,000 scans over 16 megapixels, in 0.3 MB each;
 * ``hollow``: WebP files of 28 bytes that are 89 megapixels of one colour, four in a request;
@@ -16,7 +16,7 @@ alone and then beside the attack, and gives each up after 20 seconds. Attacks:
 * ``choices``: requests for 128 long choices each;
 * ``lists``: requests for many choices with all but a few ids of the vocabulary allowed.
 
-With ``--before``, each attack runs on that commit and on the present one, each on a fresh stack.
+With ``--before``, each attack runs on that commit and on the present code, on a fresh stack each.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ from opticnerve.benchmark.connection import PATH, LoadTarget
 from opticnerve.benchmark.pictures import data_url
 
 KEYS = {"victim": "victim-0123456789abcdef", "attacker": "attacker-0123456789abcdef"}
-GIVE_UP_S = 20.0  # The victim, of one request.
+GIVE_UP_S = 20.0  # After which the victim gives a request up.
 GIVEN_UP = "given_up"
-LEAD_S = 2.0  # How long an attack has gone on when the victim begins.
+LEAD_S = 2.0  # From the attack's start to the victim's first request.
 SCANS, SCANS_SIDE = 1000, 4096
-HOLLOW_SIDE = 9459  # Its square is just below what the gateway takes by default.
+HOLLOW_SIDE = 9459  # Its square is just below the gateway's default limit.
 MEGABYTE = 1_000_000
-PLACES = 64  # Connections of the server in attacks on them.
+PLACES = 64  # The server's connections, in attacks on them.
 SOCKETS = 80
 MORE_IDS = 20_000
 
 
 @dataclass(frozen=True)
 class Target:
-    """A server, and what an attacker has of it."""
+    """A server, as the attacker uses it."""
 
     url: str
 
@@ -70,7 +70,7 @@ class Target:
         return str(parts.hostname), int(parts.port or 80)
 
     async def post(self, body: bytes) -> None:
-        """Sends one request and reads what comes, whatever it is."""
+        """Sends one request and reads the answer, whatever it is."""
         async with client_of(self.url, "attacker") as target:
             await target.ask(body)
 
@@ -81,13 +81,13 @@ def client_of(url: str, who: str) -> LoadTarget:
 
 @dataclass(frozen=True)
 class Attack:
-    run: Callable[[Target], Awaitable[None]]  # Until it is cancelled.
-    pictures: bool = False  # The victim sends one in each request.
-    crowd: bool = False  # Against a server with few connections.
+    run: Callable[[Target], Awaitable[None]]  # Runs until it is cancelled.
+    pictures: bool = False  # Whether the victim's requests have a picture.
+    crowd: bool = False  # Whether the server takes only PLACES connections.
 
 
 def scans() -> bytes:
-    """A progressive JPEG whose last scan stands there a thousand times. Decoders go through all."""
+    """A progressive JPEG with its last scan a thousand times, all of which decoders process."""
     file = io.BytesIO()
     flat = Image.new("L", (SCANS_SIDE, SCANS_SIDE), 90)
     flat.save(file, "JPEG", progressive=True, quality=80)
@@ -126,7 +126,8 @@ def with_fields(body: bytes, **fields: Any) -> bytes:
 
 
 def posts(make: Callable[[int], bytes], clients: int) -> Callable[[Target], Awaitable[None]]:
-    """Sends bodies from so many clients, each its next one when its last has ended."""
+    """An attack by ``clients`` clients, each of which sends the next body when its last has
+    ended."""
 
     async def run(target: Target) -> None:
         async def client(index: int) -> None:
@@ -135,7 +136,7 @@ def posts(make: Callable[[int], bytes], clients: int) -> Callable[[Target], Awai
                 body = await asyncio.to_thread(make, number)
                 await target.post(body)
                 number += clients
-                await asyncio.sleep(0.1)  # Refused at once: not a flood.
+                await asyncio.sleep(0.1)  # Does not flood if requests are refused at once.
 
         async with asyncio.TaskGroup() as group:
             for index in range(clients):
@@ -145,7 +146,7 @@ def posts(make: Callable[[int], bytes], clients: int) -> Callable[[Target], Awai
 
 
 def scans_body(number: int) -> bytes:
-    # A comment makes it a new file, which no cache knows.
+    # The comment makes it a new file for caches.
     data = scans()
     comment = f"{number}".encode()
     marker = b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment
@@ -194,7 +195,7 @@ async def heads(target: Target) -> None:
 
 
 async def crowd(target: Target, sent: bytes) -> None:
-    """Holds many connections that send and never read; opens those anew that are closed."""
+    """Holds many connections that send and never read; reopens those that the server closes."""
 
     async def hold() -> None:
         loop = asyncio.get_running_loop()
@@ -214,8 +215,8 @@ async def crowd(target: Target, sent: bytes) -> None:
 
 
 async def _closing(connection: socket.socket) -> None:
-    """Waits until the server has closed a connection whose answers nobody reads: reading would
-    tell, but would also make room, so the kernel is asked."""
+    """Waits until the server has closed a connection whose answers nobody reads. Asks the kernel,
+    since reading would make room for more."""
     established = b"\x01"  # TCP_ESTABLISHED in tcp_info.
     while connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == established:  # noqa: ASYNC110
         await asyncio.sleep(0.5)
@@ -235,7 +236,7 @@ ATTACKS = {
 
 
 async def ask(url: str, body: bytes) -> Answer:
-    """The victim's request, on a connection of its own; given up when it takes too long."""
+    """The victim's request, on its own connection, given up after GIVE_UP_S."""
     async with client_of(url, "victim") as target:
         loop = asyncio.get_running_loop()
         sent = loop.time()
@@ -247,9 +248,9 @@ async def ask(url: str, body: bytes) -> Answer:
 
 
 async def measure(url: str, attack: Attack, asks: int, tokens: int, seed: int) -> Figures:
-    """The victim's figures alone (``idle ...``) and beside the attack."""
+    """The victim's figures alone (``idle ...``) and during the attack."""
     bodies = victim_bodies(attack, 2 * asks + 1, tokens, seed)
-    await ask(url, bodies[0])  # So that no first time of anything is measured.
+    await ask(url, bodies[0])  # Warms up.
     alone = [await ask(url, body) for body in bodies[1 : asks + 1]]
     going = asyncio.ensure_future(attack.run(Target(url)))
     await asyncio.wait([going], timeout=LEAD_S)
@@ -275,8 +276,8 @@ def picture(material: load.Material) -> load.Messages:
 
 
 def chosen(answers: list[Answer]) -> Figures:
-    """How many were answered, and latencies. A request that was given up counts with the time that
-    it had waited; one that was refused or lost has none."""
+    """The number of answers, and latencies. A request that was given up counts with the time it
+    waited; refused and lost ones do not count."""
     found = figures(answers)
     waits = [1000 * a.ttft for a in answers if a.ttft is not None]
     waits += [1000 * GIVE_UP_S for a in answers if a.code == GIVEN_UP]
@@ -320,7 +321,7 @@ def show(results: dict[str, dict[str, Figures]]) -> None:
 
 def main() -> None:
     args = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # What was made is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Temporary files are removed.
     with commits.trees(args.before) as trees, tempfile.TemporaryDirectory() as directory:
         model = load.make_model(f"{directory}/model")
         keys = Path(directory) / "keys"
@@ -329,7 +330,7 @@ def main() -> None:
         for name in args.attack:
             results[name] = compare(trees, model, str(keys), name, args)
             show({name: results[name]})
-            if not args.quick:  # After each: a long run that breaks off keeps what it has.
+            if not args.quick:  # After each attack, so that an interrupted run keeps results.
                 document = {**commits.describe(args.before), "attacks": results}
                 report.save("attacks", document, file=args.out)
         if len(results) > 1:
@@ -346,10 +347,10 @@ def parse() -> argparse.Namespace:
         type=commits.some_of(ATTACKS),
         default=list(ATTACKS),
         metavar="NAME,...",
-        help=f"of {', '.join(ATTACKS)}; default: all",
+        help=f"some of {', '.join(ATTACKS)}; default: all",
     )
     parser.add_argument("--quick", action="store_true", help="one request each, not kept")
-    parser.add_argument("--out", default="attacks", metavar="NAME", help="of the JSON file")
+    parser.add_argument("--out", default="attacks", metavar="NAME", help="name of the JSON file")
     return parser.parse_args()
 
 

@@ -1,5 +1,5 @@
-"""Two commits of the product side by side: which scenarios run, the code that processes import, and
-what they use."""
+"""Comparison of two commits of the product: worktrees, the code that processes import, and the CPU
+time they use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @contextlib.contextmanager
 def trees(before: str | None) -> Iterator[dict[str, Path]]:
-    """The tree of each side: ``before`` (a commit) and ``after``, or the ``present`` one alone."""
+    """The tree of each side: ``before`` (that commit) and ``after``, or ``present`` alone."""
     with contextlib.ExitStack() as made:
         found = {"present": ROOT}
         if before:
@@ -31,7 +31,7 @@ def trees(before: str | None) -> Iterator[dict[str, Path]]:
 
 @contextlib.contextmanager
 def code_of(tree: Path) -> Iterator[None]:
-    """Processes that start meanwhile import from ``tree``."""
+    """While the context lasts, new processes import from ``tree``."""
     former = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(tree)
     try:
@@ -83,7 +83,7 @@ def describe(before: str | None) -> dict[str, str | None]:
 
 
 def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
-    """What argparse calls for a flag that names some of what there is, with commas."""
+    """An argparse ``type`` for names out of ``known``, separated by commas."""
 
     def read(text: str) -> list[str]:
         names = text.split(",")

@@ -1,4 +1,4 @@
-"""Who takes part in ``bench.engine``: transformers three ways, and the engine two ways."""
+"""The contestants of ``bench.engine``: transformers in three ways, and the engine in two."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ids = itertools.count()
 
 @dataclass(frozen=True)
 class Ask:
-    """One request, as every contestant gets it."""
+    """One request, the same for every contestant."""
 
     token_ids: tuple[int, ...]
     num_output: int
@@ -66,7 +66,8 @@ class Whole:
         return inputs
 
     def _give_rows(self, rows: torch.Tensor) -> None:
-        """The tower's next answer: transformers does all else, and no encoding."""
+        """Sets the tower's next output, so that transformers encodes nothing but does all the
+        rest."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         tower = self.model.model.visual
@@ -107,7 +108,7 @@ class Whole:
         return outputs
 
     def gap(self, ask: Ask, output: list[int]) -> float:
-        """Between the two best logits after ``output``."""
+        """The gap between the two best logits after ``output``."""
         longer = replace(ask, token_ids=(*ask.token_ids, *output))
         with torch.inference_mode():
             best = self.model(**self.inputs(longer)).logits[0, -1].topk(2).values
@@ -115,7 +116,7 @@ class Whole:
 
 
 class Continuous:
-    """transformers' continuous batching; a context, so that its thread only runs in its turn."""
+    """transformers' continuous batching; a context, so that its thread runs only in its turn."""
 
     def __init__(self, whole: Whole, asks: Sequence[Ask], concurrency: int) -> None:
         from transformers import GenerationConfig
@@ -186,7 +187,7 @@ class Ours:
             max_model_len=self._longest,
             max_num_seqs=concurrency,
             kv_cache_tokens=(concurrency + 1) * pages * 16,
-            prefix_caching=False,  # Rounds repeat prompts; nobody else gets to remember them.
+            prefix_caching=False,  # Rounds repeat prompts, and other contestants have no cache.
         )
         engine.rows.items |= {picture.key: picture.rows for picture in pictures}
         return engine
@@ -213,7 +214,7 @@ def requests(asks: Sequence[Ask], engine: LocalEngine) -> list[GenerateRequest]:
 
 
 class ThroughClient:
-    """An engine in a thread of its own; started before the clock."""
+    """An engine in its own thread, started before time is measured."""
 
     def __init__(self, local: LocalEngine, asks: Sequence[Ask]) -> None:
         self._local, self._asks = local, asks

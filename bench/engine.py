@@ -1,12 +1,12 @@
-"""Output tokens a second of the engine, beside transformers on the same checkpoint and prompts.
+"""Output tokens a second of the engine and of transformers, on the same checkpoint and prompts.
 
     python -m bench.engine [--model DIR] [--concurrency 1,4,16,64] [--rounds N] [--cpu] [--quick]
 
-Every contestant gets the same requests: prompts of 8 to 200 tokens, 16 to 128 tokens of greedy
-output (end of sequence ignored, so that all do the same work), all there from the start, at most
-``concurrency`` at once. One process, one dtype (fp32), one number of threads; contestants take
-turns within a round, and figures are medians over rounds. ``--cpu`` counts the process's CPU time
-instead of the wall's, for a machine that others use too.
+Every contestant gets the same requests, all at the start: prompts of 8 to 200 tokens, and 16 to 128
+tokens of greedy output (end of sequence is ignored, so that all do the same work), at most
+``concurrency`` at once. All run in one process with one dtype (fp32) and one number of threads;
+contestants take turns within a round, and figures are medians over rounds. ``--cpu`` measures the
+process's CPU time instead of wall time, for a machine that others use too.
 
 * ``generate``: one request after the other (concurrency plays no part);
 * ``static batches``: left-padded batches of ``concurrency``, each as long as its longest; only
@@ -16,10 +16,10 @@ instead of the wall's, for a machine that others use too.
 * ``engine``: the scheduler and model runner, stepped in this thread;
 * ``engine client``: the same in a thread of its own, behind the client that the service uses.
 
-The second table is about pictures: embeddings are given to all, no tower runs on the clock. The
-third is what a step of the sampler costs by what requests ask for, see ``bench.sampler``.
-Outputs are compared with those of ``generate``; a token may differ only where the two best logits
-are closer than 1e-3.
+The second table is about pictures, whose embeddings all contestants get; no tower runs in the
+measured time. The third shows the cost of a sampler step by the requests' parameters, see
+``bench.sampler``. Outputs are compared with those of ``generate``; a token may differ only where
+the two best logits are closer than 1e-3.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ NAMES = ("generate", "static batches", "generate_batch", "engine", "engine clien
 
 
 def text_workload(count: int, vocab_size: int, seed: int = 0) -> list[Ask]:
-    """Lengths are log-uniform: many short ones, some long."""
+    """Requests of log-uniform lengths: many short ones, some long."""
     random = np.random.default_rng(seed)
     high = min(vocab_size, 600)
     prompts = np.exp(random.uniform(np.log(8), np.log(200), count)).astype(int)
@@ -63,7 +63,7 @@ def text_workload(count: int, vocab_size: int, seed: int = 0) -> list[Ask]:
 
 
 class Race:
-    """Callable[[], Outputs]s on one set of requests."""
+    """Times contestants on one set of requests."""
 
     clock = staticmethod(time.perf_counter)
 
@@ -84,7 +84,8 @@ class Race:
         return {name: tokens / statistics.median(times) for name, times in self.times.items()}
 
     def check(self, whole: Whole) -> dict[str, int]:
-        """Requests whose tokens differ from generate's. Raises where no tie explains it."""
+        """The number of requests whose tokens differ from generate's, by contestant. Raises if the
+        engine's differ without a tie."""
         differing: dict[str, int] = {}
         for name, outputs in self.outputs.items():
             differing[name] = 0
@@ -128,7 +129,7 @@ def race_text(
 
 
 def picture_workload(ours: Ours, path: str, count: int) -> tuple[list[Picture], list[Ask]]:
-    """One picture a request, of several sizes, before a question of 8 to 60 tokens."""
+    """Requests with one picture each, of several sizes, before a question of 8 to 60 tokens."""
     from PIL import Image
 
     random = np.random.default_rng(1)
@@ -175,7 +176,7 @@ def race_pictures(
 
 
 def rows_of(races: Races, names: Sequence[str]) -> list[list[str]]:
-    """Rates, and in brackets how many times as fast the engine is."""
+    """Rates, and in brackets the engine's rate relative to them."""
     rows = []
     for concurrency, race in races.items():
         rates = race.rates()
@@ -267,14 +268,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu", action="store_true", help="measure CPU time, not wall time")
     parser.add_argument(
-        "--threads", type=int, default=1, help="of torch, for all alike; small models gain by none"
+        "--threads", type=int, default=1, help="torch's threads, the same for all contestants"
     )
     parser.add_argument("--quick", action="store_true", help="few requests, two rounds, not saved")
     return parser.parse_args()
 
 
 def _quieten() -> None:
-    """Progress bars and advice of transformers are not part of the report."""
+    """Keeps transformers' progress bars and advice out of the report."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

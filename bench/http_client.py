@@ -1,7 +1,7 @@
 """Load on ``/v1/chat/completions`` from a benchmark, by the client of ``opticnerve bench serve``.
 
-``drive`` plays so many clients at once over an event loop; ``figures`` makes of their answers what
-a table shows. Times are seconds of ``time.perf_counter``; figures name their own units.
+``drive`` runs several clients at once on an event loop; ``figures`` turns their answers into the
+figures of a table. Times are seconds of ``time.perf_counter``; figures name their own units.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Figures = dict[str, float]
 
 
 def encode(messages: list[dict[str, Any]], max_tokens: int) -> bytes:
-    """The body of a streamed request for exactly so many tokens, the likeliest ones."""
+    """The body of a streamed, greedy request for exactly ``max_tokens`` tokens."""
     return json.dumps(
         {
             "model": "model",
@@ -43,11 +43,11 @@ async def drive(
     stagger_s: float = 0.0,
     say: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
-    """Answers in the order of their ends, from so many clients at once.
+    """Answers of ``clients`` clients, in the order in which they ended.
 
-    Request i is of client i modulo ``clients``; a client sends its next request when its last has
-    ended, its first ``stagger_s`` after that of the client before it. ``say`` hears how many
-    requests have ended.
+    Request i is sent by client i modulo ``clients``. A client sends its next request when its last
+    has ended, and its first ``stagger_s`` after that of the client before it. ``say`` is called
+    with the number of requests that have ended.
     """
     answers: list[Answer] = []
 
@@ -64,7 +64,7 @@ async def drive(
 
 
 def figures(answers: Sequence[Answer]) -> Figures:
-    """What came of some requests, and how fast; percentiles where there is anything to rank."""
+    """Outcomes, rates and latencies of some requests; percentiles if there is anything to rank."""
     outcomes = Counter(answer.outcome for answer in answers)
     answered = [answer for answer in answers if answer.outcome == "answered"]
     seconds = max(a.ended for a in answers) - min(a.sent for a in answers)
@@ -86,23 +86,23 @@ def figures(answers: Sequence[Answer]) -> Figures:
 
 
 def refusals(answers: Iterable[Answer]) -> Figures:
-    """How many requests ended with each status and code that is no answer."""
+    """The number of requests without an answer, by status and code."""
     kinds = Counter(f"{a.status} {a.code}" for a in answers if a.outcome != "answered")
     return {f"of these {kind.strip()}": float(count) for kind, count in sorted(kinds.items())}
 
 
 def spread(name: str, seconds: Sequence[float]) -> Figures:
-    """Median and 99th percentile in milliseconds; nothing of nothing."""
+    """Median and 99th percentile in milliseconds; empty without values."""
     if not seconds:
         return {}
     return {f"{name} p{rank}, ms": percentile(seconds, rank) * 1000 for rank in (50, 99)}
 
 
 def order(answers: Iterable[Answer]) -> Figures:
-    """How far the order in which requests ended is that in which they were sent.
+    """How closely the order in which requests ended follows that in which they were sent.
 
-    The rank correlation (Spearman's: 1 the same order, 0 none, -1 the reverse), and the longest
-    overtaking: how many places the unluckiest request fell behind.
+    The rank correlation (Spearman's: 1 for the same order, 0 for none, -1 for the reverse), and the
+    most places that a request fell behind.
     """
     sent = sorted(answers, key=lambda answer: answer.sent)
     if len(sent) < 2:
@@ -117,7 +117,7 @@ def order(answers: Iterable[Answer]) -> Figures:
 
 
 def medians(runs: Sequence[Figures]) -> Figures:
-    """Of each figure; one that some runs lack (so many refused with some code) is 0 in those."""
+    """The median of each figure. A count of refusals that a run lacks is 0 in that run."""
     names = dict.fromkeys(name for found in runs for name in found)
     return {
         name: statistics.median(

@@ -1,4 +1,4 @@
-"""Load over HTTP on the whole stack, before and after a change side by side.
+"""Load over HTTP on the whole stack, compared before and after a change.
 
     python -m bench.load [--before COMMIT] [--scenario NAME,...] [--rounds N] [--quick]
 
@@ -10,14 +10,14 @@ Outputs are of fixed length. Scenarios:
 * ``text8``: 8 clients, the same texts;
 * ``turns16``: 16 clients, conversations with two earlier turns, each its own (about 570 tokens);
 * ``pictures16``: 16 clients, three new pictures of 448x448 in every request;
-* ``burst``: 64 such requests at once, while one more client asks short texts for one token each,
-  one after the other; it has asked as many before the burst (idle). The order compared is that in
-  which answers ended, with that in which requests were sent.
+* ``burst``: 64 such requests at once, while one more client sends short texts for one token each,
+  one after the other, as it did before the burst (idle). The order in which answers ended is
+  compared with that in which requests were sent.
 
 With ``--before``, that commit is checked out into a temporary directory, and every round of a
 scenario runs before, after, after, before, each time on a fresh stack, one at a time (``--quick``:
-on one stack for all scenarios). Figures are medians over these runs. CPU seconds are what each
-process used while the scenario ran: they feel a busy machine less than wall time does.
+on one stack for all scenarios). Figures are medians over these runs. CPU seconds are those that
+each process used during the scenario; a busy machine affects them less than wall time.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ VISION = {"depth": 6, "embed_dim": 256, "num_heads": 4, "mlp_ratio": 4}
 MAX_PIXELS = 512 * 28 * 28
 
 WORDS = [*scenes.COLORS, *scenes.SHAPES, *scenes.NUMBERS, *scenes.ORDINALS]  # 1 to 3 tokens.
-WARM_UP_SEED = 9  # Of no run's own material.
-STAGGER_S = 0.005  # Between the clients of a burst, so that their order is a fact.
+WARM_UP_SEED = 9  # Not used by any run.
+STAGGER_S = 0.005  # Between the clients of a burst, so that they have an order.
 
 SILENCE = """
 import sys
@@ -83,7 +83,7 @@ Runs = dict[str, list[Figures]]
 
 
 class Material:
-    """Texts and pictures from a seed; every one is new."""
+    """Makes texts and pictures from a seed; each is new."""
 
     def __init__(self, seed: int, side: int = 448, words: int = 70) -> None:
         self.random = random.Random(seed)
@@ -116,13 +116,13 @@ def pictures(material: Material) -> Messages:
 
 @dataclass(frozen=True)
 class Scenario:
-    """So many clients, each with so many requests, one after the other."""
+    """``clients`` clients, each of which sends ``each`` requests, one after the other."""
 
     clients: int
     each: int
     max_tokens: int
     make: Callable[[Material], Messages] = field(repr=False)
-    texts: int = 0  # Short texts beside the load, one after the other, and as many before it.
+    texts: int = 0  # Short texts during the load, and as many before it.
     stagger_s: float = 0.0
     side: int = 448
     turn_words: int = 70
@@ -150,7 +150,7 @@ QUICK = {
 
 
 async def run(url: str, scenario: Scenario, seed: int, say: Say) -> Figures:
-    """One scenario's figures, from a server that has answered before."""
+    """One scenario's figures, from a server that is warmed up."""
     bodies = scenario.bodies(seed)
     async with LoadTarget(url) as target:
         if scenario.texts:
@@ -161,7 +161,7 @@ async def run(url: str, scenario: Scenario, seed: int, say: Say) -> Figures:
 async def beside(
     target: LoadTarget, scenario: Scenario, bodies: list[bytes], seed: int, say: Say
 ) -> Figures:
-    """The load, and short texts meanwhile until it ends or they do; first the texts alone."""
+    """First short texts alone, then the load, with as many short texts as it lasts for."""
     few = replace(scenario, make=text, clients=1, each=2 * scenario.texts, max_tokens=1)
     idle, during = few.bodies(seed + 1)[::2], few.bodies(seed + 1)[1::2]
     alone = await drive(target, idle, 1)
@@ -185,7 +185,7 @@ async def beside(
 
 
 async def warm_up(url: str) -> None:
-    """One request of each kind, so that no first time of anything is measured."""
+    """Sends one request of each kind, so that first times are not measured."""
     material = Material(WARM_UP_SEED)
     async with LoadTarget(url) as target:
         for make in (text, pictures, turns):
@@ -195,7 +195,7 @@ async def warm_up(url: str) -> None:
 
 
 def measure(stack: Stack, scenario: Scenario, seed: int, say: Say) -> Figures:
-    """One scenario's figures, and what the stack's processes used for it."""
+    """One scenario's figures, and the CPU time and memory that the stack's processes used."""
     before = commits.cpu_seconds(stack.process.pid)
     found = asyncio.run(run(stack.url, scenario, seed, say))
     after = commits.cpu_seconds(stack.process.pid)
@@ -208,8 +208,9 @@ def measure(stack: Stack, scenario: Scenario, seed: int, say: Say) -> Figures:
 
 
 def make_model(directory: str) -> str:
-    """The random checkpoint. Each token that it writes shows as a chunk: every id of its vocabulary
-    is some text, and those that show none, or a part of a character, are never likely."""
+    """Makes the random checkpoint. Every token that it writes arrives as a chunk of text: every id
+    of its vocabulary has a text, and ids that decode to none, or to a part of a character, are
+    never likely."""
     memory.make_model(directory, text=TEXT, vision=VISION, max_pixels=MAX_PIXELS)
     path = Path(directory) / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
@@ -217,14 +218,14 @@ def make_model(directory: str) -> str:
     more = range(max(known.values()) + 1, TEXT["vocab_size"])
     tokenizer["model"]["vocab"] |= known | {f"Ġw{index}": index for index in more}
     path.write_text(json.dumps(tokenizer))
-    subprocess.run([sys.executable, "-c", SILENCE, directory], check=True)  # For its torch.
+    subprocess.run([sys.executable, "-c", SILENCE, directory], check=True)  # It imports torch.
     return directory
 
 
 def compare(
     trees: dict[str, Path], model: str, names: list[str], args: argparse.Namespace
 ) -> dict[str, Runs]:
-    """Every run of some scenarios, which share a fresh stack in each turn of a side."""
+    """Runs some scenarios, which share a fresh stack in each turn of a side."""
     turn = [*trees] if args.once or len(trees) == 1 else [*trees, *reversed(trees)]
     runs: dict[str, Runs] = {name: {side: [] for side in trees} for name in names}
     for number, side in itertools.product(range(args.rounds), turn):
@@ -275,7 +276,7 @@ def ratio_of(before: float | None, after: float | None) -> str:
 
 def main() -> None:
     args = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # What was made is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Temporary files are removed.
     with commits.trees(args.before) as trees, tempfile.TemporaryDirectory() as directory:
         model = make_model(directory)
         results = describe(args)
@@ -286,7 +287,7 @@ def main() -> None:
                 scenario = asdict((QUICK if args.quick else FULL)[name])
                 scenario.pop("make")
                 results["scenarios"][name] = {**scenario, "medians": found, "runs": runs}
-            if not args.quick:  # After each: a long run that breaks off keeps what it has.
+            if not args.quick:  # After each scenario, so that an interrupted run keeps results.
                 report.save("load", results, file=args.out)
     print("nothing is kept of a quick run" if args.quick else f"kept in {args.out}.json")
 
@@ -312,15 +313,15 @@ def parse() -> argparse.Namespace:
         type=commits.some_of(FULL),
         default=list(FULL),
         metavar="NAME,...",
-        help=f"of {', '.join(FULL)}; default: all",
+        help=f"some of {', '.join(FULL)}; default: all",
     )
     parser.add_argument("--rounds", type=int, default=1, metavar="N")
-    parser.add_argument("--once", action="store_true", help="a round is before, after, and no more")
+    parser.add_argument("--once", action="store_true", help="run each side only once in a round")
     parser.add_argument(
         "--threads", type=int, default=0, help="--threads of `opticnerve up`; 0: its default"
     )
     parser.add_argument("--quick", action="store_true", help="a small load, not kept")
-    parser.add_argument("--out", default="load", metavar="NAME", help="of the JSON file")
+    parser.add_argument("--out", default="load", metavar="NAME", help="name of the JSON file")
     return parser.parse_args()
 
 

@@ -1,11 +1,11 @@
-"""The size of the product, and how much of it one request runs.
+"""The size of the product, and how much of it a request runs.
 
     python -m bench.measure [--before COMMIT]
 
 Counts code lines (no blank lines, comments or docstrings), files, folders, functions and classes;
 names the files that a sampling field touches; and lets ``bench.trace`` count the files and
-functions that one request of each kind visits. With ``--before`` the same is counted on a worktree
-of that commit, by the scripts of this tree. The JSON also has lines by file, and functions by
+functions that one request of each kind visits. With ``--before``, a worktree of that commit is
+counted as well, by the scripts of this tree. The JSON also has lines by file, and functions by
 request and file.
 """
 
@@ -30,7 +30,7 @@ from typing import Any
 from bench import commits, report
 
 LONG = 40  # Lines; functions above are listed.
-SAMPLING_FIELD = "min_p"  # Stands for all: its name occurs nowhere else.
+SAMPLING_FIELD = "min_p"  # Stands for all sampling fields: its name occurs nowhere else.
 LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
     tokenize.ENDMARKER,
@@ -39,7 +39,7 @@ TRACE = Path(__file__).with_name("trace.py")
 
 
 def code_lines(source: str) -> int:
-    """Lines that hold code. A string that is a statement by itself counts as a docstring."""
+    """The number of lines with code. A string that is a statement counts as a docstring."""
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in LAYOUT:
@@ -52,7 +52,7 @@ def code_lines(source: str) -> int:
 
 
 def functions(source: str) -> dict[str, int]:
-    """Lines from ``def`` to the end of each function, by "line name"."""
+    """The number of lines of each function, from ``def`` on, by "line name"."""
     return {
         f"{node.lineno} {node.name}": (node.end_lineno or 0) - node.lineno + 1
         for node in ast.walk(ast.parse(source))
@@ -61,7 +61,7 @@ def functions(source: str) -> dict[str, int]:
 
 
 def shared_classes(sources: dict[Path, str]) -> dict[str, list[str]]:
-    """Names that several classes have, and the files of these."""
+    """Class names that occur more than once, with the classes' files."""
     found: dict[str, list[str]] = {}
     for path, source in sources.items():
         for node in ast.walk(ast.parse(source)):
@@ -91,7 +91,7 @@ def mentions(sources: dict[Path, str], word: str) -> list[str]:
 
 
 def read(tree: Path) -> dict[Path, str]:
-    """Sources of a tree, by their path in it: Python and protos, without what is generated."""
+    """Sources of a tree, by their path in it: Python and protos, without generated files."""
     listed = commits.git(
         "-C", str(tree), "ls-files", "-co", "--exclude-standard", "--", "*.py", "*.proto"
     )
@@ -100,7 +100,7 @@ def read(tree: Path) -> dict[Path, str]:
 
 
 def count(tree: Path) -> dict[str, Any]:
-    """Everything that the sources alone tell."""
+    """Everything that can be counted in the sources."""
     document = tomllib.loads((tree / "pyproject.toml").read_text())
     packages = document["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     sources = read(tree)
@@ -135,7 +135,7 @@ def count(tree: Path) -> dict[str, Any]:
 
 
 def visits(tree: Path, product: Collection[str]) -> dict[str, dict[str, int]]:
-    """Functions by file of the product that one request of each kind runs. See ``bench.trace``."""
+    """The number of functions that one request of each kind runs, by file. See ``bench.trace``."""
     with commits.code_of(tree), tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "visits.json"
         command = [sys.executable, "-P", str(TRACE), str(tree.resolve()), str(output)]
@@ -150,7 +150,7 @@ def visits(tree: Path, product: Collection[str]) -> dict[str, dict[str, int]]:
 
 
 def sizes(sides: dict[str, dict[str, Any]]) -> list[tuple[object, ...]]:
-    """A row of code lines for each package of any side; then what lies beside the product."""
+    """Rows of code lines: each package of any side, the product, and what is not product."""
 
     def section(name: str) -> list[tuple[object, ...]]:
         keys = sorted({key for found in sides.values() for key in found[name]})

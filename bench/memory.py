@@ -1,4 +1,4 @@
-"""What each side keeps in memory of one checkpoint.
+"""The memory that each side uses for one checkpoint.
 
     python -m bench.memory [--model DIRECTORY]
 
@@ -8,8 +8,8 @@ imports, opens the checkpoint and loads its half as the service does; "whole" is
 ``from_pretrained``. Then ``opticnerve up`` serves the checkpoint, answers questions about pictures,
 and its processes are read while they run: activations and KV blocks (of 4,096 tokens) count.
 
-Figures are from /proc/PID/status, in MB of 10^6 bytes: resident memory after loading, of it what is
-not a file's (RssAnon), the most there ever was (VmHWM), and the weights themselves.
+Figures are from /proc/PID/status, in MB of 10^6 bytes: resident memory after loading, its part that
+is not mapped from files (RssAnon), its peak (VmHWM), and the weights themselves.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def main() -> int:
 
 
 def make_model(directory: str, **sizes: Any) -> None:
-    """A random checkpoint; ``sizes`` are those of ``tests.checkpoints.make_checkpoint``. In a
-    process of its own, so that this one stays small."""
+    """Makes a random checkpoint; ``sizes``: arguments of ``tests.checkpoints.make_checkpoint``.
+    Runs in another process, so that this one stays small."""
     sizes = {"text": TEXT, "vision": VISION} | sizes
     code = (
         "import torch; from tests.checkpoints import make_checkpoint; "
@@ -78,7 +78,7 @@ def make_model(directory: str, **sizes: Any) -> None:
 
 
 def compare(model: str) -> int:
-    """Prints and saves the table; 1 when a side holds more than it should."""
+    """Prints and saves the table. Returns 1 if a side holds more than it should."""
     sides = {side: run(side, model) for side in SIDES}
     rows = [
         [side, *(f"{found[key]:.0f}" for key in ("weights", "imports", "rss", "anon", "peak"))]
@@ -127,7 +127,7 @@ def serve(model: str) -> dict[str, float]:
 
 
 def ask(url: str) -> None:
-    """Three questions, each about a picture of its own, and one about none."""
+    """Asks three questions, each about a new picture, and one about none."""
     for seed in range(4):
         content: list[dict[str, Any]] = [{"type": "text", "text": "What is this?"}]
         if seed:
@@ -151,7 +151,7 @@ def picture(seed: int) -> str:
 
 
 def children(parent: int) -> dict[str, int]:
-    """Process ids by what they run: gateway, encoder, llm."""
+    """The process ids of the services that ``parent`` has started: gateway, encoder, llm."""
     found = {}
     for directory in Path("/proc").glob("[0-9]*"):
         try:

@@ -2,14 +2,15 @@
 
     python -m bench.plan_check [--scripted] [--rate R] [--rounds N] [--requests N]
 
-A stack of the demo checkpoint serves. Each round calibrates it while it is idle, measures an open
-loop of the given rate, one new picture a request, and forecasts what such traffic sees: the rate
-at which requests came, as chance would have it, and prompts as long. Of the rounds the medians are
-compared: throughput should agree within 20%, the median TTFT within 30%.
+A stack serves the demo checkpoint. Each round calibrates it while it is idle, measures an open loop
+at the given rate with one new picture in each request, and forecasts the latencies of such traffic,
+at the rate at which requests actually came and with prompts of their lengths. The medians of the
+rounds are compared: throughput should agree within 20%, the median TTFT within 30%.
 
-On a machine that does other work, a stage costs another time in the calibration than in the
-measurement. With ``--scripted`` forward passes take fixed times (``bench.scale``); queues, batches,
-gRPC, the store and the scheduler stay the product's own, and what is checked is the model of them.
+On a machine that does other work, a stage takes a different time in the calibration than in the
+measurement. With ``--scripted``, forward passes take fixed times (``bench.scale``); queues,
+batches, gRPC, the store and the scheduler are the product's own, so that this checks the planner's
+model of them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from opticnerve.planner.simulation import Forecast, Pools, simulate
 from opticnerve.planner.traffic import Traffic
 
 SIDES = {"demo": 448, "scripted": PICTURE_SIDE["scripted"]}  # Pixels.
-SLOWER = 2.0  # Scripted passes, so that they outlast what is computed beside them.
+SLOWER = 2.0  # Of scripted passes, so that they outlast the real computation.
 LIMITS = {"requests/s": 0.2, "TTFT p50, ms": 0.3}
 SIMULATED = 5000  # Requests.
 Figures = dict[str, float]
@@ -45,7 +46,7 @@ Figures = dict[str, float]
 
 @contextlib.contextmanager
 def running(scripted: bool) -> Iterator[str]:
-    """The URL of a stack of an encoder and an LLM worker, which has no other load."""
+    """The URL of an idle stack with one encoder and one LLM worker."""
     if not scripted:
         with opticnerve.serve(dtype="float32") as stack:
             yield stack.url
@@ -58,7 +59,7 @@ def running(scripted: bool) -> Iterator[str]:
 
 
 def bench(url: str, args: argparse.Namespace, size: Size) -> dict[str, Any]:
-    """The one run of ``opticnerve bench serve``."""
+    """One run of ``opticnerve bench serve``."""
     flags = {
         "--requests": args.requests,
         "--output-tokens": args.output_tokens,
@@ -76,7 +77,7 @@ def bench(url: str, args: argparse.Namespace, size: Size) -> dict[str, Any]:
 
 
 def described(run: dict[str, Any], rates: Rates, output: int) -> Traffic:
-    """The traffic of a run, of pictures of the one size that the rates know."""
+    """The traffic of a run, whose pictures have the only size in ``rates``."""
     asked = run["requests"]
     ((name, cost),) = rates.sizes.items()
     lengths = [each["prompt_tokens"] - cost.tokens for each in asked]
@@ -125,7 +126,7 @@ def one_round(url: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compared(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Medians of the rounds, and by how much the forecast is off."""
+    """Medians of the rounds, and the forecast's relative error (``off``)."""
     rows = {}
     for name in rounds[0]["forecast"]:
         forecast, measured = (
@@ -162,7 +163,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--output-tokens", type=int, help="(default: 32; scripted: 16)")
     parser.add_argument("--rounds", type=int, help="(default: 3; scripted: 1)")
-    parser.add_argument("--out", metavar="NAME", help="of the JSON file")
+    parser.add_argument("--out", metavar="NAME", help="name of the JSON file")
     args = parser.parse_args()
     name = "plan_check_scripted" if args.scripted else "plan_check"
     args.out = args.out or name

@@ -1,4 +1,4 @@
-"""What every benchmark prints and keeps: a table, and a JSON file with the command that made it."""
+"""The output of every benchmark: a table, and a JSON file with the command that made it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def save(name: str, results: Mapping[str, Any], file: str | Path | None = None) -> Path:
-    """Writes ``bench/results/<file or name>.json``: the command, the machine, the date, results.
-    A ``file`` that is an absolute path goes there."""
+    """Writes ``bench/results/<file or name>.json``, or ``<file>.json`` for an absolute path: the
+    command, the machine, the date and the results. Returns the path."""
     path = RESULTS / f"{file or name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     arguments = shlex.join(sys.argv[1:])
@@ -35,7 +35,7 @@ def save(name: str, results: Mapping[str, Any], file: str | Path | None = None) 
 
 
 def machine() -> dict[str, Any]:
-    """What a reader needs to know to compare figures."""
+    """The machine's properties that a reader needs to compare figures."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

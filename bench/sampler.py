@@ -1,10 +1,10 @@
-"""Milliseconds of one sampler step, by what the requests of the batch ask of their tokens.
+"""Milliseconds of one sampler step, by the sampling parameters of the requests.
 
     python -m bench.sampler [--rows 64] [--vocab 151936] [--steps N] [--threads N]
 
-Greedy rows, so that the lists are all there is beside one ``max``; every row is a request of its
-own with lists of its own, as long as the gateway lets them be. CPU time of the process: a machine
-that others use too does not disturb it. ``admit`` is paid once, when a sequence gets its slot.
+Rows are greedy, so that there is only one ``max`` beside the lists. Every row is its own request,
+with its own lists, as long as the gateway allows. CPU time of the process is measured, which other
+users of the machine hardly change. ``admit`` is paid once, when a sequence gets its slot.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from bench import report
 from llm_service.device.sampler import Sampler
 from opticnerve.generation.values import Sampling
 
-# As many as gateway.api.schemas.sampling lets pass.
+# The limits of gateway.api.schemas.sampling.
 MAX_ALLOWED = 2**16
 MAX_BIASES = 1024
-MAX_WORDS = 512  # 256, each at the start of a text and after a space.
+MAX_WORDS = 512  # 256, each with and without a space before it.
 REPEATED = 7  # The token that the text of every row repeats.
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Medians, of one batch."""
+    """Medians for one batch."""
 
     asked: str
     step_ms: float
@@ -62,7 +62,7 @@ def short_words(source: random.Random, vocab: int) -> Sampling:
 
 
 def nested_words(source: random.Random, vocab: int) -> Sampling:
-    """The beginning of every word stands at the end of the text."""
+    """Words whose beginnings all stand at the end of the text."""
     ends = source.choices(range(vocab), k=MAX_WORDS)
     return Sampling(bad_words=tuple((*[REPEATED] * length, end) for length, end in enumerate(ends)))
 
@@ -115,9 +115,9 @@ def main() -> None:
         prog="python -m bench.sampler", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--rows", type=int, default=64, help="sequences of the batch")
-    parser.add_argument("--vocab", type=int, default=151_936, help="tokens of the vocabulary")
-    parser.add_argument("--steps", type=int, default=7, help="of which the median is told")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--vocab", type=int, default=151_936, help="size of the vocabulary")
+    parser.add_argument("--steps", type=int, default=7, help="steps, of which the median is shown")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     costs = step_costs(options.rows, options.vocab, options.steps)

@@ -24,10 +24,10 @@ STOP_S = 60.0
 
 
 class Service:
-    """``flags``: those of the service, with underscores. It ends with this process.
+    """``flags``: the service's, with underscores. The service ends with this process.
 
-    ``module``: another one that serves with the same flags. ``variables``: more of its environment.
-    What it logs is added to ``<directory>/<name>.log``.
+    ``module``: another module that serves with the same flags. ``variables``: added to its
+    environment. Its logs are appended to ``<directory>/<name>.log``.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Service:
     ) -> None:
         self.kind = kind
         self.name = name
-        self.address = ""  # HOST:PORT, of a gateway its URL.
+        self.address = ""  # HOST:PORT, or a gateway's URL.
         self.log = directory / f"{name}.log"
         given = {"port": 0, "parent_pid": os.getpid(), **flags}
         arguments, secret = to_command_line(options(CONFIGS[kind]), given)
@@ -52,11 +52,11 @@ class Service:
 
     @property
     def pid(self) -> int:
-        """0 while it does not run."""
+        """The process id; 0 while it does not run."""
         return self._process.pid if self._process and self._process.poll() is None else 0
 
     def start(self) -> None:
-        """Starts it; ``listening`` waits for its address."""
+        """Starts the process; call ``listening`` to wait for its address."""
         with open(self.log, "a") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -68,7 +68,8 @@ class Service:
             )
 
     def listening(self) -> str:
-        """Waits for the address that it listens at. Raises StartupError if it ends before."""
+        """Waits until it listens, and returns its address. Raises StartupError if it ends
+        before."""
         assert self._process and self._process.stdout
         for line in self._process.stdout:
             if line.startswith("listening "):
@@ -78,8 +79,8 @@ class Service:
         raise StartupError(f"{self.name} did not start: {' '.join(last)}")
 
     def kill(self) -> None:
-        """SIGKILL to it and to everything that it started, if it runs: the id of a group whose
-        process was reaped may be another's."""
+        """Sends SIGKILL to it and to everything that it started, if it runs. Once it was reaped, the
+        id of its group may be another's."""
         assert self._process
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -90,7 +91,7 @@ class Service:
         self._process.send_signal(number)
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL where that is not enough."""
+        """Sends SIGTERM, and SIGKILL if it has not ended after STOP_S."""
         if self._process is None:
             return
         self._process.terminate()

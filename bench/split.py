@@ -1,14 +1,15 @@
-"""What splitting costs: one picture request through three services against one process.
+"""The cost of splitting: a picture request through three services, against one process.
 
     python -m bench.split [MODEL] [--requests N] [--dtype float32]
 
-Both sides do the same work with the same code and as many threads: JSON in, picture planned,
-template, tokens, decode, tower, prefill, first token out. The whole runs it in this process, one
-call after the other; the split runs it in `opticnerve up`'s three processes, over HTTP, gRPC and
-shared memory. Every request shows a new picture, so nothing is cached. Requests alternate, one
-at a time; figures are medians. The budget: the split's TTFT may exceed the whole's by at most 15
-loopback unary gRPC round trips to one of the services, measured one a round between the same
-requests (as cold as they are), and for comparison in a tight loop.
+Both sides do the same work with the same code and the same number of threads: JSON in, picture
+planned, template, tokens, decode, tower, prefill, first token out. The whole does it in this
+process, one call after the other; the split in `opticnerve up`'s three processes, over HTTP, gRPC
+and shared memory. Every request shows a new picture, so nothing is cached. The sides alternate, one
+request at a time; figures are medians. The budget: the split's TTFT may exceed the whole's by at
+most 15 loopback unary gRPC round trips to one of the services. One round trip is measured in each
+round, between the requests (so that it is as cold as they are), and some more in a tight loop for
+comparison.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Rows:
 
 
 class Whole:
-    """The three services' work in one process, without a wire between its parts."""
+    """The three services' work in one process, as plain calls."""
 
     def __init__(self, model: str | None, dtype: torch.dtype) -> None:
         checkpoint = Checkpoint.open(model)
@@ -171,7 +172,7 @@ class Whole:
 
 
 class Split:
-    """The same over HTTP. ``timings``: milliseconds by stage, as the gateway tells."""
+    """The same over HTTP. ``timings``: milliseconds by stage, from the gateway."""
 
     def __init__(self, url: str) -> None:
         self.http = httpx2.Client(base_url=url, timeout=60.0, trust_env=False)
@@ -210,7 +211,7 @@ class RoundTrips:
         return open_channel(self.address)
 
     def measure(self, calls: int = 1) -> float:
-        """Median seconds of so many calls, one after the other."""
+        """Median seconds of ``calls`` calls, one after the other."""
         return self.loop.run_until_complete(self._measure(calls))
 
     async def _measure(self, calls: int) -> float:
@@ -232,7 +233,7 @@ class RoundTrips:
 
 
 def bodies() -> Iterator[bytes]:
-    """Requests that each show a picture never shown before."""
+    """Requests, each with a new picture."""
     seed = 0
     while True:
         rng = scenes.Random(seed, scenes.PICTURE_SIZES[0], 4)
@@ -263,7 +264,7 @@ def median(values: list[float]) -> float:
 
 
 def run(requests: int, whole: Whole, split: Split, trips: RoundTrips) -> dict[str, Any]:
-    """Alternates the two sides; every list holds milliseconds, a value a request."""
+    """Alternates the two sides. Lists hold milliseconds, one value for each request."""
     seen: dict[str, list[float]] = {
         name: [] for name in ("whole", "split", "round_trip", "hot_round_trip")
     }

@@ -1,14 +1,13 @@
-"""How much of a request's time to its first token its stages explain.
+"""How much of a request's TTFT its stages explain.
 
     python -m bench.stages [--requests 96] [--save]
 
-Requests with a new picture each, and requests of text, are sent alone and 16 at once to a stack of
-three processes. Those stages on the way to the first token that do not overlap are added up: the
-gateway's before and around the LLM worker's call, and the worker's queue and prefill, which contain
-the wait for the picture. Their sum is compared with the time to the first token as the gateway
-measures it, from the accepted request on. ``wire`` is what the call takes beyond the time that the
-worker accounts for, so the share without it is shown too; ``read``, the request's way in, comes
-before that time.
+Requests with a new picture each, and requests of text, are sent one at a time and 16 at once to a
+stack of three processes. The stages before the first token that do not overlap are added up: the
+gateway's before and around the call to the LLM worker, and the worker's queue and prefill, which
+contain the wait for the picture. Their sum is compared with the TTFT that the gateway measures,
+from the accepted request on. ``wire`` is the part of the call that the worker does not account for,
+so the share without it is shown too; ``read``, receiving the request, comes before the TTFT begins.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ HEADER = ("requests", "at once", "TTFT, ms", "explained, p50", "p5", "without wi
 
 
 def body(seed: int, *, picture: bool) -> bytes:
-    """A request that no other is like."""
+    """A request that is unlike any other."""
     material = Material(seed, side=224)
     text: dict[str, Any] = {"type": "text", "text": material.text()}
     parts = [{"type": "image_url", "image_url": {"url": material.picture()}}, text]
@@ -69,7 +68,7 @@ async def measure(url: str, bodies: Sequence[bytes], clients: int) -> list[dict[
 
 
 def shares(timings: Sequence[dict[str, float]], stages: Sequence[str]) -> list[float]:
-    """The part of each TTFT that ``stages`` explain."""
+    """The share of each TTFT that ``stages`` explain."""
     return [
         sum(one.get(f"{stage}_ms", 0.0) for stage in stages) / one["ttft_ms"] for one in timings
     ]
@@ -93,7 +92,7 @@ def figures(timings: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a first token waits for.")
-    parser.add_argument("--requests", type=int, default=96, help="of each kind and concurrency")
+    parser.add_argument("--requests", type=int, default=96, help="for each kind and concurrency")
     parser.add_argument("--save", action="store_true", help="write bench/results/stages.json")
     given = parser.parse_args()
     results: dict[str, dict[str, float]] = {}

@@ -1,13 +1,12 @@
-"""What a trip through the embedding store costs, beside a plain copy of the same bytes.
+"""The cost of a trip through the embedding store, relative to a plain copy of the same bytes.
 
     python -m bench.store [--rounds N]
 
-One embedding is 1369 x 3584 in bf16, 9.8 MB: a large picture for a 7B model. Each round does one
-of each operation and one memcpy, in an order that turns, on embeddings that were not touched in
-the rounds just before: first what a reader does, then what a writer does, since these are two
-processes. Every destination is warm (its pages exist and it was written just now), for memcpy as
-for the others. Figures are medians over the rounds, on one thread, against the memcpy of the same
-rounds.
+One embedding is 1369 x 3584 in bf16, 9.8 MB: a large picture for a 7B model. Each round does every
+operation and a memcpy once, in rotating order, on embeddings that the rounds just before did not
+touch. A reader's operations come first, then a writer's, since these are two processes. Every
+destination is warm (its pages exist and were written just before), for memcpy as for the others.
+Figures are medians over the rounds, on one thread, relative to the memcpy of the same rounds.
 
 * ``get + copy rows``: look up, check the header, copy every row into a warm tensor;
 * ``get + map``: look up, map without a copy, and then copy every row out of the mapping;
@@ -36,7 +35,7 @@ from opticnerve.owned_directories import create_tier_directory, remove_tier
 from tests.redis import PATIENT, RedisServer, find_redis_server
 
 ROWS, COLUMNS = 1369, 3584
-DISTINCT = 12  # Embeddings in turn: more than caches hold.
+DISTINCT = 12  # Embeddings used in turn; more than caches hold.
 LIMITS = {"shm get + copy rows": 1.5, "shm put": 4.0}
 
 Times = dict[str, list[float]]
@@ -84,7 +83,7 @@ def measure_shm(bench: Bench, store: ShmStore, rounds: int) -> None:
         ]
         for j in range(len(operations)):
             bench.measure(*operations[(i + j) % len(operations)])
-        get(i)  # And is it what was put?
+        get(i)  # Checks that it is what was put.
         assert torch.equal(bench.warm, bench.sources[i % DISTINCT])
 
 

@@ -1,13 +1,10 @@
-"""Structured output on the demo checkpoint: whether it is valid, and what it costs.
-
-    python -m bench.structured [--schemas 1000] [--rounds 7] [--concurrency 16] [--cpu] [--quick]
-
-First, random schemas at temperature 1.5, a seed each, through the engine: every output that ends by
-itself must validate. Then output tokens a second of the same engine with and without a grammar, on
-the same prompts, numbers of tokens and seeds, in turns within each round; the ratio is the median
-over rounds. A grammar of a list that does not end keeps constrained outputs as long as the others.
-``--cpu`` counts the process's CPU time, for a machine that others use too.
-"""
+"""Structured output on the demo checkpoint: its validity, and its cost. python -m bench.structured
+[--schemas 1000] [--rounds 7] [--concurrency 16] [--cpu] [--quick] First, random schemas at
+temperature 1.5, with a seed each, go through the engine: every output that ends by itself must
+validate. Then the output tokens a second of the same engine are compared with and without a
+grammar, on the same prompts, numbers of tokens and seeds, in turns within each round; the ratio is
+the median over rounds. The grammar of an endless list keeps constrained outputs as long as the
+others. ``--cpu`` measures the process's CPU time, for a machine that others use too."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ from tests.checkpoints import DEMO, EOS, VOCAB_SIZE
 from tests.local_engine import LocalEngine
 from tests.random_schemas import random_schema
 
-GOAL = 0.9  # Of the tokens a second without a grammar.
+GOAL = 0.9  # Least share of the rate without a grammar.
 TOKENS = 96  # Of each output whose speed is measured.
 PERSON = {
     "type": "object",
@@ -45,13 +42,13 @@ PERSON = {
     "required": ["name", "age", "tags"],
     "additionalProperties": False,
 }
-# Not dates: a grammar of their form has the year 0 and the 30th of February.
+# No dates, since a grammar of their form allows the year 0 and the 30th of February.
 FORMATS = jsonschema.FormatChecker(formats=("uuid", "ipv4"))
 ENDLESS = {"type": "array", "items": PERSON, "minItems": 10_000}
 
 
 class Bench:
-    """One engine, with a vocabulary for grammars."""
+    """One engine, with the vocabulary for grammars."""
 
     def __init__(self, concurrency: int) -> None:
         self.vocabulary = load_vocabulary(DEMO, (EOS,), VOCAB_SIZE)
@@ -70,7 +67,7 @@ class Bench:
         return GenerateRequest(f"bench-{self._made}", ids, sampling=Sampling(**sampling))
 
     def run(self, requests: list[GenerateRequest]) -> dict[str, tuple[list[int], FinishReason]]:
-        """The outputs and how they ended, by request."""
+        """Each request's output, and how it ended."""
         self.engine.messages.clear()
         answers = self.engine.generate(requests)
         ends = {
@@ -83,8 +80,8 @@ class Bench:
     # ---- validity
 
     def validity(self, number: int, say: Callable[[str], None]) -> dict[str, int]:
-        """Counts of outputs that ended by themselves, of those that were cut short, and of those
-        that ended and are not valid, which must be none."""
+        """The numbers of outputs that are valid, that were cut short, and that are invalid (which
+        must be 0)."""
         found = {"valid": 0, "cut_short": 0, "invalid": 0}
         batch = 100
         for first in range(0, number, batch):
@@ -122,7 +119,7 @@ class Bench:
     def speed(
         self, rounds: int, count: int, clock: Callable[[], float], say: Callable[[str], None]
     ) -> dict[str, list[float]]:
-        """Output tokens a second of each round, with a grammar and without."""
+        """Output tokens a second of each round, with and without a grammar."""
         grammar = grammar_of(OutputFormat(FormatKind.JSON_SCHEMA, ENDLESS, whitespace=""))
         rates: dict[str, list[float]] = {"free": [], "constrained": []}
         self._rate("", 4, clock), self._rate(grammar, 4, clock)  # Warm.
@@ -189,7 +186,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--schemas", type=int, default=1000, help="random schemas")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--concurrency", type=int, default=16, help="requests at once")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     parser.add_argument("--cpu", action="store_true", help="measure CPU time, not wall time")
     parser.add_argument("--quick", action="store_true", help="60 schemas, two rounds, not saved")
     return parser.parse_args()

@@ -1,13 +1,13 @@
-"""Which functions of the product one chat request runs.
+"""Records which functions of the product a chat request runs.
 
     python -P bench/trace.py TREE OUTPUT.json
 
-``bench.measure`` runs this file, with the code of TREE on PYTHONPATH. It therefore imports nothing
-of its own package, and knows of the product only the command line and the HTTP API, which stay
-when modules move. An encoder, an LLM worker and a gateway run as threads of this process, under a
-profile function. Requests are streamed, with at most 24 tokens. A function counts if every one of
-several requests of a kind ran it, after one that warms up: this leaves out imports, and background
-work that happens to fall into one of them.
+``bench.measure`` runs this file, with the code of TREE on PYTHONPATH. Therefore it imports nothing
+of its own package, and uses only the product's command line and HTTP API, which stay when modules
+move. An encoder, an LLM worker and a gateway run as threads of this process, under a profile
+function. Requests are streamed, with at most 24 tokens. A function counts if all of several
+requests of a kind ran it, after a warm-up; this leaves out imports, and background work that
+happens to run during one of them.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ import httpx2
 from PIL import Image
 
 REQUESTS = 10  # Of each kind, after the one that warms up.
-SETTLE_S = 0.1  # For what the services do after the last byte, such as giving resources back.
-PAUSE_S = 0.37  # Between requests, so that polls once a second fall into few of them.
+SETTLE_S = 0.1  # For the services' work after the last byte, such as releasing resources.
+PAUSE_S = 0.37  # Between requests, so that polling once a second hits few of them.
 START_S = 120.0
 
 
 class Recorder:
-    """Code objects of the tree that threads run, of those started after ``install``."""
+    """Records the code objects of the tree that run in threads started after ``install``."""
 
     def __init__(self, tree: Path) -> None:
         self._tree = tree
@@ -67,7 +67,8 @@ class Recorder:
 
 
 def start(tree: Path, store: str) -> str:
-    """Runs the three services as threads; the gateway's URL once it can use both workers."""
+    """Runs the three services as threads. Returns the gateway's URL once it can use both
+    workers."""
     command = entry_point(tree)
     encoder, llm, gateway = (f"127.0.0.1:{port}" for port in free_ports(3))
     url = f"http://{gateway}"
@@ -139,8 +140,8 @@ def pictures() -> Iterator[str]:
 
 
 def record(http: httpx2.Client, recorder: Recorder) -> dict[str, dict[str, int]]:
-    """Functions by file that every request of a kind runs; files may lie in an environment within
-    the tree."""
+    """The number of functions that every request of a kind runs, by file, including files of a
+    virtual environment within the tree."""
     source = pictures()
     known = next(source)
     ask(http, "What do you see?", known)
@@ -165,7 +166,7 @@ def record(http: httpx2.Client, recorder: Recorder) -> dict[str, dict[str, int]]
 
 def main() -> None:
     tree, output = Path(sys.argv[1]), Path(sys.argv[2])
-    # gRPC wakes every event loop of the process; those that it has nothing for complain.
+    # gRPC wakes all event loops of the process, and those without its work log errors.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     recorder = Recorder(tree)
     recorder.install()
@@ -180,7 +181,7 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
     finally:
-        os._exit(status)  # The services' threads take no signals: nothing could stop them in order.
+        os._exit(status)  # The services' threads get no signals, so nothing could stop them.
 
 
 if __name__ == "__main__":

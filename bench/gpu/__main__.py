@@ -2,12 +2,12 @@
 
     python -m bench.gpu [--dry] [--only TEXT] [--budget-s SECONDS] [--out FILE] [--commit NAME]
 
-Needs torch and transformers (with what they bring, and Pillow) and this directory. Checks of
-correctness come first, then figures; each stands alone, and one that fails leaves the others
-going. On CUDA the table is also kept in ``bench/results/gpu/<device>.json``, written again after
-every check, so that a run that is cut off keeps what it has. ``--dry`` runs the CPU twin of every
-check at small size, and so does a machine without CUDA; nothing is then kept unless ``--out``
-says where. Exit status 1 if a check failed.
+Needs torch and transformers (with their dependencies, and Pillow) and this directory. Checks of
+correctness come first, then figures; each is independent, and the others go on if one fails. On
+CUDA the table is also kept in ``bench/results/gpu/<device>.json``, which is written after every
+check, so that an interrupted run keeps its results. ``--dry`` runs the CPU twin of every check at
+small size, as does a machine without CUDA; nothing is then kept unless ``--out`` names a file. Exit
+status 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from bench.gpu import checks, engines, figures, stack
 from bench.gpu.models import REAL, TWIN, Room
 
 BUDGET_S = 420.0
-HANG_S = 30.0  # After the budget: whatever still runs then hangs.
-SHOWN = 110  # Letters of what was seen, in the table; the progress lines and the JSON have all.
+HANG_S = 30.0  # After the budget, when whatever still runs must be hanging.
+SHOWN = 110  # Letters of a result in the table; progress lines and the JSON have all.
 WIDE = "real widths"
 
 
@@ -45,7 +45,7 @@ WIDE = "real widths"
 class Check:
     name: str
     run: Callable[[Room], checks.Seen]
-    group: str  # Models are given back between groups.
+    group: str  # Models are released between groups.
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _figures() -> list[Check]:
 
 
 class Run:
-    """Runs checks one by one within ``budget_s``; nothing that one of them does ends the run."""
+    """Runs checks one by one within ``budget_s``; a failing check does not end the run."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class Run:
         self._room = room
         self._deadline = time.monotonic() + budget_s
         self._keep = keep
-        self._lost = ""  # Why the device can do no more.
+        self._lost = ""  # Why the device cannot be used any more.
 
     def __call__(self, wanted: Sequence[Check]) -> list[Outcome]:
         outcomes: list[Outcome] = []
@@ -158,7 +158,7 @@ class Run:
             said, seen = found.text, found.figures
         except checks.Skipped as reason:
             result, said = "skipped", str(reason)
-        except Exception as error:  # Of whatever kind: the others go on.
+        except Exception as error:  # Of any kind: the other checks go on.
             result, said = "FAILED", f"{type(error).__name__}: {error}".splitlines()[0]
             trace = traceback.format_exc()
             self._lost = self._why_lost(check)
@@ -209,7 +209,7 @@ def _commit() -> str:
 
 
 def _file(room: Room, out: str | None) -> Path | None:
-    """Where results are kept, without the ending that ``report.save`` adds."""
+    """The file for results, without the suffix that ``report.save`` adds; None: not kept."""
     if out is not None:
         return Path(out).absolute().with_suffix("")
     if not room.on_cuda:
@@ -220,13 +220,13 @@ def _file(room: Room, out: str | None) -> Path | None:
 
 
 def make_room(dry: bool, directory: str | Path) -> Room:
-    """On CUDA, or for the CPU twins. Sets how this process computes."""
+    """The room for CUDA, or for the CPU twins. Configures torch in this process."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if dry:
-        torch.set_num_threads(1)  # Small work: more threads wait for each other.
+        torch.set_num_threads(1)  # For small work, more threads only wait for each other.
         return Room(torch.device("cpu"), TWIN, Path(directory))
-    torch.backends.cudnn.allow_tf32 = False  # What is called float32 is to be it.
+    torch.backends.cudnn.allow_tf32 = False  # float32 must not be TF32.
     return Room(torch.device("cuda"), REAL, Path(directory))
 
 
@@ -234,12 +234,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     summary = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=summary)
     parser.add_argument("--dry", action="store_true", help="each check's CPU twin, at small size")
-    parser.add_argument("--only", default="", help="checks whose names hold this text")
+    parser.add_argument("--only", default="", help="only checks whose names contain this text")
     parser.add_argument(
-        "--budget-s", type=float, default=BUDGET_S, help="no check begins after so many seconds"
+        "--budget-s", type=float, default=BUDGET_S, help="seconds after which no check is started"
     )
     parser.add_argument("--out", help="JSON file for the results")
-    parser.add_argument("--commit", help="what is measured, where git cannot tell")
+    parser.add_argument("--commit", help="name of what is measured, if git cannot tell")
     return parser.parse_args(arguments)
 
 

@@ -1,8 +1,8 @@
 """Is it right? Every path that CUDA takes, against attention by hand or transformers' own model.
 
-Each check takes a ``Room`` and returns what was seen; it raises CheckFailed for what is wrong and
-Skipped for what cannot run here. In half precision a result may be as far from fp32 as that of
-transformers in the same precision is, and half as far again.
+Each check takes a ``Room`` and returns what was seen; it raises CheckFailed if something is wrong,
+and Skipped if it cannot run here. In half precision, a result's distance from fp32 may be up to one
+and a half times that of transformers in the same precision.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tests.reference import image_rows
 
 EXACT, HALF = torch.float32, torch.bfloat16
 ATTENTION_ERROR = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-ROWS_ERROR = 5e-4  # Of the largest value, fp32.
+ROWS_ERROR = 5e-4  # Relative to the largest value, fp32.
 LOGPROB_ERROR = {torch.float32: 5e-3, torch.bfloat16: 0.3}
 BLOCK = 16
 Figures = dict[str, Any]
-Call = Callable[[Callable[[], Any]], Any]  # Calls what it is given, and may watch.
+Call = Callable[[Callable[[], Any]], Any]  # Calls its argument, and may observe the call.
 
 
 class CheckFailed(Exception):
@@ -84,7 +84,7 @@ TOWER_LENGTHS = {"alike": [64] * 5, "pictures": [256, 100, 256, 36], "windows": 
 
 
 def tower_attention(room: Room) -> Seen:
-    """The tower's own choice, and each way it could have chosen."""
+    """Checks the tower's attention: its own choice, and each way that it could have chosen."""
     figures: Figures = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for dim, heads in ((80, 4), (64, 4)):
@@ -100,7 +100,7 @@ def tower_attention(room: Room) -> Seen:
 def tower_case(
     room: Room, dtype: torch.dtype, dim: int, heads: int, lengths: list[int], call: Call = _call
 ) -> dict[str, float]:
-    """Errors by way. ``call`` calls the tower's own choice."""
+    """Relative errors by way. ``call``: calls the tower's own choice."""
     size = (1, heads, sum(lengths), dim)
     q, k, v = (torch.randn(size, device=room.device, dtype=dtype) for _ in range(3))
     packing = varlen.Packing.of(lengths, room.device)
@@ -120,7 +120,7 @@ def tower_case(
 
 @dataclass(frozen=True)
 class Case:
-    """Sequences with so many tokens in pages, and so many new ones."""
+    """Sequences, by their numbers of tokens in pages and of new tokens."""
 
     cached: tuple[int, ...]
     new: tuple[int, ...]
@@ -142,7 +142,7 @@ HEADS = ((12, 2, 128), (4, 4, 64))  # Heads, key heads, their dimension.
 
 
 def decoder_attention(room: Room) -> Seen:
-    """The backend over pages, for every kind of step."""
+    """Checks the backend's attention over pages, for every kind of step."""
     figures: Figures = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for heads in HEADS if room.on_cuda or dtype is EXACT else HEADS[:1]:
@@ -157,8 +157,8 @@ def decoder_attention(room: Room) -> Seen:
 def decoder_case(
     room: Room, dtype: torch.dtype, heads: tuple[int, int, int], case: Case, call: Call = _call
 ) -> float:
-    """The error. ``call`` calls the attention over the new tokens, once the cached ones are in
-    pages."""
+    """The relative error. ``call``: calls the attention of the new tokens, once the cached ones are
+    in pages."""
     count, kv_heads, dim = heads
     totals = [cached + new for cached, new in zip(case.cached, case.new, strict=True)]
     pages = _tables(totals)
@@ -191,7 +191,7 @@ def decoder_case(
 
 
 def _tables(totals: Sequence[int]) -> list[np.ndarray]:
-    """Pages of every sequence, scattered."""
+    """The pages of every sequence, in random order."""
     counts = [-(-total // BLOCK) for total in totals]
     order = np.random.default_rng(0).permutation(sum(counts))
     return np.split(order, np.cumsum(counts)[:-1])
@@ -215,7 +215,8 @@ def _step(
     spans: list[tuple[int, int, int]],
     bidirectional: tuple[tuple[int, int], ...],
 ) -> None:
-    """Prepares a step of (sequence, first token, end); decoding ones first, longest first."""
+    """Prepares a step of (sequence, first token, end), decoding sequences first, the longest
+    first."""
     decodes = [(i, end) for i, start, end in spans if end - start == 1 and start]
     table = np.zeros((len(decodes), max((len(pages[i]) for i, _ in decodes), default=0)), np.int64)
     for row, (i, _) in enumerate(decodes):
@@ -236,7 +237,7 @@ def _step(
 
 
 def encoder_rows(room: Room, name: str, dtype: torch.dtype) -> Seen:
-    """Pictures of several sizes, packed, against the unsplit model's rows, one by one."""
+    """Compares packed pictures of several sizes with the unsplit model's rows, one by one."""
     split = room.split(name, dtype)
     pictures = [split.picture(size, seed) for seed, size in enumerate(room.sizes.pictures)]
     found = split.backend.encode([p.pixels for p in pictures], [p.plan for p in pictures])
@@ -273,7 +274,7 @@ def _rows(room: Room, name: str, dtype: torch.dtype, pictures: list[Picture]) ->
 
 
 def prompts(room: Room, split: Split) -> list[Prompt]:
-    """Text only; a picture first, in the middle, last; several of several sizes."""
+    """Prompts: text only; a picture first; a picture last; several pictures of several sizes."""
     one, two, three = (split.picture(size, i) for i, size in enumerate(room.sizes.pictures))
     return [
         split.prompt(40, seed=1),
@@ -284,8 +285,8 @@ def prompts(room: Room, split: Split) -> list[Prompt]:
 
 
 def split_equals_whole(room: Room, name: str, dtype: torch.dtype) -> Seen:
-    """Log-probabilities of every text token, prompt and answer, and whether each token said is
-    the unsplit model's best."""
+    """Compares the log-probability of every text token of prompt and answer, and checks that each
+    answered token is the unsplit model's best."""
     split = room.split(name, dtype)
     asked = prompts(room, split)
     answers = split.ask(split.engine(), asked, "whole-", prompt_logprobs=1)
@@ -315,7 +316,7 @@ def split_equals_whole(room: Room, name: str, dtype: torch.dtype) -> Seen:
 def _logprobs(
     room: Room, name: str, dtype: torch.dtype, prompt: Prompt, said: Said
 ) -> torch.Tensor:
-    """fp32 [tokens, vocab] of the unsplit model, after each token but the last one said."""
+    """fp32 [tokens, vocab]: the unsplit model's log-probabilities after each token but the last."""
     whole = room.whole(name, dtype)
     ids = torch.tensor([[*prompt.token_ids, *said.token_ids[:-1]]], device=room.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -331,8 +332,8 @@ def _logprobs(
 
 
 def _told(prompt: Prompt, said: Said) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of every token whose log-probability the engine told: the row that predicts it, its id,
-    and what was told."""
+    """For every token with a log-probability from the engine: (the row that predicts it, its id,
+    the log-probability)."""
     count = len(prompt.token_ids)
     told = [
         (position - 1, each.sampled[0], each.sampled[1])
@@ -357,7 +358,7 @@ def _largest(errors: torch.Tensor) -> float:
 
 
 def chunks_equal_whole(room: Room, name: str, dtype: torch.dtype) -> Seen:
-    """A prefill in pieces that cut pictures says what one in one piece says."""
+    """A prefill in chunks that cut pictures answers like one in one piece."""
     split = room.split(name, dtype)
     asked = prompts(room, split)
     budget = max(len(prompt.token_ids) for prompt in asked) // 3 + 1
@@ -384,8 +385,8 @@ def batched_equals_alone(room: Room, name: str, dtype: torch.dtype) -> Seen:
 
 
 def _same(got: list[Said], want: list[Said], dtype: torch.dtype) -> Seen:
-    """Equal tokens and close log-probabilities. Where two tokens tie within the tolerance they
-    may differ; what follows is then another text and is not compared."""
+    """Checks for equal tokens and close log-probabilities. Tokens that tie within the tolerance may
+    differ; what follows is then another text and is not compared."""
     bound = LOGPROB_ERROR[dtype]
     worst, compared, ties = 0.0, 0, 0
     for ours, theirs in zip(got, want, strict=True):

@@ -1,4 +1,4 @@
-"""Engines of towers: built on this device, measured by their gate, timed beside torch.
+"""Engines of towers: built on this device, checked by their gate, timed against torch.
 
 On a CPU onnxruntime stands in for the TensorRT libraries.
 """
@@ -12,15 +12,15 @@ from bench.gpu.checks import EXACT, HALF, Figures, Seen, Skipped, expect, relati
 from bench.gpu.models import Room
 
 MODELS = ("demo", "qwen2_5_vl", "llava")
-REPEATED = 1e-2  # Difference of a second call: kernels may be compiled meanwhile.
+REPEATED = 1e-2  # Most difference of a second call, since kernels may be compiled in between.
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 
 
 def tower_engines(room: Room) -> Seen:
-    """Every library that is installed and runs on this device, for one model of each kind."""
+    """Checks every library that is installed and runs on this device, for a model of each kind."""
     try:
         build: Any = import_module("encoder_service.engines.build")
-    except ImportError as error:  # The bench runs on less than the product needs.
+    except ImportError as error:  # The bench needs less than the product.
         raise Skipped(f"engines need {error.name}") from error
     figures: Figures = {}
     obstacles = []
@@ -39,7 +39,8 @@ def tower_engines(room: Room) -> Seen:
 
 
 def _engine(room: Room, build: Any, library: str, model: str) -> Figures:
-    """Builds, opens as an encoder does, and compares; raises UnusableEngine if the gate refuses."""
+    """Builds an engine, opens it as an encoder does, and compares. Raises UnusableEngine if the
+    gate refuses it."""
     from encoder_service.model import open_model
     from opticnerve.config import EncoderConfig, ModelConfig
 

@@ -1,4 +1,4 @@
-"""How fast is it? The tower, prefill and decode steps, against what the device was seen to do."""
+"""How fast is it? The tower, prefill and decode steps, against the device's measured ceilings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.local_engine import LocalEngine
 
 MODEL = "full depth"
 WARM_STEPS = 5
-PROMPTS = 3  # Timed, of each length.
+PROMPTS = 3  # Timed prompts of each length.
 ATTENTION_OPS = re.compile(r"_scaled_dot_product_(\w+)|_(flash|efficient|cudnn)_attention_forward")
 _ids = itertools.count()
 
@@ -45,7 +45,7 @@ _ids = itertools.count()
 
 
 def ceilings(room: Room) -> Seen:
-    """Bytes and operations a second that plain torch reaches here, in this run."""
+    """Bytes and operations a second that plain torch reaches on this device."""
     rate, product = bandwidth(room), _product(room)
     figures = {"bytes_per_s": rate, "product_flops_per_s": product, **room.measured}
     return Seen(
@@ -74,8 +74,8 @@ def _product(room: Room) -> float:
 
 
 def tower(room: Room) -> Seen:
-    """Patches a second of the device alone, and of ``encode`` with its copies; and what embedding
-    patches by one product takes, beside the convolution that it stands for."""
+    """Patches a second of the device alone, and of ``encode`` with its copies; and the time of
+    embedding patches by one product, against that of the convolution it replaces."""
     split = room.split(MODEL, room.dtype)
     picture = split.picture((room.sizes.side, room.sizes.side), seed=0)
     count, grid = picture.plan.num_patches, picture.plan.grid
@@ -120,7 +120,7 @@ def _patch_embedding(room: Room, split: Split, patches: torch.Tensor) -> Figures
 
 
 def _tower_flops(split: Split, grid: Grid) -> float:
-    """Of one picture: products of blocks and merger, and attention over the picture."""
+    """Operations for one picture: products of blocks and merger, and attention over the picture."""
     config = split.tower.module.config  # type: ignore[attr-defined]
     width, patches = config.embed_dim, grid.num_patches
     block = (4 + 2 * config.mlp_ratio) * width**2 + 2 * patches * width
@@ -133,7 +133,7 @@ def _tower_flops(split: Split, grid: Grid) -> float:
 
 
 def prefill(room: Room) -> Seen:
-    """Prompts of text, in one piece, and in pieces of the shortest of the lengths."""
+    """Tokens a second of text prompts, in one piece, and in pieces of the shortest length."""
     split = room.split(MODEL, room.dtype)
     figures: Figures = {}
     piece = room.sizes.prefills[0]
@@ -170,7 +170,7 @@ def _prefill_s(split: Split, tokens: int, budget: int) -> float:
 
 
 def _decoder_flops(split: Split, tokens: int) -> float:
-    """Products of layers, causal attention; of the head, one row."""
+    """Operations of a prefill: the products of the layers, and causal attention."""
     language = split.language
     config, width = language.spec.config, language.num_heads * language.head_dim
     attention = 2 * width + 2 * language.num_kv_heads * language.head_dim  # q and output, k and v.
@@ -194,7 +194,7 @@ def _step_until_prefilled(engine: LocalEngine, count: int) -> None:
 
 
 class _Clocked:
-    """A runner whose ``execute`` is timed: the rest of a step is the host's alone."""
+    """A runner whose ``execute`` is timed; the rest of a step is the engine's own."""
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
@@ -227,8 +227,8 @@ def _decoding(room: Room, batch: int) -> LocalEngine:
 
 
 def decode_step(room: Room, batch: int) -> Seen:
-    """Milliseconds of a step, and the floor: weights and keys and values, read once each at the
-    bandwidth of this run."""
+    """Milliseconds of a step, and its floor: reading weights, keys and values once at the measured
+    bandwidth."""
     engine = _decoding(room, batch)
     clocked = _Clocked(engine.engine.runner)
     engine.engine.runner = clocked  # type: ignore[assignment]
@@ -253,8 +253,8 @@ def decode_step(room: Room, batch: int) -> Seen:
 
 
 def _step_bytes(split: Split, tokens: int) -> float:
-    """Bytes that a decode step must read: every weight but an embedding that is not the head too,
-    and the keys and values of ``tokens``."""
+    """Bytes that a decode step must read: every weight, except an embedding that is not also the
+    head, and the keys and values of ``tokens``."""
     language = split.language
     weights = language.weight_bytes()
     if all(tensor is not language._embedding for tensor in language._head.tensors()):
@@ -264,7 +264,7 @@ def _step_bytes(split: Split, tokens: int) -> float:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts operations that are no views."""
+    """Counts operations other than views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ class _Operations(TorchDispatchMode):
 
 
 def launches(room: Room, batch: int) -> Seen:
-    """What one decode step asks of the device: operations, kernels, copies, waits."""
+    """The number of a decode step's operations, kernels, copies and waits for the device."""
     engine = _decoding(room, batch)
     step = engine.engine.step
     with _Operations() as operations:
@@ -304,7 +304,7 @@ def _waits(step: Callable[[], object]) -> int:
 
 
 def _device_events(room: Room, step: Callable[[], object]) -> Figures:
-    """Kernels, copies, and milliseconds in which the device was at work, of a profiled step."""
+    """Kernels, copies, and milliseconds of device time of a profiled step."""
     events = _profile(room, step)
     calls = Counter(event.name for event in events)
     on_device = [each for each in events if str(each.device_type).endswith("CUDA")]
@@ -327,7 +327,7 @@ def _profile(room: Room, work: Callable[[], object]) -> list[Any]:
 
 
 def attention_kernels(room: Room) -> Seen:
-    """Which of torch's attention kernels each kind of step takes, in bf16."""
+    """The attention kernel of torch that each kind of step uses, in bf16."""
     figures: Figures = {}
     for kind, case in CASES.items():
         watch = _Watch(room)
@@ -343,7 +343,7 @@ def attention_kernels(room: Room) -> Seen:
 
 
 class _Watch:
-    """Calls what it is given; ``names``: the attention kernels that ran in it."""
+    """Calls its argument; ``names``: the attention kernels that ran in the call."""
 
     def __init__(self, room: Room) -> None:
         self._room = room
@@ -368,7 +368,7 @@ def _encode_ms(room: Room, work: Callable[[], object], repeats: int = 5) -> floa
 
 
 def _unit(value: float) -> str:
-    """With three digits and a prefix."""
+    """The value with three digits and a unit prefix."""
     for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if value >= size:
             return f"{value / size:.3g} {prefix}"

@@ -1,4 +1,4 @@
-"""What ``bench.gpu`` runs on: a device, sizes that suit it, and each checkpoint whole and split."""
+"""What ``bench.gpu`` works with: a device, sizes that suit it, and checkpoints, whole and split."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from tests.checkpoints import DEMO, make_checkpoint
 from tests.local_engine import LocalEngine
 from tests.reference import load_reference, picture, pixel_values
 
-VISION_START, VISION_END = 630, 631  # Of the demo's tokenizer, which every checkpoint here has.
+VISION_START, VISION_END = 630, 631  # Of the demo's tokenizer, which all checkpoints here use.
 TEXT_IDS = (5, 600)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the work is. ``text`` and ``vision``: widths, as ``make_checkpoint`` has them."""
+    """How large the work is. ``text`` and ``vision``: arguments of ``make_checkpoint``."""
 
     text: Mapping[str, Any]
     vision: Mapping[str, Any]
-    layers: int  # Of decoder and tower, in checks of correctness, ...
-    full_layers: int  # ... and of the decoder in figures, ...
-    full_depth: int  # ... and of its tower.
-    pictures: tuple[tuple[int, int], ...]  # Width and height, of checks.
-    side: int  # Of the square pictures of figures.
+    layers: int  # Of decoder and tower, in checks of correctness.
+    full_layers: int  # Of the decoder, in figures.
+    full_depth: int  # Of the tower, in figures.
+    pictures: tuple[tuple[int, int], ...]  # (width, height), in checks.
+    side: int  # Of square pictures, in figures.
     context: int  # Tokens that a decode step attends over.
     steps: int  # Decode steps that are timed.
     prefills: tuple[int, ...]  # Tokens of a prompt.
@@ -85,7 +85,7 @@ REAL = Sizes(  # Qwen2-VL-2B.
     product=8192,
 )
 
-TWIN = Sizes(  # The same heads, narrow enough for two cores.
+TWIN = Sizes(  # The same size of heads, narrow enough for two cores.
     text={
         "hidden_size": 384,
         "intermediate_size": 1024,
@@ -117,7 +117,7 @@ class Picture:
     key: str
     plan: Plan
     pixels: NDArray[np.uint8]
-    values: torch.Tensor  # The same as transformers' processors return them.
+    values: torch.Tensor  # The pixels as transformers' processors return them.
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,12 +133,12 @@ class Said:
 
     token_ids: list[int]
     logprobs: list[PositionLogprobs]
-    prompt: tuple[PositionLogprobs, ...]  # Of the prompt's own tokens, where they were asked for.
+    prompt: tuple[PositionLogprobs, ...]  # Of the prompt's tokens, if requested.
     cached: int  # Tokens of the prompt that were in pages already.
 
 
 class Split:
-    """Tower and decoder of one checkpoint, as the services have them, and engines on top."""
+    """Tower and decoder of one checkpoint, as in the services, and engines that use them."""
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
         checkpoint = Checkpoint.open(str(path))
@@ -217,7 +217,7 @@ def picture_span(layout: Any, plan: Plan, offset: int, item: int) -> tuple[Span,
 
 @dataclass
 class Room:
-    """The device, the sizes, and what was made on it. ``release`` gives memory back."""
+    """The device, the sizes, and the models loaded there. ``release`` frees the models."""
 
     device: torch.device
     sizes: Sizes
@@ -232,12 +232,12 @@ class Room:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of figures: what a server would take here."""
+        """The dtype of figures, which a server would use on this device."""
         return torch.bfloat16 if self.on_cuda else torch.float32
 
     def checkpoint(self, name: str) -> Path:
-        """ "demo", "real widths", "full depth" (the same, as deep as figures want it), or a
-        family's small random one; made when first asked for."""
+        """The checkpoint "demo", "real widths", "full depth" (of the same widths, and as deep as
+        figures need), or the small random one of a family. Made on first use."""
         path = DEMO if name == "demo" else self.directory / name.replace(" ", "-")
         if not path.exists():
             if name in ("real widths", "full depth"):
@@ -285,7 +285,7 @@ class Room:
             torch.cuda.synchronize(self.device)
 
     def median_ms(self, work: Callable[[], object], repeats: int = 10, warm: int = 3) -> float:
-        """Milliseconds of ``work`` on the device, by its events; by the clock on a CPU."""
+        """Median milliseconds of ``work``, by the device's events; by the clock on a CPU."""
         for _ in range(warm):
             work()
         self.synchronize()

@@ -1,7 +1,7 @@
 """The whole stack on requests of three pictures: in one process, and over the real services.
 
-In one process there is no wire: the encoder's own pool, batches and backend, and the engine
-behind the client that its service uses, on one event loop. It needs nothing but torch.
+In one process nothing goes over a network: the encoder's own pool, batches and backend, and the
+engine behind its service's client, run on one event loop. That needs nothing but torch.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _seen(figures: Figures) -> Seen:
 
 
 def _jpegs(room: Room, index: int) -> list[bytes]:
-    """Pictures that all differ, for a warm-up and the requests of ``at_once[index]``."""
+    """Distinct pictures for a warm-up and the requests of ``at_once[index]``."""
     side = room.sizes.side
     bases = [np.asarray(picture(side, side, seed=seed)) for seed in range(4)]
     made = []
@@ -133,7 +133,7 @@ def one_process(room: Room, index: int) -> Seen:
 
 
 class _OneProcess:
-    """What the encoder and the LLM worker do, without their wire and store."""
+    """The work of the encoder and the LLM worker, without gRPC and store."""
 
     def __init__(self, room: Room, at_once: int) -> None:
         self._split: Split = room.split(MODEL, room.dtype)
@@ -252,14 +252,14 @@ def services(room: Room) -> Seen:
 
 
 def _flags(room: Room) -> dict[str, Any]:
-    """A KV cache of a size of its own: encoder and LLM worker share the device."""
+    """Flags with a fixed size of the KV cache, since encoder and LLM worker share the device."""
     if room.on_cuda:
         return {"dtype": "bfloat16", "kv_cache_tokens": 65_536}
     return {"dtype": "float32", "kv_cache_tokens": 16_384, "threads": 1}
 
 
 class _OverHttp:
-    """Asks as a user's program would; a delta with text is taken for a token."""
+    """Asks as a user's program would; counts a delta with text as a token."""
 
     def __init__(self, http: Any, output: int) -> None:
         self._http, self._output = http, output

@@ -1,17 +1,17 @@
-"""What preparing a picture costs, and encoding it, beside Hugging Face's own parts.
+"""The cost of preparing and encoding a picture, compared with Hugging Face's own code.
 
     python -m bench.preprocess [--only FAMILY ...] [--rounds N] [--depth N] [--cpu] [--quick]
 
 Preparing: from a 1024x768 JPEG's bytes to a tower's floats, by stage, on one thread. Ours resizes
-and cuts 8-bit pixels; a table on the tower's device, here the CPU too, makes them floats. "as it
-was" made floats, and the doubled frame, before the tower. Hugging Face's processors get the picture
-that Pillow decoded; what they do beside Pillow's resizing counts as cutting, torchvision's resizing
-too. torchvision is installed for this run, in a folder of its own.
+and cuts 8-bit pixels; a table on the tower's device, here the CPU, makes them floats. "as it was",
+the former way, made floats and the doubled frame before the tower. Hugging Face's processors get
+the picture decoded by Pillow; all they do except Pillow's resizing counts as cutting, including
+torchvision's resizing. torchvision is installed for this run, in a folder of its own.
 
 Encoding: the tower and projector of one picture against transformers' own, with the widths of a
 published model and a few of its layers, in float32, on one thread; and how far the rows differ.
 
-Figures are medians over rounds in which each contestant takes its turn. ``--cpu`` counts the
+Figures are medians over rounds, in which the contestants take turns. ``--cpu`` measures the
 thread's CPU time, for a machine that others use too.
 """
 
@@ -44,7 +44,7 @@ Clock = Callable[[], float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], metavar="FAMILY", help="these families")
-    parser.add_argument("--rounds", type=int, default=15, help="of preparing; half of encoding")
+    parser.add_argument("--rounds", type=int, default=15, help="for preparing; encoding: half")
     parser.add_argument("--depth", type=int, default=4, help="layers of the towers")
     parser.add_argument("--cpu", action="store_true", help="measure CPU time, not wall time")
     parser.add_argument("--quick", action="store_true", help="3 rounds, towers of 2 layers")
@@ -112,7 +112,7 @@ def preparing(
     ways[PILLOW] = theirs(sample, processor, clock)
     if with_torchvision:
         ways[TORCHVISION] = theirs(sample, torchvision_processor(family, processor), clock)
-    outcomes = {name: way(jpeg)[1] for name, way in ways.items()}  # The first is not measured.
+    outcomes = {name: way(jpeg)[1] for name, way in ways.items()}  # Warms up.
     values = ours.table(upload([outcomes[OURS]], CPU)).numpy()
     if not np.array_equal(values, sample.pixels({"pixel_values": outcomes[PILLOW]})):
         raise SystemExit("these floats are not those of the Pillow-backed processor")
@@ -151,7 +151,7 @@ def _in_turn(names: list[str], turn: int) -> list[str]:
 
 
 def encoding(family: str, path: Path, rounds: int, clock: Clock) -> dict[str, Any]:
-    """Milliseconds a picture of our tower and of transformers', and how far the rows differ."""
+    """Milliseconds for a picture in our tower and in transformers', and how far the rows differ."""
     from opticnerve.checkpoints.checkpoint import Checkpoint
     from opticnerve.media.plan import Structure
     from opticnerve.models import registry

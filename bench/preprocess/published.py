@@ -1,5 +1,5 @@
-"""Checkpoints with the widths and the processor settings of published models, shallow, of random
-weights: in the time of a picture only the depth is not the published one."""
+"""Shallow random checkpoints with the widths and the processor settings of published models, so
+that a picture takes the published model's time except for the depth."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.families import samples
 
 @dataclass(frozen=True)
 class Published:
-    """``vision``, ``text``, ``config``: sizes as ``make_checkpoint`` takes them; ``depth``: the
-    name of the tower's number of layers; ``settings``: the image processor's. ``patch_size``: for
-    samples that have one of their own. ``was_before``: it was served when floats were made before
-    the tower."""
+    """``vision``, ``text``, ``config``: arguments of ``make_checkpoint``. ``depth``: the name of
+    the tower's number of layers. ``settings``: the image processor's. ``patch_size``: for samples
+    with that attribute. ``was_before``: whether the family was served when floats were still made
+    before the tower."""
 
     model: str
     vision: Mapping[str, Any]
@@ -29,7 +29,7 @@ class Published:
     was_before: bool = False
 
     def write(self, family: str, depth: int, directory: Path) -> Path:
-        """Writes a checkpoint whose tower has ``depth`` layers; its path."""
+        """Writes a checkpoint whose tower has ``depth`` layers, and returns its path."""
         if self.patch_size is not None:
             samples()[family].patch_size = self.patch_size  # type: ignore[attr-defined]
         return make_checkpoint(
@@ -42,7 +42,7 @@ class Published:
         )
 
 
-SHALLOW = {"num_hidden_layers": 1, "intermediate_size": 256}  # Decoders, which nothing here runs.
+SHALLOW = {"num_hidden_layers": 1, "intermediate_size": 256}  # Of decoders, which are not run here.
 MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 QWEN = {"min_pixels": 56 * 56, "max_pixels": 16_384 * 28 * 28}
 CLIP = {

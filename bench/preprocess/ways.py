@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 Clock = Callable[[], float]
 Stages = dict[str, float]
 Way = Callable[[bytes], tuple[Stages, Any]]
-"""Prepares one picture: seconds by stage, and what it hands to the tower."""
+"""Prepares one picture. Returns (seconds by stage, the tower's input)."""
 
 
 class Ours:
@@ -63,7 +63,7 @@ class Ours:
         return stages, pixels
 
     def as_it_was(self, jpeg: bytes) -> tuple[Stages, NDArray[np.float32]]:
-        """The floats were made on the CPU, and a patch's doubled frame with them."""
+        """The former way: floats, with each patch's doubled frame, were made on the CPU."""
         clock = self.clock
         started = clock()
         image = decode(jpeg, self.plan)
@@ -109,7 +109,7 @@ def theirs(sample: Sample, processor: Any, clock: Clock) -> Way:
 
 @contextlib.contextmanager
 def resizing(clock: Clock) -> Iterator[list[float]]:
-    """Seconds of each call of Pillow's resize meanwhile."""
+    """The seconds of each call of Pillow's resize while the context lasts."""
     spent: list[float] = []
     unwatched = Image.Image.resize
 
@@ -124,11 +124,11 @@ def resizing(clock: Clock) -> Iterator[list[float]]:
 
 
 def add_torchvision(folder: Path) -> str:
-    """Installs torchvision alone into ``folder``, of which only this process knows. Why it cannot
-    be had; "" where it can. To be called before transformers is imported, which looks for it.
+    """Installs torchvision alone into ``folder``, for this process only. Returns the reason if that
+    fails, else "". Call it before transformers is imported, which looks for torchvision.
 
-    Its compiled operators, made for another build of torch, need not load: no image processor
-    calls them. What refers to them when it is imported is told that they exist.
+    Its compiled operators, made for another build of torch, need not load, since no image processor
+    calls them. Modules that refer to them at import get declarations.
     """
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
     done = subprocess.run([*command, TORCHVISION], capture_output=True, text=True)

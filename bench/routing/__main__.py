@@ -1,31 +1,31 @@
-"""Where conversations that send their pictures again go, and what of their prompts is cached there.
+"""How conversations that send their pictures again are routed, and how much of their prompts is
+cached.
 
     python -m bench.routing [--conversations N] [--real]
 
-Each conversation shows three pictures in its first turn and has none to three turns after it; every
-turn sends all before it again, behind a system prompt that all conversations have. They begin as a
-Poisson process; between an answer and the next turn is time to think.
+Each conversation shows three pictures in its first turn and has up to three more turns; every turn
+sends all before it again, after a system prompt that all conversations share. Conversations begin
+as a Poisson process, with time to think between an answer and the next turn.
 
-What decides is the product's: the gateway's ``Dispatcher`` and ``Affinity``, and in each worker the
-engine with its scheduler and block manager. What takes time is scripted: a step takes a fixed time
-for itself, for each sequence that decodes and for each token of prefill, and a clock counts it.
-Policies:
+Decisions are the product's own: those of the gateway's ``Dispatcher`` and ``Affinity``, and in each
+worker of the engine with its scheduler and block manager. Time is simulated: a step takes a fixed
+time, and more for each sequence that decodes and for each token of prefill. Policies:
 
-* affine: what the gateway does;
-* affine, 2 gateways: turns arrive at either by chance, and each knows only what it sent itself, and
-  once a second how many sequences a worker has;
-* least loaded: the worker with the fewest sequences, else the one that had no work for longest;
+* affine: the gateway's own policy;
+* affine, 2 gateways: turns arrive at a random one of them; each knows only what it sent itself, and
+  learns once a second how many sequences a worker has;
+* least loaded: the worker with the fewest sequences; among equals, the longest idle one;
 * round robin;
-* one big worker, with all workers' KV blocks, and as many times as fast: the upper bound.
+* one big worker: one with all workers' KV blocks and speed together, the upper bound.
 
 ``cached`` is the part of all prompt tokens that came from a prefix cache; ``of the bound`` divides
 it by the big worker's; ``load`` is the most loaded worker's requests, and its computed prompt
 tokens, over the mean. ``--real`` plays the same conversations, shorter, with the demo checkpoint's
 LLM workers as processes, over HTTP.
 
-A decision is timed with a prompt of 32,768 tokens and 64 workers, each of which had many others:
-its summary, and the choice with what is then remembered. What counts is CPU time, which other work
-on the machine lengthens all the same; ``least`` is without it.
+A decision is timed with a prompt of 32,768 tokens and 64 workers, each of which has had many other
+prompts: the prompt's summary, and the choice with its bookkeeping. CPU time is measured, which
+other work on the machine still lengthens; ``least`` is the least affected.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ HEADER = (
 
 
 def misses(simulated: dict[str, Any], decision: dict[str, float]) -> list[str]:
-    """What is not as it has to be."""
+    """The requirements that the figures miss."""
     found = []
     for workers, policies in simulated.items():
         affine = policies["affine"]

@@ -1,5 +1,5 @@
-"""Who chooses the worker of a turn, the decision's time, and every policy over the same
-conversations."""
+"""Policies that choose the worker of a turn, their runs over the same conversations, and the time
+of a decision."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ POLICIES: dict[str, Callable[[int], Policy]] = {
 
 
 def simulate(workers: int, conversations: int, seed: int, rate: float) -> dict[str, Any]:
-    """Figures of every policy, and of the bound."""
+    """Figures of every policy, and of the upper bound."""
     found: dict[str, Any] = {}
     for name, make in POLICIES.items():
         pool = [SimulatedWorker(KV_TOKENS, 1.0) for _ in range(workers)]
@@ -121,7 +121,7 @@ def simulate(workers: int, conversations: int, seed: int, rate: float) -> dict[s
 
 
 def decide(rounds: int) -> dict[str, float]:
-    """CPU milliseconds of this thread for one prompt's way to a worker."""
+    """CPU milliseconds of this thread for choosing a prompt's worker."""
     chance = random.Random(1)
     pool = members(DECISION_WORKERS, 1_000_000)
     dispatcher = Dispatcher(pool)

@@ -1,9 +1,9 @@
 """Conversations that send their pictures again, over HTTP, on the demo checkpoint's processes.
 
 One encoder and two LLM workers run all the time, one thread each. A gateway is started for each
-policy; the conversations are the same, under a cache salt of the policy's own, so that none finds
-what another one left. ``least loaded`` is the gateway without what it knows of prompts; ``one
-worker`` has one of the workers alone, with the same cache: what a cache gives at most.
+policy; the conversations are the same, with a cache salt for each policy, so that none uses what
+another one cached. ``least loaded`` is the gateway without its knowledge of prompts; ``one worker``
+uses only one of the workers, with the same cache, and shows the most that a cache gives.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def play(seed: int) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def gateway(code: str, encoder: str, llms: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """A gateway's URL, and a list that its log is added to once it has ended."""
+    """A gateway's URL, and a list to which its log is added once it has ended."""
     told: list[str] = []
     flags = ["--port", "0", "--encoder-addresses", encoder, "--llm-addresses", ",".join(llms)]
     flags += ["--log-format", "json", "--metrics-port", "-1"]

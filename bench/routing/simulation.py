@@ -1,4 +1,4 @@
-"""Conversations, workers whose steps take scripted time, and a run of them in simulated time."""
+"""Conversations, and workers whose steps take scripted time, in simulated time."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ STEP_S, DECODE_S, PREFILL_S = 0.012, 0.0006, 0.0002  # A step, a sequence, a tok
 
 @dataclass
 class Conversation:
-    """What one client sends: ``tokens`` so far, and how many turns are left."""
+    """One client's conversation: its ``tokens`` so far, and its remaining turns."""
 
     number: int
     tokens: list[int]
     spans: tuple[Span, ...]
     keys: tuple[str, ...]
-    thinking: list[float]  # Before each turn that is left.
+    thinking: list[float]  # Seconds before each remaining turn.
 
     @classmethod
     def begin(cls, number: int, chance: random.Random) -> Conversation:
@@ -71,7 +71,7 @@ class Conversation:
 
 
 class Scripted:
-    """A runner that computes nothing: its clock moves as if it did."""
+    """A runner that computes nothing, but moves its clock as if it did."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -96,8 +96,8 @@ class SimulatedWorker:
 
 
 Policy = Callable[["Run", Conversation], tuple[int, Callable[[], None], Callable[[], None]]]
-"""Chooses a worker for a turn: its number, and what to call when its prompt is computed, and at its
-end."""
+"""Chooses a worker for a turn. Returns (its number, what to call when the prompt is computed, what
+to call at the turn's end)."""
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Run:
     ttft_s: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.chance = random.Random(self.seed + 1)  # Of gateways: not the traffic's.
+        self.chance = random.Random(self.seed + 1)  # For gateways; the traffic has its own.
         self._order = count()
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._open: dict[str, tuple[Conversation, float, Callable[[], None], Callable[[], None]]]
@@ -149,7 +149,7 @@ class Run:
             self._step(worker)
 
     def _step(self, worker: SimulatedWorker) -> None:
-        """Computes a step; what it made known is known at its end."""
+        """Computes a step, whose events take effect at its end."""
         worker.busy = worker.engine.step()
         events = list(worker.events)
         worker.events.clear()

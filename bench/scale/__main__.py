@@ -1,16 +1,16 @@
-"""What one more encoder or LLM worker gives, and what whole copies give on as many devices.
+"""The gain from one more encoder or LLM worker, and from whole copies on as many devices.
 
     python -m bench.scale [--devices 4] [--real] [--requests N] [--slower FACTOR]
 
-Every arrangement of so many devices serves the same loads: E encoders and L LLM workers behind one
-gateway, a device each; or whole copies, each a gateway, an encoder and an LLM worker that share one
-device, asked in turn. The loads: ``pictures`` (three new pictures, 2 tokens out), ``text`` (no
-picture, 16 tokens), ``mixed`` (a new picture, 12 tokens).
+Every arrangement of up to ``--devices`` devices serves the same loads: E encoders and L LLM workers
+behind one gateway, with a device each; or whole copies, each a gateway, an encoder and an LLM
+worker that share one device, which are asked in turn. The loads: ``pictures`` (three new pictures,
+2 tokens out), ``text`` (no picture, 16 tokens), ``mixed`` (a new picture, 12 tokens).
 
-Forward passes take fixed times on scripted devices (``bench.scale.devices``), for a machine with
-fewer cores than devices; everything else is the product as it is. With ``--real`` a device is a
-core, to which processes are pinned, and passes take what they take, on the model of ``bench.load``;
-with ``--cuda`` it is a GPU, which takes ``--model`` too.
+Forward passes take fixed times on scripted devices (``bench.scale.devices``), since a machine may
+have fewer cores than devices; everything else is the product as it is. With ``--real`` a device is
+a core, to which processes are pinned, and passes are real, with the model of ``bench.load``; with
+``--cuda`` it is a GPU. ``--model`` names another checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from opticnerve.secret import make_secret
 from tests.system import wait_for
 
 WORKER = "bench.scale.worker"
-MAX_SEQS = 4  # Sequences that a worker decodes at once: what its KV cache would hold.
+MAX_SEQS = 4  # Sequences that a worker decodes at once, as if its KV cache held no more.
 CLIENTS = 12
 START_S = 600.0  # On a busy machine.
 PICTURE_SIDE = {"scripted": 112, "real": 448}  # Pixels.
@@ -69,7 +69,7 @@ LOADS = {"pictures": Load(3, 2), "text": Load(0, 16), "mixed": Load(1, 12)}
 
 @dataclass(frozen=True)
 class Arrangement:
-    """``copies``: how many whole ones; 1: a split, with a device for each worker."""
+    """``copies``: the number of whole copies; 0: a split, with a device for each worker."""
 
     encoders: int = 1
     llms: int = 1
@@ -94,7 +94,7 @@ class Arrangement:
 
 
 def arrangements(devices: int) -> list[Arrangement]:
-    """All splits of two up to so many devices, and as many whole copies."""
+    """All splits of two to ``devices`` devices, and as many whole copies."""
     splits = [
         Arrangement(encoders, total - encoders)
         for total in range(2, devices + 1)
@@ -120,7 +120,7 @@ class Bench:
 
     @contextlib.contextmanager
     def running(self, arrangement: Arrangement) -> Iterator[list[str]]:
-        """URLs of the gateways of an arrangement that is ready."""
+        """Starts an arrangement. The URLs of its gateways, once it is ready."""
         with contextlib.ExitStack() as stack:
             workers: list[list[Service]] = []
             for number, members in enumerate(arrangement.stacks()):
@@ -191,7 +191,7 @@ class Bench:
         return {**found, "devices busy, %": 100 * busy / devices / found["time, s"]}
 
     def _busy_s(self, devices: int) -> float:
-        """Seconds that the scripted devices were busy, all together."""
+        """Seconds that all scripted devices together were busy."""
         if self.kind != "scripted":
             return 0.0
         total = 0.0
@@ -202,7 +202,7 @@ class Bench:
 
 
 def serves(url: str, workers: int) -> bool:
-    """Whether the gateway at ``url`` can use so many workers."""
+    """Whether the gateway at ``url`` can use ``workers`` workers."""
     try:
         health = httpx2.get(f"{url}/health", trust_env=False, timeout=5.0).json()
     except httpx2.HTTPError:
@@ -272,13 +272,13 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     summary = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m bench.scale", description=summary)
-    parser.add_argument("--devices", type=int, default=4, help="at most")
+    parser.add_argument("--devices", type=int, default=4, help="most devices of an arrangement")
     parser.add_argument("--real", action="store_true", help="devices are cores, passes are real")
     parser.add_argument("--cuda", action="store_true", help="devices are GPUs, passes are real")
     parser.add_argument("--model", help="a checkpoint; none: the demo, or a random one if real")
-    parser.add_argument("--requests", type=int, default=48, help="of each load and arrangement")
+    parser.add_argument("--requests", type=int, default=48, help="for each load and arrangement")
     parser.add_argument("--slower", type=float, default=1.0, help="factor of scripted times")
-    parser.add_argument("--out", default="scale", metavar="NAME", help="of the JSON file")
+    parser.add_argument("--out", default="scale", metavar="NAME", help="name of the JSON file")
     return parser.parse_args()
 
 

@@ -2,9 +2,9 @@
 
     python -m bench.scale.devices SOCKET
 
-A pass asks for so many seconds of a device and is answered when they are over, in the order of
-asking: as on a GPU whose kernels run one after the other, whichever process they are of. Nothing
-computes meanwhile, so that many devices fit a machine with few cores.
+A pass asks for some seconds of a device and is answered when they are over, in the order of asking,
+as on a GPU that runs the kernels of all processes one after the other. Nothing is computed
+meanwhile, so many devices fit a machine with few cores.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import time
 from collections import defaultdict
 
-_ASK = struct.Struct("<Id")  # Device, seconds; ``BUSY`` asks how long it was busy.
+_ASK = struct.Struct("<Id")  # Device, seconds; the seconds ``BUSY`` only ask how long it was busy.
 _TOLD = struct.Struct("<d")
 BUSY = -1.0
 
@@ -34,7 +34,7 @@ class Device:
         self._socket.sendall(_ASK.pack(self._number, seconds))
 
     def end(self) -> float:
-        """Waits until the pass is over; the seconds that the device was busy until now."""
+        """Waits until the pass is over. Returns the seconds that the device was busy so far."""
         data = self._socket.recv(_TOLD.size, socket.MSG_WAITALL)
         return float(_TOLD.unpack(data)[0])
 
@@ -47,7 +47,7 @@ class Device:
 
 
 class Devices:
-    """The server's side: when each device is free again."""
+    """The server's side, which knows when each device is free again."""
 
     def __init__(self) -> None:
         self._free_at: dict[int, float] = defaultdict(float)

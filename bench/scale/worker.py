@@ -1,10 +1,10 @@
-"""An encoder or an LLM worker as it is, on a device of the comparison.
+"""An encoder or an LLM worker, on a device of the comparison.
 
     SCALE_SERVICE=encoder|llm SCALE_DEVICE=DEVICE python -m bench.scale.worker FLAGS
 
-DEVICE is ``core:N``: the process runs on that core alone; or ``scripted:SOCKET:N``: each forward
-pass takes its time of a scripted device beside computing what it computes, so the model should be
-a small one. Queues, batches, gRPC, the store and the scheduler are the product's own.
+DEVICE is ``core:N``: the process runs only on that core; or ``scripted:SOCKET:N``: each forward
+pass occupies a scripted device for its time while it is computed, so the model should be small.
+Queues, batches, gRPC, the store and the scheduler are the product's own.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PassTimes:
 
 
 def script(device: Device, times: PassTimes) -> None:
-    """From here on, forward passes of this process take the device's time."""
+    """Makes all later forward passes of this process occupy the device."""
     from encoder_service.backends.torch_backend import TorchBackend
     from llm_service.device.model_runner import ModelRunner
 

@@ -1,17 +1,17 @@
-"""Mixed load on a real stack while its parts are killed, for as many minutes as are asked for.
+"""Mixed load on a real stack while its parts are killed.
 
     python -m bench.soak [--minutes 30] [--seed N] [--pictures N]
 
 Two encoders, two LLM workers, two gateways and Redis serve the demo checkpoint. Clients ask about
 new and repeated pictures, in chats with several turns, with JSON schemas and several choices,
-streamed and not; some are slow, leave while they send or while they are answered, or send what has
-to be refused. Meanwhile services are killed with SIGKILL, Redis is killed or hangs, and the tmpfs
-of the embeddings is full: a seeded schedule says when.
+streamed or not; some are slow, disconnect while they send or while they are answered, or send
+requests that must be refused. Meanwhile services are killed with SIGKILL or hang, Redis is killed
+or hangs, and the tmpfs of the embeddings fills up, on a seeded schedule.
 
-Every request has to end once, and rightly: with the answer that a quiet stack gave beforehand, with
-the error that the request deserves, or, while a fault is there that explains it, with an error
-after which a client may ask again. Requests to a gateway that is killed may be lost. Memory, files
-and sockets of the services that are never killed have to be flat, and nothing may be left behind.
+Every request must end once, and rightly: with the answer that a quiet stack gave beforehand, with
+the error that the request deserves, or, during a fault that explains it, with an error after which
+a client may retry. Requests to a gateway that is killed may be lost. Memory, files and sockets of
+the services that are never killed must stay flat, and nothing may be left behind.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from bench.soak.verdict import count, describe, judge, refused_too_many
 from opticnerve.benchmark.figures import percentile
 from tests.system import wait_for
 
-JUDGED_MINUTES = 5.0  # Shorter runs are too short to say whether memory is flat.
-SHOWN = 20  # Requests that ended wrongly.
+JUDGED_MINUTES = 5.0  # Shorter runs cannot show whether memory is flat.
+SHOWN = 20  # Of the requests that ended wrongly.
 
 
 class Run:
-    """One soak: what happened in it, and what is wrong with that."""
+    """One soak: what happened, and what was wrong."""
 
     def __init__(self, stack: SoakStack, args: argparse.Namespace) -> None:
         self.stack = stack
@@ -92,7 +92,7 @@ class Run:
         return self.samples.drifts([*self.injector.survivors, "redis"], self.took)
 
     def wrongs(self) -> list[str]:
-        """What must not have happened, a line each."""
+        """A line for each thing that must not have happened."""
         found = [
             describe(each, self.faults, self.began)
             for each in self.asked
@@ -180,7 +180,7 @@ def show(results: dict[str, Any]) -> None:
 
 def main() -> int:
     args = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # What was started is stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # The stack is stopped.
     args.logs.mkdir(parents=True, exist_ok=True)
     with open_stack(args.logs) as stack:
         run = Run(stack, args)
@@ -198,11 +198,11 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     summary = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=summary)
-    parser.add_argument("--minutes", type=float, default=30.0, help="of load, about")
-    parser.add_argument("--seed", type=int, default=0, help="of load and faults")
-    parser.add_argument("--pictures", type=int, default=60, help="that look different")
-    parser.add_argument("--gap", type=float, default=10.0, help="seconds between faults, at most")
-    parser.add_argument("--out", default="soak", metavar="NAME", help="of the JSON file")
+    parser.add_argument("--minutes", type=float, default=30.0, help="minutes of load, about")
+    parser.add_argument("--seed", type=int, default=0, help="seed of load and faults")
+    parser.add_argument("--pictures", type=int, default=60, help="number of different pictures")
+    parser.add_argument("--gap", type=float, default=10.0, help="most seconds between faults")
+    parser.add_argument("--out", default="soak", metavar="NAME", help="name of the JSON file")
     parser.add_argument(
         "--logs", type=Path, default=Path("build/soak"), metavar="DIR", help="for services' logs"
     )

@@ -1,8 +1,8 @@
-"""What the soak asks, and the right ending of each: what a quiet stack answered beforehand.
+"""The soak's questions, and the right ending of each: the answer of a quiet stack beforehand.
 
-Pictures show one or two shapes each, no two pictures the same, so that a picture that came to
-another request shows in its answer. A chunk of text in a PNG file makes it a new picture to every
-cache, and changes nothing that the model sees.
+Pictures show one or two shapes each, and no two are the same, so that a picture which reached the
+wrong request shows in the answer. A text chunk in the PNG file makes a picture new to every cache,
+and does not change what the model sees.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from bench.soak.client import Ending
 from examples.demo_training import scenes
 
-MAX_REQUEST_BYTES = 2**20  # Of the gateways: more is refused.
+MAX_REQUEST_BYTES = 2**20  # The gateways refuse larger ones.
 LONGEST_COUNT = 20
 TOKENS_OF_LONG = 240
 
@@ -41,13 +41,13 @@ AS_SCHEMA = {"type": "json_schema", "json_schema": {"name": "seen", "schema": SC
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A question. ``make`` builds its messages from a nonce: pictures with equal nonces are the
-    same to caches."""
+    """A question. ``make`` builds its messages from a nonce; caches take pictures with equal nonces
+    for the same."""
 
     kind: str
     make: Callable[[str], Messages]
     fields: dict[str, Any] = field(default_factory=dict)
-    padding: int = 0  # Spaces behind the body.
+    padding: int = 0  # Spaces after the body.
 
     def body(self, nonce: str, *, stream: bool) -> bytes:
         body = {"model": "model", "messages": self.make(nonce), "temperature": 0, "stream": stream}
@@ -73,7 +73,8 @@ class Right:
         return cls(() if ending.code else ending.texts, ending.status, ending.code)
 
     def allows(self, ending: Ending) -> bool:
-        """Whether an ending is the right one; of a client that left, what came of it."""
+        """Whether ``ending`` is the right one; if the client left, whether what it got was
+        right."""
         if ending.kind == "left":
             pairs = zip(ending.texts, self.texts, strict=False)
             return all(whole.startswith(part) for part, whole in pairs)
@@ -81,7 +82,7 @@ class Right:
 
 
 def picture(number: int) -> bytes:
-    """PNG of a scene that no other number has."""
+    """A PNG of a scene; no two numbers have the same scene."""
     rng = scenes.Random(number, scenes.PICTURE_SIZES[number % 3], 1 + number % 3)
     buffer = io.BytesIO()
     scenes.draw_scene(scenes.random_items(rng, 1 + number % 2), rng).save(buffer, "PNG")
@@ -89,7 +90,7 @@ def picture(number: int) -> bytes:
 
 
 def with_nonce(png: bytes, nonce: str) -> bytes:
-    """The same pixels in another file: a tEXt chunk stands before the last one."""
+    """The same pixels in another file, with a tEXt chunk before the last chunk."""
     data = b"tEXtnonce\0" + nonce.encode()
     chunk = struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
     return png[:-12] + chunk + png[-12:]
@@ -105,7 +106,7 @@ def user(text: str, *pictures: bytes) -> dict[str, Any]:
 
 
 def all_cases(pictures: int) -> list[Case]:
-    """Every question, over so many pictures."""
+    """Every question, over ``pictures`` different pictures."""
     files = [picture(number) for number in range(pictures)]
     return [
         *(_about_one(file, "Describe the image.") for file in files),

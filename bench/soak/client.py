@@ -1,7 +1,6 @@
-"""One request over a connection of its own, from a client that may be slow or leave, and how it
-ended.
+"""One request on its own connection, from a client that may be slow or leave, and how it ended.
 
-Bytes are sent and read by hand, so that a client can read one at a time and leave at a given one.
+Sends and reads bytes itself, so that a client can read one byte at a time and leave at a given one.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from opticnerve.benchmark.answer import error_code
 from opticnerve.benchmark.connection import PATH
 
 GIVE_UP_S = 300.0  # Longer than any deadline of the server.
-RECEIVE_BYTES = 4096  # A slow client's buffer in its kernel.
+RECEIVE_BYTES = 4096  # A slow client's receive buffer.
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,12 @@ class Manner:
     """How a client behaves. Bytes are those of the connection."""
 
     name: str = "plain"
-    write_bytes: int = 2**20  # At a time.
+    write_bytes: int = 2**20  # At once.
     read_bytes: int = 2**16
-    pause_s: float = 0.0  # After each of these...
-    paced_bytes: int = 4096  # ...until so many were read: at less than 8 KiB in 30 s it is cut off.
-    leaves_at: float | None = None  # Disconnects after this share of its request was sent...
-    leaves_after: int | None = None  # ...or after so many bytes of the answer.
+    pause_s: float = 0.0  # After each write or read.
+    paced_bytes: int = 4096  # Read at that pace; longer, it would be cut off (8 KiB in 30 s).
+    leaves_at: float | None = None  # Disconnects after sending this share of the request,
+    leaves_after: int | None = None  # or after this many bytes of the answer.
 
     @property
     def leaves(self) -> bool:
@@ -42,11 +41,11 @@ class Manner:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a request ended, as its client saw it. Times are those of ``time.monotonic``.
+    """How a request ended, as its client saw it. Times are of ``time.monotonic``.
 
-    ``kind``: ``answer``; ``error``, in the API's form; ``left``, by the client itself; ``lost``:
-    the connection broke off; ``refused``: it was not opened; ``hung``: nothing came for
-    ``GIVE_UP_S``; or ``malformed``, which ``detail`` tells: no end, or more than one.
+    ``kind``: ``answer``; ``error``, in the API's form; ``left``: the client disconnected; ``lost``:
+    the connection broke; ``refused``: it could not be opened; ``hung``: no end came within
+    ``GIVE_UP_S``; or ``malformed``: no end, or more than one (see ``detail``).
     """
 
     kind: str
@@ -54,12 +53,12 @@ class Ending:
     ended: float
     status: int = 0
     code: str = ""
-    texts: tuple[str, ...] = ()  # By choice; what had come of them if it is no answer.
+    texts: tuple[str, ...] = ()  # By choice; incomplete unless it is an answer.
     detail: str = ""
 
 
 class MalformedAnswer(Exception):
-    """An answer without an end, or with more than one."""
+    """The answer has no end, or more than one."""
 
 
 class _Left(Exception):
@@ -68,7 +67,7 @@ class _Left(Exception):
 
 @dataclass
 class _Answer:
-    """What has come of an answer so far."""
+    """The part of an answer that has arrived."""
 
     status: int = 0
     stream: bool = False
@@ -114,7 +113,7 @@ class _Answer:
                 self.finished.add(index)
 
     def end(self) -> None:
-        """At the end of the HTTP message. Raises MalformedAnswer."""
+        """To be called at the end of the HTTP message. Raises MalformedAnswer."""
         if self.stream:
             if not self.done:
                 raise MalformedAnswer("the stream has no [DONE]")
@@ -177,7 +176,7 @@ def _request(host: str, body: bytes) -> bytes:
 async def _exchange(
     connection: socket.socket, request: bytes, answer: _Answer, manner: Manner
 ) -> None:
-    """Reads while it sends: an error may come before the server has read everything."""
+    """Reads while it sends, since an error may come before the server has read everything."""
     sending = asyncio.ensure_future(_send(connection, request, manner))
     reading = asyncio.ensure_future(_read(connection, answer, manner))
     try:
@@ -202,7 +201,7 @@ async def _send(connection: socket.socket, request: bytes, manner: Manner) -> No
 
 
 async def _read(connection: socket.socket, answer: _Answer, manner: Manner) -> None:
-    """To the end of the connection, which is that of the answer."""
+    """Reads up to the end of the connection, which ends the answer."""
     loop = asyncio.get_running_loop()
     protocol = h11.Connection(h11.CLIENT)
     protocol.send(h11.Request(method="POST", target=PATH, headers=[("host", "x")]))
@@ -213,7 +212,7 @@ async def _read(connection: socket.socket, answer: _Answer, manner: Manner) -> N
             size = manner.read_bytes if count < manner.paced_bytes else RECEIVE_BYTES
             data = await loop.sock_recv(connection, size)
         except ConnectionError:
-            if ended:  # The rest of a body that was refused makes the kernel reset.
+            if ended:  # The kernel resets the connection if part of a refused body was unread.
                 return
             raise
         if data and ended:
@@ -230,7 +229,7 @@ async def _read(connection: socket.socket, answer: _Answer, manner: Manner) -> N
 
 
 def _take(protocol: h11.Connection, answer: _Answer) -> bool:
-    """Hands on what has come; whether that is all of the answer."""
+    """Passes what has arrived to ``answer``. Returns whether the answer is complete."""
     while True:
         event: Any = protocol.next_event()
         match event:

@@ -1,7 +1,8 @@
-"""What goes wrong, and when: a seeded schedule, and the harm that it does to a stack.
+"""Faults: a seeded schedule, and what it does to a stack.
 
-Of each pair of services one is the victim of every fault of its kind, so that the other one can be
-followed from the beginning to the end of a run; in one of some minutes, both die once at first.
+One of each pair of services is the victim of every fault of its kind, so that the other can be
+observed from the beginning to the end of a run. In runs of at least POOLS_FROM_S, all encoders and
+all LLM workers are killed once at the beginning.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from functools import partial
 from bench.soak.stack import START_S, SoakStack, filled
 from tests.system import wait_for
 
-POOLS_FROM_S = 240.0  # In shorter runs, all the others would have no time.
+POOLS_FROM_S = 240.0  # In shorter runs, the other faults would have no time.
 FULL_S = (2.0, 6.0)
-DOWN_S = (0.5, 4.0)  # Of Redis, and of what hangs.
+DOWN_S = (0.5, 4.0)  # Of Redis, and of hanging services.
 KINDS = (
     "encoder killed", "llm killed", "gateway killed", "redis killed",
     "encoder hangs", "llm hangs", "redis hangs", "tmpfs full",
 )  # fmt: skip
 POOLS = ("all encoders killed", "all llms killed")
-TWO_AT_ONCE = 0.25  # Share of faults that come with another one.
+TWO_AT_ONCE = 0.25  # Share of faults that coincide with another.
 SETTLE_S = 1.0
 
 
 @dataclass
 class Fault:
-    """One fault. Times are those of ``time.monotonic``; ``ended``: the stack is whole again."""
+    """One fault. Times are of ``time.monotonic``. ``ended``: when the stack was whole again."""
 
     kind: str
     victim: str
@@ -46,7 +47,7 @@ class Fault:
 
 @dataclass
 class Injector:
-    """Does harm to ``stack`` for ``seconds``, and keeps a record of it in ``faults``."""
+    """Injects faults into ``stack`` for ``seconds``, and records them in ``faults``."""
 
     stack: SoakStack
     seconds: float
@@ -63,11 +64,11 @@ class Injector:
 
     @property
     def survivors(self) -> list[str]:
-        """Services that no fault after the warm-up ends."""
+        """Services that no fault after the first ones kills."""
         return [f"{service}-{3 - int(name[-1])}" for service, name in self.victims.items()]
 
     async def run(self) -> None:
-        """Until the last fault is over; one that is not keeps its ``ended``."""
+        """Runs until the last fault is over; ``ended`` stays infinite for one that is not."""
         began = time.monotonic()
         if self.seconds >= POOLS_FROM_S:
             await asyncio.gather(*map(self._inject, POOLS))
@@ -87,13 +88,13 @@ class Injector:
         self.faults.append(fault)
         with contextlib.suppress(AssertionError):
             await harm
-            for _ in range(2):  # Gateways hear of a worker's end a moment later.
+            for _ in range(2):  # Gateways notice a worker's end a moment later.
                 await asyncio.sleep(SETTLE_S)
                 await _until(self.stack.is_whole)
             fault.ended = time.monotonic()
 
     def _harm(self, kind: str) -> tuple[Awaitable[object], str]:
-        """(what does it, whom it hits)"""
+        """(an awaitable that does the harm, the victim)"""
         stack = self.stack
         match kind.split():
             case ["all", pool, _]:
@@ -125,7 +126,7 @@ class Injector:
         begin: Callable[[], object],
         end: Callable[[], object],
     ) -> None:
-        """Does harm for a while of random length."""
+        """Does harm for a random time."""
         await asyncio.to_thread(begin)
         try:
             await asyncio.sleep(self._random.uniform(*span_s))

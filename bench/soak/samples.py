@@ -1,5 +1,5 @@
-"""What every service holds while the soak goes on: memory, files, sockets; files of the tier and
-keys of Redis. And whether that is as much at the end as it was after the warm-up."""
+"""The memory, files and sockets of every service during the soak, and the files of the tier and
+keys of Redis; and whether they have grown since the warm-up."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import redis
 
 from bench.soak.stack import SoakStack
 
-# By how much the last sixth's median may exceed the second's: a share, and an amount beyond it.
+# How far the last sixth's median may exceed the second's: (share, amount in addition).
 BOUNDS = {
     "memory, MB": (0.10, 8.0),
     "files": (0.10, 16.0),
     "sockets": (0.10, 16.0),
     "processes": (0.0, 1.0),
-    "tier files": (0.25, 256.0),  # Half of what the tier has room for, until it is full.
+    "tier files": (0.25, 256.0),  # The tier may still fill up: half of its capacity.
     "Redis keys": (0.50, 64.0),
 }
 
@@ -73,7 +73,7 @@ class Samples:
         return found
 
     def drifts(self, names: Sequence[str], seconds: float) -> list[Drift]:
-        """Of the series of the services ``names`` and of what they share."""
+        """The drifts of the series of the services ``names``, and of tier and Redis."""
         found = []
         for series, points in self.series.items():
             service, _, what = series.partition(" ")
@@ -97,7 +97,7 @@ def _median(points: Sequence[tuple[float, float]], start: float, end: float) -> 
 
 
 def _members(leaders: set[int]) -> dict[int, list[int]]:
-    """The processes of each session: a service leads one, or is one process."""
+    """The processes of each service, which leads a session, or is a single process."""
     found = {leader: [leader] for leader in leaders}
     for directory in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -114,7 +114,8 @@ def _of_process(pid: int) -> dict[str, float]:
     links = [_link(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
     return {
         "PSS, MB": kilobytes["Pss"] * 1024 / 1e6,
-        # Without files, such as weights and libraries: whoever else maps these has a part of them.
+        # Without mapped files, such as weights and libraries, whose share depends on other
+        # processes.
         "memory, MB": (kilobytes["Pss"] - kilobytes["Pss_File"]) * 1024 / 1e6,
         "files": len(links),
         "sockets": sum(link.startswith("socket:") for link in links),

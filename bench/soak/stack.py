@@ -1,9 +1,9 @@
 """The stack under test: Redis, two encoders, two LLM workers and two gateways, as real processes.
 
-Workers join the registry in Redis, and gateways find them there. A service that was killed is
-started again after a moment, as by an orchestrator: a worker at another port, a gateway at its own.
-The local tier of the store is a small tmpfs of its own, where the system lets us mount one: it can
-be filled without harm to anyone else.
+Workers join the registry in Redis, and gateways find them there. A killed service is started again
+after a moment, as by an orchestrator: a worker at another port, a gateway at the same one. The
+store's local tier is a small tmpfs of its own, if the system lets us mount one, so that it can be
+filled without harm to others.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ FLAGS: dict[Kind, dict[str, Any]] = {
 
 @dataclass
 class SoakStack:
-    """What runs, and how to harm it."""
+    """The running processes, and ways to harm them."""
 
     services: dict[str, Service]  # By name, such as ``encoder-1``.
     redis: RedisServer
     tier: Path
-    mounted: bool  # The tier is a file system of its own.
+    mounted: bool  # Whether the tier is its own file system.
     mark: str
 
     @property
@@ -63,12 +63,12 @@ class SoakStack:
         return [each.address for each in self.services.values() if each.kind == "gateway"]
 
     def pids(self) -> dict[str, int]:
-        """Process ids of what runs, by name; ``redis`` is one."""
+        """The ids of running processes by name, including ``redis``."""
         found = {name: service.pid for name, service in self.services.items()}
         return {name: pid for name, pid in {**found, "redis": self.redis.pid}.items() if pid}
 
     def replace(self, *names: str) -> None:
-        """SIGKILL to services, and starts them again. Returns when they listen."""
+        """Kills services with SIGKILL and starts them again. Returns when they listen."""
         for name in names:
             self.services[name].kill()
         time.sleep(PAUSE_S)
@@ -145,7 +145,7 @@ def _services(logs: Path, shared: dict[str, Any]) -> Iterator[Service]:
 
 @contextlib.contextmanager
 def _small_tmpfs(path: Path) -> Iterator[tuple[Path, bool]]:
-    """(directory, whether it is a file system of its own)"""
+    """(directory, whether it is its own file system)"""
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={TIER_BYTES}", "tmpfs", str(path)]
     mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
@@ -158,7 +158,7 @@ def _small_tmpfs(path: Path) -> Iterator[tuple[Path, bool]]:
 
 @contextlib.contextmanager
 def filled(directory: Path) -> Iterator[None]:
-    """Keeps the file system of ``directory`` full: whatever becomes free is taken again."""
+    """Keeps the file system of ``directory`` full: takes whatever becomes free."""
     path, ended = directory / "filler", threading.Event()
 
     def fill() -> None:
@@ -181,7 +181,7 @@ def filled(directory: Path) -> Iterator[None]:
 
 
 def marked(mark: str) -> dict[int, str]:
-    """Command lines of the processes that live and belong to a run, by process id."""
+    """Command lines of a run's living processes, by process id."""
     found = {}
     wanted = f"{MARK}={mark}".encode()
     for directory in Path("/proc").glob("[0-9]*"):

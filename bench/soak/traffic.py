@@ -1,4 +1,4 @@
-"""Mixed load: clients that draw a question and a manner, ask one of the gateways, and say how it
+"""Mixed load: clients that draw a question and a manner, ask one of the gateways, and record how it
 ended."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bench.soak.cases import Case, Questions, Right
 from bench.soak.client import Ending, Manner, ask
 
 CLIENTS = 6
-NOBODY_S = 0.1  # Between two tries to connect.
+NOBODY_S = 0.1  # Between attempts to connect.
 
 PLAIN = Manner()
 MANNERS = {
@@ -29,7 +29,7 @@ MANNERS = {
 
 @dataclass(frozen=True)
 class Asked:
-    """One request: what, how, of which gateway, and its ending."""
+    """One request: its question, manner and gateway, and how it ended."""
 
     case: Case
     nonce: str  # Of its pictures.
@@ -40,8 +40,8 @@ class Asked:
 
 
 class Traffic:
-    """So many clients, each with its next request when its last has ended. ``asked``: all of them,
-    in the order of their ends."""
+    """CLIENTS clients, each of which sends its next request when its last has ended. ``asked``: all
+    requests, in the order in which they ended."""
 
     def __init__(self, gateways: Sequence[str], rights: dict[Case, Right], seed: int) -> None:
         self.asked: list[Asked] = []
@@ -74,8 +74,8 @@ class Traffic:
 
 
 async def quiet_answers(url: str, cases: Sequence[Case]) -> dict[Case, Right]:
-    """The right ending of each case, as the gateway at ``url`` answers it alone; without pictures
-    whose answers are those of another one."""
+    """The right ending of each case: the answer of the gateway at ``url`` without other load.
+    Leaves out pictures that are answered like another one."""
     rights: dict[Case, Right] = {}
     for number, case in enumerate(cases):
         body = case.body(f"quiet {number}", stream=number % 2 == 0)
@@ -89,7 +89,7 @@ async def quiet_answers(url: str, cases: Sequence[Case]) -> dict[Case, Right]:
 
 
 async def answered_otherwise(url: str, rights: dict[Case, Right]) -> list[Case]:
-    """Cases that the gateway at ``url`` does not answer rightly, asked a few at a time."""
+    """The cases that the gateway at ``url`` does not answer rightly; asks a few at a time."""
     places = asyncio.Semaphore(CLIENTS)
 
     async def check(case: Case, right: Right) -> bool:

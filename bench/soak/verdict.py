@@ -1,4 +1,4 @@
-"""Which endings are right, which a fault excuses, and what is neither."""
+"""Judges endings: right, excused by a fault, or wrong."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from bench.soak.traffic import Asked
 from gateway.edge.limits import MAX_ENCODER_DEATHS
 from gateway.workers.encode import DEATHS_REMEMBERED_S
 
-# Of a picture that two encoders had when they died, for a while.
+# The error for a picture that two encoders had when they died; it lasts a while.
 POISONOUS = "unprocessable_media"
 DEATHS = {"encoder killed": 1, "all encoders killed": 2}  # Of encoders.
-RETRYABLE = (429, 503, 504)  # Statuses of errors that a client may ask again after.
-KILLED_S = 0.5  # A connection may break so much later than its gateway was killed.
+RETRYABLE = (429, 503, 504)  # Statuses after which a client may retry.
+KILLED_S = 0.5  # A connection may break this much later than its gateway is killed.
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def describe(asked: Asked, faults: Sequence[Fault], began: float) -> str:
 
 
 def count(asked: Sequence[Asked], faults: Sequence[Fault]) -> dict[str, Counter[str]]:
-    """How many requests of each kind, and of each manner, ended in which way."""
+    """The number of requests by kind, and by manner, and by verdict."""
     found: dict[str, Counter[str]] = {}
     for each in asked:
         word = judge(each, faults).word
