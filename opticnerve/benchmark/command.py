@@ -12,7 +12,8 @@ from opticnerve.addresses import gateway_url
 from opticnerve.benchmark.figures import Slo
 from opticnerve.benchmark.pictures import MAX_SIDE, Size
 from opticnerve.benchmark.plot import plot_path
-from opticnerve.config.command_line import Parser, argument_type, number_type
+from opticnerve.config.command_line import Parser, add_options, argument_type, number_type
+from opticnerve.config.shared import client_tls_options
 
 BENCH = "Measures servers with OpenAI's API."
 COMMAND = "serve: sends load and says how it was answered. `opticnerve bench serve --help`"
@@ -44,6 +45,7 @@ def serve_command(argv: Sequence[str]) -> int:
 
     given = vars(parser().parse_args(argv))
     given["headers"] = dict(given["headers"])
+    given["tls"] = {item.name: given.pop(item.name) for item in client_tls_options()}
     given["api_key"] = given["api_key"] or os.environ.get("OPENAI_API_KEY") or ""
     return measure(LoadSettings(**given), argv)
 
@@ -57,6 +59,7 @@ def parser() -> Parser:
     _add_synthetic(made)
     _add_pictures(made)
     _add_results(made)
+    add_options(made, client_tls_options())
     return made
 
 

@@ -97,14 +97,20 @@ class LoadTarget:
     context manager."""
 
     def __init__(
-        self, url: str, headers: Mapping[str, str] | None = None, timeout_s: float = 1200.0
+        self,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = 1200.0,
+        trust: ssl.SSLContext | None = None,
     ) -> None:
         """``url``: without the route. ``timeout_s``: for a request, from sending it to the end of
-        its answer."""
+        its answer. ``trust``: verifies the certificate of an https:// server; None: the system's
+        authorities do."""
         parts = urlsplit(url)
         self.timeout_s = timeout_s
         self._host = parts.hostname or ""
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        https = parts.scheme == "https"
+        self._tls = (trust or ssl.create_default_context()) if https else None
         self._port = parts.port or (443 if self._tls else 80)
         self._target = parts.path.rstrip("/") + PATH
         self._headers = [("host", parts.netloc.rpartition("@")[2]), ("accept", "text/event-stream")]

@@ -8,9 +8,10 @@ import itertools
 import json
 import random
 import resource
+import ssl
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ class LoadSettings:
     slo: Slo | None = None
     json: Path | None = None
     plot: Path | None = None
+    tls: Mapping[str, Any] | None = None  # See ``trust_for``.
+
+    @property
+    def trust(self) -> ssl.SSLContext | None:
+        return trust_for(self.url, self.tls)
 
     @property
     def converses(self) -> bool:
@@ -184,7 +190,7 @@ def greet(settings: LoadSettings) -> str:
     url = f"{settings.url}/v1/models"
     try:
         with httpx2.Client(
-            verify=trust_for(settings.url) or True,
+            verify=settings.trust or True,
             timeout=GREET_S,
             trust_env=False,
             headers=settings.request_headers,
@@ -231,7 +237,9 @@ async def _drive(
     label: str,
 ) -> tuple[LoadRun, bool]:
     """The run, and whether it is complete. Ctrl-C ends it early, and is not an error here."""
-    async with LoadTarget(settings.url, settings.request_headers, settings.timeout_s) as target:
+    async with LoadTarget(
+        settings.url, settings.request_headers, settings.timeout_s, settings.trust
+    ) as target:
         with tqdm(
             total=sum(len(each.askings) for each in asked), desc=label, unit="request", disable=None
         ) as bar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -12,8 +13,15 @@ from ssl import SSLContext
 from typing import Any
 
 from opticnerve.addresses import gateway_url
-from opticnerve.cli.chat_client import picture_url, print_answer, trust_for, user_message
-from opticnerve.config.command_line import Parser, argument_type, number_type
+from opticnerve.cli.chat_client import (
+    picture_url,
+    print_answer,
+    refuse_tls,
+    trust_for,
+    user_message,
+)
+from opticnerve.config.command_line import Parser, add_options, argument_type, number_type
+from opticnerve.config.shared import client_tls_options
 from opticnerve.errors import InvalidRequest, OpticNerveError, StartupError
 from opticnerve.local.serve import serve
 from opticnerve.media.load import is_url, read_picture
@@ -62,6 +70,7 @@ def parser() -> Parser:
     answer.add_argument(
         "--timings", action="store_true", help="print the stages' milliseconds after the answer"
     )
+    add_options(made, client_tls_options())
     return made
 
 
@@ -74,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     }
     if args.max_tokens is not None:
         body["max_tokens"] = args.max_tokens
-    with _gateway(args.url, args.model) as (url, trust):
+    with _gateway(args) as (url, trust):
         try:
             _, timings = print_answer(url, body, trust)
         except OpticNerveError as error:
@@ -86,14 +95,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 @contextmanager
-def _gateway(url: str | None, model: str | None) -> Iterator[tuple[str, SSLContext | None]]:
+def _gateway(args: argparse.Namespace) -> Iterator[tuple[str, SSLContext | None]]:
     """The URL of the gateway to ask, and the context that verifies its certificate: the one at
-    ``url``, or that of a stack started for this question."""
-    if url:
-        yield url, trust_for(url)
+    ``--url``, or that of a stack started for this question. Raises ConfigError."""
+    if args.url:
+        yield args.url, trust_for(args.url, vars(args))
         return
+    refuse_tls(vars(args), "a gateway at --url")
     print("starting a stack for this question", file=sys.stderr)
-    with serve(model) as stack:
+    with serve(args.model) as stack:
         yield stack.url, stack.trust
 
 

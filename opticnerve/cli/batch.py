@@ -30,6 +30,7 @@ from opticnerve.cli.batch_files import (
 )
 from opticnerve.cli.chat_client import error_of, trust_for
 from opticnerve.config.command_line import Parser, add_options, argument_type, number_type
+from opticnerve.config.shared import client_tls_options
 from opticnerve.config.up import up_options
 from opticnerve.errors import StartupError
 from opticnerve.local.serve import serve
@@ -70,7 +71,9 @@ def parser() -> Parser:
         "--url",
         metavar="URL",
         type=argument_type(gateway_url),
-        help="a running server, such as http://127.0.0.1:8000, with or without /v1",
+        help="a running server, such as http://127.0.0.1:8000, with or without /v1; at https:// "
+        "its certificate is checked by --tls-ca for --tls-server-name (default: by the system's "
+        "authorities for its host), and shown --tls-certificate",
     )
     who.add_argument(
         "--api-key",
@@ -112,7 +115,8 @@ def main(argv: Sequence[str]) -> int:
     given = vars(parser().parse_args(argv))
     flags = {item.name: given.pop(item.name) for item in up_options()}
     settings = BatchSettings(**given)
-    chosen = sorted(name for name, value in flags.items() if value is not None)
+    tls = {item.name for item in client_tls_options()}
+    chosen = sorted(flags.keys() - tls - {name for name, value in flags.items() if value is None})
     if settings.url and chosen:
         shown = "MODEL" if "model" in chosen else "--" + chosen[0].replace("_", "-")
         raise StartupError(f"{shown} is for a server that is started here; leave it or --url out")
@@ -124,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
                 stack = exits.enter_context(serve(**flags))
                 url, trust = stack.url, stack.trust
             else:
-                url, trust = settings.url, trust_for(settings.url)
+                url, trust = settings.url, trust_for(settings.url, flags)
             try:
                 asyncio.run(run(work, url, trust))
             except KeyboardInterrupt:

@@ -6,12 +6,15 @@ import base64
 import json
 import os
 import ssl
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import httpx2
 
-from opticnerve.errors import OpticNerveError, Unavailable, from_openai
+from opticnerve.certificates import PemFiles
+from opticnerve.config.options import build
+from opticnerve.config.shared import CallsConfig, CertificateConfig, client_tls_options
+from opticnerve.errors import ConfigError, OpticNerveError, Unavailable, from_openai
 from opticnerve.media.load import Picture, is_url, read_picture
 
 NO_GATEWAY = "what answers at this URL is no gateway; check --url"
@@ -36,10 +39,25 @@ def picture_url(picture: Picture) -> str:
     return f"data:application/octet-stream;base64,{data}"
 
 
-def trust_for(url: str) -> ssl.SSLContext | None:
-    """The context that verifies the certificate of the server at ``url``, with the system's
-    authorities or those of SSL_CERT_FILE; None for plain HTTP."""
-    return ssl.create_default_context() if url.startswith("https:") else None
+def trust_for(url: str, given: Mapping[str, Any] | None = None) -> ssl.SSLContext | None:
+    """The context that verifies the certificate of the server at ``url`` and presents our own; None
+    for plain HTTP. ``given``: the values of ``client_tls_options``; without them, the system's
+    authorities are trusted, or those of SSL_CERT_FILE. Raises ConfigError."""
+    if not url.startswith("https:"):
+        refuse_tls(given or {}, "a URL of https://")
+        return None
+    if given is None:
+        return ssl.create_default_context()
+    calls, own = build(CallsConfig, given), build(CertificateConfig, given)
+    files = PemFiles(own.tls_certificate, own.tls_key, calls.tls_ca)
+    return files.client_context(calls.tls_server_name)
+
+
+def refuse_tls(given: Mapping[str, Any], needed: str) -> None:
+    """Raises ConfigError if one of ``client_tls_options`` is given, which only ``needed`` uses."""
+    for item in client_tls_options():
+        if given.get(item.name) is not None:
+            raise ConfigError(f"{item.flag} is for {needed}", param=item.name)
 
 
 def stream_chat(
@@ -67,8 +85,8 @@ def stream_chat(
     except httpx2.ConnectError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise Unavailable(
-                f"the certificate of {url} is not trusted ({error}); SSL_CERT_FILE names a file "
-                "with the authorities to trust"
+                f"the certificate of {url} is not trusted ({error}); --tls-ca or SSL_CERT_FILE "
+                "names a file with the authorities to trust"
             ) from error
         raise Unavailable(
             f"nothing answers at {url} ({error}); check --url, or start a gateway: opticnerve up"

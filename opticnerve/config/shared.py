@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from opticnerve import addresses
-from opticnerve.config.options import Group, option
+from opticnerve.config.options import Group, Option, option, options
 from opticnerve.errors import ConfigError
 from opticnerve.media.plan import DEFAULT_MAX_PASSES, DEFAULT_MAX_PIXELS
 
@@ -160,6 +160,24 @@ class CallsConfig:
                     f"{flag} needs --tls-ca, without which workers are called unencrypted",
                     param="tls_ca",
                 )
+
+
+CLIENT_TLS_HELP = {
+    "tls_ca": "certificates in PEM of the authorities that the server's certificate is checked by "
+    "(default: the system's)",
+    "tls_server_name": "name that the server's certificate has, where it is not the host in its "
+    "address",
+    "tls_certificate": "own certificate in PEM, with its chain, for a server that asks for one",
+    "tls_key": "private key of --tls-certificate, without a passphrase",
+}
+
+
+def client_tls_options() -> list[Option]:
+    """Those of CallsConfig and CertificateConfig, for a command that is a client."""
+    return [
+        replace(item, spec=replace(item.spec, help=CLIENT_TLS_HELP[item.name]))
+        for item in (*options(CallsConfig), *options(CertificateConfig))
+    ]
 
 
 @dataclass(frozen=True)
