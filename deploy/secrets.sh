@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes the secrets that deploy/compose.yaml and the Helm chart use, each in a file of its own; those
-# that exist stay.
+# Makes the secrets for deploy/compose.yaml and the Helm chart, each in its own file; files that exist
+# are kept.
 #   sh deploy/secrets.sh [REDIS_HOST]      The host in the store's URL; by default compose's, redis.
 set -eu
 umask 077
