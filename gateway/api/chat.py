@@ -53,7 +53,7 @@ class ChatRequest(TemplateFields, StructuredFields):
     top_logprobs: NumLogprobs | None = None
     metadata: Unused = None
     include_reasoning: bool = Field(
-        True, description="Whether the answer shows what the model thinks (`reasoning_content`)."
+        True, description="Whether the answer shows the model's thinking (`reasoning_content`)."
     )
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -120,7 +120,7 @@ class MessageToolCall(TypedDict):
     function: CalledFunction
 
 
-ReasoningContent = Annotated[str, Field(description="What the model thinks before it answers.")]
+ReasoningContent = Annotated[str, Field(description="The model's thinking before its answer.")]
 
 
 class ChatCompletionMessage(TypedDict):

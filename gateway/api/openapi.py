@@ -26,10 +26,10 @@ KEYS = {
 DESCRIPTION = """\
 OpenAI's API for vision-language models, and Anthropic's Messages API under `/v1/messages`. Errors
 have the shape of the API that they belong to. Every answer has an `x-request-id`: the request's
-own, or a new one. A field of either API that is not described here is refused unless its value
-asks for nothing. Unknown fields of a body are refused, and those of the objects in it ignored: an
-answer's `x-opticnerve-warnings` names them, and known fields that have no effect. Where a path
-takes GET, it takes HEAD.
+own, or a new one. A field of either API that is not described here is refused, unless its value
+asks for nothing. Other unknown fields of a body are refused, but ignored in the objects within it.
+The header `x-opticnerve-warnings` of an answer names ignored fields, and known fields that have no
+effect. Every path that takes GET takes HEAD.
 """
 TAGS = {
     "generation": "Answers about text and pictures.",

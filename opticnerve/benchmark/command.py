@@ -19,12 +19,12 @@ BENCH = "Measures servers with OpenAI's API."
 COMMAND = "serve: sends load and says how it was answered. `opticnerve bench serve --help`"
 SERVE = (
     "Sends chat completions to a running server (OpenAI's API: OpticNerve, vLLM and others), "
-    "streamed, and says how fast and how well they were answered. Several numbers for "
-    "--concurrency, --rate or --turns are as many runs, one after the other."
+    "streamed, and reports how fast and how well they were answered. Several numbers for "
+    "--concurrency, --rate or --turns make one run each, one after the other."
 )
 EPILOG = (
-    "Latencies are of answered requests: TTFT to the first text, TPOT a token after it, ITL from "
-    "one piece of text to the next, E2E to the end. At a --rate they count from the time at which "
+    "Latencies are of answered requests: TTFT to the first text, TPOT per token after it, ITL from "
+    "one piece of text to the next, E2E to the end. With --rate they count from the time when "
     "a request was due, sent late or not. Ctrl-C ends a run and prints what was measured. "
     "Exit status: 0 if every request was answered, 1 if not."
 )
@@ -128,8 +128,8 @@ def _add_length(made: Parser) -> None:
         "--requests",
         metavar="N",
         type=number_type(int, minimum=1),
-        help="requests of each run (default: 4 x concurrency, at least 32; with --duration 1000; "
-        "with --prompts one for each line)",
+        help="requests of each run (default: 4 x concurrency, at least 32; 1000 with --duration; "
+        "one for each line of --prompts)",
     )
     add(
         "--duration",
@@ -218,7 +218,7 @@ def _add_pictures(made: Parser) -> None:
         "--pictures",
         metavar="N",
         type=argument_type(_pictures),
-        help="pictures in a question, or in a conversation's first turn (default: 1; 3)",
+        help="pictures in a question, or a conversation's first turn (default: 1 or 3)",
     )
     add(
         "--picture-sizes",

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from opticnerve.planner.rates import Rates
 
 DESCRIPTION = (
-    "Says how many encoders and LLM workers some traffic needs to keep an SLO, whether splitting "
-    "pays against whole copies of the model, and which TTFT and TPOT to expect: by a simulation "
-    "whose stages cost what they were measured to."
+    "Says how many encoders and LLM workers given traffic needs to keep an SLO, whether splitting "
+    "pays compared with whole copies of the model, and which TTFT and TPOT to expect. It simulates "
+    "the traffic with measured costs of each stage."
 )
 EPILOG = (
-    "A calibration asks an idle stack some 70 requests. --encoders and --llms together say what "
-    "given pools would do instead. Exit status: 0, or 2 if no number of workers keeps the SLO."
+    "A calibration sends some 70 requests to an idle stack. --encoders and --llms together ask for "
+    "a forecast for pools of these sizes. Exit status: 0, or 2 if no number of workers keeps the "
+    "SLO."
 )
 
 

@@ -75,7 +75,7 @@ class ToolUseBlock(Part):
 
 
 class ThinkingBlock(Strict):
-    """What the model thought in an earlier turn; its template decides whether it sees it again."""
+    """The model's thinking in an earlier turn; the template decides whether it is shown again."""
 
     type: Literal["thinking"]
     thinking: str
@@ -111,7 +111,7 @@ ResultBlock = Annotated[
 
 
 class ToolResultBlock(Part):
-    """What a tool answered. An error is told to the model by the word in front of it."""
+    """A tool's result. The model sees an error as a result that begins with ``Error:``."""
 
     type: Literal["tool_result"]
     tool_use_id: str
@@ -137,11 +137,11 @@ ROLES: dict[type[Strict], str] = {
     ThinkingBlock: "assistant",
     RedactedThinkingBlock: "assistant",
 }
-"""The role of the turns that a block may be in; a block that is not here may be in any."""
+"""The only role whose turns may contain a type of block; other types may be in any turn."""
 
 
 class AnthropicTurn(Strict):
-    """A message. Turns of one role that follow each other are one."""
+    """A message. Consecutive turns of one role are joined."""
 
     role: Literal["user", "assistant", "system"]
     content: str | BoundedList[Block]
@@ -158,7 +158,7 @@ class AnthropicTurn(Strict):
 
     @property
     def blocks(self) -> list[Block]:
-        """The content as blocks: a string is one of text."""
+        """The content as blocks; a string is one text block."""
         if isinstance(self.content, str):
             return [text_block(self.content)]
         return self.content

@@ -12,7 +12,7 @@ from opticnerve.errors import OpticNerveError
 
 PATH = "/v1/messages"
 PATHS = re.compile(r"(/v1){0,2}/messages(/.*)?", re.DOTALL)
-"""Those below PATH, and those that a client with a wrong base URL asks for."""
+"""The paths below PATH, and those that a client with a wrong base URL calls."""
 
 TYPES = {
     401: "authentication_error",
@@ -24,7 +24,7 @@ TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-"""Anthropic's types by HTTP status; invalid_request_error and api_error stand for the others."""
+"""Anthropic's error types by HTTP status; others are invalid_request_error or api_error."""
 
 
 class AnthropicErrorDetails(TypedDict):

@@ -35,8 +35,8 @@ from gateway.job import ChatPrompt
 from gateway.media.dataurl import is_data_url
 from opticnerve.errors import InvalidRequest
 
-OFF_LOOP_BLOCKS = 200  # More of them are read in a thread.
-ERROR = "Error: "  # In front of the result of a call that failed; templates know no such results.
+OFF_LOOP_BLOCKS = 200  # Requests with more blocks are read in a thread.
+ERROR = "Error: "  # Begins the result of a call that failed; templates have no form for it.
 
 
 async def read_prompt(body: ConversationFields) -> ChatPrompt:
@@ -108,7 +108,7 @@ class _Draft:
     parts: list[Part] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
-    answers: ToolUseBlock | str | None = None  # The call whose result it is, or that call's id.
+    answers: ToolUseBlock | str | None = None  # The call whose result it is, or its id.
 
     def message(self) -> Message:
         content: str | list[Part] | None = self.parts
@@ -164,7 +164,7 @@ class _Reader:
                 draft.thoughts.append(block.thinking)
 
     def _add_result(self, block: ToolResultBlock, path: str) -> None:
-        """A message of its own, as templates have it."""
+        """Adds a result as a message of its own, as templates expect it."""
         called = self._calls.get(block.tool_use_id, block.tool_use_id)
         draft = _Draft("tool", answers=called)
         self._drafts.append(draft)

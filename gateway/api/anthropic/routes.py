@@ -53,7 +53,8 @@ async def count_message_tokens(call: Call, body: CountTokensRequest) -> Response
 
 
 def _warn_of_betas(call: Call) -> None:
-    """Names the header that asks for features by their betas: what is served needs none."""
+    """Warns that the header that enables beta features has no effect: nothing served here needs
+    it."""
     if BETA in call.headers:
         without_effect = (*call.ignored.without_effect, f"the header {BETA}")
         call.ignored = replace(call.ignored, without_effect=without_effect)

@@ -37,7 +37,7 @@ from opticnerve.errors import EngineFailure, OpticNerveError
 from opticnerve.generation.values import Usage
 
 SIGNATURE = "unsigned"
-"""Clients send thinking back only if it has a signature. This server verifies none."""
+"""A placeholder: clients send thinking back only with a signature. This server verifies none."""
 INVALID_JSON = "INVALID_JSON"  # Anthropic's convention for an input that is no JSON object.
 
 EndCause = Literal[
@@ -205,7 +205,7 @@ class AnthropicWriter(AnswerWriter):
         ended: ChoiceEnd | None = None
         last = first
         while not isinstance(last, End):
-            assert not isinstance(last, PromptEvent | TokenIds)  # None asks for these.
+            assert not isinstance(last, PromptEvent | TokenIds)  # Never asked for here.
             if isinstance(last, ChoiceEnd):
                 made, ended = blocks.close(), last
             else:
@@ -239,7 +239,7 @@ class AnthropicWriter(AnswerWriter):
         }
 
     def _cause(self, choice: ChoiceEnd, end: End) -> StopCause:
-        """Why the answer ended. One with a call that cannot be read is no use of a tool."""
+        """Why the answer ended. With an unreadable call, it does not count as tool_use."""
         if isinstance(choice.stop_reason, str):
             return {"stop_reason": "stop_sequence", "stop_sequence": choice.stop_reason}
         cause: EndCause = "tool_use" if choice.finish_reason == "tool_calls" else "end_turn"
@@ -250,8 +250,8 @@ class AnthropicWriter(AnswerWriter):
 
 
 class _Blocks:
-    """The blocks of a stream, in order. One of text begins with the first character that is not
-    white space: clients may not send blank blocks back."""
+    """The blocks of a stream, in order. A text block begins only at the first character that is not
+    white space, because clients may not send blank blocks back."""
 
     def __init__(self) -> None:
         self._kind: type[OutputEvent] | None = None  # Of the last event.
@@ -314,15 +314,15 @@ def _content(parts: Iterable[WholePart]) -> Iterator[AnswerContent]:
 
 
 def _tool_use(call_id: str, name: str, called: dict[str, Any]) -> ToolUseContent:
-    """A call, whose id has Anthropic's prefix in the place of OpenAI's. An id without a prefix is
-    in the form that the model's template needs."""
+    """A call, with Anthropic's prefix in its id instead of OpenAI's. An id without a prefix is left
+    as it is, since the model's template needs that form."""
     if call_id.startswith("call_"):
         call_id = "toolu_" + call_id.removeprefix("call_")
     return {"type": "tool_use", "id": call_id, "name": name, "input": called}
 
 
 def _input(text: str) -> dict[str, Any]:
-    """A call's input. One that max_tokens cut off has what was complete."""
+    """A call's input. If max_tokens cut it off, the part that was complete."""
     try:
         found = from_json(text, allow_partial=True) if text.strip() else {}
     except ValueError:

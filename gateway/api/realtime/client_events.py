@@ -1,4 +1,4 @@
-"""What a client may send in a realtime session, and how it is read."""
+"""The events that a client may send in a realtime session, and how they are read."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ REFUSED_ITEMS = {
     kind: advice for kind, advice in UNSUPPORTED_ITEMS.items() if kind != "item_reference"
 }
 REFUSED_TOOLS = {"mcp": RUNS_NO_TOOLS}
-MAX_AUDIO_FIELDS = 16  # Of an object that is looked through; its depth is the JSON parser's.
-MAX_SHOWN = 80  # Characters of an event's type that an error message repeats.
+MAX_AUDIO_FIELDS = 16  # Most fields of an object searched; the JSON parser bounds its depth.
+MAX_SHOWN = 80  # Characters of an event's type that an error message quotes.
 
 EventId = Annotated[str, Field(max_length=512)]
 
@@ -80,8 +80,8 @@ class RealtimeReasoning(Strict):
 
 
 class ResponseDefaults(SamplingFields):
-    """What a session sets for all of its responses, and a response for itself. Besides OpenAI's
-    fields it takes the sampling fields of the other APIs."""
+    """Settings of a response, or of a session for all of its responses. In addition to OpenAI's
+    fields, the sampling fields of the other APIs."""
 
     unsupported: ClassVar[Mapping[str, UnsupportedField]] = {
         "audio": UnsupportedField(({},), TEXT_ONLY),
@@ -114,11 +114,11 @@ class ResponseDefaults(SamplingFields):
         mine = ResponseDefaults.model_fields.keys()
         changes = {name: getattr(newer, name) for name in newer.model_fields_set & mine}
         if newer.tools == []:
-            changes.setdefault("tool_choice", None)  # It was among the tools that are gone.
+            changes.setdefault("tool_choice", None)  # The choice may name a tool that was replaced.
         return self.model_copy(update=changes)
 
     def shown(self) -> dict[str, Any]:
-        """The settings as events have them; what is not set is left out."""
+        """The settings as shown in events, without unset ones."""
         given = self.model_dump(mode="json", exclude_none=True)
         for name, field in SamplingFields.model_fields.items():
             if given.get(name) == field.default:
@@ -138,9 +138,9 @@ class ResponseDefaults(SamplingFields):
         return self
 
     def tool_use(self, path: str) -> ToolUse | None:
-        """None if the model may call nothing. Raises InvalidRequest for a choice of tools that are
-        not there: settings come one by one, so it is checked once they are together. ``path``: of
-        the event's settings."""
+        """None if the model may call nothing. Raises InvalidRequest for a choice of tools that do
+        not exist. That is checked here because a session's tools and choice may be set by different
+        events. ``path``: the settings' path in the event."""
         tools = [each.tool for each in self.tools or ()]
         choice = call_choice(self.tool_choice)
         try:
@@ -226,8 +226,8 @@ SETTINGS: dict[str, type[ResponseDefaults]] = {
 def read_event(
     text: bytearray | Outline, *, ignore_unknown: bool = False
 ) -> tuple[str | None, ClientEvent | InvalidRequest]:
-    """The client's id of an event, if it has one, and the event, or what is wrong with it. Raises
-    InvalidRequest for text that is no event at all."""
+    """(the client's id of the event, if any; the event, or the error in it). Raises InvalidRequest
+    for text that is not an event at all."""
     raw = decode(text)
     given = raw.get("event_id")
     event_id = given if isinstance(given, str) and len(given) <= 512 else None
@@ -269,8 +269,7 @@ def _kind(kind: Any) -> str:
 def _read_settings(
     model: type[ResponseDefaults], settings: Mapping[str, Any], path: str, ignore_unknown: bool
 ) -> ResponseDefaults:
-    """Settings are read as a body is, so that unknown fields are refused and unsupported ones
-    named."""
+    """Reads settings like a body: unknown fields are refused, and unsupported ones named."""
     if settings.get("type") == "transcription":
         raise UnsupportedFeature(
             f"{path}.type: sessions of type transcription are not supported; {TRANSCRIPT}",
@@ -284,7 +283,8 @@ def _read_settings(
 
 
 def _without_nulls(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without an ``audio`` that sets nothing: clients send ``turn_detection: null``."""
+    """Settings without an ``audio`` that consists of nulls: clients send ``turn_detection:
+    null``."""
     return {
         name: value for name, value in settings.items() if name != "audio" or not _is_null(value)
     }

@@ -13,7 +13,7 @@ ROOT = "root"  # The place before all items, in ``previous_item_id``.
 
 
 class Conversation:
-    """``ticket`` holds the bytes of the items while they are in it."""
+    """The items of a conversation, in order. ``ticket`` holds their bytes while they are in it."""
 
     def __init__(self, ticket: Ticket, max_bytes: int) -> None:
         self.id = new_id("conv")
@@ -30,7 +30,7 @@ class Conversation:
         return len(self._items)
 
     def get(self, item_id: str, code: str) -> Item:
-        """Raises InvalidRequest, with ``code``, if there is none."""
+        """The item with this id. Raises InvalidRequest, with ``code``, if there is none."""
         if item_id not in self._by_id:
             raise InvalidRequest(
                 "there is no such item in the conversation", param="item_id", code=code
@@ -63,7 +63,7 @@ class Conversation:
         self._ticket.free_bytes(item.size)
 
     def grow(self, item: Item, text: str) -> None:
-        """The item, which is being written, has more text. Raises PayloadTooLarge, Overloaded."""
+        """Counts more text of an item that is being written. Raises PayloadTooLarge, Overloaded."""
         if self._by_id.get(item.id) is item:  # It may have been deleted meanwhile.
             size = held_bytes(text)
             self._hold(size)

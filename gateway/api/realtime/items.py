@@ -1,5 +1,5 @@
-"""Items of a realtime conversation: those of the Responses API, as a session takes, keeps and shows
-them."""
+"""Items of a realtime conversation, in the form of the Responses API: how a session reads, keeps
+and shows them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gateway.edge.limits import MAX_ITEM_CHARACTERS, VALUE_BYTES
 from gateway.media.dataurl import is_data_url
 
 MAX_ID = 128  # Characters.
-HEAD_BYTES = 4 * VALUE_BYTES  # Of an item besides its text.
+HEAD_BYTES = 4 * VALUE_BYTES  # Bytes counted for an item besides its text.
 
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
 Words = Annotated[str, Field(max_length=MAX_ITEM_CHARACTERS)]
@@ -109,7 +109,7 @@ Given = InputMessage | InputCall | InputCallOutput
 
 
 def texts(given: Given) -> Iterator[str]:
-    """The texts of an item, of which events show all."""
+    """The texts of an item, all of which events show."""
     match given:
         case InputMessage(content=list(parts)):
             yield from (part.text for part in parts if isinstance(part, InputText | AnswerText))
@@ -121,8 +121,8 @@ def texts(given: Given) -> Iterator[str]:
 
 @dataclass(slots=True)
 class Item:
-    """One item of a conversation, or of a response's own input. ``size``: the bytes that it holds,
-    about."""
+    """One item of a conversation, or of a response's own input. ``size``: its approximate bytes in
+    memory."""
 
     id: str
     given: Given
@@ -140,7 +140,7 @@ class Item:
         return item
 
     def shown(self) -> dict[str, Any]:
-        """The item as events have it. A picture's bytes are left out: the client has them."""
+        """The item as shown in events, without pictures' bytes, which the client has."""
         given = self.given
         head = {"id": self.id, "object": "realtime.item", "type": given.type, "status": self.status}
         match given:
@@ -155,7 +155,7 @@ class Item:
 
 
 def held_bytes(text: str) -> int:
-    """The memory of a string, at most."""
+    """An upper bound on the memory of a string, in bytes."""
     return len(text) if text.isascii() else 4 * len(text)
 
 
@@ -171,7 +171,7 @@ def _shown_part(part: InputPart) -> dict[str, Any]:
 
 
 def transcript_of(instructions: str | None, items: Iterable[Item]) -> Transcript:
-    """The items as messages of a chat. Pictures are named by their items' ids."""
+    """The items as messages of a chat. Errors name pictures by their items' ids."""
     transcript = Transcript(instructions, ProcessorSettings())
     for item in items:
         transcript.add(item.given, item.id)

@@ -30,9 +30,9 @@ from opticnerve.telemetry import logs
 if TYPE_CHECKING:
     from gateway.app import Gateway
 
-SUBPROTOCOL = "realtime"  # What browsers offer beside their key, and expect back.
+SUBPROTOCOL = "realtime"  # Browsers offer this with their key, and expect it back.
 NORMAL, GOING_AWAY = 1000, 1001  # Codes of close frames.
-BURST_S = 1.0  # Of events that are not paced.
+BURST_S = 1.0  # Seconds' worth of events that may come at once without being paced.
 OFF_LOOP_CHARACTERS = 2**18  # A longer event is encoded in a thread.
 
 DESCRIPTION = """\
@@ -110,8 +110,8 @@ def _model(socket: WebSocket, gateway: Gateway) -> str:
 
 
 async def _serve(socket: WebSocket, session: Session, ticket: Ticket, running: Running) -> None:
-    """Serves until the client leaves, or the session has to end, which the client is told. Raises
-    ClientLeft."""
+    """Serves until the client leaves, or the session must end; then the client gets an error.
+    Raises ClientLeft."""
     await session.open()
     tasks = [
         asyncio.create_task(_read(socket, session, ticket)),
@@ -135,8 +135,8 @@ async def _serve(socket: WebSocket, session: Session, ticket: Ticket, running: R
 
 
 async def _read(socket: WebSocket, session: Session, ticket: Ticket) -> OpticNerveError | None:
-    """Gives the session its client's events, at a bounded rate, until the client leaves (None), or
-    nothing has happened for long (an error)."""
+    """Passes the client's events to the session, at a bounded rate. Returns None when the client
+    leaves, or an error after a long time without events."""
     clock, due = asyncio.get_running_loop().time, 0.0
     while True:
         try:
@@ -154,7 +154,7 @@ async def _read(socket: WebSocket, session: Session, ticket: Ticket) -> OpticNer
         try:
             await session.take(text)
         finally:
-            del message, text  # It may be long until there is another message.
+            del message, text  # Frees them: the next message may be long in coming.
             ticket.free_bytes(num_bytes)
         due = max(due, clock() - BURST_S) + 1 / EVENTS_PER_S
         if due > clock():
@@ -162,7 +162,8 @@ async def _read(socket: WebSocket, session: Session, ticket: Ticket) -> OpticNer
 
 
 async def _drain(session: Session, running: Running) -> OpticNerveError:
-    """Returns once the gateway is stopped and the session's responses have ended."""
+    """Waits until the gateway is stopping and the session's responses have ended; returns the
+    session's error."""
     await running.closed.wait()
     await session.drain()
     return stopping()
@@ -188,7 +189,7 @@ def _encoded(event: ServerEvent) -> str:
 
 
 def _characters(value: Any) -> int:
-    """Those of the longer strings in an event, about; its size is bounded."""
+    """The approximate number of characters in an event, counting its longer strings only."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):

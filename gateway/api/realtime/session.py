@@ -1,4 +1,4 @@
-"""One realtime session: what a client's events do, and the responses under way.
+"""One realtime session: carries out the client's events, and runs responses.
 
 Knows no sockets: events come in as text, and go out through ``send``.
 """
@@ -52,16 +52,16 @@ if TYPE_CHECKING:
     from gateway.app import Gateway
 
 PATH = "/v1/realtime"
-OFF_LOOP_BYTES = 2**17  # A prompt whose items hold more is made in a thread.
-NUMBER_CHARACTERS = 8  # At the end of a response's request id: which of the session's it is.
+OFF_LOOP_BYTES = 2**17  # Prompts whose items have more bytes are made in a thread.
+NUMBER_CHARACTERS = 8  # A response's request id ends with its number in the session.
 
 
 class ClientLeft(Exception):
-    """There is nobody to send to."""
+    """The client has disconnected."""
 
 
 class ClientCancelled(Exception):
-    """The client asked for a response's end."""
+    """The client cancelled a response."""
 
 
 Send = Callable[[ServerEvent], Awaitable[None]]
@@ -70,7 +70,7 @@ Send = Callable[[ServerEvent], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Whose session it is; ``request_id`` is that of the handshake."""
+    """The client of a session. ``request_id``: the handshake's."""
 
     caller: Caller
     holder: str
@@ -78,8 +78,9 @@ class Client:
 
 
 class RunningResponse:
-    """A response under way, up to its last events. ``prompt``: until its job has it.
-    ``input_bytes``: of its items, which the conversation holds too, but may free before."""
+    """A response in progress, until its last events are sent. ``prompt``: dropped once its job has
+    it. ``input_bytes``: the bytes of its items; counted for the response too, because the
+    conversation may free them earlier."""
 
     def __init__(
         self, writer: ResponseWriter, request_id: str, prompt: ChatPrompt, input_bytes: int
@@ -92,7 +93,8 @@ class RunningResponse:
         self._wait: asyncio.Timeout | None = None  # Around the wait for the pipeline.
 
     def cancel(self) -> None:
-        """Ends the generation, but no send: the client gets all events to the response's end."""
+        """Ends the generation. Sending goes on: the client gets all events up to the response's
+        end."""
         if self._wait is not None and not self._cancelled:
             self._wait.reschedule(asyncio.get_running_loop().time())
         self._cancelled = True
@@ -128,7 +130,7 @@ class Session:
         self._send = send
         self._responses: dict[str, RunningResponse] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._count = 0  # Of responses so far.
+        self._count = 0  # Number of responses so far.
         self._stopping = False
 
     @property
@@ -139,8 +141,8 @@ class Session:
         await self._emit([{"type": "session.created", "session": self._shown()}])
 
     async def take(self, text: bytearray) -> None:
-        """Does what an event of the client says. What is wrong with it is answered with an
-        ``error`` event, and the session goes on."""
+        """Carries out an event of the client. A faulty event is answered with an ``error`` event,
+        and the session goes on."""
         held = 0
 
         def hold(num_bytes: int) -> None:
@@ -166,7 +168,7 @@ class Session:
             self._ticket.free_bytes(held)
 
     async def tell(self, error: OpticNerveError, event_id: str | None = None) -> None:
-        """Sends an error. ``event_id``: the client's, of the event at fault."""
+        """Sends an error. ``event_id``: the client's id of the event at fault."""
         detail = {**error.to_openai()["error"], "event_id": event_id}
         logs.note(error=error.code or error.type)
         await self._emit([{"type": "error", "error": detail}])
@@ -178,7 +180,7 @@ class Session:
             await asyncio.wait(self._tasks)
 
     async def close(self) -> None:
-        """Ends all responses without a word, and frees what they hold."""
+        """Ends all responses without sending anything, and frees what they hold."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -254,7 +256,7 @@ class Session:
         number = f"-{self._count}"
         identity = self._client.request_id[: logs.MAX_ID - NUMBER_CHARACTERS] + number
         response = RunningResponse(writer, identity, prompt, size)
-        del prompt, items, given  # Frees pictures that came with the response once it is rendered.
+        del prompt, items, given  # Frees pictures sent with the response once it is rendered.
         self._responses[writer.id] = response
         await self._emit(writer.begin())
         task = asyncio.create_task(self._respond(response, _options(settings, tools)))
@@ -309,7 +311,7 @@ class Session:
                 await self._emit(last)
 
     async def _generate(self, response: RunningResponse, options: GenerationOptions) -> End:
-        """Sends the events of a response as they come; returns the last of the pipeline's."""
+        """Sends the events of a response as they come; returns the pipeline's last event."""
         gateway, client = self._gateway, self._client
         deadline = Deadline.after(gateway.config.request_timeout_s)
         late = asyncio.timeout(deadline.remaining() + ERROR_DELIVERY_S)
@@ -382,6 +384,6 @@ def _options(settings: ResponseDefaults, tools: ToolUse | None) -> GenerationOpt
         sampling=SamplingFields.model_construct(**fields),
         max_tokens=UNLIMITED if most == "inf" else most,
         max_tokens_field="max_output_tokens",
-        running_usage=True,  # So that a response that is cut has its usage.
+        running_usage=True,  # So that a cancelled response has its usage.
         tools=tools,
     )

@@ -1,4 +1,4 @@
-"""One response: from the pipeline's events to a realtime session's. Knows no connection."""
+"""Turns the pipeline's events into a realtime session's, for one response. Knows no connection."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ ResponseStatus = Literal["in_progress", "completed", "cancelled", "failed", "inc
 
 
 class ResponseWriter:
-    """The events of one response, from ``begin`` to ``end``. Its items are added to
-    ``conversation``, if it is part of one. The model's reasoning is not shown."""
+    """Makes the events of one response, from ``begin`` to ``end``. Adds its items to
+    ``conversation``, if there is one. The model's reasoning is not shown."""
 
     def __init__(
         self,
@@ -38,11 +38,11 @@ class ResponseWriter:
         self._max_output_tokens = max_output_tokens
         self._metadata = metadata
         self._output: list[Item] = []
-        self._open: Item | None = None  # The last of them, while it is written.
+        self._open: Item | None = None  # The last item, while it is being written.
         self._pieces: list[str] = []  # Its text.
         self._previous: str | None = None  # The item before it in the conversation.
         self._usage: Usage | None = None
-        self._length = False  # The answer ended at its longest.
+        self._length = False  # Whether the answer ended at max_output_tokens.
 
     @property
     def in_conversation(self) -> bool:
@@ -52,8 +52,8 @@ class ResponseWriter:
         yield {"type": "response.created", "response": self._shown("in_progress")}
 
     def take(self, event: AnswerEvent) -> Iterator[ServerEvent]:
-        """The events that follow from one of the pipeline's; after End, all to the response's end.
-        Raises PayloadTooLarge and Overloaded if the conversation cannot hold more."""
+        """The events for one of the pipeline's; for End, all remaining ones. Raises PayloadTooLarge
+        and Overloaded if the conversation cannot hold more."""
         self._usage = event.usage or self._usage
         match event:
             case Text(text=text):
@@ -66,7 +66,7 @@ class ResponseWriter:
                 yield from self._delta("response.function_call_arguments.delta", text)
             case ChoiceEnd():
                 self._length = event.finish_reason == "length"
-                if not self._output:  # An answer has an item, if an empty one.
+                if not self._output:  # An answer has at least one item, which may be empty.
                     yield from self._open_item(_message())
             case End():
                 yield from self.end("incomplete" if self._length else "completed")
@@ -74,7 +74,7 @@ class ResponseWriter:
     def end(
         self, status: ResponseStatus, error: OpticNerveError | None = None
     ) -> Iterator[ServerEvent]:
-        """The end of the response, whatever was written."""
+        """The events that end the response, whatever was written before."""
         yield from self._close_item("completed" if status == "completed" else "incomplete")
         yield {"type": "response.done", "response": self._shown(status, error)}
 
@@ -134,7 +134,7 @@ class ResponseWriter:
         return {"type": kind, "response_id": self.id, "output_index": index, **fields}
 
     def _place(self) -> dict[str, Any]:
-        """Where the open item's text is."""
+        """The fields that locate the open item's text."""
         assert self._open is not None
         given = self._open.given
         if isinstance(given, InputCall):
@@ -203,6 +203,6 @@ def _usage(usage: Usage) -> dict[str, Any]:
 
 
 def with_ids(events: Iterable[ServerEvent]) -> Iterator[ServerEvent]:
-    """The events as they are sent, each with its own id."""
+    """The events, each with an id of its own."""
     for event in events:
         yield {"event_id": new_id("event"), **event}

@@ -173,8 +173,8 @@ UNSUPPORTED_ITEMS: dict[str, str] = {
 
 
 def check_calls(param: str, items: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest for complete calls whose arguments are no objects, or hold too many
-    values together. ``param``: the field that has the ``items``, which are by their paths."""
+    """Raises InvalidRequest for complete calls whose arguments are not objects, or together hold
+    too many values. ``items``: by path; ``param``: the field that has them."""
     calls = {
         path: item
         for path, item in items.items()
@@ -186,14 +186,14 @@ def check_calls(param: str, items: Mapping[str, Any]) -> None:
 
 
 def check_supported(items: Any) -> None:
-    """Raises UnsupportedFeature for items and parts that this server does not take. ``items``: the
-    body's ``input`` before validation, which finds whatever is malformed."""
+    """Raises UnsupportedFeature for items and parts that this server does not support. ``items``:
+    the body's ``input`` before validation; malformed ones are left to it."""
     for i, item in enumerate(items if isinstance(items, list) else ()):
         if not isinstance(item, dict):
             continue
         path, kind = f"input[{i}]", item.get("type")
         if kind is None and "role" not in item and "id" in item:
-            kind = "item_reference"  # Its type may be left out.
+            kind = "item_reference"  # References may omit their type.
         if isinstance(kind, str) and kind in UNSUPPORTED_ITEMS:
             raise unsupported_kind(path, "items", kind, UNSUPPORTED_ITEMS[kind])
         for name in ("content", "output"):

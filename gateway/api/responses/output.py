@@ -1,4 +1,4 @@
-"""The items of a response's output: their JSON, and the events that show them as they are made."""
+"""The items of a response's output: their JSON, and the stream's events while they are written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NONE = b"[]"
 
 
 class UnnumberedEvent(NamedTuple):
-    """One event of a stream, without its number. ``encoded``: fields whose values are JSON."""
+    """One event of a stream, without its number. ``encoded``: fields that are encoded JSON."""
 
     type: str
     fields: Mapping[str, Any]
@@ -38,7 +38,7 @@ class ItemWriter(ABC):
         self.part = part
         self._output_index = output_index
         self._id = f"{self.prefix}_{uuid.uuid4().hex}"
-        self._shown = 0  # Log-probabilities in the events so far.
+        self._shown = 0  # Number of log-probabilities in the events so far.
 
     @abstractmethod
     def head(self, status: ItemStatus) -> Mapping[str, Any]:
@@ -46,7 +46,7 @@ class ItemWriter(ABC):
 
     @abstractmethod
     def encoded(self, part: bytes, text: bytes) -> Mapping[str, bytes]:
-        """The item's other fields. ``part``: its part with the text; empty before there is any."""
+        """The item's other fields. ``part``: its part with the text; empty if there is none yet."""
 
     def encoded_part(self, text: bytes, logprobs: bytes) -> bytes:
         return EMPTY
@@ -65,7 +65,7 @@ class ItemWriter(ABC):
         return UnnumberedEvent(f"{self.text_event}.delta", fields, self._logprobs(entries))
 
     def closing(self, status: ItemStatus) -> Iterator[UnnumberedEvent]:
-        """The events of the item's end; the last one's ``item`` is the whole item."""
+        """The events that end the item; the last one contains the whole ``item``."""
         text, logprobs = dumps(self.part.text), self._logprobs(self.part.logprobs)
         part = self.encoded_part(text, logprobs.get("logprobs", NONE))
         done = {self.text_field: text, **logprobs}
@@ -107,7 +107,7 @@ class MessageWriter(ItemWriter):
 
 
 class ReasoningWriter(ItemWriter):
-    """Reasoning as it is."""
+    """Reasoning as the item's content."""
 
     prefix = "rs"
     text_event = "response.reasoning_text"
@@ -125,7 +125,7 @@ class ReasoningWriter(ItemWriter):
 
 
 class SummaryWriter(ReasoningWriter):
-    """Reasoning in the place of a summary, for clients that show no other."""
+    """Reasoning as the item's summary, for clients that show only summaries."""
 
     part_event = "response.reasoning_summary_part"
     text_event = "response.reasoning_summary_text"
@@ -154,7 +154,7 @@ class CallWriter(ItemWriter):
         return {"arguments": text}
 
     def closing(self, status: ItemStatus) -> Iterator[UnnumberedEvent]:
-        """A call whose arguments are no JSON is never complete, although the answer may be."""
+        """A call whose arguments are not JSON stays incomplete, even in a complete answer."""
         return super().closing(status if _is_json(self.part.text) else "incomplete")
 
 
@@ -172,14 +172,14 @@ class ResponseOutput:
     """The items of one response, in order. ``encoded``: those that are complete, as JSON."""
 
     def __init__(self, *, summary: bool) -> None:
-        """``summary``: whether reasoning takes the place of its summary."""
+        """``summary``: whether reasoning is shown as a summary."""
         self.encoded: list[bytes] = []
         self._reasoning = SummaryWriter if summary else ReasoningWriter
         self._open: ItemWriter | None = None
 
     def show(self, part: WholePart, more: str | None) -> Iterator[UnnumberedEvent]:
-        """The events of more text of ``part``, the last one of the answer; None: of a call without
-        arguments so far. A text or reasoning that is still empty is not shown."""
+        """The events for more text of ``part``, the answer's last part. ``more`` None: a call
+        begins, without arguments so far. Text or reasoning is not shown while it is empty."""
         if self._open is None or self._open.part is not part:
             if not more and not isinstance(part, WholeCall):
                 return
@@ -190,7 +190,7 @@ class ResponseOutput:
             yield self._open.delta(more)
 
     def end(self, status: ItemStatus) -> Iterator[UnnumberedEvent]:
-        """The events of the answer's end. An answer without output is an empty message."""
+        """The events that end the answer. An answer without output becomes an empty message."""
         if self._open is None:
             self._open = MessageWriter(WholeText(), 0)
             yield from self._open.opening()
@@ -211,6 +211,6 @@ class ResponseOutput:
             return
         part, events = self._open.part, list(self._open.closing(status))
         self.encoded.append(events[-1].encoded["item"])
-        part.pieces, part.logprobs = [], []  # The item has them.
+        part.pieces, part.logprobs = [], []  # Frees them: the encoded item has them.
         self._open = None
         yield from events

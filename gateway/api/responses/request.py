@@ -1,4 +1,4 @@
-"""The body of a request for a response, and what it asks of the pipeline."""
+"""The body of a request for a response, and the job that it asks for."""
 
 from __future__ import annotations
 
@@ -148,7 +148,8 @@ class ResponsesRequest(GenerateFields):
 
     @model_validator(mode="after")
     def _readable(self) -> ResponsesRequest:
-        """Translates the input here, so that a long one does not keep the event loop waiting."""
+        """Checks that the input can be translated. Done in validation, where a long input does not
+        block the event loop."""
         if not isinstance(self.input, str):
             check_calls("input", {f"input[{i}]": item for i, item in enumerate(self.input)})
         if not self.transcript.messages:

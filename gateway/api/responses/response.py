@@ -1,4 +1,5 @@
-"""The shapes of a response and of a stream's events, and what of its request a response repeats."""
+"""The shapes of a response and of a stream's events; and the request's fields that a response
+repeats."""
 
 from __future__ import annotations
 
@@ -87,7 +88,7 @@ class IncompleteDetails(TypedDict):
 
 
 class RepeatedFields(TypedDict):
-    """Fields of a response that repeat its request, or say what it left open."""
+    """Fields of a response that repeat those of its request, with defaults filled in."""
 
     background: Literal[False]
     instructions: str | None
@@ -156,7 +157,7 @@ class ResponseEvent(TypedDict):
 
 
 def repeated(body: ResponsesRequest, defaults: Sampling) -> RepeatedFields:
-    """``defaults``: the model's own, which the response shows where the request names none."""
+    """``defaults``: the model's, shown where the request sets no value."""
     reasoning, temperature, top_p = body.reasoning, body.temperature, body.top_p
     return {
         "background": False,
@@ -230,7 +231,7 @@ def usage_of(end: End) -> ResponseUsage:
 
 
 def failure_of(error: OpticNerveError) -> ResponseFailure:
-    """``error`` by the codes that OpenAI's API has for a response."""
+    """``error`` with one of the codes that OpenAI's API defines for a response."""
     if error.http_status == 429:
         return {"code": "rate_limit_exceeded", "message": error.message}
     code: Literal["invalid_prompt", "server_error"]

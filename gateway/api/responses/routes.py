@@ -1,4 +1,4 @@
-"""``POST /v1/responses``: answers the items of a conversation, of which nothing is kept."""
+"""``POST /v1/responses``: answers the items of a conversation, and keeps nothing of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ router = make_router("generation")
 
 @contextlib.contextmanager
 def _blaming_input() -> Iterator[None]:
-    """An error of the messages is one of the field that they come from."""
+    """Attributes errors about messages to ``input``, which they are made from."""
     try:
         yield
     except OpticNerveError as error:
@@ -43,7 +43,7 @@ async def create_response(call: Call, body: ResponsesRequest) -> Response:
     job = call.job(body.prompt, body.options)
     fields = repeated(body, call.gateway.pipeline.defaults.sampling)
     encoded = await off_loop_above(OFF_LOOP_BYTES, job.body_bytes, dumps, fields)
-    job.ticket.hold_bytes(len(encoded))  # Until the end, unlike the bytes of the body.
+    job.ticket.hold_bytes(len(encoded))  # Held until the answer's end, unlike the body's bytes.
     writer = ResponsesWriter(
         body.model,
         encoded,

@@ -37,7 +37,7 @@ class ChosenTool(FunctionName):
 
 
 class AllowedToolList(Strict):
-    """As without the other functions."""
+    """The same as a request without the other functions."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
@@ -134,8 +134,8 @@ class ReasoningSettings(Strict):
 
 
 def check_tools(tools: Any, choice: Any) -> None:
-    """Raises UnsupportedFeature for tools that are no functions. Both are fields of the body before
-    validation, which finds whatever is malformed."""
+    """Raises UnsupportedFeature for tools that are not functions. Both arguments are fields of the
+    body before validation; malformed ones are left to it."""
     for i, tool in enumerate(tools if isinstance(tools, list) else ()):
         _check_tool(tool, f"tools[{i}]")
     if isinstance(choice, dict) and choice.get("type") != "allowed_tools":

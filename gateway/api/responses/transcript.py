@@ -46,21 +46,22 @@ class _Turn:
 
 
 class Transcript:
-    """Messages as templates have them: an assistant's reasoning, text and calls, which are items
-    that follow each other, are one message."""
+    """Messages as templates expect them: consecutive items of an assistant's reasoning, text and
+    calls become one message."""
 
     def __init__(self, instructions: str | None, settings: ProcessorSettings) -> None:
-        """``settings``: bounds of pictures that have none of their own."""
+        """``settings``: bounds for pictures that have none of their own."""
         self.messages: list[Message] = []
         self.sources: list[ItemSource] = []
         self._settings = settings
         self._turn = _Turn()
-        self._called: dict[str, str] = {}  # Names of functions by the calls' ids.
+        self._called: dict[str, str] = {}  # The function's name, by call id.
         if instructions:
             self._message("system", instructions)
 
     def read(self, items: str | Sequence[InputItem]) -> None:
-        """Raises InvalidRequest for bounds of a picture that cross."""
+        """Adds all items. Raises InvalidRequest for a picture whose min_pixels exceeds its
+        max_pixels."""
         if isinstance(items, str):
             self._message("user", items)
             return
@@ -69,7 +70,7 @@ class Transcript:
         self.end_turn()
 
     def add(self, item: InputItem, path: str) -> None:
-        """``path``: the item's place, for errors."""
+        """``path``: the item's path, for errors."""
         match item:
             case InputReasoning():
                 if self._turn.has_begun_to_answer:
@@ -93,7 +94,7 @@ class Transcript:
                 self._message("tool", content, tool_call_id=item.call_id, name=name)
 
     def end_turn(self) -> None:
-        """To be called after the last item, too."""
+        """Completes the assistant's message; also to be called after the last item."""
         turn, self._turn = self._turn, _Turn()
         if turn.has_begun_to_answer or turn.reasoning:
             reasoning = "\n\n".join(turn.reasoning) or None

@@ -25,8 +25,8 @@ from opticnerve.errors import OpticNerveError
 
 
 class ResponsesWriter(AnswerWriter):
-    """One response. Every event has a number; the last one has the whole response again, so a
-    stream holds as much as a whole answer."""
+    """One response. Every event has a number. The last one repeats the whole response, so a stream
+    keeps as much in memory as a whole answer."""
 
     def __init__(
         self, model: str, repeated: bytes, *, summary: bool, timings: bool, max_bytes: int
@@ -38,7 +38,7 @@ class ResponsesWriter(AnswerWriter):
         self._repeated = repeated[1:-1]
         self._max_bytes = max_bytes
         self._output = ResponseOutput(summary=summary)
-        self._number = 0  # Of the next event.
+        self._number = 0  # The next event's number.
 
     def begin(self, job: Job) -> None:
         super().begin(job)
@@ -61,7 +61,7 @@ class ResponsesWriter(AnswerWriter):
             yield self._event(UnnumberedEvent(f"response.{name}", {}, response))
         last = first
         while not isinstance(last, End):
-            assert not isinstance(last, PromptEvent | TokenIds)  # None asks for these.
+            assert not isinstance(last, PromptEvent | TokenIds)  # Never asked for here.
             if made := b"".join(map(self._event, self._take(last))):
                 yield made
             last = await anext(events)
@@ -71,7 +71,7 @@ class ResponsesWriter(AnswerWriter):
         yield self._event(UnnumberedEvent(f"response.{status}", {}, response))
 
     def failure(self, error: OpticNerveError) -> bytes:
-        """The error in both forms in which clients look for it, and the failed response."""
+        """The error in both forms that clients look for: an error event, and a failed response."""
         told = error.to_openai()
         fields = {name: told["error"][name] for name in ("code", "message", "param")}
         failed = {"response": self._response("failed", error=error)}
@@ -96,7 +96,7 @@ class ResponsesWriter(AnswerWriter):
     def _response(
         self, status: str, end: End | None = None, error: OpticNerveError | None = None
     ) -> bytes:
-        """``end``: of a response that has ended."""
+        """``end``: the job's last event, if the response has ended."""
         cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
         head: dict[str, Any] = {
             "id": self._id,

@@ -67,7 +67,7 @@ class GenerateFields(SamplingFields):
     )
     truncate_prompt_tokens: OutputLength | None = Field(
         None,
-        description="Keeps so many of the prompt's tokens; -1: as many as fit. Every picture must "
+        description="Number of the prompt's tokens to keep; -1: as many as fit. Every picture must "
         "be among them.",
     )
     truncation_side: Literal["left", "right"] = Field(
@@ -79,7 +79,7 @@ class GenerateFields(SamplingFields):
         True, description="Has no effect: texts have no spaces but those of the tokens."
     )
     return_tokens_as_token_ids: bool = Field(
-        False, description="Log-probabilities name tokens as `token_id:` and the id."
+        False, description="Log-probabilities show tokens as `token_id:ID`."
     )
 
     @property
@@ -130,8 +130,8 @@ class TokenFields(GenerateFields):
 
     prompt_logprobs: NumLogprobs | None = Field(
         None,
-        description="The log-probabilities of each token of the prompt, and of so many of the most "
-        "likely tokens at its place. Not in a stream. A prompt that has them reads no cached "
+        description="Reports the log-probability of each token of the prompt, and of this number "
+        "of most likely tokens at its place. Not in a stream. Such a prompt reads no cached "
         "prefix.",
     )
     return_token_ids: bool = Field(

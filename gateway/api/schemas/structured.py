@@ -89,7 +89,7 @@ class StructuredOutputs(Strict):
     grammar: Pattern | None = Field(None, description="In Lark (llguidance's dialect) or GBNF.")
     json_object: bool | None = None
     whitespace_pattern: str | None = Field(
-        None, description="A regular expression of what may stand between the parts of JSON."
+        None, description="A regular expression for the white space between the parts of JSON."
     )
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
