@@ -79,8 +79,8 @@ class Service:
         raise StartupError(f"{self.name} did not start: {' '.join(last)}")
 
     def kill(self) -> None:
-        """Sends SIGKILL to it and to everything that it started, if it runs. Once it was reaped, the
-        id of its group may be another's."""
+        """Sends SIGKILL to it and to everything that it started, if it runs: once it was reaped,
+        the id of its group may be another's."""
         assert self._process
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
