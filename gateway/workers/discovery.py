@@ -42,10 +42,6 @@ class AddressSource(Protocol):
         serves now."""
         ...
 
-    async def has_left(self, instance_id: str) -> bool:
-        """Whether that process, which is not reached any more, has said that it would end."""
-        ...
-
     def watch(self) -> AsyncIterator[Listing]:
         """Yields the current listing, again and again; nothing while the source does not answer."""
         ...
@@ -76,9 +72,6 @@ class StaticAddresses:
     def keeps(self, said: str, instance_id: str) -> bool:
         return False
 
-    async def has_left(self, instance_id: str) -> bool:
-        return False
-
     async def watch(self) -> AsyncIterator[Listing]:
         yield dict.fromkeys(self._addresses, "")
 
@@ -94,9 +87,6 @@ class DnsName:
         self._host_port = host_port
 
     def keeps(self, said: str, instance_id: str) -> bool:
-        return False
-
-    async def has_left(self, instance_id: str) -> bool:
         return False
 
     async def watch(self) -> AsyncIterator[Listing]:
@@ -127,12 +117,6 @@ class RegisteredWorkers:
 
     def keeps(self, said: str, instance_id: str) -> bool:
         return instance_id in said.split()
-
-    async def has_left(self, instance_id: str) -> bool:
-        entries = await self._registry.entries(self._worker)
-        return entries is not None and all(
-            entry.state == "draining" for entry in entries if entry.instance_id == instance_id
-        )
 
     async def watch(self) -> AsyncIterator[Listing]:
         while True:

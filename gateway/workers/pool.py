@@ -265,10 +265,7 @@ class WorkerPool:
             if worker.fault is not None and worker.fault not in before:
                 log.error("%s %s %s", self.kind, worker.address, worker.fault.text)
             if _told(worker) != before:
-                if worker.state is WorkerState.DEAD:
-                    self._spawn(self._tell_end(worker))
-                else:
-                    log.info("%s %s: %s", self.kind, worker.address, worker.state.value)
+                log.info("%s %s: %s", self.kind, worker.address, worker.state.value)
                 self._notify(worker)
                 if worker.state is WorkerState.SERVING and worker.address in self._addresses:
                     await self._warn_of_several(worker.address)
@@ -282,13 +279,6 @@ class WorkerPool:
                 worker.failures = 0
         await worker.idle.wait()
         await worker.channel.close()
-
-    async def _tell_end(self, worker: Worker) -> None:
-        """Logs whether a worker that is not reached any more has left or is dead."""
-        process = worker.description.instance_id
-        left = all([await source.has_left(process) for source in tuple(worker.sources)])
-        state = "left" if left else WorkerState.DEAD.value
-        log.info("%s %s: %s", self.kind, worker.address, state)
 
     async def _warn_of_several(self, address: str) -> None:
         """Warns if a name has several addresses: gRPC calls one, so the others get no work."""

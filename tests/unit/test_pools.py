@@ -104,9 +104,6 @@ class Listed:
     def keeps(self, said, instance_id):
         return False
 
-    async def has_left(self, instance_id):
-        return False
-
     async def watch(self):
         while True:
             yield await self.lists.get()
