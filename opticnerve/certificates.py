@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import ssl
 import threading
 from dataclasses import dataclass, field
@@ -78,18 +77,14 @@ class PemFiles:
             context.load_verify_locations(cadata=_text(self._pem.authority))
         return context
 
-    def client_context(self, server_name: str | None = None) -> ssl.SSLContext:
-        """A client's side of TLS. Without an authority it trusts those of the system, or of
-        SSL_CERT_FILE. ``server_name``: the name in the server's certificate; None: the host that is
-        called. Raises ConfigError."""
+    def client_context(self) -> ssl.SSLContext:
+        """A TLS context for a client. Without an authority it trusts those of the system, or of
+        SSL_CERT_FILE. Raises ConfigError."""
         certificate, key, _ = self._paths
         authority = self._pem.authority
         context = ssl.create_default_context(cadata=None if authority is None else _text(authority))
         if certificate is not None:
             _load_pair(context, certificate, key)
-        if server_name is not None:
-            context.__class__ = _NamedContext  # The defaults of Python's own function stay.
-            context.server_name = server_name  # type: ignore[attr-defined]
         return context
 
     def _look(self) -> _Stamp:
@@ -104,37 +99,6 @@ class PemFiles:
         if pem.authority is not None:
             _check_authority(authority, pem.authority)
         return pem
-
-
-class _NamedContext(ssl.SSLContext):
-    """A client's context that expects ``server_name`` in the server's certificate, whatever host it
-    calls."""
-
-    server_name: str
-
-    def wrap_socket(
-        self,
-        sock: socket.socket,
-        server_side: bool = False,
-        do_handshake_on_connect: bool = True,
-        suppress_ragged_eofs: bool = True,
-        server_hostname: str | bytes | None = None,
-        session: ssl.SSLSession | None = None,
-    ) -> ssl.SSLSocket:
-        return super().wrap_socket(
-            sock, server_side, do_handshake_on_connect, suppress_ragged_eofs,
-            self.server_name, session,
-        )  # fmt: skip
-
-    def wrap_bio(
-        self,
-        incoming: ssl.MemoryBIO,
-        outgoing: ssl.MemoryBIO,
-        server_side: bool = False,
-        server_hostname: str | bytes | None = None,
-        session: ssl.SSLSession | None = None,
-    ) -> ssl.SSLObject:
-        return super().wrap_bio(incoming, outgoing, server_side, self.server_name, session)
 
 
 def _path(given: str | Path | None) -> str | None:

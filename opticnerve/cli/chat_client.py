@@ -50,7 +50,7 @@ def trust_for(url: str, given: Mapping[str, Any] | None = None) -> ssl.SSLContex
         return ssl.create_default_context()
     calls, own = build(CallsConfig, given), build(CertificateConfig, given)
     files = PemFiles(own.tls_certificate, own.tls_key, calls.tls_ca)
-    return files.client_context(calls.tls_server_name)
+    return files.client_context()
 
 
 def refuse_tls(given: Mapping[str, Any], needed: str) -> None:

@@ -19,7 +19,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from opticnerve.addresses import check_host_port, gateway_url
 from opticnerve.config.command_line import Parser, add_options, argument_type, number_type
-from opticnerve.config.options import build
+from opticnerve.config.options import build, options
 from opticnerve.config.shared import CallsConfig, CertificateConfig, client_tls_options
 from opticnerve.errors import DeadlineExceeded, OpticNerveError, Unavailable
 from opticnerve.telemetry import logs
@@ -55,7 +55,8 @@ def parser() -> Parser:
         metavar="SECONDS",
         help="how long an answer may take (default: 3)",
     )
-    add_options(made, client_tls_options())
+    names = [item for item in options(CallsConfig) if item.name == "tls_server_name"]
+    add_options(made, [*client_tls_options(), *names])
     return made
 
 
@@ -164,8 +165,9 @@ def _https_connection(
     host, port = url.hostname or "", url.port or http.client.HTTPS_PORT
     files = PemFiles(own.tls_certificate, own.tls_key, calls.tls_ca)
     connection = http.client.HTTPConnection(host, port)
-    connection.sock = files.client_context(calls.tls_server_name).wrap_socket(
-        socket.create_connection((host, port), timeout_s), server_hostname=host
+    connection.sock = files.client_context().wrap_socket(
+        socket.create_connection((host, port), timeout_s),
+        server_hostname=calls.tls_server_name or host,
     )
     return connection
 

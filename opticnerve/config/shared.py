@@ -163,20 +163,18 @@ class CallsConfig:
 
 
 CLIENT_TLS_HELP = {
-    "tls_ca": "certificates in PEM of the authorities that the server's certificate is checked by "
-    "(default: the system's)",
-    "tls_server_name": "name that the server's certificate has, where it is not the host in its "
-    "address",
+    "tls_ca": "certificates in PEM of the authorities to trust (default: the system's)",
     "tls_certificate": "own certificate in PEM, with its chain, for a server that asks for one",
     "tls_key": "private key of --tls-certificate, without a passphrase",
 }
 
 
 def client_tls_options() -> list[Option]:
-    """Those of CallsConfig and CertificateConfig, for a command that is a client."""
+    """The options of a command that calls a gateway over HTTPS."""
     return [
         replace(item, spec=replace(item.spec, help=CLIENT_TLS_HELP[item.name]))
         for item in (*options(CallsConfig), *options(CertificateConfig))
+        if item.name in CLIENT_TLS_HELP
     ]
 
 
