@@ -72,7 +72,7 @@ class Backend(Protocol):
 
     def warm(self, largest: Plan, max_batch_patches: int) -> Capacity:
         """Runs the largest permitted item, or the largest that the device has memory for. A batch
-        has ``max_batch_patches``; 0: as many as the device's memory allows.
+        has ``max_batch_patches``; 0: as many as suit the device.
 
         Raises StartupError if not even a small item runs.
         """

@@ -35,7 +35,7 @@ Rows = Mapping[str, torch.Tensor]
 """Tensors of probes, float32, by "<probe's index>.<tensor's name>"."""
 
 ASPECT_STEPS = 8  # From square to the longest, in both directions.
-STEP = 0.93  # Each area that is tried is this part of the one before.
+STEP = 0.93  # Ratio of each area that is tried to the one before.
 NEAR = 1.15  # Numbers of patches within this factor count as equal; the squarest picture is taken.
 
 
