@@ -15,6 +15,7 @@ T = TypeVar("T")
 WAIT_S = 120.0
 PORTS_FROM = 10_000
 _random = random.SystemRandom()
+_given: set[int] = set()  # Ports that ``free_port`` has returned in this process.
 
 
 def alive(pid: int) -> bool:
@@ -36,12 +37,15 @@ def wait_for(what: str, condition: Callable[[], T], timeout_s: float = WAIT_S) -
 
 def free_port() -> int:
     """A port that is free and stays so: the system gives it to nobody who asks for any port, nor
-    to an outgoing connection. Another caller of this function may still be the first to take it,
-    so a server's first start tries again with another port."""
+    to an outgoing connection. No port is returned twice in a process. Another process that calls
+    this function may still be the first to take it, so a server's first start tries again with
+    another port."""
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     ports = range(PORTS_FROM, first) if first > PORTS_FROM + 1000 else range(PORTS_FROM, 65536)
     while True:
         port = _random.choice(ports)
+        if port in _given:
+            continue
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -50,4 +54,5 @@ def free_port() -> int:
                 if error.errno != errno.EADDRINUSE:
                     raise
                 continue
+        _given.add(port)
         return port
