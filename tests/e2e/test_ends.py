@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import opticnerve
-from tests.e2e.faults import ask, picture, pids, processes
+from tests.e2e.processes import ask, picture, pids, processes
 from tests.system import alive, free_port, wait_for
 
 

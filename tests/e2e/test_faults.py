@@ -10,7 +10,7 @@ import pytest
 
 import opticnerve
 from tests.e2e.conftest import user
-from tests.e2e.faults import (
+from tests.e2e.processes import (
     ask,
     end_at_work,
     idle,

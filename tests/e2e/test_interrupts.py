@@ -18,7 +18,7 @@ import pytest
 
 from opticnerve.process import ECHO_S
 from tests.e2e.conftest import user
-from tests.e2e.faults import processes
+from tests.e2e.processes import processes
 from tests.e2e.test_ends import children_of
 from tests.gateways import events
 from tests.system import alive, free_port, wait_for

@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from tests.e2e.conftest import data_url, user
-from tests.e2e.faults import picture
+from tests.e2e.processes import picture
 from tests.system import wait_for
 
 CHAT = "/v1/chat/completions"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.faults import processes
+from tests.e2e.processes import processes
 from tests.system import alive, wait_for
 
 OWNER = """

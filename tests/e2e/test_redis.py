@@ -6,7 +6,7 @@ import redis
 import opticnerve
 from opticnerve.secret import make_secret
 from tests.e2e.conftest import user
-from tests.e2e.faults import ask, picture
+from tests.e2e.processes import ask, picture
 from tests.redis import PATIENT, RedisServer, find_redis_server
 
 pytestmark = pytest.mark.skipif(

@@ -10,7 +10,7 @@ import pytest
 import opticnerve
 from tests.collector import collecting
 from tests.e2e.conftest import user
-from tests.e2e.faults import picture, stopped_at_work
+from tests.e2e.processes import picture, stopped_at_work
 from tests.system import wait_for
 
 CHAT = "/v1/chat/completions"

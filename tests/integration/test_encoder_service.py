@@ -46,7 +46,7 @@ from opticnerve.rpc.server import Server
 from tests import hostile
 from tests.encoders import FINGERPRINT, WAIT_S, FakeBackend, Running, picture, refusal, running
 from tests.fakes import until
-from tests.faults import Faults
+from tests.fault_counters import Faults
 
 
 async def entered(service: Running) -> None:

@@ -20,7 +20,7 @@ import pytest
 from gateway.processes import share
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import ConfigError
-from tests.e2e.faults import processes
+from tests.e2e.processes import processes
 from tests.fakes import FakeLLM, until
 from tests.gateways import END, PAIR_ID, body, ids
 from tests.system import alive

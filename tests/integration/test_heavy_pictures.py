@@ -18,7 +18,7 @@ from tests import hostile
 from tests.decoders import ANY, HOPELESS, children_cpu_s, cpu_s, resident
 from tests.encoders import Running, picture, refusal, running
 from tests.fakes import until
-from tests.faults import Faults
+from tests.fault_counters import Faults
 from tests.system import alive
 
 LIMITS: dict[str, Any] = {

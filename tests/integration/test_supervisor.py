@@ -18,7 +18,7 @@ from opticnerve.local import up
 from opticnerve.local.child import HURRY_S, Child, Role
 from opticnerve.local.supervisor import Supervisor
 from opticnerve.process import ECHO_S
-from tests.e2e.faults import processes
+from tests.e2e.processes import processes
 from tests.system import alive, wait_for
 
 # A worker that speaks gRPC health, and a gateway that says it is ready; both log their end.

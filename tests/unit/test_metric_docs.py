@@ -2,7 +2,7 @@
 
 import re
 
-from tests.faults import COUNTERS
+from tests.fault_counters import COUNTERS
 from tests.metric_docs import DOCUMENT, ROW, TABLES, with_tables
 
 TEXT = DOCUMENT.read_text()
