@@ -26,7 +26,7 @@ GPU_BUCKETS, CPU_BUCKETS = (1024, 4096, 16_384), (256, 1024, 4096)
 GPU_CALL, CPU_CALL = 16_384, 4096  # Patches of one call; larger calls gain no throughput.
 MAX_BUCKETS = 16
 ASPECT_STEPS = 32  # From square to the limit, in both directions, in the search of the largest.
-AREAS = (1.0, 0.95)  # Of the largest picture's: a smaller one may need more padding.
+AREAS = (1.0, 0.95)  # Parts of the largest picture's area: a smaller one may need more padding.
 
 
 def choose_buckets(

@@ -71,7 +71,7 @@ class Sidecar:
     model: str | None  # As it was given to the build; None: the demo.
     revision: str | None  # As it was given.
     family: str
-    fingerprint: str  # Of an encoder that serves the engine: checkpoint, backend and precision.
+    fingerprint: str  # Its encoder's, which names checkpoint, backend and precision.
     backend: Annotated[str, _one_of(*ENGINE_BACKENDS)]
     precision: Annotated[str, _one_of(*PRECISIONS.values())]
     buckets: Annotated[tuple[Bucket, ...], Field(min_length=1), AfterValidator(_ascending)]

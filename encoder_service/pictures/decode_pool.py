@@ -33,7 +33,7 @@ from opticnerve.models.family import Preprocessor
 
 log = logging.getLogger(__name__)
 
-LIGHT_MEMORY_FRACTION = 1 / 4  # Of the memory, for light pictures.
+LIGHT_MEMORY_FRACTION = 1 / 4  # Part of the memory that light pictures may use.
 ITEM_PASSES = 2**20  # Cost of resizing and cutting an item, added to its decoding passes.
 WORKER_MEMORY = 2**28  # Bytes for each worker, if no flag sets the memory.
 MIN_MEMORY = 2**31

@@ -110,7 +110,7 @@ class Constraints:
         self._vocab_size = vocab_size
         self._device = device
         self._by_slot: dict[int, Prepared] = {}
-        self._tails: dict[int, bytes] = {}  # Of the slots that have words of several tokens.
+        self._tails: dict[int, bytes] = {}  # Ends of texts, by slot with words of several tokens.
         # By id() of the parameters, which all choices of a request share.
         self._shared: WeakValueDictionary[int, Prepared] = WeakValueDictionary()
 

@@ -29,7 +29,7 @@ MEANINGFUL_TOKENS = 128
 # factor.
 FIRST_STEPS = 3
 MIN_S, MAX_S = 1e-7, 1e3  # Bounds of each coefficient.
-MIN_PREFILL_FRACTION = 1 / 4  # Of the target time, however long decoding takes.
+MIN_PREFILL_FRACTION = 1 / 4  # Part of the target time for prefill, however long decoding takes.
 
 
 class CostModel:
@@ -114,7 +114,7 @@ class Budget:
     sequence, and bounded by the step's time. Only a bidirectional span, which cannot be cut, may
     take tokens of decoding sequences."""
 
-    tokens: int  # Of any kind.
+    tokens: int  # For prefill and decoding together.
     prefill: int
     timed: bool  # Time bounds ``prefill``; chunks then end at block boundaries.
     block_size: int

@@ -211,4 +211,4 @@ class EngineStats:
     cached_tokens: int = 0
     completion_tokens: int = 0
     step_seconds: float = 0.0  # Spent in steps.
-    prefill_tokens_per_s: float = 0.0  # By recent steps; 0 before the first.
+    prefill_tokens_per_s: float = 0.0  # Estimated from recent steps; 0 before them.

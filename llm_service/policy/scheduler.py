@@ -30,7 +30,7 @@ from llm_service.policy.shares import Sharer, Shares, Turns, decodes, order, rem
 from llm_service.policy.step_plan import StepPlan, Work, work_on
 from opticnerve.media.plan import SpanAttention
 
-TEXT_FRACTION = 1 / 4  # Of a step's prefill tokens, reserved for prompts without pictures.
+TEXT_FRACTION = 1 / 4  # Part of a step's prefill tokens reserved for prompts without pictures.
 MAX_REFUSALS = 32  # Sharers that may be refused before a step stops admitting.
 
 

@@ -143,7 +143,7 @@ class Sequence:
         self.num_computed = 0  # Tokens whose keys and values are in blocks.
         self.num_cached_blocks = 0  # Leading blocks that are in the prefix cache.
         self.block_table: tuple[int, ...] = ()
-        self.hashes: list[bytes] = []  # Of leading full blocks, as many as were needed so far.
+        self.hashes: list[bytes] = []  # Those of leading full blocks that were needed so far.
         self.slot = -1
         self.status = Status.WAITING
         self.leases: dict[str, int] = {}  # Key -> end of its last span.

@@ -47,7 +47,7 @@ class Sharer:
     served: float = 0.0  # Prefill tokens divided by weight: its virtual time.
     waiting: list[Sequence] = field(default_factory=list)  # Sorted by ``order``.
     running: list[Sequence] = field(default_factory=list)  # Sorted by ``order``.
-    slots: dict[GenerationState, int] = field(default_factory=dict)  # Of each running request.
+    slots: dict[GenerationState, int] = field(default_factory=dict)  # Counts, by running request.
 
     @property
     def has_multiple_slots(self) -> bool:
