@@ -170,7 +170,7 @@ def test_pictures_are_bytes_paths_and_pillow_images(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="cannot read"):
         read_picture("a\0b")
     for url in ("https://example.com/cat.png", "data:image/png;base64,AAAA"):
-        with pytest.raises(InvalidRequest, match="URLs are read by a gateway"):
+        with pytest.raises(InvalidRequest, match="only a gateway reads URLs"):
             read_picture(url)
 
 
