@@ -31,7 +31,7 @@ class EncoderConfig:
     model: shared.ModelConfig = shared.ModelConfig()
     backend: str = _tower(
         "auto",
-        "what runs the vision tower; auto: what --vision-engine was built for, without one torch",
+        "library that runs the vision tower; auto: that of --vision-engine, or torch without one",
         choices=("auto", "torch", *ENGINE_BACKENDS),
     )
     vision_engine: str | None = _tower(
@@ -43,14 +43,14 @@ class EncoderConfig:
     )
     beyond_buckets: str = _tower(
         "torch",
-        "pictures larger than the engine's largest bucket: encoded by torch, for which the "
-        "encoder keeps the tower's weights, or refused",
+        "pictures larger than the engine's largest bucket: torch encodes them, for which the "
+        "encoder keeps the tower's weights; refuse: they are refused",
         choices=("torch", "refuse"),
     )
     audit_share: float = _tower(
         0.0,
-        "share of the pictures, such as 0.01, that are encoded a second time, alone and by the "
-        "torch tower; rows that differ are logged and counted in opticnerve_items_audited_total",
+        "share of the pictures, such as 0.01, that the torch tower encodes a second time, each "
+        "alone; rows that differ are logged and counted in opticnerve_items_audited_total",
         metavar="SHARE",
         maximum=1,
     )

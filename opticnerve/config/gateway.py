@@ -29,8 +29,8 @@ class HttpsConfig:
 
     https_certificate: str | None = _https(
         None,
-        "certificate in PEM, with its chain, that clients see: the gateway then speaks HTTPS, and "
-        "nothing else; read again when it changes",
+        "the gateway's certificate in PEM, with its chain; the port then speaks only HTTPS; read "
+        "again when it changes",
         metavar="FILE",
     )
     https_key: str | None = _https(
@@ -138,8 +138,8 @@ class GatewayConfig:
     )
     chat_template: str | None = _api(
         None,
-        "what replaces the model's chat template: a file, a template's text, or the name of one of "
-        "the model's other templates",
+        "replacement for the model's chat template: a file, a template's text, or the name of one "
+        "of the model's other templates",
         metavar="NAME|FILE",
     )
     allow_request_template: bool = _api(
@@ -155,21 +155,21 @@ class GatewayConfig:
     )
     default_sampling: str | None = _api(
         None,
-        "values of sampling fields that a request omits, over --generation-config, such as "
-        '\'{"temperature": 0.2, "max_tokens": 512}\': temperature, top_p, top_k, min_p, '
+        "values for sampling fields that a request omits, which override --generation-config, such "
+        'as \'{"temperature": 0.2, "max_tokens": 512}\'; fields: temperature, top_p, top_k, min_p, '
         "frequency_penalty, presence_penalty, repetition_penalty, max_tokens",
         metavar="JSON",
     )
     tool_parser: str = _api(
         "auto",
-        "how the model writes calls of tools: hermes (Qwen too), llama3_json, mistral, pythonic, "
-        "auto (as its chat template shows), or none",
+        "format of the model's tool calls: hermes (Qwen too), llama3_json, mistral, pythonic, auto "
+        "(from its chat template), or none",
         choices=("auto", "none", "hermes", "llama3_json", "mistral", "pythonic"),
     )
     reasoning_parser: str = _api(
         "auto",
-        "the markers around what the model thinks: think (<think>), mistral ([THINK]), kimi, "
-        "seed (<seed:think>), auto (those of the checkpoint), or none",
+        "markers around the model's reasoning: think (<think>), mistral ([THINK]), kimi, seed "
+        "(<seed:think>), auto (the checkpoint's), or none",
         choices=("auto", "none", "think", "mistral", "kimi", "seed"),
     )
     generation_config: str = _api(
@@ -215,7 +215,7 @@ class GatewayConfig:
     max_connections: int = _limits(
         4096,
         "client connections; over the limit, the key or address with the most of them loses one "
-        "that waits for its client. `ulimit -n` must allow for it",
+        "that is waiting for its client. `ulimit -n` must allow for it",
         minimum=1,
     )
     max_connections_per_address: int = _limits(

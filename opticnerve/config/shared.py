@@ -117,8 +117,8 @@ class CertificateConfig:
 
     tls_certificate: str | None = _tls(
         None,
-        "certificate in PEM, with its chain, of this process: a worker's to its callers, and a "
-        "gateway's or LLM worker's to workers that ask for one; read again when it changes",
+        "this process's certificate in PEM, with its chain, which it presents to its callers, and "
+        "to workers that ask for one; read again when it changes",
         metavar="FILE",
     )
     tls_key: str | None = _tls(
@@ -143,7 +143,7 @@ class CallsConfig:
     )
     tls_server_name: str | None = _tls(
         None,
-        "name that workers' certificates have, where it is not the host in their addresses",
+        "name in the workers' certificates, if it is not the host in their addresses",
         metavar="NAME",
     )
 
@@ -241,15 +241,15 @@ class RegistryConfig:
         "shm://",
         "shm://[DIR][?capacity=SIZE] (one machine), redis:// or rediss:// (several; with "
         "?socket_timeout=SECONDS for a slow network), memory://, or file:///PATH of a file that "
-        "contains one of these, for a URL with a password; a gateway takes it for --registry alone",
+        "contains one of these, for a URL with a password; a gateway uses it only as --registry",
         metavar="URL",
         secret=True,
     )
     registry: str = option(
         "",
         "Redis in which workers register and gateways find them: redis:// or rediss://, with "
-        "?namespace=NAME where deployments share one, or file:///PATH as in --store; none: no "
-        "registry. Default: --store where that is Redis, and none under `up`",
+        "?namespace=NAME if deployments share one, or file:///PATH as in --store; none: no "
+        "registry. Default: --store if that is Redis; none under `up`",
         group=Group.WORKERS,
         metavar="URL",
         secret=True,
