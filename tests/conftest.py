@@ -38,7 +38,7 @@ def logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def faults() -> Callable[..., dict[tuple[str, ...], int]]:
-    """``faults()``: the counters of faults that the test has changed (``tests.fault_counters``)."""
+    """``faults()``: the counters that the test has changed; see ``tests.fault_counters``."""
     from tests.fault_counters import watch
 
     return watch()
