@@ -55,11 +55,19 @@ def server() -> Iterator[RedisServer]:
         yield running
 
 
-def opened(server: RedisServer, secret: str | None = SECRET) -> RedisStore:
-    seal = None if secret is None else Seal(secret)
-    store = open_store(f"{server.url}?local=memory://", seal=seal)
-    assert isinstance(store, RedisStore)
-    return store
+@pytest.fixture
+def opened(server: RedisServer) -> Iterator[Callable[..., RedisStore]]:
+    """``opened(secret)``: a store on the server; none watches it after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def opened(secret: str | None = SECRET) -> RedisStore:
+            seal = None if secret is None else Seal(secret)
+            store = open_store(f"{server.url}?local=memory://", seal=seal)
+            assert isinstance(store, RedisStore)
+            stack.callback(store.close)
+            return store
+
+        yield opened
 
 
 def name(number: int, secret: str = SECRET) -> str:
@@ -72,9 +80,9 @@ def name(number: int, secret: str = SECRET) -> str:
 @needs_redis
 @pytest.mark.parametrize("forged", ["wrong numbers", "moved", "unsigned", "foreign", "a list"])
 def test_what_others_set_is_a_miss_and_goes_at_the_next_put(
-    server: RedisServer, forged: str
+    server: RedisServer, opened: Callable[..., RedisStore], forged: str
 ) -> None:
-    writer, reader = opened(server), opened(server)
+    writer, reader = opened(), opened()
     for number in (1, 2):
         writer.put(key(number), rows(number), {})
     fake = codec.to_bytes(rows(666), {})
@@ -98,7 +106,7 @@ def test_what_others_set_is_a_miss_and_goes_at_the_next_put(
             assert client.exists(name(1)) == 0 and reader.local.contains([key(1)]) == set()
         client.delete(name(1))
         client.set(name(1), fake)
-        opened(server).put(key(1), rows(1), {})
+        opened().put(key(1), rows(1), {})
         assert client.get(name(1)) == good[1] and 0 < client.ttl(name(1)) <= 3600
     entry = reader.get(key(1))
     assert entry is not None and torch.equal(entry.tensors["rows"], rows(1)["rows"])
@@ -106,13 +114,15 @@ def test_what_others_set_is_a_miss_and_goes_at_the_next_put(
 
 
 @needs_redis
-def test_pools_of_different_secrets_share_a_server_and_never_meet(server: RedisServer) -> None:
-    stores = {secret: opened(server, secret) for secret in (SECRET, OTHER, None)}
+def test_pools_of_different_secrets_share_a_server_and_never_meet(
+    server: RedisServer, opened: Callable[..., RedisStore]
+) -> None:
+    stores = {secret: opened(secret) for secret in (SECRET, OTHER, None)}
     before = refused("redis")
     for number, store in enumerate(stores.values()):
         store.put(key(1), rows(number), {})
     for number, secret in enumerate(stores):
-        entry = opened(server, secret).get(key(1))
+        entry = opened(secret).get(key(1))
         assert entry is not None and torch.equal(entry.tensors["rows"], rows(number)["rows"])
     assert refused("redis") == before
     with redis.Redis(port=server.port) as client:
