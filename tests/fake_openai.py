@@ -25,6 +25,7 @@ class FakeOpenAI:
     close: bool = False  # The connection, after each answer, without saying so.
     key: str = ""
     cached: int | None = None
+    usage: bool = True  # Whether its streams say how many tokens there were.
     bodies: list[Any] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     at_once: int = 0
@@ -83,7 +84,8 @@ class FakeOpenAI:
         usage: dict[str, Any] = {"prompt_tokens": 10, "completion_tokens": body["max_tokens"]}
         if self.cached is not None:
             usage["prompt_tokens_details"] = {"cached_tokens": self.cached}
-        self._event(writer, {"choices": [], "usage": usage})
+        if self.usage:
+            self._event(writer, {"choices": [], "usage": usage})
         writer.write(b"e\r\ndata: [DONE]\n\n\r\n" + END)
         await writer.drain()
         return not self.close

@@ -40,6 +40,11 @@ class Answer:
         return self.sent if self.scheduled is None else self.scheduled
 
     @property
+    def has_usage(self) -> bool:
+        """Whether the server has said how many tokens there were."""
+        return bool(self.prompt_tokens or self.output_tokens)
+
+    @property
     def ttft(self) -> float | None:
         """Seconds from ``due`` to the first text."""
         return self.times[0] - self.due if self.times else None

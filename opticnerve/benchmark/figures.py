@@ -95,6 +95,7 @@ class LoadFigures:
     prompt_tokens: int
     output_tokens: int
     cached_tokens: int | None  # Prompt tokens; None: not reported.
+    without_usage: int  # Answered requests whose tokens the server has not counted.
     pictures: int
     pictures_again: int
     good: int | None  # Requests within the SLO; None: no SLO.
@@ -136,6 +137,7 @@ def load_figures(records: Iterable[Record], slo: Slo | None = None) -> LoadFigur
         prompt_tokens=prompt,
         output_tokens=output,
         cached_tokens=sum(cached) if cached else None,
+        without_usage=sum(not answer.has_usage for answer in whole),
         pictures=sum(record.asking.pictures for record in kept),
         pictures_again=sum(record.asking.again for record in kept),
         good=None if slo is None else sum(map(slo.met, answers)),

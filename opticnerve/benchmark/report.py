@@ -42,6 +42,7 @@ class LoadResult:
             "client_cpu_share": round(self.cpu_share, 3),
             "turns_not_asked": self.run.dropped,
             "figures": self.figures.document(),
+            "notes": warnings(self),
             "requests": [request_document(record, self.run.began) for record in records],
         }
 
@@ -95,7 +96,7 @@ def text(result: LoadResult, slo: Slo | None) -> str:
     if found.latencies:
         lines += ["", latencies(found), ""]
         lines += rates(found, slo)
-    return "\n".join([*lines, *warnings(result)])
+    return "\n".join([*lines, *(f"note: {each}" for each in warnings(result))])
 
 
 def latencies(found: LoadFigures) -> str:
@@ -135,6 +136,12 @@ def warnings(result: LoadResult) -> list[str]:
         lines.append("every prepared request was sent before the time was over: raise --requests")
     if result.run.dropped:
         lines.append(f"{result.run.dropped} later turns were not asked: one before had no answer")
+    if found.without_usage:
+        lines.append(
+            f"{found.without_usage} of {found.outcomes['answered']} answers came without usage, "
+            "although stream_options asks for it: their tokens are not counted, and they have no "
+            "TPOT, which an SLO takes for kept"
+        )
     late = found.latencies.get("sent late by")
     if late and late.percentiles[99] > LATE_S:
         lines.append(
@@ -146,7 +153,7 @@ def warnings(result: LoadResult) -> list[str]:
             f"the client used {result.cpu_share:.0%} of a core, and may be what was measured: "
             "share the load between several"
         )
-    return [f"note: {line}" for line in lines]
+    return lines
 
 
 def summary(results: Sequence[LoadResult]) -> str:

@@ -45,6 +45,18 @@ def bench(url, tmp_path, *flags):
     return status, json.loads(path.read_text())
 
 
+def test_a_server_without_usage_is_told_why_it_has_no_tpot(tmp_path, capsys):
+    with serving(usage=False) as (_, url):
+        status, kept = bench(url, tmp_path, "--requests", "3", "--slo", "tpot=1ms")
+    assert status == 0
+    (run,) = kept["runs"]
+    found, (note, *_) = run["figures"], run["notes"]
+    assert found["without_usage"] == found["outcomes"]["answered"] == found["good"] == 3
+    assert "TTFT" in found["latencies"] and "TPOT" not in found["latencies"]
+    assert note.startswith("3 of 3 answers came without usage") and "TPOT" in note
+    assert f"note: {note}" in capsys.readouterr().out
+
+
 def test_a_closed_loop_is_measured(tmp_path, capsys):
     with serving(first_s=0.1, gap_s=0.02, cached=4) as (server, url):
         status, kept = bench(
