@@ -112,14 +112,7 @@ def _add_pace(made: Parser) -> None:
         help="requests a second, or conversations that begin, as a Poisson process; sent whether "
         "or not the server keeps up",
     )
-    add(
-        "--burstiness",
-        metavar="B",
-        type=number_type(float),
-        default=1.0,
-        help="with --rate: squared coefficient of variation of the time between requests: 0 is an "
-        "even rate, 1 a Poisson process, 4 comes in bunches (default: 1)",
-    )
+    add_shared(add, "--burstiness")
 
 
 def _add_length(made: Parser) -> None:
@@ -214,49 +207,22 @@ def _add_synthetic(made: Parser) -> None:
 
 def _add_pictures(made: Parser) -> None:
     add = made.add_argument_group("Synthetic pictures").add_argument
-    add(
-        "--pictures",
-        metavar="N",
-        type=argument_type(_pictures),
-        help="pictures in a question, or a conversation's first turn (default: 1 or 3)",
-    )
-    add(
-        "--picture-sizes",
-        metavar="WxH,...",
-        type=argument_type(sizes_of),
-        default=((448, 448),),
-        help="sizes in pixels, used in turn (default: 448x448)",
-    )
+    add_shared(add, "--pictures", default_text="1; in a conversation's first 3")
+    add_shared(add, "--picture-sizes")
     add(
         "--picture-format",
         choices=("jpeg", "png"),
         default="jpeg",
         help="format of their files (default: jpeg)",
     )
-    add(
-        "--repeat",
-        metavar="SHARE",
-        type=argument_type(share_of),
-        default=0.0,
-        help="share of pictures that the run has shown before, from 0 to 1 (default: 0)",
-    )
+    add_shared(add, "--repeat")
 
 
 def _add_results(made: Parser) -> None:
     add = made.add_argument_group("Results").add_argument
-    add(
-        "--slo",
-        metavar="LIMITS",
-        type=argument_type(Slo.parse),
-        help="limits of a good answer, such as ttft=500ms,tpot=50ms,e2e=5s, for goodput",
-    )
+    add_shared(add, "--slo")
     add("--json", metavar="FILE", type=Path, help="write every request and figure as JSON")
-    add(
-        "--plot",
-        metavar="FILE",
-        type=argument_type(plot_path),
-        help="plot the distributions, as .html, .png or .svg",
-    )
+    add_shared(add, "--plot")
 
 
 # ---- values of flags
@@ -312,3 +278,51 @@ def _fields(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {text!r}")
     return value
+
+
+# ---- flags that `plan` has too
+
+SHARED: dict[str, dict[str, Any]] = {
+    "--burstiness": {
+        "metavar": "B",
+        "type": number_type(float),
+        "default": 1.0,
+        "help": "squared coefficient of variation of the time between requests at --rate: 0 is an "
+        "even rate, 1 a Poisson process, 4 comes in bunches (default: 1)",
+    },
+    "--pictures": {
+        "metavar": "N",
+        "type": argument_type(_pictures),
+        "help": "pictures in a request",
+    },
+    "--picture-sizes": {
+        "metavar": "WxH,...",
+        "type": argument_type(sizes_of),
+        "default": ((448, 448),),
+        "help": "sizes in pixels, used in turn (default: 448x448)",
+    },
+    "--repeat": {
+        "metavar": "SHARE",
+        "type": argument_type(share_of),
+        "default": 0.0,
+        "help": "share of pictures that were shown before, from 0 to 1 (default: 0)",
+    },
+    "--slo": {
+        "metavar": "LIMITS",
+        "type": argument_type(Slo.parse),
+        "help": "limits of a good answer, such as ttft=500ms,tpot=50ms,e2e=5s",
+    },
+    "--plot": {
+        "metavar": "FILE",
+        "type": argument_type(plot_path),
+        "help": "plot the distributions, as .html, .png or .svg",
+    },
+}
+
+
+def add_shared(add: Callable[..., Any], flag: str, *, default_text: str = "", **own: Any) -> None:
+    """``default_text``, ``own``: what differs between commands, such as ``default``."""
+    given = {**SHARED[flag], **own}
+    if default_text:
+        given["help"] += f" (default: {default_text})"
+    add(flag, **given)

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from opticnerve.addresses import gateway_url
 from opticnerve.benchmark import plot
-from opticnerve.benchmark.command import rate_of, share_of, sizes_of
-from opticnerve.benchmark.figures import Slo
+from opticnerve.benchmark.command import add_shared, rate_of, share_of
 from opticnerve.config.command_line import Parser, argument_type, number_type
 from opticnerve.errors import StartupError
 from opticnerve.extras import require_extra
@@ -65,13 +64,7 @@ def _add_traffic(made: Parser) -> None:
         required=True,
         help="requests a second, on average",
     )
-    add(
-        "--burstiness",
-        metavar="B",
-        type=number_type(float),
-        default=1.0,
-        help="as in `opticnerve bench serve` (default: 1)",
-    )
+    add_shared(add, "--burstiness")
     add(
         "--prompt-tokens",
         metavar="N[-M]",
@@ -97,37 +90,14 @@ def _add_traffic(made: Parser) -> None:
 
 def _add_pictures(made: Parser) -> None:
     add = made.add_argument_group("Pictures").add_argument
-    add(
-        "--pictures",
-        metavar="N",
-        type=number_type(int),
-        default=1,
-        help="pictures in a request (default: 1)",
-    )
-    add(
-        "--picture-sizes",
-        metavar="WxH,...",
-        type=argument_type(sizes_of),
-        default=((448, 448),),
-        help="sizes in pixels, used in turn (default: 448x448)",
-    )
-    add(
-        "--repeat",
-        metavar="SHARE",
-        type=argument_type(share_of),
-        default=0.0,
-        help="share of pictures whose embeddings are cached, from 0 to 1 (default: 0)",
-    )
+    add_shared(add, "--pictures", default=1, default_text="1")
+    add_shared(add, "--picture-sizes")
+    add_shared(add, "--repeat")
 
 
 def _add_answer(made: Parser) -> None:
     add = made.add_argument_group("Answer").add_argument
-    add(
-        "--slo",
-        metavar="LIMITS",
-        type=argument_type(Slo.parse),
-        help="limits of a good answer, such as ttft=500ms,tpot=50ms,e2e=5s",
-    )
+    add_shared(add, "--slo")
     add(
         "--attain",
         metavar="SHARE",
@@ -139,12 +109,7 @@ def _add_answer(made: Parser) -> None:
         add(flag, metavar="N", type=number_type(int), help="forecast for pools of this size")
     add("--seed", metavar="N", type=number_type(int), default=0, help="traffic's seed (default: 0)")
     add("--json", metavar="FILE", type=Path, help="write rates, traffic and forecasts as JSON")
-    add(
-        "--plot",
-        metavar="FILE",
-        type=argument_type(plot.plot_path),
-        help="plot the distributions, as .html, .png or .svg",
-    )
+    add_shared(add, "--plot")
 
 
 def range_of(text: str) -> tuple[int, int]:

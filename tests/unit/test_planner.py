@@ -10,11 +10,12 @@ import httpx2
 import pytest
 import simpy
 
+from opticnerve.benchmark import command as bench
 from opticnerve.benchmark.answer import Answer
 from opticnerve.benchmark.figures import Slo
 from opticnerve.cli import commands
 from opticnerve.errors import StartupError
-from opticnerve.planner import calibrate, report
+from opticnerve.planner import calibrate, command, report
 from opticnerve.planner.rates import PictureCost, Rates
 from opticnerve.planner.search import Question, propose
 from opticnerve.planner.simulation import Cluster, Pools, simulate
@@ -329,3 +330,15 @@ def test_without_simpy_the_command_says_which_extra_brings_it(monkeypatch, capsy
     monkeypatch.setitem(__import__("sys").modules, "simpy", None)
     assert commands.main(["plan", "--rate", "1", "--rates", "x"]) == 2
     assert "pip install 'opticnerve[plan]'" in capsys.readouterr().err
+
+
+def test_flags_that_bench_serve_has_too_mean_the_same():
+    def flags(made):
+        return {each.option_strings[0]: each for each in made._actions if each.option_strings}
+
+    ours, theirs = flags(command.parser()), flags(bench.parser())
+    for flag in bench.SHARED:
+        one, other = ours[flag], theirs[flag]
+        assert one.help.partition(" (default")[0] == other.help.partition(" (default")[0]
+        assert (one.metavar, one.type) == (other.metavar, other.type)
+        assert one.default == other.default or flag == "--pictures"
