@@ -31,6 +31,7 @@ from opticnerve.local.child import READY, Child, Role
 from opticnerve.local.keeper import Keeper, run_all
 from opticnerve.owned_directories import owned_directory, sweep_dead_tiers
 from opticnerve.process import announce, follow_parent, handle_signals, on_hangup
+from opticnerve.secret import read_secret
 from opticnerve.telemetry.metrics import DIRECTORY, export, sum_of_processes
 
 START_TIMEOUT_S = 600.0  # Time for a process to begin to listen.
@@ -134,6 +135,8 @@ async def serve(settings: GatewayConfig, arguments: Sequence[str]) -> None:
     share(settings)
     Https.of(settings.https)
     keys = Keys.load(settings.api_key_file)
+    if settings.rpc_token_file is not None:
+        read_secret(settings.rpc_token_file, "rpc_token_file")  # Warns where each would.
     follow_parent(settings.parent_pid, grace_s=2 * stop_timeout_s(settings))
     temporary = Path(tempfile.gettempdir())
     sweep_dead_tiers(temporary)

@@ -119,7 +119,8 @@ async def open_server(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Http
 @contextlib.asynccontextmanager
 async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gateway]:
     """The gateway with its pools and pipeline; closed on exit. Raises StartupError."""
-    token = load_token(settings.rpc_token_file)
+    # The parent of several processes has warned.
+    token = load_token(settings.rpc_token_file, warns=settings.listen_fd is None)
     tls = ChannelTls.of(settings.calls, settings.certificate)
     checkpoint = Checkpoint.configured(settings.model)
     layout = make_layout(checkpoint)

@@ -25,11 +25,11 @@ _PRINTABLE = re.compile(r"[!-~]+")
 log = logging.getLogger(__name__)
 
 
-def read_secret(path: str, option: str) -> str:
+def read_secret(path: str, option: str, *, warns: bool = True) -> str:
     """The secret in the file ``path``, which the option named ``option`` gave.
 
-    Raises ConfigError for a file that cannot be read or holds no secret. Warns if other users may
-    open the file.
+    Raises ConfigError for a file that cannot be read or holds no secret. ``warns``: whether a file
+    that other users may open is warned of.
     """
     flag = "--" + option.replace("_", "-")
     try:
@@ -45,7 +45,7 @@ def read_secret(path: str, option: str) -> str:
             f"{flag}: {path} {fault}; make a secret with `openssl rand -hex {RANDOM_BYTES}`",
             param=option,
         )
-    if mode & (stat.S_IROTH | stat.S_IWOTH):
+    if warns and mode & (stat.S_IROTH | stat.S_IWOTH):
         log.warning(
             "%s: every user of this machine may open %s; `chmod o-rwx` keeps the secret", flag, path
         )

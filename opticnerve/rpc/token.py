@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
 
 
-def load_token(path: str | Path | None) -> str | None:
-    """The token in the file of ``--rpc-token-file``; None without one. Raises ConfigError."""
-    return None if path is None else read_secret(str(path), OPTION)
+def load_token(path: str | Path | None, *, warns: bool = True) -> str | None:
+    """The token in the file of ``--rpc-token-file``; None without one. ``warns``: see
+    ``read_secret``. Raises ConfigError."""
+    return None if path is None else read_secret(str(path), OPTION, warns=warns)
 
 
 class TokenGuard(grpc.aio.ServerInterceptor):

@@ -20,6 +20,7 @@ import pytest
 from gateway.processes import share
 from opticnerve.config import GatewayConfig
 from opticnerve.errors import ConfigError
+from opticnerve.secret import make_secret
 from tests.e2e.processes import processes
 from tests.fakes import FakeLLM, until
 from tests.gateways import END, PAIR_ID, body, ids
@@ -98,7 +99,10 @@ async def chat(url: str, key: str = "sk-1") -> httpx2.Response:
 async def started(tmp_path: Path) -> AsyncIterator[Processes]:
     (tmp_path / "keys").write_text("ada: sk-1\nbob: sk-2 rate=2/h\neve: sk-3 concurrency=2\n")
     (tmp_path / "tmp").mkdir()
+    token = make_secret(tmp_path, "token")
+    token.chmod(0o604)  # Others may open it.
     flags = ["--workers", "2", "--host", "127.0.0.1", "--port", "0", "--drain-timeout-s", "60"]
+    flags += ["--rpc-token-file", str(token)]
     async with FakeLLM([*ids("Hello there."), END], PAIR_ID) as llm:
         parent = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "opticnerve", "gateway", *flags),
@@ -132,6 +136,7 @@ def test_two_processes_serve_one_port_and_one_may_be_lost(tmp_path: Path) -> Non
             await both_read_the_keys_again(s)
             await one_is_killed_and_comes_back(s, first, second)
             await both_drain(s, tmp_path)
+            assert s.count("chmod o-rwx") == 1, s.lines
 
     asyncio.run(scenario())
 
