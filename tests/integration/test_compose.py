@@ -12,6 +12,7 @@ from compose_spec import PyCompose
 
 from opticnerve.demo.chats import TURNS
 from tests.compose import DEPLOY, LocalStack, read_compose, read_services
+from tests.images import ROOT
 from tests.prometheus import Prometheus, find_prometheus
 from tests.redis import find_redis_server
 from tests.system import wait_for
@@ -196,6 +197,15 @@ def test_no_alert_fires_while_all_is_well(prometheus):
     assert [rule["name"] for rule in rules if rule["health"] == "err"] == []
     assert [alert["alert"] for alert in alerts() if prometheus.query(alert["expr"])] == []
     assert all(alert["annotations"]["action"] for alert in alerts())
+
+
+def test_operations_describes_every_alert_that_pages_somebody():
+    severities = {alert["alert"]: alert["labels"]["severity"] for alert in alerts()}
+    assert set(severities.values()) == {"critical", "warning"}
+    text = (ROOT / "docs/operations.md").read_text().partition("\n## Where")[0]
+    described = re.findall(r"^\| `(OpticNerve\w+)`", text, re.MULTILINE)
+    assert sorted(described) == sorted(n for n, level in severities.items() if level == "critical")
+    assert set(re.findall(r"OpticNerve[A-Z]\w+", text)) <= severities.keys()
 
 
 def test_grafana_finds_prometheus_and_the_dashboards():

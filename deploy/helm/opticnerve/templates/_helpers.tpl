@@ -3,7 +3,8 @@
 {{- else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 40 | trimSuffix "-" }}{{ end }}
 {{- end }}
 
-{{/* Labels that select the pods of one pool: dict root, kind (gateway, encoder, llm, redis), pool. */}}
+{{/* Labels that select the pods of one pool. Takes a dict of root, kind (gateway, encoder, llm,
+     redis) and pool. */}}
 {{- define "opticnerve.selector" -}}
 app.kubernetes.io/name: {{ .root.Chart.Name }}
 app.kubernetes.io/instance: {{ .root.Release.Name }}
@@ -16,7 +17,7 @@ opticnerve/pool: {{ .pool }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 {{- end }}
 
-{{/* Labels of every pod of one kind. */}}
+{{/* Labels that select all pods of one kind. Takes a dict of root and kind. */}}
 {{- define "opticnerve.kind" -}}
 app.kubernetes.io/name: {{ .root.Chart.Name }}
 app.kubernetes.io/instance: {{ .root.Release.Name }}
@@ -28,12 +29,13 @@ app.kubernetes.io/component: {{ .kind }}
 {{- with $image.registry }}{{ . }}/{{ end }}opticnerve-{{ .kind }}:{{ $image.tag | default .root.Chart.AppVersion }}
 {{- end }}
 
-{{/* A pool's settings over the defaults of its kind: dict defaults, pool. */}}
+{{/* A pool's settings as JSON: the defaults of its kind, overridden by its own. Takes a dict of
+     defaults and pool. */}}
 {{- define "opticnerve.pool" -}}
 {{- mergeOverwrite (deepCopy .defaults) (.pool | default dict) | toJson -}}
 {{- end }}
 
-{{/* What every pod has: dict root, kind, pool, settings, graceS. */}}
+{{/* The fields that all pods share. Takes a dict of root, kind, pool, settings and graceS. */}}
 {{- define "opticnerve.pod" -}}
 serviceAccountName: {{ include "opticnerve.name" .root }}
 automountServiceAccountToken: false
@@ -78,7 +80,8 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* Variables of every service of ours; those of TLS serve `opticnerve health` too. */}}
+{{/* Environment variables of the gateway and the workers. `opticnerve health` in workers' probes
+     reads those for TLS too. Takes a dict of root, kind and settings. */}}
 {{- define "opticnerve.environment" -}}
 {{- $values := .root.Values -}}
 - name: OPTICNERVE_RPC_TOKEN_FILE
@@ -130,7 +133,8 @@ capabilities: {drop: [ALL]}
   mountPath: /tmp
 {{- end }}
 
-{{/* Volumes of a service of ours: dict root, secrets (the files that it reads). */}}
+{{/* Volumes of the gateway and the workers. Takes a dict of root and secrets: the Secret's keys
+     that the service reads. */}}
 {{- define "opticnerve.volumes" -}}
 - name: secrets
   secret:
@@ -154,7 +158,8 @@ capabilities: {drop: [ALL]}
   emptyDir: {}
 {{- end }}
 
-{{/* How a worker is asked: Kubernetes' own gRPC probes speak no TLS. dict root, live. */}}
+{{/* A worker's probe. Kubernetes' gRPC probes do not speak TLS and cannot ask whether a worker is
+     alive, so `opticnerve health` does. Takes a dict of root and live. */}}
 {{- define "opticnerve.ask" -}}
 {{- if or .root.Values.tls.enabled .live }}
 exec:
@@ -164,7 +169,7 @@ grpc: {port: 7000}
 {{- end }}
 {{- end }}
 
-{{/* One budget a pool: a node that is drained takes one pod at a time. */}}
+{{/* A pool's disruption budget: draining nodes evicts one of its pods at a time. */}}
 {{- define "opticnerve.budget" -}}
 apiVersion: policy/v1
 kind: PodDisruptionBudget
