@@ -262,8 +262,8 @@ def _provider(service: str, endpoint: str | None, instance_id: str) -> TracerPro
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     # ``_Exporter`` logs failures once. The API's own logs would quote tracestates that clients
-    # send.
-    for library in ("opentelemetry.exporter", "opentelemetry.sdk", "opentelemetry.trace"):
+    # send. The SDK's queue still logs, at most once a minute, that it is full and drops spans.
+    for library in ("opentelemetry.exporter", "opentelemetry.sdk.trace", "opentelemetry.trace"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     resource = Resource.create(
         {

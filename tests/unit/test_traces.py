@@ -10,7 +10,7 @@ from opticnerve import extras
 from opticnerve.errors import ConfigError, Overloaded
 from opticnerve.telemetry import logs, traces
 from tests.collector import collecting
-from tests.system import wait_for
+from tests.system import free_port, wait_for
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 GIVEN = ("traceparent", f"00-{TRACE}-{PARENT}-01")
@@ -110,6 +110,17 @@ def test_a_collector_that_fails_is_told_once(caplog):
         exporter.export([])
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2 and "cannot be exported" in told[0] and "again" in told[1]
+
+
+def test_spans_that_the_full_queue_drops_are_told(monkeypatch, caplog):
+    for name in ("MAX_QUEUE_SIZE", "MAX_EXPORT_BATCH_SIZE"):
+        monkeypatch.setenv(f"OTEL_BSP_{name}", "4")
+    monkeypatch.setattr(traces, "CLOSE_S", 0.1)
+    with traces.exported("gateway", f"http://127.0.0.1:{free_port()}", "i-1"):
+        for _ in range(50):
+            with traces.serving("call", []):
+                pass
+    assert any("dropping" in each for each in caplog.messages)
 
 
 class Failing:
