@@ -38,6 +38,8 @@ class Seal:
         self._lock = threading.Lock()  # Guards the next two.
         self._warned_at = -math.inf
         self._refused = 0
+        for tier in ("redis", "fetch"):  # An alert on the increase sees the first one, from 0.
+            EMBEDDINGS_REFUSED.labels(tier=tier)
 
     @classmethod
     def load(cls, path: str | None) -> Seal | None:

@@ -14,6 +14,7 @@ from opticnerve.embeddings.open import open_store
 from opticnerve.embeddings.signing import MAC_BYTES, Seal
 from opticnerve.errors import ConfigError
 from opticnerve.secret import make_secret
+from opticnerve.telemetry.metrics import EMBEDDINGS_REFUSED
 from tests.stores import key
 
 DATA = bytes(range(200)) * 50
@@ -48,6 +49,13 @@ def test_no_other_value_key_or_secret_fits() -> None:
     ]
     assert not any(others)
     assert refused("redis") - before == len(others)
+
+
+def test_refusals_count_from_zero_so_that_an_alert_sees_the_first() -> None:
+    EMBEDDINGS_REFUSED.clear()
+    Seal(SECRET)
+    name = "opticnerve_embeddings_refused_total"
+    assert REGISTRY.get_sample_value(name, {"tier": "fetch"}) == 0
 
 
 def test_refusals_are_told_of_once_in_a_while(
