@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import socket
 import subprocess
@@ -28,6 +29,10 @@ from tests import encoders
 from tests.checkpoints import make_checkpoint
 from tests.encoders import picture
 from tests.services import Process, process
+
+
+# What gRPC itself prints, in a race, of a call that ends before its handler has begun.
+ENDED_EARLY = re.compile(r"Traceback .*\n.*in grpc\S+_schedule_rpc_coro\n\S+CancelledError\n")
 
 
 def tower_rows(model: Path | None, data: bytes) -> torch.Tensor:
@@ -68,7 +73,7 @@ def test_life_of_a_process(tmp_path: Path) -> None:
             assert any(answers), "nothing was under way"
         log = second.log()
         assert "threads" in log and "max_batch_patches" in log and "fingerprint" in log
-        assert "Traceback" not in log
+        assert "Traceback" not in ENDED_EARLY.sub("", log)
     assert not list((tmp_path / "tier" / "encoding").glob("*"))
 
 
