@@ -30,7 +30,6 @@ from tests.checkpoints import make_checkpoint
 from tests.encoders import picture
 from tests.services import Process, process
 
-
 # What gRPC itself prints, in a race, of a call that ends before its handler has begun.
 ENDED_EARLY = re.compile(r"Traceback .*\n.*in grpc\S+_schedule_rpc_coro\n\S+CancelledError\n")
 
