@@ -43,6 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command = [
         os.environ.get("SERVER_PYTHON", sys.executable), "-m", "opticnerve", "up",
         "--port", "0", "--host", "127.0.0.1", "--dtype", "float32", "--api-key-file", str(keys),
+        "--max-model-len", "2048",  # An answer of any length ends within a client's timeout.
         "--max-concurrent-requests", str(PLACES), "--parent-pid", str(os.getpid()),
     ]  # fmt: skip
     log = keys.with_name("log")
