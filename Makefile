@@ -1,5 +1,5 @@
 # make demo: the whole stack answers questions about bundled pictures.  make test: everything tested.
-# make test-fast: the half of the tests that needs no other process, in two minutes.
+# make test-fast: the half of the tests that needs no other process, in four minutes.
 # make soak: half an hour of mixed load on a whole stack while its parts are killed.
 # make test-clients: client programs of others, installed and tried against a whole stack.
 # make test-images: what the images install, in environments of their own, from which all runs.
