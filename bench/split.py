@@ -38,6 +38,7 @@ from gateway.api.schemas.parsing import parse
 from gateway.job import ChatPrompt
 from gateway.media.dataurl import read_data_url
 from gateway.output.detokenizer import Vocabulary
+from gateway.prompt.placeholders import ExpandedPrompt
 from gateway.prompt.renderer import ChatRenderer
 from gateway.sampling import Defaults, SamplingLimits, resolve_sampling
 from llm_service.device.attention import make_backend
@@ -140,15 +141,7 @@ class Whole:
         part("preprocess")
         self.rows.items = {key: self.tower.encode([pixels], [plan])[0]}
         part("encode")
-        sampling = resolve_sampling(
-            request.options,
-            kind=ChatPrompt,
-            prompt_tokens=len(prompt.token_ids),
-            item_tokens=prompt.num_item_tokens,
-            defaults=Defaults(),
-            limits=self.limits,
-            tokenizer=self.renderer.tokenizer,
-        )
+        sampling = self._sampling(request, prompt)
         self.first = None
         self.engine.submit(
             GenerateRequest(
@@ -163,6 +156,17 @@ class Whole:
         self.engine.step()
         self.parts = parts
         return self.first - began
+
+    def _sampling(self, request: ChatRequest, prompt: ExpandedPrompt) -> Sampling:
+        return resolve_sampling(
+            request.options,
+            kind=ChatPrompt,
+            prompt_tokens=len(prompt.token_ids),
+            item_tokens=prompt.num_item_tokens,
+            defaults=Defaults(),
+            limits=self.limits,
+            tokenizer=self.renderer.tokenizer,
+        )
 
     def _on_events(self, events: list[Any]) -> None:
         for event in events:

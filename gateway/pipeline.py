@@ -1,8 +1,6 @@
 """A request's life from a job to the events of its answer: fetch, plan and name its pictures,
-render its prompt, encode and generate.
-
-Knows neither HTTP, the APIs' formats nor the wire. Closing a job's generator frees all it holds.
-"""
+render its prompt, encode and generate. Knows neither HTTP, the APIs' formats nor the wire.
+Closing a job's generator frees all it holds."""
 
 from __future__ import annotations
 

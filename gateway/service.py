@@ -134,15 +134,11 @@ async def open_gateway(settings: GatewayConfig, keys: Keys) -> AsyncIterator[Gat
         pairing = Pairing(encoders.pool, llms, _own_pair_id(checkpoint), settings.worker_wait_s)
         stack.callback(asyncio.create_task(pairing.watch_until_ready()).cancel)
         names = ServedNames.of(settings.served_model_name, checkpoint.name, layout.max_positions)
-        templates = None
-        if settings.allow_request_template:
-            templates = RequestTemplates(renderer)
+        templates = RequestTemplates(renderer) if settings.allow_request_template else None
+        if templates is not None:
             stack.callback(templates.close)
         forms = AnswerForms.find(
-            renderer.tokenizer,
-            renderer.template,
-            settings.tool_parser,
-            settings.reasoning_parser,
+            renderer.tokenizer, renderer.template, settings.tool_parser, settings.reasoning_parser
         )
         pipeline = Pipeline(
             renderer=renderer,

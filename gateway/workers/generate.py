@@ -144,11 +144,7 @@ class FailoverGeneration:
                     deaths += lost.delivered
                     if not self.complete:
                         logs.append(lost=worker.address)
-                    if deaths > MAX_LLM_DEATHS and not self.complete:
-                        raise Unavailable(
-                            "the workers that served this request were lost one after another; "
-                            "it is not tried again"
-                        ) from lost
+                        _check_deaths(deaths, lost)
                 except Overloaded as error:
                     failed, request.failed, refusal = "full", True, error
                     tried.add(worker.address)
@@ -283,3 +279,12 @@ class FailoverGeneration:
         if delta.finish_reason is not None:
             self._finished.add(delta.choice)
         return delta
+
+
+def _check_deaths(deaths: int, last: WorkerLost) -> None:
+    """Raises Unavailable, from the ``last`` loss, where too many workers died with a request."""
+    if deaths > MAX_LLM_DEATHS:
+        raise Unavailable(
+            "the workers that served this request were lost one after another; it is not tried "
+            "again"
+        ) from last

@@ -12,8 +12,7 @@ A tier's directory:
         <key>               a pin: its (sparse) size is the bytes pinned
 
 A holder that was killed has lost its lock: the next eviction, by any process, removes its pins and
-partial files. Process ids play no part, so that containers with process namespaces of their own can
-share a tier.
+partial files. No process ids are used, so containers with their own namespaces can share a tier.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Role(IntEnum):
     GATEWAY = 2
 
 
-class _Run(asyncio.SubprocessProtocol):
+class _ServiceProcess(asyncio.SubprocessProtocol):
     """One process from its start to its end, and what it prints, by line.
 
     It leads a process group, which may outlive it. The group is killed as soon as the process is
@@ -114,7 +114,7 @@ class Child:
         self.address = ""  # From the line ``listening ADDRESS`` on its stdout.
         self.last_words = ""  # The last line it printed, quoted when the keeper gives up.
         self._hangup_due = False
-        self._run: _Run | None = None
+        self._run: _ServiceProcess | None = None
         self._listening = asyncio.Event()
         self._ready = asyncio.Event()
 
@@ -131,7 +131,7 @@ class Child:
         self._ready.clear()
         self._hangup_due = False
         _, self._run = await asyncio.get_running_loop().subprocess_exec(
-            lambda: _Run(self._take),
+            lambda: _ServiceProcess(self._take),
             *self.command,
             "--port",
             str(self.port),
